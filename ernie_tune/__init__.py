@@ -1,0 +1,45 @@
+"""ernie_tune: fine-tune ERNIE-4.5-VL with PaddlePaddle.
+
+Importing this module is cheap and does not import paddle: every public name is resolved on first use (PEP 562). It does set the environment
+variables that make paddle's CPU products fast (`config/cpu.py`), since they count only before paddle loads; what the user has set stays.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ernie_tune.config.cpu import prepare_cpu
+
+__version__ = "0.1.0"
+
+CPU_PLAN = prepare_cpu()
+
+# public name -> module that defines it; the table is the whole public surface
+_PUBLIC = {
+    "AutoModel": "ernie_tune.checkpoint.auto",
+    "AutoConfig": "ernie_tune.checkpoint.auto",
+    "AutoProcessor": "ernie_tune.data.processor",
+    "AutoTokenizer": "ernie_tune.data.tokenizer",
+    "ModelConfig": "ernie_tune.models.config",
+    "preset": "ernie_tune.models.presets",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
+    from ernie_tune.data.processor import AutoProcessor
+    from ernie_tune.data.tokenizer import AutoTokenizer
+    from ernie_tune.models.config import ModelConfig
+    from ernie_tune.models.presets import preset
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

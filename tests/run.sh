@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything a commit must pass, from nothing but Python, pip and git: makes or reuses .venv, installs .[cpu,dev], lints, runs all tests.
+# usage: bash tests/run.sh [pytest arguments]        PYTHON=python3.12 bash tests/run.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+stamp=.venv/.installed
+if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,dev]"
+  touch "$stamp"
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy ernie_tune
+exec .venv/bin/python -m pytest "$@"
