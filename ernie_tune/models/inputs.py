@@ -1,0 +1,137 @@
+"""Rows of tokens and images -> one packed, flat model input: 3-D positions, routing types, segment bounds. numpy only, never paddle.
+
+Legend: T tokens of the whole pack, L tokens of one row, P patches, C values per patch (588), n images and videos.
+Source of the rules: architecture.md 2.3 (positions), 3.2 (token -> modality), 4.1 (patches), 6 (placeholders).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ernie_tune.models.config import TokenIds
+
+POSITION_RULES = (
+    "paddle",
+    "hf",
+)  # they differ only where a video has more frame pairs than rows and columns (architecture.md 11.1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before packing. `grid_thw` rows are in order of appearance, images and videos together; so are the patches."""
+
+    input_ids_L: np.ndarray  # int64
+    pixel_values_PC: np.ndarray | None = None  # float32, normalised, block-major patch order
+    grid_thw_n3: np.ndarray | None = None  # int64 (frames, patch rows, patch columns)
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """What the model's forward takes. Segment i owns tokens [offsets[i], offsets[i+1]); attention never leaves its segment."""
+
+    input_ids_T: np.ndarray  # int64
+    position_ids_T3: np.ndarray  # int64 (time, height, width), restarting in each segment
+    vision_T: np.ndarray  # bool: routed to the vision experts (placeholders and start/end markers)
+    placeholder_T: np.ndarray  # bool: embedding overwritten by visual features
+    offsets: tuple[int, ...]  # segment bounds, first 0, last T
+    pixel_values_PC: np.ndarray | None = None
+    grid_thw_n3: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids_T.shape[0])
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+
+def feature_count(grid_thw: Sequence[int]) -> int:
+    """Resampler rows for one image or video: Hp*Wp/4 for an image, T*Hp*Wp/8 for a video of T frames."""
+    t, h, w = (int(v) for v in grid_thw)
+    return (1 if t == 1 else t // 2) * (h // 2) * (w // 2)
+
+
+def check_grid(grid_thw_n3: np.ndarray) -> None:
+    """Refuse grids the tower cannot merge. Raises ValueError."""
+    for i, (t, h, w) in enumerate(np.asarray(grid_thw_n3).tolist()):
+        if t < 1 or h < 2 or w < 2 or h % 2 or w % 2:
+            raise ValueError(
+                f"grid_thw[{i}] ({t}, {h}, {w}) must have an even, positive number of patch rows and columns; resize with smart_resize"
+            )
+        if t > 1 and t % 2:
+            raise ValueError(
+                f"grid_thw[{i}] ({t}, {h}, {w}) must have 1 or an even number of frames; repeat the last frame"
+            )
+
+
+def position_ids(
+    input_ids_L: np.ndarray, grid_thw_n3: np.ndarray | None, tokens: TokenIds, rule: str = "paddle"
+) -> np.ndarray:
+    """3-D positions [L, 3] (time, height, width) of one row without padding (architecture.md 2.3).
+
+    `rule` "paddle" continues after the largest coordinate used so far, "hf" (transformers 5.23) after max(height, width) only.
+    Raises ValueError when placeholders and grids do not match.
+    """
+    if rule not in POSITION_RULES:
+        raise ValueError(f"position rule ({rule!r}) must be one of {POSITION_RULES}; use 'paddle'")
+    ids = np.asarray(input_ids_L)
+    grids = np.zeros((0, 3), np.int64) if grid_thw_n3 is None else np.asarray(grid_thw_n3, np.int64)
+    check_grid(grids)
+    is_visual = np.isin(ids, tokens.placeholders())
+    expected = sum(feature_count(g) for g in grids)
+    if int(is_visual.sum()) != expected:
+        raise ValueError(
+            f"number of placeholder tokens ({int(is_visual.sum())}) must equal the number of visual features ({expected}) of grid_thw "
+            f"{grids.tolist()}; expand every <image>/<video> to Hp*Wp/4 (image) or T*Hp*Wp/8 (video) placeholders"
+        )
+    out = np.empty((ids.shape[0], 3), np.int64)
+    cur = start = 0
+    for grid in grids:
+        first = start + int(np.argmax(is_visual[start:]))
+        out[start:first] = (cur + np.arange(first - start))[:, None]
+        cur += first - start
+        t, h, w = (1 if grid[0] == 1 else int(grid[0]) // 2), int(grid[1]) // 2, int(grid[2]) // 2
+        start = first + t * h * w
+        if not is_visual[first:start].all():
+            raise ValueError(
+                f"placeholders of one image must be consecutive: the run at token {first} is shorter than its {t * h * w} features"
+            )
+        out[first:start] = cur + np.stack(
+            np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1
+        ).reshape(-1, 3)
+        cur += max(t, h, w) if rule == "paddle" else max(h, w)
+    out[start:] = (cur + np.arange(ids.shape[0] - start))[:, None]
+    return out
+
+
+def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedInput:
+    """Concatenate rows into one flat input. No padding exists; each row is one segment. Raises ValueError for an empty row or a mismatch."""
+    if not rows:
+        raise ValueError("rows (0) must be at least 1; pass one or more rows to pack")
+    empty = [i for i, r in enumerate(rows) if len(r.input_ids_L) == 0]
+    if empty:
+        raise ValueError(f"row {empty[0]} has 0 tokens, must have at least 1; drop empty rows before packing")
+    ids = np.concatenate([np.asarray(r.input_ids_L, np.int64) for r in rows])
+    grids = [np.asarray(r.grid_thw_n3, np.int64) for r in rows if r.grid_thw_n3 is not None and len(r.grid_thw_n3)]
+    pixels = [np.asarray(r.pixel_values_PC) for r in rows if r.pixel_values_PC is not None and len(r.pixel_values_PC)]
+    for i, r in enumerate(rows):
+        want = 0 if r.grid_thw_n3 is None else int(np.prod(np.asarray(r.grid_thw_n3, np.int64), axis=1).sum())
+        have = 0 if r.pixel_values_PC is None else len(r.pixel_values_PC)
+        if want != have:
+            raise ValueError(
+                f"row {i}: number of patches ({have}) must equal the sum of T*Hp*Wp over grid_thw ({want}); build both with the same processor"
+            )
+    placeholder = np.isin(ids, tokens.placeholders())
+    return PackedInput(
+        input_ids_T=ids,
+        position_ids_T3=np.concatenate([position_ids(r.input_ids_L, r.grid_thw_n3, tokens, rule) for r in rows]),
+        vision_T=placeholder | np.isin(ids, tokens.markers()),
+        placeholder_T=placeholder,
+        offsets=tuple(np.cumsum([0, *(len(r.input_ids_L) for r in rows)]).tolist()),
+        pixel_values_PC=np.concatenate(pixels) if pixels else None,
+        grid_thw_n3=np.concatenate(grids) if grids else None,
+    )

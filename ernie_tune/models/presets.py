@@ -1,0 +1,143 @@
+"""Named model shapes: the released models (architecture.md 1.1, 1.3), the tiny ones of its section 12, and "small". Shapes only, no paddle.
+
+Refuses to know where weights are: a preset is built with fresh weights, `AutoModel.from_pretrained` reads released ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionConfig
+
+# Ids of the released vocabulary (architecture.md 1.1 and 8.1), facts of those models only.
+_RELEASED = TokenIds(
+    0, 1, 2, image=100295, image_start=101304, image_end=101305, video=100295, video_start=101306, video_end=101307
+)
+_TINY = TokenIds(0, 1, 2, image=602, image_start=600, image_end=601, video=602, video_start=603, video_end=604)
+_SMALL = TokenIds(0, 1, 2, image=8000, image_start=8001, image_end=8002, video=8000, video_start=8003, video_end=8004)
+_TOWER = VisionConfig(depth=32, hidden_size=1280, num_heads=16, intermediate_size=5120)
+
+
+def _layers(first: int, depth: int) -> tuple[int, ...]:
+    return tuple(range(first, depth))
+
+
+def _28b(vision: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=103424,
+        hidden_size=2560,
+        intermediate_size=12288,
+        num_hidden_layers=28,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe=MoEConfig(64, (1536, 512) if vision else (1536,), 6, 2, _layers(1, 28)),
+        vision=_TOWER if vision else None,
+        tokens=_RELEASED if vision else TokenIds(),
+    )
+
+
+def _424b(vision: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=103424,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=54,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        moe=MoEConfig(64, (3584, 1536) if vision else (3584,), 8, 0, _layers(3, 54)),
+        vision=_TOWER if vision else None,
+        tokens=_RELEASED if vision else TokenIds(),
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "ernie-4.5-vl-28b-a3b": _28b(vision=True),
+    "ernie-4.5-vl-424b-a47b": _424b(vision=True),
+    "ernie-4.5-21b-a3b": _28b(vision=False),
+    "ernie-4.5-300b-a47b": _424b(vision=False),
+    "ernie-4.5-0.3b": ModelConfig(
+        vocab_size=103424,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=18,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+    ),
+    "tiny-a": ModelConfig(
+        vocab_size=640,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        freq_allocation=2,
+        max_position_embeddings=4096,
+        moe=MoEConfig(8, (48, 32), 3, 2, _layers(1, 3)),
+        vision=VisionConfig(depth=2, hidden_size=64, num_heads=4, intermediate_size=256),
+        tokens=_TINY,
+        dtype="float32",
+    ),
+    "tiny-b": ModelConfig(
+        vocab_size=1024,
+        hidden_size=160,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=32,
+        freq_allocation=4,
+        max_position_embeddings=4096,
+        moe=MoEConfig(16, (96, 32), 6, 2, _layers(1, 4)),
+        vision=VisionConfig(depth=3, hidden_size=80, num_heads=4, intermediate_size=320),
+        tokens=_TINY,
+        dtype="float32",
+    ),
+    "tiny-c": ModelConfig(
+        vocab_size=1024,
+        hidden_size=160,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=20,
+        freq_allocation=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        moe=MoEConfig(16, (88, 40), 8, 0, _layers(3, 5)),
+        vision=VisionConfig(depth=3, hidden_size=80, num_heads=4, intermediate_size=320),
+        tokens=_TINY,
+        dtype="float32",
+    ),
+    "small": ModelConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        freq_allocation=4,
+        max_position_embeddings=4096,
+        moe=MoEConfig(16, (256, 128), 2, 2, _layers(1, 6)),
+        vision=VisionConfig(depth=4, hidden_size=128, num_heads=4, intermediate_size=512),
+        tokens=_SMALL,
+        dtype="float32",
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The shape called `name` (case and `_`/`-` do not matter, an owner prefix and -PT/-Paddle/-Base suffixes are dropped). ValueError with a suggestion."""
+    key = name.rsplit("/", 1)[-1].lower().replace("_", "-")
+    for suffix in ("-pt", "-paddle", "-base", "-thinking"):
+        key = key.removesuffix(suffix)
+    if key in PRESETS:
+        return PRESETS[key]
+    close = difflib.get_close_matches(key, PRESETS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+    raise ValueError(f"preset ({name!r}) must be one of {sorted(PRESETS)}; {hint}")

@@ -1,0 +1,47 @@
+"""Shared by all tests: the golden models, built once a session."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ernie_tune  # noqa: F401  sets the CPU variables before any test loads paddle
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@cache
+def _golden_model(name: str, dtype: str):  # type: ignore[no-untyped-def]
+    import paddle
+    from weights import golden_weights
+
+    from ernie_tune.models.ernie import ErnieModel
+    from ernie_tune.models.presets import preset
+
+    model = ErnieModel(preset(name), dtype)
+    state = model.state_dict()
+    for key, value in golden_weights(model.config).items():
+        state[key].set_value(paddle.to_tensor(value).astype(state[key].dtype))
+    return model
+
+
+@pytest.fixture
+def golden_model():  # type: ignore[no-untyped-def]
+    """name, dtype -> the preset with `golden_weights`, without gradients, in eval mode; shared by tests, so leave its weights alone."""
+
+    def get(name: str, dtype: str = "float32"):  # type: ignore[no-untyped-def]
+        model = _golden_model(name, dtype)
+        model.clear_gradients(set_to_zero=False)
+        model.eval()
+        return model
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def golden():  # type: ignore[no-untyped-def]
+    """file stem -> its arrays."""
+    return cache(lambda stem: dict(np.load(GOLDEN / f"{stem}.npz")))
