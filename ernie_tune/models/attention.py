@@ -1,0 +1,176 @@
+"""Attention over packed segments: every segment attends to itself only, at the cost of the segments, not of the pack.
+
+Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal segments in a row of length L, B rows, C cache columns.
+Refuses to know: rope, projections, who calls it. On the CPU neighbouring segments of one length share one product; on a GPU the varlen flash kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from ernie_tune.models.layers import row_sum
+
+# Probabilities are kept for the backward while they are smaller than this; above it they are recomputed from their log-sum-exp.
+KEEP_PROBS_BYTES = 256 * 2**20
+# Query rows per product: later rows see more keys, so a causal segment cut in blocks skips most of its upper triangle.
+BLOCK_TOKENS = 128
+_MASKED = -1e30
+
+
+def runs(offsets: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(first token, number of segments, length) of each run of neighbouring segments that have one length."""
+    start = 0
+    for length, same in groupby(b - a for a, b in pairwise(offsets)):
+        count = len(list(same))
+        if length:
+            yield start, count, length
+        start += count * length
+
+
+class AttentionPlan:
+    """What one forward's attention layers share: row orders of each run and causal masks. Lives as long as the forward and its backward.
+
+    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view, and adding a mask of full
+    size several times faster than broadcasting it.
+    """
+
+    def __init__(self, offsets: tuple[int, ...], causal: bool) -> None:
+        self.offsets, self.causal = offsets, causal
+        self.runs = tuple(runs(offsets))
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def heads_first(self, x_TNH: Tensor, run: tuple[int, int, int], kv_heads: int) -> Tensor:
+        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by position."""
+        _start, n, length = run
+        tokens, heads, width = x_TNH.shape
+        rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), self._order(run, heads, kv_heads, inverse=False))
+        return rows.reshape([n, kv_heads, length * (heads // kv_heads), width])
+
+    def tokens_first(self, x: Tensor, run: tuple[int, int, int], heads: int) -> Tensor:
+        """Inverse of `heads_first`, [n*L, N, H]."""
+        n, kv_heads, _, width = x.shape
+        rows = paddle.gather(x.reshape([-1, width]), self._order(run, heads, kv_heads, inverse=True))
+        return rows.reshape([n * run[2], heads, width])
+
+    def _order(self, run: tuple[int, int, int], heads: int, kv_heads: int, inverse: bool) -> Tensor:
+        key = (run, heads, kv_heads, inverse)
+        if key not in self._kept:
+            start, n, length = run
+            rows = np.arange(n * length * heads).reshape(n, length, kv_heads, heads // kv_heads)
+            order = rows.transpose(0, 2, 1, 3).reshape(-1)
+            self._kept[key] = paddle.to_tensor(np.argsort(order) if inverse else order + start * heads)
+        return self._kept[key]
+
+    def mask(self, shape: tuple[int, int], group: int, rows: tuple[int, int], end: int, dtype: paddle.dtype) -> Tensor:
+        """Very negative where a key comes after its query; `shape` is (n, K)."""
+        key = ("mask", *shape, group, rows, end)
+        if key not in self._kept:
+            query = np.repeat(np.arange(*rows), group)[:, None]
+            blocked = np.where(np.arange(end) > query, _MASKED, 0.0)
+            self._kept[key] = paddle.to_tensor(np.broadcast_to(blocked, (*shape, *blocked.shape)).copy(), dtype=dtype)
+        return self._kept[key]
+
+    def blocks(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """(first query, end query, end key) of each product of one segment."""
+        step = BLOCK_TOKENS if self.causal else length
+        for a in range(0, length, step):
+            b = min(a + step, length)
+            yield a, b, b if self.causal else length
+
+
+class _SegmentAttention(PyLayer):
+    @staticmethod
+    def forward(ctx, q_TNH, k_TKH, v_TKH, plan):  # type: ignore[no-untyped-def]
+        heads, kv_heads, scale = q_TNH.shape[1], k_TKH.shape[1], q_TNH.shape[2] ** -0.5
+        keep = sum(n * length**2 for _, n, length in plan.runs) * heads * q_TNH.element_size() <= KEEP_PROBS_BYTES
+        outs, probs = [], []
+        for run in plan.runs:
+            q = plan.heads_first(q_TNH * scale, run, kv_heads)
+            k, v = (plan.heads_first(x, run, kv_heads) for x in (k_TKH, v_TKH))
+            pieces = []
+            for block in plan.blocks(run[2]):
+                p = _probs(q, k, block, plan)
+                probs.append(p if keep else None)
+                pieces.append(paddle.matmul(p, v[:, :, : block[2]]))
+            outs.append(plan.tokens_first(_join(pieces, 2), run, heads))
+        out = _join(outs, 0)
+        ctx.plan, ctx.probs = plan, probs
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_TNH):  # type: ignore[no-untyped-def]
+        q_TNH, k_TKH, v_TKH, out_TNH = ctx.saved_tensor()
+        plan, probs, kv_heads, scale = ctx.plan, iter(ctx.probs), k_TKH.shape[1], q_TNH.shape[2] ** -0.5
+        grads: tuple[list[Tensor], ...] = ([], [], [])
+        for run in plan.runs:
+            heads = q_TNH.shape[1]
+            q = plan.heads_first(q_TNH * scale, run, kv_heads)
+            k, v = (plan.heads_first(x, run, kv_heads) for x in (k_TKH, v_TKH))
+            g, o = (plan.heads_first(x, run, kv_heads) for x in (grad_TNH, out_TNH))
+            # The row sum that softmax's backward subtracts rides along as one more column of the product grad @ v^T.
+            g_aug = paddle.concat([g, row_sum(g * o)], axis=-1)
+            v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
+            dq, dk, dv = [], None, None
+            for block in plan.blocks(run[2]):
+                kept, (a, b, end) = next(probs), block
+                p = _probs(q, k, block, plan) if kept is None else kept
+                rows = slice(a * (heads // kv_heads), b * (heads // kv_heads))
+                ds = paddle.matmul(g_aug[:, :, rows], v_aug[:, :, :end], transpose_y=True).multiply_(p)
+                dq.append(paddle.matmul(ds, k[:, :, :end]))
+                dk = _grow(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
+                dv = _grow(dv, paddle.matmul(p, g[:, :, rows], transpose_x=True))
+            grads[0].append(plan.tokens_first(_join(dq, 2), run, heads) * scale)
+            grads[1].append(plan.tokens_first(dk, run, kv_heads))
+            grads[2].append(plan.tokens_first(dv, run, kv_heads))
+        return tuple(_join(parts, 0) for parts in grads)
+
+
+def _join(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
+
+
+def _grow(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add a longer key range to the sum of the shorter ones before it."""
+    if total is None:
+        return part
+    part[:, :, : total.shape[2]] += total
+    return part
+
+
+def _probs(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: AttentionPlan) -> Tensor:
+    """Softmax of one block of scores, [n, K, rows*G, end]."""
+    a, b, end = block
+    group = q.shape[2] // k.shape[2]
+    scores = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
+    if plan.causal:
+        scores = scores + plan.mask((q.shape[0], q.shape[1]), group, (a, b), end, scores.dtype)
+    return F.softmax(scores, axis=-1)
+
+
+def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v inside each segment; query head j reads key/value head j // (N/K). Returns [T, N, H]."""
+    if q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
+        bounds = paddle.to_tensor(plan.offsets, dtype="int32")
+        longest = max(length for _, _, length in plan.runs)
+        return F.flash_attention.flash_attn_unpadded(
+            q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, q_TNH.shape[2] ** -0.5, causal=plan.causal
+        )[0]
+    return _SegmentAttention.apply(q_TNH, k_TKH, v_TKH, plan)
+
+
+def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Tensor) -> Tensor:
+    """One new token per row against that row's cache; `bias_BC` is 0 on live columns and very negative on the padding at the left. Returns [B, N, H]."""
+    rows, heads, width = q_BNH.shape
+    kv_heads = k_BKCH.shape[1]
+    q = q_BNH.reshape([rows, kv_heads, heads // kv_heads, width]) * width**-0.5
+    scores = paddle.matmul(q, k_BKCH, transpose_y=True).astype(bias_BC.dtype) + bias_BC.unsqueeze([1, 2])
+    probs = F.softmax(scores, axis=-1).astype(v_BKCH.dtype)
+    return paddle.matmul(probs, v_BKCH).reshape([rows, heads, width])

@@ -1,0 +1,241 @@
+"""ERNIE-4.5-VL as single-device code: an ordered list of named stages over flat, packed tokens, and the table that says how to shard it.
+
+Legend: T tokens of the pack, D width, N/K query and key/value heads, H head width, V vocabulary, F feature rows.
+Refuses to know: files, losses, optimisers, distribution. Head counts are inferred from the tensors, so a layer whose columns were
+split from outside works unchanged. Checked against architecture.md sections 2-6.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+from ernie_tune.models.attention import AttentionPlan, cached_attention, segment_attention
+from ernie_tune.models.cache import KVCache
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.layers import GatedMLP, RMSNorm, rotate_pairs, text_angles, turn_factors
+from ernie_tune.models.moe import MoELayer, RouterTap
+from ernie_tune.models.startup import prepare_device
+from ernie_tune.models.vision import Resampler, VisionTower
+
+Recompute = Callable[..., Tensor]
+
+# Parameter name -> how a tensor-parallel wrapper cuts it. Names not listed are replicated.
+PLAN: dict[str, str] = {
+    "embed_tokens.weight": "vocab",
+    "lm_head.weight": "column",
+    "layers.*.self_attn.[qkv]_proj.weight": "column",
+    "layers.*.self_attn.o_proj.weight": "row",
+    "layers.*.mlp.gate_proj.weight": "column",
+    "layers.*.mlp.up_proj.weight": "column",
+    "layers.*.mlp.down_proj.weight": "row",
+    "layers.*.mlp.shared_experts.gate_proj.weight": "column",
+    "layers.*.mlp.shared_experts.up_proj.weight": "column",
+    "layers.*.mlp.shared_experts.down_proj.weight": "row",
+    "layers.*.mlp.*_experts.up_gate_proj": "expert",
+    "layers.*.mlp.*_experts.down_proj": "expert",
+}
+
+
+@dataclass
+class SequenceContext:
+    """What every decoder layer needs to know of one pack, computed once per forward."""
+
+    plan: AttentionPlan
+    turn_q: Tensor  # complex rope factors [T, N, H/2]
+    turn_k: Tensor
+    text_index: Tensor | None = None  # None with vision_index None: everything is text
+    vision_index: Tensor | None = None
+    tap: RouterTap | None = None
+    cache: KVCache | None = None
+
+    @classmethod
+    def of(
+        cls, inputs: PackedInput, config: ModelConfig, tap: RouterTap | None = None, cache: KVCache | None = None
+    ) -> SequenceContext:
+        angles = text_angles(inputs.position_ids_T3, config.head_dim, config.freq_allocation, config.rope_theta)
+        dtype = paddle.get_default_dtype()
+        text = vision = None
+        if inputs.vision_T.any():
+            text, vision = (paddle.to_tensor(np.flatnonzero(m)) for m in (~inputs.vision_T, inputs.vision_T))
+        return cls(
+            plan=AttentionPlan(inputs.offsets, causal=True),
+            turn_q=turn_factors(angles, config.num_attention_heads, dtype),
+            turn_k=turn_factors(angles, config.num_key_value_heads, dtype),
+            text_index=text,
+            vision_index=vision,
+            tap=tap,
+            cache=cache,
+        )
+
+
+class Attention(nn.Layer):
+    """Grouped-query attention with 3-D rope, no biases."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias_attr=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias_attr=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias_attr=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias_attr=False)
+
+    def forward(self, x_TD: Tensor, ctx: SequenceContext) -> Tensor:
+        q, k, v = (
+            proj(x_TD).reshape([x_TD.shape[0], -1, self.head_dim]) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate_pairs(q, ctx.turn_q[:, : q.shape[1]]), rotate_pairs(k, ctx.turn_k[:, : k.shape[1]])
+        if ctx.cache is None:
+            out = segment_attention(q, k, v, ctx.plan)
+        elif ctx.cache.prefilling:
+            ctx.cache.fill(self.layer, k, v, ctx.plan.offsets)
+            out = segment_attention(q, k, v, ctx.plan)
+        else:
+            keys, values = ctx.cache.append(self.layer, k, v)
+            out = cached_attention(q, keys, values, ctx.cache.bias())
+        return self.o_proj(out.reshape([x_TD.shape[0], -1]))
+
+
+class DecoderLayer(nn.Layer):
+    """Pre-norm attention, then a dense MLP or a mixture of experts."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoELayer(c, layer) if c.is_moe_layer(layer) else GatedMLP(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x_TD: Tensor, ctx: SequenceContext) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), ctx)
+        h_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, MoELayer):
+            return x_TD + self.mlp(h_TD, ctx.text_index, ctx.vision_index, ctx.tap)
+        return x_TD + self.mlp(h_TD)
+
+
+class Embedding(nn.Layer):
+    """Token embedding; rows of placeholders are overwritten, in order, by visual features."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.weight = self.create_parameter(
+            [c.vocab_size, c.hidden_size], default_initializer=nn.initializer.Constant(0.0)
+        )
+
+    def forward(
+        self, ids_T: Tensor, feature_index_F: Tensor | None = None, features_FD: Tensor | None = None
+    ) -> Tensor:
+        x_TD = F.embedding(ids_T, self.weight)
+        if features_FD is None:
+            return x_TD
+        return paddle.scatter(x_TD, feature_index_F, features_FD.astype(x_TD.dtype), overwrite=True)
+
+
+class Head(nn.Layer):
+    """Untied output matrix [D, V]."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.weight = self.create_parameter(
+            [c.hidden_size, c.vocab_size], default_initializer=nn.initializer.Constant(0.0)
+        )
+
+
+def stages(c: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Layer]]]:
+    """The decoder as an ordered list of named builders; a pipeline is a partition of it. The tower runs before the first stage, outside the list."""
+    yield "embed_tokens", lambda: Embedding(c)
+    for i in range(c.num_hidden_layers):
+        yield f"layers.{i}", lambda i=i: DecoderLayer(c, i)  # type: ignore[misc]
+    yield "norm", lambda: RMSNorm(c.hidden_size, c.rms_norm_eps)
+    if not c.tie_word_embeddings:
+        yield "lm_head", lambda: Head(c)
+
+
+@contextmanager
+def default_dtype(dtype: str) -> Iterator[None]:
+    """Build layers in `dtype` without converting them afterwards."""
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(before)
+
+
+class ErnieModel(nn.Layer):
+    """The whole model on one device. Parameters start at zero (norms at one): fill them with `init_parameters` or from a checkpoint.
+
+    Raises ValueError when features and placeholders do not match, or when a text-only model is given images.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
+        super().__init__()
+        if line := prepare_device():
+            print(line, file=sys.stderr)
+        self.config, self.compute_dtype = config, dtype
+        with default_dtype(dtype):
+            self.layers = nn.LayerList()
+            for name, build in stages(config):
+                if name.startswith("layers."):
+                    self.layers.append(build())
+                else:
+                    self.add_sublayer(name, build())
+            if config.vision is not None:
+                self.vision_model = VisionTower(config.vision)
+                self.resampler_model = Resampler(config.vision, config.hidden_size, config.rms_norm_eps)
+
+    def features(self, inputs: PackedInput, recompute: Recompute | None = None) -> Tensor | None:
+        """Visual features [F, D] of the pack, None without images."""
+        if inputs.pixel_values_PC is None:
+            return None
+        if self.config.vision is None:
+            raise ValueError("a text-only model was given images; load an ERNIE-4.5-VL model or drop the images")
+        pixels = paddle.to_tensor(inputs.pixel_values_PC, dtype=self.compute_dtype)
+        return self.resampler_model(self.vision_model(pixels, inputs.grid_thw_n3, recompute), inputs.grid_thw_n3)
+
+    def forward(
+        self,
+        inputs: PackedInput,
+        *,
+        tap: RouterTap | None = None,
+        cache: KVCache | None = None,
+        recompute: Recompute | None = None,
+    ) -> Tensor:
+        """Final hidden states [T, D], after the last norm; `logits` turns them into scores. `recompute(layer, *args)` reruns a layer in its backward."""
+        features = self.features(inputs, recompute)
+        index = np.flatnonzero(inputs.placeholder_T)
+        have = 0 if features is None else features.shape[0]
+        if have != len(index):
+            raise ValueError(
+                f"number of visual features ({have}) must equal the number of placeholder tokens ({len(index)}); build both with one processor"
+            )
+        if tap is not None:
+            tap.recomputed = recompute is not None
+        with default_dtype(self.compute_dtype):
+            ctx = SequenceContext.of(inputs, self.config, tap, cache)
+        x_TD = self.embed_tokens(
+            paddle.to_tensor(inputs.input_ids_T), paddle.to_tensor(index) if have else None, features
+        )
+        for layer in self.layers:
+            x_TD = recompute(layer, x_TD, ctx) if recompute else layer(x_TD, ctx)
+        return self.norm(x_TD)
+
+    def head_weight(self) -> tuple[Tensor, bool]:
+        """(matrix, transposed): [V, D] and True when tied to the embedding, else [D, V] and False."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.weight, True
+        return self.lm_head.weight, False
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Scores [T, V] in the model's dtype."""
+        weight, transposed = self.head_weight()
+        return paddle.matmul(hidden_TD, weight, transpose_y=transposed)

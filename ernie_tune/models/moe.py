@@ -1,0 +1,306 @@
+"""The heterogeneous mixture of experts: one router and one expert family per modality, a shared expert for everyone (architecture.md 3).
+
+Dropless: every chosen (token, expert) pair is computed. Tokens are sorted by expert, each non-empty expert does one product on a contiguous
+slice, empty experts do none. Legend: T tokens of one modality, D width, E experts, k choices per token, M = T*k pairs sorted by expert, I inner.
+Refuses to know: losses' weights in the total (see `RouterTap`), which tokens share a sequence, distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from ernie_tune.models.config import ModelConfig, MoEConfig
+from ernie_tune.models.layers import GatedMLP, row_sum, swiglu
+from ernie_tune.models.router_losses import RouterLossWeights, router_loss
+
+
+@dataclass
+class RouterRecord:
+    """What one router decided for one batch: logits [T, E] float32 and chosen experts [T, k]."""
+
+    layer: int
+    modality: int  # 0 text, 1 vision
+    logits_TE: Tensor
+    chosen_Tk: Tensor
+
+
+@dataclass
+class RouterTap:
+    """What the caller wants from the routers of one forward. `weights`: add router losses to the gradient, times `scale`; `records`: keep decisions."""
+
+    weights: RouterLossWeights | None = None
+    scale: float = 1.0
+    keep: bool = False
+    records: list[RouterRecord] = field(default_factory=list)
+    count_usage: bool = False  # add to each layer's expert_usage, for `update_correction_bias`
+    recomputed: bool = False  # layers run twice, first without a graph: only that first pass is counted and kept
+
+
+class _AddLoss(PyLayer):
+    """Identity on x; the backward also hands `loss` a gradient of `scale`. So a layer's own loss enters the gradient wherever the layer runs."""
+
+    @staticmethod
+    def forward(ctx, x, loss, scale):  # type: ignore[no-untyped-def]
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (loss,) = ctx.saved_tensor()
+        return grad, paddle.full_like(loss, ctx.scale)
+
+
+class _Dispatch(PyLayer):
+    """x[token_of]: copies of tokens in expert order. The backward gathers too, since the inverse order is known: deterministic, no scatter."""
+
+    @staticmethod
+    def forward(ctx, x_TD, token_of_M, slot_of_Tk):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slot_of_Tk)
+        return paddle.gather(x_TD, token_of_M)
+
+    @staticmethod
+    def backward(ctx, grad_MD):  # type: ignore[no-untyped-def]
+        (slot_of_Tk,) = ctx.saved_tensor()
+        return _sum_slots(grad_MD, slot_of_Tk), None, None
+
+
+class _Combine(PyLayer):
+    """y[t] = sum_j weight[t, j] * expert_out[slot(t, j)]."""
+
+    @staticmethod
+    def forward(ctx, out_MD, weight_Tk, token_of_M, slot_of_Tk):  # type: ignore[no-untyped-def]
+        weight_M1 = paddle.scatter(
+            paddle.empty([out_MD.shape[0], 1], out_MD.dtype),
+            slot_of_Tk.reshape([-1]),
+            weight_Tk.reshape([-1, 1]).astype(out_MD.dtype),
+        )
+        ctx.save_for_backward(out_MD, weight_M1, token_of_M, slot_of_Tk)
+        return _sum_slots(out_MD * weight_M1, slot_of_Tk)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        out_MD, weight_M1, token_of_M, slot_of_Tk = ctx.saved_tensor()
+        grad_MD = paddle.gather(grad_TD, token_of_M)
+        dweight_M1 = row_sum(
+            (grad_MD * out_MD).astype("float32") if out_MD.dtype == paddle.bfloat16 else grad_MD * out_MD
+        )
+        dweight = paddle.gather(dweight_M1, slot_of_Tk.reshape([-1])).reshape(slot_of_Tk.shape)
+        return grad_MD * weight_M1, dweight, None, None
+
+
+def _sum_slots(x_MD: Tensor, slot_of_Tk: Tensor) -> Tensor:
+    total = paddle.gather(x_MD, slot_of_Tk[:, 0])
+    for j in range(1, slot_of_Tk.shape[1]):
+        total = total + paddle.gather(x_MD, slot_of_Tk[:, j])
+    return total
+
+
+class _GroupedMatmul(PyLayer):
+    @staticmethod
+    def forward(ctx, x_MD, weight_EDI, counts):  # type: ignore[no-untyped-def]
+        ctx.counts = counts
+        ctx.save_for_backward(x_MD, weight_EDI)
+        parts = [paddle.matmul(x_MD[a:b], weight_EDI[e]) for e, a, b in _slices(counts)]
+        if not parts:
+            return paddle.zeros([0, weight_EDI.shape[2]], x_MD.dtype)
+        return paddle.concat(parts) if len(parts) > 1 else parts[0]
+
+    @staticmethod
+    def backward(ctx, grad_MI):  # type: ignore[no-untyped-def]
+        x_MD, weight_EDI = ctx.saved_tensor()
+        dx = dw = None
+        if not x_MD.stop_gradient:
+            parts = [paddle.matmul(grad_MI[a:b], weight_EDI[e], transpose_y=True) for e, a, b in _slices(ctx.counts)]
+            dx = paddle.concat(parts) if parts else paddle.zeros_like(x_MD)
+        if not weight_EDI.stop_gradient:
+            blank = paddle.zeros(weight_EDI.shape[1:], weight_EDI.dtype) if 0 in ctx.counts else None
+            rows = [blank] * len(ctx.counts)
+            for e, a, b in _slices(ctx.counts):
+                rows[e] = paddle.matmul(x_MD[a:b], grad_MI[a:b], transpose_x=True)
+            dw = paddle.stack(rows)
+        return dx, dw
+
+
+def _slices(counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every non-empty expert."""
+    out, start = [], 0
+    for e, n in enumerate(counts):
+        if n:
+            out.append((e, start, start + n))
+        start += n
+    return out
+
+
+def grouped_matmul(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Rows sorted by expert times that expert's matrix: [M, D] x [E, D, I] -> [M, I]; `counts[e]` rows belong to expert e."""
+    return _GroupedMatmul.apply(x_MD, weight_EDI, counts)
+
+
+class Experts(nn.Layer):
+    """E gated MLPs, stacked: `up_gate_proj` [E, D, 2I] (gate half first) and `down_proj` [E, I, D]."""
+
+    def __init__(self, num_experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        zero = nn.initializer.Constant(0.0)
+        self.up_gate_proj = self.create_parameter([num_experts, width, 2 * inner], default_initializer=zero)
+        self.down_proj = self.create_parameter([num_experts, inner, width], default_initializer=zero)
+
+    def forward(self, x_MD: Tensor, counts: tuple[int, ...]) -> Tensor:
+        gate, up = _halves(grouped_matmul(x_MD, self.up_gate_proj, counts))
+        return grouped_matmul(swiglu(gate, up), self.down_proj, counts)
+
+
+class _Halves(PyLayer):
+    """Split the last axis in two. Paddle's slice backward adds two zero-filled copies instead of concatenating."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        rows, half = x.shape[0], x.shape[1] // 2
+        even = paddle.arange(0, 2 * rows, 2)
+        x = x.reshape([2 * rows, half])
+        return paddle.gather(x, even), paddle.gather(x, even + 1)
+
+    @staticmethod
+    def backward(ctx, left, right):  # type: ignore[no-untyped-def]
+        return paddle.concat([left, right], axis=-1)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _Halves.apply(x)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One modality's decisions: weights and experts per token, logits in float32."""
+
+    logits_TE: Tensor
+    weight_Tk: Tensor
+    chosen_Tk: Tensor
+
+
+def route(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float = 1e-12) -> Routing:
+    """Choose by softmax + bias, weigh by softmax alone, renormalise (architecture.md 3.3). Everything in the router's float32 (float64 stays)."""
+    logits = paddle.matmul(x_TD.astype(weight_DE.dtype), weight_DE)
+    probs = F.softmax(logits, axis=-1)
+    chosen = paddle.topk(probs.detach() + bias_E, top_k, axis=-1)[1]
+    weight = paddle.take_along_axis(probs, chosen, axis=1)
+    return Routing(logits, weight / weight.sum(-1, keepdim=True).clip(min=norm_min), chosen)
+
+
+class _Gate(nn.Layer):
+    """Router matrices, named as in the checkpoints: `weight` is text, `weight_1` vision; float32 in a model of any other dtype."""
+
+    def __init__(self, width: int, moe: MoEConfig) -> None:
+        super().__init__()
+        dtype = "float64" if paddle.get_default_dtype() == "float64" else "float32"
+        zero = nn.initializer.Constant(0.0)
+        self.weight = self.create_parameter([width, moe.num_experts], dtype=dtype, default_initializer=zero)
+        if moe.num_modalities == 2:
+            self.weight_1 = self.create_parameter([width, moe.num_experts], dtype=dtype, default_initializer=zero)
+
+    def of(self, modality: int) -> Tensor:
+        return self.weight_1 if modality else self.weight
+
+
+class _Statics(nn.Layer):
+    """The selection bias (a parameter that no gradient moves) and the counts that move it."""
+
+    def __init__(self, moe: MoEConfig, dtype: str) -> None:
+        super().__init__()
+        shape = [moe.num_modalities, moe.num_experts]
+        self.e_score_correction_bias = self.create_parameter(
+            shape, dtype=dtype, default_initializer=nn.initializer.Constant(0.0)
+        )
+        self.e_score_correction_bias.stop_gradient = True
+        self.register_buffer("expert_usage", paddle.zeros(shape, "int64"), persistable=False)
+
+
+class MoELayer(nn.Layer):
+    """Routes each modality's tokens through its own experts and adds the shared expert once, to everyone."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        moe = config.moe
+        if moe is None:
+            raise AssertionError("a dense model has no MoE layer")
+        self.layer, self.moe = layer, moe
+        self.gate = _Gate(config.hidden_size, moe)
+        self.moe_statics = _Statics(moe, str(self.gate.weight.dtype).rsplit(".", 1)[-1])
+        self.text_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[0])
+        if moe.num_modalities == 2:
+            self.vision_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[1])
+        if moe.num_shared_experts:
+            self.shared_experts = GatedMLP(config.hidden_size, moe.shared_intermediate_size)
+
+    def forward(
+        self, x_TD: Tensor, text_index: Tensor | None, vision_index: Tensor | None, tap: RouterTap | None = None
+    ) -> Tensor:
+        """`text_index`/`vision_index`: positions of each modality's tokens; both None: every token is text."""
+        by_modality = [
+            (m, index) for m, index in enumerate((text_index, vision_index)) if index is not None and index.shape[0]
+        ]
+        if vision_index is None:
+            out, loss = self._modality(x_TD, 0, tap)
+        else:
+            parts = [self._modality(paddle.gather(x_TD, index), m, tap) for m, index in by_modality]
+            order = paddle.concat([index for _, index in by_modality])
+            # `order` is a permutation; gathering by its inverse puts every token back where it was.
+            out = paddle.gather(paddle.concat([y for y, _ in parts]), paddle.argsort(order))
+            losses = [one for _, one in parts if one is not None]
+            loss = sum(losses[1:], losses[0]) if losses else None
+        if loss is not None and tap is not None:
+            out = _AddLoss.apply(out, loss, tap.scale)
+        return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
+
+    def _modality(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> tuple[Tensor, Tensor | None]:
+        weight_DE = self.gate.of(modality)
+        r = route(
+            x_TD, weight_DE, self.moe_statics.e_score_correction_bias[modality], self.moe.top_k, self.moe.norm_min
+        )
+        pair_expert = r.chosen_Tk.reshape([-1])
+        order_M = paddle.argsort(pair_expert, stable=True)
+        counts_E = paddle.bincount(pair_expert, minlength=self.moe.num_experts)
+        token_of_M = order_M // self.moe.top_k
+        slot_of_Tk = paddle.argsort(order_M).reshape(r.chosen_Tk.shape)
+        experts = self.vision_experts if modality else self.text_experts
+        out_MD = experts(_Dispatch.apply(x_TD, token_of_M, slot_of_Tk), tuple(counts_E.tolist()))
+        out = _Combine.apply(out_MD, r.weight_Tk, token_of_M, slot_of_Tk)
+        if tap is None:
+            return out, None
+        first_pass = not (tap.recomputed and paddle.is_grad_enabled())
+        if tap.count_usage and first_pass:
+            self.moe_statics.expert_usage[modality] += counts_E
+        if tap.keep and first_pass:
+            tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
+        # A frozen router gets no loss: its gradient would only reach the layers below it (architecture.md 3.6).
+        loss = (
+            router_loss(r.logits_TE, weight_DE, self.moe.top_k, tap.weights, modality)
+            if tap.weights and not weight_DE.stop_gradient
+            else None
+        )
+        return out, loss
+
+
+def update_correction_bias(model: nn.Layer, coefficient: float) -> None:
+    """Aux-loss-free balancing (architecture.md 3.6): bias += coefficient * sign(mean usage - usage) per layer and modality, then usage := 0.
+
+    The row of a frozen router stays as it is. Under data parallelism the caller sums `expert_usage` over ranks first.
+    """
+    with paddle.no_grad():
+        for layer in model.sublayers():
+            if not isinstance(layer, MoELayer):
+                continue
+            usage = layer.moe_statics.expert_usage.astype("float32")
+            step = paddle.sign(usage.mean(-1, keepdim=True) - usage) * coefficient
+            for modality in range(layer.moe.num_modalities):
+                if layer.gate.of(modality).stop_gradient:
+                    step[modality] = 0.0
+            bias = layer.moe_statics.e_score_correction_bias
+            bias.set_value(bias + step.astype(bias.dtype))
+            layer.moe_statics.expert_usage.set_value(paddle.zeros_like(layer.moe_statics.expert_usage))

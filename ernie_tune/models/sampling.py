@@ -1,0 +1,92 @@
+"""Scores -> next tokens, on the host in float64: the same seed gives the same tokens on every device.
+
+Legend: B rows, V vocabulary. Refuses to know: the model, caches, text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep everything; `n` samples share the prompt's prefill."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    n: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+            ("temperature", self.temperature >= 0, "be at least 0; 0 is greedy"),
+            ("top_p", 0 < self.top_p <= 1, "be in (0, 1]; 1 keeps everything"),
+            ("top_k", self.top_k >= 0, "be at least 0; 0 keeps everything"),
+            ("repetition_penalty", self.repetition_penalty > 0, "be above 0; 1 is none"),
+            ("n", self.n >= 1, "be at least 1"),
+        )
+        for name, ok, rule in checks:
+            if not ok:
+                raise ValueError(f"{name} ({getattr(self, name)}) must {rule}")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n ({self.n}) must be 1 with temperature (0): greedy samples are all the same; set temperature above 0"
+            )
+
+
+def log_softmax(scores_BV: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis."""
+    shifted = scores_BV - scores_BV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def penalise(scores_BV: np.ndarray, seen: Sequence[np.ndarray], penalty: float) -> np.ndarray:
+    """Repetition penalty (1909.05858): scores of tokens already seen are divided by it where positive, multiplied where negative."""
+    out = scores_BV.copy()
+    for row, ids in enumerate(seen):
+        s = out[row, ids]
+        out[row, ids] = np.where(s > 0, s / penalty, s * penalty)
+    return out
+
+
+def truncate(logp_V: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that survive top-k, then top-p, most probable first, and their renormalised probabilities. The most probable id always survives."""
+    if 0 < top_k < logp_V.shape[0]:
+        ids = np.argpartition(-logp_V, top_k - 1)[:top_k]
+        ids = ids[np.lexsort((ids, -logp_V[ids]))]
+    else:
+        ids = np.argsort(-logp_V, kind="stable")
+    probs = np.exp(logp_V[ids])
+    probs /= probs.sum()
+    if top_p < 1:
+        keep = np.cumsum(probs) - probs < top_p
+        ids, probs = ids[keep], probs[keep] / probs[keep].sum()
+    return ids, probs
+
+
+def choose(
+    scores_BV: np.ndarray, params: SamplingParams, rngs: Sequence[np.random.Generator], seen: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalty and truncation."""
+    scores = scores_BV.astype(np.float64)
+    steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
+    if params.temperature == 0:
+        picked = steered.argmax(-1)
+        return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]
+    steered_logp = log_softmax(steered / params.temperature)
+    picked = np.empty(len(scores), np.int64)
+    for row, rng in enumerate(rngs):
+        ids, probs = truncate(steered_logp[row], params.top_k, params.top_p)
+        # The last cumulative sum can fall short of 1 by rounding, so the index is clipped.
+        picked[row] = ids[min(int(np.searchsorted(np.cumsum(probs), rng.random(), side="right")), len(ids) - 1)]
+    logp = steered_logp if steered is scores else log_softmax(scores / params.temperature)
+    return picked, np.take_along_axis(logp, picked[:, None], 1)[:, 0]
