@@ -1,0 +1,180 @@
+"""`AutoConfig` and `AutoModel`: a folder of weights in any layout -> a model, and back.
+
+Tensors go one at a time from the mapped file into the parameters, so that loading needs little more memory than the model itself.
+Refuses to know: training, adapters, distribution, tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie_tune.checkpoint.hub import resolve
+from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.config_dialects import read_config, write_config
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.init import init_parameters
+from ernie_tune.models.presets import preset
+
+Array = np.ndarray[Any, Any]
+_CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
+_COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+class AutoConfig:
+    """Reads `config.json` in every dialect (models/config_dialects.py)."""
+
+    @staticmethod
+    def from_pretrained(name_or_path: str | os.PathLike[str], download_hub: str | None = None) -> ModelConfig:
+        """The shape of the model in a folder or repository. FileNotFoundError without `config.json`, ValueError (naming the file) for a bad one."""
+        return _read_config_file(resolve(name_or_path, download_hub))
+
+
+class AutoModel(ErnieModel):
+    """`ErnieModel` with `from_pretrained`, `from_config` and `save_pretrained`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], dtype: str | None = None, download_hub: str | None = None
+    ) -> AutoModel:
+        """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
+
+        `dtype`: "float32" or "bfloat16", for everything but the routers and their biases, which stay float32; by default float32 on the CPU
+        and bfloat16 on an accelerator. Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
+        head that differs from the embedding.
+        """
+        folder = resolve(name_or_path, download_hub)
+        config = _read_config_file(folder)
+        reader = TensorReader(folder)
+        table = layout(config, detect_flavour(reader.shapes, config))
+        unused = check_names(table, reader.shapes)
+        _check_tied_head(table, reader)
+        dtype = _compute_dtype(dtype)
+        print(
+            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers float32"
+            + (f"; not used: {len(unused)} ({unused[0]}, ...)" if unused else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+        model = cls(config, dtype)
+        fill(model, table, reader)
+        return model
+
+    @classmethod
+    def from_config(cls, config: ModelConfig | str, seed: int = 0, dtype: str | None = None) -> AutoModel:
+        """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights."""
+        shape = preset(config) if isinstance(config, str) else config
+        model = cls(shape, _compute_dtype(dtype))
+        init_parameters(model, seed)
+        return model
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        flavour: str = "hf",
+        dtype: str | None = None,
+        max_shard_size: int = DEFAULT_SHARD_BYTES,
+    ) -> list[Path]:
+        """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths. `max_shard_size` in bytes.
+
+        `dtype` ("float32", "bfloat16"; default: the model's own) is for everything but routers and their biases, which are written in float32.
+        The folder is complete or absent; other files in it are left alone.
+        """
+        table = layout(self.config, flavour)
+        dtype = self.compute_dtype if dtype is None else _compute_dtype(dtype)
+        config = write_config(self.config.replace(dtype=dtype), FLAVOURS[flavour].dialect)
+        codes = {name: "F32" if spec.float32 else FLOAT_CODES[dtype] for name, spec in table.disk.items()}
+        state = self.state_dict()
+
+        def produce(disk: str) -> Array:
+            def read(name: str, expert: int | None) -> Array:
+                tensor = state[name]
+                # the clone: numpy() of a slice would first copy the whole stack of experts
+                array = (tensor if expert is None else tensor[expert].clone()).numpy()
+                return cast(array, _CODES[tensor.dtype], codes[disk])
+
+            return table.to_disk(disk, read)
+
+        return write_folder(
+            Path(folder),
+            {name: (spec.shape, codes[name]) for name, spec in table.disk.items()},
+            produce,
+            max_shard_bytes=max_shard_size,
+            metadata={"format": "pt" if FLAVOURS[flavour].torch else "np", "layout": flavour},
+            files={"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"},
+        )
+
+
+def fill(model: ErnieModel, table: Layout, reader: TensorReader) -> None:
+    """Set every parameter of `model` from the disk. ValueError naming the tensors that hold a NaN or an infinity."""
+    source = _FiniteReader(reader)
+    parameters = model.state_dict()
+    for name, spec in table.canonical.items():
+        source.code = "F32" if spec.float32 else FLOAT_CODES[model.compute_dtype]
+        parameters[name].set_value(table.to_canonical(name, source.read))
+    bad = list(source.not_finite)
+    if bad:
+        shown = ", ".join(bad[:10])
+        raise ValueError(
+            f"weights ({len(bad)} tensors: {shown}) must be finite, but hold NaN or infinity; the file is damaged: fetch it again"
+        )
+
+
+class _FiniteReader:
+    """Reads disk tensors in one element type, notes those that are not finite, and keeps the last: q, k and v may share one."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self.reader = reader
+        self.code = "F32"
+        self.not_finite: dict[str, None] = {}
+        self._last: tuple[str, str, Array] | None = None
+
+    def read(self, name: str) -> Array:
+        if self._last is None or self._last[:2] != (name, self.code):
+            raw, code = self.reader.read(name), self.reader.entries[name].dtype
+            if not all_finite(raw, code):
+                self.not_finite[name] = None
+            self._last = (name, self.code, cast(raw, code, self.code))
+        return self._last[2]
+
+
+def _compute_dtype(dtype: str | None) -> str:
+    if dtype is None:
+        return "float32" if paddle.get_device() == "cpu" else "bfloat16"
+    if dtype not in _COMPUTE_DTYPES:
+        raise ValueError(f"dtype ({dtype!r}) must be one of {list(_COMPUTE_DTYPES)}; choose one of them")
+    return dtype
+
+
+def _read_config_file(folder: Path) -> ModelConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold config.json; give the folder of a whole model (an adapter folder is loaded on top of its base)"
+        )
+    try:
+        return read_config(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_tied_head(table: Layout, reader: TensorReader) -> None:
+    """A tied model has one matrix; a file that holds two different ones contradicts its config (architecture.md 9.6)."""
+    head = table.head_copy
+    if head is None or head not in reader.entries:
+        return
+    embedding = table.links_to["embed_tokens.weight"][0].disk
+    values = [cast(reader.read(name), reader.entries[name].dtype, "F32") for name in (embedding, head)]
+    if not np.array_equal(values[0], values[1]) and not np.array_equal(values[0], values[1].T):
+        raise ValueError(
+            f"{head} must equal {embedding}, because tie_word_embeddings is true; set it to false in config.json to keep both, or delete {head}"
+        )

@@ -1,0 +1,125 @@
+"""From a name to a folder on this machine: a local path, a hub's cache, or, only when asked, a download.
+
+The hubs' packages are optional and imported when a download was asked for, never before: their import errors must not reach anybody else.
+Refuses to know: what is in the folder, paddle.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie_tune.models.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where `snapshot_download` lives, what it calls the repository, and who owns the ERNIE releases there."""
+
+    module: str
+    argument: str
+    owner: str
+
+
+HUBS: dict[str, Hub] = {
+    "huggingface": Hub("huggingface_hub", "repo_id", "baidu"),
+    "modelscope": Hub("modelscope", "model_id", "PaddlePaddle"),
+    "aistudio": Hub(
+        "aistudio_sdk.snapshot_download", "repo_id", "PaddlePaddle"
+    ),  # `aistudio_sdk.hub.download` is gone since 0.3.0
+}
+_OWNERS = {hub.owner for hub in HUBS.values()}
+
+
+def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = None) -> Path:
+    """The folder that `name_or_path` means: a local folder, else a download from `download_hub` if one is given, else the hubs' caches.
+
+    `download_hub` ("huggingface", "modelscope", "aistudio") may also come from ERNIE_TUNE_DOWNLOAD_HUB, or USE_MODELSCOPE_HUB=1; without it the
+    network is not touched. Raises FileNotFoundError for what is not there, ValueError for a bad hub, ImportError for a missing package.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(
+            f"model ({name}) must be a folder, but is a file; give the folder that holds it and config.json"
+        )
+    is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    if not is_repository:
+        raise FileNotFoundError(
+            f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}"
+        )
+    hub = _wanted_hub(download_hub)
+    if hub is not None:
+        return _download(
+            name, hub
+        )  # even if cached: the hub's package knows whether its snapshot is complete, and resumes it
+    for candidate in _cached(name):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"model ({name!r}) must be a folder ({path.absolute()} is not there) or in a hub's cache (it is not); nothing is downloaded unasked: "
+        f"pass download_hub='aistudio', 'modelscope' or 'huggingface' (or set ERNIE_TUNE_DOWNLOAD_HUB); {_suggest(name)}"
+    )
+
+
+def _suggest(name: str) -> str:
+    close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), PRESETS, n=1, cutoff=0.5)
+    return f"AutoModel.from_config({(close or ['tiny-a'])[0]!r}) builds that shape with fresh weights"
+
+
+def _wanted_hub(download_hub: str | None) -> str | None:
+    source = "download_hub"
+    if download_hub is None:
+        source = "ERNIE_TUNE_DOWNLOAD_HUB"
+        download_hub = os.environ.get(source) or ("modelscope" if os.environ.get("USE_MODELSCOPE_HUB") == "1" else None)
+    if download_hub is not None and download_hub not in HUBS:
+        raise ValueError(f"{source} ({download_hub!r}) must be one of {sorted(HUBS)}; choose one of them")
+    return download_hub
+
+
+def _owned(name: str, hub: str) -> str:
+    """The same release is owned by baidu on one hub and by PaddlePaddle on the others."""
+    owner, model = name.split("/")
+    return f"{HUBS[hub].owner if owner in _OWNERS else owner}/{model}"
+
+
+def _cached(name: str) -> Iterator[Path]:
+    """Folders in which the hubs' packages would have left this repository, newest layout of each first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    owner, model = _owned(name, "huggingface").split("/")
+    home = os.environ.get("HF_HOME") or cache / "huggingface"
+    hf = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{owner}--{model}"
+    main = hf / "refs" / "main"
+    if main.is_file():
+        yield hf / "snapshots" / main.read_text(encoding="utf-8").strip()
+
+    owner, model = _owned(name, "modelscope").split("/")
+    masked = model.replace(".", "___")  # both packages avoid dots in folder names
+    modelscope = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    yield modelscope / "models" / f"{owner}--{model}" / "snapshots" / "master"
+    for parent in ("models", "hub/models", "hub", "."):
+        yield modelscope / parent / owner / masked
+
+    aistudio = Path(os.environ.get("AISTUDIO_CACHE_HOME") or "~/.cache/aistudio/hub").expanduser()
+    yield aistudio / "models" / owner / masked
+
+
+def _download(name: str, hub: str) -> Path:
+    """All files of the repository, through the hub's own resumable snapshot."""
+    where, repository = HUBS[hub], _owned(name, hub)
+    try:
+        snapshot_download = importlib.import_module(where.module).snapshot_download
+    except (ImportError, AttributeError) as error:
+        package = where.module.split(".")[0].replace("_sdk", "-sdk")
+        raise ImportError(
+            f"download_hub ({hub!r}) must have the package {package} ({error}); pip install 'ernie-tune[hub]', or download the folder yourself"
+        ) from error
+    print(f"ernie_tune: downloading {repository} from {hub}", file=sys.stderr, flush=True)
+    return Path(snapshot_download(**{where.argument: repository}))

@@ -1,0 +1,242 @@
+"""Read safetensors files one tensor at a time, and convert element types, with numpy alone.
+
+Arrays here carry bfloat16 as its raw bits in uint16, the way paddle does: numpy has no such type. Headers are parsed by hand so that a cut-off
+download, a missing shard or a contradictory index is an error that names the file and the remedy.
+Refuses to know: parameter names, models, paddle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# safetensors code -> element type of the array; BF16 as raw bits
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    code: np.dtype(kind)
+    for code, kind in {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": "<u2",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U8": "u1",
+        "BOOL": "?",
+    }.items()
+}
+FLOAT_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names as in config.json and paddle
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies. `offset` in bytes from the start of the file."""
+
+    file: Path
+    dtype: str  # safetensors code
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * NUMPY_TYPES[self.dtype].itemsize
+
+
+class TensorReader:
+    """The tensors of one .safetensors file, or of a folder with `model.safetensors` or shards and their index. Nothing is read ahead.
+
+    Raises ValueError (FileNotFoundError for no weights at all): cut-off or foreign file, missing shard, index and shards that disagree.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        files, promised = _find_files(path)
+        for file in files:
+            entries, metadata = read_header(file)
+            twice = sorted(self.entries.keys() & entries.keys())
+            if twice:
+                raise ValueError(
+                    f"tensor {twice[0]!r} ({self.entries[twice[0]].file}) must be in one shard only, but is also in {file.name}; "
+                    "delete the folder and fetch it again"
+                )
+            self.entries.update(entries)
+            self.metadata.update(metadata)
+        if promised is not None:
+            _check_index(path / INDEX_NAME, promised, self.entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def read(self, name: str) -> Array:
+        """The tensor as a read-only view of the mapped file (BF16 as uint16 bits): pages are loaded when touched."""
+        entry = self.entries[name]
+        kind = NUMPY_TYPES[entry.dtype]
+        if entry.nbytes == 0:
+            return np.empty(entry.shape, kind)
+        data = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.nbytes,))
+        return np.asarray(data).view(kind).reshape(entry.shape)
+
+
+def _find_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The files to open, and the index's promise (tensor -> file name) if there is an index."""
+    if path.is_file():
+        return [path], None
+    index, single = path / INDEX_NAME, path / SINGLE_NAME
+    if index.is_file():
+        if single.is_file():
+            raise ValueError(
+                f"{path} must hold either {INDEX_NAME} or {SINGLE_NAME}, but holds both; delete the one that is left over from an earlier save"
+            )
+        promised = _read_index(index)
+        files = [path / name for name in dict.fromkeys(promised.values())]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of {len(files)} shards of {INDEX_NAME}: {', '.join(missing[:10])}; "
+                "the download or copy was cut off: run it again"
+            )
+        return files, promised
+    if single.is_file():
+        return [single], None
+    shards = sorted(file.name for file in path.glob("model-*.safetensors"))
+    if shards:
+        raise ValueError(
+            f"{path} holds {len(shards)} shards ({shards[0]}, ...) but no {INDEX_NAME}: the download or save was cut off; repeat it"
+        )
+    other = sorted(file.name for file in path.glob("*.pdparams"))
+    if other:
+        raise FileNotFoundError(
+            f"{path} holds {other[0]} but no .safetensors: pickled weights are not read; use the safetensors files of the release, "
+            "or save with safetensors (safe_serialization) in the tool that wrote it"
+        )
+    raise FileNotFoundError(
+        f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give the folder that has the weights"
+    )
+
+
+def _read_index(index: Path) -> Mapping[str, str]:
+    try:
+        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} must be JSON with a weight_map ({error!r}); fetch the file again") from error
+    outside = [name for name in promised.values() if Path(name).name != name]
+    if outside:
+        raise ValueError(
+            f"{index} names the shard {outside[0]!r}, which must be a file in the same folder; fetch the file again"
+        )
+    return dict(promised)
+
+
+def _check_index(index: Path, promised: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+    absent = [name for name, file in promised.items() if name not in entries or entries[name].file.name != file]
+    extra = [name for name in entries if name not in promised]
+    for names, what in (
+        (absent, "lists tensors that the named shard does not hold"),
+        (extra, "does not list tensors that the shards hold"),
+    ):
+        if names:
+            raise ValueError(
+                f"{index} {what} ({len(names)}: {', '.join(names[:10])}); index and shards are from different saves: fetch the folder again"
+            )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object without repeated keys (json keeps the last one silently)."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("repeated names")
+    return table
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries in file order, and metadata. ValueError if the file is not a complete, well-formed safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            raise ValueError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(
+                f"{file} ({size} bytes) must hold the {length + 8} bytes that its header claims: it is cut off or no safetensors file; fetch it again"
+            )
+        head = stream.read(length)
+    try:
+        raw = json.loads(head, object_pairs_hook=_unique)
+        metadata = dict(raw.pop("__metadata__", None) or {})
+        entries = {name: _entry(file, item, 8 + length) for name, item in raw.items()}
+        spans = [(entries[name].offset, 8 + length + raw[name]["data_offsets"][1], name) for name in raw]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{file} must start with a safetensors header ({error!r}); it is damaged or of another format: fetch it again"
+        ) from error
+    for name, entry in entries.items():
+        if entry.dtype not in NUMPY_TYPES:
+            raise ValueError(
+                f"{file} has tensor {name!r} of element type {entry.dtype}, which is not supported; use the bfloat16 release"
+            )
+    position = 8 + length
+    for first, last, name in sorted(spans):
+        if first != position or last - first != entries[name].nbytes:
+            raise ValueError(
+                f"{file} has tensor {name!r} at bytes {first}..{last}, where {position}..{position + entries[name].nbytes} is due; fetch it again"
+            )
+        position = last
+    if position != size:
+        raise ValueError(
+            f"{file} ({size} bytes) must have {position} bytes: the download or save was cut off; fetch it again"
+        )
+    return {name: entries[name] for _, _, name in sorted(spans)}, metadata
+
+
+def _entry(file: Path, item: Mapping[str, Any], base: int) -> Entry:
+    return Entry(file, str(item["dtype"]), tuple(int(n) for n in item["shape"]), base + int(item["data_offsets"][0]))
+
+
+# --- element types -------------------------------------------------------------------------------------------------
+
+
+def widen_bfloat16(bits: Array) -> Array:
+    """Raw bits (uint16) -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow_bfloat16(values: Array) -> Array:
+    """float32 -> raw bits (uint16), rounded to nearest, ties to even; a NaN stays a NaN."""
+    bits = values.view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded).astype(np.uint16)
+
+
+def cast(array: Array, source: str, target: str) -> Array:
+    """Between floating safetensors codes; the same array if nothing changes. ValueError for other element types."""
+    if source == target:
+        return array
+    if not {source, target} <= {"F64", "F32", "F16", "BF16"}:
+        raise ValueError(
+            f"dtype ({source}) must be a floating type to become {target}; these weights are quantised: use the bfloat16 release"
+        )
+    wide = widen_bfloat16(array) if source == "BF16" else array.astype(np.float32, copy=False)
+    return narrow_bfloat16(wide) if target == "BF16" else wide.astype(NUMPY_TYPES[target], copy=False)
+
+
+def all_finite(array: Array, dtype: str) -> bool:
+    """No NaN and no infinity; integers always pass."""
+    if dtype == "BF16":
+        return not bool(((array & 0x7F80) == 0x7F80).any())
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

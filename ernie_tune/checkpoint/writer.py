@@ -1,0 +1,136 @@
+"""Write safetensors folders: sharded, one tensor in memory at a time, and complete or not there at all.
+
+Everything is written into `<folder>.tmp` first. A new folder then appears by one rename; into an existing one the files move with the index (or
+the single file) last, after the old index is gone, so that a reader never takes a mixture of two saves for a checkpoint.
+Refuses to know: parameter names, models, paddle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ernie_tune.checkpoint.tensors import INDEX_NAME, NUMPY_TYPES, SINGLE_NAME
+
+Array = np.ndarray[Any, Any]
+Entries = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, safetensors code
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def write_folder(
+    folder: Path,
+    entries: Entries,
+    produce: Callable[[str], Array],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write weights (and text `files` such as config.json) to `folder`; returns the paths written, weights first.
+
+    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits). One file if everything fits into
+    `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and the index. Other files in `folder` stay; older weights are replaced.
+    Raises ValueError for a bad shard size, a folder that is a file, a foreign `<folder>.tmp`, and an array that is not what its entry says.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(
+            f"max_shard_size ({max_shard_bytes}) must be a positive number of bytes; leave it out for {DEFAULT_SHARD_BYTES}"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, but is a file; choose another name")
+    folder = folder.resolve()
+    staged = folder.with_name(folder.name + ".tmp")
+    _clear(staged)
+    shards = _plan(entries, max_shard_bytes)
+    single = len(shards) == 1
+    names = [
+        SINGLE_NAME if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(staged / file, {name: entries[name] for name in shard}, produce, dict(metadata or {}))
+    if not single:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {
+            "metadata": {"total_size": sum(_nbytes(*entry) for entry in entries.values())},
+            "weight_map": weight_map,
+        }
+        (staged / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names.append(INDEX_NAME)
+    for file, text in (files or {}).items():
+        (staged / file).write_text(text, encoding="utf-8")
+    _publish(staged, folder, [*(files or {}), *names])
+    return [folder / file for file in (*names, *(files or {}))]
+
+
+def _clear(staged: Path) -> None:
+    """An empty staging folder. What an interrupted save left there goes; anything else is somebody's and stays."""
+    if staged.exists():
+        foreign = [path.name for path in staged.iterdir() if path.suffix not in (".safetensors", ".json")]
+        if foreign:
+            raise ValueError(
+                f"{staged} must be free for the unfinished save, but holds {foreign[0]!r}; move it away or save elsewhere"
+            )
+        shutil.rmtree(staged)
+    staged.mkdir(parents=True)
+
+
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * NUMPY_TYPES[dtype].itemsize
+
+
+def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
+    """Cut the entries, in their order, into shards; within a shard wide element types come first, which keeps every tensor aligned."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, entry in entries.items():
+        size = _nbytes(*entry)
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
+
+
+def _write_file(file: Path, entries: Entries, produce: Callable[[str], Array], metadata: dict[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, (shape, dtype) in entries.items():
+        end = position + _nbytes(shape, dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # data begin at a multiple of 8 bytes
+    with file.open("wb") as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for name, (shape, dtype) in entries.items():
+            _write_tensor(stream, name, produce(name), shape, dtype)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_tensor(stream: BinaryIO, name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
+        raise ValueError(
+            f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
+        )
+    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _publish(staged: Path, folder: Path, order: list[str]) -> None:
+    """Move the finished files to their place: by one rename, or one by one with what makes the folder readable last."""
+    if not folder.exists():
+        os.replace(staged, folder)
+        return
+    for old in (folder / INDEX_NAME, folder / SINGLE_NAME, *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+    for file in order:
+        os.replace(staged / file, folder / file)
+    staged.rmdir()

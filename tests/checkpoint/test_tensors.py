@@ -1,0 +1,291 @@
+"""Our safetensors reader and writer against the safetensors library, damaged files, and published bfloat16 bit patterns. No paddle."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ernie_tune.checkpoint.tensors import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Array,
+    TensorReader,
+    all_finite,
+    cast,
+    narrow_bfloat16,
+    read_header,
+    widen_bfloat16,
+)
+from ernie_tune.checkpoint.writer import write_folder
+
+RNG = np.random.default_rng(0)
+TENSORS: dict[str, Array] = {
+    "b.odd": RNG.standard_normal(3).astype(np.float16),
+    "a": RNG.standard_normal((4, 5)).astype(np.float32),
+    "c": RNG.integers(-9, 9, (2, 3, 2)),
+    "empty": np.zeros((0, 4), np.float32),
+    "scalar": np.array(2.5, np.float32),
+}
+CODES = {"float16": "F16", "float32": "F32", "int64": "I64"}
+
+
+def write(folder: Path, tensors: dict[str, Array], shard: int = 10**9, **more: dict[str, str]) -> list[Path]:
+    entries = {name: (array.shape, CODES[array.dtype.name]) for name, array in tensors.items()}
+    return write_folder(folder, entries, tensors.__getitem__, max_shard_bytes=shard, **more)
+
+
+def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / SINGLE_NAME, metadata={"format": "pt"})
+    for path in (tmp_path, tmp_path / SINGLE_NAME):
+        reader = TensorReader(path)
+        assert reader.metadata == {"format": "pt"}
+        assert reader.shapes == {name: array.shape for name, array in TENSORS.items()}
+        for name, array in TENSORS.items():
+            np.testing.assert_array_equal(reader.read(name), array)
+            assert reader.read(name).dtype == array.dtype
+
+
+def test_the_library_reads_what_we_wrote(tmp_path: Path) -> None:
+    paths = write(tmp_path / "one", TENSORS, metadata={"format": "np"}, files={"config.json": "{}"})
+    assert [p.name for p in paths] == [SINGLE_NAME, "config.json"]
+    loaded = load_file(tmp_path / "one" / SINGLE_NAME)
+    assert loaded.keys() == TENSORS.keys()
+    for name, array in TENSORS.items():
+        np.testing.assert_array_equal(loaded[name], array)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_shards(tmp_path: Path) -> None:
+    tensors = {f"t{i}": np.full((10,), i, np.float32) for i in range(5)}  # 40 bytes each
+    names = [p.name for p in write(tmp_path / "s", tensors, shard=80)]
+    assert names == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX_NAME]
+    index = json.loads((tmp_path / "s" / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert index["weight_map"]["t2"] == "model-00002-of-00003.safetensors"
+    reader = TensorReader(tmp_path / "s")
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(reader.read(name), array)
+        np.testing.assert_array_equal(load_file(tmp_path / "s" / index["weight_map"][name])[name], array)
+    # a larger tensor than the limit gets a shard of its own; then back to one file: the old shards and index go, other files stay
+    assert len(write(tmp_path / "big", tensors, shard=1)) == 6
+    (tmp_path / "s" / "tokenizer.model").write_bytes(b"x")
+    write(tmp_path / "s", tensors)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [SINGLE_NAME, "tokenizer.model"]
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "m", {"a": np.zeros(3, np.float32)})
+    entries: dict[str, tuple[tuple[int, ...], str]] = {"a": ((3,), "F32"), "b": ((3,), "F32")}
+
+    def produce(name: str) -> Array:
+        if name == "b":
+            raise KeyboardInterrupt
+        return np.ones(3, np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "m", entries, produce)
+    np.testing.assert_array_equal(TensorReader(tmp_path / "m").read("a"), np.zeros(3))
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "new", entries, produce)
+    assert not (tmp_path / "new").exists()
+    write(tmp_path / "new", {"a": np.ones(3, np.float32)})  # what was left behind is cleared away
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.tmp", "new"]
+
+
+def test_writer_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_shard_size \(0\) must be a positive number"):
+        write(tmp_path / "x", TENSORS, shard=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"must be a folder, but is a file"):
+        write(tmp_path / "file", TENSORS)
+    notes = tmp_path / "z.tmp" / "notes.txt"
+    notes.parent.mkdir()
+    notes.touch()
+    with pytest.raises(ValueError, match=r"z.tmp must be free .* holds 'notes.txt'"):
+        write(tmp_path / "z", TENSORS)
+    assert notes.exists()
+    for wrong in (np.zeros(4, np.float32), np.zeros(3, np.float64)):
+        with pytest.raises(ValueError, match=r"tensor 'a' .* must be \[3\] of F32"):
+            write_folder(tmp_path / "y", {"a": ((3,), "F32")}, lambda _, wrong=wrong: wrong)  # type: ignore[misc]
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
+    megabyte, count = 2**20, 16
+    entries: dict[str, tuple[tuple[int, ...], str]] = {f"t{i}": ((megabyte // 4,), "F32") for i in range(count)}
+    tracemalloc.start()
+    write_folder(
+        tmp_path / "m",
+        entries,
+        lambda name: np.full(megabyte // 4, int(name[1:]), np.float32),
+        max_shard_bytes=5 * megabyte,
+    )
+    reader = TensorReader(tmp_path / "m")
+    total = sum(float(cast(reader.read(name), "F32", "BF16").sum()) for name in entries)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 0
+    assert peak < 5 * megabyte  # one tensor and the temporaries of its rounding, not sixteen
+
+
+def cut_data(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def overwrite_header(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"x" + data[9:])
+
+
+def git_lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def header(text: str) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        path.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + bytes(8))
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_data, r"must have \d+ bytes: the download or save was cut off"),
+        (cut_header, "header claims: it is cut off"),
+        (overwrite_header, "must start with a safetensors header"),
+        (git_lfs, "git-lfs pointer"),
+        (
+            header(
+                '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+            ),
+            "repeated names",
+        ),
+        (header('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'), r"tensor 'a' at bytes .* is due"),
+        (header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'), r"tensor 'a' at bytes .* is due"),
+        (
+            header('{"a":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}}'),
+            "element type F8_E4M3, which is not supported",
+        ),
+        (header('{"a":{"dtype":"F32","shape":[2]}}'), "must start with a safetensors header .*data_offsets"),
+        (header("[]"), "must start with a safetensors header"),
+    ],
+)
+def test_damaged_file(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    file = tmp_path / SINGLE_NAME
+    save_file(TENSORS, file)
+    damage(file)
+    with pytest.raises(ValueError, match=message):
+        TensorReader(tmp_path)
+
+
+def sharded(folder: Path) -> tuple[Path, dict[str, str]]:
+    write(folder, {f"t{i}": np.full(2, i, np.float32) for i in range(3)}, shard=8)
+    index = folder / INDEX_NAME
+    return index, json.loads(index.read_text())["weight_map"]
+
+
+def test_index_and_shards_must_agree(tmp_path: Path) -> None:
+    index, weight_map = sharded(tmp_path / "m")
+    second = weight_map["t1"]
+
+    def expect(message: str, table: object) -> None:
+        index.write_text(json.dumps(table))
+        with pytest.raises(ValueError, match=message):
+            TensorReader(tmp_path / "m")
+
+    expect("lists tensors that the named shard does not hold .*t9", {"weight_map": weight_map | {"t9": second}})
+    expect("lists tensors that the named shard does not hold .*t0", {"weight_map": weight_map | {"t0": second}})
+    expect(
+        "does not list tensors that the shards hold .*t3",
+        {"weight_map": weight_map} if _add_tensor(tmp_path / "m" / second) else None,
+    )
+    expect("must be a file in the same folder", {"weight_map": {"t0": "../other.safetensors"}})
+    expect("must be JSON with a weight_map", {"weights": {}})
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"must be JSON with a weight_map"):
+        TensorReader(tmp_path / "m")
+
+
+def _add_tensor(file: Path) -> bool:
+    save_file(load_file(file) | {"t3": np.zeros(1, np.float32)}, file)
+    return True
+
+
+def test_duplicates_missing_shards_and_ambiguous_folders(tmp_path: Path) -> None:
+    _, weight_map = sharded(tmp_path / "twice")
+    save_file({"t0": np.zeros(2, np.float32), "t1": np.ones(2, np.float32)}, tmp_path / "twice" / weight_map["t1"])
+    with pytest.raises(ValueError, match=r"tensor 't0' .* must be in one shard only"):
+        TensorReader(tmp_path / "twice")
+
+    index, weight_map = sharded(tmp_path / "m")
+    (tmp_path / "m" / weight_map["t1"]).unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards .*model-00002-of-00003.safetensors"):
+        TensorReader(tmp_path / "m")
+    index.unlink()
+    with pytest.raises(ValueError, match=f"holds 2 shards .* but no {INDEX_NAME}"):
+        TensorReader(tmp_path / "m")
+
+    sharded(tmp_path / "both")
+    save_file(TENSORS, tmp_path / "both" / SINGLE_NAME)
+    with pytest.raises(ValueError, match=r"holds both"):
+        TensorReader(tmp_path / "both")
+
+    (tmp_path / "pd").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"holds neither {SINGLE_NAME}"):
+        TensorReader(tmp_path / "pd")
+    (tmp_path / "pd" / "model_state.pdparams").touch()
+    with pytest.raises(FileNotFoundError, match=r"model_state.pdparams but no .safetensors: pickled weights"):
+        TensorReader(tmp_path / "pd")
+
+
+def test_bfloat16_bits() -> None:
+    """1 + 2^-8 and 1 + 3*2^-8 lie half-way between neighbours (spacing 2^-7): ties go to the even mantissa."""
+    values = np.array(
+        [1.0, -2.0, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, np.inf, -np.inf, 1e-40], np.float32
+    )
+    bits = [0x3F80, 0xC000, 0x0000, 0x8000, 0x3F80, 0x3F82, 0x3F81, 0x7F80, 0xFF80, 0x0001]
+    np.testing.assert_array_equal(narrow_bfloat16(values), np.array(bits, np.uint16))
+    np.testing.assert_array_equal(
+        widen_bfloat16(np.array([0x3F80, 0xC000, 0x3F82], np.uint16)), np.array([1, -2, 1.015625], np.float32)
+    )
+    nans = np.array([0x7FC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(
+        np.float32
+    )  # the last would overflow when rounded
+    assert np.isnan(widen_bfloat16(narrow_bfloat16(nans))).all()
+    every = np.arange(2**16, dtype=np.uint16)
+    finite = every[(every & 0x7F80) != 0x7F80]
+    np.testing.assert_array_equal(narrow_bfloat16(widen_bfloat16(finite)), finite)
+
+
+def test_cast_and_all_finite() -> None:
+    f32 = np.array([1.5, -2.0], np.float32)
+    assert cast(f32, "F32", "F32") is f32
+    np.testing.assert_array_equal(cast(f32.astype(np.float16), "F16", "BF16"), np.array([0x3FC0, 0xC000], np.uint16))
+    np.testing.assert_array_equal(cast(np.array([0x3FC0], np.uint16), "BF16", "F16"), np.array([1.5], np.float16))
+    np.testing.assert_array_equal(cast(f32.T, "F32", "BF16"), np.array([0x3FC0, 0xC000], np.uint16))
+    with pytest.raises(ValueError, match=r"dtype \(I8\) must be a floating type"):
+        cast(np.zeros(2, np.int8), "I8", "F32")
+    assert all_finite(f32, "F32")
+    assert all_finite(np.array([0x7F7F, 0xFF7F], np.uint16), "BF16")
+    assert all_finite(np.zeros(2, np.int8), "I8")
+    for bits in (0x7F80, 0xFF80, 0x7FC0, 0x7F81):
+        assert not all_finite(np.array([0x3F80, bits], np.uint16), "BF16")
+    assert not all_finite(np.array([1, np.nan], np.float16), "F16")
+    assert not all_finite(np.array([np.inf, 1], np.float32), "F32")
+
+
+def test_wide_types_come_first_so_that_tensors_stay_aligned(tmp_path: Path) -> None:
+    write(tmp_path / "m", TENSORS)
+    entries, _ = read_header(tmp_path / "m" / SINGLE_NAME)
+    assert list(entries) == ["c", "a", "empty", "scalar", "b.odd"]
+    assert all(e.offset % 8 == 0 for e in entries.values() if e.dtype == "I64")
