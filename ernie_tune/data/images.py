@@ -1,0 +1,269 @@
+"""Pictures -> the vision tower's patches: decode to RGB, smart resize, normalise, cut into patches. numpy and pillow only.
+
+Refuses to know: tokens, chat templates, where a data set lives, paddle, the network (an http URL is an error, never a download).
+EXIF orientation is not applied: the references only `convert` (architecture.md 7.3), and turning a photo here would shift its boxes.
+Of an animated file the first frame counts; `video.py` reads the rest.
+
+Legend: F frames, H and W pixels, C colours (3) or values per patch (588), P patches.
+Source of the rules: architecture.md 4.1 (patch order), 7.1 (smart resize), 7.2 (limits), 7.3 (colours, normalisation).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image
+
+RESIZE_RULES = ("paddle", "hf")  # they differ only for very narrow or very small images (architecture.md 7.1)
+MAX_RATIO = 200  # longest side over shortest
+_SHOWN_CHARACTERS = 80  # of a path or data URL in an error
+# What pillow raises for damaged files, found by feeding it damaged files of every common format.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error)
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Grid = tuple[int, int, int]  # frames, patch rows, patch columns
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes patches. Limits are in pixels after resizing; the defaults are those of `preprocessor_config.json`."""
+
+    min_pixels: int = 3136  # 56 * 56
+    max_pixels: int = 4_816_896  # 6144 tokens * 28 * 28
+    patch_size: int = 14
+    merge_size: int = 2
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    rule: str = "paddle"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels ({self.min_pixels}) must be at least 1 and at most max_pixels ({self.max_pixels}); swap or correct them"
+            )
+        if self.patch_size < 1 or self.merge_size < 1:
+            raise ValueError(
+                f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1; copy them from the model's config"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} must have 3 values each, std above 0; copy them from preprocessor_config.json"
+            )
+        _check_rule(self.rule)
+
+    @property
+    def factor(self) -> int:
+        """Both sides of a resized picture are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels after resizing. Raises ValueError like `smart_resize`."""
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return smart_resize(height, width, **limits, factor=self.factor, rule=self.rule)
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in RESIZE_RULES:
+        raise ValueError(f"rule ({rule!r}) must be one of {RESIZE_RULES}; use 'paddle'")
+
+
+def smart_resize(
+    height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28, rule: str = "paddle"
+) -> tuple[int, int]:
+    """(height, width): multiples of `factor` near the given shape, area within [min_pixels, max_pixels] (architecture.md 7.1).
+
+    "paddle" flattens ratios above 200 to 200 and raises ValueError where no such shape exists; "hf" (transformers 5.23) raises above 200
+    and may leave the limits. Halves round to even.
+    """
+    _check_rule(rule)
+    if height < 1 or width < 1:
+        raise ValueError(f"image size ({height}x{width}) must be at least 1x1 pixels; drop this image")
+    paddle = rule == "paddle"
+    if max(height, width) / min(height, width) > MAX_RATIO:
+        if not paddle:
+            raise ValueError(
+                f"image size ({height}x{width}) must have a side ratio of at most {MAX_RATIO} under rule 'hf'; crop it or use rule 'paddle'"
+            )
+        height, width = _clamp_ratio(height, width, factor)
+    # "hf" keeps a side that rounds to 0; the area is then below the minimum and grows again, to another shape than "paddle"'s.
+    floor = factor if paddle else 0
+    new_height, new_width = (max(floor, round(side / factor) * factor) for side in (height, width))
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        least = 0 if paddle else factor
+        new_height, new_width = (max(least, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    if paddle and not min_pixels <= new_height * new_width <= max_pixels:
+        raise ValueError(
+            f"image size ({height}x{width}) must fit multiples of {factor} within min_pixels ({min_pixels}) and max_pixels ({max_pixels}), "
+            f"got {new_height}x{new_width}; widen the limits or crop the image"
+        )
+    return new_height, new_width
+
+
+def _clamp_ratio(height: int, width: int, factor: int) -> tuple[int, int]:
+    short = max(factor, round(min(height, width) / factor) * factor)
+    long = short * MAX_RATIO // factor * factor
+    return (long, short) if height > width else (short, long)
+
+
+def load_image(source: ImageSource, where: str = "") -> Image.Image:
+    """Decode a path, `file:///` or `data:` URL, bytes, pillow image or uint8 array [H,W], [H,W,3|4] into a new RGB image.
+
+    Transparent pixels become white, 16-bit grey keeps its upper byte (architecture.md 7.3). `where` ("train.jsonl:17") opens every error.
+    Raises ValueError when the source is missing, remote, damaged, empty, a decompression bomb, or has no 8- or 16-bit values.
+    """
+    label = describe("image", source, where)
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source, label), label)
+    if isinstance(source, Image.Image):
+        return to_rgb(source, label)
+    with open_source(source, label) as stream:
+        with decode_errors(label):
+            image = Image.open(stream)
+        return to_rgb(image, label)
+
+
+def describe(kind: str, source: object, where: str) -> str:
+    """ "train.jsonl:17: image 'a.jpg'", for the start of an error."""
+    if isinstance(source, str | os.PathLike):
+        text = str(source)
+        name = repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")
+    elif isinstance(source, bytes):
+        name = f"of {len(source)} bytes"
+    else:
+        name = f"of type {type(source).__name__}"
+    return f"{where}: {kind} {name}" if where else f"{kind} {name}"
+
+
+def open_source(source: object, label: str) -> BinaryIO:
+    """A readable, seekable stream of a path, `file:///` or `data:` URL, or bytes. Raises ValueError naming `label`."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"{label} must be a path, URL, bytes or decoded image; convert it first")
+    path = os.fspath(source)
+    if path.startswith("data:"):
+        return io.BytesIO(_decode_data_url(path, label))
+    if path.startswith("file://"):
+        if not path.startswith("file:///"):
+            raise ValueError(f"{label} must be file:/// and an absolute path, three slashes; or give the plain path")
+        path = url2pathname(path.removeprefix("file://"))
+    elif "://" in path:
+        raise ValueError(f"{label} must be a local file; download it first and put the path into the data")
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{label} must exist, no such file; correct the path, relative ones start at the current folder"
+        ) from error
+    except (OSError, ValueError) as error:  # a folder, no permission, a name too long, a zero byte in the name
+        raise ValueError(f"{label} must be a readable file ({error}); correct the path or its permissions") from error
+
+
+def _decode_data_url(url: str, label: str) -> bytes:
+    head, comma, payload = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError(f"{label} must look like data:image/png;base64,...; encode it with base64")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(
+            f"{label} must hold valid base64 ({error}); encode the file again, without line breaks"
+        ) from error
+
+
+@contextmanager
+def decode_errors(label: str) -> Iterator[None]:
+    """Turn what pillow raises for damaged or dangerous files into ValueErrors naming `label`. Only pillow calls belong inside."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{label} must be smaller ({error}); shrink the picture before training") from error
+    except _DECODE_ERRORS as error:
+        raise ValueError(
+            f"{label} cannot be decoded ({error}); replace the file, or save it again as PNG or JPEG"
+        ) from error
+
+
+def _from_array(array: np.ndarray, label: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(
+            f"{label} ({array.dtype}, shape {list(array.shape)}) must be uint8 and [H,W], [H,W,3] or [H,W,4]; convert it first"
+        )
+    if array.size == 0:
+        raise ValueError(f"{label} (shape {list(array.shape)}) must have at least one pixel; drop it")
+    return Image.fromarray(array)
+
+
+def to_rgb(image: Image.Image, label: str) -> Image.Image:
+    """A new 8-bit RGB image: white behind transparency, upper byte of 16-bit grey. Raises ValueError naming `label`."""
+    if 0 in image.size:
+        raise ValueError(f"{label} (size {image.width}x{image.height}) must have at least one pixel; drop it")
+    if image.mode in ("I", "F"):  # pillow would clip these to 0..255 without a word
+        raise ValueError(
+            f"{label} (32-bit values, pillow mode {image.mode!r}) must have 8 or 16 bits a channel; rescale it to 8 bits first"
+        )
+    with decode_errors(label):
+        if image.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        image.load()
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", rgba.size, "white")
+        canvas.paste(rgba, mask=rgba)
+        return canvas
+
+
+def patchify(frames_FHWC: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
+    """Frames of values 0..255, already resized -> (pixel_values_PC float32, (F, patch rows, patch columns)).
+
+    Patches: frames in order, inside a frame 2x2 blocks in row order, inside a block row order (architecture.md 4.1).
+    Values of a patch: (channel, row, column). Raises ValueError for another shape.
+    """
+    p, m = settings.patch_size, settings.merge_size
+    if frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or 0 in frames_FHWC.shape:
+        raise ValueError(
+            f"frames (shape {list(frames_FHWC.shape)}) must be [F,H,W,3] with no empty axis; convert to RGB with load_image first"
+        )
+    f, h, w, c = frames_FHWC.shape
+    if h % settings.factor or w % settings.factor:
+        raise ValueError(
+            f"frame size ({h}x{w}) must be a multiple of {settings.factor} on both sides; resize to settings.target_size first"
+        )
+    rows, columns = h // p, w // p
+    split = frames_FHWC.reshape(f, rows // m, m, p, columns // m, m, p, c)
+    # Reordering comes before the conversion: uint8 moves a quarter of the bytes.
+    ordered = np.ascontiguousarray(split.transpose(0, 1, 4, 2, 5, 7, 3, 6))
+    values = ordered.reshape(f * rows * columns, c, p * p).astype(np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(settings.mean, np.float32)[:, None]
+    values /= np.asarray(settings.std, np.float32)[:, None]
+    return values.reshape(f * rows * columns, c * p * p), (f, rows, columns)
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bicubic, to `size` = (height, width). Raises ValueError unless RGB."""
+    if image.mode != "RGB":
+        raise ValueError(f"image mode ({image.mode!r}) must be 'RGB'; pass the image through load_image first")
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def patchify_image(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
+    """One RGB image -> (pixel_values_PC float32, (1, patch rows, patch columns)). Raises ValueError like `smart_resize`."""
+    resized = resize(image, settings.target_size(image.height, image.width))
+    return patchify(np.asarray(resized)[None], settings)

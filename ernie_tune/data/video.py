@@ -1,0 +1,294 @@
+"""Videos -> frames -> patches: which frames, their timestamps drawn into the picture, one size for all. numpy and pillow; PyAV for mp4 and the like.
+
+Refuses to know: tokens, chat templates, sound, paddle, the network. Display rotation stored in a file is not applied, like EXIF in `images.py`.
+
+Readers yield (seconds, RGB frame) for the chosen frames only, so memory holds those and one frame in flight, never the whole video.
+Legend: P patches, C values per patch (588), T frames.
+Source of the rules: architecture.md 7.2 (limits), 7.4 (sampling, timestamps, odd counts), 11.17 (a missing font must be an error).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
+
+from ernie_tune.data.images import (
+    Grid,
+    ImageSettings,
+    ImageSource,
+    decode_errors,
+    describe,
+    load_image,
+    open_source,
+    patchify,
+    resize,
+    to_rgb,
+)
+
+FRAME_RULES = ("paddle", "hf")
+SAMPLINGS = ("middle", "leading")
+LIST_FPS = 2.0  # a list of pictures counts as a video of 2 frames a second (architecture.md 7.4)
+DEFAULT_FRAME_MS = 100  # browsers show an animation frame of unstated duration this long
+FONT_SCALE = 0.1  # of the shorter side; the stroke is the same share of the font
+_ANIMATIONS = ("GIF", "PNG", "WEBP")
+
+VideoSource = str | os.PathLike[str] | bytes | Sequence[ImageSource]
+Pick = Callable[[int, float], list[int]]  # (total frames, seconds) -> frame indices, ascending
+TimedFrames = Iterator[tuple[float, Image.Image]]
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How a video becomes frames and patches. `min_pixels` and `max_pixels` are per frame and replace those of `image`."""
+
+    fps: float | None = 2.0  # frames taken per second; None where target_frames or all frames are wanted
+    min_frames: int = 16
+    max_frames: int = 180
+    sampling: str = "middle"  # of each interval, rule "paddle"; "hf" always takes the first
+    rule: str = "paddle"
+    min_pixels: int = 234_416  # 299 * 28 * 28
+    max_pixels: int = 937_664  # 1196 * 28 * 28
+    draw_timestamps: bool = True
+    font_path: str | None = None  # None: the font inside pillow; pixel parity needs the reference's own file
+    image: ImageSettings = field(default_factory=ImageSettings)
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps ({self.fps}) must be above 0; use 2, or None together with target_frames")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"min_frames ({self.min_frames}) must be at least 1 and at most max_frames ({self.max_frames}); swap or correct them"
+            )
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling ({self.sampling!r}) must be one of {SAMPLINGS}; use 'middle'")
+        if self.rule not in FRAME_RULES:
+            raise ValueError(f"rule ({self.rule!r}) must be one of {FRAME_RULES}; use 'paddle'")
+        _ = self.frame  # refuses impossible pixel limits
+
+    @property
+    def frame(self) -> ImageSettings:
+        """The settings of one frame: `image` under this video's pixel limits."""
+        return dataclasses.replace(self.image, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+
+# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames (architecture.md 7.2, 7.4).
+TRAINING_PLUGIN = VideoSettings(min_frames=1, min_pixels=ImageSettings.min_pixels, max_pixels=ImageSettings.max_pixels)
+
+
+def sample_indices(
+    total_frames: int, duration_seconds: float, settings: VideoSettings, target_frames: int | None = None
+) -> list[int]:
+    """Which frames to take, ascending, each at most once (architecture.md 7.4).
+
+    "paddle": int(duration * fps) frames, or `target_frames`, from equal intervals. "hf" (transformers 5.23): evenly spaced first frames;
+    with neither fps nor `target_frames`, all of them up to max_frames. Raises ValueError for contradicting or impossible requests.
+    """
+    if total_frames < 1:
+        raise ValueError(f"total_frames ({total_frames}) must be at least 1; drop the empty video")
+    if not (math.isfinite(duration_seconds) and duration_seconds > 0):
+        raise ValueError(
+            f"duration_seconds ({duration_seconds}) must be above 0; re-encode the video so that its length is stored"
+        )
+    if target_frames is not None and settings.fps is not None:
+        raise ValueError(
+            f"target_frames ({target_frames}) must not be combined with fps ({settings.fps}); set fps=None or drop target_frames"
+        )
+    if settings.rule == "hf":
+        return _sample_hf(total_frames, duration_seconds, settings, target_frames)
+    if target_frames is not None:
+        wanted = target_frames
+        if wanted < 1:
+            raise ValueError(f"target_frames ({target_frames}) must be at least 1; drop it to sample by fps")
+    elif settings.fps is not None:
+        wanted = min(max(int(duration_seconds * settings.fps), settings.min_frames), settings.max_frames)
+    else:
+        raise ValueError("fps (None) must be set where target_frames (None) is not given; use fps=2")
+    bounds = np.linspace(0, total_frames, min(wanted, total_frames) + 1).astype(np.int64)
+    first, last = bounds[:-1], bounds[1:] - 1
+    return (first if settings.sampling == "leading" else (first + last) // 2).tolist()
+
+
+def _sample_hf(total: int, duration_seconds: float, settings: VideoSettings, target_frames: int | None) -> list[int]:
+    low, high = settings.min_frames, settings.max_frames
+    if target_frames is None:
+        # Not rounded: 66.7 frames give 67 steps of exactly one sampling period.
+        wanted = float(total) if settings.fps is None else duration_seconds * settings.fps
+        count = min(max(wanted, low), high, total)
+    elif not low <= target_frames <= min(high, total):
+        raise ValueError(
+            f"target_frames ({target_frames}) must be from min_frames ({low}) to max_frames ({high}) and at most the video's {total} frames "
+            "under rule 'hf'; change it or use rule 'paddle'"
+        )
+    else:
+        count = target_frames
+    # float32, as the reference's arange: a step of 14.999999999 still reaches frame 15, not 14.
+    positions = (np.arange(math.ceil(count)) * (total / count)).astype(np.float32)
+    return np.minimum(positions.astype(np.int64), total - 1).tolist()
+
+
+def timestamp_text(seconds: float) -> str:
+    """ "time: HH:MM:SS.ss", hours unlimited (architecture.md 7.4). The seconds round on their own: 59.996 reads 00:00:60.00.
+
+    Raises ValueError for a negative or infinite time.
+    """
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"seconds ({seconds}) must be at least 0; re-encode the video so that its times are stored")
+    hours, rest = divmod(seconds, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"time: {int(hours):02d}:{int(minutes):02d}:{rest:05.2f}"
+
+
+@lru_cache(maxsize=32)
+def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+    except (OSError, ImportError) as error:  # ImportError: a pillow built without FreeType
+        raise ValueError(
+            f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file, or set draw_timestamps to false"
+        ) from error
+
+
+def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = None) -> None:
+    """Write the time into the top left corner of an RGB frame, in place: black, white outline (architecture.md 7.4).
+
+    Raises ValueError if the font cannot be opened or the frame is under 10 pixels.
+    """
+    font_size = int(min(frame.size) * FONT_SCALE)
+    if font_size < 1:
+        raise ValueError(
+            f"frame size ({frame.height}x{frame.width}) must be at least 10x10 to draw a timestamp; set draw_timestamps to false"
+        )
+    ImageDraw.Draw(frame).text(
+        (0, 0),
+        timestamp_text(seconds),
+        font=_font(font_path, font_size),
+        fill=(0, 0, 0),
+        stroke_width=int(font_size * FONT_SCALE),
+        stroke_fill=(255, 255, 255),
+    )
+
+
+def load_video(
+    source: VideoSource, settings: VideoSettings, where: str = "", target_frames: int | None = None
+) -> list[Image.Image]:
+    """The chosen frames, timestamps drawn, then resized to the first frame's `smart_resize`: an even number of RGB images of one size.
+
+    `source`: a path, `file:///` or `data:` URL or bytes of a GIF, APNG, animated WebP, or of anything PyAV decodes; or a list of pictures
+    (whatever `load_image` takes), counted as 2 a second. A still picture is a video of one frame. An odd count repeats the last frame as drawn.
+    `where` ("train.jsonl:17") opens every error about a file.
+    Raises ValueError for missing, damaged, empty or too short files; ImportError, naming the extra, if PyAV is needed and missing.
+    """
+    pick = partial(sample_indices, settings=settings, target_frames=target_frames)
+    frames: list[Image.Image] = []
+    size: tuple[int, int] | None = None
+    for seconds, frame in _read(source, pick, where):
+        if settings.draw_timestamps:
+            draw_timestamp(frame, seconds, settings.font_path)
+        size = size or settings.frame.target_size(frame.height, frame.width)
+        # Now, not in patchify_video: 180 frames of 4K are 4.5 GB, of max_pixels 0.5 GB.
+        frames.append(resize(frame, size))
+    if len(frames) % 2:
+        frames.append(frames[-1].copy())
+    return frames
+
+
+def _read(source: VideoSource, pick: Pick, where: str) -> TimedFrames:
+    if isinstance(source, list | tuple):
+        yield from _read_list(source, pick, where)
+        return
+    label = describe("video", source, where)
+    with open_source(source, label) as stream:
+        animation = _open_animation(stream, label)
+        if animation is not None:
+            yield from _read_animation(animation, pick, label)
+        else:
+            yield from _read_container(stream, pick, label)
+
+
+def _read_list(sources: Sequence[ImageSource], pick: Pick, where: str) -> TimedFrames:
+    prefix = f"{where}: " if where else ""
+    if not sources:
+        raise ValueError(
+            f"{prefix}video (a list of 0 frames) must have at least one frame; add frames or drop the video"
+        )
+    for index in pick(len(sources), len(sources) / LIST_FPS):
+        yield index / LIST_FPS, load_image(sources[index], f"{prefix}frame {index}")
+
+
+def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
+    with decode_errors(label):
+        try:
+            return Image.open(stream, formats=_ANIMATIONS)
+        except UnidentifiedImageError:
+            stream.seek(0)
+            return None
+
+
+def _read_animation(animation: Image.Image, pick: Pick, label: str) -> TimedFrames:
+    milliseconds = []
+    with decode_errors(label):
+        for frame in ImageSequence.Iterator(animation):
+            frame.load()  # WebP knows a frame's duration only once it is decoded
+            milliseconds.append(frame.info.get("duration") or DEFAULT_FRAME_MS)
+    total, duration = len(milliseconds), sum(milliseconds) / 1000
+    for index in pick(total, duration):
+        with decode_errors(label):
+            animation.seek(index)
+        yield index * duration / total, to_rgb(animation, label)
+
+
+def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
+    # Titles, which nothing here reads, are often GBK: PyAV would fail on them.
+    open_container = partial(av.open, stream, metadata_errors="ignore")
+    decoded = 0
+    try:
+        # Counting packets needs no decoding, and unlike the header's count it knows what an edit list discards.
+        with open_container() as container:
+            if not container.streams.video:
+                raise ValueError(f"{label} must have a video stream; it holds only sound or data")
+            video = container.streams.video[0]
+            total = sum(1 for packet in container.demux(video) if packet.size and not packet.is_discard)
+            rate = video.average_rate or video.guessed_rate
+        if not total or not rate:
+            raise ValueError(
+                f"{label} ({total} frames at {rate} a second) must have frames and a frame rate; re-encode it to mp4"
+            )
+        duration = float(total / rate)
+        wanted = pick(total, duration)[::-1]
+        stream.seek(0)
+        with open_container() as container:
+            for decoded, frame in enumerate(container.decode(video=0), start=1):
+                if decoded - 1 == wanted[-1]:
+                    yield wanted.pop() * duration / total, frame.to_image()
+                    if not wanted:
+                        return
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
+    raise ValueError(
+        f"{label} must decode to {total} frames, got {decoded}; the file is cut or damaged, re-encode it to mp4"
+    )
+
+
+def patchify_video(frames: Sequence[Image.Image], settings: VideoSettings) -> tuple[np.ndarray, Grid]:
+    """RGB frames, an even number -> (pixel_values_PC float32, (T, patch rows, patch columns)); all get the first frame's size.
+
+    Raises ValueError for an odd or empty list, or like `smart_resize`.
+    """
+    if not frames or len(frames) % 2:
+        raise ValueError(
+            f"number of frames ({len(frames)}) must be even and at least 2; load_video repeats the last one"
+        )
+    size = settings.frame.target_size(frames[0].height, frames[0].width)
+    return patchify(np.stack([np.asarray(resize(frame, size)) for frame in frames]), settings.frame)
