@@ -1,0 +1,251 @@
+"""Messages and media -> one row of model input with its targets: chat template + tokenizer + patches in one object.
+
+Training, rollout and serving all call `Processor.encode`: the ids of (prompt, then sampled answer) and of the finished dialogue agree.
+Refuses to know: data set formats, batching, packing, models, paddle.
+
+Legend: L tokens of a row, P patches, C values per patch (588), n images and videos.
+Source: architecture.md 6 (placeholders, labels), 7.2 (pixel limits), 8.2 (markers); methods.md 2.6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.data.chat import END, OPTIONAL_TOKENS, PROMPT_TOKENS, SEPARATOR, ChatTemplate, Message, Piece, prefix
+from ernie_tune.data.images import Grid, ImageSettings, load_image, patchify_image
+from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
+from ernie_tune.data.video import VideoSettings, load_video, patchify_video
+from ernie_tune.models.inputs import Row, feature_count
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+TEMPLATE_KEY = "ernie_tune_template"  # in tokenizer_config.json: the variant that `save_pretrained` wrote
+# Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is local to a machine and never written.
+_IMAGE_KEYS = {
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+    "mean": "image_mean",
+    "std": "image_std",
+    "patch_size": "patch_size",
+    "merge_size": "merge_size",
+    "rule": "resize_rule",
+}
+_VIDEO_KEYS = {
+    "fps": "fps",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+    "min_pixels": "video_min_pixels",
+    "max_pixels": "video_max_pixels",
+    "sampling": "frames_sample",
+    "rule": "frames_rule",
+    "draw_timestamps": "draw_timestamps",
+}
+_PREPROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+
+
+class RowTooLong(ValueError):
+    """A row above max_tokens. It is never cut, a cut could part an image: drop the row and count it, or raise the limit."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row and its targets: `trained_L[i]` says whether token i is to be predicted."""
+
+    row: Row
+    trained_L: np.ndarray  # bool
+    num_images: int = 0
+    num_videos: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.row.input_ids_L)
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.trained_L.sum())
+
+    def extended(self, answer_ids: Sequence[int], trained: bool = True) -> Encoded:
+        """The same row with sampled ids behind it, as targets or not."""
+        ids_L = np.concatenate([self.row.input_ids_L, np.asarray(answer_ids, np.int64)])
+        trained_L = np.concatenate([self.trained_L, np.full(len(answer_ids), trained)])
+        return dataclasses.replace(self, row=dataclasses.replace(self.row, input_ids_L=ids_L), trained_L=trained_L)
+
+
+class Processor:
+    """One model's way of turning a dialogue into input, and ids back into text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str = "hf",
+        images: ImageSettings | None = None,
+        videos: VideoSettings | None = None,
+        preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`template`: a variant of `ChatTemplate`. `preprocessor`: a preprocessor_config.json whose other keys `save_pretrained` keeps.
+
+        Raises ValueError for an unknown variant or a vocabulary without the tokens of every prompt.
+        """
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(template, tokenizer.special)
+        self.images = images or ImageSettings()
+        self.videos = videos or VideoSettings(image=self.images)
+        self.tokens = tokenizer.token_ids()
+        ids = {token: tokenizer.token_id(token) for token in PROMPT_TOKENS}
+        self.stop_ids = (ids[END], ids[SEPARATOR])  # either may end an answer (architecture.md 10)
+        self._preprocessor = dict(_PREPROCESSOR if preprocessor is None else preprocessor)
+        self._media_ids = {
+            "image": (self.tokens.image_start, self.tokens.image, self.tokens.image_end),
+            "video": (self.tokens.video_start, self.tokens.video, self.tokens.video_end),
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        template: str | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Processor:
+        """Read a model folder: tokenizer, pixel and frame settings, and the template variant if ernie_tune wrote the folder (else "hf").
+
+        `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError like `Tokenizer.from_folder` and the settings.
+        """
+        tokenizer = Tokenizer.from_folder(path)
+        file = Path(path) / PREPROCESSOR_FILE
+        saved = read_json(
+            {PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path)
+        )
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}
+        images = ImageSettings(**values)
+        videos = VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
+        return cls(tokenizer, template or tokenizer.config.get(TEMPLATE_KEY, "hf"), images, videos, saved or None)
+
+    @classmethod
+    def bundled(
+        cls,
+        name: str = "small",
+        template: str = "hf",
+        *,
+        min_pixels: int = ImageSettings.min_pixels,
+        max_pixels: int = ImageSettings.max_pixels,
+    ) -> Processor:
+        """The processor for a model built from a preset, with the shipped tokenizer `name` ("small" or "tiny")."""
+        return cls(Tokenizer.bundled(name), template, ImageSettings(min_pixels, max_pixels))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write all that another tool needs to make the same rows: tokenizer files with the chat template, and pixel settings."""
+        self.tokenizer.save(folder, chat_template=self.template.to_jinja(), **{TEMPLATE_KEY: self.template.variant})
+        images, videos = dataclasses.asdict(self.images), dataclasses.asdict(self.videos)
+        settings = {
+            **self._preprocessor,
+            **{key: images[name] for name, key in _IMAGE_KEYS.items()},
+            **{key: videos[name] for name, key in _VIDEO_KEYS.items()},
+        }
+        write_file(Path(folder) / PREPROCESSOR_FILE, (json.dumps(settings, indent=2) + "\n").encode())
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+        add_generation_prompt: bool = False,
+        max_tokens: int | None = None,
+        where: str = "",
+    ) -> Encoded:
+        """One dialogue as a row. `images` and `videos` fill, in order, the tags and parts that carry no source of their own.
+
+        A medium is whatever `load_image` or `load_video` takes. `where` ("train.jsonl:17") opens errors. Raises ValueError when tags and
+        media differ in number, for malformed messages and unreadable media, and its subclass RowTooLong above `max_tokens`.
+        """
+        pieces = self.template.pieces(
+            messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt, where=where
+        )
+        given = {"image": [] if images is None else list(images), "video": [] if videos is None else list(videos)}
+        for kind, sources in given.items():
+            _check_counts(kind, pieces, sources, where)
+        ids: list[int] = []
+        trained: list[bool] = []
+        patches: list[np.ndarray] = []
+        grids: list[Grid] = []
+        for piece in pieces:
+            if piece.kind in given:
+                source = piece.source if piece.source is not None else given[piece.kind].pop(0)
+                pixels_PC, grid = self._patchify(piece.kind, source, where)
+                patches.append(pixels_PC)
+                grids.append(grid)
+                new = self._placeholders(piece.kind, grid)
+            else:
+                new = self.tokenizer.encode(piece.text, allow_special=piece.kind == "token")
+            ids += new
+            trained += [piece.trained] * len(new)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise RowTooLong(
+                f"{prefix(where)}row ({len(ids)} tokens) must have at most max_tokens ({max_tokens}); raise it, lower max_pixels, or drop the row"
+            )
+        row = Row(
+            np.asarray(ids, np.int64),
+            np.concatenate(patches) if patches else None,
+            np.asarray(grids, np.int64) if grids else None,
+        )
+        assert int(np.isin(row.input_ids_L, self.tokens.placeholders()).sum()) == sum(map(feature_count, grids))
+        kinds = [piece.kind for piece in pieces]
+        return Encoded(row, np.asarray(trained, bool), kinds.count("image"), kinds.count("video"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of an answer: without special tokens, but with the marks of thoughts and tools, for `split_reasoning`."""
+        return self.tokenizer.decode(ids, skip_special=True, keep=OPTIONAL_TOKENS)
+
+    def stream(self) -> StreamDecoder:
+        """`decode` for ids that arrive one by one."""
+        return self.tokenizer.stream(skip_special=True, keep=OPTIONAL_TOKENS)
+
+    def _patchify(self, kind: str, source: Any, where: str) -> tuple[np.ndarray, Grid]:
+        if kind == "image":
+            return patchify_image(load_image(source, where), self.images)
+        return patchify_video(load_video(source, self.videos, where), self.videos)
+
+    def _placeholders(self, kind: str, grid: Grid) -> list[int]:
+        start, placeholder, end = self._media_ids[kind]
+        if start is None or placeholder is None or end is None:
+            raise ValueError(
+                f"vocabulary of {self.tokenizer.where} must have the {kind} markers and placeholder; use the tokenizer of a vision-language model"
+            )
+        return [start, *[placeholder] * feature_count(grid), end]
+
+
+AutoProcessor = Processor  # the name users of other libraries look for
+
+
+def _known(saved: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among `saved`, under our names; JSON lists as tuples."""
+    values = {name: saved[key] for name, key in keys.items() if key in saved}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_counts(kind: str, pieces: Sequence[Piece], sources: Sequence[Any], where: str) -> None:
+    open_slots = sum(piece.kind == kind and piece.source is None for piece in pieces)
+    if open_slots != len(sources):
+        raise ValueError(
+            f"{prefix(where)}number of <{kind}> tags and {kind} parts without a source ({open_slots}) must equal the number of {kind}s given ({len(sources)}); "
+            f"add or remove tags or {kind}s"
+        )

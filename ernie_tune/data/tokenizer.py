@@ -1,0 +1,354 @@
+"""Text <-> token ids: `tokenizer.model` (sentencepiece) or `tokenizer.json` (byte-fallback BPE, optional package `tokenizers`).
+
+Special tokens are looked up in the folder's files, never assumed. Their strings inside ordinary text stay ordinary text, so no user can
+forge a marker. Every string comes back unchanged: decode(encode(x)) == x.
+
+Refuses to know: chat formats, images, models, the network (a hub name must be downloaded first), paddle.
+Source: architecture.md 8.1.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+
+from ernie_tune.models.config import TokenIds
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = ("small", "tiny")  # vocabularies of the presets "small" and "tiny-*"
+
+MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+ADDED_FILE, ROLES_FILE = "added_tokens.json", "special_tokens_map.json"
+FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE, ADDED_FILE, ROLES_FILE)
+
+# Names of the released vocabularies; a folder's special_tokens_map.json may give a role to another token.
+IMAGE, VIDEO = "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"
+IMAGE_START, IMAGE_END = "<|IMAGE_START|>", "<|IMAGE_END|>"
+VIDEO_START, VIDEO_END = "<|VIDEO_START|>", "<|VIDEO_END|>"
+_ROLE_DEFAULTS = {
+    "pad_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<|begin_of_sentence|>",
+    "sep_token": "<|end_of_sentence|>",
+}
+
+SPACE = "\u2581"  # how a piece writes a space
+UNKNOWN = "\ufffd"  # what an id without a token reads as
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_PROBE = "a  ☃\n1 "  # shows a dummy prefix, normalisation, and missing byte fallback
+_KIND_UNKNOWN, _KIND_CONTROL, _KIND_USER, _KIND_BYTE = 2, 3, 4, 6  # SentencePiece.Type in sentencepiece's model format
+
+
+class _Vocabulary(NamedTuple):
+    """What both file formats come down to."""
+
+    encode: Callable[[str], list[int]]  # text without special tokens
+    pieces: dict[int, str]
+    special: dict[str, int]
+    byte_of: dict[int, int]  # ids of byte pieces
+
+
+class Tokenizer:
+    """Text <-> ids of one vocabulary. Make one with `from_folder` or `bundled`; it keeps the folder's files so that `save` copies them."""
+
+    def __init__(self, files: Mapping[str, bytes], where: str, separate_video: bool = False) -> None:
+        """`files`: contents by name, `where`: their folder, for messages. `separate_video`: videos have a placeholder of their own.
+
+        Raises ValueError for broken files or a vocabulary that does not give text back, ImportError where `tokenizers` is needed.
+        """
+        self.where = where
+        self._files = dict(files)
+        self._separate_video = separate_video
+        self.config: dict[str, Any] = read_json(files, CONFIG_FILE, where)
+        self._vocabulary = (
+            _read_model(files[MODEL_FILE], where) if MODEL_FILE in files else _read_hf(files[JSON_FILE], where)
+        )
+        self._roles = {**_ROLE_DEFAULTS, **_roles(self.config), **_roles(read_json(files, ROLES_FILE, where))}
+        self.special: dict[str, int] = self._read_special()
+        self._text_of = {**self._vocabulary.pieces, **{i: token for token, i in self.special.items()}}
+        self._id_of = {piece: i for i, piece in self._vocabulary.pieces.items()} | self.special
+        self._special_ids = frozenset(self.special.values())
+        tokens = "|".join(re.escape(token) for token in sorted(self.special, key=len, reverse=True)) or "(?!)"
+        self._split_special = re.compile(f"({tokens})")
+        self._find_special = re.compile(f"(?={tokens})")  # overlapping ones too
+        back = self.decode(self.encode(_PROBE))
+        if back != _PROBE:
+            raise ValueError(
+                f"tokenizer in {where} must give text back unchanged, but {_PROBE!r} came back as {back!r}; "
+                "train it with byte_fallback, without dummy prefix and with normalization_rule_name 'identity'"
+            )
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a model folder. Raises ValueError if it holds neither tokenizer.model nor tokenizer.json, else like the constructor."""
+        folder = Path(path)
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if MODEL_FILE not in files and JSON_FILE not in files:
+            raise ValueError(
+                f"tokenizer folder ({folder}) must hold {MODEL_FILE} or {JSON_FILE}; give the folder of a downloaded model"
+            )
+        # Only the native transformers conversion has a second placeholder, and only its config.json says so.
+        config = folder / "config.json"
+        native = {"config.json": config.read_bytes()} if config.is_file() else {}
+        return cls(files, str(folder), separate_video="video_token_id" in read_json(native, "config.json", str(folder)))
+
+    from_pretrained = from_folder
+
+    @classmethod
+    def bundled(cls, name: str = "small") -> Tokenizer:
+        """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets (600). Raises ValueError for other names."""
+        if name not in BUNDLED:
+            raise ValueError(
+                f"bundled tokenizer ({name!r}) must be one of {BUNDLED}; use from_folder for a model's own"
+            )
+        return cls.from_folder(ASSETS / name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: the rows a model needs."""
+        return max(self._text_of) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """Ends the last answer."""
+        return self.token_id(self._roles["eos_token"])
+
+    @property
+    def end_of_sentence_id(self) -> int:
+        """Ends every earlier answer."""
+        return self.token_id(self._roles["sep_token"])
+
+    def token_id(self, token: str) -> int:
+        """Id of one token, special or not. Raises ValueError if the vocabulary lacks it."""
+        if token not in self._id_of:
+            raise ValueError(
+                f"token ({token!r}) must be in the vocabulary of {self.where}; use the tokenizer of an ERNIE-4.5-VL model"
+            )
+        return self._id_of[token]
+
+    def token_ids(self) -> TokenIds:
+        """The ids that the model treats specially; None for tokens that the vocabulary lacks."""
+        image = self.special.get(IMAGE)
+        return TokenIds(
+            pad=self.special.get(self._roles["pad_token"]),
+            bos=self.special.get(self._roles["bos_token"]),
+            eos=self.special.get(self._roles["eos_token"]),
+            image=image,
+            image_start=self.special.get(IMAGE_START),
+            image_end=self.special.get(IMAGE_END),
+            video=self.special.get(VIDEO, image) if self._separate_video else image,
+            video_start=self.special.get(VIDEO_START),
+            video_end=self.special.get(VIDEO_END),
+        )
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`. Strings of special tokens become their ids only with `allow_special`, for text that no user wrote.
+
+        Raises ValueError for a lone surrogate, which no byte sequence can express.
+        """
+        bad = _SURROGATE.search(text)
+        if bad:
+            raise ValueError(
+                f"text must be valid Unicode, but character {bad.start()} is a lone surrogate ({bad.group()!r}); repair the source file"
+            )
+        if not allow_special:
+            return self._encode_ordinary(text)
+        ids: list[int] = []
+        for part in self._split_special.split(text):
+            ids += [self.special[part]] if part in self.special else self._encode_ordinary(part)
+        return ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        # A cut behind the first character of every special string: neither format can then see one whole.
+        cuts = [0, *(found.start() + 1 for found in self._find_special.finditer(text)), len(text)]
+        ids: list[int] = []
+        for first, last in pairwise(cuts):
+            for i, part in enumerate(text[first:last].split(SPACE)):
+                if i:  # a literal U+2581 would come back as a space: spell it in bytes
+                    ids += [self._id_of[f"<0x{byte:02X}>"] for byte in SPACE.encode()]
+                if part:
+                    ids += self._vocabulary.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False, keep: Collection[str] = ()) -> str:
+        """Text of `ids`. `skip_special` leaves out special tokens except those in `keep`; an id without a token reads as U+FFFD.
+
+        Raises ValueError for a negative id.
+        """
+        return b"".join(self.token_bytes(i, skip_special, keep) for i in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, i: int, skip_special: bool = False, keep: Collection[str] = ()) -> bytes:
+        """What id `i` adds to the text, in UTF-8; possibly a part of a character. Raises ValueError if negative."""
+        if i < 0:
+            raise ValueError(f"token id ({i}) must not be negative; drop padding and ignored labels before decoding")
+        if i in self._vocabulary.byte_of:
+            return bytes([self._vocabulary.byte_of[i]])
+        text = self._text_of.get(i, UNKNOWN)
+        if i in self._special_ids:
+            return b"" if skip_special and text not in keep else text.encode()
+        return text.replace(SPACE, " ").encode()
+
+    def stream(self, skip_special: bool = False, keep: Collection[str] = ()) -> StreamDecoder:
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self, skip_special, keep)
+
+    def save(self, folder: str | os.PathLike[str], **config: Any) -> None:
+        """Copy the tokenizer's files to `folder`, each under a temporary name first. `config` entries go to tokenizer_config.json."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        files = dict(self._files)
+        if config:
+            files[CONFIG_FILE] = (json.dumps({**self.config, **config}, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in files.items():
+            write_file(target / name, content)
+
+    def _read_special(self) -> dict[str, int]:
+        added = read_json(self._files, ADDED_FILE, self.where)
+        decoder = {entry["content"]: int(i) for i, entry in self.config.get("added_tokens_decoder", {}).items()}
+        special = {**self._vocabulary.special, **decoder, **added}
+        # A role or "additional" token may be an ordinary piece of the model file: special by declaration.
+        extra = read_json(self._files, ROLES_FILE, self.where).get("additional_special_tokens", [])
+        declared = [*self._roles.values(), *(_content(token) for token in extra)]
+        pieces = {piece: i for i, piece in self._vocabulary.pieces.items()}
+        return {**{token: pieces[token] for token in declared if token in pieces}, **special}
+
+
+AutoTokenizer = Tokenizer  # the name users of other libraries look for
+
+
+class StreamDecoder:
+    """Ids one by one -> text, never half a character. What was pushed, joined, equals `Tokenizer.decode` of the same ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, keep: Collection[str] = ()) -> None:
+        self._tokenizer, self._skip, self._keep = tokenizer, skip_special, keep
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes; "" while a character is unfinished. Raises ValueError for a negative id."""
+        return self._utf8.decode(self._tokenizer.token_bytes(i, self._skip, self._keep))
+
+    def flush(self) -> str:
+        """What is left at the end: "" or U+FFFD for an unfinished character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    """The object in the JSON file `name` of the folder `where`, {} if `files` lacks it. Raises ValueError naming the file."""
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{os.path.join(where, name)} must be JSON ({error}); download the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{os.path.join(where, name)} ({type(content).__name__}) must hold a JSON object; download the file again"
+        )
+    return content
+
+
+def _content(token: Any) -> str:
+    """Token files write a token as a string or as an object with its content."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _roles(config: Mapping[str, Any]) -> dict[str, str]:
+    return {role: _content(config[role]) for role in _ROLE_DEFAULTS if config.get(role) is not None}
+
+
+def _read_model(model: bytes, where: str) -> _Vocabulary:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{os.path.join(where, MODEL_FILE)} ({len(model)} bytes) must be a sentencepiece model ({error}); download it again, a Git LFS pointer is not the file"
+        ) from error
+    pieces = list(_model_pieces(model))
+    # Vocabularies also use the user-defined kind for runs of spaces and the like, which are ordinary text.
+    special = {
+        piece: i
+        for i, (piece, kind) in enumerate(pieces)
+        if kind in (_KIND_UNKNOWN, _KIND_CONTROL)
+        or (kind == _KIND_USER and piece.startswith("<") and piece.endswith(">"))
+    }
+    return _Vocabulary(
+        encode=processor.encode,
+        pieces={i: piece for i, (piece, _) in enumerate(pieces)},
+        special=special,
+        byte_of={i: int(piece[3:5], 16) for i, (piece, kind) in enumerate(pieces) if kind == _KIND_BYTE},
+    )
+
+
+def _model_pieces(model: bytes) -> Iterator[tuple[str, int]]:
+    """(piece, kind) of each id. sentencepiece's Python interface does not tell user-defined pieces from ordinary ones."""
+    for number, piece in _fields(model):
+        if number == 1:
+            fields = dict(_fields(piece))
+            text, kind = fields[1], fields.get(3, 1)
+            yield text.decode(), kind
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of one protobuf message: an int for varints, else the raw bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: 8, 5: 4}.get(tag & 7) or varint()
+        yield tag >> 3, message[at : at + length]
+        at += length
+
+
+def _read_hf(spec: bytes, where: str) -> _Vocabulary:
+    """tokenizer.json through the optional package. Only the kind that ERNIE uses: BPE with byte fallback."""
+    content = read_json({JSON_FILE: spec}, JSON_FILE, where)
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise ValueError(
+            f"{os.path.join(where, JSON_FILE)} (type {model.get('type')!r}, byte_fallback {model.get('byte_fallback')!r}) must be BPE with byte_fallback; "
+            f"put the model's {MODEL_FILE} beside it"
+        )
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f"{os.path.join(where, JSON_FILE)} needs the package tokenizers; pip install tokenizers, or put {MODEL_FILE} beside it"
+        ) from error
+    backend = tokenizers.Tokenizer.from_str(spec.decode())
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    pieces = {i: piece for piece, i in model["vocab"].items()}
+    return _Vocabulary(
+        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        pieces=pieces,
+        special=added,
+        byte_of={i: int(found[1], 16) for i, piece in pieces.items() if (found := _BYTE_PIECE.fullmatch(piece))},
+    )
