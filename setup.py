@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ernie_tune", "ernie_tune.*"]),
-    package_data={"ernie_tune": ["py.typed", "data/assets/*"]},
+    package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*"]},
     install_requires=["numpy>=1.24", "safetensors>=0.4", "sentencepiece>=0.2", "pillow>=10.4", "pyyaml>=6", "tqdm>=4.60", "jinja2>=3.1"],
     extras_require={
         "cpu": ["paddlepaddle>=3.3"],
@@ -26,5 +26,5 @@ setup(
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "types-tqdm", "av>=12"],
     },
-    entry_points={"console_scripts": []},
+    entry_points={"console_scripts": ["ernie-tune = ernie_tune.cli.main:main"]},
 )

@@ -1,0 +1,173 @@
+"""`ernie-tune doctor`: this machine in plain text, without loading paddle.
+
+Refuses to know: secrets (a hub token is only said to exist), the network, how a run is configured.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from ernie_tune import CPU_PLAN, __version__
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import available_cores, read_cpuinfo
+
+_GIB = 2**30
+_CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm", "jinja2")
+_OPTIONAL = (
+    "paddlepaddle",
+    "paddlepaddle-gpu",
+    "paddlenlp",
+    "paddleformers",
+    "av",
+    "matplotlib",
+    "visualdl",
+    "tensorboardX",
+    "fastapi",
+)
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "MKL_DEBUG_CPU_TYPE",
+    "NNODES",
+    "RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_TOKENS = {
+    "AI Studio": ("AISTUDIO_ACCESS_TOKEN", ".cache/aistudio/.auth/token"),
+    "Hugging Face": ("HF_TOKEN", ".cache/huggingface/token"),
+    "ModelScope": ("MODELSCOPE_API_TOKEN", ".modelscope/credentials"),
+}
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune doctor
+
+    Prints versions, processor, memory, disk, cards, ports and hub tokens (yes or no), then what looks wrong and how to
+    mend it. Made to be pasted into an issue.
+    """
+    if args:
+        raise UsageError(f"doctor takes no words, got {args[0]!r} / 不需要参数")
+    versions = {name: found for name in (*_CORE, *_OPTIONAL) if (found := _version(name))}
+    cards = _cards()
+    print("\n".join(describe(versions, cards, os.environ)))
+    for problem in diagnose(versions, cards, os.environ, _shared_memory()) or ["nothing"]:
+        print(f"to mend: {problem}")
+    return 0
+
+
+def describe(versions: Mapping[str, str], cards: list[str], environ: Mapping[str, str]) -> list[str]:
+    """The machine, one fact a line."""
+    cpuinfo, cores, disk = read_cpuinfo(), available_cores(), shutil.disk_usage(".")
+    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo)]
+    return [
+        f"ernie-tune: {__version__}",
+        f"python: {platform.python_version()} ({platform.platform()})",
+        f"processor: {model[1] if model else platform.machine()}, {cores} of {os.cpu_count()} cores, {' '.join(flags) or 'no vector flags'}",
+        CPU_PLAN.line,
+        f"memory: {_memory()}",
+        f"disk here: {disk.free / _GIB:.1f} GiB free of {disk.total / _GIB:.1f}",
+        f"shared memory: {_size(_shared_memory())}",
+        f"packages: {', '.join(f'{name} {version}' for name, version in versions.items())}",
+        *(f"card: {card}" for card in cards or ["none (no nvidia-smi)"]),
+        f"port on 127.0.0.1: {_port(environ)}",
+        *(f"token for {hub}: {_token(hub, environ)}" for hub in _TOKENS),
+        f"environment: {' '.join(f'{name}={environ[name]!r}' for name in _VARIABLES if name in environ) or 'nothing set'}",
+    ]
+
+
+def diagnose(
+    versions: Mapping[str, str], cards: list[str], environ: Mapping[str, str], shared_bytes: int | None
+) -> list[str]:
+    """What looks wrong, with the repair. `cards`: lines of nvidia-smi; `shared_bytes`: size of /dev/shm, None if there is none."""
+    cpu, gpu = "paddlepaddle" in versions, "paddlepaddle-gpu" in versions
+    found = []
+    if absent := [name for name in _CORE if name not in versions]:
+        found.append(f"packages are missing: pip install {' '.join(absent)}")
+    if cpu and gpu:
+        found.append("paddlepaddle and paddlepaddle-gpu overwrite each other: pip uninstall both, then install one")
+    if not cpu and not gpu:
+        found.append(
+            'paddle is missing: pip install "ernie-tune[cpu]", or paddlepaddle-gpu from Paddle\'s own index for a card'
+        )
+    for name in ("paddlepaddle", "paddlepaddle-gpu"):
+        if name in versions and _numbers(versions[name]) < (3, 3):
+            found.append(f"{name} {versions[name]} is too old: pip install -U '{name}>=3.3'")
+    if gpu and not cards:
+        found.append(
+            "paddlepaddle-gpu is installed, and nvidia-smi shows no card: check the driver, or install paddlepaddle"
+        )
+    if cards and cpu and not gpu:
+        found.append(
+            "there is a card, and paddlepaddle is the build without it: install paddlepaddle-gpu instead to use it"
+        )
+    if environ.get("CUDA_VISIBLE_DEVICES") == "":
+        found.append("CUDA_VISIBLE_DEVICES is empty, which breaks paddle.distributed.launch: unset it")
+    if shared_bytes is not None and shared_bytes < 2**28:
+        found.append(f"shared memory is small ({_size(shared_bytes)}): keep dataloader_num_workers at 0")
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _size(count: int | None) -> str:
+    return "none" if count is None else f"{count / _GIB:.1f} GiB"
+
+
+def _shared_memory() -> int | None:
+    return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
+
+
+def _memory(meminfo: Path = Path("/proc/meminfo")) -> str:
+    if not meminfo.is_file():
+        return "unknown"
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+    total, free = (int(kib.get(name, 0)) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    texts = [file.read_text().strip() for file in limits if file.is_file()]
+    bounds = [int(text) for text in texts if text.isdecimal() and int(text) < total]
+    return f"{_size(free)} free of {_size(total)}" + (f", container limit {_size(bounds[0])}" if bounds else "")
+
+
+def _cards() -> list[str]:
+    """One line a card: name, memory, compute capability, driver. Empty without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _port(environ: Mapping[str, str]) -> str:
+    wanted = environ.get("MASTER_PORT", "0")
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", int(wanted)))
+        except (OSError, ValueError, OverflowError) as error:
+            return f"cannot bind {wanted}: {error}"
+        return f"ok ({probe.getsockname()[1]})"
+
+
+def _token(hub: str, environ: Mapping[str, str]) -> str:
+    variable, file = _TOKENS[hub]
+    return "yes" if environ.get(variable) or (Path.home() / file).is_file() else "no"

@@ -1,0 +1,117 @@
+"""`ernie-tune VERB …`: finds the verb, runs it, turns errors into one clean message.
+
+Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback.
+Refuses to know what verbs do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from ernie_tune import __version__
+from ernie_tune.cli.verbs import VERBS, UsageError, Verb, find_verb
+
+_HELP = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; default `sys.argv`) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = [word for word in words if word != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese must not end a run
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `ernie-tune … | head`: the reader has gone, and so must what Python would flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if len(args) < len(words):
+            raise
+        print(_message(error), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in _HELP:
+        return help_([])
+    if args[0] in ("-V", "--version"):
+        return version([])
+    verb = find_verb(args[0])
+    if any(word in _HELP for word in args[1:]):
+        return help_([verb.name])
+    return verb.load()(args[1:])
+
+
+def _message(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def version(args: list[str]) -> int:
+    """ernie-tune version
+
+    Prints the version of this library.
+    """
+    print(f"ernie-tune {__version__}")
+    return 0
+
+
+def help_(args: list[str]) -> int:
+    """ernie-tune help [VERB | SETTING]
+
+    Explains a verb, or a setting with its other spellings. Alone: lists the verbs.
+    """
+    if not args:
+        print(_overview())
+        return 0
+    known = {name: verb for verb in VERBS for name in (verb.name, *verb.aliases)}
+    print(_about_verb(known[args[0]]) if args[0] in known else _about_setting(args[0]))
+    return 0
+
+
+def _overview() -> str:
+    names = {verb.name: ", ".join((verb.name, *verb.aliases)) for verb in VERBS}
+    width = max(map(len, names.values()))
+    lines = [f"  {names[verb.name]:<{width}}  {verb.help}" for verb in VERBS]
+    return "\n".join(
+        [
+            "ernie-tune: fine-tune ERNIE-4.5-VL with PaddlePaddle",
+            "",
+            "usage: ernie-tune VERB [FILE] [key=value | --key value …] [--debug]",
+            "",
+            *lines,
+            "",
+            "`ernie-tune VERB --help` explains a verb, `ernie-tune help learning_rate` a setting.",
+        ]
+    )
+
+
+def _about_verb(verb: Verb) -> str:
+    return inspect.cleandoc(verb.load().__doc__ or verb.help)
+
+
+def _about_setting(word: str) -> str:
+    from ernie_tune.config.aliases import RENAMED
+    from ernie_tune.config.arguments import SETTINGS
+    from ernie_tune.config.convert import did_you_mean, to_yaml
+
+    name = RENAMED.get(word.replace("-", "_"), word.replace("-", "_"))
+    if name not in SETTINGS:
+        raise UsageError(
+            f"no verb or setting is named {word!r}{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])} / 未知的名称"
+        )
+    setting = SETTINGS[name]
+    spellings = [alias for alias, ours in RENAMED.items() if ours == name]
+    lines = [f"{name}: {setting.help}", f"section: {setting.section}", f"default: {to_yaml(setting.default)}"]
+    lines += [f"one of: {', '.join(setting.choices)}"] if setting.choices else []
+    lines += [f"also written: {', '.join(spellings)}"] if spellings else []
+    return "\n".join(lines)

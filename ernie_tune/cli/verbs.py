@@ -1,0 +1,67 @@
+"""The table of verbs (ecosystem.md 4.4) and what verbs share. A new verb is one line here and one function.
+
+Refuses to know what a verb does: its module is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ernie_tune.config.loader import Entry
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong: exit code 2. Wrong settings and data are plain ValueErrors: exit code 1."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line. `target`: "module:function", a function of the remaining words that returns the exit code; its docstring is the
+    verb's help."""
+
+    name: str
+    target: str
+    help: str
+    aliases: tuple[str, ...] = ()
+
+    def load(self) -> Callable[[list[str]], int]:
+        module, _, function = self.target.partition(":")
+        found: Callable[[list[str]], int] = vars(importlib.import_module(module))[function]
+        return found
+
+
+VERBS = (
+    Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
+    Verb("validate", "ernie_tune.cli.validate:run", "check a YAML file without loading paddle"),
+    Verb("doctor", "ernie_tune.cli.doctor:run", "describe this machine, to paste into an issue", ("env",)),
+    Verb("version", "ernie_tune.cli.main:version", "print the version"),
+    Verb("help", "ernie_tune.cli.main:help_", "explain a verb or a setting"),
+)
+
+
+def find_verb(word: str) -> Verb:
+    """The verb that `word` names. Raises UsageError with the nearest name."""
+    by_word = {name: verb for verb in VERBS for name in (verb.name, *verb.aliases)}
+    if word not in by_word:
+        from ernie_tune.config.convert import did_you_mean
+
+        raise UsageError(
+            f"unknown verb {word!r}{did_you_mean(word, by_word)} / 未知的命令; `ernie-tune help` lists the verbs"
+        )
+    return by_word[word]
+
+
+def file_and_settings(args: Sequence[str]) -> tuple[str, list[Entry]]:
+    """The one file that `args` must name, and the settings beside it. Raises UsageError for none or several files."""
+    from ernie_tune.config.loader import split_overrides
+
+    words, entries = split_overrides(args)
+    if len(words) != 1:
+        raise UsageError(
+            f"expected one YAML file, got {len(words)}: {' '.join(words) or 'nothing'} / 需要一个 YAML 文件"
+        )
+    return words[0], entries

@@ -1,0 +1,176 @@
+"""The one table of other spellings (ecosystem.md 4.1): PaddleFormers, PaddleNLP, ERNIEKit, HF, TRL, LLaMA-Factory, ms-swift -> ours.
+
+Refuses to know files, types and defaults: names and words only.
+"""
+
+from __future__ import annotations
+
+# A name that means another name, with the same values.
+RENAMED: dict[str, str] = {
+    # parallelism
+    "tensor_parallel_degree": "tensor_model_parallel_size",
+    "pipeline_parallel_degree": "pipeline_model_parallel_size",
+    "sharding_parallel_degree": "sharding_parallel_size",
+    "context_parallel_degree": "context_parallel_size",
+    "sep_parallel_degree": "sep_parallel_size",
+    "expert_parallel_degree": "expert_model_parallel_size",
+    "virtual_pp_degree": "virtual_pipeline_model_parallel_size",
+    "zero_stage": "sharding",
+    # training
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "scheduler": "lr_scheduler_type",
+    "epochs": "num_train_epochs",
+    "max_epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "early_stopping_steps": "early_stopping_patience",
+    "early_stop_interval": "early_stopping_patience",
+    "gradient_checkpointing": "recompute",
+    "label_smoothing_factor": "label_smoothing",
+    "moe_aux_loss_lambda": "router_aux_loss_coef",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    "aux_loss_coef": "router_aux_loss_coef",
+    "moe_z_loss_lambda": "router_z_loss_coef",
+    "guard_set": "guard_dataset_path",
+    # model and method
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "model_id_or_path": "model_name_or_path",
+    "rlhf_type": "stage",
+    "finetuning_type": "fine_tuning",
+    "tuner_type": "fine_tuning",
+    "train_type": "fine_tuning",
+    "sft_type": "fine_tuning",
+    "r": "lora_rank",
+    "lora_dim": "lora_rank",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "lora_module_name": "lora_target_modules",
+    "adapter_name_or_path": "lora_path",
+    "adapters": "lora_path",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "pissa_init": "pissa",
+    # data
+    "dataset": "train_dataset_path",
+    "data_path": "train_dataset_path",
+    "eval_dataset": "eval_dataset_path",
+    "val_dataset": "eval_dataset_path",
+    "split_dataset_ratio": "val_size",
+    "interleave_probs": "train_dataset_prob",
+    "interleave_prob": "train_dataset_prob",
+    "cutoff_len": "max_seq_len",
+    "max_length": "max_seq_len",
+    "model_max_length": "max_seq_len",
+    "neat_packing": "packing",
+    "max_pixels": "image_max_pixels",
+    "min_pixels": "image_min_pixels",
+    "fps_max_frames": "video_max_frames",
+    # preference and rollout
+    "pref_beta": "beta",
+    "pref_loss": "loss_type",
+    "pref_ftx": "sft_loss_ratio",
+    "rpo_alpha": "sft_loss_ratio",
+    "cpo_alpha": "sft_loss_ratio",
+    "ref_model_update_step": "ref_model_update_steps",
+    "max_new_tokens": "max_completion_length",
+    "reward_model_plugin": "reward_funcs",
+}
+
+_DTYPES = {
+    "auto": {},
+    "bfloat16": {"bf16": "true"},
+    "bf16": {"bf16": "true"},
+    "float16": {"fp16": "true"},
+    "fp16": {"fp16": "true"},
+    "float32": {"bf16": "false", "fp16": "false"},
+}
+_BITS = {"8": {"weight_quantize_algo": "weight_only_int8"}, "4": {"weight_quantize_algo": "nf4"}}
+_LORA = {"true": {"fine_tuning": "LoRA"}, "false": {"fine_tuning": "Full"}}
+
+
+def _freeze(*words: str) -> dict[str, dict[str, str]]:
+    return {"true": {"freeze_config": " ".join(words)}, "false": {"freeze_config": " ".join("!" + w for w in words)}}
+
+
+# A name whose words each mean settings of ours. In freeze_config, !word says that the part is not frozen.
+EXPANDED: dict[str, dict[str, dict[str, str]]] = {
+    "lora": _LORA,
+    "only_optimize_lora": _LORA,
+    "rslora_plus": {"true": {"rslora": "true", "lora_plus_scale": "4", "lora_alpha": "4"}, "false": {}},
+    "freeze_vit": _freeze("freeze_vision"),
+    "freeze_vision_tower": _freeze("freeze_vision"),
+    "freeze_aligner": _freeze("freeze_aligner"),
+    "freeze_multi_modal_projector": _freeze("freeze_aligner"),
+    "freeze_llm": _freeze("freeze_llm"),
+    "freeze_language_model": _freeze("freeze_llm"),
+    "train_mm_proj_only": {"true": {"freeze_config": "freeze_vision freeze_llm !freeze_aligner"}, "false": {}},
+    "torch_dtype": _DTYPES,
+    "compute_type": {
+        **_DTYPES,
+        "fp8": {"weight_quantize_algo": "fp8_linear"},
+        "wint8": {"weight_quantize_algo": "weight_only_int8"},
+        "wint4/8": {"weight_quantize_algo": "weight_only_mix"},
+    },
+    "quantization_bit": _BITS,
+    "quant_bits": _BITS,
+    "stopping_strategy": {
+        "first_exhausted": {"mix_strategy": "interleave_under"},
+        "all_exhausted": {"mix_strategy": "interleave_over"},
+    },
+    "no_resume": {"true": {"resume_from_checkpoint": "no"}, "false": {}},
+}
+
+# Other words for a value, in lower case. Empty: the word stands for nothing.
+VALUES: dict[str, dict[str, str]] = {
+    "stage": {"vl-sft": "SFT", "vl-dpo": "DPO", "vl-pt": "PT", "grpo": "RLVR", "reward": "RM"},
+    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "lr_scheduler_type": {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"},
+    "eval_strategy": {"false": "no", "none": "no"},
+    "save_strategy": {"false": "no", "none": "no"},
+    "sharding": {"false": "off", "none": "off", "0": "off", "1": "stage1", "2": "stage2", "3": "stage3"},
+    "resume_from_checkpoint": {"true": "auto", "false": "no", "none": "no"},
+    "report_to": {"none": "", "tensorboardx": "tensorboard"},
+    "weight_quantize_algo": {"false": "none"},
+    "lora_experts": {"visual": "vision", "false": "none"},
+    "lora_target_modules": {"all-linear": "all"},
+    "loss_norm": {"sequence": "seq"},
+}
+
+# Accepted, without effect: one printed line says why.
+IGNORED: dict[str, str] = {
+    "deepspeed": "sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
+    "fsdp": "sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
+    "unified_checkpoint": "every checkpoint can be read at any degree of parallelism",
+    "save_checkpoint_format": "checkpoints are always safetensors",
+    "padding_free": "rows are never padded",
+    "do_train": "the verb decides",
+    "do_predict": "the verb decides",
+    "multimodal": "the model and the rows decide",
+    "trust_remote_code": "no code is taken from model folders",
+    "moe_use_hard_gate": "routing always follows the kind of token",
+    "moe_multimodal_dispatch_use_allgather": "the dispatch is chosen by the parallel layout",
+    "pre_alloc_memory": "memory is allocated as it is needed",
+    "quant_method": "quant_bits decides",
+    "overwrite_output_dir": "nothing is overwritten; see resume_from_checkpoint",
+    "overwrite_cache": "rows are read anew in every run",
+}
+
+# Refused, with what to write instead: to ignore these would change the result.
+REFUSED: dict[str, str] = {
+    "moe_group": "set expert_model_parallel_size",
+    "text_dataset_path": "list the file in train_dataset_path",
+    "modality_ratio": "set train_dataset_prob, one weight a file",
+    "visual_ld": "set vit_lr_ratio; there is no decay over vision layers",
+    "data_split": "give each stage its own train_dataset_path",
+    "offload": "set sharding to 'stage2 offload'",
+}
+
+# Variables that image settings are read from when nothing else sets them.
+ENVIRONMENT: dict[str, str] = {
+    "MAX_PIXELS": "image_max_pixels",
+    "MIN_PIXELS": "image_min_pixels",
+    "FPS_MAX_FRAMES": "video_max_frames",
+}
+
+SPELLINGS = (*RENAMED, *EXPANDED, *IGNORED, *REFUSED)

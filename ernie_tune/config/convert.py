@@ -1,0 +1,128 @@
+"""From the text of a value to the type of its setting, and back. The setting's type decides, not the look of the text: `3e-4` is a number where
+a number is wanted, and `off` a word where a word is wanted (ecosystem.md 4.2, traps).
+
+Refuses to know: where a text stands, other names of a setting, how settings fit together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from ernie_tune.config.aliases import VALUES
+from ernie_tune.config.arguments import Setting
+
+# What a file or a command line can hold: a text, a list of texts, or nothing (null).
+Raw = str | tuple[str, ...] | None
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_PLAIN = re.compile(r"[\w./][\w./-]*")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def to_raw(name: str, value: Any) -> Raw:
+    """The text of a Python value, so that keyword arguments take the same road as files."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float, PurePath)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(str(to_raw(name, item)) for item in value)
+    raise ValueError(f"{name} ({type(value).__name__}) must be a number, a word, a path or a list of them / 类型不支持")
+
+
+def convert(setting: Setting, raw: str | tuple[str, ...]) -> Any:
+    """The value of `setting` that `raw` spells. Raises ValueError (no place in it) for wrong type, word or range."""
+    if setting.many:
+        items = raw if isinstance(raw, tuple) else _split(setting, raw)
+        # a word that stands for nothing ("none" in report_to) leaves the list
+        return tuple(_one(setting, text) for item in items if (text := _translated(setting, item)) or not item)
+    if isinstance(raw, tuple):
+        raise ValueError(f"{setting.name} ({list(raw)}) must be one value, not a list / 只能是一个值")
+    return _one(setting, _translated(setting, raw))
+
+
+def _translated(setting: Setting, text: str) -> str:
+    return VALUES.get(setting.name, {}).get(text.strip().lower(), text)
+
+
+def _split(setting: Setting, text: str) -> list[str]:
+    parts = re.split(r"[,\s]+" if setting.choices else ",", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _one(setting: Setting, text: str) -> Any:
+    if setting.kind is bool:
+        return _bool(setting, text)
+    if setting.kind is str:
+        return _word(setting, text) if setting.choices else text
+    return _number(setting, text)
+
+
+def _bool(setting: Setting, text: str) -> bool:
+    word = text.strip().lower()
+    if word not in TRUE + FALSE:
+        raise ValueError(f"{setting.name} ({text!r}) must be true or false / 必须是 true 或 false")
+    return word in TRUE
+
+
+def _word(setting: Setting, text: str) -> str:
+    word = " ".join(text.lower().split())
+    negation = "!" if word.startswith("!") and setting.name == "freeze_config" else ""
+    known = {choice.lower(): choice for choice in setting.choices}
+    if word.removeprefix(negation) not in known:
+        hint = did_you_mean(word, known)
+        raise ValueError(
+            f"{setting.name} ({text!r}) must be one of {', '.join(setting.choices)}{hint} / 只能取以上之一"
+        )
+    return negation + known[word.removeprefix(negation)]
+
+
+def _number(setting: Setting, text: str) -> int | float:
+    whole = setting.kind is int
+    try:
+        value = float(text)
+        # int() of the text keeps whole numbers beyond 2**53 exact; "1e3" is whole too
+        number: int | float = value if not whole else int(value) if set(text) & set(".eE") else int(text)
+        fits = math.isfinite(value) and (not whole or number == value)
+    except (ValueError, OverflowError):
+        fits = False
+    if not fits:
+        what, zh = ("a whole number", "整数") if whole else ("a number", "数字")
+        raise ValueError(f"{setting.name} ({text!r}) must be {what} / 必须是{zh}")
+    low, high = setting.low, setting.high
+    if (low is not None and number < low) or (high is not None and number > high):
+        bounds = " and ".join(
+            f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
+        )
+        raise ValueError(f"{setting.name} ({text}) must be {bounds} / 超出范围")
+    return number
+
+
+def to_yaml(value: Any) -> str:
+    """`value` as one line of YAML that `convert`, and every other YAML reader, takes back unchanged."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent  # YAML 1.1 wants the dot
+    if isinstance(value, tuple):
+        return f"[{', '.join(to_yaml(v) for v in value)}]"
+    if isinstance(value, str) and not (_PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
+        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**31).rstrip("\n")
+    return str(value)

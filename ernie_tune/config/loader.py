@@ -1,0 +1,307 @@
+"""From a flat YAML file and command-line words to one `RunConfig`, with the place of every value kept for messages; and back to YAML.
+
+Refuses to know: which verb asks, what a setting is for, paddle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ernie_tune.config import checks
+from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, IGNORED, REFUSED, RENAMED, SPELLINGS
+from ernie_tune.config.arguments import SETTINGS, RunConfig, build
+from ernie_tune.config.convert import FALSE, TRUE, Raw, convert, did_you_mean, to_yaml
+
+ARGS_FILE = "ernie_tune_args.yaml"  # name of the resolved configuration in output_dir (ecosystem.md 4.5)
+COMMAND_LINE = "command line"
+
+# methods.md 2.5 and 10: rates of published recipes, by (compares answers, LoRA)
+_LEARNING_RATE = {(False, False): 1e-5, (False, True): 3e-4, (True, False): 1e-6, (True, True): 1e-5}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting as somebody wrote it."""
+
+    name: str
+    raw: Raw
+    where: str  # "run.yaml:12", "command line", …
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, where each given setting was written, and the lines that the user must see."""
+
+    config: RunConfig
+    sources: Mapping[str, Entry]  # by canonical name; settings that nobody wrote are absent
+    notes: tuple[str, ...]
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[Entry] = (),
+    *,
+    for_training: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Read a YAML file, then `overrides` (from `split_overrides`) over it. `for_training`: model and rows must be named too.
+
+    Raises ValueError, each line of it beginning with file:line or "command line"; OSError if the file cannot be read.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: the file must be UTF-8 / 文件须为 UTF-8") from None
+    return load_text(
+        text, str(path), overrides, for_training=for_training, environ=os.environ if environ is None else environ
+    )
+
+
+def load_text(
+    text: str,
+    name: str,
+    overrides: Sequence[Entry] = (),
+    *,
+    for_training: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """`load_config` of a text; `name` stands for the file in messages."""
+    environ = environ or {}
+    environment = [
+        Entry(ours, environ[key], f"environment {key}") for key, ours in ENVIRONMENT.items() if key in environ
+    ]
+    return resolve([environment, read_yaml(text, name), overrides], f"{name}:1", for_training=for_training)
+
+
+def read_yaml(text: str, name: str) -> list[Entry]:
+    """Keys and values of a flat YAML mapping with their lines. Values stay text: only the setting knows its type."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(
+            f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context} / 不是合法的 YAML"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"{name}:{text[: error.position].count(chr(10)) + 1}: character {error.character!r} is not allowed / 非法字符"
+        ) from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        # what PyYAML lets through: \U escapes and version numbers too large, nesting too deep
+        raise ValueError(f"{name}:1: not YAML: {error} / 不是合法的 YAML") from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(
+            f"{name}:{root.start_mark.line + 1}: the file must be a list of 'key: value' lines / 须为 key: value 形式"
+        )
+    entries: dict[str, Entry] = {}
+    for key, value in root.value:
+        entry = Entry(_text(key, name), _raw(value, name), f"{name}:{key.start_mark.line + 1}")
+        if entry.name in entries:
+            raise ValueError(
+                f"{entry.where}: {entry.name} is given twice, first at {entries[entry.name].where}; keep one / 重复的键"
+            )
+        entries[entry.name] = entry
+    return list(entries.values())
+
+
+def _raw(node: yaml.Node, name: str) -> Raw:
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_text(item, name) for item in node.value)
+    text = _text(node, name)
+    return None if node.tag == "tag:yaml.org,2002:null" else text
+
+
+def _text(node: yaml.Node, name: str) -> str:
+    where = f"{name}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(
+            f"{where}: a value must be a number, a word or a list of them; settings are not nested / 不支持嵌套"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in node.value):
+        raise ValueError(f"{where}: half a surrogate pair is not a character / 非法字符")
+    return str(node.value)
+
+
+def split_overrides(args: Sequence[str]) -> tuple[list[str], list[Entry]]:
+    """Words of a command line that are not settings, and the settings: `key=value`, `--key=value`, `--key value`, `--flag`."""
+    words: list[str] = []
+    entries: list[Entry] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") and not (equals and name.isidentifier()):
+            words.append(word)
+            continue
+        name = name.removeprefix("--").replace("-", "_")
+        if not equals:
+            takes = (
+                bool(rest) and not rest[0].startswith("--") and (not _is_flag(name) or rest[0].lower() in TRUE + FALSE)
+            )
+            value = rest.pop(0) if takes else "true"
+        entries.append(Entry(name, None if value == "null" else value, COMMAND_LINE))
+    return words, entries
+
+
+def _is_flag(name: str) -> bool:
+    setting = SETTINGS.get(RENAMED.get(name, name))
+    return "true" in EXPANDED.get(name, {}) or (setting is not None and setting.kind is bool)
+
+
+def resolve(layers: Sequence[Sequence[Entry]], where: str, *, for_training: bool = False) -> Loaded:
+    """Merge layers of settings, later ones over earlier ones whatever their spelling. `where` stands for settings that nobody wrote.
+
+    Raises ValueError with one line for every mistake: unknown name, wrong value, two spellings that disagree, settings that do not fit.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, Entry] = {}
+    notes: list[str] = []
+    errors: list[str] = []
+    for layer in layers:
+        for name, entries in _by_setting(layer, notes, errors).items():
+            try:
+                values[name] = _value(name, entries, values)
+                sources[name] = entries[0][0]
+            except ValueError as error:
+                errors.append(str(error))
+    # null means the default, also over an earlier layer
+    values = {name: value for name, value in values.items() if value is not None}
+    if not errors:
+        _fill_in(values, sources)
+        config = build(values)
+        found = checks.problems(config) + (checks.missing(config) if for_training else [])
+        errors = [f"{sources[name].where if name in values else where}: {message}" for name, message in found]
+    if errors:
+        raise ValueError("\n".join(errors))
+    sources = {name: entry for name, entry in sources.items() if name in values}
+    return Loaded(config, sources, (*notes, *_remarks(config, sources)))
+
+
+def _by_setting(layer: Sequence[Entry], notes: list[str], errors: list[str]) -> dict[str, list[tuple[Entry, Raw]]]:
+    """The entries of one layer under our names. What is ignored goes to `notes`, what is unknown or refused to `errors`."""
+    found: dict[str, list[tuple[Entry, Raw]]] = {}
+    for entry in layer:
+        if entry.name in IGNORED:
+            if entry.raw is not None:
+                notes.append(f"{entry.where}: {entry.name} is not used here: {IGNORED[entry.name]}")
+            continue
+        try:
+            for name, raw in _ours(entry):
+                found.setdefault(name, []).append((entry, raw))
+        except ValueError as error:
+            errors.append(f"{entry.where}: {error}")
+    return found
+
+
+def _ours(entry: Entry) -> list[tuple[str, Raw]]:
+    """What `entry` means in our names. Raises ValueError if nothing."""
+    name = RENAMED.get(entry.name, entry.name)
+    if name in SETTINGS:
+        return [(name, entry.raw)]
+    if name in REFUSED:
+        raise ValueError(f"{name} is not a setting here; {REFUSED[name]} / 请改用上述设置")
+    if name not in EXPANDED:
+        raise ValueError(f"unknown key {name!r}{did_you_mean(name, (*SETTINGS, *SPELLINGS))} / 未知的键")
+    if entry.raw is None:
+        return []
+    word = str(entry.raw).strip().lower()
+    for words, canonical in ((TRUE, "true"), (FALSE, "false")):
+        word = canonical if word in words and canonical in EXPANDED[name] else word
+    if word not in EXPANDED[name]:
+        raise ValueError(f"{name} ({entry.raw!r}) must be one of {', '.join(EXPANDED[name])} / 只能取以上之一")
+    return list(EXPANDED[name][word].items())
+
+
+def _value(name: str, entries: list[tuple[Entry, Raw]], earlier: Mapping[str, Any]) -> Any:
+    """The one value that all entries of a layer agree on; None for null."""
+    values: list[Any] = []
+    for entry, raw in entries:
+        try:
+            values.append(None if raw is None else convert(SETTINGS[name], raw))
+        except ValueError as error:
+            raise ValueError(f"{entry.where}: {error}") from None
+    if name == "freeze_config":
+        return _frozen_parts(entries, values, earlier)
+    (first, _), value = entries[0], values[0]
+    for (other, _), different in zip(entries[1:], values[1:], strict=True):
+        if different != value:
+            raise ValueError(
+                f"{other.where}: {other.name} ({_shown(different)}) contradicts {first.name} ({_shown(value)}) at {first.where}: "
+                f"both set {name}; keep one / 设置互相矛盾"
+            )
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else to_yaml(value)
+
+
+def _frozen_parts(
+    entries: list[tuple[Entry, Raw]], values: list[Any], earlier: Mapping[str, Any]
+) -> tuple[str, ...] | None:
+    """Spellings of freeze_config add up: each names a part (`word`) or frees it (`!word`). Only freeze_config itself forgets earlier layers."""
+    if values == [None]:
+        return None
+    said: dict[str, Entry] = {}
+    for (entry, _), words in zip(entries, values, strict=True):
+        for word in words or ():
+            said[word] = entry
+            opposite = said.get(word.removeprefix("!") if word.startswith("!") else "!" + word)
+            if opposite:
+                raise ValueError(
+                    f"{entry.where}: {entry.name} contradicts {opposite.name} at {opposite.where}: "
+                    f"both set {word.removeprefix('!')}; keep one / 设置互相矛盾"
+                )
+    restart = any(entry.name == "freeze_config" for entry, _ in entries)
+    before = () if restart else earlier.get("freeze_config") or ()
+    return tuple(w for w in SETTINGS["freeze_config"].choices if (w in said or w in before) and "!" + w not in said)
+
+
+def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> None:
+    """Defaults that depend on other settings become values, so that the resolved configuration says them."""
+    stage, method = values.get("stage", "SFT"), values.get("fine_tuning", "LoRA")
+    if "learning_rate" not in values:
+        values["learning_rate"] = _LEARNING_RATE[stage not in ("SFT", "PT"), method == "LoRA"]
+        sources["learning_rate"] = Entry("learning_rate", None, f"default for {stage}, {method}")
+    if "mix_strategy" not in values and len(values.get("train_dataset_prob", ())) > 1:
+        values["mix_strategy"] = "random"
+        sources["mix_strategy"] = Entry("mix_strategy", None, "default with train_dataset_prob")
+
+
+def _remarks(config: RunConfig, sources: Mapping[str, Entry]) -> list[str]:
+    """Lines about settings that have no effect, and about those that nobody wrote in the file or the command."""
+    lines = []
+    flat = config.flat()
+    for name, entry in sources.items():
+        section = SETTINGS[name].section
+        if not config.applies(section):
+            cause = f"fine_tuning {config.model.fine_tuning}" if section == "lora" else f"stage {config.model.stage}"
+            lines.append(f"{entry.where}: {name} has no effect with {cause}")
+        elif entry.where.startswith("environment"):
+            lines.append(f"{entry.where} sets {name}: {to_yaml(flat[name])}")
+    return lines
+
+
+def dump_config(config: RunConfig) -> str:
+    """The text of `ernie_tune_args.yaml`: every setting that has an effect. `load_text` of it gives `config` again, and `train` on it the run."""
+    flat = config.flat()
+    lines = ["# resolved by ernie-tune; `ernie-tune train` on this file repeats the run"]
+    for section in dataclasses.fields(RunConfig):
+        if config.applies(section.name):
+            lines.append(f"### {section.name}")
+            lines += [
+                f"{name}: {to_yaml(flat[name])}"
+                for name, setting in SETTINGS.items()
+                if setting.section == section.name
+            ]
+    return "\n".join(lines) + "\n"
