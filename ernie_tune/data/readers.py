@@ -1,0 +1,270 @@
+"""One row of any known format -> one `Record`: the table of formats, their recognition, and the readers of demonstrations.
+
+Refuses to know: how files are stored, tokens, pixels. Judged answers are read in `readers_preference.py`.
+Source: methods.md 1.2 (F1-F11), 9; ecosystem.md 2.2, 4.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from ernie_tune.data.readers_fields import (
+    DIALOGUES,
+    QUERIES,
+    RESPONSES,
+    Draft,
+    Fields,
+    Turn,
+    Where,
+    finish,
+    make_turn,
+    read_answered,
+    read_dialogue,
+    read_flag,
+)
+from ernie_tune.data.readers_preference import (
+    read_canonical,
+    read_labelled,
+    read_pair,
+    read_responses,
+    read_verifiable,
+)
+from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Verifier, show
+
+
+def read_sft(f: Fields) -> Record:
+    """A demonstration: a query with a response column, or messages; messages that end before an answer are a prompt."""
+    turns = read_answered(f)
+    return finish(f, "sft" if turns[-1].message["role"] == "assistant" else "prompt", turns)
+
+
+def read_prompt(f: Fields) -> Record:
+    """A query without an answer, for rollouts."""
+    return finish(f, "prompt", read_dialogue(f))
+
+
+def read_classification(f: Fields) -> Record:
+    """text + label: the label is the answer to learn, and a reward by exact match for verifiable training."""
+    label = f.take(f.name("label"))
+    answer = label if isinstance(label, str) else show(label)
+    turns = [make_turn(f, "text", "user", f.text("text")), make_turn(f, "label", "assistant", answer)]
+    return finish(f, "sft", turns, reward=Reward(answer, (Verifier("exact"),)))
+
+
+def _erniekit_turns(f: Fields, answers: Sequence[Any]) -> list[Turn]:
+    """src and tgt alternate, after an optional system text."""
+    questions = f.items("src")
+    turns = [make_turn(f, "system", "system", f.text("system"))] if f.has("system") and f.row["system"] != "" else []
+    for i, question in enumerate(questions):
+        turns.append(make_turn(f, f"src[{i}]", "user", question))
+        if i < len(answers):
+            turns.append(make_turn(f, f"tgt[{i}]", "assistant", answers[i]))
+    return turns
+
+
+def read_erniekit(f: Fields) -> Record:
+    """ERNIEKit text: src[], tgt[], label[] (0 keeps an answer out of the loss), system."""
+    answers = f.items("tgt")
+    f.same_length("tgt", answers, len(f.items("src")), "src")
+    turns = _erniekit_turns(f, answers)
+    if f.has("label"):
+        labels = f.items("label")
+        f.same_length("label", labels, len(answers), "tgt")
+        targets = [turn.message for turn in turns if turn.message["role"] == "assistant"]
+        for i, (label, message) in enumerate(zip(labels, targets, strict=True)):
+            if label not in (0, 1):
+                raise f.error("choice", f"label[{i}]", show(label), options="0, 1")
+            message["loss"] = bool(label)
+    return finish(f, "sft", turns)
+
+
+def read_erniekit_dpo(f: Fields) -> Record:
+    """ERNIEKit preference: src[], tgt[] one shorter, response[][], sort[] (higher is better). Beyond two responses: a ranking."""
+    history, responses, sort = f.items("tgt") if f.has("tgt") else [], f.items("response"), f.items("sort")
+    f.same_length("tgt", history, len(f.items("src")) - 1, "src but the last")
+    f.same_length("response", responses, max(2, len(responses)), "of the sides compared, two or more")
+    f.same_length("sort", sort, len(responses), "response")
+    values = [f.number(f"sort[{i}]", value) for i, value in enumerate(sort)]
+    if len(set(values)) == 1:
+        raise f.error("choice", "sort", show(sort), options="values that differ, such as [1, 0]")
+    drafts = []
+    for i, (response, value) in enumerate(zip(responses, values, strict=True)):
+        texts = f.typed(f"response[{i}]", [response] if isinstance(response, str) else response, list)
+        if len(texts) % 2 == 0:
+            f.same_length(f"response[{i}]", texts, len(texts) + 1, "turn, answer first and last")
+        turns = [make_turn(f, f"response[{i}]", ("assistant", "user")[j % 2], text) for j, text in enumerate(texts)]
+        drafts.append(Draft(turns, rank=1.0 + sum(other > value for other in values)))
+    if len(drafts) == 2:
+        return finish(f, "pair", _erniekit_turns(f, history), sorted(drafts, key=lambda draft: cast(float, draft.rank)))
+    return finish(f, "ranking", _erniekit_turns(f, history), drafts)
+
+
+def read_erniekit_vl(f: Fields) -> Record:
+    """ERNIEKit multimodal: text_info [{text, tag mask|no_mask}], image_info and video_info [{matched_text_index, *_url}].
+
+    Neighbours with one tag form one turn; turns alternate from mask to no_mask. Media stand before the text they match. With
+    is_system the first turn is the system's and the no_mask turn after it, which only keeps the alternation, is left out.
+    """
+    infos = [f.nested(f"text_info[{i}]", item) for i, item in enumerate(f.items("text_info", "text_list"))]
+    images, videos = _matched(f, "image_info", len(infos)), _matched(f, "video_info", len(infos))
+    turns: list[Turn] = []
+    for i, info in enumerate(infos):
+        tag = info.text("tag")
+        if tag not in ("mask", "no_mask"):
+            raise info.error("choice", "tag", show(tag), options="mask, no_mask")
+        role = "assistant" if tag == "no_mask" else "tool" if info.take("tool_response") else "user"
+        own_images, own_videos = images.get(i, []), videos.get(i, [])
+        if role == "assistant" and (own_images or own_videos):
+            raise f.error("choice", "matched_text_index", f"{i}, a no_mask text", options="the indices of mask texts")
+        text = info.take("text")
+        parts = [{"type": "image", "image": url} for url in own_images] + [
+            {"type": "video", "video": url} for url in own_videos
+        ]
+        turn = make_turn(
+            info, "text", role, [*parts, info.typed("text", text, str)] if role != "tool" or parts else text
+        )
+        if info.has("label"):
+            turn.message["loss"] = read_flag(info, "label")
+        if info.has("tool_calls"):
+            turn.message["tool_calls"] = info.take("tool_calls")
+        turns = [*turns[:-1], _join(turns[-1], turn)] if turns and turns[-1].message["role"] == role else [*turns, turn]
+    if f.take("is_system"):
+        roles = [turn.message["role"] for turn in turns[:2]]
+        if roles != ["user", "assistant"] or len(turns) < 4:
+            raise f.error("system", "is_system", ", ".join(roles))
+        turns = [turns[0]._replace(message=cast(Message, {**turns[0].message, "role": "system"})), *turns[2:]]
+    if not turns or turns[-1].message["role"] != "assistant":
+        raise f.error("choice", "text_info[-1].tag", "mask" if turns else "no text", options="no_mask")
+    return finish(f, "sft", turns)
+
+
+def _matched(f: Fields, field: str, n: int) -> dict[int, list[Any]]:
+    """Index of a text -> URLs of the media before it."""
+    found: dict[int, list[Any]] = {}
+    for i, item in enumerate(f.items(field) if f.has(field) else []):
+        info = f.nested(f"{field}[{i}]", item)
+        if info.take("image_type") == "video":
+            raise info.error("frames", "image_type", "video")
+        index = info.take("matched_text_index") if info.has("matched_text_index") else 0
+        if type(index) is not int or not 0 <= index < n:
+            raise info.error("range", "matched_text_index", show(index), low=0, high=n - 1)
+        found.setdefault(index, []).append(
+            info.take(info.name("image_url" if field == "image_info" else "video_url", "image_url"))
+        )
+    return found
+
+
+def _join(first: Turn, second: Turn) -> Turn:
+    """Two neighbours of one role as one turn; ERNIEKit puts nothing between them."""
+    message = {**first.message, **second.message, "content": first.message["content"] + second.message["content"]}
+    (images, videos), (more_images, more_videos) = first.media, second.media
+    return Turn(cast(Message, message), (images + more_images, videos + more_videos))
+
+
+class Format(NamedTuple):
+    """A format: each group of `needs` must have a field in the row ("a.b": field b in the objects of a)."""
+
+    name: str
+    needs: tuple[tuple[str, ...], ...]
+    read: Callable[[Fields], Record]
+    families: tuple[str, ...] = ()
+
+    def matches(self, keys: set[str]) -> bool:
+        return all(not keys.isdisjoint(group) for group in self.needs)
+
+    def describe(self) -> str:
+        return " + ".join("|".join(group) for group in self.needs)
+
+
+_ASKED = (*DIALOGUES, *QUERIES)
+_CHECKED = ("solution", "ground_truth", "verifiers", "reward", "reward_model", "evidence")
+_ORDERED = ("order", "ranking", "ranks", "responses.rank")
+_SCORED = ("scores", "ratings", "score", "rating", "responses.score", "responses.rating")
+_ANSWERED = ("responses", *RESPONSES, *DIALOGUES)
+
+# The first that matches a row is its format, so the specific stand before the general.
+FORMATS = (
+    Format("canonical", (("messages",), ("signal", "candidates")), read_canonical),
+    Format("erniekit_vl", (("text_info", "text_list"),), read_erniekit_vl, ("erniekit",)),
+    Format("erniekit_dpo", (("src",), ("response",)), read_erniekit_dpo, ("erniekit",)),
+    Format("erniekit", (("src",), ("tgt",)), read_erniekit, ("erniekit",)),
+    Format("pairs", (("rejected", "rejected_response", "rejected_messages"),), read_pair, ("alpaca", "sharegpt")),
+    Format("ranked", (_ASKED, ("responses",), _ORDERED), read_responses),
+    Format("scored", (_ASKED, _ANSWERED, _SCORED), read_responses),
+    Format("labels", (_ASKED, ("kto_tag", "label"), _ANSWERED), read_labelled, ("alpaca", "sharegpt")),
+    Format("verifiable", (_ASKED, _CHECKED), read_verifiable),
+    Format("messages", (("messages",),), read_sft, ("sharegpt",)),
+    Format("vqa", (("image", "images"), ("conversations", "conversation")), read_sft, ("sharegpt",)),
+    Format("sharegpt", (("conversations", "conversation"),), read_sft, ("sharegpt",)),
+    Format("task", (("task",), ("input",), ("output",)), read_sft, ("alpaca",)),
+    Format("alpaca", (("instruction",), ("output", "response")), read_sft, ("alpaca",)),
+    Format("prompt_response", (QUERIES, RESPONSES), read_sft, ("alpaca",)),
+    Format("classification", (("text",), ("label",)), read_classification),
+    Format("prompt", (QUERIES,), read_prompt),
+)
+
+
+@dataclass(frozen=True)
+class Sniff:
+    """The recognised format, and why."""
+
+    name: str
+    reason: str
+
+
+def choose(name: str) -> tuple[Format, ...]:
+    """The formats that a `format` setting allows: "auto" all, a family ("erniekit", "alpaca", "sharegpt") its members, a name that one.
+
+    Raises ValueError for any other name.
+    """
+    chosen = tuple(form for form in FORMATS if name in ("auto", form.name, *form.families))
+    if not chosen:
+        names = ", ".join(dict.fromkeys(["auto", *(form.name for form in FORMATS)]))
+        raise ValueError(f"format ({name!r}) must be one of {names}; use 'auto' to have it recognised")
+    return chosen
+
+
+def match(row: Mapping[str, Any], formats: Sequence[Format] = FORMATS) -> Format | None:
+    """The first format whose fields the row has."""
+    keys = {str(key) for key, value in row.items() if value is not None}
+    for key, value in row.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            keys.update(f"{key}.{name}" for name, inner in first.items() if inner is not None)
+    return next((form for form in formats if form.matches(keys)), None)
+
+
+def sniff(rows: Sequence[Mapping[str, Any]], formats: Sequence[Format] = FORMATS, path: str = "<rows>") -> Sniff:
+    """The format of most of these rows, and why. Raises DataError when no row has a known one."""
+    votes = Counter(form.name for form in (match(row, formats) for row in rows) if form)
+    if not votes:
+        found = f"fields {', '.join(map(str, rows[0]))}" if rows else "no rows"
+        options = "; ".join(f"{form.name}: {form.describe()}" for form in formats)
+        raise DataError(path, 0, "format", found, "unknown", {"options": options})
+    name, count = votes.most_common(1)[0]
+    form = next(form for form in formats if form.name == name)
+    others = "".join(f"; {other} look like {other_name}" for other_name, other in votes.most_common()[1:])
+    return Sniff(name, f"{name}: {count} of {len(rows)} sampled rows have {form.describe()}{others}")
+
+
+def read(
+    row: Mapping[str, Any],
+    form: Format,
+    where: Where,
+    others: Sequence[Format] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> Record:
+    """One row of this format; `extra` joins the fields that no reader used. Raises DataError.
+
+    With `others`, a row that rather looks like one of those is refused, not read by halves.
+    """
+    f = Fields(row, where)
+    better = match(row, others)
+    if better and better.read is not form.read:
+        raise f.error("mixed", "format", f"{better.name}", format=form.name)
+    record = form.read(f)
+    return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, {**(extra or {}), **f.extra()}))

@@ -1,0 +1,198 @@
+"""The one record that every reader makes and every trainer takes, and the one error that bad data raises.
+
+Refuses to know: file formats, column names, tokens, pixels. Readers check rows; building a `Record` in code checks nothing.
+Source: ecosystem.md 4.3 (messages, media, candidates), methods.md 9 (signals, rewards).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
+
+# sft: messages end with the answer. prompt, verifiable: they end before it. The others: candidates continue the messages.
+SIGNALS = ("sft", "prompt", "pair", "rating", "ranking", "label", "verifiable")
+MODES = ("auto", "think", "nothink")
+ROLES = ("system", "user", "assistant", "tool")
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+_SHOWN_CHARACTERS = 80
+
+Media = str | bytes | tuple[str, ...]  # a path, URL or data URL; encoded bytes; for a video also its frames
+
+
+class Message(TypedDict, total=False):
+    """One turn. `content` holds a tag for each image and video; `loss` False keeps an assistant turn out of the loss."""
+
+    role: str
+    content: str
+    reasoning_content: str
+    tool_calls: list[Any]
+    loss: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One judged answer: turns that continue the record's messages, and what is known about them."""
+
+    messages: tuple[Message, ...]
+    images: tuple[
+        Media, ...
+    ] = ()  # all that messages + answer show, where it differs from the record's; empty: the record's
+    videos: tuple[Media, ...] = ()
+    score: float | None = None  # on [0, 1], whatever scale the file used
+    rank: float | None = None  # lowest is best, equal ranks are ties
+    label: bool | None = None  # good or bad on its own
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """One checker of answers by name (methods.md 6.1); `spec` is the checker's own business."""
+
+    name: str
+    weight: float = 1.0
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What makes an answer checkable. No verifiers: the trainer chooses by the kind of the answer."""
+
+    answer: Any = None
+    verifiers: tuple[Verifier, ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)  # {"required": [claim, ...]}
+    scene: Mapping[str, Any] = field(default_factory=dict)  # annotation of the picture: objects, ocr, chart
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Where a record comes from, and the fields of the row that no reader used."""
+
+    path: str = ""
+    line: int = 0  # 1-based; the row number in formats without lines; 0: not from a file
+    format: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training unit: a dialogue, its media in the order of their tags, and the signal to learn from."""
+
+    signal: str
+    messages: tuple[Message, ...]
+    images: tuple[Media, ...] = ()
+    videos: tuple[Media, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    reward: Reward | None = None
+    margin: float | None = None  # of a pair, in units of reward
+    confidence: float = 1.0  # probability that a pair's order is right
+    domain: str = ""
+    mode: str = "auto"
+    weight: float = 1.0
+    id: str = ""
+    meta: Meta = field(default_factory=Meta)
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages without the assistant turns that end them: what a rollout starts from."""
+        end = len(self.messages)
+        while end and self.messages[end - 1]["role"] == "assistant":
+            end -= 1
+        return self.messages[:end]
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """The signals this record can be used as: its own, and verifiable where a reward is known (methods.md 9, F7)."""
+        return (self.signal,) if self.reward is None or self.signal == "verifiable" else (self.signal, "verifiable")
+
+    def dialogue(self, index: int) -> tuple[tuple[Message, ...], tuple[Media, ...], tuple[Media, ...]]:
+        """Messages, images and videos of the dialogue that ends with candidate `index`."""
+        candidate = self.candidates[index]
+        return self.messages + candidate.messages, candidate.images or self.images, candidate.videos or self.videos
+
+    def preferences(self) -> Iterator[tuple[int, int]]:
+        """(better, worse) candidate indices, by rank or else by score; ties give none. K strictly ordered answers give K(K-1)/2."""
+        values = [-c.rank if c.rank is not None else c.score for c in self.candidates]
+        for i, a in enumerate(values):
+            for j, b in enumerate(values):
+                if a is not None and b is not None and a > b:
+                    yield i, j
+
+
+class _Problem(NamedTuple):
+    expected: str
+    fix: str
+    expected_zh: str
+    fix_zh: str
+
+
+# Everything that can be wrong with data. Braces are filled by the reader; the doctor groups by the key.
+PROBLEMS = {
+    "missing": _Problem("{names}", "add it, or rename yours{hint}", "{names}", "补上该字段，或改名{hint}"),
+    "type": _Problem("{kind}", "write {field} as {kind}", "类型 {kind}", "将 {field} 写成 {kind}"),
+    "choice": _Problem("one of {options}", "use one of them", "{options} 之一", "改用其中之一"),
+    "count": _Problem("{n}, one for each {other}", "make both counts equal", "{n} 个，与 {other} 一一对应", "使两者数量一致"),
+    "range": _Problem("a number in [{low}, {high}]", "correct it{hint}", "[{low}, {high}] 内的数", "改正该值{hint}"),
+    "order": _Problem("each of {options} exactly once", "write it like B>A=C>D", "{options} 各出现一次", "写成 B>A=C>D 的形式"),
+    "roles": _Problem("an optional system, then user (or tool) and assistant in turn", "merge or drop turns", "可选的 system，然后 user（或 tool）与 assistant 交替", "合并或删去多余轮次"),
+    "last": _Problem("a last turn by {who}", "add or drop turns at the end", "最后一轮是 {who}", "补上或删去末尾轮次"),
+    "system": _Problem("system, a reply, then the dialogue", "add the reply, or drop is_system", "system、占位回复，然后是对话", "补上占位回复，或删去 is_system"),
+    "turnless": _Problem("at least one message", "add the messages, or drop the row", "至少一轮对话", "补上对话，或删去该行"),
+    "prompt": _Problem("answers to the same prompt", "give each prompt its own row", "对同一提问的回答", "不同提问分行书写"),
+    "frames": _Problem("still images", "give the video file in video_info", "静态图片", "在 video_info 中给出视频文件"),
+    "signal": _Problem("one of {options}", "use other data, or set its format", "{options} 之一", "换用其他数据，或指定其格式"),
+    "mixed": _Problem("{format}, as most rows", "correct the row, split the file, or set the format", "与多数行相同的 {format}", "改正该行、拆分文件或指定格式"),
+    "unknown": _Problem("a known format", "use the fields of one: {options}", "已知格式", "使用其中一种格式的字段：{options}"),
+    "json": _Problem("one JSON object a row", "correct the row: {why}", "每行一个 JSON 对象", "改正该行：{why}"),
+    "csv": _Problem("a table with the cells of its header", "correct the row: {why}", "与表头一致的表格", "改正该行：{why}"),
+    "utf8": _Problem("UTF-8 text", "save the file as UTF-8, e.g. iconv -f GB18030 -t UTF-8", "UTF-8 文本", "另存为 UTF-8，如 iconv -f GB18030 -t UTF-8"),
+    "file": _Problem("an existing file, folder or pattern", "correct the path", "存在的文件、文件夹或通配路径", "改正路径"),
+    "empty": _Problem("at least one row", "add rows, or drop the file from the list", "至少一行数据", "补充数据，或从列表中删去该文件"),
+    "changed": _Problem("the file as it was when opened", "start again, and do not edit data during a run", "与打开时相同的文件", "重新开始，训练中勿改数据"),
+    "package": _Problem("the package {name}", "pip install {name}, or save as jsonl", "已安装 {name}", "pip install {name}，或另存为 jsonl"),
+    "hub": _Problem("file_name or path", "download the data set and give its local file", "file_name 或 path", "先下载数据集，再填写本地文件"),
+}  # fmt: skip
+
+
+def show(value: object) -> str:
+    """A value for an error message: short, on one line, with its kind where the value alone would not tell."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, value)) or 'no fields'}"[:_SHOWN_CHARACTERS]
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({type(value).__name__})"
+
+
+def _one_line(text: str) -> str:
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+class DataError(ValueError):
+    """A row, file or list of files that cannot be used. `str()` is one English line, `chinese` the same in Chinese.
+
+    `problem` is a key of PROBLEMS, `params` fill its braces. Line 0 means the whole file. Instances pickle, so workers can raise them.
+    """
+
+    def __init__(
+        self, path: str, line: int, field: str, found: str, problem: str, params: Mapping[str, object]
+    ) -> None:
+        super().__init__(path, line, field, found, problem, params)
+        self.path, self.line, self.field, self.found, self.problem = path, line, field, found, problem
+        filled = [text.format_map({"hint": "", "field": field, **params}) for text in PROBLEMS[problem]]
+        self.expected, self.fix, self.expected_zh, self.fix_zh = filled
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.line}" if self.line else self.path
+
+    def __str__(self) -> str:
+        return _one_line(f"{self.place}: {self.field}: found {self.found}, expected {self.expected}; fix: {self.fix}")
+
+    @property
+    def chinese(self) -> str:
+        return _one_line(
+            f"{self.place}：{self.field}：实际为 {self.found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
+        )
