@@ -22,6 +22,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    banned_ids: tuple[int, ...] = ()  # never sampled: image placeholders and markers cannot be answered
     n: int = 1
     seed: int = 0
 
@@ -78,6 +79,7 @@ def choose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalty and truncation."""
     scores = scores_BV.astype(np.float64)
+    scores[:, list(params.banned_ids)] = -np.inf
     steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
     if params.temperature == 0:
         picked = steered.argmax(-1)

@@ -1,0 +1,290 @@
+"""Records -> encoded rows -> micro-batches -> windows of one optimizer step: truncation, packing, targets, a state that resumes exactly.
+
+Refuses to know: file formats, models' weights, losses beyond a weight per target token, processes (a rank is two integers), paddle.
+Legend: T tokens of a micro-batch, N its target tokens, R its rows, L tokens of one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.data.mixing import Shard
+from ernie_tune.data.processor import Encoded, Processor
+from ernie_tune.data.records import Record
+from ernie_tune.models.config import TokenIds
+from ernie_tune.models.inputs import PackedInput, Row, feature_count, pack
+
+TRUNCATIONS = ("delete", "left", "right", "error")
+# Rows looked ahead when packing best-fit: enough to fill gaps, few enough to keep order and memory.
+WINDOW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded row with what the objective and the report need to know of it."""
+
+    row: Row
+    trained_L: np.ndarray  # bool
+    weight_L: np.ndarray  # float32, relative weight of each target
+    domain: str = ""
+    where: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.row.input_ids_L)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward. Token `source_N[i]` of the pack predicts id `target_N[i]` with weight `weight_N[i]`; it belongs to row `row_N[i]`."""
+
+    inputs: PackedInput
+    source_N: np.ndarray
+    target_N: np.ndarray
+    weight_N: np.ndarray
+    row_N: np.ndarray
+    row_tokens_R: np.ndarray
+    domains: tuple[str, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_tokens_R)
+
+
+def collate(samples: list[Sample], tokens: TokenIds, position_rule: str = "paddle") -> MicroBatch:
+    """Samples side by side, no padding. The first token of a row is never a target: nothing precedes it."""
+    inputs = pack([s.row for s in samples], tokens, position_rule)
+    source, target, weight, row = [], [], [], []
+    for i, s in enumerate(samples):
+        at = np.flatnonzero(s.trained_L[1:])
+        source.append(inputs.offsets[i] + at)
+        target.append(s.row.input_ids_L[at + 1])
+        weight.append(s.weight_L[at + 1])
+        row.append(np.full(len(at), i))
+    return MicroBatch(
+        inputs,
+        np.concatenate(source),
+        np.concatenate(target),
+        np.concatenate(weight).astype(np.float32),
+        np.concatenate(row),
+        np.array([s.num_tokens for s in samples]),
+        tuple(s.domain for s in samples),
+    )
+
+
+def truncate(
+    encoded: Encoded, max_tokens: int, side: str, placeholders: tuple[int, ...], markers: tuple[int, ...]
+) -> Encoded:
+    """Cut a row to `max_tokens` at the "left" (keep the end) or the "right" (keep the start). An image or video is kept whole or goes whole, with
+    its patches and its start and end markers, so the result may be shorter."""
+    ids = encoded.row.input_ids_L
+    if len(ids) <= max_tokens:
+        return encoded
+    keep = np.zeros(len(ids), bool)
+    keep[len(ids) - max_tokens :] = side == "left"
+    keep[:max_tokens] |= side == "right"
+    grids = np.zeros((0, 3), np.int64) if encoded.row.grid_thw_n3 is None else encoded.row.grid_thw_n3
+    pixels = encoded.row.pixel_values_PC
+    cursor = patch = 0
+    kept_grids, kept_pixels = [], []
+    visual = np.isin(ids, placeholders)
+    for grid in grids:
+        first = cursor + int(np.argmax(visual[cursor:]))
+        cursor = first + feature_count(grid.tolist())
+        block = slice(
+            first - int(ids[first - 1] in markers), cursor + int(cursor < len(ids) and ids[cursor] in markers)
+        )
+        patches = int(np.prod(grid))
+        if keep[block].all():
+            kept_grids.append(grid)
+            kept_pixels.append(pixels[patch : patch + patches])  # type: ignore[index]
+        else:
+            keep[block] = False
+        patch += patches
+    row = Row(
+        ids[keep], np.concatenate(kept_pixels) if kept_pixels else None, np.stack(kept_grids) if kept_grids else None
+    )
+    return dataclasses.replace(encoded, row=row, trained_L=encoded.trained_L[keep])
+
+
+@dataclass
+class Dropped:
+    """Rows that could not be used, by reason, with the first place of each: printed, never silent."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.count[reason] = self.count.get(reason, 0) + 1
+        self.first.setdefault(reason, where)
+
+    def lines(self) -> list[str]:
+        return [f"dropped {n} row(s): {reason}, first at {self.first[reason]}" for reason, n in self.count.items()]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Record -> sample, or None with a reason noted. Deterministic: the same record always gives the same sample."""
+
+    processor: Processor
+    max_tokens: int
+    truncation: str = "delete"
+    thought_weight: float = 1.0
+    answer_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
+
+    def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
+        where = str(record.meta)
+        encoded = self.processor.encode(
+            record.messages,
+            list(record.images),
+            list(record.videos),
+            tools=record.tools,
+            thinking={"think": True, "nothink": False}.get(record.mode),
+            where=where,
+        )
+        if encoded.num_tokens > self.max_tokens:
+            if self.truncation == "error":
+                raise ValueError(
+                    f"{where}: row ({encoded.num_tokens} tokens) must have at most max_seq_len ({self.max_tokens}); raise it or shorten the row"
+                )
+            if self.truncation == "delete":
+                dropped.add(f"longer than max_seq_len ({self.max_tokens} tokens)", where)
+                return None
+            tokens = self.processor.tokens
+            encoded = truncate(encoded, self.max_tokens, self.truncation, tokens.placeholders(), tokens.markers())
+        if not encoded.trained_L[1:].any():
+            dropped.add("no token to learn from", where)
+            return None
+        return Sample(encoded.row, encoded.trained_L, self._weights(encoded, record.weight), record.domain, where)
+
+    def _weights(self, encoded: Encoded, weight: float) -> np.ndarray:
+        """Tokens up to and including the end of a thought weigh `thought_weight`, the others `answer_weight`."""
+        out = np.full(encoded.num_tokens, weight * self.answer_weight, np.float32)
+        end = self.processor.tokenizer.special.get("</think>")
+        if end is None or self.thought_weight == self.answer_weight:
+            return out
+        ends = np.flatnonzero((encoded.row.input_ids_L == end) & encoded.trained_L)
+        if len(ends):
+            starts = np.flatnonzero(encoded.trained_L)
+            out[starts[0] : ends[-1] + 1] = weight * self.thought_weight
+        return out
+
+
+class BatchStream:
+    """Endless windows of `accumulation` micro-batches of `rows` rows each (with packing: of `rows * max_tokens` tokens each).
+
+    `shard` gives records in an order that its position alone decides; rows read but not yet used are remembered by position, so the state is a few
+    integers and a resumed stream continues with the very next window.
+    """
+
+    def __init__(
+        self,
+        shard: Shard[Record],
+        encoder: Encoder,
+        *,
+        rows: int,
+        accumulation: int,
+        packing: bool = False,
+        best_fit: bool = False,
+    ) -> None:
+        self.shard, self.encoder, self.rows, self.accumulation = shard, encoder, rows, accumulation
+        self.packing, self.best_fit = packing, best_fit
+        self.dropped = Dropped()
+        self._waiting: list[tuple[int, Sample]] = []
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        while True:
+            yield [self._micro_batch() for _ in range(self.accumulation)]
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, rows that wait in the packing window not counted."""
+        return (self.shard.position - len(self._waiting) * self.shard.size) / len(self.shard.mixture)
+
+    def _micro_batch(self) -> MicroBatch:
+        samples = (
+            [s for _ in range(self.rows) for s in self._pack()]
+            if self.packing
+            else [self._next()[1] for _ in range(self.rows)]
+        )
+        return collate(samples, self.encoder.processor.tokens)
+
+    def _next(self) -> tuple[int, Sample]:
+        """The next usable row and its position."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        for _ in range(len(self.shard.mixture) + 1):
+            position = self.shard.position
+            sample = self.encoder(next(self.shard), self.dropped)
+            if sample is not None:
+                return position, sample
+        raise ValueError(
+            f"no row of the training data can be used: {'; '.join(self.dropped.lines())}; raise max_seq_len or check the data with `data check`"
+        )
+
+    def _pack(self) -> list[Sample]:
+        """One sequence of at most max_tokens: rows in reading order, or the best fit among the next WINDOW_ROWS."""
+        first = self._next()
+        chosen, room = [first[1]], self.encoder.max_tokens - first[1].num_tokens
+        while True:
+            self._look_ahead(WINDOW_ROWS if self.best_fit else 1)
+            fits = [i for i, (_, s) in enumerate(self._waiting) if s.num_tokens <= room]
+            if not fits:
+                return chosen
+            best = max(fits, key=lambda i: self._waiting[i][1].num_tokens) if self.best_fit else fits[0]
+            sample = self._waiting.pop(best)[1]
+            chosen.append(sample)
+            room -= sample.num_tokens
+
+    def _look_ahead(self, count: int) -> None:
+        while len(self._waiting) < count:
+            waiting, self._waiting = self._waiting, []
+            item = self._next()
+            self._waiting = [*waiting, item]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, between two windows."""
+        return {
+            "shard": self.shard.state_dict(),
+            "waiting": [p for p, _ in self._waiting],
+            "dropped": self.dropped.count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken. Raises ValueError when the data are no longer the same."""
+        self.shard.load_state_dict(state["shard"])
+        self.dropped.count = dict(state["dropped"])
+        self.dropped.first = dict.fromkeys(state["dropped"], "an earlier run")
+        self._waiting = []
+        for position in state["waiting"]:
+            sample = self.encoder(self.shard.mixture[position + self.shard.rank], Dropped())
+            if sample is None:
+                raise ValueError(
+                    f"row at position {position} must be usable as in the saved run; restore max_seq_len and the data, or start without the data state"
+                )
+            self._waiting.append((position, sample))
+
+
+def steps_per_epoch(stream_of: Callable[[], BatchStream], sample_rows: int = 256) -> float:
+    """Optimizer steps that one pass over the data takes. Without packing this is exact; with packing it is measured on the first `sample_rows` rows."""
+    stream = stream_of()
+    rows_per_step = stream.rows * stream.accumulation * stream.shard.size
+    total = len(stream.shard.mixture)
+    if not stream.packing:
+        return total / rows_per_step
+    windows = 0
+    for _ in stream:
+        windows += 1
+        if stream.shard.position >= min(sample_rows, total):
+            break
+    used = stream.shard.position - len(stream._waiting) * stream.shard.size
+    return windows * total / max(used, 1)
