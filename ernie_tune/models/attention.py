@@ -15,7 +15,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_tune.models.layers import row_sum
+from ernie_tune.models.layers import row_sum, where_needed
 
 # Probabilities are kept for the backward while they are smaller than this; above it they are recomputed from their log-sum-exp.
 KEEP_PROBS_BYTES = 256 * 2**20
@@ -101,7 +101,7 @@ class _SegmentAttention(PyLayer):
                 pieces.append(paddle.matmul(p, v[:, :, : block[2]]))
             outs.append(plan.tokens_first(_join(pieces, 2), run, heads))
         out = _join(outs, 0)
-        ctx.plan, ctx.probs = plan, probs
+        ctx.plan, ctx.probs, ctx.frozen = plan, probs, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out)
         return out
 
@@ -130,7 +130,7 @@ class _SegmentAttention(PyLayer):
             grads[0].append(plan.tokens_first(_join(dq, 2), run, heads) * scale)
             grads[1].append(plan.tokens_first(dk, run, kv_heads))
             grads[2].append(plan.tokens_first(dv, run, kv_heads))
-        return tuple(_join(parts, 0) for parts in grads)
+        return where_needed(ctx.frozen, *(_join(parts, 0) for parts in grads))
 
 
 def _join(parts: list[Tensor], axis: int) -> Tensor:

@@ -5,7 +5,6 @@ Legend: B rows, K key/value heads, C columns, H head width. Holds post-rope keys
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,18 +29,23 @@ class KVCache:
 
     def fill(self, layer: int, k_TKH: Tensor, v_TKH: Tensor, offsets: tuple[int, ...]) -> None:
         """Copy each segment's keys and values to the end of its row."""
+        heads = k_TKH.shape[1]
+        if layer == 0:
+            self._plan(offsets, heads)
+        for store, x in ((self.keys, k_TKH), (self.values, v_TKH)):
+            table = paddle.concat([x.reshape([-1, x.shape[2]]), paddle.zeros([1, x.shape[2]], x.dtype)])
+            store[layer] = paddle.gather(table, self._source).reshape([len(offsets) - 1, heads, -1, x.shape[2]])
+
+    def _plan(self, offsets: tuple[int, ...], heads: int) -> None:
+        """Where each (row, head, column) comes from among the packed (token, head) rows; the padding comes from a row of zeros behind them."""
         lengths = np.diff(offsets)
         self.used = int(lengths.max())
-        columns = -(-(self.used + 1) // GROW_TOKENS) * GROW_TOKENS
-        if layer == 0:
-            column = np.arange(columns)
-            live = (column >= (self.used - lengths)[:, None]) & (column < self.used)
-            self._set_bias(np.where(live, 0.0, _DEAD).astype(np.float32))
-        for store, x in ((self.keys, k_TKH), (self.values, v_TKH)):
-            rows = paddle.zeros([len(lengths), x.shape[1], columns, x.shape[2]], x.dtype)
-            for i, (a, b) in enumerate(itertools.pairwise(offsets)):
-                rows[i, :, self.used - (b - a) : self.used] = x[a:b].transpose([1, 0, 2])
-            store[layer] = rows
+        column = np.arange(-(-(self.used + 1) // GROW_TOKENS) * GROW_TOKENS)
+        live_BC = (column >= (self.used - lengths)[:, None]) & (column < self.used)
+        self._set_bias(np.where(live_BC, 0.0, _DEAD).astype(np.float32))
+        token_BC = np.asarray(offsets[1:])[:, None] - self.used + column
+        source = token_BC[:, None, :] * heads + np.arange(heads)[:, None]
+        self._source = paddle.to_tensor(np.where(live_BC[:, None, :], source, offsets[-1] * heads).reshape(-1))
 
     def append(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
         """Write one column and return everything, [B, K, C, H] twice."""

@@ -8,43 +8,77 @@ most of a step in strided reductions there. They compute the same numbers in few
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 
+@lru_cache(maxsize=256)
+def _ones(rows: int, columns: int, dtype: paddle.dtype) -> Tensor:
+    return paddle.ones([rows, columns], dtype)
+
+
 def row_sum(x_TD: Tensor) -> Tensor:
     """Sum over the last axis, kept as [T, 1]. A product with ones is several times faster than Paddle's CPU reduction and equal in float32 to rounding."""
-    return paddle.matmul(x_TD, paddle.ones([x_TD.shape[-1], 1], x_TD.dtype))
+    return paddle.matmul(x_TD, _ones(x_TD.shape[-1], 1, x_TD.dtype))
+
+
+def _by_product(x: Tensor) -> bool:
+    """Whether a product with ones beats a broadcast: on the CPU, where it is exact and twice as fast."""
+    return x.place.is_cpu_place() and x.dtype in (paddle.float32, paddle.float64)
+
+
+def across(x_T1: Tensor, width: int) -> Tensor:
+    """A column as [T, width], or as it is where broadcasting is fast."""
+    return paddle.matmul(x_T1, _ones(1, width, x_T1.dtype)) if _by_product(x_T1) else x_T1
+
+
+def down(x_D: Tensor, rows: int) -> Tensor:
+    """A vector as [rows, D], or as it is where broadcasting is fast."""
+    return paddle.matmul(_ones(rows, 1, x_D.dtype), x_D.unsqueeze(0)) if _by_product(x_D) else x_D
+
+
+def _normalise(x_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) in the input's dtype and the wide factor 1/rms, [T, D]; computed in float32 at least."""
+    x = x_TD.astype("float32") if x_TD.dtype in (paddle.bfloat16, paddle.float16) else x_TD
+    inv_TD = across(paddle.rsqrt(row_sum(x * x) / x.shape[-1] + eps), x.shape[-1])
+    return (x * inv_TD).astype(x_TD.dtype), inv_TD  # cast before the weight: architecture.md 2.1
+
+
+def where_needed(frozen: tuple[bool, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """What a PyLayer's backward must return: None for the inputs that need no gradient, which are frozen layers' outputs beside trained ones."""
+    return tuple(None if skip else grad for skip, grad in zip(frozen, grads, strict=True))
 
 
 class _RmsNorm(PyLayer):
     @staticmethod
     def forward(ctx, x_TD, weight_D, eps):  # type: ignore[no-untyped-def]
-        x = x_TD.astype("float32") if x_TD.dtype in (paddle.bfloat16, paddle.float16) else x_TD
-        inv_T1 = paddle.rsqrt(row_sum(x * x) / x.shape[-1] + eps)
-        normed_TD = (x * inv_T1).astype(x_TD.dtype)  # cast before the weight: architecture.md 2.1
-        ctx.save_for_backward(normed_TD, inv_T1, weight_D)
-        return normed_TD * weight_D
+        normed_TD, inv_TD = _normalise(x_TD, eps)
+        ctx.frozen = x_TD.stop_gradient
+        ctx.save_for_backward(normed_TD, inv_TD, weight_D)
+        return normed_TD * down(weight_D, x_TD.shape[0])
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        normed_TD, inv_T1, weight_D = ctx.saved_tensor()
-        wide = inv_T1.dtype
+        normed_TD, inv_TD, weight_D = ctx.saved_tensor()
+        wide, (tokens, width) = inv_TD.dtype, normed_TD.shape
         grad, normed = grad_TD.astype(wide), normed_TD.astype(wide)
-        scaled = grad * weight_D.astype(wide)
-        dx = (scaled - normed * (row_sum(scaled * normed) / normed.shape[-1])) * inv_T1
+        scaled = grad * down(weight_D.astype(wide), tokens)
+        dx = (scaled - normed * across(row_sum(scaled * normed) / width, width)) * inv_TD
         dw = None
         if not weight_D.stop_gradient:
-            ones_1T = paddle.ones([1, grad.shape[0]], wide)
-            dw = paddle.matmul(ones_1T, grad * normed).reshape([-1]).astype(weight_D.dtype)
-        return dx.astype(grad_TD.dtype), dw
+            dw = paddle.matmul(_ones(1, tokens, wide), grad * normed).reshape([-1]).astype(weight_D.dtype)
+        return None if ctx.frozen else dx.astype(grad_TD.dtype), dw
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md 2.1)."""
-    return _RmsNorm.apply(x_TD, weight_D, eps)
+    if paddle.is_grad_enabled():
+        return _RmsNorm.apply(x_TD, weight_D, eps)
+    return _normalise(x_TD, eps)[0] * down(weight_D, x_TD.shape[0])
 
 
 class RMSNorm(nn.Layer):
@@ -62,21 +96,29 @@ class RMSNorm(nn.Layer):
 class _Swiglu(PyLayer):
     @staticmethod
     def forward(ctx, gate_TI, up_TI):  # type: ignore[no-untyped-def]
-        sig = (paddle.tanh(gate_TI * 0.5) + 1.0) * 0.5  # sigmoid: tanh is the vectorised one on the CPU
-        act = gate_TI * sig
-        ctx.save_for_backward(sig, act, up_TI)
+        half, tanh, act = _silu(gate_TI)
+        ctx.frozen = (gate_TI.stop_gradient, up_TI.stop_gradient)
+        ctx.save_for_backward(half, tanh, act, up_TI)
         return act * up_TI
 
     @staticmethod
     def backward(ctx, grad_TI):  # type: ignore[no-untyped-def]
-        sig, act, up_TI = ctx.saved_tensor()
-        # d silu(g)/dg = sig + g*sig*(1-sig) = sig + act - act*sig
-        return grad_TI * up_TI * (sig + act - act * sig), grad_TI * act
+        half, tanh, act, up_TI = ctx.saved_tensor()
+        # with h = g/2, t = tanh(h): silu = h + h t, so d silu/dg = (1 + t + h (1 - t^2)) / 2
+        slope = (tanh + half - half * (tanh * tanh)) * 0.5 + 0.5
+        return where_needed(ctx.frozen, grad_TI * up_TI * slope, grad_TI * act)
+
+
+def _silu(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g/2, tanh(g/2) and silu(g): tanh is the vectorised one of the CPU's exponentials."""
+    half = gate * 0.5
+    tanh = paddle.tanh(half)
+    return half, tanh, half * tanh + half
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _Swiglu.apply(gate_TI, up_TI)
+    return _Swiglu.apply(gate_TI, up_TI) if paddle.is_grad_enabled() else _silu(gate_TI)[2] * up_TI
 
 
 class GatedMLP(nn.Layer):

@@ -15,7 +15,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_tune.models.config import ModelConfig, MoEConfig
-from ernie_tune.models.layers import GatedMLP, row_sum, swiglu
+from ernie_tune.models.layers import GatedMLP, across, row_sum, swiglu, where_needed
 from ernie_tune.models.router_losses import RouterLossWeights, router_loss
 
 
@@ -46,14 +46,14 @@ class _AddLoss(PyLayer):
 
     @staticmethod
     def forward(ctx, x, loss, scale):  # type: ignore[no-untyped-def]
-        ctx.scale = scale
+        ctx.scale, ctx.frozen = scale, (x.stop_gradient, loss.stop_gradient)
         ctx.save_for_backward(loss)
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (loss,) = ctx.saved_tensor()
-        return grad, paddle.full_like(loss, ctx.scale)
+        return where_needed(ctx.frozen, grad, paddle.full_like(loss, ctx.scale))
 
 
 class _Dispatch(PyLayer):
@@ -74,24 +74,33 @@ class _Combine(PyLayer):
     """y[t] = sum_j weight[t, j] * expert_out[slot(t, j)]."""
 
     @staticmethod
-    def forward(ctx, out_MD, weight_Tk, token_of_M, slot_of_Tk):  # type: ignore[no-untyped-def]
-        weight_M1 = paddle.scatter(
-            paddle.empty([out_MD.shape[0], 1], out_MD.dtype),
-            slot_of_Tk.reshape([-1]),
-            weight_Tk.reshape([-1, 1]).astype(out_MD.dtype),
-        )
+    def forward(ctx, out_MD, weight_Tk, order_M, token_of_M, slot_of_Tk):  # type: ignore[no-untyped-def]
+        weight_M1 = _by_slot(weight_Tk, order_M, out_MD)
+        ctx.frozen = (out_MD.stop_gradient, weight_Tk.stop_gradient)
         ctx.save_for_backward(out_MD, weight_M1, token_of_M, slot_of_Tk)
-        return _sum_slots(out_MD * weight_M1, slot_of_Tk)
+        return _sum_slots(out_MD * across(weight_M1, out_MD.shape[1]), slot_of_Tk)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         out_MD, weight_M1, token_of_M, slot_of_Tk = ctx.saved_tensor()
         grad_MD = paddle.gather(grad_TD, token_of_M)
-        dweight_M1 = row_sum(
-            (grad_MD * out_MD).astype("float32") if out_MD.dtype == paddle.bfloat16 else grad_MD * out_MD
-        )
+        product = grad_MD * out_MD
+        dweight_M1 = row_sum(product.astype("float32") if product.dtype == paddle.bfloat16 else product)
         dweight = paddle.gather(dweight_M1, slot_of_Tk.reshape([-1])).reshape(slot_of_Tk.shape)
-        return grad_MD * weight_M1, dweight, None, None
+        dout_MD = grad_MD * across(weight_M1, grad_MD.shape[1])
+        return *where_needed(ctx.frozen, dout_MD, dweight), None, None, None
+
+
+def _by_slot(weight_Tk: Tensor, order_M: Tensor, like: Tensor) -> Tensor:
+    """Weights in expert order, [M, 1], in the dtype of `like`."""
+    return paddle.gather(weight_Tk.reshape([-1, 1]), order_M).astype(like.dtype)
+
+
+def combine(out_MD: Tensor, weight_Tk: Tensor, order_M: Tensor, token_of_M: Tensor, slot_of_Tk: Tensor) -> Tensor:
+    """Sum the k expert outputs of each token by its weights."""
+    if paddle.is_grad_enabled():
+        return _Combine.apply(out_MD, weight_Tk, order_M, token_of_M, slot_of_Tk)
+    return _sum_slots(out_MD * across(_by_slot(weight_Tk, order_M, out_MD), out_MD.shape[1]), slot_of_Tk)
 
 
 def _sum_slots(x_MD: Tensor, slot_of_Tk: Tensor) -> Tensor:
@@ -106,10 +115,7 @@ class _GroupedMatmul(PyLayer):
     def forward(ctx, x_MD, weight_EDI, counts):  # type: ignore[no-untyped-def]
         ctx.counts = counts
         ctx.save_for_backward(x_MD, weight_EDI)
-        parts = [paddle.matmul(x_MD[a:b], weight_EDI[e]) for e, a, b in _slices(counts)]
-        if not parts:
-            return paddle.zeros([0, weight_EDI.shape[2]], x_MD.dtype)
-        return paddle.concat(parts) if len(parts) > 1 else parts[0]
+        return _grouped(x_MD, weight_EDI, counts)
 
     @staticmethod
     def backward(ctx, grad_MI):  # type: ignore[no-untyped-def]
@@ -127,6 +133,13 @@ class _GroupedMatmul(PyLayer):
         return dx, dw
 
 
+def _grouped(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
+    parts = [paddle.matmul(x_MD[a:b], weight_EDI[e]) for e, a, b in _slices(counts)]
+    if not parts:
+        return paddle.zeros([0, weight_EDI.shape[2]], x_MD.dtype)
+    return paddle.concat(parts) if len(parts) > 1 else parts[0]
+
+
 def _slices(counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """(expert, first row, end row) of every non-empty expert."""
     out, start = [], 0
@@ -139,7 +152,16 @@ def _slices(counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 def grouped_matmul(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Rows sorted by expert times that expert's matrix: [M, D] x [E, D, I] -> [M, I]; `counts[e]` rows belong to expert e."""
-    return _GroupedMatmul.apply(x_MD, weight_EDI, counts)
+    if paddle.is_grad_enabled():
+        return _GroupedMatmul.apply(x_MD, weight_EDI, counts)
+    return _grouped(x_MD, weight_EDI, counts)
+
+
+class GroupedProduct(nn.Layer):
+    """`grouped_matmul` as a layer without parameters: a place where an adapter can be attached, or a quantised stack can step in."""
+
+    def forward(self, x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
+        return grouped_matmul(x_MD, weight_EDI, counts)
 
 
 class Experts(nn.Layer):
@@ -150,10 +172,11 @@ class Experts(nn.Layer):
         zero = nn.initializer.Constant(0.0)
         self.up_gate_proj = self.create_parameter([num_experts, width, 2 * inner], default_initializer=zero)
         self.down_proj = self.create_parameter([num_experts, inner, width], default_initializer=zero)
+        self.up_gate_product, self.down_product = GroupedProduct(), GroupedProduct()
 
     def forward(self, x_MD: Tensor, counts: tuple[int, ...]) -> Tensor:
-        gate, up = _halves(grouped_matmul(x_MD, self.up_gate_proj, counts))
-        return grouped_matmul(swiglu(gate, up), self.down_proj, counts)
+        gate, up = _halves(self.up_gate_product(x_MD, self.up_gate_proj, counts))
+        return self.down_product(swiglu(gate, up), self.down_proj, counts)
 
 
 class _Halves(PyLayer):
@@ -161,18 +184,23 @@ class _Halves(PyLayer):
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
-        rows, half = x.shape[0], x.shape[1] // 2
-        even = paddle.arange(0, 2 * rows, 2)
-        x = x.reshape([2 * rows, half])
-        return paddle.gather(x, even), paddle.gather(x, even + 1)
+        return _split_rows(x)
 
     @staticmethod
     def backward(ctx, left, right):  # type: ignore[no-untyped-def]
         return paddle.concat([left, right], axis=-1)
 
 
+def _split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Halves of each row, by gathering rows of half width: much faster on the CPU than copying two strided slices."""
+    rows, half = x.shape[0], x.shape[1] // 2
+    even = paddle.arange(0, 2 * rows, 2)
+    x = x.reshape([2 * rows, half])
+    return paddle.gather(x, even), paddle.gather(x, even + 1)
+
+
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _Halves.apply(x)
+    return _Halves.apply(x) if paddle.is_grad_enabled() else _split_rows(x)
 
 
 @dataclass(frozen=True)
@@ -269,8 +297,13 @@ class MoELayer(nn.Layer):
         token_of_M = order_M // self.moe.top_k
         slot_of_Tk = paddle.argsort(order_M).reshape(r.chosen_Tk.shape)
         experts = self.vision_experts if modality else self.text_experts
-        out_MD = experts(_Dispatch.apply(x_TD, token_of_M, slot_of_Tk), tuple(counts_E.tolist()))
-        out = _Combine.apply(out_MD, r.weight_Tk, token_of_M, slot_of_Tk)
+        x_MD = (
+            _Dispatch.apply(x_TD, token_of_M, slot_of_Tk)
+            if paddle.is_grad_enabled()
+            else paddle.gather(x_TD, token_of_M)
+        )
+        out_MD = experts(x_MD, tuple(counts_E.tolist()))
+        out = combine(out_MD, r.weight_Tk, order_M, token_of_M, slot_of_Tk)
         if tap is None:
             return out, None
         first_pass = not (tap.recomputed and paddle.is_grad_enabled())

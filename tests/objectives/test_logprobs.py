@@ -56,3 +56,8 @@ def test_extreme_scores_stay_finite() -> None:
     logp.backward()
     assert logp.item() == -1e4
     np.testing.assert_allclose(hidden.grad.numpy(), [[-1.0, 1.0]], atol=1e-6)
+    for below in (30.0, 60.0, 70.0, 100.0):
+        assert (
+            token_logp(paddle.to_tensor([[below, 0.0]]), paddle.eye(2), paddle.to_tensor([1]), transposed=True).item()
+            == -below
+        )
