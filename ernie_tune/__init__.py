@@ -19,18 +19,48 @@ _PUBLIC = {
     "AutoConfig": "ernie_tune.checkpoint.auto",
     "AutoProcessor": "ernie_tune.data.processor",
     "AutoTokenizer": "ernie_tune.data.tokenizer",
+    "LoraConfig": "ernie_tune.peft.config",
     "ModelConfig": "ernie_tune.models.config",
+    "PaddleTrainer": "ernie_tune.trainers.sft",
+    "PeftModel": "ernie_tune.peft.model",
+    "SFTTrainer": "ernie_tune.trainers.sft",
+    "TrainingArguments": "ernie_tune.config.training_arguments",
+    "get_peft_model": "ernie_tune.peft.model",
+    "launch": "ernie_tune.cli.launch",
+    "load_dataset": "ernie_tune.data.sources",
     "preset": "ernie_tune.models.presets",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoProcessor",
+    "AutoTokenizer",
+    "LoraConfig",
+    "ModelConfig",
+    "PaddleTrainer",
+    "PeftModel",
+    "SFTTrainer",
+    "TrainingArguments",
+    "__version__",
+    "get_peft_model",
+    "launch",
+    "load_dataset",
+    "preset",
+]
 
 if TYPE_CHECKING:
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
+    from ernie_tune.cli.launch import launch
+    from ernie_tune.config.training_arguments import TrainingArguments
     from ernie_tune.data.processor import AutoProcessor
+    from ernie_tune.data.sources import load_dataset
     from ernie_tune.data.tokenizer import AutoTokenizer
     from ernie_tune.models.config import ModelConfig
     from ernie_tune.models.presets import preset
+    from ernie_tune.peft.config import LoraConfig
+    from ernie_tune.peft.model import PeftModel, get_peft_model
+    from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
 
 
 def __getattr__(name: str) -> Any:

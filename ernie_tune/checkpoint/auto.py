@@ -67,6 +67,7 @@ class AutoModel(ErnieModel):
         )
         model = cls(config, dtype)
         fill(model, table, reader)
+        model.name_or_path = str(folder)
         return model
 
     @classmethod
@@ -75,6 +76,7 @@ class AutoModel(ErnieModel):
         shape = preset(config) if isinstance(config, str) else config
         model = cls(shape, _compute_dtype(dtype))
         init_parameters(model, seed)
+        model.name_or_path = config if isinstance(config, str) else ""
         return model
 
     def save_pretrained(

@@ -54,7 +54,7 @@ def write_folder(
         SINGLE_NAME if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
     ]
     for file, shard in zip(names, shards, strict=True):
-        _write_file(staged / file, {name: entries[name] for name in shard}, produce, dict(metadata or {}))
+        write_file(staged / file, {name: entries[name] for name in shard}, produce, dict(metadata or {}))
     if not single:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {
@@ -99,7 +99,8 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
 
 
-def _write_file(file: Path, entries: Entries, produce: Callable[[str], Array], metadata: dict[str, str]) -> None:
+def write_file(file: Path, entries: Entries, produce: Callable[[str], Array], metadata: dict[str, str]) -> None:
+    """One safetensors file, in the order of `entries`, flushed to the disk. The caller gives it a temporary name and renames it."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, (shape, dtype) in entries.items():

@@ -26,7 +26,6 @@ RENAMED: dict[str, str] = {
     "early_stopping_steps": "early_stopping_patience",
     "early_stop_interval": "early_stopping_patience",
     "gradient_checkpointing": "recompute",
-    "label_smoothing_factor": "label_smoothing",
     "moe_aux_loss_lambda": "router_aux_loss_coef",
     "moe_aux_loss_coef": "router_aux_loss_coef",
     "aux_loss_coef": "router_aux_loss_coef",

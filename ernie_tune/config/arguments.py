@@ -129,7 +129,6 @@ class TrainArguments:
     seed: int = arg(42, "seed of weights, order and dropout", low=0, high=2**32 - 1)
     data_seed: int | None = arg(None, "seed of the order alone; null: seed", low=0, high=2**32 - 1)
     loss_norm: str = arg("token", "what the loss is averaged over", ("token", "seq", "token_balanced"))
-    label_smoothing: float = arg(0.0, "share of the target spread over the vocabulary", low=0, high=0.99)
     thought_weight: float = arg(1.0, "loss weight of tokens inside the thought", low=0)
     answer_weight: float = arg(1.0, "loss weight of tokens after the thought", low=0)
     router_aux_loss_coef: float = arg(0.0, "weight of the load-balance loss", low=0)
@@ -188,8 +187,13 @@ class EvalArguments:
     metric_for_best_model: str = arg("loss", "metric that names the best checkpoint")
     greater_is_better: bool | None = arg(None, "direction of the metric; null: loss down, others up")
     early_stopping_patience: int = arg(0, "evaluations without progress before stopping; 0: never stop", low=0)
+    eval_max_samples: int = arg(64, "held-out rows answered at an evaluation while training; 0: only the loss", low=0)
+    report_max_samples: int = arg(300, "held-out rows answered before and after training", low=0)
+    eval_max_new_tokens: int = arg(64, "tokens of an answer, at most", low=1)
+    eval_metrics: tuple[str, ...] = arg((), "scores of the answers; empty: those that fit the references")
     guard_dataset_path: tuple[str, ...] = arg((), "general rows watched for forgetting")
     guard_tolerance: float = arg(0.02, "alarm when the guard score falls by more than this", low=0)
+    guard_stop: bool = arg(False, "stop at the alarm")
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ class ErnieModel(nn.Layer):
     Raises ValueError when features and placeholders do not match, or when a text-only model is given images.
     """
 
+    name_or_path: str = ""  # where the weights came from: a folder, or the name of a preset
+
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
         super().__init__()
         if line := prepare_device():

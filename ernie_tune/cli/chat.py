@@ -1,0 +1,106 @@
+"""`ernie-tune chat`: a conversation in the terminal, images included, no server.
+
+Refuses to know: training, HTTP.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.loader import ARGS_FILE, load_config, split_overrides
+
+HELP = "/image PATH  add an image to the next question    /new  forget the conversation    /think on|off    /exit"
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune chat FOLDER_OR_YAML [--temperature 0.7] [--top_p 0.9] [--max_new_tokens 256] [--seed 0]
+
+    Talks to a model folder, or to the result of a run (its output folder, or its ernie_tune_args.yaml). In the conversation:
+    /image PATH adds an image to the next question, /new forgets, /think on or off, /exit leaves.
+    """
+    words, entries = split_overrides(args)
+    if len(words) != 1:
+        raise UsageError(f"expected one folder or YAML file, got {len(words)} / 需要一个文件夹或 YAML 文件")
+    known: dict[str, Callable[[Any], Any]] = {
+        "temperature": float,
+        "top_p": float,
+        "top_k": int,
+        "max_new_tokens": int,
+        "seed": int,
+    }
+    unknown = [e.name for e in entries if e.name not in known]
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}; chat takes {', '.join(known)} / 未知的选项")
+    options = {e.name: known[e.name](e.raw) for e in entries}
+    engine = open_engine(Path(words[0]))
+    print(HELP)
+    return talk(engine, sys.stdin, print, options)
+
+
+def open_engine(path: Path) -> Any:
+    """The model of a folder or a finished run, with its adapter if it has one. Raises ValueError when there is none."""
+    from ernie_tune.checkpoint.auto import AutoModel
+    from ernie_tune.data.processor import Processor
+    from ernie_tune.peft.model import PeftModel
+    from ernie_tune.serve.engine import Engine
+    from ernie_tune.trainers.assemble import load_model
+
+    folder = path.parent if path.is_file() else path
+    processor = Processor.from_pretrained(folder)
+    if (folder / "config.json").is_file():
+        return Engine(AutoModel.from_pretrained(folder), processor)
+    arguments = folder / ARGS_FILE
+    if not arguments.is_file():
+        raise ValueError(
+            f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one"
+        )
+    config = load_config(arguments, for_training=True).config
+    base = load_model(replace(config, save=config.save))
+    return Engine(PeftModel.from_pretrained(base, folder), processor)
+
+
+def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options: dict[str, Any]) -> int:
+    """The conversation itself: one line in, one streamed answer out."""
+    from ernie_tune.serve.engine import Request
+
+    params = engine.params(**{"max_new_tokens": 256, **options})
+    messages: list[Any] = []
+    images: list[str] = []
+    waiting: list[str] = []
+    thinking: bool | None = None
+    for line in (raw.strip() for raw in lines):
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            break
+        if command == "/new":
+            messages, images, waiting = [], [], []
+        elif command == "/think":
+            thinking = rest == "on"
+        elif command == "/image":
+            waiting += [rest] if Path(rest).is_file() else []
+            write(f"image {len(images) + len(waiting)}: {rest}" if Path(rest).is_file() else f"no file {rest!r}")
+        elif command.startswith("/") and " " not in line:
+            write(HELP)
+        elif line:
+            asked = [*messages, {"role": "user", "content": "<image>" * len(waiting) + line}]
+            try:
+                answer = _stream(engine, Request(asked, [*images, *waiting], thinking=thinking), params, write)
+            except ValueError as error:
+                write(f"! {error}")
+                continue
+            messages, images, waiting = [*asked, {"role": "assistant", "content": answer}], [*images, *waiting], []
+    return 0
+
+
+def _stream(engine: Any, request: Any, params: Any, write: Callable[..., None]) -> str:
+    answer = ""
+    for delta in engine.stream(request, params):
+        write(delta.reasoning_content + delta.content, end="", flush=True)
+        answer += delta.content
+    write("")
+    return answer.strip()

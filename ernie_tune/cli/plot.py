@@ -1,0 +1,35 @@
+"""`ernie-tune plot`: curves of finished or running runs, in the terminal and as SVG.
+
+Refuses to know: training, paddle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.loader import split_overrides
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune plot RUN_FOLDER... [--name loss] [--svg FILE]
+
+    Draws a logged value of one or several runs in the terminal; --svg writes all curves of all runs to a file.
+    """
+    from ernie_tune.train.log import LOG_FILE, read_log, write_atomically
+    from ernie_tune.train.plot import curves_svg, terminal_plot
+
+    folders, entries = split_overrides(args)
+    options = {e.name: str(e.raw) for e in entries}
+    unknown = sorted(set(options) - {"name", "svg"})
+    if unknown or not folders:
+        raise UsageError(f"expected run folders and --name or --svg, got {unknown or 'no folder'} / 需要运行输出文件夹")
+    missing = [f for f in folders if not (Path(f) / LOG_FILE).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} must hold {LOG_FILE}; give the output_dir of a run")
+    runs = {f: read_log(Path(f) / LOG_FILE)[0] for f in folders}
+    print(terminal_plot(runs, options.get("name", "loss")))
+    if "svg" in options:
+        write_atomically(Path(options["svg"]), curves_svg(runs))
+        print(f"wrote {options['svg']}")
+    return 0

@@ -1,0 +1,112 @@
+"""Measuring a model on held-out rows: the loss on their answers, and what it answers itself.
+
+Refuses to know: when evaluation happens, where results go, how answers are scored (`metrics.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie_tune.data.batching import Dropped, Encoder, Sample, collate
+from ernie_tune.data.chat import split_reasoning
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record
+from ernie_tune.models.generation import generate
+from ernie_tune.models.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row cut before its last answer: what is asked, with its media, and the reference."""
+
+    record: Record
+    images: tuple[Any, ...]
+    videos: tuple[Any, ...]
+    reference: str
+
+
+def question(record: Record) -> Question:
+    """Cut a dialogue before its last answer. Raises ValueError for a row that has none."""
+    last = record.messages[-1]
+    if last["role"] != "assistant":
+        raise ValueError(
+            f"{record.meta}: last role ({last['role']}) must be assistant to evaluate; add the reference answer"
+        )
+    prompt = record.messages[:-1]
+    text = "".join(m["content"] for m in prompt)
+    return Question(
+        record, record.images[: text.count(IMAGE_TAG)], record.videos[: text.count(VIDEO_TAG)], last["content"]
+    )
+
+
+def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, rows: int) -> dict[str, float]:
+    """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted."""
+    dropped = Dropped()
+    samples: list[Sample] = []
+    total = correct = tokens = used = 0.0
+    training = model.training
+    model.eval()
+
+    def flush() -> None:
+        nonlocal total, correct, tokens, used
+        batch = collate(samples, encoder.processor.tokens)
+        with paddle.no_grad():
+            hidden_ND = paddle.gather(model(batch.inputs), paddle.to_tensor(batch.source_N))
+            scores_NV = model.logits(hidden_ND).astype("float32")
+            target_N = paddle.to_tensor(batch.target_N)
+            total += float(paddle.nn.functional.cross_entropy(scores_NV, target_N, reduction="sum"))
+            correct += int((scores_NV.argmax(-1) == target_N).sum())
+        tokens += len(batch.target_N)
+        used += batch.num_rows
+        samples.clear()
+
+    for record in records:
+        sample = encoder(record, dropped)
+        if sample is not None:
+            samples.append(sample)
+        if len(samples) == rows:
+            flush()
+    if samples:
+        flush()
+    if training:
+        model.train()
+    out = {"loss": total / max(tokens, 1), "token_acc": correct / max(tokens, 1), "rows": used}
+    return {**out, "dropped_rows": float(sum(dropped.count.values()))} if dropped.count else out
+
+
+def answers(
+    model: Any, processor: Processor, questions: Sequence[Question], *, max_new_tokens: int, rows: int
+) -> list[str]:
+    """Greedy answers, in the order of the questions, thoughts cut off. Rows of like length are answered together."""
+    tokens = processor.tokens
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, stop_ids=processor.stop_ids, banned_ids=tokens.placeholders() + tokens.markers()
+    )
+    encoded = []
+    for q in questions:
+        thinking = {"think": True, "nothink": False}.get(q.record.mode)
+        row = processor.encode(
+            q.record.messages[:-1],
+            q.images,
+            q.videos,
+            tools=q.record.tools,
+            thinking=thinking,
+            add_generation_prompt=True,
+            where=str(q.record.meta),
+        )
+        encoded.append(
+            (row.row, processor.template.opens_thought(processor.template.thinks(q.record.messages[:-1], thinking)))
+        )
+    out = [""] * len(questions)
+    order = np.argsort([len(row.input_ids_L) for row, _ in encoded], kind="stable").tolist()
+    for start in range(0, len(order), rows):
+        chunk = order[start : start + rows]
+        done = generate(model, [encoded[i][0] for i in chunk], tokens, params)
+        for i, completions in zip(chunk, done, strict=True):
+            out[i] = split_reasoning(processor.decode(completions[0].token_ids), encoded[i][1])[1].strip()
+    return out

@@ -1,0 +1,269 @@
+"""What a run writes down while it goes: trainer_log.jsonl, metrics.csv, trainer_state.json, *_results.json, and the lines of the console.
+
+A record is one flat JSON object with `step` and `epoch`; the list of all records is HF's `log_history`. The jsonl is the source: it is appended to
+and flushed record by record, so a killed run loses at most the line it was writing; the csv and the state are made from it.
+Numbers that JSON cannot hold (nan, inf) are written as null. Refuses to know: what the numbers mean, bars, plots, paddle.
+Sources: ecosystem.md 4.5 (files), 4.6 (lines).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
+History = list[dict[str, Any]]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON: numpy scalars become Python numbers, nan and inf None, paths text. Raises ValueError for anything else, e.g. a tensor."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is not None and not isinstance(value, bool | int | str | Path):
+        raise ValueError(
+            f"logged value ({value!r}) must be a number, text, list or mapping, not {type(value).__name__}; convert it"
+        )
+    return str(value) if isinstance(value, Path) else value
+
+
+def stamp(message: str, level: str = "INFO", now: datetime | None = None) -> str:
+    """`[2026-11-22 11:18:25,636] [    INFO] - message`."""
+    now = now or datetime.now()
+    return f"[{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d}] [{level:>8}] - {message}"
+
+
+def _shown(name: str, value: Any) -> str:
+    """Losses with eight decimals, rates with four digits, the rest with four decimals, as Paddle's trainers print them; small numbers keep their digits."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, float) or not math.isfinite(value):
+        return str(value)
+    if name.endswith("loss"):
+        return str(round(value, 8))
+    if name.endswith("learning_rate") or abs(value) < 1e-3:
+        return str(float(f"{value:.3e}"))
+    return str(round(value, 4))
+
+
+def console_line(step: int, values: Mapping[str, Any], epoch: float) -> str:
+    """`loss: …, learning_rate: …, global_step: …, …, progress_or_epoch: …`, the line that users grep for."""
+    head = [name for name in ("loss", "learning_rate") if name in values]
+    ordered = {name: values[name] for name in head} | {"global_step": step} | dict(values)
+    ordered["progress_or_epoch"] = float(epoch)
+    return ", ".join(f"{name}: {_shown(name, value)}" for name, value in ordered.items())
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The numbers of the header block. Parameters are counted in all, not per device."""
+
+    num_examples: int
+    num_epochs: float
+    per_device_batch_size: int
+    total_batch_size: int
+    accumulation_steps: int
+    total_steps: int
+    num_samples: int
+    trainable_parameters: int
+
+
+def header_lines(facts: RunFacts) -> list[str]:
+    """`***** Running training *****` and its eight lines."""
+    rows = {
+        "Num examples": f"{facts.num_examples:,}",
+        "Num Epochs": f"{facts.num_epochs:g}",
+        "Instantaneous batch size per device": f"{facts.per_device_batch_size:,}",
+        "Total train batch size (w. parallel, distributed & accumulation)": f"{facts.total_batch_size:,}",
+        "Gradient Accumulation steps": f"{facts.accumulation_steps:,}",
+        "Total optimization steps": f"{facts.total_steps:,}",
+        "Total num train samples": f"{facts.num_samples:,}",
+        "Number of trainable parameters": f"{facts.trainable_parameters:,}",
+    }
+    return ["***** Running training *****", *(f"  {name} = {value}" for name, value in rows.items())]
+
+
+def metrics_table(split: str, values: Mapping[str, Any]) -> list[str]:
+    """`***** train metrics *****` and one aligned line a value, names in alphabetical order."""
+    shown = {name: _shown(name, values[name]) for name in sorted(values)}
+    left, right = max(map(len, shown), default=0), max(map(len, shown.values()), default=0)
+    return [f"***** {split} metrics *****", *(f"  {name:<{left}} = {value:>{right}}" for name, value in shown.items())]
+
+
+def read_log(path: Path) -> tuple[History, int]:
+    """The records of a trainer_log.jsonl and the number of bytes they fill: a last line that a kill cut short is left out of both.
+
+    Raises ValueError for a broken line elsewhere.
+    """
+    data = path.read_bytes()
+    history: History = []
+    whole = data.rfind(b"\n") + 1  # what follows the last newline is torn
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number}: {line[:80]!r} must be one JSON record; delete the line ({error})"
+            ) from error
+        history.append(record)
+    return history, whole
+
+
+class RunLog:
+    """The records of one run and the files made of them. Ranks other than the main one keep the records and write nothing.
+
+    `resume_step` None starts anew: an older log in the folder is kept under another name. Otherwise the records up to that step stay and later
+    ones, which the resumed run will make again, go. `history` is the checkpoint's log_history, used where the folder has no log.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        is_main: bool = True,
+        *,
+        resume_step: int | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+        echo: Callable[[str], None] = print,
+    ) -> None:
+        self.output_dir, self.is_main, self._echo = output_dir, is_main, echo
+        path = output_dir / LOG_FILE
+        self.history: History = [dict(record) for record in history]
+        self._columns: list[str] = []
+        if is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and resume_step is None and is_main:
+            self._set_aside(path)
+        elif path.exists() and resume_step is not None:
+            self.history = read_log(path)[0]
+        self.history = [] if resume_step is None else [r for r in self.history if r["step"] <= resume_step]
+        if is_main:
+            write_atomically(path, "".join(map(_json_line, self.history)))
+            self._rewrite_csv()
+
+    def log(self, step: int, values: Mapping[str, Any], epoch: float) -> dict[str, Any]:
+        """Add a record, write it to both files and print its line; returns the record. Names in `values` are HF's: loss, learning_rate, eval_loss…"""
+        record = {"epoch": round(float(epoch), 6), "step": int(step), **plain(values)}
+        self.history.append(record)
+        if self.is_main:
+            with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(_json_line(record))
+            self._add_row(record)
+            self.info(console_line(step, values, epoch))
+        return record
+
+    def info(self, message: str, level: str = "INFO") -> None:
+        """Print one stamped line."""
+        if self.is_main:
+            self._echo(stamp(message, level))
+
+    def header(self, facts: RunFacts) -> None:
+        for line in header_lines(facts):
+            self.info(line)
+
+    def results(self, split: str, values: Mapping[str, Any], epoch: float) -> None:
+        """Write `<split>_results.json`, add the values to `all_results.json` and print their table. `epoch` appears under HF's and Paddle's name."""
+        values = {"epoch": float(epoch), "progress_or_epoch": float(epoch), **values}
+        if not self.is_main:
+            return
+        everything = self.output_dir / "all_results.json"
+        before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+        write_atomically(self.output_dir / f"{split}_results.json", _json_text(values))
+        write_atomically(everything, _json_text({**before, **values}))
+        for line in metrics_table(split, values):
+            self.info(line)
+
+    def state(self, step: int, epoch: float, **fields: Any) -> dict[str, Any]:
+        """The content of trainer_state.json: HF's field names, those given in `fields` (max_steps, best_metric…) and the full log_history.
+
+        Raises ValueError for a name that HF's file does not have.
+        """
+        unknown = sorted(set(fields) - set(_STATE_FIELDS))
+        if unknown:
+            raise ValueError(f"field ({unknown[0]}) must be one of trainer_state.json's ({', '.join(_STATE_FIELDS)})")
+        mine = {"epoch": float(epoch), "global_step": step, "log_history": self.history}
+        return plain({**_STATE_FIELDS, **fields, **mine})
+
+    def write_state(self, step: int, epoch: float, **fields: Any) -> None:
+        """Write `state` to the output folder."""
+        if self.is_main:
+            write_atomically(self.output_dir / STATE_FILE, _json_text(self.state(step, epoch, **fields)))
+
+    def _set_aside(self, path: Path) -> None:
+        taken = (path.with_name(f"trainer_log.{n}.jsonl") for n in range(1, 10_000))
+        kept = next(name for name in taken if not name.exists())
+        os.replace(path, kept)
+        self.info(f"a new run starts in {self.output_dir}; the log of the earlier one is kept as {kept.name}")
+
+    def _add_row(self, record: Mapping[str, Any]) -> None:
+        if set(_cells(record)) - set(self._columns):
+            self._rewrite_csv()
+        else:
+            with (self.output_dir / CSV_FILE).open("a", encoding="utf-8", newline="") as stream:
+                self._writer(stream).writerow(_cells(record))
+
+    def _writer(self, stream: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(stream, self._columns, lineterminator="\n")
+
+    def _rewrite_csv(self) -> None:
+        self._columns = list(dict.fromkeys(["step", "epoch", *(name for r in self.history for name in _cells(r))]))
+        text = io.StringIO(newline="")
+        writer = self._writer(text)
+        writer.writeheader()
+        writer.writerows(map(_cells, self.history))
+        write_atomically(self.output_dir / CSV_FILE, text.getvalue())
+
+
+_STATE_FIELDS: dict[str, Any] = {
+    "best_global_step": None,
+    "best_metric": None,
+    "best_model_checkpoint": None,
+    "consumed_samples": 0,
+    "eval_steps": None,
+    "is_hyper_param_search": False,
+    "is_local_process_zero": True,
+    "is_world_process_zero": True,
+    "logging_steps": 1,
+    "max_steps": 0,
+    "num_input_tokens_seen": 0,
+    "num_train_epochs": 0,
+    "save_steps": 0,
+    "stateful_callbacks": {},
+    "total_flos": 0,
+    "train_batch_size": None,
+    "trial_name": None,
+    "trial_params": None,
+}
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits a table: values that are not lists or objects (those are in the jsonl)."""
+    return {name: value for name, value in record.items() if not isinstance(value, list | dict)}
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n"

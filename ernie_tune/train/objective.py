@@ -1,0 +1,161 @@
+"""Supervised fine-tuning as the loop sees it: a micro-batch in, a LossOut out, task weights applied.
+
+Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file only connects them to the model and the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.data.batching import MicroBatch
+from ernie_tune.models.moe import RouterTap
+from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.sft import sft_loss, token_coefficients
+
+Recompute = Callable[..., Tensor]
+
+
+class Objective(Protocol):
+    """What the loop asks of a method."""
+
+    def begin(self, window: Sequence[Any]) -> float:
+        """Called once per window before its micro-batches; returns this rank's divisor: the sum of the counts that `__call__` will give."""
+
+    def __call__(self, model: Any, batch: Any, tap: RouterTap | None, recompute: Recompute | None) -> LossOut: ...
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        """Called once per window with its summed metrics, after the optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TaskBalance:
+    """Factors on the tasks' losses (methods.md 4.12). "static": 1. "dwa" (1803.10704): K * softmax(r_k / T), r_k the ratio of a task's mean losses in the
+    last two periods. "uncertainty" (1705.07115): sum_k exp(-s_k)/2 * L_k + s_k/2, with s_k learned by gradient steps on the host.
+    """
+
+    def __init__(
+        self, kind: str = "static", period_steps: int = 1, temperature: float = 2.0, uncertainty_lr: float = 0.01
+    ) -> None:
+        if kind not in ("static", "dwa", "uncertainty"):
+            raise ValueError(f"balance ({kind!r}) must be static, dwa or uncertainty; use 'static'")
+        self.kind, self.period_steps, self.temperature, self.uncertainty_lr = (
+            kind,
+            max(1, period_steps),
+            temperature,
+            uncertainty_lr,
+        )
+        self.steps = 0
+        self.log_variance: dict[str, float] = {}
+        self.running: dict[str, list[float]] = {}
+        self.past: list[dict[str, float]] = []
+
+    def factors(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Factor of each task present in a window; `counts` are its shares of the window's divisor."""
+        if self.kind == "uncertainty":
+            total = sum(counts.values())
+            return {
+                k: 0.5 * math.exp(-self.log_variance.get(k, 0.0)) * total / max(n, 1e-12) for k, n in counts.items()
+            }
+        if self.kind == "dwa":
+            return dwa(self.past, counts, self.temperature)
+        return dict.fromkeys(counts, 1.0)
+
+    def update(self, losses: Mapping[str, tuple[float, float]]) -> None:
+        """Learn from one window: task -> (summed loss, count)."""
+        self.steps += 1
+        for task, (total, count) in losses.items():
+            if self.kind == "uncertainty" and count:
+                s = self.log_variance.get(task, 0.0)
+                self.log_variance[task] = s - self.uncertainty_lr * (0.5 - 0.5 * math.exp(-s) * total / count)
+            seen = self.running.setdefault(task, [0.0, 0.0])
+            seen[0] += total
+            seen[1] += count
+        if self.steps % self.period_steps == 0:
+            self.past = [*self.past[-1:], {k: t / n for k, (t, n) in self.running.items() if n}]
+            self.running = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "log_variance": self.log_variance, "running": self.running, "past": self.past}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.log_variance = state["steps"], dict(state["log_variance"])
+        self.running, self.past = {k: list(v) for k, v in state["running"].items()}, list(state["past"])
+
+
+def dwa(past: Sequence[Mapping[str, float]], tasks: Mapping[str, float], temperature: float) -> dict[str, float]:
+    """Dynamic weight averaging: K * softmax(L(t-1)/L(t-2) / T); 1 for every task until two periods are known."""
+    if len(past) < 2:
+        return dict.fromkeys(tasks, 1.0)
+    ratio = {k: past[-1].get(k, 1.0) / past[-2].get(k, 1.0) for k in tasks}
+    weights = {k: math.exp(r / temperature) for k, r in ratio.items()}
+    total = sum(weights.values())
+    return {k: len(weights) * w / total for k, w in weights.items()}
+
+
+class SFTObjective:
+    """Weighted negative log-likelihood of the target tokens."""
+
+    def __init__(self, norm: str = "token", balance: TaskBalance | None = None) -> None:
+        token_coefficients(
+            np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64), norm
+        )  # refuses an unknown norm now, not at step 1
+        self.norm, self.balance = norm, balance or TaskBalance()
+        self._factors: dict[str, float] = {}
+
+    def begin(self, window: Sequence[MicroBatch]) -> float:
+        counts: dict[str, float] = {}
+        total = 0.0
+        for batch in window:
+            coefficient_N, count = token_coefficients(batch.weight_N, batch.row_N, batch.row_tokens_R, self.norm)
+            total += count
+            per_row = np.bincount(batch.row_N, weights=coefficient_N, minlength=batch.num_rows)
+            for domain, share in zip(batch.domains, per_row.tolist(), strict=True):
+                counts[domain] = counts.get(domain, 0.0) + share
+        self._factors = self.balance.factors(counts)
+        return total
+
+    def __call__(self, model: Any, batch: MicroBatch, tap: RouterTap | None, recompute: Recompute | None) -> LossOut:
+        logp_N = batch_logp(model, batch, tap, recompute)
+        factor_R = np.array([self._factors.get(d, 1.0) for d in batch.domains], np.float32)
+        coefficient_N, count = token_coefficients(batch.weight_N, batch.row_N, batch.row_tokens_R, self.norm)
+        out = sft_loss(logp_N, coefficient_N * factor_R[batch.row_N])
+        metrics = dict(out.metrics)
+        tasks = sorted({d for d in batch.domains if d})
+        if tasks:
+            nll_R = np.bincount(
+                batch.row_N, weights=-logp_N.detach().numpy().astype(np.float64), minlength=batch.num_rows
+            )
+            tokens_R = np.bincount(batch.row_N, minlength=batch.num_rows)
+            for task in tasks:
+                rows = [i for i, d in enumerate(batch.domains) if d == task]
+                metrics[f"task/{task}"] = (float(nll_R[rows].sum()), float(tokens_R[rows].sum()))
+        return LossOut(out.total, count, metrics)
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        self.balance.update({k.removeprefix("task/"): v for k, v in metrics.items() if k.startswith("task/")})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"balance": self.balance.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.balance.load_state_dict(state["balance"])
+
+
+def batch_logp(
+    model: Any, batch: MicroBatch, tap: RouterTap | None = None, recompute: Recompute | None = None
+) -> Tensor:
+    """Log-probability of each target, [N] float32; the head runs on target positions only."""
+    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
+    weight, transposed = model.head_weight()
+    hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
+    return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)

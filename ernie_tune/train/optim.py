@@ -1,0 +1,147 @@
+"""AdamW groups, learning-rate schedules and global-norm clipping.
+
+Refuses to know: models' classes, batches, distribution (under Fleet the clip and the optimizer are wrapped from outside).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape down to `floor` at the last step."""
+
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+    shape: str = "cosine"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.shape not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type ({self.shape!r}) must be one of {SCHEDULES}; use 'cosine'")
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must not exceed the steps of the run ({self.total_steps}); lower it"
+            )
+
+    def at(self, step: int) -> float:
+        """Rate of optimizer step `step`; the first warm-up step is peak / warmup_steps, not 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.shape == "constant":
+            return self.peak
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        share = 0.5 * (1 + math.cos(math.pi * done)) if self.shape == "cosine" else 1 - done
+        return self.floor + (self.peak - self.floor) * share
+
+
+@dataclass(frozen=True)
+class LrRatios:
+    """Learning rates relative to the schedule's (ERNIEKit's VL recipe: architecture.md 3.6)."""
+
+    router: float = 0.01
+    vision: float = 0.9
+
+    def of(self, name: str) -> float:
+        """Ratio of one canonical parameter name."""
+        if ".mlp.gate.weight" in name:
+            return self.router
+        return self.vision if "vision_model." in name else 1.0
+
+
+def no_decay(name: str, parameter: Tensor) -> bool:
+    """Norms, biases and other vectors are not decayed."""
+    return parameter.ndim < 2 or "norm" in name.rsplit(".", 2)[-2:][0]
+
+
+def build_adamw(
+    named: Sequence[tuple[str, Tensor]],
+    ratio: Callable[[str], float],
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> paddle.optimizer.AdamW:
+    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in named:
+        if not parameter.stop_gradient:
+            groups.setdefault((ratio(name), 0.0 if no_decay(name, parameter) else weight_decay), []).append(parameter)
+    if not groups:
+        raise ValueError("trainable parameters (0) must be at least 1; the freeze settings leave nothing to train")
+    return paddle.optimizer.AdamW(
+        learning_rate=1.0,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=epsilon,
+        parameters=[{"params": ps, "learning_rate": r, "weight_decay": wd} for (r, wd), ps in groups.items()],
+        weight_decay=0.0,
+        multi_precision=True,
+    )
+
+
+def global_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm over all gradients, accumulated in float64 on the host."""
+    squares = []
+    for g in gradients:
+        flat = g.reshape([-1]).astype("float32") if g.dtype in (paddle.bfloat16, paddle.float16) else g.reshape([-1])
+        squares.append(paddle.dot(flat, flat))
+    return math.sqrt(math.fsum(float(s) for s in squares))
+
+
+def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`; 0 never clips."""
+    if max_norm > 0 and norm > max_norm:
+        with paddle.no_grad():
+            for g in gradients:
+                g.scale_(max_norm / norm)
+
+
+def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold counters that change from run to run."""
+    by_paddle_name = {p.name: name for name, p in named.items()}
+    out: dict[str, Tensor] = {}
+    state = optimizer.state_dict()
+    for key, value in state.items():
+        if key == "master_weights":
+            out.update({f"{by_paddle_name[p]}/master": v for p, v in value.items()})
+        elif isinstance(value, Tensor):
+            owner = max((p for p in by_paddle_name if key.startswith(p + "_")), key=len, default=None)
+            if owner is None:
+                raise ValueError(
+                    f"optimizer state {key!r} must belong to a parameter of the model; rebuild the optimizer after changing layers"
+                )
+            out[f"{by_paddle_name[owner]}/{key[len(owner) + 1 :]}"] = value
+    return out
+
+
+def load_optimizer_arrays(
+    optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_arrays`. Raises ValueError for arrays of parameters that the model does not train."""
+    unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
+    if unknown:
+        raise ValueError(
+            f"optimizer state of {unknown[:5]} must belong to trainable parameters; resume with the settings of the saved run"
+        )
+    state: dict[str, object] = {}
+    masters: dict[str, Tensor] = {}
+    for key, value in arrays.items():
+        name, slot = key.rsplit("/", 1)
+        if slot == "master":
+            masters[named[name].name] = value
+        else:
+            state[f"{named[name].name}_{slot}"] = value
+    if masters:
+        state["master_weights"] = masters
+    optimizer.set_state_dict(state)

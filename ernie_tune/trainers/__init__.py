@@ -1,0 +1,1 @@
+"""One trainer class per post-training method: thin, each assembles model, objective, data and the loop."""

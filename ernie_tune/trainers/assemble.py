@@ -1,0 +1,249 @@
+"""From a resolved configuration to the objects of a run: data streams, model and processor, adapters. Each function makes one of them.
+
+Refuses to know: the method's loss, the loop, where results go.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Sample, collate
+from ernie_tune.data.mixing import Mixture, Shard, permute
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.records import Record
+from ernie_tune.data.sources import load_dataset
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.presets import PRESETS, preset
+from ernie_tune.peft.affinity import affinity, select_experts
+from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.freeze import FreezeSpec
+from ernie_tune.peft.model import PeftModel, get_peft_model
+from ernie_tune.peft.quantize import quantize_base
+
+Rows = Sequence[Record]
+# Rows of the training data that expert affinity is measured on.
+CALIBRATION_ROWS = 64
+# Settings that other parts of the library will read. Given here, they would have no effect, so they are refused.
+_UNBUILT = (
+    "pissa",
+    "fp16",
+    "template_backend",
+    "dataloader_num_workers",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "report_to",
+    *(name for name, setting in SETTINGS.items() if setting.section == "parallel"),
+)
+
+
+def refuse_unbuilt(config: RunConfig) -> None:
+    """ValueError for settings that differ from their default and that no code reads yet: nothing is ignored silently."""
+    flat = config.flat()
+    given = [name for name in _UNBUILT if flat[name] != SETTINGS[name].default]
+    if given:
+        raise ValueError(
+            f"{given[0]} ({flat[given[0]]!r}) has no effect in this version, must be left at {SETTINGS[given[0]].default!r}; remove it"
+        )
+    if config.model.stage not in ("SFT", "PT"):
+        raise ValueError(
+            f"stage ({config.model.stage}) must be SFT or PT: no other trainer exists in this version; set stage: SFT"
+        )
+
+
+def train_sets(config: RunConfig, signals: tuple[str, ...]) -> list[Rows]:
+    """The training files as lazy data sets, in the order given."""
+    d = config.data
+    types = d.train_dataset_type * len(d.train_dataset_path) if len(d.train_dataset_type) == 1 else d.train_dataset_type
+    return [
+        load_dataset(path, kind, dataset_dir=d.dataset_dir or ".", signals=signals, seed=config.train.seed)
+        for path, kind in zip(d.train_dataset_path, types, strict=True)
+    ]
+
+
+def eval_set(config: RunConfig, signals: tuple[str, ...]) -> Rows:
+    """The evaluation files as one data set; empty where none are given."""
+    d = config.data
+    if not d.eval_dataset_path:
+        return []
+    return load_dataset(
+        list(d.eval_dataset_path), d.eval_dataset_type[0], dataset_dir=d.dataset_dir or ".", signals=signals
+    )
+
+
+class Subset(Sequence[Record]):
+    """Some rows of a data set, read when asked for."""
+
+    def __init__(self, rows: Rows, index: Sequence[int]) -> None:
+        self.rows, self.picked = rows, index
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    def __getitem__(self, i: Any) -> Any:
+        return Subset(self.rows, self.picked[i]) if isinstance(i, slice) else self.rows[self.picked[i]]
+
+
+def hold_out(sets: list[Rows], share: float, seed: int) -> tuple[list[Rows], Rows]:
+    """Take `share` (below 1) or that many rows of all sets together away for evaluation, drawn by `seed`. Raises ValueError when nothing would stay."""
+    places = [(k, i) for k, rows in enumerate(sets) for i in range(len(rows))]
+    count = round(share * len(places)) if share < 1 else int(share)
+    if not 0 < count < len(places):
+        raise ValueError(f"val_size ({share:g}) must leave rows on both sides of {len(places)}; change it")
+    taken = {permute(j, len(places), seed, 77) for j in range(count)}
+    kept = [[i for j, (k, i) in enumerate(places) if k == source and j not in taken] for source in range(len(sets))]
+    held = [
+        Subset(rows, [i for j, (k, i) in enumerate(places) if k == source and j in taken])
+        for source, rows in enumerate(sets)
+    ]
+    return [Subset(rows, index) for rows, index in zip(sets, kept, strict=True)], _Chain([h for h in held if len(h)])
+
+
+class _Chain(Sequence[Record]):
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.parts)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        for part in self.parts:
+            if i < len(part):
+                return part[i]
+            i -= len(part)
+        raise IndexError(i)
+
+
+def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
+    t = config.train
+    return Encoder(
+        processor, config.data.max_seq_len, config.data.truncation_strategy, t.thought_weight, t.answer_weight
+    )
+
+
+def stream_of(config: RunConfig, sets: Sequence[Rows], encoder: Encoder, rank: int = 0, size: int = 1) -> BatchStream:
+    """The endless stream of windows of this rank."""
+    d, t = config.data, config.train
+    seed = t.seed if t.data_seed is None else t.data_seed
+    mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=seed)
+    return BatchStream(
+        Shard(mixture, rank, size),
+        encoder,
+        rows=t.per_device_train_batch_size,
+        accumulation=t.gradient_accumulation_steps,
+        packing=d.packing,
+        best_fit=d.greedy_intokens,
+    )
+
+
+def load_processor(config: RunConfig, folder: str | Path) -> Processor:
+    """The processor of a model folder, or the shipped one for presets, with the pixel limits of the run."""
+    m, template = config.media, config.data.template
+    limits = {"min_pixels": m.image_min_pixels, "max_pixels": m.image_max_pixels}
+    if str(folder).rsplit("/", 1)[-1].lower() in PRESETS and not Path(folder).is_dir():
+        given = {k: v for k, v in limits.items() if v is not None}
+        name = "small" if preset(str(folder)).vocab_size >= 8192 else "tiny"
+        return Processor.bundled(name, "hf" if template == "auto" else template, **given)
+    return Processor.from_pretrained(folder, None if template == "auto" else template, **limits)
+
+
+def load_model(config: RunConfig) -> AutoModel:
+    """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the CPU, and a line says so."""
+    name, c = config.model.model_name_or_path, config.compute
+    if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
+        model = AutoModel.from_config(name, seed=config.train.seed)
+        print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
+    else:
+        model = AutoModel.from_pretrained(name)
+    if c.bf16 and model.compute_dtype == "float32":
+        print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
+    return model
+
+
+def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample] = ()) -> ErnieModel:
+    """LoRA, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity."""
+    f, m = config.freeze, config.model
+    if config.compute.weight_quantize_algo != "none":
+        quantize_base(model, config.compute.weight_quantize_algo)
+    if m.fine_tuning == "LoRA":
+        if config.lora.lora_path:
+            return PeftModel.from_pretrained(model, config.lora.lora_path)
+        return get_peft_model(model, lora_config(config, model, calibration))
+    spec = FreezeSpec(f.trainable_layers, f.frozen_layers, f.freeze_config)
+    if f.freeze_spec:
+        given = FreezeSpec.from_json(f.freeze_spec)
+        spec = FreezeSpec(given.trainable, given.frozen, f.freeze_config)
+    if m.fine_tuning == "Freeze" and spec == FreezeSpec():
+        raise ValueError(
+            "fine_tuning (Freeze) must come with trainable_layers, frozen_layers, freeze_spec or freeze_config; set one, or fine_tuning: Full"
+        )
+    spec.apply(model)
+    return model
+
+
+def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample]) -> LoraConfig:
+    """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration samples."""
+    c = config.lora
+    experts: Any = () if c.lora_experts == "none" else c.lora_experts
+    if c.lora_expert_list:
+        experts = [triple for item in c.lora_expert_list for triple in expert_range(item)]
+    elif c.lora_expert_affinity > 0:
+        tokens = model.config.tokens
+        table = affinity(model, [collate([s], tokens).inputs for s in calibration])
+        modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
+        experts = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
+    return LoraConfig(
+        r=c.lora_rank,
+        lora_alpha=c.effective_alpha,
+        target_modules=c.lora_target_modules,
+        lora_dropout=c.lora_dropout,
+        rslora=c.rslora,
+        lora_plus_scale=c.lora_plus_scale,
+        use_dora=c.dora,
+        expert_targets=experts,
+        freeze_config=config.freeze.freeze_config or "freeze_vision freeze_aligner",
+        base_model_name_or_path=config.model.model_name_or_path,
+        seed=config.train.seed,
+    )
+
+
+def expert_range(item: str) -> list[tuple[int, str, int]]:
+    """ "3:vision:0-7" -> its (layer, modality, expert) triples. Raises ValueError for another form."""
+    layer, _, rest = item.partition(":")
+    modality, _, experts = rest.partition(":")
+    first, _, last = experts.partition("-")
+    if not (layer.isdecimal() and modality in ("text", "vision") and first.isdecimal() and (last or first).isdecimal()):
+        raise ValueError(
+            f"lora_expert_list ({item!r}) must look like layer:text|vision:first-last, e.g. 3:vision:0-7; correct it"
+        )
+    return [(int(layer), modality, e) for e in range(int(first), int(last or first) + 1)]
+
+
+def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
+    """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens plus patches), or a full pack. For provoking
+    out-of-memory before the first step. Reads rows by position, so the stream stays where it is."""
+    mixture = stream.shard.mixture
+    dropped = Dropped()
+    found = [stream.encoder(mixture[i], dropped) for i in range(min(scan_rows, len(mixture)))]
+    samples = sorted((s for s in found if s is not None), key=_weight, reverse=True)
+    if not stream.packing:
+        return samples[: stream.rows]
+    room, chosen = stream.rows * stream.encoder.max_tokens, []
+    for s in samples:
+        if s.num_tokens <= room:
+            chosen.append(s)
+            room -= s.num_tokens
+    return chosen
+
+
+def _weight(sample: Sample) -> int:
+    patches = 0 if sample.row.pixel_values_PC is None else len(sample.row.pixel_values_PC)
+    return sample.num_tokens + patches

@@ -1,0 +1,206 @@
+"""What a run measures of its model: before, during and after training, on held-out rows and on guard sets; and the pages written at the end.
+
+Refuses to know: the loop, optimizers, when it is called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.data.batching import Encoder
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.records import Record
+from ernie_tune.data.sources import load_dataset
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
+from ernie_tune.train.guards import ForgettingGuard
+from ernie_tune.train.log import RunLog, write_atomically
+from ernie_tune.train.metrics import confusion, fitting_metrics, row_scores, score_answers
+from ernie_tune.train.report import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
+
+BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare
+
+
+class Measure:
+    """Held-out rows and what the model makes of them. Rows are drawn evenly from the set where it is larger than the limit."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ErnieModel,
+        processor: Processor,
+        encoder: Encoder,
+        rows: Sequence[Record],
+        output_dir: Path,
+    ) -> None:
+        self.config, self.model, self.processor, self.encoder, self.rows, self.output_dir = (
+            config,
+            model,
+            processor,
+            encoder,
+            rows,
+            output_dir,
+        )
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def _questions(self, limit: int) -> list[Question]:
+        count = min(limit, len(self.rows))
+        return [question(self.rows[i * len(self.rows) // count]) for i in range(count)]
+
+    def _loss(self, rows: Sequence[Record]) -> dict[str, float]:
+        every = (rows[i] for i in range(len(rows)))
+        return evaluation_loss(self.model, every, self.encoder, max(1, self.config.eval.per_device_eval_batch_size))
+
+    def _answers(self, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
+        asked = self._questions(limit)
+        if not asked:
+            return {}, [], []
+        e = self.config.eval
+        given = answers(
+            self.model,
+            self.processor,
+            asked,
+            max_new_tokens=e.eval_max_new_tokens,
+            rows=max(8, e.per_device_eval_batch_size),
+        )
+        names = self.metric_names(asked)
+        return score_answers(given, [q.reference for q in asked], names), asked, given
+
+    def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
+        """The scores that the settings name, or those that fit the references."""
+        return self.config.eval.eval_metrics or fitting_metrics([q.reference for q in asked])
+
+    def all_rows(self) -> tuple[dict[str, float], list[Question], list[str]]:
+        """Loss on every held-out row, scores of the answers to at most report_max_samples of them: names begin with eval_."""
+        scores, asked, given = self._answers(self.config.eval.report_max_samples)
+        loss = {k: v for k, v in self._loss(self.rows).items() if k != "rows"}
+        return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
+
+    def before(self, log: RunLog, resumed: bool) -> None:
+        """Measure before the first step; a resumed run reads what the first one wrote."""
+        file = self.output_dir / BEFORE_FILE
+        if not len(self.rows):
+            return
+        if resumed and file.is_file():
+            self.first = json.loads(file.read_text(encoding="utf-8"))
+            return
+        metrics, _, given = self.all_rows()
+        self.first = {"metrics": metrics, "answers": given}
+        write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
+        log.info("before training: " + ", ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+
+    def during(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
+        """Loss on every row, scores of the answers to eval_max_samples rows; logged and returned."""
+        loss = {k: v for k, v in self._loss(self.rows).items() if k != "rows"}
+        scores = self._answers(self.config.eval.eval_max_samples)[0] if self.config.eval.eval_max_samples else {}
+        metrics = {f"eval_{k}": v for k, v in {**loss, **scores}.items()}
+        log.log(step, metrics, epoch)
+        return metrics
+
+    def after(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
+        """The last measurement: results files and the before/after page."""
+        losses = [r["loss"] for r in log.history if "loss" in r]
+        train = {
+            "train_loss": losses[-1] if losses else 0.0,
+            "global_step": step,
+            "train_runtime": sum(r.get("interval_runtime", 0.0) for r in log.history),
+        }
+        log.results("train", train, epoch)
+        if not len(self.rows):
+            return train
+        metrics, asked, given = self.all_rows()
+        self.last = {"metrics": metrics, "answers": given}
+        log.results("eval", metrics, epoch)
+        self._page(asked, given)
+        return {**train, **metrics}
+
+    def _page(self, asked: Sequence[Question], given: Sequence[str]) -> None:
+        first = self.first.get("answers") or [""] * len(given)
+        references = [q.reference for q in asked]
+        name = self.metric_names(asked)[0]
+        scores = [row_scores(texts, references, name) for texts in (first, given)]
+        rows = [
+            ReportRow(
+                q.record.messages[-2]["content"] if len(q.record.messages) > 1 else "",
+                q.reference,
+                old,
+                new,
+                before_score,
+                after_score,
+                tuple(i for i in q.images if isinstance(i, str | bytes)),
+                str(q.record.meta),
+            )
+            for q, old, new, before_score, after_score in zip(asked, first, given, *scores, strict=True)
+        ]
+        tables = {}
+        if "accuracy" in self.metric_names(asked):
+            tables = {"before": confusion(first, references), "after": confusion(given, references)}
+        write_before_after(
+            self.output_dir / "before_after.html",
+            rows,
+            self.first.get("metrics", {}),
+            self.last["metrics"],
+            confusions=tables,
+            title=f"{self.config.model.stage} of {self.config.model.model_name_or_path or 'a model'}",
+        )
+
+    # --- guard sets --------------------------------------------------------------------------------------------------
+
+    def forgetting_guard(self, output_dir: Path) -> ForgettingGuard | None:
+        """Scores of the guard sets before training, from the file of the first run if there is one; None without guard sets."""
+        e = self.config.eval
+        self.guard_sets = {path: load_dataset(path) for path in e.guard_dataset_path}
+        if not self.guard_sets:
+            return None
+        file = output_dir / "guard_baseline.json"
+        if file.is_file():
+            baseline = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            baseline = {path: self._row_accuracy(rows) for path, rows in self.guard_sets.items()}
+            write_atomically(file, json.dumps(baseline) + "\n")
+        return ForgettingGuard(baseline, e.guard_tolerance, stop=e.guard_stop)
+
+    def _row_accuracy(self, rows: Sequence[Record]) -> list[float]:
+        return [evaluation_loss(self.model, [rows[i]], self.encoder, 1)["token_acc"] for i in range(len(rows))]
+
+    def look_at_guards(self, guard: ForgettingGuard | None) -> list[Any]:
+        """Verdicts on the guard sets as the model is now."""
+        if guard is None:
+            return []
+        return [
+            v
+            for path, rows in self.guard_sets.items()
+            if (v := guard.look(path, self._row_accuracy(rows))[1]) is not None
+        ]
+
+
+def write_reports(trainer: Any, log: RunLog) -> None:
+    """The model card."""
+    c: RunConfig = trainer.args
+    adapter = isinstance(trainer.model, PeftModel)
+    files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]
+    data = [
+        describe_file(Path(f), len(load_dataset(f, dataset_dir=c.data.dataset_dir or ".")))
+        for f in files
+        if Path(f).is_file()
+    ]
+    method = f"{c.model.stage}, {c.model.fine_tuning}" + (f" rank {c.lora.lora_rank}" if adapter else "")
+    first: Mapping[str, float] = trainer.measure.first.get("metrics", {})
+    card = ModelCard(
+        name=trainer.output_dir.resolve().name,
+        base_model=trainer.base_model,
+        method=method,
+        data=data,
+        arguments=c.flat(),
+        before=first,
+        after=trainer.measure.last.get("metrics", {}),
+        commands=usage(str(trainer.output_dir), adapter),
+    )
+    write_model_card(trainer.output_dir / "README.md", card)
+    log.info(f"everything is in {trainer.output_dir}: README.md, before_after.html, training_loss.svg")

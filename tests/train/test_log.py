@@ -1,0 +1,203 @@
+"""The files and lines of a run: HF's and Paddle's names and formats, kills, resumes, growing columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ernie_tune.train.log import RunFacts, RunLog, console_line, header_lines, metrics_table, read_log, stamp
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def make(folder: Path, **options: object) -> tuple[RunLog, list[str]]:
+    lines: list[str] = []
+    return RunLog(folder, echo=lines.append, **options), lines  # type: ignore[arg-type]
+
+
+def test_console_line_is_paddles() -> None:
+    values = {
+        "loss": 4.86592484,
+        "learning_rate": 0.00025,
+        "interval_runtime": 0.0258,
+        "interval_samples_per_second": 77.44784,
+        "interval_steps_per_second": 38.7239,
+    }
+    line = stamp(console_line(3, values, 0.09375), now=datetime(2026, 11, 22, 11, 18, 25, 636_000))
+    assert line == (
+        "[2026-11-22 11:18:25,636] [    INFO] - loss: 4.86592484, learning_rate: 0.00025, global_step: 3, interval_runtime: 0.0258, "
+        "interval_samples_per_second: 77.4478, interval_steps_per_second: 38.7239, progress_or_epoch: 0.0938"
+    )
+
+
+def test_console_line_of_an_evaluation() -> None:
+    values = {
+        "eval_loss": np.float32(0.5),
+        "eval_exact_match": 0.75,
+        "grad_norm": 2.5e-6,
+        "note": "ok",
+        "bad": float("nan"),
+    }
+    assert console_line(10, values, 1) == (
+        "global_step: 10, eval_loss: 0.5, eval_exact_match: 0.75, grad_norm: 2.5e-06, note: ok, bad: nan, progress_or_epoch: 1.0"
+    )
+
+
+def test_header_block() -> None:
+    lines = header_lines(RunFacts(1000, 3.0, 1, 8, 4, 375, 3000, 1_234_567))
+    assert lines == [
+        "***** Running training *****",
+        "  Num examples = 1,000",
+        "  Num Epochs = 3",
+        "  Instantaneous batch size per device = 1",
+        "  Total train batch size (w. parallel, distributed & accumulation) = 8",
+        "  Gradient Accumulation steps = 4",
+        "  Total optimization steps = 375",
+        "  Total num train samples = 3,000",
+        "  Number of trainable parameters = 1,234,567",
+    ]
+
+
+def test_metrics_table() -> None:
+    assert metrics_table("train", {"train_loss": 0.25, "epoch": 3.0}) == [
+        "***** train metrics *****",
+        "  epoch      =  3.0",
+        "  train_loss = 0.25",
+    ]
+
+
+def test_every_record_reaches_the_files_at_once(tmp_path: Path) -> None:
+    log, lines = make(tmp_path)
+    log.log(1, {"loss": np.float32(2.5), "learning_rate": 1e-4}, 0.25)
+    log.log(2, {"loss": float("nan"), "learning_rate": 5e-5}, 0.5)
+    log.log(2, {"eval_loss": 2.0, "eval_label": "是", "eval_classes": {"cat": 0.5}}, 0.5)
+    want = [
+        {"epoch": 0.25, "step": 1, "loss": 2.5, "learning_rate": 1e-4},
+        {"epoch": 0.5, "step": 2, "loss": None, "learning_rate": 5e-5},
+        {"epoch": 0.5, "step": 2, "eval_loss": 2.0, "eval_label": "是", "eval_classes": {"cat": 0.5}},
+    ]
+    assert [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()] == want
+    assert log.history == want
+    table = rows(tmp_path / "metrics.csv")
+    assert list(table[0]) == ["step", "epoch", "loss", "learning_rate", "eval_loss", "eval_label"]
+    assert [row["loss"] for row in table] == ["2.5", "", ""]
+    assert [row["eval_loss"] for row in table] == ["", "", "2.0"]
+    assert len(lines) == 3
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[    INFO\] - loss: 2.5, .*", lines[0])
+    assert "loss: nan, learning_rate: 5e-05, global_step: 2" in lines[1]
+
+
+def test_a_torn_last_line_is_repaired(tmp_path: Path) -> None:
+    log, _ = make(tmp_path)
+    log.log(1, {"loss": 3.0}, 0.1)
+    log.log(2, {"loss": 2.0}, 0.2)
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_bytes(path.read_bytes() + '{"epoch": 0.3, "step": 3, "标'.encode()[:-1])
+    again, _ = make(tmp_path, resume_step=3)
+    again.log(3, {"loss": 1.0}, 0.3)
+    history, size = read_log(path)
+    assert [r["loss"] for r in history] == [3.0, 2.0, 1.0]
+    assert size == path.stat().st_size
+
+
+def test_a_broken_line_elsewhere_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"trainer_log.jsonl:2: .* must be one JSON record"):
+        read_log(path)
+
+
+def test_resume_leaves_no_duplicates(tmp_path: Path) -> None:
+    log, _ = make(tmp_path)
+    for step in range(1, 8):
+        log.log(step, {"loss": 10.0 - step}, step / 10)
+    resumed, _ = make(tmp_path, resume_step=5)
+    for step in range(6, 11):
+        resumed.log(step, {"loss": 10.0 - step, "grad_norm": 1.0}, step / 10)
+    assert [r["step"] for r in read_log(tmp_path / "trainer_log.jsonl")[0]] == list(range(1, 11))
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == [str(n) for n in range(1, 11)]
+    assert [r["step"] for r in resumed.state(10, 1.0)["log_history"]] == list(range(1, 11))
+
+
+def test_resume_in_another_folder_takes_the_checkpoints_history(tmp_path: Path) -> None:
+    history = [{"epoch": 0.1, "step": 1, "loss": 2.0}, {"epoch": 0.2, "step": 2, "loss": 1.0}]
+    log, _ = make(tmp_path / "new", resume_step=1, history=history)
+    assert log.history == history[:1]
+    assert read_log(tmp_path / "new" / "trainer_log.jsonl")[0] == history[:1]
+
+
+def test_a_new_run_keeps_the_earlier_log(tmp_path: Path) -> None:
+    for loss in (3.0, 2.0, 1.0):
+        log, lines = make(tmp_path)
+        log.log(1, {"loss": loss}, 0.1)
+    assert [read_log(tmp_path / f"trainer_log{n}.jsonl")[0][0]["loss"] for n in (".1", ".2", "")] == [3.0, 2.0, 1.0]
+    assert "kept as trainer_log.2.jsonl" in lines[0]
+    assert len(rows(tmp_path / "metrics.csv")) == 1
+
+
+def test_state_has_hf_names(tmp_path: Path) -> None:
+    log, _ = make(tmp_path)
+    log.log(4, {"loss": 1.0}, 0.5)
+    log.write_state(4, 0.5, max_steps=8, best_metric=np.float64(0.9), best_model_checkpoint=tmp_path / "checkpoint-4")
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["log_history"] == [{"epoch": 0.5, "step": 4, "loss": 1.0}]
+    assert (state["global_step"], state["epoch"], state["max_steps"], state["best_metric"]) == (4, 0.5, 8, 0.9)
+    assert state["best_model_checkpoint"].endswith("checkpoint-4")
+    # ecosystem.md 4.5, row "state"
+    names = "best_metric best_model_checkpoint consumed_samples epoch global_step is_local_process_zero is_world_process_zero "
+    names += "log_history max_steps num_train_epochs total_flos trial_name trial_params"
+    assert set(names.split(" ")) <= set(state)
+    with pytest.raises(ValueError, match=r"field \(stepz\) must be one of"):
+        log.state(4, 0.5, stepz=1)
+
+
+def test_results(tmp_path: Path) -> None:
+    log, lines = make(tmp_path)
+    log.results("train", {"train_loss": 0.5, "train_runtime": 12.0}, 3)
+    log.results("eval", {"eval_loss": float("inf")}, 3)
+    read = {p.name: json.loads(p.read_text()) for p in tmp_path.glob("*_results.json")}
+    epoch = {"epoch": 3.0, "progress_or_epoch": 3.0}
+    assert read["train_results.json"] == {**epoch, "train_loss": 0.5, "train_runtime": 12.0}
+    assert read["eval_results.json"] == {**epoch, "eval_loss": None}
+    assert read["all_results.json"] == {**epoch, "train_loss": 0.5, "train_runtime": 12.0, "eval_loss": None}
+    assert [line.split(" - ")[1] for line in lines if "*****" in line] == [
+        "***** train metrics *****",
+        "***** eval metrics *****",
+    ]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path / "run", is_main=False)
+    log.header(RunFacts(1, 1, 1, 1, 1, 1, 1, 1))
+    log.log(1, {"loss": 1.0}, 0.1)
+    log.results("train", {}, 1)
+    log.write_state(1, 0.1)
+    assert log.history == [{"epoch": 0.1, "step": 1, "loss": 1.0}]
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_header_is_printed(tmp_path: Path) -> None:
+    log, lines = make(tmp_path)
+    log.header(RunFacts(1000, 3.0, 1, 8, 4, 375, 3000, 5))
+    assert lines[0].endswith(" [    INFO] - ***** Running training *****")
+    assert len(lines) == 9
+
+
+def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
+    log, _ = make(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"logged value \(array.* must be a number, text, list or mapping, not ndarray"
+    ):
+        log.log(1, {"loss": np.zeros(2)}, 0.1)
+    assert log.history == []
