@@ -164,3 +164,17 @@ def test_tiny_a_from_an_independent_numpy_implementation(golden) -> None:
     assert -logp.mean().item() == pytest.approx(
         json.loads((folder / "loss.json").read_text())["cross_entropy"], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["text_dense", "text_moe"])
+def test_text_only_siblings(name: str) -> None:
+    """Folders that transformers wrote: explicit head_dim wider than hidden/heads in the dense one, [E, H] routers on disk in the other."""
+    from conftest import GOLDEN
+
+    from ernie_tune.checkpoint.auto import AutoModel
+    from ernie_tune.models.inputs import Row
+
+    model, case = AutoModel.from_pretrained(GOLDEN / name), np.load(GOLDEN / name / "case.npz")
+    with paddle.no_grad():
+        logits = model.logits(model(pack([Row(case["input_ids"])], model.config.tokens))).numpy()
+    np.testing.assert_allclose(logits, case["logits"], atol=1e-5)
