@@ -149,6 +149,23 @@ class Processor:
         """The processor for a model built from a preset, with the shipped tokenizer `name` ("small" or "tiny")."""
         return cls(Tokenizer.bundled(name), template, ImageSettings(min_pixels, max_pixels))
 
+    def with_videos(
+        self, *, fps: float | None = None, max_frames: int | None = None, max_pixels: int | None = None
+    ) -> Processor:
+        """The same processor with other limits for videos; None keeps a value. Lower limits give way to a smaller upper one."""
+        v = self.videos
+        frames = v.max_frames if max_frames is None else max_frames
+        pixels = v.max_pixels if max_pixels is None else max_pixels
+        videos = dataclasses.replace(
+            v,
+            fps=v.fps if fps is None else fps,
+            max_frames=frames,
+            min_frames=min(v.min_frames, frames),
+            max_pixels=pixels,
+            min_pixels=min(v.min_pixels, pixels),
+        )
+        return Processor(self.tokenizer, self.template.variant, self.images, videos, self._preprocessor)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write all that another tool needs to make the same rows: tokenizer files with the chat template, and pixel settings."""
         self.tokenizer.save(folder, chat_template=self.template.to_jinja(), **{TEMPLATE_KEY: self.template.variant})

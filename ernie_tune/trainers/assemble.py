@@ -151,8 +151,10 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
     if str(folder).rsplit("/", 1)[-1].lower() in PRESETS and not Path(folder).is_dir():
         given = {k: v for k, v in limits.items() if v is not None}
         name = "small" if preset(str(folder)).vocab_size >= 8192 else "tiny"
-        return Processor.bundled(name, "hf" if template == "auto" else template, **given)
-    return Processor.from_pretrained(folder, None if template == "auto" else template, **limits)
+        processor = Processor.bundled(name, "hf" if template == "auto" else template, **given)
+    else:
+        processor = Processor.from_pretrained(folder, None if template == "auto" else template, **limits)
+    return processor.with_videos(fps=m.video_fps, max_frames=m.video_max_frames, max_pixels=m.video_max_pixels)
 
 
 def load_model(config: RunConfig) -> AutoModel:

@@ -244,3 +244,13 @@ def test_bundled_processors() -> None:
     assert row.grid_thw_n3 is not None
     assert row.grid_thw_n3.tolist() == [[1, 4, 4]]
     assert row.input_ids_L.max() < 640
+
+
+def test_with_videos_replaces_limits() -> None:
+    """Upper limits below the lower ones take those along; None keeps a value."""
+    before = Processor.bundled("tiny")
+    after = before.with_videos(max_frames=8, max_pixels=3136)
+    assert (after.videos.max_frames, after.videos.min_frames) == (8, 8)
+    assert (after.videos.max_pixels, after.videos.min_pixels) == (3136, 3136)
+    assert after.videos.fps == before.videos.fps
+    assert before.with_videos().videos == before.videos
