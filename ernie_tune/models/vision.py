@@ -23,6 +23,17 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * F.sigmoid(1.702 * x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """With a frozen weight, Paddle's CPU kernel (3.3.1) leaves the weight out of the input's gradient; a copy that asks for a gradient keeps it in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.stop_gradient and not x.stop_gradient:
+            weight = weight.detach()
+            weight.stop_gradient = False
+        return F.layer_norm(x, self._normalized_shape, weight, self.bias, self._epsilon)
+
+
 class PatchEmbed(nn.Layer):
     """A patch (channel, row, column) -> D channels, no bias; `proj` is the checkpoints' name."""
 
@@ -68,9 +79,9 @@ class VisionBlock(nn.Layer):
 
     def __init__(self, v: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
+        self.norm1 = LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
         self.attn = VisionAttention(v)
-        self.norm2 = nn.LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
+        self.norm2 = LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
         self.mlp = VisionMLP(v)
 
     def forward(self, x_PD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
@@ -86,7 +97,7 @@ class VisionTower(nn.Layer):
         self.config = v
         self.patch_embed = PatchEmbed(v)
         self.blocks = nn.LayerList([VisionBlock(v) for _ in range(v.depth)])
-        self.ln = nn.LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
+        self.ln = LayerNorm(v.hidden_size, epsilon=v.layer_norm_eps)
 
     def forward(
         self, pixels_PC: Tensor, grid_thw_n3: np.ndarray, recompute: Callable[..., Tensor] | None = None
@@ -129,7 +140,7 @@ def frame_pairs(grid_thw_n3: np.ndarray, merge: int = 2) -> np.ndarray:
 
 def _merge_stack(n_in: int, width: int, eps: float) -> nn.LayerList:
     """fc1, gelu, fc2, norm under the checkpoints' indices 0, 2, 3."""
-    return nn.LayerList([nn.Linear(n_in, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width, epsilon=eps)])
+    return nn.LayerList([nn.Linear(n_in, width), nn.GELU(), nn.Linear(width, width), LayerNorm(width, epsilon=eps)])
 
 
 class Resampler(nn.Layer):

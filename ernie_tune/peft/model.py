@@ -1,0 +1,333 @@
+"""`PeftModel`: an ErnieModel with adapters on it. It shares every layer with the model it is made from and behaves like it in every call.
+
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query_key_value"], lora_dropout=0.05, task_type="CAUSAL_LM"))
+
+Canonical parameter names stay; adapters add `<module>.adapters.<adapter>.<tensor>`. Refuses to know: data, losses, optimizers, distribution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from ernie_tune.checkpoint.tensors import FLOAT_CODES
+from ernie_tune.models.cache import KVCache
+from ernie_tune.models.ernie import ErnieModel, Recompute
+from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.moe import RouterTap
+from ernie_tune.peft import build, slots
+from ernie_tune.peft.build import Places
+from ernie_tune.peft.config import LoraConfig, PeftConfig, PrefixConfig, PromptConfig
+from ernie_tune.peft.files import Stored, read_adapter, write_adapter
+from ernie_tune.peft.freeze import opened
+from ernie_tune.peft.lora import ExpertLora, LinearLora
+from ernie_tune.peft.quantize import SWAPPED, is_quantised
+from ernie_tune.peft.report import trainable_table
+from ernie_tune.peft.targets import modules_named
+from ernie_tune.peft.virtual_tokens import Prompt, with_virtual_tokens
+
+
+@dataclass
+class Adapter:
+    """One adapter on the model: its layers by module name, and its copies of parameters trained in full by their name."""
+
+    config: PeftConfig
+    places: Places
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
+
+    def parameters(self) -> list[Tensor]:
+        return [*(value for layer in self.places.values() for value in layer.parameters()), *self.copies.values()]
+
+
+class PeftModel(ErnieModel):
+    """See the module's docstring. All parameters of the model are frozen; those of the active adapter are trained."""
+
+    def __init__(self, base: ErnieModel, config: PeftConfig | None = None, adapter_name: str = "default") -> None:
+        nn.Layer.__init__(self)  # not ErnieModel's: the layers exist
+        for name, layer in base.named_children():
+            self.add_sublayer(name, layer)
+        self.config, self.compute_dtype, self.name_or_path = base.config, base.compute_dtype, base.name_or_path
+        self.training = base.training
+        self.__dict__["base"] = base  # not a sublayer: all its layers are ours already
+        self.adapters: dict[str, Adapter] = {}
+        self.originals: dict[str, Tensor] = {}  # what `copies` replace
+        self.active: str | None = None
+        for value in base.parameters():
+            value.stop_gradient = True
+        if config is not None:
+            self.add_adapter(config, adapter_name)
+
+    # --- adapters by name --------------------------------------------------------------------------------------------
+
+    def add_adapter(self, config: PeftConfig, name: str = "default") -> None:
+        """Attach a fresh adapter and make it the active one. ValueError for a name in use and for targets that do not exist."""
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise ValueError(f"adapter name ({name!r}) must be made of letters, digits, _ and -; choose another")
+        if name in self.adapters:
+            raise ValueError(
+                f"adapter name ({name!r}) must be new, there is {sorted(self.adapters)}; delete_adapter it first"
+            )
+        adapter = Adapter(config, build.places(self, config))
+        if isinstance(config, LoraConfig):
+            adapter.copies = self._copies(config)
+        layers = dict(self.named_sublayers())
+        for module, layer in adapter.places.items():
+            slots.attach(layers[module], name, layer)
+        adapter.hooks = build.connect(self, config)
+        self.adapters[name] = adapter
+        self.set_adapter(name)
+
+    def _copies(self, config: LoraConfig) -> dict[str, Tensor]:
+        """Trainable copies of the parameters of `modules_to_save`."""
+        with self.disable_adapter():
+            own = {
+                name: layer
+                for name, layer in self.named_sublayers()
+                if (layer._parameters or isinstance(layer, SWAPPED)) and f".{slots.NAME}" not in name
+            }
+            copies = {}
+            for module in modules_named(config.modules_to_save, list(own)):
+                if isinstance(own[module], SWAPPED):
+                    raise ValueError(
+                        f"modules_to_save ({module}) must have float weights, but is quantised; use LoRA for it"
+                    )
+                for leaf, value in own[module]._parameters.items():
+                    if value is not None and leaf != "e_score_correction_bias":
+                        copies[f"{module}.{leaf}"] = build.copy_of(own[module], value)
+                        self.originals.setdefault(f"{module}.{leaf}", value)
+        return copies
+
+    def set_adapter(self, name: str) -> None:
+        """Make one adapter act, and train it alone. ValueError for an unknown name."""
+        self._get(name)
+        for other, adapter in self.adapters.items():
+            for value in adapter.parameters():
+                value.stop_gradient = other != name
+        self._activate(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter. If it was the active one, none is afterwards."""
+        adapter = self._get(name)
+        if self.active == name:
+            self._activate(None)
+        layers = dict(self.named_sublayers())
+        for module in adapter.places:
+            slots.detach(layers[module], name)
+        for hook in adapter.hooks:
+            hook.remove()
+        del self.adapters[name]
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The model as it was before any adapter, bit for bit, for the length of a `with`: the reference policy."""
+        before = self.active
+        self._activate(None)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _get(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise ValueError(
+                f"adapter name ({name!r}) must be one of {sorted(self.adapters)}; load_adapter adds others"
+            )
+        return self.adapters[name]
+
+    def _activate(self, name: str | None) -> None:
+        self.active = name
+        layers = dict(self.named_sublayers())
+        for adapter in self.adapters.values():
+            for module in adapter.places:
+                layers[module].adapters.active = name
+        copies = self.adapters[name].copies if name else {}
+        for parameter, original in self.originals.items():
+            module, _, leaf = parameter.rpartition(".")
+            layers[module]._parameters[leaf] = copies.get(parameter, original)
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        inputs: PackedInput,
+        *,
+        tap: RouterTap | None = None,
+        cache: KVCache | None = None,
+        recompute: Recompute | None = None,
+    ) -> Tensor:
+        """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""
+        run = super().forward
+        again = opened(recompute) if recompute else None
+        config = self.adapters[self.active].config if self.active else None
+        if not isinstance(config, PromptConfig | PrefixConfig):
+            return run(inputs, tap=tap, cache=cache, recompute=again)
+        count = config.num_virtual_tokens
+        shift = count if isinstance(config, PromptConfig) else 0
+        if cache is not None and not cache.prefilling:
+            moved = dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift)
+            return run(moved, tap=tap, cache=cache, recompute=again)
+        longer, real_T = with_virtual_tokens(inputs, count, shift)
+        with self._prompt_rows(longer):
+            hidden = run(longer, tap=tap, cache=cache, recompute=again)
+        return paddle.gather(hidden, paddle.to_tensor(real_T))
+
+    @contextlib.contextmanager
+    def _prompt_rows(self, longer: PackedInput) -> Iterator[None]:
+        """Tell an active prompt which rows of the embedding are its own."""
+        layers = self.adapters[self.active].places.values() if self.active else ()
+        prompts = [layer for layer in layers if isinstance(layer, Prompt)]
+        for prompt in prompts:
+            prompt.claim(longer.offsets)
+        try:
+            yield
+        finally:
+            for prompt in prompts:
+                prompt.claim(None)
+
+    def learning_rate_scale(self, name: str) -> float:
+        """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the optimizer's groups."""
+        _, found, own = name.partition(f".{slots.NAME}.")
+        config = self.adapters[own.split(".")[0]].config if found else None
+        return config.lora_plus_scale if isinstance(config, LoraConfig) and own.endswith(".lora_B") else 1.0
+
+    def print_trainable_parameters(self) -> None:
+        """Print the active adapter's scale and what is trained, by part of the model (`report.py`)."""
+        config = self.adapters[self.active].config if self.active else None
+        if isinstance(config, LoraConfig):
+            print(f"LoRA {self.active!r}: r {config.r}, alpha {config.alpha:g}, scaling {config.scaling:g}")
+        print(trainable_table(self), flush=True)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], dialect: str = "auto", adapter_name: str | None = None
+    ) -> list[Path]:
+        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (`files.py`); returns the paths."""
+        name = adapter_name or self.active
+        if name is None:
+            raise ValueError(
+                f"adapter_name (None) must be given where no adapter is active; there is {sorted(self.adapters)}"
+            )
+        adapter = self._get(name)
+        config = build.exported_config(adapter.config, self.name_or_path)
+        stored = Stored(config, {**build.export(adapter.config, adapter.places), **_arrays(adapter.copies)})
+        code = FLOAT_CODES.get(self.compute_dtype, "F32")
+        return write_adapter(Path(folder), stored, self.config, dialect, code)
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:
+        """Add the adapter in a folder, of either dialect, under `name`, and make it the active one. Errors: `read_adapter`, `add_adapter`."""
+        stored = read_adapter(Path(folder), self.config)
+        before = self.active
+        self.add_adapter(stored.config, name)
+        try:
+            self._fill(self.adapters[name], stored, folder)
+        except ValueError:
+            self.delete_adapter(name)
+            self._activate(before)
+            raise
+        kind = type(stored.config).__name__.removesuffix("Config")
+        scale = f", scaling {stored.config.scaling:g}" if isinstance(stored.config, LoraConfig) else ""
+        print(
+            f"ernie_tune: {folder}: {kind} adapter {name!r}, {len(stored.tensors)} tensors{scale}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _fill(self, adapter: Adapter, stored: Stored, folder: str | os.PathLike[str]) -> None:
+        rest = build.fill(stored.config, adapter.places, stored.tensors)
+        for key, value in rest.items():
+            if key not in adapter.copies:
+                raise ValueError(
+                    f"{folder}: tensor {key!r} must belong to a layer of the adapter; fetch the adapter again"
+                )
+            build.assign(adapter.copies[key], value, key)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: ErnieModel, folder: str | os.PathLike[str], adapter_name: str = "default"
+    ) -> PeftModel:
+        """`model` with the adapter in `folder`."""
+        made = cls(model)
+        made.load_adapter(folder, adapter_name)
+        return made
+
+    def merge(self, inputs: PackedInput | None = None) -> tuple[ErnieModel, float | None]:
+        """Add the active LoRA adapter into the weights, drop all adapters, and return the plain model (still frozen) with its canonical names.
+
+        With `inputs`, also the largest |change of a logit| on them, which is printed. Raises ValueError for adapters that are no LoRA and for a
+        quantised base: merge into the float weights, then quantise again.
+        """
+        adapter = self._get(self.active or "")
+        if not isinstance(adapter.config, LoraConfig):
+            raise ValueError(
+                f"merge must be given a LoRA adapter, not {type(adapter.config).__name__}; keep it as an adapter"
+            )
+        if is_quantised(self):
+            raise ValueError(
+                "merge must be given float weights, but the base is quantised; load the float model and the adapter, merge, quantise again"
+            )
+        before = self._eval_logits(inputs)
+        copies, layers = dict(adapter.copies), dict(self.named_sublayers())
+        with paddle.no_grad():
+            for module, layer in adapter.places.items():
+                _merge(layers, module, layer)
+        for name in list(self.adapters):
+            self.delete_adapter(name)
+        for parameter, value in copies.items():
+            self.originals[parameter].set_value(value)
+        self.base.training = self.training  # its layers follow ours, it does not
+        after = self._eval_logits(inputs)
+        if before is None or after is None:
+            return self.base, None
+        change = float(np.abs(after - before).max())
+        print(
+            f"ernie_tune: merged: largest |change of a logit| {change:.2e} on {len(before)} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
+        return self.base, change
+
+    def _eval_logits(self, inputs: PackedInput | None) -> np.ndarray | None:
+        if inputs is None:
+            return None
+        training = self.training
+        self.eval()
+        with paddle.no_grad():
+            logits = self.logits(self(inputs)).astype("float32").numpy()
+        if training:
+            self.train()
+        return logits
+
+
+def _merge(layers: dict[str, nn.Layer], module: str, adapter: nn.Layer) -> None:
+    if isinstance(adapter, LinearLora):
+        weight = layers[module].weight
+        weight.set_value(adapter.merged(weight))
+    elif isinstance(adapter, ExpertLora):
+        owner, _, leaf = module.rpartition(".")
+        stack = layers[owner]._parameters[leaf.replace("_product", "_proj")]
+        for j, expert in enumerate(adapter.experts):
+            stack[expert] = stack[expert] + adapter.delta(j)
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.astype("float32").numpy() for name, value in tensors.items()}
+
+
+def get_peft_model(model: ErnieModel, config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+    """`model` with a fresh adapter; its own parameters are frozen. ValueError for a model that has adapters already (use `add_adapter`)."""
+    if isinstance(model, PeftModel):
+        raise ValueError("model must not be a PeftModel already; call model.add_adapter(config, name)")
+    return PeftModel(model, config, adapter_name)
