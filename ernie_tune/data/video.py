@@ -250,8 +250,9 @@ def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
         import av
     except ImportError as error:
         raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
-    # Titles, which nothing here reads, are often GBK: PyAV would fail on them.
-    open_container = partial(av.open, stream, metadata_errors="ignore")
+    # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since then has no such argument.
+    old = int(av.__version__.split(".")[0]) < 19
+    open_container = partial(av.open, stream, metadata_errors="ignore") if old else partial(av.open, stream)
     decoded = 0
     try:
         # Counting packets needs no decoding, and unlike the header's count it knows what an edit list discards.

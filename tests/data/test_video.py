@@ -268,8 +268,9 @@ def test_a_title_in_gbk_does_no_harm() -> None:
         for packet in [*track.encode(av.VideoFrame.from_image(greys(1)[0])), *track.encode()]:
             out.mux(packet)
     raw = stream.getvalue().replace(b"ABCD", "标题".encode("gbk"))
-    with pytest.raises(UnicodeDecodeError):
-        av.open(io.BytesIO(raw))
+    if int(av.__version__.split(".")[0]) < 19:  # later versions do no harm by themselves
+        with pytest.raises(UnicodeDecodeError):
+            av.open(io.BytesIO(raw))
     assert len(load_video(raw, SMALL)) == 2
 
 
