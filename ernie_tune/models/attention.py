@@ -15,13 +15,14 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_tune.models.layers import row_sum, where_needed
+from ernie_tune.models import mkl
+from ernie_tune.models.layers import across, row_sum, where_needed
 
 # Probabilities are kept for the backward while they are smaller than this; above it they are recomputed from their log-sum-exp.
 KEEP_PROBS_BYTES = 256 * 2**20
 # Query rows per product: later rows see more keys, so a causal segment cut in blocks skips most of its upper triangle.
 BLOCK_TOKENS = 128
-_MASKED = -1e30
+_FAR = 1e30
 
 
 def runs(offsets: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
@@ -37,8 +38,8 @@ def runs(offsets: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 class AttentionPlan:
     """What one forward's attention layers share: row orders of each run and causal masks. Lives as long as the forward and its backward.
 
-    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view, and adding a mask of full
-    size several times faster than broadcasting it.
+    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view, and a mask of full
+    size is several times faster than one that is broadcast.
     """
 
     def __init__(self, offsets: tuple[int, ...], causal: bool) -> None:
@@ -69,12 +70,12 @@ class AttentionPlan:
         return self._kept[key]
 
     def mask(self, shape: tuple[int, int], group: int, rows: tuple[int, int], end: int, dtype: paddle.dtype) -> Tensor:
-        """Very negative where a key comes after its query; `shape` is (n, K)."""
+        """1 where a query sees a key, 0 where the key comes after it, [n, K, rows*G, end]; `shape` is (n, K)."""
         key = ("mask", *shape, group, rows, end)
         if key not in self._kept:
             query = np.repeat(np.arange(*rows), group)[:, None]
-            blocked = np.where(np.arange(end) > query, _MASKED, 0.0)
-            self._kept[key] = paddle.to_tensor(np.broadcast_to(blocked, (*shape, *blocked.shape)).copy(), dtype=dtype)
+            live = np.arange(end) <= query
+            self._kept[key] = paddle.to_tensor(np.broadcast_to(live, (*shape, *live.shape)).astype(np.float32)).astype(dtype)
         return self._kept[key]
 
     def blocks(self, length: int) -> Iterator[tuple[int, int, int]]:
@@ -90,44 +91,47 @@ class _SegmentAttention(PyLayer):
     def forward(ctx, q_TNH, k_TKH, v_TKH, plan):  # type: ignore[no-untyped-def]
         heads, kv_heads, scale = q_TNH.shape[1], k_TKH.shape[1], q_TNH.shape[2] ** -0.5
         keep = sum(n * length**2 for _, n, length in plan.runs) * heads * q_TNH.element_size() <= KEEP_PROBS_BYTES
-        outs, probs = [], []
+        outs, ctx.kept = [], []
         for run in plan.runs:
-            q = plan.heads_first(q_TNH * scale, run, kv_heads)
+            q = plan.heads_first(q_TNH, run, kv_heads).scale_(scale)
             k, v = (plan.heads_first(x, run, kv_heads) for x in (k_TKH, v_TKH))
-            pieces = []
+            pieces, parts = [], []
             for block in plan.blocks(run[2]):
-                p = _probs(q, k, block, plan)
-                probs.append(p if keep else None)
-                pieces.append(paddle.matmul(p, v[:, :, : block[2]]))
+                e, z = _softmax_parts(q, k, block, plan)
+                parts.append((e, z) if keep else None)
+                # Dividing H columns is cheaper than dividing as many as there are keys.
+                pieces.append(paddle.matmul(e, v[:, :, : block[2]]).multiply_(across(1.0 / z, v.shape[3])))
             outs.append(plan.tokens_first(_join(pieces, 2), run, heads))
+            ctx.kept.append((q, k, v, parts))
         out = _join(outs, 0)
-        ctx.plan, ctx.probs, ctx.frozen = plan, probs, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out)
+        ctx.plan, ctx.frozen = plan, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
+        ctx.save_for_backward(out)
         return out
 
     @staticmethod
     def backward(ctx, grad_TNH):  # type: ignore[no-untyped-def]
-        q_TNH, k_TKH, v_TKH, out_TNH = ctx.saved_tensor()
-        plan, probs, kv_heads, scale = ctx.plan, iter(ctx.probs), k_TKH.shape[1], q_TNH.shape[2] ** -0.5
+        (out_TNH,) = ctx.saved_tensor()
+        plan, heads, width = ctx.plan, out_TNH.shape[1], out_TNH.shape[2]
+        pull_TN1 = row_sum(grad_TNH * out_TNH)
         grads: tuple[list[Tensor], ...] = ([], [], [])
-        for run in plan.runs:
-            heads = q_TNH.shape[1]
-            q = plan.heads_first(q_TNH * scale, run, kv_heads)
-            k, v = (plan.heads_first(x, run, kv_heads) for x in (k_TKH, v_TKH))
-            g, o = (plan.heads_first(x, run, kv_heads) for x in (grad_TNH, out_TNH))
+        for run, (q, k, v, parts) in zip(plan.runs, ctx.kept, strict=True):
+            kv_heads = k.shape[1]
+            g, pull = (plan.heads_first(x, run, kv_heads) for x in (grad_TNH, pull_TN1))
             # The row sum that softmax's backward subtracts rides along as one more column of the product grad @ v^T.
-            g_aug = paddle.concat([g, row_sum(g * o)], axis=-1)
             v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
             dq, dk, dv = [], None, None
-            for block in plan.blocks(run[2]):
-                kept, (a, b, end) = next(probs), block
-                p = _probs(q, k, block, plan) if kept is None else kept
+            for block, kept in reversed(list(zip(plan.blocks(run[2]), parts, strict=True))):
+                e, z = kept or _softmax_parts(q, k, block, plan)
+                a, b, end = block
                 rows = slice(a * (heads // kv_heads), b * (heads // kv_heads))
-                ds = paddle.matmul(g_aug[:, :, rows], v_aug[:, :, :end], transpose_y=True).multiply_(p)
+                # softmax is e / z: z is divided out of the narrow side here too
+                g_rows = g[:, :, rows] * across(1.0 / z, width)
+                g_aug = paddle.concat([g_rows, pull[:, :, rows] / z], axis=-1)
+                ds = paddle.matmul(g_aug, v_aug[:, :, :end], transpose_y=True).multiply_(e)
                 dq.append(paddle.matmul(ds, k[:, :, :end]))
-                dk = _grow(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
-                dv = _grow(dv, paddle.matmul(p, g[:, :, rows], transpose_x=True))
-            grads[0].append(plan.tokens_first(_join(dq, 2), run, heads) * scale)
+                dk = _into(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
+                dv = _into(dv, paddle.matmul(e, g_rows, transpose_x=True))
+            grads[0].append(plan.tokens_first(_join(dq[::-1], 2), run, heads).scale_(width**-0.5))
             grads[1].append(plan.tokens_first(dk, run, kv_heads))
             grads[2].append(plan.tokens_first(dv, run, kv_heads))
         return where_needed(ctx.frozen, *(_join(parts, 0) for parts in grads))
@@ -137,22 +141,31 @@ def _join(parts: list[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
 
 
-def _grow(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add a longer key range to the sum of the shorter ones before it."""
+def _into(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add the sum over a shorter key range to the longest one, which comes first."""
     if total is None:
         return part
-    part[:, :, : total.shape[2]] += total
-    return part
+    if mkl.ready(total):  # Paddle's CPU kernel copies all of `total` for this
+        np.from_dlpack(total)[:, :, : part.shape[2]] += np.from_dlpack(part)
+    else:
+        total[:, :, : part.shape[2]] += part
+    return total
 
 
-def _probs(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: AttentionPlan) -> Tensor:
-    """Softmax of one block of scores, [n, K, rows*G, end]."""
+def _softmax_parts(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """(e [n, K, rows*G, end], z [n, K, rows*G, 1]) of one block of scores; its softmax is e / z."""
     a, b, end = block
     group = q.shape[2] // k.shape[2]
-    scores = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
-    if plan.causal:
-        scores = scores + plan.mask((q.shape[0], q.shape[1]), group, (a, b), end, scores.dtype)
-    return F.softmax(scores, axis=-1)
+    e = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
+    live = plan.mask((q.shape[0], q.shape[1]), group, (a, b), end, e.dtype) if plan.causal else None
+    if not mkl.near_zero(e):
+        if live is not None:
+            e.add_((live - 1.0) * _FAR)
+        mkl.below_zero_(e)
+    e = mkl.exp_(e)
+    if live is not None:
+        e.multiply_(live)
+    return e, row_sum(e)
 
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
@@ -171,6 +184,10 @@ def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Ten
     rows, heads, width = q_BNH.shape
     kv_heads = k_BKCH.shape[1]
     q = q_BNH.reshape([rows, kv_heads, heads // kv_heads, width]) * width**-0.5
-    scores = paddle.matmul(q, k_BKCH, transpose_y=True).astype(bias_BC.dtype) + bias_BC.unsqueeze([1, 2])
+    scores = paddle.matmul(q, k_BKCH, transpose_y=True).astype(bias_BC.dtype)
+    if mkl.ready(scores):  # Paddle's broadcast costs more than the rest of this function
+        np.from_dlpack(scores)[...] += np.from_dlpack(bias_BC)[:, None, None]
+    else:
+        scores = scores + bias_BC.unsqueeze([1, 2])
     probs = F.softmax(scores, axis=-1).astype(v_BKCH.dtype)
     return paddle.matmul(probs, v_BKCH).reshape([rows, heads, width])

@@ -21,7 +21,7 @@ from ernie_tune.models.attention import AttentionPlan, cached_attention, segment
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.inputs import PackedInput
-from ernie_tune.models.layers import GatedMLP, RMSNorm, rotate_pairs, text_angles, turn_factors
+from ernie_tune.models.layers import GatedMLP, Linear, RMSNorm, rotate_pairs, text_angles, turn_factors
 from ernie_tune.models.moe import MoELayer, RouterTap
 from ernie_tune.models.startup import prepare_device
 from ernie_tune.models.vision import Resampler, VisionTower
@@ -83,10 +83,10 @@ class Attention(nn.Layer):
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias_attr=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias_attr=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias_attr=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias_attr=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x_TD: Tensor, ctx: SequenceContext) -> Tensor:
         q, k, v = (

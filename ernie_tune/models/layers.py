@@ -15,6 +15,8 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_tune.models import mkl
+
 
 @lru_cache(maxsize=256)
 def _ones(rows: int, columns: int, dtype: paddle.dtype) -> Tensor:
@@ -36,16 +38,24 @@ def across(x_T1: Tensor, width: int) -> Tensor:
     return paddle.matmul(x_T1, _ones(1, width, x_T1.dtype)) if _by_product(x_T1) else x_T1
 
 
-def down(x_D: Tensor, rows: int) -> Tensor:
-    """A vector as [rows, D], or as it is where broadcasting is fast."""
-    return paddle.matmul(_ones(rows, 1, x_D.dtype), x_D.unsqueeze(0)) if _by_product(x_D) else x_D
+def _outer(column_T1: Tensor, row_D: Tensor) -> Tensor:
+    """column * row, [T, D]."""
+    row_1D = row_D.astype(column_T1.dtype).unsqueeze(0)
+    return paddle.matmul(column_T1, row_1D) if _by_product(column_T1) else column_T1 * row_1D
 
 
-def _normalise(x_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) in the input's dtype and the wide factor 1/rms, [T, D]; computed in float32 at least."""
-    x = x_TD.astype("float32") if x_TD.dtype in (paddle.bfloat16, paddle.float16) else x_TD
-    inv_TD = across(paddle.rsqrt(row_sum(x * x) / x.shape[-1] + eps), x.shape[-1])
-    return (x * inv_TD).astype(x_TD.dtype), inv_TD  # cast before the weight: architecture.md 2.1
+def _widen(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.astype("float32") if x.dtype in (paddle.bfloat16, paddle.float16) else x
+
+
+def _normalise(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x / rms(x) * weight, 1 / rms(x) [T, 1]), the latter in float32 at least."""
+    wide = _widen(x_TD)
+    inv_T1 = paddle.rsqrt(row_sum(wide * wide).scale_(1 / wide.shape[1], eps))
+    if wide is x_TD:
+        return _outer(inv_T1, weight_D).multiply_(wide), inv_T1
+    return (wide * inv_T1).astype(x_TD.dtype) * weight_D, inv_T1  # cast before the weight: architecture.md 2.1
 
 
 def where_needed(frozen: tuple[bool, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,29 +66,26 @@ def where_needed(frozen: tuple[bool, ...], *grads: Tensor) -> tuple[Tensor | Non
 class _RmsNorm(PyLayer):
     @staticmethod
     def forward(ctx, x_TD, weight_D, eps):  # type: ignore[no-untyped-def]
-        normed_TD, inv_TD = _normalise(x_TD, eps)
-        ctx.frozen = x_TD.stop_gradient
-        ctx.save_for_backward(normed_TD, inv_TD, weight_D)
-        return normed_TD * down(weight_D, x_TD.shape[0])
+        out_TD, inv_T1 = _normalise(x_TD, weight_D, eps)
+        ctx.frozen = (x_TD.stop_gradient, weight_D.stop_gradient)
+        ctx.save_for_backward(x_TD, inv_T1, weight_D)
+        return out_TD
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        normed_TD, inv_TD, weight_D = ctx.saved_tensor()
-        wide, (tokens, width) = inv_TD.dtype, normed_TD.shape
-        grad, normed = grad_TD.astype(wide), normed_TD.astype(wide)
-        scaled = grad * down(weight_D.astype(wide), tokens)
-        dx = (scaled - normed * across(row_sum(scaled * normed) / width, width)) * inv_TD
-        dw = None
-        if not weight_D.stop_gradient:
-            dw = paddle.matmul(_ones(1, tokens, wide), grad * normed).reshape([-1]).astype(weight_D.dtype)
-        return None if ctx.frozen else dx.astype(grad_TD.dtype), dw
+        x_TD, inv_T1, weight_D = ctx.saved_tensor()
+        x, grad, weight = _widen(x_TD), _widen(grad_TD), weight_D.astype(inv_T1.dtype)
+        product = grad * x
+        dw = paddle.matmul(inv_T1, product, transpose_x=True).reshape([-1]).astype(weight_D.dtype)
+        # d(1/rms)/dx = -x / (D rms^3)
+        pull_T1 = paddle.matmul(product, weight.unsqueeze(1)) * inv_T1**3 / x.shape[1]
+        dx = _outer(inv_T1, weight).multiply_(grad).subtract_(x * across(pull_T1, x.shape[1]))
+        return where_needed(ctx.frozen, dx.astype(grad_TD.dtype), dw)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md 2.1)."""
-    if paddle.is_grad_enabled():
-        return _RmsNorm.apply(x_TD, weight_D, eps)
-    return _normalise(x_TD, eps)[0] * down(weight_D, x_TD.shape[0])
+    return _RmsNorm.apply(x_TD, weight_D, eps) if paddle.is_grad_enabled() else _normalise(x_TD, weight_D, eps)[0]
 
 
 class RMSNorm(nn.Layer):
@@ -96,29 +103,39 @@ class RMSNorm(nn.Layer):
 class _Swiglu(PyLayer):
     @staticmethod
     def forward(ctx, gate_TI, up_TI):  # type: ignore[no-untyped-def]
-        half, tanh, act = _silu(gate_TI)
+        sigmoid, act = _silu(gate_TI)
         ctx.frozen = (gate_TI.stop_gradient, up_TI.stop_gradient)
-        ctx.save_for_backward(half, tanh, act, up_TI)
+        ctx.save_for_backward(sigmoid, act, up_TI)
         return act * up_TI
 
     @staticmethod
     def backward(ctx, grad_TI):  # type: ignore[no-untyped-def]
-        half, tanh, act, up_TI = ctx.saved_tensor()
-        # with h = g/2, t = tanh(h): silu = h + h t, so d silu/dg = (1 + t + h (1 - t^2)) / 2
-        slope = (tanh + half - half * (tanh * tanh)) * 0.5 + 0.5
-        return where_needed(ctx.frozen, grad_TI * up_TI * slope, grad_TI * act)
+        sigmoid, act, up_TI = ctx.saved_tensor()
+        # d silu / d gate = sigmoid + act (1 - sigmoid)
+        slope = (act - act * sigmoid).add_(sigmoid)
+        return where_needed(ctx.frozen, slope.multiply_(up_TI).multiply_(grad_TI), grad_TI * act)
 
 
-def _silu(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """g/2, tanh(g/2) and silu(g): tanh is the vectorised one of the CPU's exponentials."""
+def _silu(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(g) = (1 + tanh(g/2)) / 2 and silu(g) = g sigmoid(g): tanh is the faster of the CPU's exponentials."""
     half = gate * 0.5
-    tanh = paddle.tanh(half)
-    return half, tanh, half * tanh + half
+    sigmoid = mkl.tanh_(half).scale_(0.5, 0.5)
+    return sigmoid, gate * sigmoid
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _Swiglu.apply(gate_TI, up_TI) if paddle.is_grad_enabled() else _silu(gate_TI)[2] * up_TI
+    return _Swiglu.apply(gate_TI, up_TI) if paddle.is_grad_enabled() else _silu(gate_TI)[1].multiply_(up_TI)
+
+
+class Linear(nn.Linear):
+    """Without bias, and without the flags that `nn.Linear` looks up by name in every call: on the CPU they cost more than a small product."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias_attr=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return paddle.matmul(x_TD, self.weight)
 
 
 class GatedMLP(nn.Layer):
@@ -126,9 +143,9 @@ class GatedMLP(nn.Layer):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias_attr=False)
-        self.up_proj = nn.Linear(width, inner, bias_attr=False)
-        self.down_proj = nn.Linear(inner, width, bias_attr=False)
+        self.gate_proj = Linear(width, inner)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))

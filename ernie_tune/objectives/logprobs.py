@@ -5,17 +5,18 @@ Legend: T tokens, D width, V vocabulary. Refuses to know: which tokens count, ho
 
 from __future__ import annotations
 
+import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_tune.models import mkl
+from ernie_tune.models.layers import across, row_sum
+
 # Scores are made and consumed in chunks that stay in the processor's cache.
 CHUNK_BYTES = 16 * 2**20
-# Softmax outputs are kept for the backward while they are smaller than this; above it they are computed again.
+# Exponentials of scores are kept for the backward while they are smaller than this; above it they are computed again.
 KEEP_BYTES = 512 * 2**20
-# Above this a log-probability is the logarithm of the softmax; below it Paddle's CPU softmax stops at exp(-64) and the slower exact form is used.
-_SAFE = 1e-20
 
 
 class _TokenLogp(PyLayer):
@@ -27,10 +28,10 @@ class _TokenLogp(PyLayer):
         keep = needs_grad and tokens * vocab * 4 <= KEEP_BYTES
         kept, logps = [], []
         for a, b in _chunks(tokens, vocab):
-            logp, probs = _logp_and_probs(hidden_TD[a:b], weight, target_T[a:b], transposed, temperature)
+            logp, *parts = _scored(hidden_TD[a:b], weight, target_T[a:b], transposed, temperature)
             logps.append(logp)
             if keep:
-                kept.append(probs)
+                kept.append(parts)
         ctx.kept = kept if keep else None
         ctx.save_for_backward(hidden_TD, weight, target_T)
         return paddle.concat(logps).squeeze(1)
@@ -40,51 +41,49 @@ class _TokenLogp(PyLayer):
         hidden_TD, weight, target_T = ctx.saved_tensor()
         transposed, temperature = ctx.args
         vocab = weight.shape[0 if transposed else 1]
-        # d logp / d scores = onehot - softmax: the softmax goes through two products unscaled, the upstream gradient scales rows of the small side.
+        # d logp / d scores = onehot - e / z: the exponentials go through two products as they are, rows of the small side are scaled by grad / z.
         grad_T1 = (grad_T / temperature).unsqueeze(1)
         dh, dw = [], None
         for i, (a, b) in enumerate(_chunks(hidden_TD.shape[0], vocab)):
             if ctx.kept is None:
-                probs = _logp_and_probs(hidden_TD[a:b], weight, target_T[a:b], transposed, temperature)[1]
+                e, z = _scored(hidden_TD[a:b], weight, target_T[a:b], transposed, temperature)[1:]
             else:
-                probs = ctx.kept[i]
+                e, z = ctx.kept[i]
+            scale = across(-grad_T1[a:b] / z, hidden_TD.shape[1])
             if not hidden_TD.stop_gradient:
-                product = paddle.matmul(probs.astype(weight.dtype), weight, transpose_y=not transposed)
-                dh.append(-grad_T1[a:b] * product.astype(grad_T1.dtype))
+                dh.append(paddle.matmul(e.astype(weight.dtype), weight, transpose_y=not transposed).astype(e.dtype) * scale)
             if not weight.stop_gradient:
-                rows = -grad_T1[a:b] * hidden_TD[a:b].astype(grad_T1.dtype)
-                left, right = (probs, rows) if transposed else (rows, probs)
+                rows = hidden_TD[a:b].astype(e.dtype) * scale
+                left, right = (e, rows) if transposed else (rows, e)
                 part = paddle.matmul(left, right, transpose_x=True)
-                dw = part if dw is None else dw + part
+                dw = part if dw is None else dw.add_(part)
         dhidden = dweight = None
         if not hidden_TD.stop_gradient:
             rows = paddle.gather(weight, target_T) if transposed else paddle.gather(weight, target_T, axis=1).t()
             dhidden = (paddle.concat(dh) + rows.astype(grad_T1.dtype) * grad_T1).astype(hidden_TD.dtype)
         if dw is not None:
             rows = hidden_TD.astype(grad_T1.dtype) * grad_T1
-            dweight = paddle.index_add(dw, target_T, 0 if transposed else 1, rows if transposed else rows.t())
+            dweight = paddle.index_add_(dw, target_T, 0 if transposed else 1, rows if transposed else rows.t())
             dweight = dweight.astype(weight.dtype)
         return dhidden, dweight, None
 
 
-def _logp_and_probs(
+def _scored(
     hidden: Tensor, weight: Tensor, target: Tensor, transposed: bool, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, 1] of the targets and the whole softmax [n, V] of one chunk, from one pass over its scores."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probability of the target [n, 1], e [n, V], z [n, 1]) of one chunk; its softmax is e / z."""
     scores = paddle.matmul(hidden, weight, transpose_y=transposed)
     if scores.dtype in (paddle.bfloat16, paddle.float16):
         scores = scores.astype("float32")
     if temperature != 1.0:
         scores = scores / temperature
-    probs = F.softmax(scores, axis=-1)
-    at = paddle.arange(target.shape[0], dtype="int64") * scores.shape[1] + target
-    picked = paddle.gather(probs.reshape([-1]), at).unsqueeze(1)
-    if float(picked.min()) > _SAFE:
-        return paddle.log(picked), probs
-    shifted = scores - scores.max(-1, keepdim=True)
-    return paddle.gather(shifted.reshape([-1]), at).unsqueeze(1) - paddle.log(
-        paddle.exp(shifted).sum(-1, keepdim=True)
-    ), probs
+    if not mkl.near_zero(scores):
+        mkl.below_zero_(scores)
+    at = paddle.to_tensor(np.arange(target.shape[0]) * scores.shape[1]) + target
+    picked = paddle.gather(scores.reshape([-1]), at).unsqueeze(1)
+    e = mkl.exp_(scores)
+    z = row_sum(e)
+    return picked - paddle.log(z), e, z
 
 
 def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:

@@ -1,0 +1,157 @@
+"""The math library that Paddle ships for x86, called directly for what Paddle's CPU operators do on one core: exp, tanh, products of many sizes.
+
+Measured on two AVX-512 cores against Paddle's operators: exp 8 times faster, tanh 2.6 times, the products of a stack of experts 1.3 times.
+Plain functions without autograd: for the inside of a PyLayer or under no_grad. Refuses to know: models. Where `ready` is False (a GPU, another
+processor, bfloat16) the in-place functions are Paddle's operators, and the callers multiply expert by expert.
+Legend: M rows sorted by expert, E experts, D and I widths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+# The vector functions: high accuracy (below one unit in the last place), denormals are zero, no error reports.
+_MODE = ctypes.c_longlong(0x2 | 0x280000 | 0x100)
+_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+_LETTER = {paddle.float32: "s", paddle.float64: "d"}
+_NUMPY = {paddle.float32: np.float32, paddle.float64: np.float64}
+# Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long.
+_EXP_LIMIT = {paddle.float32: 80.0, paddle.float64: 700.0}
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """Paddle has loaded it already: this only asks for a handle."""
+    path = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"
+    return ctypes.CDLL(str(path)) if path.is_file() else None
+
+
+@lru_cache(maxsize=16)
+def _function(name: str) -> Callable[..., object]:
+    return _library()[name]  # type: ignore[index]
+
+
+def ready(x: Tensor) -> bool:
+    """Whether these functions can work on `x` and tensors like it: float32 or float64 on the CPU, and the library is there."""
+    return x.dtype in _LETTER and x.place.is_cpu_place() and _library() is not None
+
+
+def _address(x: Tensor) -> int:
+    if not x.is_contiguous():
+        raise AssertionError("the library reads and writes contiguous tensors only")
+    return x.data_ptr()
+
+
+def _vector(name: str, x: Tensor) -> Tensor:
+    at, size = ctypes.c_void_p(_address(x)), ctypes.c_int(x.size)
+    _function(f"VM{_LETTER[x.dtype].upper()}{name}_")(ctypes.byref(size), at, at, ctypes.byref(_MODE))
+    return x
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh in place."""
+    return _vector("TANH", x) if ready(x) else x.tanh_()
+
+
+def near_zero(x: Tensor) -> bool:
+    """Whether exp of every element is far from the ends of the numbers, so that a softmax needs no shift: nearly always, and quickly seen."""
+    if not ready(x):
+        return False
+    limit, view = 0.75 * _EXP_LIMIT[x.dtype], np.from_dlpack(x)
+    return bool(-limit < view.min(initial=0.0) and view.max(initial=0.0) < limit)
+
+
+def below_zero_(x: Tensor) -> Tensor:
+    """Subtract each row's maximum in place."""
+    if not ready(x):
+        return x.subtract_(x.max(-1, keepdim=True))
+    view = np.from_dlpack(x)
+    view -= view.max(-1, keepdims=True)
+    return x
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place; below -80 (-700 in float64) it stays at exp(-80), which is nothing beside a softmax's largest."""
+    if not ready(x):
+        return x.exp_()
+    limit = _EXP_LIMIT[x.dtype]
+    if np.from_dlpack(x).min(initial=0.0) < -limit:
+        x.clip_(min=-limit)
+    return _vector("EXP", x)
+
+
+def rows_by_matrices(x_MD: Tensor, weight_EDI: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
+    """Each expert's rows times its matrix, [M, I]; `transposed`: x is [M, I], the result [M, D]."""
+    _, depth, inner = weight_EDI.shape
+    n_in, n_out = (inner, depth) if transposed else (depth, inner)
+    out = paddle.empty([x_MD.shape[0], n_out], x_MD.dtype)
+    experts, rows, start = _split(counts)
+    _products(
+        x_MD.dtype,
+        (rows, np.full_like(rows, n_out), np.full_like(rows, n_in)),
+        (x_MD, start * n_in, n_in, False),
+        (weight_EDI, experts * depth * inner, inner, transposed),
+        (out, start * n_out, n_out),
+    )
+    return out
+
+
+def rows_by_rows(x_MD: Tensor, grad_MI: Tensor, counts: Sequence[int]) -> Tensor:
+    """x^T grad over each expert's rows, [E, D, I]: the gradient of its matrix, zero where it has no rows."""
+    depth, inner = x_MD.shape[1], grad_MI.shape[1]
+    out = (paddle.zeros if 0 in counts else paddle.empty)([len(counts), depth, inner], x_MD.dtype)
+    experts, rows, start = _split(counts)
+    _products(
+        x_MD.dtype,
+        (np.full_like(rows, depth), np.full_like(rows, inner), rows),
+        (x_MD, start * depth, depth, True),
+        (grad_MI, start * inner, inner, False),
+        (out, experts * depth * inner, inner),
+    )
+    return out
+
+
+def _split(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Experts that have rows, how many, and where they start."""
+    rows = np.asarray(counts, np.int64)
+    experts = np.flatnonzero(rows)
+    return experts, rows[experts], (np.cumsum(rows) - rows)[experts]
+
+
+def _products(
+    dtype: paddle.dtype,
+    sizes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    left: tuple[Tensor, np.ndarray, int, bool],
+    right: tuple[Tensor, np.ndarray, int, bool],
+    out: tuple[Tensor, np.ndarray, int],
+) -> None:
+    """One `cblas_?gemm_batch`: product i has `sizes` (rows, columns, depth) and operands (tensor, element where it begins, row length, transposed)."""
+    count = len(sizes[0])
+    if not count:
+        return
+    kind = _NUMPY[dtype]
+    size = np.dtype(kind).itemsize
+    flags = tuple(_TRANSPOSED if side[3] else _PLAIN for side in (left, right))
+    ints, at, factors = np.empty((9, count), np.int32), np.empty((3, count), np.uintp), np.empty((2, count), kind)
+    for row, value in zip(ints, (*flags, *sizes, left[2], right[2], out[2], 1), strict=True):
+        row[:] = value
+    for row, (tensor, begin, *_) in zip(at, (left, right, out), strict=True):
+        row[:] = begin * size + _address(tensor)
+    factors[0], factors[1] = 1, 0
+    transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(ints)
+    (a, b, c), (alpha, beta) = _rows(at), _rows(factors)
+    _function(f"cblas_{_LETTER[dtype]}gemm_batch")(
+        _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, count, group
+    )
+
+
+def _rows(table: np.ndarray) -> list[ctypes.c_void_p]:
+    """Where each row of a C-contiguous table begins."""
+    return [ctypes.c_void_p(table.ctypes.data + i * table.strides[0]) for i in range(len(table))]
