@@ -42,6 +42,7 @@ VERBS = (
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
     Verb("validate", "ernie_tune.cli.validate:run", "check a YAML file without loading paddle"),
+    Verb("data", "ernie_tune.cli.data:run", "check, show, count or convert training data"),
     Verb("doctor", "ernie_tune.cli.doctor:run", "describe this machine, to paste into an issue", ("env",)),
     Verb("version", "ernie_tune.cli.main:version", "print the version"),
     Verb("help", "ernie_tune.cli.main:help_", "explain a verb or a setting"),

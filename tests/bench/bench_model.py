@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,7 +25,11 @@ from ernie_tune.models.generation import generate
 from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.model import get_peft_model
 from ernie_tune.train.optim import build_adamw
+
+ADAMW = {"weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
 
 
 def best(run: Callable[[], object], repeats: int) -> float:
@@ -50,8 +55,7 @@ class Ours:
         self.optimizer = self._adamw()
 
     def _adamw(self) -> paddle.optimizer.AdamW:
-        named = list(self.model.named_parameters())
-        return build_adamw(named, lambda _: 1e-5, weight_decay=0.01, beta1=0.9, beta2=0.999, epsilon=1e-8)
+        return build_adamw(list(self.model.named_parameters()), lambda _: 1e-5, **ADAMW)
 
     def forward_backward(self) -> None:
         hidden = paddle.gather(self.model(self.batch), self.source)
@@ -66,6 +70,23 @@ class Ours:
         self.optimizer.step()
         self.model.clear_gradients(set_to_zero=False)
 
+    def lora_step(self) -> float:
+        """Seconds of one step of LoRA r=16 on the attention projections, best of the repeats."""
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        model = get_peft_model(AutoModel.from_config("small"), LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+        optimizer = build_adamw(list(model.named_parameters()), lambda _: 1e-5, **ADAMW)
+
+        def step() -> None:
+            hidden = paddle.gather(model(self.batch), self.source)
+            weight, transposed = model.head_weight()
+            (-token_logp(hidden, weight, self.target, transposed=transposed).mean()).backward()
+            optimizer.step()
+            model.clear_gradients(set_to_zero=False)
+
+        model.train()
+        step()
+        return best(step, self.a.repeats)
+
     def generate(self, new: int) -> None:
         generate(self.model, self.prompts, self.model.config.tokens, SamplingParams(max_new_tokens=new))
 
@@ -74,6 +95,7 @@ class Ours:
         self.model.train()
         self.full_step()
         out = {"forward_backward": best(self.forward_backward, a.repeats), "full_step": best(self.full_step, a.repeats)}
+        out["lora_step"] = self.lora_step()
         self.generate(2)
         out["prefill"] = best(lambda: self.generate(1), a.repeats)
         out["decode"] = (best(lambda: self.generate(a.new), 2) - out["prefill"]) / (a.new - 1)
@@ -108,9 +130,11 @@ def main() -> None:
     for _ in range(a.rounds):
         for seen, new in ((mine, ours.measure()), (theirs, peer(a) if a.peer_python else {})):
             seen.update({k: min(v, seen.get(k, v)) for k, v in new.items()})
+    step = a.rows * a.tokens
     tokens = {
-        "forward_backward": a.rows * a.tokens,
-        "full_step": a.rows * a.tokens,
+        "forward_backward": step,
+        "full_step": step,
+        "lora_step": step,
         "prefill": a.batch * a.prompt,
         "decode": a.batch,
     }
@@ -123,8 +147,15 @@ def main() -> None:
                 "ratio": round(theirs[name] / mine[name], 2),
             }
         print(json.dumps(line))
+    memory = {"name": "peak_gib", "ours": round(peak_gib(), 2)}
+    print(json.dumps(memory | ({"peer": round(theirs["peak_gib"], 2)} if theirs else {})))
     if a.profile:
         profile(ours)
+
+
+def peak_gib() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def profile(ours: Ours) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable
 
@@ -106,6 +107,7 @@ def main() -> None:
     out["prefill"] = best(lambda: generate(1), a.repeats)
     out["decode"] = (best(lambda: generate(a.new), 2) - out["prefill"]) / (a.new - 1)
     out.update(lora_step(model.train(), inputs, a.repeats))
+    out["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(out))
 
 

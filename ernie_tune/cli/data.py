@@ -1,0 +1,286 @@
+"""`ernie-tune data check|show|stats|convert`: look at data before training on them.
+
+Refuses to know: what is wrong with data (`ernie_tune.data.doctor`), paddle, the network.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.convert import did_you_mean
+from ernie_tune.config.loader import Loaded, load_config
+from ernie_tune.data.doctor_convert import WRITERS, convert_file
+from ernie_tune.data.doctor_fix import fix_file, fixed_path
+from ernie_tune.data.doctor_report import as_html, as_json, as_text, stats_text
+from ernie_tune.data.doctor_scan import DECODED, DataFile, Report, Scan
+from ernie_tune.data.doctor_show import COLOUR, PLAIN, show_record
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.readers import choose
+from ernie_tune.data.records import DataError
+from ernie_tune.data.sources import Entry, _files, find, load_dataset, split_paths
+from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
+from ernie_tune.models.presets import PRESETS
+
+# Options of each subcommand and what their value is; "": none.
+_FLAG, _FOLDERS = "", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
+_COMMON = {"format": "NAME", "template": "NAME", **_FOLDERS}
+_OPTIONS = {
+    "check": {**_COMMON, "eval": "FILE", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _FLAG},
+    "stats": {**_COMMON, "decode": "N|all"},
+    "show": {**_COMMON, "row": "N"},
+    "convert": {**_COMMON, "to": "|".join(WRITERS), "out": "FILE"},
+}  # fmt: skip
+_HTML = ".check.html"
+_YAML = (".yaml", ".yml")
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html] [--max-seq-len N] [--decode N|all] [--limit N]
+    ernie-tune data show FILE [--row N]
+    ernie-tune data stats FILE… [--decode N|all]
+    ernie-tune data convert FILE… --to messages|sharegpt|alpaca|pairs [--out NEW.jsonl]
+
+    A FILE is jsonl, json, csv, tsv or parquet, a folder, a pattern, a name in dataset_info.json, or for check and stats a
+    run.yaml, whose evaluation files, formats and max_seq_len are then used too. Everywhere: --format NAME, --media-dir FOLDER,
+    --dataset-dir FOLDER, --tokenizer FOLDER (default: the bundled small one), --template hf|ernie_vl|ernie_vl_nothink.
+
+    check    says what is wrong, where, and how to repair it, in English and Chinese; exit code 1 if there are errors.
+             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes FILE.check.html;
+             --json prints one object; --decode opens so many pictures (default 200); --limit shows so many of a kind (default
+             20, 0: all).
+    show     prints a row as the model sees it, the trained text marked. --row is a line number, as in messages.
+    stats    prints lengths, languages, pictures, and what they say about image_max_pixels.
+    convert  writes FILE.FORMAT.jsonl, or refuses a row that the format cannot express.
+    """
+    if not args or args[0] not in _OPTIONS:
+        known = ", ".join(_OPTIONS)
+        word = args[0] if args else ""
+        raise UsageError(f"data needs one of {known}, got {word!r}{did_you_mean(word, _OPTIONS)} / 未知的子命令")
+    words, options = _parse(args[0], args[1:])
+    if not words:
+        raise UsageError(f"data {args[0]} needs a file / 需要数据文件")
+    try:
+        return _VERBS[args[0]](words, options)
+    except DataError as error:
+        raise ValueError(f"{error}\n{error.chinese}") from error
+
+
+def _parse(verb: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Words and options (`--name value`, `--name=value`, `--flag`). Raises UsageError."""
+    words, options, rest = [], {}, list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").replace("_", "-").partition("=")
+        if name not in _OPTIONS[verb]:
+            raise UsageError(f"data {verb} has no option --{name}{did_you_mean(name, _OPTIONS[verb])} / 未知的选项")
+        wanted = _OPTIONS[verb][name]
+        if bool(equals) and not wanted:
+            raise UsageError(f"--{name} takes no value, got {value!r} / 该选项不带值")
+        if wanted and not equals:
+            if not rest:
+                raise UsageError(f"--{name} needs a value: --{name} {wanted} / 缺少选项的值")
+            value = rest.pop(0)
+        options[name] = value
+    return words, options
+
+
+def _number(options: Mapping[str, str], name: str, default: int | None, low: int = 0) -> int | None:
+    """A whole number from `low`, the default where the option is absent. Raises UsageError."""
+    if name not in options:
+        return default
+    if not options[name].isdecimal() or int(options[name]) < low:
+        other = ", or all" if name == "decode" else ""
+        raise UsageError(
+            f"--{name} ({options[name]}) must be a whole number from {low}{other} / 须为不小于 {low} 的整数"
+        )
+    return int(options[name])
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What to check, from file names or a run's YAML file."""
+
+    train: list[Entry]
+    evaluation: list[Entry]
+    processor: Processor
+    max_tokens: int | None = None
+
+
+def _inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
+    """Files, formats and tokenizer. Raises ValueError, OSError."""
+    folder, form = options.get("dataset-dir", "."), options.get("format", "auto")
+    if words[0].lower().endswith(_YAML):
+        return _run_inputs(words, options)
+    processor = _processor(options.get("tokenizer", ""), options.get("template"))
+    evaluation = _entries([options["eval"]], form, folder) if "eval" in options else []
+    return _Inputs(_entries(words, form, folder), evaluation, processor, _number(options, "max-seq-len", None, 2))
+
+
+def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
+    """The files that a run would read. Mistakes are told with the line of the setting."""
+    if len(words) > 1:
+        raise UsageError(f"a YAML file stands alone, got {' '.join(words)} / YAML 文件须单独给出")
+    loaded = load_config(words[0])
+    data, model = loaded.config.data, loaded.config.model.model_name_or_path
+    if not data.train_dataset_path:
+        raise ValueError(f"{words[0]}:1: train_dataset_path must name the rows; add it / 缺少 train_dataset_path")
+    folder = options.get("dataset-dir", data.dataset_dir or ".")
+    with _blaming(loaded, "train_dataset_path"):
+        train = _typed_entries(data.train_dataset_path, data.train_dataset_type, folder)
+    with _blaming(loaded, "eval_dataset_path"):
+        evaluation = _typed_entries(data.eval_dataset_path, data.eval_dataset_type, folder)
+    with _blaming(loaded, "template" if data.template != "auto" else "model_name_or_path"):
+        template = options.get("template", None if data.template == "auto" else data.template)
+        processor = _processor(options.get("tokenizer", model), template, loaded.config.media.image_max_pixels)
+    return _Inputs(train, evaluation, processor, _number(options, "max-seq-len", data.max_seq_len, 2))
+
+
+@contextmanager
+def _blaming(loaded: Loaded, setting: str) -> Iterator[None]:
+    """Open what goes wrong with the place of a setting."""
+    try:
+        yield
+    except ValueError as error:
+        place = loaded.sources[setting].where if setting in loaded.sources else "command line"
+        raise ValueError(f"{place}: {setting}: {error}") from error
+
+
+def _typed_entries(paths: Sequence[str], forms: Sequence[str], folder: str) -> list[Entry]:
+    """The entries of files with one format for all, or one for each."""
+    each = forms if len(forms) == len(paths) else [forms[0]] * len(paths)
+    for form in forms:
+        choose(form)
+    return [entry for path, form in zip(paths, each, strict=True) for entry in _entries([path], form, folder)]
+
+
+def _entries(names: Sequence[str], form: str, folder: str) -> list[Entry]:
+    """One entry a file. Raises DataError for names that mean nothing."""
+    found = [entry for name in names for part in split_paths(name) for entry in find(part, folder)]
+    return [
+        replace(entry, path=file, format=entry.format if form == "auto" else form)
+        for entry in found
+        for file in _files(entry.path)
+    ]
+
+
+def _processor(name: str, template: str | None, max_pixels: int | None = None) -> Processor:
+    """That of a model folder; else a bundled one, which is said where a model was asked for."""
+    if name and any((Path(name) / file).is_file() for file in (MODEL_FILE, JSON_FILE)):
+        return Processor.from_pretrained(name, template, max_pixels=max_pixels)
+    limits = {} if max_pixels is None else {"max_pixels": max_pixels}
+    bundled = "tiny" if name.startswith("tiny") else "small"
+    if name and name not in PRESETS:
+        print(
+            f"note: {name} has no tokenizer here, lengths are those of the bundled one / 未找到分词器，使用内置分词器",
+            file=sys.stderr,
+        )
+    return Processor.bundled(bundled, template or "hf", **limits)
+
+
+def _scan(inputs: _Inputs, options: Mapping[str, str], limit: int) -> Report:
+    decode = None if options.get("decode") == "all" else _number(options, "decode", DECODED)
+    scan = Scan(
+        inputs.processor,
+        media_dir=options.get("media-dir", ""),
+        decode=decode,
+        max_tokens=inputs.max_tokens,
+        limit=limit,
+    )
+    return scan.run(inputs.train, inputs.evaluation)
+
+
+def _check(words: list[str], options: Mapping[str, str]) -> int:
+    inputs, limit = _inputs(words, options), _number(options, "limit", 20) or sys.maxsize
+    if "drop" in options and "fix" not in options:
+        raise UsageError("--drop needs --fix / --drop 须与 --fix 同用")
+    report = _scan(inputs, options, limit)
+    if "json" in options:
+        print(as_json(report))
+    else:
+        print("\n".join(as_text(report)))
+    written = sys.stderr if "json" in options else sys.stdout
+    if "html" in options:
+        target = Path(words[0] if os.path.isfile(words[0]) else inputs.train[0].path).with_suffix(_HTML)
+        write_file(target, as_html(report).encode())
+        print(f"wrote {target}", file=written)
+    for entry in inputs.train if "fix" in options else []:
+        _fix(entry, options, limit, written)
+    return report.exit_code
+
+
+def _fix(entry: Entry, options: Mapping[str, str], limit: int, written: TextIO) -> None:
+    """Write the repaired copy of a file and say what was changed."""
+    counts: Counter[str] = Counter()
+    for change in fix_file(entry, options.get("media-dir", ""), "drop" in options):
+        counts[change.code] += 1
+        if counts[change.code] <= limit:
+            print(f"{entry.path}:{change.line}: {change}", file=written)
+    said = ", ".join(f"{code} {count:,}" for code, count in counts.items())
+    print(f"wrote {fixed_path(entry.path)}: {said or 'no row needed a change'} / 已写入修复后的副本", file=written)
+
+
+def _stats(words: list[str], options: Mapping[str, str]) -> int:
+    report = _scan(_inputs(words, options), options, 0)
+    print("\n".join(stats_text(report.stats)))
+    errors = report.findings.total("error")
+    if errors:
+        print(f"{errors:,} errors, see `ernie-tune data check {words[0]}` / {errors:,} 个错误，请运行 data check")
+    return 0
+
+
+def _show(words: list[str], options: Mapping[str, str]) -> int:
+    if len(words) > 1:
+        raise UsageError(f"data show takes one file, got {' '.join(words)} / 只能有一个文件")
+    name, _, after = words[0].rpartition(":")
+    if name and after.isdecimal() and not os.path.exists(words[0]):  # as in messages: train.jsonl:17
+        words, options = [name], {"row": after, **options}
+    inputs, wanted = _inputs(words, options), _number(options, "row", None, 1)
+    file = DataFile(inputs.train[0], options.get("media-dir", ""))
+    last = 0
+    for batch in file.source.batches():
+        for line, row in zip(batch.lines_n.tolist(), batch.rows, strict=True):
+            last = line
+            if row is not None and wanted in (None, line):
+                if isinstance(row, DataError):
+                    raise row
+                colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                lines = show_record(file.record(row, line), inputs.processor, COLOUR if colour else PLAIN)
+                print("\n".join(lines))
+                return 0
+    raise ValueError(f"{file.path}:{last}: row ({wanted}) must be the line of a row; the last one is {last} / 没有该行")
+
+
+def _convert(words: list[str], options: Mapping[str, str]) -> int:
+    if "to" not in options:
+        raise UsageError(f"data convert needs --to {'|'.join(WRITERS)} / 缺少 --to")
+    if "out" not in options and (len(words) > 1 or not os.path.isfile(words[0])):
+        raise UsageError(
+            f"data convert needs --out for more than one file, got {' '.join(words)} / 多个文件须给出 --out"
+        )
+    form, folder = options["to"], options.get("dataset-dir", ".")
+    source = load_dataset(
+        words, options.get("format", "auto"), media_dir=options.get("media-dir", ""), dataset_dir=folder
+    )
+    target = options.get("out") or f"{os.path.splitext(words[0])[0]}.{form}.jsonl"
+    rows = convert_file((source[i] for i in range(len(source))), form, target)
+    print(f"wrote {target}: {rows:,} rows from {len(source):,} / 已写入 {rows:,} 行")
+    return 0
+
+
+_VERBS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {
+    "check": _check,
+    "stats": _stats,
+    "show": _show,
+    "convert": _convert,
+}

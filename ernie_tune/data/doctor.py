@@ -1,0 +1,221 @@
+"""What the data doctor can find: the table of checks in two languages, the finding, the bounded list of them, and the checks of one record.
+
+Refuses to know: files, pictures (`doctor_media.py`), other rows (`doctor_compare.py`), how findings are printed (`doctor_report.py`).
+Source: methods.md 9 (linter); ecosystem.md 2.2, 5.2 rows 8-17.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from ernie_tune.data.chat import ChatTemplate
+from ernie_tune.data.records import DataError, Message, Record, show
+
+
+class _Check(NamedTuple):
+    severity: str
+    expected: str
+    fix: str
+    expected_zh: str
+    fix_zh: str
+
+
+# What the readers accept and training should not. Errors make the exit code 1; a row is only dropped by --fix where a fix says so.
+CHECKS = {
+    "empty_answer": _Check("error", "an answer", "write it, or drop the row (--fix drops it)", "非空的回答", "补写回答，或删去该行（--fix 会删去）"),
+    "mute_answer": _Check("warning", "words", "write the answer out, or drop the row", "文字", "补写回答，或删去该行"),
+    "padded_answer": _Check("warning", "no space around the answer", "strip it (--fix does)", "首尾无空白的回答", "去掉首尾空白（--fix 会处理）"),
+    "empty_prompt": _Check("warning", "a question or a picture", "write the question, or drop the row", "问题或图片", "补写问题，或删去该行"),
+    "placeholder": _Check("warning", "<image> or <video> where media belong, no markers of models", "write <image>, or drop the marker", "以 <image> 或 <video> 标记媒体，不含模型的特殊标记", "改写为 <image>，或删去该标记"),
+    "same_answers": _Check("error", "an answer unlike the better one", "correct one of them, or drop the row", "与更优回答不同的回答", "改正其一，或删去该行"),
+    "score_order": _Check("error", "a score above that of the worse answer ({other})", "swap the answers or correct the scores", "高于较差回答的分数（{other}）", "交换回答或改正分数"),
+    "tie": _Check("warning", "answers of different worth", "drop the row: ties teach no preference", "优劣有别的回答", "删去该行：平局不提供偏好"),
+    "tools": _Check("error", "what the chat template can write: {kind}", "correct or drop it", "聊天模板可写出的内容：{kind}", "改正或删去"),
+    "too_long": _Check("error", "at most {limit} tokens", "shorten the row, shrink its pictures, or raise max_seq_len", "至多 {limit} 个 token", "缩短该行、缩小图片，或调大 max_seq_len"),
+    "media_missing": _Check("error", "an existing file", "correct the path (relative ones start beside the data file, or in --media-dir)", "存在的文件", "改正路径（相对路径从数据文件所在目录或 --media-dir 算起）"),
+    "media_remote": _Check("error", "a local file", "download it and put its path into the data", "本地文件", "先下载，再填写本地路径"),
+    "media_broken": _Check("error", "a picture that can be decoded", "{why}", "可解码的图片", "替换该文件，或另存为 PNG 或 JPEG"),
+    "duplicate": _Check("warning", "a row unlike {other}", "drop one (--fix does)", "与 {other} 不同的行", "删去其一（--fix 会处理）"),
+    "near_duplicate": _Check("warning", "a row that differs more from {other}", "keep one, or leave them on purpose", "与 {other} 差异更大的行", "保留其一，或确认有意为之"),
+    "conflict": _Check("warning", "the answer of {other}, since the question is the same", "make them agree, or drop one", "与 {other} 相同的回答，因为问题相同", "统一回答，或删去其一"),
+    "overlap": _Check("error", "a row that training does not see ({other})", "drop it from one of the files", "训练数据中没有的行（{other}）", "从其中一个文件删去"),
+    "prompt_overlap": _Check("warning", "a question that training does not see ({other})", "drop it from one of the files", "训练数据中没有的问题（{other}）", "从其中一个文件删去"),
+    "near_overlap": _Check("warning", "a row that differs more from what training sees ({other})", "drop it from one of the files", "与训练数据差异更大的行（{other}）", "从其中一个文件删去"),
+    "length_bias": _Check("warning", "chosen answers about as long as rejected ones, at most 1.3 times", "add pairs whose better answer is the shorter one", "chosen 与 rejected 长度相近，至多 1.3 倍", "增加“更短者更优”的样本"),
+    "imbalance": _Check("warning", "classes within a factor of ten", "add rows of the rare class, or drop some of the frequent one", "各类数量相差不超过十倍", "补充少数类，或减少多数类"),
+    "constant": _Check("warning", "answers that depend on the question", "add rows with other answers", "随问题变化的回答", "补充其他回答的样本"),
+    "bom": _Check("note", "UTF-8 without a byte order mark", "nothing to do; --fix removes it", "不带 BOM 的 UTF-8", "可不处理；--fix 会移除"),
+    "crlf": _Check("note", "lines that end in \\n", "nothing to do; --fix writes \\n", "以 \\n 结尾的行", "可不处理；--fix 会改写"),
+    "unmeasured": _Check("note", "rows without videos", "check max_seq_len by training on them: videos are not opened here", "不含视频的行", "以训练检验 max_seq_len：此处不打开视频"),
+}  # fmt: skip
+_SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
+
+# Markers of ours in a text are only text, and those of other tools never become pictures: both mean that the row says something else than meant.
+MARKER = re.compile(r"<\|\w+\|>|<image[ _]?\d+>|<ImageHere>|<img>")
+_TEMPLATE = ChatTemplate("hf")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or worth a look, with its place and its repair in English and Chinese. Line 0: the whole file."""
+
+    path: str
+    line: int
+    field: str
+    found: str
+    code: str
+    severity: str
+    expected: str
+    fix: str
+    expected_zh: str
+    fix_zh: str
+
+    @classmethod
+    def of(cls, code: str, path: str, line: int, field: str, found: str, **params: object) -> Finding:
+        """A finding of the table above; `params` fill its braces."""
+        severity, *texts = CHECKS[code]
+        return cls(path, line, field, found, code, severity, *(text.format_map(params) for text in texts))
+
+    @classmethod
+    def from_error(cls, e: DataError) -> Finding:
+        """What a reader refused, as a finding."""
+        return cls(e.path, e.line, e.field, e.found, e.problem, "error", e.expected, e.fix, e.expected_zh, e.fix_zh)
+
+    @property
+    def place(self) -> str:
+        """file:line, for editors and terminals that open it with a click; what concerns a whole file is said of its first line."""
+        return f"{self.path}:{self.line or 1}"
+
+    def __str__(self) -> str:
+        said = f"{self.severity}: {self.field}: found {self.found}, expected {self.expected}; fix: {self.fix}"
+        return _one_line(f"{self.place}: {said}")
+
+    @property
+    def chinese(self) -> str:
+        said = f"{_SEVERITY_ZH[self.severity]}：{self.field}：实际为 {self.found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
+        return _one_line(f"{self.place}：{said}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+@dataclass
+class Findings:
+    """How often each thing was found, and the first `limit` findings of each: memory does not grow with the number of mistakes."""
+
+    limit: int = 20
+    kept: list[Finding] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    severities: dict[str, str] = field(default_factory=dict)
+
+    def add(self, finding: Finding) -> None:
+        self.counts[finding.code] += 1
+        self.severities[finding.code] = finding.severity
+        if self.counts[finding.code] <= self.limit:
+            self.kept.append(finding)
+
+    def add_all(self, findings: Iterator[Finding], total: int, code: str) -> None:
+        """`total` findings of one kind; of a lazy iterator no more than needed is taken."""
+        for finding in islice(findings, max(0, min(total, self.limit - self.counts[code]))):
+            self.kept.append(finding)
+        if total:
+            self.counts[code] += total
+            self.severities[code] = CHECKS[code].severity
+
+    def total(self, severity: str) -> int:
+        return sum(count for code, count in self.counts.items() if self.severities[code] == severity)
+
+
+def text_of(message: Message) -> str:
+    """All that a turn says: its thought, its words, its calls."""
+    calls = message.get("tool_calls")
+    return message.get("reasoning_content", "") + message["content"] + (str(calls) if calls else "")
+
+
+def check_record(record: Record) -> Iterator[Finding]:
+    """What is wrong inside one record, beyond what its reader refused. Media are not looked at."""
+
+    def found(code: str, field: str, value: str, **params: object) -> Finding:
+        return Finding.of(code, record.meta.path, record.meta.line, field, value, **params)
+
+    for name, turn in _answers(record):
+        text = text_of(turn)
+        if not text.strip():
+            yield found("empty_answer", name, show(text))
+        elif not any(sign.isalnum() for sign in text):
+            yield found("mute_answer", name, show(text))
+        elif turn["content"] != turn["content"].strip():
+            yield found("padded_answer", name, show(turn["content"]))
+    for i, turn in enumerate(record.messages):
+        if turn["role"] == "user" and not turn["content"].strip():
+            yield found("empty_prompt", f"messages[{i}]", show(turn["content"]))
+    turns = [*record.messages, *(turn for candidate in record.candidates for turn in candidate.messages)]
+    marker = next((hit for turn in turns if (hit := MARKER.search(turn["content"]))), None)
+    if marker:
+        yield found("placeholder", "content", marker.group())
+    if record.candidates:
+        yield from _check_order(record)
+    if record.tools or any("tool_calls" in turn for turn in turns):
+        yield from _check_tools(record)
+
+
+def _answers(record: Record) -> Iterator[tuple[str, Message]]:
+    """(name for messages, turn) of every answer that training aims at or judges."""
+    if record.signal == "sft":
+        for i, turn in enumerate(record.messages):
+            if turn["role"] == "assistant" and turn.get("loss", True):
+                yield f"messages[{i}]", turn
+    names = ("chosen", "rejected") if record.signal == "pair" else ()
+    for i, candidate in enumerate(record.candidates):
+        for turn in candidate.messages:
+            if turn["role"] == "assistant":
+                yield names[i] if names else f"responses[{i}]", turn
+
+
+def _check_order(record: Record) -> Iterator[Finding]:
+    """Whether the judgements of a record's candidates agree with each other and can teach something."""
+    where = record.meta.path, record.meta.line
+    order = list(record.preferences())
+    if record.signal in ("ranking", "rating") and len(record.candidates) > 1 and not order:
+        yield Finding.of("tie", *where, "responses", f"{len(record.candidates)} equal judgements")
+    for better, worse in order:
+        a, b = record.candidates[better], record.candidates[worse]
+        if a.messages == b.messages and (a.images, a.videos) == (b.images, b.videos):
+            field = "rejected" if record.signal == "pair" else f"responses[{worse}]"
+            yield Finding.of("same_answers", *where, field, show(text_of(b.messages[-1])))
+        if a.score is not None and b.score is not None and a.score <= b.score:
+            if a.score < b.score:
+                yield Finding.of("score_order", *where, "score", f"{a.score:g}", other=f"{b.score:g}")
+            else:
+                yield Finding.of("tie", *where, "score", f"{a.score:g} = {b.score:g}")
+
+
+def _check_tools(record: Record) -> Iterator[Finding]:
+    """Whether tools and calls are what the chat template can write. One finding a record."""
+
+    def wrong(field: str, found: str, kind: str) -> Finding:
+        return Finding.of("tools", record.meta.path, record.meta.line, field, found, kind=kind)
+
+    for i, tool in enumerate(record.tools):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            yield wrong(f"tools[{i}]", show(tool), '{"name": text, "parameters": {...}}')
+            return
+    kind = '{"function": {"name": text, "arguments": {...}}}'
+    dialogues = [record.dialogue(i)[0] for i in range(len(record.candidates))] or [record.messages]
+    for dialogue in dialogues:
+        for call in (call for turn in dialogue for call in turn.get("tool_calls") or []):
+            if not isinstance(call, dict) or not isinstance(call.get("function", {}), dict):
+                yield wrong("tool_calls", show(call), kind)
+                return
+        try:
+            _TEMPLATE.render(dialogue, tools=record.tools, add_generation_prompt=dialogue[-1]["role"] != "assistant")
+        except (ValueError, RecursionError) as error:
+            yield wrong("tool_calls", str(error).partition(";")[0], kind)
+            return

@@ -1,0 +1,224 @@
+"""A repaired copy of a data file, never the file itself: what can be mended without guessing is, everything else is kept and said.
+
+Refuses to know: pictures (a missing one is only looked up where rows may be dropped), other files, command lines.
+Every repair is believed only if the readers then accept the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ernie_tune.data.doctor import CHECKS, check_record
+from ernie_tune.data.doctor_media import Pictures
+from ernie_tune.data.doctor_rows import JsonLines
+from ernie_tune.data.doctor_scan import DataFile
+from ernie_tune.data.images import ImageSettings
+from ernie_tune.data.records import DataError, Record
+from ernie_tune.data.sources import Entry, parse_json
+
+_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')  # strings are stepped over
+_TRIES, _TEXTS = 4, 20  # repairs of one row; texts of a row that may be its first question
+CHANGES = {
+    "comma": ("removed a trailing comma", "删去多余的逗号"),
+    "tag": ("put {n} {tag} before the question", "在问题前补上 {n} 个 {tag}"),
+    "stripped": ("stripped the answer", "去掉回答首尾空白"),
+    "no_answer": ("dropped: no answer", "删去：没有回答"),
+    "empty": ("dropped: no fields", "删去：没有字段"),
+    "repeated": ("dropped: repeats line {n}", "删去：与第 {n} 行重复"),
+    "dropped": ("dropped: {why}", "删去：{why}"),
+    "kept": ("kept as it is, still wrong: {why}", "未改动，仍有错误：{why}"),
+}
+
+
+class Change(NamedTuple):
+    """What was done to the row of a line."""
+
+    line: int
+    code: str
+    params: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return " / ".join(text.format_map(self.params) for text in CHANGES[self.code])
+
+
+def fixed_path(path: str) -> str:
+    """Where the repaired copy of a file goes."""
+    return os.path.splitext(path)[0] + ".fixed.jsonl"
+
+
+def fix_file(entry: Entry, media_dir: str = "", drop: bool = False) -> Iterator[Change]:
+    """Write FILE.fixed.jsonl beside a file while the changes are taken. With `drop`, rows that stay wrong are left out.
+
+    Raises DataError for files that cannot be read, ValueError where the copy exists already or the file is no text.
+    """
+    if entry.path.lower().endswith(".parquet"):
+        raise ValueError(
+            f"{entry.path} must be a text file to be repaired; use `data convert` / 不支持修复 parquet 文件"
+        )
+    target = fixed_path(entry.path)
+    if os.path.exists(target):
+        raise ValueError(f"{target} exists and is not overwritten; remove or rename it / 文件已存在")
+    file = DataFile(entry, media_dir)
+    fixer = _Fixer(file, drop)
+    try:
+        with open(target + ".tmp", "wb") as out:
+            for batch in file.source.batches():
+                for line, offset, row in zip(batch.lines_n.tolist(), batch.offsets_n.tolist(), batch.rows, strict=True):
+                    if row is None:
+                        continue
+                    kept = fixer.mend(line, offset, row)
+                    yield from fixer.take_changes()
+                    if kept is not None:
+                        out.write(kept + b"\n")
+        os.replace(target + ".tmp", target)
+    finally:
+        if os.path.exists(target + ".tmp"):
+            os.remove(target + ".tmp")
+
+
+class _Fixer:
+    """Mends one row after the other and remembers which it has seen."""
+
+    def __init__(self, file: DataFile, drop: bool) -> None:
+        self._file, self._drop = file, drop
+        self._pictures = Pictures(ImageSettings(), decode=0)
+        self._seen: dict[bytes, int] = {}  # digest of a row -> its line
+        self._changes: list[Change] = []
+
+    def take_changes(self) -> list[Change]:
+        changes, self._changes = self._changes, []
+        return changes
+
+    def mend(self, line: int, offset: int, row: Mapping[str, Any] | DataError) -> bytes | None:
+        """The bytes of the row in the copy; None drops it."""
+        before = row
+        if isinstance(row, DataError):
+            row = self._parse_again(line, offset, row)
+        if isinstance(row, DataError):
+            return self._give_up(line, offset, row, str(row.fix))
+        if not any(value not in (None, "", [], {}) for value in row.values()):
+            self._say(line, "empty")
+            return None
+        try:
+            mended, problem = self._mend_fields(line, dict(row))
+        except RecursionError:
+            return self._give_up(line, offset, before, "values nested too deeply")
+        if mended is None:
+            return None
+        if problem:
+            return self._give_up(line, offset, before, problem)
+        digest = hashlib.blake2b(_dump({**mended, "id": None}), digest_size=16).digest()
+        first = self._seen.setdefault(digest, line)
+        if first != line:
+            self._say(line, "repeated", n=first)
+            return None
+        return self._raw(offset) if mended == before and isinstance(self._file.source, JsonLines) else _dump(mended)
+
+    def _mend_fields(self, line: int, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """(the row after repairs or None to drop it, what is still wrong with it)."""
+        for _ in range(_TRIES):
+            try:
+                record = self._file.record(row, line)
+            except DataError as error:
+                tagged = self._add_tags(line, row, error)
+                if tagged is None:
+                    return row, f"{error.field}: {error.found}, {error.fix}"
+                row = tagged
+                continue
+            codes = [finding.code for finding in check_record(record)]
+            if "empty_answer" in codes:
+                self._say(line, "no_answer")
+                return None, ""
+            stripped = _strip_answers(row, record) if "padded_answer" in codes else row
+            if stripped != row:
+                self._say(line, "stripped")
+                row = stripped
+                continue
+            wrong = [code for code in codes if CHECKS[code].severity == "error"]
+            wrong += [finding.code for finding in self._pictures.check(record)]
+            return row, ", ".join(dict.fromkeys(wrong))
+        return row, "several mistakes"
+
+    def _add_tags(self, line: int, row: dict[str, Any], error: DataError) -> dict[str, Any] | None:
+        """The row with the media tags that it lacks before its first question, or None where that is not what is wrong."""
+        tag = {"images": "<image>", "videos": "<video>"}.get(error.field)
+        wanted = error.args[5].get("n")
+        if error.problem != "count" or tag is None or not isinstance(wanted, int) or int(error.found) <= wanted:
+            return None
+        tags = tag * (int(error.found) - wanted)
+        for path, text in islice(_leaves(row), _TEXTS):
+            changed = _put(row, path, tags + text)
+            try:
+                record = self._file.record(changed, line)
+            except DataError:
+                continue
+            if next(turn for turn in record.messages if turn["role"] == "user")["content"].startswith(tags + text):
+                self._say(line, "tag", n=int(error.found) - wanted, tag=tag)
+                return changed
+        return None
+
+    def _parse_again(self, line: int, offset: int, error: DataError) -> Mapping[str, Any] | DataError:
+        """A row that is JSON but for commas at the ends of its lists."""
+        if not isinstance(self._file.source, JsonLines) or error.problem != "json":
+            return error
+        text = _COMMA.sub(lambda found: found[1] or "", self._raw(offset).decode().rstrip().rstrip(","))
+        try:
+            row = parse_json(text.encode(), self._file.path, line)
+        except DataError:
+            return error
+        self._say(line, "comma")
+        return row
+
+    def _give_up(self, line: int, offset: int, row: Mapping[str, Any] | DataError, why: str) -> bytes | None:
+        lines = isinstance(self._file.source, JsonLines)
+        if self._drop or (isinstance(row, DataError) and not lines):  # a broken csv row has no place in a jsonl file
+            self._say(line, "dropped", why=why)
+            return None
+        self._changes = [change for change in self._changes if change.line != line]
+        self._say(line, "kept", why=why)
+        return self._raw(offset) if lines else _dump(row)  # type: ignore[arg-type]
+
+    def _raw(self, offset: int) -> bytes:
+        assert isinstance(self._file.source, JsonLines)
+        return self._file.source.line(offset)
+
+    def _say(self, line: int, code: str, **params: object) -> None:
+        self._changes.append(Change(line, code, params))
+
+
+def _dump(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def _strip_answers(row: dict[str, Any], record: Record) -> dict[str, Any]:
+    """The row without the space around its answers, wherever its format keeps them."""
+    turns = [*record.messages, *(turn for candidate in record.candidates for turn in candidate.messages)]
+    answers = {turn["content"] for turn in turns if turn["role"] == "assistant"}
+    for path, text in list(_leaves(row)):
+        if text in answers:
+            row = _put(row, path, text.strip())
+    return row
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """(keys that lead to it, text) of every text in a row, depth first."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, (*path, key))
+
+
+def _put(value: Any, path: tuple[Any, ...], text: str) -> Any:
+    """A copy of a row with another text at the end of a path."""
+    if not path:
+        return text
+    copy = value.copy()
+    copy[path[0]] = _put(copy[path[0]], path[1:], text)
+    return copy

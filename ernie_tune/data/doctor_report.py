@@ -1,0 +1,192 @@
+"""A check, as text for a terminal, as JSON for machines, as one HTML page for people; all in English and Chinese.
+
+Refuses to know: how things were found. The page needs no network: its charts are SVG inside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ernie_tune.data.doctor import Finding
+from ernie_tune.data.doctor_scan import Report
+from ernie_tune.data.doctor_stats import Histogram, Stats
+
+_BAR_CHARACTERS, _BAR_PIXELS = 40, 360
+_SHOWN_BARS = 24
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}h2{margin-top:2em}"
+    "code{background:#f2f2f2;padding:0 .2em}li{margin:.4em 0}.error{color:#b00020}.warning{color:#a05a00}.note{color:#555}"
+    "svg text{font:12px system-ui,sans-serif}rect{fill:#4a7ebb}table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}"
+)
+
+
+class Chart(NamedTuple):
+    """Counts under a title."""
+
+    title: str
+    title_zh: str
+    bars: list[tuple[str, int]]
+
+
+def charts(stats: Stats) -> list[Chart]:
+    """The distributions of a data set; empty ones are left out."""
+    images = Histogram()
+    images.add(stats.image_tokens(stats.processor.images))
+    found = [
+        Chart("text tokens a row (estimate)", "每行文本 token 数（估计）", stats.text.bars(stats.tokens_per_byte)),
+        Chart("characters an answer", "回答字数", stats.answers.bars()),
+        Chart(
+            "pictures and videos a row", "每行图片与视频数", [(str(n), rows) for n, rows in sorted(stats.media.items())]
+        ),
+        Chart("tokens a picture (opened ones)", "每张图片 token 数（已打开的）", images.bars()),
+        Chart("rows a domain", "各领域行数", stats.domains.most_common()),
+    ]
+    return [chart for chart in found if chart.bars and [label for label, _ in chart.bars] != ["0"]]
+
+
+def facts_lines(stats: Stats) -> Iterator[tuple[str, str]]:
+    """What is to be said in words: (English, Chinese)."""
+    kinds = ", ".join(f"{name} {count:,}" for name, count in stats.signals.most_common())
+    yield f"rows: {stats.rows:,} ({kinds})", f"行数：{stats.rows:,}（{kinds}）"
+    tokens, mean = stats.text.total * stats.tokens_per_byte, stats.text.mean * stats.tokens_per_byte
+    yield (
+        f"text: about {tokens:,.0f} tokens, {mean:,.1f} a row, by the tokenizer of {stats.processor.tokenizer.where}",
+        f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个",
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.languages().items())
+    yield f"letters: {shares}", f"文字：{shares}"
+    for limit, per_image, shrunk in stats.budgets():
+        yield (
+            f"image_max_pixels {limit:,}: {per_image:,.0f} tokens a picture, {shrunk:.0%} of the pictures shrunk",
+            f"image_max_pixels {limit:,}：每张图片 {per_image:,.0f} 个 token，{shrunk:.0%} 的图片被缩小",
+        )
+    advice = stats.advice()
+    if advice is not None:
+        yield (
+            f"advice: image_max_pixels: {advice} keeps nearly all pictures at their size",
+            f"建议：image_max_pixels: {advice}，几乎不缩小图片",
+        )
+
+
+def summary(report: Report) -> Iterator[tuple[str, str]]:
+    """What was checked and what was left out: (English, Chinese)."""
+    for file in report.files:
+        held_out = (" (evaluation)", "（评测）") if file.evaluation else ("", "")
+        yield (
+            f"{file.path}{held_out[0]}: {file.rows:,} rows, {file.reason}",
+            f"{file.path}{held_out[1]}：{file.rows:,} 行，格式 {file.form.name}",
+        )
+    seen, opened = report.pictures.seen, report.pictures.opened
+    if opened < seen:
+        yield (
+            f"pictures: {opened:,} of {seen:,} opened; --decode all opens all",
+            f"图片：打开了 {seen:,} 张中的 {opened:,} 张；--decode all 打开全部",
+        )
+    alike, compared, same = report.near
+    if compared < alike:
+        yield (
+            f"near duplicates are an estimate: {alike:,} rows look alike, {compared:,} were compared, {same:,} are",
+            f"近似重复为估计值：{alike:,} 行疑似，比较了 {compared:,} 行，其中 {same:,} 行属实",
+        )
+    errors, warnings = report.findings.total("error"), report.findings.total("warning")
+    rows = sum(file.rows for file in report.files)
+    yield (
+        f"{rows:,} rows in {report.seconds:.1f} s: {errors:,} errors, {warnings:,} warnings",
+        f"{rows:,} 行，用时 {report.seconds:.1f} 秒：{errors:,} 个错误，{warnings:,} 个警告",
+    )
+
+
+def more(report: Report) -> Iterator[tuple[str, int, int]]:
+    """(code, found, shown) of what was found more often than is shown."""
+    shown = [finding.code for finding in report.findings.kept]
+    for code, count in report.findings.counts.items():
+        if count > shown.count(code):
+            yield code, count, shown.count(code)
+
+
+def as_text(report: Report) -> Iterator[str]:
+    """The lines of `data check`: two for each finding, English and Chinese."""
+    for finding in report.findings.kept:
+        yield from (str(finding), finding.chinese)
+    for code, count, shown in more(report):
+        yield f"{code}: {count:,} found, {shown:,} shown; --limit 0 shows all / 共 {count:,} 处，显示 {shown:,} 处"
+    for english, chinese in summary(report):
+        yield f"{english} / {chinese}"
+
+
+def stats_text(stats: Stats) -> Iterator[str]:
+    """The lines of `data stats`."""
+    for english, chinese in facts_lines(stats):
+        yield f"{english} / {chinese}"
+    for chart in charts(stats):
+        yield f"{chart.title} / {chart.title_zh}:"
+        bars, highest = chart.bars[:_SHOWN_BARS], max(count for _, count in chart.bars)
+        width = max(len(label) for label, _ in bars)
+        for label, count in bars:
+            yield f"  {label:>{width}}  {'█' * round(_BAR_CHARACTERS * count / highest) or '▏'} {count:,}"
+        if len(chart.bars) > len(bars):
+            yield f"  … {len(chart.bars) - len(bars)} more / 其余 {len(chart.bars) - len(bars)} 项"
+
+
+def as_json(report: Report) -> str:
+    """One object: exit_code, counts, problems, files, stats."""
+    found = report.findings
+    value: dict[str, Any] = {
+        "exit_code": report.exit_code,
+        **{f"{severity}s": found.total(severity) for severity in ("error", "warning", "note")},
+        "counts": dict(found.counts),
+        "problems": [dataclasses.asdict(finding) for finding in found.kept],
+        "files": [
+            {"path": f.path, "rows": f.rows, "format": f.form.name, "evaluation": f.evaluation} for f in report.files
+        ],
+        "pictures": {"seen": report.pictures.seen, "opened": report.pictures.opened},
+        "near_duplicates": dict(zip(("alike", "compared", "confirmed"), report.near, strict=True)),
+        "stats": report.stats.as_dict(),
+        "seconds": round(report.seconds, 3),
+    }
+    return json.dumps(value, ensure_ascii=False, indent=1)
+
+
+def as_html(report: Report) -> str:
+    """One self-contained page."""
+    body = ["<h1>data check / 数据检查</h1>", _list(summary(report)), "<h2>statistics / 统计</h2>"]
+    body.append(_list(facts_lines(report.stats)))
+    body += [
+        f"<h3>{chart.title} / {chart.title_zh}</h3>{_svg(chart.bars[:_SHOWN_BARS])}" for chart in charts(report.stats)
+    ]
+    body.append("<h2>findings / 问题</h2>")
+    by_code: dict[str, list[Finding]] = {}
+    for finding in report.findings.kept:
+        by_code.setdefault(finding.code, []).append(finding)
+    for code, count in report.findings.counts.most_common():
+        severity, examples = report.findings.severities[code], by_code.get(code, [])
+        items = "".join(f"<li><code>{_safe(str(f))}</code><br><code>{_safe(f.chinese)}</code></li>" for f in examples)
+        shown = f", {len(examples):,} shown" if len(examples) < count else ""
+        body.append(f'<h3 class="{severity}">{code}: {count:,}{shown}</h3><ul>{items}</ul>')
+    head = f'<meta charset="utf-8"><title>data check</title><style>{_STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _safe(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _list(lines: Iterator[tuple[str, str]]) -> str:
+    return "<ul>" + "".join(f"<li>{_safe(english)}<br>{_safe(chinese)}</li>" for english, chinese in lines) + "</ul>"
+
+
+def _svg(bars: list[tuple[str, int]]) -> str:
+    """A horizontal bar for each count, its label before and its number behind it."""
+    highest, step = max(count for _, count in bars), 20
+    rows = []
+    for i, (label, count) in enumerate(bars):
+        y, width = i * step, max(1, round(_BAR_PIXELS * count / highest))
+        rows.append(
+            f'<text x="150" y="{y + 14}" text-anchor="end">{_safe(label[:24])}</text>'
+            f'<rect x="160" y="{y + 3}" width="{width}" height="14"/><text x="{166 + width}" y="{y + 14}">{count:,}</text>'
+        )
+    return f'<svg width="{_BAR_PIXELS + 260}" height="{len(bars) * step}" role="img">{"".join(rows)}</svg>'

@@ -1,0 +1,79 @@
+"""One record as the model will see it: the rendered text with the trained tokens marked and pictures told in numbers.
+
+Refuses to know: files, terminals (a style says how trained text is marked). What is shown is what `Processor.encode` gives the trainers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from ernie_tune.data.processor import Encoded, Processor
+from ernie_tune.data.records import Record
+from ernie_tune.models.inputs import feature_count
+
+
+class Style(NamedTuple):
+    """What stands around trained text and around media."""
+
+    trained: tuple[str, str]
+    media: tuple[str, str]
+
+
+PLAIN = Style(("⟦", "⟧"), ("", ""))
+COLOUR = Style(("\x1b[1;32m", "\x1b[0m"), ("\x1b[36m", "\x1b[0m"))
+_THINKING = {"think": True, "nothink": False}
+
+
+def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> Iterator[str]:
+    """The dialogues of a record, each with a heading and a line of counts. Raises ValueError for media that cannot be read."""
+    count = len(record.candidates)
+    dialogues = [record.dialogue(i) for i in range(count)] or [(record.messages, record.images, record.videos)]
+    pair = record.signal == "pair"
+    for i, (messages, images, videos) in enumerate(dialogues):
+        judged = (("chosen", "rejected")[i] if pair else f"answer {i + 1} of {count}") if count else record.signal
+        generates = messages[-1]["role"] != "assistant"
+        encoded = processor.encode(
+            messages,
+            list(images),
+            list(videos),
+            tools=record.tools,
+            thinking=_THINKING.get(record.mode),
+            add_generation_prompt=generates,
+            where=str(record.meta),
+        )
+        yield f"--- {record.meta} ({record.meta.format}, {judged})"
+        yield render(encoded, processor, style)
+        media = encoded.num_images + encoded.num_videos
+        yield (
+            f"--- {encoded.num_tokens} tokens, {encoded.num_trained} trained, {media} pictures and videos"
+            f" / 共 {encoded.num_tokens} 个 token，训练 {encoded.num_trained} 个，媒体 {media} 个"
+        )
+
+
+def render(encoded: Encoded, processor: Processor, style: Style) -> str:
+    """The text of a row: trained stretches marked, a picture as `<image 34x46 patches = 391 tokens>`."""
+    placeholders = processor.tokens.placeholders()
+    grids = iter([] if encoded.row.grid_thw_n3 is None else encoded.row.grid_thw_n3.tolist())
+    tokens = zip(encoded.row.input_ids_L.tolist(), encoded.trained_L.tolist(), strict=True)
+    out = []
+    for (trained, visual), group in groupby(tokens, key=lambda token: (token[1], token[0] in placeholders)):
+        ids = [i for i, _ in group]
+        if not visual:
+            text = "".join(map(_visible, processor.tokenizer.decode(ids)))
+            out.append(style.trained[0] + text + style.trained[1] if trained else text)
+            continue
+        left = len(ids)
+        while left > 0:  # two pictures may touch where a vocabulary has no markers between them
+            frames, rows, columns = grid = next(grids)
+            left -= feature_count(grid)
+            kind = "image" if frames == 1 else f"video of {frames} frames,"
+            said = f"<{kind} {rows}x{columns} patches = {feature_count(grid)} tokens>"
+            out.append(style.media[0] + said + style.media[1])
+    return "".join(out)
+
+
+def _visible(sign: str) -> str:
+    """A character that a terminal shows and does not obey."""
+    return sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1]
