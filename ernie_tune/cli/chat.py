@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ def open_engine(path: Path) -> Any:
     from ernie_tune.checkpoint.auto import AutoModel
     from ernie_tune.data.processor import Processor
     from ernie_tune.peft.model import PeftModel
+    from ernie_tune.peft.quantize import quantize_base
     from ernie_tune.serve.engine import Engine
     from ernie_tune.trainers.assemble import load_model
 
@@ -59,13 +59,20 @@ def open_engine(path: Path) -> Any:
         raise ValueError(
             f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one"
         )
-    config = load_config(arguments, for_training=True).config
-    base = load_model(replace(config, save=config.save))
+    config = load_config(arguments).config
+    if not config.model.model_name_or_path:
+        raise ValueError(
+            f"{arguments} must name the base model of the adapter (model_name_or_path); write it there, then try again"
+        )
+    base = load_model(config)
+    if config.compute.weight_quantize_algo != "none":
+        quantize_base(base, config.compute.weight_quantize_algo)
     return Engine(PeftModel.from_pretrained(base, folder), processor)
 
 
 def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options: dict[str, Any]) -> int:
-    """The conversation itself: one line in, one streamed answer out."""
+    """The conversation itself: one line in, one streamed answer out. What cannot be answered is not remembered."""
+    from ernie_tune.data.images import load_image
     from ernie_tune.serve.engine import Request
 
     params = engine.params(**{"max_new_tokens": 256, **options})
@@ -79,12 +86,17 @@ def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options:
             break
         if command == "/new":
             messages, images, waiting = [], [], []
-        elif command == "/think":
+        elif command == "/think" and rest in ("on", "off"):
             thinking = rest == "on"
         elif command == "/image":
-            waiting += [rest] if Path(rest).is_file() else []
-            write(f"image {len(images) + len(waiting)}: {rest}" if Path(rest).is_file() else f"no file {rest!r}")
-        elif command.startswith("/") and " " not in line:
+            try:
+                load_image(rest)
+            except ValueError as error:
+                write(f"! {error}")
+                continue
+            waiting.append(rest)
+            write(f"image {len(images) + len(waiting)}: {rest}")
+        elif command == "/think" or (command.startswith("/") and " " not in line):
             write(HELP)
         elif line:
             asked = [*messages, {"role": "user", "content": "<image>" * len(waiting) + line}]

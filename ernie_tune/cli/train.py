@@ -23,13 +23,13 @@ def run(args: list[str]) -> int:
     """
     dry_run = "--dry-run" in args
     config = _config([a for a in args if a != "--dry-run"])
-    from ernie_tune.trainers.sft import SFTTrainer
+    from ernie_tune.trainers.sft import Interrupted, SFTTrainer
 
     try:
         SFTTrainer(args=config).train(dry_run=dry_run)
-    except FloatingPointError as error:
+    except (FloatingPointError, Interrupted) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 130 if isinstance(error, Interrupted) else 1
     return 0
 
 

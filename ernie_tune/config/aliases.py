@@ -104,6 +104,7 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
     "freeze_llm": _freeze("freeze_llm"),
     "freeze_language_model": _freeze("freeze_llm"),
     "train_mm_proj_only": {"true": {"freeze_config": "freeze_vision freeze_llm !freeze_aligner"}, "false": {}},
+    "no_resume": {"true": {"resume_from_checkpoint": "no"}, "false": {}},
     "torch_dtype": _DTYPES,
     "compute_type": {
         **_DTYPES,
@@ -117,7 +118,6 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
         "first_exhausted": {"mix_strategy": "interleave_under"},
         "all_exhausted": {"mix_strategy": "interleave_over"},
     },
-    "no_resume": {"true": {"resume_from_checkpoint": "no"}, "false": {}},
 }
 
 # Other words for a value, in lower case. Empty: the word stands for nothing.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 STAGES = ("SFT", "DPO", "KTO", "UPO", "RLVR", "PT", "RM", "PPO")
+ADDED = ("Adapter", "Prompt", "PTuning", "Prefix")  # methods that put new layers or tokens beside the frozen model
+METHODS = ("LoRA", "Full", "Freeze", *ADDED)
 FREEZE_WORDS = tuple(
     f"freeze_{part}" for part in ("vision", "aligner", "llm", "router", "text_experts", "vision_experts")
 )
@@ -69,7 +71,7 @@ class ModelArguments:
 
     model_name_or_path: str = arg("", "folder, hub name, or preset")
     stage: str = arg("SFT", "training stage", STAGES)
-    fine_tuning: str = arg("LoRA", "what is trained", ("LoRA", "Full", "Freeze"))
+    fine_tuning: str = arg("LoRA", "what is trained", METHODS)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ class LoraArguments:
     def scaling(self) -> float:
         """What multiplies B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (methods.md 4.13)."""
         return self.effective_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
+
+
+@dataclass(frozen=True)
+class AddedArguments:
+    """Bottleneck adapters, prompts and prefixes (methods.md 4.13)."""
+
+    num_virtual_tokens: int = arg(20, "learned tokens before every row (Prompt, PTuning, Prefix)", low=1)
+    prompt_encoder_width: int = arg(128, "inner width of the MLP that makes the prompt (PTuning)", low=1)
+    adapter_width: int = arg(64, "inner width of the adapters (Adapter)", low=1)
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,7 @@ class RunConfig:
     media: MediaArguments = MediaArguments()
     model: ModelArguments = ModelArguments()
     lora: LoraArguments = LoraArguments()
+    added: AddedArguments = AddedArguments()
     freeze: FreezeArguments = FreezeArguments()
     train: TrainArguments = TrainArguments()
     optim: OptimArguments = OptimArguments()
@@ -291,6 +303,8 @@ class RunConfig:
         """Whether the settings of `section` have an effect at this stage and method."""
         if section == "lora":
             return self.model.fine_tuning == "LoRA"
+        if section == "added":
+            return self.model.fine_tuning in ADDED
         if section == "preference":
             return self.model.stage not in ("SFT", "PT")
         return section != "rollout" or self.model.stage in ("UPO", "RLVR", "PPO")

@@ -101,10 +101,10 @@ def _weights(c: RunConfig) -> Iterator[Problem]:
             "lora_alpha",
             "lora_alpha (0) must be above 0, or -1 for the default; 0 switches the adapter off / 缩放为 0",
         )
-    if c.model.fine_tuning != "LoRA" and x.weight_quantize_algo != "none":
+    if c.model.fine_tuning in ("Full", "Freeze") and x.weight_quantize_algo != "none":
         yield (
             "weight_quantize_algo",
-            f"weight_quantize_algo ({x.weight_quantize_algo}) must go with fine_tuning LoRA, not {c.model.fine_tuning}; change one / 量化权重不可训练",
+            f"weight_quantize_algo ({x.weight_quantize_algo}) must go with adapters (fine_tuning LoRA), not {c.model.fine_tuning}; change one / 量化权重不可训练",
         )
     if f.freeze_spec and (f.trainable_layers or f.frozen_layers):
         yield (

@@ -271,7 +271,7 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> None:
     """Defaults that depend on other settings become values, so that the resolved configuration says them."""
     stage, method = values.get("stage", "SFT"), values.get("fine_tuning", "LoRA")
     if "learning_rate" not in values:
-        values["learning_rate"] = _LEARNING_RATE[stage not in ("SFT", "PT"), method == "LoRA"]
+        values["learning_rate"] = _LEARNING_RATE[stage not in ("SFT", "PT"), method not in ("Full", "Freeze")]
         sources["learning_rate"] = Entry("learning_rate", None, f"default for {stage}, {method}")
     if "mix_strategy" not in values and len(values.get("train_dataset_prob", ())) > 1:
         values["mix_strategy"] = "random"
@@ -285,7 +285,11 @@ def _remarks(config: RunConfig, sources: Mapping[str, Entry]) -> list[str]:
     for name, entry in sources.items():
         section = SETTINGS[name].section
         if not config.applies(section):
-            cause = f"fine_tuning {config.model.fine_tuning}" if section == "lora" else f"stage {config.model.stage}"
+            cause = (
+                f"fine_tuning {config.model.fine_tuning}"
+                if section in ("lora", "added")
+                else f"stage {config.model.stage}"
+            )
             lines.append(f"{entry.where}: {name} has no effect with {cause}")
         elif entry.where.startswith("environment"):
             lines.append(f"{entry.where} sets {name}: {to_yaml(flat[name])}")

@@ -20,6 +20,7 @@ from ernie_tune.models.config import TokenIds
 from ernie_tune.models.inputs import PackedInput, Row, feature_count, pack
 
 TRUNCATIONS = ("delete", "left", "right", "error")
+THINKING = {"think": True, "nothink": False}  # by a record's mode; "auto": as its answer does
 # Rows looked ahead when packing best-fit: enough to fill gaps, few enough to keep order and memory.
 WINDOW_ROWS = 64
 
@@ -97,7 +98,8 @@ def truncate(
         first = cursor + int(np.argmax(visual[cursor:]))
         cursor = first + feature_count(grid.tolist())
         block = slice(
-            first - int(ids[first - 1] in markers), cursor + int(cursor < len(ids) and ids[cursor] in markers)
+            first - int(first > 0 and ids[first - 1] in markers),
+            cursor + int(cursor < len(ids) and ids[cursor] in markers),
         )
         patches = int(np.prod(grid))
         if keep[block].all():
@@ -142,13 +144,13 @@ class Encoder:
             raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
-        where = str(record.meta)
+        where = str(record.meta) if record.meta.path else "a row that is in no file"
         encoded = self.processor.encode(
             record.messages,
             list(record.images),
             list(record.videos),
             tools=record.tools,
-            thinking={"think": True, "nothink": False}.get(record.mode),
+            thinking=THINKING.get(record.mode),
             where=where,
         )
         if encoded.num_tokens > self.max_tokens:
@@ -161,21 +163,21 @@ class Encoder:
                 return None
             tokens = self.processor.tokens
             encoded = truncate(encoded, self.max_tokens, self.truncation, tokens.placeholders(), tokens.markers())
-        if not encoded.trained_L[1:].any():
+        weight_L = self._weights(encoded, record.weight)
+        if not (encoded.trained_L & (weight_L > 0))[1:].any():
             dropped.add("no token to learn from", where)
             return None
-        return Sample(encoded.row, encoded.trained_L, self._weights(encoded, record.weight), record.domain, where)
+        return Sample(encoded.row, encoded.trained_L, weight_L, record.domain, where)
 
     def _weights(self, encoded: Encoded, weight: float) -> np.ndarray:
-        """Tokens up to and including the end of a thought weigh `thought_weight`, the others `answer_weight`."""
+        """Tokens of a turn up to and including the end of its thought weigh `thought_weight`, the others `answer_weight`."""
         out = np.full(encoded.num_tokens, weight * self.answer_weight, np.float32)
         end = self.processor.tokenizer.special.get("</think>")
         if end is None or self.thought_weight == self.answer_weight:
             return out
-        ends = np.flatnonzero((encoded.row.input_ids_L == end) & encoded.trained_L)
-        if len(ends):
-            starts = np.flatnonzero(encoded.trained_L)
-            out[starts[0] : ends[-1] + 1] = weight * self.thought_weight
+        for last in np.flatnonzero((encoded.row.input_ids_L == end) & encoded.trained_L):
+            before = np.flatnonzero(~encoded.trained_L[:last])
+            out[before[-1] + 1 if len(before) else 0 : last + 1] = weight * self.thought_weight
         return out
 
 
@@ -206,9 +208,14 @@ class BatchStream:
             yield [self._micro_batch() for _ in range(self.accumulation)]
 
     @property
+    def taken(self) -> int:
+        """Rows that all ranks have used or dropped so far; those that wait in the packing window are not counted."""
+        return self.shard.position - len(self._waiting) * self.shard.size
+
+    @property
     def epoch(self) -> float:
-        """Passes over the data so far, rows that wait in the packing window not counted."""
-        return (self.shard.position - len(self._waiting) * self.shard.size) / len(self.shard.mixture)
+        """Passes over the data so far."""
+        return self.taken / len(self.shard.mixture)
 
     def _micro_batch(self) -> MicroBatch:
         samples = (
@@ -256,7 +263,7 @@ class BatchStream:
         return {
             "shard": self.shard.state_dict(),
             "waiting": [p for p, _ in self._waiting],
-            "dropped": self.dropped.count,
+            "dropped": dict(self.dropped.count),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,16 +282,12 @@ class BatchStream:
 
 
 def steps_per_epoch(stream_of: Callable[[], BatchStream], sample_rows: int = 256) -> float:
-    """Optimizer steps that one pass over the data takes. Without packing this is exact; with packing it is measured on the first `sample_rows` rows."""
+    """Optimizer steps that one pass over the data takes, measured on the first `sample_rows` rows: rows that are dropped make it shorter, and packs
+    hold what they hold. Exact where no row is dropped or packed. Raises ValueError where no row can be used."""
     stream = stream_of()
-    rows_per_step = stream.rows * stream.accumulation * stream.shard.size
-    total = len(stream.shard.mixture)
-    if not stream.packing:
-        return total / rows_per_step
-    windows = 0
+    total, windows = len(stream.shard.mixture), 0
     for _ in stream:
         windows += 1
-        if stream.shard.position >= min(sample_rows, total):
+        if stream.taken >= min(sample_rows, total):
             break
-    used = stream.shard.position - len(stream._waiting) * stream.shard.size
-    return windows * total / max(used, 1)
+    return windows * total / stream.taken

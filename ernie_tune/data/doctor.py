@@ -93,15 +93,16 @@ class Finding:
 
     def __str__(self) -> str:
         said = f"{self.severity}: {self.field}: found {self.found}, expected {self.expected}; fix: {self.fix}"
-        return _one_line(f"{self.place}: {said}")
+        return one_line(f"{self.place}: {said}")
 
     @property
     def chinese(self) -> str:
         said = f"{_SEVERITY_ZH[self.severity]}：{self.field}：实际为 {self.found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
-        return _one_line(f"{self.place}：{said}")
+        return one_line(f"{self.place}：{said}")
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text with every sign visible, on one line."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ernie_tune.data.doctor import Finding
+from ernie_tune.data.doctor import Finding, one_line
 from ernie_tune.data.doctor_scan import Report
 from ernie_tune.data.doctor_stats import Histogram, Stats
 
@@ -43,7 +43,7 @@ def charts(stats: Stats) -> list[Chart]:
             "pictures and videos a row", "每行图片与视频数", [(str(n), rows) for n, rows in sorted(stats.media.items())]
         ),
         Chart("tokens a picture (opened ones)", "每张图片 token 数（已打开的）", images.bars()),
-        Chart("rows a domain", "各领域行数", stats.domains.most_common()),
+        Chart("rows a domain", "各领域行数", [(one_line(name), rows) for name, rows in stats.domains.most_common()]),
     ]
     return [chart for chart in found if chart.bars and [label for label, _ in chart.bars] != ["0"]]
 
@@ -148,7 +148,7 @@ def as_json(report: Report) -> str:
         "stats": report.stats.as_dict(),
         "seconds": round(report.seconds, 3),
     }
-    return json.dumps(value, ensure_ascii=False, indent=1)
+    return json.dumps(value, indent=1)  # in ASCII, so that no terminal or pipe can break it
 
 
 def as_html(report: Report) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ernie_tune.data.batching import Dropped, Encoder, Sample, collate
+from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record
@@ -22,7 +22,7 @@ from ernie_tune.models.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row cut before its last answer: what is asked, with its media, and the reference."""
+    """A held-out row cut before its last answer: what is asked, with its media, and the reference without its thought."""
 
     record: Record
     images: tuple[Any, ...]
@@ -39,13 +39,15 @@ def question(record: Record) -> Question:
         )
     prompt = record.messages[:-1]
     text = "".join(m["content"] for m in prompt)
-    return Question(
-        record, record.images[: text.count(IMAGE_TAG)], record.videos[: text.count(VIDEO_TAG)], last["content"]
-    )
+    reference = last["content"] if last.get("reasoning_content") else split_reasoning(last["content"])[1]
+    return Question(record, record.images[: text.count(IMAGE_TAG)], record.videos[: text.count(VIDEO_TAG)], reference)
 
 
 def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, rows: int) -> dict[str, float]:
-    """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted."""
+    """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted.
+
+    Raises ValueError where none fits: their mean would be a number about nothing.
+    """
     dropped = Dropped()
     samples: list[Sample] = []
     total = correct = tokens = used = 0.0
@@ -75,33 +77,35 @@ def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, row
         flush()
     if training:
         model.train()
-    out = {"loss": total / max(tokens, 1), "token_acc": correct / max(tokens, 1), "rows": used}
+    if not used:
+        raise ValueError(
+            f"evaluation rows must hold one that can be measured: {'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them"
+        )
+    out = {"loss": total / tokens, "token_acc": correct / tokens, "rows": used}
     return {**out, "dropped_rows": float(sum(dropped.count.values()))} if dropped.count else out
 
 
 def answers(
     model: Any, processor: Processor, questions: Sequence[Question], *, max_new_tokens: int, rows: int
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, thoughts cut off. Rows of like length are answered together."""
+    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. Rows of like length are answered together."""
     tokens = processor.tokens
     params = SamplingParams(
         max_new_tokens=max_new_tokens, stop_ids=processor.stop_ids, banned_ids=tokens.placeholders() + tokens.markers()
     )
     encoded = []
     for q in questions:
-        thinking = {"think": True, "nothink": False}.get(q.record.mode)
+        thinks = processor.template.thinks(q.record.messages, THINKING.get(q.record.mode))
         row = processor.encode(
             q.record.messages[:-1],
             q.images,
             q.videos,
             tools=q.record.tools,
-            thinking=thinking,
+            thinking=thinks,
             add_generation_prompt=True,
             where=str(q.record.meta),
         )
-        encoded.append(
-            (row.row, processor.template.opens_thought(processor.template.thinks(q.record.messages[:-1], thinking)))
-        )
+        encoded.append((row.row, processor.template.opens_thought(thinks)))
     out = [""] * len(questions)
     order = np.argsort([len(row.input_ids_L) for row, _ in encoded], kind="stable").tolist()
     for start in range(0, len(order), rows):

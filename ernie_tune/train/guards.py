@@ -103,6 +103,11 @@ class EarlyStopping:
         self.best: float | None = None
         self.best_step, self.waited = 0, 0
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether it has said stop: a run that resumes in this state has nothing left to do."""
+        return 0 < self.patience <= self.waited
+
     def look(self, step: int, metrics: Mapping[str, float]) -> tuple[bool, Verdict | None]:
         """(whether this is the best so far, the verdict). Raises ValueError if the metric was not measured."""
         if self.metric not in metrics:
@@ -114,7 +119,7 @@ class EarlyStopping:
             self.best, self.best_step, self.waited = value, step, 0
             return True, None
         self.waited += 1
-        if not self.patience or self.waited < self.patience:
+        if not self.exhausted:
             return False, None
         best = "never a number" if self.best is None else f"best {self.best:.6g} at step {self.best_step}"
         return False, Verdict(

@@ -1,11 +1,13 @@
 """THE loop: windows of micro-batches in, one record per optimizer step out. Saving, evaluating and logging are the caller's `if`s.
 
 What changes a gradient happens in `_step`, in this order: seed, forward and backward of each micro-batch, one division by the window's global
-count, clipping, AdamW, the router's bias rule. Refuses to know: the method (an `Objective`), the data's origin, files.
+count, clipping, AdamW, the router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last good ones.
+Refuses to know: the method (an `Objective`), the data's origin, files.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from typing import Any
 
 import paddle
 from paddle import Tensor
+from paddle.utils import unique_name
 
 from ernie_tune.models.moe import RouterTap, update_correction_bias
 from ernie_tune.models.router_losses import RouterLossWeights
@@ -22,7 +25,7 @@ from ernie_tune.train.optim import Schedule, clip_, global_norm
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `loss` is the objective over the window; `metrics` are means."""
+    """One optimizer step. `loss` is the objective over the window, without router losses; `metrics` are means; `seconds` include reading the window."""
 
     step: int  # 1-based: steps done so far
     loss: float
@@ -64,19 +67,27 @@ class Loop:
             settings,
         )
         self.parameters = [p for p in model.parameters() if not p.stop_gradient]
-        self.step = 0
+        self.step = self.tokens = self.rows = 0
+        self.seconds = 0.0
 
     def steps(self, windows: Iterable[Sequence[Any]]) -> Iterator[StepRecord]:
         """One record per window until the schedule's last step."""
         iterator = iter(windows)
         while self.step < self.schedule.total_steps:
+            start = time.perf_counter()
             window = next(iterator, None)
             if window is None:
                 return
-            yield self._step(window)
+            yield self._step(window, start)
 
-    def _step(self, window: Sequence[Any]) -> StepRecord:
-        start = time.perf_counter()
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps so far amount to, by all processes that made them."""
+        return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.seconds, self.tokens, self.rows = (state[k] for k in ("step", "seconds", "tokens", "rows"))
+
+    def _step(self, window: Sequence[Any], start: float) -> StepRecord:
         s = self.settings
         paddle.seed((s.seed * 1_000_003 + self.step) % 2**31)
         self.model.train()
@@ -84,24 +95,22 @@ class Loop:
         loss, metrics = self.accumulate(window)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = global_norm(gradients)
-        clip_(gradients, norm, s.max_grad_norm)
-        self.optimizer.set_lr(rate)
-        self.optimizer.step()
+        if math.isfinite(loss) and math.isfinite(norm):
+            clip_(gradients, norm, s.max_grad_norm)
+            self.optimizer.set_lr(rate)
+            # Paddle numbers an optimizer's tensors by a global counter; in a scope of its own each has the same name in every run.
+            with unique_name.guard():
+                self.optimizer.step()
+            if s.bias_update:
+                update_correction_bias(self.model, s.bias_update)
+            self.objective.end(metrics)
         self.clear_gradients()
-        if s.bias_update:
-            update_correction_bias(self.model, s.bias_update)
-        self.objective.end(metrics)
         self.step += 1
-        return StepRecord(
-            self.step,
-            loss,
-            rate,
-            norm,
-            sum(batch.inputs.num_tokens for batch in window),
-            sum(batch.num_rows for batch in window),
-            time.perf_counter() - start,
-            {name: total / max(count, 1e-12) for name, (total, count) in metrics.items()},
-        )
+        tokens, rows = sum(batch.inputs.num_tokens for batch in window), sum(batch.num_rows for batch in window)
+        seconds = time.perf_counter() - start
+        self.tokens, self.rows, self.seconds = self.tokens + tokens, self.rows + rows, self.seconds + seconds
+        means = {name: total / max(count, 1e-12) for name, (total, count) in metrics.items()}
+        return StepRecord(self.step, loss, rate, norm, tokens, rows, seconds, means)
 
     def accumulate(self, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
         """Forward and backward of every micro-batch, leaving the window's gradient in the parameters; the loss and the summed metrics."""

@@ -60,7 +60,7 @@ class TaskBalance:
         self.past: list[dict[str, float]] = []
 
     def factors(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Factor of each task present in a window; `counts` are its shares of the window's divisor."""
+        """Factor of each task present in a window; `counts` are their shares of the window's divisor and sum to it."""
         if self.kind == "uncertainty":
             total = sum(counts.values())
             return {
@@ -85,7 +85,8 @@ class TaskBalance:
             self.running = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "log_variance": self.log_variance, "running": self.running, "past": self.past}
+        running = {k: list(v) for k, v in self.running.items()}
+        return {"steps": self.steps, "log_variance": dict(self.log_variance), "running": running, "past": self.past}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.log_variance = state["steps"], dict(state["log_variance"])
@@ -93,13 +94,17 @@ class TaskBalance:
 
 
 def dwa(past: Sequence[Mapping[str, float]], tasks: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """Dynamic weight averaging: K * softmax(L(t-1)/L(t-2) / T); 1 for every task until two periods are known."""
+    """Dynamic weight averaging: K * softmax(L(t-1)/L(t-2) / T) over all K tasks known, whether in this window or not; 1 until two periods are known.
+
+    The ratio of a task that was not seen in both periods is 1.
+    """
     if len(past) < 2:
         return dict.fromkeys(tasks, 1.0)
-    ratio = {k: past[-1].get(k, 1.0) / past[-2].get(k, 1.0) for k in tasks}
+    former, latter = past[-2], past[-1]
+    ratio = {k: latter[k] / former[k] if k in latter and former.get(k) else 1.0 for k in {**latter, **tasks}}
     weights = {k: math.exp(r / temperature) for k, r in ratio.items()}
     total = sum(weights.values())
-    return {k: len(weights) * w / total for k, w in weights.items()}
+    return {k: len(weights) * weights[k] / total for k in tasks}
 
 
 class SFTObjective:
@@ -112,34 +117,35 @@ class SFTObjective:
         self.norm, self.balance = norm, balance or TaskBalance()
         self._factors: dict[str, float] = {}
 
+    def _shares(self, batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
+        """(coefficient of each target, share of each row in the divisor)."""
+        coefficient_N, _ = token_coefficients(batch.weight_N, batch.row_N, batch.row_tokens_R, self.norm)
+        if self.norm == "token":
+            return coefficient_N, np.bincount(batch.row_N, weights=coefficient_N, minlength=batch.num_rows)
+        return coefficient_N, np.ones(batch.num_rows)
+
     def begin(self, window: Sequence[MicroBatch]) -> float:
         counts: dict[str, float] = {}
-        total = 0.0
         for batch in window:
-            coefficient_N, count = token_coefficients(batch.weight_N, batch.row_N, batch.row_tokens_R, self.norm)
-            total += count
-            per_row = np.bincount(batch.row_N, weights=coefficient_N, minlength=batch.num_rows)
-            for domain, share in zip(batch.domains, per_row.tolist(), strict=True):
+            for domain, share in zip(batch.domains, self._shares(batch)[1].tolist(), strict=True):
                 counts[domain] = counts.get(domain, 0.0) + share
         self._factors = self.balance.factors(counts)
-        return total
+        return sum(counts.values())
 
     def __call__(self, model: Any, batch: MicroBatch, tap: RouterTap | None, recompute: Recompute | None) -> LossOut:
         logp_N = batch_logp(model, batch, tap, recompute)
         factor_R = np.array([self._factors.get(d, 1.0) for d in batch.domains], np.float32)
-        coefficient_N, count = token_coefficients(batch.weight_N, batch.row_N, batch.row_tokens_R, self.norm)
+        coefficient_N, share_R = self._shares(batch)
         out = sft_loss(logp_N, coefficient_N * factor_R[batch.row_N])
         metrics = dict(out.metrics)
         tasks = sorted({d for d in batch.domains if d})
-        if tasks:
-            nll_R = np.bincount(
-                batch.row_N, weights=-logp_N.detach().numpy().astype(np.float64), minlength=batch.num_rows
-            )
-            tokens_R = np.bincount(batch.row_N, minlength=batch.num_rows)
+        if tasks:  # each task's own loss, averaged as the whole is
+            nll_N = -logp_N.detach().numpy().astype(np.float64) * coefficient_N
+            nll_R = np.bincount(batch.row_N, weights=nll_N, minlength=batch.num_rows)
             for task in tasks:
                 rows = [i for i, d in enumerate(batch.domains) if d == task]
-                metrics[f"task/{task}"] = (float(nll_R[rows].sum()), float(tokens_R[rows].sum()))
-        return LossOut(out.total, count, metrics)
+                metrics[f"task/{task}"] = (float(nll_R[rows].sum()), float(share_R[rows].sum()))
+        return LossOut(out.total, float(share_R.sum()), metrics)
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         self.balance.update({k.removeprefix("task/"): v for k, v in metrics.items() if k.startswith("task/")})

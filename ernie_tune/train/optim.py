@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import paddle
 from paddle import Tensor
+from paddle.utils import unique_name
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape down to `floor` at the last step."""
+    """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape. It would reach `floor` at step `total_steps`, the first that is
+    no longer made, as in other trainers."""
 
     peak: float
     total_steps: int
@@ -31,6 +33,10 @@ class Schedule:
         if self.warmup_steps > self.total_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must not exceed the steps of the run ({self.total_steps}); lower it"
+            )
+        if self.shape == "constant" and self.floor > 0:
+            raise ValueError(
+                f"min_lr ({self.floor}) must be 0 with lr_scheduler_type constant, which never falls; remove it"
             )
 
     def at(self, step: int) -> float:
@@ -128,7 +134,7 @@ def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, 
 def load_optimizer_arrays(
     optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_arrays`. Raises ValueError for arrays of parameters that the model does not train."""
+    """Inverse of `optimizer_arrays`, on an optimizer that has made no step. Raises ValueError for arrays of parameters that the model does not train."""
     unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
     if unknown:
         raise ValueError(
@@ -139,9 +145,16 @@ def load_optimizer_arrays(
     for key, value in arrays.items():
         name, slot = key.rsplit("/", 1)
         if slot == "master":
+            value.name = f"{named[name].name}_fp32_master_0"  # Paddle names the moments after it
             masters[named[name].name] = value
         else:
             state[f"{named[name].name}_{slot}"] = value
     if masters:
         state["master_weights"] = masters
     optimizer.set_state_dict(state)
+    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached.
+    with unique_name.guard():
+        optimizer._create_accumulators(
+            paddle.static.default_main_program().global_block(),
+            [named[name] for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in arrays)],
+        )

@@ -281,13 +281,12 @@ class ModelCard:
 
 
 def usage(folder: str, adapter: bool) -> dict[str, str]:
-    """Commands for a finished run in `folder`: talk to it, merge it (adapters only), serve it, repeat the run."""
+    """Commands for a finished run in `folder`: talk to it, score it again, repeat the run. `adapter`: the folder holds an adapter, no whole model."""
     settings = f"{folder}/ernie_tune_args.yaml"
-    merge = {"Merge the adapter into the base weights": f"ernie-tune export {settings}"} if adapter else {}
+    result = "lora_path" if adapter else "model_name_or_path"
     return {
-        "Load and try it": f"ernie-tune chat {settings}",
-        **merge,
-        "Serve it": f"ernie-tune serve {settings}",
+        "Talk to it": f"ernie-tune chat {folder}",
+        "Score it again": f"ernie-tune eval {settings} --{result} {folder}",
         "Repeat the run": f"ernie-tune train {settings} --output_dir {folder}-again",
     }
 

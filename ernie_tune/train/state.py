@@ -1,6 +1,6 @@
 """checkpoint-N folders: everything a run needs to go on as if it had never stopped; complete or absent; the newest found by itself.
 
-A folder is written as `checkpoint-N.tmp`, synced, marked with `saved_signal_0` and renamed (ecosystem.md 4.5). Refuses to know: what is in the model
+A folder is written inside `checkpoint-N.tmp`, synced, marked with `saved_signal_0` and renamed (ecosystem.md 4.5). Refuses to know: what is in the model
 files (the model writes and reads its own), what the objective's and stream's states mean.
 """
 
@@ -77,13 +77,15 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write checkpoint-`step`. `states` become JSON files by name, `texts` plain files; `optimizer` None leaves out what only resuming needs.
 
-    Whatever goes wrong (a full disk, an interrupt), the unfinished folder is removed and every older checkpoint is as it was; the error goes on.
+    Whatever goes wrong (a full disk, an interrupt), the unfinished folder is removed and every older checkpoint is as it was; the error goes on,
+    an OSError with the name of the checkpoint and what to do.
     """
     final = output_dir / f"checkpoint-{step}"
-    staged = output_dir / f"checkpoint-{step}.tmp"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    scratch = output_dir / f"checkpoint-{step}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    staged = scratch / "new"  # one level down, so that what writers put beside their folder is inside too
     try:
+        staged.mkdir(parents=True)
         save_model(staged)
         if optimizer is not None:
             _save_optimizer(staged, optimizer, named)
@@ -92,18 +94,37 @@ def save_checkpoint(
         for name, text in texts.items():
             _write(staged / name, text)
         _write(staged / SIGNAL, "1")
+        _sync(staged)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, scratch / "old")
         os.rename(staged, final)
+        _sync(output_dir)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"checkpoint-{step} could not be saved ({error.strerror or error}); older checkpoints are as they were: free some space and run the same command",
+            str(output_dir),
+        ) from error
     finally:
-        # Still there only if something went wrong.
-        shutil.rmtree(staged, ignore_errors=True)
-    _sync(output_dir)
+        shutil.rmtree(scratch, ignore_errors=True)
     return Checkpoint(final, step)
 
 
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints after `step` to checkpoint-N.old: a run that goes on from `step` leaves their course, and must not resume from them. Returns
+    the new names; an older .old of that name is deleted."""
+    moved = []
+    for checkpoint in complete_checkpoints(output_dir):
+        if checkpoint.step > step:
+            aside = checkpoint.path.with_name(f"{checkpoint.path.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint.path, aside)
+            moved.append(aside)
+    return moved
+
+
 def rotate(output_dir: Path, limit: int | None, keep: Path | None = None) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit`, never `keep` (the best one) nor the newest; returns what was deleted."""
+    """Delete the oldest checkpoints beyond `limit` (None: keep all), never `keep` (the best one) nor the newest; returns what was deleted."""
     if limit is None:
         return []
     found = complete_checkpoints(output_dir)
@@ -111,23 +132,51 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None = None) -> lis
     spare = max(0, len(found) - limit)
     removed = candidates[:spare]
     for path in removed:
-        # The mark goes first: a deletion cut short leaves no folder that looks complete.
-        (path / SIGNAL).unlink()
-        shutil.rmtree(path)
+        doomed = path.with_name(f"{path.name}.tmp")  # so that a deletion cut short leaves nothing that looks complete
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
     return removed
 
 
+def remove_unfinished(output_dir: Path) -> list[Path]:
+    """Delete what a save or a deletion that was killed has left, before a run starts; returns what was deleted."""
+    found = [p for p in output_dir.glob("checkpoint-*.tmp") if p.is_dir() and _NAME.fullmatch(p.stem)]
+    for path in found:
+        shutil.rmtree(path)
+    return found
+
+
 def load_optimizer(checkpoint: Checkpoint, optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Put the saved moments, and the trained values saved with them, back. Raises ValueError when the checkpoint has none or they belong to others."""
+    """Put the saved moments, and the trained values saved with them, back. Raises ValueError as `load_values` does."""
+    load_values(checkpoint, named)
+    reader = TensorReader(checkpoint.path / OPTIMIZER)
+    moments = [name for name in reader.entries if not name.endswith(_VALUE)]
+    load_optimizer_arrays(optimizer, named, {name: _tensor(reader, name) for name in moments})
+
+
+def load_values(checkpoint: Checkpoint, named: Mapping[str, Tensor]) -> None:
+    """Put the trained values alone back, bit for bit. Raises ValueError when the checkpoint has none, or not those of just these parameters."""
     folder = checkpoint.path / OPTIMIZER
     if not folder.is_dir():
         raise ValueError(
-            f"{checkpoint.path} must hold {OPTIMIZER}/ to resume; it was saved with save_only_model: set resume_only_model: true"
+            f"{checkpoint.path} must hold {OPTIMIZER}/ to resume, but was saved with save_only_model; to start anew from its weights set "
+            f"resume_only_model: true, resume_from_checkpoint: {checkpoint.path} and another output_dir"
         )
     reader = TensorReader(folder)
-    load_optimizer_arrays(
-        optimizer, named, {name: paddle.to_tensor(np.ascontiguousarray(reader.read(name))) for name in reader.entries}
-    )
+    saved = {name.removesuffix(_VALUE): tuple(e.shape) for name, e in reader.entries.items() if name.endswith(_VALUE)}
+    wanted = {name: tuple(p.shape) for name, p in named.items()}
+    differ = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))
+    if differ:
+        raise ValueError(
+            f"parameters that {checkpoint.path} holds ({len(saved)}) must be those that this run trains ({len(wanted)}), in the same shapes; "
+            f"{len(differ)} differ, first {differ[0]}: resume with the settings of the saved run, or choose another output_dir"
+        )
+    for name, parameter in named.items():
+        parameter.set_value(_tensor(reader, name + _VALUE).astype(parameter.dtype))
+
+
+def _tensor(reader: TensorReader, name: str) -> Tensor:
+    return paddle.to_tensor(np.ascontiguousarray(reader.read(name)))
 
 
 def _save_optimizer(folder: Path, optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> None:

@@ -5,13 +5,16 @@ Refuses to know: the method's loss, the loop, where results go.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.checkpoint.auto import AutoModel, fill
+from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
+from ernie_tune.checkpoint.tensors import TensorReader
+from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Sample, collate
 from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
@@ -19,8 +22,10 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS, preset
+from ernie_tune.peft import build
 from ernie_tune.peft.affinity import affinity, select_experts
-from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
+from ernie_tune.peft.files import read_adapter
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.quantize import quantize_base
@@ -28,10 +33,14 @@ from ernie_tune.peft.quantize import quantize_base
 Rows = Sequence[Record]
 # Rows of the training data that expert affinity is measured on.
 CALIBRATION_ROWS = 64
+# Rows that are looked at for the name of a task.
+TASK_ROWS = 256
 # Settings that other parts of the library will read. Given here, they would have no effect, so they are refused.
 _UNBUILT = (
     "pissa",
     "fp16",
+    "fp16_opt_level",
+    "logging_dir",
     "template_backend",
     "dataloader_num_workers",
     "recompute_granularity",
@@ -55,6 +64,58 @@ def refuse_unbuilt(config: RunConfig) -> None:
         raise ValueError(
             f"stage ({config.model.stage}) must be SFT or PT: no other trainer exists in this version; set stage: SFT"
         )
+    if config.eval.guard_dataset_path and config.eval.eval_strategy == "no":
+        raise ValueError(
+            "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"
+        )
+
+
+def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
+    """`config` as the run really is: with the name of a model that was passed as an object, and the settings of the adapter on it."""
+    method, lora, added = config.model.fine_tuning, config.lora, config.added
+    adapter = model.adapters[model.active].config if isinstance(model, PeftModel) and model.active else None
+    if isinstance(adapter, LoraConfig):
+        method = "LoRA"
+        lora = dataclasses.replace(
+            lora,
+            lora_rank=adapter.r,
+            lora_alpha=round(adapter.alpha),
+            lora_dropout=adapter.lora_dropout,
+            lora_target_modules=tuple(adapter.target_modules),
+            rslora=adapter.rslora,
+            lora_plus_scale=adapter.lora_plus_scale,
+            dora=adapter.use_dora,
+        )
+    elif isinstance(adapter, BottleneckConfig):
+        method, added = "Adapter", dataclasses.replace(added, adapter_width=adapter.width)
+    elif adapter is not None:
+        width = adapter.encoder_width if isinstance(adapter, PromptConfig) else 0
+        method = "Prefix" if isinstance(adapter, PrefixConfig) else "PTuning" if width else "Prompt"
+        added = AddedArguments(adapter.num_virtual_tokens, width or added.prompt_encoder_width, added.adapter_width)
+    about = dataclasses.replace(config.model, model_name_or_path=name, fine_tuning=method)
+    return RunConfig(**{**vars(config), "model": about, "lora": lora, "added": added})
+
+
+def load_weights(model: ErnieModel, folder: Path) -> None:
+    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`. ValueError where they are others."""
+    if not isinstance(model, PeftModel):
+        reader = TensorReader(folder)
+        table = layout(model.config, detect_flavour(reader.shapes, model.config))
+        check_names(table, reader.shapes)
+        fill(model, table, reader)
+        return
+    adapter = model.adapters[model.active or ""]
+    if isinstance(adapter.config, PromptConfig) and adapter.config.encoder_width:
+        raise ValueError(
+            f"{folder} must hold the encoder of a P-tuned prompt, but adapter files hold only what it makes; save without save_only_model"
+        )
+    rest = build.fill(adapter.config, adapter.places, read_adapter(folder, model.config).tensors)
+    if set(rest) != set(adapter.copies):
+        raise ValueError(
+            f"adapter in {folder} must hold the tensors that this run trains, but {sorted(set(rest) ^ set(adapter.copies))[:3]} differ; take another folder"
+        )
+    for name, value in rest.items():
+        build.assign(adapter.copies[name], value, name)
 
 
 def train_sets(config: RunConfig, signals: tuple[str, ...]) -> list[Rows]:
@@ -115,11 +176,12 @@ class _Chain(Sequence[Record]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
+        place = range(len(self))[i]
         for part in self.parts:
-            if i < len(part):
-                return part[i]
-            i -= len(part)
-        raise IndexError(i)
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise AssertionError("range() has refused other places")
 
 
 def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
@@ -171,7 +233,7 @@ def load_model(config: RunConfig) -> AutoModel:
 
 
 def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample] = ()) -> ErnieModel:
-    """LoRA, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity."""
+    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity."""
     f, m = config.freeze, config.model
     if config.compute.weight_quantize_algo != "none":
         quantize_base(model, config.compute.weight_quantize_algo)
@@ -179,6 +241,8 @@ def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sam
         if config.lora.lora_path:
             return PeftModel.from_pretrained(model, config.lora.lora_path)
         return get_peft_model(model, lora_config(config, model, calibration))
+    if m.fine_tuning in ADDED:
+        return get_peft_model(model, added_config(config))
     spec = FreezeSpec(f.trainable_layers, f.frozen_layers, f.freeze_config)
     if f.freeze_spec:
         given = FreezeSpec.from_json(f.freeze_spec)
@@ -189,6 +253,17 @@ def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sam
         )
     spec.apply(model)
     return model
+
+
+def added_config(config: RunConfig) -> PeftConfig:
+    """The settings of bottleneck adapters, a prompt or a prefix."""
+    a, seed = config.added, config.train.seed
+    if config.model.fine_tuning == "Adapter":
+        return BottleneckConfig(a.adapter_width, seed=seed)
+    if config.model.fine_tuning == "Prefix":
+        return PrefixConfig(a.num_virtual_tokens, seed=seed)
+    width = a.prompt_encoder_width if config.model.fine_tuning == "PTuning" else 0
+    return PromptConfig(a.num_virtual_tokens, width, seed=seed)
 
 
 def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample]) -> LoraConfig:
@@ -211,10 +286,16 @@ def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Samp
         lora_plus_scale=c.lora_plus_scale,
         use_dora=c.dora,
         expert_targets=experts,
-        freeze_config=config.freeze.freeze_config or "freeze_vision freeze_aligner",
+        freeze_config=config.freeze.freeze_config or _towers_frozen_by_default(c.lora_target_modules),
         base_model_name_or_path=config.model.model_name_or_path,
         seed=config.train.seed,
     )
+
+
+def _towers_frozen_by_default(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Adapters stay in the decoder unless the settings name modules of the towers themselves."""
+    named = [t for t in targets if t not in ("all", "all-linear")]
+    return () if named else ("freeze_vision", "freeze_aligner")
 
 
 def expert_range(item: str) -> list[tuple[int, str, int]]:

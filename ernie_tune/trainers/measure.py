@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.data.batching import Encoder
+from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
-from ernie_tune.train.guards import ForgettingGuard
+from ernie_tune.train.guards import ForgettingGuard, Verdict
 from ernie_tune.train.log import RunLog, write_atomically
-from ernie_tune.train.metrics import confusion, fitting_metrics, row_scores, score_answers
+from ernie_tune.train.metrics import CLASSIFICATION, confusion, fitting_metrics, row_scores, score_answers
 from ernie_tune.train.report import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
 
+GUARD_FILE = "guard_baseline.json"
 BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare
 
 
@@ -83,15 +85,18 @@ class Measure:
         return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
 
     def before(self, log: RunLog, resumed: bool) -> None:
-        """Measure before the first step; a resumed run reads what the first one wrote."""
+        """Measure before the first step; a resumed run reads what the first one wrote, and cannot compare where that is gone."""
         file = self.output_dir / BEFORE_FILE
         if not len(self.rows):
             return
-        if resumed and file.is_file():
-            self.first = json.loads(file.read_text(encoding="utf-8"))
+        if resumed:
+            found = file.is_file()
+            self.first = json.loads(file.read_text(encoding="utf-8")) if found else {}
+            if not found:
+                log.info(f"{file} is not there: no comparison with the model before training", "WARNING")
             return
-        metrics, _, given = self.all_rows()
-        self.first = {"metrics": metrics, "answers": given}
+        metrics, asked, given = self.all_rows()
+        self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
         write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
         log.info("before training: " + ", ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
 
@@ -103,28 +108,26 @@ class Measure:
         log.log(step, metrics, epoch)
         return metrics
 
-    def after(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
-        """The last measurement: results files and the before/after page."""
-        losses = [r["loss"] for r in log.history if "loss" in r]
-        train = {
-            "train_loss": losses[-1] if losses else 0.0,
-            "global_step": step,
-            "train_runtime": sum(r.get("interval_runtime", 0.0) for r in log.history),
-        }
+    def after(self, log: RunLog, train: Mapping[str, float], epoch: float) -> dict[str, float]:
+        """The last measurement: results files and the before/after page. `train`: what there is to say of the training itself."""
         log.results("train", train, epoch)
         if not len(self.rows):
-            return train
+            return dict(train)
         metrics, asked, given = self.all_rows()
         self.last = {"metrics": metrics, "answers": given}
         log.results("eval", metrics, epoch)
-        self._page(asked, given)
+        if asked:
+            self._page(asked, given)
         return {**train, **metrics}
 
     def _page(self, asked: Sequence[Question], given: Sequence[str]) -> None:
-        first = self.first.get("answers") or [""] * len(given)
         references = [q.reference for q in asked]
+        first, known = self.first.get("answers", []), self.first.get("references") == references
+        if not known:  # not measured, or on other rows
+            first = [""] * len(given)
         name = self.metric_names(asked)[0]
-        scores = [row_scores(texts, references, name) for texts in (first, given)]
+        after = row_scores(given, references, name)
+        before = row_scores(first, references, name) if known else [None] * len(given)
         rows = [
             ReportRow(
                 q.record.messages[-2]["content"] if len(q.record.messages) > 1 else "",
@@ -136,11 +139,12 @@ class Measure:
                 tuple(i for i in q.images if isinstance(i, str | bytes)),
                 str(q.record.meta),
             )
-            for q, old, new, before_score, after_score in zip(asked, first, given, *scores, strict=True)
+            for q, old, new, before_score, after_score in zip(asked, first, given, before, after, strict=True)
         ]
         tables = {}
-        if "accuracy" in self.metric_names(asked):
-            tables = {"before": confusion(first, references), "after": confusion(given, references)}
+        if CLASSIFICATION in self.metric_names(asked):
+            tables = {"before": confusion(first, references)} if known else {}
+            tables["after"] = confusion(given, references)
         write_before_after(
             self.output_dir / "before_after.html",
             rows,
@@ -152,15 +156,29 @@ class Measure:
 
     # --- guard sets --------------------------------------------------------------------------------------------------
 
-    def forgetting_guard(self, output_dir: Path) -> ForgettingGuard | None:
-        """Scores of the guard sets before training, from the file of the first run if there is one; None without guard sets."""
+    def forgetting_guard(self, log: RunLog, resumed: bool) -> ForgettingGuard | None:
+        """Scores of the guard sets before training; a resumed run reads what the first one wrote. None without guard sets.
+
+        Rows that cannot be measured are left out, and a line says so. Raises ValueError for a set of which none is left, or that has no baseline.
+        """
         e = self.config.eval
-        self.guard_sets = {path: load_dataset(path) for path in e.guard_dataset_path}
+        dropped = Dropped()
+        sets = {path: load_dataset(path) for path in e.guard_dataset_path}
+        self.guard_sets = {
+            path: [row for row in (rows[i] for i in range(len(rows))) if self.encoder(row, dropped) is not None]
+            for path, rows in sets.items()
+        }
+        for line in dropped.lines():
+            log.info(f"guard sets: {line}", "WARNING")
         if not self.guard_sets:
             return None
-        file = output_dir / "guard_baseline.json"
-        if file.is_file():
+        file = self.output_dir / GUARD_FILE
+        if resumed and file.is_file():
             baseline = json.loads(file.read_text(encoding="utf-8"))
+        elif resumed:
+            raise ValueError(
+                f"guard_dataset_path ({', '.join(sets)}) must have been given from the start, {file} is not there; remove it, or start in another output_dir"
+            )
         else:
             baseline = {path: self._row_accuracy(rows) for path, rows in self.guard_sets.items()}
             write_atomically(file, json.dumps(baseline) + "\n")
@@ -169,28 +187,29 @@ class Measure:
     def _row_accuracy(self, rows: Sequence[Record]) -> list[float]:
         return [evaluation_loss(self.model, [rows[i]], self.encoder, 1)["token_acc"] for i in range(len(rows))]
 
-    def look_at_guards(self, guard: ForgettingGuard | None) -> list[Any]:
-        """Verdicts on the guard sets as the model is now."""
-        if guard is None:
-            return []
-        return [
-            v
-            for path, rows in self.guard_sets.items()
-            if (v := guard.look(path, self._row_accuracy(rows))[1]) is not None
-        ]
+    def look_at_guards(self, log: RunLog, guard: ForgettingGuard | None) -> list[Verdict]:
+        """Verdicts on the guard sets as the model is now; a line says how each stands."""
+        verdicts = []
+        for path, rows in self.guard_sets.items() if guard else ():
+            seen, verdict = guard.look(path, self._row_accuracy(rows))  # type: ignore[union-attr]
+            log.info(seen.message)
+            verdicts += [verdict] if verdict else []
+        return verdicts
 
 
 def write_reports(trainer: Any, log: RunLog) -> None:
     """The model card."""
-    c: RunConfig = trainer.args
-    adapter = isinstance(trainer.model, PeftModel)
+    c: RunConfig = trainer.described
+    model = trainer.model
+    adapter = model.adapters[model.active or ""].config if isinstance(model, PeftModel) else None
     files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]
     data = [
         describe_file(Path(f), len(load_dataset(f, dataset_dir=c.data.dataset_dir or ".")))
         for f in files
         if Path(f).is_file()
     ]
-    method = f"{c.model.stage}, {c.model.fine_tuning}" + (f" rank {c.lora.lora_rank}" if adapter else "")
+    rank = f" rank {adapter.r}" if isinstance(adapter, LoraConfig) else ""
+    method = f"{c.model.stage}, {c.model.fine_tuning}{rank}"
     first: Mapping[str, float] = trainer.measure.first.get("metrics", {})
     card = ModelCard(
         name=trainer.output_dir.resolve().name,
@@ -200,7 +219,10 @@ def write_reports(trainer: Any, log: RunLog) -> None:
         arguments=c.flat(),
         before=first,
         after=trainer.measure.last.get("metrics", {}),
-        commands=usage(str(trainer.output_dir), adapter),
+        commands=usage(str(trainer.output_dir), adapter is not None),
     )
     write_model_card(trainer.output_dir / "README.md", card)
-    log.info(f"everything is in {trainer.output_dir}: README.md, before_after.html, training_loss.svg")
+    pages = (
+        "README.md, before_after.html, training_loss.svg" if len(trainer.eval_rows) else "README.md, training_loss.svg"
+    )
+    log.info(f"everything is in {trainer.output_dir}: {pages}")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,32 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.router_losses import RouterLossWeights
+from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
-from ernie_tune.train.guards import DivergenceGuard, EarlyStopping, LearningWatch
-from ernie_tune.train.log import RunFacts, RunLog
+from ernie_tune.train.guards import DivergenceGuard, EarlyStopping, ForgettingGuard, LearningWatch, Verdict
+from ernie_tune.train.log import RunFacts, RunLog, header_lines, stamp, write_atomically
 from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
 from ernie_tune.train.objective import SFTObjective, TaskBalance
 from ernie_tune.train.optim import LrRatios, Schedule, build_adamw
 from ernie_tune.train.plot import write_loss_png, write_loss_svg
 from ernie_tune.train.progress import Progress, resident_gib
-from ernie_tune.train.state import Checkpoint, find_checkpoint, load_optimizer, rotate, save_checkpoint
+from ernie_tune.train.state import (
+    OPTIMIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_optimizer,
+    load_values,
+    remove_unfinished,
+    rotate,
+    save_checkpoint,
+    set_aside_later,
+)
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.measure import Measure, write_reports
 
 SIGNALS = ("sft",)
-STATES = {"objective": "objective_state.json", "data": "data_state.json", "guards": "guards_state.json"}
+STATES = {name: f"{name}_state.json" for name in ("loop", "objective", "data", "guards")}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,19 +74,20 @@ class SFTTrainer:
         self.args = RunConfig() if args is None else args
         assemble.refuse_unbuilt(self.args)
         plain = assemble.load_model(self.args) if model is None else model
-        source = plain.base if isinstance(plain, PeftModel) else plain
-        name = self.args.model.model_name_or_path or source.name_or_path
+        name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
                 "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
             )
-        self.base_model = name or "fresh weights"
         self.processor = processor or assemble.load_processor(self.args, name)
         self.encoder = assemble.encoder_of(self.args, self.processor)
         self._open_data(train_dataset, eval_dataset)
         self.model = (
             plain if isinstance(plain, PeftModel) else assemble.apply_method(self.args, plain, self._calibration())
         )
+        # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
+        self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
+        self.base_model = self.described.model.model_name_or_path or "fresh weights"
         self.output_dir = Path(self.args.save.output_dir)
         self.loop: Loop | None = None
 
@@ -89,6 +103,10 @@ class SFTTrainer:
             )
         if not len(held) and c.data.val_size > 0:
             sets, held = assemble.hold_out(sets, c.data.val_size, c.train.seed)
+        if not len(held) and c.eval.eval_strategy != "no":
+            raise ValueError(
+                f"eval_dataset (0 rows) must have rows with eval_strategy ({c.eval.eval_strategy}); give eval_dataset or val_size"
+            )
         self.train_rows = sum(len(rows) for rows in sets)
         self.eval_rows = held
         self.stream = assemble.stream_of(c, sets, self.encoder)
@@ -105,7 +123,8 @@ class SFTTrainer:
         """(optimizer steps of the run, steps of one pass over the data)."""
         t = self.args.train
         per_epoch = steps_per_epoch(self._stream_again)
-        return (t.max_steps if t.max_steps > 0 else max(1, -int(-t.num_train_epochs * per_epoch // 1))), per_epoch
+        by_epochs = max(1, math.ceil(round(t.num_train_epochs * per_epoch, 6)))
+        return t.max_steps if t.max_steps > 0 else by_epochs, per_epoch
 
     def _build_loop(self) -> Loop:
         c = self.args
@@ -133,52 +152,101 @@ class SFTTrainer:
             recompute=_recompute() if c.compute.recompute else None,
             seed=t.seed,
         )
-        balance = TaskBalance(t.balance, period_steps=max(1, round(per_epoch)))
+        if t.balance != "static":
+            self._check_tasks()
+        # Once a pass over the data, but in a short run often enough to matter.
+        balance = TaskBalance(t.balance, period_steps=max(1, min(round(per_epoch), total // 10)))
         return Loop(model, SFTObjective(t.loss_norm, balance), optimizer, schedule, settings)
+
+    def _check_tasks(self) -> None:
+        """Refuse to balance tasks that the rows do not name."""
+        mixture = self.stream.shard.mixture
+        if not any(mixture[i].domain for i in range(min(assemble.TASK_ROWS, len(mixture)))):
+            raise ValueError(
+                f"balance ({self.args.train.balance}) must have rows that name their task, but none of the first {assemble.TASK_ROWS} has a domain; "
+                "add domain to the rows, or set balance: static"
+            )
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def train(self, dry_run: bool = False) -> dict[str, float]:
         """Run to the end, or go on where an earlier run in `output_dir` stopped; returns the final metrics. `dry_run`: stop after the heaviest batch.
 
-        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
+        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number raises FloatingPointError; the weights and checkpoints
+        are then those before it. A disk that is full raises OSError.
         """
-        checkpoint = find_checkpoint(self.output_dir, self.args.save.resume_from_checkpoint)
-        if self.args.save.resume_from_checkpoint == "no" and find_checkpoint(self.output_dir, "auto") is not None:
-            raise ValueError(
-                f"output_dir ({self.output_dir}) holds checkpoints and must be empty with resume_from_checkpoint: no; choose another folder"
-            )
+        checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
         guards = self._guards = _Guards(self.args)
-        start = self._resume(checkpoint) if checkpoint else 0
+        if dry_run:
+            self._dry_run(total)
+            return {}
+        remove_unfinished(self.output_dir)
+        if checkpoint:
+            self._resume(checkpoint)
         with Progress(
             total,
             title=self.args.model.stage,
-            start_step=start,
+            start_step=loop.step,
             every=0,
             mode="plain" if self.args.log.disable_tqdm else "",
         ) as progress:
             history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
             log = self.log = RunLog(
-                self.output_dir, resume_step=start if checkpoint else None, history=history, echo=progress.write
+                self.output_dir, resume_step=loop.step if checkpoint else None, history=history, echo=progress.write
             )
-            self._announce(log, total, checkpoint)
-            self._provoke_memory(log)
-            if dry_run:
-                return {}
-            self._write_arguments()
+            self._announce(log.info, total)
+            if checkpoint:
+                self._announce_resume(log, checkpoint, total)
+            self._provoke_memory(log.info)
+            write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
             measure = self.measure = Measure(
                 self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir
             )
             measure.before(log, resumed=checkpoint is not None)
-            guards.start(measure, self.output_dir)
+            guards.start(measure, log, resumed=checkpoint is not None)
             with _deferred_interrupt() as interrupted:
-                for record in loop.steps(self.stream):
+                for record in loop.steps(self.stream) if not guards.early.exhausted else ():
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
         return self._finish(log)
+
+    def _starting_point(self) -> Checkpoint | None:
+        """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
+        they name are taken at once, and None returned. Raises ValueError for settings under which the same command could not be repeated."""
+        s = self.args.save
+        own = find_checkpoint(self.output_dir, "auto")
+        if s.resume_from_checkpoint == "no" and own:
+            raise ValueError(
+                f"output_dir ({self.output_dir}) holds checkpoints and must be empty with resume_from_checkpoint: no; choose another folder"
+            )
+        named = None if s.resume_from_checkpoint in ("auto", "no") else Path(s.resume_from_checkpoint)
+        inside = named is not None and named.resolve().parent == self.output_dir.resolve()
+        if s.resume_only_model and (named is None or inside):
+            raise ValueError(
+                f"resume_only_model (true) starts a run from the weights of another and must go with resume_from_checkpoint "
+                f"({s.resume_from_checkpoint}): a checkpoint outside output_dir ({self.output_dir}); name it, and choose a new output_dir"
+            )
+        if own and not inside:
+            return own
+        found = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
+        if found and s.resume_only_model:
+            self._take_weights(found)
+            print(f"ernie_tune: weights of {found.path}; optimizer, data and step count start anew", file=sys.stderr)
+            return None
+        return found
+
+    def _dry_run(self, total: int) -> None:
+        """Everything up to the first step, without a trace on the disk."""
+
+        def say(line: str) -> None:
+            print(stamp(line), flush=True)
+
+        self._announce(say, total)
+        self._provoke_memory(say)
+        say("dry run: settings, data and memory are fine; nothing was trained or written")
 
     def _observe(self, record: StepRecord, log: RunLog, progress: Progress) -> None:
         values = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
@@ -210,40 +278,31 @@ class SFTTrainer:
 
     def _stop_now(self, record: StepRecord, log: RunLog, guards: _Guards, interrupted: list[int]) -> bool:
         """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
-        c, last = self.args, record.step == self.loop_total
+        e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
         epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
         self._epoch_seen = self.stream.epoch
         verdicts = guards.after_step(record)
+        if guards.broken:
+            raise FloatingPointError(
+                f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
+            )
         is_best = False
-        if (
-            c.eval.eval_strategy != "no"
-            and len(self.eval_rows)
-            and (last or _due(c.eval.eval_strategy, c.eval.eval_steps, record.step, epoch_ends))
-        ):
-            metrics = self.measure.during(log, record.step, self.stream.epoch)
-            is_best, more = guards.after_evaluation(record.step, metrics, self.measure)
+        if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
+            metrics = self.measure.during(log, step, self.stream.epoch)
+            is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
             verdicts += more
         for verdict in verdicts:
             log.info(verdict.message, "WARNING")
         stop = last or any(v.stop for v in verdicts) or bool(interrupted)
-        broken = guards.broken
-        if not broken and (stop or is_best or _due(c.save.save_strategy, c.save.save_steps, record.step, epoch_ends)):
-            self._save(record.step, log)
+        wanted = s.save_strategy != "no" and (stop or is_best)
+        if wanted or interrupted or _due(s.save_strategy, s.save_steps, step, epoch_ends):
             if is_best:
-                guards.best_checkpoint = f"checkpoint-{record.step}"
-            rotate(
-                self.output_dir,
-                c.save.save_total_limit,
-                keep=self.output_dir / guards.best_checkpoint if guards.best_checkpoint else None,
-            )
+                guards.best_checkpoint = f"checkpoint-{step}"
+            self._save(step, log)
+            rotate(self.output_dir, s.save_total_limit, self.output_dir / guards.best_checkpoint)
         if interrupted:
-            raise Interrupted(
-                f"interrupted at step {record.step}; checkpoint-{record.step} is saved, the same command goes on from it"
-            )
-        if broken:
-            raise FloatingPointError(
-                f"{verdicts[-1].message}; the last good checkpoint is kept, lower learning_rate and run the same command"
-            )
+            how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
+            raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
         return stop
 
     _epoch_seen: float = 0.0
@@ -253,17 +312,35 @@ class SFTTrainer:
     def _trained(self) -> dict[str, Any]:
         return {name: p for name, p in self.model.named_parameters() if not p.stop_gradient}
 
+    def _take_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
+        if isinstance(self.model, PeftModel) and (checkpoint.path / OPTIMIZER).is_dir():
+            load_values(checkpoint, self._trained())
+        else:
+            assemble.load_weights(self.model, checkpoint.path)
+
+    def _state_fields(self) -> dict[str, Any]:
+        """What trainer_state.json says beside the history."""
+        c, guards, loop = self.args, self._guards, self._loop()
+        return {
+            "max_steps": self.loop_total,
+            "num_train_epochs": c.train.num_train_epochs,
+            "logging_steps": c.log.logging_steps,
+            "eval_steps": c.eval.eval_steps or None,
+            "save_steps": c.save.save_steps,
+            "train_batch_size": c.train.per_device_train_batch_size,
+            "consumed_samples": loop.rows,
+            "num_input_tokens_seen": loop.tokens,
+            "best_metric": guards.early.best,
+            "best_global_step": guards.early.best_step or None,
+            "best_model_checkpoint": guards.best_checkpoint or None,
+        }
+
     def _save(self, step: int, log: RunLog) -> None:
-        loop, best = self._loop(), self._guards.early
-        state = log.state(
-            step,
-            self.stream.epoch,
-            max_steps=self.loop_total,
-            best_metric=best.best,
-            best_model_checkpoint=self._guards.best_checkpoint or None,
-        )
+        loop = self._loop()
         states = {
-            "trainer_state.json": state,
+            "trainer_state.json": log.state(step, self.stream.epoch, **self._state_fields()),
+            STATES["loop"]: loop.state_dict(),
             STATES["objective"]: loop.objective.state_dict(),
             STATES["data"]: self.stream.state_dict(),
             STATES["guards"]: self._guards.state_dict(),
@@ -277,68 +354,60 @@ class SFTTrainer:
             optimizer,
             self._trained(),
             states,
-            {ARGS_FILE: dump_config(self.args)},
+            {ARGS_FILE: dump_config(self.described)},
         )
         log.info(f"saved checkpoint-{step}")
 
-    def _resume(self, checkpoint: Checkpoint) -> int:
-        s, loop = self.args.save, self._loop()
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        loop = self._loop()
         load_optimizer(checkpoint, loop.optimizer, self._trained())
-        if s.resume_only_model:
-            print(
-                f"ernie_tune: weights of {checkpoint.path}; optimizer, data and step count start anew", file=sys.stderr
-            )
-            self.loop = self._build_loop()
-            return 0
+        loop.load_state_dict(checkpoint.read_json(STATES["loop"]))
         loop.objective.load_state_dict(checkpoint.read_json(STATES["objective"]))
         self._guards.load_state_dict(checkpoint.read_json(STATES["guards"]))
-        if not s.ignore_data_skip:
+        if not self.args.save.ignore_data_skip:
             self.stream.load_state_dict(checkpoint.read_json(STATES["data"]))
         self._epoch_seen = self.stream.epoch
-        loop.step = checkpoint.step
-        return checkpoint.step
-
-    def _write_arguments(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / ARGS_FILE).write_text(dump_config(self.args), encoding="utf-8")
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
-    def _announce(self, log: RunLog, total: int, checkpoint: Checkpoint | None) -> None:
+    def _announce(self, say: Callable[[str], None], total: int) -> None:
+        """What is trained, and the header that users grep for."""
         t = self.args.train
         trainable = sum(int(p.size) for p in self._trained().values())
-        for line in trainable_table(self.model).splitlines():
-            log.info(line)
         batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
-        log.header(
-            RunFacts(
-                self.train_rows,
-                t.num_train_epochs,
-                t.per_device_train_batch_size,
-                batch,
-                t.gradient_accumulation_steps,
-                total,
-                total * batch,
-                trainable,
-            )
+        facts = RunFacts(
+            self.train_rows,
+            t.num_train_epochs,
+            t.per_device_train_batch_size,
+            batch,
+            t.gradient_accumulation_steps,
+            total,
+            total * batch,
+            trainable,
         )
-        if checkpoint:
-            log.info(
-                f"resuming from {checkpoint.path}: step {checkpoint.step} of {total}, {self.stream.epoch:.2f} passes over the data done"
-            )
+        for line in [*trainable_table(self.model).splitlines(), *header_lines(facts)]:
+            say(line)
 
-    def _provoke_memory(self, log: RunLog) -> None:
+    def _announce_resume(self, log: RunLog, checkpoint: Checkpoint, total: int) -> None:
+        log.info(
+            f"resuming from {checkpoint.path}: step {checkpoint.step} of {total}, {self.stream.epoch:.2f} passes over the data done"
+        )
+        for path in set_aside_later(self.output_dir, checkpoint.step):
+            log.info(f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course", "WARNING")
+        if self._guards.early.exhausted:
+            log.info("the run had stopped early: nothing is left to train; raise early_stopping_patience to go on")
+
+    def _provoke_memory(self, say: Callable[[str], None]) -> None:
         """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
         loop = self._loop()
         samples = assemble.longest(self.stream)
         if not samples:
             return
         batch = collate(samples, self.processor.tokens)
-        before = loop.objective.state_dict()
+        self.model.train()
         loop.accumulate([batch])
         loop.clear_gradients()
-        loop.objective.load_state_dict(before)
-        log.info(
+        say(
             f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
         )
 
@@ -348,22 +417,29 @@ class SFTTrainer:
         if self.args.eval.load_best_model_at_end and self._guards.best_checkpoint:
             best = find_checkpoint(self.output_dir, str(self.output_dir / self._guards.best_checkpoint))
             if best is not None:
-                load_optimizer(best, self._loop().optimizer, self._trained())
+                self._take_weights(best)
                 log.info(f"finishing with {best.path}, the best by {self._guards.early.metric}")
         self.save_model(self.output_dir)
-        metrics = self.measure.after(log, self._loop().step, self.stream.epoch)
-        log.write_state(
-            self._loop().step,
-            self.stream.epoch,
-            max_steps=self.loop_total,
-            best_metric=self._guards.early.best,
-            best_model_checkpoint=self._guards.best_checkpoint or None,
-        )
+        metrics = self.measure.after(log, self._summary(log), self.stream.epoch)
+        log.write_state(self._loop().step, self.stream.epoch, **self._state_fields())
         write_loss_svg(log.history, self.output_dir / "training_loss.svg")
         if self.args.log.plot_loss:
             write_loss_png(log.history, self.output_dir / "training_loss.png")
         write_reports(self, log)
         return metrics
+
+    def _summary(self, log: RunLog) -> dict[str, float]:
+        """What train_results.json says. Times are those of the training steps, of all processes that made them, without measuring and saving."""
+        loop = self._loop()
+        losses = [r["loss"] for r in log.history if "loss" in r]
+        speed = 1 / loop.seconds if loop.seconds else 0.0
+        return {
+            "train_loss": losses[-1] if losses else 0.0,
+            "global_step": loop.step,
+            "train_runtime": loop.seconds,
+            "train_samples_per_second": loop.rows * speed,
+            "train_steps_per_second": loop.step * speed,
+        }
 
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
@@ -390,22 +466,25 @@ class _Guards:
         self.config = config
         self.early = EarlyStopping(e.early_stopping_patience, e.metric_for_best_model, e.greater_is_better)
         self.divergence, self.watch = DivergenceGuard(), LearningWatch()
+        self.forgetting: ForgettingGuard | None = None
         self.best_checkpoint = ""
         self.broken = False
 
-    def start(self, measure: Measure, output_dir: Path) -> None:
+    def start(self, measure: Measure, log: RunLog, resumed: bool) -> None:
         """Score the guard sets before training, once in the life of a run."""
-        self.forgetting = measure.forgetting_guard(output_dir)
+        self.forgetting = measure.forgetting_guard(log, resumed)
 
-    def after_step(self, record: StepRecord) -> list[Any]:
+    def after_step(self, record: StepRecord) -> list[Verdict]:
         verdict = self.divergence.look(record.step, record.loss, record.grad_norm)
         self.broken = verdict is not None and verdict.stop
         more = self.watch.look(record.step, {"loss": record.loss, "grad_norm": record.grad_norm})
         return ([verdict] if verdict else []) + more
 
-    def after_evaluation(self, step: int, metrics: Mapping[str, float], measure: Measure) -> tuple[bool, list[Any]]:
+    def after_evaluation(
+        self, step: int, metrics: Mapping[str, float], measure: Measure, log: RunLog
+    ) -> tuple[bool, list[Verdict]]:
         best, verdict = self.early.look(step, metrics)
-        return best, ([verdict] if verdict else []) + measure.look_at_guards(self.forgetting)
+        return best, ([verdict] if verdict else []) + measure.look_at_guards(log, self.forgetting)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -433,7 +512,7 @@ def _rows(data: Any) -> Sequence[Record]:
 def _recompute() -> Any:
     from paddle.distributed.fleet.utils import recompute
 
-    return recompute
+    return opened(recompute)
 
 
 @contextlib.contextmanager
@@ -445,7 +524,8 @@ def _deferred_interrupt() -> Iterator[list[int]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        print("ernie_tune: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+        # not print: a signal may come while something is being printed, and streams cannot be entered twice
+        os.write(2, b"ernie_tune: finishing this step, then saving; once more to stop at once\n")
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

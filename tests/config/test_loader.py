@@ -264,7 +264,7 @@ REFUSALS = [
     ("min_lr: 1", "run.yaml:1: min_lr (1.0) must not exceed learning_rate (0.0003)"),
     ("bf16: true\nfp16: true", "run.yaml:2: fp16 (true) and bf16 (true)"),
     ("lora_alpha: 0", "run.yaml:1: lora_alpha (0) must be above 0"),
-    ("quant_bits: 8\nlora: false", "run.yaml:1: weight_quantize_algo (weight_only_int8) must go with fine_tuning LoRA, not Full"),
+    ("quant_bits: 8\nlora: false", "run.yaml:1: weight_quantize_algo (weight_only_int8) must go with adapters (fine_tuning LoRA), not Full"),
     ("freeze_spec: a.json\nfrozen_layers: 1", "run.yaml:1: freeze_spec (a.json) must not go with"),
     ("eval_strategy: steps", "run.yaml:1: eval_strategy (steps) needs eval_steps (0) above 0"),
     ("save_steps: 0", "run.yaml:1: save_steps (0) must be above 0"),

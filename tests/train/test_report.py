@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from ernie_tune.cli.verbs import find_verb
+from ernie_tune.config.loader import split_overrides
 from ernie_tune.train.metrics import confusion
 from ernie_tune.train.report import (
     ModelCard,
@@ -170,7 +173,7 @@ def test_model_card(tmp_path: Path) -> None:
     assert "| loss | 4.0000 | – |" in text
     assert r"| train_dataset_path | a\|b.jsonl, c.jsonl |" in text
     assert "| numpy | " in text
-    for word in ("ernie-tune chat", "ernie-tune export", "ernie-tune serve", "## Licence"):
+    for word in ("ernie-tune chat out", "--lora_path out", "## Licence"):
         assert word in text
 
 
@@ -178,7 +181,18 @@ def test_model_card_of_little() -> None:
     text = model_card(card(name="a <b> `c`", environment={}))
     assert "# a &lt;b> 'c'" in text
     assert re.findall(r"^## .*", text, re.MULTILINE) == ["## Arguments", "## Licence"]
-    assert "ernie-tune export" not in usage("out", adapter=False).values()
+
+
+def test_usage_names_commands_that_exist() -> None:
+    for adapter, setting in ((True, "lora_path"), (False, "model_name_or_path")):
+        commands = [shlex.split(command) for command in usage("out", adapter).values()]
+        assert all(program == "ernie-tune" for program, *_ in commands)
+        assert [find_verb(verb).name for _, verb, *_ in commands] == ["chat", "eval", "train"]
+        assert [split_overrides(words)[0] for _, _, *words in commands] == [
+            ["out"],
+            *[["out/ernie_tune_args.yaml"]] * 2,
+        ]
+        assert [e.name for _, _, *words in commands for e in split_overrides(words)[1]] == [setting, "output_dir"]
 
 
 def test_environment_imports_nothing() -> None:
