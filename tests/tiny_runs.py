@@ -65,7 +65,7 @@ def settings(folder: Path, **changes: Any) -> TrainingArguments:
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
-        "warmup_steps": 2,
+        "warmup_steps": 1,
         "save_steps": 100,
         "eval_max_new_tokens": 3,
         "plot_loss": False,

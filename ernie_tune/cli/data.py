@@ -54,8 +54,8 @@ def run(args: list[str]) -> int:
 
     check    says what is wrong, where, and how to repair it, in English and Chinese; exit code 1 if there are errors.
              --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes FILE.check.html;
-             --json prints one object; --decode opens so many pictures (default 200); --limit shows so many of a kind (default
-             20, 0: all).
+             --json prints one object; --decode opens the first N pictures and ever fewer of the rest (default 200);
+             --limit shows N problems of a kind (default 20, 0: all).
     show     prints a row as the model sees it, the trained text marked. --row is a line number, as in messages.
     stats    prints lengths, languages, pictures, and what they say about image_max_pixels.
     convert  writes FILE.FORMAT.jsonl, or refuses a row that the format cannot express.

@@ -38,10 +38,8 @@ class Pictures:
     def check(self, record: Record) -> Iterator[Finding]:
         """What is wrong with the media of one record."""
         path, line = record.meta.path, record.meta.line
-        images, videos = list(record.images), list(record.videos)
-        for candidate in record.candidates:  # a candidate's own list begins with the record's
-            images += candidate.images[len(record.images) :]
-            videos += candidate.videos[len(record.videos) :]
+        images = dict.fromkeys([*record.images, *(image for one in record.candidates for image in one.images)])
+        videos = dict.fromkeys([*record.videos, *(video for one in record.candidates for video in one.videos)])
         frames = [frame for video in videos for frame in (video if isinstance(video, tuple) else (video,))]
         for field, source in [*(("images", image) for image in images), *(("videos", frame) for frame in frames)]:
             code = self._look_up(source)

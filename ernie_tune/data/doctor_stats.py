@@ -94,7 +94,9 @@ class Stats:
         if any(columns.domain):
             self.domains.update(columns.domain)
             if len(self.domains) > _DOMAINS:
-                self.domains = Counter(dict(self.domains.most_common(_DOMAINS // 2)))
+                kept = Counter(dict(self.domains.most_common(_DOMAINS // 2)))
+                kept["(others)"] += self.domains.total() - kept.total()
+                self.domains = kept
         lengths_n = np.fromiter(map(len, columns.answer), np.int64, len(ends_n))
         self.text.add(np.diff(ends_n, prepend=0) - 3)
         self.answers.add(lengths_n[lengths_n > 0])
@@ -103,7 +105,7 @@ class Stats:
             self._pairs += int(pair_n.sum())
             self._chosen += int(lengths_n[pair_n].sum())
             self._rejected += sum(len(text) for text, pair in zip(columns.rejected, pair_n, strict=True) if pair)
-        self._add_classes(answer_hash_n[columns.taught()])
+        self._add_classes(answer_hash_n[columns.taught() & (lengths_n > 0)])
         self._count_letters(np.frombuffer(joined, np.uint8))
         if self._probed_bytes < _PROBE_BYTES:
             text = joined[:_PROBE_BYTES].decode("utf-8", "ignore").replace("\0", "\n")
@@ -128,9 +130,8 @@ class Stats:
         lead_B = bytes_B[bytes_B >= 0xC3]
         zh = count((lead_B >= 0xE4) & (lead_B <= 0xE9))
         kana = count((bytes_B[:-1] == 0xE3) & (bytes_B[1:] >= 0x81) & (bytes_B[1:] <= 0x83))
-        symbols = count(
-            (lead_B == 0xE2) | (lead_B == 0xE3) | (lead_B >= 0xEE)
-        )  # punctuation, full-width forms, pictograms
+        # punctuation, full-width forms, pictograms
+        symbols = count((lead_B == 0xE2) | (lead_B == 0xE3) | (lead_B >= 0xEE))
         self.letters["en"] += weight * count((bytes_B | 0x20) - np.uint8(ord("a")) < 26)
         self.letters["zh"] += weight * zh
         self.letters["other"] += weight * (len(lead_B) - zh - symbols + kana)
@@ -142,11 +143,19 @@ class Stats:
     def languages(self) -> dict[str, float]:
         """Shares of zh, en and other letters."""
         total = sum(self.letters.values())
-        return {name: int(self.letters[name]) / max(1, int(total)) for name in ("zh", "en", "other")}
+        return {name: self.letters[name] / max(1, total) for name in ("zh", "en", "other")}
 
     def image_tokens(self, settings: ImageSettings) -> np.ndarray:
-        """Tokens of each opened picture under these settings."""
-        return np.array([image_tokens(size, settings) for size in self.sizes], np.int64)
+        """Tokens of each opened picture under these settings; the most they allow where its shape does not fit them."""
+        most = settings.max_pixels // settings.factor**2
+
+        def tokens(size: tuple[int, int]) -> int:
+            try:
+                return image_tokens(size, settings)
+            except ValueError:
+                return most
+
+        return np.array([tokens(size) for size in self.sizes], np.int64)
 
     def budgets(self) -> list[tuple[int, float, float]]:
         """(max_pixels, mean tokens a picture, share of pictures that it shrinks) for usual limits, up to the first that shrinks none."""

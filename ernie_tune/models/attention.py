@@ -16,9 +16,9 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
-from ernie_tune.models.layers import across, row_sum, where_needed
+from ernie_tune.models.layers import row_sum, scale_rows, where_needed
 
-# Probabilities are kept for the backward while they are smaller than this; above it they are recomputed from their log-sum-exp.
+# Probabilities are kept for the backward while they are smaller than this; above it they are made again from queries and keys.
 KEEP_PROBS_BYTES = 256 * 2**20
 # Query rows per product: later rows see more keys, so a causal segment cut in blocks skips most of its upper triangle.
 BLOCK_TOKENS = 128
@@ -75,7 +75,8 @@ class AttentionPlan:
         if key not in self._kept:
             query = np.repeat(np.arange(*rows), group)[:, None]
             live = np.arange(end) <= query
-            self._kept[key] = paddle.to_tensor(np.broadcast_to(live, (*shape, *live.shape)).astype(np.float32)).astype(dtype)
+            self._kept[key] = paddle.to_tensor(np.broadcast_to(live, (*shape, *live.shape)).astype(np.float32))
+            self._kept[key] = self._kept[key].astype(dtype)
         return self._kept[key]
 
     def blocks(self, length: int) -> Iterator[tuple[int, int, int]]:
@@ -100,7 +101,7 @@ class _SegmentAttention(PyLayer):
                 e, z = _softmax_parts(q, k, block, plan)
                 parts.append((e, z) if keep else None)
                 # Dividing H columns is cheaper than dividing as many as there are keys.
-                pieces.append(paddle.matmul(e, v[:, :, : block[2]]).multiply_(across(1.0 / z, v.shape[3])))
+                pieces.append(scale_rows(paddle.matmul(e, v[:, :, : block[2]]), 1.0 / z))
             outs.append(plan.tokens_first(_join(pieces, 2), run, heads))
             ctx.kept.append((q, k, v, parts))
         out = _join(outs, 0)
@@ -125,7 +126,7 @@ class _SegmentAttention(PyLayer):
                 a, b, end = block
                 rows = slice(a * (heads // kv_heads), b * (heads // kv_heads))
                 # softmax is e / z: z is divided out of the narrow side here too
-                g_rows = g[:, :, rows] * across(1.0 / z, width)
+                g_rows = scale_rows(g[:, :, rows], 1.0 / z)
                 g_aug = paddle.concat([g_rows, pull[:, :, rows] / z], axis=-1)
                 ds = paddle.matmul(g_aug, v_aug[:, :, :end], transpose_y=True).multiply_(e)
                 dq.append(paddle.matmul(ds, k[:, :, :end]))
@@ -146,7 +147,7 @@ def _into(total: Tensor | None, part: Tensor) -> Tensor:
     if total is None:
         return part
     if mkl.ready(total):  # Paddle's CPU kernel copies all of `total` for this
-        np.from_dlpack(total)[:, :, : part.shape[2]] += np.from_dlpack(part)
+        mkl.view(total)[:, :, : part.shape[2]] += mkl.view(part)
     else:
         total[:, :, : part.shape[2]] += part
     return total
@@ -158,11 +159,11 @@ def _softmax_parts(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: Atte
     group = q.shape[2] // k.shape[2]
     e = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
     live = plan.mask((q.shape[0], q.shape[1]), group, (a, b), end, e.dtype) if plan.causal else None
-    if not mkl.near_zero(e):
+    if far := not mkl.near_zero(e):
         if live is not None:
             e.add_((live - 1.0) * _FAR)
         mkl.below_zero_(e)
-    e = mkl.exp_(e)
+    mkl.exp_(e, far)
     if live is not None:
         e.multiply_(live)
     return e, row_sum(e)
@@ -186,7 +187,7 @@ def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Ten
     q = q_BNH.reshape([rows, kv_heads, heads // kv_heads, width]) * width**-0.5
     scores = paddle.matmul(q, k_BKCH, transpose_y=True).astype(bias_BC.dtype)
     if mkl.ready(scores):  # Paddle's broadcast costs more than the rest of this function
-        np.from_dlpack(scores)[...] += np.from_dlpack(bias_BC)[:, None, None]
+        mkl.view(scores)[...] += mkl.view(bias_BC)[:, None, None]
     else:
         scores = scores + bias_BC.unsqueeze([1, 2])
     probs = F.softmax(scores, axis=-1).astype(v_BKCH.dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 from paddle import Tensor
 
 # The vector functions: high accuracy (below one unit in the last place), denormals are zero, no error reports.
@@ -35,12 +36,27 @@ def _library() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=16)
 def _function(name: str) -> Callable[..., object]:
-    return _library()[name]  # type: ignore[index]
+    function = _library()[name]  # type: ignore[index]
+    if name.endswith("gemm_batch"):
+        function.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 13, ctypes.c_int, ctypes.c_void_p)
+    return function
 
 
-def ready(x: Tensor) -> bool:
-    """Whether these functions can work on `x` and tensors like it: float32 or float64 on the CPU, and the library is there."""
-    return x.dtype in _LETTER and x.place.is_cpu_place() and _library() is not None
+def ready(*tensors: Tensor) -> bool:
+    """Whether the library can work on these together: all float32 or all float64, on the CPU, not huge, and it is there."""
+    first = tensors[0].dtype
+    return (
+        first in _LETTER
+        and all(x.dtype == first and x.place.is_cpu_place() and x.size < 2**31 for x in tensors)
+        and _library() is not None
+    )
+
+
+def view(x: Tensor) -> np.ndarray:
+    """The tensor's own memory as an array that can be written (older NumPy's `from_dlpack` cannot); not to be kept."""
+    kind = _NUMPY[x.dtype]
+    memory = (ctypes.c_char * (x.size * np.dtype(kind).itemsize)).from_address(_address(x))
+    return np.frombuffer(memory, kind).reshape(x.shape)
 
 
 def _address(x: Tensor) -> int:
@@ -55,47 +71,47 @@ def _vector(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def tanh_(x: Tensor) -> Tensor:
-    """tanh in place."""
-    return _vector("TANH", x) if ready(x) else x.tanh_()
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2."""
+    return _vector("TANH", x * 0.5).scale_(0.5, 0.5) if ready(x) else F.sigmoid(x)
 
 
 def near_zero(x: Tensor) -> bool:
     """Whether exp of every element is far from the ends of the numbers, so that a softmax needs no shift: nearly always, and quickly seen."""
     if not ready(x):
         return False
-    limit, view = 0.75 * _EXP_LIMIT[x.dtype], np.from_dlpack(x)
-    return bool(-limit < view.min(initial=0.0) and view.max(initial=0.0) < limit)
+    limit, values = 0.75 * _EXP_LIMIT[x.dtype], view(x)
+    return bool(-limit < values.min(initial=0.0) and values.max(initial=0.0) < limit)
 
 
 def below_zero_(x: Tensor) -> Tensor:
     """Subtract each row's maximum in place."""
     if not ready(x):
         return x.subtract_(x.max(-1, keepdim=True))
-    view = np.from_dlpack(x)
-    view -= view.max(-1, keepdims=True)
+    values = view(x)
+    values -= values.max(-1, keepdims=True)
     return x
 
 
-def exp_(x: Tensor) -> Tensor:
-    """exp in place; below -80 (-700 in float64) it stays at exp(-80), which is nothing beside a softmax's largest."""
+def exp_(x: Tensor, far: bool) -> Tensor:
+    """exp in place; `far`, not `near_zero`: below -80 (-700 in float64) it stays at exp(-80), which is nothing beside a softmax's largest."""
     if not ready(x):
         return x.exp_()
     limit = _EXP_LIMIT[x.dtype]
-    if np.from_dlpack(x).min(initial=0.0) < -limit:
-        x.clip_(min=-limit)
-    return _vector("EXP", x)
+    return _vector("EXP", x.clip_(-limit, limit) if far else x)
 
 
 def rows_by_matrices(x_MD: Tensor, weight_EDI: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
     """Each expert's rows times its matrix, [M, I]; `transposed`: x is [M, I], the result [M, D]."""
+    x_MD, weight_EDI = x_MD.contiguous(), weight_EDI.contiguous()
     _, depth, inner = weight_EDI.shape
     n_in, n_out = (inner, depth) if transposed else (depth, inner)
+    _check(counts, weight_EDI.shape[0], x_MD, n_in)
     out = paddle.empty([x_MD.shape[0], n_out], x_MD.dtype)
     experts, rows, start = _split(counts)
     _products(
         x_MD.dtype,
-        (rows, np.full_like(rows, n_out), np.full_like(rows, n_in)),
+        (rows, n_out, n_in),
         (x_MD, start * n_in, n_in, False),
         (weight_EDI, experts * depth * inner, inner, transposed),
         (out, start * n_out, n_out),
@@ -105,17 +121,28 @@ def rows_by_matrices(x_MD: Tensor, weight_EDI: Tensor, counts: Sequence[int], tr
 
 def rows_by_rows(x_MD: Tensor, grad_MI: Tensor, counts: Sequence[int]) -> Tensor:
     """x^T grad over each expert's rows, [E, D, I]: the gradient of its matrix, zero where it has no rows."""
+    x_MD, grad_MI = x_MD.contiguous(), grad_MI.contiguous()
     depth, inner = x_MD.shape[1], grad_MI.shape[1]
+    _check(counts, len(counts), x_MD, depth)
+    _check(counts, len(counts), grad_MI, inner)
     out = (paddle.zeros if 0 in counts else paddle.empty)([len(counts), depth, inner], x_MD.dtype)
     experts, rows, start = _split(counts)
     _products(
         x_MD.dtype,
-        (np.full_like(rows, depth), np.full_like(rows, inner), rows),
+        (depth, inner, rows),
         (x_MD, start * depth, depth, True),
         (grad_MI, start * inner, inner, False),
         (out, experts * depth * inner, inner),
     )
     return out
+
+
+def _check(counts: Sequence[int], experts: int, x: Tensor, width: int) -> None:
+    """The library believes what it is told and would read beyond the end."""
+    if len(counts) != experts or x.shape != [sum(counts), width]:
+        raise ValueError(
+            f"rows ({x.shape}) must be {sum(counts)} of width {width} for the counts {tuple(counts)} of {experts} expert(s); pass the router's counts"
+        )
 
 
 def _split(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,13 +154,13 @@ def _split(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _products(
     dtype: paddle.dtype,
-    sizes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    sizes: tuple[int | np.ndarray, int | np.ndarray, int | np.ndarray],
     left: tuple[Tensor, np.ndarray, int, bool],
     right: tuple[Tensor, np.ndarray, int, bool],
     out: tuple[Tensor, np.ndarray, int],
 ) -> None:
     """One `cblas_?gemm_batch`: product i has `sizes` (rows, columns, depth) and operands (tensor, element where it begins, row length, transposed)."""
-    count = len(sizes[0])
+    count = len(out[1])
     if not count:
         return
     kind = _NUMPY[dtype]
@@ -142,16 +169,16 @@ def _products(
     ints, at, factors = np.empty((9, count), np.int32), np.empty((3, count), np.uintp), np.empty((2, count), kind)
     for row, value in zip(ints, (*flags, *sizes, left[2], right[2], out[2], 1), strict=True):
         row[:] = value
-    for row, (tensor, begin, *_) in zip(at, (left, right, out), strict=True):
-        row[:] = begin * size + _address(tensor)
+    for i, (tensor, begin, *_) in enumerate((left, right, out)):
+        at[i] = begin * size + _address(tensor)
     factors[0], factors[1] = 1, 0
     transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(ints)
     (a, b, c), (alpha, beta) = _rows(at), _rows(factors)
-    _function(f"cblas_{_LETTER[dtype]}gemm_batch")(
-        _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, count, group
-    )
+    batch = _function(f"cblas_{_LETTER[dtype]}gemm_batch")
+    batch(_ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, count, group)
 
 
-def _rows(table: np.ndarray) -> list[ctypes.c_void_p]:
+def _rows(table: np.ndarray) -> range:
     """Where each row of a C-contiguous table begins."""
-    return [ctypes.c_void_p(table.ctypes.data + i * table.strides[0]) for i in range(len(table))]
+    begin = table.__array_interface__["data"][0]
+    return range(begin, begin + table.nbytes, table.strides[0])

@@ -17,7 +17,7 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
 from ernie_tune.models.config import ModelConfig, MoEConfig
-from ernie_tune.models.layers import GatedMLP, across, row_sum, swiglu, where_needed
+from ernie_tune.models.layers import GatedMLP, row_sum, scale_rows, swiglu, where_needed
 from ernie_tune.models.router_losses import RouterLossWeights, router_loss
 
 
@@ -80,7 +80,7 @@ class _Combine(PyLayer):
         weight_M1 = _by_slot(weight_Tk, order_M, out_MD)
         ctx.frozen = (out_MD.stop_gradient, weight_Tk.stop_gradient)
         ctx.save_for_backward(out_MD, weight_M1, token_of_M, slot_of_Tk)
-        return _sum_slots(out_MD * across(weight_M1, out_MD.shape[1]), slot_of_Tk)
+        return _sum_slots(scale_rows(out_MD, weight_M1), slot_of_Tk)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
@@ -89,7 +89,7 @@ class _Combine(PyLayer):
         product = grad_MD * out_MD
         dweight_M1 = row_sum(product.astype("float32") if product.dtype == paddle.bfloat16 else product)
         dweight = paddle.gather(dweight_M1, slot_of_Tk.reshape([-1])).reshape(slot_of_Tk.shape)
-        dout_MD = grad_MD * across(weight_M1, grad_MD.shape[1])
+        dout_MD = scale_rows(grad_MD, weight_M1)
         return *where_needed(ctx.frozen, dout_MD, dweight), None, None, None
 
 
@@ -102,13 +102,13 @@ def combine(out_MD: Tensor, weight_Tk: Tensor, order_M: Tensor, token_of_M: Tens
     """Sum the k expert outputs of each token by its weights."""
     if paddle.is_grad_enabled():
         return _Combine.apply(out_MD, weight_Tk, order_M, token_of_M, slot_of_Tk)
-    return _sum_slots(out_MD * across(_by_slot(weight_Tk, order_M, out_MD), out_MD.shape[1]), slot_of_Tk)
+    return _sum_slots(scale_rows(out_MD, _by_slot(weight_Tk, order_M, out_MD)), slot_of_Tk)
 
 
 def _sum_slots(x_MD: Tensor, slot_of_Tk: Tensor) -> Tensor:
     total = paddle.gather(x_MD, slot_of_Tk[:, 0])
     for j in range(1, slot_of_Tk.shape[1]):
-        total = total + paddle.gather(x_MD, slot_of_Tk[:, j])
+        total.add_(paddle.gather(x_MD, slot_of_Tk[:, j]))
     return total
 
 
@@ -123,7 +123,7 @@ class _GroupedMatmul(PyLayer):
     def backward(ctx, grad_MI):  # type: ignore[no-untyped-def]
         x_MD, weight_EDI = ctx.saved_tensor()
         dx = dw = None
-        fast = mkl.ready(grad_MI)
+        fast = mkl.ready(grad_MI, x_MD, weight_EDI)
         if not x_MD.stop_gradient and fast:
             dx = mkl.rows_by_matrices(grad_MI, weight_EDI, ctx.counts, transposed=True)
         elif not x_MD.stop_gradient:
@@ -141,7 +141,7 @@ class _GroupedMatmul(PyLayer):
 
 
 def _grouped(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
-    if mkl.ready(x_MD):
+    if mkl.ready(x_MD, weight_EDI):
         return mkl.rows_by_matrices(x_MD, weight_EDI, counts)
     parts = [paddle.matmul(x_MD[a:b], weight_EDI[e]) for e, a, b in _slices(counts)]
     if not parts:

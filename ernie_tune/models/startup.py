@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import mmap
 import time
 
 import numpy as np
@@ -24,6 +25,22 @@ def keep_freed_memory() -> bool:
     elementwise pass over it. False where the C library has no mallopt."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if ctypes.util.find_library("c") else None
     return bool(mallopt and mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def prefer_huge_pages(size: int = 2**30 - 2**20) -> bool:
+    """Grow the heap by `size` bytes that nobody touches yet, and let Linux back them with 2 MiB pages as they are used: a step walks through more
+    memory than the processor keeps small pages' addresses for (2-4 %). False where that is not to be had."""
+    libc = ctypes.CDLL(None)
+    if not all(hasattr(libc, name) for name in ("malloc", "madvise", "free")):
+        return False
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))
+    if not block:
+        return False
+    first = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+    failed = libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(block + size - first), mmap.MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(block))
+    return not failed
 
 
 def check_product(size: int = _SIZE) -> tuple[float, float]:
@@ -45,7 +62,8 @@ def prepare_device() -> str:
     """Run the checks once and return the line to print; "" on a GPU and on later calls. Raises RuntimeError when the product is wrong."""
     if _checked or not paddle.get_device().startswith("cpu"):
         return ""
-    keep_freed_memory()
+    if keep_freed_memory():
+        prefer_huge_pages()
     error, gflops = check_product()
     if not error < 1e-5:
         raise RuntimeError(

@@ -11,7 +11,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
-from ernie_tune.models.layers import across, row_sum
+from ernie_tune.models.layers import row_sum, scale_rows
 
 # Scores are made and consumed in chunks that stay in the processor's cache.
 CHUNK_BYTES = 16 * 2**20
@@ -49,11 +49,12 @@ class _TokenLogp(PyLayer):
                 e, z = _scored(hidden_TD[a:b], weight, target_T[a:b], transposed, temperature)[1:]
             else:
                 e, z = ctx.kept[i]
-            scale = across(-grad_T1[a:b] / z, hidden_TD.shape[1])
+            scale_n1 = -grad_T1[a:b] / z
             if not hidden_TD.stop_gradient:
-                dh.append(paddle.matmul(e.astype(weight.dtype), weight, transpose_y=not transposed).astype(e.dtype) * scale)
+                product = paddle.matmul(e.astype(weight.dtype), weight, transpose_y=not transposed)
+                dh.append(scale_rows(product.astype(e.dtype), scale_n1))
             if not weight.stop_gradient:
-                rows = hidden_TD[a:b].astype(e.dtype) * scale
+                rows = scale_rows(hidden_TD[a:b].astype(e.dtype), scale_n1)
                 left, right = (e, rows) if transposed else (rows, e)
                 part = paddle.matmul(left, right, transpose_x=True)
                 dw = part if dw is None else dw.add_(part)
@@ -77,11 +78,11 @@ def _scored(
         scores = scores.astype("float32")
     if temperature != 1.0:
         scores = scores / temperature
-    if not mkl.near_zero(scores):
+    if far := not mkl.near_zero(scores):
         mkl.below_zero_(scores)
     at = paddle.to_tensor(np.arange(target.shape[0]) * scores.shape[1]) + target
     picked = paddle.gather(scores.reshape([-1]), at).unsqueeze(1)
-    e = mkl.exp_(scores)
+    e = mkl.exp_(scores, far)
     z = row_sum(e)
     return picked - paddle.log(z), e, z
 

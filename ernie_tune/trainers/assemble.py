@@ -120,22 +120,20 @@ def load_weights(model: ErnieModel, folder: Path) -> None:
 
 def train_sets(config: RunConfig, signals: tuple[str, ...]) -> list[Rows]:
     """The training files as lazy data sets, in the order given."""
-    d = config.data
-    types = d.train_dataset_type * len(d.train_dataset_path) if len(d.train_dataset_type) == 1 else d.train_dataset_type
-    return [
-        load_dataset(path, kind, dataset_dir=d.dataset_dir or ".", signals=signals, seed=config.train.seed)
-        for path, kind in zip(d.train_dataset_path, types, strict=True)
-    ]
+    return _files(config, config.data.train_dataset_path, config.data.train_dataset_type, signals)
 
 
 def eval_set(config: RunConfig, signals: tuple[str, ...]) -> Rows:
     """The evaluation files as one data set; empty where none are given."""
-    d = config.data
-    if not d.eval_dataset_path:
-        return []
-    return load_dataset(
-        list(d.eval_dataset_path), d.eval_dataset_type[0], dataset_dir=d.dataset_dir or ".", signals=signals
-    )
+    return _Chain(_files(config, config.data.eval_dataset_path, config.data.eval_dataset_type, signals))
+
+
+def _files(config: RunConfig, paths: tuple[str, ...], types: tuple[str, ...], signals: tuple[str, ...]) -> list[Rows]:
+    kinds, folder = types * len(paths) if len(types) == 1 else types, config.data.dataset_dir or "."
+    return [
+        load_dataset(path, kind, dataset_dir=folder, signals=signals, seed=config.train.seed)
+        for path, kind in zip(paths, kinds, strict=True)
+    ]
 
 
 class Subset(Sequence[Record]):
@@ -179,9 +177,9 @@ class _Chain(Sequence[Record]):
         place = range(len(self))[i]
         for part in self.parts:
             if place < len(part):
-                return part[place]
+                break
             place -= len(part)
-        raise AssertionError("range() has refused other places")
+        return part[place]
 
 
 def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
@@ -247,7 +245,7 @@ def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sam
     if f.freeze_spec:
         given = FreezeSpec.from_json(f.freeze_spec)
         spec = FreezeSpec(given.trainable, given.frozen, f.freeze_config)
-    if m.fine_tuning == "Freeze" and spec == FreezeSpec():
+    if m.fine_tuning == "Freeze" and not (spec.trainable or spec.frozen or spec.freeze_config):
         raise ValueError(
             "fine_tuning (Freeze) must come with trainable_layers, frozen_layers, freeze_spec or freeze_config; set one, or fine_tuning: Full"
         )

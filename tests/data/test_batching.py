@@ -134,7 +134,9 @@ def test_rows_that_are_too_long_are_deleted_cut_or_refused() -> None:
     limit = len(ids) - 5
     assert Encoder(PROCESSOR, limit)(LONG, dropped) is None
     assert Encoder(PROCESSOR, limit)(LONG, dropped) is None
-    assert dropped.lines() == [f"dropped 2 row(s): longer than max_seq_len ({limit} tokens), first at a row that is in no file"]
+    assert dropped.lines() == [
+        f"dropped 2 row(s): longer than max_seq_len ({limit} tokens), first at a row that is in no file"
+    ]
     left = Encoder(PROCESSOR, limit, "left")(LONG, Dropped())
     right = Encoder(PROCESSOR, limit, "right")(LONG, Dropped())
     assert left is not None
@@ -301,7 +303,7 @@ def test_a_stream_refuses_data_without_usable_rows_and_states_of_others() -> Non
     assert state["waiting"] == [2]
     with pytest.raises(ValueError, match="row at position 2 must be usable as in the saved run; restore max_seq_len"):
         stream([4, 5, 3], limit=2, packing=True).load_state_dict(state)
-    with pytest.raises(ValueError, match="lengths .* must be that of the saved run"):
+    with pytest.raises(ValueError, match=r"lengths .* must be that of the saved run"):
         stream([4, 5, 3, 1], limit=10, packing=True).load_state_dict(state)
 
 

@@ -132,6 +132,25 @@ def test_pixel_budget(pictures: Report) -> None:
     assert dict(pictures.stats.media) == {1: 9, 2: 1}
 
 
+def test_pictures_that_fit_no_small_budget(tmp_path: Path) -> None:
+    Image.new("RGB", (5600, 28)).save(tmp_path / "strip.png")
+    stats = scan(tmp_path, [{"prompt": "<image>q", "response": "a", "image": "strip.png"}]).stats
+    assert [tokens for _, tokens, _ in stats.budgets()] == [224 * 224 // 784, 202]
+
+
+def test_rows_without_answers_are_no_class(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "evidence": ["x"]} for i in range(30)]
+    assert counts(scan(tmp_path, rows)) == {}
+
+
+def test_too_many_domains_are_summed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "response": f"a{i}", "domain": f"d{i}" if i % 2 else "main"} for i in range(3000)]
+    domains = scan(tmp_path, rows).stats.domains
+    assert domains.most_common(1) == [("main", 1500)]
+    assert domains.total() == 3000
+    assert len(domains) <= 1001 + 500
+
+
 def test_reports_agree(pictures: Report) -> None:
     lines = list(as_text(pictures))
     assert lines[0].endswith("fix: write it, or drop the row (--fix drops it)")

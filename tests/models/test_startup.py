@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import paddle
 import pytest
 
@@ -27,3 +29,7 @@ def test_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paddle, "matmul", lambda a, b: real(a, b) + 1.0)
     with pytest.raises(RuntimeError, match="unset MKL_DEBUG_CPU_TYPE"):
         startup.prepare_device()
+
+
+def test_huge_pages_are_asked_for_where_linux_has_them() -> None:
+    assert startup.prefer_huge_pages(2**22) == Path("/sys/kernel/mm/transparent_hugepage").exists()

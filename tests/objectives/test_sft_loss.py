@@ -33,7 +33,7 @@ def test_reductions_have_their_values_and_gradients(norm: str) -> None:
 def test_rows_may_come_one_by_one(norm: str) -> None:
     total = count = 0.0
     for row in (0, 1):
-        mine = ROW == row
+        mine = row == ROW
         coefficient, n = token_coefficients(np.ones(mine.sum()), ROW[mine] * 0, TOKENS[[row]], norm)
         out = sft_loss(paddle.to_tensor(-np.array(LOSSES)[mine]), coefficient, n)
         total, count = total + float(out.total), count + out.count

@@ -53,7 +53,9 @@ def test_the_loss_is_that_of_an_independent_forward(rows: Sequence[Record], gold
 
 def test_a_loss_over_nothing_is_refused(rows: Sequence[Record], golden_model: Any) -> None:
     model = golden_model("tiny-b")
-    with pytest.raises(ValueError, match=r"must hold one that can be measured: dropped 7 row\(s\): longer than max_seq"):
+    with pytest.raises(
+        ValueError, match=r"must hold one that can be measured: dropped 7 row\(s\): longer than max_seq"
+    ):
         evaluation_loss(model, rows, Encoder(PROCESSOR, 5), 2)
     with pytest.raises(ValueError, match="must hold one that can be measured: there is none"):
         evaluation_loss(model, [], Encoder(PROCESSOR, 100), 2)
@@ -86,9 +88,7 @@ def test_answers_come_in_the_order_of_the_questions(
 
     monkeypatch.setattr(evaluate, "generate", scripted)
     asked = [question(row) for row in rows]
-    expected = [
-        str(PROCESSOR.encode(r.messages[:-1], r.images, add_generation_prompt=True).num_tokens) for r in rows
-    ]
+    expected = [str(PROCESSOR.encode(r.messages[:-1], r.images, add_generation_prompt=True).num_tokens) for r in rows]
     assert answers(golden_model("tiny-b"), PROCESSOR, asked, max_new_tokens=6, rows=3) == expected
     assert sizes == [3, 3, 1]
     assert len(set(expected)) > 3

@@ -41,7 +41,11 @@ def windows(samples: list[Sample]) -> dict[str, list[MicroBatch]]:
     cuts = {
         "8x1": [samples],
         "1x8": [[s] for s in samples],
-        "packed": [[samples[1], samples[2], samples[4]], [samples[0], samples[3], samples[5], samples[7]], [samples[6]]],
+        "packed": [
+            [samples[1], samples[2], samples[4]],
+            [samples[0], samples[3], samples[5], samples[7]],
+            [samples[6]],
+        ],
     }
     return {name: [collate(part, processor().tokens) for part in cut] for name, cut in cuts.items()}
 
@@ -77,7 +81,10 @@ def test_one_gradient_however_the_window_is_cut(
     assert norm_of_all > 0.1
     silent = [name for name, g in gradient.items() if not np.abs(g).max() > 0]
     # What the last layer does to image tokens reaches no target; every other parameter has a part in the loss.
-    assert sorted(silent) == ["layers.3.mlp.gate.weight_1", *(f"layers.3.mlp.vision_experts.{p}_proj" for p in ("down", "up_gate"))]
+    assert sorted(silent) == [
+        "layers.3.mlp.gate.weight_1",
+        *(f"layers.3.mlp.vision_experts.{p}_proj" for p in ("down", "up_gate")),
+    ]
     for name in ("1x8", "packed"):
         other, grads = results[name]
         assert other == pytest.approx(value, rel=tolerance if dtype == "float32" else 1e-7)  # sums of float32 weights

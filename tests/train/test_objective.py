@@ -147,7 +147,9 @@ def test_uncertainty_factors_reach_loss_and_gradient(norm: str) -> None:
         out = single(model, rows[0], None, None)
         (0.5 * math.exp(-s) * out.total / single.begin(rows)).backward()
     np.testing.assert_allclose(got, model.head.grad.numpy(), atol=1e-7)  # weights of tokens are float32
-    metrics = {k: tuple(map(sum, zip(*(o.metrics[k] for o in outs if k in o.metrics), strict=True))) for k in outs[0].metrics}
+    metrics = {
+        k: tuple(map(sum, zip(*(o.metrics[k] for o in outs if k in o.metrics), strict=True))) for k in outs[0].metrics
+    }
     objective.end(metrics)  # type: ignore[arg-type]
     for task, before in (("a", 0.3), ("b", -0.2)):
         slope = 0.5 - 0.5 * math.exp(-before) * alone[task]

@@ -59,7 +59,9 @@ def test_only_complete_checkpoints_are_found_by_number_not_by_name(tmp_path: Pat
 def test_a_named_folder_must_be_a_complete_checkpoint(name: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-200").mkdir()
     complete(tmp_path / "checkpoint-best", 1)
-    with pytest.raises(ValueError, match=rf"resume_from_checkpoint \(.*{name}\) must be a complete checkpoint-N folder"):
+    with pytest.raises(
+        ValueError, match=rf"resume_from_checkpoint \(.*{name}\) must be a complete checkpoint-N folder"
+    ):
         find_checkpoint(tmp_path, str(tmp_path / name))
 
 
@@ -86,9 +88,10 @@ def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
     def killed(path: Path) -> None:
         raise SystemExit
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr("ernie_tune.train.state.shutil.rmtree", killed)
-        rotate(tmp_path, 1)
+        with pytest.raises(SystemExit):
+            rotate(tmp_path, 1)
     assert [c.step for c in complete_checkpoints(tmp_path)] == [2]
     (tmp_path / "checkpoint-final.tmp").mkdir()  # not ours
     assert [p.name for p in remove_unfinished(tmp_path)] == ["checkpoint-1.tmp"]
@@ -112,9 +115,7 @@ def trained(value: float = 1.0) -> tuple[dict[str, paddle.Tensor], paddle.optimi
     named = {"norm.weight": layer.create_parameter([3]), "lm_head.weight": layer.create_parameter([2, 2])}
     for p in named.values():
         p.set_value(paddle.full_like(p, value))
-    optimizer = build_adamw(
-        list(named.items()), lambda _: 1.0, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8
-    )
+    optimizer = build_adamw(list(named.items()), lambda _: 1.0, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8)
     return named, optimizer
 
 
@@ -176,11 +177,15 @@ def test_parameters_of_another_run_are_refused(tmp_path: Path) -> None:
         {**named, "embed_tokens.weight": wide},  # more
         {**named, "lm_head.weight": wide},  # of another shape
     ):
-        with pytest.raises(ValueError, match=r"parameters that .*checkpoint-3 holds \(2\) must be those .* differ, first"):
+        with pytest.raises(
+            ValueError, match=r"parameters that .*checkpoint-3 holds \(2\) must be those .* differ, first"
+        ):
             load_values(found, other)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("odd"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("odd"), KeyboardInterrupt()]
+)
 def test_a_save_that_fails_leaves_no_trace(error: BaseException, tmp_path: Path) -> None:
     save(tmp_path, step=2)
     before = json.loads((tmp_path / "checkpoint-2" / "data.json").read_text(encoding="utf-8"))

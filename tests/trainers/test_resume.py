@@ -22,6 +22,7 @@ from ernie_tune.config.loader import dump_config
 from ernie_tune.train import state
 from ernie_tune.trainers.sft import SFTTrainer
 
+ROOT = Path(__file__).parents[2]
 # In a checkpoint: paths, and what a clock says.
 INDIVIDUAL = ("ernie_tune_args.yaml", "trainer_state.json", "loop_state.json")
 
@@ -30,7 +31,8 @@ class Crash(Exception):
     pass
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, folder: Path, **changes: Any) -> None:
+    """A run whose process dies after a step."""
     observe = SFTTrainer._observe
 
     def then_crash(self: SFTTrainer, record: Any, *rest: Any) -> None:
@@ -38,7 +40,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if record.step == step:
             raise Crash
 
-    monkeypatch.setattr(SFTTrainer, "_observe", then_crash)
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "_observe", then_crash)
+        with pytest.raises(Crash):
+            train(folder, **changes)
 
 
 def two_files(folder: Path) -> dict[str, Any]:
@@ -84,10 +89,9 @@ CASES: dict[str, Any] = {
 def test_ten_steps_are_five_and_five(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"max_steps": 10, "save_steps": 5, **CASES[case](tmp_path)}
     whole = train(tmp_path, output_dir=tmp_path / "whole", **changes)
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at(patch, 7)  # two steps after the checkpoint: they must be made, and logged, again
-        train(tmp_path, output_dir=tmp_path / "parts", **changes)
     parts = tmp_path / "parts"
+    # two steps after the checkpoint: they must be made, and logged, again
+    crash_at(monkeypatch, 7, tmp_path, output_dir=parts, **changes)
     assert checkpoints(parts) == ["checkpoint-5"]
     train(tmp_path, output_dir=parts, **changes)
     for step in (5, 10):
@@ -108,15 +112,18 @@ def test_ten_steps_are_five_and_five(case: str, tmp_path: Path, monkeypatch: pyt
 def kill_once(command: list[str], dice: random.Random) -> bool:
     """Start the run, kill it some moment after one of its next checkpoints began to be written; False if it ended before."""
     after, delay = dice.randrange(1, 3), dice.random() * 0.3
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    ) as child:
+        assert child.stdout is not None
         seen = 0
-        for line in child.stdout or ():
+        for line in child.stdout:
             seen += "] - loss: " in line  # saving follows
             if seen == after:
                 time.sleep(delay)
                 child.kill()
                 break
-        (child.stdout or sys.stdin).read()
+        child.stdout.read()
     return child.returncode == -signal.SIGKILL
 
 
@@ -130,13 +137,14 @@ def test_a_killed_run_equals_one_that_was_not(tmp_path: Path) -> None:
     dice = random.Random(kills)
     done = [kill_once(command, dice) for _ in range(kills)]
     assert any(done), "no kill came in time"
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
     last = changes["max_steps"]
     assert checkpoints(killed) == [f"checkpoint-{last - 1}", f"checkpoint-{last}"]
     for step in (last - 1, last):
         same_bytes(whole / f"checkpoint-{step}", killed / f"checkpoint-{step}", INDIVIDUAL)
     assert history(whole) == history(killed)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert not list(killed.glob("*.tmp"))
     print(f"{sum(done)} of {kills} kills hit")
 
 
@@ -251,6 +259,18 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path:
     assert steps_logged(out) == [1, 2, 3, 4]
 
 
+def test_a_run_may_go_on_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    old = train(tmp_path, save_steps=1)
+    new = {"output_dir": tmp_path / "new", "save_steps": 1, "resume_from_checkpoint": str(old / "checkpoint-2")}
+    crash_at(monkeypatch, 4, tmp_path, **new)
+    assert f"resuming from {old}/checkpoint-2: step 2 of 4" in capsys.readouterr().out
+    train(tmp_path, **new)
+    assert f"resuming from {tmp_path}/new/checkpoint-3: step 3 of 4" in capsys.readouterr().out
+    assert history(tmp_path / "new") == history(old)
+    assert checkpoints(old) == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
+    same_bytes(old / "checkpoint-4", tmp_path / "new" / "checkpoint-4", INDIVIDUAL)
+
+
 def test_weights_alone_start_a_new_run_that_can_itself_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -263,9 +283,7 @@ def test_weights_alone_start_a_new_run_that_can_itself_be_resumed(
         with pytest.raises(ValueError, match=r"must go with resume_from_checkpoint .* a checkpoint outside output_dir"):
             train(tmp_path, **bad)
     new = {**only, "output_dir": tmp_path / "new", "learning_rate": 1e-20, "max_steps": 3, "save_steps": 1}
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at(patch, 2)
-        train(tmp_path, **new)
+    crash_at(monkeypatch, 2, tmp_path, **new)
     assert f"weights of {old}/checkpoint-4; optimizer, data and step count start anew" in capsys.readouterr().err
     train(tmp_path, **new)  # goes on from its own checkpoint-1, not from the old run's again
     assert f"resuming from {tmp_path}/new/checkpoint-1" in capsys.readouterr().out
