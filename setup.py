@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ernie_tune" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.search(
+    r'__version__ = "([^"]+)"', (HERE / "ernie_tune" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
 
 setup(
     name="ernie-tune",
@@ -18,10 +20,20 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ernie_tune", "ernie_tune.*"]),
     package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*"]},
-    install_requires=["numpy>=1.24", "safetensors>=0.4", "sentencepiece>=0.2", "pillow>=10.4", "pyyaml>=6", "tqdm>=4.60", "jinja2>=3.1"],
+    install_requires=[
+        "numpy>=1.24",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "pillow>=10.4",
+        "pyyaml>=6",
+        "tqdm>=4.60",
+        "jinja2>=3.1",
+    ],
     extras_require={
         "cpu": ["paddlepaddle>=3.3"],
-        "gpu": ["paddlepaddle-gpu>=3.3"],  # from Paddle's own index: https://www.paddlepaddle.org.cn/packages/stable/cu126/
+        "gpu": [
+            "paddlepaddle-gpu>=3.3"
+        ],  # from Paddle's own index: https://www.paddlepaddle.org.cn/packages/stable/cu126/
         "video": ["av>=12"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "types-tqdm", "av>=12"],

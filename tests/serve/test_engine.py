@@ -1,0 +1,125 @@
+"""serve/engine.py: streams that add up to answers, thoughts apart, pictures, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import IMAGES, processor
+
+from ernie_tune.models.generation import TokenEvent, generate
+from ernie_tune.serve import engine as engine_module
+from ernie_tune.serve.engine import Answer, Delta, Engine, Request
+
+PROCESSOR = processor()
+
+
+def asked(text: str, **more: Any) -> Request:
+    return Request([{"role": "user", "content": text}], **more)
+
+
+PICTURE = asked("<image>read the digit", images=[str(IMAGES / "0003.png")])
+REQUESTS = [asked("why"), PICTURE, asked("a longer question than the other", thinking=True)]
+
+
+@pytest.fixture
+def engine(golden_model: Any) -> Engine:
+    return Engine(golden_model("tiny-b"), PROCESSOR)
+
+
+def whole(deltas: Sequence[Delta]) -> tuple[str, str, str]:
+    assert [d.finish_reason for d in deltas[:-1]] == [""] * (len(deltas) - 1), "only the last one ends it"
+    return "".join(d.content for d in deltas), "".join(d.reasoning_content for d in deltas), deltas[-1].finish_reason
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=["text", "picture", "thinking"])
+def test_a_stream_adds_up_to_the_answer(request_: Request, engine: Engine) -> None:
+    params = engine.params(max_new_tokens=8)
+    answer = engine.answer([request_], params)[0][0]
+    assert whole(list(engine.stream(request_, params))) == (
+        answer.content,
+        answer.reasoning_content,
+        answer.finish_reason,
+    )
+    encoded = PROCESSOR.encode(
+        request_.messages, request_.images, thinking=request_.thinking, add_generation_prompt=True
+    )
+    by_hand = generate(engine.model, [encoded.row], PROCESSOR.tokens, params)[0][0]
+    assert answer.token_ids == tuple(by_hand.token_ids)
+    assert answer.logps == pytest.approx(by_hand.logps)
+    assert answer.prompt_tokens == encoded.num_tokens
+    if request_.thinking:
+        assert not answer.content, "a thought that never ends stays a thought"
+        assert answer.reasoning_content
+
+
+def test_requests_in_one_batch_are_answered_as_if_alone(engine: Engine) -> None:
+    params = engine.params(max_new_tokens=5)
+    together = engine.answer(REQUESTS, params)
+    for request_, answers in zip(REQUESTS, together, strict=True):
+        alone = engine.answer([request_], params)[0]
+        assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
+
+
+def test_samples_differ_and_repeat_with_their_seed(engine: Engine) -> None:
+    params = engine.params(max_new_tokens=4, temperature=1.0, n=3, seed=5)
+    first, second = (engine.answer([PICTURE], params)[0] for _ in range(2))
+    assert [a.token_ids for a in first] == [a.token_ids for a in second]
+    assert len({a.token_ids for a in first}) > 1
+    assert whole(list(engine.stream(PICTURE, params)))[2] == "length", "a stream is one answer, whatever n"
+
+
+def test_media_tokens_cannot_be_answered(engine: Engine) -> None:
+    params = engine.params(temperature=0.5)
+    assert set(params.banned_ids) >= {600, 601, 602}
+    assert params.stop_ids == PROCESSOR.stop_ids
+    assert params.temperature == 0.5
+
+
+def test_a_picture_matters_and_a_bad_one_is_refused(engine: Engine) -> None:
+    params = engine.params(max_new_tokens=1, temperature=1.0)
+    other = asked("<image>read the digit", images=[str(IMAGES / "0008.png")])
+    logps = [engine.answer([r], params)[0][0].logps[0] for r in (PICTURE, other)]
+    assert not np.isclose(*logps)
+    with pytest.raises(
+        ValueError, match=r"number of <image> tags .* \(1\) must equal the number of images given \(0\)"
+    ):
+        list(engine.stream(asked("<image>x"), params))
+    with pytest.raises(ValueError, match="no such file"):
+        engine.answer([asked("<image>x", images=["nowhere.png"])], params)
+
+
+def script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A model that answers with the tokens of `text`, then stops."""
+
+    def stream(model: Any, rows: Any, *_: Any) -> Iterator[TokenEvent]:
+        ids = [*PROCESSOR.tokenizer.encode(text, allow_special=True), PROCESSOR.stop_ids[0]]
+        for i, token in enumerate(ids):
+            yield TokenEvent(0, 0, token, -0.5, "stop" if i == len(ids) - 1 else "")
+
+    monkeypatch.setattr(engine_module, "stream", stream)
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "thought", "content"),
+    [
+        ("七 is seven", None, "", "七 is seven"),
+        ("<think>\nso it is\n</think>\n\n七", None, "so it is", "七"),
+        ("\nso it is\n</think>\n\n七", True, "so it is", "七"),  # the prompt opened the thought
+        ("never ends", True, "never ends", ""),
+    ],
+)
+def test_thoughts_are_told_from_answers(
+    text: str, thinking: bool | None, thought: str, content: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, text)
+    request_ = asked("what?", thinking=thinking)
+    deltas = list(engine.stream(request_, engine.params()))
+    assert whole(deltas) == (content, thought, "stop")
+    answer = engine.answer([request_], engine.params())[0][0]
+    assert (answer.content, answer.reasoning_content, answer.finish_reason) == (content, thought, "stop")
+    assert isinstance(answer, Answer)
+    assert answer.logps == (-0.5,) * len(answer.token_ids)
+    assert all("\ufffd" not in d.content + d.reasoning_content for d in deltas), "no half characters"
