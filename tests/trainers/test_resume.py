@@ -17,6 +17,7 @@ import pytest
 from tiny_runs import checkpoints, history, picture_row, same_bytes, settings, steps_logged, text_row, train, write_rows
 
 from ernie_tune.checkpoint import writer
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
 from ernie_tune.train import state
@@ -29,6 +30,10 @@ INDIVIDUAL = ("ernie_tune_args.yaml", "trainer_state.json", "loop_state.json")
 
 class Crash(Exception):
     pass
+
+
+def crash() -> None:
+    raise Crash
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, folder: Path, **changes: Any) -> None:
@@ -104,6 +109,22 @@ def test_ten_steps_are_five_and_five(case: str, tmp_path: Path, monkeypatch: pyt
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
     moments = [(f / "checkpoint-5" / weights).read_bytes() for f in (whole, parts)]
     assert moments[0] != (whole / weights).read_bytes(), "the run must have learned something between"
+
+
+def test_a_second_trainer_in_the_same_notebook_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(tmp_path, output_dir=tmp_path / "whole", save_steps=2)
+    model, args = AutoModel.from_config("tiny-a", seed=42), settings(tmp_path, save_steps=2)
+    observe = SFTTrainer._observe
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SFTTrainer, "_observe", lambda self, r, *rest: crash() if r.step == 3 else observe(self, r, *rest)
+        )
+        with pytest.raises(Crash):
+            SFTTrainer(model=model, args=args).train()
+    SFTTrainer(
+        model=model, args=args
+    ).train()  # the same model object, now three steps old, and a second optimizer for it
+    same_bytes(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4", INDIVIDUAL)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
