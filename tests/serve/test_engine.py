@@ -91,15 +91,24 @@ def test_a_picture_matters_and_a_bad_one_is_refused(engine: Engine) -> None:
         engine.answer([asked("<image>x", images=["nowhere.png"])], params)
 
 
-def script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A model that answers with the tokens of `text`, then stops."""
+def script(monkeypatch: pytest.MonkeyPatch, ids: list[int], reason: str = "stop") -> None:
+    """A model that answers with these tokens."""
 
     def stream(model: Any, rows: Any, *_: Any) -> Iterator[TokenEvent]:
-        ids = [*PROCESSOR.tokenizer.encode(text, allow_special=True), PROCESSOR.stop_ids[0]]
         for i, token in enumerate(ids):
-            yield TokenEvent(0, 0, token, -0.5, "stop" if i == len(ids) - 1 else "")
+            yield TokenEvent(0, 0, token, -0.5, reason if i == len(ids) - 1 else "")
 
     monkeypatch.setattr(engine_module, "stream", stream)
+
+
+def test_an_answer_cut_inside_a_character_is_the_same_both_ways(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = PROCESSOR.tokenizer.encode("so 鱻")  # rare: one token a byte
+    script(monkeypatch, ids[:-1], "length")
+    deltas = list(engine.stream(asked("what?"), engine.params()))
+    assert whole(deltas) == ("so \ufffd", "", "length")
+    assert engine.answer([asked("what?")], engine.params())[0][0].content == "so \ufffd"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,7 @@ def script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_thoughts_are_told_from_answers(
     text: str, thinking: bool | None, thought: str, content: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script(monkeypatch, text)
+    script(monkeypatch, [*PROCESSOR.tokenizer.encode(text, allow_special=True), PROCESSOR.stop_ids[0]])
     request_ = asked("what?", thinking=thinking)
     deltas = list(engine.stream(request_, engine.params()))
     assert whole(deltas) == (content, thought, "stop")

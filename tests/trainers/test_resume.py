@@ -18,6 +18,7 @@ from tiny_runs import checkpoints, history, picture_row, same_bytes, settings, s
 
 from ernie_tune.checkpoint import writer
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
 from ernie_tune.train import state
@@ -125,6 +126,11 @@ def test_a_second_trainer_in_the_same_notebook_goes_on(tmp_path: Path, monkeypat
         model=model, args=args
     ).train()  # the same model object, now three steps old, and a second optimizer for it
     same_bytes(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4", INDIVIDUAL)
+    SFTTrainer(model=model, args=settings(tmp_path, output_dir=tmp_path / "anew", max_steps=1, save_steps=1)).train()
+    names = [
+        set(TensorReader(f / "optimizer").entries) for f in (whole / "checkpoint-4", tmp_path / "anew/checkpoint-1")
+    ]
+    assert names[1] <= names[0], "the names do not tell how many optimizers there were before"
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -263,11 +269,13 @@ def test_no_refuses_a_folder_with_checkpoints_and_auto_says_what_it_takes(tmp_pa
     with pytest.raises(ValueError, match=r"output_dir .* holds checkpoints .* resume_from_checkpoint: no; choose"):
         train(tmp_path, resume_from_checkpoint="no")
     (out / "checkpoint-9").mkdir()  # never finished: no mark
+    (out / "checkpoint-7.tmp" / "new").mkdir(parents=True)  # a save that was killed
     before = (out / "model.safetensors").read_bytes()
     capsys.readouterr()
     train(tmp_path, save_steps=2)
     assert f"resuming from {out}/checkpoint-4: step 4 of 4" in capsys.readouterr().out
     assert (out / "model.safetensors").read_bytes() == before
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-9"]
     with pytest.raises(ValueError, match=r"checkpoint-9\) must be a complete checkpoint-N folder with saved_signal_0"):
         train(tmp_path, resume_from_checkpoint=str(out / "checkpoint-9"))
 
