@@ -64,10 +64,7 @@ class DataFile:
     def record(self, row: Mapping[str, Any], line: int) -> Record:
         """The record of a row. Raises DataError."""
         named, extra = self._renamed(row)
-        try:
-            return read(named, self.form, Where(self.path, line, self._media_dir), self._others, extra)
-        except IndexError as error:  # ERNIEKit's src and tgt, both empty: no turn at all
-            raise DataError(self.path, line, "src", "no turns", "turnless", {}) from error
+        return read(named, self.form, Where(self.path, line, self._media_dir), self._others, extra)
 
     def _renamed(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return rename(row, self._entry) if self._entry.columns or self._entry.tags else (row, {})

@@ -295,6 +295,8 @@ def _read_json(f: Fields, field: str, text: Any) -> Any:
 
 def check_dialogue(f: Fields, turns: Sequence[Turn], ends: Sequence[str]) -> None:
     """An optional system turn, then user (or tool results) and assistant in turn; the last role as the signal needs it. Raises DataError."""
+    if not turns:  # ERNIEKit's src and tgt, both empty
+        raise f.error("turnless", "messages", "no messages")
     roles = [turn.message["role"] for turn in turns]
     talk = roles[1:] if roles[0] == "system" else roles
     if talk[:1] != ["user"] or any(after not in _FOLLOWS.get(role, ()) for role, after in pairwise(talk)):

@@ -112,7 +112,7 @@ PLANTED = {
     "broken": (chat("<image>q", "a", images=["broken.png"]), "media_broken", "images", "broken.png'"),
     "broken data": (chat("<image>q", "a", images=["data:image/png;base64,AAAA"]), "media_broken", "images", "'data:image/png;base64,AAAA'"),
     "tags": (chat("<image>q", "a", images=["ok.png", "ok.png"]), "count", "images", "2"),
-    "no turns": ({"src": [], "tgt": []}, "turnless", "src", "no turns"),
+    "no turns": ({"src": [], "tgt": []}, "turnless", "messages", "no messages"),
     "roles": ({"messages": [{"role": "assistant", "content": "a"}]}, "roles", "roles", "assistant"),
 }  # fmt: skip
 

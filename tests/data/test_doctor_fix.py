@@ -158,7 +158,7 @@ def test_pictures_that_touch_are_told_apart(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- convert
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=8)  # "<video>" needs a video
 words = texts.filter(lambda text: text != "")
 
 

@@ -466,6 +466,7 @@ BAD = [  # row, format (None: recognised), problem, field
     ({"prompt": 3, "response": "a"}, None, "type", "prompt"),
     ({"prompt": "q", "response": []}, None, "turnless", "response"),
     ({CONV: []}, None, "turnless", CONV),
+    ({"src": [], "tgt": []}, None, "turnless", "messages"),
     ({CONV: "q"}, None, "type", CONV),
     ({CONV: ["q"]}, None, "type", f"{CONV}[0]"),
     ({CONV: [{"from": "robot", "value": "q"}]}, None, "choice", f"{CONV}[0].from"),
