@@ -19,7 +19,7 @@ from paddle.utils import unique_name
 
 from ernie_tune.models.moe import RouterTap, update_correction_bias
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.train.objective import Objective
+from ernie_tune.train.objective import Objective, forward_loss
 from ernie_tune.train.optim import Schedule, clip_, global_norm
 
 
@@ -115,7 +115,7 @@ class Loop:
     def accumulate(self, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
         """Forward and backward of every micro-batch, leaving the window's gradient in the parameters; the loss and the summed metrics."""
         s = self.settings
-        divisor = self.objective.begin(window)
+        divisor = self.objective.begin(self.objective.counts(window))
         loss = 0.0
         metrics: dict[str, tuple[float, float]] = {}
         for batch in window:
@@ -124,7 +124,7 @@ class Loop:
                 if s.router or s.bias_update
                 else None
             )
-            out = self.objective(self.model, batch, tap, s.recompute)
+            out = forward_loss(self.objective, self.model, batch, tap, s.recompute)
             scaled = out.total / divisor
             scaled.backward()
             loss += float(scaled)

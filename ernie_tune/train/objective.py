@@ -1,5 +1,6 @@
-"""Supervised fine-tuning as the loop sees it: a micro-batch in, a LossOut out, task weights applied.
+"""What the loop asks of a method, and supervised fine-tuning as its first answer: a micro-batch in, a LossOut out, task weights applied.
 
+A method is cut in two: `outputs` turns final hidden states into what the loss is made of (on the last pipeline stage), `loss` is arithmetic on them.
 Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file only connects them to the model and the batch.
 """
 
@@ -25,10 +26,17 @@ Recompute = Callable[..., Tensor]
 class Objective(Protocol):
     """What the loop asks of a method."""
 
-    def begin(self, window: Sequence[Any]) -> float:
-        """Called once per window before its micro-batches; returns this rank's divisor: the sum of the counts that `__call__` will give."""
+    def counts(self, window: Sequence[Any]) -> dict[str, float]:
+        """What this rank's micro-batches of one window add to the divisors, by name. The loop sums them over all data ranks."""
 
-    def __call__(self, model: Any, batch: Any, tap: RouterTap | None, recompute: Recompute | None) -> LossOut: ...
+    def begin(self, counts: Mapping[str, float]) -> float:
+        """Called once per window with the global counts, before its micro-batches; returns what every `loss` is divided by."""
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Tensor:
+        """What the loss is made of (log-probabilities [N], rewards [R]), from the final hidden states. `model` offers `head_weight()`."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> LossOut:
+        """The micro-batch's share of the window's loss. Pure but for what `begin` noted."""
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         """Called once per window with its summed metrics, after the optimizer step."""
@@ -124,16 +132,21 @@ class SFTObjective:
             return coefficient_N, np.bincount(batch.row_N, weights=coefficient_N, minlength=batch.num_rows)
         return coefficient_N, np.ones(batch.num_rows)
 
-    def begin(self, window: Sequence[MicroBatch]) -> float:
+    def counts(self, window: Sequence[MicroBatch]) -> dict[str, float]:
         counts: dict[str, float] = {}
         for batch in window:
             for domain, share in zip(batch.domains, self._shares(batch)[1].tolist(), strict=True):
                 counts[domain] = counts.get(domain, 0.0) + share
+        return counts
+
+    def begin(self, counts: Mapping[str, float]) -> float:
         self._factors = self.balance.factors(counts)
         return sum(counts.values())
 
-    def __call__(self, model: Any, batch: MicroBatch, tap: RouterTap | None, recompute: Recompute | None) -> LossOut:
-        logp_N = batch_logp(model, batch, tap, recompute)
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: MicroBatch) -> Tensor:
+        return target_logp(model, hidden_TD, batch)
+
+    def loss(self, logp_N: Tensor, batch: MicroBatch) -> LossOut:
         factor_R = np.array([self._factors.get(d, 1.0) for d in batch.domains], np.float32)
         coefficient_N, share_R = self._shares(batch)
         out = sft_loss(logp_N, coefficient_N * factor_R[batch.row_N])
@@ -157,11 +170,16 @@ class SFTObjective:
         self.balance.load_state_dict(state["balance"])
 
 
-def batch_logp(
-    model: Any, batch: MicroBatch, tap: RouterTap | None = None, recompute: Recompute | None = None
-) -> Tensor:
+def target_logp(model: Any, hidden_TD: Tensor, batch: MicroBatch) -> Tensor:
     """Log-probability of each target, [N] float32; the head runs on target positions only."""
-    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
     return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)
+
+
+def forward_loss(
+    objective: Objective, model: Any, batch: Any, tap: RouterTap | None = None, recompute: Recompute | None = None
+) -> LossOut:
+    """One micro-batch through model and objective on one device."""
+    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
+    return objective.loss(objective.outputs(model, hidden_TD, batch), batch)

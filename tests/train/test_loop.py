@@ -128,8 +128,8 @@ class Slope(paddle.nn.Layer):
         self.w = self.create_parameter([2], default_initializer=paddle.nn.initializer.Constant(1.0))
         self.noise = paddle.nn.Dropout(0.5)
 
-    def forward(self, x: list[float]) -> paddle.Tensor:
-        return (self.noise(self.w) * paddle.to_tensor(x, dtype="float32")).sum()
+    def forward(self, inputs: Any, tap: Any = None, recompute: Any = None) -> paddle.Tensor:
+        return (self.noise(self.w) * paddle.to_tensor(inputs.x, dtype="float32")).sum()
 
 
 class Given:
@@ -138,13 +138,18 @@ class Given:
     def __init__(self) -> None:
         self.ended: list[Any] = []
 
-    def begin(self, window: Any) -> float:
-        return float(len(window))
+    def counts(self, window: Any) -> dict[str, float]:
+        return {"batches": float(len(window))}
 
-    def __call__(self, model: Any, batch: Any, tap: Any, recompute: Any) -> Any:
+    def begin(self, counts: Any) -> float:
+        return counts["batches"]
+
+    def outputs(self, model: Any, hidden: paddle.Tensor, batch: Any) -> paddle.Tensor:
+        return hidden
+
+    def loss(self, total: paddle.Tensor, batch: Any) -> Any:
         from ernie_tune.objectives.loss import LossOut
 
-        total = model(batch.x)
         return LossOut(total, 1.0, {"seen": (float(total), 1.0)})
 
     def end(self, metrics: Any) -> None:
@@ -159,7 +164,7 @@ class Given:
 class Batch:
     def __init__(self, *x: float) -> None:
         self.x, self.num_rows = list(x), 1
-        self.inputs = type("Inputs", (), {"num_tokens": 5})()
+        self.inputs = type("Inputs", (), {"num_tokens": 5, "x": list(x)})()
 
 
 def slope_loop(steps: int = 10, rate: float = 0.1, dropout: bool = False, **changes: Any) -> Loop:

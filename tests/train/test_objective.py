@@ -12,7 +12,7 @@ import pytest
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.inputs import Row
-from ernie_tune.train.objective import SFTObjective, TaskBalance, dwa
+from ernie_tune.train.objective import SFTObjective, TaskBalance, dwa, forward_loss
 
 VOCAB, WIDTH = 7, 3
 
@@ -49,8 +49,8 @@ def batch(*rows: tuple[str, list[int]], weight: float = 1.0) -> MicroBatch:
 
 
 def loss(objective: SFTObjective, model: Unigram, window: list[MicroBatch]) -> float:
-    divisor = objective.begin(window)
-    outs = [objective(model, b, None, None) for b in window]
+    divisor = objective.begin(objective.counts(window))
+    outs = [forward_loss(objective, model, b) for b in window]
     assert sum(out.count for out in outs) == pytest.approx(divisor), "begin announces what the calls give"
     return sum(float(out.total) for out in outs) / divisor
 
@@ -79,7 +79,7 @@ def test_each_task_has_its_own_loss() -> None:
     nll = [[model.nll(ids[i - 1], ids[i]) for i in range(2, len(ids))] for _, ids in ROWS]
     metrics = {}
     for norm in ("token", "seq"):
-        out = SFTObjective(norm)(model, batch(*ROWS, ("", [1, 1, 1])), None, None)
+        out = forward_loss(SFTObjective(norm), model, batch(*ROWS, ("", [1, 1, 1])))
         metrics[norm] = {name: total / count for name, (total, count) in out.metrics.items()}
     assert sorted(metrics["token"]) == ["nll", "task/a", "task/b"], "rows without a task have no line of their own"
     assert metrics["token"]["task/a"] == pytest.approx((sum(nll[0]) + sum(nll[2])) / 6)
@@ -136,16 +136,16 @@ def test_uncertainty_factors_reach_loss_and_gradient(norm: str) -> None:
     objective = SFTObjective(norm, balance)
     expected = 0.5 * math.exp(-0.3) * alone["a"] + 0.5 * math.exp(0.2) * alone["b"]
     assert loss(objective, model, window) == pytest.approx(expected, rel=1e-6)
-    divisor = objective.begin(window)
-    outs = [objective(model, b, None, None) for b in window]
+    divisor = objective.begin(objective.counts(window))
+    outs = [forward_loss(objective, model, b) for b in window]
     for out in outs:
         (out.total / divisor).backward()
     got = model.head.grad.numpy().copy()
     model.clear_gradients(False)
     for task, s in balance.log_variance.items():
         single, rows = SFTObjective(norm), [batch(*(r for r in ROWS if r[0] == task))]
-        out = single(model, rows[0], None, None)
-        (0.5 * math.exp(-s) * out.total / single.begin(rows)).backward()
+        out = forward_loss(single, model, rows[0])
+        (0.5 * math.exp(-s) * out.total / single.begin(single.counts(rows))).backward()
     np.testing.assert_allclose(got, model.head.grad.numpy(), atol=1e-7)  # weights of tokens are float32
     metrics = {
         k: tuple(map(sum, zip(*(o.metrics[k] for o in outs if k in o.metrics), strict=True))) for k in outs[0].metrics
