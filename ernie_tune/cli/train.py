@@ -23,7 +23,8 @@ def run(args: list[str]) -> int:
     """
     dry_run = "--dry-run" in args
     config = _config([a for a in args if a != "--dry-run"])
-    from ernie_tune.trainers.sft import Interrupted, SFTTrainer
+    from ernie_tune.trainers.base import Interrupted
+    from ernie_tune.trainers.sft import SFTTrainer
 
     try:
         SFTTrainer(args=config).train(dry_run=dry_run)

@@ -60,10 +60,6 @@ def refuse_unbuilt(config: RunConfig) -> None:
         raise ValueError(
             f"{given[0]} ({flat[given[0]]!r}) has no effect in this version, must be left at {SETTINGS[given[0]].default!r}; remove it"
         )
-    if config.model.stage not in ("SFT", "PT"):
-        raise ValueError(
-            f"stage ({config.model.stage}) must be SFT or PT: no other trainer exists in this version; set stage: SFT"
-        )
     if config.eval.guard_dataset_path and config.eval.eval_strategy == "no":
         raise ValueError(
             "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"

@@ -19,6 +19,7 @@ from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, P
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.assemble import Subset, hold_out
+from ernie_tune.trainers.sft import SFTTrainer
 
 PACKAGE = Path(assemble.__file__).parents[1]
 LATER_STAGES = ("preference", "rollout")  # the loader says that they have no effect at stage SFT
@@ -53,8 +54,8 @@ def test_a_setting_that_nothing_reads_is_refused(name: str) -> None:
 
 
 def test_what_no_trainer_does_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"stage \(DPO\) must be SFT or PT"):
-        assemble.refuse_unbuilt(build({"stage": "DPO"}))
+    with pytest.raises(ValueError, match=r"stage \(DPO\) must be one of .*SFT.* with SFTTrainer"):
+        SFTTrainer(args=build({"stage": "DPO"}))
     guarded = {"guard_dataset_path": ("a.jsonl",)}
     with pytest.raises(ValueError, match="guard_dataset_path is looked at when evaluating and must go with eval_strat"):
         assemble.refuse_unbuilt(build(guarded))

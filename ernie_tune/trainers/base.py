@@ -1,0 +1,532 @@
+"""What all trainers are: a run from data to model card. Assembles model, data, objective and loop; every decision of the loop is a visible `if`.
+
+A method's trainer names its signals and makes its objective. Refuses to know: which method it is, how anything is computed (models, objectives), stored (checkpoint) or drawn (train/report, train/plot).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.loader import ARGS_FILE, dump_config
+from ernie_tune.data.batching import Dropped, collate, steps_per_epoch
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.records import Record
+from ernie_tune.data.sources import load_dataset
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.router_losses import RouterLossWeights
+from ernie_tune.peft.freeze import opened
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.report import trainable_table
+from ernie_tune.train.guards import DivergenceGuard, EarlyStopping, ForgettingGuard, LearningWatch, Verdict
+from ernie_tune.train.log import RunFacts, RunLog, header_lines, stamp, write_atomically
+from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
+from ernie_tune.train.objective import Objective
+from ernie_tune.train.optim import LrRatios, Schedule, build_adamw
+from ernie_tune.train.plot import write_loss_png, write_loss_svg
+from ernie_tune.train.progress import Progress, resident_gib
+from ernie_tune.train.state import (
+    OPTIMIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_optimizer,
+    load_values,
+    remove_unfinished,
+    rotate,
+    save_checkpoint,
+    set_aside_later,
+)
+from ernie_tune.trainers import assemble
+from ernie_tune.trainers.measure import Measure, write_reports
+
+STATES = {name: f"{name}_state.json" for name in ("loop", "objective", "data", "guards")}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after the step in progress was finished and saved."""
+
+
+class Trainer:
+    """A run of one method on `model`.
+
+    `args`: a `TrainingArguments` or `RunConfig`. `train_dataset`, `eval_dataset`: what `load_dataset` gives, a path, or a sequence of records; by default
+    the files named in `args`. `processor`: by default that of the model's folder. A plain model gets the adapters or the freezing that `args` say;
+    a `PeftModel` is trained as it is. Raises ValueError for settings and data that cannot be used, before the first step.
+    """
+
+    stages: tuple[str, ...] = ()  # of the settings that the method serves
+    signals: tuple[str, ...] = ()  # of the rows that it learns from
+
+    def __init__(
+        self,
+        model: ErnieModel | None = None,
+        args: RunConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processor: Processor | None = None,
+    ) -> None:
+        self.args = RunConfig() if args is None else args
+        if self.args.model.stage not in self.stages:
+            raise ValueError(
+                f"stage ({self.args.model.stage}) must be one of {self.stages} with {type(self).__name__}; set it, or take another trainer"
+            )
+        assemble.refuse_unbuilt(self.args)
+        plain = assemble.load_model(self.args) if model is None else model
+        name = plain.name_or_path or self.args.model.model_name_or_path
+        if not name and processor is None:
+            raise ValueError(
+                "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
+            )
+        self.processor = processor or assemble.load_processor(self.args, name)
+        self.encoder = assemble.encoder_of(self.args, self.processor)
+        self._open_data(train_dataset, eval_dataset)
+        self.model = (
+            plain if isinstance(plain, PeftModel) else assemble.apply_method(self.args, plain, self._calibration())
+        )
+        # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
+        self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
+        self.base_model = self.described.model.model_name_or_path or "fresh weights"
+        self.output_dir = Path(self.args.save.output_dir)
+        self.loop: Loop | None = None
+
+    # --- assembling --------------------------------------------------------------------------------------------------
+
+    def _open_data(self, train: Any, evaluation: Any) -> None:
+        c = self.args
+        sets = assemble.train_sets(c, self.signals) if train is None else [self._rows(train)]
+        held: Sequence[Record] = assemble.eval_set(c, self.signals) if evaluation is None else self._rows(evaluation)
+        if not sets:
+            raise ValueError(
+                "train_dataset (None) must be given, or train_dataset_path set in args; name the training rows"
+            )
+        if not len(held) and c.data.val_size > 0:
+            sets, held = assemble.hold_out(sets, c.data.val_size, c.train.seed)
+        if not len(held) and c.eval.eval_strategy != "no":
+            raise ValueError(
+                f"eval_dataset (0 rows) must have rows with eval_strategy ({c.eval.eval_strategy}); give eval_dataset or val_size"
+            )
+        self.train_rows = sum(len(rows) for rows in sets)
+        self.eval_rows = held
+        self.stream = assemble.stream_of(c, sets, self.encoder)
+        self._stream_again = lambda: assemble.stream_of(c, sets, self.encoder)
+
+    def _calibration(self) -> list[Any]:
+        if self.args.lora.lora_expert_affinity <= 0 or self.args.model.fine_tuning != "LoRA":
+            return []
+        mixture, dropped = self.stream.shard.mixture, Dropped()
+        rows = (self.encoder(mixture[i], dropped) for i in range(min(assemble.CALIBRATION_ROWS, len(mixture))))
+        return [sample for sample in rows if sample is not None]
+
+    def total_steps(self) -> tuple[int, float]:
+        """(optimizer steps of the run, steps of one pass over the data)."""
+        t = self.args.train
+        per_epoch = steps_per_epoch(self._stream_again)
+        by_epochs = max(1, math.ceil(round(t.num_train_epochs * per_epoch, 6)))
+        return t.max_steps if t.max_steps > 0 else by_epochs, per_epoch
+
+    def _build_loop(self) -> Loop:
+        c = self.args
+        o, t = c.optim, c.train
+        total, per_epoch = self.total_steps()
+        warmup = o.warmup_steps or round(o.warmup_ratio * total)
+        schedule = Schedule(o.learning_rate, total, warmup, o.lr_scheduler_type, o.min_lr)
+        ratios, model = LrRatios(o.moe_gate_lr_ratio, o.vit_lr_ratio), self.model
+
+        def rate(name: str) -> float:
+            return ratios.of(name) * (model.learning_rate_scale(name) if isinstance(model, PeftModel) else 1.0)
+
+        optimizer = build_adamw(
+            list(model.named_parameters()),
+            rate,
+            weight_decay=o.weight_decay,
+            beta1=o.adam_beta1,
+            beta2=o.adam_beta2,
+            epsilon=o.adam_epsilon,
+        )
+        weights = RouterLossWeights(t.router_aux_loss_coef, t.moe_orthogonal_loss_lambda, t.router_z_loss_coef)
+        settings = LoopSettings(
+            max_grad_norm=o.max_grad_norm,
+            router=weights if weights != RouterLossWeights() else None,
+            recompute=_recompute() if c.compute.recompute else None,
+            seed=t.seed,
+        )
+        return Loop(model, self.objective(total, per_epoch), optimizer, schedule, settings)
+
+    def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
+        """The method's loss, new for a run of so many steps."""
+        raise TypeError(f"{type(self).__name__} must define objective(); use the trainer of a method")
+
+    def _rows(self, data: Any) -> Sequence[Record]:
+        return load_dataset(data, signals=self.signals) if isinstance(data, str | Path) else data
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self, dry_run: bool = False) -> dict[str, float]:
+        """Run to the end, or go on where an earlier run in `output_dir` stopped; returns the final metrics. `dry_run`: stop after the heaviest batch.
+
+        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number raises FloatingPointError; the weights and checkpoints
+        are then those before it. A disk that is full raises OSError.
+        """
+        checkpoint = self._starting_point()
+        self.loop = loop = self._build_loop()
+        total = loop.schedule.total_steps
+        guards = self._guards = _Guards(self.args)
+        if dry_run:
+            self._dry_run(total)
+            return {}
+        remove_unfinished(self.output_dir)
+        if checkpoint:
+            self._resume(checkpoint)
+        with Progress(
+            total,
+            title=self.args.model.stage,
+            start_step=loop.step,
+            every=0,
+            mode="plain" if self.args.log.disable_tqdm else "",
+        ) as progress:
+            history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
+            log = self.log = RunLog(
+                self.output_dir, resume_step=loop.step if checkpoint else None, history=history, echo=progress.write
+            )
+            self._announce(log.info, total)
+            if checkpoint:
+                self._announce_resume(log, checkpoint, total)
+            self._provoke_memory(log.info)
+            write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
+            measure = self.measure = Measure(
+                self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir
+            )
+            measure.before(log, resumed=checkpoint is not None)
+            guards.start(measure, log, resumed=checkpoint is not None)
+            with _deferred_interrupt() as interrupted:
+                for record in loop.steps(self.stream) if not guards.early.exhausted else ():
+                    self._observe(record, log, progress)
+                    if self._stop_now(record, log, guards, interrupted):
+                        break
+        return self._finish(log)
+
+    def _starting_point(self) -> Checkpoint | None:
+        """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
+        they name are taken at once, and None returned. Raises ValueError for settings under which the same command could not be repeated."""
+        s = self.args.save
+        own = find_checkpoint(self.output_dir, "auto")
+        if s.resume_from_checkpoint == "no" and own:
+            raise ValueError(
+                f"output_dir ({self.output_dir}) holds checkpoints and must be empty with resume_from_checkpoint: no; choose another folder"
+            )
+        named = None if s.resume_from_checkpoint in ("auto", "no") else Path(s.resume_from_checkpoint)
+        inside = named is not None and named.resolve().parent == self.output_dir.resolve()
+        if s.resume_only_model and (named is None or inside):
+            raise ValueError(
+                f"resume_only_model (true) starts a run from the weights of another and must go with resume_from_checkpoint "
+                f"({s.resume_from_checkpoint}): a checkpoint outside output_dir ({self.output_dir}); name it, and choose a new output_dir"
+            )
+        if own and not inside:
+            return own
+        found = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
+        if found and s.resume_only_model:
+            self._take_weights(found)
+            print(f"ernie_tune: weights of {found.path}; optimizer, data and step count start anew", file=sys.stderr)
+            return None
+        return found
+
+    def _dry_run(self, total: int) -> None:
+        """Everything up to the first step, without a trace on the disk."""
+
+        def say(line: str) -> None:
+            print(stamp(line), flush=True)
+
+        self._announce(say, total)
+        self._provoke_memory(say)
+        say("dry run: settings, data and memory are fine; nothing was trained or written")
+
+    def _observe(self, record: StepRecord, log: RunLog, progress: Progress) -> None:
+        values = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
+        speed = record.num_tokens / record.seconds
+        progress.update(record.step, loss=record.loss, tokens_per_second=speed)
+        if record.step % self.args.log.logging_steps == 0 or record.step == self.loop_total:
+            log.log(
+                record.step,
+                {
+                    **values,
+                    **{name: value for name, value in record.metrics.items() if name != "nll"},
+                    "tokens_per_second": round(speed, 1),
+                    "interval_runtime": round(record.seconds, 4),
+                    "max_memory_gib": round(resident_gib(peak=True), 3),
+                    "remaining_time": round(progress.remaining_seconds, 1),
+                },
+                self.stream.epoch,
+            )
+
+    @property
+    def loop_total(self) -> int:
+        """Steps of the whole run."""
+        return self._loop().schedule.total_steps
+
+    def _loop(self) -> Loop:
+        if self.loop is None:
+            raise AssertionError("train() builds the loop")
+        return self.loop
+
+    def _stop_now(self, record: StepRecord, log: RunLog, guards: _Guards, interrupted: list[int]) -> bool:
+        """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
+        e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
+        epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
+        self._epoch_seen = self.stream.epoch
+        verdicts = guards.after_step(record)
+        if guards.broken:
+            raise FloatingPointError(
+                f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
+            )
+        is_best = False
+        if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
+            metrics = self.measure.during(log, step, self.stream.epoch)
+            is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
+            verdicts += more
+        for verdict in verdicts:
+            log.info(verdict.message, "WARNING")
+        stop = last or any(v.stop for v in verdicts) or bool(interrupted)
+        wanted = s.save_strategy != "no" and (stop or is_best)
+        if wanted or interrupted or _due(s.save_strategy, s.save_steps, step, epoch_ends):
+            if is_best:
+                guards.best_checkpoint = f"checkpoint-{step}"
+            self._save(step, log)
+            rotate(self.output_dir, s.save_total_limit, self.output_dir / guards.best_checkpoint)
+        if interrupted:
+            how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
+            raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
+        return stop
+
+    _epoch_seen: float = 0.0
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: p for name, p in self.model.named_parameters() if not p.stop_gradient}
+
+    def _take_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
+        if isinstance(self.model, PeftModel) and (checkpoint.path / OPTIMIZER).is_dir():
+            load_values(checkpoint, self._trained())
+        else:
+            assemble.load_weights(self.model, checkpoint.path)
+
+    def _state_fields(self) -> dict[str, Any]:
+        """What trainer_state.json says beside the history."""
+        c, guards, loop = self.args, self._guards, self._loop()
+        return {
+            "max_steps": self.loop_total,
+            "num_train_epochs": c.train.num_train_epochs,
+            "logging_steps": c.log.logging_steps,
+            "eval_steps": c.eval.eval_steps or None,
+            "save_steps": c.save.save_steps,
+            "train_batch_size": c.train.per_device_train_batch_size,
+            "consumed_samples": loop.rows,
+            "num_input_tokens_seen": loop.tokens,
+            "best_metric": guards.early.best,
+            "best_global_step": guards.early.best_step or None,
+            "best_model_checkpoint": guards.best_checkpoint or None,
+        }
+
+    def _save(self, step: int, log: RunLog) -> None:
+        loop = self._loop()
+        states = {
+            "trainer_state.json": log.state(step, self.stream.epoch, **self._state_fields()),
+            STATES["loop"]: loop.state_dict(),
+            STATES["objective"]: loop.objective.state_dict(),
+            STATES["data"]: self.stream.state_dict(),
+            STATES["guards"]: self._guards.state_dict(),
+            "scheduler.json": dataclasses.asdict(loop.schedule),
+        }
+        optimizer = None if self.args.save.save_only_model else loop.optimizer
+        save_checkpoint(
+            self.output_dir,
+            step,
+            self.model.save_pretrained,
+            optimizer,
+            self._trained(),
+            states,
+            {ARGS_FILE: dump_config(self.described)},
+        )
+        log.info(f"saved checkpoint-{step}")
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        loop = self._loop()
+        load_optimizer(checkpoint, loop.optimizer, self._trained())
+        loop.load_state_dict(checkpoint.read_json(STATES["loop"]))
+        loop.objective.load_state_dict(checkpoint.read_json(STATES["objective"]))
+        self._guards.load_state_dict(checkpoint.read_json(STATES["guards"]))
+        if not self.args.save.ignore_data_skip:
+            self.stream.load_state_dict(checkpoint.read_json(STATES["data"]))
+        self._epoch_seen = self.stream.epoch
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    def _announce(self, say: Callable[[str], None], total: int) -> None:
+        """What is trained, and the header that users grep for."""
+        t = self.args.train
+        trainable = sum(int(p.size) for p in self._trained().values())
+        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
+        facts = RunFacts(
+            self.train_rows,
+            t.num_train_epochs,
+            t.per_device_train_batch_size,
+            batch,
+            t.gradient_accumulation_steps,
+            total,
+            total * batch,
+            trainable,
+        )
+        for line in [*trainable_table(self.model).splitlines(), *header_lines(facts)]:
+            say(line)
+
+    def _announce_resume(self, log: RunLog, checkpoint: Checkpoint, total: int) -> None:
+        log.info(
+            f"resuming from {checkpoint.path}: step {checkpoint.step} of {total}, {self.stream.epoch:.2f} passes over the data done"
+        )
+        for path in set_aside_later(self.output_dir, checkpoint.step):
+            log.info(f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course", "WARNING")
+        if self._guards.early.exhausted:
+            log.info("the run had stopped early: nothing is left to train; raise early_stopping_patience to go on")
+
+    def _provoke_memory(self, say: Callable[[str], None]) -> None:
+        """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
+        loop = self._loop()
+        samples = assemble.longest(self.stream)
+        if not samples:
+            return
+        batch = collate(samples, self.processor.tokens)
+        self.model.train()
+        loop.accumulate([batch])
+        loop.clear_gradients()
+        say(
+            f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
+        )
+
+    def _finish(self, log: RunLog) -> dict[str, float]:
+        for line in self.stream.dropped.lines():
+            log.info(line, "WARNING")
+        if self.args.eval.load_best_model_at_end and self._guards.best_checkpoint:
+            best = find_checkpoint(self.output_dir, str(self.output_dir / self._guards.best_checkpoint))
+            if best is not None:
+                self._take_weights(best)
+                log.info(f"finishing with {best.path}, the best by {self._guards.early.metric}")
+        self.save_model(self.output_dir)
+        metrics = self.measure.after(log, self._summary(log), self.stream.epoch)
+        log.write_state(self._loop().step, self.stream.epoch, **self._state_fields())
+        write_loss_svg(log.history, self.output_dir / "training_loss.svg")
+        if self.args.log.plot_loss:
+            write_loss_png(log.history, self.output_dir / "training_loss.png")
+        write_reports(self, log)
+        return metrics
+
+    def _summary(self, log: RunLog) -> dict[str, float]:
+        """What train_results.json says. Times are those of the training steps, of all processes that made them, without measuring and saving."""
+        loop = self._loop()
+        losses = [r["loss"] for r in log.history if "loss" in r]
+        speed = 1 / loop.seconds if loop.seconds else 0.0
+        return {
+            "train_loss": losses[-1] if losses else 0.0,
+            "global_step": loop.step,
+            "train_runtime": loop.seconds,
+            "train_samples_per_second": loop.rows * speed,
+            "train_steps_per_second": loop.step * speed,
+        }
+
+    def save_model(self, folder: str | Path) -> None:
+        """Model or adapter, processor files and arguments: what chat, eval and export need."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss on the evaluation rows and scores of generated answers, without training."""
+        if not len(self.eval_rows):
+            raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
+        return Measure(self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir).all_rows()[
+            0
+        ]
+
+
+class _Guards:
+    """Everything that may warn or stop, with one state."""
+
+    def __init__(self, config: RunConfig) -> None:
+        e = config.eval
+        self.config = config
+        self.early = EarlyStopping(e.early_stopping_patience, e.metric_for_best_model, e.greater_is_better)
+        self.divergence, self.watch = DivergenceGuard(), LearningWatch()
+        self.forgetting: ForgettingGuard | None = None
+        self.best_checkpoint = ""
+        self.broken = False
+
+    def start(self, measure: Measure, log: RunLog, resumed: bool) -> None:
+        """Score the guard sets before training, once in the life of a run."""
+        self.forgetting = measure.forgetting_guard(log, resumed)
+
+    def after_step(self, record: StepRecord) -> list[Verdict]:
+        verdict = self.divergence.look(record.step, record.loss, record.grad_norm)
+        self.broken = verdict is not None and verdict.stop
+        more = self.watch.look(record.step, {"loss": record.loss, "grad_norm": record.grad_norm})
+        return ([verdict] if verdict else []) + more
+
+    def after_evaluation(
+        self, step: int, metrics: Mapping[str, float], measure: Measure, log: RunLog
+    ) -> tuple[bool, list[Verdict]]:
+        best, verdict = self.early.look(step, metrics)
+        return best, ([verdict] if verdict else []) + measure.look_at_guards(log, self.forgetting)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "early": self.early.state_dict(),
+            "divergence": self.divergence.state_dict(),
+            "watch": self.watch.state_dict(),
+            "best_checkpoint": self.best_checkpoint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.early.load_state_dict(state["early"])
+        self.divergence.load_state_dict(state["divergence"])
+        self.watch.load_state_dict(state["watch"])
+        self.best_checkpoint = state["best_checkpoint"]
+
+
+def _due(strategy: str, every: int, step: int, epoch_ends: bool) -> bool:
+    return (strategy == "steps" and every > 0 and step % every == 0) or (strategy == "epoch" and epoch_ends)
+
+
+def _recompute() -> Any:
+    from paddle.distributed.fleet.utils import recompute
+
+    return opened(recompute)
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted and handled between steps; a second one acts at once. Outside the main thread nothing changes."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        # not print: a signal may come while something is being printed, and streams cannot be entered twice
+        os.write(2, b"ernie_tune: finishing this step, then saving; once more to stop at once\n")
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
