@@ -1,7 +1,7 @@
 """Degrees -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a single process has the same mesh with one rank.
 
 Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (data x sharding: the ranks that read different rows), `expert_data`
-(the ranks that hold the same experts and see other tokens), `world`. Every rank makes every group, in one order (a rank that skips one hangs the others).
+(the ranks that hold the same experts and see other tokens), `stage` (all ranks of one pipeline stage), `world`. Every rank makes every group, in one order (a rank that skips one hangs the others).
 Two ways to spread experts (parallel.md 2): over the tensor group, as the official recipes do (`expert` == `tensor`), or over Fleet's own expert
 topology, where they are spread over tensor and sharding ranks together and `data` is folded into `sharding`.
 Refuses to know: models, optimizers, the settings' names in a YAML.
@@ -19,6 +19,7 @@ from paddle import Tensor
 
 from ernie_tune.parallel import gloo
 
+MAX = dist.ReduceOp.MAX
 AXES = ("tensor", "pipe", "data", "sharding", "expert")
 # Fleet wants the pipeline outside the experts, and the model axis innermost (parallel.md 2.1).
 _ORDER = ("sharding", "moe_sharding", "pp", "sep", "cp", "dp", "ep", "mp")
@@ -56,6 +57,10 @@ class Degrees:
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over"
+            )
+        if self.expert > 1 and self.tensor > 1 and not self.sequence_parallel:
+            raise ValueError(
+                f"expert ({self.expert}) with tensor ({self.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it"
             )
         spread = self.tensor * self.data * self.sharding
         if self.expert > 1 and (self.expert % self.tensor or spread % self.expert):
@@ -133,7 +138,7 @@ class Mesh:
         self.hcg: Any = None
 
     def group(self, name: str) -> Group:
-        """Group of an axis, or `batch`, `expert_data`, `world`."""
+        """Group of an axis, or `batch`, `expert_data`, `stage`, `world`."""
         return self._groups.get(name) or Group(name, (self.rank,))
 
     def size(self, name: str) -> int:
@@ -193,7 +198,10 @@ def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
         return Mesh(degrees)
     gloo.install()
     from paddle.distributed import fleet
+    from paddle.distributed.fleet.base import topology
 
+    if topology._HYBRID_PARALLEL_GROUP is not None:
+        raise ValueError("degrees must be given once in a process, but Fleet is laid out already; start new processes")
     fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation))
     mesh = Mesh(degrees, rank=dist.get_rank())
     mesh.hcg = fleet.get_hybrid_communicate_group()
@@ -253,6 +261,7 @@ def _named_groups(d: Degrees, hcg: Any) -> dict[str, Group]:
         "data": named("data", hcg.get_data_parallel_group()),
         "sharding": named("sharding", hcg.get_sharding_parallel_group()),
         "batch": made("batch", along("data", "sharding")),
+        "stage": made("stage", along("data", "sharding", "tensor")),
         "world": made("world", [tuple(place)]),
     }
     if d.fleet_experts:
