@@ -3,7 +3,8 @@
 All families of a layer travel in one exchange, so that every rank makes the same calls whether or not its tokens need a family (a rank may hold no
 picture). A family that receives nothing computes on one row of zeros: its weights get a zero gradient, and no product sees an empty matrix.
 Legend: F families, E experts of each, e experts here, n ranks, M rows sent (by family, then expert), D width. Refuses to know: routers, models' classes.
-What it asks of the model: a routing layer calls `expert_rows(work)`, work being a list of (experts, rows_MD or None, counts), one a family.
+What it asks of the model: a routing layer calls `expert_rows(work)`, work being a list of (experts, rows_MD or None, counts), one a family, before its
+`shared_experts`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from ernie_tune.parallel.collectives import exchange_rows
 from ernie_tune.parallel.mesh import Group
 from ernie_tune.parallel.placement import Placement, place, split_
 from ernie_tune.parallel.tensor import layers_of
+
+
+BESIDE = "shared_experts"
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,34 @@ class _ComeBack(PyLayer):
         return tuple(None if skip else g for skip, g in zip(ctx.frozen, _go(grad_MD, ctx.route), strict=True))
 
 
+class _After(PyLayer):
+    """x, but its backward comes before the backward of `other`. The branches of a routing layer are independent, so autograd may run their collectives
+    in another order on a rank whose graph looks different; with this between them there is one order."""
+
+    @staticmethod
+    def forward(ctx, x, other):  # type: ignore[no-untyped-def]
+        ctx.skip, ctx.like = other.stop_gradient, other
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None if ctx.skip else paddle.zeros_like(ctx.like)
+
+
 class ExchangedRows(nn.Layer):
     """Steps in for a routing layer's `expert_rows`."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, beside: nn.Layer | None) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.orders = group, beside is not None
+        self.last: Tensor | None = None
+        if beside is not None:
+            beside.register_forward_pre_hook(self.then)
+
+    def then(self, _layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pre-hook of what the routing layer runs beside its experts."""
+        last, self.last = self.last, None
+        return args if last is None else (_After.apply(args[0], last), *args[1:])
 
     def forward(self, work: list[Any]) -> list[Tensor | None]:
         counts_FE = np.array([w.counts for w in work], np.int64)
@@ -125,6 +151,7 @@ class ExchangedRows(nn.Layer):
         parts = _Go.apply(x_MD, route)
         outs = [w.experts(x, c) for w, x, c in zip(work, parts, route.counts_Fe, strict=True)]
         out_MD = _ComeBack.apply(route, *outs)
+        self.last = out_MD if self.orders else None
         back: list[Tensor | None] = []
         start = 0
         for w in work:
@@ -150,11 +177,11 @@ def apply_experts(model: nn.Layer, plan: Mapping[str, str], group: Group) -> Non
             product.quant.cut(None, group.rank, group.size)
         slot = product._sub_layers.get("adapters")
         for adapter in slot.children() if slot is not None else ():
-            adapter.cut(group.rank, group.size, total=_experts_of(product, weight, group))
+            kept = adapter.cut(group.rank, group.size, total=_experts_of(product, weight, group))
             for value in adapter.parameters():
-                place(value, Placement(0, group.name, expert=True, handle=group))
+                place(value, Placement(0, group.name, expert=True, handle=group, kept=kept))
     for name in routers:
-        layers[name].expert_rows = ExchangedRows(group)
+        layers[name].expert_rows = ExchangedRows(group, layers.get(f"{name}.{BESIDE}"))
 
 
 def _experts_of(product: nn.Layer, weight: Tensor | None, group: Group) -> int:

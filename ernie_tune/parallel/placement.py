@@ -18,7 +18,8 @@ from ernie_tune.parallel.mesh import Group
 class Placement:
     """`axis`: the dimension that is cut into equal parts over `group` ("tensor" or "expert"); None: whole. `partial`: each tensor rank computes a part of
     its gradient, to be added up. `expert`: its replicas are the `expert_data` group, not the `batch` group. `counted`: False where another stage of the
-    pipeline holds the same values and counts them in the norm (a tied weight). `handle`: the group it is cut over."""
+    pipeline holds the same values and counts them in the norm (a tied weight). `handle`: the group it is cut over. `kept`: which indices of the whole axis
+    are here, where the parts are not equal (adapters of some experts); `indices` answers for both."""
 
     axis: int | None = None
     group: str = ""
@@ -26,6 +27,16 @@ class Placement:
     expert: bool = False
     counted: bool = True
     handle: Group | None = None
+    kept: tuple[int, ...] | None = None
+
+    def indices(self, whole: int) -> range | tuple[int, ...]:
+        """Indices of an axis of `whole` entries that are on this rank."""
+        if self.kept is not None:
+            return self.kept
+        if self.axis is None or self.handle is None:
+            return range(whole)
+        size = whole // self.handle.size
+        return range(self.handle.rank * size, (self.handle.rank + 1) * size)
 
 
 WHOLE = Placement()

@@ -165,8 +165,9 @@ class ExpertLora(nn.Layer):
         self.lora_A = parameter(self, fresh, dtype)
         self.lora_B = parameter(self, np.zeros((len(experts), config.r, n_out), np.float32), dtype)
 
-    def cut(self, rank: int, size: int, total: int) -> None:
-        """Keep the adapters of the rank's run of all `total` experts, which are numbered from 0 there. Without any the layer passes its input on."""
+    def cut(self, rank: int, size: int, total: int) -> tuple[int, ...]:
+        """Keep the adapters of the rank's run of all `total` experts, which are numbered from 0 there; returns which adapters those are. Without any
+        the layer passes its input on."""
         first, per = rank * (total // size), total // size
         kept = [j for j, e in enumerate(self.experts) if first <= e < first + per]
         self.experts = tuple(self.experts[j] - first for j in kept)
@@ -176,6 +177,7 @@ class ExpertLora(nn.Layer):
                 local.stop_gradient = value.stop_gradient
             else:
                 del self._parameters[leaf]
+        return tuple(kept)
 
     def forward(self, product: nn.Layer, args: tuple[Any, ...], out_MO: Tensor) -> Tensor:
         x_MI, _, counts = args

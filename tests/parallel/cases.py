@@ -222,6 +222,6 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
 
 
 def sliced(whole: np.ndarray, placement: Any) -> np.ndarray:
-    if placement.axis is None or placement.handle is None:
+    if placement.axis is None:
         return whole
-    return np.split(whole, placement.handle.size, placement.axis)[placement.handle.rank]
+    return whole.take(placement.indices(whole.shape[placement.axis]), placement.axis)
