@@ -45,11 +45,14 @@ class Presence:
         names = self.group.objects(list(trainable))
         self.names = sorted({name for part in names for name in part})
 
-    def complete(self, trainable: Mapping[str, Tensor]) -> None:
-        """Give every parameter that has a gradient on some rank one on this."""
-        here = [name in trainable and trainable[name].grad is not None for name in self.names]
+    def complete(self, trainable: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Give every parameter (whose name starts with `prefix`) that has a gradient on some rank one on this."""
+        names = [name for name in self.names if name.startswith(prefix)]
+        if not names:
+            return
+        here = [name in trainable and trainable[name].grad is not None for name in names]
         flags = self.group.reduce_(paddle.to_tensor(np.array(here, np.int32)), dist.ReduceOp.MAX).numpy()
-        for name, wanted, have in zip(self.names, flags.tolist(), here, strict=True):
+        for name, wanted, have in zip(names, flags.tolist(), here, strict=True):
             if wanted and not have and name in trainable:
                 trainable[name].grad = paddle.zeros_like(trainable[name])
 

@@ -20,6 +20,7 @@ Refuses to know: objectives' arithmetic, learning rates, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +95,15 @@ class Engine:
             scaled = out.total / work.divisor
             (scaled if self.gradient_scale == 1.0 else scaled * self.gradient_scale).backward()
             done.add(float(scaled), out.metrics)
+            self.after_micro_batch()
         return done.loss, done.metrics
+
+    def after_micro_batch(self) -> None:
+        """Called when the backward of a micro-batch is over."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A `with` in which every parameter is whole on this rank up to its placement: needed to save, where stage 3 keeps them apart."""
+        return nullcontext()
 
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         """Make this rank's gradients the whole window's. `parameters`: the trainable ones, in the model's order."""
