@@ -40,14 +40,12 @@ _UNBUILT = (
     "pissa",
     "fp16",
     "fp16_opt_level",
-    "logging_dir",
     "template_backend",
     "dataloader_num_workers",
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
-    "report_to",
     *(name for name, setting in SETTINGS.items() if setting.section == "parallel"),
 )
 

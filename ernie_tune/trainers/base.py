@@ -44,6 +44,7 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
+from ernie_tune.train.writers import open_writers
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.measure import Measure, write_reports
 
@@ -193,8 +194,14 @@ class Trainer:
             mode="plain" if self.args.log.disable_tqdm else "",
         ) as progress:
             history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
+            c = self.args.log
+            writers = open_writers(c.report_to, Path(c.logging_dir or self.output_dir / "runs"), self.described.flat())
             log = self.log = RunLog(
-                self.output_dir, resume_step=loop.step if checkpoint else None, history=history, echo=progress.write
+                self.output_dir,
+                resume_step=loop.step if checkpoint else None,
+                history=history,
+                echo=progress.write,
+                writers=writers,
             )
             self._announce(log.info, total)
             if checkpoint:
@@ -211,7 +218,9 @@ class Trainer:
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
-        return self._finish(log)
+        metrics = self._finish(log)
+        log.close()
+        return metrics
 
     def _starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
