@@ -25,8 +25,11 @@ IMBALANCE = 1.3
 # CUDA context and communicators; what the allocator loses (parallel.md 4.2).
 CONTEXT_BYTES = 4 * GB
 FRAGMENTATION = 0.05
-# A process with Paddle loaded, before any model: measured with tests/bench/bench_memory.py.
-PROCESS_BYTES = 0.40 * GB
+# A process with Paddle loaded, before any model, and the share of activations that glibc's heap loses in holes, into which gradients then fit: both
+# measured with tests/bench/bench_memory.py.
+PROCESS_BYTES = 0.37 * GB
+CPU_FRAGMENTATION = 0.28
+PICTURE_PATCHES = 1024  # a picture of 448 x 448 pixels
 ITEMS = {
     "weights": "权重",
     "quantised base": "量化权重",
@@ -111,6 +114,8 @@ def _of_stage(job: Job, layout: Layout, card: Card, stage: int) -> tuple[dict[st
         items["released in time"] -= min(items["key/value cache"], training)
     if card.is_cpu:
         items["process and context"] = PROCESS_BYTES
+        passing = ("kept activations", "working set", "loss", "vision activations")
+        items["fragmentation"] = max(0.0, CPU_FRAGMENTATION * sum(items[k] for k in passing) - items["gradients"])
         return items, offloaded
     items["process and context"] = CONTEXT_BYTES
     items["fragmentation"] = FRAGMENTATION * math.fsum(v for k, v in items.items() if k != "process and context")
@@ -247,18 +252,20 @@ class _Activations:
         v = self.job.model.vision
         if v is None or not self.job.visual_tokens:
             return 0.0
-        patches = self.job.visual_tokens * v.spatial_merge_size**2
-        mine = patches / self.layout.pipeline
+        mine = self.job.visual_tokens * v.spatial_merge_size**2 / self.layout.pipeline
+        # Two norms with their inputs, queries, keys and values twice, attention's output, three of the MLP's width; rotation in float32.
+        block = mine * (self.wide * (8 * v.hidden_size + 3 * v.intermediate_size) + 4 * 4 * v.hidden_size)
+        probabilities = mine * PICTURE_PATCHES * v.num_heads * self.wide if self.card.is_cpu else 0.0
+        block += probabilities if probabilities <= PROBS_KEEP_BYTES else 0.0
         rope = 2 * 4 * mine * v.hidden_size
-        block = self.wide * (8 * v.hidden_size + 2 * v.intermediate_size) + 4 * 2 * v.hidden_size
-        trained = self.job.full and "freeze_vision" not in self.job.freeze
-        saved = self.wide * v.hidden_size if self.job.recompute else block
-        tower = mine * (saved * v.depth if trained else 0) + mine * block * (2 if trained else 1)
         merged = v.hidden_size * v.spatial_merge_size**2
         features = (
-            self.job.visual_tokens * self.wide * (6 * merged + 2 * self.job.model.hidden_size) if self.first else 0.0
+            self.job.visual_tokens * self.wide * (12 * merged + 2 * self.job.model.hidden_size) if self.first else 0.0
         )
-        return rope + tower + features
+        if not self.job.full or "freeze_vision" in self.job.freeze:
+            return rope + block / 2 + features  # without a graph about half of a block lives at once
+        saved = mine * self.wide * v.hidden_size if self.job.recompute else block
+        return rope + saved * v.depth + block + features
 
     def cache(self) -> float:
         """Keys and values of all sequences that are sampled together (parallel.md 4.1)."""

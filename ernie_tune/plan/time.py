@@ -1,7 +1,7 @@
 """Seconds of a step: arithmetic, communication, pipeline bubble, optimizer (parallel.md 5). No overlap is assumed, text and pictures as the job says.
 
 A prediction from published speeds, not a measurement; parallel.md 5.4 expects 60 to 75 % of such figures until kernels are fused.
-Refuses to know: bytes that stay (memory.py), which layout is best (search.py).
+Refuses to know: which layout is best (search.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan.cards import Card
 from ernie_tune.plan.job import Job
 from ernie_tune.plan.layouts import Layout
+from ernie_tune.plan.memory import PICTURE_PATCHES
 from ernie_tune.plan.weights import EXPERT, TENSOR, active_values, base_bytes, held
 
 _WIRE_BYTES = 2  # bfloat16
@@ -120,13 +121,13 @@ def _expanding(job: Job, layout: Layout, card: Card) -> float:
 
 
 def _vision_flops(job: Job) -> float:
-    """Of the tower on a micro-batch's pictures, of 1,024 patches each: a forward; trained, one more without a graph and a backward (parallel.md 1.6)."""
+    """Of the tower on a micro-batch's pictures, of usual size: a forward; trained, one more without a graph and a backward (parallel.md 1.6)."""
     v = job.model.vision
     if v is None:
         return 0.0
     trained = job.full and "freeze_vision" not in job.freeze
     patches = job.visual_tokens * v.spatial_merge_size**2
-    forward = 2 * parameter_count(job.model, "vision_model.") + 4 * 1024 * v.hidden_size * v.depth
+    forward = 2 * parameter_count(job.model, "vision_model.") + 4 * PICTURE_PATCHES * v.hidden_size * v.depth
     return patches * forward * (4 if trained else 1)
 
 
