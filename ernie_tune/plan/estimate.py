@@ -155,6 +155,8 @@ def _better(job: Job, card: Card, chosen: Plan) -> Plan | None:
     other = best(job, card, chosen.layout.world)
     if other.layout == chosen.layout or not other.fits:
         return None
+    if other.tight and chosen.fits and not chosen.tight:
+        return None
     return other if not chosen.fits or other.speed > 1.1 * chosen.speed else None
 
 

@@ -29,6 +29,16 @@ def model_shape(name: str) -> ModelConfig:
     return preset(name)
 
 
+def known_shape(name: str) -> ModelConfig | None:
+    """`model_shape`, None for a model that is neither here nor known by name. A folder's config.json that cannot be read still raises ValueError."""
+    if (Path(name) / "config.json").is_file():
+        return model_shape(name)
+    try:
+        return preset(name)
+    except ValueError:  # no such name
+        return None
+
+
 @dataclass(frozen=True)
 class Job:
     """One step of a run. Sizes are upper bounds: rows are taken to be as long as allowed, every text token to be a target.

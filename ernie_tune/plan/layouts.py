@@ -26,8 +26,8 @@ _TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
 @dataclass(frozen=True)
 class Layout:
     """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal to `tensor` is the official layout (parallel.md 2.2),
-    1 puts all of them on every rank. `stage`: what sharding ranks share: 1 optimizer states, 2 gradients too, 3 weights too. `offload`: optimizer
-    states in main memory."""
+    1 puts all of them on every rank. `stage`: what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too. `offload`:
+    optimizer states in main memory."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -36,7 +36,7 @@ class Layout:
     data: int = 1
     expert: int = 1
     sequence_parallel: bool = False
-    stage: int = 1
+    stage: int = 0
     offload: bool = False
 
     @property
@@ -75,7 +75,7 @@ class Layout:
             _SHARDING: self.sharding,
         }
         out = {k: str(v).lower() for k, v in given.items() if v not in (1, 0, False) or v is True}
-        if self.sharding > 1 or self.offload:
+        if self.stage:
             out["sharding"] = stage
         return out
 
@@ -91,7 +91,7 @@ def layout_of(config: RunConfig, world: int | None = None) -> Layout:
         sharding=shared,
         expert=expert,
         sequence_parallel=p.sequence_parallel,
-        stage=int(p.sharding[5]) if p.sharding != "off" else 1,
+        stage=0 if p.sharding == "off" else int(p.sharding[5]),
         offload=p.sharding.endswith("offload"),
     )
     data = 1 if world is None else max(1, world // layout.world)
@@ -103,12 +103,11 @@ def problems(
     layout: Layout,
     *,
     world: int | None = None,
-    seq_tokens: int | None = None,
     accumulation: int | None = None,
 ) -> list[Problem]:
-    """Why `model` cannot be cut like this; empty if it can. `seq_tokens`: longest row or pack, `accumulation`: micro-batches a step, where known."""
+    """Why `model` cannot be cut like this; empty if it can. `world`: processes, `accumulation`: micro-batches a step, where known."""
     rules = (
-        *_tensor(model, layout, seq_tokens),
+        *_tensor(model, layout),
         *_experts(model, layout),
         *_pipeline(model, layout, accumulation),
         *_sharding(layout),
@@ -121,7 +120,7 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _tensor(model: ModelConfig, layout: Layout, seq_tokens: int | None) -> Iterator[Problem]:
+def _tensor(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     t = layout.tensor
     if t == 1:
         return
@@ -131,12 +130,6 @@ def _tensor(model: ModelConfig, layout: Layout, seq_tokens: int | None) -> Itera
             _TENSOR,
             f"{_TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal} / 张量并行度须整除该值",
         )
-    if layout.sequence_parallel and seq_tokens is not None and seq_tokens % t:
-        near = max(t, seq_tokens // t * t)
-        yield (
-            "max_seq_len",
-            f"max_seq_len ({seq_tokens}) must be a multiple of {_TENSOR} ({t}) with sequence_parallel; set {near} / 序列长度须为张量并行度的倍数",
-        )
 
 
 def _uneven(model: ModelConfig, tensor: int) -> Iterator[tuple[str, int]]:
@@ -144,16 +137,11 @@ def _uneven(model: ModelConfig, tensor: int) -> Iterator[tuple[str, int]]:
     sizes = {
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_key_value_heads,
-        "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
         "vocab_size": model.vocab_size,
     }
-    if model.moe is not None:
-        sizes["num_experts"] = model.moe.num_experts
-        if model.moe.num_shared_experts:
-            sizes["width of the shared expert"] = model.moe.shared_intermediate_size
-    if model.vision is not None:
-        sizes["width of the merged visual features"] = model.vision.hidden_size * model.vision.spatial_merge_size**2
+    if model.moe is not None and model.moe.num_shared_experts:
+        sizes["width of the shared expert"] = model.moe.shared_intermediate_size
     for name, value in sizes.items():
         if value % tensor:
             yield name, value
@@ -182,23 +170,24 @@ def _experts(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
 
 
 def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> Iterator[Problem]:
-    p, v, depth = layout.pipeline, layout.virtual, model.num_hidden_layers
-    if depth % (p * v):
-        legal = [d for d in _divisors(depth) if d * v <= depth and depth % (d * v) == 0]
-        chunks = f"{_PIPELINE} ({p})" if v == 1 else f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v})"
+    p, v = layout.pipeline, layout.virtual
+    items = model.num_hidden_layers + 2 + int(not model.tie_word_embeddings)  # embedding, layers, norm, head
+    if p * v > items:
         yield (
             _PIPELINE,
-            f"{chunks} must divide num_hidden_layers ({depth}); choose {_PIPELINE} from {legal or [1]} / 流水并行度须整除层数",
+            f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be cut into ({items}: embedding, "
+            f"{model.num_hidden_layers} layers, norm, head); choose at most {items // v} / 流水并行度过大",
         )
     if v > 1 and p <= 2:
         yield (
             _VIRTUAL,
             f"{_VIRTUAL} ({v}) needs {_PIPELINE} ({p}) above 2; raise that to 4, or set {_VIRTUAL}: 1 / 虚拟流水需要流水并行度大于 2",
         )
-    if v > 1 and accumulation is not None and accumulation < p:
+    if v > 1 and accumulation is not None and accumulation != p and accumulation < 2 * p:
         yield (
             "gradient_accumulation_steps",
-            f"gradient_accumulation_steps ({accumulation}) must be at least {_PIPELINE} ({p}) with {_VIRTUAL} ({v}); raise it / 累积步数过少",
+            f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least twice that with {_VIRTUAL} ({v}); "
+            f"set {p if accumulation < p else 2 * p} / 累积步数不合法",
         )
 
 
@@ -208,10 +197,11 @@ def _sharding(layout: Layout) -> Iterator[Problem]:
             "sharding",
             f"sharding (stage{layout.stage}) must be stage1 with {_PIPELINE} ({layout.pipeline}); change one / 流水并行只支持 stage1",
         )
-    if layout.stage == 3 and layout.tensor > 1:
+    if layout.stage and layout.sharding == 1 and layout.data > 1:
         yield (
-            "sharding",
-            f"sharding (stage3) must be stage1 or stage2 with {_TENSOR} ({layout.tensor}): Fleet clips stage 3 within its own group only; change one / stage3 不支持张量并行",
+            _SHARDING,
+            f"{_SHARDING} (1) must be above 1 with sharding (stage{layout.stage}): {layout.data} ranks have the same weights and share nothing; "
+            f"set it to {layout.data}, or sharding: off / 请设置 sharding 并行度",
         )
     if layout.offload and layout.data > 1:
         yield (
@@ -230,15 +220,13 @@ def _world(layout: Layout, world: int | None) -> Iterator[Problem]:
         )
 
 
-def legal_layouts(
-    model: ModelConfig, world: int, *, seq_tokens: int | None = None, accumulation: int | None = None
-) -> list[Layout]:
+def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = None) -> list[Layout]:
     """Every legal layout on `world` ranks without virtual stages: data replicas share optimizer states (sharding stage 1)."""
     found = []
     for tensor in _divisors(world):
         if list(_uneven(model, tensor)):
             continue
-        for pipeline in _divisors(world // tensor):
+        for pipeline in (p for p in _divisors(world // tensor) if p <= model.num_hidden_layers):
             shared = world // tensor // pipeline
             wide = _divisors(shared) if model.moe is not None else [1]
             for factor in wide:
@@ -248,13 +236,16 @@ def legal_layouts(
                     sharding=shared,
                     expert=tensor * factor,
                     sequence_parallel=tensor > 1,
+                    stage=int(shared > 1),
                 )
-                if not problems(model, layout, world=world, seq_tokens=seq_tokens, accumulation=accumulation):
+                if not problems(model, layout, world=world, accumulation=accumulation):
                     found.append(layout)
     return found
 
 
-def nearest(model: ModelConfig, layout: Layout, world: int, count: int = 3, **known: int | None) -> list[Layout]:
+def nearest(
+    model: ModelConfig, layout: Layout, world: int, count: int = 3, accumulation: int | None = None
+) -> list[Layout]:
     """The legal layouts on `world` ranks that differ least from `layout`, in powers of two of its degrees; the tensor degree counts most."""
 
     def distance(other: Layout) -> float:
@@ -266,7 +257,7 @@ def nearest(model: ModelConfig, layout: Layout, world: int, count: int = 3, **kn
         )
         return sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs)
 
-    return sorted(legal_layouts(model, world, **known), key=distance)[:count]
+    return sorted(legal_layouts(model, world, accumulation=accumulation), key=distance)[:count]
 
 
 def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -> None:
@@ -282,14 +273,11 @@ def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -
 def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None) -> list[Problem]:
     """What `check_run` refuses, each with the setting to point at; the last one also names the nearest legal layouts."""
     layout = layout_of(config, world)
-    known = {
-        "seq_tokens": config.data.max_seq_len,
-        "accumulation": config.train.gradient_accumulation_steps,
-    }
-    found = list(_unbuilt(config)) + problems(model, layout, world=world, **known)
+    steps = config.train.gradient_accumulation_steps
+    found = list(_unbuilt(config)) + problems(model, layout, world=world, accumulation=steps)
     if found:
         ranks = world or layout.world
-        others = nearest(model, layout, ranks, **known)
+        others = nearest(model, layout, ranks, accumulation=steps)
         shown = "; ".join(f"{other} ({_spelled(other)})" for other in others)
         name, message = found[-1]
         found[-1] = (name, f"{message}\nnearest layouts on {ranks} card(s) / 可用的相近布局: {shown or 'none'}")

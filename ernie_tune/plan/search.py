@@ -50,7 +50,7 @@ def plan(job: Job, layout: Layout, card: Card, products: float | None = None) ->
 
 def plans(job: Job, card: Card, cards: int, *, offload: bool = False) -> list[Plan]:
     """Every legal layout on `cards` cards: those that fit with room first, then by speed; those that do not fit by how much they lack."""
-    layouts = legal_layouts(job.model, cards, seq_tokens=job.row_tokens, accumulation=job.accumulation)
+    layouts = legal_layouts(job.model, cards, accumulation=job.accumulation)
     found = [plan(job, replace(layout, offload=offload), card) for layout in layouts]
     return sorted(
         found,
@@ -59,11 +59,8 @@ def plans(job: Job, card: Card, cards: int, *, offload: bool = False) -> list[Pl
 
 
 def best(job: Job, card: Card, cards: int) -> Plan:
-    """The fastest layout that fits with room, else that fits; with states in main memory only where nothing fits otherwise; else the one that lacks least."""
-    first = plans(job, card, cards)[0]
-    if first.fits or not job.full or card.is_cpu:
-        return first
-    return min((first, plans(job, card, cards, offload=True)[0]), key=lambda p: (not p.fits, p.memory.total))
+    """The fastest layout that fits with room, else that fits; else the one that lacks least."""
+    return plans(job, card, cards)[0]
 
 
 def smallest(job: Job, card: Card) -> Plan:
@@ -101,8 +98,6 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
             sequences=job.sequences // job.rows,
         )
         yield Change(text, smaller, cards, offload)
-    if job.full and not offload:
-        yield Change("sharding: stage1 offload", job, cards, True)
     if job.full and job.model.vision is not None and "freeze_vision" not in job.freeze:
         yield Change("freeze_config: freeze_vision", job.replace(freeze=(*job.freeze, "freeze_vision")), cards, offload)
     if not job.full and job.quantize == "none":

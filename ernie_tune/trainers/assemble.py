@@ -6,6 +6,7 @@ Refuses to know: the method's loss, the loop, where results go.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from ernie_tune.peft.files import read_adapter
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.quantize import quantize_base
+from ernie_tune.plan.job import known_shape
+from ernie_tune.plan.layouts import check_run
 
 Rows = Sequence[Record]
 # Rows of the training data that expert affinity is measured on.
@@ -64,6 +67,13 @@ def refuse_unbuilt(config: RunConfig) -> None:
         raise ValueError(
             "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"
         )
+
+
+def check_layout(config: RunConfig, model: ErnieModel | None) -> None:
+    """ValueError for a layout that the model, or the one that the settings name, cannot have on the processes that were started."""
+    shape = known_shape(config.model.model_name_or_path) if model is None else model.config
+    if shape is not None:
+        check_run(config, shape, int(os.environ.get("PADDLE_TRAINERS_NUM", "1")))
 
 
 def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
