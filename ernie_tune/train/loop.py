@@ -131,6 +131,8 @@ class Loop:
             for name, (total, count) in out.metrics.items():
                 before = metrics.get(name, (0.0, 0.0))
                 metrics[name] = (before[0] + total, before[1] + count)
+            # What a PyLayer noted on its context lives as long as the graph: without this, through the next micro-batch's forward too.
+            del out, scaled
         return loss, metrics
 
     def clear_gradients(self) -> None:

@@ -80,6 +80,7 @@ class Trainer:
                 f"stage ({self.args.model.stage}) must be one of {self.stages} with {type(self).__name__}; set it, or take another trainer"
             )
         assemble.refuse_unbuilt(self.args)
+        assemble.check_layout(self.args, model)
         plain = assemble.load_model(self.args) if model is None else model
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
