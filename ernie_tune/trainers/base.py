@@ -11,13 +11,13 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, dump_config
-from ernie_tune.data.batching import Dropped, collate, steps_per_epoch
+from ernie_tune.data.batching import Dropped, RecordEncoder, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
@@ -86,7 +86,7 @@ class Trainer:
                 "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
             )
         self.processor = processor or assemble.load_processor(self.args, name)
-        self.encoder = assemble.encoder_of(self.args, self.processor)
+        self.encoder = self._encoder()
         self._open_data(train_dataset, eval_dataset)
         self.model = (
             plain if isinstance(plain, PeftModel) else assemble.apply_method(self.args, plain, self._calibration())
@@ -98,6 +98,10 @@ class Trainer:
         self.loop: Loop | None = None
 
     # --- assembling --------------------------------------------------------------------------------------------------
+
+    def _encoder(self) -> RecordEncoder:
+        """What makes samples and micro-batches of the rows."""
+        return assemble.encoder_of(self.args, self.processor)
 
     def _open_data(self, train: Any, evaluation: Any) -> None:
         c = self.args
@@ -201,17 +205,19 @@ class Trainer:
                 self._announce_resume(log, checkpoint, total)
             self._provoke_memory(log.info)
             write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
-            measure = self.measure = Measure(
-                self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir
-            )
+            measure = self.measure = self._measure()
             measure.before(log, resumed=checkpoint is not None)
             guards.start(measure, log, resumed=checkpoint is not None)
             with _deferred_interrupt() as interrupted:
-                for record in loop.steps(self.stream) if not guards.early.exhausted else ():
+                for record in loop.steps(self._windows()) if not guards.early.exhausted else ():
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
         return self._finish(log)
+
+    def _windows(self) -> Iterable[Sequence[Any]]:
+        """The windows that the loop trains on."""
+        return self.stream
 
     def _starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
@@ -403,7 +409,7 @@ class Trainer:
         samples = assemble.longest(self.stream)
         if not samples:
             return
-        batch = collate(samples, self.processor.tokens)
+        batch = self.encoder.collate(samples)
         self.model.train()
         loop.accumulate([batch])
         loop.clear_gradients()
@@ -450,9 +456,18 @@ class Trainer:
         """Loss on the evaluation rows and scores of generated answers, without training."""
         if not len(self.eval_rows):
             raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
-        return Measure(self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir).all_rows()[
-            0
-        ]
+        return self._measure().all_rows()[0]
+
+    def _measure(self) -> Measure:
+        """What measures the model on held-out rows and guard sets."""
+        return Measure(
+            self.args,
+            self.model,
+            self.processor,
+            assemble.encoder_of(self.args, self.processor),
+            self.eval_rows,
+            self.output_dir,
+        )
 
 
 class _Guards:
