@@ -18,11 +18,13 @@ class LossOut:
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def combine(terms: Mapping[str, LossOut], weights: Mapping[str, float], counts: Mapping[str, float]) -> LossOut:
+def combine(
+    terms: Mapping[str, LossOut], weights: Mapping[str, float], counts: Mapping[str, float], label: str = "loss/{}"
+) -> LossOut:
     """This micro-batch's share of sum_k weight_k * total_k / count_k; `counts` are each term's *global* divisor, so the result's own divisor is 1.
 
     A term whose global count is 0 is absent and adds 0 (with a graph, so that a rank without it still walks backward). Metrics: each term's own, and
-    `loss/<term>`. Raises ValueError for a term that has units here and no global count, and for one without a weight.
+    `label` with the term's name. Raises ValueError for a term that has units here and no global count, and for one without a weight.
     """
     if not terms:
         raise ValueError("terms (0) must name at least one loss; give loss_type a name")
@@ -40,6 +42,6 @@ def combine(terms: Mapping[str, LossOut], weights: Mapping[str, float], counts: 
         total = part if total is None else total + part
         metrics.update(out.metrics)
         if out.count:
-            metrics[f"loss/{name}"] = (float(out.total.detach()), out.count)
+            metrics[label.format(name)] = (float(out.total.detach()), out.count)
     assert total is not None
     return LossOut(total, 1.0, metrics)

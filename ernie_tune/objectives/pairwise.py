@@ -31,9 +31,10 @@ from ernie_tune.objectives.preference import (
 @dataclass(frozen=True)
 class Baselines:
     """What a loss compares with besides the pair; the caller keeps it over steps. delta: BCO's reward shift. kl_chosen, kl_rejected: KTO-pair's means
-    of the log-ratios over the batch, 0 at least."""
+    of the log-ratios over the batch, 0 at least. z0: KTO's baseline for single answers."""
 
     delta: float = 0.0
+    z0: float = 0.0
     kl_chosen: float = 0.0
     kl_rejected: float = 0.0
 
