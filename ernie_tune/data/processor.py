@@ -210,10 +210,10 @@ class Processor:
             if piece.kind in given:
                 source = piece.source if piece.source is not None else given[piece.kind].pop(0)
                 key = (piece.kind, id(source))
-                if made is None or key not in made:
-                    pixels_PC, grid = self._patchify(piece.kind, source, where)
+                found = made.get(key) if made is not None else None
+                pixels_PC, grid = found or self._patchify(piece.kind, source, where)
                 if made is not None:
-                    pixels_PC, grid = made.setdefault(key, (pixels_PC, grid))
+                    made[key] = (pixels_PC, grid)
                 patches.append(pixels_PC)
                 grids.append(grid)
                 new = self._placeholders(piece.kind, grid)

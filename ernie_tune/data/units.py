@@ -142,7 +142,7 @@ class UnitEncoder:
     """Record -> unit, or None with a reason noted. `max_tokens` bounds each dialogue, `max_prompt` the tokens before its first target.
 
     `truncation` "left" and "right" cut prompts at that side to `max_prompt` (media go whole or stay whole) and answers at their end. `share` False
-    packs whole dialogues.
+    packs whole dialogues. `signals`: the kinds of judgement that something learns from.
     """
 
     processor: Processor
@@ -150,6 +150,7 @@ class UnitEncoder:
     max_prompt: int
     truncation: str = "delete"
     share: bool = True
+    signals: tuple[str, ...] = JUDGED
 
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
@@ -161,6 +162,9 @@ class UnitEncoder:
 
     def __call__(self, record: Record, dropped: Dropped) -> Unit | None:
         where = str(record.meta) if record.meta.path else "a row that is in no file"
+        if record.signal not in self.signals:
+            dropped.add(f"nothing learns from a {record.signal}", where)
+            return None
         made: dict[tuple[str, int], Any] = {}
         dialogues = []
         for i in range(len(record.candidates)):

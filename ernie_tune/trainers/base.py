@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,7 @@ class Trainer:
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
         guards = self._guards = _Guards(self.args)
+        self._before_training(dry_run)
         if dry_run:
             self._dry_run(total)
             return {}
@@ -206,18 +207,29 @@ class Trainer:
             self._provoke_memory(log.info)
             write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
             measure = self.measure = self._measure()
+            self._after_start(log, resumed=checkpoint is not None)
             measure.before(log, resumed=checkpoint is not None)
             guards.start(measure, log, resumed=checkpoint is not None)
             with _deferred_interrupt() as interrupted:
-                for record in loop.steps(self._windows()) if not guards.early.exhausted else ():
+                for record in loop.steps(map(self._ready, self.stream)) if not guards.early.exhausted else ():
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
         return self._finish(log)
 
-    def _windows(self) -> Iterable[Sequence[Any]]:
-        """The windows that the loop trains on."""
-        return self.stream
+    def _before_training(self, dry_run: bool) -> None:
+        """What a method does with the model as it was given, before anything changes it; without a trace on the disk in a dry run."""
+
+    def _after_start(self, log: RunLog, resumed: bool) -> None:
+        """What a method has to say once the log is open."""
+
+    def _after_step(self, record: StepRecord) -> list[Verdict]:
+        """What a method does after each step, before it is measured and saved."""
+        return []
+
+    def _ready(self, window: Sequence[Any]) -> Sequence[Any]:
+        """The window with what the method needs beside the rows, such as a reference's answers."""
+        return window
 
     def _starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
@@ -287,7 +299,7 @@ class Trainer:
         e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
         epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
         self._epoch_seen = self.stream.epoch
-        verdicts = guards.after_step(record)
+        verdicts = guards.after_step(record) + self._after_step(record)
         if guards.broken:
             raise FloatingPointError(
                 f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
@@ -356,13 +368,21 @@ class Trainer:
         save_checkpoint(
             self.output_dir,
             step,
-            self.model.save_pretrained,
+            self._save_checkpoint_files,
             optimizer,
             self._trained(),
             states,
             {ARGS_FILE: dump_config(self.described)},
         )
         log.info(f"saved checkpoint-{step}")
+
+    def _save_weights(self, folder: Path) -> None:
+        """Model or adapter, and what else of the result is weights."""
+        self.model.save_pretrained(folder)
+
+    def _save_checkpoint_files(self, folder: Path) -> None:
+        """The weights, and what only resuming needs beside the optimizer's."""
+        self._save_weights(folder)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loop = self._loop()
@@ -410,8 +430,9 @@ class Trainer:
         if not samples:
             return
         batch = self.encoder.collate(samples)
+        window = self._ready([batch])
         self.model.train()
-        loop.accumulate([batch])
+        loop.accumulate(window)
         loop.clear_gradients()
         say(
             f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
@@ -449,7 +470,7 @@ class Trainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
-        self.model.save_pretrained(folder)
+        self._save_weights(Path(folder))
         self.processor.save_pretrained(folder)
 
     def evaluate(self) -> dict[str, float]:
