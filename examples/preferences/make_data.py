@@ -62,6 +62,14 @@ class Judge:
         order = [[i for i, (_, tier) in enumerate(judged) if tier == wanted] for wanted in range(3)]
         return {**self.base, "signal": {"type": "ranking", "responses": [text for text, _ in judged], "order": order}}
 
+    def choice(self) -> Row:
+        """Four answers in any style and order, of which one is right: what a reward model learns from."""
+        digits = [self.digit, *self.rng.sample([d for d in range(10) if d != self.digit], 3)]
+        self.rng.shuffle(digits)
+        right, wrong = ([i for i, d in enumerate(digits) if (d == self.digit) is is_right] for is_right in (True, False))
+        responses = [self.says(d, self.rng.random() < 0.5) for d in digits]
+        return {**self.base, "signal": {"type": "ranking", "responses": responses, "order": [right, wrong]}}
+
     def rating(self) -> Row:
         """Three answers rated from 1 to 5."""
         judged = [(self.says(self.digit, False), 5), (self.says(self.digit, True), 3)]
@@ -91,7 +99,7 @@ def read_rows(name: str) -> list[Row]:
 
 
 def make(out: Path) -> None:
-    """Writes sft.jsonl, pairs_*.jsonl, mixture.jsonl for training, eval_*.jsonl for measuring. Each file has its own draws."""
+    """Writes sft.jsonl, pairs_*.jsonl, choices.jsonl, mixture.jsonl for training, eval_*.jsonl for measuring. Each file has its own draws."""
     train, held = read_rows("train.jsonl"), read_rows("eval.jsonl")
 
     def judges(rows: list[Row], name: str) -> list[Judge]:
@@ -102,6 +110,7 @@ def make(out: Path) -> None:
     for kind, part in (("right", train[::2]), ("terse", train[1::2])):
         write_rows(out / f"pairs_{kind}.jsonl", (j.pair(kind) for j in judges(part, f"pairs {kind}")))
         write_rows(out / f"eval_{kind}.jsonl", (j.pair(kind) for j in judges(held, f"eval {kind}")))
+    write_rows(out / "choices.jsonl", (j.choice() for j in judges(train, "choices")))
     kinds = (lambda j: j.pair("right"), lambda j: j.pair("terse"), Judge.ranking, Judge.rating, Judge.label)
     write_rows(out / "mixture.jsonl", (kinds[i % 5](j) for i, j in enumerate(judges(train, "mixture"))))
 
