@@ -36,6 +36,11 @@ class Verb:
 
 VERBS = (
     Verb("train", "ernie_tune.cli.train:run", "fine-tune a model as a YAML file says", ("sft",)),
+    Verb("dpo", "ernie_tune.cli.train:dpo", "learn from pairs of answers"),
+    Verb("kto", "ernie_tune.cli.train:kto", "learn from answers called good or bad"),
+    Verb("upo", "ernie_tune.cli.train:upo", "learn from pairs, rankings, ratings and labels together"),
+    Verb("reward", "ernie_tune.cli.train:reward", "train a reward model", ("rm",)),
+    Verb("score", "ernie_tune.cli.score:run", "score answers with a reward model"),
     Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
     Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),

@@ -67,7 +67,7 @@ class SequenceContext:
         if inputs.vision_T.any():
             text, vision = (paddle.to_tensor(np.flatnonzero(m)) for m in (~inputs.vision_T, inputs.vision_T))
         return cls(
-            plan=AttentionPlan(inputs.offsets, causal=True),
+            plan=AttentionPlan(inputs.offsets, causal=True, parents=inputs.parents),
             turn_q=turn_factors(angles, config.num_attention_heads, dtype),
             turn_k=turn_factors(angles, config.num_key_value_heads, dtype),
             text_index=text,
@@ -220,6 +220,8 @@ class ErnieModel(nn.Layer):
             raise ValueError(
                 f"number of visual features ({have}) must equal the number of placeholder tokens ({len(index)}); build both with one processor"
             )
+        if cache is not None and inputs.parents is not None:
+            raise ValueError("parents must be None with a cache, whose rows are whole; pack whole rows")
         if tap is not None:
             tap.recomputed = recompute is not None
         with default_dtype(self.compute_dtype):

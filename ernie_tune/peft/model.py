@@ -132,12 +132,34 @@ class PeftModel(ErnieModel):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The model as it was before any adapter, bit for bit, for the length of a `with`: the reference policy."""
+        with self.acting(None):
+            yield
+
+    @contextlib.contextmanager
+    def acting(self, name: str | None) -> Iterator[None]:
+        """Let another adapter act (None: none) for the length of a `with`, without a change of what is trained."""
+        if name is not None:
+            self._get(name)
         before = self.active
-        self._activate(None)
+        self._activate(name)
         try:
             yield
         finally:
             self._activate(before)
+
+    def copy_adapter(self, source: str, name: str) -> None:
+        """A frozen copy of adapter `source` under a new name; the active one stays active."""
+        before, config = self.active, self._get(source).config
+        self.add_adapter(config, name)
+        self.mix_adapter(source, name, 1.0)
+        if before is not None:
+            self.set_adapter(before)
+
+    def mix_adapter(self, source: str, name: str, share: float) -> None:
+        """Move the tensors of adapter `name` towards those of `source`: share * source + (1 - share) * name."""
+        with paddle.no_grad():
+            for mine, other in zip(self._get(name).parameters(), self._get(source).parameters(), strict=True):
+                mine.set_value(other * share + mine * (1 - share) if share < 1 else other.clone())
 
     def _get(self, name: str) -> Adapter:
         if name not in self.adapters:

@@ -26,8 +26,12 @@ from ernie_tune.peft.lora import draw_factor, parameter
 def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[PackedInput, np.ndarray]:
     """The pack with `count` text tokens (id 0) before every segment, and the rows of the real tokens in it.
 
-    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0, else all at 0.
+    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0, else all at 0. Raises ValueError for shared prefixes.
     """
+    if inputs.parents is not None:
+        raise ValueError(
+            "parents must be None with virtual tokens, which begin every segment; pack whole rows (prefix_sharing: false)"
+        )
     segments = len(inputs.offsets) - 1
     real_T = np.arange(inputs.num_tokens) + count * np.repeat(np.arange(1, segments + 1), inputs.segment_lengths)
     size = inputs.num_tokens + count * segments

@@ -16,7 +16,7 @@ from ernie_tune.checkpoint.auto import AutoModel, fill
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
-from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Sample, collate
+from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
 from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -193,7 +193,9 @@ def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
     )
 
 
-def stream_of(config: RunConfig, sets: Sequence[Rows], encoder: Encoder, rank: int = 0, size: int = 1) -> BatchStream:
+def stream_of(
+    config: RunConfig, sets: Sequence[Rows], encoder: RecordEncoder, rank: int = 0, size: int = 1
+) -> BatchStream:
     """The endless stream of windows of this rank."""
     d, t = config.data, config.train
     seed = t.seed if t.data_seed is None else t.data_seed
@@ -280,7 +282,7 @@ def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Samp
     return settings.lora_config(config, picked)
 
 
-def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
+def longest(stream: BatchStream, scan_rows: int = 256) -> list[Packable]:
     """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens plus patches), or a full pack. For provoking
     out-of-memory before the first step. Reads rows by position, so the stream stays where it is."""
     mixture = stream.shard.mixture
@@ -297,6 +299,5 @@ def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
     return chosen
 
 
-def _weight(sample: Sample) -> int:
-    patches = 0 if sample.row.pixel_values_PC is None else len(sample.row.pixel_values_PC)
-    return sample.num_tokens + patches
+def _weight(sample: Packable) -> int:
+    return sample.num_tokens + sample.num_patches
