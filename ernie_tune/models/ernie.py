@@ -122,6 +122,20 @@ class DecoderLayer(nn.Layer):
         return x_TD + self.mlp(h_TD)
 
 
+class Lookup(nn.Layer):
+    """Rows of a table, as a layer without parameters: where the table is split, another one steps in."""
+
+    def forward(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.embedding(ids_T, weight_VD)
+
+
+class Scores(nn.Layer):
+    """Hidden states times the output matrix, as a layer without parameters: where the matrix is split, another one steps in."""
+
+    def forward(self, hidden_TD: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
+
+
 class Embedding(nn.Layer):
     """Token embedding; rows of placeholders are overwritten, in order, by visual features."""
 
@@ -130,11 +144,12 @@ class Embedding(nn.Layer):
         self.weight = self.create_parameter(
             [c.vocab_size, c.hidden_size], default_initializer=nn.initializer.Constant(0.0)
         )
+        self.lookup = Lookup()
 
     def forward(
         self, ids_T: Tensor, feature_index_F: Tensor | None = None, features_FD: Tensor | None = None
     ) -> Tensor:
-        x_TD = F.embedding(ids_T, self.weight)
+        x_TD = self.lookup(ids_T, self.weight)
         if features_FD is None:
             return x_TD
         return paddle.scatter(x_TD, feature_index_F, features_FD.astype(x_TD.dtype), overwrite=True)
@@ -191,6 +206,7 @@ class ErnieModel(nn.Layer):
                     self.layers.append(build())
                 else:
                     self.add_sublayer(name, build())
+            self.scores = Scores()
             if config.vision is not None:
                 self.vision_model = VisionTower(config.vision)
                 self.resampler_model = Resampler(config.vision, config.hidden_size, config.rms_norm_eps)
@@ -242,4 +258,4 @@ class ErnieModel(nn.Layer):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores [T, V] in the model's dtype."""
         weight, transposed = self.head_weight()
-        return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
+        return self.scores(hidden_TD, weight, transposed)

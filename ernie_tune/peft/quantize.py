@@ -33,10 +33,21 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
     scale[scale == 0] = 1.0
     codes = np.rint(grouped / scale).reshape(n_in, n_out).astype(np.int8)
-    if bits == 4:
-        low, high = (codes + 8).astype(np.uint8).reshape(2, n_in // 2, n_out)
-        codes = low | high << 4
-    return codes, scale[:, 0]
+    return _pack4((codes + 8).astype(np.uint8)) if bits == 4 else codes, scale[:, 0]
+
+
+def _pack4(codes_IO: np.ndarray) -> np.ndarray:
+    """Two rows to a byte: row i low, row i + I/2 high."""
+    low, high = np.split(codes_IO, 2, axis=-2)
+    return low | high << 4
+
+
+def _unpack4(packed: np.ndarray) -> np.ndarray:
+    return np.concatenate([packed & 15, packed >> 4], axis=-2)
+
+
+def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
+    return np.ascontiguousarray(np.split(values, size, axis=axis)[rank])
 
 
 class QuantizedWeight(nn.Layer):
@@ -53,6 +64,33 @@ class QuantizedWeight(nn.Layer):
         self.register_buffer("codes", paddle.to_tensor(codes))
         self.register_buffer("scale", paddle.to_tensor(scale).astype(weight.dtype))
         groups, rows = scale.shape[-2], self.shape[-2]
+        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+
+    def cut(self, axis: int | None, rank: int, size: int) -> None:
+        """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
+
+        Raises ValueError where the part would cut a group of 4-bit rows, or does not divide.
+        """
+        dim = 0 if axis is None else axis - 2
+        if self.shape[dim] % size:
+            raise ValueError(f"dimension {self.shape} must be divisible by {size} ranks; lower the degree")
+        codes, scale, rows = self.codes, self.scale, self.shape[-2]
+        if axis == 0 and self.bits == 4:
+            if scale.shape[-2] > 1 and rows // size % GROUP_ROWS:
+                raise ValueError(
+                    f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
+                )
+            codes = _pack4(_part(_unpack4(codes.numpy()), -2, rank, size))
+        else:
+            codes = _part(codes.numpy(), dim, rank, size)
+        shared = axis == 0 and scale.shape[-2] == 1  # one scale for all rows
+        kept = scale.astype("float32").numpy() if shared else _part(scale.astype("float32").numpy(), dim, rank, size)
+        shape = list(self.shape)
+        shape[dim] //= size
+        self.shape = tuple(shape)
+        self.register_buffer("codes", paddle.to_tensor(codes))
+        self.register_buffer("scale", paddle.to_tensor(kept).astype(scale.dtype))
+        groups, rows = kept.shape[-2], self.shape[-2]
         self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
 
     def dense(self, expert: int | None = None) -> Tensor:

@@ -13,6 +13,8 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
+from ernie_tune.parallel.gradients import square_sum
+
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -96,13 +98,38 @@ def build_adamw(
     )
 
 
+def adamw_maker(
+    named: Sequence[tuple[str, Tensor]],
+    ratio: Callable[[str], float],
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> Callable[[list[Tensor]], paddle.optimizer.Optimizer]:
+    """`build_adamw` for engines that take a plain list of parameters, and some of them at a time: the same steps, with ratios noted on the parameters."""
+    undecayed = {p.name for name, p in named if no_decay(name, p)}
+    for name, parameter in named:
+        parameter.optimize_attr = {"learning_rate": ratio(name)}
+
+    def make(parameters: list[Tensor]) -> paddle.optimizer.Optimizer:
+        return paddle.optimizer.AdamW(
+            learning_rate=1.0,
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=epsilon,
+            parameters=parameters,
+            weight_decay=weight_decay,
+            apply_decay_param_fun=lambda name: name not in undecayed,
+            multi_precision=True,
+        )
+
+    return make
+
+
 def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm over all gradients, accumulated in float64 on the host."""
-    squares = []
-    for g in gradients:
-        flat = g.reshape([-1]).astype("float32") if g.dtype in (paddle.bfloat16, paddle.float16) else g.reshape([-1])
-        squares.append(paddle.dot(flat, flat))
-    return math.sqrt(math.fsum(float(s) for s in squares))
+    """Euclidean norm over all gradients; the sums over tensors are in float64."""
+    return math.sqrt(math.fsum(square_sum(g) for g in gradients))
 
 
 def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
