@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ernie_tune.peft.lora import ExpertLora, LinearLora
 from ernie_tune.peft.quantize import SWAPPED, is_quantised
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.peft.targets import modules_named
-from ernie_tune.peft.virtual_tokens import Prompt, with_virtual_tokens
+from ernie_tune.peft.virtual_tokens import LengthenedInput, Prompt, with_virtual_tokens
 
 
 @dataclass
@@ -170,31 +170,49 @@ class PeftModel(ErnieModel):
         """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""
         run = super().forward
         again = opened(recompute) if recompute else None
+        if cache is not None and not cache.prefilling:
+            config = self.adapters[self.active].config if self.active else None
+            shift = config.num_virtual_tokens if isinstance(config, PromptConfig) else 0
+            inputs = dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift)
+            return run(inputs, tap=tap, cache=cache, recompute=again)
+        longer, real_T = self.prepared(inputs)
+        hidden = run(longer, tap=tap, cache=cache, recompute=again)
+        return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
+
+    def prepared(self, inputs: PackedInput) -> tuple[PackedInput, np.ndarray | None]:
+        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix."""
         config = self.adapters[self.active].config if self.active else None
         if not isinstance(config, PromptConfig | PrefixConfig):
-            return run(inputs, tap=tap, cache=cache, recompute=again)
+            return inputs, None
         count = config.num_virtual_tokens
-        shift = count if isinstance(config, PromptConfig) else 0
-        if cache is not None and not cache.prefilling:
-            moved = dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift)
-            return run(moved, tap=tap, cache=cache, recompute=again)
-        longer, real_T = with_virtual_tokens(inputs, count, shift)
-        with self._prompt_rows(longer):
-            hidden = run(longer, tap=tap, cache=cache, recompute=again)
-        return paddle.gather(hidden, paddle.to_tensor(real_T))
+        return with_virtual_tokens(inputs, count, count if isinstance(config, PromptConfig) else 0)
 
-    @contextlib.contextmanager
-    def _prompt_rows(self, longer: PackedInput) -> Iterator[None]:
-        """Tell an active prompt which rows of the embedding are its own."""
+    def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
+        """As `ErnieModel.embed`; an active prompt is told which rows are its own."""
         layers = self.adapters[self.active].places.values() if self.active else ()
-        prompts = [layer for layer in layers if isinstance(layer, Prompt)]
+        lengthened = isinstance(inputs, LengthenedInput)
+        prompts = [layer for layer in layers if lengthened and isinstance(layer, Prompt)]
         for prompt in prompts:
-            prompt.claim(longer.offsets)
+            prompt.claim(inputs.offsets)
         try:
-            yield
+            return super().embed(inputs, features_FD)
         finally:
             for prompt in prompts:
                 prompt.claim(None)
+
+    def keep(self, names: Collection[str]) -> None:
+        """As `ErnieModel.keep`; adapters go with their layers."""
+        super().keep(names)
+        self.base.keep(names)
+        layers = dict(self.named_sublayers())
+
+        def kept(parameter: str) -> bool:
+            return parameter.rpartition(".")[0] in layers
+
+        for adapter in self.adapters.values():
+            adapter.places = {module: layer for module, layer in adapter.places.items() if module in layers}
+            adapter.copies = {name: value for name, value in adapter.copies.items() if kept(name)}
+        self.originals = {name: value for name, value in self.originals.items() if kept(name)}
 
     def learning_rate_scale(self, name: str) -> float:
         """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the optimizer's groups."""
