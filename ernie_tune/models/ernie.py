@@ -209,6 +209,12 @@ class ErnieModel(nn.Layer):
             place = self.layers if owner else self
             if name not in names and leaf in place._sub_layers:
                 place.add_sublayer(leaf, Elsewhere())
+        for i, layer in enumerate(self.own_layers()):
+            layer.self_attn.layer = i  # its place in a cache, which holds this rank's layers
+
+    def own_layers(self) -> list[DecoderLayer]:
+        """The decoder layers of this rank, in order."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def features(self, inputs: PackedInput, recompute: Recompute | None = None) -> Tensor | None:
         """Visual features [F, D] of the pack, None without images."""
@@ -219,8 +225,8 @@ class ErnieModel(nn.Layer):
         pixels = paddle.to_tensor(inputs.pixel_values_PC, dtype=self.compute_dtype)
         return self.resampler_model(self.vision_model(pixels, inputs.grid_thw_n3, recompute), inputs.grid_thw_n3)
 
-    def prepared(self, inputs: PackedInput) -> tuple[PackedInput, np.ndarray | None]:
-        """The pack as the layers are to see it, and the rows of it that the caller knows (None: all)."""
+    def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
+        """The pack as the layers are to see it, and the rows of it that the caller knows (None: all). `decoding`: a cache holds what came before."""
         return inputs, None
 
     def context(

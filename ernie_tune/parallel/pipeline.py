@@ -226,7 +226,7 @@ class _Container(PipelineLayer):
 
     def _window(self) -> Program:
         if self.program is None:
-            raise AssertionError("Pipeline.train and Pipeline.evaluate start a window")
+            raise AssertionError("Pipeline.train starts a window")
         return self.program
 
     def allreduce_shared_weight_gradients(self) -> None:
@@ -269,13 +269,6 @@ class Pipeline:
         self.engine.set_virtual_pipeline_rank(0)
         self.engine.user_hooks_enabled = True
         self.engine.forward_backward_pipeline(_nothing(), None)
-        self._close()
-
-    def evaluate(self, program: Program, micros: int) -> None:
-        """Forward of a window without a graph; `Program.finish` sees the last hidden states."""
-        self._open(program, micros)
-        with paddle.no_grad():
-            self.engine.eval_batch(_nothing(), compute_loss=True)
         self._close()
 
     def _open(self, program: Program, micros: int) -> None:

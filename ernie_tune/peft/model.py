@@ -168,24 +168,21 @@ class PeftModel(ErnieModel):
         recompute: Recompute | None = None,
     ) -> Tensor:
         """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""
-        run = super().forward
+        longer, real_T = self.prepared(inputs, decoding=cache is not None and not cache.prefilling)
         again = opened(recompute) if recompute else None
-        if cache is not None and not cache.prefilling:
-            config = self.adapters[self.active].config if self.active else None
-            shift = config.num_virtual_tokens if isinstance(config, PromptConfig) else 0
-            inputs = dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift)
-            return run(inputs, tap=tap, cache=cache, recompute=again)
-        longer, real_T = self.prepared(inputs)
-        hidden = run(longer, tap=tap, cache=cache, recompute=again)
+        hidden = super().forward(longer, tap=tap, cache=cache, recompute=again)
         return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
 
-    def prepared(self, inputs: PackedInput) -> tuple[PackedInput, np.ndarray | None]:
-        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix."""
+    def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
+        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix, which a cache holds already when decoding."""
         config = self.adapters[self.active].config if self.active else None
         if not isinstance(config, PromptConfig | PrefixConfig):
             return inputs, None
         count = config.num_virtual_tokens
-        return with_virtual_tokens(inputs, count, count if isinstance(config, PromptConfig) else 0)
+        shift = count if isinstance(config, PromptConfig) else 0
+        if decoding:
+            return dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift), None
+        return with_virtual_tokens(inputs, count, shift)
 
     def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
         """As `ErnieModel.embed`; an active prompt is told which rows are its own."""

@@ -44,15 +44,14 @@ def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[Le
     positions = spread(inputs.position_ids_T3 + shift)
     if shift:
         positions[virtual_rows(offsets, count)] = np.tile(np.arange(count), segments)[:, None]
-    longer = LengthenedInput(
-        input_ids_T=spread(inputs.input_ids_T),
-        position_ids_T3=positions,
-        vision_T=spread(inputs.vision_T),
-        placeholder_T=spread(inputs.placeholder_T),
-        offsets=offsets,
-        pixel_values_PC=inputs.pixel_values_PC,
-        grid_thw_n3=inputs.grid_thw_n3,
-    )
+    changed = {
+        "input_ids_T": spread(inputs.input_ids_T),
+        "position_ids_T3": positions,
+        "vision_T": spread(inputs.vision_T),
+        "placeholder_T": spread(inputs.placeholder_T),
+        "offsets": offsets,
+    }
+    longer = LengthenedInput(**{**vars(inputs), **changed})
     return longer, real_T
 
 

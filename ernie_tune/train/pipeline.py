@@ -1,32 +1,31 @@
 """A window through a pipeline of the model's stages: the vision tower shared out before it, the objective on its last stage.
 
 Knows the model's stage list and the objective; `parallel/pipeline.py` knows Fleet. Refuses to know: optimizers, norms, other axes.
-Legend: T tokens, D width, P patches, W tower width.
+Legend: T tokens, D width, P patches, W tower width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
+from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
-from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.parallel.balance import SharedWork
-from ernie_tune.parallel.mesh import Group, Mesh
+from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline
+from ernie_tune.train.engine import Window, Work
 from ernie_tune.train.objective import Objective
-
-# Patches that go through the tower at once.
-TOWER_PATCHES = 16384
-Metrics = dict[str, tuple[float, float]]
-
+from ernie_tune.train.tower import SharedTower, tower_parameters
 
 # --- the model as items ----------------------------------------------------------------------------------------------
 
@@ -71,186 +70,165 @@ def build_pipeline(model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh) -
     return pipeline
 
 
-def tower_parameters(model: ErnieModel) -> list[Tensor]:
-    """The trained parameters of the vision tower, which every stage holds."""
-    if model.config.vision is None:
-        return []
-    return [p for p in model.vision_model.parameters() if not p.stop_gradient]
-
-
-# --- the vision tower ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """One frame of an image or video: attention in the tower never leaves it."""
-
-    pixels_PC: np.ndarray
-    grid: tuple[int, int, int]
-
-
-class SharedTower:
-    """The tower over all frames of a window, dealt out over the pipeline's ranks (parallel.md 1.6).
-
-    `features` runs it without a graph; for a trained tower, `backward` runs it again after the pipeline, with one, on the gradients that the first
-    stage has collected, and sums the parameters' gradients over the pipeline.
-    """
-
-    def __init__(self, model: ErnieModel, window: Sequence[Any], group: Group, recompute: Recompute | None) -> None:
-        self.model, self.group, self.recompute = model, group, recompute
-        self.patches = [0 if b.inputs.pixel_values_PC is None else len(b.inputs.pixel_values_PC) for b in window]
-        frames = [frame for batch in window for frame in _frames(batch)]
-        self.work = SharedWork([len(f.pixels_PC) for f in frames], group) if frames else None
-        self.mine = [frames[i] for i in self.work.mine] if self.work else []
-        self.trained = tower_parameters(model)
-        self.leaves: list[Tensor | None] = []
-
-    def features(self) -> list[Tensor | None]:
-        """Tower outputs [P, W] of each micro-batch on the first stage; None for those without images, and on other stages."""
-        self.leaves = [None] * len(self.patches)
-        if self.work is None:
-            return self.leaves
-        with paddle.no_grad():
-            parts = [self._run(chunk) for chunk in self._chunks()]
-            rows_PW = paddle.concat(parts) if parts else self._no_rows()
-            gathered = self.work.to_first(rows_PW)
-        if gathered is not None:
-            at = 0
-            for i, count in enumerate(self.patches):
-                if count:
-                    leaf = gathered[at : at + count].detach()
-                    leaf.stop_gradient = not self.trained
-                    self.leaves[i] = leaf
-                at += count
-        return self.leaves
-
-    def backward(self) -> None:
-        """The second pass. Nothing where the tower is frozen or the window has no images."""
-        if self.work is None or not self.trained:
-            return
-        held = [leaf for leaf in self.leaves if leaf is not None]
-        rows = [leaf.grad if leaf.grad is not None else paddle.zeros_like(leaf) for leaf in held]
-        grad_PW = self.work.from_first(paddle.concat(rows) if rows else None, self._no_rows())
-        at = 0
-        for chunk in self._chunks():
-            size = sum(len(f.pixels_PC) for f in chunk)
-            paddle.autograd.backward([self._run(chunk)], [grad_PW[at : at + size]])
-            at += size
-        with paddle.no_grad():
-            for parameter in self.trained:
-                if parameter.grad is None:
-                    parameter.grad = paddle.zeros_like(parameter)
-                self.group.sum_(parameter.grad)
-
-    def _chunks(self) -> list[list[_Frame]]:
-        chunks: list[list[_Frame]] = []
-        size = TOWER_PATCHES + 1
-        for frame in self.mine:
-            size += len(frame.pixels_PC)
-            if size > TOWER_PATCHES:
-                chunks.append([])
-                size = len(frame.pixels_PC)
-            chunks[-1].append(frame)
-        return chunks
-
-    def _run(self, frames: Sequence[_Frame]) -> Tensor:
-        pixels = paddle.to_tensor(np.concatenate([f.pixels_PC for f in frames]), dtype=self.model.compute_dtype)
-        return self.model.vision_model(pixels, np.array([f.grid for f in frames]), self.recompute)
-
-    def _no_rows(self) -> Tensor:
-        vision = self.model.config.vision
-        if vision is None:
-            raise ValueError("a text-only model was given images; load an ERNIE-4.5-VL model or drop the images")
-        return paddle.zeros([0, vision.hidden_size], self.model.compute_dtype)
-
-
-def _frames(batch: Any) -> list[_Frame]:
-    inputs = batch.inputs
-    if inputs.pixel_values_PC is None:
-        return []
-    out, at = [], 0
-    for t, h, w in np.asarray(inputs.grid_thw_n3).tolist():
-        for _ in range(t):
-            out.append(_Frame(inputs.pixel_values_PC[at : at + h * w], (1, h, w)))
-            at += h * w
-    return out
-
-
-# --- the program -----------------------------------------------------------------------------------------------------
+# --- one pack through this rank's stages -------------------------------------------------------------------------------
 
 
 @dataclass
-class WindowProgram:
-    """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are fillers and count nothing."""
+class Passage:
+    """One pack on its way through the stages of this rank. `rows_PW`: the tower's outputs, on the first stage."""
 
     model: ErnieModel
-    objective: Objective
-    window: Sequence[Any]
-    features: Sequence[Tensor | None]
-    divisor: float = 1.0
-    router: RouterLossWeights | None = None
-    router_scale: float = 1.0
-    count_usage: bool = False
+    pack: PackedInput
+    rows_PW: Tensor | None = None
+    tap: RouterTap | None = None
+    cache: KVCache | None = None
     recompute: Recompute | None = None
-    loss: float = 0.0
-    metrics: Metrics = field(default_factory=dict)
-    contexts: dict[int, SequenceContext] = field(default_factory=dict)
+    ctx: SequenceContext | None = None
 
-    def __post_init__(self) -> None:
-        self.packs = [self.model.prepared(batch.inputs) for batch in self.window]
-
-    def _place(self, micro: int) -> int:
-        return min(micro, len(self.window) - 1)
-
-    def rows(self, micro: int) -> int:
-        return self.packs[self._place(micro)][0].num_tokens
-
-    def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
+    def run(self, item: str, hidden: Tensor | None) -> Tensor:
+        """Hidden states after one item."""
         if item == "embed_tokens":
-            return self._embed(micro)
+            return self._embed()
         if hidden is None:
             raise AssertionError("only the first item starts from nothing")
         if item == "norm":
             return self.model.norm(hidden)
         if item == "lm_head":  # a place in the list; the objective applies the matrix where it needs it
             return hidden
-        layer, ctx = self.model.layers[int(item.removeprefix("layers."))], self._context(micro)
-        return self.recompute(layer, hidden, ctx) if self.recompute else layer(hidden, ctx)
+        if self.ctx is None:
+            self.ctx = self.model.context(self.pack, self.tap, self.cache, self.recompute)
+        layer = self.model.layers[int(item.removeprefix("layers."))]
+        return self.recompute(layer, hidden, self.ctx) if self.recompute else layer(hidden, self.ctx)
 
-    def _embed(self, micro: int) -> Tensor:
-        inputs, rows_PW = self.packs[self._place(micro)][0], self.features[self._place(micro)]
-        features = None if rows_PW is None else self.model.resampler_model(rows_PW, inputs.grid_thw_n3)
-        x_TD = self.model.embed(inputs, features)
+    def _embed(self) -> Tensor:
+        features = None
+        if self.rows_PW is not None:
+            features = self.model.resampler_model(self.rows_PW, self.pack.grid_thw_n3)
+        x_TD = self.model.embed(self.pack, features)
         if x_TD.stop_gradient and paddle.is_grad_enabled():
             # Trap p: below a boundary something must need a gradient, or the stages wait for each other for ever.
             x_TD = x_TD.detach()
             x_TD.stop_gradient = False
         return x_TD
 
-    def _context(self, micro: int) -> SequenceContext:
-        if micro not in self.contexts:
-            tap = None
-            if (self.router or self.count_usage) and micro < len(self.window):
-                tap = RouterTap(self.router, scale=self.router_scale, count_usage=self.count_usage)
-            self.contexts[micro] = self.model.context(self.packs[self._place(micro)][0], tap, None, self.recompute)
-        return self.contexts[micro]
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class WindowProgram:
+    """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are fillers: the last one again, counting nothing."""
+
+    def __init__(
+        self, work: Work, window: Sequence[Any], rows_PW: Sequence[Tensor | None], scale: float, tap_scale: float
+    ) -> None:
+        self.work, self.window, self.scale = work, window, scale
+        self.done = Window()
+        prepared = [work.model.prepared(batch.inputs) for batch in window]
+        self.real_T = [real for _, real in prepared]
+        self.passages = [
+            Passage(work.model, pack, rows, work.tap(len(window), tap_scale), None, work.recompute)
+            for (pack, _), rows in zip(prepared, rows_PW, strict=True)
+        ]
+        self.filler = dataclasses.replace(self.passages[-1], tap=None)
+
+    def _passage(self, micro: int) -> Passage:
+        return self.passages[micro] if micro < len(self.window) else self.filler
+
+    def rows(self, micro: int) -> int:
+        return self._passage(micro).pack.num_tokens
+
+    def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
+        return self._passage(micro).run(item, hidden)
 
     def finish(self, micro: int, hidden: Tensor) -> Tensor:
         if micro >= len(self.window):
             return hidden.astype("float32").sum() * 0.0
-        batch, real_T = self.window[micro], self.packs[micro][1]
-        if real_T is not None:
-            hidden = paddle.gather(hidden, paddle.to_tensor(real_T))
-        out = self.objective.loss(self.objective.outputs(self.model, hidden, batch), batch)
-        for name, (total, count) in out.metrics.items():
-            before = self.metrics.get(name, (0.0, 0.0))
-            self.metrics[name] = (before[0] + total, before[1] + count)
-        share = out.total / self.divisor
-        self.loss += float(share)
-        return share.astype("float32")
+        objective, batch = self.work.objective, self.window[micro]
+        hidden = _known_rows(hidden, self.real_T[micro])
+        out = objective.loss(objective.outputs(self.work.model, hidden, batch), batch)
+        share = out.total / self.work.divisor
+        self.done.add(float(share), out.metrics)
+        return (share if self.scale == 1.0 else share * self.scale).astype("float32")
 
 
-def from_last_stage(pipeline: Pipeline, loss: float, metrics: Metrics) -> tuple[float, Metrics]:
-    """The last stage's loss and metrics, on all ranks of the pipeline, bit for bit."""
-    found: tuple[float, Metrics] = pipeline.group.objects((loss, metrics))[-1]
-    return found
+def _known_rows(hidden: Tensor, real_T: np.ndarray | None) -> Tensor:
+    return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
+
+
+def forward_backward(
+    pipeline: Pipeline, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1
+) -> Window:
+    """`Engine.forward_backward` through a pipeline; the last stage's loss and metrics on all its ranks.
+
+    `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means.
+    """
+    packs = [batch.inputs for batch in window]
+    tower = SharedTower(work.model, packs, pipeline.group, work.recompute)
+    program = WindowProgram(work, window, tower.features(), scale, scale / data_ranks)
+    pipeline.train(program, len(window))
+    tower.backward()
+    done: Window = pipeline.group.objects(program.done)[-1]
+    return done
+
+
+# --- without a gradient ----------------------------------------------------------------------------------------------
+
+
+class StagedModel:
+    """The model to whoever wants forward passes without a gradient (evaluation, generation): all ranks of a pipeline call it with the same packs,
+    and all get the result. Stages take turns; boundaries are broadcast."""
+
+    def __init__(self, model: ErnieModel, pipeline: Pipeline) -> None:
+        self.model, self.config, self.pipeline = model, model.config, pipeline
+
+    @property
+    def training(self) -> bool:
+        return bool(self.model.training)
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def own_layers(self) -> list[Any]:
+        """As `ErnieModel.own_layers`: what a cache holds on this rank."""
+        return self.model.own_layers()
+
+    @paddle.no_grad()
+    def __call__(self, inputs: PackedInput, *, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [T, D], as `ErnieModel.forward` gives them."""
+        decoding = cache is not None and not cache.prefilling
+        pack, real_T = self.model.prepared(inputs, decoding)
+        if cache is not None and not decoding and not self.own_layers():
+            cache.plan(pack.offsets, 1)
+        cut, group = self.pipeline.cut, self.pipeline.group
+        passage = Passage(self.model, pack, SharedTower(self.model, [pack], group).features()[0], cache=cache)
+        hidden: Tensor | None = None
+        for part in range(len(cut.bounds) - 1):
+            if part % cut.stages == group.rank:
+                for item in cut.items[cut.bounds[part] : cut.bounds[part + 1]]:
+                    hidden = passage.run(item, hidden)
+            hidden = self._from(part % cut.stages, hidden, [pack.num_tokens, self.config.hidden_size])
+        return _known_rows(hidden, real_T)
+
+    @paddle.no_grad()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Scores [T, V]."""
+        scores = self.model.logits(hidden_TD) if self.pipeline.is_last else None
+        return self._from(self.pipeline.cut.stages - 1, scores, [hidden_TD.shape[0], self.config.vocab_size])
+
+    @paddle.no_grad()
+    def outputs(self, objective: Objective, batch: Any) -> Tensor:
+        """`Objective.outputs` of one micro-batch (log-probabilities [N], rewards [R], ...)."""
+        hidden = self(batch.inputs)
+        mine = objective.outputs(self.model, hidden, batch) if self.pipeline.is_last else None
+        shape = self.pipeline.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
+        return self._from(self.pipeline.cut.stages - 1, mine, shape[0], shape[1].rsplit(".", 1)[-1])
+
+    def _from(self, stage: int, mine: Tensor | None, shape: list[int], dtype: str = "") -> Tensor:
+        group = self.pipeline.group
+        if group.rank != stage or mine is None:
+            mine = paddle.empty(shape, dtype or self.model.compute_dtype)
+        dist.broadcast(mine, group.ranks[stage], group=group.fleet)
+        return mine
