@@ -23,7 +23,7 @@ from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import FLOAT_CODES
 from ernie_tune.models.cache import KVCache
-from ernie_tune.models.ernie import ErnieModel, Recompute
+from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
 from ernie_tune.peft import build, slots
@@ -201,7 +201,7 @@ class PeftModel(ErnieModel):
         """As `ErnieModel.keep`; adapters go with their layers."""
         super().keep(names)
         self.base.keep(names)
-        layers = dict(self.named_sublayers())
+        layers = {name for name, layer in self.named_sublayers() if not isinstance(layer, Elsewhere)}
 
         def kept(parameter: str) -> bool:
             return parameter.rpartition(".")[0] in layers
