@@ -203,11 +203,15 @@ class ErnieModel(nn.Layer):
                 self.resampler_model = Resampler(config.vision, config.hidden_size, config.rms_norm_eps)
 
     def keep(self, names: Collection[str]) -> None:
-        """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"): what is left of the model on one pipeline stage."""
+        """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"): what is left of the model on one pipeline stage.
+
+        "lm_head" stands for a tied head, too, which needs the embedding's matrix.
+        """
+        wanted = {*names, "embed_tokens"} if self.config.tie_word_embeddings and "lm_head" in names else names
         for name in [*(name for name, _ in stages(self.config)), "vision_model", "resampler_model"]:
             owner, _, leaf = name.rpartition(".")
             place = self.layers if owner else self
-            if name not in names and leaf in place._sub_layers:
+            if name not in wanted and leaf in place._sub_layers:
                 place.add_sublayer(leaf, Elsewhere())
         for i, layer in enumerate(self.own_layers()):
             layer.self_attn.layer = i  # its place in a cache, which holds this rank's layers

@@ -39,6 +39,9 @@ class Program(Protocol):
     def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
         """Hidden states after one item, from those before it (None for the first item)."""
 
+    def leave(self, micro: int) -> None:
+        """This rank has run all its items on the micro-batch; what its backward needs is held by the graph."""
+
     def finish(self, micro: int, hidden: Tensor) -> Tensor:
         """After the last item: the scalar whose gradient is wanted. The window's gradient is that of the sum over its micro-batches."""
 
@@ -151,6 +154,9 @@ class _Item:
         self.name, self.__name__ = name, mark.__name__
         self.container: _Container | None = None
 
+    def __repr__(self) -> str:
+        return self.name
+
     def __call__(self, *args: Any) -> Tensor:
         if self.container is None:
             raise AssertionError("the container adopts its items before they run")
@@ -212,11 +218,17 @@ class _Container(PipelineLayer):
         rows = program.rows(self.micro)
         hidden = input if input is None or input.shape[0] == rows else input[:rows]
         out = super().forward(hidden, chunk_id=chunk_id)
+        if chunk == self.cut.chunks - 1:
+            program.leave(self.micro)
         if self.stage + chunk * self.cut.stages == len(self.cut.bounds) - 2:
             return out
-        # A copy in any case: Fleet frees what it has sent, and the last operation may need its output in the backward.
-        missing = self.full_rows - rows
-        return paddle.concat([out, paddle.zeros([missing, out.shape[1]], out.dtype)]) if missing else out.clone()
+        return self.filled(out)
+
+    def filled(self, hidden: Tensor) -> Tensor:
+        """Rows of zeros up to the window's shape. A copy in any case: Fleet frees what it has sent, and the last operation may need its output."""
+        missing = self.full_rows - hidden.shape[0]
+        blank = paddle.zeros([missing, hidden.shape[1]], hidden.dtype)
+        return paddle.concat([hidden, blank]) if missing else hidden.clone()
 
     def run_item(self, name: str, hidden: Tensor | None) -> Tensor:
         return self._window().run(name, self.micro, hidden)

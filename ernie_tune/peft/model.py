@@ -206,10 +206,15 @@ class PeftModel(ErnieModel):
         def kept(parameter: str) -> bool:
             return parameter.rpartition(".")[0] in layers
 
-        for adapter in self.adapters.values():
+        for name, adapter in self.adapters.items():
+            if "embed_tokens" in adapter.places and "embed_tokens" in layers - set(
+                names
+            ):  # here as the head's matrix only
+                slots.detach(self.embed_tokens, name)
+                del adapter.places["embed_tokens"]
             adapter.places = {module: layer for module, layer in adapter.places.items() if module in layers}
-            adapter.copies = {name: value for name, value in adapter.copies.items() if kept(name)}
-        self.originals = {name: value for name, value in self.originals.items() if kept(name)}
+            adapter.copies = {key: value for key, value in adapter.copies.items() if kept(key)}
+        self.originals = {key: value for key, value in self.originals.items() if kept(key)}
 
     def learning_rate_scale(self, name: str) -> float:
         """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the optimizer's groups."""

@@ -7,6 +7,8 @@ Legend: T tokens, D width, P patches, W tower width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
 from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline
-from ernie_tune.train.engine import Window, Work
+from ernie_tune.train.engine import Engine, Window, Work
 from ernie_tune.train.objective import Objective
 from ernie_tune.train.tower import SharedTower, tower_parameters
 
@@ -51,14 +53,9 @@ def item_costs(config: ModelConfig) -> list[float]:
     return [0.0, *layers, 0.0, float(c.vocab_size * c.hidden_size)]
 
 
-def stages_of(cut: Cut, config: ModelConfig, stage: int) -> frozenset[str]:
-    """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler first, a tied embedding also last."""
-    names = set(cut.items_of(stage)) | {"vision_model"}
-    if stage == 0:
-        names.add("resampler_model")
-    if config.tie_word_embeddings and "lm_head" in names:
-        names.add("embed_tokens")
-    return frozenset(names)
+def stages_of(cut: Cut, stage: int) -> frozenset[str]:
+    """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler on the first."""
+    return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
 
 
 def build_pipeline(model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh) -> Pipeline:
@@ -140,6 +137,11 @@ class WindowProgram:
     def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
         return self._passage(micro).run(item, hidden)
 
+    def leave(self, micro: int) -> None:
+        if micro < len(self.window):
+            passage = self.passages[micro]
+            passage.ctx = passage.rows_PW = None
+
     def finish(self, micro: int, hidden: Tensor) -> Tensor:
         if micro >= len(self.window):
             return hidden.astype("float32").sum() * 0.0
@@ -160,15 +162,29 @@ def forward_backward(
 ) -> Window:
     """`Engine.forward_backward` through a pipeline; the last stage's loss and metrics on all its ranks.
 
-    `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means.
+    `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the ranks of
+    the pipeline were not given the same window.
     """
     packs = [batch.inputs for batch in window]
+    _check_same(packs, pipeline)
     tower = SharedTower(work.model, packs, pipeline.group, work.recompute)
     program = WindowProgram(work, window, tower.features(), scale, scale / data_ranks)
     pipeline.train(program, len(window))
     tower.backward()
     done: Window = pipeline.group.objects(program.done)[-1]
     return done
+
+
+def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
+    """Trap u: stages that count other micro-batches, or cut off other rows, wait for each other for ever."""
+    mine = [(pack.num_tokens, zlib.crc32(pack.input_ids_T.tobytes())) for pack in packs]
+    said = pipeline.group.objects(mine)
+    other = [i for i, theirs in enumerate(said) if theirs != said[0]]
+    if other:
+        raise ValueError(
+            f"micro-batches of stage {other[0]} ({len(said[other[0]])}, tokens {[n for n, _ in said[other[0]]]}) must be those of stage 0 "
+            f"({len(said[0])}, tokens {[n for n, _ in said[0]]}); give all ranks of a pipeline the same files, seed and data settings"
+        )
 
 
 # --- without a gradient ----------------------------------------------------------------------------------------------
@@ -232,3 +248,21 @@ class StagedModel:
             mine = paddle.empty(shape, dtype or self.model.compute_dtype)
         dist.broadcast(mine, group.ranks[stage], group=group.fleet)
         return mine
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class PipelineEngine(Engine):
+    """`Engine` whose forward and backward go through a pipeline."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
+        done = forward_backward(self.pipeline, work, window, self.gradient_scale, self.batch[1])
+        return done.loss, done.metrics
+
+    def norm(self, parameters: Sequence[Tensor]) -> float:
+        own = super().norm([p for p in parameters if getattr(p, "is_firstly_shared", True)])
+        return math.sqrt(math.fsum(x**2 for x in self.pipeline.group.objects(own)))

@@ -75,7 +75,8 @@ class SharedTower:
                     leaf.stop_gradient = not self.trained
                     self.leaves[i] = leaf
                 at += count
-        return self.leaves
+        leaves, self.leaves = self.leaves, self.leaves if self.trained else []
+        return leaves
 
     def backward(self) -> None:
         """The second pass. Nothing where the tower is frozen or the window has no images."""
