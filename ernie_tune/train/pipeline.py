@@ -58,15 +58,6 @@ def stages_of(cut: Cut, stage: int) -> frozenset[str]:
     return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
 
 
-def build_pipeline(model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh) -> Pipeline:
-    """Fleet's pipeline around the stages of `model`, which has kept those of this rank. Marks what several stages hold (traps d and w)."""
-    tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
-    pipeline = Pipeline(cut, accumulation, mesh, tied)
-    for parameter in tower_parameters(model):
-        parameter.is_firstly_shared = pipeline.stage == 0
-    return pipeline
-
-
 # --- one pack through this rank's stages -------------------------------------------------------------------------------
 
 
@@ -80,10 +71,22 @@ class Passage:
     tap: RouterTap | None = None
     cache: KVCache | None = None
     recompute: Recompute | None = None
+    runs: Any = None  # `TokenRuns` with sequence parallelism
     ctx: SequenceContext | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the hidden states on this rank."""
+        if self.runs is None:
+            return self.pack.num_tokens
+        self.runs.total = self.pack.num_tokens
+        first, end = self.runs.span()
+        return int(end - first)
 
     def run(self, item: str, hidden: Tensor | None) -> Tensor:
         """Hidden states after one item."""
+        if self.runs is not None:
+            self.runs.total = self.pack.num_tokens  # the item before may have run on another pack
         if item == "embed_tokens":
             return self._embed()
         if hidden is None:
@@ -116,14 +119,20 @@ class WindowProgram:
     """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are fillers: the last one again, counting nothing."""
 
     def __init__(
-        self, work: Work, window: Sequence[Any], rows_PW: Sequence[Tensor | None], scale: float, tap_scale: float
+        self,
+        work: Work,
+        window: Sequence[Any],
+        rows_PW: Sequence[Tensor | None],
+        scale: float = 1.0,
+        data_ranks: int = 1,
+        runs: Any = None,
     ) -> None:
         self.work, self.window, self.scale = work, window, scale
         self.done = Window()
         prepared = [work.model.prepared(batch.inputs) for batch in window]
         self.real_T = [real for _, real in prepared]
         self.passages = [
-            Passage(work.model, pack, rows, work.tap(len(window), tap_scale), None, work.recompute)
+            Passage(work.model, pack, rows, work.tap(len(window), scale / data_ranks), None, work.recompute, runs)
             for (pack, _), rows in zip(prepared, rows_PW, strict=True)
         ]
         self.filler = dataclasses.replace(self.passages[-1], tap=None)
@@ -132,7 +141,7 @@ class WindowProgram:
         return self.passages[micro] if micro < len(self.window) else self.filler
 
     def rows(self, micro: int) -> int:
-        return self._passage(micro).pack.num_tokens
+        return self._passage(micro).rows
 
     def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
         return self._passage(micro).run(item, hidden)
@@ -157,24 +166,6 @@ def _known_rows(hidden: Tensor, real_T: np.ndarray | None) -> Tensor:
     return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
 
 
-def forward_backward(
-    pipeline: Pipeline, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1
-) -> Window:
-    """`Engine.forward_backward` through a pipeline; the last stage's loss and metrics on all its ranks.
-
-    `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the ranks of
-    the pipeline were not given the same window.
-    """
-    packs = [batch.inputs for batch in window]
-    _check_same(packs, pipeline)
-    tower = SharedTower(work.model, packs, pipeline.group, work.recompute)
-    program = WindowProgram(work, window, tower.features(), scale, scale / data_ranks)
-    pipeline.train(program, len(window))
-    tower.backward()
-    done: Window = pipeline.group.objects(program.done)[-1]
-    return done
-
-
 def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
     """Trap u: stages that count other micro-batches, or cut off other rows, wait for each other for ever."""
     mine = [(pack.num_tokens, zlib.crc32(pack.input_ids_T.tobytes())) for pack in packs]
@@ -187,15 +178,43 @@ def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
         )
 
 
-# --- without a gradient ----------------------------------------------------------------------------------------------
+# --- the model, spread over stages -----------------------------------------------------------------------------------
 
 
 class StagedModel:
-    """The model to whoever wants forward passes without a gradient (evaluation, generation): all ranks of a pipeline call it with the same packs,
-    and all get the result. Stages take turns; boundaries are broadcast."""
+    """A model whose stages are on the ranks of a pipeline; `model` has kept those of this one (`ErnieModel.keep`).
 
-    def __init__(self, model: ErnieModel, pipeline: Pipeline) -> None:
-        self.model, self.config, self.pipeline = model, model.config, pipeline
+    `forward_backward` trains through Fleet's schedule. Calls without a gradient (evaluation, generation) are made by all ranks with the same packs, and
+    all get the result: stages take turns, boundaries are broadcast. `accumulation`: micro-batches of a window. `runs`: what `parallelize` returned.
+    Raises ValueError for cuts and schedules that cannot work.
+    """
+
+    def __init__(self, model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh, runs: Any = None) -> None:
+        if runs is not None and cut.bounds[-2] == len(cut.items) - 1:
+            raise ValueError(
+                f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with sequence_parallel; move the last cut to {len(cut.items) - 2}"
+            )
+        self.model, self.config, self.runs = model, model.config, runs
+        tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
+        self.pipeline = Pipeline(cut, accumulation, mesh, tied)
+        # Trap w: every stage has the tower, one counts it.
+        for parameter in tower_parameters(model):
+            parameter.is_firstly_shared = self.pipeline.stage == 0
+
+    def forward_backward(self, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1) -> Window:
+        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all ranks of the pipeline.
+
+        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the
+        ranks of the pipeline were not given the same window.
+        """
+        packs = [batch.inputs for batch in window]
+        _check_same(packs, self.pipeline)
+        tower = SharedTower(self.model, packs, self.pipeline.group, work.recompute)
+        program = WindowProgram(work, window, tower.features(), scale, data_ranks, self.runs)
+        self.pipeline.train(program, len(window))
+        tower.backward()
+        done: Window = self.pipeline.group.objects(program.done)[-1]
+        return done
 
     @property
     def training(self) -> bool:
@@ -219,13 +238,15 @@ class StagedModel:
         if cache is not None and not decoding and not self.own_layers():
             cache.plan(pack.offsets, 1)
         cut, group = self.pipeline.cut, self.pipeline.group
-        passage = Passage(self.model, pack, SharedTower(self.model, [pack], group).features()[0], cache=cache)
-        hidden: Tensor | None = None
-        for part in range(len(cut.bounds) - 1):
+        rows_PW = SharedTower(self.model, [pack], group).features()[0]
+        passage = Passage(self.model, pack, rows_PW, cache=cache, runs=self.runs)
+        parts, hidden = len(cut.bounds) - 1, None
+        for part in range(parts):
             if part % cut.stages == group.rank:
                 for item in cut.items[cut.bounds[part] : cut.bounds[part + 1]]:
                     hidden = passage.run(item, hidden)
-            hidden = self._from(part % cut.stages, hidden, [pack.num_tokens, self.config.hidden_size])
+            rows = pack.num_tokens if part == parts - 1 else passage.rows
+            hidden = self._from(part % cut.stages, hidden, [rows, self.config.hidden_size])
         return _known_rows(hidden, real_T)
 
     @paddle.no_grad()
@@ -239,8 +260,8 @@ class StagedModel:
         """`Objective.outputs` of one micro-batch (log-probabilities [N], rewards [R], ...)."""
         hidden = self(batch.inputs)
         mine = objective.outputs(self.model, hidden, batch) if self.pipeline.is_last else None
-        shape = self.pipeline.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
-        return self._from(self.pipeline.cut.stages - 1, mine, shape[0], shape[1].rsplit(".", 1)[-1])
+        about = self.pipeline.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
+        return self._from(self.pipeline.cut.stages - 1, mine, about[0], about[1].rsplit(".", 1)[-1])
 
     def _from(self, stage: int, mine: Tensor | None, shape: list[int], dtype: str = "") -> Tensor:
         group = self.pipeline.group
@@ -256,13 +277,13 @@ class StagedModel:
 class PipelineEngine(Engine):
     """`Engine` whose forward and backward go through a pipeline."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, staged: StagedModel) -> None:
+        self.staged = staged
 
     def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        done = forward_backward(self.pipeline, work, window, self.gradient_scale, self.batch[1])
+        done = self.staged.forward_backward(work, window, self.gradient_scale, self.batch[1])
         return done.loss, done.metrics
 
     def norm(self, parameters: Sequence[Tensor]) -> float:
         own = super().norm([p for p in parameters if getattr(p, "is_firstly_shared", True)])
-        return math.sqrt(math.fsum(x**2 for x in self.pipeline.group.objects(own)))
+        return math.sqrt(math.fsum(x**2 for x in self.staged.pipeline.group.objects(own)))

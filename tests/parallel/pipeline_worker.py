@@ -39,7 +39,6 @@ from ernie_tune.train.optim import Schedule, build_adamw
 from ernie_tune.train.pipeline import (
     PipelineEngine,
     StagedModel,
-    build_pipeline,
     item_costs,
     pipeline_items,
     stages_of,
@@ -220,8 +219,8 @@ def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
         cut = cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
     model = build(case, config)
     model.keep(stages_of(cut, mesh.rank_in("pipe")))
-    pipeline = build_pipeline(model, cut, accumulation, mesh)
-    engine = PipelineEngine(pipeline)
+    staged = StagedModel(model, cut, accumulation, mesh)
+    engine = PipelineEngine(staged)
     if case.get("mutant") == "tower and head counted everywhere":
         counted_everywhere(engine, model)
     loops = loop_of(whole, case), loop_of(model, case, engine)
@@ -229,7 +228,7 @@ def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     out = {"trained": float(len(loops[1].parameters))}
     one = window(case, config, 0, count)
     want = gradients(loops[0], one)
-    cut_short = case.get("mutant") == "one stage has another window" and pipeline.is_last
+    cut_short = case.get("mutant") == "one stage has another window" and staged.pipeline.is_last
     out["gradient"] = furthest(gradients(loops[1], one[: count - cut_short]), want)
     out["largest gradient"] = max(float(np.abs(g).max()) for g in want.values() if g is not None)
     windows = [window(case, config, 1 + step, count) for step in range(case.get("steps", 5))]
@@ -244,7 +243,7 @@ def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     out["parameters"] = furthest(values(model), values(whole))
     out["moved"] = furthest(values(whole), start)
     if case.get("inference"):
-        out.update(inference(whole, StagedModel(model, pipeline), one[0], config))
+        out.update(inference(whole, staged, one[0], config))
     return out
 
 
