@@ -18,7 +18,7 @@ from paddle.autograd import PyLayer
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across
 from ernie_tune.models.moe import Experts
-from ernie_tune.peft.formats import ALGORITHMS, num_groups
+from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
 
