@@ -87,7 +87,7 @@ def stream(
 def _steps(
     model: ErnieModel, packed: PackedInput, params: SamplingParams, decode: Decode | None
 ) -> Iterator[TokenEvent]:
-    cache = KVCache(model.config.num_hidden_layers)
+    cache = KVCache(len(model.own_layers()))
     hidden_TD = model(packed, cache=cache)
     cache.prefilling = False
     last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])

@@ -161,7 +161,7 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def _raw(values: np.ndarray) -> memoryview:
-    return memoryview(values.view(np.uint8)) if values.size else memoryview(b"")
+    return values.view(np.uint8).data if values.size else memoryview(b"")
 
 
 def _ready(x: Tensor) -> Tensor:
