@@ -25,6 +25,7 @@ _PUBLIC = {
     "PeftModel": "ernie_tune.peft.model",
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
+    "estimate": "ernie_tune.plan.estimate",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -43,6 +44,7 @@ __all__ = [
     "SFTTrainer",
     "TrainingArguments",
     "__version__",
+    "estimate",
     "get_peft_model",
     "launch",
     "load_dataset",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from ernie_tune.models.presets import preset
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
+    from ernie_tune.plan.estimate import estimate
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
 
 

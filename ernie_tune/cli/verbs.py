@@ -41,6 +41,7 @@ VERBS = (
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
+    Verb("estimate", "ernie_tune.cli.estimate:run", "memory a card and time a step of a run, without paddle"),
     Verb("validate", "ernie_tune.cli.validate:run", "check a YAML file without loading paddle"),
     Verb("data", "ernie_tune.cli.data:run", "check, show, count or convert training data"),
     Verb("doctor", "ernie_tune.cli.doctor:run", "describe this machine, to paste into an issue", ("env",)),

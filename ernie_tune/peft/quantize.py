@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -19,24 +18,8 @@ from paddle.autograd import PyLayer
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across
 from ernie_tune.models.moe import Experts
+from ernie_tune.peft.formats import ALGORITHMS, num_groups
 from ernie_tune.peft.slots import Slot
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """Bits of linear layers and of experts, and whether the embedding (and with it a tied head) becomes int8."""
-
-    linear: int
-    experts: int
-    embedding: bool
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "weight_only_int8": Algorithm(8, 8, embedding=True),
-    "weight_only_int4": Algorithm(4, 4, embedding=True),
-    "weight_only_mix": Algorithm(8, 4, embedding=False),  # as ERNIEKit and FastDeploy do (parallel.md 3.2)
-}
-GROUP_ROWS = 64
 
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +28,7 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
-    groups = n_in // GROUP_ROWS if bits == 4 and n_in % GROUP_ROWS == 0 else 1
+    groups = num_groups(n_in, bits)
     grouped = weight_IO.astype(np.float32).reshape(groups, n_in // groups, n_out)
     scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
     scale[scale == 0] = 1.0

@@ -22,7 +22,7 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS, preset
-from ernie_tune.peft import build
+from ernie_tune.peft import build, settings
 from ernie_tune.peft.affinity import affinity, select_experts
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.files import read_adapter
@@ -263,45 +263,13 @@ def added_config(config: RunConfig) -> PeftConfig:
 def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample]) -> LoraConfig:
     """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration samples."""
     c = config.lora
-    experts: Any = () if c.lora_experts == "none" else c.lora_experts
-    if c.lora_expert_list:
-        experts = [triple for item in c.lora_expert_list for triple in expert_range(item)]
-    elif c.lora_expert_affinity > 0:
-        tokens = model.config.tokens
-        table = affinity(model, [collate([s], tokens).inputs for s in calibration])
-        modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
-        experts = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
-    return LoraConfig(
-        r=c.lora_rank,
-        lora_alpha=c.effective_alpha,
-        target_modules=c.lora_target_modules,
-        lora_dropout=c.lora_dropout,
-        rslora=c.rslora,
-        lora_plus_scale=c.lora_plus_scale,
-        use_dora=c.dora,
-        expert_targets=experts,
-        freeze_config=config.freeze.freeze_config or _towers_frozen_by_default(c.lora_target_modules),
-        base_model_name_or_path=config.model.model_name_or_path,
-        seed=config.train.seed,
-    )
-
-
-def _towers_frozen_by_default(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Adapters stay in the decoder unless the settings name modules of the towers themselves."""
-    named = [t for t in targets if t not in ("all", "all-linear")]
-    return () if named else ("freeze_vision", "freeze_aligner")
-
-
-def expert_range(item: str) -> list[tuple[int, str, int]]:
-    """ "3:vision:0-7" -> its (layer, modality, expert) triples. Raises ValueError for another form."""
-    layer, _, rest = item.partition(":")
-    modality, _, experts = rest.partition(":")
-    first, _, last = experts.partition("-")
-    if not (layer.isdecimal() and modality in ("text", "vision") and first.isdecimal() and (last or first).isdecimal()):
-        raise ValueError(
-            f"lora_expert_list ({item!r}) must look like layer:text|vision:first-last, e.g. 3:vision:0-7; correct it"
-        )
-    return [(int(layer), modality, e) for e in range(int(first), int(last or first) + 1)]
+    if c.lora_expert_list or c.lora_expert_affinity <= 0:
+        return settings.lora_config(config)
+    tokens = model.config.tokens
+    table = affinity(model, [collate([s], tokens).inputs for s in calibration])
+    modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
+    picked = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
+    return settings.lora_config(config, picked)
 
 
 def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
