@@ -42,7 +42,8 @@ class Watch:
     """One rank's end of it. `mark` where the main thread is; leave with `close`, or with `failed` first.
 
     `address`: where rank 0 listens, the same on every rank. `end(text)`: what happens to this rank when the run is over for all; by default stacks
-    of all threads go to the error stream and the process exits with EXIT_LOST, whatever its main thread waits for.
+    of all threads go to the error stream and the process exits with EXIT_LOST, whatever its main thread waits for. `what` is what messages call a rank.
+    `all_here` is set once every rank has come. Raises ConnectionError when rank 0 does not.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Watch:
         address: tuple[str, int],
         limits: Limits | None = None,
         end: Callable[[str], None] | None = None,
+        what: str = "rank",
     ) -> None:
         self.rank, self.size, self.address, self.limits = rank, size, address, limits or Limits()
         self.where, self.marks, self.over = "starting", 0, False
         self._end = end or _end_process
         self._main = threading.main_thread()
-        self._hub = _Hub(size, address, self.limits) if rank == 0 else None
+        self.what, self.all_here = what, threading.Event()
+        self._hub = _Hub(size, address, self.limits, what) if rank == 0 else None
         self._socket = self._connect()
         self._lock = threading.Lock()
         self._send(hello=rank, place=f"{socket.gethostname()}, process {os.getpid()}")
@@ -73,7 +76,7 @@ class Watch:
             except OSError as error:
                 if time.monotonic() > last:
                     raise ConnectionError(
-                        f"rank 0 at {self.address[0]}:{self.address[1]} did not answer rank {self.rank} for {self.limits.join:g} s ({error}); "
+                        f"{self.what} 0 at {self.address[0]}:{self.address[1]} did not answer {self.what} {self.rank} for {self.limits.join:g} s ({error}); "
                         "start it, or check the address and the firewall"
                     ) from error
                 time.sleep(0.2)
@@ -104,6 +107,8 @@ class Watch:
     def _listen(self) -> None:
         try:
             for message in _messages(self._socket):
+                if "all_here" in message:
+                    self.all_here.set()
                 if "stack" in message:
                     self._send(stack=stack_line(self._main))
                 if "end" in message and not self.over:
@@ -112,7 +117,7 @@ class Watch:
         except OSError:
             pass
         if not self.over:
-            self._end(f"rank 0 is gone: its connection to rank {self.rank} broke; look at its log")
+            self._end(f"{self.what} 0 is gone: its connection to {self.what} {self.rank} broke; look at its log")
 
     def _send(self, **message: Any) -> None:
         with contextlib.suppress(OSError), self._lock:
@@ -178,6 +183,7 @@ class _Hub:
     size: int
     address: tuple[str, int]
     limits: Limits
+    what: str
     members: dict[int, _Member] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -205,6 +211,9 @@ class _Hub:
                         return  # not one of ours
                     member = _Member(connection, str(message["place"]), now, now, now)
                     self.members[int(message["hello"])] = member
+                    if len(self.members) == self.size:
+                        for each in list(self.members.values()):
+                            _tell(each, all_here=True)
                 self._note(member, message, now)
         except (OSError, ValueError):
             pass
@@ -241,21 +250,21 @@ class _Hub:
 
     def _verdict(self, here: Mapping[int, _Member], now: float) -> str:
         """What is wrong, or nothing."""
-        limits = self.limits
+        limits, what = self.limits, self.what
         missing = [r for r in range(self.size) if r not in here]
         if missing:
             late = now - self.started > limits.join
-            return f"rank {_numbers(missing)} of {self.size} did not start within {limits.join:g} s" if late else ""
+            return f"{what} {_numbers(missing)} of {self.size} did not start within {limits.join:g} s" if late else ""
         for rank, m in here.items():
             if m.failed:
                 time.sleep(limits.grace)
-                return f"rank {rank} ({m.place}) failed: {m.failed}"
+                return f"{what} {rank} ({m.place}) failed: {m.failed}"
         present = {rank: m for rank, m in here.items() if not m.left}
         for rank, m in present.items():
             if m.broken:
-                return f"rank {rank} ({m.place}) died, last seen at: {m.where}"
+                return f"{what} {rank} ({m.place}) died, last seen at: {m.where}"
             if now - m.seen > limits.silent:
-                return f"rank {rank} ({m.place}) has not answered for {limits.silent:g} s, last seen at: {m.where}"
+                return f"{what} {rank} ({m.place}) has not answered for {limits.silent:g} s, last seen at: {m.where}"
         if limits.idle is not None and all(now - max(m.worked, m.moved) > limits.idle for m in present.values()):
             return f"no rank has computed anything for {limits.idle:g} s: they wait for each other"
         if all(now - m.moved > limits.stuck for m in present.values()):
