@@ -199,9 +199,17 @@ def load_optimizer_arrays(
     if masters:
         state["master_weights"] = masters
     optimizer.set_state_dict(state)
-    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached.
+    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached. What the optimizer updates may
+    # be a flat slice of a parameter, with its name.
+    own = {p.name: p for p in updated_by(optimizer)}
     with unique_name.guard():
         optimizer._create_accumulators(
             paddle.static.default_main_program().global_block(),
-            [named[name] for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in arrays)],
+            [own[named[name].name] for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in arrays)],
         )
+
+
+def updated_by(optimizer: paddle.optimizer.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer updates, of all its groups."""
+    groups = [g["params"] if isinstance(g, dict) else [g] for g in optimizer._parameter_list]
+    return [p for group in groups for p in group]
