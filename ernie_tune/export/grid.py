@@ -147,9 +147,20 @@ def settle(scale: Array) -> Array:
     return best
 
 
-def snap(grid: Grid) -> Array:
-    """bf16(scale * code) as raw bits [K, N]. For int4 with settled scales and a code of +-7 in each column and shard, `quantize` returns this very grid."""
-    return narrow_bfloat16(grid.dense())
+def snap(grid: Grid, original_KN: Array | None = None) -> Array:
+    """bf16(scale * code) as raw bits [K, N]. For int4 with settled scales and a code of +-7 in each column and shard, `quantize` returns this very grid.
+
+    Columns (of a shard) whose grid is what `quantize` makes of `original_KN` (raw bits) anyway are left as they are there.
+    """
+    snapped = narrow_bfloat16(grid.dense())
+    if original_KN is None:
+        return snapped
+    shards, (rows, columns) = len(grid.scale_SN), snapped.shape
+    plain = quantize(original_KN, grid.bits, shards)
+    equal_codes = (plain.codes_KN == grid.codes_KN).reshape(shards, rows // shards, columns).all(1)
+    keep_SN = equal_codes & (plain.scale_SN == grid.scale_SN)
+    parts = (x.reshape(shards, rows // shards, columns) for x in (original_KN, snapped))
+    return np.where(keep_SN[:, None], *parts).reshape(rows, columns)
 
 
 def lost_columns(grid: Grid) -> int:

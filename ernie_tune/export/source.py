@@ -6,7 +6,7 @@ bfloat16 once. Nothing is kept. Legend: I input width, O output width, r rank. R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.tensors import TensorReader, all_finite, cast
 from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
@@ -135,6 +136,25 @@ class Source:
         return cast(np.ascontiguousarray(total, np.float32), "F32", code)
 
 
+class Rounded:
+    """`Weights` with the values they have once stored: rounded to bfloat16 but for what stays float32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.config = weights, weights.config
+        self._specs = parameter_specs(weights.config)
+
+    def read(self, name: str, expert: int | None, code: str) -> Array:
+        own = "F32" if self._specs[name].float32 else EXPORT_CODE
+        return cast(self.weights.read(name, expert, own), own, code)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter's settings."""
     return any((folder / name).is_file() for name in (PADDLE_FILES[0], PEFT_FILES[0]))
+
+
+def stored_places(config: ModelConfig) -> Iterator[tuple[str, int | None, bool]]:
+    """(canonical name, expert, float32) of every matrix and vector of a model, in its order."""
+    for name, spec in parameter_specs(config).items():
+        for expert in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
+            yield name, expert, spec.float32
