@@ -25,6 +25,7 @@ from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
 from ernie_tune.export import files, verify
+from ernie_tune.export.awq import Folded, folded_moments
 from ernie_tune.export.calibrate import moments, samples
 from ernie_tune.export.choose import METHODS, Chosen, Served, Written
 from ernie_tune.export.measure import (
@@ -201,11 +202,14 @@ class _Export:
 
     def _choose(self) -> tuple[Weights, Chosen | None, Look | None]:
         """The weights to quantise, their codes, and what the served model does on the probes."""
-        o, weights = self.o, self.source
+        o, weights = self.o, self.source  # type: ExportOptions, Weights
         quantised = o.quantization != "none"
-        if quantised:
-            problems = kernel_problems(self.config, self.scheme, o.target_tp)
-            self.notes += [f"FastDeploy's kernels cannot multiply with these shapes: {p}" for p in problems]
+        problems = kernel_problems(self.config, self.scheme, o.target_tp) if quantised and o.emit != "packed" else []
+        if problems:
+            self.notes.append(
+                "FastDeploy's kernels need rows in 64s and columns in 16s on every rank, so they cannot multiply with this model's "
+                f"{'; '.join(problems)}. `ernie-tune export --emit packed` makes a folder for our own server."
+            )
         if not self.full and not o.calib:
             return weights, Chosen(weights, self.scheme, o.method, o.target_tp) if quantised else None, None
         calib, self.probes = self._data()
@@ -216,15 +220,24 @@ class _Export:
         if not quantised:
             return weights, None, before
         names = [name for name in quantised_names(self.config, self.scheme) if bits_of(name, self.scheme) == 4]
-        seen = (
-            moments(model, [b.inputs for b in calib], names, full=o.method == "gptq")
-            if calib and o.method != "rtn"
-            else {}
-        )
+        seen = moments(model, [b.inputs for b in calib], names, full=o.method == "gptq") if calib else {}
+        if o.awq:
+            folded = Folded.of(weights, seen, o.awq)
+            weights, seen = folded, folded_moments(seen, folded)
+            set_weights(model, Rounded(weights))
+            self._check_fold(before, look(model, self.probes))
         chosen = Chosen(weights, self.scheme, o.method, o.target_tp, seen)
         if not self.full:
             return weights, chosen, None
         return weights, chosen, self._compare(model, chosen, before)
+
+    def _check_fold(self, before: Look, after: Look) -> None:
+        """Powers of two change nothing before quantisation; sums may be taken in another order."""
+        self.checks["awq"] = distance(before, after)
+        if not self.checks["awq"]["max_difference"] <= verify.LOGIT_TOLERANCE:
+            raise ValueError(
+                f"awq must leave the logits as they are, but they moved by {self.checks['awq']['max_difference']:.2e}; leave awq out and report this"
+            )
 
     def _data(self) -> tuple[list[Any], list[Probe]]:
         """Calibration batches, and held-out probes: rows of `eval`, else every fourth batch of `calib`, else made-up inputs that nothing is scored on."""

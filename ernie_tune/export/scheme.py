@@ -78,11 +78,11 @@ def quantised_names(config: ModelConfig, chosen: Scheme) -> list[str]:
 
 
 def kernel_problems(config: ModelConfig, chosen: Scheme, tp: int) -> list[str]:
-    """Why FastDeploy's kernels could not multiply with these matrices, a line for each shape: K % 64 and N % 16 on every rank. Empty: they can."""
+    """The shapes [K, N] on one rank that FastDeploy's kernels cannot multiply with, which need K % 64 = N % 16 = 0. Empty: they can."""
     found: dict[str, None] = {}
     for name in quantised_names(config, chosen):
         rows, columns = parameter_specs(config)[name].shape[-2:]
         rows, columns = (rows // tp, columns) if row_parallel(name) else (rows, columns // tp)
         if rows % 64 or columns % 16:
-            found[f"{class_of(name)}: [{rows}, {columns}] a rank must have rows in 64s and columns in 16s"] = None
+            found[f"{class_of(name)} [{rows}, {columns}]"] = None
     return list(found)

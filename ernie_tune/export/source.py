@@ -30,7 +30,9 @@ EXPORT_CODE = "BF16"
 class Weights(Protocol):
     """All parameters of one model, by canonical name. What quantises or rescales weights wraps another `Weights`."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """Their shapes."""
 
     def read(self, name: str, expert: int | None, code: str) -> Array:
         """A parameter (of a stack: one expert's matrix) in a safetensors type; BF16 as raw bits. May be a view: do not write to it."""
