@@ -26,6 +26,7 @@ _PUBLIC = {
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
     "estimate": "ernie_tune.plan.estimate",
+    "export": "ernie_tune.export",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -45,6 +46,7 @@ __all__ = [
     "TrainingArguments",
     "__version__",
     "estimate",
+    "export",
     "get_peft_model",
     "launch",
     "load_dataset",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
     from ernie_tune.config.training_arguments import TrainingArguments
@@ -69,7 +72,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    value = (
+        module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
+    )  # `export` is a package that can be called
     globals()[name] = value
     return value
 

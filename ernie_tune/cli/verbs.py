@@ -43,6 +43,12 @@ VERBS = (
     Verb("score", "ernie_tune.cli.score:run", "score answers with a reward model"),
     Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
     Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
+    Verb(
+        "export",
+        "ernie_tune.cli.export:run",
+        "merge, convert or quantise a model into a checked folder that serves",
+        ("merge", "quantize", "split"),
+    ),
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
