@@ -51,13 +51,13 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` may force tokens."""
+    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` makes what may force a sample's tokens."""
 
     row: Row
     params: SamplingParams
     key: int = 0
     index: int = 0
-    steer: Steer | None = None
+    steer: Callable[[], Steer] | None = None
 
 
 @dataclass
@@ -67,6 +67,7 @@ class _Live:
     rng: np.random.Generator
     position: int  # of the next token, the same on all three axes
     seen: set[int]
+    steer: Steer | None
     done: Completion = field(default_factory=Completion)
 
     @property
@@ -137,7 +138,7 @@ class RunningBatch:
         picked = _choose(scores_BV, self._live)
         events = []
         for i, (row, (token, logp)) in enumerate(zip(self._live, picked, strict=True)):
-            forced = row.prompt.steer(row.done.token_ids) if row.prompt.steer else None
+            forced = row.steer(row.done.token_ids) if row.steer else None
             top: tuple[tuple[int, float], ...] = ()
             if forced is not None or row.prompt.params.top_logprobs:
                 logp_V = logps(scores_BV[i : i + 1], row.prompt.params)[0]
@@ -229,7 +230,8 @@ def _start(packed: PackedInput, i: int, prompt: Prompt, sample: int) -> _Live:
     params = prompt.params
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt.index, sample])))
     seen = set(packed.input_ids_T[a:b].tolist()) if params.repetition_penalty != 1 else set()
-    return _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen)
+    steer = prompt.steer() if prompt.steer else None
+    return _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen, steer)
 
 
 def _choose(scores_BV: np.ndarray, live: Sequence[_Live]) -> list[tuple[int, float]]:

@@ -250,7 +250,7 @@ def test_forced_tokens_and_the_likeliest(golden_model, golden) -> None:
         return 77 if len(so_far) == 1 else None
 
     batch = RunningBatch(model, model.config.tokens)
-    events = run_batch(batch, {0: [Prompt(row, params, steer=steer)]})[0, 0]
+    events = run_batch(batch, {0: [Prompt(row, params, steer=lambda: steer)]})[0, 0]
     ids = [e.token_id for e in events]
     assert ids[1] == 77
     full = Row(np.concatenate([row.input_ids_L, ids]), row.pixel_values_PC, row.grid_thw_n3)
