@@ -38,6 +38,12 @@ VERBS = (
     Verb("train", "ernie_tune.cli.train:run", "fine-tune a model as a YAML file says", ("sft",)),
     Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
     Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
+    Verb(
+        "serve",
+        "ernie_tune.cli.serve:run",
+        "answer OpenAI's API with a model and its adapters",
+        ("server", "api", "deploy"),
+    ),
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),

@@ -23,7 +23,10 @@ class Delta:
 
 
 class AnswerReader:
-    """Reads one sample's tokens as they come; the deltas add up to the same text however they come."""
+    """Reads one sample's tokens as they come; the deltas add up to the same text however they come.
+
+    `thought_tokens`: tokens read while the thought was open, its closing mark included.
+    """
 
     def __init__(
         self, processor: Processor, opened: bool = False, stop_strings: Sequence[str] = (), split: bool = True
@@ -34,6 +37,7 @@ class AnswerReader:
         self._stops = tuple(stop_strings)
         self._held = ""  # could be the start of a stop string
         self._cut = False
+        self.thought_tokens = 0
 
     def push(self, token_id: int, finish_reason: str = "") -> Delta:
         """The text that this token settles; with a `finish_reason` also what was held back."""
@@ -43,6 +47,7 @@ class AnswerReader:
         text = self._before_stop(text, bool(finish_reason))
         if self._splitter is None:
             return Delta(text, "", finish_reason)
+        self.thought_tokens += self._splitter.thinking
         reasoning, content = self._splitter.push(text)
         if finish_reason:
             rest = self._splitter.flush()
