@@ -25,6 +25,7 @@ _PUBLIC = {
     "PeftModel": "ernie_tune.peft.model",
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
+    "export": "ernie_tune.export",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -43,6 +44,7 @@ __all__ = [
     "SFTTrainer",
     "TrainingArguments",
     "__version__",
+    "export",
     "get_peft_model",
     "launch",
     "load_dataset",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
     from ernie_tune.config.training_arguments import TrainingArguments
@@ -66,7 +69,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    value = (
+        module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
+    )  # `export` is a package that can be called
     globals()[name] = value
     return value
 

@@ -44,6 +44,12 @@ VERBS = (
         "answer OpenAI's API with a model and its adapters",
         ("server", "api", "deploy"),
     ),
+    Verb(
+        "export",
+        "ernie_tune.cli.export:run",
+        "merge, convert or quantise a model into a checked folder that serves",
+        ("merge", "quantize", "split"),
+    ),
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),

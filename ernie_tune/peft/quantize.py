@@ -40,9 +40,7 @@ GROUP_ROWS = 64
 
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, plus 8, two to a byte:
-    byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half.
-    """
+    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
     groups = n_in // GROUP_ROWS if bits == 4 and n_in % GROUP_ROWS == 0 else 1
@@ -51,26 +49,38 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     scale[scale == 0] = 1.0
     codes = np.rint(grouped / scale).reshape(n_in, n_out).astype(np.int8)
     if bits == 4:
-        low, high = (codes + 8).astype(np.uint8).reshape(2, n_in // 2, n_out)
-        codes = low | high << 4
+        codes = pack_halves(codes)
     return codes, scale[:, 0]
 
 
-class QuantizedWeight(nn.Layer):
-    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale`."""
+def pack_halves(codes_IO: np.ndarray) -> np.ndarray:
+    """int4 codes in [-8, 7] plus 8, two to a byte: byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half."""
+    low, high = (codes_IO + 8).astype(np.uint8).reshape(2, codes_IO.shape[0] // 2, codes_IO.shape[1])
+    return low | high << 4
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+
+class QuantizedWeight(nn.Layer):
+    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O]) in the form of `quantize`."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
         super().__init__()
-        self.shape, self.bits = tuple(weight.shape), bits
-        if bits == 4 and self.shape[-2] % 2:
-            raise ValueError(f"input width ({self.shape[-2]}) must be even for 4 bits; use weight_only_int8")
+        *stack, rows, columns = codes.shape
+        rows *= 2 if bits == 4 else 1
+        self.shape, self.bits = (*stack, rows, columns), bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        groups = scale.shape[-2]
+        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+
+    @classmethod
+    def rounded(cls, weight: Tensor, bits: int) -> QuantizedWeight:
+        """`weight` rounded to the nearest code. ValueError for an odd input width with 4 bits."""
+        if bits == 4 and weight.shape[-2] % 2:
+            raise ValueError(f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8")
         stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
         parts = [quantize(matrix.astype("float32").numpy(), bits) for matrix in stack]
         codes, scale = (np.stack(x) if weight.ndim == 3 else x[0] for x in zip(*parts, strict=True))
-        self.register_buffer("codes", paddle.to_tensor(codes))
-        self.register_buffer("scale", paddle.to_tensor(scale).astype(weight.dtype))
-        groups, rows = scale.shape[-2], self.shape[-2]
-        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+        return cls(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(weight.dtype), bits)
 
     def dense(self, expert: int | None = None) -> Tensor:
         """The rounded matrix [I, O]; of one expert where they are stacked."""
@@ -122,10 +132,9 @@ def _spans(counts: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 class QuantizedLinear(nn.Layer):
     """Stands in for `nn.Linear`; `weight` gives the rounded matrix, made anew each time."""
 
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.quant = QuantizedWeight(linear.weight, bits)
-        self.bias = linear.bias
+        self.quant, self.bias = weight, bias
 
     @property
     def weight(self) -> Tensor:
@@ -139,9 +148,9 @@ class QuantizedLinear(nn.Layer):
 class QuantizedProduct(nn.Layer):
     """Stands in for `GroupedProduct` and holds the stack itself; the parameter that `Experts` had is gone."""
 
-    def __init__(self, weight_EIO: Tensor, bits: int) -> None:
+    def __init__(self, weight_EIO: QuantizedWeight) -> None:
         super().__init__()
-        self.quant = QuantizedWeight(weight_EIO, bits)
+        self.quant = weight_EIO
 
     def forward(self, x_MI: Tensor, _weight: None, counts: tuple[int, ...]) -> Tensor:
         return _StackProduct.apply(x_MI, self.quant, counts)
@@ -210,7 +219,9 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
         for layer in layers:
             for name, child in list(layer.named_children()):
                 if isinstance(child, nn.Linear):
-                    layer._sub_layers[name] = QuantizedLinear(child, chosen.linear)
+                    layer._sub_layers[name] = QuantizedLinear(
+                        QuantizedWeight.rounded(child.weight, chosen.linear), child.bias
+                    )
                     linears += 1
             if isinstance(layer, Experts):
                 _quantize_experts(layer, chosen.experts)
@@ -228,6 +239,11 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
 
 def _quantize_experts(experts: Experts, bits: int) -> None:
     for name in ("up_gate", "down"):
-        weight = experts._parameters.pop(f"{name}_proj")
-        setattr(experts, f"{name}_proj", None)
-        setattr(experts, f"{name}_product", QuantizedProduct(weight, bits))
+        swap_stack(experts, name, QuantizedWeight.rounded(experts._parameters[f"{name}_proj"], bits))
+
+
+def swap_stack(experts: Experts, name: str, weight_EIO: QuantizedWeight) -> None:
+    """Put a quantised stack in the place of the parameter `<name>_proj` ("up_gate" or "down") of `experts`."""
+    experts._parameters.pop(f"{name}_proj")
+    setattr(experts, f"{name}_proj", None)
+    setattr(experts, f"{name}_product", QuantizedProduct(weight_EIO))
