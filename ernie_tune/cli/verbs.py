@@ -44,6 +44,12 @@ VERBS = (
     Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
     Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
     Verb(
+        "serve",
+        "ernie_tune.cli.serve:run",
+        "answer OpenAI's API with a model and its adapters",
+        ("server", "api", "deploy"),
+    ),
+    Verb(
         "export",
         "ernie_tune.cli.export:run",
         "merge, convert or quantise a model into a checked folder that serves",

@@ -22,7 +22,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "partial gradients of tensor ranks are not added": lambda: mock.patch.object(gradients, "sum_partial_", _nothing),
     "counts are those of this rank": lambda: mock.patch.object(DistributedEngine, "counts", lambda self, c: dict(c)),
     "experts are not scaled": lambda: mock.patch.object(gradients, "scale_experts_", _nothing),
-    "every copy is counted in the norm": lambda: mock.patch.object(gradients, "counted_here", lambda *_: True),
+    "every copy is counted in the norm": lambda: mock.patch.object(gradients, "counted_here", return_value=True),
     "a row layer is missing from the table": lambda: mock.patch.dict(
         PLAN, {"layers.*.self_attn.o_proj.weight": "whole"}
     ),
