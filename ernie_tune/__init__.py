@@ -30,6 +30,8 @@ _PUBLIC = {
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
     "UPOTrainer": "ernie_tune.trainers.upo",
+    "estimate": "ernie_tune.plan.estimate",
+    "export": "ernie_tune.export",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -53,6 +55,8 @@ __all__ = [
     "TrainingArguments",
     "UPOTrainer",
     "__version__",
+    "estimate",
+    "export",
     "get_peft_model",
     "launch",
     "load_dataset",
@@ -60,6 +64,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
     from ernie_tune.config.training_arguments import TrainingArguments
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from ernie_tune.models.presets import preset
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
+    from ernie_tune.plan.estimate import estimate
     from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
     from ernie_tune.trainers.reward import RewardModel, RewardTrainer
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
@@ -79,7 +85,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    value = (
+        module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
+    )  # `export` is a package that can be called
     globals()[name] = value
     return value
 

@@ -44,6 +44,7 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
+from ernie_tune.train.writers import open_writers
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.measure import Measure, write_reports
 
@@ -79,6 +80,7 @@ class Trainer:
                 f"stage ({self.args.model.stage}) must be one of {self.stages} with {type(self).__name__}; set it, or take another trainer"
             )
         assemble.refuse_unbuilt(self.args)
+        assemble.check_layout(self.args, model)
         plain = assemble.load_model(self.args) if model is None else model
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
@@ -198,8 +200,14 @@ class Trainer:
             mode="plain" if self.args.log.disable_tqdm else "",
         ) as progress:
             history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
+            c = self.args.log
+            writers = open_writers(c.report_to, Path(c.logging_dir or self.output_dir / "runs"), self.described.flat())
             log = self.log = RunLog(
-                self.output_dir, resume_step=loop.step if checkpoint else None, history=history, echo=progress.write
+                self.output_dir,
+                resume_step=loop.step if checkpoint else None,
+                history=history,
+                echo=progress.write,
+                writers=writers,
             )
             self._announce(log.info, total)
             if checkpoint:
@@ -215,7 +223,9 @@ class Trainer:
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
-        return self._finish(log)
+        metrics = self._finish(log)
+        log.close()
+        return metrics
 
     def _before_training(self, dry_run: bool) -> None:
         """What a method does with the model as it was given, before anything changes it; without a trace on the disk in a dry run."""

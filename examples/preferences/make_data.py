@@ -65,7 +65,9 @@ class Judge:
     def choice(self) -> Row:
         """All ten digits as answers, in any style and order, of which one is right: what a reward model learns from."""
         digits = self.rng.sample(range(10), 10)
-        right, wrong = ([i for i, d in enumerate(digits) if (d == self.digit) is is_right] for is_right in (True, False))
+        right, wrong = (
+            [i for i, d in enumerate(digits) if (d == self.digit) is is_right] for is_right in (True, False)
+        )
         responses = [self.says(d, self.rng.random() < 0.5) for d in digits]
         return {**self.base, "signal": {"type": "ranking", "responses": responses, "order": [right, wrong]}}
 
@@ -80,7 +82,9 @@ class Judge:
     def label(self) -> Row:
         """One answer, good if it is right and short."""
         good = self.rng.random() < 0.5
-        bad = self.says(self.digit, True) if self.rng.random() < 0.5 else self.says(self.wrong(), self.rng.random() < 0.5)
+        bad = (
+            self.says(self.digit, True) if self.rng.random() < 0.5 else self.says(self.wrong(), self.rng.random() < 0.5)
+        )
         text = self.says(self.digit, False) if good else bad
         return {**self.base, "signal": {"type": "label", "response": text, "label": "good" if good else "bad"}}
 

@@ -132,7 +132,9 @@ def test_a_pixel_changes_the_log_probability_of_every_candidate(tmp_path: Path, 
         pixels = batch.inputs.pixel_values_PC
         assert pixels is not None
         patches = len(pixels) if share else len(pixels) // 4
-        place = np.argsort(np.argsort(batch.end_C))  # rows of one length lie side by side, so candidates may change their order
+        place = np.argsort(
+            np.argsort(batch.end_C)
+        )  # rows of one length lie side by side, so candidates may change their order
         for candidate in range(4):
             changed = pixels.copy()
             changed[0 if share else place[candidate] * patches, 0] += 0.5
