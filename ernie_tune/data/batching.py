@@ -60,9 +60,6 @@ class RecordEncoder(Protocol):
     @property
     def max_tokens(self) -> int: ...
 
-    @property
-    def processor(self) -> Processor: ...
-
     def __call__(self, record: Record, dropped: Dropped) -> Any | None:
         """A `Packable`, or None with a reason noted; the same record always gives the same."""
 

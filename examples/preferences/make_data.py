@@ -63,9 +63,8 @@ class Judge:
         return {**self.base, "signal": {"type": "ranking", "responses": [text for text, _ in judged], "order": order}}
 
     def choice(self) -> Row:
-        """Four answers in any style and order, of which one is right: what a reward model learns from."""
-        digits = [self.digit, *self.rng.sample([d for d in range(10) if d != self.digit], 3)]
-        self.rng.shuffle(digits)
+        """All ten digits as answers, in any style and order, of which one is right: what a reward model learns from."""
+        digits = self.rng.sample(range(10), 10)
         right, wrong = (
             [i for i, d in enumerate(digits) if (d == self.digit) is is_right] for is_right in (True, False)
         )
