@@ -333,6 +333,11 @@ def test_metrics_have_trl_names() -> None:
     assert means["logps/chosen"] == pytest.approx(-8.5)
     assert means["logps/rejected"] == pytest.approx(-9)
     assert (means["length/chosen"], means["length/rejected"]) == pytest.approx((20 / 3, 17 / 3))
+    # chosen are shorter, longer, longer; margins +, -, -: the rewards never prefer the longer
+    assert metrics["length/longer_chosen"] == (2, 3)
+    assert metrics["rewards/longer_preferred"] == (0, 3)
+    even = preference_metrics(candidates(length=np.full(6, 4)), PAIRS, 0.1)
+    assert "length/longer_chosen" not in even, "pairs of one length say nothing"
     assert means["rewards/saturated"] == 0
     assert preference_metrics(candidates(), PAIRS, 10.0)["rewards/saturated"] == (1.0, 3.0), (
         "only 10 * 1.5 is beyond 10"
