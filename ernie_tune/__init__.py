@@ -19,12 +19,19 @@ _PUBLIC = {
     "AutoConfig": "ernie_tune.checkpoint.auto",
     "AutoProcessor": "ernie_tune.data.processor",
     "AutoTokenizer": "ernie_tune.data.tokenizer",
+    "DPOTrainer": "ernie_tune.trainers.preference",
+    "KTOTrainer": "ernie_tune.trainers.preference",
     "LoraConfig": "ernie_tune.peft.config",
     "ModelConfig": "ernie_tune.models.config",
     "PaddleTrainer": "ernie_tune.trainers.sft",
     "PeftModel": "ernie_tune.peft.model",
+    "RewardModel": "ernie_tune.trainers.reward",
+    "RewardTrainer": "ernie_tune.trainers.reward",
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
+    "UPOTrainer": "ernie_tune.trainers.upo",
+    "estimate": "ernie_tune.plan.estimate",
+    "export": "ernie_tune.export",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -36,13 +43,20 @@ __all__ = [
     "AutoModel",
     "AutoProcessor",
     "AutoTokenizer",
+    "DPOTrainer",
+    "KTOTrainer",
     "LoraConfig",
     "ModelConfig",
     "PaddleTrainer",
     "PeftModel",
+    "RewardModel",
+    "RewardTrainer",
     "SFTTrainer",
     "TrainingArguments",
+    "UPOTrainer",
     "__version__",
+    "estimate",
+    "export",
     "get_peft_model",
     "launch",
     "load_dataset",
@@ -50,6 +64,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
     from ernie_tune.config.training_arguments import TrainingArguments
@@ -60,13 +75,20 @@ if TYPE_CHECKING:
     from ernie_tune.models.presets import preset
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
+    from ernie_tune.plan.estimate import estimate
+    from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
+    from ernie_tune.trainers.reward import RewardModel, RewardTrainer
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
+    from ernie_tune.trainers.upo import UPOTrainer
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    value = (
+        module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
+    )  # `export` is a package that can be called
     globals()[name] = value
     return value
 

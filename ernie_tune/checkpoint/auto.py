@@ -57,7 +57,7 @@ class AutoModel(ErnieModel):
         reader = TensorReader(folder)
         table = layout(config, detect_flavour(reader.shapes, config))
         unused = check_names(table, reader.shapes)
-        _check_tied_head(table, reader)
+        check_tied_head(table, reader)
         dtype = _compute_dtype(dtype)
         print(
             f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers float32"
@@ -169,7 +169,7 @@ def _read_config_file(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _check_tied_head(table: Layout, reader: TensorReader) -> None:
+def check_tied_head(table: Layout, reader: TensorReader) -> None:
     """A tied model has one matrix; a file that holds two different ones contradicts its config (architecture.md 9.6)."""
     head = table.head_copy
     if head is None or head not in reader.entries:

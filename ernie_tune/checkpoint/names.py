@@ -149,17 +149,22 @@ class Layout:
     links_from: dict[str, tuple[Link, ...]]  # by disk name
     head_copy: str | None  # tied models: a head that a file may hold too
 
-    def to_canonical(self, name: str, read: Callable[[str], Array]) -> Array:
-        """One canonical parameter from the disk tensors that `read` gives by name, one at a time. May be a view of what was read."""
-        links = self.links_to[name]
+    def to_canonical(self, name: str, read: Callable[[str], Array], expert: int | None = None) -> Array:
+        """One canonical parameter from the disk tensors that `read` gives by name, one at a time; with `expert`, that matrix of a stack alone.
+
+        May be a view of what was read.
+        """
+        links = [link for link in self.links_to[name] if expert is None or link.expert == expert]
+        stacked = expert is None and links[0].expert is not None
+        shape = self.canonical[name].shape if expert is None else self.canonical[name].shape[1:]
         out: Array | None = None
         for link in links:
             block = link.of_disk(read(link.disk))
-            if len(links) == 1 and link.expert is None:
+            if len(links) == 1 and not stacked:
                 return block
             if out is None:
-                out = np.empty(self.canonical[name].shape, block.dtype)
-            link.of_canonical(out if link.expert is None else out[link.expert])[...] = block
+                out = np.empty(shape, block.dtype)
+            link.of_canonical(out[link.expert] if stacked else out)[...] = block
         assert out is not None, name
         return out
 

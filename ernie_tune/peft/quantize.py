@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -19,48 +18,33 @@ from paddle.autograd import PyLayer
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across
 from ernie_tune.models.moe import Experts
+from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """Bits of linear layers and of experts, and whether the embedding (and with it a tied head) becomes int8."""
-
-    linear: int
-    experts: int
-    embedding: bool
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "weight_only_int8": Algorithm(8, 8, embedding=True),
-    "weight_only_int4": Algorithm(4, 4, embedding=True),
-    "weight_only_mix": Algorithm(8, 4, embedding=False),  # as ERNIEKit and FastDeploy do (parallel.md 3.2)
-}
-GROUP_ROWS = 64
-
-
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, plus 8, two to a byte:
-    byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half.
-    """
+    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
-    groups = n_in // GROUP_ROWS if bits == 4 and n_in % GROUP_ROWS == 0 else 1
+    groups = num_groups(n_in, bits)
     grouped = weight_IO.astype(np.float32).reshape(groups, n_in // groups, n_out)
     scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
     scale[scale == 0] = 1.0
     codes = np.rint(grouped / scale).reshape(n_in, n_out).astype(np.int8)
-    return _pack4((codes + 8).astype(np.uint8)) if bits == 4 else codes, scale[:, 0]
+    if bits == 4:
+        codes = pack_halves(codes)
+    return codes, scale[:, 0]
 
 
-def _pack4(codes_IO: np.ndarray) -> np.ndarray:
-    """Two rows to a byte: row i low, row i + I/2 high."""
-    low, high = np.split(codes_IO, 2, axis=-2)
+def pack_halves(codes_IO: np.ndarray) -> np.ndarray:
+    """int4 codes in [-8, 7] plus 8, two to a byte: byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half."""
+    low, high = np.split((codes_IO + 8).astype(np.uint8), 2, axis=-2)
     return low | high << 4
 
 
-def _unpack4(packed: np.ndarray) -> np.ndarray:
-    return np.concatenate([packed & 15, packed >> 4], axis=-2)
+def unpack_halves(packed: np.ndarray) -> np.ndarray:
+    """Inverse of `pack_halves`, int8; a stack of matrices too."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-2).astype(np.int8) - 8
 
 
 def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
@@ -68,20 +52,27 @@ def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
 
 
 class QuantizedWeight(nn.Layer):
-    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale`."""
+    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O]) in the form of `quantize`."""
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
         super().__init__()
-        self.shape, self.bits = tuple(weight.shape), bits
-        if bits == 4 and self.shape[-2] % 2:
-            raise ValueError(f"input width ({self.shape[-2]}) must be even for 4 bits; use weight_only_int8")
+        *stack, rows, columns = codes.shape
+        rows *= 2 if bits == 4 else 1
+        self.shape, self.bits = (*stack, rows, columns), bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        groups = scale.shape[-2]
+        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+
+    @classmethod
+    def rounded(cls, weight: Tensor, bits: int) -> QuantizedWeight:
+        """`weight` rounded to the nearest code. ValueError for an odd input width with 4 bits."""
+        if bits == 4 and weight.shape[-2] % 2:
+            raise ValueError(f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8")
         stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
         parts = [quantize(matrix.astype("float32").numpy(), bits) for matrix in stack]
         codes, scale = (np.stack(x) if weight.ndim == 3 else x[0] for x in zip(*parts, strict=True))
-        self.register_buffer("codes", paddle.to_tensor(codes))
-        self.register_buffer("scale", paddle.to_tensor(scale).astype(weight.dtype))
-        groups, rows = scale.shape[-2], self.shape[-2]
-        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+        return cls(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(weight.dtype), bits)
 
     def cut(self, axis: int | None, rank: int, size: int) -> None:
         """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
@@ -97,7 +88,7 @@ class QuantizedWeight(nn.Layer):
                 raise ValueError(
                     f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
                 )
-            codes = _pack4(_part(_unpack4(codes.numpy()), -2, rank, size))
+            codes = pack_halves(_part(unpack_halves(codes.numpy()), -2, rank, size))
         else:
             codes = _part(codes.numpy(), dim, rank, size)
         shared = axis == 0 and scale.shape[-2] == 1  # one scale for all rows
@@ -160,10 +151,9 @@ def _spans(counts: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 class QuantizedLinear(nn.Layer):
     """Stands in for `nn.Linear`; `weight` gives the rounded matrix, made anew each time."""
 
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.quant = QuantizedWeight(linear.weight, bits)
-        self.bias = linear.bias
+        self.quant, self.bias = weight, bias
 
     @property
     def weight(self) -> Tensor:
@@ -177,9 +167,9 @@ class QuantizedLinear(nn.Layer):
 class QuantizedProduct(nn.Layer):
     """Stands in for `GroupedProduct` and holds the stack itself; the parameter that `Experts` had is gone."""
 
-    def __init__(self, weight_EIO: Tensor, bits: int) -> None:
+    def __init__(self, weight_EIO: QuantizedWeight) -> None:
         super().__init__()
-        self.quant = QuantizedWeight(weight_EIO, bits)
+        self.quant = weight_EIO
 
     def forward(self, x_MI: Tensor, _weight: None, counts: tuple[int, ...]) -> Tensor:
         return _StackProduct.apply(x_MI, self.quant, counts)
@@ -248,7 +238,9 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
         for layer in layers:
             for name, child in list(layer.named_children()):
                 if isinstance(child, nn.Linear):
-                    layer._sub_layers[name] = QuantizedLinear(child, chosen.linear)
+                    layer._sub_layers[name] = QuantizedLinear(
+                        QuantizedWeight.rounded(child.weight, chosen.linear), child.bias
+                    )
                     linears += 1
             if isinstance(layer, Experts):
                 _quantize_experts(layer, chosen.experts)
@@ -266,6 +258,11 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
 
 def _quantize_experts(experts: Experts, bits: int) -> None:
     for name in ("up_gate", "down"):
-        weight = experts._parameters.pop(f"{name}_proj")
-        setattr(experts, f"{name}_proj", None)
-        setattr(experts, f"{name}_product", QuantizedProduct(weight, bits))
+        swap_stack(experts, name, QuantizedWeight.rounded(experts._parameters[f"{name}_proj"], bits))
+
+
+def swap_stack(experts: Experts, name: str, weight_EIO: QuantizedWeight) -> None:
+    """Put a quantised stack in the place of the parameter `<name>_proj` ("up_gate" or "down") of `experts`."""
+    experts._parameters.pop(f"{name}_proj")
+    setattr(experts, f"{name}_proj", None)
+    setattr(experts, f"{name}_product", QuantizedProduct(weight_EIO))

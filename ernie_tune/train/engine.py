@@ -95,6 +95,8 @@ class Engine:
             scaled = out.total / work.divisor
             (scaled if self.gradient_scale == 1.0 else scaled * self.gradient_scale).backward()
             done.add(float(scaled), out.metrics)
+            # What a PyLayer noted on its context lives as long as the graph: without this, through the next micro-batch's forward too.
+            del out, scaled
             self.after_micro_batch()
         return done.loss, done.metrics
 

@@ -31,7 +31,7 @@ def test_rounding(bits: int, rows: int, groups: int, largest: int) -> None:
     codes, scale = quantize(weight, bits)
     assert codes.nbytes == rows * 24 * bits // 8
     assert scale.shape == (groups, 24)
-    dense = QuantizedWeight(paddle.to_tensor(weight), bits).dense().numpy()
+    dense = QuantizedWeight.rounded(paddle.to_tensor(weight), bits).dense().numpy()
     wide = np.repeat(scale, rows // groups, axis=0)
     assert (np.abs(dense - weight) <= wide / 2 + 1e-7).all()
     steps = dense / wide
@@ -130,7 +130,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="must not have quantised layers yet"):
         quantize_base(quantize_base(fresh(), "weight_only_int8"), "weight_only_int8")
     with pytest.raises(ValueError, match=r"input width \(3\) must be even for 4 bits"):
-        QuantizedWeight(paddle.ones([3, 2]), 4)
+        QuantizedWeight.rounded(paddle.ones([3, 2]), 4)
 
 
 def test_fresh_small_model_still_speaks_after_int8(golden) -> None:

@@ -1,0 +1,114 @@
+"""`ernie-tune export`: merge, convert, quantise, check, and say how to serve.
+
+Refuses to know how any of it is done; it adds the task's score, which needs the parts that training measures with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.loader import Entry, split_overrides
+
+_SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+# other tools' names of our options
+_ALIASES = {
+    "output": "output_dir",
+    "out": "output_dir",
+    "export_dir": "output_dir",
+    "precision": "quantization",
+    "tp": "target_tp",
+    "export_size": "max_shard_size",
+    "calibration": "calib",
+}
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune export FOLDER [ADAPTER …] --output_dir OUT [--layout paddle] [--quantization wint4] [--calib rows.jsonl] …
+
+    Writes a model folder, with the adapters merged into it, complete and checked: weights, tokenizer, model card, serve.sh, export_report.json.
+    One adapter alone brings its base model from its settings.
+
+    --layout paddle|pt|hf      Paddle's layout for FastDeploy (default), that of the -PT releases, that of transformers 5
+    --quantization none|wint8|wint4|mix    what FastDeploy will quantise to; wint4: experts int4, the rest int8; mix: vision experts int8 too
+    --method rtn|clip|gptq     how int4 codes are chosen (default clip); with --calib FILE by what the layers see
+    --calib FILE, --calib_rows 128, --eval FILE    rows to choose by, and rows to check and score on
+    --target_tp N              cards that will serve together: each has scales of its own
+    --emit weights|cache|packed    weights (default); with a load cache for FastDeploy beside them; or packed codes for `ernie-tune serve`
+    --awq 0.25                 fold activation-aware scales into the weights first (needs --calib)
+    --max_shard_size 5GB, --port 8180, --verify full|files, --eval_max_samples 200, --eval_max_new_tokens 32
+    """
+    words, entries = split_overrides(args)
+    if not words:
+        raise UsageError("expected a model folder or an adapter, got nothing / 需要一个模型文件夹或适配器")
+    options = _options(entries)
+    if "output_dir" not in options:
+        raise UsageError("--output_dir must be given: the folder to write / 需要 --output_dir")
+    from ernie_tune.export.run import export
+
+    limits = options.pop("eval_max_samples", 200), options.pop("eval_max_new_tokens", 32)
+    rows = options.get("eval") or options.get("calib")
+    report = export(words, options.pop("output_dir"), score=_score(rows, *limits) if rows else None, **options)
+    print(
+        f"{len(report['sha256'])} files, {report['weight_bytes'] / 1e6:.1f} MB of weights, every check passed; serve it with\n\n{report['command']}"
+    )
+    return 0
+
+
+def _options(entries: list[Entry]) -> dict[str, Any]:
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "output_dir": str,
+        "layout": str,
+        "quantization": str,
+        "method": str,
+        "calib": str,
+        "eval": str,
+        "calib_rows": int,
+        "target_tp": int,
+        "emit": str,
+        "awq": float,
+        "max_shard_size": shard_bytes,
+        "verify": str,
+        "port": int,
+        "eval_max_samples": int,
+        "eval_max_new_tokens": int,
+    }
+    options: dict[str, Any] = {}
+    for entry in entries:
+        name = _ALIASES.get(entry.name, entry.name)
+        if name not in kinds:
+            raise UsageError(f"unknown option {entry.name!r}; export takes {', '.join(kinds)} / 未知的选项")
+        try:
+            options[name] = kinds[name](entry.raw)
+        except ValueError as error:
+            raise UsageError(
+                f"{name} ({entry.raw!r}) must be a {kinds[name].__name__}: {error} / 选项的值不正确"
+            ) from error
+    if "max_shard_size" in options:
+        options["max_shard_bytes"] = options.pop("max_shard_size")
+    return options
+
+
+def shard_bytes(text: str) -> int:
+    """ "5GB" or a number of bytes. ValueError for other forms."""
+    unit = text[-2:].upper()
+    return int(float(text[:-2]) * _SHARD_UNITS[unit]) if unit in _SHARD_UNITS else int(text)
+
+
+def _score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any], Mapping[str, float]]:
+    """Scores of greedy answers to the rows of a file that end in an answer, by the metrics that fit their references."""
+
+    def score(model: Any, processor: Any) -> Mapping[str, float]:
+        from ernie_tune.data.sources import load_dataset
+        from ernie_tune.train.evaluate import answers, question
+        from ernie_tune.train.metrics import fitting_metrics, score_answers
+
+        records = load_dataset(path)
+        count = min(rows, len(records))
+        asked = [question(records[i * len(records) // count]) for i in range(count)]
+        references = [q.reference for q in asked]
+        given = answers(model, processor, asked, max_new_tokens=max_new_tokens, rows=16)
+        return score_answers(given, references, fitting_metrics(references))
+
+    return score

@@ -1,0 +1,84 @@
+"""The command that starts FastDeploy 2.x on a folder, with ports that do not collide (fastdeploy.md 5.1). Words only: nothing is run or looked up.
+
+The published example gives one port to the metrics and to the cache queue; here every service has its own, counted up from the HTTP port.
+Refuses to know: folders, models, whether FastDeploy is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MODULE = "fastdeploy.entrypoints.openai.api_server"
+
+
+def _video() -> dict[str, int]:
+    return {"video_max_frames": 30}
+
+
+def _limits() -> dict[str, int]:
+    return {"image": 10, "video": 3}
+
+
+@dataclass(frozen=True)
+class FastDeployCommand:
+    """What FastDeploy is told. `quantization`: "", "wint8", "wint4" or its JSON form; `vision`: whether images are served.
+
+    Raises ValueError for ports that do not exist and for a number of video frames that FastDeploy refuses.
+    """
+
+    model: str
+    port: int = 8180
+    tensor_parallel_size: int = 1
+    quantization: str = ""
+    max_model_len: int = 32768
+    max_num_seqs: int = 32
+    vision: bool = True
+    mm_processor: Mapping[str, int] = field(default_factory=_video)
+    limits: Mapping[str, int] = field(default_factory=_limits)
+    reasoning_parser: str = "ernie-45-vl"
+    cached: bool = False  # the folder holds a model-load cache for these settings
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port <= 65532:
+            raise ValueError(
+                f"port ({self.port}) must be from 1 to 65532, since the three ports above it are used too; choose another"
+            )
+        frames = self.mm_processor.get("video_max_frames", 16)
+        if frames < 16:
+            raise ValueError(
+                f"video_max_frames ({frames}) must be at least FastDeploy's video_min_frames (16); raise it"
+            )
+
+    def ports(self) -> dict[str, int]:
+        """Flag -> port, all different."""
+        names = ("--port", "--engine-worker-queue-port", "--metrics-port", "--cache-queue-port")
+        return {name: self.port + i for i, name in enumerate(names)}
+
+    def environment(self) -> dict[str, str]:
+        """Variables that must be set. A cache holds the plain layout of dense weights, which Hopper's Machete kernels do not read."""
+        return {"FD_ENABLE_MODEL_LOAD_CACHE": "1", "FD_USE_MACHETE": "0"} if self.cached else {}
+
+    def words(self, python: str = "python") -> list[str]:
+        """The command line."""
+        words = [python, "-m", MODULE, "--model", self.model]
+        for name, port in self.ports().items():
+            words += [name, str(port)]
+        words += ["--tensor-parallel-size", str(self.tensor_parallel_size)]
+        if self.quantization:
+            words += ["--quantization", self.quantization]
+        if self.cached:
+            words += ["--load-choices", "default_v1"]
+        words += ["--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)]
+        if self.vision:
+            words += ["--mm-processor-kwargs", json.dumps(dict(self.mm_processor))]
+            words += ["--limit-mm-per-prompt", json.dumps(dict(self.limits))]
+            words += ["--reasoning-parser", self.reasoning_parser]
+        return words
+
+    def shell(self) -> str:
+        """The same for a shell, variables first."""
+        variables = [f"{name}={value}" for name, value in self.environment().items()]
+        return " ".join([*variables, shlex.join(self.words())])

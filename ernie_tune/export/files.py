@@ -1,0 +1,108 @@
+"""Everything in an exported folder but the weights: config.json, tokenizer and processor files, the model card, and `serve.sh`.
+
+Refuses to know: tensors, how weights were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.data.processor import Processor
+
+# copied byte for byte from the model's folder; what the processor writes itself is not here
+COPIED = (
+    "generation_config.json",
+    "spm.model",
+    "ernie_token_100k.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
+)
+CARD, SCRIPT, REPORT = "README.md", "serve.sh", "export_report.json"
+
+
+def copy_files(folders: Sequence[Path], target: Path, processor: Processor) -> list[str]:
+    """Tokenizer and processor files to `target`, and those of `COPIED` that one of `folders` (the first that has it) holds. Returns the names."""
+    processor.save_pretrained(target)
+    for name in COPIED:
+        source = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if source:
+            shutil.copyfile(source, target / name)
+    generation = target / COPIED[0]
+    if not generation.is_file():
+        settings = {"do_sample": True, "top_p": 0.7, "temperature": 1.0, "eos_token_id": list(processor.stop_ids)}
+        generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return sorted(path.name for path in target.iterdir() if path.suffix != ".safetensors")
+
+
+def serve_script(command: FastDeployCommand | None) -> str:
+    """A shell script that serves the folder it lies in: with FastDeploy, or (None) with our own server. PORT and PYTHON may be set from outside."""
+    head = "#!/usr/bin/env bash\n# Serves the model in this folder. PORT: the HTTP port"
+    if command is None:
+        return (
+            f'{head}.\nset -euo pipefail\ncd "$(dirname "$0")"\nexec ernie-tune serve . --port "${{PORT:-8180}}" "$@"\n'
+        )
+    words = command.words()
+    ports = command.ports()
+    shown = []
+    for flag, word in zip(["", *words], words, strict=False):
+        if flag in ports:
+            offset = ports[flag] - command.port
+            shown.append(f'"$((PORT + {offset}))"' if offset else '"$PORT"')
+        elif flag == "--model":
+            shown.append('"$PWD"')
+        else:
+            shown.append(shlex.quote(word))
+    shown[0] = '"${PYTHON:-python}"'
+    lines: list[str] = []
+    for word in shown:
+        if word.startswith("--") and lines:
+            lines.append(word)
+        elif lines:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    exports = "".join(f"export {name}={value}\n" for name, value in command.environment().items())
+    about = "; the three ports above it are used too. Needs FastDeploy 2.3 or newer (fastdeploy-gpu, from Baidu's package index)."
+    body = " \\\n  ".join(lines)
+    return f'{head}{about}\nset -euo pipefail\ncd "$(dirname "$0")"\nPORT="${{PORT:-{command.port}}}"\n{exports}exec {body} "$@"\n'
+
+
+def card(existing: str, name: str, report: Mapping[str, Any], shell: str) -> str:
+    """README.md: what the model's own folder had, and what the export did."""
+    head = existing.split("\n## Export\n")[0].rstrip() or (
+        f"---\nlibrary_name: ernie_tune\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n\n# {name}"
+    )
+    rows = [("layout", report["layout"]), ("quantization", report["quantization"]), ("method", report["method"])]
+    rows += [("tensor parallel size it is made for", report["target_tp"])] if report["quantization"] != "none" else []
+    rows += [("adapters merged", ", ".join(map(str, report["adapters"])))] if report["adapters"] else []
+    rows += [("verification", report["verify"])]
+    lines = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    table = f"\n```text\n{report['table']}\n```\n" if report.get("table") else ""
+    notes = "".join(f"\nNote: {note}\n" for note in report.get("notes", ()))
+    return (
+        f"{head}\n\n## Export\n\n| | |\n|---|---|\n{lines}\n{table}{notes}\nServe it with `bash {SCRIPT}`, which runs\n\n```bash\n{shell}\n```\n\n"
+        f"`{REPORT}` holds the checks, the errors of every class of layers and the sha256 of every file.\n"
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file in the folder, the report aside."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != REPORT):
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            for piece in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(piece)
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found

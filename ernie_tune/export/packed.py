@@ -1,0 +1,78 @@
+"""Writes packed folders, the form that `peft/packed.py` describes and loads: codes and scales as they are, for our own server and for archives.
+
+Refuses to know: how grids are found, tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.checkpoint.tensors import cast
+from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.export.grid import Grid
+from ernie_tune.export.source import EXPORT_CODE, Place, Weights
+from ernie_tune.models.config_dialects import write_config
+from ernie_tune.models.specs import parameter_specs
+from ernie_tune.peft.packed import METHOD, VERSION, matrix_name
+from ernie_tune.peft.quantize import pack_halves
+
+Array = np.ndarray[Any, Any]
+
+
+def write_packed(
+    folder: Path,
+    weights: Weights,
+    bits: Callable[[str], int],
+    shards: Callable[[str], int],
+    grid: Callable[[str, int | None], Grid],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> list[Path]:
+    """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows; `grid(name, expert)`: the codes, asked for
+    twice, since scales and codes lie apart in the file. Returns the paths.
+
+    ValueError for an odd input width with 4 bits.
+    """
+    specs = parameter_specs(weights.config)
+    entries: dict[str, tuple[tuple[int, ...], str]] = {}
+    origin: dict[str, Place] = {}
+    for name, spec in specs.items():
+        if not bits(name):
+            entries[name] = (spec.shape, "F32" if spec.float32 else EXPORT_CODE)
+            origin[name] = (name, None)
+            continue
+        rows, columns = spec.shape[-2:]
+        if bits(name) == 4 and rows % 2:
+            raise ValueError(f"input width ({rows}) of {name} must be even for 4 bits; use quantization wint8")
+        for expert in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
+            stem = matrix_name(name, expert)
+            entries[f"{stem}.codes"] = ((rows // 2, columns), "U8") if bits(name) == 4 else ((rows, columns), "I8")
+            entries[f"{stem}.scale"] = ((shards(name), columns), EXPORT_CODE)
+            origin[f"{stem}.codes"] = origin[f"{stem}.scale"] = (name, expert)
+
+    def produce(key: str) -> Array:
+        name, expert = origin[key]
+        if key in specs:
+            spec = specs[name]
+            if len(spec.shape) == 3:  # a stack that stays as it is
+                return np.stack([weights.read(name, e, entries[key][1]) for e in range(spec.shape[0])])
+            return weights.read(name, None, entries[key][1])
+        made = grid(name, expert)
+        if key.endswith(".scale"):
+            return cast(made.scale_SN, "F32", EXPORT_CODE)
+        return pack_halves(made.codes_KN) if made.bits == 4 else made.codes_KN
+
+    config = write_config(weights.config.replace(dtype="bfloat16"), "paddle")
+    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
+    return write_folder(
+        folder,
+        entries,
+        produce,
+        max_shard_bytes=max_shard_bytes,
+        metadata={"format": "np", "layout": METHOD},
+        files={"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"},
+    )

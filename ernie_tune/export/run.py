@@ -1,0 +1,424 @@
+"""`export`: from a model folder and its adapters to a folder that serves, checked before it gets its name.
+
+The steps, in order: read lazily (`source`), measure on calibration rows (`calibrate`), choose codes (`choose`), write beside the target (`checkpoint/
+writer`), check (`verify`), describe (`files`), rename. Nothing is held but one tensor, unless data are given or the checks compare whole models.
+Refuses to know: training, servers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_tune import __version__
+from ernie_tune.checkpoint.hub import resolve
+from ernie_tune.checkpoint.names import FLAVOURS, layout
+from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.data.processor import Processor
+from ernie_tune.export import files, verify
+from ernie_tune.export.awq import Folded, folded_moments
+from ernie_tune.export.calibrate import moments, samples
+from ernie_tune.export.choose import METHODS, Chosen, Served, Written
+from ernie_tune.export.measure import (
+    Look,
+    Probe,
+    distance,
+    look,
+    made_up_probes,
+    model_of,
+    probes_of,
+    read_batches,
+    set_weights,
+)
+from ernie_tune.export.packed import write_packed
+from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
+from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
+from ernie_tune.models.config_dialects import write_config
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.peft.model import PeftModel
+
+Score = Callable[[ErnieModel, Processor], Mapping[str, float]]
+# layout -> how it is written (checkpoint/names.py)
+LAYOUTS = {"paddle": "paddle", "pt": "hf", "hf": "hf_saved"}
+EMITS = ("weights", "cache", "packed")
+VERIFY = ("full", "files")
+_MERGE_KL = 0.02  # what rounding to bfloat16 may cost, in nats; a wrong merge costs whole ones
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export. `layout`: "paddle" (-Paddle releases, FastDeploy), "pt" (-PT releases, FastDeploy and vLLM), "hf" (transformers 5).
+
+    `quantization`: "none", "wint8", "wint4", "mix" (`scheme.py`); `method`: "rtn", "clip", "gptq" (`choose.py`); `calib`: rows that activations come from,
+    a quarter of them kept for the checks unless `eval` names others. `emit`: "weights" that FastDeploy quantises itself, those and a load "cache"
+    beside them, or "packed" codes for our own server. `awq`: exponent of the activation-aware scaling, 0 for none. `verify`: "full", or "files" without
+    comparing models in memory. Raises ValueError for values that do not exist or contradict each other.
+    """
+
+    layout: str = "paddle"
+    quantization: str = "none"
+    method: str = "clip"
+    calib: str = ""
+    eval: str = ""
+    calib_rows: int = 128
+    target_tp: int = 1
+    emit: str = "weights"
+    awq: float = 0.0
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    verify: str = "full"
+    port: int = 8180
+
+    def __post_init__(self) -> None:
+        scheme(self.quantization)
+        for name, value, known in (
+            ("layout", self.layout, tuple(LAYOUTS)),
+            ("method", self.method, METHODS),
+            ("emit", self.emit, EMITS),
+            ("verify", self.verify, VERIFY),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} ({value!r}) must be one of {known}; choose one of them")
+        if self.target_tp < 1:
+            raise ValueError(
+                f"target_tp ({self.target_tp}) must be at least 1; give the number of cards that will serve"
+            )
+        if self.quantization == "none" and self.emit != "weights":
+            raise ValueError(f"emit ({self.emit}) must go with a quantization, not none; give wint8, wint4 or mix")
+        if self.quantization != "none" and self.layout == "hf":
+            raise ValueError(
+                f"quantization ({self.quantization}) must go with layout paddle or pt: transformers has no such grid; leave it out"
+            )
+        if self.awq and (self.quantization not in ("wint4", "mix") or not self.calib):
+            raise ValueError(
+                f"awq ({self.awq:g}) must go with quantization wint4 or mix and with calib; leave it out, or give them"
+            )
+        if not 0 <= self.awq <= 1:
+            raise ValueError(f"awq ({self.awq:g}) must be from 0 to 1; 0.25 is a good start")
+        if self.method == "gptq" and not self.calib:
+            raise ValueError("method (gptq) must come with calibration data; give --calib FILE, or take method clip")
+
+
+def export(
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    score: Score | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write the model in `folders` (a model folder, then adapters; or one adapter, whose base is named in its settings) to `output_dir`.
+
+    `options`: the fields of `ExportOptions`. `score(model, processor)`: scores of a task, taken before and after quantisation. Returns what
+    export_report.json holds. Raises ValueError where an input is wrong or a check fails (the folder is then not written), FileNotFoundError for
+    folders that are not there.
+    """
+    return _Export(
+        [folders] if isinstance(folders, str | os.PathLike) else folders,
+        Path(output_dir),
+        ExportOptions(**options),
+        score,
+    ).run()
+
+
+def sources(folders: Sequence[str | os.PathLike[str]]) -> tuple[Path, list[Path]]:
+    """The base model's folder and the adapters' of a command line. ValueError for none, an unknown base, and a second model."""
+    if not folders:
+        raise ValueError("folders (none) must name a model folder, or an adapter; give at least one")
+    paths = [resolve(folder) for folder in folders]
+    if not is_adapter(paths[0]):
+        base, adapters = paths[0], paths[1:]
+    else:
+        adapters = paths
+        base = _base_of(paths[0])
+    others = [str(path) for path in adapters if not is_adapter(path)]
+    if others:
+        raise ValueError(
+            f"{others[0]} must be an adapter (adapter_config.json or lora_config.json), since {base} is the model; give one model only"
+        )
+    return base, adapters
+
+
+def _base_of(adapter: Path) -> Path:
+    file = next(adapter / name for name in ("adapter_config.json", "lora_config.json") if (adapter / name).is_file())
+    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    try:
+        return resolve(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{file}: base_model_name_or_path ({name!r}) must be a folder of weights; give it first: ernie-tune export BASE {adapter} ..."
+        ) from error
+
+
+class _Export:
+    """One export from start to end."""
+
+    def __init__(self, folders: Sequence[Any], target: Path, options: ExportOptions, score: Score | None) -> None:
+        self.base, self.adapters = sources(folders)
+        self.target, self.o, self.score = target.resolve(), options, score
+        self.scheme = scheme(options.quantization)
+        self.source = Source(self.base, self.adapters)
+        self.config = self.source.config
+        self.processor = Processor.from_pretrained(self._processor_folder())
+        self.staged = self.target.with_name(self.target.name + ".exporting")
+        self.full = options.verify == "full"
+        self.probes: list[Probe] = []
+        self.notes: list[str] = []
+        self.checks: dict[str, Any] = {}
+        self.table = ""
+        _check_target(self.target, self.base, self.adapters)
+
+    def _processor_folder(self) -> Path:
+        """The last folder with a tokenizer: training saves one beside an adapter."""
+        for folder in (*reversed(self.adapters), self.base):
+            if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+                return folder
+        raise ValueError(
+            f"{self.base} must hold tokenizer.model: without it nothing can serve the model; copy the tokenizer files of the release there"
+        )
+
+    def run(self) -> dict[str, Any]:
+        start = time.monotonic()
+        if self.staged.exists():
+            shutil.rmtree(self.staged)
+        try:
+            weights, chosen, planned = self._choose()
+            written = self._write(weights, chosen)
+            self._verify(weights, chosen, planned)
+            report = self._describe(weights, written, time.monotonic() - start)
+            _publish(self.staged, self.target)
+        finally:
+            shutil.rmtree(self.staged, ignore_errors=True)
+        return report
+
+    # --- choosing ----------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> tuple[Weights, Chosen | None, Look | None]:
+        """The weights to quantise, their codes, and what the served model does on the probes."""
+        o, weights = self.o, self.source  # type: ExportOptions, Weights
+        quantised = o.quantization != "none"
+        problems = kernel_problems(self.config, self.scheme, o.target_tp) if quantised and o.emit != "packed" else []
+        if problems:
+            self.notes.append(
+                "FastDeploy's kernels need rows in 64s and columns in 16s on every rank, so they cannot multiply with this model's "
+                f"{'; '.join(problems)}. `ernie-tune export --emit packed` makes a folder for our own server."
+            )
+        if not self.full and not o.calib:
+            return weights, Chosen(weights, self.scheme, o.method, o.target_tp) if quantised else None, None
+        calib, self.probes = self._data()
+        model = model_of(Rounded(weights))
+        before = look(model, self.probes)
+        if self.adapters and self.full:
+            self._check_merge(before)
+        if not quantised:
+            return weights, None, before
+        names = [name for name in quantised_names(self.config, self.scheme) if bits_of(name, self.scheme) == 4]
+        seen = moments(model, [b.inputs for b in calib], names, full=o.method == "gptq") if calib else {}
+        if o.awq:
+            folded = Folded.of(weights, seen, o.awq)
+            weights, seen = folded, folded_moments(seen, folded)
+            set_weights(model, Rounded(weights))
+            self._check_fold(before, look(model, self.probes))
+        chosen = Chosen(weights, self.scheme, o.method, o.target_tp, seen)
+        if not self.full:
+            return weights, chosen, None
+        return weights, chosen, self._compare(model, chosen, before)
+
+    def _check_fold(self, before: Look, after: Look) -> None:
+        """Powers of two change nothing before quantisation; sums may be taken in another order."""
+        self.checks["awq"] = distance(before, after)
+        if not self.checks["awq"]["max_difference"] <= verify.LOGIT_TOLERANCE:
+            raise ValueError(
+                f"awq must leave the logits as they are, but they moved by {self.checks['awq']['max_difference']:.2e}; leave awq out and report this"
+            )
+
+    def _data(self) -> tuple[list[Any], list[Probe]]:
+        """Calibration batches, and held-out probes: rows of `eval`, else every fourth batch of `calib`, else made-up inputs that nothing is scored on."""
+        o = self.o
+        calib = (
+            read_batches(o.calib, self.processor, o.calib_rows, rows=16 if o.eval else max(1, o.calib_rows // 8))
+            if o.calib
+            else []
+        )
+        if o.eval:
+            return calib, probes_of(read_batches(o.eval, self.processor, o.calib_rows))
+        if len(calib) >= 4:
+            return [b for i, b in enumerate(calib) if i % 4 != 3], probes_of(calib[3::4])
+        return calib, made_up_probes(self.processor, self.config.vision is not None)
+
+    def _check_merge(self, merged: Look) -> None:
+        """The merged weights must do what the adapters do beside the model."""
+        from ernie_tune.checkpoint.auto import AutoModel
+
+        model: ErnieModel = AutoModel.from_pretrained(self.base, dtype="float32")
+        for adapter in self.adapters:
+            model = PeftModel.from_pretrained(model.merge()[0] if isinstance(model, PeftModel) else model, adapter)
+        model.eval()
+        found = distance(look(model, self.probes), merged)
+        self.checks["merge"] = found
+        print(
+            f"ernie_tune: merged {len(self.adapters)} adapter(s) in float32, rounded to bfloat16: largest difference of a log-probability "
+            f"{found['max_difference']:.2e}, KL {found['kl']:.2e}, same first choice {found['top1']:.2%}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not found["kl"] <= _MERGE_KL:
+            raise ValueError(
+                f"merged model must do what base and adapter do (KL {found['kl']:.3g}, at most {_MERGE_KL:g}); nothing was written: report this"
+            )
+
+    def _compare(self, model: ErnieModel, chosen: Chosen, before: Look) -> Look:
+        """V3 to V5: three sets of weights through one model, one after the other."""
+        inputs = samples(model, [p.inputs for p in self.probes], quantised_names(self.config, self.scheme))
+        errors = verify.layer_errors(chosen, inputs)
+        scores, looks = [], []
+        if self.score:
+            scores.append(dict(self.score(model, self.processor)))
+        for weights in (Served(chosen, plain=True), Served(chosen)):
+            set_weights(model, weights)
+            looks.append(look(model, self.probes))
+            if self.score:
+                scores.append(dict(self.score(model, self.processor)))
+        rtn, ours = (distance(before, one) for one in looks)
+        self.table = verify.table(errors, ours, rtn, scores)
+        self.checks |= {"layer_errors": asdict(errors), "ours": ours, "rtn": rtn}
+        if scores:
+            self.checks["scores"] = dict(zip(("before", "rtn", "ours"), scores, strict=True))
+        print(self.table, file=sys.stderr, flush=True)
+        reasons = verify.gate(errors, ours, rtn, 4 if 4 in (*self.scheme.experts, self.scheme.dense) else 8)
+        if reasons:
+            raise ValueError(
+                "exported model must pass its checks, but\n  " + "\n  ".join(reasons) + "\nnothing was written"
+            )
+        return looks[1]
+
+    # --- writing and checking ----------------------------------------------------------------------------------------
+
+    def _write(self, weights: Weights, chosen: Chosen | None) -> dict[str, float]:
+        start, o = time.monotonic(), self.o
+        if o.emit == "packed" and chosen:
+            write_packed(self.staged, weights, chosen.bits, chosen.shards, chosen.grid, o.max_shard_bytes)
+        else:
+            write_layout(self.staged, Written(chosen) if chosen else weights, LAYOUTS[o.layout], o.max_shard_bytes)
+        seconds = time.monotonic() - start
+        size = sum(path.stat().st_size for path in self.staged.glob("*.safetensors"))
+        files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor)
+        return {"weight_bytes": size, "write_seconds": seconds}
+
+    def _verify(self, weights: Weights, chosen: Chosen | None, planned: Look | None) -> None:
+        o = self.o
+        reader = "packed" if o.emit == "packed" else "transformers" if o.layout == "hf" else "fastdeploy"
+        opened = verify.reopen(
+            self.staged,
+            reader,
+            Written(chosen) if chosen else weights,
+            chosen,
+            flavour=LAYOUTS[o.layout],
+            probes=self.probes if planned else (),
+            digests=reader != "packed",
+        )
+        self.checks |= verify.check_opened(opened, planned)
+
+    def _describe(self, weights: Weights, written: Mapping[str, float], seconds: float) -> dict[str, Any]:
+        """Card, script and report, into the staged folder."""
+        o = self.o
+        served = o.emit != "packed" and o.layout != "hf"
+        command = None
+        if served:
+            command = FastDeployCommand(
+                str(self.target),
+                port=o.port,
+                tensor_parallel_size=o.target_tp,
+                quantization=self.scheme.argument,
+                max_model_len=min(32768, self.config.max_position_embeddings),
+                vision=self.config.vision is not None,
+                cached=o.emit == "cache",
+            )
+        script = self.staged / files.SCRIPT
+        script.write_text(files.serve_script(command), encoding="utf-8")
+        script.chmod(0o755)
+        shell = command.shell() if command else f"ernie-tune serve {self.target}"
+        report: dict[str, Any] = {
+            "base": str(self.base),
+            "adapters": [str(path) for path in self.adapters],
+            "layout": "packed" if o.emit == "packed" else o.layout,
+            "quantization": o.quantization,
+            "method": o.method if 4 in self.scheme.experts else "rtn" if o.quantization != "none" else "none",
+            **{
+                key: value
+                for key, value in asdict(o).items()
+                if key in ("calib", "eval", "calib_rows", "target_tp", "emit", "awq", "verify")
+            },
+            "command": shell,
+            "checks": self.checks,
+            "table": self.table,
+            "notes": self.notes,
+            **written,
+            "seconds": seconds,
+            "versions": {"ernie_tune": __version__, **_versions()},
+        }
+        existing = next(
+            (f / files.CARD for f in (*reversed(self.adapters), self.base) if (f / files.CARD).is_file()), None
+        )
+        text = existing.read_text(encoding="utf-8") if existing else ""
+        (self.staged / files.CARD).write_text(files.card(text, self.target.name, report, shell), encoding="utf-8")
+        report["sha256"] = files.hashes(self.staged)
+        (self.staged / files.REPORT).write_text(
+            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        return report
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_layout(
+    folder: Path, weights: Weights, flavour: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[Path]:
+    """Weights, bfloat16 but for routers and their biases, and config.json in one of `names.FLAVOURS`. One tensor is in memory at a time."""
+    table = layout(weights.config, flavour)
+    codes = {name: "F32" if spec.float32 else EXPORT_CODE for name, spec in table.disk.items()}
+    config = write_config(weights.config.replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
+    return write_folder(
+        folder,
+        {name: (spec.shape, codes[name]) for name, spec in table.disk.items()},
+        lambda disk: table.to_disk(disk, lambda name, expert: weights.read(name, expert, codes[disk])),
+        max_shard_bytes=max_shard_bytes,
+        metadata={"format": "pt" if FLAVOURS[flavour].torch else "np", "layout": flavour},
+        files={"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"},
+    )
+
+
+def _check_target(target: Path, base: Path, adapters: Sequence[Path]) -> None:
+    """The target must be new, or an earlier export: nothing else is ever replaced."""
+    inputs = [path.resolve() for path in (base, *adapters)]
+    if target in inputs:
+        raise ValueError(f"output_dir ({target}) must not be one of the folders that are read; choose another")
+    if target.exists() and not ((target / files.REPORT).is_file() or (target.is_dir() and not any(target.iterdir()))):
+        raise ValueError(
+            f"output_dir ({target}) must be new, empty, or an earlier export ({files.REPORT}); choose another, or move it away"
+        )
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """The finished folder gets its name; an earlier export goes when the new one is there."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(staged, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,162 @@
+"""The weights to export, read from disk one matrix at a time: a model folder in any layout, with LoRA adapters merged into it on the way.
+
+Merging is W + scaling * A B in float32, with the columns rescaled for DoRA, and modules trained in full put in their place; the sum is rounded to
+bfloat16 once. Nothing is kept. Legend: I input width, O output width, r rank. Refuses to know: what is written, models in memory, paddle layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
+from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
+from ernie_tune.checkpoint.tensors import TensorReader, all_finite, cast
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.specs import parameter_specs
+from ernie_tune.peft import dialects
+from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
+
+Array = np.ndarray[Any, Any]
+Place = tuple[str, int | None]  # canonical parameter, expert of a stack
+EXPORT_CODE = "BF16"
+
+
+class Weights(Protocol):
+    """All parameters of one model, by canonical name. What quantises or rescales weights wraps another `Weights`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Their shapes."""
+
+    def read(self, name: str, expert: int | None, code: str) -> Array:
+        """A parameter (of a stack: one expert's matrix) in a safetensors type; BF16 as raw bits. May be a view: do not write to it."""
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What one adapter adds to one matrix."""
+
+    lora_A: Array
+    lora_B: Array
+    scaling: float
+    magnitude: Array | None
+
+    def merged(self, weight_IO: Array) -> Array:
+        total = weight_IO + self.scaling * (self.lora_A @ self.lora_B)
+        if self.magnitude is None:
+            return total
+        norm_O = np.sqrt(np.einsum("io,io->o", total, total))
+        return total * (self.magnitude / norm_O)
+
+
+@dataclass
+class _Changes:
+    """What the adapters change, by place. Several adapters on one matrix act in their order."""
+
+    factors: dict[Place, list[_Factors]] = field(default_factory=dict)
+    replaced: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, adapter: Stored, folder: Path) -> None:
+        config = adapter.config
+        if not isinstance(config, LoraConfig):
+            raise ValueError(
+                f"{folder}: a {type(config).__name__.removesuffix('Config')} adapter must stay beside its model, only LoRA can be merged; "
+                "serve it with `ernie-tune serve`"
+            )
+        for key, value in adapter.tensors.items():
+            owner, _, factor = key.rpartition(".")
+            if factor not in dialects.FACTORS:
+                self.replaced[key] = value
+            elif factor == "lora_A":
+                expert = dialects.split_expert(key)
+                place: Place = (f"{owner}.weight", None)
+                if expert:
+                    place = (expert[0].removesuffix(dialects.PRODUCT) + "_proj", expert[3])
+                factors = _Factors(
+                    value, adapter.tensors[f"{owner}.lora_B"], config.scaling, adapter.tensors.get(f"{owner}.magnitude")
+                )
+                self.factors.setdefault(place, []).append(factors)
+
+
+class Source:
+    """`Weights` of a folder, with the adapters in `adapters` merged in their order.
+
+    Raises ValueError for tensors that are missing, unexpected, misshapen or (when read) not finite, for adapters that do not fit or cannot be
+    merged, and for a tied head that differs from the embedding.
+    """
+
+    def __init__(self, folder: Path, adapters: Sequence[Path] = ()) -> None:
+        self.folder, self.adapters = folder, tuple(adapters)
+        self.config = AutoConfig.from_pretrained(folder)
+        self.reader = TensorReader(folder)
+        self.table = layout(self.config, detect_flavour(self.reader.shapes, self.config))
+        check_names(self.table, self.reader.shapes)
+        check_tied_head(self.table, self.reader)
+        self._changes = _Changes()
+        for adapter in adapters:
+            self._changes.add(read_adapter(adapter, self.config), adapter)
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        for name, value in self._changes.replaced.items():
+            spec = self.table.canonical.get(name)
+            if spec is None or spec.shape != value.shape:
+                raise ValueError(
+                    f"{name} {list(value.shape)} of the adapter must be {list(spec.shape) if spec else 'a parameter of the model'}; "
+                    "merge the adapter into the base model that it was trained on"
+                )
+
+    @property
+    def merged_places(self) -> list[Place]:
+        """What the adapters change."""
+        return [*self._changes.factors, *((name, None) for name in self._changes.replaced)]
+
+    def read(self, name: str, expert: int | None, code: str) -> Array:
+        links = self.table.links_to[name]
+        own = self.reader.entries[links[0].disk].dtype
+        factors = self._changes.factors.get((name, expert), [])
+        replaced = self._changes.replaced.get(name)
+        if replaced is not None:
+            raw, own = (replaced if expert is None else replaced[expert]), "F32"
+        else:
+            raw = self.table.to_canonical(name, self.reader.read, expert)
+        if not all_finite(raw, own):
+            raise ValueError(
+                f"{name} in {self.folder} must be finite, but holds NaN or infinity; the file is damaged: fetch it again"
+            )
+        if not factors:
+            return cast(raw, own, code)
+        total = cast(raw, own, "F32")
+        for one in factors:
+            total = one.merged(total)
+        return cast(np.ascontiguousarray(total, np.float32), "F32", code)
+
+
+class Rounded:
+    """`Weights` with the values they have once stored: rounded to bfloat16 but for what stays float32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.config = weights, weights.config
+        self._specs = parameter_specs(weights.config)
+
+    def read(self, name: str, expert: int | None, code: str) -> Array:
+        own = "F32" if self._specs[name].float32 else EXPORT_CODE
+        return cast(self.weights.read(name, expert, own), own, code)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's settings."""
+    return any((folder / name).is_file() for name in (PADDLE_FILES[0], PEFT_FILES[0]))
+
+
+def stored_places(config: ModelConfig) -> Iterator[tuple[str, int | None, bool]]:
+    """(canonical name, expert, float32) of every matrix and vector of a model, in its order."""
+    for name, spec in parameter_specs(config).items():
+        for expert in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
+            yield name, expert, spec.float32

@@ -1,0 +1,189 @@
+"""Packed folders: a model whose linear layers and experts lie on disk as int8 or int4 codes, ready to run, without rounding again.
+
+`config.json` is the model's, with `quantization_config = {"quant_method": "ernie_tune_packed", "version": 1}`, which every other loader refuses.
+Tensors have canonical names. A quantised matrix `<name>` is two tensors, `<name>.codes` and `<name>.scale`, where `<name>` is the module of a linear
+layer (`layers.0.self_attn.q_proj`) or one expert (`layers.1.mlp.text_experts.3.up_gate_proj`):
+    int8: codes I8 [I, O] in +-127;  int4: codes U8 [I/2, O] as `quantize.pack_halves` packs them;  scale [G, O], one for each of G groups of input rows.
+W' = codes * scale. All other tensors are the float parameters themselves. Which matrices are quantised, and to how many bits, follows from the tensors.
+Legend: I input width, O output width, G groups, E experts of a stack. Refuses to know: how codes were chosen, inference kernels, tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.config_dialects import read_config
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.moe import Experts
+from ernie_tune.models.specs import ParameterSpec, parameter_specs
+from ernie_tune.peft.quantize import QuantizedLinear, QuantizedWeight, swap_stack
+
+METHOD = "ernie_tune_packed"
+VERSION = 1
+_BITS = {"I8": 8, "U8": 4}
+Array = np.ndarray[Any, Any]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether `folder` says that it is packed. ValueError for a config.json that is no JSON."""
+    file = folder / "config.json"
+    return file.is_file() and (_settings(file).get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON ({error}); fetch the folder again") from error
+    return dict(settings)
+
+
+def matrix_name(parameter: str, expert: int | None) -> str:
+    """`<name>` of the module's docstring for a canonical parameter: one expert's number goes before the last part, `.weight` goes away."""
+    if expert is None:
+        return parameter.removesuffix(".weight")
+    stack, _, leaf = parameter.rpartition(".")
+    return f"{stack}.{expert}.{leaf}"
+
+
+def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
+    """The model of a packed folder, frozen, with `QuantizedLinear` layers and quantised expert stacks: an adapter can be put on it.
+
+    `dtype`: of activations, "float32" or "bfloat16"; by default float32 on the CPU. Raises FileNotFoundError where there is no such folder, and
+    ValueError for one that is not packed or of another version, and for tensors that are missing, unexpected, misshapen or not finite.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold config.json; give a folder that `ernie-tune export --emit packed` wrote"
+        )
+    settings = _settings(file)
+    about = settings.pop("quantization_config", None) or {}
+    if about.get("quant_method") != METHOD or about.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: quantization_config ({about}) must be {METHOD!r} of version {VERSION}; load other folders with AutoModel.from_pretrained"
+        )
+    config = read_config(settings)
+    dtype = dtype or ("float32" if paddle.get_device() == "cpu" else "bfloat16")
+    source = _Packed(TensorReader(folder), config, dtype)
+    source.check()
+    model = ErnieModel(config, dtype)
+    layers, parameters = dict(model.named_sublayers()), model.state_dict()
+    with paddle.no_grad():
+        for name in source.specs:
+            bits = source.bits(name)
+            if bits:
+                _swap(layers, name, QuantizedWeight(*source.quantised(name), bits))
+            else:
+                parameters[name].set_value(source.dense(name))
+    source.check_finite()
+    for value in model.parameters():
+        value.stop_gradient = True
+    model.name_or_path = str(folder)
+    model.eval()
+    return model
+
+
+def _swap(layers: Mapping[str, nn.Layer], parameter: str, weight: QuantizedWeight) -> None:
+    module, _, leaf = parameter.rpartition(".")
+    owner = layers[module]
+    if isinstance(owner, Experts):
+        swap_stack(owner, leaf.removesuffix("_proj"), weight)
+    else:
+        parent, _, child = module.rpartition(".")
+        layers[parent]._sub_layers[child] = QuantizedLinear(weight, owner.bias)
+
+
+class _Packed:
+    """The tensors of a packed folder by canonical parameter."""
+
+    def __init__(self, reader: TensorReader, config: ModelConfig, dtype: str) -> None:
+        self.reader, self.specs, self.dtype = reader, parameter_specs(config), dtype
+        self.not_finite: list[str] = []
+
+    def _matrices(self, name: str) -> list[str]:
+        shape = self.specs[name].shape
+        return [matrix_name(name, e) for e in range(shape[0])] if len(shape) == 3 else [matrix_name(name, None)]
+
+    def bits(self, name: str) -> int:
+        """8, 4, or 0 where the parameter is there as floats."""
+        if name in self.reader.entries:
+            return 0
+        entry = self.reader.entries.get(f"{self._matrices(name)[0]}.codes")
+        return _BITS.get(entry.dtype, 0) if entry else 0
+
+    def _wanted(self) -> Iterator[tuple[str, ParameterSpec, str, int]]:
+        """(tensor, spec, what it is, bits) of everything that must be there."""
+        for name, spec in self.specs.items():
+            bits = self.bits(name)
+            if not bits:
+                yield name, spec, "floats", 0
+                continue
+            for matrix in self._matrices(name):
+                yield f"{matrix}.codes", spec, "codes", bits
+                yield f"{matrix}.scale", spec, "scale", bits
+
+    def check(self) -> None:
+        """ValueError unless all tensors of the model are there, in their shapes, and no others."""
+        seen = set()
+        for name, spec, what, bits in self._wanted():
+            seen.add(name)
+            entry = self.reader.entries.get(name)
+            if entry is None:
+                raise ValueError(
+                    f"{self.reader.path} must hold {name!r}; it is cut off or of another model: export it again"
+                )
+            rows, columns = spec.shape[-2:] if bits else (0, 0)
+            if what == "scale":
+                fits = (
+                    len(entry.shape) == 2
+                    and entry.shape[1] == columns
+                    and entry.shape[0]
+                    and rows % entry.shape[0] == 0
+                )
+            elif what == "codes":
+                fits = entry.shape == (rows // 2 if bits == 4 else rows, columns) and _BITS.get(entry.dtype) == bits
+            else:
+                fits = entry.shape == spec.shape
+            if not fits:
+                raise ValueError(
+                    f"{self.reader.path}: {name} ({entry.dtype} {list(entry.shape)}) must be the {what} of {list(spec.shape)}; export it again"
+                )
+        extra = [name for name in self.reader.entries if name not in seen]
+        if extra:
+            raise ValueError(
+                f"{self.reader.path} must hold nothing but the model, but holds {extra[:3]}; export it again"
+            )
+
+    def check_finite(self) -> None:
+        if self.not_finite:
+            raise ValueError(
+                f"weights ({', '.join(self.not_finite[:10])}) must be finite, but hold NaN or infinity; export the folder again"
+            )
+
+    def _floats(self, name: str, code: str) -> Array:
+        raw, own = self.reader.read(name), self.reader.entries[name].dtype
+        if not all_finite(raw, own):
+            self.not_finite.append(name)
+        return cast(raw, own, code)
+
+    def dense(self, name: str) -> Array:
+        return self._floats(name, "F32" if self.specs[name].float32 else FLOAT_CODES[self.dtype])
+
+    def quantised(self, name: str) -> tuple[Tensor, Tensor]:
+        matrices = self._matrices(name)
+        codes = [self.reader.read(f"{matrix}.codes") for matrix in matrices]
+        scales = [self._floats(f"{matrix}.scale", "F32") for matrix in matrices]
+        stacked = len(self.specs[name].shape) == 3
+        both = (np.stack(x) if stacked else np.array(x[0]) for x in (codes, scales))
+        made = [paddle.to_tensor(array) for array in both]
+        return made[0], made[1].astype(self.dtype)

@@ -1,0 +1,44 @@
+"""Shared by the tests of export: small models as folders, and matrices that quantisers find hard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.tensors import narrow_bfloat16
+from ernie_tune.data.processor import Processor
+from ernie_tune.export.grid import Grid, quantize
+from ernie_tune.export.scheme import bits_of, row_parallel, scheme
+from ernie_tune.export.source import Source
+
+
+def model_folder(
+    folder: Path, preset: str = "tiny-a", flavour: str = "hf", seed: int = 3, dtype: str | None = None
+) -> Path:
+    """A model with fresh weights and its processor."""
+    AutoModel.from_config(preset, seed=seed).save_pretrained(folder, flavour=flavour, dtype=dtype)
+    Processor.bundled("tiny").save_pretrained(folder)
+    return folder
+
+
+def matrix(rows: int, columns: int, seed: int = 0, tails: float = 0) -> np.ndarray:
+    """bfloat16 bits of normal values, or of Student's t with `tails` degrees of freedom."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_t(tails, (rows, columns)) if tails else rng.standard_normal((rows, columns))
+    return narrow_bfloat16(values.astype(np.float32))
+
+
+def rtn(source: Source, quantization: str, tp: int = 1) -> dict[str, Any]:
+    """Arguments of `write_packed` for rounding to nearest."""
+    chosen = scheme(quantization)
+
+    def shards(name: str) -> int:
+        return tp if row_parallel(name) else 1
+
+    def grid(name: str, expert: int | None) -> Grid:
+        return quantize(source.read(name, expert, "BF16"), bits_of(name, chosen), shards(name))
+
+    return {"bits": lambda name: bits_of(name, chosen), "shards": shards, "grid": grid}
