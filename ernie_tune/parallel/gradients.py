@@ -75,7 +75,7 @@ def scale_experts_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
 def counted_here(parameter: Tensor, mesh: Mesh, owner: int | None) -> bool:
     """Whether this rank is the one that counts its copy in the norm. `owner`: the number of the rank in its sharding group that alone has the summed
     gradient, None without sharding."""
-    if not placement_of(parameter).counted:
+    if not getattr(parameter, "is_firstly_shared", True):  # another stage holds it too, and counts it (traps d, w)
         return False
     axes = owners(parameter)
     if owner is None:

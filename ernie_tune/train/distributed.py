@@ -1,7 +1,7 @@
-"""The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them. `pipeline` stages override forward and backward.
+"""The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them.
 
-    mesh = init_mesh(Degrees(tensor=2, sharding=2, sharding_stage=1))
-    engine = DistributedEngine.lay(model, mesh)                     # model: with its adapters on, not yet split
+    mesh = init_mesh(Degrees(tensor=2, pipe=2), accumulation=8)
+    engine = DistributedEngine.lay(model, mesh, accumulation=8)     # model: with its adapters on, not yet split
     optimizer = engine.optimizer(make)                              # make(parameters) -> an optimizer of Paddle
     loop = Loop(model, objective, optimizer, schedule, settings, engine)
 
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle import Tensor, nn
+from paddle import Tensor
 from paddle.utils import unique_name
 
-from ernie_tune.models.ernie import PLAN
+from ernie_tune.models.ernie import PLAN, ErnieModel
 from ernie_tune.models.moe import MoELayer, update_correction_bias
 from ernie_tune.parallel import gradients
 from ernie_tune.parallel.blocks import Blocks
@@ -27,17 +27,26 @@ from ernie_tune.parallel.collectives import TokenRuns
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
 from ernie_tune.parallel.parallelize import parallelize
+from ernie_tune.parallel.pipeline import cut_at, cut_balanced
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
 from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.peft.slots import ADAPTER_PLAN
 from ernie_tune.train.engine import Engine, Window, Work
+from ernie_tune.train.pipeline import StagedModel, item_costs, pipeline_items, stages_of
 
 
 class DistributedEngine(Engine):
     """See the module's docstring. `self_check`: compare replicas after the first step, and look whether everything moved."""
 
-    def __init__(self, model: nn.Layer, mesh: Mesh, runs: TokenRuns | None = None, self_check: bool = True) -> None:
-        self.mesh, self.runs, self.self_check = mesh, runs, self_check
+    def __init__(
+        self,
+        model: ErnieModel,
+        mesh: Mesh,
+        runs: TokenRuns | None = None,
+        staged: StagedModel | None = None,
+        self_check: bool = True,
+    ) -> None:
+        self.model, self.mesh, self.runs, self.staged, self.self_check = model, mesh, runs, staged, self_check
         self.batch = mesh.batch
         self.gradient_scale = float(mesh.batch[1])
         self.is_writer = mesh.is_writer
@@ -47,14 +56,38 @@ class DistributedEngine(Engine):
         self.owner_of: Mapping[str, int] = {}
         self.before: dict[str, int] = {}
         self.touched: set[str] = set()
-        self._optimizer: MeshOptimizer | None = None
-        self.model = model
         self.blocks: Blocks | None = None
+        self._optimizer: MeshOptimizer | None = None
 
     @classmethod
-    def lay(cls, model: nn.Layer, mesh: Mesh, self_check: bool = True) -> DistributedEngine:
-        """Split `model` over `mesh` in place, and the engine for it."""
-        return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), self_check)
+    def lay(
+        cls,
+        model: ErnieModel,
+        mesh: Mesh,
+        *,
+        accumulation: int = 1,
+        bounds: Sequence[int] = (),
+        self_check: bool = True,
+    ) -> DistributedEngine:
+        """Lay `model` over `mesh` in place, and the engine for it. With a pipeline: `accumulation` micro-batches a window, and where its stages begin
+        among `pipeline_items` (`bounds`, by default balanced by cost); `staged` then stands for the model where it is called. ValueError for layouts
+        that cannot be."""
+        if mesh.size("pipe") == 1:
+            return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), None, self_check)
+        items, d = pipeline_items(model.config), mesh.degrees
+        cut = (
+            cut_at(items, bounds, d.pipe, d.virtual_pipe)
+            if bounds
+            else cut_balanced(items, item_costs(model.config), d.pipe, d.virtual_pipe)
+        )
+        model.keep(stages_of(cut, mesh.rank_in("pipe")))
+        runs = parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN)
+        return cls(model, mesh, runs, StagedModel(model, cut, accumulation, mesh, runs), self_check)
+
+    @property
+    def callable(self) -> Any:
+        """What evaluation and generation call: the model, or its stages together."""
+        return self.staged or self.model
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> MeshOptimizer:
         """The mesh's optimizer: `make` is called once for the dense parameters and once for Fleet's experts, with plain lists."""
@@ -107,7 +140,10 @@ class DistributedEngine(Engine):
             raise ValueError(
                 "sharding stage 3 must go with recompute: true, which says when a block's parameters are needed; set it, or use stage 2"
             )
-        return super().forward_backward(work, window)
+        if self.staged is None:
+            return super().forward_backward(work, window)
+        done = self.staged.forward_backward(work, window, self.gradient_scale, self.batch[1])
+        return done.loss, done.metrics
 
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         if self._optimizer is None:

@@ -158,7 +158,11 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
 def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str, Any]:
     """The job on this process alone, or on a mesh."""
     model = build_model(job)
-    engine: Any = _Seen() if mesh is None else _SeenOnMesh.lay(model, mesh, self_check)
+    engine: Any = (
+        _Seen()
+        if mesh is None
+        else _SeenOnMesh.lay(model, mesh, accumulation=MICRO_BATCHES // mesh.batch[1], self_check=self_check)
+    )
     engine.model = model
     named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
     ratios = LrRatios()
