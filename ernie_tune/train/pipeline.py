@@ -76,7 +76,7 @@ class Passage:
     @property
     def rows(self) -> int:
         """Rows of the hidden states on this rank."""
-        if self.runs is None:
+        if self.runs is None or not self.model.training:
             return self.pack.num_tokens
         self.runs.total = self.pack.num_tokens
         first, end = self.runs.span()

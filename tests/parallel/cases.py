@@ -17,10 +17,12 @@ import paddle
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.generation import generate
 from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
+from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
@@ -182,6 +184,21 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
     )
     rank, size = (0, 1) if mesh is None else mesh.batch
     records = list(loop.steps([window[rank::size] for window in windows_of(job)]))
+    with engine.whole(), paddle.no_grad():
+        asked = model if mesh is None else engine.callable
+        asked.eval()
+        batch = windows_of(job, 1)[0][0]
+        scores = asked.logits(asked(batch.inputs)).numpy()
+        prompts = [
+            Row(np.arange(7, 12)),
+            Row(np.arange(20, 23)),
+        ]  # two tokens a step under two tensor ranks, one after the first ends
+        params = SamplingParams(max_new_tokens=3, temperature=0.0)
+        answers = [
+            c.token_ids
+            for one in generate(asked, prompts[: 1 + (job.model == "a")], model.config.tokens, params)
+            for c in one
+        ]
     with engine.whole():
         parameters = {name: p.numpy() for name, p in model.named_parameters()}
     return {
@@ -191,6 +208,8 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
         "nll": [r.metrics["nll"] for r in records],
         "gradients": engine.gradients,
         "parameters": parameters,
+        "scores": scores,
+        "answers": answers,
         "placements": {name: placement_of(p) for name, p in model.named_parameters()},
         "owner_of": {name: engine.owner_of.get(p.name) for name, p in named} if mesh is not None else {},
     }
@@ -208,6 +227,8 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
     for kind in ("losses", "norms", "nll", "tokens"):
         a, b = (np.array(x[kind], np.float64) for x in (want, got))
         worst[kind] = (float((np.abs(a - b) / np.maximum(1.0, np.abs(a))).max()), f"{a[-1]:.9g} {b[-1]:.9g}")
+    worst["scores"] = (float(np.abs(want["scores"] - got["scores"]).max()), "evaluation")
+    worst["answers"] = (float(want["answers"] != got["answers"]), str(got["answers"]))
     for kind in ("gradients", "parameters"):
         worst[kind] = (0.0, "")
         for name, value in got[kind].items():
