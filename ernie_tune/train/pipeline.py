@@ -22,8 +22,8 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
-from ernie_tune.parallel.mesh import Mesh
-from ernie_tune.parallel.pipeline import Cut, Pipeline
+from ernie_tune.parallel.mesh import Degrees, Mesh
+from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 from ernie_tune.train.engine import Window, Work
 from ernie_tune.train.objective import Objective
 from ernie_tune.train.tower import SharedTower, tower_parameters
@@ -55,6 +55,14 @@ def item_costs(config: ModelConfig) -> list[float]:
 def stages_of(cut: Cut, stage: int) -> frozenset[str]:
     """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler on the first."""
     return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
+
+
+def cut_of(config: ModelConfig, degrees: Degrees, bounds: Sequence[int] = ()) -> Cut:
+    """Where the pipeline is cut: at `bounds` among `pipeline_items`, or balanced by `item_costs`. ValueError for cuts that cannot be."""
+    items = pipeline_items(config)
+    if bounds:
+        return cut_at(items, bounds, degrees.pipe, degrees.virtual_pipe)
+    return cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
 
 
 # --- one pack through this rank's stages -------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ import numpy as np
 import paddle
 
 import ernie_tune  # noqa: F401
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.generation import generate
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
@@ -32,12 +32,13 @@ from ernie_tune.parallel.mesh import Degrees, Group, Mesh, init_mesh
 from ernie_tune.peft.config import LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.train import pipeline as train_pipeline
 from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import Schedule, adamw_maker
-from ernie_tune.train.pipeline import StagedModel
+from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
 from ernie_tune.train.tower import SharedTower
 from ernie_tune.trainers.base import _recompute
 
@@ -56,9 +57,13 @@ def config_of(case: dict[str, Any]) -> ModelConfig:
     )
 
 
-def build(case: dict[str, Any], config: ModelConfig) -> ErnieModel:
-    model = init_parameters(ErnieModel(config), seed=3)
+def build(case: dict[str, Any], config: ModelConfig, stages: frozenset[str] | None = None) -> ErnieModel:
+    model = AutoModel.from_config(config, seed=3, stages=stages)
     method = case.get("method", "full")
+    if "quantised" in case:
+        quantize_base(model, case["quantised"])
+    if method == "dora":
+        return PeftModel(model, LoraConfig(r=2, target_modules=["attention"], use_dora=True, modules_to_save=["norm"]))
     if method == "lora":
         return PeftModel(
             model, LoraConfig(r=2, lora_alpha=8, target_modules=["attention", "mlp"], expert_targets="both")
@@ -195,7 +200,9 @@ def values(model: ErnieModel) -> dict[str, np.ndarray | None]:
 def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     config = config_of(case)
     accumulation = case.get("accumulation", 4)
-    whole, model = build(case, config), build(case, config)
+    whole = build(case, config)
+    mine = stages_of(cut_of(config, mesh.degrees, case.get("bounds", ())), mesh.rank_in("pipe"))
+    model = build(case, config, mine if case.get("only_own_weights", True) else None)
     start = values(whole)
     engine = DistributedEngine.lay(
         model, mesh, accumulation=accumulation, bounds=case.get("bounds", ()), self_check="mutant" not in case
