@@ -35,13 +35,14 @@ from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker
 
-STEPS, MICRO_BATCHES, MAX_NORM = 5, 4, 0.5
+STEPS, MAX_NORM = 5, 0.5
 TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`model`: "a" (28B-like: tied, shared experts) or "c" (424B-like: untied, none). `train`: what is trained. `images`: micro-batches with pictures."""
+    """`model`: "a" (28B-like: tied, shared experts), "c" (424B-like: untied, none), "d" ("a" with six layers). `train`: what is trained. `images`:
+    micro-batches with pictures. `micro_batches`: of all ranks in a window."""
 
     model: str = "a"
     train: str = "full"
@@ -50,21 +51,20 @@ class Job:
     bias_update: float = 0.0
     balance: float = 0.0
     optimizer: str = "adamw"
+    micro_batches: int = 4
 
     @property
     def key(self) -> str:
-        return "-".join(
-            [self.model, self.train, "".join(map(str, self.images)), f"{self.recompute:d}", f"{self.bias_update:g}", f"{self.balance:g}", self.optimizer]
-        )  # fmt: skip
+        return "-".join(str(value).replace("/", "") for value in dataclasses.astuple(self)).replace(" ", "")
 
 
 def config_of(name: str) -> ModelConfig:
     """The tiny presets, their last layers cut off."""
-    c = preset(f"tiny-{name}")
-    layers = {"a": 3, "c": 4}[name]
+    base, layers = {"a": ("tiny-a", 3), "c": ("tiny-c", 4), "d": ("tiny-a", 6)}[name]
+    c = preset(base)
     if c.moe is None:
         raise AssertionError("the tiny presets have experts")
-    moe = dataclasses.replace(c.moe, layer_indices=tuple(i for i in c.moe.layer_indices if i < layers))
+    moe = dataclasses.replace(c.moe, layer_indices=tuple(range(c.moe.layer_indices[0], layers)))
     return dataclasses.replace(c, num_hidden_layers=layers, moe=moe)
 
 
@@ -108,7 +108,7 @@ def draw(name: str, shape: Any, scale: float) -> np.ndarray:
 
 
 def windows_of(job: Job, steps: int = STEPS) -> list[list[MicroBatch]]:
-    """The same for every layout: `steps` windows of `MICRO_BATCHES` packs, each of two rows."""
+    """The same for every layout: `steps` windows of packs, each of two rows."""
     config = config_of(job.model)
     tokens, patch_dim = config.tokens, 0 if config.vision is None else config.vision.patch_dim
     rng = np.random.default_rng(5)
@@ -129,7 +129,7 @@ def windows_of(job: Job, steps: int = STEPS) -> list[list[MicroBatch]]:
     return [
         [
             collate([row(int(rng.integers(5, 14)), i in job.images), row(int(rng.integers(4, 9)), False)], tokens)
-            for i in range(MICRO_BATCHES)
+            for i in range(job.micro_batches)
         ]
         for _ in range(steps)
     ]
@@ -163,7 +163,7 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
     engine: Any = (
         _Seen()
         if mesh is None
-        else _SeenOnMesh.lay(model, mesh, accumulation=MICRO_BATCHES // mesh.batch[1], self_check=self_check)
+        else _SeenOnMesh.lay(model, mesh, accumulation=job.micro_batches // mesh.batch[1], self_check=self_check)
     )
     engine.model = model
     named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
