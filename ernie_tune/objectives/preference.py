@@ -243,7 +243,8 @@ def preference_metrics(
 ) -> dict[str, tuple[float, float]]:
     """TRL's names, name -> (sum over pairs, pairs). Without a reference the rewards are beta log pi(y) / |y|^kappa.
 
-    `rewards/saturated` counts pairs whose margin is beyond 10 either way: there the sigmoid has no gradient left, or a hopeless one.
+    `rewards/saturated` counts pairs whose margin is beyond 10 either way: there the sigmoid has no gradient left, or a hopeless one. Over the pairs of
+    different length: `length/longer_chosen`, how often the labels prefer the longer answer, and `rewards/longer_preferred`, how often the rewards do.
     """
     r_C = implicit_rewards(candidates, beta, kappa, reference=candidates.ref_logp_C is not None)
     r_C, logp_C = (x.detach().numpy().astype(np.float64) for x in (r_C, candidates.logp_C))
@@ -260,4 +261,10 @@ def preference_metrics(
         "length/chosen": candidates.length_C[better],
         "length/rejected": candidates.length_C[worse],
     }
-    return {name: (float(np.sum(values)), float(len(pairs))) for name, values in sums.items()}
+    metrics = {name: (float(np.sum(values)), float(len(pairs))) for name, values in sums.items()}
+    longer_P = np.sign(candidates.length_C[better] - candidates.length_C[worse])
+    uneven = float(np.count_nonzero(longer_P))
+    if uneven:
+        metrics["length/longer_chosen"] = (float((longer_P > 0).sum()), uneven)
+        metrics["rewards/longer_preferred"] = (float((longer_P * margin_P > 0).sum()), uneven)
+    return metrics
