@@ -86,14 +86,20 @@ def choose(
     if params.temperature == 0:
         picked = steered.argmax(-1)
         return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]
-    steered_logp = log_softmax(steered / params.temperature)
+    steered_logp = log_softmax(_cooled(steered, params.temperature))
     picked = np.empty(len(scores), np.int64)
     for row, rng in enumerate(rngs):
         ids, probs = truncate(steered_logp[row], params.top_k, params.top_p)
         # The last cumulative sum can fall short of 1 by rounding, so the index is clipped.
         picked[row] = ids[min(int(np.searchsorted(np.cumsum(probs), rng.random(), side="right")), len(ids) - 1)]
-    logp = steered_logp if steered is scores else log_softmax(scores / params.temperature)
+    logp = steered_logp if steered is scores else log_softmax(_cooled(scores, params.temperature))
     return picked, np.take_along_axis(logp, picked[:, None], 1)[:, 0]
+
+
+def _cooled(scores_BV: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores over the temperature, the largest at 0 first: near temperature 0 the others then become -inf instead of all of them inf."""
+    with np.errstate(over="ignore"):
+        return (scores_BV - scores_BV.max(-1, keepdims=True)) / temperature
 
 
 def _allowed(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -104,7 +110,7 @@ def _allowed(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
 
 def logps(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Log-probabilities [B, V] that `choose` reports: before penalty and truncation, at the temperature (1 when greedy)."""
-    return log_softmax(_allowed(scores_BV, params) / (params.temperature or 1.0))
+    return log_softmax(_cooled(_allowed(scores_BV, params), params.temperature or 1.0))
 
 
 def likeliest(logp_V: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:

@@ -31,6 +31,10 @@ class _Slice:
         self.target_T = paddle.to_tensor(np.where(mine, local, 0))
         self.mine_T1 = paddle.to_tensor(mine.astype(np.float32)[:, None])
 
+    def whole(self, dhidden_TD: Tensor) -> Tensor:
+        """The gradient through all of the vocabulary."""
+        return self.group.sum_(dhidden_TD)
+
     def any(self, flag: bool) -> bool:
         return bool(self.group.reduce_(paddle.to_tensor([int(flag)]), MAX).item())
 
@@ -80,7 +84,7 @@ class _TokenLogp(PyLayer):
         if not hidden_TD.stop_gradient:
             rows = paddle.gather(weight, target_T) if transposed else paddle.gather(weight, target_T, axis=1).t()
             dhidden = paddle.concat(dh) + rows.astype(grad_T1.dtype) * grad_T1
-            dhidden = (dhidden if part is None else part.group.sum_(dhidden)).astype(hidden_TD.dtype)
+            dhidden = (dhidden if part is None else part.whole(dhidden)).astype(hidden_TD.dtype)
         if dw is not None:
             rows = hidden_TD.astype(grad_T1.dtype) * grad_T1
             dweight = paddle.index_add_(dw, target_T, 0 if transposed else 1, rows if transposed else rows.t())

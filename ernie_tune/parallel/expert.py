@@ -134,6 +134,7 @@ class ExchangedRows(nn.Layer):
         super().__init__()
         self.group, self.orders = group, beside is not None
         self.last: Tensor | None = None
+        self.used: dict[nn.Layer, bool] = {}  # experts here -> whether any row reached them since `drop_unused`
         if beside is not None:
             beside.register_forward_pre_hook(self.then)
 
@@ -142,12 +143,21 @@ class ExchangedRows(nn.Layer):
         last, self.last = self.last, None
         return args if last is None else (_After.apply(args[0], last), *args[1:])
 
+    def drop_unused(self) -> None:
+        """Take back the zero gradients of experts that no row reached: on one process they would have none, and AdamW would leave them alone."""
+        for experts, reached in self.used.items():
+            for parameter in experts.parameters() if not reached else ():
+                parameter.clear_gradient(False)
+        self.used = {}
+
     def forward(self, work: list[Any]) -> list[Tensor | None]:
         counts_FE = np.array([w.counts for w in work], np.int64)
         route = plan_route(counts_FE, self.group)
         rows = [w.rows_MD for w in work if w.rows_MD is not None]
         x_MD = paddle.concat(rows) if len(rows) > 1 else rows[0]
         parts = _Go.apply(x_MD, route)
+        for w, reached in zip(work, route.rows_F, strict=True) if self.training else ():
+            self.used[w.experts] = self.used.get(w.experts, False) or reached > 0
         outs = [w.experts(x, c) for w, x, c in zip(work, parts, route.counts_Fe, strict=True)]
         out_MD = _ComeBack.apply(route, *outs)
         self.last = out_MD if self.orders else None

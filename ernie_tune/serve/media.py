@@ -90,7 +90,7 @@ def _read_local(url: str, policy: MediaPolicy, label: str) -> bytes:
     refused = (
         f"{label} must be inside the folder that the server allows (allow_local_media); send the data as a data: URL"
     )
-    if policy.local_folder is None or parts.netloc or parts.query or parts.fragment:
+    if policy.local_folder is None or parts.netloc or parts.query or parts.fragment or "%00" in parts.path:
         raise ValueError(refused)
     try:
         path = Path(url2pathname(parts.path)).resolve()

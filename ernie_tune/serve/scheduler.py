@@ -24,7 +24,11 @@ _STEP_ERRORS = (ValueError, RuntimeError, MemoryError, IndexError, OSError)
 
 
 class EngineFailure(RuntimeError):
-    """The model failed on a batch, or its thread has ended; not the request's fault."""
+    """The model failed on a batch; not the request's fault."""
+
+
+class EngineEnded(EngineFailure):
+    """The scheduler's thread has ended, as it was told to or through an error that nobody foresaw."""
 
 
 @dataclass(eq=False)
@@ -104,10 +108,10 @@ class Scheduler:
         self.engine.batch().check(job.prepared.prompt)
 
     def submit(self, job: Job) -> None:
-        """Queue a job that passed `check`. Raises EngineFailure once the scheduler has ended."""
+        """Queue a job that passed `check`. Raises EngineEnded once the scheduler has ended."""
         with self._changed:
             if self._closing or not self.alive:
-                raise EngineFailure("the model is no longer running")
+                raise EngineEnded("the model is no longer running")
             self._waiting.append(job)
             self._changed.notify()
 
@@ -145,7 +149,7 @@ class Scheduler:
                 left = [*self._waiting, *(job for jobs in self._running.values() for job in jobs.values())]
                 self._waiting.clear()
                 self._running.clear()
-            self._fail(left, "the model is no longer running")
+            self._fail(left, EngineEnded("the model is no longer running"))
 
     def _turn(self) -> bool:
         with self._changed:
@@ -228,7 +232,7 @@ class Scheduler:
                 return
             self._report_error(error)
             self._forget(adapter, {entering[0].key})
-            self._fail(entering, f"the model failed on this request ({error})")
+            self._fail(entering, EngineFailure(f"the model failed on this request ({error})"))
 
     def _step(self, adapter: str | None) -> None:
         if adapter not in self._running:
@@ -241,7 +245,7 @@ class Scheduler:
             self._report_error(error)
             jobs = [*self._running[adapter].values()]
             self._forget(adapter, {job.key for job in jobs})
-            self._fail(jobs, f"the model failed on this batch ({error})")
+            self._fail(jobs, EngineFailure(f"the model failed on this batch ({error})"))
             return
         self._deliver(adapter, events)
         with self._changed:
@@ -263,9 +267,9 @@ class Scheduler:
         if done:
             self._forget(adapter, done)
 
-    def _fail(self, jobs: Sequence[Job], message: str) -> None:
+    def _fail(self, jobs: Sequence[Job], failure: EngineFailure) -> None:
         for job in jobs:
-            job.report(EngineFailure(message))
+            job.report(failure)
 
     def _report_error(self, error: Exception) -> None:
         traceback.print_exception(error, file=sys.stderr)

@@ -94,7 +94,7 @@ class Sampling(_Strict):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(0.7, gt=0, le=1)  # FastDeploy's default (architecture.md 10)
     top_k: int = Field(0, ge=-1, description="0 and -1 keep everything")
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     n: int = Field(1, ge=1, le=MAX_N)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None

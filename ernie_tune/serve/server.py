@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -12,13 +13,15 @@ from ernie_tune.serve.app import build
 from ernie_tune.serve.gate import Gate
 from ernie_tune.serve.service import Service
 
+_LAST_WORDS_SECONDS = 5.0
+
 
 class Server(uvicorn.Server):
     """On the first signal: refuse what is new (503, /health too), finish what is inside, then stop. On the second: stop at once."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, timeout_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, service: Service) -> None:
         super().__init__(config)
-        self.gate, self._timeout = gate, timeout_seconds
+        self.gate, self.service = gate, service
         self.on_ready: Callable[[tuple[str, int]], None] | None = None  # told where it listens
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -41,13 +44,25 @@ class Server(uvicorn.Server):
         self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
-        print(f"ernie_tune: shutting down: {self.gate.inside} request(s) to finish", flush=True)
-        try:
-            await asyncio.wait_for(self.gate.empty.wait(), self._timeout)
-        except asyncio.TimeoutError:
-            print(f"ernie_tune: {self.gate.inside} request(s) given up after {self._timeout:g} seconds", flush=True)
-            self.force_exit = True
+        seconds = self.service.options.shutdown_timeout_seconds
+        print(f"ernie_tune: shutting down: {self.gate.inside} request(s) to finish", file=sys.stderr, flush=True)
+        if not await self._emptied(seconds):
+            print(
+                f"ernie_tune: {self.gate.inside} request(s) given up after {seconds:g} seconds",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Their clients are told (503) before the connections go.
+            await asyncio.to_thread(self.service.scheduler.close)
+            await self._emptied(_LAST_WORDS_SECONDS)
         self.should_exit = True
+
+    async def _emptied(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self.gate.empty.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
 
 def server(service: Service, host: str, port: int) -> Server:
@@ -63,6 +78,6 @@ def server(service: Service, host: str, port: int) -> Server:
         server_header=False,
         h11_max_incomplete_event_size=2**16,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=int(_LAST_WORDS_SECONDS),
     )
-    return Server(config, app.state.gate, service.options.shutdown_timeout_seconds)
+    return Server(config, app.state.gate, service)

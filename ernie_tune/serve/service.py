@@ -26,7 +26,7 @@ from ernie_tune.serve.engine import Engine, Prepared, Request
 from ernie_tune.serve.media import open_image, open_video
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
-from ernie_tune.serve.scheduler import Capacity, EngineFailure, Job, Scheduler
+from ernie_tune.serve.scheduler import Capacity, EngineEnded, EngineFailure, Job, Scheduler
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
 
 
@@ -175,13 +175,13 @@ class Service:
         return await self._queue(name, adapter, request, prepare, reader)
 
     async def steps(self, ticket: Ticket) -> AsyncIterator[list[Step]]:
-        """What each step of the model adds, until every choice is done. Raises ApiError 500 when the model fails; leaves the queue however it ends."""
+        """What each step of the model adds, until every choice is done. Raises ApiError 500 or 503 when the model fails or ends; leaves the queue however it ends."""
         first = {one.prompt.key: i * one.prompt.params.n for i, one in enumerate(ticket.prepared)}
         try:
             while any(not choice.finish_reason for choice in ticket.choices):
                 events = await ticket.queue.get()
                 if isinstance(events, EngineFailure):
-                    raise ApiError(500, str(events), "server_error")
+                    raise _failure(events)
                 ticket.leave()
                 steps = []
                 for event in events:
@@ -251,7 +251,7 @@ class Service:
             return ticket
         except EngineFailure as error:
             leave()
-            raise ApiError(503, str(error), "server_error") from error
+            raise _failure(error) from error
         except (ApiError, asyncio.CancelledError):
             leave()
             raise
@@ -322,6 +322,10 @@ class Service:
                 f"prompt[{index}] token id ({wrong[0]}) must be from 0 to {vocabulary - 1}; use this model's tokenizer"
             )
         return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
+
+
+def _failure(failure: EngineFailure) -> ApiError:
+    return ApiError(503 if isinstance(failure, EngineEnded) else 500, str(failure), "server_error")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from ernie_tune.models.ernie import PLAN
 from ernie_tune.models.moe import MoELayer, update_correction_bias
 from ernie_tune.parallel import gradients
 from ernie_tune.parallel.collectives import TokenRuns
+from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
 from ernie_tune.parallel.parallelize import parallelize
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
@@ -39,6 +40,7 @@ class DistributedEngine(Engine):
         self.gradient_scale = float(mesh.batch[1])
         self.is_writer = mesh.is_writer
         self.named = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        self.exchanges = [layer for layer in model.sublayers() if isinstance(layer, ExchangedRows)]
         self.presence = gradients.Presence(self.named, mesh)
         self.owner_of: Mapping[str, int] = {}
         self.before: dict[str, int] = {}
@@ -77,6 +79,8 @@ class DistributedEngine(Engine):
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         if self._optimizer is None:
             raise AssertionError("optimizer() comes first")
+        for rows in self.exchanges:
+            rows.drop_unused()
         self.presence.complete(self.named)
         gradients.sum_partial_(parameters, self.mesh)
         self._optimizer.average_()

@@ -170,6 +170,15 @@ def test_bad_requests(golden_model) -> None:
         generate(model, [Row(np.array([1]))], tokens, SamplingParams(stop_strings=("a",)))
 
 
+def test_a_temperature_of_almost_nothing_is_greedy() -> None:
+    scores = np.array([[1.0, 3.0, 2.0, 60.0], [5.0, 5.0, -1.0, 0.0]], np.float32)
+    rngs = [np.random.default_rng(i) for i in range(2)]
+    picked, logp = choose(scores, SamplingParams(temperature=5e-324, banned_ids=(3,)), rngs, [])
+    assert picked[0] == 1
+    assert picked[1] in (0, 1)
+    np.testing.assert_allclose(logp, [0.0, np.log(0.5)])
+
+
 def run_batch(batch: RunningBatch, joins: dict[int, list[Prompt]], drops: dict[int, list[int]] | None = None):  # type: ignore[no-untyped-def]
     """Step to the end; before step i let `joins[i]` in and take `drops[i]` out. Returns events by (prompt, sample)."""
     out: dict[tuple[int, int], list[TokenEvent]] = {}

@@ -155,10 +155,10 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def run(job: Job, mesh: Mesh | None = None, engine_class: type[DistributedEngine] = _SeenOnMesh) -> dict[str, Any]:
+def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str, Any]:
     """The job on this process alone, or on a mesh."""
     model = build_model(job)
-    engine: Any = _Seen() if mesh is None else engine_class.lay(model, mesh)
+    engine: Any = _Seen() if mesh is None else _SeenOnMesh.lay(model, mesh, self_check)
     engine.model = model
     named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
     ratios = LrRatios()
