@@ -141,7 +141,10 @@ def _sample_rows(stage: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for colour, other in zip(_COLOURS, _COLOURS[1:] + _COLOURS[:1], strict=True):
         right, wrong = f"The picture is {colour}.", f"The picture is {other}."
-        question = {"messages": [{"role": "user", "content": _QUESTION}], "images": [f"images/{colour}.png"]}
+        question: dict[str, Any] = {
+            "messages": [{"role": "user", "content": _QUESTION}],
+            "images": [f"images/{colour}.png"],
+        }
         pair = {"prompt": _QUESTION, "chosen": right, "rejected": wrong, "images": question["images"]}
         ranking = {**question, "signal": {"type": "ranking", "responses": [wrong, right, colour], "order": "B>C>A"}}
         if stage == "SFT":
