@@ -27,6 +27,7 @@ from ernie_tune.train.guards import Verdict
 from ernie_tune.train.log import RunLog
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
+from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
     CACHE_FILE,
     SAME,
@@ -40,6 +41,8 @@ from ernie_tune.train.state import Checkpoint
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
+WATCH_FILE = "preference_guards_state.json"
+
 
 class PreferenceTrainer(Trainer):
     """A run on judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
@@ -49,6 +52,7 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.reference: Reference | None = None
+        self.watch = PreferenceWatch()
         self.encoder: UnitEncoder
         if isinstance(self.model, PeftModel) and self.model.active is not None:
             config = self.model.adapters[self.model.active].config
@@ -76,6 +80,7 @@ class PreferenceTrainer(Trainer):
     def _before_training(self, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
         p, objective = self.args.preference, self._objective()
+        self.watch = PreferenceWatch(anchored=objective.anchored)
         if not objective.needs_reference or p.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
@@ -156,9 +161,12 @@ class PreferenceTrainer(Trainer):
         p = self.args.preference
         if p.ref_model_update_steps > 0 and record.step % p.ref_model_update_steps == 0:
             self._reference().update(p.ref_model_mixup_alpha)
-        return []
+        return self.watch.look(record.step, record.metrics)
 
     # --- states ------------------------------------------------------------------------------------------------------
+
+    def _more_states(self) -> dict[str, Any]:
+        return {WATCH_FILE: self.watch.state_dict()}
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         super()._save_checkpoint_files(folder)
@@ -172,6 +180,7 @@ class PreferenceTrainer(Trainer):
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         super()._resume(checkpoint)
+        self.watch.load_state_dict(checkpoint.read_json(WATCH_FILE))
         reference = self._reference()
         if (checkpoint.path / CACHE_FILE).is_file():
             reference.cache.load(checkpoint.path / CACHE_FILE)

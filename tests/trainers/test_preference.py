@@ -21,7 +21,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.train.reference import frozen_logp
-from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer, PreferenceTrainer
+from ernie_tune.trainers.preference import WATCH_FILE, DPOTrainer, KTOTrainer, PreferenceTrainer
 from ernie_tune.trainers.upo import UPOTrainer
 
 LN2 = math.log(2)
@@ -381,6 +381,30 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     run(tmp_path, trainer, output_dir=str(cut), **more)
     same_bytes(whole / "checkpoint-6" / "optimizer", cut / "checkpoint-6" / "optimizer")
     assert [r["loss"] for r in history(whole) if "loss" in r] == [r["loss"] for r in history(cut) if "loss" in r]
+    seen, seen_again = (
+        json.loads((out / "checkpoint-6" / WATCH_FILE).read_text(encoding="utf-8")) for out in (whole, cut)
+    )
+    assert seen == seen_again
+    assert len(seen["displacement"]["seen"]) == 6
+
+
+@pytest.mark.parametrize(("loss_type", "advice"), [("sigmoid", "loss_type [sigmoid, sft] or rpo"), ("rpo", "NLL term")])
+def test_improbable_chosen_answers_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss_type: str, advice: str
+) -> None:
+    trainer = DPOTrainer(args=judged_settings(tmp_path, loss_type=loss_type, max_steps=5))
+    started = trainer._before_training
+
+    def wary(dry_run: bool) -> None:
+        started(dry_run)
+        guard = trainer.watch.guards["displacement"]
+        guard.steps, guard.drop = 4, -1.0  # whatever happens is a drop
+
+    trainer._before_training = wary  # type: ignore[method-assign]
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("chosen answers became less probable") == 1
+    assert advice in printed
 
 
 def test_a_precomputed_reference_knows_its_origin(tmp_path: Path) -> None:
