@@ -188,7 +188,16 @@ _DPO = ("DPO",)
 _REFERRED = ("DPO", "KTO", "UPO")
 _STAGES = {
     **dict.fromkeys(
-        ("loss_weights", "label_smoothing", "simpo_gamma", "dpop_lambda", "ld_alpha", "f_divergence_type"), _DPO
+        (
+            "loss_weights",
+            "label_smoothing",
+            "simpo_gamma",
+            "dpop_lambda",
+            "ld_alpha",
+            "f_divergence_type",
+            "use_weighting",
+        ),
+        _DPO,
     ),
     **dict.fromkeys(("pref_loss_ratio", "sft_loss_ratio", "reference_free"), _DPO),
     **dict.fromkeys(("offset_alpha", "offset_type"), ("DPO", "RM")),

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
@@ -18,6 +20,7 @@ from ernie_tune.data.units import JUDGED, UnitBatch, UnitEncoder, mismatched
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.objectives.pairwise import expand, needs_reference
 from ernie_tune.objectives.preference import PreferenceHyper
+from ernie_tune.objectives.unpaired import kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
@@ -42,6 +45,7 @@ from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
 WATCH_FILE = "preference_guards_state.json"
+LABELLED_STEPS = 20  # after so many the share of good answers is known well enough to speak of it
 
 
 class PreferenceTrainer(Trainer):
@@ -293,6 +297,7 @@ def pair_objective(config: RunConfig) -> PairObjective:
         dpop_lambda=p.dpop_lambda,
         ld_alpha=None if p.ld_alpha == 1 else p.ld_alpha,
         f_divergence_type=p.f_divergence_type,
+        use_weighting=p.use_weighting,
     )
     terms = {name: p.pref_loss_ratio * weight for name, weight in expand(names, p.loss_weights or None, hyper).items()}
     if p.sft_loss_ratio and not {"rpo", "cpo"} & set(names):
@@ -310,6 +315,24 @@ class KTOTrainer(PreferenceTrainer):
 
     stages = ("KTO",)
     signals = ("label",)
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._good = self._bad = 0.0  # weight of the answers trained on so far
+
+    def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
+        for unit in (unit for batch in window for unit in batch.units):
+            share = float(np.mean(unit.label_C))
+            self._good, self._bad = self._good + unit.weight * share, self._bad + unit.weight * (1 - share)
+        return super()._ready(window)
+
+    def _after_step(self, record: StepRecord) -> list[Verdict]:
+        verdicts = super()._after_step(record)
+        if record.step == min(LABELLED_STEPS, self.loop_total) and self._objective().uses_kl:
+            s = self.args.signals
+            words = kto_balance(self._good, self._bad, s.desirable_weight, s.undesirable_weight)
+            verdicts += [Verdict(f"step {record.step}: {words}")] if words else []
+        return verdicts
 
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
         p, s = self.args.preference, self.args.signals

@@ -253,6 +253,7 @@ def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
     ]
     + [{"loss_type": loss} for loss in ("sppo_hard", "apo_zero", "apo_down", "bco_pair")]
     + [{"loss_type": "exo_pair", "label_smoothing": 0.01}, {"ld_alpha": 0.5}, {"f_divergence_type": "js_divergence"}]
+    + [{"f_divergence_type": "alpha_divergence"}, {"use_weighting": True}]
     + [{"loss_type": "sigmoid,bco_pair", "loss_weights": (0.8, 0.2), "sft_loss_ratio": 0.1}, {"packing": True}],
     ids=str,
 )
@@ -297,6 +298,15 @@ def test_kto_learns_good_from_bad(tmp_path: Path) -> None:
     assert abs(log[0]["loss"] - 0.5) < 1e-6, "1 - sigma(0) of each"
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["rewards/chosen"] > log[-1]["rewards/rejected"]
+
+
+def test_kto_says_how_to_balance_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "judged_train.jsonl", [label(i) for i in (0, 2, 4, 1)])
+    more = {"stage": "KTO", "max_steps": 2, "per_device_train_batch_size": 4}
+    run(tmp_path, KTOTrainer, **more)
+    assert "set desirable_weight between 0.333 and 0.444" in capsys.readouterr().out
+    run(tmp_path, KTOTrainer, output_dir=str(tmp_path / "balanced"), desirable_weight=0.4, **more)
+    assert "set desirable_weight" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", ["upo_hetero", "mpo"])
