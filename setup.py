@@ -35,8 +35,25 @@ setup(
             "paddlepaddle-gpu>=3.3"
         ],  # from Paddle's own index: https://www.paddlepaddle.org.cn/packages/stable/cu126/
         "video": ["av>=12"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "types-tqdm", "av>=12"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "types-tqdm",
+            "av>=12",
+            "tensorboardX>=2.6",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "httpx>=0.27",
+            "openai>=1.60",
+            "schemathesis>=4",
+        ],
     },
     entry_points={"console_scripts": ["ernie-tune = ernie_tune.cli.main:main"]},
 )

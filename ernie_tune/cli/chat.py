@@ -42,16 +42,19 @@ def run(args: list[str]) -> int:
 
 
 def open_engine(path: Path) -> Any:
-    """The model of a folder or a finished run, with its adapter if it has one. Raises ValueError when there is none."""
+    """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it has one. Raises ValueError when there is none."""
     from ernie_tune.checkpoint.auto import AutoModel
     from ernie_tune.data.processor import Processor
     from ernie_tune.peft.model import PeftModel
+    from ernie_tune.peft.packed import is_packed, load_packed
     from ernie_tune.peft.quantize import quantize_base
     from ernie_tune.serve.engine import Engine
     from ernie_tune.trainers.assemble import load_model
 
     folder = path.parent if path.is_file() else path
     processor = Processor.from_pretrained(folder)
+    if is_packed(folder):
+        return Engine(load_packed(folder), processor)
     if (folder / "config.json").is_file():
         return Engine(AutoModel.from_pretrained(folder), processor)
     arguments = folder / ARGS_FILE

@@ -164,6 +164,11 @@ class ReasoningSplitter:
         self._buffer = ""
         self._breaks = 1 if opened else 0  # line breaks that may still be skipped at the start of this state
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the thought is open."""
+        return self._state == "thought"
+
     def push(self, text: str) -> tuple[str, str]:
         """(reasoning, content) that `text` settles; what could still become a mark is held back."""
         self._buffer += text

@@ -1,4 +1,6 @@
-"""Keys and values of a batch of rows that grow by one token a step. Rows end at a common column: shorter prompts are padded at the left.
+"""Keys and values of a batch of rows that grow by one token a step. Rows end at a common column: shorter ones are padded at the left.
+
+Rows may leave (`select`) and others join (`join`) between two steps; columns that no row is left to use are given back.
 
 Legend: B rows, K key/value heads, C columns, H head width. Holds post-rope keys (architecture.md 10). Refuses to know: sampling, positions, tokens.
 """
@@ -31,16 +33,16 @@ class KVCache:
         """Copy each segment's keys and values to the end of its row."""
         heads = k_TKH.shape[1]
         if layer == 0:
-            self._plan(offsets, heads)
+            self.plan(offsets, heads)
         for store, x in ((self.keys, k_TKH), (self.values, v_TKH)):
             table = paddle.concat([x.reshape([-1, x.shape[2]]), paddle.zeros([1, x.shape[2]], x.dtype)])
             store[layer] = paddle.gather(table, self._source).reshape([len(offsets) - 1, heads, -1, x.shape[2]])
 
-    def _plan(self, offsets: tuple[int, ...], heads: int) -> None:
+    def plan(self, offsets: tuple[int, ...], heads: int) -> None:
         """Where each (row, head, column) comes from among the packed (token, head) rows; the padding comes from a row of zeros behind them."""
         lengths = np.diff(offsets)
         self.used = int(lengths.max())
-        column = np.arange(-(-(self.used + 1) // GROW_TOKENS) * GROW_TOKENS)
+        column = np.arange(_allocation(self.used))
         live_BC = (column >= (self.used - lengths)[:, None]) & (column < self.used)
         self._set_bias(np.where(live_BC, 0.0, _DEAD).astype(np.float32))
         token_BC = np.asarray(offsets[1:])[:, None] - self.used + column
@@ -77,6 +79,51 @@ class KVCache:
             for layer, x in enumerate(store):
                 store[layer] = paddle.gather(x, index)
         self._set_bias(self._bias[list(rows)])
+        if self.used - self.longest() >= GROW_TOKENS:
+            self._merge((self,))
+
+    def join(self, other: KVCache) -> None:
+        """Put the rows of `other`, which has been filled, behind these; both then end at one column. `other` is not to be used afterwards."""
+        self._merge((self, other))
+
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int((self._bias[:, : self.used] == 0).sum(1).max(initial=0))
+
+    def _merge(self, parts: tuple[KVCache, ...]) -> None:
+        """All rows of `parts`, no wider than the longest of them needs."""
+        used = max(part.longest() for part in parts)
+        for name in ("keys", "values"):
+            stores = [getattr(part, name) for part in parts]
+            for layer in range(len(stores[0])):
+                # One layer after the other, each given up as it is copied: the peak is both batches and one layer.
+                rows = [_moved(store[layer], part.used, used) for store, part in zip(stores, parts, strict=True)]
+                for store in stores:
+                    store[layer] = None
+                stores[0][layer] = rows[0] if len(rows) == 1 else paddle.concat(rows)
+        self._set_bias(np.concatenate([_moved_bias(part._bias, part.used, used) for part in parts]))
+        self.used = used
 
     def _set_bias(self, bias: np.ndarray) -> None:
         self._bias, self._bias_tensor = bias, None
+
+
+def _allocation(used: int) -> int:
+    """Columns to hold `used` and at least one more."""
+    return -(-(used + 1) // GROW_TOKENS) * GROW_TOKENS
+
+
+def _moved(x_BKCH: Tensor, used: int, new_used: int) -> Tensor:
+    """The last `new_used` of `used` columns, or all of them behind zeros, in a new allocation."""
+    rows, heads, _, width = x_BKCH.shape
+    kept = min(used, new_used)
+    sides = (new_used - kept, _allocation(new_used) - new_used)
+    left, right = (paddle.zeros([rows, heads, columns, width], x_BKCH.dtype) for columns in sides)
+    return paddle.concat([left, x_BKCH[:, :, used - kept : used], right], axis=2)
+
+
+def _moved_bias(bias_BC: np.ndarray, used: int, new_used: int) -> np.ndarray:
+    out = np.full((len(bias_BC), _allocation(new_used)), _DEAD, np.float32)
+    kept = min(used, new_used)
+    out[:, new_used - kept : new_used] = bias_BC[:, used - kept : used]
+    return out

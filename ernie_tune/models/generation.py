@@ -1,24 +1,28 @@
 """Prompts -> continuations with a key/value cache: unequal lengths, images and video, n samples per prompt, streaming.
 
-A batch is never padded in the prefill (rows are packed) and finished rows leave the batch. The loop is an iterator: `stream` yields every
-new token, `generate` collects them. Legend: B live rows, T packed tokens, V vocabulary. Refuses to know: chat templates, files, servers.
+A batch is never padded in the prefill (rows are packed) and finished rows leave it. `RunningBatch` is one batch that prompts join at any step;
+`stream` runs one to its end and yields every new token, `generate` collects them. Legend: B live rows, T packed tokens, V vocabulary. Refuses to know: chat templates, files, servers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, pack
-from ernie_tune.models.sampling import SamplingParams, choose
+from ernie_tune.models.sampling import SamplingParams, choose, likeliest, logps
 
 Decode = Callable[[list[int]], str]
+Steer = Callable[
+    [Sequence[int]], "int | None"
+]  # a sample's tokens so far -> the token it must go on with; None: choose one
 
 
 @dataclass
@@ -32,23 +36,156 @@ class Completion:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token as it appears: which prompt, which of its samples, and why that sample ends here ("" while it goes on)."""
+    """One token as it appears: of which prompt, which of its samples, and why that sample ends here ("" while it goes on).
+
+    `top`: the likeliest tokens of the step and their log-probabilities, `SamplingParams.top_logprobs` of them.
+    """
 
     prompt: int
     sample: int
     token_id: int
     logp: float
     finish_reason: str = ""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` makes what may force a sample's tokens."""
+
+    row: Row
+    params: SamplingParams
+    key: int = 0
+    index: int = 0
+    steer: Callable[[], Steer] | None = None
 
 
 @dataclass
 class _Live:
-    prompt: int
+    prompt: Prompt
     sample: int
     rng: np.random.Generator
     position: int  # of the next token, the same on all three axes
     seen: set[int]
+    steer: Steer | None
     done: Completion = field(default_factory=Completion)
+
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """Rows that agree in these are sampled by one call."""
+        p = self.prompt.params
+        return p.temperature, p.top_p, p.top_k, p.repetition_penalty, p.banned_ids
+
+
+class RunningBatch:
+    """Rows that are decoded together: prompts join between two steps, rows leave as they end or when they are dropped.
+
+    What a row gets does not depend on the others. Decoding never builds a graph; the caller puts the model into eval mode.
+    """
+
+    def __init__(
+        self, model: ErnieModel, tokens: TokenIds, decode: Decode | None = None, position_rule: str = "paddle"
+    ) -> None:
+        """`decode`: token ids to text, needed for stop strings."""
+        self.model, self.tokens, self.decode, self.position_rule = model, tokens, decode, position_rule
+        self._live: list[_Live] = []
+        self._cache: KVCache | None = None
+        # Prefilled since the last step, with the scores of their first tokens.
+        self._fresh: list[tuple[list[_Live], KVCache, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        """Rows that are being continued."""
+        return len(self._live) + sum(len(rows) for rows, _, _ in self._fresh)
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse what cannot be continued. Raises ValueError for a prompt that leaves no room below max_position_embeddings and stop strings
+        without `decode`."""
+        params, length, limit = prompt.params, len(prompt.row.input_ids_L), self.model.config.max_position_embeddings
+        if params.stop_strings and self.decode is None:
+            raise ValueError(
+                f"stop_strings {params.stop_strings} need `decode`, must be given a token-to-text function; pass tokenizer.decode or use stop_ids"
+            )
+        if length + params.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt tokens ({length}) + max_new_tokens ({params.max_new_tokens}) must not exceed max_position_embeddings ({limit}); shorten the prompt or max_new_tokens"
+            )
+
+    def join(self, prompts: Sequence[Prompt]) -> None:
+        """Prefill prompts, packed; their first tokens come with the next step. Raises ValueError like `check`, for a prompt without tokens, and
+        for placeholders that do not match the features; nothing has joined then."""
+        for prompt in prompts:
+            self.check(prompt)
+        packed = pack([prompt.row for prompt in prompts], self.tokens, self.position_rule)
+        cache = KVCache(len(self.model.own_layers()))
+        with paddle.no_grad():
+            hidden_TD = self.model(packed, cache=cache)
+            cache.prefilling = False
+            last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])
+            scores_BV = self._scores(paddle.gather(hidden_TD, last))
+            rows = [i for i, prompt in enumerate(prompts) for _ in range(prompt.params.n)]
+            if len(rows) > len(prompts):
+                cache.select(rows)
+                scores_BV = scores_BV[rows]
+        live = [_start(packed, i, prompt, s) for i, prompt in enumerate(prompts) for s in range(prompt.params.n)]
+        self._fresh.append((live, cache, scores_BV))
+
+    def step(self) -> list[TokenEvent]:
+        """One more token of every row, in the order in which they joined."""
+        with paddle.no_grad():
+            scores_BV = self._advance()
+        if not self._live:
+            return []
+        picked = _choose(scores_BV, self._live)
+        events = []
+        for i, (row, (token, logp)) in enumerate(zip(self._live, picked, strict=True)):
+            forced = row.steer(row.done.token_ids) if row.steer else None
+            top: tuple[tuple[int, float], ...] = ()
+            if forced is not None or row.prompt.params.top_logprobs:
+                logp_V = logps(scores_BV[i : i + 1], row.prompt.params)[0]
+                token, logp = (token, logp) if forced is None else (forced, float(logp_V[forced]))
+                top = likeliest(logp_V, row.prompt.params.top_logprobs)
+            events.append(_accept(row, token, logp, top, self.decode))
+        self._keep([i for i, row in enumerate(self._live) if not row.done.finish_reason])
+        return events
+
+    def drop(self, keys: Collection[int]) -> None:
+        """Take the rows of these prompts out, unfinished."""
+        self._keep([i for i, row in enumerate(self._live) if row.prompt.key not in keys])
+        fresh, self._fresh = self._fresh, []
+        for rows, cache, scores_BV in fresh:
+            kept = [i for i, row in enumerate(rows) if row.prompt.key not in keys]
+            if len(kept) < len(rows) and kept:
+                cache.select(kept)
+            if kept:
+                self._fresh.append(([rows[i] for i in kept], cache, scores_BV[kept]))
+
+    def _scores(self, hidden_TD: Tensor) -> np.ndarray:
+        return self.model.logits(hidden_TD).astype("float32").numpy()
+
+    def _advance(self) -> np.ndarray:
+        """Run the rows that have a token to read, let the fresh ones in, and return all rows' scores."""
+        scores = []
+        if self._live and self._cache is not None:
+            scores.append(self._scores(self.model(_next_input(self._live), cache=self._cache)))
+            self._cache.advance()
+        for rows, cache, first_BV in self._fresh:
+            if self._cache is None:
+                self._cache = cache
+            else:
+                self._cache.join(cache)
+            self._live += rows
+            scores.append(first_BV)
+        self._fresh = []
+        return np.concatenate(scores) if len(scores) > 1 else scores[0] if scores else np.zeros((0, 0), np.float32)
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self._live):
+            return
+        self._live = [self._live[i] for i in rows]
+        if not rows:
+            self._cache = None
+        elif self._cache is not None:
+            self._cache.select(rows)
 
 
 def stream(
@@ -61,64 +198,61 @@ def stream(
 ) -> Iterator[TokenEvent]:
     """Yield tokens as they are sampled, all live rows of a step in order. `decode` is needed for stop strings.
 
-    Sample s of prompt i draws from a generator seeded by (seed, i, s), whatever else is in the batch. Raises ValueError for a prompt without
-    tokens, placeholder/feature mismatches, a prompt that leaves no room below max_position_embeddings, stop strings without `decode`.
+    Sample s of prompt i draws from a generator seeded by (seed, i, s), whatever else is in the batch. Raises ValueError like `RunningBatch.join`.
     """
-    if params.stop_strings and decode is None:
-        raise ValueError(
-            f"stop_strings {params.stop_strings} need `decode`, must be given a token-to-text function; pass tokenizer.decode or use stop_ids"
-        )
-    packed = pack(prompts, tokens, position_rule)
-    longest, limit = max(packed.segment_lengths), model.config.max_position_embeddings
-    if longest + params.max_new_tokens > limit:
-        raise ValueError(
-            f"prompt tokens ({longest}) + max_new_tokens ({params.max_new_tokens}) must not exceed max_position_embeddings ({limit}); shorten the prompt or max_new_tokens"
-        )
+    yield from stream_prompts(
+        model, [Prompt(row, params, i, i) for i, row in enumerate(prompts)], tokens, decode, position_rule
+    )
+
+
+def stream_prompts(
+    model: ErnieModel,
+    prompts: Sequence[Prompt],
+    tokens: TokenIds,
+    decode: Decode | None = None,
+    position_rule: str = "paddle",
+) -> Iterator[TokenEvent]:
+    """`stream` for prompts that each have their own parameters."""
+    batch = RunningBatch(model, tokens, decode, position_rule)
     training = model.training
     model.eval()
     try:
-        with paddle.no_grad():
-            yield from _steps(model, packed, params, decode)
+        batch.join(prompts)
+        while len(batch):
+            yield from batch.step()
     finally:
         if training:
             model.train()
 
 
-def _steps(
-    model: ErnieModel, packed: PackedInput, params: SamplingParams, decode: Decode | None
-) -> Iterator[TokenEvent]:
-    cache = KVCache(model.config.num_hidden_layers)
-    hidden_TD = model(packed, cache=cache)
-    cache.prefilling = False
-    last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])
-    scores_BV = model.logits(paddle.gather(hidden_TD, last)).astype("float32").numpy()
-    rows = [(i, s) for i in range(len(packed.segment_lengths)) for s in range(params.n)]
-    live = [_start(packed, i, s, params) for i, s in rows]
-    if params.n > 1:
-        cache.select([i for i, _ in rows])
-        scores_BV = scores_BV[[i for i, _ in rows]]
-    while live:
-        picked, logps = choose(scores_BV, params, [r.rng for r in live], [np.fromiter(r.seen, np.int64) for r in live])
-        for row, token, logp in zip(live, picked.tolist(), logps.tolist(), strict=True):
-            yield _accept(row, token, logp, params, decode)
-        keep = [i for i, row in enumerate(live) if not row.done.finish_reason]
-        if not keep:
-            return
-        if len(keep) < len(live):
-            cache.select(keep)
-            live = [live[i] for i in keep]
-        scores_BV = model.logits(model(_next_input(live), cache=cache)).astype("float32").numpy()
-        cache.advance()
-
-
-def _start(packed: PackedInput, prompt: int, sample: int, params: SamplingParams) -> _Live:
-    a, b = packed.offsets[prompt], packed.offsets[prompt + 1]
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt, sample])))
+def _start(packed: PackedInput, i: int, prompt: Prompt, sample: int) -> _Live:
+    a, b = packed.offsets[i], packed.offsets[i + 1]
+    params = prompt.params
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt.index, sample])))
     seen = set(packed.input_ids_T[a:b].tolist()) if params.repetition_penalty != 1 else set()
-    return _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen)
+    steer = prompt.steer() if prompt.steer else None
+    return _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen, steer)
 
 
-def _accept(row: _Live, token: int, logp: float, params: SamplingParams, decode: Decode | None) -> TokenEvent:
+def _choose(scores_BV: np.ndarray, live: Sequence[_Live]) -> list[tuple[int, float]]:
+    """(token, log-probability) of every row, one call for all rows with the same rules."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, row in enumerate(live):
+        groups.setdefault(row.rules, []).append(i)
+    out: list[tuple[int, float]] = [(0, 0.0)] * len(live)
+    for rows in groups.values():
+        scores = scores_BV if len(groups) == 1 else scores_BV[rows]
+        seen = [np.fromiter(live[i].seen, np.int64) for i in rows]
+        picked, chosen = choose(scores, live[rows[0]].prompt.params, [live[i].rng for i in rows], seen)
+        for i, token, logp in zip(rows, picked.tolist(), chosen.tolist(), strict=True):
+            out[i] = token, logp
+    return out
+
+
+def _accept(
+    row: _Live, token: int, logp: float, top: tuple[tuple[int, float], ...], decode: Decode | None
+) -> TokenEvent:
+    params = row.prompt.params
     row.done.token_ids.append(token)
     row.done.logps.append(logp)
     if params.repetition_penalty != 1:
@@ -127,7 +261,7 @@ def _accept(row: _Live, token: int, logp: float, params: SamplingParams, decode:
         row.done.finish_reason = "stop"
     elif len(row.done.token_ids) >= params.max_new_tokens:
         row.done.finish_reason = "length"
-    return TokenEvent(row.prompt, row.sample, token, logp, row.done.finish_reason)
+    return TokenEvent(row.prompt.key, row.sample, token, logp, row.done.finish_reason, top)
 
 
 def _hits_stop_string(token_ids: list[int], stops: tuple[str, ...], decode: Decode) -> bool:

@@ -25,6 +25,7 @@ class SamplingParams:
     banned_ids: tuple[int, ...] = ()  # never sampled: image placeholders and markers cannot be answered
     n: int = 1
     seed: int = 0
+    top_logprobs: int = 0  # how many of the likeliest tokens to tell beside the chosen one
 
     def __post_init__(self) -> None:
         checks = (
@@ -34,6 +35,8 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "be at least 0; 0 keeps everything"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0; 1 is none"),
             ("n", self.n >= 1, "be at least 1"),
+            ("seed", self.seed >= 0, "be at least 0"),
+            ("top_logprobs", self.top_logprobs >= 0, "be at least 0; 0 tells none"),
         )
         for name, ok, rule in checks:
             if not ok:
@@ -78,17 +81,39 @@ def choose(
     scores_BV: np.ndarray, params: SamplingParams, rngs: Sequence[np.random.Generator], seen: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalty and truncation."""
-    scores = scores_BV.astype(np.float64)
-    scores[:, list(params.banned_ids)] = -np.inf
+    scores = _allowed(scores_BV, params)
     steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
     if params.temperature == 0:
         picked = steered.argmax(-1)
         return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]
-    steered_logp = log_softmax(steered / params.temperature)
+    steered_logp = log_softmax(_cooled(steered, params.temperature))
     picked = np.empty(len(scores), np.int64)
     for row, rng in enumerate(rngs):
         ids, probs = truncate(steered_logp[row], params.top_k, params.top_p)
         # The last cumulative sum can fall short of 1 by rounding, so the index is clipped.
         picked[row] = ids[min(int(np.searchsorted(np.cumsum(probs), rng.random(), side="right")), len(ids) - 1)]
-    logp = steered_logp if steered is scores else log_softmax(scores / params.temperature)
+    logp = steered_logp if steered is scores else log_softmax(_cooled(scores, params.temperature))
     return picked, np.take_along_axis(logp, picked[:, None], 1)[:, 0]
+
+
+def _cooled(scores_BV: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores over the temperature, the largest at 0 first: near temperature 0 the others then become -inf instead of all of them inf."""
+    with np.errstate(over="ignore"):
+        return (scores_BV - scores_BV.max(-1, keepdims=True)) / temperature
+
+
+def _allowed(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
+    scores = scores_BV.astype(np.float64)
+    scores[:, list(params.banned_ids)] = -np.inf
+    return scores
+
+
+def logps(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Log-probabilities [B, V] that `choose` reports: before penalty and truncation, at the temperature (1 when greedy)."""
+    return log_softmax(_cooled(_allowed(scores_BV, params), params.temperature or 1.0))
+
+
+def likeliest(logp_V: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable (id, log-probability), in order; ids that cannot be sampled are left out."""
+    ids = truncate(logp_V, min(count, len(logp_V)), 1.0)[0][:count]
+    return tuple((int(i), float(logp_V[i])) for i in ids if np.isfinite(logp_V[i]))

@@ -9,20 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ernie_tune.data.chat import Message, ReasoningSplitter, split_reasoning
-from ernie_tune.data.processor import Processor
+from ernie_tune.data.chat import Message
+from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.generation import TokenEvent, stream
+from ernie_tune.models.generation import Prompt, RunningBatch, Steer, TokenEvent, stream_prompts
 from ernie_tune.models.sampling import SamplingParams
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step adds to an answer. `finish_reason` is "" until the last one."""
-
-    content: str = ""
-    reasoning_content: str = ""
-    finish_reason: str = ""
+from ernie_tune.serve.answer import AnswerReader, Delta, ThoughtBudget
 
 
 @dataclass(frozen=True)
@@ -39,16 +31,27 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """One conversation: canonical messages, the media of its tags, and whether the model is to think (None: the template's default)."""
+    """One conversation: canonical messages, the media of its tags, whether the model is to think (None: the template's default) and for how
+    many tokens at most (None: no limit)."""
 
     messages: Sequence[Message]
     images: Sequence[Any] = ()
     videos: Sequence[Any] = ()
     thinking: bool | None = None
+    max_thought_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the model sees it. `opened`: the prompt ends inside a thought."""
+
+    prompt: Prompt
+    num_tokens: int
+    opened: bool
 
 
 class Engine:
-    """Answers requests with one model. Raises what `Processor.encode` and `stream` raise for bad requests."""
+    """Answers requests with one model. Raises what `Processor.encode` and `RunningBatch.join` raise for bad requests."""
 
     def __init__(self, model: ErnieModel, processor: Processor) -> None:
         self.model, self.processor = model, processor
@@ -60,42 +63,66 @@ class Engine:
             stop_ids=self.processor.stop_ids, banned_ids=tokens.placeholders() + tokens.markers(), **changes
         )
 
+    def prepare(
+        self, request: Request, params: SamplingParams, key: int = 0, index: int = 0, max_tokens: int | None = None
+    ) -> Prepared:
+        """Render and encode. `key` and `index`: see `Prompt`. `max_tokens`: RowTooLong for a longer prompt."""
+        template = self.processor.template
+        opened = template.opens_thought(template.thinks(request.messages, request.thinking))
+        encoded: Encoded = self.processor.encode(
+            request.messages,
+            request.images,
+            request.videos,
+            thinking=request.thinking,
+            add_generation_prompt=True,
+            max_tokens=max_tokens,
+        )
+        limit = request.max_thought_tokens
+
+        def budget() -> Steer:
+            assert limit is not None
+            return ThoughtBudget(self.processor, limit, opened)
+
+        prompt = Prompt(encoded.row, params, key, index, None if limit is None else budget)
+        return Prepared(prompt, encoded.num_tokens, opened)
+
+    def batch(self) -> RunningBatch:
+        """An empty batch for prepared prompts."""
+        return RunningBatch(self.model, self.processor.tokens, self.processor.decode)
+
+    def reader(self, prepared: Prepared) -> AnswerReader:
+        """A reader for one sample of a prepared request."""
+        return AnswerReader(self.processor, prepared.opened, prepared.prompt.params.stop_strings)
+
     def stream(self, request: Request, params: SamplingParams) -> Iterator[Delta]:
-        """Deltas of one answer as they appear; no half characters, no thought marks."""
-        encoded, opened = self._encode(request)
-        decoder, splitter = self.processor.stream(), ReasoningSplitter(opened)
-        for event in stream(
-            self.model, [encoded.row], self.processor.tokens, replace(params, n=1), self.processor.decode
-        ):
-            text = decoder.push(event.token_id)
-            if event.finish_reason:
-                text += decoder.flush()
-            reasoning, content = splitter.push(text)
-            if event.finish_reason:
-                rest = splitter.flush()
-                reasoning, content = reasoning + rest[0], content + rest[1]
-            if reasoning or content or event.finish_reason:
-                yield Delta(content, reasoning, event.finish_reason)
+        """Deltas of one answer as they appear; no half characters, no thought marks, nothing from a stop string on."""
+        prepared = self.prepare(request, replace(params, n=1))
+        reader = self.reader(prepared)
+        for event in self._events([prepared]):
+            delta = reader.push(event.token_id, event.finish_reason)
+            if delta != Delta():
+                yield delta
 
     def answer(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Answer]]:
         """`params.n` whole answers to each of several requests, computed in one batch."""
-        encoded = [self._encode(request) for request in requests]
+        prepared = [self.prepare(request, params, i, i) for i, request in enumerate(requests)]
         events: dict[tuple[int, int], list[TokenEvent]] = {}
-        rows = [e.row for e, _ in encoded]
-        for event in stream(self.model, rows, self.processor.tokens, params, self.processor.decode):
+        for event in self._events(prepared):
             events.setdefault((event.prompt, event.sample), []).append(event)
-        return [[self._collect(events[i, s], *encoded[i]) for s in range(params.n)] for i in range(len(requests))]
+        return [[self._collect(events[i, s], one) for s in range(params.n)] for i, one in enumerate(prepared)]
 
-    def _encode(self, request: Request) -> tuple[Any, bool]:
-        template = self.processor.template
-        encoded = self.processor.encode(
-            request.messages, request.images, request.videos, thinking=request.thinking, add_generation_prompt=True
-        )
-        return encoded, template.opens_thought(template.thinks(request.messages, request.thinking))
+    def _events(self, prepared: Sequence[Prepared]) -> Iterator[TokenEvent]:
+        prompts = [one.prompt for one in prepared]
+        return stream_prompts(self.model, prompts, self.processor.tokens, self.processor.decode)
 
-    def _collect(self, events: Sequence[TokenEvent], encoded: Any, opened: bool) -> Answer:
-        ids = tuple(e.token_id for e in events)
-        reasoning, content = split_reasoning(self.processor.decode(ids), opened)
+    def _collect(self, events: Sequence[TokenEvent], prepared: Prepared) -> Answer:
+        reader = self.reader(prepared)
+        deltas = [reader.push(e.token_id, e.finish_reason) for e in events]
         return Answer(
-            content, reasoning, events[-1].finish_reason, ids, tuple(e.logp for e in events), encoded.num_tokens
+            "".join(d.content for d in deltas),
+            "".join(d.reasoning_content for d in deltas),
+            events[-1].finish_reason,
+            tuple(e.token_id for e in events),
+            tuple(e.logp for e in events),
+            prepared.num_tokens,
         )

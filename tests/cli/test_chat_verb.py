@@ -13,7 +13,8 @@ from tiny_runs import IMAGES, train
 from ernie_tune.cli.chat import HELP, open_engine, talk
 from ernie_tune.cli.main import main
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.serve.engine import Delta, Request
+from ernie_tune.serve.answer import Delta
+from ernie_tune.serve.engine import Request
 
 DIGIT = str(IMAGES / "0003.png")
 

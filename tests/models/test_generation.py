@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import paddle
 import pytest
 from weights import case_rows
 
-from ernie_tune.models.generation import generate, stream
+from ernie_tune.models.cache import GROW_TOKENS, KVCache
+from ernie_tune.models.generation import Prompt, RunningBatch, TokenEvent, generate, stream
 from ernie_tune.models.inputs import Row, pack
-from ernie_tune.models.sampling import SamplingParams, choose, log_softmax, penalise, truncate
+from ernie_tune.models.sampling import SamplingParams, choose, likeliest, log_softmax, penalise, truncate
 
 CASES = ("text", "image", "two_images", "video", "mixed")
 
@@ -165,3 +168,160 @@ def test_bad_requests(golden_model) -> None:
         generate(model, [Row(np.arange(4000) % 500)], tokens, SamplingParams())
     with pytest.raises(ValueError, match="need `decode`"):
         generate(model, [Row(np.array([1]))], tokens, SamplingParams(stop_strings=("a",)))
+
+
+def test_a_temperature_of_almost_nothing_is_greedy() -> None:
+    scores = np.array([[1.0, 3.0, 2.0, 60.0], [5.0, 5.0, -1.0, 0.0]], np.float32)
+    rngs = [np.random.default_rng(i) for i in range(2)]
+    picked, logp = choose(scores, SamplingParams(temperature=5e-324, banned_ids=(3,)), rngs, [])
+    assert picked[0] == 1
+    assert picked[1] in (0, 1)
+    np.testing.assert_allclose(logp, [0.0, np.log(0.5)])
+
+
+def run_batch(batch: RunningBatch, joins: dict[int, list[Prompt]], drops: dict[int, list[int]] | None = None):  # type: ignore[no-untyped-def]
+    """Step to the end; before step i let `joins[i]` in and take `drops[i]` out. Returns events by (prompt, sample)."""
+    out: dict[tuple[int, int], list[TokenEvent]] = {}
+    at = 0
+    while len(batch) or at <= max(joins):
+        batch.join(joins[at]) if at in joins else None
+        batch.drop((drops or {}).get(at, []))
+        for event in batch.step():
+            out.setdefault((event.prompt, event.sample), []).append(event)
+        at += 1
+    return out
+
+
+def test_rows_that_join_and_leave_get_what_they_get_alone(golden_model, golden) -> None:
+    """Long rows joining short ones, short ones joining long ones, a batch that runs empty, own lengths, temperatures and penalties."""
+    model, data = golden_model("tiny-b"), golden("tiny_b")
+    rows = {case: case_rows(data, case)[0] for case in CASES}
+    long = Row(np.resize(rows["text"].input_ids_L, 200))
+    params = [
+        SamplingParams(max_new_tokens=12),
+        SamplingParams(max_new_tokens=5, temperature=0.8, seed=4),
+        SamplingParams(max_new_tokens=9, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=1),
+        SamplingParams(max_new_tokens=150),
+        SamplingParams(max_new_tokens=3, temperature=1.0, top_k=5, n=3, seed=2),
+        SamplingParams(max_new_tokens=1),
+    ]
+    chosen = [rows["text"], rows["image"], rows["video"], rows["two_images"], rows["mixed"], long]
+    prompts = [Prompt(row, p, key=i) for i, (row, p) in enumerate(zip(chosen, params, strict=True))]
+    joins = {0: [prompts[0], prompts[1]], 2: [prompts[2]], 4: [prompts[3], prompts[4]], 9: [prompts[5]]}
+    events = run_batch(RunningBatch(model, model.config.tokens), joins)
+    late = run_batch(RunningBatch(model, model.config.tokens), {0: [prompts[5]], 1: [prompts[0]], 30: [prompts[1]]})
+    for prompt in prompts:
+        alone = generate(model, [prompt.row], model.config.tokens, prompt.params)[0]
+        for sample, done in enumerate(alone):
+            for got in (events, late) if prompt.key in (0, 1, 5) else (events,):
+                mine = got[prompt.key, sample]
+                assert [e.token_id for e in mine] == done.token_ids
+                np.testing.assert_allclose([e.logp for e in mine], done.logps, atol=1e-5)
+                assert [e.finish_reason for e in mine] == [""] * (len(mine) - 1) + [done.finish_reason]
+
+
+def test_dropped_rows_leave_the_others_alone(golden_model, golden) -> None:
+    model, data = golden_model("tiny-b"), golden("tiny_b")
+    greedy = SamplingParams(max_new_tokens=6)
+    prompts = [Prompt(case_rows(data, case)[0], greedy, key=i) for i, case in enumerate(("text", "image", "video"))]
+    batch = RunningBatch(model, model.config.tokens)
+    events = run_batch(batch, {0: prompts, 3: [Prompt(prompts[0].row, greedy, key=7)]}, {0: [0], 3: [2], 5: [9]})
+    assert {key: len(got) for key, got in events.items()} == {(1, 0): 6, (2, 0): 3, (7, 0): 6}
+    for key, row in ((1, prompts[1].row), (7, prompts[0].row)):
+        assert [e.token_id for e in events[key, 0]] == generate(model, [row], model.config.tokens, greedy)[0][
+            0
+        ].token_ids
+    assert len(batch) == 0
+    assert batch.step() == []
+    batch.join(prompts[:1])
+    batch.drop([0])
+    assert len(batch) == 0
+
+
+def test_a_prompt_that_cannot_join_leaves_the_batch_as_it_was(golden_model, golden) -> None:
+    model, data = golden_model("tiny-b"), golden("tiny_b")
+    row = case_rows(data, "text")[0]
+    batch = RunningBatch(model, model.config.tokens)
+    batch.join([Prompt(row, SamplingParams(max_new_tokens=2))])
+    with pytest.raises(ValueError, match="must not exceed max_position_embeddings"):
+        batch.join([Prompt(row, SamplingParams(max_new_tokens=5000), key=1)])
+    with pytest.raises(ValueError, match="need `decode`"):
+        batch.join([Prompt(row, SamplingParams(stop_strings=("x",)), key=1)])
+    assert len(batch) == 1
+
+
+def test_forced_tokens_and_the_likeliest(golden_model, golden) -> None:
+    model, data = golden_model("tiny-b"), golden("tiny_b")
+    row = case_rows(data, "image")[0]
+    params = SamplingParams(max_new_tokens=4, top_logprobs=3, banned_ids=(600, 601))
+
+    def steer(so_far) -> int | None:  # type: ignore[no-untyped-def]
+        return 77 if len(so_far) == 1 else None
+
+    batch = RunningBatch(model, model.config.tokens)
+    events = run_batch(batch, {0: [Prompt(row, params, steer=lambda: steer)]})[0, 0]
+    ids = [e.token_id for e in events]
+    assert ids[1] == 77
+    full = Row(np.concatenate([row.input_ids_L, ids]), row.pixel_values_PC, row.grid_thw_n3)
+    with paddle.no_grad():
+        scores = model.logits(model(pack([full], model.config.tokens))).numpy().astype(np.float64)[-5:-1]
+    scores[:, [600, 601]] = -np.inf
+    for event, logp_V in zip(events, log_softmax(scores), strict=True):
+        assert event.logp == pytest.approx(logp_V[event.token_id], abs=1e-4)
+        order = np.argsort(-logp_V)[:3]
+        assert [i for i, _ in event.top] == order.tolist()
+        np.testing.assert_allclose([p for _, p in event.top], logp_V[order], atol=1e-4)
+        assert event.token_id == (77 if event is events[1] else order[0])
+    assert likeliest(np.array([-np.inf, 0.0]), 5) == ((1, 0.0),)
+
+
+def filled(lengths: list[int], seed: int, layers: int = 2) -> tuple[KVCache, list[list[np.ndarray]]]:
+    """A cache of random rows [K=2, H=4], and per layer and row the keys [L, K, H] that went in."""
+    rng = np.random.default_rng(seed)
+    cache, offsets = KVCache(layers), tuple(np.cumsum([0, *lengths]).tolist())
+    kept = []
+    for layer in range(layers):
+        k = rng.standard_normal((offsets[-1], 2, 4)).astype(np.float32)
+        cache.fill(layer, paddle.to_tensor(k), paddle.to_tensor(-k), offsets)
+        kept.append([k[a:b] for a, b in pairwise(offsets)])
+    cache.prefilling = False
+    return cache, kept
+
+
+def content(cache: KVCache) -> list[list[np.ndarray]]:
+    """The live columns of each layer and row, after checking that values run parallel and nothing else is live."""
+    out = []
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        k, v, live = keys.numpy(), values.numpy(), cache._bias == 0
+        assert k.shape[2] == cache._bias.shape[1] > cache.used
+        assert not (cache._bias[:, cache.used :] == 0).any()
+        out.append([row[:, on].transpose(1, 0, 2) for row, on in zip(k, live, strict=True)])
+        for row, value, on in zip(k, v, live, strict=True):
+            np.testing.assert_array_equal(row[:, on], -value[:, on])
+            assert on[cache.used - on.sum() : cache.used].all(), "rows end at the common column"
+    return out
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [([3, 5], [2]), ([2], [300, 7]), ([130], [127, 128]), ([1], [1])])
+def test_caches_join_row_behind_row(mine: list[int], theirs: list[int]) -> None:
+    (cache, kept), (other, more) = filled(mine, 0), filled(theirs, 1)
+    cache.join(other)
+    assert cache.used == cache.longest() == max(*mine, *theirs)
+    for layer, rows in enumerate(content(cache)):
+        for got, want in zip(rows, [*kept[layer], *more[layer]], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_a_cache_gives_back_what_its_longest_row_took() -> None:
+    cache, kept = filled([3 * GROW_TOKENS, 10, 12], 0)
+    cache.select([2, 1, 2])
+    assert cache.used == 12
+    assert cache.keys[0].shape[2] == GROW_TOKENS
+    assert all(
+        (got == want).all()
+        for rows, wants in zip(content(cache), kept, strict=True)
+        for got, want in zip(rows, [wants[2], wants[1], wants[2]], strict=True)
+    )
+    cache, _ = filled([GROW_TOKENS + 9, 10], 0)
+    cache.select([1])
+    assert cache.used == GROW_TOKENS + 9, "copying everything to win less than a step is not worth it"

@@ -11,7 +11,8 @@ from tiny_runs import IMAGES, processor
 
 from ernie_tune.models.generation import TokenEvent, generate
 from ernie_tune.serve import engine as engine_module
-from ernie_tune.serve.engine import Answer, Delta, Engine, Request
+from ernie_tune.serve.answer import AnswerReader, Delta, ThoughtBudget
+from ernie_tune.serve.engine import Answer, Engine, Request
 
 PROCESSOR = processor()
 
@@ -98,7 +99,7 @@ def script(monkeypatch: pytest.MonkeyPatch, ids: list[int], reason: str = "stop"
         for i, token in enumerate(ids):
             yield TokenEvent(0, 0, token, -0.5, reason if i == len(ids) - 1 else "")
 
-    monkeypatch.setattr(engine_module, "stream", stream)
+    monkeypatch.setattr(engine_module, "stream_prompts", stream)
 
 
 def test_an_answer_cut_inside_a_character_is_the_same_both_ways(
@@ -132,3 +133,78 @@ def test_thoughts_are_told_from_answers(
     assert isinstance(answer, Answer)
     assert answer.logps == (-0.5,) * len(answer.token_ids)
     assert all("\ufffd" not in d.content + d.reasoning_content for d in deltas), "no half characters"
+
+
+@pytest.mark.parametrize(
+    ("stops", "want"),
+    [
+        (("seven",), "七 is "),
+        (("is s", "s se"), "七 "),
+        (("seven!",), "七 is seven"),
+        (("七",), ""),
+        (("n", "seven"), "七 is "),
+        ((), "七 is seven"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string_both_ways(stops: tuple[str, ...], want: str) -> None:
+    ids = PROCESSOR.tokenizer.encode("七 is seven")
+    reader = AnswerReader(PROCESSOR, stop_strings=stops)
+    deltas = [reader.push(i, "stop" if n == len(ids) - 1 else "") for n, i in enumerate(ids)]
+    assert whole(deltas) == (want, "", "stop")
+
+
+def test_a_stop_string_ends_generation_and_is_not_shown(engine: Engine) -> None:
+    params = engine.params(max_new_tokens=12)
+    full = engine.answer([REQUESTS[0]], params)[0][0]
+    stop = full.content[3:5]
+    cut = engine.params(max_new_tokens=12, stop_strings=(stop,))
+    answer = engine.answer([REQUESTS[0]], cut)[0][0]
+    assert answer.content == full.content[: full.content.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert len(answer.token_ids) < len(full.token_ids)
+    assert whole(list(engine.stream(REQUESTS[0], cut))) == (answer.content, "", "stop")
+
+
+def steered(budget: ThoughtBudget, text: str) -> list[int | None]:
+    """What the budget says before each token of `text`, and after the last one until it lets go."""
+    so_far: list[int] = []
+    said = []
+    for i in [*PROCESSOR.tokenizer.encode(text, allow_special=True), None]:
+        said.append(budget(so_far))
+        while said[-1] is not None:
+            so_far.append(said[-1])
+            said.append(budget(so_far))
+        if i is not None:
+            so_far.append(i)
+    return said
+
+
+CLOSE = PROCESSOR.tokenizer.encode("\n</think>\n\n", allow_special=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "limit", "forced"),
+    [
+        ("abc", True, 2, CLOSE),
+        ("abc", True, 0, CLOSE),
+        ("abc", True, 50, []),
+        ("\n", True, 1, CLOSE[1:]),
+        ("x</think>a b c d e f", True, 3, []),
+        ("an answer at once", False, 2, []),
+        ("\n<think>\nabc", False, 2, CLOSE),
+    ],
+)
+def test_a_thought_ends_with_its_budget(text: str, opened: bool, limit: int, forced: list[int]) -> None:
+    assert [i for i in steered(ThoughtBudget(PROCESSOR, limit, opened), text) if i is not None] == forced
+
+
+def test_the_engine_keeps_the_budget_of_each_sample(engine: Engine) -> None:
+    asked_ = asked("why", thinking=True, max_thought_tokens=3)
+    answers = engine.answer([asked_], engine.params(max_new_tokens=12, temperature=1.0, n=2))[0]
+    free = engine.answer([asked("why", thinking=True)], engine.params(max_new_tokens=12, temperature=1.0, n=2))[0]
+    for answer, unlimited in zip(answers, free, strict=True):
+        assert answer.token_ids[:3] == unlimited.token_ids[:3]
+        assert list(answer.token_ids[3 : 3 + len(CLOSE)]) == CLOSE
+        assert answer.reasoning_content
+        assert answer.content
+        assert not unlimited.content

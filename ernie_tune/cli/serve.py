@@ -1,0 +1,185 @@
+"""`ernie-tune serve`: an OpenAI-compatible server over the in-process engine, or FastDeploy's own where it is installed.
+
+Refuses to know: training, how requests are answered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.loader import Entry, split_overrides
+
+API_KEY_VARIABLE = "ERNIE_TUNE_API_KEY"
+_FLAGS = ("allow_private_media", "print")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _flag(text: str) -> bool:
+    from ernie_tune.config.convert import FALSE, TRUE
+
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in TRUE
+
+
+# option -> how its text is read
+_OPTIONS: Mapping[str, Callable[[str], Any]] = {
+    "host": str,
+    "port": int,
+    "served_model_name": str,
+    "adapters": _names,
+    "api_key": _names,
+    "max_model_len": int,
+    "default_max_tokens": int,
+    "max_num_seqs": int,
+    "max_concurrency": int,
+    "cache_tokens": int,
+    "prefill_tokens": int,
+    "images": int,
+    "videos": int,
+    "max_body_mb": float,
+    "request_timeout": float,
+    "shutdown_timeout": float,
+    "allow_local_media": str,
+    "allow_private_media": _flag,
+    "allow_media_hosts": _names,
+    "engine": str,
+}
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
+
+    Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with the model of a folder, of a finished run, or
+    of an exported int8 or int4 folder. Needs: pip install ernie_tune[serve].
+
+    names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
+    keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
+    limits    --max_model_len, --default_max_tokens 1024, --max_num_seqs 64 (answers at once), --max_concurrency 256 (requests; beyond it 429),
+              --cache_tokens 262144, --prefill_tokens 8192, --images 10, --videos 3, --max_body_mb 64, --request_timeout 600, --shutdown_timeout 60
+    media     --allow_local_media FOLDER (file:/// URLs inside it), --allow_media_hosts HOST,HOST (may be private), --allow_private_media
+
+    ernie-tune serve FOLDER --engine fastdeploy [--tensor_parallel_size 8 --quantization wint4 …] [--print] starts FastDeploy's own server where
+    it is installed and waits until it is healthy; --print only shows the command.
+    """
+    flags = {f"--{flag}".replace("_", sign) for flag in _FLAGS for sign in "_-"}
+    words, entries = split_overrides([f"{word}=true" if word in flags else word for word in args])
+    if len(words) != 1:
+        raise UsageError(f"expected one folder or YAML file, got {len(words)} / 需要一个文件夹或 YAML 文件")
+    if any(entry.name == "engine" and entry.raw == "fastdeploy" for entry in entries):
+        from ernie_tune.cli.serve_fastdeploy import run_fastdeploy
+
+        return run_fastdeploy(words[0], entries)
+    settings = read_options(entries)
+    if settings.pop("engine", "paddle") != "paddle":
+        raise UsageError(
+            "engine must be 'paddle' (in this process) or 'fastdeploy' / engine 只能是 paddle 或 fastdeploy"
+        )
+    return _serve(Path(words[0]), settings)
+
+
+def read_options(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Values by option. Raises UsageError for unknown options and unreadable values."""
+    from ernie_tune.config.convert import did_you_mean
+
+    values: dict[str, Any] = {}
+    for entry in entries:
+        if entry.name not in _OPTIONS:
+            raise UsageError(
+                f"unknown option {entry.name!r}{did_you_mean(entry.name, _OPTIONS)}; `ernie-tune serve --help` lists them / 未知的选项"
+            )
+        try:
+            values[entry.name] = _OPTIONS[entry.name](str(entry.raw))
+        except ValueError as error:
+            raise UsageError(f"{entry.name} ({entry.raw!r}) cannot be read: {error} / 无法读取的值") from error
+    return values
+
+
+def serve_options(settings: Mapping[str, Any]) -> Any:
+    """`ServeOptions` of what was given. Raises ValueError for impossible ones."""
+    from ernie_tune.serve.fetch import FetchPolicy
+    from ernie_tune.serve.media import MediaPolicy
+    from ernie_tune.serve.options import ServeOptions
+
+    same = (
+        "max_model_len",
+        "default_max_tokens",
+        "max_num_seqs",
+        "max_concurrency",
+        "cache_tokens",
+        "prefill_tokens",
+        "images",
+        "videos",
+    )
+    values: dict[str, Any] = {name: settings[name] for name in same if name in settings}
+    if "max_body_mb" in settings:
+        values["max_body_bytes"] = int(settings["max_body_mb"] * 2**20)
+    for name in ("request_timeout", "shutdown_timeout"):
+        if name in settings:
+            values[f"{name}_seconds"] = settings[name]
+    folder = settings.get("allow_local_media")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"allow_local_media ({folder}) must be a folder; create it, or leave the option out")
+    private = settings.get("allow_private_media", False)
+    fetch = FetchPolicy(allow_private=private, allowed_hosts=frozenset(settings.get("allow_media_hosts", ())))
+    media = MediaPolicy(local_folder=Path(folder) if folder else None, fetch=fetch)
+    keys = settings.get("api_key") or _names(os.environ.get(API_KEY_VARIABLE, ""))
+    return ServeOptions(api_keys=keys, media=media, **values)
+
+
+def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
+    """The model, its adapters and the limits as one `Service`. Raises ValueError, OSError."""
+    from ernie_tune.cli.chat import open_engine
+    from ernie_tune.peft.model import PeftModel
+    from ernie_tune.serve.service import Service
+
+    options = serve_options(settings)
+    adapters = [_pair(text) for text in settings.get("adapters", ())]
+    engine = open_engine(path)
+    name = settings.get("served_model_name") or (path.parent if path.is_file() else path).resolve().name
+    models: dict[str, str | None] = {name: None}
+    if isinstance(engine.model, PeftModel):  # a finished run's adapter has the run's name; its base answers to its own
+        base = Path(engine.model.name_or_path).name or "base"
+        models = {name: engine.model.active, f"{base}-base" if base == name else base: None}
+    elif adapters:
+        engine.model = PeftModel(engine.model)
+    for adapter, folder in adapters:
+        if adapter in models:
+            raise ValueError(f"adapter name ({adapter}) must be new, there is {list(models)}; choose another")
+        engine.model.load_adapter(folder, adapter)
+        models[adapter] = adapter
+    return Service(engine, models, options)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UsageError(f"adapters ({text!r}) must be NAME=FOLDER, several joined by commas / 应为 名称=文件夹")
+    return name, folder
+
+
+def _serve(path: Path, settings: Mapping[str, Any]) -> int:
+    try:
+        from ernie_tune.serve.server import server
+    except ImportError as error:
+        raise ValueError(
+            f"serve needs the package {error.name}; pip install ernie_tune[serve] / 请先执行 pip install ernie_tune[serve]"
+        ) from error
+    service = open_service(path, settings)
+    host, port = settings.get("host", "127.0.0.1"), settings.get("port", 8180)
+    one = server(service, host, port)
+    one.on_ready = lambda address: print(
+        f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1",
+        file=sys.stderr,
+        flush=True,
+    )
+    one.run()
+    return 0 if one.started else 1

@@ -1,0 +1,86 @@
+"""`ernie-tune serve --engine fastdeploy`: words of the command line -> FastDeploy's command. Refuses to know: how it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.loader import Entry
+
+READY_SECONDS = 1800.0
+
+
+def _counts(text: str) -> dict[str, int]:
+    value = json.loads(text)
+    if not isinstance(value, dict) or not all(type(count) is int for count in value.values()):
+        raise ValueError('not an object of whole numbers like {"image": 10}')
+    return value
+
+
+# FastDeploy's flag -> (field of its command, how the text is read)
+_FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "port": ("port", int),
+    "tensor_parallel_size": ("tensor_parallel_size", int),
+    "quantization": ("quantization", str),
+    "max_model_len": ("max_model_len", int),
+    "max_num_seqs": ("max_num_seqs", int),
+    "mm_processor_kwargs": ("mm_processor", _counts),
+    "limit_mm_per_prompt": ("limits", _counts),
+    "reasoning_parser": ("reasoning_parser", str),
+}
+
+
+def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeployCommand, bool, float]:
+    """(the command, whether only to print it, seconds to wait for health). Raises UsageError for options that it does not have."""
+    from ernie_tune.config.convert import did_you_mean
+
+    fields: dict[str, Any] = {"vision": _has_vision(Path(model))}
+    only_print, ready = False, READY_SECONDS
+    for entry in entries:
+        try:
+            if entry.name in _FLAGS:
+                field, read = _FLAGS[entry.name]
+                fields[field] = read(str(entry.raw))
+            elif entry.name == "print":
+                only_print = entry.raw != "false"
+            elif entry.name == "ready_timeout":
+                ready = float(str(entry.raw))
+            elif entry.name != "engine":
+                raise UsageError(
+                    f"unknown option {entry.name!r}{did_you_mean(entry.name, _FLAGS)}; with --engine fastdeploy serve takes "
+                    f"{', '.join(_FLAGS)}, ready_timeout and print; merge adapters first (ernie-tune export) / 未知的选项"
+                )
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{entry.name} ({entry.raw!r}) cannot be read: {error} / 无法读取的值") from error
+    return dataclasses.replace(FastDeployCommand(model), **fields), only_print, ready
+
+
+def _has_vision(folder: Path) -> bool:
+    """Whether images are served; True for a name that FastDeploy is to download. Raises ValueError for a folder without a model."""
+    if not folder.is_dir():
+        return True
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} must hold config.json for FastDeploy; merge and export adapters and runs first (ernie-tune export)"
+        )
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return "vision_config" in settings
+
+
+def run_fastdeploy(model: str, entries: Sequence[Entry]) -> int:
+    """Print the command, or run it to its end; its exit code."""
+    command, only_print, ready = fastdeploy_command(model, entries)
+    if only_print:
+        print(command.shell())
+        return 0
+    from ernie_tune.serve.fastdeploy import run
+
+    return run(command, ready)

@@ -1,0 +1,214 @@
+"""The routes of the API and its errors, all in OpenAI's shape. Needs the extra `serve`. Refuses to know: models, sockets, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from ernie_tune import __version__
+from ernie_tune.serve import replies
+from ernie_tune.serve.gate import Gate
+from ernie_tune.serve.metrics import CONTENT_TYPE
+from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
+from ernie_tune.serve.service import ApiError, Service, Step, Ticket
+
+T = TypeVar("T")
+
+_ERROR = {
+    "description": "What was wrong, in OpenAI's shape.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "param", "code"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": {"type": ["string", "null"]},
+                            "code": {"type": ["string", "null"]},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 422, 429, 500, 503, 504), _ERROR)
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The answer, or its events."}
+}
+
+
+class Json(Response):
+    """JSON that any text fits in."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return replies.dumps(content)
+
+
+class _Events(StreamingResponse):
+    """A stream that gives its ticket back however it ends, begun or not."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], abandon: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._abandon = abandon
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._abandon()
+
+
+def build(service: Service) -> FastAPI:
+    """The application of one service; its lifespan starts and ends the model's thread. `app.state.gate` is the gate that all requests pass."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = FastAPI(title="ernie_tune", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.gate = Gate(app, service.options, service.metrics)
+    _add_errors(app)
+    _add_status(app, service)
+
+    @app.post("/v1/chat/completions", responses={**_ERRORS, **_STREAM})
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        writer = {"chat": True, "logprobs": body.logprobs, "token_ids": body.return_token_ids}
+        return await _answer(service, body, request, service.chat(body), writer)
+
+    @app.post("/v1/completions", responses={**_ERRORS, **_STREAM})
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        writer = {"chat": False, "logprobs": body.logprobs is not None, "token_ids": body.return_token_ids}
+        return await _answer(service, body, request, service.complete(body), writer)
+
+    return app
+
+
+async def _answer(
+    service: Service, body: Sampling, request: Request, work: Awaitable[Ticket], writer: dict[str, bool]
+) -> Response:
+    ticket = await _while_connected(request, work)
+    reply = replies.Writer(ticket, service.engine.processor, secrets.token_hex(12), int(time.time()), **writer)
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return _Events(_events(service, ticket, reply, with_usage), lambda: service.abandon(ticket))
+    try:
+        steps = await _while_connected(request, _collect(service, ticket))
+    finally:
+        service.abandon(ticket)
+    return Json(reply.whole(steps))
+
+
+async def _collect(service: Service, ticket: Ticket) -> list[Step]:
+    return [step async for steps in service.steps(ticket) for step in steps]
+
+
+async def _events(service: Service, ticket: Ticket, reply: replies.Writer, with_usage: bool) -> AsyncIterator[bytes]:
+    try:
+        async for steps in service.steps(ticket):
+            if chunk := reply.chunks(steps):
+                yield chunk
+        yield reply.end(with_usage)
+    except ApiError as problem:  # the status is out: the error is the last event
+        yield replies.sse(replies.error(problem))
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes. Raises ApiError 408, which nobody will read, then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(408, "the client has gone", "timeout_error")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    def card(name: str, adapter: str | None) -> dict[str, Any]:
+        base = next((other for other, its in service.models.items() if its is None), None)
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "ernie_tune",
+            "max_model_len": service.max_model_len,
+            "parent": base if adapter is not None else None,
+        }
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> Response:
+        return Json({"object": "list", "data": [card(*one) for one in service.models.items()]})
+
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
+    async def model(name: str) -> Response:
+        return Json(card(*service.find(name)))
+
+    @app.get("/health", responses={503: {"description": "Shutting down, or the model has failed."}})
+    async def health() -> Response:
+        """200 while requests are welcome."""
+        state = "draining" if app.state.gate.draining else "ok" if service.scheduler.alive else "failed"
+        return Json({"status": state}, 200 if state == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.text(), media_type=CONTENT_TYPE)
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(problem: ApiError, headers: dict[str, str] | None = None) -> Response:
+        return Json(replies.error(problem), problem.status, headers)
+
+    @app.exception_handler(ApiError)
+    async def known(_request: Request, problem: ApiError) -> Response:
+        return answer(problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, found: RequestValidationError) -> Response:
+        first = found.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{place or 'body'}: {first['msg']}" + (
+            f" (and {len(found.errors()) - 1} more)" if len(found.errors()) > 1 else ""
+        )
+        return answer(ApiError(400, message[:1000], param=place[:200] or None))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, found: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {found.detail}"
+        return answer(ApiError(found.status_code, message[:1000]), dict(found.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_request: Request, _found: Exception) -> Response:
+        return answer(ApiError(500, "the server failed on this request; its log says how", "server_error"))

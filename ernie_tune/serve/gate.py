@@ -1,0 +1,172 @@
+"""What every request passes before the application sees it: shutdown, key, number of requests in the house, size and speed of the body, total time.
+
+Refuses before anything of the body is read. An ASGI middleware; refuses to know: what requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from ernie_tune.serve.metrics import Metrics
+from ernie_tune.serve.options import ServeOptions
+from ernie_tune.serve.replies import dumps, error, sse
+from ernie_tune.serve.service import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RETRY_AFTER_SECONDS = 1
+_LAST_WORD_SECONDS = 5.0  # to tell a client that its time is over
+_KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+
+
+class Gate:
+    """Wraps the application. `draining` set: only what is inside goes on."""
+
+    def __init__(self, app: App, options: ServeOptions, metrics: Metrics) -> None:
+        self.app, self.options, self.metrics = app, options, metrics
+        self.inside = 0
+        self.draining = False
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        reply = _Reply(send)
+        try:
+            await self._pass(scope, receive, reply)
+        except ApiError as problem:
+            await reply.refuse(problem)
+        finally:
+            path = scope["path"] if scope["path"] in _KNOWN else "other"
+            self.metrics.requests.add(1, path, str(reply.status or 499))
+
+    async def _pass(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        if not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, reply.send)
+            return
+        self._check(scope)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, reply.send)
+            return
+        if self.inside >= self.options.max_concurrency:
+            raise ApiError(
+                429,
+                f"number of requests in progress ({self.inside}) must be below {self.options.max_concurrency}; try again soon",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+            )
+        started = time.monotonic()
+        self.inside += 1
+        self.empty.clear()
+        body = _Body(receive, self.options.max_body_bytes)
+        reply.on_first_part = lambda: self.metrics.first_token.observe(time.monotonic() - started)
+        try:
+            work = self.app(scope, body.receive, reply.send)
+            await asyncio.wait_for(work, self.options.request_timeout_seconds)
+        except asyncio.TimeoutError:
+            seconds = self.options.request_timeout_seconds
+            raise ApiError(
+                504,
+                f"the answer must be complete after {seconds:g} seconds; lower max_tokens",
+                "timeout_error",
+                "timeout",
+            ) from None
+        finally:
+            self.inside -= 1
+            if not self.inside:
+                self.empty.set()
+            self.metrics.whole.observe(time.monotonic() - started)
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self.draining:
+            raise ApiError(503, "the server is shutting down; ask another one", "server_error", "shutting_down")
+        keys = self.options.api_keys
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # All keys are compared, whichever fits, in the same time.
+        fits = sum(hmac.compare_digest(given, key.encode()) for key in keys)
+        if keys and not (fits and scheme.lower() == b"bearer"):
+            raise ApiError(
+                401,
+                "the request must bear a valid key; send the header Authorization: Bearer KEY",
+                "authentication_error",
+                "invalid_api_key",
+            )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self.options.max_body_bytes:
+            raise ApiError(413, _too_large(self.options.max_body_bytes), code="request_too_large")
+
+
+def _too_large(limit: int) -> str:
+    return f"the body must be at most {limit} bytes; send smaller or fewer pictures"
+
+
+class _Body:
+    """A body that may come without its length, counted as it comes."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit, self._seen = receive, limit, 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._limit:
+            raise HTTPException(413, _too_large(self._limit))
+        return message
+
+
+class _Reply:
+    """Knows what of the answer is out."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+        self._streams = self._over = False
+        self.on_first_part: Callable[[], None] | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = dict(message.get("headers", ()))
+            self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body":
+            self._over = not message.get("more_body", False)
+            if self.on_first_part and message.get("body") and self.status == 200:
+                self.on_first_part()
+                self.on_first_part = None
+        await self._send(message)
+
+    async def refuse(self, problem: ApiError) -> None:
+        """An answer where none has begun; in a stream, its last event; else the connection just ends."""
+        if self._over:
+            return
+        try:
+            await asyncio.wait_for(self._refuse(problem), _LAST_WORD_SECONDS)
+        except asyncio.TimeoutError:
+            return
+
+    async def _refuse(self, problem: ApiError) -> None:
+        if self.status:
+            if self._streams:
+                await self._send({"type": "http.response.body", "body": sse(error(problem)), "more_body": False})
+            return
+        body = dumps(error(problem))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if problem.status in (429, 503):
+            headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+        if problem.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self.send({"type": "http.response.start", "status": problem.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})

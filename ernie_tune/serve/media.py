@@ -1,0 +1,115 @@
+"""URLs of pictures and videos in a request -> decoded sources for the processor, under a policy.
+
+Local files need an allowed folder, remote ones a public address (`fetch.py`). Formats are a closed list: a playlist posing as a video would make
+the decoder open other files and addresses, a PostScript file would start a program. Refuses to know: messages, tokens, the API.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from PIL import Image
+
+from ernie_tune.data.images import decode_errors, describe, open_source
+from ernie_tune.serve.fetch import FetchPolicy, fetch
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_ANIMATIONS = ("GIF", "PNG", "WEBP")
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame, before resizing."""
+
+    local_folder: Path | None = None
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    max_pixels: int = 64_000_000
+
+
+def open_image(url: str, policy: MediaPolicy, where: str = "") -> Image.Image:
+    """A picture whose format and size are fine; its pixels are not decoded yet. Raises ValueError."""
+    label = describe("image", url, where)
+    with decode_errors(label):
+        image = Image.open(io.BytesIO(read(url, policy, label)), formats=IMAGE_FORMATS)
+    _check_size(image.size, policy, label)
+    return image
+
+
+def open_video(url: str, policy: MediaPolicy, where: str = "") -> bytes:
+    """The bytes of a video whose format and frame size are fine. Raises ValueError; ImportError where PyAV is needed and missing."""
+    label = describe("video", url, where)
+    data = read(url, policy, label)
+    if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        with decode_errors(label):
+            size = Image.open(io.BytesIO(data), formats=_ANIMATIONS).size
+    elif data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
+        size = _container_size(data, label)
+    else:
+        raise ValueError(f"{label} must be MP4, MOV, WebM, MKV, AVI, GIF, WebP or APNG; convert it to MP4")
+    _check_size(size, policy, label)
+    return data
+
+
+def _container_size(data: bytes, label: str) -> tuple[int, int]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            streams = container.streams.video
+            return (streams[0].width, streams[0].height) if streams else (0, 0)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
+
+
+def read(url: str, policy: MediaPolicy, label: str) -> bytes:
+    """The bytes behind a data:, file:/// or http(s) URL. Raises ValueError."""
+    scheme = url[:8].partition(":")[0].lower()
+    if scheme == "data":
+        # The scheme is case-insensitive; `open_source` knows it in lower case.
+        data = open_source("data" + url[4:], label).read()
+    elif scheme == "file":
+        data = _read_local(url, policy, label)
+    elif scheme in ("http", "https"):
+        return fetch(url, policy.fetch, label)
+    else:
+        raise ValueError(
+            f"{label} must be a data:, https:// or http:// URL; encode a file as data:image/png;base64,..."
+        )
+    _check_bytes(len(data), policy, label)
+    return data
+
+
+def _read_local(url: str, policy: MediaPolicy, label: str) -> bytes:
+    parts = urlsplit(url)
+    refused = (
+        f"{label} must be inside the folder that the server allows (allow_local_media); send the data as a data: URL"
+    )
+    if policy.local_folder is None or parts.netloc or parts.query or parts.fragment or "%00" in parts.path:
+        raise ValueError(refused)
+    try:
+        path = Path(url2pathname(parts.path)).resolve()
+        # One answer for everything outside, so that nobody can ask what exists.
+        if not path.is_relative_to(policy.local_folder.resolve()) or not path.is_file():
+            raise ValueError(refused)
+        _check_bytes(path.stat().st_size, policy, label)
+        return path.read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise ValueError(refused) from error
+
+
+def _check_bytes(count: int, policy: MediaPolicy, label: str) -> None:
+    if count > policy.fetch.max_bytes:
+        raise ValueError(f"{label} ({count} bytes) must be at most {policy.fetch.max_bytes} bytes; send a smaller file")
+
+
+def _check_size(size: tuple[int, int], policy: MediaPolicy, label: str) -> None:
+    if not 0 < size[0] * size[1] <= policy.max_pixels:
+        raise ValueError(
+            f"{label} ({size[0]}x{size[1]}) must have at least 1 and at most {policy.max_pixels} pixels; shrink it"
+        )

@@ -1,0 +1,49 @@
+"""What an operator decides about a server. Refuses to know: how it is enforced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ernie_tune.serve.media import MediaPolicy
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Limits are per request unless they say otherwise. Raises ValueError for impossible ones."""
+
+    max_model_len: int | None = None  # prompt and answer in tokens; None: what the model allows
+    default_max_tokens: int = 1024  # of an answer whose request names no limit
+    max_num_seqs: int = 64  # answers computed at once
+    max_concurrency: int = 256  # requests in the house, waiting ones included; beyond it 429
+    cache_tokens: int = 262_144  # key/value cache: answers at once times the longest of them, over all adapters
+    prefill_tokens: int = 8192  # prompts computed between two steps of the others
+    images: int = 10
+    videos: int = 3
+    max_body_bytes: int = 64 * 2**20
+    request_timeout_seconds: float = 600.0
+    shutdown_timeout_seconds: float = 60.0
+    preparing: int = 4  # threads that download and decode
+    api_keys: tuple[str, ...] = ()  # none: everyone may ask
+    media: MediaPolicy = field(default_factory=MediaPolicy)
+
+    def __post_init__(self) -> None:
+        least = {
+            "max_model_len": 2,
+            "default_max_tokens": 1,
+            "max_num_seqs": 1,
+            "max_concurrency": 1,
+            "cache_tokens": 2,
+            "prefill_tokens": 1,
+            "images": 0,
+            "videos": 0,
+            "max_body_bytes": 1,
+            "request_timeout_seconds": 0.001,
+            "shutdown_timeout_seconds": 0,
+            "preparing": 1,
+        }
+        for name, low in least.items():
+            value = vars(self)[name]
+            if value is not None and not value >= low:
+                raise ValueError(f"{name} ({value}) must be at least {low}; raise it")
+        if any(not key.isascii() or not key.strip() for key in self.api_keys):
+            raise ValueError("api_key must be of ASCII characters and not empty; choose another")

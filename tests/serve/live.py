@@ -1,0 +1,67 @@
+"""A server of the tests: a service on a free port of the loopback, in a thread, and the clients that ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from ernie_tune.serve.engine import Engine
+from ernie_tune.serve.options import ServeOptions
+from ernie_tune.serve.server import Server, server
+from ernie_tune.serve.service import Service
+
+
+class Live:
+    """A running server. `url` ends in /v1."""
+
+    def __init__(self, service: Service, serving: Server, thread: threading.Thread, port: int) -> None:
+        self.service, self.server, self.thread, self.port = service, serving, thread, port
+        self.root = f"http://127.0.0.1:{port}"
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        settings: dict[str, Any] = {"max_retries": 0, "timeout": 60, **options}
+        return openai.OpenAI(base_url=f"{self.root}/v1", api_key=key, **settings)
+
+    def drain(self) -> None:
+        assert self.server._loop is not None
+        self.server._loop.call_soon_threadsafe(self.server.drain)
+
+
+@contextmanager
+def live(engine: Engine, models: dict[str, str | None] | None = None, **options: Any) -> Iterator[Live]:
+    service = Service(engine, models or {"ernie": None}, ServeOptions(**options))
+    serving = server(service, "127.0.0.1", 0)
+    ready, port = threading.Event(), []
+    serving.on_ready = lambda address: (port.append(address[1]), ready.set())  # type: ignore[func-returns-value]
+    thread = threading.Thread(target=lambda: asyncio.run(serving.serve()), daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30), "the server did not start"
+        yield Live(service, serving, thread, port[0])
+    finally:
+        serving.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not end"
+
+
+def data_url(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def image_part(path: Path) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(path, "image/png")}}
+
+
+def video_part(path: Path, kind: str = "image/gif") -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": data_url(path, kind)}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
