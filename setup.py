@@ -35,6 +35,8 @@ setup(
             "paddlepaddle-gpu>=3.3"
         ],  # from Paddle's own index: https://www.paddlepaddle.org.cn/packages/stable/cu126/
         "video": ["av>=12"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": [
@@ -45,6 +47,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "av>=12",
+            "tensorboardX>=2.6",
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "httpx>=0.27",

@@ -19,12 +19,18 @@ _PUBLIC = {
     "AutoConfig": "ernie_tune.checkpoint.auto",
     "AutoProcessor": "ernie_tune.data.processor",
     "AutoTokenizer": "ernie_tune.data.tokenizer",
+    "DPOTrainer": "ernie_tune.trainers.preference",
+    "KTOTrainer": "ernie_tune.trainers.preference",
     "LoraConfig": "ernie_tune.peft.config",
     "ModelConfig": "ernie_tune.models.config",
     "PaddleTrainer": "ernie_tune.trainers.sft",
     "PeftModel": "ernie_tune.peft.model",
+    "RewardModel": "ernie_tune.trainers.reward",
+    "RewardTrainer": "ernie_tune.trainers.reward",
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
+    "UPOTrainer": "ernie_tune.trainers.upo",
+    "estimate": "ernie_tune.plan.estimate",
     "export": "ernie_tune.export",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
@@ -37,13 +43,19 @@ __all__ = [
     "AutoModel",
     "AutoProcessor",
     "AutoTokenizer",
+    "DPOTrainer",
+    "KTOTrainer",
     "LoraConfig",
     "ModelConfig",
     "PaddleTrainer",
     "PeftModel",
+    "RewardModel",
+    "RewardTrainer",
     "SFTTrainer",
     "TrainingArguments",
+    "UPOTrainer",
     "__version__",
+    "estimate",
     "export",
     "get_peft_model",
     "launch",
@@ -63,7 +75,11 @@ if TYPE_CHECKING:
     from ernie_tune.models.presets import preset
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
+    from ernie_tune.plan.estimate import estimate
+    from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
+    from ernie_tune.trainers.reward import RewardModel, RewardTrainer
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
+    from ernie_tune.trainers.upo import UPOTrainer
 
 
 def __getattr__(name: str) -> Any:

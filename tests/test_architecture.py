@@ -27,8 +27,9 @@ LEVEL = {
     "trainers": 4,
     "cli": 5,
 }
-# `peft` reads and writes adapter files, so it alone of its row may use `checkpoint` (its tensors, never its models).
-ALLOWED = {("peft", "checkpoint")}
+# `peft` reads and writes adapter files, so it alone of its row may use `checkpoint` (its tensors, never its models); `plan` counts the adapters that a run
+# would train with the rules of `peft` (its files without paddle).
+ALLOWED = {("peft", "checkpoint"), ("plan", "peft")}
 NO_PADDLE = {"config", "data", "plan", "cli"}
 LIGHT_MODEL_FILES = {"config", "config_dialects", "presets", "inputs", "specs"}
 NO_DISTRIBUTED = {"models", "data", "config", "plan"}

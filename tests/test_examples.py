@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))
 NOTEBOOKS = sorted(EXAMPLES.glob("notebooks/*.ipynb"))
-TEMPLATES = {"28b"}  # for the reader's own data and weights
+TEMPLATES = {"28b", "424b"}  # for the reader's own data and weights
 
 RUNNER = """
 import ast, json, sys, types

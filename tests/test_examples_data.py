@@ -450,3 +450,8 @@ def test_classify_labels_are_balanced_and_texts_unique() -> None:
         assert sum(bool(HAN.search(row["text"])) for row in part) * 2 == len(part)
     texts = [row["text"] for part in parts for row in part]
     assert len(set(texts)) == len(texts) == 204
+
+
+def test_multitask_refuses_more_rows_than_there_are_inputs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--train \+ --eval \(3001\) must not exceed 3000: no input may occur twice"):
+        script("multitask").make(tmp_path, 0, 2941, 60)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -99,8 +99,31 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
 
 
-def write_file(file: Path, entries: Entries, produce: Callable[[str], Array], metadata: dict[str, str]) -> None:
-    """One safetensors file, in the order of `entries`, flushed to the disk. The caller gives it a temporary name and renames it."""
+class Digest(Protocol):
+    """A running hash, as hashlib makes them."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+class _HashedStream:
+    """A file that feeds everything written to it to a digest too."""
+
+    def __init__(self, stream: BinaryIO, digest: Digest) -> None:
+        self.stream, self.digest = stream, digest
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.stream.write(data)
+
+
+def write_file(
+    file: Path,
+    entries: Entries,
+    produce: Callable[[str], Array],
+    metadata: dict[str, str],
+    digest: Digest | None = None,
+) -> None:
+    """One safetensors file, in the order of `entries`, flushed to the disk. The caller gives it a temporary name and renames it. `digest` sees its bytes."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, (shape, dtype) in entries.items():
@@ -110,14 +133,17 @@ def write_file(file: Path, entries: Entries, produce: Callable[[str], Array], me
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # data begin at a multiple of 8 bytes
     with file.open("wb") as stream:
-        stream.write(len(head).to_bytes(8, "little") + head)
+        sink = stream if digest is None else _HashedStream(stream, digest)
+        sink.write(len(head).to_bytes(8, "little") + head)
         for name, (shape, dtype) in entries.items():
-            _write_tensor(stream, name, produce(name), shape, dtype)
+            _write_tensor(sink, name, produce(name), shape, dtype)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _write_tensor(stream: BinaryIO, name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+def _write_tensor(
+    stream: BinaryIO | _HashedStream, name: str, array: Array, shape: tuple[int, ...], dtype: str
+) -> None:
     if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
         raise ValueError(
             f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"

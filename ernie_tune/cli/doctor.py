@@ -12,11 +12,14 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from ernie_tune import CPU_PLAN, __version__
+from ernie_tune.cli import workers
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.cpu import available_cores, read_cpuinfo
 
 _GIB = 2**30
@@ -50,11 +53,15 @@ _TOKENS = {
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune doctor
+    """ernie-tune doctor [--dist [--nproc N]]
 
     Prints versions, processor, memory, disk, cards, ports and hub tokens (yes or no), then what looks wrong and how to
-    mend it. Made to be pasted into an issue.
+    mend it. Made to be pasted into an issue. --dist: starts one process a card (or N, on a CPU too; on each of several machines with
+    NNODES, RANK, MASTER_ADDR, MASTER_PORT) and measures how they talk; a rank that is missing or does not answer is named within 60 s.
     """
+    words, nproc = workers.split_nproc(args)
+    if words == ["--dist"]:
+        return between_ranks(nproc)
     if args:
         raise UsageError(f"doctor takes no words, got {args[0]!r} / 不需要参数")
     versions = {name: found for name in (*_CORE, *_OPTIONAL) if (found := _version(name))}
@@ -116,6 +123,29 @@ def diagnose(
     if shared_bytes is not None and shared_bytes < 2**28:
         found.append(f"shared memory is small ({_size(shared_bytes)}): keep dataloader_num_workers at 0")
     return found
+
+
+def between_ranks(nproc: int | None) -> int:
+    """Start the ranks, or be one of them."""
+    if "PADDLE_TRAINER_ID" in os.environ:
+        from ernie_tune.parallel.probe import probe
+
+        probe(print)
+        return 0
+    start = workers.wanted(
+        ParallelArguments(), nproc, workers.visible_cards(os.environ, installed("paddlepaddle-gpu")), os.environ
+    )
+    if start is None:
+        raise UsageError("--dist needs several ranks: add --nproc 2, or set NNODES / 需要多个进程")
+    if start.nodes > 1:
+        workers.meet(start)
+    logs = os.environ.get("ERNIEKIT_DIST_LOG") or tempfile.mkdtemp(prefix="ernie-tune-doctor-")
+    return workers.start(start, Path(logs), ["doctor", "--dist"])
+
+
+def installed(name: str) -> bool:
+    """Whether a distribution is there, without importing it."""
+    return _version(name) is not None
 
 
 def _version(name: str) -> str | None:

@@ -5,29 +5,83 @@ Refuses to know how training works; paddle loads when a verb runs, after the set
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from ernie_tune.cli import workers
+from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import load_config
 
+TRAINERS = {
+    "SFT": "ernie_tune.trainers.sft:SFTTrainer",
+    "PT": "ernie_tune.trainers.sft:SFTTrainer",
+    "DPO": "ernie_tune.trainers.preference:DPOTrainer",
+    "KTO": "ernie_tune.trainers.preference:KTOTrainer",
+    "UPO": "ernie_tune.trainers.upo:UPOTrainer",
+    "RM": "ernie_tune.trainers.reward:RewardTrainer",
+}
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "sft.yaml"
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune train FILE [key=value | --key value ...] [--dry-run]
+    """ernie-tune train FILE [key=value | --key value ...] [--dry-run] [--nproc N]
 
-    Fine-tunes as the YAML file says. The same command again goes on where the run stopped. --dry-run: settings, data, and one
-    forward and backward of the heaviest batch, then stop.
+    Fine-tunes as the YAML file says; its stage names the method. The same command again goes on where the run stopped. --dry-run: settings, data,
+    and one forward and backward of the heaviest batch, then stop. Where several cards are visible, or the degrees ask for it, one process
+    a card is started; --nproc N: so many processes on this machine, on a CPU too. Several machines: NNODES, RANK, MASTER_ADDR, MASTER_PORT.
     """
-    dry_run = "--dry-run" in args
-    config = _config([a for a in args if a != "--dry-run"])
+    return _train(args)
+
+
+def dpo(args: list[str]) -> int:
+    """ernie-tune dpo FILE [key=value | --key value ...] [--dry-run]
+
+    Learns from pairs of answers, rankings and ratings, as `ernie-tune train` with stage=DPO. loss_type: sigmoid, ipo, simpo, orpo, ...
+    """
+    return _train(args, "DPO")
+
+
+def kto(args: list[str]) -> int:
+    """ernie-tune kto FILE [key=value | --key value ...] [--dry-run]
+
+    Learns from single answers called good or bad, as `ernie-tune train` with stage=KTO. loss_type: kto, bco, apo_zero_unpaired.
+    """
+    return _train(args, "KTO")
+
+
+def upo(args: list[str]) -> int:
+    """ernie-tune upo FILE [key=value | --key value ...] [--dry-run]
+
+    Learns from pairs, rankings, ratings and labels together, as `ernie-tune train` with stage=UPO. loss_type: upo_hetero, mpo.
+    """
+    return _train(args, "UPO")
+
+
+def reward(args: list[str]) -> int:
+    """ernie-tune reward FILE [key=value | --key value ...] [--dry-run]
+
+    Trains a reward model on pairs, rankings and ratings, as `ernie-tune train` with stage=RM. `ernie-tune score` applies it.
+    """
+    return _train(args, "RM")
+
+
+def _train(args: list[str], stage: str = "") -> int:
+    words, nproc = workers.split_nproc([*args, *([f"stage={stage}"] if stage else [])])
+    dry_run = "--dry-run" in words
+    config = _config([a for a in words if a != "--dry-run"])
+    cards = workers.visible_cards(os.environ, installed("paddlepaddle-gpu"))
+    start = workers.wanted(config.parallel, nproc, cards, os.environ)
+    if start is not None:
+        return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
     from ernie_tune.trainers.base import Interrupted
-    from ernie_tune.trainers.sft import SFTTrainer
 
     try:
-        SFTTrainer(args=config).train(dry_run=dry_run)
+        _trainer(config)(args=config).train(dry_run=dry_run)
     except (FloatingPointError, Interrupted) as error:
         print(error, file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
@@ -42,9 +96,8 @@ def evaluate(args: list[str]) -> int:
     """
     config = _config(args)
     from ernie_tune.train.log import metrics_table
-    from ernie_tune.trainers.sft import SFTTrainer
 
-    for line in metrics_table("eval", SFTTrainer(args=config).evaluate()):
+    for line in metrics_table("eval", _trainer(config)(args=config).evaluate()):
         print(line)
     return 0
 
@@ -59,6 +112,15 @@ def demo(args: list[str]) -> int:
             f"demo needs examples/digits of the source tree, not found at {DIGITS.parent}; clone the repository and install it with pip install -e ."
         )
     return run([str(DIGITS), *args])
+
+
+def _trainer(config: RunConfig) -> Any:
+    """The trainer of the stage. Raises ValueError for a stage that has none yet."""
+    stage = config.model.stage
+    if stage not in TRAINERS:
+        raise ValueError(f"stage ({stage}) must be one of {', '.join(TRAINERS)}; change it / 该阶段尚不支持")
+    module, _, name = TRAINERS[stage].partition(":")
+    return vars(importlib.import_module(module))[name]
 
 
 def _config(args: list[str]) -> RunConfig:

@@ -36,6 +36,11 @@ class Verb:
 
 VERBS = (
     Verb("train", "ernie_tune.cli.train:run", "fine-tune a model as a YAML file says", ("sft",)),
+    Verb("dpo", "ernie_tune.cli.train:dpo", "learn from pairs of answers"),
+    Verb("kto", "ernie_tune.cli.train:kto", "learn from answers called good or bad"),
+    Verb("upo", "ernie_tune.cli.train:upo", "learn from pairs, rankings, ratings and labels together"),
+    Verb("reward", "ernie_tune.cli.train:reward", "train a reward model", ("rm",)),
+    Verb("score", "ernie_tune.cli.score:run", "score answers with a reward model"),
     Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
     Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
     Verb(
@@ -53,6 +58,7 @@ VERBS = (
     Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
     Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
     Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
+    Verb("estimate", "ernie_tune.cli.estimate:run", "memory a card and time a step of a run, without paddle"),
     Verb("validate", "ernie_tune.cli.validate:run", "check a YAML file without loading paddle"),
     Verb("data", "ernie_tune.cli.data:run", "check, show, count or convert training data"),
     Verb("doctor", "ernie_tune.cli.doctor:run", "describe this machine, to paste into an issue", ("env",)),

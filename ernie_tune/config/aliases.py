@@ -72,6 +72,10 @@ RENAMED: dict[str, str] = {
     "rpo_alpha": "sft_loss_ratio",
     "cpo_alpha": "sft_loss_ratio",
     "ref_model_update_step": "ref_model_update_steps",
+    "ref_model_sync_steps": "ref_model_update_steps",
+    "max_prompt_length": "max_prompt_len",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
     "max_new_tokens": "max_completion_length",
     "reward_model_plugin": "reward_funcs",
 }
@@ -104,6 +108,7 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
     "freeze_llm": _freeze("freeze_llm"),
     "freeze_language_model": _freeze("freeze_llm"),
     "train_mm_proj_only": {"true": {"freeze_config": "freeze_vision freeze_llm !freeze_aligner"}, "false": {}},
+    "precompute_ref_log_probs": {"true": {"ref_mode": "precomputed"}, "false": {}},
     "no_resume": {"true": {"resume_from_checkpoint": "no"}, "false": {}},
     "torch_dtype": _DTYPES,
     "compute_type": {

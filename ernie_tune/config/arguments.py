@@ -20,6 +20,8 @@ FREEZE_WORDS = tuple(
 )
 SHARDING = ("off", *(f"stage{n}{tail}" for n in (1, 2, 3) for tail in ("", " offload")))
 WHEN = ("no", "steps", "epoch")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+REF_MODES = ("auto", "model", "adapter_off", "adapter_ref", "precomputed", "none")
 
 
 def arg(
@@ -253,15 +255,49 @@ class PreferenceArguments:
     """Objectives that compare answers (methods.md 4.2-4.4). Every stage but SFT and PT."""
 
     beta: float = arg(0.1, "weight of the distance to the reference", low=0)
-    loss_type: str = arg("auto", "objective; auto: that of the stage")
-    reference_free: bool = arg(False, "no reference model")
+    loss_type: tuple[str, ...] = arg(("auto",), "objective, or several, comma separated; auto: that of the stage")
+    loss_weights: tuple[float, ...] = arg((), "weights of several objectives; empty: 1 each", low=0)
+    label_smoothing: float = arg(0.0, "share of pairs judged wrongly (cdpo, robust, exo_pair)", low=0, high=0.49)
     simpo_gamma: float = arg(0.5, "target margin of SimPO", low=0)
     dpop_lambda: float = arg(50.0, "penalty of DPOP", low=0)
-    offset_alpha: float = arg(0.0, "margin from scores", low=0)
+    offset_alpha: float = arg(0.0, "margin from scores, times their difference", low=0)
+    offset_type: str = arg("linear", "what of the scores' difference makes the margin", ("linear", "log"))
+    ld_alpha: float = arg(1.0, "weight of tokens beyond the shorter answer (LD-DPO)", low=0, high=1)
+    f_divergence_type: str = arg("reverse_kl", "distance to the reference", F_DIVERGENCES)
     pref_loss_ratio: float = arg(1.0, "weight of the preference loss", low=0)
     sft_loss_ratio: float = arg(0.0, "weight of the likelihood of the chosen answer", low=0)
-    ref_model_update_steps: int = arg(-1, "steps between updates of the reference; -1: never", low=-1)
+    reference_free: bool = arg(False, "no reference model; only with losses that need none")
+    ref_mode: str = arg(
+        "auto",
+        "where the reference comes from; auto: the adapter's absence or copy, else a copy of the model",
+        REF_MODES,
+    )
+    ref_logps_path: str = arg("", "file of the precomputed reference; empty: output_dir/reference_logps.npz")
+    ref_model_update_steps: int = arg(-1, "steps between updates of the reference (TR-DPO); -1: never", low=-1)
+    ref_model_mixup_alpha: float = arg(
+        0.6, "share of the policy in an updated reference; 1: a copy", low=0.0001, high=1
+    )
     max_prompt_len: int = arg(2048, "tokens of the prompt, at most", low=1)
+    prefix_sharing: bool = arg(True, "compute what the answers to a prompt have in common once")
+
+
+@dataclass(frozen=True)
+class SignalArguments:
+    """How each kind of judgement is learned (methods.md 4.3-4.5, 7). Stages KTO, UPO and RM."""
+
+    term_weights: tuple[str, ...] = arg(
+        (), "weights of UPO's terms over the preset's, as pair=1,rank=0.5,rate=0.5,bin=0.25,nll=0.1"
+    )
+    kappa: int = arg(0, "1: implicit rewards per token of the answer (UPO)", low=0, high=1)
+    rank_loss: str = arg("plackett_luce", "how rankings are learned", ("plackett_luce", "edges", "lipo_lambda"))
+    rate_loss: str = arg("soft_bt", "how ratings are learned", ("soft_bt", "margin", "infonca", "bernoulli_kl"))
+    rate_tau: float = arg(1.0, "softness of soft_bt and bernoulli_kl, in units of the whole scale", low=0.0001)
+    bin_loss: str = arg("kto", "how labels are learned", ("kto", "bco", "apo_zero_unpaired"))
+    edge_weight: str = arg("unit", "what counts as one: a row, or each comparison in it", ("unit", "edge"))
+    desirable_weight: float = arg(1.0, "weight of good answers (KTO)", low=0)
+    undesirable_weight: float = arg(1.0, "weight of bad answers (KTO)", low=0)
+    center_rewards_coefficient: float = arg(0.01, "pull of rewards towards 0 (RM)", low=0)
+    allow_base: bool = arg(False, "let UPO start from a model without an SFT ancestor")
 
 
 @dataclass(frozen=True)
@@ -297,6 +333,7 @@ class RunConfig:
     log: LogArguments = LogArguments()
     parallel: ParallelArguments = ParallelArguments()
     preference: PreferenceArguments = PreferenceArguments()
+    signals: SignalArguments = SignalArguments()
     rollout: RolloutArguments = RolloutArguments()
 
     def applies(self, section: str) -> bool:
@@ -307,6 +344,8 @@ class RunConfig:
             return self.model.fine_tuning in ADDED
         if section == "preference":
             return self.model.stage not in ("SFT", "PT")
+        if section == "signals":
+            return self.model.stage in ("KTO", "UPO", "RM")
         return section != "rollout" or self.model.stage in ("UPO", "RLVR", "PPO")
 
     def flat(self) -> dict[str, Any]:

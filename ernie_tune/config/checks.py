@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.arguments import SETTINGS, RunConfig
 
 Problem = tuple[str, str]  # (the setting to point at, message)
 
 
 def problems(c: RunConfig) -> list[Problem]:
     """Contradictions between the settings of `c`; empty if there are none."""
-    return [p for rule in (_data, _mixing, _training, _weights, _saving, _best, _parallel, _stage) for p in rule(c)]
+    return [
+        p
+        for rule in (_data, _mixing, _training, _weights, _saving, _best, _parallel, _stage, _compared, _reference)
+        for p in rule(c)
+    ]
 
 
 def missing(c: RunConfig) -> list[Problem]:
@@ -176,4 +180,96 @@ def _stage(c: RunConfig) -> Iterator[Problem]:
         yield (
             "reward_weights",
             f"reward_weights ({weights} values) must have one value a reward ({rewards}); match them / 权重个数须等于奖励个数",
+        )
+
+
+# Stages at which a setting of comparisons has an effect, and losses that read it; elsewhere another value than the default is refused.
+_DPO = ("DPO",)
+_REFERRED = ("DPO", "KTO", "UPO")
+_STAGES = {
+    **dict.fromkeys(
+        ("loss_weights", "label_smoothing", "simpo_gamma", "dpop_lambda", "ld_alpha", "f_divergence_type"), _DPO
+    ),
+    **dict.fromkeys(("pref_loss_ratio", "sft_loss_ratio", "reference_free"), _DPO),
+    **dict.fromkeys(("offset_alpha", "offset_type"), ("DPO", "RM")),
+    **dict.fromkeys(
+        ("ref_mode", "ref_logps_path", "ref_model_update_steps", "ref_model_mixup_alpha", "beta"), _REFERRED
+    ),
+    **dict.fromkeys(
+        ("term_weights", "kappa", "rank_loss", "rate_loss", "rate_tau", "bin_loss", "allow_base"), ("UPO",)
+    ),
+    "edge_weight": ("UPO", "RM"),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("KTO", "UPO")),
+    "center_rewards_coefficient": ("RM",),
+}
+_READ_BY = {
+    "label_smoothing": ("cdpo", "robust", "exo_pair"),
+    "simpo_gamma": ("simpo",),
+    "dpop_lambda": ("dpop", "dpop_outside"),
+}
+
+
+def _compared(c: RunConfig) -> Iterator[Problem]:
+    if c.model.stage not in ("DPO", "KTO", "UPO", "RM"):
+        return
+    flat, p = c.flat(), c.preference
+    for name, stages in _STAGES.items():
+        if c.model.stage not in stages and flat[name] != SETTINGS[name].default:
+            yield (
+                name,
+                f"{name} ({flat[name]}) has no effect at stage {c.model.stage}, only at {', '.join(stages)}; remove it / 该阶段无效",
+            )
+    for name, losses in _READ_BY.items():
+        if flat[name] != SETTINGS[name].default and not set(losses) & set(p.loss_type):
+            yield (
+                name,
+                f"{name} ({flat[name]}) must go with loss_type {' or '.join(losses)}, not {','.join(p.loss_type)}; set one / 该损失不使用此项",
+            )
+    if p.loss_weights and len(p.loss_weights) != len(p.loss_type):
+        yield (
+            "loss_weights",
+            f"loss_weights ({len(p.loss_weights)} values) must have one value a loss_type ({len(p.loss_type)}); match them / 权重个数须等于损失个数",
+        )
+    if p.offset_type != "linear" and not p.offset_alpha:
+        yield (
+            "offset_type",
+            f"offset_type ({p.offset_type}) must go with offset_alpha above 0; set it / 需要 offset_alpha",
+        )
+    if c.lora.lora_dropout:
+        yield (
+            "lora_dropout",
+            f"lora_dropout ({c.lora.lora_dropout:g}) must be 0 at stage {c.model.stage}: answers are compared without dropout; remove it / 该阶段不用 dropout",
+        )
+
+
+def _reference(c: RunConfig) -> Iterator[Problem]:
+    p, m = c.preference, c.model
+    if m.stage not in _REFERRED:
+        return
+    if p.ref_logps_path and p.ref_mode != "precomputed":
+        yield (
+            "ref_logps_path",
+            f"ref_logps_path ({p.ref_logps_path}) must go with ref_mode precomputed, not {p.ref_mode}; set it / 需要 ref_mode: precomputed",
+        )
+    if p.reference_free and p.ref_mode not in ("auto", "none"):
+        yield (
+            "reference_free",
+            f"reference_free (true) must go with ref_mode none, not {p.ref_mode}; keep one / 参考设置矛盾",
+        )
+    if p.ref_mode.startswith("adapter") and m.fine_tuning in ("Full", "Freeze"):
+        yield (
+            "ref_mode",
+            f"ref_mode ({p.ref_mode}) must go with adapters, not fine_tuning {m.fine_tuning}; set model or precomputed / 需要适配器",
+        )
+    moving = p.ref_model_update_steps > 0
+    if moving and p.ref_mode in ("adapter_off", "precomputed", "none"):
+        yield (
+            "ref_model_update_steps",
+            f"ref_model_update_steps ({p.ref_model_update_steps}) must go with a reference that has weights of its own, not ref_mode {p.ref_mode}; "
+            "set model or adapter_ref / 该参考不可更新",
+        )
+    if not moving and p.ref_model_mixup_alpha != SETTINGS["ref_model_mixup_alpha"].default:
+        yield (
+            "ref_model_mixup_alpha",
+            f"ref_model_mixup_alpha ({p.ref_model_mixup_alpha}) must go with ref_model_update_steps above 0; set it / 需要 ref_model_update_steps",
         )

@@ -7,9 +7,9 @@ Legend: T tokens of a micro-batch, N its target tokens, R its rows, L tokens of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,6 +39,33 @@ class Sample:
     def num_tokens(self) -> int:
         return len(self.row.input_ids_L)
 
+    @property
+    def num_patches(self) -> int:
+        return 0 if self.row.pixel_values_PC is None else len(self.row.pixel_values_PC)
+
+
+class Packable(Protocol):
+    """What a stream needs to know of an encoded record."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_patches(self) -> int: ...
+
+
+class RecordEncoder(Protocol):
+    """How a method turns records into samples and samples into micro-batches. `max_tokens`: of a pack."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def __call__(self, record: Record, dropped: Dropped) -> Any | None:
+        """A `Packable`, or None with a reason noted; the same record always gives the same."""
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """One micro-batch of them, with `inputs` and `num_rows`."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -57,7 +84,7 @@ class MicroBatch:
         return len(self.row_tokens_R)
 
 
-def collate(samples: list[Sample], tokens: TokenIds, position_rule: str = "paddle") -> MicroBatch:
+def collate(samples: Sequence[Sample], tokens: TokenIds, position_rule: str = "paddle") -> MicroBatch:
     """Samples side by side, no padding. The first token of a row is never a target: nothing precedes it."""
     inputs = pack([s.row for s in samples], tokens, position_rule)
     source, target, weight, row = [], [], [], []
@@ -169,6 +196,9 @@ class Encoder:
             return None
         return Sample(encoded.row, encoded.trained_L, weight_L, record.domain, where)
 
+    def collate(self, samples: Sequence[Sample]) -> MicroBatch:
+        return collate(samples, self.processor.tokens)
+
     def _weights(self, encoded: Encoded, weight: float) -> np.ndarray:
         """Tokens of a turn up to and including the end of its thought weigh `thought_weight`, the others `answer_weight`."""
         out = np.full(encoded.num_tokens, weight * self.answer_weight, np.float32)
@@ -191,7 +221,7 @@ class BatchStream:
     def __init__(
         self,
         shard: Shard[Record],
-        encoder: Encoder,
+        encoder: RecordEncoder,
         *,
         rows: int,
         accumulation: int,
@@ -201,9 +231,9 @@ class BatchStream:
         self.shard, self.encoder, self.rows, self.accumulation = shard, encoder, rows, accumulation
         self.packing, self.best_fit = packing, best_fit
         self.dropped = Dropped()
-        self._waiting: list[tuple[int, Sample]] = []
+        self._waiting: list[tuple[int, Packable]] = []
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         while True:
             yield [self._micro_batch() for _ in range(self.accumulation)]
 
@@ -217,15 +247,15 @@ class BatchStream:
         """Passes over the data so far."""
         return self.taken / len(self.shard.mixture)
 
-    def _micro_batch(self) -> MicroBatch:
+    def _micro_batch(self) -> Any:
         samples = (
             [s for _ in range(self.rows) for s in self._pack()]
             if self.packing
             else [self._next()[1] for _ in range(self.rows)]
         )
-        return collate(samples, self.encoder.processor.tokens)
+        return self.encoder.collate(samples)
 
-    def _next(self) -> tuple[int, Sample]:
+    def _next(self) -> tuple[int, Packable]:
         """The next usable row and its position."""
         if self._waiting:
             return self._waiting.pop(0)
@@ -238,7 +268,7 @@ class BatchStream:
             f"no row of the training data can be used: {'; '.join(self.dropped.lines())}; raise max_seq_len or check the data with `data check`"
         )
 
-    def _pack(self) -> list[Sample]:
+    def _pack(self) -> list[Packable]:
         """One sequence of at most max_tokens: rows in reading order, or the best fit among the next WINDOW_ROWS."""
         first = self._next()
         chosen, room = [first[1]], self.encoder.max_tokens - first[1].num_tokens

@@ -188,10 +188,12 @@ class Processor:
         add_generation_prompt: bool = False,
         max_tokens: int | None = None,
         where: str = "",
+        made: dict[tuple[str, int], tuple[np.ndarray, Grid]] | None = None,
     ) -> Encoded:
         """One dialogue as a row. `images` and `videos` fill, in order, the tags and parts that carry no source of their own.
 
-        A medium is whatever `load_image` or `load_video` takes. `where` ("train.jsonl:17") opens errors. Raises ValueError when tags and
+        A medium is whatever `load_image` or `load_video` takes. `where` ("train.jsonl:17") opens errors. `made`: patches by kind and id of the source,
+        read and added to, so that dialogues about one picture cut it once. Raises ValueError when tags and
         media differ in number, for malformed messages and unreadable media, and its subclass RowTooLong above `max_tokens`.
         """
         pieces = self.template.pieces(
@@ -207,7 +209,11 @@ class Processor:
         for piece in pieces:
             if piece.kind in given:
                 source = piece.source if piece.source is not None else given[piece.kind].pop(0)
-                pixels_PC, grid = self._patchify(piece.kind, source, where)
+                key = (piece.kind, id(source))
+                found = made.get(key) if made is not None else None
+                pixels_PC, grid = found or self._patchify(piece.kind, source, where)
+                if made is not None:
+                    made[key] = (pixels_PC, grid)
                 patches.append(pixels_PC)
                 grids.append(grid)
                 new = self._placeholders(piece.kind, grid)

@@ -205,13 +205,10 @@ def read_labelled(f: Fields) -> Record:
 
 
 def read_verifiable(f: Fields) -> Record:
-    """A prompt and what checks its answers. A demonstration that ends the dialogue becomes the only candidate."""
+    """A prompt and what checks its answers. A dialogue that ends with an answer is a demonstration too, and serves both trainings."""
     turns = read_dialogue(f)
-    drafts = []
-    if turns[-1].message["role"] == "assistant":
-        turns, answer = split_answer(f, turns)
-        drafts = [Draft(answer)]
-    return finish(f, "verifiable", turns, drafts, read_reward(f))
+    demonstrated = turns[-1].message["role"] == "assistant"
+    return finish(f, "sft" if demonstrated else "verifiable", turns, reward=read_reward(f))
 
 
 def read_reward(f: Fields) -> Reward:

@@ -1,12 +1,14 @@
-"""Attention over packed segments: every segment attends to itself only, at the cost of the segments, not of the pack.
+"""Attention over packed segments: every segment attends to itself and to the prefix that it continues, at the cost of the segments, not of the pack.
 
-Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal segments in a row of length L, B rows, C cache columns.
+Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal segments in a row of length L, S = L + length of their
+prefixes (0 without), B rows, C cache columns.
 Refuses to know: rope, projections, who calls it. On the CPU neighbouring segments of one length share one product; on a GPU the varlen flash kernel runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -25,14 +27,35 @@ BLOCK_TOKENS = 128
 _FAR = 1e30
 
 
-def runs(offsets: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of segments, length) of each run of neighbouring segments that have one length."""
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring segments of one length (with parents: whose prefixes have one length too), which share one product."""
+
+    start: int  # first token
+    count: int
+    length: int
+    prefix: int = 0  # tokens of each segment's parent
+    parents: tuple[int, ...] = ()  # first token of each segment's parent
+
+    @property
+    def keys(self) -> int:
+        """Keys that the last query of a segment sees."""
+        return self.prefix + self.length
+
+
+def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[Run]:
+    """The runs of a pack, in order. `parents`: for each segment the number of the one that it continues, -1 for none."""
+    lengths = [b - a for a, b in pairwise(offsets)]
+    parents = parents or (-1,) * len(lengths)
+    prefixes = [lengths[p] if p >= 0 else 0 for p in parents]
     start = 0
-    for length, same in groupby(b - a for a, b in pairwise(offsets)):
-        count = len(list(same))
+    for (length, prefix), same in groupby(range(len(lengths)), key=lambda i: (lengths[i], prefixes[i])):
+        segments = list(same)
         if length:
-            yield start, count, length
-        start += count * length
+            yield Run(
+                start, len(segments), length, prefix, tuple(offsets[parents[i]] for i in segments) if prefix else ()
+            )
+        start += len(segments) * length
 
 
 class AttentionPlan:
@@ -42,35 +65,76 @@ class AttentionPlan:
     size is several times faster than one that is broadcast.
     """
 
-    def __init__(self, offsets: tuple[int, ...], causal: bool) -> None:
-        self.offsets, self.causal = offsets, causal
-        self.runs = tuple(runs(offsets))
+    def __init__(self, offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> None:
+        self.offsets, self.causal, self.shared = offsets, causal, parents is not None
+        self.runs = tuple(runs(offsets, parents))
         self._kept: dict[tuple[object, ...], Tensor] = {}
+        self._uses: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
-    def heads_first(self, x_TNH: Tensor, run: tuple[int, int, int], kv_heads: int) -> Tensor:
-        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by position."""
-        _start, n, length = run
+    def heads_first(self, x_TNH: Tensor, run: Run, kv_heads: int, keys: bool = False) -> Tensor:
+        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by position. `keys`: [n, K, S, H], prefixes before."""
         tokens, heads, width = x_TNH.shape
-        rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), self._order(run, heads, kv_heads, inverse=False))
-        return rows.reshape([n, kv_heads, length * (heads // kv_heads), width])
+        length = run.keys if keys else run.length
+        order = self._order(run, heads, kv_heads, keys and run.prefix > 0)
+        rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), order)
+        return rows.reshape([run.count, kv_heads, length * (heads // kv_heads), width])
 
-    def tokens_first(self, x: Tensor, run: tuple[int, int, int], heads: int) -> Tensor:
-        """Inverse of `heads_first`, [n*L, N, H]."""
-        n, kv_heads, _, width = x.shape
-        rows = paddle.gather(x.reshape([-1, width]), self._order(run, heads, kv_heads, inverse=True))
-        return rows.reshape([n * run[2], heads, width])
-
-    def _order(self, run: tuple[int, int, int], heads: int, kv_heads: int, inverse: bool) -> Tensor:
-        key = (run, heads, kv_heads, inverse)
+    def tokens_first(self, x: Tensor, run: Run, heads: int) -> Tensor:
+        """Inverse of `heads_first` for the run's own tokens, [n*L, N, H]."""
+        kv_heads, width = x.shape[1], x.shape[-1]
+        key = (run, heads, kv_heads, "back")
         if key not in self._kept:
-            start, n, length = run
-            rows = np.arange(n * length * heads).reshape(n, length, kv_heads, heads // kv_heads)
-            order = rows.transpose(0, 2, 1, 3).reshape(-1)
-            self._kept[key] = paddle.to_tensor(np.argsort(order) if inverse else order + start * heads)
+            order = _head_rows(np.arange(run.count * run.length).reshape(run.count, run.length), heads, kv_heads)
+            self._kept[key] = paddle.to_tensor(np.argsort(order))
+        rows = paddle.gather(x.reshape([-1, width]), self._kept[key])
+        return rows.reshape([run.count * run.length, heads, width])
+
+    def key_gradients(self, gradients: list[Tensor], kv_heads: int) -> Tensor:
+        """Gradients [n, K, S, H] of each run's keys -> [T, K, H]: what the continuations of a prefix ask of it is added to its own."""
+        if not self.shared:
+            return _join([self.tokens_first(x, run, kv_heads) for x, run in zip(gradients, self.runs, strict=True)], 0)
+        width = gradients[0].shape[-1]
+        own, slots = self._slots(kv_heads)
+        blank = paddle.zeros([1, width], gradients[0].dtype)
+        rows = paddle.concat([*(x.reshape([-1, width]) for x in gradients), blank])
+        total = paddle.gather(rows, own)
+        for slot in slots:
+            total.add_(paddle.gather(rows, slot))
+        return total.reshape([self.offsets[-1], kv_heads, width])
+
+    def _order(self, run: Run, heads: int, kv_heads: int, prefixed: bool) -> Tensor:
+        key = (run, heads, kv_heads, prefixed)
+        if key not in self._kept:
+            own = run.start + np.arange(run.count * run.length).reshape(run.count, run.length)
+            if prefixed:
+                own = np.concatenate([np.asarray(run.parents)[:, None] + np.arange(run.prefix), own], axis=1)
+            self._kept[key] = paddle.to_tensor(_head_rows(own, heads, kv_heads))
         return self._kept[key]
 
+    def _slots(self, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+        """Where the key gradients of each (token, head) lie among the rows of all runs: its own, then one index per further use as a prefix; the
+        row after the last is blank."""
+        if kv_heads in self._uses:
+            return self._uses[kv_heads]
+        own, base = [], 0
+        uses: dict[int, list[np.ndarray]] = {}  # first token of a parent -> rows of each use, [prefix, K]
+        for run in self.runs:
+            rows = base + np.arange(run.count * kv_heads * run.keys).reshape(run.count, kv_heads, run.keys)
+            rows = rows.transpose(0, 2, 1)
+            own.append(rows[:, run.prefix :].reshape(-1))
+            for parent, use in zip(run.parents, rows, strict=False):
+                uses.setdefault(parent, []).append(use[: run.prefix])
+            base += rows.size
+        slots = np.full((max(map(len, uses.values()), default=0), self.offsets[-1], kv_heads), base)
+        for parent, found in uses.items():
+            for j, use in enumerate(found):
+                slots[j, parent : parent + len(use)] = use
+        made = paddle.to_tensor(np.concatenate(own)), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
+        self._uses[kv_heads] = made
+        return made
+
     def mask(self, shape: tuple[int, int], group: int, rows: tuple[int, int], end: int, dtype: paddle.dtype) -> Tensor:
-        """1 where a query sees a key, 0 where the key comes after it, [n, K, rows*G, end]; `shape` is (n, K)."""
+        """1 where a query sees a key, 0 where the key comes after it, [n, K, rows*G, end]; `shape` is (n, K), `rows` counts prefixes too."""
         key = ("mask", *shape, group, rows, end)
         if key not in self._kept:
             query = np.repeat(np.arange(*rows), group)[:, None]
@@ -79,26 +143,33 @@ class AttentionPlan:
             self._kept[key] = self._kept[key].astype(dtype)
         return self._kept[key]
 
-    def blocks(self, length: int) -> Iterator[tuple[int, int, int]]:
+    def blocks(self, run: Run) -> Iterator[tuple[int, int, int]]:
         """(first query, end query, end key) of each product of one segment."""
-        step = BLOCK_TOKENS if self.causal else length
-        for a in range(0, length, step):
-            b = min(a + step, length)
-            yield a, b, b if self.causal else length
+        step = BLOCK_TOKENS if self.causal else run.length
+        for a in range(0, run.length, step):
+            b = min(a + step, run.length)
+            yield a, b, run.prefix + (b if self.causal else run.length)
+
+
+def _head_rows(token_nL: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """(token, head) rows of these tokens in the order segment, key/value head, token, query head of the group."""
+    rows = token_nL[:, :, None] * heads + np.arange(heads)
+    return rows.reshape(*token_nL.shape, kv_heads, heads // kv_heads).transpose(0, 2, 1, 3).reshape(-1)
 
 
 class _SegmentAttention(PyLayer):
     @staticmethod
     def forward(ctx, q_TNH, k_TKH, v_TKH, plan):  # type: ignore[no-untyped-def]
         heads, kv_heads, scale = q_TNH.shape[1], k_TKH.shape[1], q_TNH.shape[2] ** -0.5
-        keep = sum(n * length**2 for _, n, length in plan.runs) * heads * q_TNH.element_size() <= KEEP_PROBS_BYTES
+        probs = sum(run.count * run.length * run.keys for run in plan.runs) * heads
+        keep = probs * q_TNH.element_size() <= KEEP_PROBS_BYTES
         outs, ctx.kept = [], []
         for run in plan.runs:
             q = plan.heads_first(q_TNH, run, kv_heads).scale_(scale)
-            k, v = (plan.heads_first(x, run, kv_heads) for x in (k_TKH, v_TKH))
+            k, v = (plan.heads_first(x, run, kv_heads, keys=True) for x in (k_TKH, v_TKH))
             pieces, parts = [], []
-            for block in plan.blocks(run[2]):
-                e, z = _softmax_parts(q, k, block, plan)
+            for block in plan.blocks(run):
+                e, z = _softmax_parts(q, k, block, run, plan)
                 parts.append((e, z) if keep else None)
                 # Dividing H columns is cheaper than dividing as many as there are keys.
                 pieces.append(scale_rows(paddle.matmul(e, v[:, :, : block[2]]), 1.0 / z))
@@ -121,8 +192,8 @@ class _SegmentAttention(PyLayer):
             # The row sum that softmax's backward subtracts rides along as one more column of the product grad @ v^T.
             v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
             dq, dk, dv = [], None, None
-            for block, kept in reversed(list(zip(plan.blocks(run[2]), parts, strict=True))):
-                e, z = kept or _softmax_parts(q, k, block, plan)
+            for block, kept in reversed(list(zip(plan.blocks(run), parts, strict=True))):
+                e, z = kept or _softmax_parts(q, k, block, run, plan)
                 a, b, end = block
                 rows = slice(a * (heads // kv_heads), b * (heads // kv_heads))
                 # softmax is e / z: z is divided out of the narrow side here too
@@ -133,9 +204,10 @@ class _SegmentAttention(PyLayer):
                 dk = _into(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
                 dv = _into(dv, paddle.matmul(e, g_rows, transpose_x=True))
             grads[0].append(plan.tokens_first(_join(dq[::-1], 2), run, heads).scale_(width**-0.5))
-            grads[1].append(plan.tokens_first(dk, run, kv_heads))
-            grads[2].append(plan.tokens_first(dv, run, kv_heads))
-        return where_needed(ctx.frozen, *(_join(parts, 0) for parts in grads))
+            grads[1].append(dk)
+            grads[2].append(dv)
+        keys, values = (plan.key_gradients(parts, k.shape[1]) for parts in grads[1:])
+        return where_needed(ctx.frozen, _join(grads[0], 0), keys, values)
 
 
 def _join(parts: list[Tensor], axis: int) -> Tensor:
@@ -153,12 +225,15 @@ def _into(total: Tensor | None, part: Tensor) -> Tensor:
     return total
 
 
-def _softmax_parts(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+def _softmax_parts(
+    q: Tensor, k: Tensor, block: tuple[int, int, int], run: Run, plan: AttentionPlan
+) -> tuple[Tensor, Tensor]:
     """(e [n, K, rows*G, end], z [n, K, rows*G, 1]) of one block of scores; its softmax is e / z."""
     a, b, end = block
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // run.length
     e = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
-    live = plan.mask((q.shape[0], q.shape[1]), group, (a, b), end, e.dtype) if plan.causal else None
+    seen = (run.prefix + a, run.prefix + b)
+    live = plan.mask((q.shape[0], q.shape[1]), group, seen, end, e.dtype) if plan.causal else None
     if far := not mkl.near_zero(e):
         if live is not None:
             e.add_((live - 1.0) * _FAR)
@@ -170,10 +245,10 @@ def _softmax_parts(q: Tensor, k: Tensor, block: tuple[int, int, int], plan: Atte
 
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v inside each segment; query head j reads key/value head j // (N/K). Returns [T, N, H]."""
-    if q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
+    """softmax(q k^T / sqrt(H)) v inside each segment and its prefix; query head j reads key/value head j // (N/K). Returns [T, N, H]."""
+    if not plan.shared and q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
         bounds = paddle.to_tensor(plan.offsets, dtype="int32")
-        longest = max(length for _, _, length in plan.runs)
+        longest = max(run.length for run in plan.runs)
         return F.flash_attention.flash_attn_unpadded(
             q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, q_TNH.shape[2] ** -0.5, causal=plan.causal
         )[0]

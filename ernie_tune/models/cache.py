@@ -33,12 +33,12 @@ class KVCache:
         """Copy each segment's keys and values to the end of its row."""
         heads = k_TKH.shape[1]
         if layer == 0:
-            self._plan(offsets, heads)
+            self.plan(offsets, heads)
         for store, x in ((self.keys, k_TKH), (self.values, v_TKH)):
             table = paddle.concat([x.reshape([-1, x.shape[2]]), paddle.zeros([1, x.shape[2]], x.dtype)])
             store[layer] = paddle.gather(table, self._source).reshape([len(offsets) - 1, heads, -1, x.shape[2]])
 
-    def _plan(self, offsets: tuple[int, ...], heads: int) -> None:
+    def plan(self, offsets: tuple[int, ...], heads: int) -> None:
         """Where each (row, head, column) comes from among the packed (token, head) rows; the padding comes from a row of zeros behind them."""
         lengths = np.diff(offsets)
         self.used = int(lengths.max())

@@ -8,7 +8,7 @@ split from outside works unchanged. Checked against architecture.md sections 2-6
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class SequenceContext:
         if inputs.vision_T.any():
             text, vision = (paddle.to_tensor(np.flatnonzero(m)) for m in (~inputs.vision_T, inputs.vision_T))
         return cls(
-            plan=AttentionPlan(inputs.offsets, causal=True),
+            plan=AttentionPlan(inputs.offsets, causal=True, parents=inputs.parents),
             turn_q=turn_factors(angles, config.num_attention_heads, dtype),
             turn_k=turn_factors(angles, config.num_key_value_heads, dtype),
             text_index=text,
@@ -122,6 +122,20 @@ class DecoderLayer(nn.Layer):
         return x_TD + self.mlp(h_TD)
 
 
+class Lookup(nn.Layer):
+    """Rows of a table, as a layer without parameters: where the table is split, another one steps in."""
+
+    def forward(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.embedding(ids_T, weight_VD)
+
+
+class Scores(nn.Layer):
+    """Hidden states times the output matrix, as a layer without parameters: where the matrix is split, another one steps in."""
+
+    def forward(self, hidden_TD: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
+
+
 class Embedding(nn.Layer):
     """Token embedding; rows of placeholders are overwritten, in order, by visual features."""
 
@@ -130,11 +144,12 @@ class Embedding(nn.Layer):
         self.weight = self.create_parameter(
             [c.vocab_size, c.hidden_size], default_initializer=nn.initializer.Constant(0.0)
         )
+        self.lookup = Lookup()
 
     def forward(
         self, ids_T: Tensor, feature_index_F: Tensor | None = None, features_FD: Tensor | None = None
     ) -> Tensor:
-        x_TD = F.embedding(ids_T, self.weight)
+        x_TD = self.lookup(ids_T, self.weight)
         if features_FD is None:
             return x_TD
         return paddle.scatter(x_TD, feature_index_F, features_FD.astype(x_TD.dtype), overwrite=True)
@@ -171,6 +186,13 @@ def default_dtype(dtype: str) -> Iterator[None]:
         paddle.set_default_dtype(before)
 
 
+class Elsewhere(nn.Layer):
+    """Stands where a layer would be that another pipeline stage has, so that the names of the others stay."""
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        raise ValueError("this rank holds a part of the model (pipeline); run it through the pipeline, or on one stage")
+
+
 class ErnieModel(nn.Layer):
     """The whole model on one device. Parameters start at zero (norms at one): fill them with `init_parameters` or from a checkpoint.
 
@@ -191,9 +213,28 @@ class ErnieModel(nn.Layer):
                     self.layers.append(build())
                 else:
                     self.add_sublayer(name, build())
+            self.scores = Scores()
             if config.vision is not None:
                 self.vision_model = VisionTower(config.vision)
                 self.resampler_model = Resampler(config.vision, config.hidden_size, config.rms_norm_eps)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"): what is left of the model on one pipeline stage.
+
+        "lm_head" stands for a tied head, too, which needs the embedding's matrix.
+        """
+        wanted = {*names, "embed_tokens"} if self.config.tie_word_embeddings and "lm_head" in names else names
+        for name in [*(name for name, _ in stages(self.config)), "vision_model", "resampler_model"]:
+            owner, _, leaf = name.rpartition(".")
+            place = self.layers if owner else self
+            if name not in wanted and leaf in place._sub_layers:
+                place.add_sublayer(leaf, Elsewhere())
+        for i, layer in enumerate(self.own_layers()):
+            layer.self_attn.layer = i  # its place in a cache, which holds this rank's layers
+
+    def own_layers(self) -> list[DecoderLayer]:
+        """The decoder layers of this rank, in order."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def features(self, inputs: PackedInput, recompute: Recompute | None = None) -> Tensor | None:
         """Visual features [F, D] of the pack, None without images."""
@@ -203,6 +244,37 @@ class ErnieModel(nn.Layer):
             raise ValueError("a text-only model was given images; load an ERNIE-4.5-VL model or drop the images")
         pixels = paddle.to_tensor(inputs.pixel_values_PC, dtype=self.compute_dtype)
         return self.resampler_model(self.vision_model(pixels, inputs.grid_thw_n3, recompute), inputs.grid_thw_n3)
+
+    def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
+        """The pack as the layers are to see it, and the rows of it that the caller knows (None: all). `decoding`: a cache holds what came before."""
+        return inputs, None
+
+    def context(
+        self,
+        inputs: PackedInput,
+        tap: RouterTap | None = None,
+        cache: KVCache | None = None,
+        recompute: Recompute | None = None,
+    ) -> SequenceContext:
+        """What the decoder layers need to know of the pack. ValueError for shared prefixes with a cache."""
+        if cache is not None and inputs.parents is not None:
+            raise ValueError("parents must be None with a cache, whose rows are whole; pack whole rows")
+        if tap is not None:
+            tap.recomputed = recompute is not None
+        with default_dtype(self.compute_dtype):
+            return SequenceContext.of(inputs, self.config, tap, cache)
+
+    def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
+        """Input of the first decoder layer [T, D]. ValueError where features and placeholders do not match."""
+        index = np.flatnonzero(inputs.placeholder_T)
+        have = 0 if features_FD is None else features_FD.shape[0]
+        if have != len(index):
+            raise ValueError(
+                f"number of visual features ({have}) must equal the number of placeholder tokens ({len(index)}); build both with one processor"
+            )
+        return self.embed_tokens(
+            paddle.to_tensor(inputs.input_ids_T), paddle.to_tensor(index) if have else None, features_FD
+        )
 
     def forward(
         self,
@@ -214,19 +286,8 @@ class ErnieModel(nn.Layer):
     ) -> Tensor:
         """Final hidden states [T, D], after the last norm; `logits` turns them into scores. `recompute(layer, *args)` reruns a layer in its backward."""
         features = self.features(inputs, recompute)
-        index = np.flatnonzero(inputs.placeholder_T)
-        have = 0 if features is None else features.shape[0]
-        if have != len(index):
-            raise ValueError(
-                f"number of visual features ({have}) must equal the number of placeholder tokens ({len(index)}); build both with one processor"
-            )
-        if tap is not None:
-            tap.recomputed = recompute is not None
-        with default_dtype(self.compute_dtype):
-            ctx = SequenceContext.of(inputs, self.config, tap, cache)
-        x_TD = self.embed_tokens(
-            paddle.to_tensor(inputs.input_ids_T), paddle.to_tensor(index) if have else None, features
-        )
+        x_TD = self.embed(inputs, features)
+        ctx = self.context(inputs, tap, cache, recompute)
         for layer in self.layers:
             x_TD = recompute(layer, x_TD, ctx) if recompute else layer(x_TD, ctx)
         return self.norm(x_TD)
@@ -240,4 +301,4 @@ class ErnieModel(nn.Layer):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores [T, V] in the model's dtype."""
         weight, transposed = self.head_weight()
-        return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
+        return self.scores(hidden_TD, weight, transposed)

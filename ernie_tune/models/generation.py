@@ -116,7 +116,7 @@ class RunningBatch:
         for prompt in prompts:
             self.check(prompt)
         packed = pack([prompt.row for prompt in prompts], self.tokens, self.position_rule)
-        cache = KVCache(self.model.config.num_hidden_layers)
+        cache = KVCache(len(self.model.own_layers()))
         with paddle.no_grad():
             hidden_TD = self.model(packed, cache=cache)
             cache.prefilling = False

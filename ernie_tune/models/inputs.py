@@ -6,6 +6,7 @@ Source of the rules: architecture.md 2.3 (positions), 3.2 (token -> modality), 4
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PackedInput:
-    """What the model's forward takes. Segment i owns tokens [offsets[i], offsets[i+1]); attention never leaves its segment."""
+    """What the model's forward takes. Segment i owns tokens [offsets[i], offsets[i+1]); attention never leaves its segment and the one it continues."""
 
     input_ids_T: np.ndarray  # int64
     position_ids_T3: np.ndarray  # int64 (time, height, width), restarting in each segment
@@ -39,6 +40,9 @@ class PackedInput:
     offsets: tuple[int, ...]  # segment bounds, first 0, last T
     pixel_values_PC: np.ndarray | None = None
     grid_thw_n3: np.ndarray | None = None
+    parents: tuple[int, ...] | None = (
+        None  # for each segment the number of the one that it continues, -1: none; None: none has
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -112,23 +116,103 @@ def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedI
     """Concatenate rows into one flat input. No padding exists; each row is one segment. Raises ValueError for an empty row or a mismatch."""
     if not rows:
         raise ValueError("rows (0) must be at least 1; pass one or more rows to pack")
-    empty = [i for i, r in enumerate(rows) if len(r.input_ids_L) == 0]
-    if empty:
-        raise ValueError(f"row {empty[0]} has 0 tokens, must have at least 1; drop empty rows before packing")
+    for i, row in enumerate(rows):
+        _check_row(i, row)
+    return _joined(
+        [_Segment(row, position_ids(row.input_ids_L, row.grid_thw_n3, tokens, rule)) for row in rows], tokens
+    )
+
+
+def pack_families(
+    families: Sequence[tuple[Sequence[Row], int]], tokens: TokenIds, rule: str = "paddle"
+) -> tuple[PackedInput, list[list[np.ndarray]]]:
+    """Pack families of rows; those of one share their first `shared` tokens, images included, which are packed once: a segment that the rest of each row
+    continues. `shared` 0: each row is a segment of its own. Also returns, for each row of each family, where its tokens lie in the pack.
+
+    Segments of one length lie side by side, since these share products. Raises ValueError as `pack`, and for rows that do not share what they should.
+    """
+    segments: list[_Segment] = []
+    for number, (rows, shared) in enumerate(families):
+        for row in rows:
+            _check_row(number, row)
+        _check_family(number, rows, shared, tokens)
+        if shared:
+            first = rows[0]
+            head = Row(first.input_ids_L[:shared], first.pixel_values_PC, first.grid_thw_n3)
+            segments.append(_Segment(head, position_ids(first.input_ids_L, first.grid_thw_n3, tokens, rule)[:shared]))
+        parent = len(segments) - 1 if shared else -1
+        for row in rows:
+            positions = position_ids(row.input_ids_L, row.grid_thw_n3, tokens, rule)[shared:]
+            rest = Row(row.input_ids_L[shared:]) if shared else row
+            segments.append(_Segment(rest, positions, parent))
+    lengths = [len(s.row.input_ids_L) for s in segments]
+    order = sorted(range(len(segments)), key=lambda i: (_prefix(segments, lengths, i), lengths[i]))
+    inputs = _joined([segments[i] for i in order], tokens)
+    place = {i: k for k, i in enumerate(order)}
+    parents = tuple(place[segments[i].parent] if segments[i].parent >= 0 else -1 for i in order)
+    if max(parents, default=-1) >= 0:
+        inputs = dataclasses.replace(inputs, parents=parents)
+
+    def where(i: int) -> np.ndarray:
+        own = inputs.offsets[place[i]] + np.arange(lengths[i])
+        return np.concatenate([where(segments[i].parent), own]) if segments[i].parent >= 0 else own
+
+    found, cursor = [], 0
+    for rows, shared in families:
+        cursor += int(shared > 0)
+        found.append([where(cursor + j) for j in range(len(rows))])
+        cursor += len(rows)
+    return inputs, found
+
+
+@dataclass(frozen=True)
+class _Segment:
+    row: Row
+    positions_L3: np.ndarray
+    parent: int = -1
+
+
+def _prefix(segments: Sequence[_Segment], lengths: Sequence[int], i: int) -> int:
+    return lengths[segments[i].parent] if segments[i].parent >= 0 else 0
+
+
+def _check_row(number: int, row: Row) -> None:
+    if len(row.input_ids_L) == 0:
+        raise ValueError(f"row {number} has 0 tokens, must have at least 1; drop empty rows before packing")
+    want = 0 if row.grid_thw_n3 is None else int(np.prod(np.asarray(row.grid_thw_n3, np.int64), axis=1).sum())
+    have = 0 if row.pixel_values_PC is None else len(row.pixel_values_PC)
+    if want != have:
+        raise ValueError(
+            f"row {number}: number of patches ({have}) must equal the sum of T*Hp*Wp over grid_thw ({want}); build both with the same processor"
+        )
+
+
+def _check_family(number: int, rows: Sequence[Row], shared: int, tokens: TokenIds) -> None:
+    if not rows:
+        raise ValueError(f"family {number} (0 rows) must have at least 1; drop it")
+    shortest = min(len(row.input_ids_L) for row in rows)
+    if not 0 <= shared < shortest:
+        raise ValueError(
+            f"shared ({shared}) must be at least 0 and below the family's shortest row ({shortest}); lower it"
+        )
+    head = rows[0].input_ids_L[:shared]
+    if any(not np.array_equal(row.input_ids_L[:shared], head) for row in rows):
+        raise ValueError(f"family {number}: rows must have the same first {shared} tokens; set shared to 0")
+    if shared and any(np.isin(row.input_ids_L[shared:], tokens.placeholders()).any() for row in rows):
+        raise ValueError(
+            f"family {number}: images must lie within the first {shared} tokens of its rows; set shared to 0"
+        )
+
+
+def _joined(segments: Sequence[_Segment], tokens: TokenIds) -> PackedInput:
+    rows = [s.row for s in segments]
     ids = np.concatenate([np.asarray(r.input_ids_L, np.int64) for r in rows])
     grids = [np.asarray(r.grid_thw_n3, np.int64) for r in rows if r.grid_thw_n3 is not None and len(r.grid_thw_n3)]
     pixels = [np.asarray(r.pixel_values_PC) for r in rows if r.pixel_values_PC is not None and len(r.pixel_values_PC)]
-    for i, r in enumerate(rows):
-        want = 0 if r.grid_thw_n3 is None else int(np.prod(np.asarray(r.grid_thw_n3, np.int64), axis=1).sum())
-        have = 0 if r.pixel_values_PC is None else len(r.pixel_values_PC)
-        if want != have:
-            raise ValueError(
-                f"row {i}: number of patches ({have}) must equal the sum of T*Hp*Wp over grid_thw ({want}); build both with the same processor"
-            )
     placeholder = np.isin(ids, tokens.placeholders())
     return PackedInput(
         input_ids_T=ids,
-        position_ids_T3=np.concatenate([position_ids(r.input_ids_L, r.grid_thw_n3, tokens, rule) for r in rows]),
+        position_ids_T3=np.concatenate([s.positions_L3 for s in segments]),
         vision_T=placeholder | np.isin(ids, tokens.markers()),
         placeholder_T=placeholder,
         offsets=tuple(np.cumsum([0, *(len(r.input_ids_L) for r in rows)]).tolist()),

@@ -188,6 +188,22 @@ class Experts(nn.Layer):
         return self.down_product(swiglu(gate, up), self.down_proj, counts)
 
 
+@dataclass(frozen=True)
+class ExpertWork:
+    """One family's part of one layer: the experts, and the rows for them, sorted by expert, `counts[e]` for expert e. No rows: None."""
+
+    experts: Experts
+    rows_MD: Tensor | None
+    counts: tuple[int, ...]
+
+
+class ExpertRows(nn.Layer):
+    """Each family's rows through its experts, as a layer without parameters: where the experts live elsewhere, another one steps in."""
+
+    def forward(self, work: list[ExpertWork]) -> list[Tensor | None]:
+        return [None if w.rows_MD is None else w.experts(w.rows_MD, w.counts) for w in work]
+
+
 class _Halves(PyLayer):
     """Split the last axis in two. Paddle's slice backward adds two zero-filled copies instead of concatenating."""
 
@@ -228,6 +244,23 @@ def route(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min:
     chosen = paddle.topk(probs.detach() + bias_E, top_k, axis=-1)[1]
     weight = paddle.take_along_axis(probs, chosen, axis=1)
     return Routing(logits, weight / weight.sum(-1, keepdim=True).clip(min=norm_min), chosen)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """One modality's (token, expert) pairs, sorted by expert, and the way back to tokens."""
+
+    rows_MD: Tensor
+    counts: tuple[int, ...]
+    weight_Tk: Tensor
+    order_M: Tensor
+    token_of_M: Tensor
+    slot_of_Tk: Tensor
+    loss: Tensor | None
+
+    def combined(self, out_MD: Tensor) -> Tensor:
+        """The weighted sum of each token's expert outputs."""
+        return combine(out_MD, self.weight_Tk, self.order_M, self.token_of_M, self.slot_of_Tk)
 
 
 class _Gate(nn.Layer):
@@ -272,6 +305,7 @@ class MoELayer(nn.Layer):
         self.text_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[0])
         if moe.num_modalities == 2:
             self.vision_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[1])
+        self.expert_rows = ExpertRows()
         if moe.num_shared_experts:
             self.shared_experts = GatedMLP(config.hidden_size, moe.shared_intermediate_size)
 
@@ -279,23 +313,34 @@ class MoELayer(nn.Layer):
         self, x_TD: Tensor, text_index: Tensor | None, vision_index: Tensor | None, tap: RouterTap | None = None
     ) -> Tensor:
         """`text_index`/`vision_index`: positions of each modality's tokens; both None: every token is text."""
-        by_modality = [
-            (m, index) for m, index in enumerate((text_index, vision_index)) if index is not None and index.shape[0]
-        ]
+        indices = (text_index, vision_index)
         if vision_index is None:
-            out, loss = self._modality(x_TD, 0, tap)
+            parts = {0: self._sort(x_TD, 0, tap)}
         else:
-            parts = [self._modality(paddle.gather(x_TD, index), m, tap) for m, index in by_modality]
-            order = paddle.concat([index for _, index in by_modality])
+            parts = {
+                m: self._sort(paddle.gather(x_TD, index), m, tap)
+                for m, index in enumerate(indices)
+                if index is not None and index.shape[0]
+            }
+        nothing = (0,) * self.moe.num_experts
+        families = (self.text_experts, self.vision_experts) if self.moe.num_modalities == 2 else (self.text_experts,)
+        work = [
+            ExpertWork(experts, parts[m].rows_MD, parts[m].counts) if m in parts else ExpertWork(experts, None, nothing)
+            for m, experts in enumerate(families)
+        ]
+        outs = {m: parts[m].combined(rows) for m, rows in enumerate(self.expert_rows(work)) if rows is not None}
+        if vision_index is None:
+            out = outs[0]
+        else:
+            order = paddle.concat([indices[m] for m in parts])
             # `order` is a permutation; gathering by its inverse puts every token back where it was.
-            out = paddle.gather(paddle.concat([y for y, _ in parts]), paddle.argsort(order))
-            losses = [one for _, one in parts if one is not None]
-            loss = sum(losses[1:], losses[0]) if losses else None
-        if loss is not None and tap is not None:
-            out = _AddLoss.apply(out, loss, tap.scale)
+            out = paddle.gather(paddle.concat([outs[m] for m in parts]), paddle.argsort(order))
+        losses = [part.loss for part in parts.values() if part.loss is not None]
+        if losses and tap is not None:
+            out = _AddLoss.apply(out, sum(losses[1:], losses[0]), tap.scale)
         return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
 
-    def _modality(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> tuple[Tensor, Tensor | None]:
+    def _sort(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> _Sorted:
         weight_DE = self.gate.of(modality)
         r = route(
             x_TD, weight_DE, self.moe_statics.e_score_correction_bias[modality], self.moe.top_k, self.moe.norm_min
@@ -305,28 +350,22 @@ class MoELayer(nn.Layer):
         counts_E = paddle.bincount(pair_expert, minlength=self.moe.num_experts)
         token_of_M = order_M // self.moe.top_k
         slot_of_Tk = paddle.argsort(order_M).reshape(r.chosen_Tk.shape)
-        experts = self.vision_experts if modality else self.text_experts
         x_MD = (
             _Dispatch.apply(x_TD, token_of_M, slot_of_Tk)
             if paddle.is_grad_enabled()
             else paddle.gather(x_TD, token_of_M)
         )
-        out_MD = experts(x_MD, tuple(counts_E.tolist()))
-        out = combine(out_MD, r.weight_Tk, order_M, token_of_M, slot_of_Tk)
-        if tap is None:
-            return out, None
-        first_pass = not (tap.recomputed and paddle.is_grad_enabled())
-        if tap.count_usage and first_pass:
-            self.moe_statics.expert_usage[modality] += counts_E
-        if tap.keep and first_pass:
-            tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
-        # A frozen router gets no loss: its gradient would only reach the layers below it (architecture.md 3.6).
-        loss = (
-            router_loss(r.logits_TE, weight_DE, self.moe.top_k, tap.weights, modality)
-            if tap.weights and not weight_DE.stop_gradient
-            else None
-        )
-        return out, loss
+        loss = None
+        if tap is not None:
+            first_pass = not (tap.recomputed and paddle.is_grad_enabled())
+            if tap.count_usage and first_pass:
+                self.moe_statics.expert_usage[modality] += counts_E
+            if tap.keep and first_pass:
+                tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
+            # A frozen router gets no loss: its gradient would only reach the layers below it (architecture.md 3.6).
+            if tap.weights and not weight_DE.stop_gradient:
+                loss = router_loss(r.logits_TE, weight_DE, self.moe.top_k, tap.weights, modality)
+        return _Sorted(x_MD, tuple(counts_E.tolist()), r.weight_Tk, order_M, token_of_M, slot_of_Tk, loss)
 
 
 def update_correction_bias(model: nn.Layer, coefficient: float) -> None:

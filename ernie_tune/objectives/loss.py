@@ -16,3 +16,32 @@ class LossOut:
     total: Tensor
     count: float
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def combine(
+    terms: Mapping[str, LossOut], weights: Mapping[str, float], counts: Mapping[str, float], label: str = "loss/{}"
+) -> LossOut:
+    """This micro-batch's share of sum_k weight_k * total_k / count_k; `counts` are each term's *global* divisor, so the result's own divisor is 1.
+
+    A term whose global count is 0 is absent and adds 0 (with a graph, so that a rank without it still walks backward). Metrics: each term's own, and
+    `label` with the term's name. Raises ValueError for a term that has units here and no global count, and for one without a weight.
+    """
+    if not terms:
+        raise ValueError("terms (0) must name at least one loss; give loss_type a name")
+    total = None
+    metrics: dict[str, tuple[float, float]] = {}
+    for name, out in terms.items():
+        if name not in weights:
+            raise ValueError(f"term {name} must have a weight, one of {', '.join(weights)}; add it to the weights")
+        divisor = counts.get(name, 0.0)
+        if out.count and not divisor:
+            raise ValueError(
+                f"term {name} ({out.count:g} units here) must be counted globally (0); sum its counts over the window"
+            )
+        part = out.total * (weights[name] / divisor if divisor else 0.0)
+        total = part if total is None else total + part
+        metrics.update(out.metrics)
+        if out.count:
+            metrics[label.format(name)] = (float(out.total.detach()), out.count)
+    assert total is not None
+    return LossOut(total, 1.0, metrics)

@@ -1,12 +1,13 @@
 """Low-rank adapters of linear layers and of stacked experts: y + scaling * (x A) B, with rsLoRA, LoRA+, DoRA and dropout (methods.md 4.13).
 
 Legend: T tokens, M (token, expert) pairs sorted by expert, I input width, O output width, r rank, n adapted experts. Refuses to know: which
-modules get an adapter, files. A tensor-parallel version overrides `LinearLora.project`: there the r values of a token cross the ranks.
+modules get an adapter, files. Under tensor parallelism a factor is split as its weight is (`slots.ADAPTER_PLAN`) and `sum_over` adds up over ranks.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,8 @@ class LinearLora(nn.Layer):
         if config.use_dora:
             with paddle.no_grad():
                 self.magnitude = parameter(self, column_norms(weight).astype("float32").numpy(), dtype)
+        # Adds up over the ranks that hold the other rows of the weight; set from outside where it is split by rows.
+        self.sum_over: Callable[[Tensor], Tensor] | None = None
 
     def project(self, x_TI: Tensor) -> Tensor:
         """scaling * x A, [T, r]."""
@@ -135,7 +138,7 @@ class LinearLora(nn.Layer):
             return _add_product(out_TO, self.project(args[0]), self.lora_B)
         bare = out_TO if linear.bias is None else out_TO - linear.bias
         with paddle.no_grad():
-            norm_O = column_norms(linear.weight + self.delta())
+            norm_O = column_norms(linear.weight + self.delta(), self.sum_over)
         scaled = _ScaleColumns.apply(_add_product(bare, self.project(args[0]), self.lora_B), self.magnitude / norm_O)
         return scaled if linear.bias is None else scaled + linear.bias
 
@@ -161,6 +164,20 @@ class ExpertLora(nn.Layer):
         fresh = np.stack([draw_factor(f"{name}.{e}", (n_in, config.r), config.seed) for e in experts])
         self.lora_A = parameter(self, fresh, dtype)
         self.lora_B = parameter(self, np.zeros((len(experts), config.r, n_out), np.float32), dtype)
+
+    def cut(self, rank: int, size: int, total: int) -> tuple[int, ...]:
+        """Keep the adapters of the rank's run of all `total` experts, which are numbered from 0 there; returns which adapters those are. Without any
+        the layer passes its input on."""
+        first, per = rank * (total // size), total // size
+        kept = [j for j, e in enumerate(self.experts) if first <= e < first + per]
+        self.experts = tuple(self.experts[j] - first for j in kept)
+        for leaf, value in list(self._parameters.items()):
+            if kept:
+                self._parameters[leaf] = local = parameter(self, value.numpy()[kept], value.dtype)
+                local.stop_gradient = value.stop_gradient
+            else:
+                del self._parameters[leaf]
+        return tuple(kept)
 
     def forward(self, product: nn.Layer, args: tuple[Any, ...], out_MO: Tensor) -> Tensor:
         x_MI, _, counts = args
@@ -226,10 +243,11 @@ def _fill_gaps(parts: list[Tensor], spans: tuple[tuple[int, int, int], ...], gap
     return paddle.concat(out) if len(out) > 1 else out[0]
 
 
-def column_norms(weight_IO: Tensor) -> Tensor:
-    """L2 norm of each column, [O], computed in float32 at least."""
+def column_norms(weight_IO: Tensor, sum_over: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """L2 norm of each column, [O], computed in float32 at least. `sum_over`: adds up over the ranks that hold the other rows."""
     wide = weight_IO if weight_IO.dtype == paddle.float64 else weight_IO.astype("float32")
-    return paddle.sqrt(column_sum(wide * wide)).astype(weight_IO.dtype)
+    squares_O = column_sum(wide * wide)
+    return paddle.sqrt(squares_O if sum_over is None else sum_over(squares_O)).astype(weight_IO.dtype)
 
 
 def column_sum(x_IO: Tensor) -> Tensor:

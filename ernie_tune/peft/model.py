@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import FLOAT_CODES
 from ernie_tune.models.cache import KVCache
-from ernie_tune.models.ernie import ErnieModel, Recompute
+from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
 from ernie_tune.peft import build, slots
@@ -35,7 +35,7 @@ from ernie_tune.peft.lora import ExpertLora, LinearLora
 from ernie_tune.peft.quantize import SWAPPED, is_quantised
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.peft.targets import modules_named
-from ernie_tune.peft.virtual_tokens import Prompt, with_virtual_tokens
+from ernie_tune.peft.virtual_tokens import LengthenedInput, Prompt, with_virtual_tokens
 
 
 @dataclass
@@ -132,12 +132,34 @@ class PeftModel(ErnieModel):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The model as it was before any adapter, bit for bit, for the length of a `with`: the reference policy."""
+        with self.acting(None):
+            yield
+
+    @contextlib.contextmanager
+    def acting(self, name: str | None) -> Iterator[None]:
+        """Let another adapter act (None: none) for the length of a `with`, without a change of what is trained."""
+        if name is not None:
+            self._get(name)
         before = self.active
-        self._activate(None)
+        self._activate(name)
         try:
             yield
         finally:
             self._activate(before)
+
+    def copy_adapter(self, source: str, name: str) -> None:
+        """A frozen copy of adapter `source` under a new name; the active one stays active."""
+        before, config = self.active, self._get(source).config
+        self.add_adapter(config, name)
+        self.mix_adapter(source, name, 1.0)
+        if before is not None:
+            self.set_adapter(before)
+
+    def mix_adapter(self, source: str, name: str, share: float) -> None:
+        """Move the tensors of adapter `name` towards those of `source`: share * source + (1 - share) * name."""
+        with paddle.no_grad():
+            for mine, other in zip(self._get(name).parameters(), self._get(source).parameters(), strict=True):
+                mine.set_value(other * share + mine * (1 - share) if share < 1 else other.clone())
 
     def _get(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -168,33 +190,53 @@ class PeftModel(ErnieModel):
         recompute: Recompute | None = None,
     ) -> Tensor:
         """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""
-        run = super().forward
+        longer, real_T = self.prepared(inputs, decoding=cache is not None and not cache.prefilling)
         again = opened(recompute) if recompute else None
+        hidden = super().forward(longer, tap=tap, cache=cache, recompute=again)
+        return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
+
+    def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
+        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix, which a cache holds already when decoding."""
         config = self.adapters[self.active].config if self.active else None
         if not isinstance(config, PromptConfig | PrefixConfig):
-            return run(inputs, tap=tap, cache=cache, recompute=again)
+            return inputs, None
         count = config.num_virtual_tokens
         shift = count if isinstance(config, PromptConfig) else 0
-        if cache is not None and not cache.prefilling:
-            moved = dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift)
-            return run(moved, tap=tap, cache=cache, recompute=again)
-        longer, real_T = with_virtual_tokens(inputs, count, shift)
-        with self._prompt_rows(longer):
-            hidden = run(longer, tap=tap, cache=cache, recompute=again)
-        return paddle.gather(hidden, paddle.to_tensor(real_T))
+        if decoding:
+            return dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift), None
+        return with_virtual_tokens(inputs, count, shift)
 
-    @contextlib.contextmanager
-    def _prompt_rows(self, longer: PackedInput) -> Iterator[None]:
-        """Tell an active prompt which rows of the embedding are its own."""
+    def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
+        """As `ErnieModel.embed`; an active prompt is told which rows are its own."""
         layers = self.adapters[self.active].places.values() if self.active else ()
-        prompts = [layer for layer in layers if isinstance(layer, Prompt)]
+        lengthened = isinstance(inputs, LengthenedInput)
+        prompts = [layer for layer in layers if lengthened and isinstance(layer, Prompt)]
         for prompt in prompts:
-            prompt.claim(longer.offsets)
+            prompt.claim(inputs.offsets)
         try:
-            yield
+            return super().embed(inputs, features_FD)
         finally:
             for prompt in prompts:
                 prompt.claim(None)
+
+    def keep(self, names: Collection[str]) -> None:
+        """As `ErnieModel.keep`; adapters go with their layers."""
+        super().keep(names)
+        self.base.keep(names)
+        layers = {name for name, layer in self.named_sublayers() if not isinstance(layer, Elsewhere)}
+
+        def kept(parameter: str) -> bool:
+            return parameter.rpartition(".")[0] in layers
+
+        for name, adapter in self.adapters.items():
+            if "embed_tokens" in adapter.places and "embed_tokens" in layers - set(
+                names
+            ):  # here as the head's matrix only
+                slots.detach(self.embed_tokens, name)
+                del adapter.places["embed_tokens"]
+            adapter.places = {module: layer for module, layer in adapter.places.items() if module in layers}
+            adapter.copies = {key: value for key, value in adapter.copies.items() if kept(key)}
+        self.originals = {key: value for key, value in self.originals.items() if kept(key)}
 
     def learning_rate_scale(self, name: str) -> float:
         """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the optimizer's groups."""

@@ -21,9 +21,10 @@ PARTS: dict[str, str] = {
     "head": r"lm_head\.",
     "vision tower": r"vision_model\.",
     "resampler": r"resampler_model\.",
+    "reward head": r"reward_head\.",
 }
 _PATTERNS = {part: re.compile(pattern) for part, pattern in PARTS.items()}
-DECODER = tuple(part for part in PARTS if part not in ("vision tower", "resampler"))
+DECODER = tuple(part for part in PARTS if part not in ("vision tower", "resampler", "reward head"))
 
 # The words of `freeze_config` (ecosystem.md 4.1), without "freeze_".
 TOWERS: dict[str, tuple[str, ...]] = {

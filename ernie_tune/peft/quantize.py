@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -19,31 +18,15 @@ from paddle.autograd import PyLayer
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across
 from ernie_tune.models.moe import Experts
+from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """Bits of linear layers and of experts, and whether the embedding (and with it a tied head) becomes int8."""
-
-    linear: int
-    experts: int
-    embedding: bool
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "weight_only_int8": Algorithm(8, 8, embedding=True),
-    "weight_only_int4": Algorithm(4, 4, embedding=True),
-    "weight_only_mix": Algorithm(8, 4, embedding=False),  # as ERNIEKit and FastDeploy do (parallel.md 3.2)
-}
-GROUP_ROWS = 64
 
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
-    groups = n_in // GROUP_ROWS if bits == 4 and n_in % GROUP_ROWS == 0 else 1
+    groups = num_groups(n_in, bits)
     grouped = weight_IO.astype(np.float32).reshape(groups, n_in // groups, n_out)
     scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
     scale[scale == 0] = 1.0
@@ -55,8 +38,17 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 def pack_halves(codes_IO: np.ndarray) -> np.ndarray:
     """int4 codes in [-8, 7] plus 8, two to a byte: byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half."""
-    low, high = (codes_IO + 8).astype(np.uint8).reshape(2, codes_IO.shape[0] // 2, codes_IO.shape[1])
+    low, high = np.split((codes_IO + 8).astype(np.uint8), 2, axis=-2)
     return low | high << 4
+
+
+def unpack_halves(packed: np.ndarray) -> np.ndarray:
+    """Inverse of `pack_halves`, int8; a stack of matrices too."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-2).astype(np.int8) - 8
+
+
+def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
+    return np.ascontiguousarray(np.split(values, size, axis=axis)[rank])
 
 
 class QuantizedWeight(nn.Layer):
@@ -81,6 +73,33 @@ class QuantizedWeight(nn.Layer):
         parts = [quantize(matrix.astype("float32").numpy(), bits) for matrix in stack]
         codes, scale = (np.stack(x) if weight.ndim == 3 else x[0] for x in zip(*parts, strict=True))
         return cls(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(weight.dtype), bits)
+
+    def cut(self, axis: int | None, rank: int, size: int) -> None:
+        """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
+
+        Raises ValueError where the part would cut a group of 4-bit rows, or does not divide.
+        """
+        dim = 0 if axis is None else axis - 2
+        if self.shape[dim] % size:
+            raise ValueError(f"dimension {self.shape} must be divisible by {size} ranks; lower the degree")
+        codes, scale, rows = self.codes, self.scale, self.shape[-2]
+        if axis == 0 and self.bits == 4:
+            if scale.shape[-2] > 1 and rows // size % GROUP_ROWS:
+                raise ValueError(
+                    f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
+                )
+            codes = pack_halves(_part(unpack_halves(codes.numpy()), -2, rank, size))
+        else:
+            codes = _part(codes.numpy(), dim, rank, size)
+        shared = axis == 0 and scale.shape[-2] == 1  # one scale for all rows
+        kept = scale.astype("float32").numpy() if shared else _part(scale.astype("float32").numpy(), dim, rank, size)
+        shape = list(self.shape)
+        shape[dim] //= size
+        self.shape = tuple(shape)
+        self.register_buffer("codes", paddle.to_tensor(codes))
+        self.register_buffer("scale", paddle.to_tensor(kept).astype(scale.dtype))
+        groups, rows = kept.shape[-2], self.shape[-2]
+        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
 
     def dense(self, expert: int | None = None) -> Tensor:
         """The rounded matrix [I, O]; of one expert where they are stacked."""

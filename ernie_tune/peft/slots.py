@@ -12,6 +12,12 @@ from paddle import Tensor, nn
 
 NAME = "adapters"
 
+# How a sharding table cuts the adapters of a layer that it cuts by columns or rows: tensor -> (axis; whether the gradient of a whole one is a partial sum).
+ADAPTER_PLAN: dict[str, dict[str, tuple[int | None, bool]]] = {
+    "column": {"lora_A": (None, True), "lora_B": (1, False), "magnitude": (0, False), "prefix": (0, False)},
+    "row": {"lora_A": (0, False), "lora_B": (None, True), "magnitude": (None, True)},
+}
+
 
 class Slot(nn.Layer):
     """The adapters of one module. An adapter is called with the module, its arguments and its output, and returns the new output."""

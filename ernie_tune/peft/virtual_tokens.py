@@ -8,7 +8,6 @@ Legend: T tokens, k virtual tokens, S segments, D width, K key/value heads, H he
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from typing import Any
 
@@ -23,11 +22,19 @@ from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.lora import draw_factor, parameter
 
 
-def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[PackedInput, np.ndarray]:
+class LengthenedInput(PackedInput):
+    """A pack with virtual tokens before every segment."""
+
+
+def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[LengthenedInput, np.ndarray]:
     """The pack with `count` text tokens (id 0) before every segment, and the rows of the real tokens in it.
 
-    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0, else all at 0.
+    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0, else all at 0. Raises ValueError for shared prefixes.
     """
+    if inputs.parents is not None:
+        raise ValueError(
+            "parents must be None with virtual tokens, which begin every segment; pack whole rows (prefix_sharing: false)"
+        )
     segments = len(inputs.offsets) - 1
     real_T = np.arange(inputs.num_tokens) + count * np.repeat(np.arange(1, segments + 1), inputs.segment_lengths)
     size = inputs.num_tokens + count * segments
@@ -41,14 +48,14 @@ def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[Pa
     positions = spread(inputs.position_ids_T3 + shift)
     if shift:
         positions[virtual_rows(offsets, count)] = np.tile(np.arange(count), segments)[:, None]
-    longer = dataclasses.replace(
-        inputs,
-        input_ids_T=spread(inputs.input_ids_T),
-        position_ids_T3=positions,
-        vision_T=spread(inputs.vision_T),
-        placeholder_T=spread(inputs.placeholder_T),
-        offsets=offsets,
-    )
+    changed = {
+        "input_ids_T": spread(inputs.input_ids_T),
+        "position_ids_T3": positions,
+        "vision_T": spread(inputs.vision_T),
+        "placeholder_T": spread(inputs.placeholder_T),
+        "offsets": offsets,
+    }
+    longer = LengthenedInput(**{**vars(inputs), **changed})
     return longer, real_T
 
 

@@ -21,6 +21,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ernie_tune.train.writers import Writer
+
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
 History = list[dict[str, Any]]
 
@@ -145,8 +147,9 @@ class RunLog:
         resume_step: int | None = None,
         history: Sequence[Mapping[str, Any]] = (),
         echo: Callable[[str], None] = print,
+        writers: Sequence[Writer] = (),
     ) -> None:
-        self.output_dir, self.is_main, self._echo = output_dir, is_main, echo
+        self.output_dir, self.is_main, self._echo, self._writers = output_dir, is_main, echo, writers
         path = output_dir / LOG_FILE
         self.history: History = [dict(record) for record in history]
         self._columns: list[str] = []
@@ -169,6 +172,8 @@ class RunLog:
             with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(_json_line(record))
             self._add_row(record)
+            for writer in self._writers:
+                writer.write(step, record)
             self.info(console_line(step, values, epoch))
         return record
 
@@ -176,6 +181,11 @@ class RunLog:
         """Print one stamped line."""
         if self.is_main:
             self._echo(stamp(message, level))
+
+    def close(self) -> None:
+        """End the further loggers; the run's own files are complete after every record."""
+        for writer in self._writers:
+            writer.close()
 
     def header(self, facts: RunFacts) -> None:
         for line in header_lines(facts):

@@ -1,8 +1,8 @@
 """THE loop: windows of micro-batches in, one record per optimizer step out. Saving, evaluating and logging are the caller's `if`s.
 
 What changes a gradient happens in `_step`, in this order: seed, forward and backward of each micro-batch, one division by the window's global
-count, clipping, AdamW, the router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last good ones.
-Refuses to know: the method (an `Objective`), the data's origin, files.
+count, the sum over ranks, clipping, AdamW, the router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last
+good ones. Refuses to know: the method (an `Objective`), how many processes there are (an `Engine`), the data's origin, files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import paddle
 from paddle import Tensor
-from paddle.utils import unique_name
 
-from ernie_tune.models.moe import RouterTap, update_correction_bias
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.train.objective import Objective, forward_loss
-from ernie_tune.train.optim import Schedule, clip_, global_norm
+from ernie_tune.train.engine import Engine, Window, Work
+from ernie_tune.train.objective import Objective
+from ernie_tune.train.optim import Schedule
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Loop:
         optimizer: paddle.optimizer.Optimizer,
         schedule: Schedule,
         settings: LoopSettings,
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.schedule, self.settings = (
             model,
@@ -66,6 +66,8 @@ class Loop:
             schedule,
             settings,
         )
+        self.engine = engine or Engine()
+        self._checked = False
         self.parameters = [p for p in model.parameters() if not p.stop_gradient]
         self.step = self.tokens = self.rows = 0
         self.seconds = 0.0
@@ -88,52 +90,42 @@ class Loop:
         self.step, self.seconds, self.tokens, self.rows = (state[k] for k in ("step", "seconds", "tokens", "rows"))
 
     def _step(self, window: Sequence[Any], start: float) -> StepRecord:
-        s = self.settings
-        paddle.seed((s.seed * 1_000_003 + self.step) % 2**31)
+        s, engine = self.settings, self.engine
+        paddle.seed(engine.seed(s.seed, self.step))
         self.model.train()
         rate = self.schedule.at(self.step)
         loss, metrics = self.accumulate(window)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = global_norm(gradients)
-        if math.isfinite(loss) and math.isfinite(norm):
-            clip_(gradients, norm, s.max_grad_norm)
-            self.optimizer.set_lr(rate)
-            # Paddle numbers an optimizer's tensors by a global counter; in a scope of its own each has the same name in every run.
-            with unique_name.guard():
-                self.optimizer.step()
+        engine.synchronise(self.parameters)
+        norm = engine.norm(self.parameters)
+        tokens, rows = sum(batch.inputs.num_tokens for batch in window), sum(batch.num_rows for batch in window)
+        done = engine.totals(Window(loss, metrics, tokens, rows))
+        if math.isfinite(done.loss) and math.isfinite(norm):
+            engine.clip(self.parameters, norm, s.max_grad_norm)
+            engine.step(self.optimizer, rate)
             if s.bias_update:
-                update_correction_bias(self.model, s.bias_update)
-            self.objective.end(metrics)
+                engine.update_router_bias(self.model, s.bias_update)
+            self.objective.end(done.metrics)
+            if not self._checked:
+                engine.after_first_step(self.model)
+                self._checked = True
         self.clear_gradients()
         self.step += 1
-        tokens, rows = sum(batch.inputs.num_tokens for batch in window), sum(batch.num_rows for batch in window)
         seconds = time.perf_counter() - start
-        self.tokens, self.rows, self.seconds = self.tokens + tokens, self.rows + rows, self.seconds + seconds
-        means = {name: total / max(count, 1e-12) for name, (total, count) in metrics.items()}
-        return StepRecord(self.step, loss, rate, norm, tokens, rows, seconds, means)
+        self.tokens, self.rows, self.seconds = (
+            self.tokens + done.num_tokens,
+            self.rows + done.num_rows,
+            self.seconds + seconds,
+        )
+        means = {name: total / max(count, 1e-12) for name, (total, count) in done.metrics.items()}
+        return StepRecord(self.step, done.loss, rate, norm, done.num_tokens, done.num_rows, seconds, means)
 
     def accumulate(self, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        """Forward and backward of every micro-batch, leaving the window's gradient in the parameters; the loss and the summed metrics."""
+        """Forward and backward of every micro-batch, leaving this rank's share of the window's gradient in the parameters; its loss and summed metrics."""
         s = self.settings
-        divisor = self.objective.begin(self.objective.counts(window))
-        loss = 0.0
-        metrics: dict[str, tuple[float, float]] = {}
-        for batch in window:
-            tap = (
-                RouterTap(s.router, scale=1.0 / len(window), count_usage=bool(s.bias_update))
-                if s.router or s.bias_update
-                else None
-            )
-            out = forward_loss(self.objective, self.model, batch, tap, s.recompute)
-            scaled = out.total / divisor
-            scaled.backward()
-            loss += float(scaled)
-            for name, (total, count) in out.metrics.items():
-                before = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (before[0] + total, before[1] + count)
-        return loss, metrics
+        divisor = self.objective.begin(self.engine.counts(self.objective.counts(window)))
+        work = Work(self.model, self.objective, divisor, s.router, bool(s.bias_update), s.recompute)
+        return self.engine.forward_backward(work, window)
 
     def clear_gradients(self) -> None:
         """Drop gradients and their memory."""
-        for p in self.parameters:
-            p.clear_gradient(False)
+        self.engine.clear(self.parameters)

@@ -170,7 +170,17 @@ class SFTObjective:
         self.balance.load_state_dict(state["balance"])
 
 
-def target_logp(model: Any, hidden_TD: Tensor, batch: MicroBatch) -> Tensor:
+class Targets(Protocol):
+    """A batch that says which token of the pack predicts which id."""
+
+    @property
+    def source_N(self) -> np.ndarray: ...
+
+    @property
+    def target_N(self) -> np.ndarray: ...
+
+
+def target_logp(model: Any, hidden_TD: Tensor, batch: Targets) -> Tensor:
     """Log-probability of each target, [N] float32; the head runs on target positions only."""
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))

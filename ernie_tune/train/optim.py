@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
+
+from ernie_tune.parallel.gradients import square_sum
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -69,6 +72,19 @@ def no_decay(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or "norm" in name.rsplit(".", 2)[-2:][0]
 
 
+class Idle:
+    """The optimizer of a rank that trains nothing: a pipeline stage whose layers are all frozen."""
+
+    def set_lr(self, rate: float) -> None:
+        """Nothing has a rate."""
+
+    def step(self) -> None:
+        """Nothing moves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def build_adamw(
     named: Sequence[tuple[str, Tensor]],
     ratio: Callable[[str], float],
@@ -77,12 +93,16 @@ def build_adamw(
     beta1: float,
     beta2: float,
     epsilon: float,
-) -> paddle.optimizer.AdamW:
-    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable."""
+    is_part: bool = False,
+) -> paddle.optimizer.AdamW | Idle:
+    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable, unless `named` `is_part` of a model
+    whose rest is on other ranks."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in named:
         if not parameter.stop_gradient:
             groups.setdefault((ratio(name), 0.0 if no_decay(name, parameter) else weight_decay), []).append(parameter)
+    if not groups and is_part:
+        return Idle()
     if not groups:
         raise ValueError("trainable parameters (0) must be at least 1; the freeze settings leave nothing to train")
     return paddle.optimizer.AdamW(
@@ -96,13 +116,38 @@ def build_adamw(
     )
 
 
+def adamw_maker(
+    named: Sequence[tuple[str, Tensor]],
+    ratio: Callable[[str], float],
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> Callable[[list[Tensor]], paddle.optimizer.Optimizer]:
+    """`build_adamw` for engines that take a plain list of parameters, and some of them at a time: the same steps, with ratios noted on the parameters."""
+    undecayed = {p.name for name, p in named if no_decay(name, p)}
+    for name, parameter in named:
+        parameter.optimize_attr = {"learning_rate": ratio(name)}
+
+    def make(parameters: list[Tensor]) -> paddle.optimizer.Optimizer:
+        return paddle.optimizer.AdamW(
+            learning_rate=1.0,
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=epsilon,
+            parameters=parameters,
+            weight_decay=weight_decay,
+            apply_decay_param_fun=lambda name: name not in undecayed,
+            multi_precision=True,
+        )
+
+    return make
+
+
 def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm over all gradients, accumulated in float64 on the host."""
-    squares = []
-    for g in gradients:
-        flat = g.reshape([-1]).astype("float32") if g.dtype in (paddle.bfloat16, paddle.float16) else g.reshape([-1])
-        squares.append(paddle.dot(flat, flat))
-    return math.sqrt(math.fsum(float(s) for s in squares))
+    """Euclidean norm over all gradients; the sums over tensors are in float64."""
+    return math.sqrt(math.fsum(square_sum(g) for g in gradients))
 
 
 def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
@@ -113,7 +158,7 @@ def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
                 g.scale_(max_norm / norm)
 
 
-def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_arrays(optimizer: paddle.optimizer.Optimizer | Idle, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold counters that change from run to run."""
     by_paddle_name = {p.name: name for name, p in named.items()}
     out: dict[str, Tensor] = {}
@@ -132,7 +177,7 @@ def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, 
 
 
 def load_optimizer_arrays(
-    optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+    optimizer: paddle.optimizer.Optimizer | Idle, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_arrays`, on an optimizer that has made no step. Raises ValueError for arrays of parameters that the model does not train."""
     unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
@@ -140,6 +185,8 @@ def load_optimizer_arrays(
         raise ValueError(
             f"optimizer state of {unknown[:5]} must belong to trainable parameters; resume with the settings of the saved run"
         )
+    if isinstance(optimizer, Idle):
+        return
     state: dict[str, object] = {}
     masters: dict[str, Tensor] = {}
     for key, value in arrays.items():
@@ -152,9 +199,17 @@ def load_optimizer_arrays(
     if masters:
         state["master_weights"] = masters
     optimizer.set_state_dict(state)
-    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached.
+    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached. What the optimizer updates may
+    # be a flat slice of a parameter, with its name.
+    own = {p.name: p for p in updated_by(optimizer)}
     with unique_name.guard():
         optimizer._create_accumulators(
             paddle.static.default_main_program().global_block(),
-            [named[name] for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in arrays)],
+            [own[named[name].name] for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in arrays)],
         )
+
+
+def updated_by(optimizer: paddle.optimizer.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer updates, of all its groups."""
+    groups = [g["params"] if isinstance(g, dict) else [g] for g in optimizer._parameter_list]
+    return [p for group in groups for p in group]

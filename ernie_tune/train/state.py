@@ -1,7 +1,8 @@
 """checkpoint-N folders: everything a run needs to go on as if it had never stopped; complete or absent; the newest found by itself.
 
-A folder is written inside `checkpoint-N.tmp`, synced, marked with `saved_signal_0` and renamed (ecosystem.md 4.5). Refuses to know: what is in the model
-files (the model writes and reads its own), what the objective's and stream's states mean.
+A folder is written inside `checkpoint-N.tmp` by all ranks, synced, marked with `saved_signal_0` and renamed by rank 0 (ecosystem.md 4.5). What is trained,
+and the optimizer's state of it, lies in `optimizer/` by global name, so that any layout can go on from any other (checkpoint/sharded.py).
+Refuses to know: what is in the model files (the model writes and reads its own), what the objective's and stream's states mean, how ranks talk.
 """
 
 from __future__ import annotations
@@ -11,22 +12,72 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.checkpoint.tensors import TensorReader
-from ernie_tune.checkpoint.writer import write_folder
+from ernie_tune.checkpoint.sharded import (
+    RankFile,
+    Region,
+    ShardedReader,
+    Slice,
+    describe,
+    owned,
+    write_manifest,
+    write_rank,
+)
+from ernie_tune.checkpoint.tensors import cast
 from ernie_tune.train.optim import load_optimizer_arrays, optimizer_arrays
 
 SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
 OPTIMIZER = "optimizer"
 _VALUE = "/value"  # beside a parameter's moments: its own value, exact whatever form the model files take
 _NAME = re.compile(r"checkpoint-(\d+)")
+_CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
+
+
+class Ranks(Protocol):
+    """The processes that save and load together."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in their order, on every rank; nobody returns before all have come."""
+
+
+class _Alone:
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+ALONE: Ranks = _Alone()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where this rank's tensors lie in the whole ones: by canonical name, of parameters; and of what its optimizer updates, where that is less.
+
+    Names that are left out are whole here.
+    """
+
+    parameters: Mapping[str, Region] = field(default_factory=dict)
+    updated: Mapping[str, Region] = field(default_factory=dict)
+
+    def of(self, name: str, parameter: Tensor) -> Region:
+        return self.parameters.get(name) or Region.block(tuple(parameter.shape))
+
+    def of_state(self, name: str, parameter: Tensor) -> Region:
+        return self.updated.get(name) or self.of(name, parameter)
+
+
+WHOLE = Cut()
 
 
 @dataclass(frozen=True)
@@ -74,40 +125,88 @@ def save_checkpoint(
     named: Mapping[str, Tensor],
     states: Mapping[str, Any],
     texts: Mapping[str, str],
+    *,
+    cut: Cut = WHOLE,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
-    """Write checkpoint-`step`. `states` become JSON files by name, `texts` plain files; `optimizer` None leaves out what only resuming needs.
+    """Write checkpoint-`step`; every rank calls it. `states` become JSON files by name, `texts` plain files; `optimizer` None leaves out what only
+    resuming needs. `save_model(folder)` is called on every rank, and only rank 0 writes.
 
-    Whatever goes wrong (a full disk, an interrupt), the unfinished folder is removed and every older checkpoint is as it was; the error goes on,
-    an OSError with the name of the checkpoint and what to do.
+    Whatever goes wrong on any rank (a full disk, an interrupt), the unfinished folder is removed and every older checkpoint is as it was; the error goes
+    on, on every rank: an OSError with the name of the checkpoint and what to do.
     """
-    final = output_dir / f"checkpoint-{step}"
-    scratch = output_dir / f"checkpoint-{step}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    staged = scratch / "new"  # one level down, so that what writers put beside their folder is inside too
+    writing = Writing(output_dir, step)
+    files = {name: json.dumps(state, ensure_ascii=False, indent=1) + "\n" for name, state in states.items()}
+    first = ranks.rank == 0
     try:
-        staged.mkdir(parents=True)
-        save_model(staged)
+        _together(ranks, lambda: writing.begin() if first else None, writing)
+        _together(ranks, lambda: save_model(writing.staged), writing)
         if optimizer is not None:
-            _save_optimizer(staged, optimizer, named)
-        for name, state in states.items():
-            _write(staged / name, json.dumps(state, ensure_ascii=False, indent=1) + "\n")
-        for name, text in texts.items():
-            _write(staged / name, text)
-        _write(staged / SIGNAL, "1")
-        _sync(staged)
-        if final.exists():
-            os.rename(final, scratch / "old")
-        os.rename(staged, final)
-        _sync(output_dir)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"checkpoint-{step} could not be saved ({error.strerror or error}); older checkpoints are as they were: free some space and run the same command",
-            str(output_dir),
-        ) from error
+            slices = held_slices(optimizer, named, cut)
+            mine = owned(ranks.gather(describe(slices)), ranks.rank)
+            slices = [s for i, s in enumerate(slices) if i in mine]
+            written = _together(ranks, lambda: write_rank(writing.optimizer, ranks.rank, slices), writing)
+        else:
+            written = []
+        _together(ranks, lambda: writing.finish(written, {**files, **texts}) if first else None, writing)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return Checkpoint(final, step)
+        if first:
+            writing.clear()
+    return Checkpoint(writing.final, step)
+
+
+def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing) -> list[Any]:
+    """What `action` gives on every rank. Where it raises OSError on one, every rank raises one that says where, so that none waits for it."""
+    result, failed = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failed = (error.errno, error.strerror or str(error))
+    gathered = ranks.gather((result, failed))
+    for rank, (_, fault) in enumerate(gathered):
+        if fault:
+            where = f"rank {rank}: " if ranks.size > 1 else ""
+            raise OSError(
+                fault[0],
+                f"checkpoint-{writing.step} could not be saved ({where}{fault[1]}); older checkpoints are as they were: free some space and run the same command",
+                str(writing.output_dir),
+            )
+    return [value for value, _ in gathered]
+
+
+class Writing:
+    """A checkpoint on its way: everything goes into `staged`, which appears under its name with everything in it."""
+
+    def __init__(self, output_dir: Path, step: int) -> None:
+        self.output_dir, self.step = output_dir, step
+        self.final = output_dir / f"checkpoint-{step}"
+        self.scratch = output_dir / f"checkpoint-{step}.tmp"
+        self.staged = self.scratch / "new"  # one level down, so that what writers put beside their folder is inside too
+        self.optimizer = self.staged / OPTIMIZER
+
+    def begin(self) -> None:
+        """An empty folder to write into."""
+        self.clear()
+        self.optimizer.mkdir(parents=True)
+
+    def finish(self, written: list[RankFile], files: Mapping[str, str]) -> None:
+        """Rank 0, after all ranks have written: manifest, text files, completion mark, and the name."""
+        if written:
+            write_manifest(self.optimizer, written)
+            _sync(self.optimizer)
+        else:
+            self.optimizer.rmdir()
+        for name, text in files.items():
+            _write(self.staged / name, text)
+        _write(self.staged / SIGNAL, "1")
+        _sync(self.staged)
+        if self.final.exists():
+            os.rename(self.final, self.scratch / "old")
+        os.rename(self.staged, self.final)
+        _sync(self.output_dir)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
@@ -146,25 +245,48 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
     return found
 
 
-def load_optimizer(checkpoint: Checkpoint, optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Put the saved moments, and the trained values saved with them, back. Raises ValueError as `load_values` does."""
-    load_values(checkpoint, named)
-    reader = TensorReader(checkpoint.path / OPTIMIZER)
-    moments = [name for name in reader.entries if not name.endswith(_VALUE)]
-    load_optimizer_arrays(optimizer, named, {name: _tensor(reader, name) for name in moments})
+def load_optimizer(
+    checkpoint: Checkpoint,
+    optimizer: paddle.optimizer.Optimizer,
+    named: Mapping[str, Tensor],
+    *,
+    cut: Cut = WHOLE,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Put the saved moments, and the trained values saved with them, back, under whatever layout they were saved. Raises ValueError as `load_values` does."""
+    reader = load_values(checkpoint, named, cut=cut, ranks=ranks)
+    arrays = {}
+    for key, whole in reader.shapes.items():
+        name, slot = key.rsplit("/", 1)
+        if key.endswith(_VALUE) or name not in named or not cut.of_state(name, named[name]).size:
+            continue
+        region = Region.block(whole) if _is_scalar(slot) else cut.of_state(name, named[name])
+        arrays[key] = paddle.to_tensor(np.ascontiguousarray(reader.read(key, region)))
+    load_optimizer_arrays(optimizer, named, arrays)
 
 
-def load_values(checkpoint: Checkpoint, named: Mapping[str, Tensor]) -> None:
-    """Put the trained values alone back, bit for bit. Raises ValueError when the checkpoint has none, or not those of just these parameters."""
+def load_values(
+    checkpoint: Checkpoint, named: Mapping[str, Tensor], *, cut: Cut = WHOLE, ranks: Ranks = ALONE
+) -> ShardedReader:
+    """Put the trained values alone back, bit for bit. Every rank calls it; the ranks share the checking of the files.
+
+    Raises ValueError, on every rank, when the checkpoint has none, or not those of just these parameters; and for files that are missing, cut off or
+    changed, with their names.
+    """
     folder = checkpoint.path / OPTIMIZER
     if not folder.is_dir():
         raise ValueError(
             f"{checkpoint.path} must hold {OPTIMIZER}/ to resume, but was saved with save_only_model; to start anew from its weights set "
             f"resume_only_model: true, resume_from_checkpoint: {checkpoint.path} and another output_dir"
         )
-    reader = TensorReader(folder)
-    saved = {name.removesuffix(_VALUE): tuple(e.shape) for name, e in reader.entries.items() if name.endswith(_VALUE)}
-    wanted = {name: tuple(p.shape) for name, p in named.items()}
+    reader = ShardedReader(folder)
+    if damaged := [name for names in ranks.gather(reader.damaged(ranks.rank, ranks.size)) for name in names]:
+        raise ValueError(
+            f"{folder} must hold what was written, but {', '.join(damaged)} changed since: copy it again, or resume from an older checkpoint"
+        )
+    mine = {name: cut.of(name, p).whole for name, p in named.items()}
+    wanted = {name: shape for part in ranks.gather(mine) for name, shape in part.items()}
+    saved = {name.removesuffix(_VALUE): shape for name, shape in reader.shapes.items() if name.endswith(_VALUE)}
     differ = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))
     if differ:
         raise ValueError(
@@ -172,22 +294,29 @@ def load_values(checkpoint: Checkpoint, named: Mapping[str, Tensor]) -> None:
             f"{len(differ)} differ, first {differ[0]}: resume with the settings of the saved run, or choose another output_dir"
         )
     for name, parameter in named.items():
-        parameter.set_value(_tensor(reader, name + _VALUE).astype(parameter.dtype))
+        array = reader.read(name + _VALUE, cut.of(name, parameter))
+        parameter.set_value(cast(array, reader.dtype(name + _VALUE), _CODES[parameter.dtype]))
+    return reader
 
 
-def _tensor(reader: TensorReader, name: str) -> Tensor:
-    return paddle.to_tensor(np.ascontiguousarray(reader.read(name)))
+def held_slices(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Cut = WHOLE) -> list[Slice]:
+    """What this rank holds of the trained values and of the optimizer's state, by "<canonical name>/<slot>"."""
+    slices = [_slice(name + _VALUE, p, cut.of(name, p)) for name, p in named.items()]
+    for key, tensor in optimizer_arrays(optimizer, named).items():
+        name, slot = key.rsplit("/", 1)
+        region = Region.block(tuple(tensor.shape)) if _is_scalar(slot) else cut.of_state(name, named[name])
+        slices += [_slice(key, tensor, region)] if region.size else []
+    return slices
 
 
-def _save_optimizer(folder: Path, optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> None:
-    arrays = {**optimizer_arrays(optimizer, named), **{name + _VALUE: p for name, p in named.items()}}
-    entries = {name: (tuple(t.shape), "F32") for name, t in arrays.items()}
-    write_folder(
-        folder / OPTIMIZER,
-        entries,
-        lambda name: np.ascontiguousarray(arrays[name].astype("float32").numpy()),
-        metadata={"format": "np"},
-    )
+def _is_scalar(slot: str) -> bool:
+    """Whether it is a power of beta, one number for the whole parameter."""
+    return "pow_acc" in slot
+
+
+def _slice(key: str, tensor: Tensor, region: Region) -> Slice:
+    # A flat piece of a sharded optimizer may be padded at its end.
+    return Slice(key, region, _CODES[tensor.dtype], lambda: tensor.numpy().reshape(-1)[: region.size])
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ Refuses to know: the method's loss, the loop, where results go.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,22 @@ from ernie_tune.checkpoint.auto import AutoModel, fill
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
-from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Sample, collate
+from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
 from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS, preset
-from ernie_tune.peft import build
+from ernie_tune.peft import build, settings
 from ernie_tune.peft.affinity import affinity, select_experts
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.files import read_adapter
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.quantize import quantize_base
+from ernie_tune.plan.job import known_shape
+from ernie_tune.plan.layouts import check_run
 
 Rows = Sequence[Record]
 # Rows of the training data that expert affinity is measured on.
@@ -40,14 +43,12 @@ _UNBUILT = (
     "pissa",
     "fp16",
     "fp16_opt_level",
-    "logging_dir",
     "template_backend",
     "dataloader_num_workers",
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
-    "report_to",
     *(name for name, setting in SETTINGS.items() if setting.section == "parallel"),
 )
 
@@ -64,6 +65,13 @@ def refuse_unbuilt(config: RunConfig) -> None:
         raise ValueError(
             "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"
         )
+
+
+def check_layout(config: RunConfig, model: ErnieModel | None) -> None:
+    """ValueError for a layout that the model, or the one that the settings name, cannot have on the processes that were started."""
+    shape = known_shape(config.model.model_name_or_path) if model is None else model.config
+    if shape is not None:
+        check_run(config, shape, int(os.environ.get("PADDLE_TRAINERS_NUM", "1")))
 
 
 def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
@@ -185,7 +193,9 @@ def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
     )
 
 
-def stream_of(config: RunConfig, sets: Sequence[Rows], encoder: Encoder, rank: int = 0, size: int = 1) -> BatchStream:
+def stream_of(
+    config: RunConfig, sets: Sequence[Rows], encoder: RecordEncoder, rank: int = 0, size: int = 1
+) -> BatchStream:
     """The endless stream of windows of this rank."""
     d, t = config.data, config.train
     seed = t.seed if t.data_seed is None else t.data_seed
@@ -263,48 +273,16 @@ def added_config(config: RunConfig) -> PeftConfig:
 def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample]) -> LoraConfig:
     """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration samples."""
     c = config.lora
-    experts: Any = () if c.lora_experts == "none" else c.lora_experts
-    if c.lora_expert_list:
-        experts = [triple for item in c.lora_expert_list for triple in expert_range(item)]
-    elif c.lora_expert_affinity > 0:
-        tokens = model.config.tokens
-        table = affinity(model, [collate([s], tokens).inputs for s in calibration])
-        modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
-        experts = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
-    return LoraConfig(
-        r=c.lora_rank,
-        lora_alpha=c.effective_alpha,
-        target_modules=c.lora_target_modules,
-        lora_dropout=c.lora_dropout,
-        rslora=c.rslora,
-        lora_plus_scale=c.lora_plus_scale,
-        use_dora=c.dora,
-        expert_targets=experts,
-        freeze_config=config.freeze.freeze_config or _towers_frozen_by_default(c.lora_target_modules),
-        base_model_name_or_path=config.model.model_name_or_path,
-        seed=config.train.seed,
-    )
+    if c.lora_expert_list or c.lora_expert_affinity <= 0:
+        return settings.lora_config(config)
+    tokens = model.config.tokens
+    table = affinity(model, [collate([s], tokens).inputs for s in calibration])
+    modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
+    picked = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
+    return settings.lora_config(config, picked)
 
 
-def _towers_frozen_by_default(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Adapters stay in the decoder unless the settings name modules of the towers themselves."""
-    named = [t for t in targets if t not in ("all", "all-linear")]
-    return () if named else ("freeze_vision", "freeze_aligner")
-
-
-def expert_range(item: str) -> list[tuple[int, str, int]]:
-    """ "3:vision:0-7" -> its (layer, modality, expert) triples. Raises ValueError for another form."""
-    layer, _, rest = item.partition(":")
-    modality, _, experts = rest.partition(":")
-    first, _, last = experts.partition("-")
-    if not (layer.isdecimal() and modality in ("text", "vision") and first.isdecimal() and (last or first).isdecimal()):
-        raise ValueError(
-            f"lora_expert_list ({item!r}) must look like layer:text|vision:first-last, e.g. 3:vision:0-7; correct it"
-        )
-    return [(int(layer), modality, e) for e in range(int(first), int(last or first) + 1)]
-
-
-def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
+def longest(stream: BatchStream, scan_rows: int = 256) -> list[Packable]:
     """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens plus patches), or a full pack. For provoking
     out-of-memory before the first step. Reads rows by position, so the stream stays where it is."""
     mixture = stream.shard.mixture
@@ -321,6 +299,5 @@ def longest(stream: BatchStream, scan_rows: int = 256) -> list[Sample]:
     return chosen
 
 
-def _weight(sample: Sample) -> int:
-    patches = 0 if sample.row.pixel_values_PC is None else len(sample.row.pixel_values_PC)
-    return sample.num_tokens + patches
+def _weight(sample: Packable) -> int:
+    return sample.num_tokens + sample.num_patches

@@ -17,7 +17,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, dump_config
-from ernie_tune.data.batching import Dropped, collate, steps_per_epoch
+from ernie_tune.data.batching import Dropped, RecordEncoder, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
@@ -44,6 +44,7 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
+from ernie_tune.train.writers import open_writers
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.measure import Measure, write_reports
 
@@ -79,6 +80,7 @@ class Trainer:
                 f"stage ({self.args.model.stage}) must be one of {self.stages} with {type(self).__name__}; set it, or take another trainer"
             )
         assemble.refuse_unbuilt(self.args)
+        assemble.check_layout(self.args, model)
         plain = assemble.load_model(self.args) if model is None else model
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
@@ -86,7 +88,7 @@ class Trainer:
                 "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
             )
         self.processor = processor or assemble.load_processor(self.args, name)
-        self.encoder = assemble.encoder_of(self.args, self.processor)
+        self.encoder = self._encoder()
         self._open_data(train_dataset, eval_dataset)
         self.model = (
             plain if isinstance(plain, PeftModel) else assemble.apply_method(self.args, plain, self._calibration())
@@ -98,6 +100,10 @@ class Trainer:
         self.loop: Loop | None = None
 
     # --- assembling --------------------------------------------------------------------------------------------------
+
+    def _encoder(self) -> RecordEncoder:
+        """What makes samples and micro-batches of the rows."""
+        return assemble.encoder_of(self.args, self.processor)
 
     def _open_data(self, train: Any, evaluation: Any) -> None:
         c = self.args
@@ -179,6 +185,7 @@ class Trainer:
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
         guards = self._guards = _Guards(self.args)
+        self._before_training(dry_run)
         if dry_run:
             self._dry_run(total)
             return {}
@@ -193,25 +200,46 @@ class Trainer:
             mode="plain" if self.args.log.disable_tqdm else "",
         ) as progress:
             history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
+            c = self.args.log
+            writers = open_writers(c.report_to, Path(c.logging_dir or self.output_dir / "runs"), self.described.flat())
             log = self.log = RunLog(
-                self.output_dir, resume_step=loop.step if checkpoint else None, history=history, echo=progress.write
+                self.output_dir,
+                resume_step=loop.step if checkpoint else None,
+                history=history,
+                echo=progress.write,
+                writers=writers,
             )
             self._announce(log.info, total)
             if checkpoint:
                 self._announce_resume(log, checkpoint, total)
             self._provoke_memory(log.info)
             write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
-            measure = self.measure = Measure(
-                self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir
-            )
+            measure = self.measure = self._measure()
+            self._after_start(log, resumed=checkpoint is not None)
             measure.before(log, resumed=checkpoint is not None)
             guards.start(measure, log, resumed=checkpoint is not None)
             with _deferred_interrupt() as interrupted:
-                for record in loop.steps(self.stream) if not guards.early.exhausted else ():
+                for record in loop.steps(map(self._ready, self.stream)) if not guards.early.exhausted else ():
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
-        return self._finish(log)
+        metrics = self._finish(log)
+        log.close()
+        return metrics
+
+    def _before_training(self, dry_run: bool) -> None:
+        """What a method does with the model as it was given, before anything changes it; without a trace on the disk in a dry run."""
+
+    def _after_start(self, log: RunLog, resumed: bool) -> None:
+        """What a method has to say once the log is open."""
+
+    def _after_step(self, record: StepRecord) -> list[Verdict]:
+        """What a method does after each step, before it is measured and saved."""
+        return []
+
+    def _ready(self, window: Sequence[Any]) -> Sequence[Any]:
+        """The window with what the method needs beside the rows, such as a reference's answers."""
+        return window
 
     def _starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
@@ -281,7 +309,7 @@ class Trainer:
         e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
         epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
         self._epoch_seen = self.stream.epoch
-        verdicts = guards.after_step(record)
+        verdicts = guards.after_step(record) + self._after_step(record)
         if guards.broken:
             raise FloatingPointError(
                 f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
@@ -350,13 +378,21 @@ class Trainer:
         save_checkpoint(
             self.output_dir,
             step,
-            self.model.save_pretrained,
+            self._save_checkpoint_files,
             optimizer,
             self._trained(),
             states,
             {ARGS_FILE: dump_config(self.described)},
         )
         log.info(f"saved checkpoint-{step}")
+
+    def _save_weights(self, folder: Path) -> None:
+        """Model or adapter, and what else of the result is weights."""
+        self.model.save_pretrained(folder)
+
+    def _save_checkpoint_files(self, folder: Path) -> None:
+        """The weights, and what only resuming needs beside the optimizer's."""
+        self._save_weights(folder)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loop = self._loop()
@@ -403,9 +439,10 @@ class Trainer:
         samples = assemble.longest(self.stream)
         if not samples:
             return
-        batch = collate(samples, self.processor.tokens)
+        batch = self.encoder.collate(samples)
+        window = self._ready([batch])
         self.model.train()
-        loop.accumulate([batch])
+        loop.accumulate(window)
         loop.clear_gradients()
         say(
             f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
@@ -443,16 +480,25 @@ class Trainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
-        self.model.save_pretrained(folder)
+        self._save_weights(Path(folder))
         self.processor.save_pretrained(folder)
 
     def evaluate(self) -> dict[str, float]:
         """Loss on the evaluation rows and scores of generated answers, without training."""
         if not len(self.eval_rows):
             raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
-        return Measure(self.args, self.model, self.processor, self.encoder, self.eval_rows, self.output_dir).all_rows()[
-            0
-        ]
+        return self._measure().all_rows()[0]
+
+    def _measure(self) -> Measure:
+        """What measures the model on held-out rows and guard sets."""
+        return Measure(
+            self.args,
+            self.model,
+            self.processor,
+            assemble.encoder_of(self.args, self.processor),
+            self.eval_rows,
+            self.output_dir,
+        )
 
 
 class _Guards:

@@ -222,7 +222,9 @@ def write_reports(trainer: Any, log: RunLog) -> None:
         commands=usage(str(trainer.output_dir), adapter is not None),
     )
     write_model_card(trainer.output_dir / "README.md", card)
-    pages = (
-        "README.md, before_after.html, training_loss.svg" if len(trainer.eval_rows) else "README.md, training_loss.svg"
-    )
-    log.info(f"everything is in {trainer.output_dir}: {pages}")
+    pages = [
+        name
+        for name in ("README.md", "before_after.html", "training_loss.svg")
+        if (trainer.output_dir / name).is_file()
+    ]
+    log.info(f"everything is in {trainer.output_dir}: {', '.join(pages)}")

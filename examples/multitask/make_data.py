@@ -62,6 +62,9 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
+MOST_ROWS = 1000 * len(TASKS)  # `translate` knows a thousand inputs
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text(
@@ -71,7 +74,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def make(out: Path, seed: int, train: int, evaluation: int) -> None:
-    """Writes train.jsonl and eval.jsonl under `out`, the tasks in turn. No input occurs twice, in either file."""
+    """Writes train.jsonl and eval.jsonl under `out`, the tasks in turn. No input occurs twice, in either file. Raises ValueError for more rows than
+    there are numbers to translate."""
+    if train + evaluation > MOST_ROWS:
+        raise ValueError(
+            f"--train + --eval ({train + evaluation}) must not exceed {MOST_ROWS}: no input may occur twice; lower one"
+        )
     out.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for split, rows_wanted in (

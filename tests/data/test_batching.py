@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,16 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Sample, collate, steps_per_epoch, truncate
+from ernie_tune.data.batching import (
+    BatchStream,
+    Dropped,
+    Encoder,
+    MicroBatch,
+    Sample,
+    collate,
+    steps_per_epoch,
+    truncate,
+)
 from ernie_tune.data.mixing import Mixture, Shard
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record
@@ -198,7 +208,10 @@ class Lengths:
     """An encoder of integers: a row of that many tokens, all of them its number; rows above `max_tokens` are dropped."""
 
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens, self.processor = max_tokens, PROCESSOR
+        self.max_tokens = max_tokens
+
+    def collate(self, samples: Sequence[Sample]) -> MicroBatch:
+        return collate(samples, PROCESSOR.tokens)
 
     def __call__(self, record: int, dropped: Dropped) -> Sample | None:
         if record > self.max_tokens:

@@ -440,7 +440,9 @@ def test_verifiable() -> None:
     assert load({"prompt": "q", "answer": "B", "verifiers": "mcq"}).reward == Reward("B", (Verifier("mcq"),))
     assert load({"prompt": "q", "answer": "B", "reward": "choice"}).reward == Reward("B", (Verifier("mcq"),))
     demonstrated = load({"messages": [Q, A], "solution": "42"})
-    assert (demonstrated.signal, demonstrated.messages, answers(demonstrated)) == ("verifiable", (Q,), ["a"])
+    assert (demonstrated.signal, demonstrated.messages, demonstrated.prompt) == ("sft", (Q, A), (Q,))
+    assert demonstrated.serves == ("sft", "verifiable")
+    assert demonstrated.reward == Reward("42")
 
 
 def test_canonical_demonstrations() -> None:

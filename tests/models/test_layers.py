@@ -160,7 +160,7 @@ def test_attention_costs_its_segments() -> None:
 
     def scores(offsets: tuple[int, ...]) -> int:
         plan = AttentionPlan(offsets, causal=True)
-        return sum(n * (b - a) * end for _, n, length in plan.runs for a, b, end in plan.blocks(length))
+        return sum(run.count * (b - a) * end for run in plan.runs for a, b, end in plan.blocks(run))
 
     assert scores(tuple(range(0, 1025, 16))) == 64 * 16 * 16
     assert scores((0, 1024)) == 128 * 128 * 36  # a block skips the keys after it: 36 of 64 squares

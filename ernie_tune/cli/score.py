@@ -1,0 +1,44 @@
+"""`ernie-tune score`: the rewards that a trained reward model gives to answers.
+
+Refuses to know: how rewards are made, the formats of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ernie_tune.cli.verbs import UsageError
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune score FOLDER ROWS [OUT.jsonl]
+
+    Gives every judged answer of ROWS (any format with pairs, rankings, ratings or labels) a reward by the model in FOLDER, the output_dir of
+    `ernie-tune reward`. One line a row: id, rewards in the order of the row's answers (null: too long), best. Written to OUT, or printed.
+    """
+    if len(args) not in (2, 3):
+        raise UsageError(f"expected FOLDER ROWS [OUT.jsonl], got {len(args)} words / 需要模型文件夹与数据文件")
+    from ernie_tune.data.sources import load_dataset
+    from ernie_tune.data.units import JUDGED
+    from ernie_tune.trainers.reward import RewardModel
+
+    rows = load_dataset(args[1], signals=JUDGED)
+    records = [rows[i] for i in range(len(rows))]
+    lines = []
+    for record, rewards in zip(records, RewardModel.from_pretrained(args[0]).score(records), strict=True):
+        best = None if rewards is None else max(range(len(rewards)), key=rewards.__getitem__)
+        lines.append(
+            json.dumps({"id": record.id or str(record.meta), "rewards": rewards, "best": best}, ensure_ascii=False)
+        )
+    text = "".join(line + "\n" for line in lines)
+    if len(args) == 2:
+        print(text, end="")
+        return 0
+    out = Path(args[2])
+    unfinished = out.with_name(out.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, out)
+    print(f"wrote {out} ({len(lines)} rows)")
+    return 0

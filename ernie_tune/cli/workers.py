@@ -1,0 +1,205 @@
+"""Starting `paddle.distributed.launch` when a run needs several processes: on several visible cards, on several machines, or on a CPU as asked.
+
+Variables as ERNIEKit's (ecosystem.md 4.4): NNODES, RANK, MASTER_ADDR, MASTER_PORT, CUDA_VISIBLE_DEVICES, ERNIEKIT_DIST_LOG. Inside a worker that a launcher
+has started nothing is started again. Refuses to know: paddle, what the workers do, degrees beyond their product.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie_tune import CPU_PLAN
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.parallel.watch import Limits, Watch
+
+LAUNCHER = Path(__file__).parents[1] / "launcher.py"
+# What the launcher sets itself, or would hand to its workers as if it were their own.
+_NOT_FOR_WORKERS = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "RANK")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How many workers here, on which cards (none on a CPU), and this machine's place among several."""
+
+    workers: int
+    cards: tuple[str, ...] = ()
+    nodes: int = 1
+    node: int = 0
+    master: str = ""
+
+    @property
+    def world(self) -> int:
+        return self.workers * self.nodes
+
+    def command(self, log_dir: Path, words: Sequence[str]) -> list[str]:
+        """The launcher's command line; `words`: verb and arguments of ernie-tune."""
+        where = ["--gpus", ",".join(self.cards)] if self.cards else ["--nproc_per_node", str(self.workers)]
+        place = (
+            ["--nnodes", str(self.nodes), "--rank", str(self.node), "--master", self.master] if self.nodes > 1 else []
+        )
+        launch = [
+            sys.executable,
+            "-u",
+            "-m",
+            "paddle.distributed.launch",
+            "--log_level",
+            "WARNING",
+            "--log_dir",
+            str(log_dir),
+        ]
+        return [*launch, *where, *place, str(LAUNCHER), *words]
+
+    def describe(self) -> str:
+        machines = f", machine {self.node} of {self.nodes}" if self.nodes > 1 else ""
+        on = f"on cards {','.join(self.cards)}" if self.cards else "on the CPU"
+        return f"starting {self.workers} process(es) {on}{machines}"
+
+
+def wanted(
+    degrees: ParallelArguments, nproc: int | None, cards: Sequence[str], environ: Mapping[str, str]
+) -> Start | None:
+    """What is to be started; None where this process is the run itself. `cards`: those that paddle can use. `nproc`: as asked on the command line.
+
+    Raises UsageError for variables that are no numbers, several machines without a meeting point, and more processes than cards.
+    """
+    if "PADDLE_TRAINER_ID" in environ:
+        return None
+    nodes, node = _number(environ, "NNODES", 1), _number(environ, "RANK", 0)
+    if nodes > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+        raise UsageError(
+            f"NNODES ({nodes}) must go with MASTER_ADDR and MASTER_PORT, the same on every machine, and RANK / 多机需要 MASTER_ADDR 和 MASTER_PORT"
+        )
+    if not 0 <= node < max(nodes, 1):
+        raise UsageError(
+            f"RANK ({node}) must be below NNODES ({nodes}); number the machines from 0 / RANK 必须小于 NNODES"
+        )
+    product = degrees.tensor_model_parallel_size * degrees.pipeline_model_parallel_size * degrees.sharding_parallel_size
+    here = nproc or len(cards) or -(-product // nodes)
+    if cards and here > len(cards):
+        raise UsageError(
+            f"--nproc ({here}) must not exceed the visible cards ({len(cards)}); lower it / 进程数多于显卡"
+        )
+    if here * nodes == 1:
+        return None
+    master = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}" if nodes > 1 else ""
+    return Start(here, tuple(cards[:here]), nodes, node, master)
+
+
+def split_nproc(args: Sequence[str]) -> tuple[list[str], int | None]:
+    """The words without `--nproc N`, and N. Raises UsageError for an N that is no positive number."""
+    words = list(args)
+    if "--nproc" not in words:
+        return words, None
+    at = words.index("--nproc")
+    count = words[at + 1] if at + 1 < len(words) else "nothing"
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--nproc ({count}) must be a number of processes, at least 1 / 进程数须为正整数")
+    return words[:at] + words[at + 2 :], int(count)
+
+
+def meet(what: Start, limits: Limits | None = None) -> None:
+    """Wait for the other machines at the address that the launcher will use next. Raises ConnectionError naming those that do not come."""
+    host, _, port = what.master.rpartition(":")
+
+    def late(text: str) -> None:
+        raise_here.append(text)
+
+    raise_here: list[str] = []
+    watch = Watch(what.node, what.nodes, (host, int(port)), limits, late, "machine")
+    while not watch.all_here.wait(0.1):
+        if raise_here:
+            raise ConnectionError(raise_here[0])
+    watch.close()
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{name} ({text}) must be a number; correct the variable / 必须是数字")
+    return int(text)
+
+
+def visible_cards(environ: Mapping[str, str], gpu_build: bool) -> list[str]:
+    """Numbers of the cards that the workers would use; none without the build of paddle for them."""
+    if not gpu_build:
+        return []
+    if environ.get("CUDA_VISIBLE_DEVICES"):
+        return [card.strip() for card in environ["CUDA_VISIBLE_DEVICES"].split(",") if card.strip()]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(i) for i, line in enumerate(line for line in done.stdout.splitlines() if line.startswith("GPU "))]
+
+
+def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that the launcher starts with: those of this process, without what belongs to it alone. An empty CUDA_VISIBLE_DEVICES breaks the
+    launcher, and each worker divides the cores itself."""
+    ours = dict(CPU_PLAN.settings)
+    drop = {*_NOT_FOR_WORKERS, *(name for name, value in ours.items() if environ.get(name) == value)}
+    drop |= {"CUDA_VISIBLE_DEVICES"} if environ.get("CUDA_VISIBLE_DEVICES") == "" else set()
+    kept = {name: value for name, value in environ.items() if name not in drop}
+    path = [str(LAUNCHER.parents[1]), *filter(None, [environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def log_folder(environ: Mapping[str, str], output_dir: str) -> Path:
+    """Where the workers' own lines go, `workerlog.N`."""
+    return Path(environ.get("ERNIEKIT_DIST_LOG") or Path(output_dir) / "log")
+
+
+def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
+    """Run the launcher to its end and return its exit code; the lines of rank 0 appear here.
+
+    Ctrl-C and SIGTERM are passed on to the workers, which finish their step and save; the second one ends them at once. The launcher itself does not see
+    the first: it would kill its workers after half a minute.
+    """
+    for old in log_dir.glob("workerlog.*[0-9]"):  # or the launcher would show an earlier run's lines again
+        old.replace(old.with_name(f"{old.name}.old"))
+    print(f"ernie_tune: {what.describe()}; every process writes {log_dir}/workerlog.N", file=sys.stderr, flush=True)
+    child = subprocess.Popen(what.command(log_dir, words), env=worker_environ(os.environ), start_new_session=True)
+    asked = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            child.terminate()
+            return
+        for worker in _children(child.pid):
+            os.kill(worker, signal.SIGINT)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        print(f"ernie_tune: ended with exit code {code}; {_last_words(log_dir)}", file=sys.stderr)
+    return 130 if asked and code else code
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that `pid` has started, by /proc; none where there is no such thing."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except OSError:
+        return []
+
+
+def _last_words(log_dir: Path) -> str:
+    logs = sorted(log_dir.glob("workerlog.*"))
+    return (
+        f"each process's lines are in {log_dir} ({', '.join(p.name for p in logs)})"
+        if logs
+        else f"no process has written to {log_dir}"
+    )

@@ -1,0 +1,290 @@
+"""Judged answers -> units -> micro-batches: a prompt with its candidates, what is known of each, and where their target tokens lie in the pack.
+
+A unit is never parted: all answers to one prompt are in one micro-batch. Where all show the same media, their common beginning is packed once.
+Refuses to know: files, weights, references, losses, paddle.
+Legend: T tokens of a pack, N target tokens, C candidates, U units, P pairs, L tokens of one dialogue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.data.batching import THINKING, TRUNCATIONS, Dropped, truncate
+from ernie_tune.data.processor import Encoded, Processor
+from ernie_tune.data.records import Message, Record
+from ernie_tune.models.inputs import PackedInput, Row, pack_families
+
+JUDGED = ("pair", "ranking", "rating", "label")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One prompt with its encoded candidates. Judgements that a row does not give are nan."""
+
+    dialogues: tuple[Encoded, ...]  # prompt and answer of each candidate; only its own turns are targets
+    shared: int  # leading tokens that all have in common and that are packed once; 0: each dialogue on its own
+    signal: str
+    score_C: np.ndarray  # on [0, 1]
+    rank_C: np.ndarray  # lowest is best
+    label_C: np.ndarray  # 1 good, 0 bad
+    margin: float = 0.0
+    confidence: float = 1.0
+    weight: float = 1.0
+    domain: str = ""
+    where: str = ""
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.dialogues)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pack."""
+        return self.shared + sum(d.num_tokens - self.shared for d in self.dialogues)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in the pack."""
+        patches = [0 if d.row.pixel_values_PC is None else len(d.row.pixel_values_PC) for d in self.dialogues]
+        return patches[0] if self.shared else sum(patches)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """For each candidate what names its log-probabilities: a hash of tokens, targets and pixels."""
+        return tuple(_key(d) for d in self.dialogues)
+
+    @cached_property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """(better, worse) candidates, by rank or else by score; ties give none."""
+        value = np.where(np.isnan(self.rank_C), self.score_C, -self.rank_C)
+        better, worse = np.nonzero(value[:, None] > value[None, :])
+        return tuple(zip(better.tolist(), worse.tolist(), strict=True))
+
+    @property
+    def best(self) -> list[int]:
+        """The candidates worth imitating: those that no other is better than, where any is worse; labelled ones if they are good."""
+        if self.signal == "label":
+            return np.flatnonzero(self.label_C == 1).tolist()
+        worse = {b for _, b in self.edges}
+        return [c for c in range(self.num_candidates) if c not in worse] if self.edges else []
+
+
+def _key(dialogue: Encoded) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    row = dialogue.row
+    for part in (row.input_ids_L.astype(np.int64), dialogue.trained_L, row.grid_thw_n3, row.pixel_values_PC):
+        digest.update(b"|" if part is None else np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class UnitBatch:
+    """One forward over whole units. Token `source_N[i]` of the pack predicts id `target_N[i]` of candidate `candidate_N[i]`; a candidate's targets are
+    neighbours, in their order. `ref_logp_N`: their log-probabilities under a reference, where there is one."""
+
+    inputs: PackedInput
+    units: tuple[Unit, ...]
+    source_N: np.ndarray
+    target_N: np.ndarray
+    candidate_N: np.ndarray
+    length_C: np.ndarray
+    unit_C: np.ndarray
+    end_C: np.ndarray  # where the last token of each dialogue lies
+    ref_logp_N: np.ndarray | None = None
+    kl_sum: float = 0.0  # of log-ratios of mismatched answers, which KTO compares with
+    kl_count: float = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.units)
+
+    @property
+    def first_candidate_U(self) -> np.ndarray:
+        """Number of each unit's first candidate."""
+        counts = [u.num_candidates for u in self.units]
+        return np.cumsum([0, *counts[:-1]])
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(u.domain for u in self.units)
+
+
+def collate_units(units: Sequence[Unit], processor: Processor) -> UnitBatch:
+    """Units side by side in one pack."""
+    families = [([d.row for d in u.dialogues], u.shared) for u in units]
+    inputs, places = pack_families(families, processor.tokens)
+    flat = [
+        (d, place) for u, found in zip(units, places, strict=True) for d, place in zip(u.dialogues, found, strict=True)
+    ]
+    targets = [np.flatnonzero(d.trained_L[1:]) + 1 for d, _ in flat]
+    lengths = np.array([len(at) for at in targets])
+    return UnitBatch(
+        inputs,
+        tuple(units),
+        np.concatenate([place[at - 1] for (_, place), at in zip(flat, targets, strict=True)]),
+        np.concatenate([d.row.input_ids_L[at] for (d, _), at in zip(flat, targets, strict=True)]),
+        np.repeat(np.arange(len(flat)), lengths),
+        lengths,
+        np.repeat(np.arange(len(units)), [u.num_candidates for u in units]),
+        np.array([place[-1] for _, place in flat]),
+    )
+
+
+@dataclass(frozen=True)
+class UnitEncoder:
+    """Record -> unit, or None with a reason noted. `max_tokens` bounds each dialogue, `max_prompt` the tokens before its first target.
+
+    `truncation` "left" and "right" cut prompts at that side to `max_prompt` (media go whole or stay whole) and answers at their end. `share` False
+    packs whole dialogues. `signals`: the kinds of judgement that something learns from.
+    """
+
+    processor: Processor
+    max_tokens: int
+    max_prompt: int
+    truncation: str = "delete"
+    share: bool = True
+    signals: tuple[str, ...] = JUDGED
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
+        if not 0 < self.max_prompt < self.max_tokens:
+            raise ValueError(
+                f"max_prompt_len ({self.max_prompt}) must be below max_seq_len ({self.max_tokens}); lower it, answers need room"
+            )
+
+    def __call__(self, record: Record, dropped: Dropped) -> Unit | None:
+        where = str(record.meta) if record.meta.path else "a row that is in no file"
+        if record.signal not in self.signals:
+            dropped.add(f"nothing learns from a {record.signal}", where)
+            return None
+        made: dict[tuple[str, int], Any] = {}
+        dialogues = []
+        for i in range(len(record.candidates)):
+            encoded = self._dialogue(record, i, where, made)
+            if not encoded.trained_L[1:].any():
+                dropped.add("an answer without a token to learn from", where)
+                return None
+            short = self._shortened(encoded, where)
+            if short is None:
+                dropped.add(
+                    f"prompt longer than max_prompt_len ({self.max_prompt} tokens) or dialogue than max_seq_len ({self.max_tokens})",
+                    where,
+                )
+                return None
+            dialogues.append(short)
+        if not dialogues:
+            dropped.add("no answer that is judged", where)
+            return None
+
+        def known(name: str) -> np.ndarray:
+            values = [vars(c)[name] for c in record.candidates]
+            return np.array([np.nan if v is None else float(v) for v in values])
+
+        unit = Unit(
+            tuple(dialogues),
+            self._shared(dialogues) if self.share else 0,
+            record.signal,
+            known("score"),
+            known("rank"),
+            known("label"),
+            record.margin or 0.0,
+            record.confidence,
+            record.weight,
+            record.domain,
+            where,
+        )
+        if unit.signal != "label" and not unit.edges and unit.signal != "rating":
+            dropped.add("no answer is better than another", where)
+            return None
+        return unit
+
+    def collate(self, samples: Sequence[Unit]) -> UnitBatch:
+        return collate_units(samples, self.processor)
+
+    def _dialogue(self, record: Record, i: int, where: str, made: dict[tuple[str, int], Any]) -> Encoded:
+        messages, images, videos = record.dialogue(i)
+        asked = len(record.messages)
+        turns: list[Message] = [{**m, "loss": False} if m["role"] == "assistant" else m for m in messages[:asked]]
+        return self.processor.encode(
+            [*turns, *messages[asked:]],
+            list(images),
+            list(videos),
+            tools=record.tools,
+            thinking=THINKING.get(record.mode),
+            where=where,
+            made=made,
+        )
+
+    def _shortened(self, encoded: Encoded, where: str) -> Encoded | None:
+        """The dialogue within the limits, or None where it must go."""
+        prompt, size = int(np.argmax(encoded.trained_L)), encoded.num_tokens
+        if prompt <= self.max_prompt and size <= self.max_tokens:
+            return encoded
+        if self.truncation == "error":
+            raise ValueError(
+                f"{where}: prompt ({prompt} tokens) and dialogue ({size}) must have at most max_prompt_len ({self.max_prompt}) and max_seq_len "
+                f"({self.max_tokens}) tokens; raise them or shorten the row"
+            )
+        tokens = self.processor.tokens
+        answer = encoded.row.input_ids_L[prompt:]
+        if self.truncation == "delete" or np.isin(answer, tokens.placeholders()).any():
+            return None
+        head = dataclasses.replace(
+            encoded,
+            row=dataclasses.replace(encoded.row, input_ids_L=encoded.row.input_ids_L[:prompt]),
+            trained_L=encoded.trained_L[:prompt],
+        )
+        head = truncate(head, self.max_prompt, self.truncation, tokens.placeholders(), tokens.markers())
+        room = self.max_tokens - head.num_tokens
+        cut = head.extended(answer[:room].tolist())
+        cut.trained_L[head.num_tokens :] = encoded.trained_L[prompt : prompt + room]
+        return cut
+
+    def _shared(self, dialogues: Sequence[Encoded]) -> int:
+        """Leading tokens that all dialogues have in common, if all their media are among them."""
+        first, rest = dialogues[0], dialogues[1:]
+        if not rest or any(not _same_media(first.row, d.row) for d in rest):
+            return 0
+        shortest = min(d.num_tokens for d in dialogues) - 1
+        equal = np.ones(shortest, bool)
+        for d in rest:
+            equal &= d.row.input_ids_L[:shortest] == first.row.input_ids_L[:shortest]
+        shared = shortest if equal.all() else int(np.argmin(equal))
+        placeholders = self.processor.tokens.placeholders()
+        if any(np.isin(d.row.input_ids_L[shared:], placeholders).any() for d in dialogues):
+            return 0
+        return shared
+
+
+def _same_media(a: Row, b: Row) -> bool:
+    if a.pixel_values_PC is None or b.pixel_values_PC is None:
+        return a.pixel_values_PC is b.pixel_values_PC
+    return np.array_equal(a.grid_thw_n3, b.grid_thw_n3) and np.array_equal(a.pixel_values_PC, b.pixel_values_PC)  # type: ignore[arg-type]
+
+
+def mismatched(units: Sequence[Unit]) -> list[Unit]:
+    """Each unit's prompt with the first answer of the next one (the last with the first's): what KTO's baseline is measured on. Empty for one unit."""
+    if len(units) < 2:
+        return []
+    out = []
+    for unit, other in zip(units, [*units[1:], units[0]], strict=True):
+        prompt, answer = unit.dialogues[0], other.dialogues[0]
+        start, cut = int(np.argmax(prompt.trained_L)), int(np.argmax(answer.trained_L))
+        head = dataclasses.replace(
+            prompt,
+            row=dataclasses.replace(prompt.row, input_ids_L=prompt.row.input_ids_L[:start]),
+            trained_L=prompt.trained_L[:start],
+        )
+        mixed = head.extended(answer.row.input_ids_L[cut:].tolist())
+        mixed.trained_L[start:] = answer.trained_L[cut:]
+        nothing = np.full(1, np.nan)
+        out.append(Unit((mixed,), 0, "mismatch", nothing, nothing, nothing, where=unit.where))
+    return out

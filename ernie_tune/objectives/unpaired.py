@@ -1,0 +1,181 @@
+"""Single answers called good or bad, or rated: KTO, BCO and APO-zero without pairs, and the running numbers they compare with (methods.md 4.3, 4.4).
+
+Legend: C candidate answers of a micro-batch, M those with a label. r = beta (log pi(y) - log pi_ref(y)).
+Refuses to know: where mismatched answers for KTO's baseline come from, how sums travel between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import paddle.nn.functional as F
+from paddle import Tensor
+
+from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.preference import Candidates, implicit_rewards, take, vector
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Candidate `index_M` is good with probability `good_M` (1 good, 0 bad, between: a rating on [0, 1]); `weight_M`: its share in the mean."""
+
+    index_M: np.ndarray
+    good_M: np.ndarray
+    weight_M: np.ndarray
+
+    @staticmethod
+    def of(
+        index_M: np.ndarray | list[int], good_M: np.ndarray | list[float], weight_M: np.ndarray | None = None
+    ) -> Labels:
+        index_M = np.asarray(index_M, np.int64)
+        return Labels(index_M, np.asarray(good_M, np.float64), np.ones(len(index_M)) if weight_M is None else weight_M)
+
+    def __post_init__(self) -> None:
+        if not len(self.index_M) == len(self.good_M) == len(self.weight_M):
+            raise ValueError(
+                f"good_M ({len(self.good_M)}) and weight_M ({len(self.weight_M)}) must have as many entries as index_M "
+                f"({len(self.index_M)}); give one per labelled answer"
+            )
+        if len(self.good_M) and not (self.good_M.min() >= 0 and self.good_M.max() <= 1):
+            raise ValueError(
+                f"good_M ({self.good_M.min():g} to {self.good_M.max():g}) must lie in [0, 1]; map ratings by their scale first"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index_M)
+
+
+@dataclass(frozen=True)
+class RewardShift:
+    """BCO's delta = (E[r | good] + E[r | bad]) / 2 as state that goes in and comes out. `decay` None: means over all seen; else of the exponential
+    moving averages, whose first value is the first batch's. A kind never seen counts as 0."""
+
+    decay: float | None = None
+    good: float = 0.0
+    bad: float = 0.0
+    num_good: float = 0.0
+    num_bad: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"decay ({self.decay}) must be at least 0 and below 1; 0.99 is usual")
+
+    @property
+    def delta(self) -> float:
+        return (self.good + self.bad) / 2
+
+    def updated(self, good: tuple[float, float], bad: tuple[float, float]) -> RewardShift:
+        """After a step: global (sum of rewards, answers) of both kinds, as the metrics `rewards/chosen` and `rewards/rejected` hold them."""
+        mean_good, num_good = self._moved(self.good, self.num_good, good)
+        mean_bad, num_bad = self._moved(self.bad, self.num_bad, bad)
+        return replace(self, good=mean_good, bad=mean_bad, num_good=num_good, num_bad=num_bad)
+
+    def _moved(self, mean: float, seen: float, batch: tuple[float, float]) -> tuple[float, float]:
+        total, count = batch
+        if not count:
+            return mean, seen
+        share = count / (seen + count) if self.decay is None or not seen else 1 - self.decay
+        return mean + share * (total / count - mean), seen + count
+
+    def state_dict(self) -> dict[str, float | None]:
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: Mapping[str, float | None]) -> RewardShift:
+        return RewardShift(**state)  # type: ignore[arg-type]
+
+
+def kl_sum(mismatched: Candidates) -> tuple[float, float]:
+    """This micro-batch's share of KTO's baseline: (sum of log-ratios of answers put to prompts that are not theirs, answers). Without gradient."""
+    ratio_C = implicit_rewards(mismatched, 1.0).detach()
+    return float(ratio_C.sum()), float(ratio_C.shape[0])
+
+
+def kl_baseline(total: float, count: float) -> float:
+    """z0 = max(0, mean log-ratio) of the global `kl_sum` (2402.01306, section 4.1). Raises ValueError without answers."""
+    if count <= 0:
+        raise ValueError(
+            f"mismatched answers ({count:g}) must be at least 1 for KTO's baseline; put two or more rows in a micro-batch, or take apo_zero_unpaired"
+        )
+    return max(0.0, total / count)
+
+
+def _sides(candidates: Candidates, labels: Labels, beta: float) -> tuple[Tensor, Tensor]:
+    """(rewards, probability of good) of the labelled answers, [M]."""
+    r_M = take(implicit_rewards(candidates, beta), labels.index_M)
+    return r_M, vector(labels.good_M, r_M)
+
+
+def _out(value_M: Tensor, labels: Labels) -> LossOut:
+    return LossOut((value_M * vector(labels.weight_M, value_M)).sum(), float(labels.weight_M.sum()))
+
+
+def kto_loss(
+    candidates: Candidates,
+    labels: Labels,
+    z0: float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> LossOut:
+    """Good: lambda_D (1 - sigma(r - beta z0)); bad: lambda_U (1 - sigma(beta z0 - r)) (2402.01306 eq. 7). The lambdas do not enter the divisor."""
+    if not len(labels):
+        return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
+    r_M, good_M = _sides(candidates, labels, beta)
+    good, bad = 1 - F.sigmoid(r_M - beta * z0), 1 - F.sigmoid(beta * z0 - r_M)
+    return _out(good_M * desirable_weight * good + (1 - good_M) * undesirable_weight * bad, labels)
+
+
+def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:
+    """What to change where lambda_D n_D / (lambda_U n_U) leaves [1, 4/3] (2402.01306 eq. 8); None where it does not, or one kind is absent."""
+    if not good or not bad:
+        return None
+    ratio = desirable_weight * good / (undesirable_weight * bad)
+    if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:
+        return None
+    low, high = (undesirable_weight * bad * k / good for k in (1, 4 / 3))
+    return (
+        f"desirable_weight x good answers over undesirable_weight x bad ones is {ratio:.3g}; KTO wants 1 to 1.33: "
+        f"set desirable_weight between {low:.3g} and {high:.3g}"
+    )
+
+
+def bco_loss(candidates: Candidates, labels: Labels, delta: float, beta: float = 0.1) -> LossOut:
+    """-q log sigma(r - delta) - (1 - q) log sigma(delta - r) (2404.04656). With q between 0 and 1: one rated answer alone (methods.md 4.4)."""
+    if not len(labels):
+        return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
+    r_M, good_M = _sides(candidates, labels, beta)
+    return _out(-good_M * F.log_sigmoid(r_M - delta) - (1 - good_M) * F.log_sigmoid(delta - r_M), labels)
+
+
+def density_ratio_weights(
+    good_probability_M: np.ndarray, low: float = 0.5, high: float = 10.0, eps: float = 1e-12
+) -> np.ndarray:
+    """BCO's weights of bad answers: p / (1 - p), p a classifier's probability that the prompt is a good answer's, within [low, high]."""
+    return np.clip(good_probability_M / (1 - good_probability_M + eps), low, high)
+
+
+def apo_zero_unpaired_loss(candidates: Candidates, labels: Labels, beta: float = 0.1) -> LossOut:
+    """Good: 1 - sigma(r); bad: sigma(r) (2408.06266)."""
+    if not len(labels):
+        return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
+    r_M, good_M = _sides(candidates, labels, beta)
+    return _out(good_M * (1 - F.sigmoid(r_M)) + (1 - good_M) * F.sigmoid(r_M), labels)
+
+
+def label_metrics(candidates: Candidates, labels: Labels, beta: float) -> dict[str, tuple[float, float]]:
+    """rewards/chosen and rejected, logps/chosen and rejected as (sum, answers) of the good (above one half) and the bad."""
+    if not len(labels):
+        return {}
+    r_C = implicit_rewards(candidates, beta).detach().numpy().astype(np.float64)
+    logp_C = candidates.logp_C.detach().numpy().astype(np.float64)
+    out = {}
+    for side, mine_M in (("chosen", labels.good_M > 0.5), ("rejected", labels.good_M < 0.5)):
+        index = labels.index_M[mine_M]
+        if len(index):
+            out[f"rewards/{side}"] = (float(r_C[index].sum()), float(len(index)))
+            out[f"logps/{side}"] = (float(logp_C[index].sum()), float(len(index)))
+            out[f"length/{side}"] = (float(candidates.length_C[index].sum()), float(len(index)))
+    return out

@@ -1,0 +1,535 @@
+"""What Paddle's Gloo backend lacks, so that every mode of Fleet runs on a CPU. `install()` does nothing where a GPU build of Paddle is used.
+
+Stock `ProcessGroupGloo` (paddle 3.3.1) has no all-to-all, no reduce-scatter, no average, no partial or coalesced sends; it gives up after 30 s of
+skew between ranks, returns inf for float16 sums, blocks two ranks that send to each other at once, and cannot make several groups of three or more
+ranks. Here its methods are replaced by ones over a mesh of TCP links, whose reader threads take in whatever comes: a send never waits for its
+receive, so no order of calls can dead-lock. Sums run in rank order, so the replicas of a sum are equal to the bit.
+Refuses to know: models, optimizers, which axis a group belongs to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+from paddle.autograd import PyLayer
+from paddle.base import core
+from paddle.distributed import collective
+from paddle.distributed.communication.group import _GroupManager
+
+TESTED_WITH = ("3.3.1",)
+# A rank that waits longer than this for another one gives up. Skew between ranks is normal (data, evaluation, saving), silence is not.
+TIMEOUT_S = float(os.environ.get("ERNIE_TUNE_COMM_TIMEOUT_S", "1800"))
+# Up to this size everybody sends everything to everybody: one exchange instead of two.
+_SMALL_BYTES = 1 << 16
+_P2P, _COLLECTIVE = 1, 2  # two streams of messages between two ranks of a group, each in order
+_HEADER = struct.Struct("<qqq")  # group id, stream, bytes
+_NUMPY = {
+    paddle.float32: np.float32,
+    paddle.float64: np.float64,
+    paddle.int64: np.int64,
+    paddle.int32: np.int32,
+    paddle.int16: np.int16,
+    paddle.int8: np.int8,
+    paddle.uint8: np.uint8,
+    paddle.bool: np.bool_,
+}
+_REDUCE = {
+    core.ReduceOp.SUM: np.add,
+    core.ReduceOp.AVG: np.add,
+    core.ReduceOp.MAX: np.maximum,
+    core.ReduceOp.MIN: np.minimum,
+    core.ReduceOp.PRODUCT: np.multiply,
+}
+_installed: list[bool] = []
+
+
+# --- transport -----------------------------------------------------------------------------------------------------
+
+
+class _Links:
+    """Directed TCP links between all ranks, opened when first used. Received messages wait in queues by (source, group, stream)."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.store = collective._default_store
+        self.host = os.environ.get("POD_IP", "127.0.0.1")
+        self.out: dict[int, socket.socket] = {}
+        self.inbox: dict[tuple[int, int, int], queue.SimpleQueue[bytearray]] = {}
+        self.lock = threading.Lock()
+        self.closed: set[int] = set()
+        self.server = socket.socket()
+        self.server.bind((self.host, 0))
+        self.server.listen(128)
+        self.store.set(f"ernie_tune/{self.rank}", f"{self.host}:{self.server.getsockname()[1]}")
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            link, _ = self.server.accept()
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._read, args=(link,), daemon=True).start()
+
+    def _read(self, link: socket.socket) -> None:
+        source = -1
+        try:
+            (source,) = struct.unpack("<i", _receive(link, 4))
+            while True:
+                group, stream, size = _HEADER.unpack(_receive(link, _HEADER.size))
+                self._queue((source, group, stream)).put(_receive(link, size))
+        except OSError:  # the peer has ended; whoever still waits for it is told in `receive`
+            self.closed.add(source)
+
+    def _queue(self, key: tuple[int, int, int]) -> queue.SimpleQueue[bytearray]:
+        with self.lock:
+            return self.inbox.setdefault(key, queue.SimpleQueue())
+
+    def _link(self, to: int) -> socket.socket:
+        if to not in self.out:
+            self.store.wait(f"ernie_tune/{to}")
+            host, port = self.store.get(f"ernie_tune/{to}").decode().rsplit(":", 1)
+            self.out[to] = link = socket.create_connection((host, int(port)))
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.sendall(struct.pack("<i", self.rank))
+        return self.out[to]
+
+    def send(self, to: int, group: int, stream: int, data: memoryview) -> None:
+        if to == self.rank:
+            self._queue((to, group, stream)).put(bytearray(data))
+            return
+        link = self._link(to)
+        link.sendall(_HEADER.pack(group, stream, len(data)))
+        if len(data):
+            link.sendall(data)
+
+    def receive(self, source: int, group: int, stream: int) -> bytearray:
+        """The next message. Raises ConnectionError when its sender has ended, TimeoutError after `TIMEOUT_S`."""
+        end, waiting = time.monotonic() + TIMEOUT_S, self._queue((source, group, stream))
+        while time.monotonic() < end:
+            ended = source in self.closed  # asked before looking: what it sent while alive still counts
+            try:
+                return waiting.get(timeout=0.5)
+            except queue.Empty:
+                if ended:
+                    text = f"rank {source} has ended; rank {self.rank} waited for it (group {group})"
+                    raise ConnectionError(text) from None
+        raise TimeoutError(
+            f"rank {source} sent nothing to rank {self.rank} for {TIMEOUT_S:.0f} s (group {group}); "
+            "look for what it does in its log, or raise ERNIE_TUNE_COMM_TIMEOUT_S"
+        )
+
+
+def _receive(link: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while len(view):
+        got = link.recv_into(view)
+        if not got:
+            raise ConnectionError("closed")
+        view = view[got:]
+    return data
+
+
+_links: list[_Links] = []
+
+
+def _mesh() -> _Links:
+    if not _links:
+        _links.append(_Links())
+    return _links[0]
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The tensor's own memory; valid while the tensor lives."""
+    if not x.is_contiguous():
+        raise ValueError(f"a tensor of shape {x.shape} must be contiguous to be sent or received; call contiguous()")
+    size = x.size * x.element_size()
+    return memoryview((ctypes.c_char * size).from_address(x.data_ptr())).cast("B") if size else memoryview(b"")
+
+
+def _raw(values: np.ndarray) -> memoryview:
+    return values.view(np.uint8).data if values.size else memoryview(b"")
+
+
+def _ready(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _put(x: Tensor, data: memoryview | bytearray) -> None:
+    view = _bytes(x)
+    if len(view) != len(data):
+        raise ValueError(f"received {len(data)} bytes for a tensor of {len(view)}; the ranks called with other shapes")
+    if len(data):
+        view[:] = data
+
+
+_members: dict[int, tuple[Any, int, list[int]]] = {}
+
+
+def _group(pg: Any) -> tuple[int, list[int]]:
+    """(id, global ranks) of a process group."""
+    known = _members.get(id(pg))
+    if known is None or known[0] is not pg:
+        found = [(gid, g) for gid, g in list(_GroupManager.group_map_by_id.items()) if g._pg is pg]
+        known = _members[id(pg)] = (pg, found[0][0], list(found[0][1].ranks))
+    return known[1], known[2]
+
+
+class _Done:
+    """A finished task."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def synchronize(self, *_: Any) -> None:
+        return None
+
+
+# --- collectives ---------------------------------------------------------------------------------------------------
+
+
+def _exchange(pg: Any, pieces: Sequence[memoryview]) -> list[memoryview | bytearray]:
+    """Piece j goes to member j; what member j sent comes back at j."""
+    gid, ranks = _group(pg)
+    mesh = _mesh()
+    me = ranks.index(mesh.rank)
+    for step in range(1, len(ranks)):
+        j = (me + step) % len(ranks)
+        mesh.send(ranks[j], gid, _COLLECTIVE, pieces[j])
+    return [pieces[j] if j == me else mesh.receive(r, gid, _COLLECTIVE) for j, r in enumerate(ranks)]
+
+
+def _reduced(pg: Any, x: Tensor, op: Any, scatter: bool) -> np.ndarray:
+    """The reduction over members of a contiguous tensor of a NumPy type, flat; with `scatter` only this member's part of equal parts."""
+    kind, n = _NUMPY[x.dtype], pg.size()
+    me = _group(pg)[1].index(_mesh().rank)
+    flat: np.ndarray = np.frombuffer(_bytes(x), kind)
+    small = not scatter and flat.nbytes <= _SMALL_BYTES
+    cuts = [0, len(flat)] if small else [len(flat) * j // n for j in range(n + 1)]
+    pieces = [flat] * n if small else [flat[a:b] for a, b in pairwise(cuts)]
+    parts: list[np.ndarray] = [np.frombuffer(part, kind) for part in _exchange(pg, [_raw(p) for p in pieces])]
+    total = parts[0].copy()
+    for part in parts[1:]:
+        _REDUCE[op](total, part, out=total)
+    if op == core.ReduceOp.AVG:
+        total = (total / n).astype(kind)
+    if small or scatter:
+        return total
+    whole = _exchange(pg, [_raw(total)] * n)
+    whole[me] = _raw(total)
+    return np.concatenate([np.frombuffer(part, kind) for part in whole])
+
+
+def _reduce_into(pg: Any, out: Tensor, x: Tensor, op: Any, scatter: bool = False) -> _Done:
+    """float16 and bfloat16 are added in float32 and rounded once."""
+    x = _ready(x)
+    wide = x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
+    total = _reduced(pg, wide, core.ReduceOp.SUM if op is None else op, scatter)
+    if wide is x:
+        _put(out, _raw(total))
+    else:
+        narrow = paddle.to_tensor(total).astype(out.dtype)
+        _put(out, _bytes(narrow))
+    return _Done()
+
+
+def _all_reduce(pg: Any, x: Tensor, op: Any = None, *_: Any) -> _Done:
+    return _reduce_into(pg, x, x, op)
+
+
+def _reduce(pg: Any, x: Tensor, to: int, op: Any = None, *_: Any) -> _Done:
+    """Everybody computes the sum, only the receiver keeps it: the same bits as an all-reduce."""
+    out = x if _group(pg)[1][to] == _mesh().rank else paddle.empty_like(x)
+    return _reduce_into(pg, out, x, op)
+
+
+def _reduce_scatter(pg: Any, out: Tensor, x: Any, op: Any = None, *_: Any) -> _Done:
+    whole = x if isinstance(x, Tensor) else paddle.concat([part.detach().reshape([-1]) for part in x])
+    return _reduce_into(pg, out, whole, op, scatter=True)
+
+
+def _broadcast(pg: Any, x: Tensor, source: int, *_: Any) -> _Done:
+    gid, ranks = _group(pg)
+    mesh = _mesh()
+    if ranks[source] == mesh.rank:
+        data = _ready(x)
+        for r in ranks:
+            if r != mesh.rank:
+                mesh.send(r, gid, _COLLECTIVE, _bytes(data))
+    else:
+        _put(x, mesh.receive(ranks[source], gid, _COLLECTIVE))
+    return _Done()
+
+
+def _all_gather(pg: Any, out: Any, x: Any, *flags: Any) -> _Done:
+    """(list or tensor, tensor, sync); Fleet also calls (tensor in, tensor out) without a flag."""
+    if not flags and isinstance(out, Tensor):
+        out, x = x, out
+    x = _ready(x)
+    parts = _exchange(pg, [_bytes(x)] * pg.size())
+    if not isinstance(out, Tensor):
+        for tensor, part in zip(out, parts, strict=True):
+            _put(tensor, part)
+        return _Done()
+    if x.size:  # the input may be a slice of the output
+        parts[_group(pg)[1].index(_mesh().rank)] = bytearray(_bytes(x))
+    _put(out, bytearray(b"".join(parts)))
+    return _Done()
+
+
+def _all_to_all(pg: Any, outs: Any, ins: Any, *_: Any) -> _Done:
+    if isinstance(outs, Tensor):
+        return _all_to_all_single(pg, outs, ins)
+    ready = [_ready(x) for x in ins]
+    for out, part in zip(outs, _exchange(pg, [_bytes(x) for x in ready]), strict=True):
+        _put(out, part)
+    return _Done()
+
+
+def _all_to_all_single(pg: Any, out: Tensor, x: Tensor, out_rows: Any = (), in_rows: Any = (), *_: Any) -> _Done:
+    """Rows in parts of `in_rows` (equal parts without it); parts may be empty."""
+    x, n = _ready(x), pg.size()
+    rows = list(in_rows) if not isinstance(in_rows, bool) and in_rows else [x.shape[0] // n] * n
+    data = _bytes(x)
+    row_bytes = len(data) // x.shape[0] if x.shape[0] else 0
+    cuts = np.cumsum([0, *rows]).tolist()
+    parts = _exchange(pg, [data[a * row_bytes : b * row_bytes] for a, b in pairwise(cuts)])
+    _put(out, bytearray(b"".join(parts)))
+    return _Done()
+
+
+def _barrier(pg: Any, *_: Any) -> _Done:
+    _exchange(pg, [memoryview(b"")] * pg.size())
+    return _Done()
+
+
+# --- point to point ------------------------------------------------------------------------------------------------
+
+
+class _Receive:
+    """A receive that was posted. Those from one source complete in the order of posting, whoever is waited for first."""
+
+    posted: ClassVar[dict[tuple[int, int], list[_Receive]]] = {}
+
+    def __init__(self, key: tuple[int, int], fill: Callable[[bytearray], None]) -> None:
+        self.key, self.fill, self.done = key, fill, False
+        self.posted.setdefault(key, []).append(self)
+
+    def wait(self, *_: Any) -> bool:
+        while not self.done:
+            first = self.posted[self.key].pop(0)
+            first.fill(_mesh().receive(*first.key, _P2P))
+            first.done = True
+        return True
+
+    synchronize = wait
+
+    def is_completed(self) -> bool:
+        return self.done
+
+
+_coalesced: dict[int, list[_Receive]] = {}
+
+
+def _send(pg: Any, x: Tensor, to: int, *_: Any) -> _Done:
+    return _send_partial(pg, x, to, 1, 0)
+
+
+def _send_partial(pg: Any, x: Tensor, to: int, parts: int, index: int, *_: Any) -> _Done:
+    gid, ranks = _group(pg)
+    x = _ready(x)
+    _mesh().send(ranks[to], gid, _P2P, _part(x, parts, index))
+    return _Done()
+
+
+def _recv(pg: Any, x: Tensor, source: int, *flags: Any) -> _Receive:
+    return _recv_partial(pg, x, source, 1, 0, *flags)
+
+
+def _recv_partial(pg: Any, x: Tensor, source: int, parts: int, index: int, *flags: Any) -> _Receive:
+    gid, ranks = _group(pg)
+
+    def fill(data: bytearray) -> None:
+        view = _part(x, parts, index)
+        if len(view) != len(data):
+            raise ValueError(f"received {len(data)} bytes for a tensor of {len(view)}; sender and receiver disagree")
+        view[:] = data
+
+    task = _Receive((ranks[source], gid), fill)
+    if id(pg) in _coalesced:
+        _coalesced[id(pg)].append(task)
+    elif not flags or flags[0]:
+        task.wait()
+    return task
+
+
+def _part(x: Tensor, parts: int, index: int) -> memoryview:
+    data = _bytes(x)
+    size = len(data) // parts
+    return data[index * size : (index + 1) * size]
+
+
+def _all_gather_partial(pg: Any, out: Tensor, x: Tensor, parts: int, index: int, *_: Any) -> _Done:
+    mine = bytearray(_part(x, parts, index))
+    _put(out, bytearray(b"".join(_exchange(pg, [memoryview(mine)] * pg.size()))))
+    return _Done()
+
+
+def _start_coalescing(pg: Any) -> None:
+    _coalesced[id(pg)] = []
+
+
+def _end_coalescing(pg: Any, *_: Any) -> None:
+    for task in _coalesced.pop(id(pg), []):
+        task.wait()
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "send": _send,
+    "recv": _recv,
+    "send_partial": _send_partial,
+    "recv_partial": _recv_partial,
+    "all_gather_partial": _all_gather_partial,
+    "all_reduce": _all_reduce,
+    "allreduce": _all_reduce,
+    "reduce": _reduce,
+    "broadcast": _broadcast,
+    "all_gather": _all_gather,
+    "all_gather_into_tensor": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "reduce_scatter_tensor": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "alltoall": lambda pg, ins, outs, *a: _all_to_all(pg, outs, ins),
+    "all_to_all_tensor": _all_to_all,
+    "all_to_all_single": _all_to_all_single,
+    "alltoall_single": lambda pg, x, out, in_rows, out_rows, *a: _all_to_all_single(pg, out, x, out_rows, in_rows),
+    "barrier": _barrier,
+}
+
+
+# --- one store per group -------------------------------------------------------------------------------------------
+
+_stores: dict[str, Any] = {}
+_stock_create = core.ProcessGroupGloo.create
+
+
+def _create(store: Any, rank: int, world_size: int, group_id: int = 0, *more: Any) -> Any:
+    """Stock Gloo puts the addresses of every group under the same keys of the shared store, so that two groups read each other's."""
+    host, key = os.environ.get("POD_IP", "127.0.0.1"), f"ernie_tune/group/{group_id}"
+    if world_size == 1:
+        key = "alone"  # all groups of one rank share a store
+        if key not in _stores:
+            _stores[key] = _own_store(host)[0]
+    elif rank == 0:
+        _stores[key], port = _own_store(host)
+        store.set(key, f"{host}:{port}")
+    else:
+        store.wait(key)
+        at, port_text = store.get(key).decode().rsplit(":", 1)
+        _stores[key] = core.TCPStore(at, int(port_text), False, 1, 900)
+    return _stock_create(_stores[key], rank, world_size, group_id, *more)
+
+
+def _own_store(host: str, tries: int = 20) -> tuple[Any, int]:
+    """A store on a port that was free a moment ago."""
+    for attempt in range(tries):
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+        try:
+            return core.TCPStore(host, port, True, 1, 900), port
+        except (RuntimeError, OSError):  # somebody else was faster
+            if attempt == tries - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+# --- operators without a CPU kernel --------------------------------------------------------------------------------
+
+
+def _of_ring(ring_id: int) -> Any:
+    return collective._get_group_map()[ring_id].process_group
+
+
+class _SumForward(PyLayer):
+    """Sum over the group forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx, x, ring_id):  # type: ignore[no-untyped-def]
+        total = x.detach().clone()
+        _all_reduce(_of_ring(ring_id), total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad
+
+
+def _all_reduce_op(x: Tensor, ring_id: int, *_: Any) -> Tensor:
+    _all_reduce(_of_ring(ring_id), x)
+    return x
+
+
+# Fleet's own PyLayer around c_identity sums the gradient over the group.
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "c_identity": lambda x, *a: x.clone() if not x.stop_gradient else paddle.assign(x),
+    "mp_allreduce_sum": lambda x, ring_id: _SumForward.apply(x, ring_id),
+    "all_reduce_": _all_reduce_op,
+}
+
+
+def install() -> bool:
+    """Complete Gloo in this process; True where it did. Call before `fleet.init`. Prints a line for a version of Paddle it was not tested with."""
+    if paddle.is_compiled_with_cuda() or paddle.is_compiled_with_xpu():
+        return False
+    if _installed:
+        return True
+    from paddle.distributed import parallel
+    from paddle.distributed.communication import reduce as reduce_module
+    from paddle.distributed.fleet.utils import hybrid_parallel_util, tensor_fusion_helper
+
+    version = paddle.__version__.split("+")[0]
+    if version not in TESTED_WITH:
+        print(
+            f"ernie_tune: paddle {version}: the CPU collectives were tested with {', '.join(TESTED_WITH)}; compare losses with one process",
+            file=sys.stderr,
+        )
+    gloo, stock = core.ProcessGroupGloo, dir(core.ProcessGroup)
+    for name, method in _METHODS.items():
+        setattr(gloo, name, method)
+        if f"{name}_on_calc_stream" in stock:
+            setattr(gloo, f"{name}_on_calc_stream", method)
+    for name, value in {
+        "create": staticmethod(_create),
+        "_start_coalescing": _start_coalescing,
+        "_end_coalescing": _end_coalescing,
+    }.items():
+        setattr(gloo, name, value)
+    for name, operator in _OPERATORS.items():
+        setattr(paddle._C_ops, name, operator)
+    parallel.ParallelEnv._device_id = 0
+    setattr(core, "nccl_version", lambda: 99999)  # noqa: B010  asked for before an average, which is ours here
+    reduce_module.is_avg_reduce_op_supported = lambda: True
+    tensor_fusion_helper.alignment["cpu"] = 256
+    tensor_fusion_helper.get_current_device_type = lambda: "cpu"
+    # Every rank of a tensor group reads the same rows itself (train/engine.py), so the wrappers have nothing to hand on.
+    hybrid_parallel_util.broadcast_input_data = lambda hcg, *inputs, **kwargs: (inputs, kwargs)
+    _installed.append(True)
+    return True

@@ -1,0 +1,284 @@
+"""Degrees -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a single process has the same mesh with one rank.
+
+Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (data x sharding: the ranks that read different rows), `expert_data`
+(the ranks that hold the same experts and see other tokens), `stage` (all ranks of one pipeline stage), `world`. Every rank makes every group, in one order (a rank that skips one hangs the others).
+Two ways to spread experts (parallel.md 2): over the tensor group, as the official recipes do (`expert` == `tensor`), or over Fleet's own expert
+topology, where they are spread over tensor and sharding ranks together and `data` is folded into `sharding`.
+Refuses to know: models, optimizers, the settings' names in a YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+from ernie_tune.parallel import gloo
+
+MAX = dist.ReduceOp.MAX
+AXES = ("tensor", "pipe", "data", "sharding", "expert")
+# Fleet wants the pipeline outside the experts, and the model axis innermost (parallel.md 2.1).
+_ORDER = ("sharding", "moe_sharding", "pp", "sep", "cp", "dp", "ep", "mp")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks each axis has. `sharding_stage` 0 shards nothing. Raises ValueError for what Fleet cannot lay out."""
+
+    tensor: int = 1
+    pipe: int = 1
+    data: int = 1
+    sharding: int = 1
+    expert: int = 1
+    sharding_stage: int = 0
+    sequence_parallel: bool = False
+    virtual_pipe: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "virtual_pipe"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; set it to the number of ranks")
+        if self.sharding_stage not in (0, 1, 2, 3):
+            raise ValueError(f"sharding_stage ({self.sharding_stage}) must be 0, 1, 2 or 3; choose one")
+        if self.sharding_stage and self.sharding == 1 and self.data > 1:
+            raise ValueError(
+                f"sharding_stage ({self.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({self.data})"
+            )
+        if self.sharding > 1 and not self.sharding_stage:
+            raise ValueError(f"sharding ({self.sharding}) must go with sharding_stage 1, 2 or 3; set it, or use data")
+        if self.sharding_stage > 1 and self.pipe > 1:
+            raise ValueError(
+                f"sharding_stage ({self.sharding_stage}) must be 0 or 1 with pipe ({self.pipe}), whose stages keep gradients over micro-batches; use 1"
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over"
+            )
+        if self.expert > 1 and self.tensor > 1 and not self.sequence_parallel:
+            raise ValueError(
+                f"expert ({self.expert}) with tensor ({self.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it"
+            )
+        spread = self.tensor * self.data * self.sharding
+        if self.expert > 1 and (self.expert % self.tensor or spread % self.expert):
+            raise ValueError(
+                f"expert ({self.expert}) must be a multiple of tensor ({self.tensor}) and divide tensor x data x sharding ({spread}); "
+                f"nearest: {self.tensor} or {spread}"
+            )
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipe * self.data * self.sharding
+
+    @property
+    def experts_over_tensor(self) -> bool:
+        """Whether the experts are spread over the tensor group itself."""
+        return 1 < self.expert == self.tensor
+
+    @property
+    def fleet_experts(self) -> bool:
+        """Whether Fleet's own expert topology is used."""
+        return self.expert > 1 and not self.experts_over_tensor
+
+    def fleet_degrees(self) -> dict[str, int]:
+        """The degrees as `fleet` names them. Its expert topology has no data axis: those ranks join the sharding axis, sharded or not."""
+        folded = self.sharding * self.data if self.fleet_experts else self.sharding
+        return {
+            "dp_degree": 1 if self.fleet_experts else self.data,
+            "mp_degree": self.tensor,
+            "pp_degree": self.pipe,
+            "sharding_degree": folded,
+            "ep_degree": self.expert if self.fleet_experts else 1,
+            "moe_sharding_degree": self.tensor * folded // self.expert if self.fleet_experts else 1,
+        }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks and this one's place among them. `fleet` is None in a group of one."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    fleet: Any = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Add up over the group in place."""
+        return self.reduce_(x, dist.ReduceOp.SUM)
+
+    def reduce_(self, x: Tensor, op: int) -> Tensor:
+        if self.size > 1:
+            with paddle.no_grad():
+                dist.all_reduce(x, op, group=self.fleet)
+        return x
+
+    def objects(self, mine: Any) -> list[Any]:
+        """What every member says, in the group's order. For small things."""
+        if self.size == 1:
+            return [mine]
+        said: list[Any] = []
+        dist.all_gather_object(said, mine, group=self.fleet)
+        return said
+
+
+class Mesh:
+    """This process's place in the layout. `Mesh()` is a single process: every group has one rank, nothing is initialised."""
+
+    def __init__(self, degrees: Degrees | None = None, groups: dict[str, Group] | None = None, rank: int = 0) -> None:
+        self.degrees = degrees or Degrees()
+        self.rank = rank
+        self._groups = groups or {}
+        self.hcg: Any = None
+
+    def group(self, name: str) -> Group:
+        """Group of an axis, or `batch`, `expert_data`, `stage`, `world`."""
+        return self._groups.get(name) or Group(name, (self.rank,))
+
+    def size(self, name: str) -> int:
+        return self.group(name).size
+
+    def rank_in(self, name: str) -> int:
+        return self.group(name).rank
+
+    @property
+    def world(self) -> int:
+        return self.size("world")
+
+    @cached_property
+    def batch(self) -> tuple[int, int]:
+        """(rank, size) for the data: ranks with other numbers read other rows; the tensor and pipeline ranks of one number read the same."""
+        return self.rank_in("batch"), self.size("batch")
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes what a run writes once (logs, the model card)."""
+        return self.rank == 0
+
+    def coordinates(self) -> dict[str, int]:
+        """This rank's place on each axis."""
+        return {name: self.rank_in(name) for name in AXES}
+
+    def describe(self) -> str:
+        """One line: the degrees above 1."""
+        d = self.degrees
+        used = [f"{name} {getattr(d, name)}" for name in AXES if getattr(d, name) > 1]
+        extra = [f"sharding stage {d.sharding_stage}"] * (d.sharding > 1) + ["sequence parallel"] * d.sequence_parallel
+        extra += [f"{d.virtual_pipe} chunks a stage"] * (d.virtual_pipe > 1)
+        return ", ".join([f"{self.world} process(es)", *used, *extra])
+
+    def seed(self, base: int, step: int) -> int:
+        """Seed of one step for Paddle's global generator: the same over the tensor group, another for every data rank and stage, so that no two rows
+        share a dropout mask; on one process it is the loop's own."""
+        plain = base * 1_000_003 + step
+        place = self.rank_in("batch") + self.size("batch") * self.rank_in("pipe")
+        return (plain + 7_919 * 1_000_003 * place) % 2**31
+
+
+def launched_world() -> int:
+    """Number of processes that the launcher started; 1 without one."""
+    return dist.get_world_size()
+
+
+def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
+    """Initialise Fleet for `degrees` and name its groups. Raises ValueError when the launcher started another number of processes."""
+    world = dist.get_world_size()
+    if degrees.world != world:
+        raise ValueError(
+            f"tensor x pipe x data x sharding ({degrees.tensor} x {degrees.pipe} x {degrees.data} x {degrees.sharding} = {degrees.world}) must equal "
+            f"the number of processes ({world}); start {degrees.world}, or change the degrees"
+        )
+    if world == 1:
+        return Mesh(degrees)
+    gloo.install()
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.base import topology
+
+    if topology._HYBRID_PARALLEL_GROUP is not None:
+        raise ValueError("degrees must be given once in a process, but Fleet is laid out already; start new processes")
+    fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation))
+    mesh = Mesh(degrees, rank=dist.get_rank())
+    mesh.hcg = fleet.get_hybrid_communicate_group()
+    mesh._groups = _named_groups(degrees, mesh.hcg)
+    return mesh
+
+
+def _strategy(degrees: Degrees, accumulation: int) -> Any:
+    from paddle.distributed import fleet
+
+    strategy = fleet.DistributedStrategy()
+    if degrees.fleet_experts:
+        strategy.hybrid_parallel_order = list(_ORDER)
+    strategy.hybrid_configs = degrees.fleet_degrees()
+    # Packs differ in length, and under sequence parallelism a stage boundary is not the same on all tensor ranks (traps q, r of parallel.md 1.5).
+    strategy.pipeline_configs = {
+        "accumulate_steps": accumulation,
+        "micro_batch_size": 1,
+        "enable_partial_send_recv": False,
+    }
+    strategy.hybrid_configs["pp_configs"].enable_dynamic_shape = degrees.virtual_pipe == 1
+    return strategy
+
+
+def _named_groups(d: Degrees, hcg: Any) -> dict[str, Group]:
+    """Fleet's groups under our names, and the ones that it does not have."""
+    me = dist.get_rank()
+    place = {r: _place(hcg, r) for r in range(dist.get_world_size())}
+
+    def along(*axes: str) -> list[tuple[int, ...]]:
+        """The world cut into groups that differ only in `axes`."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for r, at in place.items():
+            groups.setdefault(tuple(at[a] for a in sorted(at) if a not in axes), []).append(r)
+        return [tuple(ranks) for ranks in groups.values()]
+
+    def own(name: str, ranks: tuple[int, ...], fleet_group: Any) -> Group:
+        return Group(name, ranks, ranks.index(me), fleet_group if len(ranks) > 1 else None)
+
+    def made(name: str, groups: list[tuple[int, ...]]) -> Group:
+        """A new group; all ranks make all of them, in one order."""
+        mine = None
+        for ranks in sorted(groups):
+            group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+            if me in ranks:
+                mine = own(name, ranks, group)
+        if mine is None:
+            raise AssertionError(f"rank {me} is in no group {name}")
+        return mine
+
+    def named(name: str, fleet_group: Any) -> Group:
+        return own(name, tuple(fleet_group.ranks), fleet_group)
+
+    out = {
+        "tensor": named("tensor", hcg.get_model_parallel_group()),
+        "pipe": named("pipe", hcg.get_pipe_parallel_group()),
+        "data": named("data", hcg.get_data_parallel_group()),
+        "sharding": named("sharding", hcg.get_sharding_parallel_group()),
+        "batch": made("batch", along("data", "sharding")),
+        "stage": made("stage", along("data", "sharding", "tensor")),
+        "world": made("world", [tuple(place)]),
+    }
+    if d.fleet_experts:
+        out["expert"] = named("expert", hcg.get_expert_parallel_group())
+        out["expert_data"] = named("expert_data", hcg.get_moe_sharding_parallel_group())
+    elif d.experts_over_tensor:
+        out["expert"] = named("expert", hcg.get_model_parallel_group())
+        out["expert_data"] = out["batch"]
+    else:
+        out["expert_data"] = out["batch"]
+    return out
+
+
+def _place(hcg: Any, rank: int) -> dict[str, int]:
+    """Coordinates of any rank on the dense axes; Fleet's expert topology cuts its sharding axis in two, which are joined again."""
+    at = hcg.topology().get_coord(rank)._asdict()
+    if "dense_sharding" in at:
+        dense = hcg.topology().get_dim("dense_sharding")
+        at["sharding"] = at.pop("moe_sharding") * dense + at.pop("dense_sharding")
+    return {"tensor": at["model"], "pipe": at["pipe"], "data": at["data"], "sharding": at["sharding"]}

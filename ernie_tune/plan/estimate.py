@@ -1,0 +1,246 @@
+"""`ernie_tune.estimate(...)`: what a run needs on each card and how long a step takes, as an object that prints itself as a table.
+
+Joins settings, model, card, layout and search. Refuses to know: paddle, the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.convert import to_raw
+from ernie_tune.config.loader import Entry, load_config, load_text
+from ernie_tune.models.specs import parameter_count
+from ernie_tune.plan import cards as card_table
+from ernie_tune.plan.cards import GB, Card
+from ernie_tune.plan.job import Job, job_of, model_shape
+from ernie_tune.plan.layouts import Layout, layout_of, run_problems
+from ernie_tune.plan.memory import rows
+from ernie_tune.plan.search import Plan, best, changes_that_fit, plan, smallest
+from ernie_tune.plan.weights import base_bytes, trained_values
+
+_SMALL_MODEL = 200_000_000  # parameters: below it the CPU is meant unless a card is named
+_PLACE = "estimate"
+# What a model that is named without a file is trained with: what its size asks for. Given settings go over it.
+_DEFAULTS = "bf16: true\nrecompute: true\ngradient_accumulation_steps: 4\nlora_rank: 16\n"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer. `plan`: the layout asked for, or the best one; `better`: a faster layout on as many cards, if there is one; `changes`: where it does not
+    fit, sets of settings with which it would."""
+
+    job: Job
+    card: Card
+    plan: Plan
+    searched: bool
+    better: Plan | None
+    changes: tuple[tuple[str, ...], ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.fits
+
+    @property
+    def card_gb(self) -> float:
+        """GB (10^9 bytes) on the card that needs most."""
+        return self.plan.memory.total / GB
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers, for machines: bytes and seconds."""
+        p, time = self.plan, self.plan.time
+        return {
+            "model": self.job.name,
+            "parameters": parameter_count(self.job.model),
+            "trained_parameters": trained_values(self.job),
+            "stage": self.job.stage,
+            "fine_tuning": self.job.method,
+            "card": self.card.name,
+            "card_bytes": self.card.memory_bytes,
+            "cards": p.layout.world,
+            "layout": str(p.layout),
+            "settings": p.layout.settings(),
+            "bytes_per_card": dict(p.memory.items),
+            "total_bytes_per_card": p.memory.total,
+            "bytes_per_stage": list(p.memory.stages),
+            "host_bytes": p.memory.host_bytes,
+            "fits": p.fits,
+            "step": vars(time) if time else None,
+            "better": str(self.better.layout) if self.better else None,
+            "changes": [list(texts) for texts in self.changes],
+            "notes": list(self.job.notes),
+        }
+
+
+def estimate(
+    model: str | Path | RunConfig,
+    *,
+    cards: int | None = None,
+    card: str | None = None,
+    visual_tokens: int | None = None,
+    row_tokens: int | None = None,
+    overrides: tuple[Entry, ...] = (),
+    **settings: Any,
+) -> Estimate:
+    """Memory and time of a run, without paddle and without a GPU.
+
+    `model`: a YAML file, a resolved configuration, or the name of a model. `cards`: how many; by default what the layout needs, or the fewest where it
+    fits. `card`: "h800-80g", "a100-40g", "80g", "cpu-16g"; by default h800-80g, for small models this machine's main memory. `visual_tokens`: of a micro-batch;
+    by default half of it. `row_tokens`: the longest row, where shorter than max_seq_len. `settings` and `overrides` go over the file's.
+    Raises ValueError for a setting, model or card that does not exist and for layouts that the model cannot have; OSError for a file that cannot be read.
+    """
+    config, named = _settings(model, [*overrides, *(Entry(k, to_raw(k, v), _PLACE) for k, v in settings.items())])
+    shape = model_shape(config.model.model_name_or_path)
+    device = card_table.card(card or ("cpu" if parameter_count(shape) < _SMALL_MODEL else card_table.DEFAULT))
+    if device.is_cpu and card is None:
+        device = _this_machine(device)
+    job = _sized(job_of(config, shape, on_cpu=device.is_cpu, visual_tokens=visual_tokens), row_tokens, visual_tokens)
+    asked = layout_of(config)
+    free = asked == Layout(sequence_parallel=asked.sequence_parallel) and named
+    if free:
+        chosen = best(job, device, cards) if cards else smallest(job, device)
+        better = None
+    else:
+        world = cards or asked.world
+        found = run_problems(config, shape, world)
+        if found:
+            raise ValueError("\n".join(message for _, message in found))
+        chosen = plan(job, layout_of(config, world), device)
+        better = _better(job, device, chosen)
+    changes = () if chosen.fits else tuple(changes_that_fit(job, device, chosen.layout.world, chosen.layout.offload))
+    return Estimate(job, device, chosen, free, better, changes)
+
+
+def _settings(model: str | Path | RunConfig, entries: list[Entry]) -> tuple[RunConfig, bool]:
+    """(settings, whether only a model was named, so that the layout is ours to choose)."""
+    if isinstance(model, RunConfig):
+        return model, False
+    if str(model).endswith((".yaml", ".yml")):
+        return load_config(model, entries).config, False
+    return load_text(_DEFAULTS, _PLACE, [*entries, Entry("model_name_or_path", str(model), _PLACE)]).config, True
+
+
+def _sized(job: Job, row_tokens: int | None, visual_tokens: int | None) -> Job:
+    """The job with rows of at most `row_tokens`."""
+    if row_tokens is None:
+        return job
+    if not 0 < row_tokens <= job.row_tokens:
+        raise ValueError(
+            f"row_tokens ({row_tokens}) must be between 1 and max_seq_len ({job.row_tokens}); lower it / 行长超出 max_seq_len"
+        )
+    shorter = job.replace(row_tokens=row_tokens)
+    if visual_tokens is None:
+        return shorter.replace(visual_tokens=min(job.visual_tokens, shorter.tokens // 2))
+    return shorter
+
+
+def _this_machine(card: Card) -> Card:
+    """The CPU "card" with this machine's memory, where the system tells it."""
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return card
+    kib = next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("MemTotal:"))
+    return Card(**{**vars(card), "name": "cpu (this machine)", "memory_bytes": kib * 1024.0})
+
+
+def _better(job: Job, card: Card, chosen: Plan) -> Plan | None:
+    """A layout on as many cards that fits where the chosen one does not, or is faster by a tenth."""
+    if card.is_cpu:
+        return None
+    other = best(job, card, chosen.layout.world)
+    if other.layout == chosen.layout or not other.fits:
+        return None
+    if other.tight and chosen.fits and not chosen.tight:
+        return None
+    return other if not chosen.fits or other.speed > 1.1 * chosen.speed else None
+
+
+def _lines(e: Estimate) -> list[str]:
+    return [
+        *_heading(e),
+        "",
+        *_memory_lines(e),
+        "",
+        *_time_lines(e),
+        *_advice(e),
+        *(f"note / 说明: {n}" for n in e.job.notes),
+    ]
+
+
+def _heading(e: Estimate) -> list[str]:
+    job, layout = e.job, e.plan.layout
+    method = f"{job.method} r={job.lora.r}" if job.lora else job.method
+    visual = f", {job.visual_tokens:,} of them visual" if job.visual_tokens else ""
+    spelled = " ".join(f"{k}: {v}," for k, v in layout.settings().items()).rstrip(",")
+    how = "chosen / 自动选择" if e.searched else "as set / 按设置"
+    return [
+        f"{job.name}: {parameter_count(job.model) / 1e9:,.3f} B parameters, {trained_values(job) / 1e9:,.3f} B trained by {job.stage} {method}",
+        f"micro-batch / 微批: {job.tokens:,} tokens{visual}; x {job.accumulation} accumulated; recompute: {str(job.recompute).lower()}",
+        f"layout / 并行布局 ({how}): {layout} on {layout.world} x {e.card.name}"
+        + (f"  ({spelled})" if spelled else ""),
+    ]
+
+
+def _memory_lines(e: Estimate) -> list[str]:
+    m, out = e.plan.memory, []
+    for name, chinese, gb in rows(m.items):
+        out.append(f"  {name:<20}{gb:>9.2f}   {chinese}")
+    worst = f", pipeline stage {m.stage} of {len(m.stages)} / 最重的流水段" if len(m.stages) > 1 else ""
+    verdict = "fits / 可行" if e.plan.fits else "DOES NOT FIT / 显存不足"
+    verdict += ", tightly: keep some reserve / 余量很小" if e.plan.tight else ""
+    head = [f"memory of one card, GB / 单卡显存{worst}"]
+    host = (
+        [f"  main memory of a machine for offloaded states / 主机内存: {m.host_bytes / GB:,.0f} GB"]
+        if m.host_bytes
+        else []
+    )
+    disk = f"  disk / 磁盘: weights {base_bytes(e.job.replace(quantize='none', element_bytes=2)) / GB:,.1f} GB in bfloat16; an export needs as much again"
+    return [
+        *head,
+        *out,
+        f"  {'total / 合计':<18}{e.card_gb:>9.2f}   of {e.card.memory_bytes / GB:.1f}: {verdict}",
+        *host,
+        disk,
+    ]
+
+
+def _time_lines(e: Estimate) -> list[str]:
+    t = e.plan.time
+    if t is None:
+        return [
+            "time / 时间: the speed of this CPU is not known here; `ernie-tune train FILE --dry-run` and the first steps tell it"
+        ]
+    parts = [("vision tower", t.vision), ("offload", t.offload), ("update", t.update), ("sampling", t.sampling)]
+    more = "".join(f", {name} {seconds:.2f} s" for name, seconds in parts if seconds >= 0.005)
+    return [
+        "time of a step, predicted from published speeds / 每步时间 (预测)",
+        f"  {t.seconds:.2f} s: per micro-batch {t.compute * 1e3:.0f} ms arithmetic + {t.communication * 1e3:.0f} ms communication, bubble {t.bubble:.0%}{more}",
+        f"  {t.tokens:,} tokens a step, {t.tokens_per_second_per_card:,.0f} tokens/s a card, {t.flops:.2e} FLOP, MFU {t.mfu:.1%}",
+    ]
+
+
+def _advice(e: Estimate) -> list[str]:
+    out = []
+    if not e.card.bf16 and not e.card.is_cpu:
+        out.append(
+            f"{e.card.name} has no bfloat16: this model does not train on it; use it for tiny models, data checks and configuration / 该卡不支持 bfloat16"
+        )
+    if e.better:
+        p = e.better
+        spelled = " ".join(f"{k}: {v}," for k, v in p.layout.settings().items()).rstrip(",")
+        out.append(
+            f"better on as many cards / 更优布局: {p.layout}, {p.memory.total / GB:.1f} GB, {p.speed:,.0f} tokens/s a card ({spelled})"
+        )
+    if not e.fits:
+        out.append(
+            "it would fit with / 以下任一组修改后可行:"
+            if e.changes
+            else "no three changes make it fit / 三处修改内无法放下"
+        )
+        out += [f"  {number}. {'; '.join(texts)}" for number, texts in enumerate(e.changes, 1)]
+    return out

@@ -1,0 +1,308 @@
+"""Which degrees of parallelism a model can be cut into (parallel.md 2.5), said before anything is loaded, with the nearest ones that work.
+
+Axes, outermost first: data x sharding x pipeline x tensor; experts are cut over the tensor ranks, or over those and some of the sharding ranks.
+Refuses to know: bytes and seconds (memory.py, time.py), process groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.models.config import ModelConfig
+
+Problem = tuple[str, str]  # (the setting to point at, message)
+_TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "sharding_parallel_size",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal to `tensor` is the official layout (parallel.md 2.2),
+    1 puts all of them on every rank. `stage`: what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too. `offload`:
+    optimizer states in main memory."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sharding: int = 1
+    data: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    stage: int = 0
+    offload: bool = False
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.pipeline * self.sharding * self.data
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that read rows of their own."""
+        return self.sharding * self.data
+
+    @property
+    def expert_sharding(self) -> int:
+        """Ranks that hold the same experts and share their optimizer states: Fleet's moe_sharding, tensor * sharding / expert, beyond the tensor ranks."""
+        return self.sharding if self.expert in (1, self.tensor) else max(1, self.tensor * self.sharding // self.expert)
+
+    def __str__(self) -> str:
+        words = [f"TP{self.tensor}", f"PP{self.pipeline}"]
+        words += [f"VPP{self.virtual}"] if self.virtual > 1 else []
+        words += [f"EP{self.expert}"] if self.expert > 1 else []
+        words += [f"sharding{self.sharding}"] if self.sharding > 1 else []
+        words += [f"DP{self.data}"] if self.data > 1 else []
+        words += ["offload"] if self.offload else []
+        return " ".join(words)
+
+    def settings(self) -> dict[str, str]:
+        """The settings that ask for this layout and differ from their defaults."""
+        stage = f"stage{self.stage}{' offload' if self.offload else ''}"
+        given = {
+            _TENSOR: self.tensor,
+            "sequence_parallel": self.sequence_parallel,
+            _PIPELINE: self.pipeline,
+            _VIRTUAL: self.virtual,
+            _EXPERT: self.expert,
+            _SHARDING: self.sharding,
+        }
+        out = {k: str(v).lower() for k, v in given.items() if v not in (1, 0, False) or v is True}
+        if self.stage:
+            out["sharding"] = stage
+        return out
+
+
+def layout_of(config: RunConfig, world: int | None = None) -> Layout:
+    """The layout that the settings ask for. `world`: ranks that will run; what the degrees leave over are data replicas. None: just enough ranks."""
+    p = config.parallel
+    expert, shared = p.expert_model_parallel_size, p.sharding_parallel_size
+    layout = Layout(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        virtual=p.virtual_pipeline_model_parallel_size,
+        sharding=shared,
+        expert=expert,
+        sequence_parallel=p.sequence_parallel,
+        stage=0 if p.sharding == "off" else int(p.sharding[5]),
+        offload=p.sharding.endswith("offload"),
+    )
+    data = 1 if world is None else max(1, world // layout.world)
+    return Layout(**{**vars(layout), "data": data})
+
+
+def problems(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    world: int | None = None,
+    accumulation: int | None = None,
+) -> list[Problem]:
+    """Why `model` cannot be cut like this; empty if it can. `world`: processes, `accumulation`: micro-batches a step, where known."""
+    rules = (
+        *_tensor(model, layout),
+        *_experts(model, layout),
+        *_pipeline(model, layout, accumulation),
+        *_sharding(layout),
+        *_world(layout, world),
+    )
+    return list(rules)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _tensor(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
+    t = layout.tensor
+    if t == 1:
+        return
+    legal = [d for d in _divisors(model.num_key_value_heads) if not list(_uneven(model, d))]
+    for name, value in _uneven(model, t):
+        yield (
+            _TENSOR,
+            f"{_TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal} / 张量并行度须整除该值",
+        )
+
+
+def _uneven(model: ModelConfig, tensor: int) -> Iterator[tuple[str, int]]:
+    """Sizes that `tensor` does not divide."""
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }
+    if model.moe is not None and model.moe.num_shared_experts:
+        sizes["width of the shared expert"] = model.moe.shared_intermediate_size
+    for name, value in sizes.items():
+        if value % tensor:
+            yield name, value
+
+
+def _experts(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
+    e, t, s = layout.expert, layout.tensor, layout.replicas
+    if e <= 1:
+        return
+    if model.moe is None:
+        yield _EXPERT, f"{_EXPERT} ({e}) must be 1 for a model without experts; remove it / 该模型没有专家"
+        return
+    if model.moe.num_experts % e:
+        legal = _divisors(model.moe.num_experts)
+        yield (
+            _EXPERT,
+            f"{_EXPERT} ({e}) must divide the experts of one modality ({model.moe.num_experts}); choose one of {legal} / 专家并行度须整除专家数",
+        )
+    if e % t or (t * s) % e:
+        legal = [d for d in _divisors(t * s) if d % t == 0 and model.moe.num_experts % d == 0]
+        yield (
+            _EXPERT,
+            f"{_EXPERT} ({e}) must be a multiple of {_TENSOR} ({t}) and divide {_TENSOR} * replicas ({t * s}), "
+            f"so that expert * moe_sharding = tensor * sharding; choose one of {legal or [t]} / 专家并行度不合法",
+        )
+
+
+def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> Iterator[Problem]:
+    p, v = layout.pipeline, layout.virtual
+    items = model.num_hidden_layers + 2 + int(not model.tie_word_embeddings)  # embedding, layers, norm, head
+    if p * v > items:
+        yield (
+            _PIPELINE,
+            f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be cut into ({items}: embedding, "
+            f"{model.num_hidden_layers} layers, norm, head); choose at most {items // v} / 流水并行度过大",
+        )
+    if v > 1 and p <= 2:
+        yield (
+            _VIRTUAL,
+            f"{_VIRTUAL} ({v}) needs {_PIPELINE} ({p}) above 2; raise that to 4, or set {_VIRTUAL}: 1 / 虚拟流水需要流水并行度大于 2",
+        )
+    if v > 1 and accumulation is not None and accumulation != p and accumulation < 2 * p:
+        yield (
+            "gradient_accumulation_steps",
+            f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least twice that with {_VIRTUAL} ({v}); "
+            f"set {p if accumulation < p else 2 * p} / 累积步数不合法",
+        )
+
+
+def _sharding(layout: Layout) -> Iterator[Problem]:
+    if layout.stage > 1 and layout.pipeline > 1:
+        yield (
+            "sharding",
+            f"sharding (stage{layout.stage}) must be stage1 with {_PIPELINE} ({layout.pipeline}); change one / 流水并行只支持 stage1",
+        )
+    if layout.stage and layout.sharding == 1 and layout.data > 1:
+        yield (
+            _SHARDING,
+            f"{_SHARDING} (1) must be above 1 with sharding (stage{layout.stage}): {layout.data} ranks have the same weights and share nothing; "
+            f"set it to {layout.data}, or sharding: off / 请设置 sharding 并行度",
+        )
+    if layout.offload and layout.data > 1:
+        yield (
+            "sharding",
+            f"sharding (stage{layout.stage} offload) must not go with {layout.data} data replicas; set {_SHARDING} to {layout.sharding * layout.data} / 卸载时不能有数据并行",
+        )
+
+
+def _world(layout: Layout, world: int | None) -> Iterator[Problem]:
+    needed = layout.tensor * layout.pipeline * layout.sharding
+    if world is not None and world % needed:
+        yield (
+            _TENSOR if layout.tensor > 1 else _PIPELINE if layout.pipeline > 1 else _SHARDING,
+            f"{_TENSOR} ({layout.tensor}) * {_PIPELINE} ({layout.pipeline}) * {_SHARDING} ({layout.sharding}) = {needed} must divide the number of "
+            f"processes ({world}); start {max(needed, world // needed * needed)}, or lower a degree / 并行度之积须整除进程数",
+        )
+
+
+def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = None) -> list[Layout]:
+    """Every legal layout on `world` ranks without virtual stages: data replicas share optimizer states (sharding stage 1)."""
+    found = []
+    for tensor in _divisors(world):
+        if list(_uneven(model, tensor)):
+            continue
+        for pipeline in (p for p in _divisors(world // tensor) if p <= model.num_hidden_layers):
+            shared = world // tensor // pipeline
+            wide = _divisors(shared) if model.moe is not None else [1]
+            for factor in wide:
+                layout = Layout(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    sharding=shared,
+                    expert=tensor * factor,
+                    sequence_parallel=tensor > 1,
+                    stage=int(shared > 1),
+                )
+                if not problems(model, layout, world=world, accumulation=accumulation):
+                    found.append(layout)
+    return found
+
+
+def nearest(
+    model: ModelConfig, layout: Layout, world: int, count: int = 3, accumulation: int | None = None
+) -> list[Layout]:
+    """The legal layouts on `world` ranks that differ least from `layout`, in powers of two of its degrees; the tensor degree counts most."""
+
+    def distance(other: Layout) -> float:
+        pairs = (
+            (2.0, layout.tensor, other.tensor),
+            (1.5, layout.pipeline, other.pipeline),
+            (1.0, layout.expert, other.expert),
+            (0.5, layout.sharding, other.sharding),
+        )
+        return sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs)
+
+    return sorted(legal_layouts(model, world, accumulation=accumulation), key=distance)[:count]
+
+
+def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -> None:
+    """Refuse settings whose layout `model` cannot have. `world`: processes that run, None where that is not known yet.
+
+    Raises ValueError: one line for every broken rule, then the nearest legal layouts on as many ranks.
+    """
+    found = run_problems(config, model, world)
+    if found:
+        raise ValueError("\n".join(message for _, message in found))
+
+
+def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None) -> list[Problem]:
+    """What `check_run` refuses, each with the setting to point at; the last one also names the nearest legal layouts."""
+    layout = layout_of(config, world)
+    steps = config.train.gradient_accumulation_steps
+    found = list(_unbuilt(config)) + problems(model, layout, world=world, accumulation=steps)
+    if found:
+        ranks = world or layout.world
+        others = nearest(model, layout, ranks, accumulation=steps)
+        shown = "; ".join(f"{other} ({_spelled(other)})" for other in others)
+        name, message = found[-1]
+        found[-1] = (name, f"{message}\nnearest layouts on {ranks} card(s) / 可用的相近布局: {shown or 'none'}")
+    return found
+
+
+def _spelled(layout: Layout) -> str:
+    return (
+        " ".join(
+            f"{name}={value!r}" if " " in value else f"{name}={value}" for name, value in layout.settings().items()
+        )
+        or "no parallel settings"
+    )
+
+
+def _unbuilt(config: RunConfig) -> Iterator[Problem]:
+    p = config.parallel
+    for name, instead in (
+        ("context_parallel_size", f"{_TENSOR} with sequence_parallel"),
+        ("sep_parallel_size", f"{_TENSOR} with sequence_parallel"),
+        ("expert_tensor_model_parallel_size", _EXPERT),
+    ):
+        value = vars(p)[name]
+        if value > 1:
+            yield (
+                name,
+                f"{name} ({value}) must be 1: experts and sequences are cut by other axes here; use {instead} / 不支持，请改用上述设置",
+            )

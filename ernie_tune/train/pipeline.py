@@ -1,0 +1,289 @@
+"""A window through a pipeline of the model's stages: the vision tower shared out before it, the objective on its last stage.
+
+Knows the model's stage list and the objective; `parallel/pipeline.py` knows Fleet. Refuses to know: optimizers, norms, other axes.
+Legend: T tokens, D width, P patches, W tower width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+from ernie_tune.models.cache import KVCache
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
+from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.moe import RouterTap
+from ernie_tune.parallel.mesh import Mesh
+from ernie_tune.parallel.pipeline import Cut, Pipeline
+from ernie_tune.train.engine import Engine, Window, Work
+from ernie_tune.train.objective import Objective
+from ernie_tune.train.tower import SharedTower, tower_parameters
+
+# --- the model as items ----------------------------------------------------------------------------------------------
+
+
+def pipeline_items(config: ModelConfig) -> list[str]:
+    """Names of the pipeline's items: the model's stages, and the head also where it is tied (57 for 54 layers, 31 for 28)."""
+    names = [name for name, _ in stages(config)]
+    return names if names[-1] == "lm_head" else [*names, "lm_head"]
+
+
+def item_costs(config: ModelConfig) -> list[float]:
+    """Products of one text token in each item, in units of parameters met; what a balanced cut is balanced by (parallel.md 5.3)."""
+    c, moe = config, config.moe
+    head_width = c.head_dim
+    attention = c.hidden_size * head_width * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    dense = 3 * c.hidden_size * c.intermediate_size
+    sparse = 0
+    if moe is not None:
+        sparse = c.hidden_size * (
+            3 * (moe.top_k * moe.intermediate_size[0] + moe.shared_intermediate_size) + moe.num_experts
+        )
+    layers = [float(attention + (sparse if c.is_moe_layer(i) else dense)) for i in range(c.num_hidden_layers)]
+    return [0.0, *layers, 0.0, float(c.vocab_size * c.hidden_size)]
+
+
+def stages_of(cut: Cut, stage: int) -> frozenset[str]:
+    """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler on the first."""
+    return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
+
+
+# --- one pack through this rank's stages -------------------------------------------------------------------------------
+
+
+@dataclass
+class Passage:
+    """One pack on its way through the stages of this rank. `rows_PW`: the tower's outputs, on the first stage."""
+
+    model: ErnieModel
+    pack: PackedInput
+    rows_PW: Tensor | None = None
+    tap: RouterTap | None = None
+    cache: KVCache | None = None
+    recompute: Recompute | None = None
+    runs: Any = None  # `TokenRuns` with sequence parallelism
+    ctx: SequenceContext | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the hidden states on this rank."""
+        if self.runs is None:
+            return self.pack.num_tokens
+        self.runs.total = self.pack.num_tokens
+        first, end = self.runs.span()
+        return int(end - first)
+
+    def run(self, item: str, hidden: Tensor | None) -> Tensor:
+        """Hidden states after one item."""
+        if self.runs is not None:
+            self.runs.total = self.pack.num_tokens  # the item before may have run on another pack
+        if item == "embed_tokens":
+            return self._embed()
+        if hidden is None:
+            raise AssertionError("only the first item starts from nothing")
+        if item == "norm":
+            return self.model.norm(hidden)
+        if item == "lm_head":  # a place in the list; the objective applies the matrix where it needs it
+            return hidden
+        if self.ctx is None:
+            self.ctx = self.model.context(self.pack, self.tap, self.cache, self.recompute)
+        layer = self.model.layers[int(item.removeprefix("layers."))]
+        return self.recompute(layer, hidden, self.ctx) if self.recompute else layer(hidden, self.ctx)
+
+    def _embed(self) -> Tensor:
+        features = None
+        if self.rows_PW is not None:
+            features = self.model.resampler_model(self.rows_PW, self.pack.grid_thw_n3)
+        x_TD = self.model.embed(self.pack, features)
+        if x_TD.stop_gradient and paddle.is_grad_enabled():
+            # Trap p: below a boundary something must need a gradient, or the stages wait for each other for ever.
+            x_TD = x_TD.detach()
+            x_TD.stop_gradient = False
+        return x_TD
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class WindowProgram:
+    """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are fillers: the last one again, counting nothing."""
+
+    def __init__(
+        self,
+        work: Work,
+        window: Sequence[Any],
+        rows_PW: Sequence[Tensor | None],
+        scale: float = 1.0,
+        data_ranks: int = 1,
+        runs: Any = None,
+    ) -> None:
+        self.work, self.window, self.scale = work, window, scale
+        self.done = Window()
+        prepared = [work.model.prepared(batch.inputs) for batch in window]
+        self.real_T = [real for _, real in prepared]
+        self.passages = [
+            Passage(work.model, pack, rows, work.tap(len(window), scale / data_ranks), None, work.recompute, runs)
+            for (pack, _), rows in zip(prepared, rows_PW, strict=True)
+        ]
+        self.filler = dataclasses.replace(self.passages[-1], tap=None)
+
+    def _passage(self, micro: int) -> Passage:
+        return self.passages[micro] if micro < len(self.window) else self.filler
+
+    def rows(self, micro: int) -> int:
+        return self._passage(micro).rows
+
+    def run(self, item: str, micro: int, hidden: Tensor | None) -> Tensor:
+        return self._passage(micro).run(item, hidden)
+
+    def leave(self, micro: int) -> None:
+        if micro < len(self.window):
+            passage = self.passages[micro]
+            passage.ctx = passage.rows_PW = None
+
+    def finish(self, micro: int, hidden: Tensor) -> Tensor:
+        if micro >= len(self.window):
+            return hidden.astype("float32").sum() * 0.0
+        objective, batch = self.work.objective, self.window[micro]
+        hidden = _known_rows(hidden, self.real_T[micro])
+        out = objective.loss(objective.outputs(self.work.model, hidden, batch), batch)
+        share = out.total / self.work.divisor
+        self.done.add(float(share), out.metrics)
+        return (share if self.scale == 1.0 else share * self.scale).astype("float32")
+
+
+def _known_rows(hidden: Tensor, real_T: np.ndarray | None) -> Tensor:
+    return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
+
+
+def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
+    """Trap u: stages that count other micro-batches, or cut off other rows, wait for each other for ever."""
+    mine = [(pack.num_tokens, zlib.crc32(pack.input_ids_T.tobytes())) for pack in packs]
+    said = pipeline.group.objects(mine)
+    other = [i for i, theirs in enumerate(said) if theirs != said[0]]
+    if other:
+        raise ValueError(
+            f"micro-batches of stage {other[0]} ({len(said[other[0]])}, tokens {[n for n, _ in said[other[0]]]}) must be those of stage 0 "
+            f"({len(said[0])}, tokens {[n for n, _ in said[0]]}); give all ranks of a pipeline the same files, seed and data settings"
+        )
+
+
+# --- the model, spread over stages -----------------------------------------------------------------------------------
+
+
+class StagedModel:
+    """A model whose stages are on the ranks of a pipeline; `model` has kept those of this one (`ErnieModel.keep`).
+
+    `forward_backward` trains through Fleet's schedule. Calls without a gradient (evaluation, generation) are made by all ranks with the same packs, and
+    all get the result: stages take turns, boundaries are broadcast. `accumulation`: micro-batches of a window. `runs`: what `parallelize` returned.
+    Raises ValueError for cuts and schedules that cannot work.
+    """
+
+    def __init__(self, model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh, runs: Any = None) -> None:
+        if runs is not None and cut.bounds[-2] == len(cut.items) - 1:
+            raise ValueError(
+                f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with sequence_parallel; move the last cut to {len(cut.items) - 2}"
+            )
+        self.model, self.config, self.runs = model, model.config, runs
+        tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
+        self.pipeline = Pipeline(cut, accumulation, mesh, tied)
+        # Trap w: every stage has the tower, one counts it.
+        for parameter in tower_parameters(model):
+            parameter.is_firstly_shared = self.pipeline.stage == 0
+
+    def forward_backward(self, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1) -> Window:
+        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all ranks of the pipeline.
+
+        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the
+        ranks of the pipeline were not given the same window.
+        """
+        packs = [batch.inputs for batch in window]
+        _check_same(packs, self.pipeline)
+        tower = SharedTower(self.model, packs, self.pipeline.group, work.recompute)
+        program = WindowProgram(work, window, tower.features(), scale, data_ranks, self.runs)
+        self.pipeline.train(program, len(window))
+        tower.backward()
+        done: Window = self.pipeline.group.objects(program.done)[-1]
+        return done
+
+    @property
+    def training(self) -> bool:
+        return bool(self.model.training)
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def own_layers(self) -> list[Any]:
+        """As `ErnieModel.own_layers`: what a cache holds on this rank."""
+        return self.model.own_layers()
+
+    @paddle.no_grad()
+    def __call__(self, inputs: PackedInput, *, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [T, D], as `ErnieModel.forward` gives them."""
+        decoding = cache is not None and not cache.prefilling
+        pack, real_T = self.model.prepared(inputs, decoding)
+        if cache is not None and not decoding and not self.own_layers():
+            cache.plan(pack.offsets, 1)
+        cut, group = self.pipeline.cut, self.pipeline.group
+        rows_PW = SharedTower(self.model, [pack], group).features()[0]
+        passage = Passage(self.model, pack, rows_PW, cache=cache, runs=self.runs)
+        parts, hidden = len(cut.bounds) - 1, None
+        for part in range(parts):
+            if part % cut.stages == group.rank:
+                for item in cut.items[cut.bounds[part] : cut.bounds[part + 1]]:
+                    hidden = passage.run(item, hidden)
+            rows = pack.num_tokens if part == parts - 1 else passage.rows
+            hidden = self._from(part % cut.stages, hidden, [rows, self.config.hidden_size])
+        return _known_rows(hidden, real_T)
+
+    @paddle.no_grad()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Scores [T, V]."""
+        scores = self.model.logits(hidden_TD) if self.pipeline.is_last else None
+        return self._from(self.pipeline.cut.stages - 1, scores, [hidden_TD.shape[0], self.config.vocab_size])
+
+    @paddle.no_grad()
+    def outputs(self, objective: Objective, batch: Any) -> Tensor:
+        """`Objective.outputs` of one micro-batch (log-probabilities [N], rewards [R], ...)."""
+        hidden = self(batch.inputs)
+        mine = objective.outputs(self.model, hidden, batch) if self.pipeline.is_last else None
+        about = self.pipeline.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
+        return self._from(self.pipeline.cut.stages - 1, mine, about[0], about[1].rsplit(".", 1)[-1])
+
+    def _from(self, stage: int, mine: Tensor | None, shape: list[int], dtype: str = "") -> Tensor:
+        group = self.pipeline.group
+        if group.rank != stage or mine is None:
+            mine = paddle.empty(shape, dtype or self.model.compute_dtype)
+        dist.broadcast(mine, group.ranks[stage], group=group.fleet)
+        return mine
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class PipelineEngine(Engine):
+    """`Engine` whose forward and backward go through a pipeline."""
+
+    def __init__(self, staged: StagedModel) -> None:
+        self.staged = staged
+
+    def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
+        done = self.staged.forward_backward(work, window, self.gradient_scale, self.batch[1])
+        return done.loss, done.metrics
+
+    def norm(self, parameters: Sequence[Tensor]) -> float:
+        own = super().norm([p for p in parameters if getattr(p, "is_firstly_shared", True)])
+        return math.sqrt(math.fsum(x**2 for x in self.staged.pipeline.group.objects(own)))

@@ -1,0 +1,240 @@
+"""Learning from judged answers, as the loop asks for it: log-probabilities of whole units in, one loss out, with the numbers that run along.
+
+Refuses to know: the formulas (objectives), where the reference's log-probabilities come from (reference.py), files.
+Legend: T tokens, N target tokens, C candidates, P pairs, U units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.data.units import Unit, UnitBatch
+from ernie_tune.objectives.listwise import Units, score_margins
+from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.pairwise import Baselines, pair_counts, pair_terms, reward_kappa
+from ernie_tune.objectives.preference import (
+    Candidates,
+    Pairs,
+    PreferenceHyper,
+    preference_metrics,
+    sequence_logp,
+)
+from ernie_tune.objectives.unpaired import Labels, RewardShift, kl_baseline
+from ernie_tune.objectives.upo import Signals, UpoSettings, upo_counts, upo_loss
+from ernie_tune.train.objective import target_logp
+
+_KL = ("kl_sum", "kl_count")
+_SIDES = ("rewards/chosen", "rewards/rejected")
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What a difference of scores asks of the rewards (ODPO): alpha times it ("linear") or its logarithm ("log"); alpha 0: nothing."""
+
+    alpha: float = 0.0
+    kind: str = "linear"
+
+
+def pairs_of(batch: UnitBatch, margins: Margins | None = None, edge_weight: str = "unit") -> Pairs:
+    """Every comparison that the batch's rows imply: pairs, rankings and ratings alike. The comparisons of one unit share its weight, or with
+    edge_weight "edge" have it each."""
+    rows = [
+        (first + better, first + worse, unit, better, worse)
+        for unit, first in zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
+        for better, worse in unit.edges
+    ]
+    weight = [u.weight / (len(u.edges) if edge_weight == "unit" else 1) for _, _, u, _, _ in rows]
+    margin = [u.margin + _offset(u, b, w, margins or Margins()) for _, _, u, b, w in rows]
+    return Pairs.of(
+        [r[0] for r in rows],
+        [r[1] for r in rows],
+        np.array(weight, np.float64),
+        np.array(margin, np.float64),
+        np.array([u.confidence for _, _, u, _, _ in rows], np.float64),
+    )
+
+
+def _offset(unit: Unit, better: int, worse: int, margins: Margins) -> float:
+    scores = unit.score_C[[better, worse]]
+    if not margins.alpha or np.isnan(scores).any():
+        return 0.0
+    if not scores[0] > scores[1]:
+        raise ValueError(
+            f"{unit.where}: score of the better answer ({scores[0]:g}) must be above that of the worse ({scores[1]:g}) with offset_alpha; correct the row"
+        )
+    return float(score_margins(scores[:1], scores[1:], margins.kind, margins.alpha)[0])
+
+
+def signals_of(batch: UnitBatch) -> Signals:
+    """The batch's judgements by kind: pairs of `pair` rows, tiers of rankings, scores of ratings, labels."""
+    parts: dict[str, list[tuple[Unit, int]]] = {name: [] for name in ("pair", "ranking", "rating", "label")}
+    for unit, first in zip(batch.units, batch.first_candidate_U.tolist(), strict=True):
+        parts[unit.signal].append((unit, first))
+    edges = [(u, f + b, f + w) for u, f in parts["pair"] for b, w in u.edges]
+    pairs = Pairs.of(
+        [b for _, b, _ in edges],
+        [w for _, _, w in edges],
+        np.array([u.weight / len(u.edges) for u, _, _ in edges], np.float64),
+        np.array([u.margin for u, _, _ in edges], np.float64),
+        np.array([u.confidence for u, _, _ in edges], np.float64),
+    )
+    labels = [
+        (f + c, u.label_C[c], u.weight / u.num_candidates) for u, f in parts["label"] for c in range(u.num_candidates)
+    ]
+    return Signals(
+        pairs,
+        _units(
+            parts["ranking"], [u.rank_C if not np.isnan(u.rank_C).any() else -u.score_C for u, _ in parts["ranking"]]
+        ),
+        _units(parts["rating"], [u.score_C for u, _ in parts["rating"]]),
+        Labels(
+            np.array([i for i, _, _ in labels], np.int64),
+            np.array([g for _, g, _ in labels], np.float64),
+            np.array([w for _, _, w in labels], np.float64),
+        ),
+    )
+
+
+def _units(members: Sequence[tuple[Unit, int]], values: Sequence[np.ndarray]) -> Units:
+    index = [np.arange(first, first + u.num_candidates) for u, first in members]
+    number = [np.full(u.num_candidates, i) for i, (u, _) in enumerate(members)]
+    if not members:
+        return Units.of([], [], [])
+    weight_U = np.array([u.weight for u, _ in members], np.float64)
+    return Units.of(np.concatenate(index), np.concatenate(number), np.concatenate(values), weight_U)
+
+
+def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
+    """The batch's answers with their log-probabilities, and the reference's where the batch has them."""
+    count = len(batch.length_C)
+    ref_N = None if batch.ref_logp_N is None else paddle.to_tensor(batch.ref_logp_N, dtype=logp_N.dtype)
+    return Candidates(
+        sequence_logp(logp_N, batch.candidate_N, count),
+        batch.length_C,
+        None if ref_N is None else sequence_logp(ref_N, batch.candidate_N, count),
+        logp_N,
+        ref_N,
+        batch.candidate_N,
+    )
+
+
+class _Judged:
+    """What all objectives on judged answers share: global counts, KTO's baseline of this window, BCO's running shift."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+        self.shift = RewardShift()
+        self.z0 = 0.0
+
+    @property
+    def uses_kl(self) -> bool:
+        """Whether windows must bring log-ratios of mismatched answers."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
+        return target_logp(model, hidden_TD, batch)
+
+    def begin(self, counts: Mapping[str, float]) -> float:
+        self._counts = {name: n for name, n in counts.items() if name not in _KL}
+        if self.uses_kl and counts["bin"]:
+            self.z0 = kl_baseline(counts["kl_sum"], counts["kl_count"])
+        return 1.0  # each term has its own divisor
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        good, bad = (metrics.get(name, (0.0, 0.0)) for name in _SIDES)
+        self.shift = self.shift.updated(good, bad)
+
+    def baselines(self) -> Baselines:
+        return Baselines(delta=self.shift.delta, z0=self.z0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shift": self.shift.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.shift = RewardShift.from_state(state["shift"])
+
+
+class PairObjective(_Judged):
+    """The DPO family: `terms` are atomic losses with weights (`pairwise.expand`), on all comparisons of a batch."""
+
+    def __init__(
+        self, terms: Mapping[str, float], hyper: PreferenceHyper, margins: Margins | None = None, reference: bool = True
+    ) -> None:
+        super().__init__()
+        self.terms, self.hyper, self.margins, self._reference = dict(terms), hyper, margins or Margins(), reference
+
+    @property
+    def needs_reference(self) -> bool:
+        return self._reference
+
+    def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
+        total = dict.fromkeys(self.terms, 0.0)
+        for batch in window:
+            pairs = pairs_of(batch, self.margins)
+            for name, n in pair_counts(self.terms, pairs, batch.length_C, self.hyper).items():
+                total[name] += n
+        return total
+
+    def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
+        candidates, pairs = candidates_of(logp_N, batch), pairs_of(batch, self.margins)
+        terms = pair_terms(self.terms, candidates, pairs, self.hyper, self.baselines())
+        out = combine(terms, self.terms, self._counts)
+        named = out.metrics if len(self.terms) > 1 else {}
+        return LossOut(
+            out.total,
+            out.count,
+            {**named, **preference_metrics(candidates, pairs, self.hyper.beta, reward_kappa(self.terms))},
+        )
+
+
+class UpoObjective(_Judged):
+    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO."""
+
+    def __init__(self, settings: UpoSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.settings.active("bin") and self.settings.bin == "kto"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.settings.reference
+
+    def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
+        total: dict[str, float] = dict.fromkeys(_KL, 0.0) if self.uses_kl else {}
+        for batch in window:
+            for name, n in upo_counts(self.settings, signals_of(batch), batch.length_C).items():
+                total[name] = total.get(name, 0.0) + n
+            if self.uses_kl:
+                total["kl_sum"] += batch.kl_sum
+                total["kl_count"] += batch.kl_count
+        return total
+
+    def begin(self, counts: Mapping[str, float]) -> float:
+        if not any(n for name, n in counts.items() if name not in _KL):
+            raise ValueError(
+                f"rows of a window must have a judgement that a term with a weight ({', '.join(k for k, w in self.settings.weights.items() if w)}) "
+                "can learn from; give such rows or weights"
+            )
+        return super().begin(counts)
+
+    def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
+        return upo_loss(self.settings, candidates_of(logp_N, batch), signals_of(batch), self._counts, self.baselines())
+
+
+def settled(metrics: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Means of (sum, count), without what nothing was counted for."""
+    return {name: total / count for name, (total, count) in metrics.items() if count and math.isfinite(total)}

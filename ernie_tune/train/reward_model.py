@@ -1,0 +1,229 @@
+"""A reward model: one scalar for a finished dialogue, from a bias-free head on its last token (methods.md 4.5). Head, objective, measurements.
+
+The head reads the state after the model's last norm and is kept beside the model's or adapter's own files. Refuses to know: loops, verbs, which rows.
+Legend: T tokens, D width, C candidates, P pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from ernie_tune.checkpoint.tensors import TensorReader
+from ernie_tune.checkpoint.writer import write_folder
+from ernie_tune.data.batching import Dropped
+from ernie_tune.data.units import UnitBatch, UnitEncoder
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.reward import reward_metrics, reward_pair_loss
+from ernie_tune.train.evaluate_judged import judged_batches, preferred
+from ernie_tune.train.preference import Margins, pairs_of
+
+HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know
+_WEIGHT = "reward_head.weight"
+_BINS = 10
+
+
+class RewardHead(nn.Layer):
+    """[D] -> scalar without bias, N(0, 1/(D+1)) at the start; float32."""
+
+    def __init__(self, width: int, seed: int = 0) -> None:
+        super().__init__()
+        fresh = np.random.default_rng(seed).standard_normal((width, 1)).astype(np.float32) / np.sqrt(width + 1)
+        self.weight = self.create_parameter(
+            [width, 1], dtype="float32", default_initializer=nn.initializer.Assign(fresh.astype(np.float32))
+        )
+
+    def forward(self, x_CD: Tensor) -> Tensor:
+        return paddle.matmul(x_CD.astype(self.weight.dtype), self.weight).squeeze(-1)
+
+
+def attach_head(model: ErnieModel, seed: int = 0) -> RewardHead:
+    """Give the model a fresh trained head, or return the one that it has."""
+    if "reward_head" not in dict(model.named_children()):
+        model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed))
+    head: RewardHead = model.reward_head
+    return head
+
+
+def save_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
+    """Write the head into `folder`/reward_head, whole or not at all."""
+    weight = attach_head(model).weight
+    write_folder(
+        Path(folder) / HEAD_FOLDER,
+        {_WEIGHT: (tuple(weight.shape), "F32")},
+        lambda _: weight.numpy(),
+        metadata={"format": "np"},
+    )
+
+
+def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
+    """Put the saved head on the model. Raises ValueError where there is none or one of another width."""
+    place = Path(folder) / HEAD_FOLDER
+    if not place.is_dir():
+        raise ValueError(
+            f"{folder} must hold {HEAD_FOLDER}/; train a reward model with `ernie-tune reward`, or name its output_dir"
+        )
+    weight, value = attach_head(model).weight, np.array(TensorReader(place).read(_WEIGHT))
+    if list(value.shape) != list(weight.shape):
+        raise ValueError(
+            f"{place}: head {list(value.shape)} must be {list(weight.shape)} for this model; load it on its own model"
+        )
+    weight.set_value(paddle.to_tensor(value))
+
+
+class RewardObjective:
+    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row share its weight (edge_weight "unit")."""
+
+    def __init__(self, center: float = 0.01, margins: Margins | None = None, edge_weight: str = "unit") -> None:
+        self.center, self.margins, self.edge_weight = center, margins or Margins(), edge_weight
+
+    def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
+        pairs = [pairs_of(batch, self.margins, self.edge_weight) for batch in window]
+        return {"pair": float(sum(p.weight_P.sum() for p in pairs))}
+
+    def begin(self, counts: Mapping[str, float]) -> float:
+        return counts["pair"]
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
+        """One reward for each candidate, [C]."""
+        rewards: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
+        return rewards
+
+    def loss(self, reward_C: Tensor, batch: UnitBatch) -> LossOut:
+        pairs = pairs_of(batch, self.margins, self.edge_weight)
+        out = reward_pair_loss(reward_C, pairs, self.center)
+        return LossOut(out.total, out.count, reward_metrics(reward_C, pairs))
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        """Nothing runs along."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def rewards_of(model: ErnieModel, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
+    """Rewards [C] of each batch, without gradients and dropout."""
+    training = model.training
+    model.eval()
+    for batch in batches:
+        with paddle.no_grad():
+            states_CD = paddle.gather(model(batch.inputs), paddle.to_tensor(batch.end_C))
+            yield model.reward_head(states_CD).numpy()
+    if training:
+        model.train()
+
+
+def score_records(
+    model: ErnieModel, records: Sequence[Any], encoder: UnitEncoder, rows: int
+) -> list[list[float] | None]:
+    """The reward of each candidate of each record, in order; None for a record that cannot be encoded (too long)."""
+    out: list[list[float] | None] = []
+    for start in range(0, len(records), rows):
+        found = [encoder(record, Dropped()) for record in records[start : start + rows]]
+        units = [unit for unit in found if unit is not None]
+        scored: Iterator[np.ndarray] = iter(())
+        if units:
+            batch = encoder.collate(units)
+            (reward_C,) = rewards_of(model, [batch])
+            scored = iter(np.split(reward_C, batch.first_candidate_U[1:]))
+        out += [None if unit is None else next(scored).tolist() for unit in found]
+    return out
+
+
+def reward_evaluation(
+    model: ErnieModel, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: RewardObjective
+) -> dict[str, float]:
+    """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error` (ECE of sigma(s_w - s_l) over ten bins),
+    `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0."""
+    batches, dropped = judged_batches(records, encoder, rows)
+    divisor = objective.begin(objective.counts(batches))
+    total, sums = 0.0, dict[str, list[float]]()
+    rewards: list[np.ndarray] = []
+    margins: list[np.ndarray] = []
+    for batch, reward_C in zip(batches, rewards_of(model, batches), strict=True):
+        tensor, pairs = paddle.to_tensor(reward_C), pairs_of(batch, objective.margins, objective.edge_weight)
+        out = objective.loss(tensor, batch)
+        total += float(out.total) / divisor
+        rewards.append(reward_C)
+        margins.append(reward_C[pairs.better_P] - reward_C[pairs.worse_P])
+        _add(sums, {**out.metrics, **preferred(reward_C, batch)})
+    blind: dict[str, list[float]] = {}
+    if any(batch.inputs.pixel_values_PC is not None for batch in batches):
+        masked = [_masked(batch) for batch in batches]
+        for batch, reward_C in zip(masked, rewards_of(model, masked), strict=True):
+            _add(blind, preferred(reward_C, batch))
+    reward_A, length_A = np.concatenate(rewards), np.concatenate([batch.length_C for batch in batches])
+    means = {name.replace("preference_", ""): value / count for name, (value, count) in sums.items() if count}
+    means |= {
+        name.replace("preference_accuracy", "blind_accuracy"): value / count for name, (value, count) in blind.items()
+    }
+    lost = {"dropped_rows": float(sum(dropped.count.values()))} if dropped.count else {}
+    return {
+        "loss": total,
+        **means,
+        "min_reward": float(reward_A.min()),
+        "max_reward": float(reward_A.max()),
+        "calibration_error": calibration_error(np.concatenate(margins)),
+        "length_correlation": spearman(reward_A, length_A),
+        "rows": float(sum(batch.num_rows for batch in batches)),
+        **lost,
+    }
+
+
+def _add(sums: dict[str, list[float]], found: Mapping[str, tuple[float, float]]) -> None:
+    for name, (value, count) in found.items():
+        seen = sums.setdefault(name, [0.0, 0.0])
+        seen[0] += value
+        seen[1] += count
+
+
+def _masked(batch: UnitBatch) -> UnitBatch:
+    """The batch with every image grey: 0 is the mean of what the processor makes."""
+    pixels = batch.inputs.pixel_values_PC
+    inputs = (
+        batch.inputs if pixels is None else dataclasses.replace(batch.inputs, pixel_values_PC=np.zeros_like(pixels))
+    )
+    return dataclasses.replace(batch, inputs=inputs)
+
+
+def calibration_error(margin_P: np.ndarray) -> float:
+    """Expected calibration error of sigma(|margin|) as the probability that the answer with the higher reward is the better one; 0 is perfect.
+
+    Ten bins of equal width on [0.5, 1] (Guo et al. 1706.04599, eq. 5).
+    """
+    if not len(margin_P):
+        return 0.0
+    confidence_P = 1 / (1 + np.exp(-np.abs(margin_P)))
+    bin_P = np.minimum(((confidence_P - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(float((margin_P > 0)[bin_P == k].mean() - confidence_P[bin_P == k].mean())) * (bin_P == k).mean()
+        for k in range(_BINS)
+        if (bin_P == k).any()
+    ]
+    return float(sum(gaps))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation, ties with their mean rank; 0 where one side is constant."""
+    ranks = [_ranks(np.asarray(x, np.float64)) for x in (a, b)]
+    spread = [r.std() for r in ranks]
+    if not len(a) or min(spread) == 0:
+        return 0.0
+    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / (spread[0] * spread[1]))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[inverse.reshape(-1)]

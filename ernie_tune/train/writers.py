@@ -1,0 +1,64 @@
+"""`report_to`: the run's numbers for the loggers that people already have open. The files of log.py never depend on them.
+
+A package is imported only when a setting names it. Refuses to know: what the numbers mean, the run's own files, paddle.
+Source: ecosystem.md 4.1 (names), 5.3 (VisualDL: scalars only, one writer a process).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# logger -> (package, what installs it)
+PACKAGES = {
+    "visualdl": ("visualdl", "pip install 'ernie-tune[visualdl]'"),
+    "tensorboard": ("tensorboardX", "pip install 'ernie-tune[tensorboard]'"),
+    "wandb": ("wandb", "pip install wandb"),
+    "swanlab": ("swanlab", "pip install swanlab"),
+}
+PROJECT = "ernie_tune"
+
+Write = Callable[[Mapping[str, float], int], object]
+
+
+class Writer:
+    """One open logger: `write(step, record)` takes a record of the run's log, `close()` ends it."""
+
+    def __init__(self, write: Write, close: Callable[[], object]) -> None:
+        self._write, self.close = write, close
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """The record's numbers, true and false as 1 and 0; texts, lists and nothing (a loss that is no number) are left out."""
+        values = {k: float(v) for k, v in record.items() if isinstance(v, bool | int | float) and k != "step"}
+        self._write(values, step)
+
+
+def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Writer]:
+    """The loggers that `report_to` names, writing below `folder`; "all": those whose package is installed. Raises ValueError for one whose package is not."""
+    wanted = [n for n in PACKAGES if importlib.util.find_spec(PACKAGES[n][0])] if "all" in names else list(names)
+    return [_open(name, folder, settings) for name in wanted]
+
+
+def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> Writer:
+    package, install = PACKAGES[name]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"report_to ({name}) must have the package {package} ({error}); {install}, or remove it"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    if name in ("wandb", "swanlab"):
+        place = {"dir" if name == "wandb" else "logdir": str(folder)}
+        module.init(project=PROJECT, config=dict(settings), **place)
+        return Writer(lambda values, step: module.log(dict(values), step=step), module.finish)
+    log = module.LogWriter(logdir=str(folder)) if name == "visualdl" else module.SummaryWriter(logdir=str(folder))
+
+    def write(values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            log.add_scalar(tag, value, step)
+
+    return Writer(write, log.close)

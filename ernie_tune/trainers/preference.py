@@ -1,0 +1,316 @@
+"""What trainers on judged answers share: units for rows, a reference policy, measuring by comparisons. `DPOTrainer` and `KTOTrainer` are little more.
+
+Refuses to know: formulas (objectives), how the reference is computed or kept (train/reference.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.loader import ARGS_FILE, load_config
+from ernie_tune.data.batching import Dropped
+from ernie_tune.data.records import Record
+from ernie_tune.data.units import JUDGED, UnitBatch, UnitEncoder, mismatched
+from ernie_tune.models.presets import PRESETS
+from ernie_tune.objectives.pairwise import expand, needs_reference
+from ernie_tune.objectives.preference import PreferenceHyper
+from ernie_tune.objectives.upo import UpoSettings
+from ernie_tune.peft.config import PrefixConfig, PromptConfig
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.train.evaluate import Question, question
+from ernie_tune.train.evaluate_judged import judged_evaluation
+from ernie_tune.train.guards import Verdict
+from ernie_tune.train.log import RunLog
+from ernie_tune.train.loop import StepRecord
+from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
+from ernie_tune.train.reference import (
+    CACHE_FILE,
+    SAME,
+    Reference,
+    choose_mode,
+    frozen_logp,
+    identity_of,
+    start_difference,
+)
+from ernie_tune.train.state import Checkpoint
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.measure import Measure
+
+
+class PreferenceTrainer(Trainer):
+    """A run on judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
+
+    signals: tuple[str, ...] = JUDGED
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.reference: Reference | None = None
+        self.encoder: UnitEncoder
+        if isinstance(self.model, PeftModel) and self.model.active is not None:
+            config = self.model.adapters[self.model.active].config
+            if isinstance(config, PromptConfig | PrefixConfig) and self.encoder.share:
+                raise ValueError(
+                    f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
+                )
+
+    def _encoder(self) -> UnitEncoder:
+        d, p = self.args.data, self.args.preference
+        return UnitEncoder(
+            self.processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, self.learned()
+        )
+
+    def learned(self) -> tuple[str, ...]:
+        """The kinds of judgement that the method learns from."""
+        return self.signals
+
+    def _objective(self) -> Any:
+        """The objective of the run, or one like it where no run has begun."""
+        return self.loop.objective if self.loop is not None else self.objective(1, 1.0)
+
+    # --- the reference -----------------------------------------------------------------------------------------------
+
+    def _before_training(self, dry_run: bool) -> None:
+        """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
+        p, objective = self.args.preference, self._objective()
+        if not objective.needs_reference or p.ref_mode == "none":
+            if objective.needs_reference:
+                raise ValueError(
+                    f"ref_mode (none) must not go with loss_type {','.join(p.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
+                )
+            self.reference = Reference(self.model, "none")
+            return
+        moving = p.ref_model_update_steps > 0
+        mode = choose_mode(p.ref_mode, self.model, moving)
+        if moving and mode not in ("model", "adapter_ref"):
+            raise ValueError(
+                f"ref_model_update_steps ({p.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
+            )
+        if mode == "precomputed" and objective.uses_kl:
+            raise ValueError(
+                "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known before; set auto, or bco or apo_zero_unpaired"
+            )
+        identity = identity_of(self.model, self.processor) if mode == "precomputed" else {}
+        self.reference = Reference(self.model, mode, identity)
+        if mode == "precomputed" and not dry_run:
+            self._precompute(self.reference)
+
+    def _precompute(self, reference: Reference) -> None:
+        """Every row's log-probabilities under the policy as it is now, from the file where it has them."""
+        file = Path(self.args.preference.ref_logps_path or self.output_dir / CACHE_FILE)
+        if file.is_file():
+            reference.cache.load(file)
+        known, rows = len(reference.cache.values), self.args.train.per_device_train_batch_size
+        mixture, held, dropped = self.stream.shard.mixture, self.eval_rows, Dropped()
+        every = (rows[i] for rows in (*mixture.sources, held) for i in range(len(rows)))
+        units = (unit for unit in (self.encoder(record, dropped) for record in every) if unit is not None)
+        for chunk in _chunks(units, rows):
+            reference.attached(self.encoder.collate(chunk))
+        if len(reference.cache.values) > known:
+            reference.cache.save(file)
+        reference.sealed = True
+
+    def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
+        reference = self._reference()
+        ready = [reference.attached(batch) for batch in window]
+        if not self._objective().uses_kl:
+            return ready
+        # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how the window is cut
+        others = mismatched([unit for batch in window for unit in batch.units])
+        total = 0.0
+        for chunk in _chunks(iter(others), max(batch.num_rows for batch in window)):
+            batch = self.encoder.collate(chunk)
+            total += float((frozen_logp(self.model, batch) - reference.compute(batch)).sum())
+        ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(others)))
+        return ready
+
+    def _reference(self) -> Reference:
+        if self.reference is None:
+            self._before_training(dry_run=True)
+        assert self.reference is not None
+        return self.reference
+
+    def _after_start(self, log: RunLog, resumed: bool) -> None:
+        reference = self._reference()
+        known, words = ancestry(self.args)
+        log.info(f"policy: {words}; reference: {reference.mode}")
+        if known is False and not resumed:
+            log.info(f"{words}: preferences are learned best after SFT; train it on demonstrations first", "WARNING")
+        if resumed or reference.mode == "none":
+            return
+        unit = next(
+            u for u in (self.encoder(r, Dropped()) for r in self.stream.shard.mixture.sources[0]) if u is not None
+        )
+        gap = start_difference(self.model, reference.attached(self.encoder.collate([unit])))
+        if gap > SAME:
+            log.info(
+                f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
+                "set ref_mode: adapter_ref",
+                "WARNING",
+            )
+
+    def _after_step(self, record: StepRecord) -> list[Verdict]:
+        p = self.args.preference
+        if p.ref_model_update_steps > 0 and record.step % p.ref_model_update_steps == 0:
+            self._reference().update(p.ref_model_mixup_alpha)
+        return []
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint_files(self, folder: Path) -> None:
+        super()._save_checkpoint_files(folder)
+        reference = self._reference()
+        if reference.mode in ("none", "precomputed"):
+            return
+        # what was computed stays as it was: in another micro-batch the last bit could differ
+        reference.cache.save(folder / CACHE_FILE)
+        if self.args.preference.ref_model_update_steps > 0:
+            reference.save_weights(folder)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        super()._resume(checkpoint)
+        reference = self._reference()
+        if (checkpoint.path / CACHE_FILE).is_file():
+            reference.cache.load(checkpoint.path / CACHE_FILE)
+        if self.args.preference.ref_model_update_steps > 0:
+            reference.load_weights(checkpoint.path)
+
+    # --- measuring ---------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> Measure:
+        plain = super()._measure()
+        return PreferenceMeasure(
+            plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir, trainer=self
+        )
+
+
+class PreferenceMeasure(Measure):
+    """Comparisons instead of a likelihood; questions are answered and compared with each row's best answer."""
+
+    def __init__(self, *args: Any, trainer: PreferenceTrainer) -> None:
+        super().__init__(*args)
+        self.trainer = trainer
+        self._asked: list[Question] | None = None
+
+    def _loss(self, rows: Sequence[Record]) -> dict[str, float]:
+        t = self.trainer
+        every = (rows[i] for i in range(len(rows)))
+        size = max(1, self.config.eval.per_device_eval_batch_size)
+        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._ready)
+
+    def _questions(self, limit: int) -> list[Question]:
+        if self._asked is None:
+            shown = (demonstration(self.rows[i]) for i in range(len(self.rows)))
+            self._asked = [question(record) for record in shown if record is not None]
+        count = min(limit, len(self._asked))
+        return [self._asked[i * len(self._asked) // count] for i in range(count)]
+
+
+def demonstration(record: Record) -> Record | None:
+    """The row's best answer as an answer to imitate; None where none is known to be good."""
+    best = {c for c, _ in record.preferences()} - {w for _, w in record.preferences()}
+    best |= {i for i, c in enumerate(record.candidates) if c.label}
+    if not best:
+        return None
+    messages, images, videos = record.dialogue(min(best))
+    return dataclasses.replace(record, signal="sft", messages=messages, images=images, videos=videos, candidates=())
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def ancestry(config: RunConfig) -> tuple[bool | None, str]:
+    """(whether the policy has been through SFT, None where nothing says so; what is known of it). Read from the arguments that our runs leave beside
+    their weights, and from the names of presets and base models."""
+    m = config.model
+    for folder in (config.lora.lora_path, m.model_name_or_path):
+        file = Path(folder) / ARGS_FILE
+        if folder and file.is_file():
+            stage = load_config(file).config.model.stage
+            return stage != "PT", f"{folder}, made by {stage}"
+    name = m.model_name_or_path.rsplit("/", 1)[-1].lower()
+    if name in PRESETS and not Path(m.model_name_or_path).is_dir():
+        return False, f"{m.model_name_or_path}, fresh weights"
+    if "-base" in name:
+        return False, f"{m.model_name_or_path}, a base model"
+    return (
+        None,
+        f"{m.model_name_or_path or 'a model given as an object'}, of which no arguments tell how it was trained",
+    )
+
+
+# --- the DPO family --------------------------------------------------------------------------------------------------
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Learn from comparisons: pairs, and rankings and ratings as all their pairs (methods.md 4.2). `loss_type` names one loss or several, as TRL does:
+    sigmoid (the default), cdpo, robust, hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair, mpo, nca_pair, exo_pair, sppo_hard, apo_zero,
+    apo_down. Arguments and errors as `Trainer`'s."""
+
+    stages = ("DPO",)
+    signals = ("pair", "ranking", "rating")
+
+    def objective(self, total_steps: int, steps_per_pass: float) -> PairObjective:
+        return pair_objective(self.args)
+
+
+def pair_objective(config: RunConfig) -> PairObjective:
+    """The losses that the settings name. Raises ValueError for names and combinations that do not exist."""
+    p = config.preference
+    names = ("sigmoid",) if p.loss_type == ("auto",) else p.loss_type
+    if "kto_pair" in names:
+        raise ValueError(
+            "loss_type (kto_pair) must be another: it compares with means of the whole batch; take stage KTO on labels, or bco_pair"
+        )
+    likelihood = p.sft_loss_ratio or 1.0
+    hyper = PreferenceHyper(
+        beta=p.beta,
+        label_smoothing=p.label_smoothing,
+        simpo_gamma=p.simpo_gamma,
+        orpo_lambda=p.beta,  # as TRL has it
+        rpo_alpha=likelihood,
+        cpo_alpha=likelihood,
+        dpop_lambda=p.dpop_lambda,
+        ld_alpha=None if p.ld_alpha == 1 else p.ld_alpha,
+        f_divergence_type=p.f_divergence_type,
+    )
+    terms = {name: p.pref_loss_ratio * weight for name, weight in expand(names, p.loss_weights or None, hyper).items()}
+    if p.sft_loss_ratio and not {"rpo", "cpo"} & set(names):
+        terms["sft"] = terms.get("sft", 0.0) + p.sft_loss_ratio
+    referenced = needs_reference(terms)
+    if p.reference_free and referenced:
+        raise ValueError(
+            f"reference_free (true) must go with losses without a reference, not loss_type {','.join(names)}; take simpo, orpo or cpo"
+        )
+    return PairObjective(terms, hyper, Margins(p.offset_alpha, p.offset_type), referenced)
+
+
+class KTOTrainer(PreferenceTrainer):
+    """Learn from single answers called good or bad (methods.md 4.3): `loss_type` kto (the default), bco or apo_zero_unpaired."""
+
+    stages = ("KTO",)
+    signals = ("label",)
+
+    def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
+        p, s = self.args.preference, self.args.signals
+        kind = "kto" if p.loss_type == ("auto",) else ",".join(p.loss_type)
+        return UpoObjective(
+            UpoSettings(
+                weights={"bin": 1.0},
+                hyper=PreferenceHyper(beta=p.beta),
+                bin=kind,
+                desirable_weight=s.desirable_weight,
+                undesirable_weight=s.undesirable_weight,
+            )
+        )

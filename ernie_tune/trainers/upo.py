@@ -1,0 +1,94 @@
+"""`UPOTrainer`: pairs, rankings, ratings and labels in one weighted sum, each term divided by its own global count (methods.md 7).
+
+What is publicly known of ERNIE 4.5's UPO (Unified Preference Optimization): Baidu's README calls it a modified reinforcement learning method, and readers'
+notes on the technical report describe a pairwise preference loss, as DPO has it, added to PPO, with pairs from the current samples ("online") or made
+beforehand ("offline"), for stability and against reward hacking. No formula and no weight is public. The presets here contain that sentence and are ours;
+they do not claim to be Baidu's. arXiv 2405.17956 uses the same name for another method.
+
+Refuses to know: the terms' formulas (objectives/upo.py), rollouts: the online terms (pg, kl, ent) join the same sum where a trainer makes answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.objectives.preference import PreferenceHyper
+from ernie_tune.objectives.upo import OFFLINE, PRESETS, UpoSettings
+from ernie_tune.train.preference import UpoObjective
+from ernie_tune.trainers.preference import PreferenceTrainer, ancestry
+
+# methods.md 7.4: presets that sample answers while they learn
+ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")
+_READS = {"pair": "pair", "bco_pair": "pair", "rank": "ranking", "rate": "rating", "bin": "label"}
+
+
+class UPOTrainer(PreferenceTrainer):
+    """Learn from every kind of judgement at once. `loss_type` names a preset: upo_hetero (the default; pairs, rankings, ratings and labels without
+    rollouts) or mpo (0.8 DPO + 0.2 BCO + likelihood, 2411.10442). `term_weights` changes weights. Arguments and errors as `Trainer`'s; also ValueError for
+    a policy that has not been through SFT, unless allow_base."""
+
+    stages = ("UPO",)
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        known, words = ancestry(self.args)
+        if known is False and not self.args.signals.allow_base:
+            raise ValueError(
+                f"model_name_or_path ({words}) must have been through SFT before UPO; train it on demonstrations first, or set allow_base: true"
+            )
+
+    def learned(self) -> tuple[str, ...]:
+        settings = upo_settings(self.args)
+        if settings.active("nll"):
+            return self.signals
+        return tuple(
+            signal for signal in self.signals if any(settings.active(t) for t, s in _READS.items() if s == signal)
+        )
+
+    def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
+        return UpoObjective(upo_settings(self.args))
+
+
+def upo_settings(config: RunConfig) -> UpoSettings:
+    """The preset with the run's changes. Raises ValueError for presets and terms that do not exist, and for those that need rollouts."""
+    p, s = config.preference, config.signals
+    name = "upo_hetero" if p.loss_type == ("auto",) else ",".join(p.loss_type)
+    if name in ONLINE_PRESETS:
+        raise ValueError(
+            f"loss_type ({name}) samples answers while it learns and must be one of {', '.join(PRESETS)} here; take upo_hetero"
+        )
+    if name not in PRESETS:
+        raise ValueError(f"loss_type ({name}) must be one of {', '.join(PRESETS)} at stage UPO; take upo_hetero")
+    preset = PRESETS[name]
+    return dataclasses.replace(
+        preset,
+        weights={**preset.weights, **term_weights(s.term_weights)},
+        hyper=PreferenceHyper(beta=p.beta, nll_norm=preset.hyper.nll_norm),
+        kappa=s.kappa,
+        rank=s.rank_loss,
+        rate=s.rate_loss,
+        rate_tau=s.rate_tau,
+        bin=s.bin_loss,
+        edge_weight=s.edge_weight,
+        desirable_weight=s.desirable_weight,
+        undesirable_weight=s.undesirable_weight,
+    )
+
+
+def term_weights(given: tuple[str, ...]) -> dict[str, float]:
+    """ "pair=1", "rank=0.5" -> weights. Raises ValueError for another form, and for terms that no data set can feed."""
+    weights = {}
+    for item in given:
+        term, _, number = item.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if term.strip() not in OFFLINE or not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"term_weights ({item!r}) must look like term=weight, term one of {', '.join(OFFLINE)}; e.g. pair=1,rank=0.5"
+            )
+        weights[term.strip()] = weight
+    return weights

@@ -1,0 +1,227 @@
+"""Shared by the tests of layouts: one small job, run on one process and under a layout, and what must be equal. Run by `worker.py` in every process.
+
+A job is a model, what is trained, and a few windows of packed rows of odd lengths with pictures in some of the micro-batches only. Its result is the
+losses, the norms, the gradients of the last window and the parameters after the last step, with clipping active so that a wrong norm shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie_tune.data.batching import MicroBatch, Sample, collate
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.init import init_parameters
+from ernie_tune.models.inputs import Row
+from ernie_tune.models.presets import preset
+from ernie_tune.models.router_losses import RouterLossWeights
+from ernie_tune.parallel.mesh import Mesh
+from ernie_tune.parallel.placement import placement_of
+from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
+from ernie_tune.peft.freeze import FreezeSpec, opened
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.quantize import quantize_base
+from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.train.engine import Engine
+from ernie_tune.train.loop import Loop, LoopSettings
+from ernie_tune.train.objective import SFTObjective
+from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker
+
+STEPS, MICRO_BATCHES, MAX_NORM = 5, 4, 0.5
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`model`: "a" (28B-like: tied, shared experts) or "c" (424B-like: untied, none). `train`: what is trained. `images`: micro-batches with pictures."""
+
+    model: str = "a"
+    train: str = "full"
+    images: tuple[int, ...] = (0, 3)
+    recompute: bool = False
+    bias_update: float = 0.0
+    balance: float = 0.0
+    optimizer: str = "adamw"
+
+    @property
+    def key(self) -> str:
+        return "-".join(
+            [self.model, self.train, "".join(map(str, self.images)), f"{self.recompute:d}", f"{self.bias_update:g}", f"{self.balance:g}", self.optimizer]
+        )  # fmt: skip
+
+
+def config_of(name: str) -> ModelConfig:
+    """The tiny presets, their last layers cut off."""
+    c = preset(f"tiny-{name}")
+    layers = {"a": 3, "c": 4}[name]
+    if c.moe is None:
+        raise AssertionError("the tiny presets have experts")
+    moe = dataclasses.replace(c.moe, layer_indices=tuple(i for i in c.moe.layer_indices if i < layers))
+    return dataclasses.replace(c, num_hidden_layers=layers, moe=moe)
+
+
+def build_model(job: Job) -> Any:
+    """The model with values drawn by name, and what the job trains."""
+    model = init_parameters(ErnieModel(config_of(job.model)), seed=3)
+    with paddle.no_grad():
+        for name, value in model.named_parameters():
+            if "e_score" in name:
+                value.set_value(paddle.to_tensor(draw(name, value.shape, 0.01)))
+                value.stop_gradient = True
+    kind, _, option = job.train.partition(":")
+    if kind == "full":
+        return model
+    if kind == "frozen":  # a part alone
+        FreezeSpec(trainable=option.split("+")).apply(model)
+        return model
+    if option:
+        quantize_base(model, option)
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", freeze_config=("freeze_vision",)),
+        "dora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True, freeze_config=("freeze_vision",)),
+        "expert_lora": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], expert_targets="both"),
+        "some_experts": LoraConfig(
+            r=4, lora_alpha=8, target_modules=["o_proj"], expert_targets=[(1, "text", 0), (1, "text", 1), (2, "vision", 5)]
+        ),
+        "bottleneck": BottleneckConfig(8),
+        "prompt": PromptConfig(3, 8),
+        "prefix": PrefixConfig(3),
+    }  # fmt: skip
+    tuned = PeftModel(model, configs[kind])
+    for name, value in tuned.named_parameters():
+        if not value.stop_gradient and not np.abs(value.numpy()).max() > 0:  # B factors, which are zero at the start
+            value.set_value(paddle.to_tensor(draw(name, value.shape, 0.05)))
+    return tuned
+
+
+def draw(name: str, shape: Any, scale: float) -> np.ndarray:
+    rng = np.random.Generator(np.random.Philox(key=[11, zlib.crc32(name.encode())]))
+    return rng.standard_normal(list(shape), np.float32) * np.float32(scale)
+
+
+def windows_of(job: Job, steps: int = STEPS) -> list[list[MicroBatch]]:
+    """The same for every layout: `steps` windows of `MICRO_BATCHES` packs, each of two rows."""
+    config = config_of(job.model)
+    tokens, patch_dim = config.tokens, 0 if config.vision is None else config.vision.patch_dim
+    rng = np.random.default_rng(5)
+
+    def row(length: int, picture: bool) -> Sample:
+        ids = rng.integers(3, 590, length)
+        pixels = grid = None
+        if picture:
+            seen = [tokens.image_start, *[tokens.image] * 4, tokens.image_end]
+            ids = np.concatenate([ids[:2], seen, ids[2:]])
+            pixels, grid = rng.standard_normal((16, patch_dim)).astype(np.float32), np.array([[1, 4, 4]])
+        trained = rng.random(len(ids)) < 0.6
+        trained[-1] = True
+        return Sample(
+            Row(ids.astype(np.int64), pixels, grid), trained, rng.uniform(0.5, 2, len(ids)).astype(np.float32)
+        )
+
+    return [
+        [
+            collate([row(int(rng.integers(5, 14)), i in job.images), row(int(rng.integers(4, 9)), False)], tokens)
+            for i in range(MICRO_BATCHES)
+        ]
+        for _ in range(steps)
+    ]
+
+
+class _Seen(Engine):
+    """Keeps the gradients that the norm was taken of, at every call the last ones."""
+
+    def norm(self, parameters: Any) -> float:
+        self.gradients = gradients_of(self.model)
+        return super().norm(parameters)
+
+
+class _SeenOnMesh(DistributedEngine):
+    def norm(self, parameters: Any) -> float:
+        self.gradients = gradients_of(self.model)
+        return super().norm(parameters)
+
+
+def gradients_of(model: Any) -> dict[str, np.ndarray]:
+    return {
+        name: p.grad.numpy().copy()
+        for name, p in model.named_parameters()
+        if not p.stop_gradient and p.grad is not None
+    }
+
+
+def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str, Any]:
+    """The job on this process alone, or on a mesh."""
+    model = build_model(job)
+    engine: Any = _Seen() if mesh is None else _SeenOnMesh.lay(model, mesh, self_check)
+    engine.model = model
+    named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
+    ratios = LrRatios()
+    if job.optimizer == "sgd":
+        make: Callable[[list[Any]], Any] = lambda ps: paddle.optimizer.SGD(1.0, parameters=ps)  # noqa: E731
+    else:
+        make = adamw_maker(named, ratios.of, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-5)
+    optimizer = make([p for _, p in named]) if mesh is None else engine.optimizer(make)
+    settings = LoopSettings(
+        max_grad_norm=MAX_NORM,
+        router=RouterLossWeights(job.balance) if job.balance else None,
+        bias_update=job.bias_update,
+        recompute=_recompute() if job.recompute else None,
+    )
+    loop = Loop(
+        model, SFTObjective(), optimizer, Schedule(0.05 if job.optimizer == "sgd" else 2e-3, STEPS, 1), settings, engine
+    )
+    rank, size = (0, 1) if mesh is None else mesh.batch
+    records = list(loop.steps([window[rank::size] for window in windows_of(job)]))
+    return {
+        "losses": [r.loss for r in records],
+        "norms": [r.grad_norm for r in records],
+        "tokens": [r.num_tokens for r in records],
+        "nll": [r.metrics["nll"] for r in records],
+        "gradients": engine.gradients,
+        "parameters": {name: p.numpy() for name, p in model.named_parameters()},
+        "placements": {name: placement_of(p) for name, p in model.named_parameters()},
+        "owner_of": {name: engine.owner_of.get(p.name) for name, p in named} if mesh is not None else {},
+    }
+
+
+def _recompute() -> Any:
+    from paddle.distributed.fleet.utils import recompute
+
+    return opened(recompute)
+
+
+def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The largest differences, each with the name of what differs most; parameters and gradients of this rank against its slice of the whole."""
+    worst: dict[str, Any] = {}
+    for kind in ("losses", "norms", "nll", "tokens"):
+        a, b = (np.array(x[kind], np.float64) for x in (want, got))
+        worst[kind] = (float((np.abs(a - b) / np.maximum(1.0, np.abs(a))).max()), f"{a[-1]:.9g} {b[-1]:.9g}")
+    for kind in ("gradients", "parameters"):
+        worst[kind] = (0.0, "")
+        for name, value in got[kind].items():
+            owner = got["owner_of"].get(name)
+            if kind == "gradients" and owner is not None:
+                axis = "expert_data" if got["placements"][name].expert and mesh.degrees.fleet_experts else "sharding"
+                if mesh.rank_in(axis) != owner:
+                    continue
+            if name not in want[kind]:
+                worst[kind] = (float("inf"), f"{name} has a gradient here alone")
+                continue
+            difference = np.abs(sliced(want[kind][name], got["placements"][name]) - value)
+            worst[kind] = max(worst[kind], (float(difference.max(initial=0.0)), name))
+        missing = [n for n in want[kind] if n not in got[kind] and mesh.size("pipe") == 1 and "adapters" not in n]
+        if missing:
+            worst[kind] = (float("inf"), f"{missing[0]} is missing")
+    return worst
+
+
+def sliced(whole: np.ndarray, placement: Any) -> np.ndarray:
+    if placement.axis is None:
+        return whole
+    return whole.take(placement.indices(whole.shape[placement.axis]), placement.axis)

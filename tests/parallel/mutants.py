@@ -1,0 +1,127 @@
+"""Mistakes that a layout could make, each of which a parity run must notice. `applied(name)` makes one for the length of a `with`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import paddle
+from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
+
+from ernie_tune.models.ernie import PLAN
+from ernie_tune.objectives import logprobs
+from ernie_tune.parallel import expert, gradients, parallelize, sharding, tensor
+from ernie_tune.parallel.sharding import MeshOptimizer
+from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.train.engine import Engine
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _zeros(self: Any, trainable: Any) -> None:
+    for value in trainable.values():
+        if value.grad is None:
+            value.grad = paddle.zeros_like(value)
+
+
+def _drifted(model: Any, mesh: Any) -> None:
+    with paddle.no_grad():
+        value = dict(model.named_parameters())["norm.weight"]
+        value.set_value(value + 1e-4 * mesh.rank)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`patch` makes the mistake; `degrees` and `job`: where it must show. `told`: what the self-check after the first step says of it, if it can."""
+
+    patch: Callable[[], Any]
+    degrees: dict[str, Any]
+    job: dict[str, Any] = field(default_factory=dict)
+    told: str = ""
+    raises: str = ""
+
+
+_TP, _SP = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}
+_DP, _EP = {"data": 2}, {"data": 2, "expert": 2}
+_TE, _SH = {**_SP, "expert": 2}, {"sharding": 2, "sharding_stage": 1}
+_LORA = {"train": "lora"}
+
+MUTANTS: dict[str, Mutant] = {
+    "gradients are not averaged over data ranks": Mutant(
+        lambda: mock.patch.object(MeshOptimizer, "average_", _nothing), _DP, told="differs between the batch ranks"
+    ),
+    "partial gradients of replicated factors are not added": Mutant(
+        lambda: mock.patch.object(gradients, "sum_partial_", _nothing),
+        _TP,
+        _LORA,
+        told="differs between the tensor ranks",
+    ),
+    "partial gradients are not added under sequence parallelism": Mutant(
+        lambda: mock.patch.object(gradients, "sum_partial_", _nothing), _SP, told="differs between the tensor ranks"
+    ),
+    "counts are those of this rank": Mutant(
+        lambda: mock.patch.object(DistributedEngine, "counts", lambda self, c: dict(c)), _DP
+    ),
+    "experts are not scaled": Mutant(lambda: mock.patch.object(gradients, "scale_experts_", _nothing), _EP),
+    "every copy is counted in the norm": Mutant(
+        lambda: mock.patch.object(gradients, "counted_here", return_value=True), _TP
+    ),
+    "slices are counted on one rank alone": Mutant(
+        lambda: mock.patch.object(gradients, "owners", return_value=("batch", "tensor")), _TP
+    ),
+    "a row layer is missing from the table": Mutant(
+        lambda: mock.patch.dict(PLAN, {"layers.*.self_attn.o_proj.weight": "whole"}),
+        _TP,
+        raises="complete the sharding table",
+    ),
+    "blocks are entered without a sum of gradients": Mutant(
+        lambda: mock.patch.object(tensor, "enter", lambda x, g, r: x), _TP, told="differs between the tensor ranks"
+    ),
+    "what no rank touched is given zeros": Mutant(
+        lambda: mock.patch.object(gradients.Presence, "complete", _zeros), _SH, {"images": ()}
+    ),
+    "rows come back in another order": Mutant(lambda: mock.patch.object(expert, "_reordered", lambda x, order: x), _EP),
+    "usage is that of this rank": Mutant(
+        lambda: mock.patch.object(DistributedEngine, "update_router_bias", Engine.update_router_bias),
+        _DP,
+        {"bias_update": 0.02},
+    ),
+    "the hidden states' gradient is that of a slice of the vocabulary": Mutant(
+        lambda: mock.patch.object(logprobs._Slice, "whole", lambda self, x: x), _TP
+    ),
+    "unused experts keep a gradient of zero": Mutant(
+        lambda: mock.patch.object(expert.ExchangedRows, "drop_unused", _nothing), _EP, {"images": ()}
+    ),
+    "replicas start with other values": Mutant(
+        lambda: mock.patch.object(parallelize, "equalise", _drifted),
+        _TP,
+        told="norm.weight differs between the tensor ranks",
+    ),
+    "sharding ranks do not hand on what they updated": Mutant(
+        lambda: mock.patch.object(DygraphShardingOptimizer, "_sharding_sync_parameters", _nothing),
+        _SH,
+        told="differs between the batch ranks",
+    ),
+    "the optimizer does not see a parameter": Mutant(
+        lambda: mock.patch.object(MeshOptimizer, "step", _nothing), _TP, told="did not change in the first step"
+    ),
+    "experts of all ranks take part in one sharding group": Mutant(
+        lambda: mock.patch.object(sharding, "is_fleet_expert", return_value=False),
+        {**_SH, "expert": 2},
+        told="",
+    ),
+}
+
+
+@contextlib.contextmanager
+def applied(name: str) -> Iterator[None]:
+    if not name:
+        yield
+        return
+    with MUTANTS[name].patch():
+        yield

@@ -1,0 +1,101 @@
+"""Layouts against one process: losses, norms, gradients and parameters after five AdamW steps with clipping, and mistakes that must show.
+
+The whole matrix is `python tests/parallel/matrix.py`; here is the part of it that fits into a few minutes of two cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from launching import largest, parity
+from mutants import MUTANTS
+
+TOLERANCE = 1e-5
+TP, SP, EP = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"data": 2, "expert": 2}
+SHARDED = {"sharding": 2, "sharding_stage": 1}
+
+# (name, degrees, job) of the layouts of two processes.
+PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("TP2 tied", TP, {}),
+    ("TP2 untied LoRA recomputed", TP, {"model": "c", "train": "lora", "recompute": True}),
+    ("TP2 DoRA", TP, {"train": "dora"}),
+    ("TP2 prefix", TP, {"train": "prefix"}),
+    ("TP2+SP untied", SP, {"model": "c"}),
+    ("TP2+SP LoRA on experts, 4-bit base", SP, {"train": "expert_lora:weight_only_mix"}),
+    ("TP2+SP EP2 recomputed", {**SP, "expert": 2}, {"recompute": True}),
+    ("TP2+SP EP2 LoRA on some experts", {**SP, "expert": 2}, {"train": "some_experts"}),
+    ("EP2 tied, router bias", EP, {"bias_update": 0.01}),
+    ("EP2 text alone", EP, {"images": ()}),
+    ("EP2 LoRA on experts", EP, {"train": "expert_lora"}),
+    ("EP2 frozen but vision experts", EP, {"train": "frozen:vision experts+router", "recompute": True}),
+    ("sharding 1", SHARDED, {"images": (0,)}),
+    ("sharding 1 EP2", {**SHARDED, "expert": 2}, {}),
+    ("DP2 SGD, router losses", {"data": 2}, {"optimizer": "sgd", "balance": 0.01}),
+]
+FOURS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("TP2+SP EP4 sharding 1", {**SP, "sharding": 2, "sharding_stage": 1, "expert": 4}, {}),
+    ("TP2 sharding 1 LoRA", {"tensor": 2, "sharding": 2, "sharding_stage": 1}, {"train": "lora"}),
+    ("EP2 sharding 4", {"sharding": 4, "sharding_stage": 1, "expert": 2}, {"model": "c"}),
+    ("DP2 sharding 2", {"data": 2, "sharding": 2, "sharding_stage": 1}, {"recompute": True}),
+]
+
+
+def cases(rows: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [{"name": name, "degrees": degrees, "job": job} for name, degrees, job in rows]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every layout's result; the layouts of one number of processes share a start."""
+    results = parity(tmp_path_factory.mktemp("two"), 2, cases(PAIRS))
+    results += parity(tmp_path_factory.mktemp("four"), 4, cases(FOURS))
+    return {r["name"]: r for r in results}
+
+
+@pytest.mark.parametrize("name", [row[0] for row in PAIRS + FOURS])
+def test_a_layout_equals_one_process(name: str, found: dict[str, dict[str, Any]]) -> None:
+    result = found[name]
+    assert "worst" in result, result
+    assert largest(result) < TOLERANCE, result["worst"]
+
+
+def mutant_cases(self_check: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "degrees": m.degrees,
+            "job": m.job,
+            "mutant": name,
+            "self_check": self_check,
+            "all_raise": bool(m.raises) or self_check,
+        }
+        for name, m in MUTANTS.items()
+        if not self_check or m.told
+    ]
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return {r["name"]: r for r in parity(tmp_path_factory.mktemp("mutants"), 2, mutant_cases(self_check=False))}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_shows(name: str, mistaken: dict[str, dict[str, Any]]) -> None:
+    result = mistaken[name]
+    if MUTANTS[name].raises:
+        assert MUTANTS[name].raises in result["error"]
+    else:
+        assert "worst" in result, result
+        assert largest(result) > 3 * TOLERANCE, result["worst"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return {r["name"]: r for r in parity(tmp_path_factory.mktemp("told"), 2, mutant_cases(self_check=True))}
+
+
+@pytest.mark.parametrize("name", [name for name, m in MUTANTS.items() if m.told])
+def test_the_first_step_tells_of_a_wrong_layout(name: str, told: dict[str, dict[str, Any]]) -> None:
+    assert MUTANTS[name].told in told[name]["error"]
+    assert told[name]["error"].startswith("RuntimeError: parameter ")
