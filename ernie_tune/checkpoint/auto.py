@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,12 @@ class AutoModel(ErnieModel):
         flavour: str = "hf",
         dtype: str | None = None,
         max_shard_size: int = DEFAULT_SHARD_BYTES,
+        whole: Callable[[str], tuple[Array, str]] | None = None,
     ) -> list[Path]:
         """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths. `max_shard_size` in bytes.
 
         `dtype` ("float32", "bfloat16"; default: the model's own) is for everything but routers and their biases, which are written in float32.
-        The folder is complete or absent; other files in it are left alone.
+        `whole(name)` gives a tensor and its type where the model's own are parts. The folder is complete or absent; other files in it are left alone.
         """
         table = layout(self.config, flavour)
         dtype = self.compute_dtype if dtype is None else _compute_dtype(dtype)
@@ -119,6 +120,9 @@ class AutoModel(ErnieModel):
 
         def produce(disk: str) -> Array:
             def read(name: str, expert: int | None) -> Array:
+                if whole is not None:
+                    array, kind = whole(name)
+                    return cast(array if expert is None else array[expert], FLOAT_CODES[kind], codes[disk])
                 tensor = state[name]
                 # the clone: numpy() of a slice would first copy the whole stack of experts
                 array = (tensor if expert is None else tensor[expert].clone()).numpy()

@@ -6,6 +6,7 @@ Refuses to know: files, which adapter is active.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -102,14 +103,17 @@ def export(config: PeftConfig, layers: Places) -> dict[str, np.ndarray]:
     if isinstance(config, PrefixConfig):
         stack = np.stack([_array(layer.prefix) for layer in layers.values()])
         return {"prefix": stack.reshape(-1, 2, *stack.shape[1:])}
-    out = {}
+    return {key: _array(value) if row is None else _array(value[row].clone()) for key, value, row in entries(layers)}
+
+
+def entries(layers: Places) -> Iterator[tuple[str, Tensor, int | None]]:
+    """(name in `dialects.py`, parameter, its row where the name stands for one expert) of layers whose parameters are stored as they are."""
     for module, layer in layers.items():
         for leaf, value in layer.named_parameters():
             if isinstance(layer, ExpertLora):
-                out.update({f"{module}.{e}.{leaf}": _array(value)[j] for j, e in enumerate(layer.experts)})
+                yield from ((f"{module}.{e}.{leaf}", value, j) for j, e in enumerate(layer.experts))
             else:
-                out[f"{module}.{leaf}"] = _array(value)
-    return out
+                yield f"{module}.{leaf}", value, None
 
 
 def fill(config: PeftConfig, layers: Places, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

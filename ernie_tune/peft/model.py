@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,10 +253,25 @@ class PeftModel(ErnieModel):
 
     # --- files -------------------------------------------------------------------------------------------------------
 
+    def adapter_entries(self) -> list[tuple[str, Tensor, int | None]]:
+        """(name in the file, parameter, its row there or None) of the active adapter and its copies: where `exported` comes from."""
+        adapter = self._get(self.active or "")
+        return [*build.entries(adapter.places), *((key, value, None) for key, value in adapter.copies.items())]
+
+    def exported(self) -> dict[str, np.ndarray]:
+        """The active adapter's layers as float32 arrays under the names of `dialects.py`."""
+        adapter = self._get(self.active or "")
+        return build.export(adapter.config, adapter.places)
+
     def save_pretrained(
-        self, folder: str | os.PathLike[str], dialect: str = "auto", adapter_name: str | None = None
+        self,
+        folder: str | os.PathLike[str],
+        dialect: str = "auto",
+        adapter_name: str | None = None,
+        tensors: Mapping[str, np.ndarray] | None = None,
     ) -> list[Path]:
-        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (`files.py`); returns the paths."""
+        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (`files.py`); returns the paths. `tensors`: its values where
+        not all of them are here."""
         name = adapter_name or self.active
         if name is None:
             raise ValueError(
@@ -264,7 +279,10 @@ class PeftModel(ErnieModel):
             )
         adapter = self._get(name)
         config = build.exported_config(adapter.config, self.name_or_path)
-        stored = Stored(config, {**build.export(adapter.config, adapter.places), **_arrays(adapter.copies)})
+        values = (
+            {**build.export(adapter.config, adapter.places), **_arrays(adapter.copies)} if tensors is None else tensors
+        )
+        stored = Stored(config, {key: np.asarray(value, np.float32) for key, value in values.items()})
         code = FLOAT_CODES.get(self.compute_dtype, "F32")
         return write_adapter(Path(folder), stored, self.config, dialect, code)
 

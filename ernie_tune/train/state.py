@@ -43,8 +43,11 @@ _CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 class Ranks(Protocol):
     """The processes that save and load together."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in their order, on every rank; nobody returns before all have come."""

@@ -49,7 +49,9 @@ _UNBUILT = (
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
-    *(name for name, setting in SETTINGS.items() if setting.section == "parallel"),
+    "context_parallel_size",
+    "sep_parallel_size",
+    "expert_tensor_model_parallel_size",
 )
 
 

@@ -5,13 +5,10 @@ A method's trainer names its signals and makes its objective. Refuses to know: w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,11 @@ from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
-from ernie_tune.train.guards import DivergenceGuard, EarlyStopping, ForgettingGuard, LearningWatch, Verdict
+from ernie_tune.train.guards import Verdict
 from ernie_tune.train.log import RunFacts, RunLog, header_lines, stamp, write_atomically
 from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
 from ernie_tune.train.objective import Objective
-from ernie_tune.train.optim import LrRatios, Schedule, build_adamw
+from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
 from ernie_tune.train.plot import write_loss_png, write_loss_svg
 from ernie_tune.train.progress import Progress, resident_gib
 from ernie_tune.train.state import (
@@ -46,13 +43,12 @@ from ernie_tune.train.state import (
 )
 from ernie_tune.train.writers import open_writers
 from ernie_tune.trainers import assemble
+from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.measure import Measure, write_reports
+from ernie_tune.trainers.place import Place
+from ernie_tune.trainers.run_guards import RunGuards
 
 STATES = {name: f"{name}_state.json" for name in ("loop", "objective", "data", "guards")}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training, after the step in progress was finished and saved."""
 
 
 class Trainer:
@@ -81,6 +77,7 @@ class Trainer:
             )
         assemble.refuse_unbuilt(self.args)
         assemble.check_layout(self.args, model)
+        self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
         plain = assemble.load_model(self.args) if model is None else model
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
@@ -121,8 +118,8 @@ class Trainer:
             )
         self.train_rows = sum(len(rows) for rows in sets)
         self.eval_rows = held
-        self.stream = assemble.stream_of(c, sets, self.encoder)
-        self._stream_again = lambda: assemble.stream_of(c, sets, self.encoder)
+        self._stream_again = lambda: assemble.stream_of(c, sets, self.encoder, *self.place.batch)
+        self.stream = self._stream_again()
 
     def _calibration(self) -> list[Any]:
         if self.args.lora.lora_expert_affinity <= 0 or self.args.model.fine_tuning != "LoRA":
@@ -149,14 +146,13 @@ class Trainer:
         def rate(name: str) -> float:
             return ratios.of(name) * (model.learning_rate_scale(name) if isinstance(model, PeftModel) else 1.0)
 
-        optimizer = build_adamw(
-            list(model.named_parameters()),
-            rate,
-            weight_decay=o.weight_decay,
-            beta1=o.adam_beta1,
-            beta2=o.adam_beta2,
-            epsilon=o.adam_epsilon,
-        )
+        named = list(model.named_parameters())
+        betas = {"beta1": o.adam_beta1, "beta2": o.adam_beta2, "epsilon": o.adam_epsilon}
+        if self.place.several:
+            make = adamw_maker(named, rate, weight_decay=o.weight_decay, **betas)
+            optimizer = self.place.optimizer(make)
+        else:
+            optimizer = build_adamw(named, rate, weight_decay=o.weight_decay, **betas)
         weights = RouterLossWeights(t.router_aux_loss_coef, t.moe_orthogonal_loss_lambda, t.router_z_loss_coef)
         settings = LoopSettings(
             max_grad_norm=o.max_grad_norm,
@@ -164,7 +160,7 @@ class Trainer:
             recompute=_recompute() if c.compute.recompute else None,
             seed=t.seed,
         )
-        return Loop(model, self.objective(total, per_epoch), optimizer, schedule, settings)
+        return Loop(model, self.objective(total, per_epoch), optimizer, schedule, settings, self.place.engine)
 
     def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
         """The method's loss, new for a run of so many steps."""
@@ -179,17 +175,23 @@ class Trainer:
         """Run to the end, or go on where an earlier run in `output_dir` stopped; returns the final metrics. `dry_run`: stop after the heaviest batch.
 
         Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number raises FloatingPointError; the weights and checkpoints
-        are then those before it. A disk that is full raises OSError.
+        are then those before it. A disk that is full raises OSError. Of several processes all end together.
         """
+        with self.place.watched():
+            return self._train(dry_run)
+
+    def _train(self, dry_run: bool) -> dict[str, float]:
+        self._lay()
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
-        guards = self._guards = _Guards(self.args)
+        guards = self._guards = RunGuards(self.args)
         self._before_training(dry_run)
         if dry_run:
             self._dry_run(total)
             return {}
-        remove_unfinished(self.output_dir)
+        if self.place.is_writer:
+            remove_unfinished(self.output_dir)
         if checkpoint:
             self._resume(checkpoint)
         with Progress(
@@ -197,13 +199,15 @@ class Trainer:
             title=self.args.model.stage,
             start_step=loop.step,
             every=0,
-            mode="plain" if self.args.log.disable_tqdm else "",
+            mode="" if self.place.is_writer and not self.args.log.disable_tqdm else "plain",
         ) as progress:
             history = checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else ()
             c = self.args.log
-            writers = open_writers(c.report_to, Path(c.logging_dir or self.output_dir / "runs"), self.described.flat())
+            names = c.report_to if self.place.is_writer else ()
+            writers = open_writers(names, Path(c.logging_dir or self.output_dir / "runs"), self.described.flat())
             log = self.log = RunLog(
                 self.output_dir,
+                self.place.is_writer,
                 resume_step=loop.step if checkpoint else None,
                 history=history,
                 echo=progress.write,
@@ -213,13 +217,16 @@ class Trainer:
             if checkpoint:
                 self._announce_resume(log, checkpoint, total)
             self._provoke_memory(log.info)
-            write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
+            if self.place.is_writer:
+                write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
             measure = self.measure = self._measure()
             self._after_start(log, resumed=checkpoint is not None)
+            self.place.mark("measuring before training")
             measure.before(log, resumed=checkpoint is not None)
             guards.start(measure, log, resumed=checkpoint is not None)
-            with _deferred_interrupt() as interrupted:
+            with deferred_interrupt() as interrupted:
                 for record in loop.steps(map(self._ready, self.stream)) if not guards.early.exhausted else ():
+                    self.place.mark(f"step {record.step}")
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
@@ -270,7 +277,8 @@ class Trainer:
         """Everything up to the first step, without a trace on the disk."""
 
         def say(line: str) -> None:
-            print(stamp(line), flush=True)
+            if self.place.is_writer:
+                print(stamp(line), flush=True)
 
         self._announce(say, total)
         self._provoke_memory(say)
@@ -304,9 +312,10 @@ class Trainer:
             raise AssertionError("train() builds the loop")
         return self.loop
 
-    def _stop_now(self, record: StepRecord, log: RunLog, guards: _Guards, interrupted: list[int]) -> bool:
+    def _stop_now(self, record: StepRecord, log: RunLog, guards: RunGuards, interrupted: list[int]) -> bool:
         """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
         e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
+        asked_to_end = self.place.engine.stopped(bool(interrupted))
         epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
         self._epoch_seen = self.stream.epoch
         verdicts = guards.after_step(record) + self._after_step(record)
@@ -321,14 +330,15 @@ class Trainer:
             verdicts += more
         for verdict in verdicts:
             log.info(verdict.message, "WARNING")
-        stop = last or any(v.stop for v in verdicts) or bool(interrupted)
+        stop = last or any(v.stop for v in verdicts) or asked_to_end
         wanted = s.save_strategy != "no" and (stop or is_best)
-        if wanted or interrupted or _due(s.save_strategy, s.save_steps, step, epoch_ends):
+        if wanted or asked_to_end or _due(s.save_strategy, s.save_steps, step, epoch_ends):
             if is_best:
                 guards.best_checkpoint = f"checkpoint-{step}"
             self._save(step, log)
-            rotate(self.output_dir, s.save_total_limit, self.output_dir / guards.best_checkpoint)
-        if interrupted:
+            if self.place.is_writer:
+                rotate(self.output_dir, s.save_total_limit, self.output_dir / guards.best_checkpoint)
+        if asked_to_end:
             how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
             raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
         return stop
@@ -342,8 +352,14 @@ class Trainer:
 
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
-        if isinstance(self.model, PeftModel) and (checkpoint.path / OPTIMIZER).is_dir():
-            load_values(checkpoint, self._trained())
+        if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
+            named = self._trained()
+            with self.place.engine.whole():
+                load_values(checkpoint, named, cut=self.place.cut(named), ranks=self.place)
+        elif self.place.several:
+            raise ValueError(
+                f"{checkpoint.path} must hold {OPTIMIZER}/ for a run of several processes; take it as model_name_or_path or lora_path instead"
+            )
         else:
             assemble.load_weights(self.model, checkpoint.path)
 
@@ -374,26 +390,35 @@ class Trainer:
             "trainer_state.json": log.state(step, self.stream.epoch, **self._state_fields()),
             STATES["loop"]: loop.state_dict(),
             STATES["objective"]: loop.objective.state_dict(),
-            STATES["data"]: self.stream.state_dict(),
+            **{f"{rank}_{STATES['data']}" if rank else STATES["data"]: state for rank, state in self._data_states()},
             STATES["guards"]: self._guards.state_dict(),
             "scheduler.json": dataclasses.asdict(loop.schedule),
             **self._more_states(),
         }
         optimizer = None if self.args.save.save_only_model else loop.optimizer
-        save_checkpoint(
-            self.output_dir,
-            step,
-            self._save_checkpoint_files,
-            optimizer,
-            self._trained(),
-            states,
-            {ARGS_FILE: dump_config(self.described)},
-        )
+        self.place.mark(f"saving checkpoint-{step}")
+        with self.place.engine.whole():
+            named = self._trained()
+            save_checkpoint(
+                self.output_dir,
+                step,
+                self._save_checkpoint_files,
+                optimizer,
+                named,
+                states,
+                {ARGS_FILE: dump_config(self.described)},
+                cut=self.place.cut(named),
+                ranks=self.place,
+            )
         log.info(f"saved checkpoint-{step}")
 
     def _save_weights(self, folder: Path) -> None:
-        """Model or adapter, and what else of the result is weights."""
-        self.model.save_pretrained(folder)
+        """Model or adapter, and what else of the result is weights. All processes call it, one writes."""
+        self.place.save(self.model, folder)
+
+    def _data_states(self) -> list[tuple[int, dict[str, Any]]]:
+        """(rank among those that read different rows, where its stream stands)."""
+        return sorted(dict(self.place.gather((self.place.batch[0], self.stream.state_dict()))).items())
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         """The weights, and what only resuming needs beside the optimizer's."""
@@ -401,21 +426,44 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loop = self._loop()
-        load_optimizer(checkpoint, loop.optimizer, self._trained())
+        with self.place.engine.whole():
+            named = self._trained()
+            load_optimizer(checkpoint, loop.optimizer, named, cut=self.place.cut(named), ranks=self.place)
         loop.load_state_dict(checkpoint.read_json(STATES["loop"]))
         loop.objective.load_state_dict(checkpoint.read_json(STATES["objective"]))
         self._guards.load_state_dict(checkpoint.read_json(STATES["guards"]))
         if not self.args.save.ignore_data_skip:
-            self.stream.load_state_dict(checkpoint.read_json(STATES["data"]))
+            self.stream.load_state_dict(self._data_state(checkpoint))
         self._epoch_seen = self.stream.epoch
 
+    def _data_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Where this rank's stream stood. Rows that wait to be packed belong to a rank: with another number of ranks they are taken from the first one's."""
+        rank, size = self.place.batch
+        saved = len(list(checkpoint.path.glob(f"*_{STATES['data']}"))) + 1
+        own = checkpoint.read_json(f"{rank}_{STATES['data']}" if rank and saved == size else STATES["data"])
+        if saved != size and own["waiting"]:
+            raise ValueError(
+                f"{checkpoint.path} was saved by {saved} data rank(s) with rows waiting to be packed, and must be resumed with as many, not {size}; "
+                "or set ignore_data_skip: true"
+            )
+        return own
+
     # --- start and end -----------------------------------------------------------------------------------------------
+
+    def _lay(self) -> None:
+        """Put the model on the mesh, once it has all its layers; what is trained is counted before."""
+        if not self._table:
+            self._table = trainable_table(self.model).splitlines()
+            self._trainable = sum(int(p.size) for p in self._trained().values())
+        self.place.lay(self.model)
+
+    _table: tuple[str, ...] | list[str] = ()
+    _trainable = 0
 
     def _announce(self, say: Callable[[str], None], total: int) -> None:
         """What is trained, and the header that users grep for."""
         t = self.args.train
-        trainable = sum(int(p.size) for p in self._trained().values())
-        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
+        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
         facts = RunFacts(
             self.train_rows,
             t.num_train_epochs,
@@ -424,16 +472,17 @@ class Trainer:
             t.gradient_accumulation_steps,
             total,
             total * batch,
-            trainable,
+            self._trainable,
         )
-        for line in [*trainable_table(self.model).splitlines(), *header_lines(facts)]:
+        lines = [f"layout: {self.place.mesh.describe()}"] if self.place.several else []
+        for line in [*lines, *self._table, *header_lines(facts)]:
             say(line)
 
     def _announce_resume(self, log: RunLog, checkpoint: Checkpoint, total: int) -> None:
         log.info(
             f"resuming from {checkpoint.path}: step {checkpoint.step} of {total}, {self.stream.epoch:.2f} passes over the data done"
         )
-        for path in set_aside_later(self.output_dir, checkpoint.step):
+        for path in set_aside_later(self.output_dir, checkpoint.step) if self.place.is_writer else ():
             log.info(f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course", "WARNING")
         if self._guards.early.exhausted:
             log.info("the run had stopped early: nothing is left to train; raise early_stopping_patience to go on")
@@ -461,8 +510,11 @@ class Trainer:
             if best is not None:
                 self._take_weights(best)
                 log.info(f"finishing with {best.path}, the best by {self._guards.early.metric}")
+        self.place.mark("saving and measuring the result")
         self.save_model(self.output_dir)
         metrics = self.measure.after(log, self._summary(log), self.stream.epoch)
+        if not self.place.is_writer:
+            return metrics
         log.write_state(self._loop().step, self.stream.epoch, **self._state_fields())
         write_loss_svg(log.history, self.output_dir / "training_loss.svg")
         if self.args.log.plot_loss:
@@ -486,67 +538,27 @@ class Trainer:
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
         self._save_weights(Path(folder))
-        self.processor.save_pretrained(folder)
+        if self.place.is_writer:
+            self.processor.save_pretrained(folder)
 
     def evaluate(self) -> dict[str, float]:
         """Loss on the evaluation rows and scores of generated answers, without training."""
         if not len(self.eval_rows):
             raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
-        return self._measure().all_rows()[0]
+        with self.place.watched():
+            self._lay()
+            return self._measure().all_rows()[0]
 
     def _measure(self) -> Measure:
         """What measures the model on held-out rows and guard sets."""
         return Measure(
             self.args,
-            self.model,
+            self.place.asked(self.model),
             self.processor,
             assemble.encoder_of(self.args, self.processor),
             self.eval_rows,
             self.output_dir,
         )
-
-
-class _Guards:
-    """Everything that may warn or stop, with one state."""
-
-    def __init__(self, config: RunConfig) -> None:
-        e = config.eval
-        self.config = config
-        self.early = EarlyStopping(e.early_stopping_patience, e.metric_for_best_model, e.greater_is_better)
-        self.divergence, self.watch = DivergenceGuard(), LearningWatch()
-        self.forgetting: ForgettingGuard | None = None
-        self.best_checkpoint = ""
-        self.broken = False
-
-    def start(self, measure: Measure, log: RunLog, resumed: bool) -> None:
-        """Score the guard sets before training, once in the life of a run."""
-        self.forgetting = measure.forgetting_guard(log, resumed)
-
-    def after_step(self, record: StepRecord) -> list[Verdict]:
-        verdict = self.divergence.look(record.step, record.loss, record.grad_norm)
-        self.broken = verdict is not None and verdict.stop
-        more = self.watch.look(record.step, {"loss": record.loss, "grad_norm": record.grad_norm})
-        return ([verdict] if verdict else []) + more
-
-    def after_evaluation(
-        self, step: int, metrics: Mapping[str, float], measure: Measure, log: RunLog
-    ) -> tuple[bool, list[Verdict]]:
-        best, verdict = self.early.look(step, metrics)
-        return best, ([verdict] if verdict else []) + measure.look_at_guards(log, self.forgetting)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "early": self.early.state_dict(),
-            "divergence": self.divergence.state_dict(),
-            "watch": self.watch.state_dict(),
-            "best_checkpoint": self.best_checkpoint,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.early.load_state_dict(state["early"])
-        self.divergence.load_state_dict(state["divergence"])
-        self.watch.load_state_dict(state["watch"])
-        self.best_checkpoint = state["best_checkpoint"]
 
 
 def _due(strategy: str, every: int, step: int, epoch_ends: bool) -> bool:
@@ -557,27 +569,3 @@ def _recompute() -> Any:
     from paddle.distributed.fleet.utils import recompute
 
     return opened(recompute)
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted and handled between steps; a second one acts at once. Outside the main thread nothing changes."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        # not print: a signal may come while something is being printed, and streams cannot be entered twice
-        os.write(2, b"ernie_tune: finishing this step, then saving; once more to stop at once\n")
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -97,7 +97,8 @@ class Measure:
             return
         metrics, asked, given = self.all_rows()
         self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
-        write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
+        if log.is_main:
+            write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
         log.info("before training: " + ", ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
 
     def during(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
@@ -116,7 +117,7 @@ class Measure:
         metrics, asked, given = self.all_rows()
         self.last = {"metrics": metrics, "answers": given}
         log.results("eval", metrics, epoch)
-        if asked:
+        if asked and log.is_main:
             self._page(asked, given)
         return {**train, **metrics}
 
@@ -181,7 +182,8 @@ class Measure:
             )
         else:
             baseline = {path: self._row_accuracy(rows) for path, rows in self.guard_sets.items()}
-            write_atomically(file, json.dumps(baseline) + "\n")
+            if log.is_main:
+                write_atomically(file, json.dumps(baseline) + "\n")
         return ForgettingGuard(baseline, e.guard_tolerance, stop=e.guard_stop)
 
     def _row_accuracy(self, rows: Sequence[Record]) -> list[float]:

@@ -1,0 +1,212 @@
+"""This process's place in a run: alone, or one rank of a Fleet mesh; and what only several ranks need to start, save and stop together.
+
+Refuses to know: methods, data, what is logged.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paddle import Tensor
+
+from ernie_tune.checkpoint.sharded import Region
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, cast
+from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.parallel.gather import Gathered
+from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.parallel.placement import placement_of
+from ernie_tune.parallel.watch import Limits, Watch, launched_address
+from ernie_tune.peft.config import PrefixConfig, PromptConfig
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.train.engine import Engine
+from ernie_tune.train.state import Cut
+
+# Between two marks lie at most a step, a save, or one measurement of all held-out rows.
+LIMITS = Limits(stuck=7200.0)
+
+
+def degrees_of(p: ParallelArguments, world: int) -> Degrees:
+    """The settings as degrees; what is left of `world` reads other rows. Raises ValueError where the world does not divide, and as `Degrees`."""
+    stage, _, more = p.sharding.removeprefix("stage").partition(" ")
+    if more:
+        raise ValueError(f"sharding ({p.sharding}) must be without offload in this version; set stage{stage}")
+    shards, laid = p.sharding_parallel_size, p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    if world % (laid * shards):
+        raise ValueError(
+            f"tensor_model_parallel_size x pipeline_model_parallel_size x sharding_parallel_size ({laid * shards}) must divide the number of processes "
+            f"({world}); start {laid * shards} or a multiple of it (--nproc), or change the degrees"
+        )
+    rows = world // (laid * shards)
+    if p.sharding != "off" and shards == 1:  # as ERNIEKit: all ranks that read other rows share
+        shards, rows = rows, 1
+    return Degrees(
+        tensor=p.tensor_model_parallel_size,
+        pipe=p.pipeline_model_parallel_size,
+        data=rows,
+        sharding=shards,
+        expert=p.expert_model_parallel_size,
+        sharding_stage=int(stage) if p.sharding != "off" and shards > 1 else 0,
+        sequence_parallel=p.sequence_parallel,
+        virtual_pipe=p.virtual_pipeline_model_parallel_size,
+    )
+
+
+class Place:
+    """`lay` puts a model on the mesh; until then, and on one process, it is as it was. Raises ValueError for degrees that cannot be, ConnectionError for
+    ranks that do not come."""
+
+    def __init__(self, parallel: ParallelArguments, accumulation: int = 1) -> None:
+        world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+        self.accumulation = accumulation
+        degrees = degrees_of(parallel, world)
+        self.watch = _watch(world)
+        self.mesh = init_mesh(degrees, accumulation=accumulation) if world > 1 else Mesh(degrees)
+        self.engine: Engine = Engine()
+        self._whole_shapes: dict[str, tuple[int, ...]] = {}
+        self._adapter: dict[str, tuple[str, int | None]] = {}
+        self._laid: Any = None
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other processes."""
+        return self.mesh.world > 1
+
+    @property
+    def is_writer(self) -> bool:
+        return self.mesh.is_writer
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """(rank, size) among the processes that read different rows."""
+        return self.mesh.batch
+
+    # --- the ranks as checkpoints see them ---------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank_in("world")
+
+    @property
+    def size(self) -> int:
+        return self.mesh.world
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, on every rank."""
+        return self.mesh.group("world").objects(value)
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def lay(self, model: ErnieModel) -> None:
+        """Put `model`, with its adapters, on the mesh, once."""
+        if not self.several or self._laid is model:
+            return
+        self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if isinstance(model, PeftModel):
+            names = {id(p): name for name, p in model.named_parameters()}
+            self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
+        self.engine = DistributedEngine.lay(model, self.mesh, accumulation=self.accumulation)
+        self._laid = model
+
+    def asked(self, model: ErnieModel) -> Any:
+        """What evaluation and generation call: the model, or its stages together."""
+        return self.engine.callable if isinstance(self.engine, DistributedEngine) else model
+
+    def optimizer(self, make: Callable[[list[Tensor]], Any]) -> Any:
+        """The mesh's optimizer. `lay` comes first."""
+        if not isinstance(self.engine, DistributedEngine):
+            raise AssertionError("a mesh has its own optimizer, one process has Paddle's")
+        return self.engine.optimizer(make)
+
+    def region(self, name: str, parameter: Tensor) -> Region:
+        """Where this rank's part of a parameter lies in the whole."""
+        whole = self._whole_shapes.get(name, tuple(parameter.shape))
+        placement = placement_of(parameter)
+        if placement.axis is None:
+            return Region.block(whole)
+        indices = placement.indices(whole[placement.axis])
+        offset, shape = [0] * len(whole), list(whole)
+        offset[placement.axis], shape[placement.axis] = (indices[0] if len(indices) else 0), len(indices)
+        return Region.block(whole, tuple(offset), tuple(shape))
+
+    def cut(self, named: Mapping[str, Tensor]) -> Cut:
+        """Where the trained parameters lie, and of which this rank's optimizer has the state."""
+        regions = {name: self.region(name, p) for name, p in named.items()}
+        if not isinstance(self.engine, DistributedEngine):
+            return Cut(regions)
+        owners = self.engine.owner_of
+        nothing = {}
+        for name, p in named.items():
+            group = "expert_data" if placement_of(p).expert and self.mesh.degrees.fleet_experts else "sharding"
+            if owners.get(p.name, self.mesh.rank_in(group)) != self.mesh.rank_in(group):
+                nothing[name] = regions[name].run(0, 0)
+        return Cut(regions, nothing)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """`save_pretrained` of the whole model or adapter, written by rank 0; the others hand it their parts, one tensor at a time."""
+        if not self.several:
+            model.save_pretrained(folder)
+            return
+        with self.engine.whole():
+            held = {name: (self.region(name, p), p) for name, p in model.named_parameters()}
+            tensors = Gathered(held, self.mesh.group("world"))
+            if isinstance(model, PeftModel):
+                self._save_adapter(model, folder, tensors)
+            elif self.is_writer:
+                with tensors.leading():
+                    model.save_pretrained(folder, whole=tensors.ask)
+            else:
+                tensors.follow()
+
+    def _save_adapter(self, model: PeftModel, folder: Path, tensors: Gathered) -> None:
+        config = model.adapters[model.active or ""].config
+        whole = {name: tensors.get(name) for name in sorted({name for name, _ in self._adapter.values()})}
+        if not self.is_writer:
+            return
+        arrays: dict[str, np.ndarray] = {}
+        for key, (name, row) in self._adapter.items():
+            value = whole[name]
+            if value is None:
+                raise AssertionError("rank 0 gathers")
+            value = cast(value, FLOAT_CODES[tensors.kind(name)], "F32")
+            arrays[key] = value if row is None else value[row]
+        if isinstance(config, PrefixConfig):
+            stack = np.stack([arrays.pop(key) for key in list(arrays) if key.endswith(".prefix")])
+            arrays["prefix"] = stack.reshape(-1, 2, *stack.shape[1:])
+        if isinstance(config, PromptConfig):  # on rank 0, the first stage
+            arrays = {key: value for key, value in arrays.items() if not key.startswith("embed_tokens.")}
+            arrays.update(model.exported())
+        model.save_pretrained(folder, tensors=arrays)
+
+    # --- together ----------------------------------------------------------------------------------------------------
+
+    def mark(self, where: str) -> None:
+        """This rank has come to `where`: the watch over the ranks knows it is alive and where."""
+        if self.watch is not None:
+            self.watch.mark(where)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """What happens inside ends on all ranks when it ends with an error on one."""
+        try:
+            yield
+        except BaseException as error:
+            if self.watch is not None and not isinstance(error, KeyboardInterrupt):
+                self.watch.failed(error)
+            raise
+
+
+def _watch(world: int) -> Watch | None:
+    address = launched_address(os.environ)
+    if address is None:
+        return None
+    watch = Watch(int(os.environ.get("PADDLE_TRAINER_ID", "0")), world, address, LIMITS)
+    atexit.register(watch.close)
+    return watch
