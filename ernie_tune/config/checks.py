@@ -239,6 +239,11 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
             "loss_weights",
             f"loss_weights ({len(p.loss_weights)} values) must have one value a loss_type ({len(p.loss_type)}); match them / 权重个数须等于损失个数",
         )
+    if "exo_pair" in p.loss_type and not p.label_smoothing:
+        yield (
+            "loss_type",
+            "loss_type (exo_pair) needs label_smoothing above 0: its target is (1 - eps, eps); set 0.001 / 需要 label_smoothing",
+        )
     if p.offset_type != "linear" and not p.offset_alpha:
         yield (
             "offset_type",
