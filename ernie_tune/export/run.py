@@ -191,8 +191,7 @@ class _Export:
 
     def run(self) -> dict[str, Any]:
         start = time.monotonic()
-        if self.staged.exists():
-            shutil.rmtree(self.staged)
+        _clear(self.staged)
         try:
             weights, chosen, planned = self._choose()
             written = self._write(weights, chosen)
@@ -200,7 +199,8 @@ class _Export:
             report = self._describe(weights, written, time.monotonic() - start)
             _publish(self.staged, self.target)
         finally:
-            shutil.rmtree(self.staged, ignore_errors=True)
+            for folder in (self.staged, self.staged.with_name(self.staged.name + ".tmp")):
+                shutil.rmtree(folder, ignore_errors=True)
         return report
 
     # --- choosing ----------------------------------------------------------------------------------------------------
@@ -439,6 +439,15 @@ def _check_target(target: Path, base: Path, adapters: Sequence[Path]) -> None:
         raise ValueError(
             f"output_dir ({target}) must be new, empty, or an earlier export ({files.REPORT}); choose another, or move it away"
         )
+
+
+def _clear(staged: Path) -> None:
+    """Remove what an interrupted export left; a folder with subfolders that are not its own is somebody's and stays."""
+    if staged.exists():
+        foreign = [path.name for path in staged.iterdir() if path.is_dir() and path.name != ".cache"]
+        if foreign or not (staged / "config.json").is_file():
+            raise ValueError(f"{staged} must be free for the unfinished export, but holds something else; move it away")
+        shutil.rmtree(staged)
 
 
 def _publish(staged: Path, target: Path) -> None:

@@ -187,6 +187,13 @@ def test_replaces_an_earlier_export_and_nothing_else(base: Path, tmp_path: Path)
         files_only(base, tmp_path / "mine")
     with pytest.raises(ValueError, match="must not be one of the folders that are read"):
         files_only(base, base)
+    shutil.copytree(base, tmp_path / "late.exporting")  # an export that was killed
+    files_only(base, tmp_path / "late")
+    assert not (tmp_path / "late.exporting").exists()
+    shutil.copytree(tmp_path / "mine", tmp_path / "other.exporting")
+    with pytest.raises(ValueError, match=r"other\.exporting must be free for the unfinished export"):
+        files_only(base, tmp_path / "other")
+    assert (tmp_path / "other.exporting" / "thesis.txt").is_file()
 
 
 # --- defects of a folder ------------------------------------------------------------------------------------------------
@@ -336,7 +343,7 @@ def test_refuses_inputs(base: Path, tmp_path: Path) -> None:
     rewrite(broken, poison)
     with pytest.raises(ValueError, match=r"norm\.weight in .* must be finite"):
         files_only(broken, out)
-    assert not out.exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
