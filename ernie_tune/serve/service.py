@@ -119,7 +119,8 @@ class Service:
         self.started = int(time.time())
         self._keys = itertools.count(1)
         self._workers = ThreadPoolExecutor(options.preparing, "prepare")
-        # Decoded pictures are large: few requests hold theirs while they wait for the model.
+        # Pictures cut into patches are large: not many more requests than can run hold theirs.
+        self._outside = 0  # requests that wait for a place
         self._places = asyncio.Semaphore(options.max_num_seqs + options.preparing)
 
     def start(self) -> None:
@@ -182,7 +183,6 @@ class Service:
                 events = await ticket.queue.get()
                 if isinstance(events, EngineFailure):
                     raise _failure(events)
-                ticket.leave()
                 steps = []
                 for event in events:
                     choice = ticket.choices[first[event.prompt] + event.sample]
@@ -207,7 +207,10 @@ class Service:
         load = self.scheduler.load()
         return self.metrics.text(
             {
-                "ernie_tune_requests_waiting": ("Requests that wait for a place in a batch.", load.waiting),
+                "ernie_tune_requests_waiting": (
+                    "Requests that wait for a place in a batch.",
+                    load.waiting + self._outside,
+                ),
                 "ernie_tune_sequences_running": ("Answers that are being computed.", load.running),
                 "ernie_tune_steps_total": ("Steps of the model.", load.steps),
                 "ernie_tune_step_sequences_total": ("Answers advanced, summed over steps.", load.rows_stepped),
@@ -226,7 +229,11 @@ class Service:
         reader: Callable[[Prepared], AnswerReader],
     ) -> Ticket:
         loop = asyncio.get_running_loop()
-        await self._places.acquire()
+        self._outside += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._outside -= 1
         leave = _once(self._places.release)
         with contextlib.ExitStack() as undo:
             undo.callback(leave)

@@ -308,6 +308,30 @@ def test_a_failing_model_is_not_a_bad_request(engine: Engine, monkeypatch: pytes
         assert httpx.get(one.root + "/health").status_code == 503
 
 
+def test_an_error_in_the_servers_own_code_has_the_same_shape(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with live(engine) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(Service, "find", broken(KeyError("secret detail")))
+            error = refused(long_request(one, 1), 500, "its log says how")
+        assert "secret" not in str(error)
+        assert long_request(one, 1).status_code == 200
+
+
+def test_requests_beyond_what_can_run_wait_undecoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only max_num_seqs and a few more are encoded; the others wait before that, and all are answered."""
+    slowly(monkeypatch, 0.02)
+    most = [0]
+    with live(engine, max_num_seqs=1, preparing=2) as one, ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(long_request, one, 5) for _ in range(8)]
+        while not all(job.done() for job in jobs):
+            load = one.service.scheduler.load()
+            most[0] = max(most[0], load.waiting + load.running)
+            time.sleep(0.005)
+        assert [job.result().status_code for job in jobs] == [200] * 8
+        assert most[0] == 3
+        assert "ernie_tune_requests_waiting 0" in httpx.get(one.root + "/metrics").text
+
+
 def broken(error: Exception) -> Callable[..., Any]:
     def fail(*_: Any) -> Any:
         raise error
