@@ -115,6 +115,8 @@ class Service:
         self.engine, self.models, self.options = engine, models, options
         capacity = Capacity(options.max_num_seqs, options.cache_tokens, options.prefill_tokens)
         self.scheduler = Scheduler(engine, capacity)
+        tokenizer = engine.processor.tokenizer
+        self._longest_token_bytes = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.metrics = Metrics()
         self.started = int(time.time())
         self._keys = itertools.count(1)
@@ -150,6 +152,7 @@ class Service:
         params = self._params(request, request.limit, request.logprobs, request.top_logprobs)
 
         def prepare() -> list[Prepared]:
+            self._check_length([text for message in request.messages for text in message.texts()])
             messages = [self._message(i, message) for i, message in enumerate(request.messages)]
             asked = Request(messages, thinking=request.thinking, max_thought_tokens=request.reasoning_max_tokens)
             return [self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)]
@@ -168,6 +171,8 @@ class Service:
         params = self._params(request, request.limit, request.logprobs is not None, request.logprobs)
 
         def prepare() -> list[Prepared]:
+            for prompt in request.prompts:
+                self._check_length([prompt] if isinstance(prompt, str) else [])
             return [self._raw(i, prompt, params) for i, prompt in enumerate(request.prompts)]
 
         def reader(prepared: Prepared) -> AnswerReader:
@@ -296,6 +301,14 @@ class Service:
                 raise ApiError(
                     400, f"number of {kind}s ({count}) must be at most {limit}; send fewer", param="messages"
                 )
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        """Refuse text that cannot fit however it is cut into tokens, before it is: cutting megabytes takes long. Raises RowTooLong."""
+        least = sum(len(text.encode("utf-8", "replace")) for text in texts) // self._longest_token_bytes
+        if least > self.max_model_len:
+            raise RowTooLong(
+                f"prompt (at least {least} tokens) must not exceed the context ({self.max_model_len} tokens); shorten it"
+            )
 
     def _message(self, index: int, message: Any) -> dict[str, Any]:
         """In the words of data/chat.py. Text goes into parts, where no tag in it means a medium."""

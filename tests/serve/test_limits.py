@@ -130,6 +130,27 @@ def test_the_default_limit_and_the_room_that_is_left(tight: Live) -> None:
     refused(post(tight, {"prompt": [9] * 64}, "/v1/completions"), 400, "must not exceed the context (64)")
 
 
+def test_a_text_that_can_never_fit_is_not_cut_into_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it hides: in an old thought, in parts, in a raw prompt."""
+    long = "why " * 30_000
+    old = [*WHY, {"role": "assistant", "content": "x", "reasoning_content": long}, *WHY]
+    hidden: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [text_part(long), text_part("x")]}]}),
+        ("chat/completions", {"messages": old}),
+        ("completions", {"prompt": ["x", long]}),
+    ]
+    with live(engine, max_model_len=64) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.processor.tokenizer), "encode", broken(AssertionError("was cut")))
+            for path, body in hidden:
+                assert (
+                    refused(post(one, body, f"/v1/{path}"), 400, "prompt (at least")["code"]
+                    == "context_length_exceeded"
+                )
+        assert long_request(one, 1).status_code == 200
+
+
 def test_bodies_are_counted_with_and_without_their_length(tight: Live) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
     refused(post(tight, big), 413, "at most 20000 bytes")

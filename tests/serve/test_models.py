@@ -240,7 +240,7 @@ def options(*words: str) -> dict[str, Any]:
 def test_options_of_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERNIE_TUNE_API_KEY", "from,env")
     words = ("--max_body_mb", "2", "--request-timeout", "9", "--max_num_seqs=3", "--allow_local_media", str(tmp_path))
-    made = serve_options(options(*words, "--allow_media_hosts", "a.local,b.local", "--allow_private_media=true"))
+    made = serve_options(options(*words, "--allow_media_hosts", "A.local,b.local", "--allow_private_media=true"))
     assert (made.max_body_bytes, made.request_timeout_seconds, made.max_num_seqs) == (2 * 2**20, 9, 3)
     assert made.api_keys == ("from", "env")
     assert made.media.local_folder == tmp_path
