@@ -45,11 +45,14 @@ class Presence:
         names = self.group.objects(list(trainable))
         self.names = sorted({name for part in names for name in part})
 
-    def complete(self, trainable: Mapping[str, Tensor]) -> None:
-        """Give every parameter that has a gradient on some rank one on this."""
-        here = [name in trainable and trainable[name].grad is not None for name in self.names]
+    def complete(self, trainable: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Give every parameter (whose name starts with `prefix`) that has a gradient on some rank one on this."""
+        names = [name for name in self.names if name.startswith(prefix)]
+        if not names:
+            return
+        here = [name in trainable and trainable[name].grad is not None for name in names]
         flags = self.group.reduce_(paddle.to_tensor(np.array(here, np.int32)), dist.ReduceOp.MAX).numpy()
-        for name, wanted, have in zip(self.names, flags.tolist(), here, strict=True):
+        for name, wanted, have in zip(names, flags.tolist(), here, strict=True):
             if wanted and not have and name in trainable:
                 trainable[name].grad = paddle.zeros_like(trainable[name])
 
@@ -72,7 +75,7 @@ def scale_experts_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
 def counted_here(parameter: Tensor, mesh: Mesh, owner: int | None) -> bool:
     """Whether this rank is the one that counts its copy in the norm. `owner`: the number of the rank in its sharding group that alone has the summed
     gradient, None without sharding."""
-    if not placement_of(parameter).counted:
+    if not getattr(parameter, "is_firstly_shared", True):  # another stage holds it too, and counts it (traps d, w)
         return False
     axes = owners(parameter)
     if owner is None:

@@ -206,6 +206,7 @@ def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
     mesh = Mesh(degrees, rank=dist.get_rank())
     mesh.hcg = fleet.get_hybrid_communicate_group()
     mesh._groups = _named_groups(degrees, mesh.hcg)
+    mesh.group("world").objects(None)  # everybody knows everybody from here on, so a rank that ends is noticed
     return mesh
 
 

@@ -17,15 +17,13 @@ from ernie_tune.parallel.mesh import Group
 @dataclass(frozen=True)
 class Placement:
     """`axis`: the dimension that is cut into equal parts over `group` ("tensor" or "expert"); None: whole. `partial`: each tensor rank computes a part of
-    its gradient, to be added up. `expert`: its replicas are the `expert_data` group, not the `batch` group. `counted`: False where another stage of the
-    pipeline holds the same values and counts them in the norm (a tied weight). `handle`: the group it is cut over. `kept`: which indices of the whole axis
+    its gradient, to be added up. `expert`: its replicas are the `expert_data` group, not the `batch` group. `handle`: the group it is cut over. `kept`: which indices of the whole axis
     are here, where the parts are not equal (adapters of some experts); `indices` answers for both."""
 
     axis: int | None = None
     group: str = ""
     partial: bool = False
     expert: bool = False
-    counted: bool = True
     handle: Group | None = None
     kept: tuple[int, ...] | None = None
 

@@ -31,14 +31,14 @@ def fingerprints(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh) -> None:
     """RuntimeError naming a parameter and the axis over which its copies differ."""
     mine = fingerprints(parameters)
-    for axis in ("tensor", "batch", "expert_data"):
+    for axis in ("tensor", "batch", "expert_data", "pipe"):
         group = mesh.group(axis)
         if group.size == 1:
             continue
-        shared = {name: mine[name] for name, value in parameters.items() if axis in owners(value)}
+        shared = {n: mine[n] for n, value in parameters.items() if axis == "pipe" or axis in owners(value)}
         said = group.objects(shared)
         for name, value in shared.items():
-            if any(other.get(name) != value for other in said):
+            if any(other.get(name, value) != value for other in said):
                 raise RuntimeError(
                     f"parameter {name} differs between the {axis} ranks {list(group.ranks)} after the first step, where it must be equal: its gradients "
                     "are not summed over them; report the layout, or train without that axis"

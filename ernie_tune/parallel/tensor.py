@@ -53,7 +53,9 @@ def apply_tensor(
             _slice_adapters(layer, adapters.get(kind, {}), group, by_rows=kind == "row")
             parent = name.rpartition(".")[0]
             if kind == "row":
-                layer.register_forward_post_hook(lambda _layer, _args, out: leave(out, group, runs))
+                layer.register_forward_post_hook(
+                    lambda at, _args, out: leave(out, group, runs if at.training else None)
+                )
             if parent:
                 blocks[parent] = blocks.get(parent, False) or kind == "row"
     for name, closed in blocks.items():
@@ -97,22 +99,23 @@ def _slice_adapters(layer: nn.Layer, plan: Mapping[str, tuple[int | None, bool]]
 
 
 def _entering(group: Group, runs: TokenRuns | None) -> Any:
-    def hook(_layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if runs is not None and len(args) > 1:
             runs.total = args[1].plan.offsets[-1]
-        return (enter(args[0], group, runs), *args[1:])
+        return (enter(args[0], group, runs if layer.training else None), *args[1:])
 
     return hook
 
 
 def apply_sequence(model: nn.Layer, plan: Mapping[str, str], ends: tuple[str, str], runs: TokenRuns) -> None:
     """Spread tokens after the first of `ends`, join them after the last, and tell routers which of the pack's tokens are here. Every whole parameter in
-    between sees this rank's tokens alone, so its gradient is a partial sum (trap m of parallel.md 1.5)."""
+    between sees this rank's tokens alone, so its gradient is a partial sum (trap m of parallel.md 1.5). In eval mode every rank has all tokens: a step of
+    generation may have fewer of them than there are ranks."""
     for name, layer in model.named_sublayers():
         if name == ends[0]:
-            layer.register_forward_post_hook(lambda _layer, _args, out: runs.spread(out))
+            layer.register_forward_post_hook(lambda at, _args, out: runs.spread(out) if at.training else out)
         elif name == ends[1]:
-            layer.register_forward_post_hook(lambda _layer, _args, out: runs.join(out))
+            layer.register_forward_post_hook(lambda at, _args, out: runs.join(out) if at.training else out)
     routers = {name.rpartition(".")[0] for name, _, _ in layers_of(model, plan, "expert")}
     layers = dict(model.named_sublayers())
     for name in routers:
@@ -129,9 +132,9 @@ class _Localise:
         self.runs = runs
         self.known: tuple[Any, ...] = (None, 0, None, None)
 
-    def __call__(self, _layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, text, vision, *rest = args
-        if vision is None:
+        if vision is None or not layer.training:
             return args
         if self.known[0] is not vision or self.known[1] != self.runs.total:
             first, end = self.runs.span()

@@ -1,7 +1,7 @@
-"""The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them. `pipeline` stages override forward and backward.
+"""The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them.
 
-    mesh = init_mesh(Degrees(tensor=2, sharding=2, sharding_stage=1))
-    engine = DistributedEngine.lay(model, mesh)                     # model: with its adapters on, not yet split
+    mesh = init_mesh(Degrees(tensor=2, pipe=2), accumulation=8)
+    engine = DistributedEngine.lay(model, mesh, accumulation=8)     # model: with its adapters on, not yet split
     optimizer = engine.optimizer(make)                              # make(parameters) -> an optimizer of Paddle
     loop = Loop(model, objective, optimizer, schedule, settings, engine)
 
@@ -11,16 +11,18 @@ Refuses to know: objectives' arithmetic, settings' names, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import paddle
-from paddle import Tensor, nn
+from paddle import Tensor
 from paddle.utils import unique_name
 
-from ernie_tune.models.ernie import PLAN
+from ernie_tune.models.ernie import PLAN, ErnieModel
 from ernie_tune.models.moe import MoELayer, update_correction_bias
 from ernie_tune.parallel import gradients
+from ernie_tune.parallel.blocks import Blocks
 from ernie_tune.parallel.collectives import TokenRuns
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
@@ -29,34 +31,88 @@ from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerpri
 from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.peft.slots import ADAPTER_PLAN
 from ernie_tune.train.engine import Engine, Window, Work
+from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
 
 
 class DistributedEngine(Engine):
     """See the module's docstring. `self_check`: compare replicas after the first step, and look whether everything moved."""
 
-    def __init__(self, model: nn.Layer, mesh: Mesh, runs: TokenRuns | None = None, self_check: bool = True) -> None:
-        self.mesh, self.runs, self.self_check = mesh, runs, self_check
+    def __init__(
+        self,
+        model: ErnieModel,
+        mesh: Mesh,
+        runs: TokenRuns | None = None,
+        staged: StagedModel | None = None,
+        self_check: bool = True,
+    ) -> None:
+        self.model, self.mesh, self.runs, self.staged, self.self_check = model, mesh, runs, staged, self_check
         self.batch = mesh.batch
         self.gradient_scale = float(mesh.batch[1])
         self.is_writer = mesh.is_writer
         self.named = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-        self.exchanges = [layer for layer in model.sublayers() if isinstance(layer, ExchangedRows)]
+        self.exchanges = {name: x for name, x in model.named_sublayers() if isinstance(x, ExchangedRows)}
         self.presence = gradients.Presence(self.named, mesh)
         self.owner_of: Mapping[str, int] = {}
         self.before: dict[str, int] = {}
         self.touched: set[str] = set()
+        self.blocks: Blocks | None = None
         self._optimizer: MeshOptimizer | None = None
 
     @classmethod
-    def lay(cls, model: nn.Layer, mesh: Mesh, self_check: bool = True) -> DistributedEngine:
-        """Split `model` over `mesh` in place, and the engine for it."""
-        return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), self_check)
+    def lay(
+        cls,
+        model: ErnieModel,
+        mesh: Mesh,
+        *,
+        accumulation: int = 1,
+        bounds: Sequence[int] = (),
+        self_check: bool = True,
+    ) -> DistributedEngine:
+        """Lay `model` over `mesh` in place, and the engine for it. With a pipeline: `accumulation` micro-batches a window, and where its stages begin
+        among `pipeline_items` (`bounds`, by default balanced by cost); `staged` then stands for the model where it is called. ValueError for layouts
+        that cannot be."""
+        if mesh.size("pipe") == 1:
+            return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), None, self_check)
+        cut = cut_of(model.config, mesh.degrees, bounds)
+        model.keep(stages_of(cut, mesh.rank_in("pipe")))
+        runs = parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN)
+        return cls(model, mesh, runs, StagedModel(model, cut, accumulation, mesh, runs), self_check)
+
+    @property
+    def callable(self) -> Any:
+        """What evaluation and generation call: the model, or its stages together."""
+        return self.staged or self.model
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> MeshOptimizer:
         """The mesh's optimizer: `make` is called once for the dense parameters and once for Fleet's experts, with plain lists."""
         self._optimizer = MeshOptimizer(list(self.named.values()), self.mesh, make)
         self.owner_of = self._optimizer.owner_of
+        if self.mesh.degrees.sharding_stage == 3:
+            self.blocks = Blocks(self.model, self.mesh, self.owner_of, "layers", self._fold)
+            self._optimizer.release(self.blocks.names())
         return self._optimizer
+
+    def _fold(self, prefix: str = "") -> None:
+        """Hand the gradients under `prefix` to their owners."""
+        if self._optimizer is None:
+            raise AssertionError("optimizer() comes first")
+        for name, rows in self.exchanges.items():
+            if name.startswith(prefix):
+                rows.drop_unused()
+        self.presence.complete(self.named, prefix)
+        parameters = [p for name, p in self.named.items() if name.startswith(prefix)]
+        gradients.sum_partial_(parameters, self.mesh)
+        self._optimizer.fold_(parameters)
+
+    def after_micro_batch(self) -> None:
+        if self.mesh.degrees.sharding_stage < 2:
+            return
+        if self.blocks is not None:
+            self.blocks.close()
+        self._fold()
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.blocks is None else self.blocks.whole()
 
     def seed(self, base: int, step: int) -> int:
         return self.mesh.seed(base, step)
@@ -74,16 +130,26 @@ class DistributedEngine(Engine):
                 "router losses (router_aux_loss_coef, moe_orthogonal_loss_lambda, router_z_loss_coef) must be 0 with sequence_parallel, where no rank "
                 "sees a whole pack; turn them off, or turn off sequence_parallel"
             )
-        return super().forward_backward(work, window)
+        if self.blocks is not None and work.recompute is None:
+            raise ValueError(
+                "sharding stage 3 must go with recompute: true, which says when a block's parameters are needed; set it, or use stage 2"
+            )
+        if self.staged is None:
+            return super().forward_backward(work, window)
+        done = self.staged.forward_backward(work, window, self.gradient_scale, self.batch[1])
+        return done.loss, done.metrics
 
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         if self._optimizer is None:
             raise AssertionError("optimizer() comes first")
-        for rows in self.exchanges:
-            rows.drop_unused()
-        self.presence.complete(self.named)
-        gradients.sum_partial_(parameters, self.mesh)
-        self._optimizer.average_()
+        if self.mesh.degrees.sharding_stage >= 2:
+            self._optimizer.unfold_()
+        else:
+            for rows in self.exchanges.values():
+                rows.drop_unused()
+            self.presence.complete(self.named)
+            gradients.sum_partial_(parameters, self.mesh)
+            self._optimizer.average_()
         gradients.scale_experts_(parameters, self.mesh)
 
     def norm(self, parameters: Sequence[Tensor]) -> float:
@@ -91,7 +157,8 @@ class DistributedEngine(Engine):
 
     def step(self, optimizer: Any, rate: float) -> None:
         if self.self_check and not self.before:
-            self.before = fingerprints(self.named)
+            with self.whole():
+                self.before = fingerprints(self.named)
             # A step can be lost to rounding where it is tiny, or where bfloat16 values have a float32 master: those say nothing.
             told = {n: p for n, p in self.named.items() if rate >= 1e-6 and p.dtype in (paddle.float32, paddle.float64)}
             self.touched = {name for name, p in told.items() if p.grad is not None and _any(p.grad)}
@@ -116,6 +183,11 @@ class DistributedEngine(Engine):
             done.num_rows += part.num_rows
         return done
 
+    def clear(self, parameters: Sequence[Tensor]) -> None:
+        super().clear(parameters)
+        if self._optimizer is not None:
+            self._optimizer.forget_()
+
     def stopped(self, interrupted: bool) -> bool:
         flag = paddle.to_tensor(np.array([int(interrupted)], np.int32))
         return bool(self.mesh.group("world").reduce_(flag, MAX).item())
@@ -123,9 +195,10 @@ class DistributedEngine(Engine):
     def after_first_step(self, model: Any) -> None:
         if not self.self_check:
             return
-        check_replicas(dict(model.named_parameters()), self.mesh)
         everywhere = {name for part in self.mesh.group("stage").objects(sorted(self.touched)) for name in part}
-        check_moved(self.before, self.named, everywhere, self.mesh)
+        with self.whole():
+            check_replicas(dict(model.named_parameters()), self.mesh)
+            check_moved(self.before, self.named, everywhere, self.mesh)
 
 
 def _any(gradient: Tensor) -> bool:

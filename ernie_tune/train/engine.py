@@ -20,6 +20,7 @@ Refuses to know: objectives' arithmetic, learning rates, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +97,15 @@ class Engine:
             done.add(float(scaled), out.metrics)
             # What a PyLayer noted on its context lives as long as the graph: without this, through the next micro-batch's forward too.
             del out, scaled
+            self.after_micro_batch()
         return done.loss, done.metrics
+
+    def after_micro_batch(self) -> None:
+        """Called when the backward of a micro-batch is over."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A `with` in which every parameter is whole on this rank up to its placement: needed to save, where stage 3 keeps them apart."""
+        return nullcontext()
 
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         """Make this rank's gradients the whole window's. `parameters`: the trainable ones, in the model's order."""

@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 
 
 def launch(folder: Path, processes: int, script: Path, *args: str, timeout_s: float = 240) -> tuple[int, str]:
-    """(exit status, the end of every rank's log). The whole process group is ended when the time is over."""
+    """(exit status, the end of every rank's log). The launcher is told to end its workers when the time is over."""
     logs = folder / "logs"
     path = os.pathsep.join([str(ROOT), str(HERE), str(ROOT / "tests")])
     env = {**os.environ, "PYTHONPATH": path, "GLOG_minloglevel": "2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -44,9 +44,13 @@ def launch(folder: Path, processes: int, script: Path, *args: str, timeout_s: fl
     except subprocess.TimeoutExpired:
         code = 124
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process.poll() is None:  # the workers are in sessions of their own: only the launcher can end them
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     tails = [f"--- {p.name}\n" + p.read_text(errors="replace")[-3000:] for p in sorted(logs.glob("workerlog.*"))]
     return code, "\n".join(tails)
 
