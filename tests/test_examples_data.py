@@ -38,6 +38,15 @@ def asked(row: Row) -> tuple[str, str]:
     return user["content"], assistant["content"]
 
 
+def judged(row: Row) -> tuple[str, list[str]]:
+    """The question of a row with a judgement, and the answers that are judged."""
+    (user,), signal = row["messages"], row["signal"]
+    if signal["type"] == "pair":
+        return user["content"], [signal["chosen"], signal["rejected"]]
+    answers = signal.get("responses", [signal.get("response")])
+    return user["content"], [a if isinstance(a, str) else a["text"] for a in answers]
+
+
 def english(row: Row) -> str:
     """The answer as an English word, and in the question's language."""
     question, answer = asked(row)
@@ -103,9 +112,10 @@ def test_every_row_parses_and_its_media_open(path: Path) -> None:
         if "task" in row:
             assert set(row) == {"task", "input", "output"}
             continue
-        question, answer = asked(row)
-        assert answer
-        assert answer == answer.strip()
+        question, answers = asked(row) if "signal" not in row else judged(row)
+        for answer in [answers] if isinstance(answers, str) else answers:
+            assert answer
+            assert answer == answer.strip()
         for key, tag in (("images", "<image>"), ("videos", "<video>")):
             media = row.get(key, [])
             assert question.count(tag) == len(media)
@@ -455,3 +465,45 @@ def test_classify_labels_are_balanced_and_texts_unique() -> None:
 def test_multitask_refuses_more_rows_than_there_are_inputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--train \+ --eval \(3001\) must not exceed 3000: no input may occur twice"):
         script("multitask").make(tmp_path, 0, 2941, 60)
+
+
+# preferences
+
+
+def test_the_judge_of_preferences_likes_right_and_short_answers() -> None:
+    """Against the digits' own labels: what is preferred is right, and among the right ones short."""
+    folder = EXAMPLES / "preferences"
+    digits = {}
+    for split in ("train", "eval"):
+        for row in rows_of(EXAMPLES / "digits" / f"{split}.jsonl"):
+            digits[f"../digits/{row['images'][0]}"] = (split, asked(row)[1])
+
+    def worth(row: Row, answer: str) -> int:
+        number = re.findall(r"\d", answer)
+        assert len(number) == 1
+        return 0 if number[0] != digits[row["images"][0]][1] else 1 if len(answer) > 1 else 2
+
+    for file in sorted(folder.glob("*.jsonl")):
+        for row in rows_of(file):
+            assert digits[row["images"][0]][0] == ("eval" if file.stem.startswith("eval") else "train"), file
+            if "signal" not in row:
+                assert worth(row, asked(row)[1]) > 0
+                continue
+            (_, answers), signal = judged(row), row["signal"]
+            worths = [worth(row, answer) for answer in answers]
+            if signal["type"] == "pair":
+                assert worths[0] > worths[1] or (row["domain"] == "right" and worths[0] > 0 == worths[1])
+            elif signal["type"] == "ranking":
+                tiers = [[worths[i] for i in tier] for tier in signal["order"]]
+                assert all(len(set(tier)) == 1 for tier in tiers)
+                assert [tier[0] for tier in tiers] == sorted({*worths}, reverse=True)
+            elif signal["type"] == "rating":
+                assert [{0: 1, 1: 3, 2: 5}[w] for w in worths] == [r["score"] for r in signal["responses"]]
+            else:
+                assert (worths[0] == 2) == (signal["label"] == "good")
+
+
+def test_the_script_of_preferences_writes_these_rows(tmp_path: Path) -> None:
+    script("preferences").make(tmp_path)
+    for path in sorted((EXAMPLES / "preferences").glob("*.jsonl")):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name

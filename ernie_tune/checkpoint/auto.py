@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite,
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
-from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.ernie import ErnieModel, in_stages
 from ernie_tune.models.init import init_parameters
 from ernie_tune.models.presets import preset
 
@@ -44,12 +46,17 @@ class AutoModel(ErnieModel):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], dtype: str | None = None, download_hub: str | None = None
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: str | None = None,
+        download_hub: str | None = None,
+        stages: Collection[str] | None = None,
     ) -> AutoModel:
         """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
 
         `dtype`: "float32" or "bfloat16", for everything but the routers and their biases, which stay float32; by default float32 on the CPU
-        and bfloat16 on an accelerator. Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
+        and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
+        drops them: adapters and freezing can be set as on the whole model. Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
         head that differs from the embedding.
         """
         folder = resolve(name_or_path, download_hub)
@@ -65,19 +72,32 @@ class AutoModel(ErnieModel):
             file=sys.stderr,
             flush=True,
         )
-        model = cls(config, dtype)
-        fill(model, table, reader)
+        model = cls._skeleton(config, dtype, stages)
+        fill(model, table, reader, stages)
         model.name_or_path = str(folder)
         return model
 
     @classmethod
-    def from_config(cls, config: ModelConfig | str, seed: int = 0, dtype: str | None = None) -> AutoModel:
-        """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights."""
+    def from_config(
+        cls,
+        config: ModelConfig | str,
+        seed: int = 0,
+        dtype: str | None = None,
+        stages: Collection[str] | None = None,
+    ) -> AutoModel:
+        """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights. `stages`: as in
+        `from_pretrained`."""
         shape = preset(config) if isinstance(config, str) else config
-        model = cls(shape, _compute_dtype(dtype))
-        init_parameters(model, seed)
+        model = cls._skeleton(shape, _compute_dtype(dtype), stages)
+        init_parameters(model, seed, stages)
         model.name_or_path = config if isinstance(config, str) else ""
         return model
+
+    @classmethod
+    def _skeleton(cls, config: ModelConfig, dtype: str, stages: Collection[str] | None) -> AutoModel:
+        """The model before its weights: zeros, or nothing at all where only some stages will be filled."""
+        with nullcontext() if stages is None else paddle.LazyGuard():
+            return cls(config, dtype)
 
     def save_pretrained(
         self,
@@ -116,11 +136,13 @@ class AutoModel(ErnieModel):
         )
 
 
-def fill(model: ErnieModel, table: Layout, reader: TensorReader) -> None:
-    """Set every parameter of `model` from the disk. ValueError naming the tensors that hold a NaN or an infinity."""
+def fill(model: ErnieModel, table: Layout, reader: TensorReader, stages: Collection[str] | None = None) -> None:
+    """Set every parameter of `model`, or of these stages, from the disk. ValueError naming the tensors that hold a NaN or an infinity."""
     source = _FiniteReader(reader)
     parameters = model.state_dict()
     for name, spec in table.canonical.items():
+        if stages is not None and not in_stages(model.config, stages, name):
+            continue
         source.code = "F32" if spec.float32 else FLOAT_CODES[model.compute_dtype]
         parameters[name].set_value(table.to_canonical(name, source.read))
     bad = list(source.not_finite)

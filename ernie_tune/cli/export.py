@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
 
     limits = options.pop("eval_max_samples", 200), options.pop("eval_max_new_tokens", 32)
     rows = options.get("eval") or options.get("calib")
-    report = export(words, options.pop("output_dir"), score=_score(rows, *limits) if rows else None, **options)
+    report = export(words, options.pop("output_dir"), score=task_score(rows, *limits) if rows else None, **options)
     print(
         f"{len(report['sha256'])} files, {report['weight_bytes'] / 1e6:.1f} MB of weights, every check passed; serve it with\n\n{report['command']}"
     )
@@ -96,7 +96,7 @@ def shard_bytes(text: str) -> int:
     return int(float(text[:-2]) * _SHARD_UNITS[unit]) if unit in _SHARD_UNITS else int(text)
 
 
-def _score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any], Mapping[str, float]]:
+def task_score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any], Mapping[str, float]]:
     """Scores of greedy answers to the rows of a file that end in an answer, by the metrics that fit their references."""
 
     def score(model: Any, processor: Any) -> Mapping[str, float]:

@@ -42,7 +42,15 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
         "eval_steps",
     ),
     "# train": ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    "# loss": ("loss_norm", "loss_type", "beta", "max_prompt_len", "num_generations", "max_completion_length"),
+    "# loss": (
+        "loss_norm",
+        "loss_type",
+        "beta",
+        "ref_mode",
+        "max_prompt_len",
+        "num_generations",
+        "max_completion_length",
+    ),
     "# optimizer": (
         "learning_rate",
         "min_lr",
@@ -132,19 +140,28 @@ def _comment(name: str) -> str:
 def _sample_rows(stage: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for colour, other in zip(_COLOURS, _COLOURS[1:] + _COLOURS[:1], strict=True):
-        images = [f"images/{colour}.png"]
+        right, wrong = f"The picture is {colour}.", f"The picture is {other}."
+        question: dict[str, Any] = {
+            "messages": [{"role": "user", "content": _QUESTION}],
+            "images": [f"images/{colour}.png"],
+        }
+        pair = {"prompt": _QUESTION, "chosen": right, "rejected": wrong, "images": question["images"]}
+        ranking = {**question, "signal": {"type": "ranking", "responses": [wrong, right, colour], "order": "B>C>A"}}
         if stage == "SFT":
-            turns = [
-                {"role": "user", "content": _QUESTION},
-                {"role": "assistant", "content": f"The picture is {colour}."},
-            ]
-            rows.append({"messages": turns, "images": images})
-        elif stage == "DPO":
-            chosen, rejected = f"The picture is {colour}.", f"The picture is {other}."
-            rows.append({"prompt": _QUESTION, "chosen": chosen, "rejected": rejected, "images": images})
+            rows.append({**question, "messages": [*question["messages"], {"role": "assistant", "content": right}]})
+        elif stage in ("DPO", "RM"):
+            rows.append(pair)
+        elif stage == "KTO":
+            for answer, good in ((right, "good"), (wrong, "bad")):
+                rows.append({**question, "signal": {"type": "label", "response": answer, "label": good}})
+        elif stage == "UPO":
+            rated_answers = [{"text": right, "score": 5}, {"text": colour, "score": 3}, {"text": wrong, "score": 1}]
+            rated = {"type": "rating", "responses": rated_answers}
+            rows += [{**question, "signal": {"type": "pair", "chosen": right, "rejected": wrong}}]
+            rows += [{**question, "signal": rated}, ranking]
         else:
             raise ValueError(
-                f"stage ({stage}) has no sample rows, only SFT and DPO have; give your own with train_dataset_path=FILE / 没有示例数据"
+                f"stage ({stage}) has no sample rows, only SFT, DPO, KTO, UPO and RM have; give your own with train_dataset_path=FILE / 没有示例数据"
             )
     return rows
 

@@ -188,7 +188,16 @@ _DPO = ("DPO",)
 _REFERRED = ("DPO", "KTO", "UPO")
 _STAGES = {
     **dict.fromkeys(
-        ("loss_weights", "label_smoothing", "simpo_gamma", "dpop_lambda", "ld_alpha", "f_divergence_type"), _DPO
+        (
+            "loss_weights",
+            "label_smoothing",
+            "simpo_gamma",
+            "dpop_lambda",
+            "ld_alpha",
+            "f_divergence_type",
+            "use_weighting",
+        ),
+        _DPO,
     ),
     **dict.fromkeys(("pref_loss_ratio", "sft_loss_ratio", "reference_free"), _DPO),
     **dict.fromkeys(("offset_alpha", "offset_type"), ("DPO", "RM")),
@@ -229,6 +238,11 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
         yield (
             "loss_weights",
             f"loss_weights ({len(p.loss_weights)} values) must have one value a loss_type ({len(p.loss_type)}); match them / 权重个数须等于损失个数",
+        )
+    if "exo_pair" in p.loss_type and not p.label_smoothing:
+        yield (
+            "loss_type",
+            "loss_type (exo_pair) needs label_smoothing above 0: its target is (1 - eps, eps); set 0.001 / 需要 label_smoothing",
         )
     if p.offset_type != "linear" and not p.offset_alpha:
         yield (

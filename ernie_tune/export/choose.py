@@ -21,12 +21,14 @@ from ernie_tune.export.grid import Grid
 from ernie_tune.export.scheme import Scheme, bits_of, row_parallel
 from ernie_tune.export.source import Place, Rounded, Weights
 from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.specs import parameter_specs
 
 Array = np.ndarray[Any, Any]
 METHODS = ("rtn", "clip", "gptq")
 _RATIOS = np.linspace(1.0, 0.35, 40, dtype=np.float32)
 _DAMPING = 0.01  # of the mean diagonal, added before GPTQ's factorisation
 _GPTQ_BLOCK = 128
+_BLOCK_BYTES = 1 << 20  # of float32: columns worked on at once stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,34 @@ def _loss(error_KN: Array, weights: Array | None) -> Array:
 
 def clip(bits_KN: Array, weights: Array | None, shards: int = 1) -> Grid:
     """The best scale for each column and shard. `weights`: None for the plain error, [K] or [K, K] for the output's. Never worse than rtn in it."""
-    plain = grids.quantize(bits_KN, 4, shards)
-    codes, scale = plain.codes_KN.copy(), plain.scale_SN.copy()
-    share = len(bits_KN) // shards
+    scale = grids.column_scales(bits_KN, 4, shards)
+    rows = len(bits_KN) // shards
+    step = max(16, _BLOCK_BYTES // (4 * rows))
     for s in range(shards):
-        rows = slice(s * share, (s + 1) * share)
-        own = None if weights is None else weights[rows] if weights.ndim == 1 else weights[rows, rows]
-        _clip_shard(bits_KN[rows], own, codes[rows], scale[s])
-    return Grid(codes, scale, 4)
+        share = slice(s * rows, (s + 1) * rows)
+        own = None if weights is None else weights[share] if weights.ndim == 1 else weights[share, share]
+        for a in range(0, bits_KN.shape[1], step):
+            columns = slice(a, a + step)
+            scale[s, columns] = _best_scales(widen_bfloat16(bits_KN[share, columns]), scale[s, columns], own)
+    return Grid(grids.nearest_codes(bits_KN, scale, 4), scale, 4)
 
 
-def _clip_shard(bits_KN: Array, weights: Array | None, codes_KN: Array, scale_N: Array) -> None:
-    """Improve codes and scales in place. A smaller scale keeps a code of +-7 in every column, so each is found again by FastDeploy."""
-    wide = widen_bfloat16(bits_KN)
-    start = scale_N.copy()
-    best = _loss(codes_KN * scale_N - wide, weights)
-    for ratio in _RATIOS:
-        tried = grids.settle(start * ratio)
-        tried = np.where(start == 0, np.float32(0), tried)
-        found = grids.nearest_codes(bits_KN, tried[None], 4)
-        loss = _loss(found * tried - wide, weights)
-        better = (loss < best) & (np.abs(found).max(0) == 7)
-        best[better], scale_N[better] = loss[better], tried[better]
-        codes_KN[:, better] = found[:, better]
+def _best_scales(wide_KN: Array, start_N: Array, weights: Array | None) -> Array:
+    """rtn's scales, or better ones. A smaller scale keeps a code of +-7 in every column, so that each is found again by FastDeploy."""
+    best_N = np.where(start_N == 0, np.float32(1), start_N)
+    tried_RN = np.concatenate([best_N[None], grids.settle(best_N * _RATIOS[:, None])])
+    least_N = np.full(best_N.shape, np.inf, np.float32)
+    error_KN = np.empty_like(wide_KN)
+    for scale_N in tried_RN:
+        np.divide(wide_KN, scale_N, out=error_KN)
+        grids.round_in_place(error_KN)  # as the codes will be: where rows are correlated, exact halves matter
+        np.clip(error_KN, -7, 7, out=error_KN)
+        error_KN *= scale_N
+        error_KN -= wide_KN
+        loss_N = _loss(error_KN, weights)
+        better = loss_N < least_N
+        least_N[better], best_N[better] = loss_N[better], scale_N[better]
+    return np.where(start_N == 0, np.float32(0), best_N)
 
 
 def gptq(bits_KN: Array, weights_KK: Array, shards: int = 1) -> Grid:
@@ -135,6 +142,9 @@ class Chosen:
         if method == "gptq" and not moments:
             raise ValueError("method (gptq) must come with calibration data; give --calib FILE, or take method clip")
         self.weights, self.scheme, self.method, self.target_tp = weights, scheme, method, target_tp
+        for name, spec in parameter_specs(weights.config).items():
+            if self.bits(name):
+                grids.check_shards(spec.shape[-2], self.shards(name))
         self.moments = moments or {}
         self._kept: dict[Place, Grid | Array] = {}
 

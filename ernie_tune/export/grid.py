@@ -43,6 +43,12 @@ def round_half_away(x: Array) -> Array:
     return (x + np.copysign(_BELOW_HALF, x)).astype(np.int8)
 
 
+def round_in_place(x: Array) -> None:
+    """The same, kept as floats."""
+    x += np.copysign(_BELOW_HALF, x)
+    np.trunc(x, out=x)
+
+
 def check_shards(rows: int, shards: int) -> None:
     """ValueError where the rows of a matrix cannot be shared out equally."""
     if shards < 1 or rows % shards:

@@ -25,6 +25,7 @@ from ernie_tune.models.specs import parameter_specs
 
 Array = np.ndarray[Any, Any]
 _LOOKED_AT = 4096  # positions whose logits are kept
+_BATCH_ROWS = 16
 _MAX_TOKENS = 4096  # longer rows are left out
 
 
@@ -41,8 +42,8 @@ def probes_of(batches: Sequence[MicroBatch]) -> list[Probe]:
     return [Probe(batch.inputs, batch.source_N, batch.target_N) for batch in batches]
 
 
-def read_batches(path: str, processor: Processor, limit: int, rows: int = 16) -> list[MicroBatch]:
-    """At most `limit` rows of a data file, spread over it, as batches of `rows`. ValueError where none can be used."""
+def read_batches(path: str, processor: Processor, limit: int, parts: int = 1) -> list[MicroBatch]:
+    """At most `limit` rows of a data file, spread over it, in small batches, at least `parts` of them where there are rows. ValueError for no row."""
     records, dropped = load_dataset(path), Dropped()
     encoder = Encoder(processor, _MAX_TOKENS)
     count = min(limit, len(records))
@@ -52,6 +53,7 @@ def read_batches(path: str, processor: Processor, limit: int, rows: int = 16) ->
         raise ValueError(
             f"{path} must hold a row that can be used: {'; '.join(dropped.lines()) or 'it is empty'}; give another file"
         )
+    rows = max(1, min(_BATCH_ROWS, len(samples) // parts))
     return [collate(samples[i : i + rows], processor.tokens) for i in range(0, len(samples), rows)]
 
 

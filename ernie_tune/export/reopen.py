@@ -147,6 +147,8 @@ class _Check:
     def part(self, name: str, expert: int | None, array: Array) -> None:
         key = f"{name}|{'' if expert is None else expert}"
         wanted = self.left.pop(key, None)
+        if not self.job["digests"]:
+            return
         if wanted is None:
             self.problems.append(f"{name} is no parameter of the model that was exported")
         elif digest(array) != wanted:

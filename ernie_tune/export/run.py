@@ -26,6 +26,7 @@ from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
 from ernie_tune.export import files, verify
 from ernie_tune.export.awq import Folded, folded_moments
+from ernie_tune.export.cache import check_caches, write_cache
 from ernie_tune.export.calibrate import moments, samples
 from ernie_tune.export.choose import METHODS, Chosen, Served, Written
 from ernie_tune.export.measure import (
@@ -103,6 +104,7 @@ class ExportOptions:
             )
         if not 0 <= self.awq <= 1:
             raise ValueError(f"awq ({self.awq:g}) must be from 0 to 1; 0.25 is a good start")
+        FastDeployCommand("", port=self.port)
         if self.method == "gptq" and not self.calib:
             raise ValueError("method (gptq) must come with calibration data; give --calib FILE, or take method clip")
 
@@ -242,11 +244,7 @@ class _Export:
     def _data(self) -> tuple[list[Any], list[Probe]]:
         """Calibration batches, and held-out probes: rows of `eval`, else every fourth batch of `calib`, else made-up inputs that nothing is scored on."""
         o = self.o
-        calib = (
-            read_batches(o.calib, self.processor, o.calib_rows, rows=16 if o.eval else max(1, o.calib_rows // 8))
-            if o.calib
-            else []
-        )
+        calib = read_batches(o.calib, self.processor, o.calib_rows, parts=8) if o.calib else []
         if o.eval:
             return calib, probes_of(read_batches(o.eval, self.processor, o.calib_rows))
         if len(calib) >= 4:
@@ -309,6 +307,8 @@ class _Export:
             write_layout(self.staged, Written(chosen) if chosen else weights, LAYOUTS[o.layout], o.max_shard_bytes)
         seconds = time.monotonic() - start
         size = sum(path.stat().st_size for path in self.staged.glob("*.safetensors"))
+        if o.emit == "cache" and chosen:
+            write_cache(self.staged, chosen)
         files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor)
         return {"weight_bytes": size, "write_seconds": seconds}
 
@@ -324,6 +324,8 @@ class _Export:
             probes=self.probes if planned else (),
             digests=reader != "packed",
         )
+        if o.emit == "cache" and chosen:
+            opened.problems.extend(check_caches(self.staged, chosen))
         self.checks |= verify.check_opened(opened, planned)
 
     def _describe(self, weights: Weights, written: Mapping[str, float], seconds: float) -> dict[str, Any]:

@@ -175,6 +175,12 @@ def stages(c: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Layer]]]:
         yield "lm_head", lambda: Head(c)
 
 
+def in_stages(c: ModelConfig, names: Collection[str], parameter: str) -> bool:
+    """Whether a parameter belongs to what `ErnieModel.keep(names)` leaves."""
+    tied = c.tie_word_embeddings and "lm_head" in names
+    return any(parameter.startswith(f"{name}.") for name in ({*names, "embed_tokens"} if tied else names))
+
+
 @contextmanager
 def default_dtype(dtype: str) -> Iterator[None]:
     """Build layers in `dtype` without converting them afterwards."""
@@ -223,11 +229,10 @@ class ErnieModel(nn.Layer):
 
         "lm_head" stands for a tied head, too, which needs the embedding's matrix.
         """
-        wanted = {*names, "embed_tokens"} if self.config.tie_word_embeddings and "lm_head" in names else names
         for name in [*(name for name, _ in stages(self.config)), "vision_model", "resampler_model"]:
             owner, _, leaf = name.rpartition(".")
             place = self.layers if owner else self
-            if name not in wanted and leaf in place._sub_layers:
+            if not in_stages(self.config, names, f"{name}.") and leaf in place._sub_layers:
                 place.add_sublayer(leaf, Elsewhere())
         for i, layer in enumerate(self.own_layers()):
             layer.self_attn.layer = i  # its place in a cache, which holds this rank's layers

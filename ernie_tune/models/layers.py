@@ -18,6 +18,11 @@ from paddle.autograd import PyLayer
 from ernie_tune.models import mkl
 
 
+def has_values(parameter: Tensor) -> bool:
+    """False for a parameter of a pipeline stage that another rank holds: it has a name and a shape, but no memory (`AutoModel.from_pretrained`)."""
+    return bool(parameter._is_initialized())
+
+
 @lru_cache(maxsize=256)
 def _ones(rows: int, columns: int, dtype: paddle.dtype) -> Tensor:
     return paddle.ones([rows, columns], dtype)

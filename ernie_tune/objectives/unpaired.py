@@ -150,13 +150,6 @@ def bco_loss(candidates: Candidates, labels: Labels, delta: float, beta: float =
     return _out(-good_M * F.log_sigmoid(r_M - delta) - (1 - good_M) * F.log_sigmoid(delta - r_M), labels)
 
 
-def density_ratio_weights(
-    good_probability_M: np.ndarray, low: float = 0.5, high: float = 10.0, eps: float = 1e-12
-) -> np.ndarray:
-    """BCO's weights of bad answers: p / (1 - p), p a classifier's probability that the prompt is a good answer's, within [low, high]."""
-    return np.clip(good_probability_M / (1 - good_probability_M + eps), low, high)
-
-
 def apo_zero_unpaired_loss(candidates: Candidates, labels: Labels, beta: float = 0.1) -> LossOut:
     """Good: 1 - sigma(r); bad: sigma(r) (2408.06266)."""
     if not len(labels):

@@ -29,7 +29,7 @@ from ernie_tune.objectives.listwise import (
     tier_edges,
 )
 from ernie_tune.objectives.loss import LossOut, combine
-from ernie_tune.objectives.pairwise import LOSSES, Baselines, nll_loss, pair_loss
+from ernie_tune.objectives.pairwise import LOSSES, NAMES, Baselines, nll_loss, pair_loss
 from ernie_tune.objectives.preference import Candidates, Pairs, PreferenceHyper, implicit_rewards, preference_metrics
 from ernie_tune.objectives.unpaired import Labels, apo_zero_unpaired_loss, bco_loss, kto_loss, label_metrics
 
@@ -67,7 +67,13 @@ class UpoSettings:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        allowed = {"edge_loss": tuple(LOSSES), "rank": RANK, "rate": RATE, "bin": BIN, "kappa": (0, 1)}
+        allowed = {
+            "edge_loss": tuple(name for name in NAMES if name in LOSSES),
+            "rank": RANK,
+            "rate": RATE,
+            "bin": BIN,
+            "kappa": (0, 1),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))

@@ -13,6 +13,7 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.layers import has_values
 from ernie_tune.models.specs import MODALITIES
 from ernie_tune.peft.bottleneck import Bottleneck
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
@@ -72,7 +73,8 @@ def copy_of(owner: nn.Layer, value: Tensor) -> Tensor:
     """A trainable copy of one parameter."""
     zero = nn.initializer.Constant(0.0)
     made = owner.create_parameter(value.shape, dtype=value.dtype, default_initializer=zero)
-    made.set_value(value.detach())
+    if has_values(value):
+        made.set_value(value.detach())
     return made
 
 

@@ -16,6 +16,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_tune.models.layers import has_values
 from ernie_tune.peft.config import LoraConfig
 
 _TALL_ROWS = 512
@@ -124,7 +125,12 @@ class LinearLora(nn.Layer):
         self.lora_B = parameter(self, np.zeros((config.r, n_out), np.float32), dtype)
         if config.use_dora:
             with paddle.no_grad():
-                self.magnitude = parameter(self, column_norms(weight).astype("float32").numpy(), dtype)
+                norms = (
+                    column_norms(weight).astype("float32").numpy()
+                    if has_values(weight)
+                    else np.zeros(n_out, np.float32)
+                )
+                self.magnitude = parameter(self, norms, dtype)
         # Adds up over the ranks that hold the other rows of the weight; set from outside where it is split by rows.
         self.sum_over: Callable[[Tensor], Tensor] | None = None
 

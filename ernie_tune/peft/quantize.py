@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.layers import across
+from ernie_tune.models.layers import across, has_values
 from ernie_tune.models.moe import Experts
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
@@ -237,15 +237,15 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
     with paddle.no_grad():
         for layer in layers:
             for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear) and has_values(child.weight):
                     layer._sub_layers[name] = QuantizedLinear(
                         QuantizedWeight.rounded(child.weight, chosen.linear), child.bias
                     )
                     linears += 1
-            if isinstance(layer, Experts):
+            if isinstance(layer, Experts) and has_values(layer.down_proj):
                 _quantize_experts(layer, chosen.experts)
                 stacks += 2
-        if chosen.embedding:
+        if chosen.embedding and has_values(model.embed_tokens.weight):
             model.embed_tokens = QuantizedEmbedding(model.embed_tokens.weight)
     print(
         f"ernie_tune: {algorithm}: {linears} linear layers int{chosen.linear}, {stacks} expert stacks int{chosen.experts}, "

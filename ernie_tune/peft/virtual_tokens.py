@@ -18,6 +18,7 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models.ernie import Attention, SequenceContext
 from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.layers import has_values
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.lora import draw_factor, parameter
 
@@ -88,7 +89,9 @@ class Prompt(nn.Layer):
         super().__init__()
         self.count, width, dtype = config.num_virtual_tokens, embedding.shape[1], embedding.dtype
         self.rows: Tensor | None = None
-        if config.init_ids:
+        if not has_values(embedding):
+            fresh = np.zeros((self.count, width), np.float32)
+        elif config.init_ids:
             fresh = embedding.detach()[list(config.init_ids)].astype("float32").numpy()
         else:
             spread = float(embedding.detach()[:1024].astype("float32").std())

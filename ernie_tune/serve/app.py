@@ -110,13 +110,13 @@ def build(service: Service) -> FastAPI:
 async def _answer(
     service: Service, body: Sampling, request: Request, work: Awaitable[Ticket], writer: dict[str, bool]
 ) -> Response:
-    ticket = await _while_connected(request, work)
+    ticket = await _while_connected(request, work, service.abandon)
     reply = replies.Writer(ticket, service.engine.processor, secrets.token_hex(12), int(time.time()), **writer)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return _Events(_events(service, ticket, reply, with_usage), lambda: service.abandon(ticket))
     try:
-        steps = await _while_connected(request, _collect(service, ticket))
+        steps = await _while_connected(request, _collect(service, ticket), lambda _: None)
     finally:
         service.abandon(ticket)
     return Json(reply.whole(steps))
@@ -136,19 +136,27 @@ async def _events(service: Service, ticket: Ticket, reply: replies.Writer, with_
         yield replies.sse(replies.error(problem))
 
 
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises ApiError 408, which nobody will read, then."""
+async def _while_connected(request: Request, work: Awaitable[T], undo: Callable[[T], None]) -> T:
+    """The result of `work`, which is cancelled when the client goes; a result that comes too late is undone.
+
+    Raises ApiError 408, which nobody will read, then.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(408, "the client has gone", "timeout_error")
-        return task.result()
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and task.exception() is None:
+            undo(task.result())
+        raise
     finally:
+        finished = task.done()
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+    if not finished:
+        raise ApiError(408, "the client has gone", "timeout_error")
+    return task.result()
 
 
 async def _disconnected(request: Request) -> None:

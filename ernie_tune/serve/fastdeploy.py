@@ -47,7 +47,8 @@ def run(command: FastDeployCommand, ready_seconds: float) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            return child.wait()
+            code = child.wait()
+            return code if code >= 0 else 128 - code
         finally:
             _end(child)
 

@@ -35,6 +35,7 @@ class Gate:
     def __init__(self, app: App, options: ServeOptions, metrics: Metrics) -> None:
         self.app, self.options, self.metrics = app, options, metrics
         self.inside = 0
+        self.bytes_inside = 0  # of all bodies that are read or being read
         self.draining = False
         self.empty = asyncio.Event()
         self.empty.set()
@@ -62,15 +63,12 @@ class Gate:
             return
         if self.inside >= self.options.max_concurrency:
             raise ApiError(
-                429,
-                f"number of requests in progress ({self.inside}) must be below {self.options.max_concurrency}; try again soon",
-                "rate_limit_error",
-                "rate_limit_exceeded",
+                429, _busy("requests", self.options.max_concurrency), "rate_limit_error", "rate_limit_exceeded"
             )
         started = time.monotonic()
         self.inside += 1
         self.empty.clear()
-        body = _Body(receive, self.options.max_body_bytes)
+        body = _Body(receive, self)
         reply.on_first_part = lambda: self.metrics.first_token.observe(time.monotonic() - started)
         try:
             work = self.app(scope, body.receive, reply.send)
@@ -85,6 +83,7 @@ class Gate:
             ) from None
         finally:
             self.inside -= 1
+            self.bytes_inside -= body.seen
             if not self.inside:
                 self.empty.set()
             self.metrics.whole.observe(time.monotonic() - started)
@@ -113,17 +112,36 @@ def _too_large(limit: int) -> str:
     return f"the body must be at most {limit} bytes; send smaller or fewer pictures"
 
 
-class _Body:
-    """A body that may come without its length, counted as it comes."""
+def _busy(what: str, limit: int) -> str:
+    return f"the server is busy: {what} in progress must stay below {limit}; try again soon"
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit, self._seen = receive, limit, 0
+
+class _Body:
+    """A body as it comes, with or without its length: counted, and waited for only so long."""
+
+    def __init__(self, receive: Receive, gate: Gate) -> None:
+        self._receive, self._gate = receive, gate
+        self.seen = 0
+        self._complete = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        self._seen += len(message.get("body", b""))
-        if self._seen > self._limit:
-            raise HTTPException(413, _too_large(self._limit))
+        if self._complete:  # what is left to come is the client's leaving
+            return await self._receive()
+        options = self._gate.options
+        try:
+            message = await asyncio.wait_for(self._receive(), options.body_timeout_seconds)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the body must not pause for {options.body_timeout_seconds:g} seconds") from None
+        self._complete = not message.get("more_body", False)
+        size = len(message.get("body", b""))
+        self.seen += size
+        self._gate.bytes_inside += size
+        if self.seen > options.max_body_bytes:
+            raise HTTPException(413, _too_large(options.max_body_bytes))
+        if self._gate.bytes_inside > options.max_pending_bytes:
+            raise HTTPException(
+                429, _busy("bytes of requests", options.max_pending_bytes), {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            )
         return message
 
 

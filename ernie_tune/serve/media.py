@@ -1,4 +1,4 @@
-"""URLs of pictures and videos in a request -> decoded sources for the processor, under a policy.
+"""URLs of pictures and videos in a request -> bytes that the processor may decode, under a policy.
 
 Local files need an allowed folder, remote ones a public address (`fetch.py`). Formats are a closed list: a playlist posing as a video would make
 the decoder open other files and addresses, a PostScript file would start a program. Refuses to know: messages, tokens, the API.
@@ -30,16 +30,17 @@ class MediaPolicy:
     max_pixels: int = 64_000_000
 
 
-def open_image(url: str, policy: MediaPolicy, where: str = "") -> Image.Image:
-    """A picture whose format and size are fine; its pixels are not decoded yet. Raises ValueError."""
+def read_image(url: str, policy: MediaPolicy, where: str = "") -> bytes:
+    """The bytes of a picture whose format and size are fine. Raises ValueError."""
     label = describe("image", url, where)
+    data = read(url, policy, label)
     with decode_errors(label):
-        image = Image.open(io.BytesIO(read(url, policy, label)), formats=IMAGE_FORMATS)
-    _check_size(image.size, policy, label)
-    return image
+        size = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size  # the head alone; no pixel is decoded
+    _check_size(size, policy, label)
+    return data
 
 
-def open_video(url: str, policy: MediaPolicy, where: str = "") -> bytes:
+def read_video(url: str, policy: MediaPolicy, where: str = "") -> bytes:
     """The bytes of a video whose format and frame size are fine. Raises ValueError; ImportError where PyAV is needed and missing."""
     label = describe("video", url, where)
     data = read(url, policy, label)

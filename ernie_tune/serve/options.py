@@ -20,6 +20,8 @@ class ServeOptions:
     images: int = 10
     videos: int = 3
     max_body_bytes: int = 64 * 2**20
+    max_pending_bytes: int = 2**30  # all bodies together; beyond it 429
+    body_timeout_seconds: float = 30.0  # between two parts of a body
     request_timeout_seconds: float = 600.0
     shutdown_timeout_seconds: float = 60.0
     preparing: int = 4  # threads that download and decode
@@ -37,6 +39,8 @@ class ServeOptions:
             "images": 0,
             "videos": 0,
             "max_body_bytes": 1,
+            "max_pending_bytes": 1,
+            "body_timeout_seconds": 0.001,
             "request_timeout_seconds": 0.001,
             "shutdown_timeout_seconds": 0,
             "preparing": 1,

@@ -23,7 +23,7 @@ from ernie_tune.models.inputs import Row, feature_count, pack
 from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.serve.answer import AnswerReader, Delta
 from ernie_tune.serve.engine import Engine, Prepared, Request
-from ernie_tune.serve.media import open_image, open_video
+from ernie_tune.serve.media import read_image, read_video
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.scheduler import Capacity, EngineEnded, EngineFailure, Job, Scheduler
@@ -228,7 +228,8 @@ class Service:
         loop = asyncio.get_running_loop()
         await self._places.acquire()
         leave = _once(self._places.release)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(leave)
             with _refusals():
                 prepared = [self._fit(one, request) for one in await loop.run_in_executor(self._workers, prepare)]
             queue: asyncio.Queue[list[TokenEvent] | EngineFailure] = asyncio.Queue()
@@ -241,20 +242,16 @@ class Service:
             with _refusals():
                 for job in jobs:
                     self.scheduler.check(job)
-            choices = [
-                Choice(i, reader(one))
-                for i, one in enumerate(one for one in prepared for _ in range(one.prompt.params.n))
-            ]
-            ticket = Ticket(name, prepared, choices, jobs, queue, leave)
-            for job in jobs:
-                self.scheduler.submit(job)
+            rows = [one for one in prepared for _ in range(one.prompt.params.n)]
+            ticket = Ticket(name, prepared, [Choice(i, reader(one)) for i, one in enumerate(rows)], jobs, queue, leave)
+            undo.callback(self.abandon, ticket)
+            try:
+                for job in jobs:
+                    self.scheduler.submit(job)
+            except EngineFailure as error:
+                raise _failure(error) from error
+            undo.pop_all()
             return ticket
-        except EngineFailure as error:
-            leave()
-            raise _failure(error) from error
-        except (ApiError, asyncio.CancelledError):
-            leave()
-            raise
 
     def _params(self, request: Sampling, limit: int | None, logprobs: bool, top: int | None) -> SamplingParams:
         # A request without a seed must differ from the next one; the seed's sign is of no use to the generator.
@@ -305,9 +302,9 @@ class Service:
             elif part.type == "text":
                 parts.append({"type": "text", "text": part.text})
             elif part.type == "image_url":
-                parts.append({"type": "image", "image": open_image(part.image_url.url, self.options.media, where)})
+                parts.append({"type": "image", "image": read_image(part.image_url.url, self.options.media, where)})
             else:
-                parts.append({"type": "video", "video": open_video(part.video_url.url, self.options.media, where)})
+                parts.append({"type": "video", "video": read_video(part.video_url.url, self.options.media, where)})
         out: dict[str, Any] = {"role": role, "content": parts}
         if role == "assistant" and message.reasoning_content:
             out["reasoning_content"] = message.reasoning_content

@@ -27,12 +27,11 @@ from ernie_tune.parallel.collectives import TokenRuns
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
 from ernie_tune.parallel.parallelize import parallelize
-from ernie_tune.parallel.pipeline import cut_at, cut_balanced
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
 from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.peft.slots import ADAPTER_PLAN
 from ernie_tune.train.engine import Engine, Window, Work
-from ernie_tune.train.pipeline import StagedModel, item_costs, pipeline_items, stages_of
+from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
 
 
 class DistributedEngine(Engine):
@@ -74,12 +73,7 @@ class DistributedEngine(Engine):
         that cannot be."""
         if mesh.size("pipe") == 1:
             return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), None, self_check)
-        items, d = pipeline_items(model.config), mesh.degrees
-        cut = (
-            cut_at(items, bounds, d.pipe, d.virtual_pipe)
-            if bounds
-            else cut_balanced(items, item_costs(model.config), d.pipe, d.virtual_pipe)
-        )
+        cut = cut_of(model.config, mesh.degrees, bounds)
         model.keep(stages_of(cut, mesh.rank_in("pipe")))
         runs = parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN)
         return cls(model, mesh, runs, StagedModel(model, cut, accumulation, mesh, runs), self_check)

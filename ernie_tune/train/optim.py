@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import paddle
 from paddle import Tensor
@@ -72,19 +71,6 @@ def no_decay(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or "norm" in name.rsplit(".", 2)[-2:][0]
 
 
-class Idle:
-    """The optimizer of a rank that trains nothing: a pipeline stage whose layers are all frozen."""
-
-    def set_lr(self, rate: float) -> None:
-        """Nothing has a rate."""
-
-    def step(self) -> None:
-        """Nothing moves."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-
 def build_adamw(
     named: Sequence[tuple[str, Tensor]],
     ratio: Callable[[str], float],
@@ -93,16 +79,12 @@ def build_adamw(
     beta1: float,
     beta2: float,
     epsilon: float,
-    is_part: bool = False,
-) -> paddle.optimizer.AdamW | Idle:
-    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable, unless `named` `is_part` of a model
-    whose rest is on other ranks."""
+) -> paddle.optimizer.AdamW:
+    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in named:
         if not parameter.stop_gradient:
             groups.setdefault((ratio(name), 0.0 if no_decay(name, parameter) else weight_decay), []).append(parameter)
-    if not groups and is_part:
-        return Idle()
     if not groups:
         raise ValueError("trainable parameters (0) must be at least 1; the freeze settings leave nothing to train")
     return paddle.optimizer.AdamW(
@@ -158,7 +140,7 @@ def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
                 g.scale_(max_norm / norm)
 
 
-def optimizer_arrays(optimizer: paddle.optimizer.Optimizer | Idle, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold counters that change from run to run."""
     by_paddle_name = {p.name: name for name, p in named.items()}
     out: dict[str, Tensor] = {}
@@ -177,7 +159,7 @@ def optimizer_arrays(optimizer: paddle.optimizer.Optimizer | Idle, named: Mappin
 
 
 def load_optimizer_arrays(
-    optimizer: paddle.optimizer.Optimizer | Idle, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+    optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_arrays`, on an optimizer that has made no step. Raises ValueError for arrays of parameters that the model does not train."""
     unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
@@ -185,8 +167,6 @@ def load_optimizer_arrays(
         raise ValueError(
             f"optimizer state of {unknown[:5]} must belong to trainable parameters; resume with the settings of the saved run"
         )
-    if isinstance(optimizer, Idle):
-        return
     state: dict[str, object] = {}
     masters: dict[str, Tensor] = {}
     for key, value in arrays.items():

@@ -7,7 +7,6 @@ Legend: T tokens, D width, P patches, W tower width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
-from ernie_tune.parallel.mesh import Mesh
-from ernie_tune.parallel.pipeline import Cut, Pipeline
-from ernie_tune.train.engine import Engine, Window, Work
+from ernie_tune.parallel.mesh import Degrees, Mesh
+from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
+from ernie_tune.train.engine import Window, Work
 from ernie_tune.train.objective import Objective
 from ernie_tune.train.tower import SharedTower, tower_parameters
 
@@ -56,6 +55,14 @@ def item_costs(config: ModelConfig) -> list[float]:
 def stages_of(cut: Cut, stage: int) -> frozenset[str]:
     """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler on the first."""
     return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
+
+
+def cut_of(config: ModelConfig, degrees: Degrees, bounds: Sequence[int] = ()) -> Cut:
+    """Where the pipeline is cut: at `bounds` among `pipeline_items`, or balanced by `item_costs`. ValueError for cuts that cannot be."""
+    items = pipeline_items(config)
+    if bounds:
+        return cut_at(items, bounds, degrees.pipe, degrees.virtual_pipe)
+    return cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
 
 
 # --- one pack through this rank's stages -------------------------------------------------------------------------------
@@ -104,12 +111,8 @@ class Passage:
         features = None
         if self.rows_PW is not None:
             features = self.model.resampler_model(self.rows_PW, self.pack.grid_thw_n3)
-        x_TD = self.model.embed(self.pack, features)
-        if x_TD.stop_gradient and paddle.is_grad_enabled():
-            # Trap p: below a boundary something must need a gradient, or the stages wait for each other for ever.
-            x_TD = x_TD.detach()
-            x_TD.stop_gradient = False
-        return x_TD
+        # Trap p: its output needs a gradient (`parallelize`), for below a boundary something must, or the stages wait for each other for ever.
+        return self.model.embed(self.pack, features)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -269,21 +272,3 @@ class StagedModel:
             mine = paddle.empty(shape, dtype or self.model.compute_dtype)
         dist.broadcast(mine, group.ranks[stage], group=group.fleet)
         return mine
-
-
-# --- the engine ------------------------------------------------------------------------------------------------------
-
-
-class PipelineEngine(Engine):
-    """`Engine` whose forward and backward go through a pipeline."""
-
-    def __init__(self, staged: StagedModel) -> None:
-        self.staged = staged
-
-    def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        done = self.staged.forward_backward(work, window, self.gradient_scale, self.batch[1])
-        return done.loss, done.metrics
-
-    def norm(self, parameters: Sequence[Tensor]) -> float:
-        own = super().norm([p for p in parameters if getattr(p, "is_firstly_shared", True)])
-        return math.sqrt(math.fsum(x**2 for x in self.staged.pipeline.group.objects(own)))

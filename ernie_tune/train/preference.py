@@ -142,6 +142,11 @@ class _Judged:
     def needs_reference(self) -> bool:
         return True
 
+    @property
+    def anchored(self) -> bool:
+        """Whether the loss holds the likelihood of the better answers."""
+        return False
+
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
         return target_logp(model, hidden_TD, batch)
 
@@ -178,6 +183,10 @@ class PairObjective(_Judged):
     def needs_reference(self) -> bool:
         return self._reference
 
+    @property
+    def anchored(self) -> bool:
+        return "sft" in self.terms
+
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
         total = dict.fromkeys(self.terms, 0.0)
         for batch in window:
@@ -212,6 +221,10 @@ class UpoObjective(_Judged):
     @property
     def needs_reference(self) -> bool:
         return self.settings.reference
+
+    @property
+    def anchored(self) -> bool:
+        return self.settings.active("nll")
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
         total: dict[str, float] = dict.fromkeys(_KL, 0.0) if self.uses_kl else {}

@@ -364,6 +364,10 @@ class Trainer:
             "best_model_checkpoint": guards.best_checkpoint or None,
         }
 
+    def _more_states(self) -> dict[str, Any]:
+        """What a method keeps for its resuming, by file name."""
+        return {}
+
     def _save(self, step: int, log: RunLog) -> None:
         loop = self._loop()
         states = {
@@ -373,6 +377,7 @@ class Trainer:
             STATES["data"]: self.stream.state_dict(),
             STATES["guards"]: self._guards.state_dict(),
             "scheduler.json": dataclasses.asdict(loop.schedule),
+            **self._more_states(),
         }
         optimizer = None if self.args.save.save_only_model else loop.optimizer
         save_checkpoint(

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
@@ -18,6 +20,7 @@ from ernie_tune.data.units import JUDGED, UnitBatch, UnitEncoder, mismatched
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.objectives.pairwise import expand, needs_reference
 from ernie_tune.objectives.preference import PreferenceHyper
+from ernie_tune.objectives.unpaired import kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
@@ -27,6 +30,7 @@ from ernie_tune.train.guards import Verdict
 from ernie_tune.train.log import RunLog
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
+from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
     CACHE_FILE,
     SAME,
@@ -40,6 +44,9 @@ from ernie_tune.train.state import Checkpoint
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
+WATCH_FILE = "preference_guards_state.json"
+LABELLED_STEPS = 20  # after so many the share of good answers is known well enough to speak of it
+
 
 class PreferenceTrainer(Trainer):
     """A run on judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
@@ -49,6 +56,7 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.reference: Reference | None = None
+        self.watch = PreferenceWatch()
         self.encoder: UnitEncoder
         if isinstance(self.model, PeftModel) and self.model.active is not None:
             config = self.model.adapters[self.model.active].config
@@ -76,6 +84,7 @@ class PreferenceTrainer(Trainer):
     def _before_training(self, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
         p, objective = self.args.preference, self._objective()
+        self.watch = PreferenceWatch(anchored=objective.anchored)
         if not objective.needs_reference or p.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
@@ -156,9 +165,12 @@ class PreferenceTrainer(Trainer):
         p = self.args.preference
         if p.ref_model_update_steps > 0 and record.step % p.ref_model_update_steps == 0:
             self._reference().update(p.ref_model_mixup_alpha)
-        return []
+        return self.watch.look(record.step, record.metrics)
 
     # --- states ------------------------------------------------------------------------------------------------------
+
+    def _more_states(self) -> dict[str, Any]:
+        return {WATCH_FILE: self.watch.state_dict()}
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         super()._save_checkpoint_files(folder)
@@ -172,6 +184,7 @@ class PreferenceTrainer(Trainer):
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         super()._resume(checkpoint)
+        self.watch.load_state_dict(checkpoint.read_json(WATCH_FILE))
         reference = self._reference()
         if (checkpoint.path / CACHE_FILE).is_file():
             reference.cache.load(checkpoint.path / CACHE_FILE)
@@ -284,6 +297,7 @@ def pair_objective(config: RunConfig) -> PairObjective:
         dpop_lambda=p.dpop_lambda,
         ld_alpha=None if p.ld_alpha == 1 else p.ld_alpha,
         f_divergence_type=p.f_divergence_type,
+        use_weighting=p.use_weighting,
     )
     terms = {name: p.pref_loss_ratio * weight for name, weight in expand(names, p.loss_weights or None, hyper).items()}
     if p.sft_loss_ratio and not {"rpo", "cpo"} & set(names):
@@ -301,6 +315,24 @@ class KTOTrainer(PreferenceTrainer):
 
     stages = ("KTO",)
     signals = ("label",)
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._good = self._bad = 0.0  # weight of the answers trained on so far
+
+    def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
+        for unit in (unit for batch in window for unit in batch.units):
+            share = float(np.mean(unit.label_C))
+            self._good, self._bad = self._good + unit.weight * share, self._bad + unit.weight * (1 - share)
+        return super()._ready(window)
+
+    def _after_step(self, record: StepRecord) -> list[Verdict]:
+        verdicts = super()._after_step(record)
+        if record.step == min(LABELLED_STEPS, self.loop_total) and self._objective().uses_kl:
+            s = self.args.signals
+            words = kto_balance(self._good, self._bad, s.desirable_weight, s.undesirable_weight)
+            verdicts += [Verdict(f"step {record.step}: {words}")] if words else []
+        return verdicts
 
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
         p, s = self.args.preference, self.args.signals

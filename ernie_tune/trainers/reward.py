@@ -74,6 +74,9 @@ class RewardTrainer(PreferenceTrainer):
     def _save_checkpoint_files(self, folder: Path) -> None:
         self._save_weights(folder)
 
+    def _more_states(self) -> dict[str, Any]:
+        return {}
+
     def _resume(self, checkpoint: Checkpoint) -> None:
         super(PreferenceTrainer, self)._resume(checkpoint)
 

@@ -62,14 +62,12 @@ class Judge:
         order = [[i for i, (_, tier) in enumerate(judged) if tier == wanted] for wanted in range(3)]
         return {**self.base, "signal": {"type": "ranking", "responses": [text for text, _ in judged], "order": order}}
 
-    def choice(self) -> Row:
-        """All ten digits as answers, in any style and order, of which one is right: what a reward model learns from."""
-        digits = self.rng.sample(range(10), 10)
-        right, wrong = (
-            [i for i, d in enumerate(digits) if (d == self.digit) is is_right] for is_right in (True, False)
-        )
-        responses = [self.says(d, self.rng.random() < 0.5) for d in digits]
-        return {**self.base, "signal": {"type": "ranking", "responses": responses, "order": [right, wrong]}}
+    def choice(self, count: int) -> Row:
+        """So many digits as answers, in any order, of which one is right: what a reward model learns from."""
+        digits = [self.digit, *self.rng.sample([d for d in range(10) if d != self.digit], count - 1)]
+        self.rng.shuffle(digits)
+        tiers = [[i for i, d in enumerate(digits) if (d == self.digit) is right] for right in (True, False)]
+        return {**self.base, "signal": {"type": "ranking", "responses": [str(d) for d in digits], "order": tiers}}
 
     def rating(self) -> Row:
         """Three answers rated from 1 to 5."""
@@ -113,7 +111,8 @@ def make(out: Path) -> None:
     for kind, part in (("right", train[::2]), ("terse", train[1::2])):
         write_rows(out / f"pairs_{kind}.jsonl", (j.pair(kind) for j in judges(part, f"pairs {kind}")))
         write_rows(out / f"eval_{kind}.jsonl", (j.pair(kind) for j in judges(held, f"eval {kind}")))
-    write_rows(out / "choices.jsonl", (j.choice() for j in judges(train, "choices")))
+    write_rows(out / "choices.jsonl", (j.choice(10) for j in judges(train, "choices")))
+    write_rows(out / "eval_choices.jsonl", (j.choice(2) for j in judges(held, "eval choices")))
     kinds = (lambda j: j.pair("right"), lambda j: j.pair("terse"), Judge.ranking, Judge.rating, Judge.label)
     write_rows(out / "mixture.jsonl", (kinds[i % 5](j) for i, j in enumerate(judges(train, "mixture"))))
 

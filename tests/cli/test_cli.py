@@ -18,6 +18,7 @@ from ernie_tune.cli import doctor, main, verbs
 from ernie_tune.cli.verbs import VERBS, Verb
 from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.loader import load_config
+from ernie_tune.data.sources import load_dataset
 
 PACKAGE = Path(main.__file__).parents[1]
 YAML = "model: tiny-a\ndataset: a.jsonl\nlearning_rate: 3e-4\ndo_train: true\n"
@@ -172,7 +173,7 @@ def test_validate_says_what_and_where_and_replays(capsys: pytest.CaptureFixture[
     assert load_config(again, for_training=True).config.lora.lora_rank == 4
 
 
-@pytest.mark.parametrize("stage", ["SFT", "dpo"])
+@pytest.mark.parametrize("stage", ["SFT", "dpo", "KTO", "UPO", "RM"])
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
 def test_init(stage: str, method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = call(
@@ -186,7 +187,8 @@ def test_init(stage: str, method: str, capsys: pytest.CaptureFixture[str], tmp_p
     plain = yaml.safe_load(text)
     assert plain["adam_beta1"] == 0.8
     assert ("lora_rank" in plain) == (method == "LoRA")
-    assert ("beta" in plain) == (stage == "dpo")
+    assert ("beta" in plain) == (stage != "SFT")
+    assert len(load_dataset(str(rows))) >= 3
     loaded = load_config(file, for_training=True, environ={})
     assert loaded.notes == ()
     assert loaded.config.data.train_dataset_path == (rows.as_posix(),)
@@ -205,9 +207,9 @@ def test_init(stage: str, method: str, capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_init_with_own_data_and_other_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, _, err = call(capsys, "init", tmp_path / "kto", "stage=KTO")
+    code, _, err = call(capsys, "init", tmp_path / "kto", "stage=RLVR")
     assert code == 1
-    assert err.startswith("stage (KTO) has no sample rows")
+    assert err.startswith("stage (RLVR) has no sample rows")
     assert not (tmp_path / "kto").exists()
     code, out, _ = call(
         capsys, "init", tmp_path / "kto", "stage=KTO", "train_dataset_path=my.jsonl", "num_generations=2"

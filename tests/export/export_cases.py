@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.export.grid import Grid, quantize
 from ernie_tune.export.scheme import bits_of, row_parallel, scheme
 from ernie_tune.export.source import Source
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.presets import preset
 
 
 def model_folder(
@@ -42,3 +45,19 @@ def rtn(source: Source, quantization: str, tp: int = 1) -> dict[str, Any]:
         return quantize(source.read(name, expert, "BF16"), bits_of(name, chosen), shards(name))
 
     return {"bits": lambda name: bits_of(name, chosen), "shards": shards, "grid": grid}
+
+
+def aligned_config() -> ModelConfig:
+    """tiny-a with widths that FastDeploy's kernels take (rows in 64s, columns in 16s) on two ranks too, and with few experts."""
+    config = preset("tiny-a")
+    moe = dataclasses.replace(config.moe, num_experts=4, intermediate_size=(128, 128), layer_indices=(1,))  # type: ignore[type-var]
+    return config.replace(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_hidden_layers=2, moe=moe)
+
+
+def layer_inputs(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
+    """Activations [T, K] as layers see them: correlated, with channels of very different size."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((rows // 4, rows)) * np.exp(rng.standard_normal(rows))
+    return (rng.standard_normal((tokens, rows // 4)) @ mixing + 0.1 * rng.standard_normal((tokens, rows))).astype(
+        np.float32
+    )

@@ -88,6 +88,8 @@ ORACLE = [
 
 def loss(name: str, x: Tensor, h: PreferenceHyper, pairs: Pairs = PAIRS, b: Baselines = NO_NOISE) -> LossOut:
     """Any name, composed ones too, on V-pair's reference and lengths."""
+    if name == "kto_pair":  # its baselines are a batch's, so nobody trains by it
+        return pair_loss(name, candidates(x), pairs, h, b)
     terms = expand([name], None, h)
     outs = pair_terms(terms, candidates(x), pairs, h, b)
     return combine(outs, terms, {k: v.count for k, v in outs.items()})
@@ -104,7 +106,7 @@ def test_values_in_float32() -> None:
     for name, value, h, pairs, b in ORACLE:
         x = paddle.to_tensor(LOGP.astype(np.float32))
         c = Candidates(x, LENGTH, paddle.to_tensor(REF.astype(np.float32)))
-        terms = expand([name], None, h)
+        terms = {name: 1.0} if name == "kto_pair" else expand([name], None, h)
         outs = pair_terms(terms, c, pairs, h, b)
         out = combine(outs, terms, {k: v.count for k, v in outs.items()})
         assert out.total.dtype == paddle.float32
@@ -380,8 +382,9 @@ def test_loss_lists() -> None:
     )
     with pytest.raises(ValueError, match=r"loss_weights \(1\) must be as many as loss_type \(2\)"):
         expand(["sigmoid", "sft"], [1.0], h)
-    with pytest.raises(ValueError, match=r"loss_type \(dpo\) must be one of sigmoid, "):
-        expand(["dpo"], None, h)
+    for unknown in ("dpo", "kto_pair"):
+        with pytest.raises(ValueError, match=rf"loss_type \({unknown}\) must be one of sigmoid, "):
+            expand([unknown], None, h)
     with pytest.raises(ValueError, match=r"loss_type \(sigmoid, simpo\) must not mix losses with and without"):
         expand(["sigmoid", "simpo"], None, h)
 

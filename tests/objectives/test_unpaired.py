@@ -18,7 +18,6 @@ from ernie_tune.objectives.unpaired import (
     RewardShift,
     apo_zero_unpaired_loss,
     bco_loss,
-    density_ratio_weights,
     kl_baseline,
     kl_sum,
     kto_balance,
@@ -103,10 +102,6 @@ def test_the_shift_follows_both_means_and_survives_a_file(decay: float | None) -
     assert shift.delta == pytest.approx((good - 0.01 / 3) / 2)
     with pytest.raises(ValueError, match=r"decay \(1.0\) must be at least 0 and below 1"):
         RewardShift(1.0)
-
-
-def test_density_ratios_are_bounded() -> None:
-    assert density_ratio_weights(np.array([0.0, 0.5, 0.8, 1.0])) == pytest.approx([0.5, 1, 4, 10])
 
 
 def test_weights_and_rows_one_by_one() -> None:

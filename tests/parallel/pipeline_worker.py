@@ -17,32 +17,28 @@ import numpy as np
 import paddle
 
 import ernie_tune  # noqa: F401
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.generation import generate
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.models.sampling import SamplingParams
+from ernie_tune.parallel import parallelize
 from ernie_tune.parallel import pipeline as fleet_pipeline
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh, init_mesh
-from ernie_tune.parallel.pipeline import cut_at, cut_balanced
 from ernie_tune.peft.config import LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.train import pipeline as train_pipeline
+from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.objective import SFTObjective
-from ernie_tune.train.optim import Schedule, build_adamw
-from ernie_tune.train.pipeline import (
-    PipelineEngine,
-    StagedModel,
-    item_costs,
-    pipeline_items,
-    stages_of,
-)
+from ernie_tune.train.optim import Schedule, adamw_maker
+from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
 from ernie_tune.train.tower import SharedTower
 from ernie_tune.trainers.base import _recompute
 
@@ -61,9 +57,13 @@ def config_of(case: dict[str, Any]) -> ModelConfig:
     )
 
 
-def build(case: dict[str, Any], config: ModelConfig) -> ErnieModel:
-    model = init_parameters(ErnieModel(config), seed=3)
+def build(case: dict[str, Any], config: ModelConfig, stages: frozenset[str] | None = None) -> ErnieModel:
+    model = AutoModel.from_config(config, seed=3, stages=stages)
     method = case.get("method", "full")
+    if "quantised" in case:
+        quantize_base(model, case["quantised"])
+    if method == "dora":
+        return PeftModel(model, LoraConfig(r=2, target_modules=["attention"], use_dora=True, modules_to_save=["norm"]))
     if method == "lora":
         return PeftModel(
             model, LoraConfig(r=2, lora_alpha=8, target_modules=["attention", "mlp"], expert_targets="both")
@@ -102,16 +102,10 @@ def window(case: dict[str, Any], config: ModelConfig, step: int, count: int) -> 
     return out
 
 
-def loop_of(model: ErnieModel, case: dict[str, Any], engine: Any = None) -> Loop:
-    optimizer = build_adamw(
-        list(model.named_parameters()),
-        lambda _: 1.0,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        epsilon=1e-3,
-        is_part=engine is not None,
-    )
+def loop_of(model: ErnieModel, case: dict[str, Any], engine: DistributedEngine | None = None) -> Loop:
+    named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
+    make = adamw_maker(named, lambda _: 1.0, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-3)
+    optimizer = engine.optimizer(make) if engine else make([p for _, p in named])
     settings = LoopSettings(
         max_grad_norm=MAX_NORM,
         router=RouterLossWeights(0.01, 0.01, 0.001) if case.get("router") else None,
@@ -134,7 +128,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def counted_everywhere(engine: PipelineEngine, model: ErnieModel) -> None:
+def counted_everywhere(model: ErnieModel) -> None:
     """Traps d and w: what several stages hold is counted by each of them."""
     for parameter in model.parameters():
         parameter.is_firstly_shared = True
@@ -149,10 +143,6 @@ class _FillersCount(train_pipeline.WindowProgram):
 def _averaging(strategy: Any) -> Any:
     strategy.hybrid_configs = {"pp_configs": {"delay_scale_loss": False}}
     return strategy
-
-
-def _plain_embed(self: Any) -> Any:
-    return self.model.embed(self.pack, None)
 
 
 MUTANTS: dict[str, Callable[[], Any]] = {
@@ -170,7 +160,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "boundaries keep their length": lambda: replaced(
         fleet_pipeline._Container, "filled", lambda self, hidden: hidden.clone()
     ),
-    "frozen below": lambda: replaced(train_pipeline.Passage, "_embed", _plain_embed),
+    "frozen below": lambda: replaced(parallelize, "_open", lambda model, first: None),
     "tower and head counted everywhere": contextlib.nullcontext,
     "one stage has another window": contextlib.nullcontext,
 }
@@ -209,26 +199,22 @@ def values(model: ErnieModel) -> dict[str, np.ndarray | None]:
 
 def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     config = config_of(case)
-    degrees, accumulation = mesh.degrees, case.get("accumulation", 4)
+    accumulation = case.get("accumulation", 4)
     whole = build(case, config)
+    mine = stages_of(cut_of(config, mesh.degrees, case.get("bounds", ())), mesh.rank_in("pipe"))
+    model = build(case, config, mine if case.get("only_own_weights", True) else None)
     start = values(whole)
-    items = pipeline_items(config)
-    if "bounds" in case:
-        cut = cut_at(items, case["bounds"], degrees.pipe, degrees.virtual_pipe)
-    else:
-        cut = cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
-    model = build(case, config)
-    model.keep(stages_of(cut, mesh.rank_in("pipe")))
-    staged = StagedModel(model, cut, accumulation, mesh)
-    engine = PipelineEngine(staged)
+    engine = DistributedEngine.lay(
+        model, mesh, accumulation=accumulation, bounds=case.get("bounds", ()), self_check="mutant" not in case
+    )
     if case.get("mutant") == "tower and head counted everywhere":
-        counted_everywhere(engine, model)
+        counted_everywhere(model)
     loops = loop_of(whole, case), loop_of(model, case, engine)
     count = case.get("micro_batches", accumulation)
     out = {"trained": float(len(loops[1].parameters))}
     one = window(case, config, 0, count)
     want = gradients(loops[0], one)
-    cut_short = case.get("mutant") == "one stage has another window" and staged.pipeline.is_last
+    cut_short = case.get("mutant") == "one stage has another window" and engine.staged.pipeline.is_last
     out["gradient"] = furthest(gradients(loops[1], one[: count - cut_short]), want)
     out["largest gradient"] = max(float(np.abs(g).max()) for g in want.values() if g is not None)
     windows = [window(case, config, 1 + step, count) for step in range(case.get("steps", 5))]
@@ -243,7 +229,7 @@ def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     out["parameters"] = furthest(values(model), values(whole))
     out["moved"] = furthest(values(whole), start)
     if case.get("inference"):
-        out.update(inference(whole, staged, one[0], config))
+        out.update(inference(whole, engine.callable, one[0], config))
     return out
 
 

@@ -6,35 +6,21 @@ Each launch runs several cases (`pipeline_worker.py`), and cases from which a re
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import launch
 
 WORKER = Path(__file__).parent / "pipeline_worker.py"
-ROOT = WORKER.parents[2]
 Found = dict[str, list[dict[str, float]]]  # case -> what each rank found
-
-
-def launch(folder: Path, plan: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the worker on `plan["pipe"]` processes; a rank that fails ends the others."""
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(plan["pipe"])]
-    command += ["--log_dir", str(folder / "log"), str(WORKER), str(folder), json.dumps(plan)]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOG_minloglevel": "2", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, env={**os.environ, **threads, **environment}, capture_output=True, text=True, timeout=200, check=False
-    )
 
 
 def found(folder: Path, plan: dict[str, Any]) -> Found:
     """What every rank found in every case."""
-    done = launch(folder, plan)
-    logs = "".join(p.read_text()[-3000:] for p in sorted((folder / "log").glob("workerlog.*")))
-    assert done.returncode == 0, logs
+    code, logs = launch(folder, plan["pipe"], WORKER, str(folder), json.dumps(plan))
+    assert code == 0, logs
     ranks = [json.loads((folder / f"{r}.json").read_text()) for r in range(plan["pipe"])]
     return {name: [rank[name] for rank in ranks] for name in plan["cases"]}
 
@@ -60,6 +46,10 @@ TWO = {
     "text only window, one micro-batch": {"images": False, "micro_batches": 1, "bounds": [0, 1]},
     "lora, frozen embedding, recompute": {"method": "lora", "recompute": True, "inference": True},
     "nothing trained on the first stage": {"freeze": {"trainable": ["3"]}, "recompute": True, "bounds": [0, 3]},
+    "dora, parameters trained in full": {"method": "dora", "only_own_weights": False, "steps": 2},
+    "dora, each stage reads its own weights": {"method": "dora", "steps": 2},
+    "lora on a quantised base": {"method": "lora", "quantised": "weight_only_mix", "tied": False, "inference": True},
+    "lora on a quantised, tied base": {"method": "lora", "quantised": "weight_only_int8", "inference": True},
     "prefix": {"method": "prefix", "inference": True},
     "prompt": {"method": "prompt", "inference": True, "recompute": True},
     "mutant: tied gradients stay apart": {"mutant": "tied gradients stay apart", "steps": 1},
@@ -140,8 +130,11 @@ def test_what_several_stages_hold_is_counted_once_in_the_norm(two_stages: Found)
         ({"mutant": "one stage has another window"}, r"micro-batches of stage 1 \(3, tokens"),  # trap u
     ],
 )
-def test_without_its_remedy_the_ranks_cannot_go_on(case: dict[str, Any], message: str, tmp_path: Path) -> None:
-    done = launch(tmp_path, {"pipe": 2, "cases": {"mutant": case}}, ERNIE_TUNE_COMM_TIMEOUT_S="6")
-    assert done.returncode != 0
-    logs = "".join(p.read_text() for p in (tmp_path / "log").glob("workerlog.*"))
-    assert re.search(message, logs), logs[-3000:]
+def test_without_its_remedy_the_ranks_cannot_go_on(
+    case: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERNIE_TUNE_COMM_TIMEOUT_S", "6")
+    plan = {"pipe": 2, "cases": {"mutant": case}}
+    code, logs = launch(tmp_path, 2, WORKER, str(tmp_path), json.dumps(plan))
+    assert code != 0
+    assert re.search(message, logs), logs

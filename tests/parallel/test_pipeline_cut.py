@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.init import init_parameters
+from ernie_tune.models.layers import has_values
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.balance import deal
 from ernie_tune.parallel.pipeline import check_schedule, cut_at, cut_balanced
@@ -171,3 +174,25 @@ def test_prefixes_go_with_their_layers() -> None:
     model = PeftModel(ErnieModel(preset("tiny-a")), PrefixConfig(2))
     model.keep({"layers.2"})
     assert list(model.adapters["default"].places) == [f"layers.2.self_attn.{k}_proj" for k in "kv"]
+
+
+@pytest.mark.parametrize("name", ["tiny-a", "tiny-c"])
+def test_a_stage_reads_its_own_weights_and_holds_nothing_of_the_others(name: str, tmp_path: Path) -> None:
+    config = preset(name)
+    whole = AutoModel.from_config(config, seed=2)
+    whole.save_pretrained(tmp_path)
+    values = dict(whole.named_parameters())
+    cut = cut_balanced(pipeline_items(config), item_costs(config), 3)
+    for stage in range(3):
+        stages = stages_of(cut, stage)
+        for model in (
+            AutoModel.from_pretrained(tmp_path, stages=stages),
+            AutoModel.from_config(config, seed=2, stages=stages),
+        ):
+            filled = {n for n, p in model.named_parameters() if has_values(p)}
+            assert [n for n, _ in model.named_parameters()] == list(values)  # freezing and adapters find every name
+            model.keep(stages)
+            kept = dict(model.named_parameters())
+            assert filled == set(kept)
+            assert 0 < len(kept) < len(values)
+            assert all((kept[n] == values[n]).all() for n in kept)

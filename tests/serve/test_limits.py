@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import Live, image_part, live, text_part
+from live import Live, image_part, live, text_part, until
 from tiny_runs import IMAGES, processor
 
 from ernie_tune.models.generation import RunningBatch
@@ -140,6 +140,31 @@ def test_bodies_are_counted_with_and_without_their_length(tight: Live) -> None:
         assert b" 413 " in raw.recv(100), "before a byte of it is read"
 
 
+def test_bodies_that_dawdle_and_bodies_that_are_too_much_together(engine: Engine) -> None:
+    def half() -> Iterator[bytes]:
+        yield b'{"messages": ['
+        time.sleep(pause[0])
+        yield b'{"role": "user", "content": "why"}], "max_tokens": 1}'
+
+    url, headers = "/v1/chat/completions", {"content-type": "application/json"}
+    with live(engine, body_timeout_seconds=0.2, max_pending_bytes=600) as one, ThreadPoolExecutor(1) as pool:
+        pause = [0.0]
+        assert httpx.post(one.root + url, content=half(), headers=headers).status_code == 200
+        pause = [1.0]
+        refused(httpx.post(one.root + url, content=half(), headers=headers), 408, "must not pause for 0.2 seconds")
+        padded = json.dumps({"messages": WHY, "max_tokens": 1, "user": "x" * 510}).encode()
+        assert post(one, padded, headers=headers).status_code == 200
+    with live(engine, max_pending_bytes=600) as one, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, one.root + url, content=half(), headers=headers)
+        until(lambda: one.server.gate.bytes_inside > 0)
+        reply = post(one, padded, headers=headers)
+        refused(reply, 429, "bytes of requests in progress must stay below 600")
+        assert reply.headers["retry-after"] == "1"
+        assert first.result().status_code == 200
+        assert post(one, padded, headers=headers).status_code == 200
+        until(lambda: one.server.gate.bytes_inside == 0)
+
+
 def test_keys(engine: Engine) -> None:
     with live(engine, api_keys=("first", "second")) as one:
         for headers in (
@@ -171,13 +196,6 @@ def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(RunningBatch, "step", slow)
 
 
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def long_request(one: Live, tokens: int = 40, **more: Any) -> httpx.Response:
     return post(one, {"messages": WHY, "max_tokens": tokens, "temperature": 0, **more}, timeout=60)
 
@@ -188,7 +206,7 @@ def test_too_many_requests_are_sent_away_and_welcome_again(engine: Engine, monke
         inside = [pool.submit(long_request, one) for _ in range(3)]
         until(lambda: one.server.gate.inside == 3)
         reply = long_request(one)
-        error = refused(reply, 429, "requests in progress (3)")
+        error = refused(reply, 429, "requests in progress must stay below 3")
         assert (error["type"], int(reply.headers["retry-after"]) >= 1) == ("rate_limit_error", True)
         assert httpx.get(one.root + "/v1/models").status_code == 200, "questions about the server still work"
         assert [job.result().status_code for job in inside] == [200] * 3

@@ -21,7 +21,7 @@ from ernie_tune.data.images import load_image
 from ernie_tune.serve import fetch as fetch_module
 from ernie_tune.serve import media as media_module
 from ernie_tune.serve.fetch import FetchPolicy, fetch, is_public
-from ernie_tune.serve.media import MediaPolicy, open_image, open_video, read
+from ernie_tune.serve.media import MediaPolicy, read, read_image, read_video
 
 DIGIT = IMAGES / "0003.png"
 
@@ -257,7 +257,7 @@ def test_a_picture_is_the_same_by_every_way(site: ThreadingHTTPServer, monkeypat
         DIGIT.resolve().as_uri(),
         f"http://127.0.0.1:{site.server_address[1]}/digit.png",
     ):
-        np.testing.assert_array_equal(np.asarray(load_image(open_image(url, policy))), want)
+        np.testing.assert_array_equal(np.asarray(load_image(read_image(url, policy))), want)
 
 
 def test_local_files_only_from_the_allowed_folder(tmp_path: Path) -> None:
@@ -309,17 +309,17 @@ def test_what_is_no_url_is_never_a_path(url: str) -> None:
 def test_pictures_of_wrong_size_and_format() -> None:
     small = MediaPolicy(max_pixels=100)
     with pytest.raises(ValueError, match=r"\(20x20\) must have at least 1 and at most 100 pixels"):
-        open_image(data_url(saved(Image.new("RGB", (20, 20)), "PNG")), small)
+        read_image(data_url(saved(Image.new("RGB", (20, 20)), "PNG")), small)
     tiny = MediaPolicy(fetch=FetchPolicy(max_bytes=10))
     with pytest.raises(ValueError, match="must be at most 10 bytes"):
-        open_image(data_url(DIGIT.read_bytes()), tiny)
+        read_image(data_url(DIGIT.read_bytes()), tiny)
     script = saved(Image.new("L", (8, 8)), "EPS")
     for data in (script, b"", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
         with pytest.raises(ValueError, match="cannot be decoded"):
-            open_image(data_url(data), MediaPolicy())
+            read_image(data_url(data), MediaPolicy())
     for url in ("data:", "data:image/png,x", "data:image/png;base64,!!!"):
         with pytest.raises(ValueError, match=r"data:image|base64"):
-            open_image(url, MediaPolicy())
+            read_image(url, MediaPolicy())
 
 
 def clip(kind: str) -> bytes:
@@ -343,18 +343,18 @@ def mp4(size: int = 32) -> bytes:
 
 def test_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (clip("GIF"), clip("WEBP"), clip("PNG"), mp4()):
-        assert open_video(data_url(data, "video/x"), MediaPolicy()) == data
+        assert read_video(data_url(data, "video/x"), MediaPolicy()) == data
         with pytest.raises(ValueError, match=r"\(32x32\) must have"):
-            open_video(data_url(data, "video/x"), MediaPolicy(max_pixels=1000))
+            read_video(data_url(data, "video/x"), MediaPolicy(max_pixels=1000))
     playlist = b"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:10.0,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
     for data in (playlist, b"ffconcat version 1.0\nfile /etc/passwd\n", b"", b"RIFF1234WAVE", b"\x00" * 100):
         with pytest.raises(ValueError, match="must be MP4, MOV, WebM"):
-            open_video(data_url(data, "video/mp4"), MediaPolicy())
+            read_video(data_url(data, "video/mp4"), MediaPolicy())
     with pytest.raises(ValueError, match="cannot be decoded"):
-        open_video(data_url(mp4()[:60], "video/mp4"), MediaPolicy())
+        read_video(data_url(mp4()[:60], "video/mp4"), MediaPolicy())
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImportError, match="needs PyAV"):
-        open_video(data_url(b"\x1aE\xdf\xa3....", "video/webm"), MediaPolicy())
+        read_video(data_url(b"\x1aE\xdf\xa3....", "video/webm"), MediaPolicy())
     assert media_module.fetch is fetch_module.fetch
 
 

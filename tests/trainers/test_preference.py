@@ -21,7 +21,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.train.reference import frozen_logp
-from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer, PreferenceTrainer
+from ernie_tune.trainers.preference import WATCH_FILE, DPOTrainer, KTOTrainer, PreferenceTrainer
 from ernie_tune.trainers.upo import UPOTrainer
 
 LN2 = math.log(2)
@@ -253,6 +253,7 @@ def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
     ]
     + [{"loss_type": loss} for loss in ("sppo_hard", "apo_zero", "apo_down", "bco_pair")]
     + [{"loss_type": "exo_pair", "label_smoothing": 0.01}, {"ld_alpha": 0.5}, {"f_divergence_type": "js_divergence"}]
+    + [{"f_divergence_type": "alpha_divergence"}, {"use_weighting": True}]
     + [{"loss_type": "sigmoid,bco_pair", "loss_weights": (0.8, 0.2), "sft_loss_ratio": 0.1}, {"packing": True}],
     ids=str,
 )
@@ -297,6 +298,15 @@ def test_kto_learns_good_from_bad(tmp_path: Path) -> None:
     assert abs(log[0]["loss"] - 0.5) < 1e-6, "1 - sigma(0) of each"
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["rewards/chosen"] > log[-1]["rewards/rejected"]
+
+
+def test_kto_says_how_to_balance_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "judged_train.jsonl", [label(i) for i in (0, 2, 4, 1)])
+    more = {"stage": "KTO", "max_steps": 2, "per_device_train_batch_size": 4}
+    run(tmp_path, KTOTrainer, **more)
+    assert "set desirable_weight between 0.333 and 0.444" in capsys.readouterr().out
+    run(tmp_path, KTOTrainer, output_dir=str(tmp_path / "balanced"), desirable_weight=0.4, **more)
+    assert "set desirable_weight" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", ["upo_hetero", "mpo"])
@@ -381,6 +391,30 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     run(tmp_path, trainer, output_dir=str(cut), **more)
     same_bytes(whole / "checkpoint-6" / "optimizer", cut / "checkpoint-6" / "optimizer")
     assert [r["loss"] for r in history(whole) if "loss" in r] == [r["loss"] for r in history(cut) if "loss" in r]
+    seen, seen_again = (
+        json.loads((out / "checkpoint-6" / WATCH_FILE).read_text(encoding="utf-8")) for out in (whole, cut)
+    )
+    assert seen == seen_again
+    assert len(seen["displacement"]["seen"]) == 6
+
+
+@pytest.mark.parametrize(("loss_type", "advice"), [("sigmoid", "loss_type [sigmoid, sft] or rpo"), ("rpo", "NLL term")])
+def test_improbable_chosen_answers_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss_type: str, advice: str
+) -> None:
+    trainer = DPOTrainer(args=judged_settings(tmp_path, loss_type=loss_type, max_steps=5))
+    started = trainer._before_training
+
+    def wary(dry_run: bool) -> None:
+        started(dry_run)
+        guard = trainer.watch.guards["displacement"]
+        guard.steps, guard.drop = 4, -1.0  # whatever happens is a drop
+
+    trainer._before_training = wary  # type: ignore[method-assign]
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("chosen answers became less probable") == 1
+    assert advice in printed
 
 
 def test_a_precomputed_reference_knows_its_origin(tmp_path: Path) -> None:

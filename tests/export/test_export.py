@@ -1,0 +1,370 @@
+"""Exports from end to end: every layout from every layout, adapters merged, each defect of an exported folder refused with a message that names it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from export_cases import model_folder
+from tiny_runs import mixed_rows, write_rows
+
+import ernie_tune
+from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.tensors import TensorReader, narrow_bfloat16, widen_bfloat16
+from ernie_tune.checkpoint.writer import write_folder
+from ernie_tune.export import reopen, run, verify
+from ernie_tune.export.run import LAYOUTS, write_layout
+from ernie_tune.export.source import Rounded, Source, stored_places
+from ernie_tune.peft.config import BottleneckConfig, LoraConfig
+from ernie_tune.peft.model import get_peft_model
+
+FILES = {
+    "README.md",
+    "serve.sh",
+    "export_report.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+}
+TOKENIZER = {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "target_modules": ["attention", "mlp", "shared_experts", "experts"]},
+    "towers": {"r": 2, "target_modules": ["vision", "resampler"], "rslora": True, "lora_alpha": 5, "freeze_config": ""},
+    "dora": {"r": 2, "target_modules": ["query_key_value", "down_proj"], "use_dora": True},
+    "saved": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["resampler_model.mlp", "norm", "embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("export") / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", mixed_rows(40))
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the start of a fresh process, which `test_a_whole_folder` takes."""
+
+    def call(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, reopen.main(*command[-2:]), "", "")
+
+    monkeypatch.setattr(verify.subprocess, "run", call)
+
+
+def adapter_folder(base: Path, folder: Path, dialect: str = "auto", **settings: Any) -> Path:
+    """An adapter that changes something."""
+    model = get_peft_model(AutoModel.from_pretrained(base), LoraConfig(base_model_name_or_path=str(base), **settings))
+    rng = np.random.default_rng(5)
+    for parameter in model.adapters["default"].parameters():
+        noise = 0.05 * rng.standard_normal(parameter.shape).astype(np.float32)
+        parameter.set_value(parameter + paddle.to_tensor(noise))
+    model.save_pretrained(folder, dialect=dialect)
+    return folder
+
+
+def files_only(*args: Any, **options: Any) -> dict[str, Any]:
+    return run.export(*args, **{"verify": "files", **options})
+
+
+@pytest.mark.parametrize("preset", ["tiny-a", "tiny-c"])
+@pytest.mark.parametrize("flavour", ["hf", "hf_saved", "paddleformers", "paddle"])
+def test_every_layout_from_every_layout(tmp_path: Path, preset: str, flavour: str) -> None:
+    """The same values arrive, whatever they came from; Source reads them back bit for bit."""
+    folder = model_folder(tmp_path / "base", preset, flavour, dtype="bfloat16")
+    source = Source(folder)
+    for layout in LAYOUTS.values():
+        write_layout(tmp_path / layout, source, layout, max_shard_bytes=400_000)
+        back = Source(tmp_path / layout)
+        assert back.table.flavour == layout
+        for name, expert, float32 in stored_places(source.config):
+            code = "F32" if float32 else "BF16"
+            np.testing.assert_array_equal(back.read(name, expert, code), source.read(name, expert, code))
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_whole_folder(base: Path, tmp_path: Path, layout: str) -> None:
+    report = ernie_tune.export(base, tmp_path / "out", layout=layout)  # type: ignore[operator]
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names >= FILES | TOKENIZER | {"model.safetensors"}
+    assert not list(tmp_path.glob("out.*"))
+    written = json.loads((out / "export_report.json").read_text())
+    assert written == json.loads(json.dumps(report))
+    assert set(written["sha256"]) == names - {"export_report.json"}
+    assert written["checks"]["files_names_shapes_values"] == "equal"
+    assert written["checks"]["reopened_max_difference"] <= 1e-5
+    config = json.loads((out / "config.json").read_text())
+    assert ("torch_dtype" in config, "dtype" in config) == ((True, False) if layout == "pt" else (False, True))
+    for name in TOKENIZER - {"tokenizer_config.json"}:
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"| layout | {layout} |" in card
+    state = AutoModel.from_pretrained(out).state_dict()
+    for name, value in AutoModel.from_pretrained(base).state_dict().items():
+        wanted = value.numpy()
+        if not name.endswith(("gate.weight", "gate.weight_1", "e_score_correction_bias")):
+            wanted = widen_bfloat16(narrow_bfloat16(wanted))
+        np.testing.assert_array_equal(state[name].numpy(), wanted)
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("dialect", ["paddlenlp", "peft"])
+def test_merging_equals_the_adapter(
+    base: Path, tmp_path: Path, name: str, dialect: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Matrix by matrix what `PeftModel.merge` makes, in float32; and the export's own comparison of logits passes and is reported."""
+    if (name, dialect) == ("dora", "paddlenlp"):
+        pytest.skip("PaddleNLP has no DoRA")
+    adapter = adapter_folder(base, tmp_path / "adapter", dialect, **ADAPTERS[name])
+    source, plain = Source(base, [adapter]), Source(base)
+    model = get_peft_model(AutoModel.from_pretrained(base), LoraConfig(r=1, target_modules=["q_proj"]))
+    model.load_adapter(adapter, "theirs")
+    merged = model.merge()[0].state_dict()
+    changed = set()
+    for place, expert, _ in stored_places(source.config):
+        ours, wanted = source.read(place, expert, "F32"), merged[place].numpy()
+        np.testing.assert_allclose(ours, wanted if expert is None else wanted[expert], atol=1e-5, rtol=1e-5)
+        if (ours != plain.read(place, expert, "F32")).any():
+            changed.add((place, expert))
+    assert changed == set(source.merged_places)
+    if dialect == "peft":
+        report = run.export(adapter, tmp_path / "out", layout="pt")  # the base is named in the adapter's settings
+        assert report["checks"]["merge"]["kl"] < 1e-3
+        assert "merged 1 adapter(s)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_process")
+def test_two_adapters_one_after_the_other(base: Path, tmp_path: Path) -> None:
+    first, second = (adapter_folder(base, tmp_path / n, **ADAPTERS[n]) for n in ("plain", "saved"))
+    report = run.export([base, first, second], tmp_path / "out")
+    assert report["adapters"] == [str(first), str(second)]
+    assert report["checks"]["merge"]["kl"] < 1e-3
+
+
+@pytest.mark.usefixtures("one_process")
+def test_replaces_an_earlier_export_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    files_only(base, tmp_path / "out")
+    (tmp_path / "out" / "model-00001-of-00009.safetensors").write_bytes(b"left over")
+    files_only(base, tmp_path / "out", layout="pt")
+    assert not (tmp_path / "out" / "model-00001-of-00009.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"output_dir .* must be new, empty, or an earlier export"):
+        files_only(base, tmp_path / "mine")
+    with pytest.raises(ValueError, match="must not be one of the folders that are read"):
+        files_only(base, base)
+
+
+# --- defects of a folder ------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the tensors of a folder: `change(name, array)` gives the new (name, array), or None to drop it."""
+    reader = TensorReader(folder)
+    kept, codes = {}, {}
+    for name, entry in reader.entries.items():
+        made = change(name, np.array(reader.read(name)))
+        if made:
+            kept[made[0]], codes[made[0]] = made[1], entry.dtype
+    write_folder(folder, {name: (value.shape, codes[name]) for name, value in kept.items()}, kept.__getitem__)
+
+
+def set_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def renamed(folder: Path) -> None:
+    rewrite(folder, lambda n, x: (n.replace("layers.1.self_attn.o_proj", "layers.1.self_attn.out_proj"), x))
+
+
+def transposed(folder: Path) -> None:
+    rewrite(
+        folder, lambda n, x: (n, np.ascontiguousarray(x.T) if n.endswith("layers.2.self_attn.o_proj.weight") else x)
+    )
+
+
+def swapped_halves(folder: Path) -> None:
+    rewrite(
+        folder, lambda n, x: (n, np.roll(x, x.shape[1] // 2, 1) if n.endswith("experts.3.up_gate_proj.weight") else x)
+    )
+
+
+def exchanged_experts(folder: Path) -> None:
+    other = {"experts.1.": "experts.2.", "experts.2.": "experts.1."}
+    rewrite(folder, lambda n, x: (re.sub(r"experts\.[12]\.", lambda m: other[m[0]], n), x))
+
+
+def turned_down(folder: Path) -> None:
+    rewrite(folder, lambda n, x: (n, np.ascontiguousarray(x.T) if n == "vision_model.blocks.0.mlp.fc1.weight" else x))
+
+
+DEFECTS: dict[str, tuple[Any, str]] = {
+    "mutated key": (
+        renamed,
+        r"ernie\.layers\.1\.self_attn\.o_proj\.weight is missing(.|\n)*out_proj\.weight is unknown and would be skipped",
+    ),
+    "transposed square": (transposed, r"layers\.2\.self_attn\.o_proj\.weight holds other values .*: it is transposed"),
+    "transposed oblong": (
+        turned_down,
+        r"fc1\.weight \[256, 64\] must be \[64, 256\], it would be reshaped, not transposed",
+    ),
+    "up before gate": (swapped_halves, r"expert 3 of layers\.1\.mlp\.text_experts\.up_gate_proj holds other values"),
+    "exchanged experts": (
+        exchanged_experts,
+        r"expert 1 of layers\.1\.mlp\.text_experts\.up_gate_proj holds other values",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), r"none of tokenizer\.model, .* is there"),
+    "no special tokens": (lambda f: (f / "added_tokens.json").unlink(), r"added_tokens\.json is missing"),
+    "no pixels": (lambda f: (f / "preprocessor_config.json").unlink(), r"preprocessor_config\.json is missing"),
+    "stray quantisation": (
+        lambda f: set_config(f, quantization_config={"quantization": "wint8"}),
+        "quantization_config makes FastDeploy take the weights for quantised",
+    ),
+    "online quantisation": (
+        lambda f: set_config(f, quantization_config={"quantization": "wint8", "is_quantized": False}),
+        "wins over the command line",
+    ),
+    "nameless quantisation": (lambda f: set_config(f, quantization_config={}), r"must hold the key quantization"),
+    "both types": (
+        lambda f: set_config(f, torch_dtype="bfloat16"),
+        "exactly one of dtype and torch_dtype, but holds dtype and torch_dtype",
+    ),
+    "no type": (lambda f: set_config(f, dtype=None), "exactly one of dtype and torch_dtype, but holds neither"),
+    "pickled weights": (lambda f: (f / "old.pdparams").write_bytes(b""), r"must not hold old\.pdparams"),
+    "other width": (lambda f: set_config(f, hidden_size=64), r"FastDeploy stops here"),
+    "other architecture": (lambda f: set_config(f, architectures=["Ernie"]), r"architectures \(Ernie\) must be one of"),
+}
+
+
+@pytest.mark.parametrize("defect", list(DEFECTS))
+@pytest.mark.usefixtures("one_process")
+def test_defects_are_refused_by_name(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
+    """A defect between writing and checking: the export fails, says what is wrong, and leaves nothing."""
+    change, message = DEFECTS[defect]
+    original = verify.reopen
+
+    def spoiled(folder: Path, *args: Any, **options: Any) -> verify.Opened:
+        change(folder)
+        return original(folder, *args, **options)
+
+    monkeypatch.setattr(verify, "reopen", spoiled)
+    with pytest.raises(ValueError, match=message):
+        files_only(base, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_wrong_value_alone_is_seen_in_logits(base: Path, tmp_path: Path) -> None:
+    """The second line of defence: with digests left out, the logits of the fresh process differ."""
+    source = Source(base)
+    files_only(base, tmp_path / "out")
+    transposed(tmp_path / "out")
+    probes = run.made_up_probes(run.Processor.from_pretrained(base), vision=True)
+    planned = run.look(run.model_of(Rounded(source)), probes)
+    opened = verify.reopen(tmp_path / "out", "fastdeploy", source, None, probes=probes, digests=False)
+    assert not opened.problems
+    with pytest.raises(ValueError, match="logits of the reopened folder must equal"):
+        verify.check_opened(opened, planned)
+
+
+# --- inputs that cannot be exported -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_process")
+def test_refuses_inputs(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"folders \(none\) must name a model folder"):
+        files_only([], out)
+    with pytest.raises(ValueError, match=r"must be an adapter .* give one model only"):
+        files_only([base, base], out)
+    lone = adapter_folder(base, tmp_path / "lone", **ADAPTERS["saved"])
+    settings = json.loads((lone / "lora_config.json").read_text())
+    (lone / "lora_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "tiny-a"}))
+    with pytest.raises(ValueError, match=r"base_model_name_or_path \('tiny-a'\) must be a folder of weights"):
+        files_only(lone, out)
+    other = get_peft_model(AutoModel.from_pretrained(base), BottleneckConfig(4))
+    other.save_pretrained(tmp_path / "bottleneck")
+    with pytest.raises(ValueError, match="a Bottleneck adapter must stay beside its model"):
+        files_only([base, tmp_path / "bottleneck"], out)
+    bare = shutil.copytree(base, tmp_path / "bare")
+    (bare / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"must hold tokenizer\.model"):
+        files_only(bare, out)
+    broken = shutil.copytree(base, tmp_path / "broken")
+
+    def poison(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+        if name == "model.norm.weight":
+            value[3] = np.nan
+        return name, value
+
+    rewrite(broken, poison)
+    with pytest.raises(ValueError, match=r"norm\.weight in .* must be finite"):
+        files_only(broken, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "onnx"}, r"layout \('onnx'\) must be one of"),
+        ({"quantization": "wint2"}, r"quantization \('wint2'\) must be one of"),
+        ({"method": "nf4"}, r"method \('nf4'\) must be one of"),
+        ({"emit": "cache"}, r"emit \(cache\) must go with a quantization"),
+        ({"verify": "no"}, r"verify \('no'\) must be one of"),
+        ({"quantization": "wint4", "layout": "hf"}, "must go with layout paddle or pt"),
+        ({"quantization": "wint4", "method": "gptq"}, r"method \(gptq\) must come with calibration data"),
+        ({"quantization": "wint4", "awq": 0.5}, r"awq \(0\.5\) must go with quantization wint4 or mix and with calib"),
+        ({"quantization": "wint4", "awq": 2, "calib": "x"}, r"awq \(2\) must be from 0 to 1"),
+        ({"target_tp": 0}, r"target_tp \(0\) must be at least 1"),
+        ({"port": 65533}, r"port \(65533\) must be from 1 to 65532"),
+        ({"quantization": "wint4", "target_tp": 7}, r"target_tp \(7\) must divide the input width"),
+    ],
+)
+@pytest.mark.usefixtures("one_process")
+def test_refuses_options(base: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        files_only(base, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_serve_script_runs_the_command_with_free_ports(base: Path, tmp_path: Path) -> None:
+    files_only(base, tmp_path / "out", quantization="mix")
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    script = tmp_path / "out" / "serve.sh"
+    done = subprocess.run(
+        [script, "--extra", "1"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "PORT": "9000"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.split("\n")
+    assert words[:4] == ["-m", "fastdeploy.entrypoints.openai.api_server", "--model", str(tmp_path / "out")]
+    given = dict(zip(words[2::2], words[3::2], strict=False))
+    ports = [given[f] for f in ("--port", "--engine-worker-queue-port", "--metrics-port", "--cache-queue-port")]
+    assert ports == ["9000", "9001", "9002", "9003"]
+    assert json.loads(given["--quantization"]) == {
+        "quantization": "mix_quant",
+        "dense_quant_type": "wint8",
+        "moe_quant_type": "wint4",
+        "image_moe_quant_type": "wint8",
+    }
+    assert json.loads(given["--limit-mm-per-prompt"]) == {"image": 10, "video": 3}
+    assert given["--extra"] == "1"

@@ -1,0 +1,143 @@
+"""`serve --engine fastdeploy`: the command, and a stand-in for FastDeploy that is started, watched and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie_tune.cli.main import main
+from ernie_tune.cli.serve_fastdeploy import fastdeploy_command
+from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.loader import split_overrides
+
+STAND_IN = """
+import argparse, http.server, os, sys, time
+flags = argparse.ArgumentParser()
+for name in ("model", "port", "engine-worker-queue-port", "metrics-port", "cache-queue-port", "tensor-parallel-size", "quantization",
+             "max-model-len", "max-num-seqs", "mm-processor-kwargs", "limit-mm-per-prompt", "reasoning-parser"):
+    flags.add_argument("--" + name)
+given = flags.parse_args()
+if given.quantization == "bad":
+    sys.exit(3)
+started = time.monotonic()
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        ready = time.monotonic() - started > 1
+        self.send_response(200 if ready and self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+if given.quantization == "silent":
+    time.sleep(60)
+http.server.HTTPServer(("127.0.0.1", int(given.port)), Health).serve_forever()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps({"vision_config": {}}), encoding="utf-8")
+    return made
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An environment in which FastDeploy is installed."""
+    package = tmp_path / "site" / "fastdeploy" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for part in (package, package.parent, package.parent.parent):
+        (part / "__init__.py").write_text("", encoding="utf-8")
+    (package / "api_server.py").write_text(STAND_IN, encoding="utf-8")
+    paths = [str(tmp_path / "site"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return min(int(sock.getsockname()[1]), 65000)
+
+
+def start(folder: Path, environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ernie_tune", "serve", str(folder), "--engine", "fastdeploy", *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_print_shows_the_command_with_ports_that_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The seed command's flags (fastdeploy.md 5.1), its port conflict mended, its no-op left out."""
+    words = ["--tensor_parallel_size", "8", "--quantization", "wint4", "--limit_mm_per_prompt", '{"image": 4}']
+    assert main(["serve", "--print", str(folder), "--engine", "fastdeploy", *words]) == 0
+    said = capsys.readouterr().out.strip()
+    assert said.startswith(f"python -m fastdeploy.entrypoints.openai.api_server --model {folder} --port 8180")
+    for part in ("--tensor-parallel-size 8", "--quantization wint4", "--max-model-len 32768", "--max-num-seqs 32"):
+        assert part in said
+    assert """--mm-processor-kwargs '{"video_max_frames": 30}' --limit-mm-per-prompt '{"image": 4}'""" in said
+    assert said.endswith("--reasoning-parser ernie-45-vl")
+    assert "--enable-mm" not in said
+    ports = [
+        said.split(f"{flag} ")[1].split()[0]
+        for flag in ("--port", "--engine-worker-queue-port", "--metrics-port", "--cache-queue-port")
+    ]
+    assert len(set(ports)) == 4
+
+
+def test_what_fastdeploy_cannot_take_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(*words: str) -> object:
+        return fastdeploy_command(str(folder), split_overrides(words)[1])
+
+    with pytest.raises(UsageError, match=r"unknown option 'adapters'.*merge adapters first"):
+        made("--adapters", "a=b")
+    with pytest.raises(UsageError, match=r"limit_mm_per_prompt .* cannot be read: not an object of whole numbers"):
+        made("--limit_mm_per_prompt", '{"image": "x"}')
+    with pytest.raises(ValueError, match=r"port \(65535\) must be from 1"):
+        made("--port", "65535")
+    assert main(["serve", str(tmp_path), "--engine", "fastdeploy", "--print"]) == 1
+    assert "merge and export adapters and runs first" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--engine", "fastdeploy"]) == 1
+    assert "FastDeploy, which is not installed" in capsys.readouterr().err
+
+
+def test_it_is_started_watched_and_ended(folder: Path, stand_in: dict[str, str]) -> None:
+    port = free_port()
+    child = start(folder, stand_in, "--port", str(port))
+    try:
+        assert child.stderr is not None
+        lines = []
+        for line in child.stderr:
+            lines.append(line)
+            if "healthy after" in line:
+                break
+        assert f"http://127.0.0.1:{port}/v1" in lines[-1], lines
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 128 + signal.SIGTERM, "as a shell would tell it"
+    finally:
+        child.kill()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--quantization", "bad"), "it ended with code 3"),
+        (("--quantization", "silent", "--ready_timeout", "1.5"), "must become healthy within 1.5 seconds"),
+    ],
+)
+def test_one_that_does_not_become_healthy(
+    words: tuple[str, ...], message: str, folder: Path, stand_in: dict[str, str]
+) -> None:
+    child = start(folder, stand_in, "--port", str(free_port()), *words)
+    assert child.wait(30) == 1
+    assert child.stderr is not None
+    assert message in child.stderr.read()
