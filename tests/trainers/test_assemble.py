@@ -315,3 +315,9 @@ def test_weights_of_others_are_refused(tmp_path: Path) -> None:
     AutoModel.from_config("tiny-b").save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="tensor"):
         assemble.load_weights(fresh(), tmp_path / "b")
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(ValueError, match=r"number of processes \(2\) must be 1: trainers do not share a run yet"):
+        assemble.refuse_unbuilt(RunConfig())
