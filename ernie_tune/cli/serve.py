@@ -129,7 +129,9 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"allow_local_media ({folder}) must be a folder; create it, or leave the option out")
     private = settings.get("allow_private_media", False)
-    fetch = FetchPolicy(allow_private=private, allowed_hosts=frozenset(settings.get("allow_media_hosts", ())))
+    fetch = FetchPolicy(
+        allow_private=private, allowed_hosts=frozenset(host.lower() for host in settings.get("allow_media_hosts", ()))
+    )
     media = MediaPolicy(local_folder=Path(folder) if folder else None, fetch=fetch)
     keys = settings.get("api_key") or _names(os.environ.get(API_KEY_VARIABLE, ""))
     return ServeOptions(api_keys=keys, media=media, **values)

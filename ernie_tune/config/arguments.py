@@ -297,6 +297,9 @@ class SignalArguments:
     edge_weight: str = arg("unit", "what counts as one: a row, or each comparison in it", ("unit", "edge"))
     desirable_weight: float = arg(1.0, "weight of good answers (KTO)", low=0)
     undesirable_weight: float = arg(1.0, "weight of bad answers (KTO)", low=0)
+    rating_loss: str = arg(
+        "pairs", "how ratings teach a reward model: by comparison or as its values (RM)", ("pairs", "regression")
+    )
     center_rewards_coefficient: float = arg(0.01, "pull of rewards towards 0 (RM)", low=0)
     allow_base: bool = arg(False, "let UPO start from a model without an SFT ancestor")
 

@@ -209,7 +209,7 @@ _STAGES = {
     ),
     "edge_weight": ("UPO", "RM"),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("KTO", "UPO")),
-    "center_rewards_coefficient": ("RM",),
+    **dict.fromkeys(("center_rewards_coefficient", "rating_loss"), ("RM",)),
 }
 _READ_BY = {
     "label_smoothing": ("cdpo", "robust", "exo_pair"),

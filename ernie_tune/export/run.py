@@ -7,6 +7,7 @@ Refuses to know: training, servers.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,7 @@ from ernie_tune.checkpoint.names import FLAVOURS, layout
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
+from ernie_tune.data.tokenizer import VIDEO
 from ernie_tune.export import files, verify
 from ernie_tune.export.awq import Folded, folded_moments
 from ernie_tune.export.cache import check_caches, write_cache
@@ -43,6 +45,7 @@ from ernie_tune.export.measure import (
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
+from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
@@ -188,8 +191,7 @@ class _Export:
 
     def run(self) -> dict[str, Any]:
         start = time.monotonic()
-        if self.staged.exists():
-            shutil.rmtree(self.staged)
+        _clear(self.staged)
         try:
             weights, chosen, planned = self._choose()
             written = self._write(weights, chosen)
@@ -197,7 +199,8 @@ class _Export:
             report = self._describe(weights, written, time.monotonic() - start)
             _publish(self.staged, self.target)
         finally:
-            shutil.rmtree(self.staged, ignore_errors=True)
+            for folder in (self.staged, self.staged.with_name(self.staged.name + ".tmp")):
+                shutil.rmtree(folder, ignore_errors=True)
         return report
 
     # --- choosing ----------------------------------------------------------------------------------------------------
@@ -304,13 +307,28 @@ class _Export:
         if o.emit == "packed" and chosen:
             write_packed(self.staged, weights, chosen.bits, chosen.shards, chosen.grid, o.max_shard_bytes)
         else:
-            write_layout(self.staged, Written(chosen) if chosen else weights, LAYOUTS[o.layout], o.max_shard_bytes)
+            told = self._hf_config() if o.layout == "hf" else None
+            write_layout(
+                self.staged, Written(chosen) if chosen else weights, LAYOUTS[o.layout], o.max_shard_bytes, told
+            )
         seconds = time.monotonic() - start
         size = sum(path.stat().st_size for path in self.staged.glob("*.safetensors"))
         if o.emit == "cache" and chosen:
             write_cache(self.staged, chosen)
         files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor)
         return {"weight_bytes": size, "write_seconds": seconds}
+
+    def _hf_config(self) -> ModelConfig:
+        """The config that transformers needs: it tells videos from images by the id of the placeholder."""
+        config, tokens = self.config, self.config.tokens
+        video = self.processor.tokenizer.special.get(VIDEO)
+        if config.vision is None or (video is None and tokens.video != tokens.image):
+            return config
+        if video is None:
+            self.notes.append(
+                f"The tokenizer has one placeholder for images and videos, transformers tells them apart by two ({VIDEO}): there this folder reads images only."
+            )
+        return config.replace(tokens=dataclasses.replace(tokens, video=tokens.video if video is None else video))
 
     def _verify(self, weights: Weights, chosen: Chosen | None, planned: Look | None) -> None:
         o = self.o
@@ -389,19 +407,26 @@ def _versions() -> dict[str, str]:
 
 
 def write_layout(
-    folder: Path, weights: Weights, flavour: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    folder: Path,
+    weights: Weights,
+    flavour: str,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    config: ModelConfig | None = None,
 ) -> list[Path]:
-    """Weights, bfloat16 but for routers and their biases, and config.json in one of `names.FLAVOURS`. One tensor is in memory at a time."""
+    """Weights, bfloat16 but for routers and their biases, and config.json (of `config`, else of the weights) in one of `names.FLAVOURS`.
+
+    One tensor is in memory at a time. Returns the paths.
+    """
     table = layout(weights.config, flavour)
     codes = {name: "F32" if spec.float32 else EXPORT_CODE for name, spec in table.disk.items()}
-    config = write_config(weights.config.replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
+    settings = write_config((config or weights.config).replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
     return write_folder(
         folder,
         {name: (spec.shape, codes[name]) for name, spec in table.disk.items()},
         lambda disk: table.to_disk(disk, lambda name, expert: weights.read(name, expert, codes[disk])),
         max_shard_bytes=max_shard_bytes,
         metadata={"format": "pt" if FLAVOURS[flavour].torch else "np", "layout": flavour},
-        files={"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"},
+        files={"config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n"},
     )
 
 
@@ -414,6 +439,15 @@ def _check_target(target: Path, base: Path, adapters: Sequence[Path]) -> None:
         raise ValueError(
             f"output_dir ({target}) must be new, empty, or an earlier export ({files.REPORT}); choose another, or move it away"
         )
+
+
+def _clear(staged: Path) -> None:
+    """Remove what an interrupted export left; a folder with subfolders that are not its own is somebody's and stays."""
+    if staged.exists():
+        foreign = [path.name for path in staged.iterdir() if path.is_dir() and path.name != ".cache"]
+        if foreign or not (staged / "config.json").is_file():
+            raise ValueError(f"{staged} must be free for the unfinished export, but holds something else; move it away")
+        shutil.rmtree(staged)
 
 
 def _publish(staged: Path, target: Path) -> None:

@@ -117,10 +117,11 @@ def check_opened(opened: Opened, planned: Look | None) -> dict[str, Any]:
 
 @dataclass
 class LayerErrors:
-    """V3: squared errors of outputs x (W - W'), summed over all matrices of a class, over the squared outputs."""
+    """V3: squared errors of outputs x (W - W'), summed over all matrices of a class, over the squared outputs. `layers`: (ours, rtn) by parameter."""
 
     ours: dict[str, float] = field(default_factory=dict)
     rtn: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def worse(self) -> list[str]:
         return [name for name in self.ours if self.ours[name] > self.rtn[name] * (1 + 1e-6)]
@@ -129,13 +130,20 @@ class LayerErrors:
 def layer_errors(chosen: Chosen, inputs: Mapping[Place, Array]) -> LayerErrors:
     """Relative output error of each class of layers on held-out inputs, for the chosen codes and for rtn's."""
     sums = {name: np.zeros(3) for name in CLASSES}
+    layers: dict[str, Array] = {}
     for (name, expert), x_TK in inputs.items():
         weight = np.asarray(chosen.weights.read(name, expert, "F32"))
         ours, plain = chosen.grid(name, expert).dense(), chosen.rtn(name, expert).dense()
         outputs = (x_TK @ weight, x_TK @ (ours - weight), x_TK @ (plain - weight))
-        sums[class_of(name)] += [float(np.square(y).sum()) for y in outputs]
+        squares = np.array([float(np.square(y).sum()) for y in outputs])
+        sums[class_of(name)] += squares
+        layers[name] = layers.get(name, 0) + squares
     found = {name: s for name, s in sums.items() if s[0] > 0}
-    return LayerErrors({n: s[1] / s[0] for n, s in found.items()}, {n: s[2] / s[0] for n, s in found.items()})
+    return LayerErrors(
+        {name: s[1] / s[0] for name, s in found.items()},
+        {name: s[2] / s[0] for name, s in found.items()},
+        {name: (s[1] / s[0], s[2] / s[0]) for name, s in layers.items() if s[0] > 0},
+    )
 
 
 def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float], lowest_bits: int) -> list[str]:

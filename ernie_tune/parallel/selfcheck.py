@@ -48,6 +48,8 @@ def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh) -> None:
 def check_moved(before: Mapping[str, int], parameters: Mapping[str, Tensor], touched: set[str], mesh: Mesh) -> None:
     """RuntimeError naming a parameter that had a gradient anywhere (`touched`) and did not change on any rank that holds a part of it."""
     names = sorted(touched)
+    if not names:
+        return
     moved = [name in parameters and fingerprint(parameters[name]) != before[name] for name in names]
     anywhere = mesh.group("stage").reduce_(paddle.to_tensor(np.array(moved, np.int32)), dist.ReduceOp.MAX).numpy()
     still = [name for name, flag in zip(names, anywhere.tolist(), strict=True) if not flag]

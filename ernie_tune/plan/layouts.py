@@ -234,7 +234,7 @@ def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = 
                     tensor=tensor,
                     pipeline=pipeline,
                     sharding=shared,
-                    expert=tensor * factor,
+                    expert=tensor * factor if model.moe is not None else 1,
                     sequence_parallel=tensor > 1,
                     stage=int(shared > 1),
                 )

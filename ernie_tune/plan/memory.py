@@ -25,10 +25,11 @@ IMBALANCE = 1.3
 # CUDA context and communicators; what the allocator loses (parallel.md 4.2).
 CONTEXT_BYTES = 4 * GB
 FRAGMENTATION = 0.05
-# A process with Paddle loaded, before any model, and the share of activations that glibc's heap loses in holes, into which gradients then fit: both
-# measured with tests/bench/bench_memory.py.
+# Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the share of activations that glibc's heap loses in holes, into
+# which gradients then fit; and the share of the loss's memory that the layers' backward uses again.
 PROCESS_BYTES = 0.37 * GB
 CPU_FRAGMENTATION = 0.28
+CPU_REUSE = 0.5
 PICTURE_PATCHES = 1024  # a picture of 448 x 448 pixels
 ITEMS = {
     "weights": "权重",
@@ -102,7 +103,8 @@ def _of_stage(job: Job, layout: Layout, card: Card, stage: int) -> tuple[dict[st
     activations = _Activations(job, layout, card, stage)
     items["kept activations"] = activations.kept()
     items["loss"] = activations.loss()
-    items["working set"] = max(0.0, activations.working() - items["loss"])
+    reused = CPU_REUSE if card.is_cpu else 1.0
+    items["working set"] = max(0.0, activations.working() - reused * items["loss"])
     items["vision activations"] = activations.vision()
     items["key/value cache"] = activations.cache()
     if layout.world == 1 and job.accumulation == 1:

@@ -105,7 +105,7 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
     if job.lora is not None and job.lora.r > 8:
         yield Change("lora_rank: 8", job.replace(lora=replace(job.lora, r=8)), cards, offload)
     if job.lora is not None and job.lora.expert_targets:
-        only = replace(job.lora, expert_targets=(), target_modules=("attention", "mlp", "shared_experts"))
+        only = replace(job.lora, expert_targets=())
         yield Change("lora_experts: none", job.replace(lora=only), cards, offload)
     if job.row_tokens >= 2 * _SHORTEST and job.row_tokens % 2 == 0:
         half = job.replace(

@@ -5,6 +5,7 @@ A field that would be ignored is refused, unless its value asks for nothing. Ref
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -42,25 +43,40 @@ class VideoPart(_Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class SystemMessage(_Strict):
+class _Message(_Strict):
+    content: Any
+    name: str | None = None
+
+    def texts(self) -> Iterator[str]:
+        """All text in it."""
+        content = [self.content] if isinstance(self.content, str) else self.content or []
+        for part in content:
+            if isinstance(part, str):
+                yield part
+            elif part.type == "text":
+                yield part.text
+
+
+class SystemMessage(_Message):
     role: Literal["system", "developer"]
     content: str | list[TextPart]
-    name: str | None = None
 
 
-class UserMessage(_Strict):
+class UserMessage(_Message):
     role: Literal["user"]
     content: str | list[Part]
-    name: str | None = None
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(_Message):
     role: Literal["assistant", "bot"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
-    name: str | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def texts(self) -> Iterator[str]:
+        yield from super().texts()
+        yield self.reasoning_content or ""
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]

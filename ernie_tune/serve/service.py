@@ -115,11 +115,14 @@ class Service:
         self.engine, self.models, self.options = engine, models, options
         capacity = Capacity(options.max_num_seqs, options.cache_tokens, options.prefill_tokens)
         self.scheduler = Scheduler(engine, capacity)
+        tokenizer = engine.processor.tokenizer
+        self._longest_token_bytes = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.metrics = Metrics()
         self.started = int(time.time())
         self._keys = itertools.count(1)
         self._workers = ThreadPoolExecutor(options.preparing, "prepare")
-        # Decoded pictures are large: few requests hold theirs while they wait for the model.
+        # Pictures cut into patches are large: not many more requests than can run hold theirs.
+        self._outside = 0  # requests that wait for a place
         self._places = asyncio.Semaphore(options.max_num_seqs + options.preparing)
 
     def start(self) -> None:
@@ -149,6 +152,7 @@ class Service:
         params = self._params(request, request.limit, request.logprobs, request.top_logprobs)
 
         def prepare() -> list[Prepared]:
+            self._check_length([text for message in request.messages for text in message.texts()])
             messages = [self._message(i, message) for i, message in enumerate(request.messages)]
             asked = Request(messages, thinking=request.thinking, max_thought_tokens=request.reasoning_max_tokens)
             return [self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)]
@@ -167,6 +171,8 @@ class Service:
         params = self._params(request, request.limit, request.logprobs is not None, request.logprobs)
 
         def prepare() -> list[Prepared]:
+            for prompt in request.prompts:
+                self._check_length([prompt] if isinstance(prompt, str) else [])
             return [self._raw(i, prompt, params) for i, prompt in enumerate(request.prompts)]
 
         def reader(prepared: Prepared) -> AnswerReader:
@@ -182,7 +188,6 @@ class Service:
                 events = await ticket.queue.get()
                 if isinstance(events, EngineFailure):
                     raise _failure(events)
-                ticket.leave()
                 steps = []
                 for event in events:
                     choice = ticket.choices[first[event.prompt] + event.sample]
@@ -207,7 +212,10 @@ class Service:
         load = self.scheduler.load()
         return self.metrics.text(
             {
-                "ernie_tune_requests_waiting": ("Requests that wait for a place in a batch.", load.waiting),
+                "ernie_tune_requests_waiting": (
+                    "Requests that wait for a place in a batch.",
+                    load.waiting + self._outside,
+                ),
                 "ernie_tune_sequences_running": ("Answers that are being computed.", load.running),
                 "ernie_tune_steps_total": ("Steps of the model.", load.steps),
                 "ernie_tune_step_sequences_total": ("Answers advanced, summed over steps.", load.rows_stepped),
@@ -226,7 +234,11 @@ class Service:
         reader: Callable[[Prepared], AnswerReader],
     ) -> Ticket:
         loop = asyncio.get_running_loop()
-        await self._places.acquire()
+        self._outside += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._outside -= 1
         leave = _once(self._places.release)
         with contextlib.ExitStack() as undo:
             undo.callback(leave)
@@ -289,6 +301,14 @@ class Service:
                 raise ApiError(
                     400, f"number of {kind}s ({count}) must be at most {limit}; send fewer", param="messages"
                 )
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        """Refuse text that cannot fit however it is cut into tokens, before it is: cutting megabytes takes long. Raises RowTooLong."""
+        least = sum(len(text.encode("utf-8", "replace")) for text in texts) // self._longest_token_bytes
+        if least > self.max_model_len:
+            raise RowTooLong(
+                f"prompt (at least {least} tokens) must not exceed the context ({self.max_model_len} tokens); shorten it"
+            )
 
     def _message(self, index: int, message: Any) -> dict[str, Any]:
         """In the words of data/chat.py. Text goes into parts, where no tag in it means a medium."""

@@ -21,8 +21,10 @@ from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.objectives.loss import LossOut
-from ernie_tune.objectives.reward import reward_metrics, reward_pair_loss
+from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.preference import Pairs
+from ernie_tune.objectives.reward import reward_metrics, reward_pair_loss, reward_regression_loss
+from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
 from ernie_tune.train.preference import Margins, pairs_of
 
@@ -80,17 +82,50 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
 
 
 class RewardObjective:
-    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row share its weight (edge_weight "unit")."""
+    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row share its weight (edge_weight "unit").
 
-    def __init__(self, center: float = 0.01, margins: Margins | None = None, edge_weight: str = "unit") -> None:
+    rating_loss "regression": rated answers are not compared; their rewards are to be their scores on [0, 1], (s - q)^2, a row one unit, a mean of its own.
+    """
+
+    def __init__(
+        self,
+        center: float = 0.01,
+        margins: Margins | None = None,
+        edge_weight: str = "unit",
+        rating_loss: str = "pairs",
+    ) -> None:
         self.center, self.margins, self.edge_weight = center, margins or Margins(), edge_weight
+        self.rating_loss = rating_loss
+        self._counts: dict[str, float] = {}
+
+    def _learned(self, batch: UnitBatch) -> tuple[Pairs, Pairs, Labels]:
+        """(every comparison, those with a weight, rated answers)."""
+        pairs = pairs_of(batch, self.margins, self.edge_weight)
+        if self.rating_loss == "pairs":
+            return pairs, pairs, Labels.of([], [])
+        units = zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
+        rated = [(first + c, u.score_C[c], u.weight / u.num_candidates)
+                 for u, first in units if u.signal == "rating" for c in range(u.num_candidates)]  # fmt: skip
+        index = np.array([i for i, _, _ in rated], np.int64)
+        labels = Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
+        keep = ~np.isin(pairs.better_P, index)
+        compared = Pairs(*(v[keep] for v in (pairs.better_P, pairs.worse_P, pairs.weight_P, pairs.margin_P, pairs.p_P)))
+        return pairs, compared, labels
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
-        pairs = [pairs_of(batch, self.margins, self.edge_weight) for batch in window]
-        return {"pair": float(sum(p.weight_P.sum() for p in pairs))}
+        parts = [self._learned(batch)[1:] for batch in window]
+        return {
+            "pair": float(sum(pairs.weight_P.sum() for pairs, _ in parts)),
+            "rating": float(sum(labels.weight_M.sum() for _, labels in parts)),
+        }
 
     def begin(self, counts: Mapping[str, float]) -> float:
-        return counts["pair"]
+        if not any(counts.values()):
+            raise ValueError(
+                "rows of a window must compare at least two answers; add pairs, rankings or ratings of several answers, or set rating_loss: regression"
+            )
+        self._counts = dict(counts)
+        return 1.0  # each term has its own divisor
 
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
         """One reward for each candidate, [C]."""
@@ -98,9 +133,13 @@ class RewardObjective:
         return rewards
 
     def loss(self, reward_C: Tensor, batch: UnitBatch) -> LossOut:
-        pairs = pairs_of(batch, self.margins, self.edge_weight)
-        out = reward_pair_loss(reward_C, pairs, self.center)
-        return LossOut(out.total, out.count, reward_metrics(reward_C, pairs))
+        pairs, compared, labels = self._learned(batch)
+        terms = {"pair": reward_pair_loss(reward_C, compared, self.center)}
+        if self.rating_loss == "regression":
+            terms["rating"] = reward_regression_loss(reward_C, labels)
+        out = combine(terms, dict.fromkeys(terms, 1.0), self._counts)
+        named = out.metrics if len(terms) > 1 else {}
+        return LossOut(out.total, out.count, {**named, **reward_metrics(reward_C, pairs)})
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         """Nothing runs along."""

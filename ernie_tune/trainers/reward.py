@@ -56,7 +56,8 @@ class RewardTrainer(PreferenceTrainer):
 
     def objective(self, total_steps: int, steps_per_pass: float) -> RewardObjective:
         p, s = self.args.preference, self.args.signals
-        return RewardObjective(s.center_rewards_coefficient, Margins(p.offset_alpha, p.offset_type), s.edge_weight)
+        margins = Margins(p.offset_alpha, p.offset_type)
+        return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss)
 
     def _before_training(self, dry_run: bool) -> None:
         """Rewards compare with no reference."""

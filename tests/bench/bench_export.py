@@ -2,7 +2,7 @@
 
 A model of about that size (the 28B's widths; fewer layers, experts and words) is made in DIR. Then, by turns: the folder is copied (cp, then sync) and exported to every
 layout, with nothing but the writing timed (`write_layout`; the checks that follow read everything once more). Prints GB/s, the ratio to the copy, and
-the largest growth of anonymous memory over its start, in units of the largest tensor. Then the packing speed: bfloat16 in, packed int8 and int4 out,
+the CPU time (on a busy machine seconds say little), and the largest growth of anonymous memory over its start, in units of the largest tensor. Then the packing speed: bfloat16 in, packed int8 and int4 out,
 numpy on one core. One JSON line at the end.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ from ernie_tune.export.source import Source
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.presets import preset
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -88,9 +89,16 @@ def peak_memory():  # type: ignore[no-untyped-def]
 
 
 def timed(work: Callable[[], Any]) -> float:
+    """Seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it waited for."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
 
 
 def copy(source: Path, target: Path) -> None:
@@ -111,20 +119,24 @@ def bench_layouts(base: Path, place: Path) -> dict[str, Any]:
         target, Written(Chosen(source, scheme("wint4"), "rtn", 1)), "paddle"
     )
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    memory = dict.fromkeys(works, 0)
+    memory, busy = dict.fromkeys(works, 0), dict.fromkeys(works, 0.0)
     for _ in range(ROUNDS):
         for name, work in works.items():
+            before = cpu_seconds()
             with peak_memory() as grown:
                 seconds[name].append(timed(lambda w=work: w(place / "out")))  # type: ignore[misc]
             memory[name] = max(memory[name], grown[0])
+            busy[name] += (cpu_seconds() - before) / ROUNDS
             shutil.rmtree(place / "out")
     plain = statistics.median(seconds["copy"])
     for name, values in seconds.items():
         middle = statistics.median(values)
         ratio = statistics.median(c / v for c, v in zip(seconds["copy"], values, strict=True))
         out[name] = {"gb_per_s": size / middle / 1e9, "of_copy": ratio, "memory_in_tensors": memory[name] / largest}
+        out[name]["gb_per_cpu_s"] = size / busy[name] / 1e9
         print(
-            f"{name:<18}{size / middle / 1e9:8.2f} GB/s {ratio:8.2f} of the copy{memory[name] / largest:8.2f} tensors of memory",
+            f"{name:<18}{size / middle / 1e9:7.2f} GB/s {ratio:6.2f} of the copy {size / busy[name] / 1e9:7.2f} GB a CPU second"
+            f"{memory[name] / largest:7.2f} tensors of memory",
             flush=True,
         )
     out["copy_seconds"] = plain

@@ -119,6 +119,27 @@ def test_a_whole_folder(base: Path, tmp_path: Path, layout: str) -> None:
         np.testing.assert_array_equal(state[name].numpy(), wanted)
 
 
+@pytest.mark.usefixtures("one_process")
+def test_transformers_gets_a_placeholder_for_videos(base: Path, tmp_path: Path) -> None:
+    """Where the vocabulary has none, a note says what does not work there."""
+    ids = json.loads((base / "added_tokens.json").read_text())
+    report = files_only(base, tmp_path / "out", layout="hf")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert report["notes"] == []
+    assert config["image_token_id"] == ids["<|IMAGE_PLACEHOLDER|>"]
+    assert (
+        config["video_token_id"]
+        == ids["<|VIDEO_PLACEHOLDER|>"]
+        == run.Processor.from_pretrained(tmp_path / "out").tokens.video
+    )
+    own = shutil.copytree(base, tmp_path / "own")
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        text = (own / name).read_text().replace("<|VIDEO_PLACEHOLDER|>", "<|UNUSED|>")
+        (own / name).write_text(text)
+    report = files_only(own, tmp_path / "out", layout="hf")
+    assert "one placeholder for images and videos" in report["notes"][0]
+
+
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("dialect", ["paddlenlp", "peft"])
 def test_merging_equals_the_adapter(
@@ -166,6 +187,13 @@ def test_replaces_an_earlier_export_and_nothing_else(base: Path, tmp_path: Path)
         files_only(base, tmp_path / "mine")
     with pytest.raises(ValueError, match="must not be one of the folders that are read"):
         files_only(base, base)
+    shutil.copytree(base, tmp_path / "late.exporting")  # an export that was killed
+    files_only(base, tmp_path / "late")
+    assert not (tmp_path / "late.exporting").exists()
+    shutil.copytree(tmp_path / "mine", tmp_path / "other.exporting")
+    with pytest.raises(ValueError, match=r"other\.exporting must be free for the unfinished export"):
+        files_only(base, tmp_path / "other")
+    assert (tmp_path / "other.exporting" / "thesis.txt").is_file()
 
 
 # --- defects of a folder ------------------------------------------------------------------------------------------------
@@ -315,7 +343,7 @@ def test_refuses_inputs(base: Path, tmp_path: Path) -> None:
     rewrite(broken, poison)
     with pytest.raises(ValueError, match=r"norm\.weight in .* must be finite"):
         files_only(broken, out)
-    assert not out.exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

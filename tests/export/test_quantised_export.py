@@ -57,6 +57,7 @@ def test_wint4(base: Path, rows: str, tmp_path: Path, method: str, tp: int, awq:
         "text experts",
         "vision experts",
     }
+    assert len(errors["layers"]) == 4 * 2 + 3 + 3 + 4  # attention of two layers, a dense one, shared and routed experts
     for kind in ("text experts", "vision experts"):
         ratio = errors["ours"][kind] / errors["rtn"][kind]
         assert ratio == 1 if method == "rtn" else ratio < 0.6

@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from paddle import Tensor
 from preference_cases import PAIRS, REWARDS, assert_gradient, assert_same, mean, tensor
 
 from ernie_tune.objectives.listwise import Units, tier_edges
-from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import Pairs
 from ernie_tune.objectives.reward import (
     reward_metrics,
-    reward_ordinal_loss,
     reward_pair_loss,
     reward_regression_loss,
 )
@@ -59,31 +56,10 @@ def test_ratings_by_regression() -> None:
     assert reward_regression_loss(tensor(S), Labels.of([], [])).count == 0
 
 
-def test_ratings_by_levels() -> None:
-    thresholds = np.array([-1.0, 0.2, 0.5, 2.0])
-    level = np.array([4, 0, 2, 3, 1, 0])
-
-    def loss(s: Tensor, t: Tensor | None = None) -> LossOut:
-        return reward_ordinal_loss(s, np.arange(6), level, tensor(thresholds) if t is None else t)
-
-    cdf = 1 / (1 + np.exp(-(thresholds[None] - S[:, None])))
-    steps = np.diff(np.concatenate([np.zeros((6, 1)), cdf, np.ones((6, 1))], axis=1), axis=1)
-    assert mean(loss(tensor(S))) == pytest.approx(-np.log(steps[np.arange(6), level]).mean(), abs=1e-12)
-    assert_gradient(loss, S)
-    assert_gradient(lambda t: loss(tensor(S), t), thresholds)
-    total = sum(np.exp(-mean(reward_ordinal_loss(tensor([0.4]), [0], [k], tensor(thresholds)))) for k in range(5))
-    assert total == pytest.approx(1)
-    assert np.isfinite(
-        mean(reward_ordinal_loss(tensor([-1e3, 1e3]), np.arange(2), np.array([4, 0]), tensor(thresholds)))
-    )
-
-
 def test_nothing_here() -> None:
     s = tensor(S, grad=True)
-    none = np.zeros(0, np.int64)
     for out in (
         reward_pair_loss(s, Pairs.of([], [])),
-        reward_ordinal_loss(s, none, none, tensor([0.0])),
         reward_regression_loss(s, Labels.of([], [])),
     ):
         assert (float(out.total), out.count) == (0, 0)
@@ -94,11 +70,6 @@ def test_nothing_here() -> None:
     ("act", "words"),
     [
         (lambda: reward_pair_loss(tensor(S), PAIRS, -1), r"center_rewards_coefficient \(-1\) must not be negative"),
-        (
-            lambda: reward_ordinal_loss(tensor(S), [0], [3], tensor([0.0, 1])),
-            r"level_M \(3 to 3\) must lie between 0 .* \(2\)",
-        ),
-        (lambda: reward_ordinal_loss(tensor(S), [0], [1], tensor([1.0, 0])), r"threshold_S \(1, 0\) must rise"),
     ],
 )
 def test_what_is_refused(act: Callable[[], object], words: str) -> None:

@@ -35,7 +35,7 @@ from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker
 
-STEPS, MAX_NORM = 5, 0.5
+MAX_NORM = 0.5
 TOLERANCE = 1e-5
 
 
@@ -52,6 +52,7 @@ class Job:
     balance: float = 0.0
     optimizer: str = "adamw"
     micro_batches: int = 4
+    steps: int = 5
 
     @property
     def key(self) -> str:
@@ -107,7 +108,7 @@ def draw(name: str, shape: Any, scale: float) -> np.ndarray:
     return rng.standard_normal(list(shape), np.float32) * np.float32(scale)
 
 
-def windows_of(job: Job, steps: int = STEPS) -> list[list[MicroBatch]]:
+def windows_of(job: Job, steps: int = 0) -> list[list[MicroBatch]]:
     """The same for every layout: `steps` windows of packs, each of two rows."""
     config = config_of(job.model)
     tokens, patch_dim = config.tokens, 0 if config.vision is None else config.vision.patch_dim
@@ -131,7 +132,7 @@ def windows_of(job: Job, steps: int = STEPS) -> list[list[MicroBatch]]:
             collate([row(int(rng.integers(5, 14)), i in job.images), row(int(rng.integers(4, 9)), False)], tokens)
             for i in range(job.micro_batches)
         ]
-        for _ in range(steps)
+        for _ in range(steps or job.steps)
     ]
 
 
@@ -177,10 +178,15 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
         max_grad_norm=MAX_NORM,
         router=RouterLossWeights(job.balance) if job.balance else None,
         bias_update=job.bias_update,
-        recompute=_recompute() if job.recompute else None,
+        recompute=_recompute(job.train != "full" and not job.train.startswith("frozen")) if job.recompute else None,
     )
     loop = Loop(
-        model, SFTObjective(), optimizer, Schedule(0.05 if job.optimizer == "sgd" else 2e-3, STEPS, 1), settings, engine
+        model,
+        SFTObjective(),
+        optimizer,
+        Schedule(0.05 if job.optimizer == "sgd" else 2e-3, job.steps, 1),
+        settings,
+        engine,
     )
     rank, size = (0, 1) if mesh is None else mesh.batch
     records = list(loop.steps([window[rank::size] for window in windows_of(job)]))
@@ -210,15 +216,16 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
         "parameters": parameters,
         "scores": scores,
         "answers": answers,
+        "released": sum(not p._is_initialized() for p in model.parameters()),
         "placements": {name: placement_of(p) for name, p in model.named_parameters()},
         "owner_of": {name: engine.owner_of.get(p.name) for name, p in named} if mesh is not None else {},
     }
 
 
-def _recompute() -> Any:
+def _recompute(plain: bool = False) -> Any:
     from paddle.distributed.fleet.utils import recompute
 
-    return opened(recompute)
+    return recompute if plain else opened(recompute)
 
 
 def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -227,6 +234,8 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
     for kind in ("losses", "norms", "nll", "tokens"):
         a, b = (np.array(x[kind], np.float64) for x in (want, got))
         worst[kind] = (float((np.abs(a - b) / np.maximum(1.0, np.abs(a))).max()), f"{a[-1]:.9g} {b[-1]:.9g}")
+    if mesh.degrees.sharding_stage == 3:  # between uses some parameters of the blocks are elsewhere
+        worst["released"] = (0.0 if got["released"] > 10 else float("inf"), f"{got['released']} parameters")
     worst["scores"] = (float(np.abs(want["scores"] - got["scores"]).max()), "evaluation")
     worst["answers"] = (float(want["answers"] != got["answers"]), str(got["answers"]))
     for kind in ("gradients", "parameters"):

@@ -23,6 +23,19 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _dense_only(parameter: Any, mesh: Any, owner: Any) -> bool:
+    return bool(mesh.rank_in("tensor") == 0 and mesh.rank_in("batch") == 0)
+
+
+def _last_alone(self: MeshOptimizer) -> None:
+    for name in self.folded:
+        self.folded[name] = self.folded[name] * 0.5
+    right_unfold(self)
+
+
+right_unfold = MeshOptimizer.unfold_
+
+
 def _zeros(self: Any, trainable: Any) -> None:
     for value in trainable.values():
         if value.grad is None:
@@ -110,10 +123,30 @@ MUTANTS: dict[str, Mutant] = {
     "the optimizer does not see a parameter": Mutant(
         lambda: mock.patch.object(MeshOptimizer, "step", _nothing), _TP, told="did not change in the first step"
     ),
+    "a recomputed block over a frozen embedding is cut off": Mutant(  # trap p
+        lambda: mock.patch.multiple("ernie_tune.peft.model", opened=lambda recompute: recompute),
+        _TP,
+        {**_LORA, "recompute": True},
+    ),
+    "experts are counted on every rank that has tokens for them": Mutant(  # trap h
+        lambda: mock.patch.object(gradients, "counted_here", _dense_only), _EP
+    ),
+    "owners of gradients do not add up a window": Mutant(
+        lambda: mock.patch.object(MeshOptimizer, "unfold_", _last_alone), {**_SH, "sharding_stage": 2}
+    ),
     "experts of all ranks take part in one sharding group": Mutant(
         lambda: mock.patch.object(sharding, "is_fleet_expert", return_value=False),
         {**_SH, "expert": 2},
-        told="",
+    ),
+}
+
+# Mistakes that end in ranks waiting for each other, or taking one message for another.
+FATAL: dict[str, Mutant] = {
+    "a rank whose rows need no gradient skips the exchange": Mutant(  # trap u
+        lambda: mock.patch.object(parallelize, "_open", _nothing), _EP, {"train": "frozen:aligner", "images": (0,)}
+    ),
+    "the branches of a routing layer have no order": Mutant(
+        lambda: mock.patch.object(expert._After, "apply", lambda x, other: x), _TE, {"train": "lora"}
     ),
 }
 
@@ -123,5 +156,5 @@ def applied(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    with MUTANTS[name].patch():
+    with {**MUTANTS, **FATAL}[name].patch():
         yield

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
+from PIL import Image
+from tiny_runs import IMAGES
 
-from ernie_tune.serve.engine import Engine
+from ernie_tune.serve.engine import Engine, Request
 from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.server import Server, server
 from ernie_tune.serve.service import Service
+
+DIGIT, OTHER = IMAGES / "0003.png", IMAGES / "0008.png"
 
 
 class Live:
@@ -74,3 +79,44 @@ def until(true: Callable[[], object], seconds: float = 10) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def clip(folder: Path) -> Path:
+    """Four frames of noise."""
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)) for _ in range(4)]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
+    return folder / "clip.gif"
+
+
+CASES = ("text", "dialogue", "image", "two_images", "video")
+
+
+def cases(video: Path) -> dict[str, tuple[list[dict[str, Any]], Request]]:
+    """name -> (messages as a client writes them, the same as chat asks the engine)."""
+
+    def ours(text: str, **media: Any) -> Request:
+        return Request([{"role": "user", "content": text}], **media)
+
+    def theirs(*content: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": list(content)}]
+
+    dialogue = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    return {
+        "text": ([{"role": "user", "content": "why 九"}], ours("why 九")),
+        "dialogue": (dialogue, Request(dialogue)),
+        "image": (theirs(image_part(DIGIT), text_part("read")), ours("<image>read", images=[str(DIGIT)])),
+        "two_images": (
+            theirs(text_part("a"), image_part(DIGIT), image_part(OTHER), text_part("same?")),
+            ours("a<image><image>same?", images=[str(DIGIT), str(OTHER)]),
+        ),
+        "video": (theirs(video_part(video), text_part("what?")), ours("<video>what?", videos=[str(video)])),
+    }
+
+
+CASES = ("text", "dialogue", "image", "two_images", "video")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,26 +12,20 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from live import Live, image_part, live, text_part, video_part
-from PIL import Image
-from tiny_runs import IMAGES
+from live import CASES, DIGIT, Live, cases, clip, image_part, live, text_part, video_part
 
+from ernie_tune.cli.chat import talk
 from ernie_tune.data.processor import Processor
 from ernie_tune.models.generation import Prompt, stream_prompts
 from ernie_tune.models.inputs import Row
 from ernie_tune.serve.engine import Answer, Engine, Request
 
 PROCESSOR = Processor.bundled("tiny").with_videos(max_frames=4, max_pixels=28 * 28 * 16)
-DIGIT, OTHER = IMAGES / "0003.png", IMAGES / "0008.png"
 
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("media") / "clip.gif"
-    rng = np.random.default_rng(0)
-    frames = [Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)) for _ in range(4)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
-    return path
+    return clip(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +39,6 @@ def engine() -> Engine:
 def running(engine: Engine) -> Iterator[Live]:
     with live(engine, {"ernie": None}) as one:
         yield one
-
-
-def cases(video: Path) -> dict[str, tuple[list[dict[str, Any]], Request]]:
-    """name -> (messages as a client writes them, the same as chat asks the engine)."""
-
-    def ours(text: str, **media: Any) -> Request:
-        return Request([{"role": "user", "content": text}], **media)
-
-    def theirs(*content: Any) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": list(content)}]
-
-    dialogue = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three"},
-    ]
-    return {
-        "text": ([{"role": "user", "content": "why 九"}], ours("why 九")),
-        "dialogue": (dialogue, Request(dialogue)),
-        "image": (theirs(image_part(DIGIT), text_part("read")), ours("<image>read", images=[str(DIGIT)])),
-        "two_images": (
-            theirs(text_part("a"), image_part(DIGIT), image_part(OTHER), text_part("same?")),
-            ours("a<image><image>same?", images=[str(DIGIT), str(OTHER)]),
-        ),
-        "video": (theirs(video_part(video), text_part("what?")), ours("<video>what?", videos=[str(video)])),
-    }
-
-
-CASES = ("text", "dialogue", "image", "two_images", "video")
 
 
 def ask(running: Live, messages: list[dict[str, Any]], thinking: bool | None, **more: Any) -> Any:
@@ -249,3 +214,18 @@ def test_concurrent_requests_are_batched_and_each_gets_its_own(running: Live, en
     load = running.service.scheduler.load()
     assert (load.rows_stepped - before.rows_stepped) / (load.steps - before.steps) > 2
     assert (load.waiting, load.running) == (0, 0)
+
+
+def test_the_terminal_says_the_same(running: Live, engine: Engine) -> None:
+    """`ernie-tune chat` with a picture and a second question, against a client that sends the whole dialogue."""
+    out = io.StringIO()
+
+    def write(text: str, end: str = "\n", flush: bool = False) -> None:
+        out.write(text + end)
+
+    assert talk(engine, [f"/image {DIGIT}", "read", "and now?"], write, {"max_new_tokens": 8}) == 0
+    first = [{"role": "user", "content": [image_part(DIGIT), text_part("read")]}]
+    answer = ask(running, first, None).choices[0].message.content
+    second = [*first, {"role": "assistant", "content": answer.strip()}, {"role": "user", "content": "and now?"}]
+    again = ask(running, second, None).choices[0].message.content
+    assert out.getvalue() == f"image 1: {DIGIT}\n{answer}\n{again}\n"

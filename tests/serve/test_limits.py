@@ -130,6 +130,27 @@ def test_the_default_limit_and_the_room_that_is_left(tight: Live) -> None:
     refused(post(tight, {"prompt": [9] * 64}, "/v1/completions"), 400, "must not exceed the context (64)")
 
 
+def test_a_text_that_can_never_fit_is_not_cut_into_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it hides: in an old thought, in parts, in a raw prompt."""
+    long = "why " * 30_000
+    old = [*WHY, {"role": "assistant", "content": "x", "reasoning_content": long}, *WHY]
+    hidden: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [text_part(long), text_part("x")]}]}),
+        ("chat/completions", {"messages": old}),
+        ("completions", {"prompt": ["x", long]}),
+    ]
+    with live(engine, max_model_len=64) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.processor.tokenizer), "encode", broken(AssertionError("was cut")))
+            for path, body in hidden:
+                assert (
+                    refused(post(one, body, f"/v1/{path}"), 400, "prompt (at least")["code"]
+                    == "context_length_exceeded"
+                )
+        assert long_request(one, 1).status_code == 200
+
+
 def test_bodies_are_counted_with_and_without_their_length(tight: Live) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
     refused(post(tight, big), 413, "at most 20000 bytes")
@@ -306,6 +327,30 @@ def test_a_failing_model_is_not_a_bad_request(engine: Engine, monkeypatch: pytes
             refused(long_request(one), 503, "no longer running")
         refused(long_request(one, 1), 503, "no longer running")
         assert httpx.get(one.root + "/health").status_code == 503
+
+
+def test_an_error_in_the_servers_own_code_has_the_same_shape(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with live(engine) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(Service, "find", broken(KeyError("secret detail")))
+            error = refused(long_request(one, 1), 500, "its log says how")
+        assert "secret" not in str(error)
+        assert long_request(one, 1).status_code == 200
+
+
+def test_requests_beyond_what_can_run_wait_undecoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only max_num_seqs and a few more are encoded; the others wait before that, and all are answered."""
+    slowly(monkeypatch, 0.02)
+    most = [0]
+    with live(engine, max_num_seqs=1, preparing=2) as one, ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(long_request, one, 5) for _ in range(8)]
+        while not all(job.done() for job in jobs):
+            load = one.service.scheduler.load()
+            most[0] = max(most[0], load.waiting + load.running)
+            time.sleep(0.005)
+        assert [job.result().status_code for job in jobs] == [200] * 8
+        assert most[0] == 3
+        assert "ernie_tune_requests_waiting 0" in httpx.get(one.root + "/metrics").text
 
 
 def broken(error: Exception) -> Callable[..., Any]:

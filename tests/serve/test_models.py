@@ -16,7 +16,7 @@ import numpy as np
 import openai
 import paddle
 import pytest
-from live import image_part, live, text_part
+from live import CASES, Live, cases, clip, image_part, live, text_part
 from tiny_runs import IMAGES, processor, train
 
 from ernie_tune.checkpoint.auto import AutoModel
@@ -81,6 +81,23 @@ def tokens(client: openai.OpenAI, model: str, text: str) -> list[int]:
     return found
 
 
+def texts(one: Live, model: str, asked: list[Any], thinking: bool) -> tuple[str, str]:
+    """(answer, thought), which a stream must agree with."""
+    fields: dict[str, Any] = {
+        "model": model,
+        "messages": asked,
+        "max_tokens": 6,
+        "temperature": 0,
+        "extra_body": {"chat_template_kwargs": {"enable_thinking": thinking}},
+    }
+    whole = one.client().chat.completions.create(**fields).choices[0].message
+    deltas = [c.choices[0].delta for c in one.client().chat.completions.create(stream=True, **fields)]
+    out = whole.content, whole.reasoning_content or ""
+    assert "".join(d.content or "" for d in deltas) == out[0]
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == out[1]
+    return out
+
+
 def alone(engine: Engine) -> list[list[int]]:
     answers = [engine.answer([request(text)], engine.params(max_new_tokens=12))[0][0] for text in WORDS]
     return [list(answer.token_ids) for answer in answers]
@@ -128,8 +145,17 @@ def test_exported_folders_are_served(quantization: str, folders: dict[str, Path]
     assert main([*words, "--quantization", quantization, "--emit", "packed", "--verify", "files"]) == 0
     want = alone(open_engine(out))
     service = open_service(out, {})
+    video = clip(tmp_path)
+    service.engine.processor = service.engine.processor.with_videos(max_frames=4, max_pixels=28 * 28 * 16)
     with live(service.engine, service.models) as one:
         assert [tokens(one.client(), quantization, text) for text in WORDS] == want
+        for thinking in (True, False):
+            for case in CASES:
+                asked, request_ = cases(video)[case]
+                again = Request(request_.messages, request_.images, request_.videos, thinking)
+                chat = list(service.engine.stream(again, service.engine.params(max_new_tokens=6)))
+                said = "".join(d.content for d in chat), "".join(d.reasoning_content for d in chat)
+                assert texts(one, quantization, asked, thinking) == said
     dense = Engine(unrolled(service.engine.model, folders["base"]), processor())
     assert alone(dense) == want
 
@@ -214,7 +240,7 @@ def options(*words: str) -> dict[str, Any]:
 def test_options_of_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERNIE_TUNE_API_KEY", "from,env")
     words = ("--max_body_mb", "2", "--request-timeout", "9", "--max_num_seqs=3", "--allow_local_media", str(tmp_path))
-    made = serve_options(options(*words, "--allow_media_hosts", "a.local,b.local", "--allow_private_media=true"))
+    made = serve_options(options(*words, "--allow_media_hosts", "A.local,b.local", "--allow_private_media=true"))
     assert (made.max_body_bytes, made.request_timeout_seconds, made.max_num_seqs) == (2 * 2**20, 9, 3)
     assert made.api_keys == ("from", "env")
     assert made.media.local_folder == tmp_path

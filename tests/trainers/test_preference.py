@@ -21,7 +21,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.train.reference import frozen_logp
-from ernie_tune.trainers.preference import WATCH_FILE, DPOTrainer, KTOTrainer, PreferenceTrainer
+from ernie_tune.trainers.preference import WATCH_FILE, DPOTrainer, KTOTrainer, PreferenceTrainer, ancestry
 from ernie_tune.trainers.upo import UPOTrainer
 
 LN2 = math.log(2)
@@ -252,7 +252,12 @@ def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
         )
     ]
     + [{"loss_type": loss} for loss in ("sppo_hard", "apo_zero", "apo_down", "bco_pair")]
-    + [{"loss_type": "exo_pair", "label_smoothing": 0.01}, {"ld_alpha": 0.5}, {"f_divergence_type": "js_divergence"}]
+    + [
+        {"loss_type": "exo_pair", "label_smoothing": 0.01},
+        {"ld_alpha": 0.5},
+        {"f_divergence_type": "js_divergence"},
+        {"use_weighting": True},
+    ]
     + [{"f_divergence_type": "alpha_divergence"}, {"use_weighting": True}]
     + [{"loss_type": "sigmoid,bco_pair", "loss_weights": (0.8, 0.2), "sft_loss_ratio": 0.1}, {"packing": True}],
     ids=str,
@@ -307,6 +312,26 @@ def test_kto_says_how_to_balance_its_labels(tmp_path: Path, capsys: pytest.Captu
     assert "set desirable_weight between 0.333 and 0.444" in capsys.readouterr().out
     run(tmp_path, KTOTrainer, output_dir=str(tmp_path / "balanced"), desirable_weight=0.4, **more)
     assert "set desirable_weight" not in capsys.readouterr().out
+
+
+def test_rows_from_which_no_term_learns_are_dropped(tmp_path: Path) -> None:
+    write_rows(tmp_path / "judged_train.jsonl", mixture(8))
+    weights = ("nll=0", "bin=0", "rate=0")
+    made = UPOTrainer(args=judged_settings(tmp_path, stage="UPO", allow_base=True, term_weights=weights, max_steps=2))
+    assert made.learned() == ("pair", "ranking")
+    made.train()
+    assert {"nothing learns from a rating", "nothing learns from a label"} == set(made.stream.dropped.count)
+
+
+def test_ancestry(tmp_path: Path, sft: Path, sft_adapter: Path) -> None:
+    def of(**changes: Any) -> bool | None:
+        return ancestry(judged_settings(tmp_path, **changes))[0]
+
+    assert of(model_name_or_path=str(sft)) is True
+    assert of(lora_path=str(sft_adapter), fine_tuning="LoRA") is True
+    assert of(model_name_or_path="tiny-a") is False
+    assert of(model_name_or_path="baidu/ERNIE-4.5-VL-28B-A3B-Base-Paddle") is False
+    assert of(model_name_or_path=str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("preset", ["upo_hetero", "mpo"])

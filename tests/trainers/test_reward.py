@@ -128,7 +128,8 @@ def test_the_whole_ranking_is_one_unit_and_margins_count(tmp_path: Path) -> None
     tensor = paddle.to_tensor(reward_C)
 
     def mean_loss(objective: RewardObjective) -> float:
-        return float(objective.loss(tensor, batch).total) / objective.begin(objective.counts([batch]))
+        divisor = objective.begin(objective.counts([batch]))
+        return float(objective.loss(tensor, batch).total) / divisor
 
     def expected(margin: float, center: float) -> float:
         rows, first = [], 0
@@ -146,6 +147,53 @@ def test_the_whole_ranking_is_one_unit_and_margins_count(tmp_path: Path) -> None
     assert math.isclose(mean_loss(RewardObjective(0.01, Margins(2.0))), expected(2.0, 0.01), rel_tol=1e-5)
     by_edge = mean_loss(RewardObjective(0.0, edge_weight="edge"))
     assert not math.isclose(by_edge, expected(0.0, 0.0), rel_tol=1e-4), "then a ranking of four counts five times"
+
+
+def test_ratings_may_be_values_to_predict(tmp_path: Path) -> None:
+    """Pairs and rankings by comparison, ratings by (s - q)^2, each with its own mean; a window may hold answers rated alone."""
+    model = AutoModel.from_config("tiny-a")
+    attach_head(model)
+    alone = {**base(3), "signal": {"type": "rating", "responses": [{"text": "3", "score": 4}], "scale": [1, 5]}}
+    batch = collate_units(units(tmp_path, [rating(1), pair(2), alone]), processor())
+    (reward_C,) = rewards_of(model, [batch])
+    objective = RewardObjective(0.01, rating_loss="regression")
+    assert objective.counts([batch]) == {"pair": 1.0, "rating": 2.0}
+    assert objective.begin(objective.counts([batch])) == 1.0
+    out = objective.loss(paddle.to_tensor(reward_C), batch)
+    rated, s_w, s_l, single = reward_C[:3], reward_C[3], reward_C[4], reward_C[5]
+    expected = math.log1p(math.exp(-(s_w - s_l))) + 0.01 * (s_w + s_l) ** 2
+    expected += (((rated - [1, 0.5, 0]) ** 2).mean() + (single - 0.75) ** 2) / 2
+    assert math.isclose(float(out.total), expected, rel_tol=1e-5)
+    assert out.metrics["accuracy"][1] == 4, "every comparison is still measured"
+    only = collate_units(units(tmp_path, [alone]), processor())
+    assert objective.begin(objective.counts([only])) == 1.0
+    assert math.isclose(
+        float(objective.loss(paddle.to_tensor(reward_C[5:]), only).total), (single - 0.75) ** 2, rel_tol=1e-5
+    )
+    by_pairs = RewardObjective()
+    with pytest.raises(ValueError, match="rows of a window must compare at least two answers"):
+        by_pairs.begin(by_pairs.counts([only]))
+
+
+def test_a_run_on_values(tmp_path: Path) -> None:
+    signals = [
+        {"type": "rating", "responses": [{"text": "yes", "score": 5}, {"text": "no", "score": 1}], "scale": [1, 5]},
+        {"type": "rating", "responses": [{"text": "yes", "score": 5}], "scale": [1, 5]},
+    ]
+    rows = [{**base(0, picture=False), "signal": signals[i % 2]} for i in range(4)]
+    write_rows(tmp_path / "judged_train.jsonl", rows)
+    trainer = RewardTrainer(
+        args=settings(
+            tmp_path, rating_loss="regression", max_steps=2, per_device_train_batch_size=4, learning_rate=1e-4
+        )
+    )
+    two, one = (trainer.score(records(tmp_path, [row]))[0] for row in rows[:2])
+    assert two is not None
+    assert one is not None
+    trainer.train()
+    log = [r for r in history(trainer.output_dir) if "loss" in r]
+    assert log[0]["loss"] == pytest.approx((((two[0] - 1) ** 2 + two[1] ** 2) / 2 + (one[0] - 1) ** 2) / 2, abs=1e-4)
+    assert log[1]["loss"] < log[0]["loss"]
 
 
 def test_measures_against_closed_forms(tmp_path: Path) -> None:
