@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
@@ -24,10 +25,13 @@ from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
 from ernie_tune.models.ernie import ErnieModel, in_stages
-from ernie_tune.models.init import init_parameters
+from ernie_tune.models.init import init_parameters, initial_value
 from ernie_tune.models.presets import preset
+from ernie_tune.models.specs import parameter_specs
 
 Array = np.ndarray[Any, Any]
+# Lays an empty model out and says how a parameter's whole value is to be cut, so that a process never holds more than its own part.
+Lay = Callable[[ErnieModel], Callable[[Tensor, Array], Array]]
 _CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 _COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -51,12 +55,14 @@ class AutoModel(ErnieModel):
         dtype: str | None = None,
         download_hub: str | None = None,
         stages: Collection[str] | None = None,
+        lay: Lay | None = None,
     ) -> AutoModel:
         """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
 
         `dtype`: "float32" or "bfloat16", for everything but the routers and their biases, which stay float32; by default float32 on the CPU
         and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
-        drops them: adapters and freezing can be set as on the whole model. Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
+        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and cuts values for it.
+        Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
         head that differs from the embedding.
         """
         folder = resolve(name_or_path, download_hub)
@@ -72,8 +78,8 @@ class AutoModel(ErnieModel):
             file=sys.stderr,
             flush=True,
         )
-        model = cls._skeleton(config, dtype, stages)
-        fill(model, table, reader, stages)
+        model = cls._skeleton(config, dtype, empty=stages is not None or lay is not None)
+        fill(model, table, reader, stages, lay(model) if lay else None)
         model.name_or_path = str(folder)
         return model
 
@@ -84,19 +90,27 @@ class AutoModel(ErnieModel):
         seed: int = 0,
         dtype: str | None = None,
         stages: Collection[str] | None = None,
+        lay: Lay | None = None,
     ) -> AutoModel:
         """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights. `stages`: as in
         `from_pretrained`."""
         shape = preset(config) if isinstance(config, str) else config
-        model = cls._skeleton(shape, _compute_dtype(dtype), stages)
-        init_parameters(model, seed, stages)
+        model = cls._skeleton(shape, _compute_dtype(dtype), empty=stages is not None or lay is not None)
+        if lay is None:
+            init_parameters(model, seed, stages)
+        else:
+            cut, names = lay(model), parameter_specs(shape)
+            for name, value in model.named_parameters():
+                if name in names:
+                    fresh = np.ascontiguousarray(cut(value, initial_value(shape, name, seed)))
+                    value.set_value(paddle.to_tensor(fresh).astype(value.dtype))
         model.name_or_path = config if isinstance(config, str) else ""
         return model
 
     @classmethod
-    def _skeleton(cls, config: ModelConfig, dtype: str, stages: Collection[str] | None) -> AutoModel:
-        """The model before its weights: zeros, or nothing at all where only some stages will be filled."""
-        with nullcontext() if stages is None else paddle.LazyGuard():
+    def _skeleton(cls, config: ModelConfig, dtype: str, empty: bool) -> AutoModel:
+        """The model before its weights: zeros, or nothing at all where only a part of them will be read."""
+        with paddle.LazyGuard() if empty else nullcontext():
             return cls(config, dtype)
 
     def save_pretrained(
@@ -140,15 +154,24 @@ class AutoModel(ErnieModel):
         )
 
 
-def fill(model: ErnieModel, table: Layout, reader: TensorReader, stages: Collection[str] | None = None) -> None:
-    """Set every parameter of `model`, or of these stages, from the disk. ValueError naming the tensors that hold a NaN or an infinity."""
+def fill(
+    model: ErnieModel,
+    table: Layout,
+    reader: TensorReader,
+    stages: Collection[str] | None = None,
+    cut: Callable[[Tensor, Array], Array] | None = None,
+) -> None:
+    """Set every parameter of `model`, or of these stages, from the disk; with `cut` what it leaves of those that are there. ValueError naming the tensors that hold a NaN or an infinity."""
     source = _FiniteReader(reader)
     parameters = model.state_dict()
     for name, spec in table.canonical.items():
         if stages is not None and not in_stages(model.config, stages, name):
             continue
+        if cut is not None and name not in parameters:
+            continue
         source.code = "F32" if spec.float32 else FLOAT_CODES[model.compute_dtype]
-        parameters[name].set_value(table.to_canonical(name, source.read))
+        value = table.to_canonical(name, source.read)
+        parameters[name].set_value(value if cut is None else np.ascontiguousarray(cut(parameters[name], value)))
     bad = list(source.not_finite)
     if bad:
         shown = ", ".join(bad[:10])

@@ -71,6 +71,8 @@ def equalise(model: nn.Layer, mesh: Mesh) -> None:
     """Give every replica the values of the first of its ranks: fresh adapters, quantisation and files may differ by a bit between machines."""
     with paddle.no_grad():
         for value in model.parameters():
+            if not value._is_initialized():  # read later, by all from the same file
+                continue
             for axis in owners(value):
                 group = mesh.group(axis)
                 if group.size > 1:

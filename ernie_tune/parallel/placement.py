@@ -72,7 +72,13 @@ def split_(parameter: Tensor, axis: int, group: Group, *, partial: bool = False,
             f"dimension {axis} ({parameter.shape[axis]}) of a parameter {parameter.shape} must be divisible by the {group.name} ranks "
             f"({group.size}); lower the degree"
         )
-    shrink_(parameter, part(parameter.detach(), axis, group))
+    if parameter._is_initialized():
+        values = part(parameter.detach(), axis, group)
+    else:  # a model whose values are still to be read
+        shape = list(parameter.shape)
+        shape[axis] //= group.size
+        values = paddle.zeros(shape, parameter.dtype)
+    shrink_(parameter, values)
     place(parameter, Placement(axis, group.name, partial, expert, handle=group))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,65 @@ from ernie_tune.parallel.collectives import TokenRuns
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
 from ernie_tune.parallel.parallelize import parallelize
+from ernie_tune.parallel.pipeline import Cut, cut_at, cut_balanced
+from ernie_tune.parallel.placement import Placement, part, place, placement_of, shrink_
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
 from ernie_tune.parallel.sharding import MeshOptimizer
+from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import ADAPTER_PLAN
 from ernie_tune.train.engine import Engine, Window, Work
-from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
+from ernie_tune.train.pipeline import StagedModel, item_costs, pipeline_items, stages_of
+
+
+@dataclass(frozen=True)
+class Laid:
+    """What `spread` found out: the token runs of sequence parallelism, and where a pipeline is cut."""
+
+    runs: TokenRuns | None = None
+    cut: Cut | None = None
+
+    @staticmethod
+    def part(parameter: Tensor, whole: np.ndarray) -> np.ndarray:
+        """What this rank keeps of a parameter's whole value."""
+        where = placement_of(parameter)
+        if where.axis is None:
+            return whole
+        here = where.indices(whole.shape[where.axis])
+        at = slice(here.start, here.stop) if isinstance(here, range) else list(here)
+        return whole[(slice(None),) * where.axis + (at,)]
+
+
+def spread(model: ErnieModel, mesh: Mesh, bounds: Sequence[int] = ()) -> Laid:
+    """Lay `model`, with its adapters on, over `mesh` in place. It may have no values yet (`AutoModel.from_pretrained(..., lay=...)`): then only this
+    rank's parts are ever read:
+
+        laid: list[Laid] = []
+        model = AutoModel.from_pretrained(folder, lay=lambda empty: laid.append(spread(empty, mesh)) or Laid.part)
+        engine = DistributedEngine.over(model, mesh, laid[0])
+    """
+    cut = None
+    if mesh.size("pipe") > 1:
+        items, d = pipeline_items(model.config), mesh.degrees
+        if bounds:
+            cut = cut_at(items, bounds, d.pipe, d.virtual_pipe)
+        else:
+            cut = cut_balanced(items, item_costs(model.config), d.pipe, d.virtual_pipe)
+        model.keep(stages_of(cut, mesh.rank_in("pipe")))
+    runs = parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN)
+    if isinstance(model, PeftModel):
+        _split_alternatives(model)
+    return Laid(runs, cut)
+
+
+def _split_alternatives(model: PeftModel) -> None:
+    """A parameter that an adapter trains in full has other values for when the adapter is off: they are split as it is."""
+    current = dict(model.named_parameters())
+    for values in (model.originals, *(adapter.copies for adapter in model.adapters.values())):
+        for name, value in values.items():
+            where = placement_of(current[name]) if name in current else Placement()
+            if where.axis is not None and where.handle is not None and placement_of(value) != where:
+                shrink_(value, part(value.detach(), where.axis, where.handle))
+                place(value, where)
 
 
 class DistributedEngine(Engine):
@@ -69,14 +124,17 @@ class DistributedEngine(Engine):
         self_check: bool = True,
     ) -> DistributedEngine:
         """Lay `model` over `mesh` in place, and the engine for it. With a pipeline: `accumulation` micro-batches a window, and where its stages begin
-        among `pipeline_items` (`bounds`, by default balanced by cost); `staged` then stands for the model where it is called. ValueError for layouts
+        among `pipeline_items` (`bounds`, by default balanced by cost); `callable` then stands for the model where it is called. ValueError for layouts
         that cannot be."""
-        if mesh.size("pipe") == 1:
-            return cls(model, mesh, parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN), None, self_check)
-        cut = cut_of(model.config, mesh.degrees, bounds)
-        model.keep(stages_of(cut, mesh.rank_in("pipe")))
-        runs = parallelize(model, PLAN, mesh, adapters=ADAPTER_PLAN)
-        return cls(model, mesh, runs, StagedModel(model, cut, accumulation, mesh, runs), self_check)
+        return cls.over(model, mesh, spread(model, mesh, bounds), accumulation=accumulation, self_check=self_check)
+
+    @classmethod
+    def over(
+        cls, model: ErnieModel, mesh: Mesh, laid: Laid, *, accumulation: int = 1, self_check: bool = True
+    ) -> DistributedEngine:
+        """The engine for a model that `spread` has laid over `mesh`, once it has its values."""
+        staged = None if laid.cut is None else StagedModel(model, laid.cut, accumulation, mesh, laid.runs)
+        return cls(model, mesh, laid.runs, staged, self_check)
 
     @property
     def callable(self) -> Any:
@@ -119,8 +177,8 @@ class DistributedEngine(Engine):
 
     def counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         total: dict[str, float] = {}
-        for part in self.mesh.group("batch").objects(dict(counts)):
-            for name, value in part.items():
+        for share in self.mesh.group("batch").objects(dict(counts)):
+            for name, value in share.items():
                 total[name] = total.get(name, 0.0) + value
         return total
 
@@ -177,10 +235,10 @@ class DistributedEngine(Engine):
 
     def totals(self, window: Window) -> Window:
         done = Window()
-        for part in self.mesh.group("batch").objects(window):
-            done.add(part.loss, part.metrics)
-            done.num_tokens += part.num_tokens
-            done.num_rows += part.num_rows
+        for share in self.mesh.group("batch").objects(window):
+            done.add(share.loss, share.metrics)
+            done.num_tokens += share.num_tokens
+            done.num_rows += share.num_rows
         return done
 
     def clear(self, parameters: Sequence[Tensor]) -> None:

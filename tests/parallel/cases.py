@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.generation import generate
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
@@ -29,7 +29,7 @@ from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, P
 from ernie_tune.peft.freeze import FreezeSpec, opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import quantize_base
-from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.train.distributed import DistributedEngine, Laid, spread
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.objective import SFTObjective
@@ -53,6 +53,7 @@ class Job:
     optimizer: str = "adamw"
     micro_batches: int = 4
     steps: int = 5
+    lazy: bool = False  # under a layout: no process ever holds the whole model
 
     @property
     def key(self) -> str:
@@ -71,7 +72,9 @@ def config_of(name: str) -> ModelConfig:
 
 def build_model(job: Job) -> Any:
     """The model with values drawn by name, and what the job trains."""
-    model = init_parameters(ErnieModel(config_of(job.model)), seed=3)
+    model = AutoModel.from_config(config_of(job.model), seed=3)
+    if job.lazy:
+        return model
     with paddle.no_grad():
         for name, value in model.named_parameters():
             if "e_score" in name:
@@ -92,6 +95,7 @@ def build_model(job: Job) -> Any:
         "some_experts": LoraConfig(
             r=4, lora_alpha=8, target_modules=["o_proj"], expert_targets=[(1, "text", 0), (1, "text", 1), (2, "vision", 5)]
         ),
+        "saved": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         "bottleneck": BottleneckConfig(8),
         "prompt": PromptConfig(3, 8),
         "prefix": PrefixConfig(3),
@@ -160,12 +164,23 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
 
 def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str, Any]:
     """The job on this process alone, or on a mesh."""
-    model = build_model(job)
-    engine: Any = (
-        _Seen()
-        if mesh is None
-        else _SeenOnMesh.lay(model, mesh, accumulation=job.micro_batches // mesh.batch[1], self_check=self_check)
-    )
+    how: dict[str, Any] = {"self_check": self_check}
+    engine: Any
+    if mesh is None:
+        model, engine = build_model(job), _Seen()
+    elif job.lazy:
+        laid: list[Laid] = []
+
+        def lay(empty: ErnieModel) -> Any:
+            assert not any(p._is_initialized() for p in empty.parameters())
+            laid.append(spread(empty, mesh))
+            return Laid.part
+
+        model = AutoModel.from_config(config_of(job.model), seed=3, lay=lay)
+        engine = _SeenOnMesh.over(model, mesh, laid[0], accumulation=job.micro_batches // mesh.batch[1], **how)
+    else:
+        model = build_model(job)
+        engine = _SeenOnMesh.lay(model, mesh, accumulation=job.micro_batches // mesh.batch[1], **how)
     engine.model = model
     named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
     ratios = LrRatios()
@@ -195,6 +210,9 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
         asked.eval()
         batch = windows_of(job, 1)[0][0]
         scores = asked.logits(asked(batch.inputs)).numpy()
+        if job.train == "saved":  # without the adapter its copy of the head goes, and the first head comes back
+            with model.disable_adapter():
+                scores = np.stack([scores, asked.logits(asked(batch.inputs)).numpy()])
         prompts = [
             Row(np.arange(7, 12)),
             Row(np.arange(20, 23)),
