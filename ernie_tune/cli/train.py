@@ -6,10 +6,13 @@ Refuses to know how training works; paddle loads when a verb runs, after the set
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.cli import workers
+from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import load_config
@@ -26,10 +29,11 @@ DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "sft.yaml"
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune train FILE [key=value | --key value ...] [--dry-run]
+    """ernie-tune train FILE [key=value | --key value ...] [--dry-run] [--nproc N]
 
     Fine-tunes as the YAML file says; its stage names the method. The same command again goes on where the run stopped. --dry-run: settings, data,
-    and one forward and backward of the heaviest batch, then stop.
+    and one forward and backward of the heaviest batch, then stop. Where several cards are visible, or the degrees ask for it, one process a card is
+    started; --nproc N: so many processes on this machine, on a CPU too. Several machines: NNODES, RANK, MASTER_ADDR, MASTER_PORT.
     """
     return _train(args)
 
@@ -67,9 +71,13 @@ def reward(args: list[str]) -> int:
 
 
 def _train(args: list[str], stage: str = "") -> int:
-    words = [*args, *([f"stage={stage}"] if stage else [])]
+    words, nproc = workers.split_nproc([*args, *([f"stage={stage}"] if stage else [])])
     dry_run = "--dry-run" in words
     config = _config([a for a in words if a != "--dry-run"])
+    cards = workers.visible_cards(os.environ, installed("paddlepaddle-gpu"))
+    start = workers.wanted(config.parallel, nproc, cards, os.environ)
+    if start is not None:
+        return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
     from ernie_tune.trainers.base import Interrupted
 
     try:

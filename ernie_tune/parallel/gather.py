@@ -25,9 +25,14 @@ _REMEMBERED = 2
 class Block(Protocol):
     """A rectangular block of a tensor of shape `whole`."""
 
-    whole: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    @property
+    def whole(self) -> tuple[int, ...]: ...
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Gathered:

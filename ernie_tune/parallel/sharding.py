@@ -162,6 +162,11 @@ class MeshOptimizer:
             if part.owners().get(p.name, part.group.rank) == part.group.rank
         ]
 
+    @property
+    def _parameter_list(self) -> list[Tensor]:
+        """As Paddle's optimizers name what they update."""
+        return self.owned()
+
     def set_lr(self, rate: float) -> None:
         for part in self.parts:
             part.inner.set_lr(rate)

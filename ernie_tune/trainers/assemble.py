@@ -63,10 +63,6 @@ def refuse_unbuilt(config: RunConfig) -> None:
         raise ValueError(
             f"{given[0]} ({flat[given[0]]!r}) has no effect in this version, must be left at {SETTINGS[given[0]].default!r}; remove it"
         )
-    if (processes := int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))) > 1:
-        raise ValueError(
-            f"number of processes ({processes}) must be 1: trainers do not share a run yet, each would write into {config.save.output_dir}; start one process"
-        )
     if config.eval.guard_dataset_path and config.eval.eval_strategy == "no":
         raise ValueError(
             "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"

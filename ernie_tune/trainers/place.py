@@ -45,8 +45,6 @@ def degrees_of(p: ParallelArguments, world: int) -> Degrees:
             f"({world}); start {laid * shards} or a multiple of it (--nproc), or change the degrees"
         )
     rows = world // (laid * shards)
-    if p.sharding != "off" and shards == 1:  # as ERNIEKit: all ranks that read other rows share
-        shards, rows = rows, 1
     return Degrees(
         tensor=p.tensor_model_parallel_size,
         pipe=p.pipeline_model_parallel_size,

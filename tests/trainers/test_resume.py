@@ -243,11 +243,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(
         left[0] -= 1
         return real(*args) if left[0] else full_disk()
 
-    def save_on_small_disk(*args: Any) -> Any:
+    def save_on_small_disk(*args: Any, **more: Any) -> Any:
         if args[1] == 4:
             before.update({p: p.read_bytes() for p in (out / "checkpoint-2").rglob("*") if p.is_file()})
             monkeypatch.setattr(module, name, limited)
-        return save(*args)
+        return save(*args, **more)
 
     before: dict[Path, bytes] = {}
     monkeypatch.setattr("ernie_tune.trainers.base.save_checkpoint", save_on_small_disk)
