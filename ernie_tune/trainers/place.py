@@ -193,12 +193,14 @@ class Place:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """What happens inside ends on all ranks when it ends with an error on one."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.push(self._tell)
             yield
-        except BaseException as error:
-            if self.watch is not None and not isinstance(error, KeyboardInterrupt):
-                self.watch.failed(error)
-            raise
+
+    def _tell(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        if self.watch is not None and error is not None and not isinstance(error, KeyboardInterrupt):
+            self.watch.failed(error)
+        return False
 
 
 def _watch(world: int) -> Watch | None:
