@@ -65,6 +65,21 @@ class PreferenceTrainer(Trainer):
                     f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
                 )
 
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Refuse the layouts under which judged answers cannot be trained on yet. ValueError."""
+        p, stages = self.args.preference, self.place.mesh.size("pipe")
+        if stages > 1:
+            raise ValueError(
+                f"pipeline_model_parallel_size ({stages}) must be 1 at stage {self.args.model.stage}, whose references are computed with the whole model; "
+                "use tensor_model_parallel_size or sharding"
+            )
+        if self.place.several and p.ref_model_update_steps > 0:
+            raise ValueError(
+                f"ref_model_update_steps ({p.ref_model_update_steps}) must be -1 with several processes; unset it, or start one"
+            )
+
     def _encoder(self) -> UnitEncoder:
         d, p = self.args.data, self.args.preference
         return UnitEncoder(
@@ -84,6 +99,11 @@ class PreferenceTrainer(Trainer):
     def _before_training(self, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
         p, objective = self.args.preference, self._objective()
+        if objective.uses_kl and self.place.batch[1] > 1:
+            raise ValueError(
+                f"number of data ranks ({self.place.batch[1]}) must be 1 with kto, whose baseline compares the answers of a whole window; use bco, or tensor "
+                "ranks alone"
+            )
         self.watch = PreferenceWatch(anchored=objective.anchored)
         if not objective.needs_reference or p.ref_mode == "none":
             if objective.needs_reference:
@@ -118,7 +138,7 @@ class PreferenceTrainer(Trainer):
         units = (unit for unit in (self.encoder(record, dropped) for record in every) if unit is not None)
         for chunk in _chunks(units, rows):
             reference.attached(self.encoder.collate(chunk))
-        if len(reference.cache.values) > known:
+        if len(reference.cache.values) > known and self.place.is_writer:
             reference.cache.save(file)
         reference.sealed = True
 
@@ -175,7 +195,7 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint_files(self, folder: Path) -> None:
         super()._save_checkpoint_files(folder)
         reference = self._reference()
-        if reference.mode in ("none", "precomputed"):
+        if reference.mode in ("none", "precomputed") or not self.place.is_writer:
             return
         # what was computed stays as it was: in another micro-batch the last bit could differ
         reference.cache.save(folder / CACHE_FILE)

@@ -70,7 +70,8 @@ class RewardTrainer(PreferenceTrainer):
 
     def _save_weights(self, folder: Path) -> None:
         super()._save_weights(folder)
-        save_head(self.model, folder)
+        if self.place.is_writer:
+            save_head(self.model, folder)
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         self._save_weights(folder)

@@ -14,11 +14,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_runs import mixed_rows, write_rows
+
+from ernie_tune.config.arguments import build
+from ernie_tune.train.state import Checkpoint
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.place import degrees_of
+from ernie_tune.trainers.preference import PreferenceTrainer
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -187,3 +195,78 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(
     again = train(folder, name, *words, mark)
     np.testing.assert_allclose([x for _, x in losses(again)], [x for _, x in losses(alone)], atol=TOLERANCE, rtol=0)
     assert not list(again.glob("*.tmp"))
+
+
+JUDGED = {
+    "pairs": ("stage=DPO", "fine_tuning=LoRA"),
+    "rewards": ("stage=RM", "fine_tuning=LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_judged_answers_under_a_layout_are_those_of_one_process(kind: str, folder: Path) -> None:
+    rows = [
+        {"prompt": f"{i} + 1 = ?", "chosen": str(i + 1), "rejected": f"it is {i}, or {i + 2}, who knows"}
+        for i in range(24)
+    ]
+    path = write_rows(folder / "pairs.jsonl", rows)
+    words = [
+        *JUDGED[kind],
+        f"train_dataset_path={path}",
+        "eval_strategy=no",
+        "eval_dataset_path=",
+        "max_prompt_len=256",
+    ]
+    alone = train(folder, f"{kind}_alone", *words)
+    other = train(folder, f"{kind}_spread", *words, *LAYOUTS["EP2 sharding 2"])
+    np.testing.assert_allclose([x for _, x in losses(other)], [x for _, x in losses(alone)], atol=TOLERANCE, rtol=0)
+    assert {p.name for p in other.iterdir()} - {"log"} == {p.name for p in alone.iterdir()}
+
+
+def on_mesh(config: Any, pipe: int, data: int) -> Any:
+    """A preference trainer's place and settings, as far as `_check_place` and `_before_training` look at them."""
+    place = SimpleNamespace(mesh=SimpleNamespace(size=lambda _: pipe), several=True, batch=(0, data))
+    return SimpleNamespace(args=config, place=place, _objective=lambda: SimpleNamespace(uses_kl=True))
+
+
+def test_layouts_under_which_judged_answers_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pipeline_model_parallel_size \(2\) must be 1 at stage DPO"):
+        PreferenceTrainer._check_place(on_mesh(build({"stage": "DPO"}), 2, 1))
+    moving = build({"stage": "DPO", "ref_model_update_steps": 4})
+    with pytest.raises(ValueError, match=r"ref_model_update_steps \(4\) must be -1 with several processes"):
+        PreferenceTrainer._check_place(on_mesh(moving, 1, 2))
+    with pytest.raises(ValueError, match=r"number of data ranks \(2\) must be 1 with kto"):
+        PreferenceTrainer._before_training(on_mesh(build({"stage": "KTO"}), 1, 2), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 2},
+            3,
+            r"sharding_parallel_size \(2\) must divide the number of processes \(3\)",
+        ),
+        (
+            {"sharding": "stage1 offload", "sharding_parallel_size": 2},
+            2,
+            r"sharding \(stage1 offload\) must be without",
+        ),
+    ],
+)
+def test_degrees_that_cannot_be_are_refused(settings: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        degrees_of(build(settings).parallel, world)
+
+
+def test_a_pack_that_waits_belongs_to_a_rank(tmp_path: Path) -> None:
+    (tmp_path / "data_state.json").write_text('{"waiting": [3]}', encoding="utf-8")
+    trainer = SimpleNamespace(place=SimpleNamespace(batch=(0, 2)))
+    with pytest.raises(ValueError, match=r"saved by 1 data rank\(s\) with rows waiting to be packed.*not 2"):
+        Trainer._data_state(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
+
+
+def test_weights_alone_are_not_spread(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(place=SimpleNamespace(several=True), model=None)
+    with pytest.raises(ValueError, match=r"must hold optimizer/ for a run of several processes"):
+        Trainer._take_weights(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
