@@ -218,6 +218,7 @@ class SaveArguments:
     save_steps: int = arg(500, "steps between checkpoints", low=0)
     save_total_limit: int | None = arg(None, "checkpoints kept; null: all", low=1)
     save_only_model: bool = arg(False, "leave out what only resuming needs")
+    async_save: bool = arg(False, "write what resuming needs while training goes on; takes memory for a copy of it")
     resume_from_checkpoint: str = arg("auto", "auto: newest in output_dir; no; or a folder")
     resume_only_model: bool = arg(False, "take the weights, start optimizer and data anew")
     ignore_data_skip: bool = arg(False, "on resuming, start the data from the first row")

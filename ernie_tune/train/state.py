@@ -142,12 +142,9 @@ def save_checkpoint(
     files = {name: json.dumps(state, ensure_ascii=False, indent=1) + "\n" for name, state in states.items()}
     first = ranks.rank == 0
     try:
-        _together(ranks, lambda: writing.begin() if first else None, writing)
-        _together(ranks, lambda: save_model(writing.staged), writing)
+        stage_model(writing, save_model, ranks)
         if optimizer is not None:
-            slices = held_slices(optimizer, named, cut)
-            mine = owned(ranks.gather(describe(slices)), ranks.rank)
-            slices = [s for i, s in enumerate(slices) if i in mine]
+            slices = prepare(optimizer, named, cut, ranks)
             written = _together(ranks, lambda: write_rank(writing.optimizer, ranks.rank, slices), writing)
         else:
             written = []
@@ -156,6 +153,29 @@ def save_checkpoint(
         if first:
             writing.clear()
     return Checkpoint(writing.final, step)
+
+
+def stage_model(writing: Writing, save_model: Callable[[Path], object], ranks: Ranks) -> None:
+    """An empty staging folder, and the model's files in it."""
+    _together(ranks, lambda: writing.begin() if ranks.rank == 0 else None, writing)
+    _together(ranks, lambda: save_model(writing.staged), writing)
+
+
+def prepare(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Cut, ranks: Ranks) -> list[Slice]:
+    """What this rank is to write of the trained values and the optimizer's state."""
+    slices = held_slices(optimizer, named, cut)
+    mine = owned(ranks.gather(describe(slices)), ranks.rank)
+    return [s for i, s in enumerate(slices) if i in mine]
+
+
+def could_not(writing: Writing, rank: int, size: int, fault: tuple[int | None, str]) -> OSError:
+    """The error of a checkpoint that could not be saved, with what to do."""
+    where = f"rank {rank}: " if size > 1 else ""
+    return OSError(
+        fault[0],
+        f"checkpoint-{writing.step} could not be saved ({where}{fault[1]}); older checkpoints are as they were: free some space and run the same command",
+        str(writing.output_dir),
+    )
 
 
 def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing) -> list[Any]:
@@ -168,12 +188,7 @@ def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing) -> list
     gathered = ranks.gather((result, failed))
     for rank, (_, fault) in enumerate(gathered):
         if fault:
-            where = f"rank {rank}: " if ranks.size > 1 else ""
-            raise OSError(
-                fault[0],
-                f"checkpoint-{writing.step} could not be saved ({where}{fault[1]}); older checkpoints are as they were: free some space and run the same command",
-                str(writing.output_dir),
-            )
+            raise could_not(writing, rank, ranks.size, fault)
     return [value for value, _ in gathered]
 
 

@@ -23,6 +23,7 @@ from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
+from ernie_tune.train.background import Pending, save_in_background
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.log import RunFacts, RunLog, header_lines, stamp, write_atomically
 from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
@@ -336,9 +337,9 @@ class Trainer:
             if is_best:
                 guards.best_checkpoint = f"checkpoint-{step}"
             self._save(step, log)
-            if self.place.is_writer:
-                rotate(self.output_dir, s.save_total_limit, self.output_dir / guards.best_checkpoint)
+            self._rotate()
         if asked_to_end:
+            self._settle(log)
             how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
             raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
         return stop
@@ -396,21 +397,31 @@ class Trainer:
             **self._more_states(),
         }
         optimizer = None if self.args.save.save_only_model else loop.optimizer
+        self._settle(log)
         self.place.mark(f"saving checkpoint-{step}")
         with self.place.engine.whole():
             named = self._trained()
-            save_checkpoint(
-                self.output_dir,
-                step,
-                self._save_checkpoint_files,
-                optimizer,
-                named,
-                states,
-                {ARGS_FILE: dump_config(self.described)},
-                cut=self.place.cut(named),
-                ranks=self.place,
-            )
+            content = (self.output_dir, step, self._save_checkpoint_files, optimizer, named, states)
+            texts, cut = {ARGS_FILE: dump_config(self.described)}, self.place.cut(named)
+            if self.args.save.async_save and optimizer is not None:
+                self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
+                return
+            save_checkpoint(*content, texts, cut=cut, ranks=self.place)
         log.info(f"saved checkpoint-{step}")
+
+    _pending: Pending | None = None
+
+    def _settle(self, log: RunLog) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError where it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.place.mark("waiting for a checkpoint")
+            log.info(f"saved checkpoint-{pending.wait().step}")
+            self._rotate()
+
+    def _rotate(self) -> None:
+        if self.place.is_writer:
+            rotate(self.output_dir, self.args.save.save_total_limit, self.output_dir / self._guards.best_checkpoint)
 
     def _save_weights(self, folder: Path) -> None:
         """Model or adapter, and what else of the result is weights. All processes call it, one writes."""
@@ -503,6 +514,7 @@ class Trainer:
         )
 
     def _finish(self, log: RunLog) -> dict[str, float]:
+        self._settle(log)
         for line in self.stream.dropped.lines():
             log.info(line, "WARNING")
         if self.args.eval.load_best_model_at_end and self._guards.best_checkpoint:
