@@ -40,17 +40,21 @@ class Pending:
 
     def _work(self) -> None:
         try:
-            written = write_rank(self.writing.optimizer, self.ranks.rank, self.slices).as_json()
-            self._leave({"written": written})
-            if self.ranks.rank == 0:
-                self.writing.finish(self._others(), self.files)
+            self._leave({"written": write_rank(self.writing.optimizer, self.ranks.rank, self.slices).as_json()})
         except OSError as error:
-            self.error = (error.errno, error.strerror or str(error))
-            self._leave({"failed": self.error[1]})
-        finally:
-            self.slices = []
-            if self.ranks.rank == 0:
+            self._failed(error)
+            self._leave({"failed": error.strerror or str(error)})
+        self.slices = []
+        if self.ranks.rank == 0:
+            try:
+                self.writing.finish(self._others(), self.files)
+            except OSError as error:
+                self._failed(error)
+            finally:
                 self.writing.clear()
+
+    def _failed(self, error: OSError) -> None:
+        self.error = self.error or (error.errno, error.strerror or str(error))
 
     def _leave(self, note: Mapping[str, Any]) -> None:
         path = self._note(self.ranks.rank)
@@ -59,21 +63,21 @@ class Pending:
             staged.write_text(json.dumps(note), encoding="utf-8")
             staged.replace(path)
         except OSError as error:
-            self.error = self.error or (error.errno, error.strerror or str(error))
+            self._failed(error)
 
     def _others(self) -> list[RankFile]:
-        """What all ranks have written, when they have. Raises OSError where one could not, or does not come."""
-        written, last = [], time.monotonic() + PATIENCE_SECONDS
+        """What all ranks have written, when all have tried. Raises OSError where one could not, or does not come."""
+        last = time.monotonic() + PATIENCE_SECONDS
         for rank in range(self.ranks.size):
             while not self._note(rank).is_file():
                 if time.monotonic() > last:
                     raise OSError(None, f"rank {rank} has not written its part for {PATIENCE_SECONDS:g} s")
                 time.sleep(0.02)
-            note = json.loads(self._note(rank).read_text(encoding="utf-8"))
+        notes = [json.loads(self._note(rank).read_text(encoding="utf-8")) for rank in range(self.ranks.size)]
+        for rank, note in enumerate(notes):
             if "failed" in note:
                 raise OSError(None, f"rank {rank}: {note['failed']}")
-            written.append(RankFile(**note["written"]))
-        return written
+        return [RankFile(**note["written"]) for note in notes]
 
     def wait(self) -> Checkpoint:
         """The checkpoint, complete. Raises OSError, on every rank, where it could not be saved."""
