@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
+from thread_ranks import ThreadRanks, on_ranks
 from tiny_runs import checkpoints, history, same_bytes, train
 
 from ernie_tune.train import background
@@ -83,32 +83,6 @@ def test_a_full_disk_comes_out_at_the_next_save_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-class Threads:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.said = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=30)
-
-    def of(self, rank: int) -> Any:
-        group = self
-
-        class One:
-            size = group.size
-
-            def __init__(self) -> None:
-                self.rank = rank
-
-            def gather(self, value: Any) -> list[Any]:
-                group.said[rank] = value
-                group.barrier.wait()
-                out = list(group.said)
-                group.barrier.wait()
-                return out
-
-        return One()
-
-
 @pytest.mark.parametrize("broken", [None, 0, 1])
 def test_ranks_finish_together_or_fail_together(
     broken: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,25 +95,24 @@ def test_ranks_finish_together_or_fail_together(
         return write(folder, rank, slices)
 
     monkeypatch.setattr(background, "write_rank", write_or_not)
-    group = Threads(2)
 
-    def rank_run(rank: int) -> str:
-        save_model = model_file if rank == 0 else lambda _: None
-        try:
-            return str(begin(tmp_path, ranks=group.of(rank), save_model=save_model)[0].wait().step)
-        except OSError as error:
-            return str(error)
+    def save(ranks: ThreadRanks) -> int:
+        save_model = model_file if ranks.rank == 0 else lambda _: None
+        pending, _ = begin(tmp_path, ranks=ranks, save_model=save_model)
+        ranks.turn.release()  # the other rank's turn: this one's thread waits for its part
+        pending.thread.join(20)
+        ranks.turn.acquire()
+        return pending.wait().step
 
-    with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(rank_run, range(2)))
+    said = on_ranks(2, save)
     if broken is None:
-        assert said == ["3", "3"]
+        assert said == [3, 3]
         again, _ = trained(5.0)
         load_values(Checkpoint(tmp_path / "checkpoint-3", 3), again)
         assert again["norm.weight"].tolist() == [1.0, 1.0, 1.0]
     else:
-        assert all("checkpoint-3 could not be saved (rank 0: " in text for text in said), said
-        assert broken == 0 or all("rank 1: No space left on device" in text for text in said)
+        assert all("checkpoint-3 could not be saved (rank 0: " in str(error) for error in said), said
+        assert broken == 0 or all("rank 1: No space left on device" in str(error) for error in said)
         assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,46 +10,13 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from thread_ranks import ThreadRanks, on_ranks
 
 from ernie_tune.checkpoint.sharded import Region
 from ernie_tune.train.optim import build_adamw
 from ernie_tune.train.state import WHOLE, Cut, find_checkpoint, load_optimizer, save_checkpoint
 
 SHAPES = {"norm.weight": (6,), "layers.0.mlp.text_experts.down_proj": (4, 3, 2), "lm_head.weight": (4, 6)}
-
-
-class ThreadRanks:
-    """Ranks that are threads: what `gather` promises, with a barrier."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
-        self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
-
-    def gather(self, value: Any) -> list[Any]:
-        self.board[self.rank] = value
-        self.barrier.wait(20)
-        out = list(self.board)
-        self.barrier.wait(20)
-        return out
-
-
-def on_ranks(size: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """`work(ranks)` on every rank at the same time; what each returned or raised."""
-    barrier, board = threading.Barrier(size), [None] * size
-    results: list[Any] = [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadRanks(rank, size, barrier, board))
-        except (OSError, ValueError) as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "a rank waits for one that left"
-    return results
 
 
 def rows(name: str, rank: int, size: int) -> Region:
