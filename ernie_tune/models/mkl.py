@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -23,7 +24,7 @@ from paddle import Tensor
 _MODE = ctypes.c_longlong(0x2 | 0x280000 | 0x100)
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _LETTER = {paddle.float32: "s", paddle.float64: "d"}
-_NUMPY = {paddle.float32: np.float32, paddle.float64: np.float64}
+_NUMPY: dict[paddle.dtype, np.dtype[Any]] = {paddle.float32: np.dtype(np.float32), paddle.float64: np.dtype(np.float64)}
 # Below so many elements Paddle's one operator beats three passes.
 _SMALL = 2**14
 # Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long.
@@ -63,7 +64,7 @@ def numel(x: Tensor) -> int:
 def view(x: Tensor) -> np.ndarray:
     """The tensor's own memory as an array that can be written (older NumPy's `from_dlpack` cannot); not to be kept."""
     kind = _NUMPY[x.dtype]
-    memory = (ctypes.c_char * (numel(x) * np.dtype(kind).itemsize)).from_address(_address(x))
+    memory: Any = (ctypes.c_char * (numel(x) * kind.itemsize)).from_address(_address(x))
     return np.frombuffer(memory, kind).reshape(x.shape)
 
 
@@ -172,7 +173,7 @@ def _products(
     if not count:
         return
     kind = _NUMPY[dtype]
-    size = np.dtype(kind).itemsize
+    size = kind.itemsize
     flags = tuple(_TRANSPOSED if side[3] else _PLAIN for side in (left, right))
     ints, at, factors = np.empty((9, count), np.int32), np.empty((3, count), np.uintp), np.empty((2, count), kind)
     for row, value in zip(ints, (*flags, *sizes, left[2], right[2], out[2], 1), strict=True):
