@@ -477,7 +477,7 @@ def _own_store(host: str, tries: int = 20) -> tuple[Any, int]:
     raise AssertionError("unreachable")
 
 
-# --- operators without a CPU kernel --------------------------------------------------------------------------------
+# --- operators without a CPU kernel, or with a wrong one --------------------------------------------------------------------------------
 
 
 def _of_ring(ring_id: int) -> Any:
@@ -503,11 +503,25 @@ def _all_reduce_op(x: Tensor, ring_id: int, *_: Any) -> Tensor:
     return x
 
 
+_stock_embedding = paddle._C_ops.c_embedding
+
+
+def _embedding(table_VD: Tensor, ids_T: Tensor, first: int, *more: Any) -> Tensor:
+    """Rows of a part of a table that begins at row `first`, zeros for ids of other parts. The stock kernel clears, in float64, half of its gradient's memory."""
+    if table_VD.dtype != paddle.float64:
+        return _stock_embedding(table_VD, ids_T, first, *more)
+    own_T = ids_T - first
+    here_T = (own_T >= 0) & (own_T < table_VD.shape[0])
+    rows_TD = paddle.nn.functional.embedding(paddle.where(here_T, own_T, paddle.zeros_like(own_T)), table_VD)
+    return rows_TD * here_T.unsqueeze(-1).astype(table_VD.dtype)
+
+
 # Fleet's own PyLayer around c_identity sums the gradient over the group.
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "c_identity": lambda x, *a: x.clone() if not x.stop_gradient else paddle.assign(x),
     "mp_allreduce_sum": lambda x, ring_id: _SumForward.apply(x, ring_id),
     "all_reduce_": _all_reduce_op,
+    "c_embedding": _embedding,
 }
 
 
