@@ -37,7 +37,12 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
         "BOOL": "?",
     }.items()
 }
-FLOAT_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names as in config.json and paddle
+FLOAT_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+}  # names as in config.json and paddle
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def main() -> int:
         for name, layout in RUNS.items():
             run = folder / f"{dtype} {name}".replace(" ", "_").replace(",", "")
             train(run, steps, (*layout, f"float64={str(dtype == 'float64').lower()}", *words[2:]))
-    print(f"| layout | numbers | steps within {TOLERANCE:g} | largest difference | last loss | accuracy |\n|---|---|---|---|---|---|")
+    print(
+        f"| layout | numbers | steps within {TOLERANCE:g} | largest difference | last loss | accuracy |\n|---|---|---|---|---|---|"
+    )
     good = True
     for dtype in ("float64", "float32"):
         for name in RUNS:
