@@ -228,11 +228,12 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
 def load_model(config: RunConfig) -> AutoModel:
     """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the CPU, and a line says so."""
     name, c = config.model.model_name_or_path, config.compute
+    dtype = "float64" if c.float64 else None
     if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
-        model = AutoModel.from_config(name, seed=config.train.seed)
+        model = AutoModel.from_config(name, seed=config.train.seed, dtype=dtype)
         print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
     else:
-        model = AutoModel.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype)
     if c.bf16 and model.compute_dtype == "float32":
         print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
     return model
