@@ -16,18 +16,21 @@ import numpy as np
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import Region
+from ernie_tune.checkpoint.source import Source
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, cast
-from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.config.arguments import ParallelArguments, RunConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.parallel.gather import Gathered
 from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.parallel.parallelize import equalise
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.train.distributed import DistributedEngine, Laid, spread
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.state import Cut
+from ernie_tune.trainers import assemble
 
 # Between two marks lie at most a step, a save, or one measurement of all held-out rows.
 LIMITS = Limits(stuck=7200.0)
@@ -71,6 +74,7 @@ class Place:
         self._whole_shapes: dict[str, tuple[int, ...]] = {}
         self._adapter: dict[str, tuple[str, int | None]] = {}
         self._laid: Any = None
+        self.source: Source | None = None  # what a model without values is read from
 
     @property
     def several(self) -> bool:
@@ -102,16 +106,38 @@ class Place:
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
+    def load(self, config: RunConfig) -> ErnieModel:
+        """The model that the settings name; one of several processes gets it without values, and reads its part when it is laid."""
+        if not self.several:
+            return assemble.load_model(config)
+        model, self.source = assemble.unread_model(config)
+        return model
+
     def lay(self, model: ErnieModel) -> None:
-        """Put `model`, with its adapters, on the mesh, once."""
-        if not self.several or self._laid is model:
+        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done. ValueError for values that cannot be used."""
+        if self._laid is model or not self.several:
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if isinstance(model, PeftModel):
             names = {id(p): name for name, p in model.named_parameters()}
             self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
-        self.engine = DistributedEngine.lay(model, self.mesh, accumulation=self.accumulation)
+        laid = spread(model, self.mesh)
+        if self.source is not None:
+            self._together(lambda source=self.source: assemble.read_parts(model, source, Laid.part))
+            self.source = None
+            equalise(model, self.mesh)
+        self.engine = DistributedEngine.over(model, self.mesh, laid, accumulation=self.accumulation)
         self._laid = model
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """`action` on all ranks. Where it raises ValueError on some, all raise the first one's, so that none waits for them."""
+        said = ""
+        try:
+            action()
+        except ValueError as error:
+            said = str(error)
+        if wrong := [text for text in self.gather(said) if text]:
+            raise ValueError(wrong[0])
 
     def asked(self, model: ErnieModel) -> Any:
         """What evaluation and generation call: the model, or its stages together."""
