@@ -27,10 +27,11 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
     groups = num_groups(n_in, bits)
-    grouped = weight_IO.astype(np.float32).reshape(groups, n_in // groups, n_out)
-    scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
+    grouped = weight_IO.astype(np.float32, copy=False).reshape(groups, n_in // groups, n_out)
+    scale = np.maximum(grouped.max(1, keepdims=True), -grouped.min(1, keepdims=True)) / np.float32(largest)
     scale[scale == 0] = 1.0
-    codes = np.rint(grouped / scale).reshape(n_in, n_out).astype(np.int8)
+    steps = grouped / scale  # the one copy of its size that is made here
+    codes = np.rint(steps, out=steps).astype(np.int8).reshape(n_in, n_out)
     if bits == 4:
         codes = pack_halves(codes)
     return codes, scale[:, 0]

@@ -125,7 +125,9 @@ class Place:
         if self.source is not None:
             self._together(lambda source=self.source: assemble.read_parts(model, source, Laid.part))
             self.source = None
-            equalise(model, self.mesh)
+            if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
+                for layer in (layer for adapter in model.adapters.values() for layer in adapter.places.values()):
+                    equalise(layer, self.mesh)
         self.engine = DistributedEngine.over(model, self.mesh, laid, accumulation=self.accumulation)
         self._laid = model
 
