@@ -202,7 +202,7 @@ def check_tied_head(table: Layout, reader: TensorReader) -> None:
 
 def _same(a: Array, kind: str, b: Array, other: str) -> bool:
     """Whether two matrices of these element types hold the same numbers; compared piece by piece."""
-    pieces = range(0, len(a), _COMPARED_ROWS)
+    pieces = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(a), _COMPARED_ROWS))
     return a.shape == b.shape and all(
-        np.array_equal(*(cast(x[i : i + _COMPARED_ROWS], k, "F32") for x, k in ((a, kind), (b, other)))) for i in pieces
+        np.array_equal(cast(a[rows], kind, "F32"), cast(b[rows], other, "F32")) for rows in pieces
     )

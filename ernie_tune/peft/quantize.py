@@ -21,6 +21,9 @@ from ernie_tune.models.moe import Experts
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
+# Takes float32 matrices as `read(expert)` gives them (checkpoint/source.py).
+Taker = Callable[[Callable[[int | None], np.ndarray]], None]
+
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
@@ -118,10 +121,10 @@ class QuantizedWeight(nn.Layer):
             first = sum(rank * size for axis, rank, _ in cuts if axis is None)
             experts = range(first, first + size)
         parts = [quantize(_columns(read(e), cuts), self.bits) for e in experts]
-        both = [np.stack(x) if len(self.shape) == 3 else x[0] for x in zip(*parts, strict=True)]
+        codes, scale = (np.stack(x) if len(self.shape) == 3 else x[0] for x in zip(*parts, strict=True))
         for _, rank, size in (cut for cut in cuts if cut[0] == 0):
-            both = list(self._rows(*both, rank, size))
-        self._set(paddle.to_tensor(both[0]), paddle.to_tensor(both[1]).astype(self.dtype))
+            codes, scale = self._rows(codes, scale, rank, size)
+        self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
 
     def cut(self, axis: int | None, rank: int, size: int) -> None:
         """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
@@ -159,7 +162,9 @@ class QuantizedWeight(nn.Layer):
     def dense(self, expert: int | None = None) -> Tensor:
         """The rounded matrix [I, O]; of one expert where they are stacked."""
         if self.codes is None or self.scale is None:
-            raise ValueError("a quantised weight must have its values before it is used; read them into the model first")
+            raise ValueError(
+                "a quantised weight must have its values before it is used; read them into the model first"
+            )
         codes, scale = (x if expert is None else x[expert] for x in (self.codes, self.scale))
         wide = codes.astype(scale.dtype)
         if self.bits == 4:
@@ -265,7 +270,9 @@ class QuantizedEmbedding(nn.Layer):
     @property
     def weight(self) -> Tensor:
         if self.codes is None or self.scale is None:
-            raise ValueError("a quantised embedding must have its values before it is used; read them into the model first")
+            raise ValueError(
+                "a quantised embedding must have its values before it is used; read them into the model first"
+            )
         return self.codes.astype(self.scale.dtype) * across(self.scale, self.codes.shape[1])
 
     def forward(
@@ -332,9 +339,9 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
     return model
 
 
-def takers(model: nn.Layer) -> dict[str, Callable[[Callable[[int | None], np.ndarray]], None]]:
+def takers(model: nn.Layer) -> dict[str, Taker]:
     """Canonical name of every parameter that was swapped -> what rounds its matrices when they are read."""
-    out = {}
+    out: dict[str, Taker] = {}
     for name, layer in model.named_sublayers():
         if isinstance(layer, QuantizedLinear):
             out[f"{name}.weight"] = layer.quant.take

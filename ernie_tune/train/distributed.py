@@ -183,11 +183,6 @@ class DistributedEngine(Engine):
         return total
 
     def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        if work.router is not None and self.runs is not None:
-            raise ValueError(
-                "router losses (router_aux_loss_coef, moe_orthogonal_loss_lambda, router_z_loss_coef) must be 0 with sequence_parallel, where no rank "
-                "sees a whole pack; turn them off, or turn off sequence_parallel"
-            )
         if self.blocks is not None and work.recompute is None:
             raise ValueError(
                 "sharding stage 3 must go with recompute: true, which says when a block's parameters are needed; set it, or use stage 2"

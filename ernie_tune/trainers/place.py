@@ -122,9 +122,9 @@ class Place:
             names = {id(p): name for name, p in model.named_parameters()}
             self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
         laid = spread(model, self.mesh)
-        if self.source is not None:
-            self._together(lambda source=self.source: assemble.read_parts(model, source, Laid.part))
-            self.source = None
+        source, self.source = self.source, None
+        if source is not None:
+            self._together(lambda: assemble.read_parts(model, source, Laid.part))
             if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
                 for layer in (layer for adapter in model.adapters.values() for layer in adapter.places.values()):
                     equalise(layer, self.mesh)
