@@ -485,7 +485,7 @@ class Trainer:
             total * batch,
             self._trainable,
         )
-        lines = [f"layout: {self.place.mesh.describe()}"] if self.place.several else []
+        lines = [f"layout: {self.place.describe()}"] if self.place.several else []
         for line in [*lines, *self._table, *header_lines(facts)]:
             say(line)
 

@@ -23,10 +23,12 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.parallel.gather import Gathered
 from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
 from ernie_tune.parallel.parallelize import equalise
+from ernie_tune.parallel.pipeline import Cut as Segments
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.plan.segments import bounds_of
 from ernie_tune.train.distributed import DistributedEngine, Laid, spread
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.state import Cut
@@ -66,7 +68,7 @@ class Place:
 
     def __init__(self, parallel: ParallelArguments, accumulation: int = 1) -> None:
         world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-        self.accumulation = accumulation
+        self.accumulation, self.segments = accumulation, parallel.pp_seg_method
         degrees = degrees_of(parallel, world)
         self.watch = _watch(world)
         self.mesh = init_mesh(degrees, accumulation=accumulation) if world > 1 else Mesh(degrees)
@@ -74,6 +76,7 @@ class Place:
         self._whole_shapes: dict[str, tuple[int, ...]] = {}
         self._adapter: dict[str, tuple[str, int | None]] = {}
         self._laid: Any = None
+        self._cut: Segments | None = None  # of a pipeline
         self.source: Source | None = None  # what a model without values is read from
 
     @property
@@ -89,6 +92,12 @@ class Place:
     def batch(self) -> tuple[int, int]:
         """(rank, size) among the processes that read different rows."""
         return self.mesh.batch
+
+    def describe(self) -> str:
+        """One line: the degrees above 1, and where the pipeline is cut."""
+        cut = self._cut
+        stages = [] if cut is None else [f"stages begin at {list(cut.bounds[:-1])} of {len(cut.items)} items"]
+        return ", ".join([self.mesh.describe(), *stages])
 
     # --- the ranks as checkpoints see them ---------------------------------------------------------------------------
 
@@ -121,8 +130,10 @@ class Place:
         if isinstance(model, PeftModel):
             names = {id(p): name for name, p in model.named_parameters()}
             self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
-        laid = spread(model, self.mesh)
-        source, self.source = self.source, None
+        d = self.mesh.degrees
+        bounds = bounds_of(self.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
+        laid = spread(model, self.mesh, bounds)
+        source, self.source, self._cut = self.source, None, laid.cut
         if source is not None:
             self._together(lambda: assemble.read_parts(model, source, Laid.part))
             if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
