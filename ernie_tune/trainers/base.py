@@ -14,7 +14,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, dump_config
-from ernie_tune.data.batching import Dropped, RecordEncoder, steps_per_epoch
+from ernie_tune.data.batching import Dropped, RecordEncoder, dealt_again, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
@@ -448,16 +448,13 @@ class Trainer:
         self._epoch_seen = self.stream.epoch
 
     def _data_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Where this rank's stream stood. Rows that wait to be packed belong to a rank: with another number of ranks they are taken from the first one's."""
+        """Where this rank's stream stood; of a run with another number of data ranks, this rank's share of what all of them had still to read."""
         rank, size = self.place.batch
-        saved = len(list(checkpoint.path.glob(f"*_{STATES['data']}"))) + 1
-        own = checkpoint.read_json(f"{rank}_{STATES['data']}" if rank and saved == size else STATES["data"])
-        if saved != size and own["waiting"]:
-            raise ValueError(
-                f"{checkpoint.path} was saved by {saved} data rank(s) with rows waiting to be packed, and must be resumed with as many, not {size}; "
-                "or set ignore_data_skip: true"
-            )
-        return own
+        more = range(1, len(list(checkpoint.path.glob(f"*_{STATES['data']}"))) + 1)
+        files = [STATES["data"], *(f"{other}_{STATES['data']}" for other in more)]
+        if len(files) == size:
+            return checkpoint.read_json(files[rank])
+        return dealt_again([checkpoint.read_json(file) for file in files], rank, size)
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
