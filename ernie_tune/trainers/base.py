@@ -353,16 +353,12 @@ class Trainer:
 
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
-        if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
-            named = self._trained()
-            with self.place.engine.whole():
+        with self.place.engine.whole():
+            if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
+                named = self._trained()
                 load_values(checkpoint, named, cut=self.place.cut(named), ranks=self.place)
-        elif self.place.several:
-            raise ValueError(
-                f"{checkpoint.path} must hold {OPTIMIZER}/ for a run of several processes; take it as model_name_or_path or lora_path instead"
-            )
-        else:
-            assemble.load_weights(self.model, checkpoint.path)
+            else:
+                self.place.take(self.model, checkpoint.path)
 
     def _state_fields(self) -> dict[str, Any]:
         """What trainer_state.json says beside the history."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import Region
@@ -221,6 +222,36 @@ class Place:
             arrays = {key: value for key, value in arrays.items() if not key.startswith("embed_tokens.")}
             arrays.update(model.exported())
         model.save_pretrained(folder, tensors=arrays)
+
+    def take(self, model: ErnieModel, folder: Path) -> None:
+        """Put what `save` wrote back into the model, each rank its part. ValueError, on all ranks, where it is of another model or adapter."""
+        if not self.several:
+            assemble.load_weights(model, folder)
+        elif isinstance(model, PeftModel):
+            self._together(lambda: self._take_adapter(model, folder))
+        else:
+            self._together(lambda: assemble.load_weights(model, folder, Laid.part))
+
+    def _take_adapter(self, model: PeftModel, folder: Path) -> None:
+        tensors = assemble.adapter_tensors(model, folder)
+        if "prefix" in tensors:
+            prefix = tensors.pop("prefix")
+            tensors |= zip(self._adapter, prefix.reshape(-1, *prefix.shape[2:]), strict=True)
+        if "prompt" in tensors:
+            tensors["embed_tokens.prompt"] = tensors.pop("prompt")
+        assemble.check_adapter(folder, tensors, self._adapter)
+        parts: dict[str, list[np.ndarray]] = {}
+        stacks = {name for name, row in self._adapter.values() if row is not None}
+        for key, (name, _) in self._adapter.items():
+            parts.setdefault(name, []).append(tensors[key])
+        for name, value in model.named_parameters():
+            if name in parts:
+                whole = np.stack(parts[name]) if name in stacks else parts[name][0]
+                if whole.shape != self._whole_shapes[name]:
+                    raise ValueError(
+                        f"{folder}: {name} {list(whole.shape)} must be {list(self._whole_shapes[name])}; take an adapter of the same settings"
+                    )
+                value.set_value(paddle.to_tensor(whole[Laid.part(value, whole.shape)]).astype(value.dtype))
 
     # --- together ----------------------------------------------------------------------------------------------------
 

@@ -1,17 +1,21 @@
 """One process of a loading test: `part_worker.py FOLDER`, started by the launcher. FOLDER/cases.json: [{"name", "settings"}]. For each case a rank loads its
-part of a model as a trainer does, notes the most memory that took, and compares every value with those of the whole model laid over the same ranks."""
+part of a model as a trainer does, notes the most memory that took, compares every value with those of the whole model laid over the same ranks, and saves
+and takes back what is trained."""
 
 from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import paddle.distributed as dist
+import pytest
 from paddle.base import core
 from paddle.distributed.fleet.base import topology
 
@@ -54,6 +58,29 @@ def load(config: RunConfig) -> tuple[Any, place.Place, tuple[int, int]]:
     return model, here, peaks
 
 
+def there_and_back(config: RunConfig, model: Any, here: place.Place) -> None:
+    """What a layout saves, it takes back: whole models and adapters, each rank its part."""
+    folder = Path(sys.argv[1]) / "saved"
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    with paddle.no_grad():
+        for value in trained.values():
+            value.set_value(value * 1.5 + 0.25)
+        before = {name: value.numpy() for name, value in trained.items()}
+        here.save(model, folder)
+        for value in trained.values():
+            value.set_value(paddle.zeros_like(value))
+    here.gather(None)
+    if config.model.fine_tuning == "PTuning":
+        with pytest.raises(ValueError, match="must hold the encoder of a P-tuned prompt"):
+            here.take(model, folder)
+    else:
+        here.take(model, folder)
+        assert all(np.array_equal(value.numpy(), before[name]) for name, value in trained.items())
+    here.gather(None)
+    if here.is_writer:
+        shutil.rmtree(folder)
+
+
 def one(settings: dict[str, Any]) -> dict[str, Any]:
     topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here it lays out one after the other
     config = build(settings)
@@ -72,6 +99,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in mine.items()
         if not np.array_equal(value, theirs[name])
     }
+    there_and_back(config, model, here)
     shapes = [np.prod(spec.shape) for spec in parameter_specs(model.config).values()]
     return {
         "paddle": peaks[0],

@@ -283,9 +283,3 @@ def test_another_number_of_data_ranks_takes_up_what_all_had_to_read(tmp_path: Pa
     shard = {"position": 10, "seed": 3}  # rows 4, 7, 9 waited; rank 0 had not read 6 and 8 yet
     assert state_of(0, 1) == {"shard": shard, "waiting": [4, 7, 9], "unread": [6, 8], "dropped": {"too long": 4}}
     assert state_of(2, 3) == {"shard": shard, "waiting": [7], "unread": [], "dropped": {}}  # row 9
-
-
-def test_weights_alone_are_not_spread(tmp_path: Path) -> None:
-    trainer = SimpleNamespace(place=SimpleNamespace(several=True), model=None)
-    with pytest.raises(ValueError, match=r"must hold optimizer/ for a run of several processes"):
-        Trainer._take_weights(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
