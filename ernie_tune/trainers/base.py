@@ -182,7 +182,7 @@ class Trainer:
             return self._train(dry_run)
 
     def _train(self, dry_run: bool) -> dict[str, float]:
-        self._lay()
+        self._lay(training=True)
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
@@ -454,12 +454,12 @@ class Trainer:
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
-    def _lay(self) -> None:
+    def _lay(self, training: bool = False) -> None:
         """Put the model on the mesh, once it has all its layers; what is trained is counted before."""
         if not self._table:
             self._table = trainable_table(self.model).splitlines()
             self._trainable = sum(int(p.size) for p in self._trained().values())
-        self.place.lay(self.model)
+        self.place.lay(self.model, training)
 
     _table: tuple[str, ...] | list[str] = ()
     _trainable = 0

@@ -30,7 +30,7 @@ from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.plan.segments import bounds_of
-from ernie_tune.train.distributed import DistributedEngine, Laid, spread
+from ernie_tune.train.distributed import DistributedEngine, Laid, spread, unkept
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.state import Cut
 from ernie_tune.trainers import assemble
@@ -123,8 +123,9 @@ class Place:
         model, self.source = assemble.unread_model(config)
         return model
 
-    def lay(self, model: ErnieModel) -> None:
-        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done. ValueError for values that cannot be used."""
+    def lay(self, model: ErnieModel, training: bool = False) -> None:
+        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done; where an optimizer comes next (`training`),
+        without those that sharding stage 3 would let go of. ValueError for values that cannot be used."""
         if self._laid is model or not self.several:
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -136,7 +137,12 @@ class Place:
         laid = spread(model, self.mesh, bounds)
         source, self.source, self._cut = self.source, None, laid.cut
         if source is not None:
-            self._together(lambda: assemble.read_parts(model, source, Laid.part))
+            unread = unkept(model, self.mesh) if training else frozenset()
+            self._together(
+                lambda: assemble.read_parts(
+                    model, source, lambda p, shape: None if p.name in unread else Laid.part(p, shape)
+                )
+            )
             if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
                 for layer in (layer for adapter in model.adapters.values() for layer in adapter.places.values()):
                     equalise(layer, self.mesh)

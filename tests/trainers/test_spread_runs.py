@@ -35,6 +35,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "TP2+SP EP2": ("tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"),
     "PP2": ("pipeline_model_parallel_size=2",),
     "sharding 2": ("sharding=stage1", "sharding_parallel_size=2", "gradient_accumulation_steps=1"),
+    "sharding 3": (
+        "sharding=stage3",
+        "sharding_parallel_size=2",
+        "gradient_accumulation_steps=1",
+        "recompute=true",
+    ),
     "EP2 sharding 2": (
         "expert_model_parallel_size=2",
         "sharding=stage1",
@@ -119,7 +125,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert left == {p.name for p in other.iterdir()} - {"log"}
 
 
-@pytest.mark.parametrize("name", ["TP2+SP EP2", "EP2 sharding 2", "TP2 PP2 SP"])
+@pytest.mark.parametrize("name", ["TP2+SP EP2", "EP2 sharding 2", "sharding 3", "TP2 PP2 SP"])
 def test_a_run_under_a_layout_is_the_run_on_one_process(name: str, folder: Path, alone: Path) -> None:
     assert_same(train(folder, name.replace(" ", "_"), *LAYOUTS[name]), alone)
 
