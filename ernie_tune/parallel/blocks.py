@@ -131,7 +131,10 @@ class Blocks:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """All parameters on all ranks, for the length of a `with`: to save or to compare them."""
+        """All parameters on all ranks, for the length of the outermost `with`: to save or to compare them."""
+        if self.pinned:
+            yield
+            return
         self.pinned = True
         for held in self.held.values():
             for h in held:
