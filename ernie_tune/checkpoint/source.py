@@ -21,8 +21,8 @@ from ernie_tune.models.specs import ParameterSpec, parameter_specs
 
 Array = np.ndarray[Any, Any]
 Index = tuple[Any, ...]  # of slices and lists, one an axis, from the first on; axes that are left out are whole
-# A parameter and the shape of its whole value -> which of it the parameter is to hold.
-Where = Callable[[Tensor, tuple[int, ...]], Index]
+# A parameter and the shape of its whole value -> which of it the parameter is to hold; None: nothing yet.
+Where = Callable[[Tensor, tuple[int, ...]], Index | None]
 # Takes float32 matrices as `read(expert)` gives them: one expert of a stack by its number in the whole, or the whole parameter for None.
 Taker = Callable[[Callable[[int | None], Array]], None]
 
@@ -125,7 +125,8 @@ def fill(
             takers[name](_matrices(source, name, code))
         elif where is None or name in parameters:
             index = where(parameters[name], spec.shape) if where else ()
-            parameters[name].set_value(np.ascontiguousarray(source.read(name, code, index)))
+            if index is not None:
+                parameters[name].set_value(np.ascontiguousarray(source.read(name, code, index)))
     source.check()
 
 

@@ -309,6 +309,32 @@ class BatchStream:
                     f"row at position {position} must be usable as in the saved run; restore max_seq_len and the data, or start without the data state"
                 )
             self._waiting.append((position, sample))
+        for position in state.get("unread", ()):  # `dealt_again`
+            sample = self.encoder(self.shard.mixture[position + self.shard.rank], self.dropped)
+            if sample is not None:
+                self._waiting.append((position, sample))
+
+
+def dealt_again(states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+    """The state of `rank` among `size` from the states of all ranks of a run that had another number of them: every row is used once, as before.
+
+    Where packs or dropped rows let some ranks read further than others, the new ones begin where the furthest stood; what others had not read by then,
+    and what waited, is dealt out in turn, in reading order.
+    """
+    ends = [int(state["shard"]["position"]) for state in states]
+    start, old = max(ends), len(states)
+    waited = (p + r for r, state in enumerate(states) for p in state["waiting"])
+    behind = (p + r for r, end in enumerate(ends) for p in range(end, start, old))
+    mine = {"waiting": sorted(waited)[rank::size], "unread": sorted(behind)[rank::size]}
+    dropped: dict[str, int] = {}
+    for state in states if rank == 0 else ():
+        for why, count in state["dropped"].items():
+            dropped[why] = dropped.get(why, 0) + count
+    return {
+        "shard": {**states[0]["shard"], "position": start},
+        "dropped": dropped,
+        **{what: [index - rank for index in rows] for what, rows in mine.items()},
+    }
 
 
 def steps_per_epoch(stream_of: Callable[[], BatchStream], sample_rows: int = 256) -> float:

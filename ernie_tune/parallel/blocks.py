@@ -25,7 +25,10 @@ class _Held:
     """One parameter of a block: whole here, or on its owner alone."""
 
     def __init__(self, value: Tensor, group: Group, owner: int) -> None:
-        self.value, self.group, self.owner, self.shape, self.here = value, group, owner, list(value.shape), True
+        self.value, self.group, self.owner, self.shape = value, group, owner, list(value.shape)
+        self.here = bool(value._is_initialized())
+        if self.mine and not self.here:
+            raise AssertionError(f"{value.name} must have been read: this rank is to keep it")
 
     @property
     def mine(self) -> bool:
@@ -46,6 +49,33 @@ class _Held:
         self.here = False
 
 
+def _dealt(
+    model: nn.Layer, mesh: Mesh, owner_of: Mapping[str, int], pattern: str
+) -> Iterator[tuple[str, nn.Layer, list[tuple[Tensor, Group, int]]]]:
+    """(name, block, its parameters with the ranks that share them and the number of the one that keeps it). What nobody trains goes to whoever has least."""
+    loads: dict[int, int] = {}
+    for name, block in model.named_sublayers():
+        if name.rpartition(".")[0] != pattern:
+            continue
+        owned = []
+        for value in block.parameters():
+            group = mesh.group("expert_data" if is_fleet_expert(value, mesh) else "sharding")
+            if group.size == 1:
+                continue
+            owner = owner_of.get(value.name)
+            if owner is None:
+                owner = min(range(group.size), key=lambda r: loads.get(r, 0))
+            loads[owner] = loads.get(owner, 0) + int(value.size)
+            owned.append((value, group, owner))
+        yield name, block, owned
+
+
+def kept_elsewhere(model: nn.Layer, mesh: Mesh, owner_of: Mapping[str, int], pattern: str) -> frozenset[str]:
+    """Paddle's names of the parameters that `Blocks` will let go of on this rank: they need not be read."""
+    every = (each for _, _, owned in _dealt(model, mesh, owner_of, pattern) for each in owned)
+    return frozenset(value.name for value, group, owner in every if group.rank != owner)
+
+
 class Blocks:
     """The blocks of a model. `fold(prefix)` is called when a block's gradients of this micro-batch are complete."""
 
@@ -56,20 +86,8 @@ class Blocks:
         self.held: dict[str, list[_Held]] = {}
         self.open: str = ""  # the block that the backward is in
         self.pinned = False
-        loads: dict[int, int] = {}
-        for name, block in model.named_sublayers():
-            if name.rpartition(".")[0] != pattern:
-                continue
-            self.held[name] = []
-            for value in block.parameters():
-                group = mesh.group("expert_data" if is_fleet_expert(value, mesh) else "sharding")
-                if group.size == 1:
-                    continue
-                owner = owner_of.get(value.name)
-                if owner is None:  # frozen: to whoever has least
-                    owner = min(range(group.size), key=lambda r: loads.get(r, 0))
-                loads[owner] = loads.get(owner, 0) + int(value.size)
-                self.held[name].append(_Held(value, group, owner))
+        for name, block, owned in _dealt(model, mesh, owner_of, pattern):
+            self.held[name] = [_Held(*each) for each in owned]
             block.register_forward_pre_hook(self._before(name))
             block.register_forward_post_hook(self._after(name))
         self.release()
@@ -113,7 +131,10 @@ class Blocks:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """All parameters on all ranks, for the length of a `with`: to save or to compare them."""
+        """All parameters on all ranks, for the length of the outermost `with`: to save or to compare them."""
+        if self.pinned:
+            yield
+            return
         self.pinned = True
         for held in self.held.values():
             for h in held:

@@ -23,7 +23,7 @@ from paddle.utils import unique_name
 from ernie_tune.models.ernie import PLAN, ErnieModel
 from ernie_tune.models.moe import MoELayer, update_correction_bias
 from ernie_tune.parallel import gradients
-from ernie_tune.parallel.blocks import Blocks
+from ernie_tune.parallel.blocks import Blocks, kept_elsewhere
 from ernie_tune.parallel.collectives import TokenRuns
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
@@ -32,6 +32,7 @@ from ernie_tune.parallel.pipeline import Cut, cut_at, cut_balanced
 from ernie_tune.parallel.placement import Placement, place, placement_of, split_
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
 from ernie_tune.parallel.sharding import MeshOptimizer
+from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import ADAPTER_PLAN
 from ernie_tune.train.engine import Engine, Window, Work
@@ -87,6 +88,27 @@ def _split_alternatives(model: PeftModel) -> None:
             if where.axis is not None and where.handle is not None and placement_of(value) != where:
                 split_(value, where.axis, where.handle)
                 place(value, where)
+
+
+_BLOCKS = "layers"  # what stage 3 keeps apart, block by block
+
+
+def unkept(model: ErnieModel, mesh: Mesh) -> frozenset[str]:
+    """Paddle's names of the parameters that this rank will not keep under sharding stage 3, once the optimizer is made: a model that has no values yet
+    need not read them. None of them where an adapter starts from the layers' values, which it must then see."""
+    starts = isinstance(model, PeftModel) and any(
+        a.waiting and (a.copies or _norms(a.config)) for a in model.adapters.values()
+    )
+    if mesh.degrees.sharding_stage < 3 or starts:
+        return frozenset()
+    trained = [p for p in model.parameters() if not p.stop_gradient]
+    # Fleet deals parameters out by their sizes alone, whatever the optimizer.
+    dealt = MeshOptimizer(trained, mesh, lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
+    return kept_elsewhere(model, mesh, dealt.owner_of, _BLOCKS)
+
+
+def _norms(config: Any) -> bool:
+    return isinstance(config, LoraConfig) and config.use_dora
 
 
 class DistributedEngine(Engine):
@@ -146,7 +168,7 @@ class DistributedEngine(Engine):
         self._optimizer = MeshOptimizer(list(self.named.values()), self.mesh, make)
         self.owner_of = self._optimizer.owner_of
         if self.mesh.degrees.sharding_stage == 3:
-            self.blocks = Blocks(self.model, self.mesh, self.owner_of, "layers", self._fold)
+            self.blocks = Blocks(self.model, self.mesh, self.owner_of, _BLOCKS, self._fold)
             self._optimizer.release(self.blocks.names())
         return self._optimizer
 

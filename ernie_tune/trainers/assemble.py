@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
@@ -104,26 +106,38 @@ def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
     return RunConfig(**{**vars(config), "model": about, "lora": lora, "added": added})
 
 
-def load_weights(model: ErnieModel, folder: Path) -> None:
-    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`. ValueError where they are others."""
+def load_weights(model: ErnieModel, folder: Path, where: Where | None = None) -> None:
+    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`; with `where`, into a plain model that lies over ranks.
+    ValueError where they are others."""
     if not isinstance(model, PeftModel):
         reader = TensorReader(folder)
         table = layout(model.config, detect_flavour(reader.shapes, model.config))
         check_names(table, reader.shapes)
-        fill(model, OnDisk(table, reader))
+        fill(model, OnDisk(table, reader), where=where)
         return
     adapter = model.adapters[model.active or ""]
-    if isinstance(adapter.config, PromptConfig) and adapter.config.encoder_width:
+    rest = build.fill(adapter.config, adapter.places, adapter_tensors(model, folder))
+    check_adapter(folder, rest, adapter.copies)
+    for name, value in rest.items():
+        build.assign(adapter.copies[name], value, name)
+
+
+def adapter_tensors(model: PeftModel, folder: Path) -> dict[str, np.ndarray]:
+    """The whole tensors of the active adapter as `folder` has them. ValueError for a prompt whose encoder no file has."""
+    config = model.adapters[model.active or ""].config
+    if isinstance(config, PromptConfig) and config.encoder_width:
         raise ValueError(
             f"{folder} must hold the encoder of a P-tuned prompt, but adapter files hold only what it makes; save without save_only_model"
         )
-    rest = build.fill(adapter.config, adapter.places, read_adapter(folder, model.config).tensors)
-    if set(rest) != set(adapter.copies):
+    return read_adapter(folder, model.config).tensors
+
+
+def check_adapter(folder: Path, found: Collection[str], wanted: Collection[str]) -> None:
+    """ValueError unless the tensors of an adapter are those that the run trains."""
+    if set(found) != set(wanted):
         raise ValueError(
-            f"adapter in {folder} must hold the tensors that this run trains, but {sorted(set(rest) ^ set(adapter.copies))[:3]} differ; take another folder"
+            f"adapter in {folder} must hold the tensors that this run trains, but {sorted(set(found) ^ set(wanted))[:3]} differ; take another folder"
         )
-    for name, value in rest.items():
-        build.assign(adapter.copies[name], value, name)
 
 
 def train_sets(config: RunConfig, signals: tuple[str, ...]) -> list[Rows]:

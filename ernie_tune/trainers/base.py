@@ -14,7 +14,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, dump_config
-from ernie_tune.data.batching import Dropped, RecordEncoder, steps_per_epoch
+from ernie_tune.data.batching import Dropped, RecordEncoder, dealt_again, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
@@ -182,7 +182,7 @@ class Trainer:
             return self._train(dry_run)
 
     def _train(self, dry_run: bool) -> dict[str, float]:
-        self._lay()
+        self._lay(training=True)
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
@@ -353,16 +353,12 @@ class Trainer:
 
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
-        if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
-            named = self._trained()
-            with self.place.engine.whole():
+        with self.place.engine.whole():
+            if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
+                named = self._trained()
                 load_values(checkpoint, named, cut=self.place.cut(named), ranks=self.place)
-        elif self.place.several:
-            raise ValueError(
-                f"{checkpoint.path} must hold {OPTIMIZER}/ for a run of several processes; take it as model_name_or_path or lora_path instead"
-            )
-        else:
-            assemble.load_weights(self.model, checkpoint.path)
+            else:
+                self.place.take(self.model, checkpoint.path)
 
     def _state_fields(self) -> dict[str, Any]:
         """What trainer_state.json says beside the history."""
@@ -448,25 +444,22 @@ class Trainer:
         self._epoch_seen = self.stream.epoch
 
     def _data_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Where this rank's stream stood. Rows that wait to be packed belong to a rank: with another number of ranks they are taken from the first one's."""
+        """Where this rank's stream stood; of a run with another number of data ranks, this rank's share of what all of them had still to read."""
         rank, size = self.place.batch
-        saved = len(list(checkpoint.path.glob(f"*_{STATES['data']}"))) + 1
-        own = checkpoint.read_json(f"{rank}_{STATES['data']}" if rank and saved == size else STATES["data"])
-        if saved != size and own["waiting"]:
-            raise ValueError(
-                f"{checkpoint.path} was saved by {saved} data rank(s) with rows waiting to be packed, and must be resumed with as many, not {size}; "
-                "or set ignore_data_skip: true"
-            )
-        return own
+        more = range(1, len(list(checkpoint.path.glob(f"*_{STATES['data']}"))) + 1)
+        files = [STATES["data"], *(f"{other}_{STATES['data']}" for other in more)]
+        if len(files) == size:
+            return checkpoint.read_json(files[rank])
+        return dealt_again([checkpoint.read_json(file) for file in files], rank, size)
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
-    def _lay(self) -> None:
+    def _lay(self, training: bool = False) -> None:
         """Put the model on the mesh, once it has all its layers; what is trained is counted before."""
         if not self._table:
             self._table = trainable_table(self.model).splitlines()
             self._trainable = sum(int(p.size) for p in self._trained().values())
-        self.place.lay(self.model)
+        self.place.lay(self.model, training)
 
     _table: tuple[str, ...] | list[str] = ()
     _trainable = 0

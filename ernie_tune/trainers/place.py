@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import Region
@@ -29,7 +30,7 @@ from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.plan.segments import bounds_of
-from ernie_tune.train.distributed import DistributedEngine, Laid, spread
+from ernie_tune.train.distributed import DistributedEngine, Laid, spread, unkept
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.state import Cut
 from ernie_tune.trainers import assemble
@@ -122,8 +123,9 @@ class Place:
         model, self.source = assemble.unread_model(config)
         return model
 
-    def lay(self, model: ErnieModel) -> None:
-        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done. ValueError for values that cannot be used."""
+    def lay(self, model: ErnieModel, training: bool = False) -> None:
+        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done; where an optimizer comes next (`training`),
+        without those that sharding stage 3 would let go of. ValueError for values that cannot be used."""
         if self._laid is model or not self.several:
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -135,7 +137,12 @@ class Place:
         laid = spread(model, self.mesh, bounds)
         source, self.source, self._cut = self.source, None, laid.cut
         if source is not None:
-            self._together(lambda: assemble.read_parts(model, source, Laid.part))
+            unread = unkept(model, self.mesh) if training else frozenset()
+            self._together(
+                lambda: assemble.read_parts(
+                    model, source, lambda p, shape: None if p.name in unread else Laid.part(p, shape)
+                )
+            )
             if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
                 for layer in (layer for adapter in model.adapters.values() for layer in adapter.places.values()):
                     equalise(layer, self.mesh)
@@ -221,6 +228,36 @@ class Place:
             arrays = {key: value for key, value in arrays.items() if not key.startswith("embed_tokens.")}
             arrays.update(model.exported())
         model.save_pretrained(folder, tensors=arrays)
+
+    def take(self, model: ErnieModel, folder: Path) -> None:
+        """Put what `save` wrote back into the model, each rank its part. ValueError, on all ranks, where it is of another model or adapter."""
+        if not self.several:
+            assemble.load_weights(model, folder)
+        elif isinstance(model, PeftModel):
+            self._together(lambda: self._take_adapter(model, folder))
+        else:
+            self._together(lambda: assemble.load_weights(model, folder, Laid.part))
+
+    def _take_adapter(self, model: PeftModel, folder: Path) -> None:
+        tensors = assemble.adapter_tensors(model, folder)
+        if "prefix" in tensors:
+            prefix = tensors.pop("prefix")
+            tensors |= zip(self._adapter, prefix.reshape(-1, *prefix.shape[2:]), strict=True)
+        if "prompt" in tensors:
+            tensors["embed_tokens.prompt"] = tensors.pop("prompt")
+        assemble.check_adapter(folder, tensors, self._adapter)
+        parts: dict[str, list[np.ndarray]] = {}
+        stacks = {name for name, row in self._adapter.values() if row is not None}
+        for key, (name, _) in self._adapter.items():
+            parts.setdefault(name, []).append(tensors[key])
+        for name, value in model.named_parameters():
+            if name in parts:
+                whole = np.stack(parts[name]) if name in stacks else parts[name][0]
+                if whole.shape != self._whole_shapes[name]:
+                    raise ValueError(
+                        f"{folder}: {name} {list(whole.shape)} must be {list(self._whole_shapes[name])}; take an adapter of the same settings"
+                    )
+                value.set_value(paddle.to_tensor(whole[Laid.part(value, whole.shape)]).astype(value.dtype))
 
     # --- together ----------------------------------------------------------------------------------------------------
 

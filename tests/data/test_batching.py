@@ -24,6 +24,7 @@ from ernie_tune.data.batching import (
     MicroBatch,
     Sample,
     collate,
+    dealt_again,
     steps_per_epoch,
     truncate,
 )
@@ -291,6 +292,34 @@ def test_a_resumed_stream_gives_the_next_window(options: dict[str, Any], rank: i
         assert take(second, 12 - cut) == windows[cut:]
     assert second.dropped.count == whole.dropped.count
     assert second.dropped.lines()[0].startswith("dropped ")
+
+
+@pytest.mark.parametrize("options", [{"rows": 2}, {"packing": True}, {"packing": True, "best_fit": True, "rows": 2}])
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 5), (4, 1)])
+def test_no_row_is_lost_or_used_twice_when_the_number_of_ranks_changes(
+    options: dict[str, Any], before: int, after: int
+) -> None:
+    """Over a pass that three numbers of ranks share; rows above the limit are dropped, on whichever rank."""
+    lengths, limit = list(range(1, 601)), 540
+    seen: Counter[int] = Counter()
+    states: list[dict[str, Any]] = []
+    for size, windows in ((before, 9), (after, 6), (before, 10**6)):
+        made = [stream(lengths, limit, shuffle=True, rank=r, size=size, **options) for r in range(size)]
+        if states:
+            for rank, part in enumerate(made):
+                part.load_state_dict(json.loads(json.dumps(dealt_again(states, rank, size))))
+        for _ in range(windows):
+            if max(part.shard.position for part in made) >= len(lengths) - 60 * size:
+                break
+            seen.update(n for part in made for pack in take(part, 1)[0] for n in pack)
+        states = [part.state_dict() for part in made]
+    rest = dealt_again(states, 0, 1)
+    order = Mixture([lengths], shuffle=True)
+    unused = Counter(order[i] for i in (*rest["waiting"], *rest["unread"], *range(rest["shard"]["position"], 600)))
+    lost = Counter(n for n in range(limit + 1, 601) if not unused[n])
+    assert seen + unused + lost == Counter(lengths)
+    assert sum(rest["dropped"].values()) == sum(lost.values())
+    assert sum(seen.values()) > 60
 
 
 def test_ranks_share_the_rows() -> None:

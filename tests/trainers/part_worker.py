@@ -1,17 +1,21 @@
 """One process of a loading test: `part_worker.py FOLDER`, started by the launcher. FOLDER/cases.json: [{"name", "settings"}]. For each case a rank loads its
-part of a model as a trainer does, notes the most memory that took, and compares every value with those of the whole model laid over the same ranks."""
+part of a model as a trainer does, notes the most memory that took, compares every value with those of the whole model laid over the same ranks, and saves
+and takes back what is trained."""
 
 from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import paddle.distributed as dist
+import pytest
 from paddle.base import core
 from paddle.distributed.fleet.base import topology
 
@@ -48,17 +52,52 @@ def load(config: RunConfig) -> tuple[Any, place.Place, tuple[int, int]]:
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     plain = here.load(config)
     model = assemble.apply_method(config, plain, [], here.source)
-    here.lay(model)
+    here.lay(model, training=True)
     peaks = int(core.host_memory_stat_peak_value("Allocated", 0)) - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return model, here, peaks
+
+
+def there_and_back(config: RunConfig, model: Any, here: place.Place) -> None:
+    """What a layout saves, it takes back: whole models and adapters, each rank its part."""
+    folder = Path(sys.argv[1]) / "saved"
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    with here.engine.whole(), paddle.no_grad():
+        for value in trained.values():
+            value.set_value(value * 1.5 + 0.25)
+        before = {name: value.numpy() for name, value in trained.items()}
+    here.save(model, folder)
+    with here.engine.whole(), paddle.no_grad():
+        for value in trained.values():
+            value.set_value(paddle.zeros_like(value))
+    take_back(config, model, here, folder, before)
+
+
+def take_back(config: RunConfig, model: Any, here: place.Place, folder: Path, before: dict[str, np.ndarray]) -> None:
+    trained = dict(model.named_parameters())
+    here.gather(None)
+    if config.model.fine_tuning == "PTuning":
+        with pytest.raises(ValueError, match="must hold the encoder of a P-tuned prompt"):
+            here.take(model, folder)
+    else:
+        with here.engine.whole():
+            here.take(model, folder)
+        with here.engine.whole():
+            assert all(np.array_equal(trained[name].numpy(), value) for name, value in before.items())
+    here.gather(None)
+    if here.is_writer:
+        shutil.rmtree(folder)
 
 
 def one(settings: dict[str, Any]) -> dict[str, Any]:
     topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here it lays out one after the other
     config = build(settings)
     model, here, peaks = load(config)
-    mine = values(model)
+    held = sum(int(p.size) * p.element_size() for p in model.parameters() if p._is_initialized())
+    if here.mesh.degrees.sharding_stage == 3:
+        here.engine.optimizer(lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
+    with here.engine.whole():
+        mine = values(model)
     whole = assemble.apply_method(config, assemble.load_model(config))
     spread(whole, here.mesh)
     theirs = values(whole)
@@ -72,11 +111,12 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in mine.items()
         if not np.array_equal(value, theirs[name])
     }
+    there_and_back(config, model, here)
     shapes = [np.prod(spec.shape) for spec in parameter_specs(model.config).values()]
     return {
         "paddle": peaks[0],
         "numpy": peaks[1],
-        "share": sum(value.nbytes for value in mine.values()),
+        "share": held if here.mesh.degrees.sharding_stage == 3 else sum(value.nbytes for value in mine.values()),
         "largest": 4 * int(max(shapes)),
         "whole": 4 * int(sum(shapes)),
         "differ": differ,

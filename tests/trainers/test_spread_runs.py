@@ -35,6 +35,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "TP2+SP EP2": ("tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"),
     "PP2": ("pipeline_model_parallel_size=2",),
     "sharding 2": ("sharding=stage1", "sharding_parallel_size=2", "gradient_accumulation_steps=1"),
+    "sharding 3": (
+        "sharding=stage3",
+        "sharding_parallel_size=2",
+        "gradient_accumulation_steps=1",
+        "recompute=true",
+    ),
     "EP2 sharding 2": (
         "expert_model_parallel_size=2",
         "sharding=stage1",
@@ -119,7 +125,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert left == {p.name for p in other.iterdir()} - {"log"}
 
 
-@pytest.mark.parametrize("name", ["TP2+SP EP2", "EP2 sharding 2", "TP2 PP2 SP"])
+@pytest.mark.parametrize("name", ["TP2+SP EP2", "EP2 sharding 2", "sharding 3", "TP2 PP2 SP"])
 def test_a_run_under_a_layout_is_the_run_on_one_process(name: str, folder: Path, alone: Path) -> None:
     assert_same(train(folder, name.replace(" ", "_"), *LAYOUTS[name]), alone)
 
@@ -270,14 +276,16 @@ def test_degrees_that_cannot_be_are_refused(settings: dict[str, Any], world: int
         degrees_of(build(settings).parallel, world)
 
 
-def test_a_pack_that_waits_belongs_to_a_rank(tmp_path: Path) -> None:
-    (tmp_path / "data_state.json").write_text('{"waiting": [3]}', encoding="utf-8")
-    trainer = SimpleNamespace(place=SimpleNamespace(batch=(0, 2)))
-    with pytest.raises(ValueError, match=r"saved by 1 data rank\(s\) with rows waiting to be packed.*not 2"):
-        Trainer._data_state(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
+def test_another_number_of_data_ranks_takes_up_what_all_had_to_read(tmp_path: Path) -> None:
+    for file, position, waiting in (("data_state.json", 6, [4]), ("1_data_state.json", 10, [6, 8])):
+        state = {"shard": {"position": position, "seed": 3}, "waiting": waiting, "dropped": {"too long": 2}}
+        (tmp_path / file).write_text(json.dumps(state), encoding="utf-8")
 
+    def state_of(rank: int, size: int) -> dict[str, Any]:
+        trainer = SimpleNamespace(place=SimpleNamespace(batch=(rank, size)))
+        return Trainer._data_state(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
 
-def test_weights_alone_are_not_spread(tmp_path: Path) -> None:
-    trainer = SimpleNamespace(place=SimpleNamespace(several=True), model=None)
-    with pytest.raises(ValueError, match=r"must hold optimizer/ for a run of several processes"):
-        Trainer._take_weights(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
+    assert state_of(1, 2)["waiting"] == [6, 8]
+    shard = {"position": 10, "seed": 3}  # rows 4, 7, 9 waited; rank 0 had not read 6 and 8 yet
+    assert state_of(0, 1) == {"shard": shard, "waiting": [4, 7, 9], "unread": [6, 8], "dropped": {"too long": 4}}
+    assert state_of(2, 3) == {"shard": shard, "waiting": [7], "unread": [], "dropped": {}}  # row 9
