@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.loader import Entry, split_overrides
 
 API_KEY_VARIABLE = "ERNIE_TUNE_API_KEY"
@@ -139,9 +140,10 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
 
 def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
     """The model, its adapters and the limits as one `Service`. Raises ValueError, OSError."""
-    from ernie_tune.cli.chat import open_engine
-    from ernie_tune.peft.model import PeftModel
-    from ernie_tune.serve.service import Service
+    with while_paddle_loads():
+        from ernie_tune.cli.chat import open_engine
+        from ernie_tune.peft.model import PeftModel
+        from ernie_tune.serve.service import Service
 
     options = serve_options(settings)
     adapters = [_pair(text) for text in settings.get("adapters", ())]

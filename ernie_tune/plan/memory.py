@@ -28,7 +28,7 @@ FRAGMENTATION = 0.05
 # Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the share of activations that glibc's heap loses in holes, into
 # which gradients then fit; and the share of the loss's memory that the layers' backward uses again.
 PROCESS_BYTES = 0.37 * GB
-CPU_FRAGMENTATION = 0.28
+CPU_FRAGMENTATION = 0.26
 CPU_REUSE = 0.5
 PICTURE_PATCHES = 1024  # a picture of 448 x 448 pixels
 ITEMS = {
