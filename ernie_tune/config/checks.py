@@ -103,6 +103,11 @@ def _weights(c: RunConfig) -> Iterator[Problem]:
             "float64",
             "float64 (true) must not go with bf16 or fp16 (true); keep one / float64 不能与 bf16、fp16 同用",
         )
+    if x.float64 and c.model.stage == "RM":
+        yield (
+            "float64",
+            "float64 (true) must be false at stage RM, whose head is float32; unset it / RM 阶段不支持 float64",
+        )
     if x.bf16 and x.fp16:
         yield "fp16", "fp16 (true) and bf16 (true) must not both be set; keep one / bf16 与 fp16 只能选一"
     if c.lora.lora_alpha == 0:

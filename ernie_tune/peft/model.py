@@ -21,7 +21,6 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from ernie_tune.checkpoint.tensors import FLOAT_CODES
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
@@ -298,7 +297,7 @@ class PeftModel(ErnieModel):
             {**build.export(adapter.config, adapter.places), **_arrays(adapter.copies)} if tensors is None else tensors
         )
         stored = Stored(config, {key: np.asarray(value, np.float32) for key, value in values.items()})
-        code = FLOAT_CODES.get(self.compute_dtype, "F32")
+        code = "BF16" if self.compute_dtype == "bfloat16" else "F32"
         return write_adapter(Path(folder), stored, self.config, dialect, code)
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:

@@ -109,6 +109,21 @@ def test_from_config_is_reproducible() -> None:
     )
 
 
+def test_float64_computes_alone(golden: AutoModel, tmp_path: Path) -> None:
+    """Files stay in float32, which every reader knows."""
+    golden.save_pretrained(tmp_path / "m")
+    model = AutoModel.from_pretrained(tmp_path / "m", dtype="float64")
+    assert {t.dtype for t in model.state_dict().values()} == {paddle.float64}
+    for name, value in arrays(golden).items():
+        np.testing.assert_array_equal(arrays(model)[name], value.astype(np.float64))
+    assert {p.dtype for p in AutoModel.from_config("tiny-a", dtype="float64").parameters()} == {paddle.float64}
+    model.save_pretrained(tmp_path / "again")
+    for name in (SINGLE_NAME, "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"dtype \('float64'\) must be one of \['float32', 'bfloat16'\]"):
+        model.save_pretrained(tmp_path / "wide", dtype="float64")
+
+
 def test_bfloat16_keeps_routers_and_biases_in_float32(golden: AutoModel, tmp_path: Path) -> None:
     golden.save_pretrained(tmp_path / "m", dtype="bfloat16")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"

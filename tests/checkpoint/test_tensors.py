@@ -273,6 +273,10 @@ def test_cast_and_all_finite() -> None:
     np.testing.assert_array_equal(cast(f32.astype(np.float16), "F16", "BF16"), np.array([0x3FC0, 0xC000], np.uint16))
     np.testing.assert_array_equal(cast(np.array([0x3FC0], np.uint16), "BF16", "F16"), np.array([1.5], np.float16))
     np.testing.assert_array_equal(cast(f32.T, "F32", "BF16"), np.array([0x3FC0, 0xC000], np.uint16))
+    fine = np.array([1 / 3, 1e30])
+    np.testing.assert_array_equal(cast(fine, "F64", "F32"), fine.astype(np.float32))
+    np.testing.assert_array_equal(cast(np.array([0x3FC0], np.uint16), "BF16", "F64"), np.array([1.5]))
+    assert cast(f32, "F32", "F64").dtype == np.float64
     with pytest.raises(ValueError, match=r"dtype \(I8\) must be a floating type"):
         cast(np.zeros(2, np.int8), "I8", "F32")
     assert all_finite(f32, "F32")

@@ -120,7 +120,11 @@ def tables(found: dict[tuple[str, str], str]) -> list[str]:
 
 def main() -> int:
     words = sys.argv[1:]
-    chosen = [r for r in rows() if not words or any(w in r["name"] or w == str(world(r["degrees"])) for w in words)]
+    chosen = [
+        r
+        for r in rows()
+        if not words or any(w in r["name"] if not w.isdecimal() else int(w) == world(r["degrees"]) for w in words)
+    ]
     failed, found = 0, {}
     for processes in sorted({world(r["degrees"]) for r in chosen}):
         mine = [r for r in chosen if world(r["degrees"]) == processes]
@@ -129,7 +133,8 @@ def main() -> int:
             good = largest(result) < TOLERANCE
             failed += not good
             layout, _, job = result["name"].partition(" | ")
-            found[layout, job] = f"{largest(result):.0e}" if good else f"**{largest(result):.0e}**"
+            shown = f"{largest(result):.0e}" if largest(result) else "0"
+            found[layout, job] = shown if good else f"**{shown}**"
             if not good:
                 print(f"{result['name']}: {result.get('worst') or result['error'][:2000]}", file=sys.stderr, flush=True)
         shutil.rmtree(folder)

@@ -81,7 +81,7 @@ CASES: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "recompute": True,
     },
-    "task weights": lambda f: {**named_tasks(f), "balance": "dwa", "fine_tuning": "LoRA"},
+    "task weights, float64": lambda f: {**named_tasks(f), "balance": "dwa", "fine_tuning": "LoRA", "float64": True},
     "learned task weights, router losses": lambda f: {
         **named_tasks(f),
         "balance": "uncertainty",
