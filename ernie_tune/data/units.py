@@ -270,21 +270,42 @@ def _same_media(a: Row, b: Row) -> bool:
     return np.array_equal(a.grid_thw_n3, b.grid_thw_n3) and np.array_equal(a.pixel_values_PC, b.pixel_values_PC)  # type: ignore[arg-type]
 
 
-def mismatched(units: Sequence[Unit]) -> list[Unit]:
-    """Each unit's prompt with the first answer of the next one (the last with the first's): what KTO's baseline is measured on. Empty for one unit."""
-    if len(units) < 2:
-        return []
+Answer = tuple[np.ndarray, np.ndarray]
+
+
+def first_answer(unit: Unit) -> Answer:
+    """Tokens of the first answer, and which of them are targets."""
+    dialogue = unit.dialogues[0]
+    start = int(np.argmax(dialogue.trained_L))
+    return dialogue.row.input_ids_L[start:], dialogue.trained_L[start:]
+
+
+def mismatched(units: Sequence[Unit], answers: Sequence[Answer]) -> list[Unit]:
+    """Each unit's prompt with an answer that is not its own: what KTO's baseline is measured on."""
     out = []
-    for unit, other in zip(units, [*units[1:], units[0]], strict=True):
-        prompt, answer = unit.dialogues[0], other.dialogues[0]
-        start, cut = int(np.argmax(prompt.trained_L)), int(np.argmax(answer.trained_L))
+    for unit, (ids, trained) in zip(units, answers, strict=True):
+        prompt = unit.dialogues[0]
+        start = int(np.argmax(prompt.trained_L))
         head = dataclasses.replace(
             prompt,
             row=dataclasses.replace(prompt.row, input_ids_L=prompt.row.input_ids_L[:start]),
             trained_L=prompt.trained_L[:start],
         )
-        mixed = head.extended(answer.row.input_ids_L[cut:].tolist())
-        mixed.trained_L[start:] = answer.trained_L[cut:]
+        mixed = head.extended(ids.tolist())
+        mixed.trained_L[start:] = trained
         nothing = np.full(1, np.nan)
         out.append(Unit((mixed,), 0, "mismatch", nothing, nothing, nothing, where=unit.where))
     return out
+
+
+def following(answers: Sequence[Sequence[Answer]], rank: int) -> list[Answer]:
+    """The answer of the row after each of this rank's rows (after the last: of the first), in the order in which one process would read them: row by row,
+    and of each the ranks in turn. Empty where there is one row in all.
+
+    `answers`: `first_answer` of each rank's rows.
+    """
+    order = sorted((k, r) for r, own in enumerate(answers) for k in range(len(own)))
+    if len(order) < 2:
+        return []
+    after = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [answers[r][k] for k, r in (after[i, rank] for i in range(len(answers[rank])))]

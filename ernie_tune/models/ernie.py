@@ -227,8 +227,12 @@ class ErnieModel(nn.Layer):
     def keep(self, names: Collection[str]) -> None:
         """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"): what is left of the model on one pipeline stage.
 
-        "lm_head" stands for a tied head, too, which needs the embedding's matrix.
+        "lm_head" stands for a tied head, too, which needs the embedding's matrix. What somebody has put on the model beside its stages (a reward's
+        head) stays where the last one is.
         """
+        own = {*(name for name, _ in stages(self.config)), "layers", "scores", "vision_model", "resampler_model"}
+        for name in [name for name in self._sub_layers if name not in own and "lm_head" not in names]:
+            self.add_sublayer(name, Elsewhere())
         for name in [*(name for name, _ in stages(self.config)), "vision_model", "resampler_model"]:
             owner, _, leaf = name.rpartition(".")
             place = self.layers if owner else self

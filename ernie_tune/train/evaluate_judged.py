@@ -14,6 +14,7 @@ import paddle
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.train.objective import Objective
+from ernie_tune.train.pipeline import outputs_of
 
 Ready = Callable[[Sequence[UnitBatch]], Sequence[UnitBatch]]
 
@@ -50,7 +51,7 @@ def judged_evaluation(
 
     for batch in window:
         with paddle.no_grad():
-            outputs = objective.outputs(model, model(batch.inputs), batch)
+            outputs = outputs_of(model, objective.outputs, batch)
             out = objective.loss(outputs, batch)
         total += float(out.total) / divisor
         add(out.metrics)

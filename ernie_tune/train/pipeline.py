@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,9 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterTap
-from ernie_tune.parallel.mesh import Degrees, Mesh
+from ernie_tune.parallel.mesh import Degrees, Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 from ernie_tune.train.engine import Window, Work
-from ernie_tune.train.objective import Objective
 from ernie_tune.train.tower import SharedTower, tower_parameters
 
 # --- the model as items ----------------------------------------------------------------------------------------------
@@ -184,40 +183,17 @@ def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
 # --- the model, spread over stages -----------------------------------------------------------------------------------
 
 
-class StagedModel:
-    """A model whose stages are on the ranks of a pipeline; `model` has kept those of this one (`ErnieModel.keep`).
+Compute = Callable[[Any, Tensor, Any], Tensor]  # as `Objective.outputs`: (model, hidden_TD, batch) -> Tensor
 
-    `forward_backward` trains through Fleet's schedule. Calls without a gradient (evaluation, generation) are made by all ranks with the same packs, and
-    all get the result: stages take turns, boundaries are broadcast. `accumulation`: micro-batches of a window. `runs`: what `parallelize` returned.
-    Raises ValueError for cuts and schedules that cannot work.
-    """
 
-    def __init__(self, model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh, runs: Any = None) -> None:
-        if runs is not None and cut.bounds[-2] == len(cut.items) - 1:
-            raise ValueError(
-                f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with sequence_parallel; move the last cut to {len(cut.items) - 2}"
-            )
-        self.model, self.config, self.runs = model, model.config, runs
-        tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
-        self.pipeline = Pipeline(cut, accumulation, mesh, tied)
-        # Trap w: every stage has the tower, one counts it.
-        for parameter in tower_parameters(model):
-            parameter.is_firstly_shared = self.pipeline.stage == 0
+class StagedForward:
+    """A model whose stages are on the ranks of a pipeline, called without a gradient (evaluation, generation, a reference): all ranks call it with the same
+    packs, and all get the result; stages take turns, boundaries are broadcast. `model` has kept the stages of this rank (`ErnieModel.keep`). `runs`: what
+    `parallelize` returned."""
 
-    def forward_backward(self, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1) -> Window:
-        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all ranks of the pipeline.
-
-        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the
-        ranks of the pipeline were not given the same window.
-        """
-        packs = [batch.inputs for batch in window]
-        _check_same(packs, self.pipeline)
-        tower = SharedTower(self.model, packs, self.pipeline.group, work.recompute)
-        program = WindowProgram(work, window, tower.features(), scale, data_ranks, self.runs)
-        self.pipeline.train(program, len(window))
-        tower.backward()
-        done: Window = self.pipeline.group.objects(program.done)[-1]
-        return done
+    def __init__(self, model: ErnieModel, cut: Cut, group: Group, runs: Any = None) -> None:
+        self.model, self.config, self.cut, self.group, self.runs = model, model.config, cut, group, runs
+        self.is_last = group.rank == cut.stages - 1
 
     @property
     def training(self) -> bool:
@@ -240,7 +216,7 @@ class StagedModel:
         pack, real_T = self.model.prepared(inputs, decoding)
         if cache is not None and not decoding and not self.own_layers():
             cache.plan(pack.offsets, 1)
-        cut, group = self.pipeline.cut, self.pipeline.group
+        cut, group = self.cut, self.group
         rows_PW = SharedTower(self.model, [pack], group).features()[0]
         passage = Passage(self.model, pack, rows_PW, cache=cache, runs=self.runs)
         parts, hidden = len(cut.bounds) - 1, None
@@ -255,20 +231,62 @@ class StagedModel:
     @paddle.no_grad()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores [T, V]."""
-        scores = self.model.logits(hidden_TD) if self.pipeline.is_last else None
-        return self._from(self.pipeline.cut.stages - 1, scores, [hidden_TD.shape[0], self.config.vocab_size])
+        scores = self.model.logits(hidden_TD) if self.is_last else None
+        return self._from(self.cut.stages - 1, scores, [hidden_TD.shape[0], self.config.vocab_size])
 
     @paddle.no_grad()
-    def outputs(self, objective: Objective, batch: Any) -> Tensor:
+    def outputs(self, compute: Compute, batch: Any) -> Tensor:
         """`Objective.outputs` of one micro-batch (log-probabilities [N], rewards [R], ...)."""
         hidden = self(batch.inputs)
-        mine = objective.outputs(self.model, hidden, batch) if self.pipeline.is_last else None
-        about = self.pipeline.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
-        return self._from(self.pipeline.cut.stages - 1, mine, about[0], about[1].rsplit(".", 1)[-1])
+        mine = compute(self.model, hidden, batch) if self.is_last else None
+        about = self.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
+        return self._from(self.cut.stages - 1, mine, about[0], about[1].rsplit(".", 1)[-1])
 
     def _from(self, stage: int, mine: Tensor | None, shape: list[int], dtype: str = "") -> Tensor:
-        group = self.pipeline.group
+        group = self.group
         if group.rank != stage or mine is None:
             mine = paddle.empty(shape, dtype or self.model.compute_dtype)
         dist.broadcast(mine, group.ranks[stage], group=group.fleet)
         return mine
+
+
+@paddle.no_grad()
+def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> Tensor:
+    """`Objective.outputs` of one micro-batch without a gradient, of a model that is here or over a pipeline."""
+    if isinstance(model, StagedForward):
+        return model.outputs(compute, batch)
+    return compute(model, model(batch.inputs), batch)
+
+
+class StagedModel(StagedForward):
+    """The same, trained: `forward_backward` goes through Fleet's schedule. `accumulation`: micro-batches of a window.
+
+    Raises ValueError for cuts and schedules that cannot work.
+    """
+
+    def __init__(self, model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh, runs: Any = None) -> None:
+        if runs is not None and cut.bounds[-2] == len(cut.items) - 1:
+            raise ValueError(
+                f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with sequence_parallel; move the last cut to {len(cut.items) - 2}"
+            )
+        tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
+        self.pipeline = Pipeline(cut, accumulation, mesh, tied)
+        super().__init__(model, cut, self.pipeline.group, runs)
+        # Trap w: every stage has the tower, one counts it.
+        for parameter in tower_parameters(model):
+            parameter.is_firstly_shared = self.pipeline.stage == 0
+
+    def forward_backward(self, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1) -> Window:
+        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all ranks of the pipeline.
+
+        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the
+        ranks of the pipeline were not given the same window.
+        """
+        packs = [batch.inputs for batch in window]
+        _check_same(packs, self.pipeline)
+        tower = SharedTower(self.model, packs, self.group, work.recompute)
+        program = WindowProgram(work, window, tower.features(), scale, data_ranks, self.runs)
+        self.pipeline.train(program, len(window))
+        tower.backward()
+        done: Window = self.group.objects(program.done)[-1]
+        return done

@@ -13,20 +13,27 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
+from ernie_tune.checkpoint.sharded import Region
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.preference import mixed_reference
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.slots import NAME as SLOT
 from ernie_tune.train.objective import target_logp
+from ernie_tune.train.pipeline import StagedForward, outputs_of
+from ernie_tune.train.state import ALONE, WHOLE, Cut, Ranks
+
+Asked = ErnieModel | StagedForward  # what is called: a model, or one whose stages are on several ranks
+Lay = Callable[[ErnieModel], Asked]
 
 ADAPTER = "reference"  # name of the frozen copy
 CACHE_FILE = "reference_logps.npz"
@@ -68,16 +75,24 @@ def is_fresh(model: PeftModel) -> bool:
     return all(not float(value.abs().max()) for value in factors)
 
 
-def frozen_copy(model: ErnieModel) -> ErnieModel:
-    """A second model with the same weights, none of which is trained."""
-    copy = ErnieModel(model.config, model.compute_dtype)
-    state = model.state_dict()
-    for name, value in copy.state_dict().items():
-        value.set_value(state[name])
+def frozen_copy(model: ErnieModel, lay: Lay) -> tuple[ErnieModel, Asked]:
+    """A second model with the same weights, none of which is trained, and what is called for it. It has no values until it lies as `model` does: then
+    it takes the same parts."""
+    with paddle.LazyGuard():
+        copy = ErnieModel(model.config, model.compute_dtype)
     for parameter in copy.parameters():
         parameter.stop_gradient = True
+    asked, state = lay(copy), model.state_dict()
+    for name, value in copy.state_dict().items():
+        value.set_value(state[name])
     copy.eval()
-    return copy
+    return copy, asked
+
+
+def copy_aside(policy: PeftModel) -> None:
+    """The frozen copy of the active adapter for mode `adapter_ref`. On a mesh it is made before the policy is laid over it, and laid with it."""
+    if ADAPTER not in policy.adapters:
+        policy.copy_adapter(policy.active or "", ADAPTER)
 
 
 class LogpCache:
@@ -132,17 +147,39 @@ class LogpCache:
             self.values.update({key.decode(): part for key, part in zip(stored["keys"].tolist(), parts, strict=True)})
 
 
-def weights_hash(model: ErnieModel) -> str:
-    """Names one policy: every parameter and buffer, adapters included."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
+def weights_hash(model: ErnieModel, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> str:
+    """Names one policy: every parameter and buffer, adapters included. The same under every layout: sums, modulo 2^64, of what each value and its place in
+    the whole tensor are mixed to. A collective; `cut` says where this rank's parts lie."""
+    mine: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    for name, value in model.state_dict().items():
+        region = cut.of(name, value)
         array = value.astype("float32") if value.dtype == paddle.bfloat16 else value
-        digest.update(np.ascontiguousarray(array.numpy()).tobytes())
-    return digest.hexdigest()
+        mine[name, region.offset] = _mixed(array.numpy(), region)
+    sums: dict[str, list[int]] = {}
+    for (name, _), parts in {at: found for said in ranks.gather(mine) for at, found in said.items()}.items():
+        seen = sums.setdefault(name, [0, 0])
+        seen[:] = ((a + b) % 2**64 for a, b in zip(seen, parts, strict=True))
+    return hashlib.blake2b(json.dumps(sorted(sums.items())).encode(), digest_size=16).hexdigest()
 
 
-def identity_of(model: ErnieModel, processor: Processor) -> dict[str, str]:
+def _mixed(values: np.ndarray, region: Region) -> tuple[int, int]:
+    """Two sums of splitmix64 (Steele et al. 2014) of (bits of a value, its place), under two seeds."""
+    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(region.shape)
+    strides = np.cumprod([1, *region.whole[:0:-1]], dtype=np.uint64)[::-1]
+    place = np.zeros(region.shape, np.uint64)
+    for axis, (first, stride) in enumerate(zip(region.offset, strides, strict=False)):
+        index = np.arange(first, first + region.shape[axis], dtype=np.uint64) * stride
+        place += index.reshape([-1 if i == axis else 1 for i in range(len(region.shape))])
+    out = []
+    for seed in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F):
+        z = (place + np.uint64(1)) * np.uint64(seed) ^ bits.astype(np.uint64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out.append(int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64)))
+    return out[0], out[1]
+
+
+def identity_of(model: ErnieModel, processor: Processor, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> dict[str, str]:
     """What reference log-probabilities depend on besides the row itself."""
     media = json.dumps(
         [dataclasses.asdict(processor.images), dataclasses.asdict(processor.videos)], sort_keys=True, default=str
@@ -152,49 +189,67 @@ def identity_of(model: ErnieModel, processor: Processor) -> dict[str, str]:
     def short(text: str) -> str:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    return {"model": weights_hash(model), "template": short(template), "image preprocessing": short(media)}
+    return {
+        "model": weights_hash(model, cut, ranks),
+        "template": short(template),
+        "image preprocessing": short(media),
+    }
 
 
 class Reference:
-    """Log-probabilities under the policy that training started from, or under what has become of it (TR-DPO)."""
+    """Log-probabilities under the policy that training started from, or under what has become of it (TR-DPO).
 
-    def __init__(self, policy: ErnieModel, mode: str, identity: Mapping[str, str] | None = None) -> None:
+    On a mesh every rank makes one, and the calls of `lacks`, `attached` and `compute` with it together. `asked`: what is called for the policy, where
+    that is not the model itself; `lay`: puts a model beside it on the mesh and returns what is called for that.
+    """
+
+    def __init__(
+        self,
+        policy: ErnieModel,
+        mode: str,
+        identity: Mapping[str, str] | None = None,
+        asked: Asked | None = None,
+        lay: Lay = lambda model: model,
+    ) -> None:
         """Takes its copy now, so make it before the policy changes. `mode`: one that `choose_mode` gives."""
         self.policy, self.mode = policy, mode
+        self.asked: Asked = policy if asked is None else asked
         self.cache = LogpCache(identity or {})
-        self.model: ErnieModel | None = frozen_copy(policy) if mode == "model" else None
+        self.model: ErnieModel | None = None
+        if mode == "model":
+            self.model, self.asked = frozen_copy(policy, lay)
         if mode == "adapter_ref":
             assert isinstance(policy, PeftModel)
-            if ADAPTER not in policy.adapters:
-                policy.copy_adapter(policy.active or "", ADAPTER)
+            copy_aside(policy)
         self.sealed = False  # a precomputed reference cannot answer for rows that were not there
 
     @contextlib.contextmanager
-    def _acting(self) -> Iterator[ErnieModel]:
-        if self.model is not None:
-            yield self.model
-        elif self.mode in ("adapter_off", "adapter_ref"):
+    def _acting(self) -> Iterator[Asked]:
+        if self.mode in ("adapter_off", "adapter_ref"):
             assert isinstance(self.policy, PeftModel)
             with self.policy.acting(ADAPTER if self.mode == "adapter_ref" else None):
-                yield self.policy
+                yield self.asked
         else:
-            yield self.policy
+            yield self.asked
 
-    def attached(self, batch: UnitBatch) -> UnitBatch:
-        """The batch with `ref_logp_N`; the same batch in mode `none`. Raises ValueError for a row that a precomputed reference does not have."""
+    def lacks(self, batch: UnitBatch) -> bool:
+        """Whether the batch must go through the reference."""
+        return self.mode != "none" and self.cache.lookup([key for unit in batch.units for key in unit.keys]) is None
+
+    def attached(self, batch: UnitBatch, anew: bool | None = None) -> UnitBatch:
+        """The batch with `ref_logp_N`; the same batch in mode `none`. `anew`: whether it goes through the reference, where ranks that compute together have
+        agreed on it; what is known stays as it is. Raises ValueError for a row that a precomputed reference does not have."""
         if self.mode == "none":
             return batch
         keys = [key for unit in batch.units for key in unit.keys]
-        known = self.cache.lookup(keys)
-        if known is None:
+        if self.lacks(batch) if anew is None else anew:
             if self.sealed:
-                at = next(u.where for u in batch.units if self.cache.lookup(u.keys) is None)
+                at = next((u.where for u in batch.units if self.cache.lookup(u.keys) is None), "a row of another rank")
                 raise ValueError(
                     f"{at}: row must be in the precomputed reference; data must not change in a run, start again in another output_dir"
                 )
             self.cache.add(keys, batch.length_C.tolist(), self.compute(batch))
-            known = self.cache.lookup(keys)
-        return dataclasses.replace(batch, ref_logp_N=known)
+        return dataclasses.replace(batch, ref_logp_N=self.cache.lookup(keys))
 
     def compute(self, batch: UnitBatch) -> np.ndarray:
         """Log-probabilities [N] by the reference, without gradients and dropout."""
@@ -202,7 +257,7 @@ class Reference:
             return frozen_logp(model, batch)
 
     def update(self, share: float) -> None:
-        """TR-DPO: move the reference towards the policy (share 1: copy it)."""
+        """TR-DPO: move the reference towards the policy (share 1: copy it). On a mesh each rank moves its part."""
         self.cache.values.clear()
         if self.mode == "adapter_ref":
             assert isinstance(self.policy, PeftModel)
@@ -216,42 +271,31 @@ class Reference:
                     mixed_reference(value, state[name], share) if value.is_floating_point() else state[name]
                 )
 
-    def save_weights(self, folder: Path) -> None:
-        """What a reference that moves needs to go on from a checkpoint."""
+    def moving(self) -> dict[str, Tensor]:
+        """What of a reference that moves must be kept to go on from a checkpoint: this rank's parts, by the whole model's names."""
         if self.model is not None:
-            arrays = {name: value.astype("float32").numpy() for name, value in self.model.state_dict().items()}
-        else:
-            assert isinstance(self.policy, PeftModel)
-            arrays = {
-                str(i): p.astype("float32").numpy() for i, p in enumerate(self.policy.adapters[ADAPTER].parameters())
-            }
-        with (folder / "reference_weights.npz").open("wb") as stream:
-            np.savez(stream, **arrays)
-
-    def load_weights(self, folder: Path) -> None:
-        with np.load(folder / "reference_weights.npz") as stored:
-            targets: Mapping[str, Any]
-            if self.model is not None:
-                targets = self.model.state_dict()
-            else:
-                assert isinstance(self.policy, PeftModel)
-                targets = {str(i): p for i, p in enumerate(self.policy.adapters[ADAPTER].parameters())}
-            for name, value in targets.items():
-                value.set_value(paddle.to_tensor(stored[name]).astype(value.dtype))
+            return dict(self.model.named_parameters())
+        assert isinstance(self.policy, PeftModel)
+        adapter = self.policy.adapters[ADAPTER]
+        own = {
+            f"{module}.{SLOT}.{ADAPTER}.{leaf}": value
+            for module, layer in adapter.places.items()
+            for leaf, value in layer.named_parameters()
+        }
+        return {**own, **adapter.copies}
 
 
-def frozen_logp(model: ErnieModel, batch: UnitBatch) -> np.ndarray:
+def frozen_logp(model: Asked, batch: UnitBatch) -> np.ndarray:
     """Log-probabilities [N] of a batch's targets by `model` as it is, without gradients and dropout."""
     training = model.training
     model.eval()
-    with paddle.no_grad():
-        logp_N = target_logp(model, model(batch.inputs), batch).numpy()
+    logp_N = outputs_of(model, target_logp, batch).numpy()
     if training:
         model.train()
     return np.asarray(logp_N)
 
 
-def start_difference(policy: ErnieModel, batch: UnitBatch) -> float:
+def start_difference(policy: Asked, batch: UnitBatch) -> float:
     """The largest |log pi(y) - log pi_ref(y)| of a batch with `ref_logp_N`: 0 but for rounding where the reference is the policy at the start."""
     assert batch.ref_logp_N is not None
     difference_N = frozen_logp(policy, batch) - batch.ref_logp_N

@@ -20,12 +20,13 @@ from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
-from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.loss import LossOut, combine
 from ernie_tune.objectives.preference import Pairs
 from ernie_tune.objectives.reward import reward_metrics, reward_pair_loss, reward_regression_loss
 from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
+from ernie_tune.train.pipeline import outputs_of
 from ernie_tune.train.preference import Margins, pairs_of
 
 HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know
@@ -47,38 +48,42 @@ class RewardHead(nn.Layer):
         return paddle.matmul(x_CD.astype(self.weight.dtype), self.weight).squeeze(-1)
 
 
-def attach_head(model: ErnieModel, seed: int = 0) -> RewardHead:
-    """Give the model a fresh trained head, or return the one that it has."""
+def attach_head(model: ErnieModel, seed: int = 0) -> RewardHead | Elsewhere:
+    """Give the model a fresh trained head, or return what it has: on a pipeline stage without the last layer, what stands in for one."""
     if "reward_head" not in dict(model.named_children()):
         model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed))
-    head: RewardHead = model.reward_head
+    head: RewardHead | Elsewhere = model.reward_head
     return head
 
 
-def save_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
-    """Write the head into `folder`/reward_head, whole or not at all."""
-    weight = attach_head(model).weight
+def head_value(model: ErnieModel) -> np.ndarray | None:
+    """The head's weight [D, 1]; None on a pipeline stage that has no head."""
+    head = attach_head(model)
+    return None if isinstance(head, Elsewhere) else head.weight.numpy()
+
+
+def save_head(value: np.ndarray, folder: str | os.PathLike[str]) -> None:
+    """Write what `head_value` gave into `folder`/reward_head, whole or not at all."""
     write_folder(
-        Path(folder) / HEAD_FOLDER,
-        {_WEIGHT: (tuple(weight.shape), "F32")},
-        lambda _: weight.numpy(),
-        metadata={"format": "np"},
+        Path(folder) / HEAD_FOLDER, {_WEIGHT: (value.shape, "F32")}, lambda _: value, metadata={"format": "np"}
     )
 
 
 def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
-    """Put the saved head on the model. Raises ValueError where there is none or one of another width."""
+    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where there is none or one of another width."""
     place = Path(folder) / HEAD_FOLDER
     if not place.is_dir():
         raise ValueError(
             f"{folder} must hold {HEAD_FOLDER}/; train a reward model with `ernie-tune reward`, or name its output_dir"
         )
-    weight, value = attach_head(model).weight, np.array(TensorReader(place).read(_WEIGHT))
-    if list(value.shape) != list(weight.shape):
+    head, value = attach_head(model), np.array(TensorReader(place).read(_WEIGHT))
+    if isinstance(head, Elsewhere):
+        return
+    if list(value.shape) != list(head.weight.shape):
         raise ValueError(
-            f"{place}: head {list(value.shape)} must be {list(weight.shape)} for this model; load it on its own model"
+            f"{place}: head {list(value.shape)} must be {list(head.weight.shape)} for this model; load it on its own model"
         )
-    weight.set_value(paddle.to_tensor(value))
+    head.weight.set_value(paddle.to_tensor(value))
 
 
 class RewardObjective:
@@ -128,9 +133,7 @@ class RewardObjective:
         return 1.0  # each term has its own divisor
 
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-        """One reward for each candidate, [C]."""
-        rewards: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
-        return rewards
+        return rewards(model, hidden_TD, batch)
 
     def loss(self, reward_C: Tensor, batch: UnitBatch) -> LossOut:
         pairs, compared, labels = self._learned(batch)
@@ -151,21 +154,23 @@ class RewardObjective:
         """Nothing to load."""
 
 
-def rewards_of(model: ErnieModel, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
+def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
+    """One reward for each candidate, [C]."""
+    reward_C: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
+    return reward_C
+
+
+def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
     """Rewards [C] of each batch, without gradients and dropout."""
     training = model.training
     model.eval()
     for batch in batches:
-        with paddle.no_grad():
-            states_CD = paddle.gather(model(batch.inputs), paddle.to_tensor(batch.end_C))
-            yield model.reward_head(states_CD).numpy()
+        yield outputs_of(model, rewards, batch).numpy()
     if training:
         model.train()
 
 
-def score_records(
-    model: ErnieModel, records: Sequence[Any], encoder: UnitEncoder, rows: int
-) -> list[list[float] | None]:
+def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows: int) -> list[list[float] | None]:
     """The reward of each candidate of each record, in order; None for a record that cannot be encoded (too long)."""
     out: list[list[float] | None] = []
     for start in range(0, len(records), rows):
@@ -181,20 +186,20 @@ def score_records(
 
 
 def reward_evaluation(
-    model: ErnieModel, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: RewardObjective
+    model: Any, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: RewardObjective
 ) -> dict[str, float]:
     """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error` (ECE of sigma(s_w - s_l) over ten bins),
     `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0."""
     batches, dropped = judged_batches(records, encoder, rows)
     divisor = objective.begin(objective.counts(batches))
     total, sums = 0.0, dict[str, list[float]]()
-    rewards: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
     margins: list[np.ndarray] = []
     for batch, reward_C in zip(batches, rewards_of(model, batches), strict=True):
         tensor, pairs = paddle.to_tensor(reward_C), pairs_of(batch, objective.margins, objective.edge_weight)
         out = objective.loss(tensor, batch)
         total += float(out.total) / divisor
-        rewards.append(reward_C)
+        seen.append(reward_C)
         margins.append(reward_C[pairs.better_P] - reward_C[pairs.worse_P])
         _add(sums, {**out.metrics, **preferred(reward_C, batch)})
     blind: dict[str, list[float]] = {}
@@ -202,7 +207,7 @@ def reward_evaluation(
         masked = [_masked(batch) for batch in batches]
         for batch, reward_C in zip(masked, rewards_of(model, masked), strict=True):
             _add(blind, preferred(reward_C, batch))
-    reward_A, length_A = np.concatenate(rewards), np.concatenate([batch.length_C for batch in batches])
+    reward_A, length_A = np.concatenate(seen), np.concatenate([batch.length_C for batch in batches])
     means = {name.replace("preference_", ""): value / count for name, (value, count) in sums.items() if count}
     means |= {
         name.replace("preference_accuracy", "blind_accuracy"): value / count for name, (value, count) in blind.items()

@@ -178,7 +178,7 @@ def could_not(writing: Writing, rank: int, size: int, fault: tuple[int | None, s
     )
 
 
-def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing) -> list[Any]:
+def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing | None = None) -> list[Any]:
     """What `action` gives on every rank. Where it raises OSError on one, every rank raises one that says where, so that none waits for it."""
     result, failed = None, None
     try:
@@ -188,8 +188,24 @@ def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing) -> list
     gathered = ranks.gather((result, failed))
     for rank, (_, fault) in enumerate(gathered):
         if fault:
-            raise could_not(writing, rank, ranks.size, fault)
+            raise OSError(*fault) if writing is None else could_not(writing, rank, ranks.size, fault)
     return [value for value, _ in gathered]
+
+
+def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> None:
+    """Write tensors into `folder` of a checkpoint on its way, so that any layout can read them. Every rank calls it, and gets the OSError of any."""
+    slices = [_slice(name, value, cut.of(name, value)) for name, value in named.items()]
+    mine = owned(ranks.gather(describe(slices)), ranks.rank)
+    _together(ranks, lambda: folder.mkdir(exist_ok=True))
+    written = _together(ranks, lambda: write_rank(folder, ranks.rank, [slices[i] for i in sorted(mine)]))
+    _together(ranks, lambda: write_manifest(folder, written) if ranks.rank == 0 else None)
+
+
+def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Cut = WHOLE) -> None:
+    """Put what `write_values` wrote back into tensors of the same names, under any layout."""
+    reader = ShardedReader(folder)
+    for name, value in named.items():
+        value.set_value(cast(reader.read(name, cut.of(name, value)), reader.dtype(name), _CODES[value.dtype]))
 
 
 class Writing:

@@ -32,6 +32,7 @@ from ernie_tune.peft.model import PeftModel
 from ernie_tune.plan.segments import bounds_of
 from ernie_tune.train.distributed import DistributedEngine, Laid, spread, unkept
 from ernie_tune.train.engine import Engine
+from ernie_tune.train.pipeline import StagedForward
 from ernie_tune.train.state import Cut
 from ernie_tune.trainers import assemble
 
@@ -162,6 +163,13 @@ class Place:
     def asked(self, model: ErnieModel) -> Any:
         """What evaluation and generation call: the model, or its stages together."""
         return self.engine.callable if isinstance(self.engine, DistributedEngine) else model
+
+    def lay_beside(self, model: ErnieModel) -> Any:
+        """Put a model that is not trained, and has no values yet, on the mesh as the trained one is; returns what is called for it. `lay` comes first."""
+        if not self.several:
+            return model
+        laid = spread(model, self.mesh)
+        return model if laid.cut is None else StagedForward(model, laid.cut, self.mesh.group("pipe"), laid.runs)
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> Any:
         """The mesh's optimizer. `lay` comes first."""

@@ -6,7 +6,8 @@ Refuses to know: formulas (objectives), how the reference is computed or kept (t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.records import Record
-from ernie_tune.data.units import JUDGED, UnitBatch, UnitEncoder, mismatched
+from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.objectives.pairwise import expand, needs_reference
 from ernie_tune.objectives.preference import PreferenceHyper
@@ -32,18 +33,21 @@ from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
 from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
+    ADAPTER,
     CACHE_FILE,
     SAME,
     Reference,
     choose_mode,
+    copy_aside,
     frozen_logp,
     identity_of,
     start_difference,
 )
-from ernie_tune.train.state import Checkpoint
+from ernie_tune.train.state import Checkpoint, read_values, write_values
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
+REFERENCE_FOLDER = "reference"  # of a checkpoint: where a reference that moves stands
 WATCH_FILE = "preference_guards_state.json"
 LABELLED_STEPS = 20  # after so many the share of good answers is known well enough to speak of it
 
@@ -56,6 +60,7 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.reference: Reference | None = None
+        self._mode = ""  # of the reference, once it is chosen
         self.watch = PreferenceWatch()
         self.encoder: UnitEncoder
         if isinstance(self.model, PeftModel) and self.model.active is not None:
@@ -64,21 +69,6 @@ class PreferenceTrainer(Trainer):
                 raise ValueError(
                     f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
                 )
-
-        self._check_place()
-
-    def _check_place(self) -> None:
-        """Refuse the layouts under which judged answers cannot be trained on yet. ValueError."""
-        p, stages = self.args.preference, self.place.mesh.size("pipe")
-        if stages > 1:
-            raise ValueError(
-                f"pipeline_model_parallel_size ({stages}) must be 1 at stage {self.args.model.stage}, whose references are computed with the whole model; "
-                "use tensor_model_parallel_size or sharding"
-            )
-        if self.place.several and p.ref_model_update_steps > 0:
-            raise ValueError(
-                f"ref_model_update_steps ({p.ref_model_update_steps}) must be -1 with several processes; unset it, or start one"
-            )
 
     def _encoder(self) -> UnitEncoder:
         d, p = self.args.data, self.args.preference
@@ -96,24 +86,24 @@ class PreferenceTrainer(Trainer):
 
     # --- the reference -----------------------------------------------------------------------------------------------
 
-    def _before_training(self, dry_run: bool) -> None:
-        """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
+    def _lay(self, training: bool = False) -> None:
+        if not self._mode:
+            self._mode = self._reference_mode()
+        super()._lay(training)
+
+    def _reference_mode(self) -> str:
+        """Which reference the run compares with; an adapter that is to be one is copied. On a mesh this comes before the model is laid over it: a rank alone
+        would not see whether an adapter is fresh. Raises ValueError for settings that do not go together."""
         p, objective = self.args.preference, self._objective()
-        if objective.uses_kl and self.place.batch[1] > 1:
-            raise ValueError(
-                f"number of data ranks ({self.place.batch[1]}) must be 1 with kto, whose baseline compares the answers of a whole window; use bco, or tensor "
-                "ranks alone"
-            )
-        self.watch = PreferenceWatch(anchored=objective.anchored)
         if not objective.needs_reference or p.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
                     f"ref_mode (none) must not go with loss_type {','.join(p.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
                 )
-            self.reference = Reference(self.model, "none")
-            return
+            return "none"
         moving = p.ref_model_update_steps > 0
-        mode = choose_mode(p.ref_mode, self.model, moving)
+        # with resume_only_model the adapter will be that of a checkpoint
+        mode = choose_mode(p.ref_mode, self.model, moving or self.args.save.resume_only_model)
         if moving and mode not in ("model", "adapter_ref"):
             raise ValueError(
                 f"ref_model_update_steps ({p.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
@@ -122,8 +112,26 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known before; set auto, or bco or apo_zero_unpaired"
             )
-        identity = identity_of(self.model, self.processor) if mode == "precomputed" else {}
-        self.reference = Reference(self.model, mode, identity)
+        if mode == "adapter_ref":
+            copy_aside(self.model)
+        return mode
+
+    def _take_weights(self, checkpoint: Checkpoint) -> None:
+        super()._take_weights(checkpoint)
+        if self._mode == "adapter_ref" and self.reference is None:  # the policy that training starts from
+            assert isinstance(self.model, PeftModel)
+            self.model.mix_adapter(self.model.active or "", ADAPTER, 1.0)
+
+    def _before_training(self, dry_run: bool) -> None:
+        """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
+        self.watch = PreferenceWatch(anchored=self._objective().anchored)
+        mode = self._mode = self._mode or self._reference_mode()
+        with self.place.engine.whole():
+            identity = {}
+            if mode == "precomputed":
+                cut = self.place.cut(self.model.state_dict())
+                identity = identity_of(self.model, self.processor, cut, self.place)
+            self.reference = Reference(self.model, mode, identity, self.place.asked(self.model), self.place.lay_beside)
         if mode == "precomputed" and not dry_run:
             self._precompute(self.reference)
 
@@ -143,17 +151,30 @@ class PreferenceTrainer(Trainer):
         reference.sealed = True
 
     def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
+        return self._compared(window, self.place.batch[0], self.place.mesh.group("batch").objects)
+
+    def _compared(
+        self,
+        window: Sequence[UnitBatch],
+        rank: int = 0,
+        said: Callable[[list[Answer]], list[list[Answer]]] = lambda mine: [mine],
+    ) -> Sequence[UnitBatch]:
+        """The window with what its rows are compared with. All processes call it; `rank` and `said` tell apart those that hold different rows of it."""
         reference = self._reference()
-        ready = [reference.attached(batch) for batch in window]
+        # where experts are apart, a forward is everybody's: what one rank lacks, all compute
+        lacks = zip(*self.place.gather([reference.lacks(batch) for batch in window]), strict=True)
+        ready = [reference.attached(batch, any(some)) for batch, some in zip(window, lacks, strict=True)]
         if not self._objective().uses_kl:
             return ready
         # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how the window is cut
-        others = mismatched([unit for batch in window for unit in batch.units])
+        units = [unit for batch in window for unit in batch.units]
+        answers = following(said([first_answer(unit) for unit in units]), rank)
+        others = iter(mismatched(units, answers) if answers else ())
         total = 0.0
-        for chunk in _chunks(iter(others), max(batch.num_rows for batch in window)):
-            batch = self.encoder.collate(chunk)
-            total += float((frozen_logp(self.model, batch) - reference.compute(batch)).sum())
-        ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(others)))
+        for batch in window if answers else ():
+            mixed = self.encoder.collate(list(itertools.islice(others, batch.num_rows)))
+            total += float((frozen_logp(self.place.asked(self.model), mixed) - reference.compute(mixed)).sum())
+        ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(answers)))
         return ready
 
     def _reference(self) -> Reference:
@@ -173,7 +194,7 @@ class PreferenceTrainer(Trainer):
         unit = next(
             u for u in (self.encoder(r, Dropped()) for r in self.stream.shard.mixture.sources[0]) if u is not None
         )
-        gap = start_difference(self.model, reference.attached(self.encoder.collate([unit])))
+        gap = start_difference(self.place.asked(self.model), self._compared([self.encoder.collate([unit])])[0])
         if gap > SAME:
             log.info(
                 f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
@@ -184,7 +205,8 @@ class PreferenceTrainer(Trainer):
     def _after_step(self, record: StepRecord) -> list[Verdict]:
         p = self.args.preference
         if p.ref_model_update_steps > 0 and record.step % p.ref_model_update_steps == 0:
-            self._reference().update(p.ref_model_mixup_alpha)
+            with self.place.engine.whole():
+                self._reference().update(p.ref_model_mixup_alpha)
         return self.watch.look(record.step, record.metrics)
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -195,12 +217,14 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint_files(self, folder: Path) -> None:
         super()._save_checkpoint_files(folder)
         reference = self._reference()
-        if reference.mode in ("none", "precomputed") or not self.place.is_writer:
+        if reference.mode in ("none", "precomputed"):
             return
-        # what was computed stays as it was: in another micro-batch the last bit could differ
-        reference.cache.save(folder / CACHE_FILE)
         if self.args.preference.ref_model_update_steps > 0:
-            reference.save_weights(folder)
+            moving = reference.moving()
+            write_values(folder / REFERENCE_FOLDER, moving, cut=self.place.cut(moving), ranks=self.place)
+        if self.place.is_writer:
+            # what was computed stays as it was: in another micro-batch the last bit could differ
+            reference.cache.save(folder / CACHE_FILE)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         super()._resume(checkpoint)
@@ -209,7 +233,8 @@ class PreferenceTrainer(Trainer):
         if (checkpoint.path / CACHE_FILE).is_file():
             reference.cache.load(checkpoint.path / CACHE_FILE)
         if self.args.preference.ref_model_update_steps > 0:
-            reference.load_weights(checkpoint.path)
+            moving = reference.moving()
+            read_values(checkpoint.path / REFERENCE_FOLDER, moving, cut=self.place.cut(moving))
 
     # --- measuring ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +257,7 @@ class PreferenceMeasure(Measure):
         t = self.trainer
         every = (rows[i] for i in range(len(rows)))
         size = max(1, self.config.eval.per_device_eval_batch_size)
-        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._ready)
+        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._compared)
 
     def _questions(self, limit: int) -> list[Question]:
         if self._asked is None:
@@ -350,7 +375,9 @@ class KTOTrainer(PreferenceTrainer):
         verdicts = super()._after_step(record)
         if record.step == min(LABELLED_STEPS, self.loop_total) and self._objective().uses_kl:
             s = self.args.signals
-            words = kto_balance(self._good, self._bad, s.desirable_weight, s.undesirable_weight)
+            seen = dict(self.place.gather((self.place.batch[0], (self._good, self._bad)))).values()
+            good, bad = (sum(side) for side in zip(*seen, strict=True))
+            words = kto_balance(good, bad, s.desirable_weight, s.undesirable_weight)
             verdicts += [Verdict(f"step {record.step}: {words}")] if words else []
         return verdicts
 

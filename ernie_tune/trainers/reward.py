@@ -25,6 +25,7 @@ from ernie_tune.train.reward_model import (
     HEAD_FOLDER,
     RewardObjective,
     attach_head,
+    head_value,
     load_head,
     reward_evaluation,
     save_head,
@@ -59,6 +60,9 @@ class RewardTrainer(PreferenceTrainer):
         margins = Margins(p.offset_alpha, p.offset_type)
         return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss)
 
+    def _reference_mode(self) -> str:
+        return "none"
+
     def _before_training(self, dry_run: bool) -> None:
         """Rewards compare with no reference."""
 
@@ -70,8 +74,9 @@ class RewardTrainer(PreferenceTrainer):
 
     def _save_weights(self, folder: Path) -> None:
         super()._save_weights(folder)
+        value = next(v for v in self.place.gather(head_value(self.model)) if v is not None)
         if self.place.is_writer:
-            save_head(self.model, folder)
+            save_head(value, folder)
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         self._save_weights(folder)
@@ -94,7 +99,9 @@ class RewardTrainer(PreferenceTrainer):
 
     def score(self, records: Sequence[Record]) -> list[list[float] | None]:
         """The reward of each candidate of each record; None for one that does not fit."""
-        return score_records(self.model, records, self.encoder, self.args.eval.per_device_eval_batch_size)
+        return score_records(
+            self.place.asked(self.model), records, self.encoder, self.args.eval.per_device_eval_batch_size
+        )
 
 
 class _RewardMeasure(Measure):

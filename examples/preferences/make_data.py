@@ -1,6 +1,7 @@
 """Rewrites this folder's rows from examples/digits: demonstrations in two styles, and judgements of answers about the same pictures. Knows files only.
 
-Usage: python examples/preferences/make_data.py
+Usage: python examples/preferences/make_data.py [--validation output/preferences_validation]
+With --validation the last 300 pictures of training take the place of the held-out ones: for choosing settings, which the rows that are reported must not.
 A judge who likes answers that are right, and among the right ones the short ones, has compared, ranked, rated or labelled them.
 """
 
@@ -15,7 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-DIGITS = Path(__file__).resolve().parent.parent / "digits"
+HERE = Path(__file__).resolve().parent
+DIGITS = HERE.parent / "digits"
+VALIDATION = 300
 WORDY = 0.6  # share of the demonstrations that answer in a sentence: a model that follows them has no taste of its own
 HAN = re.compile("[\u4e00-\u9fff]")
 
@@ -32,9 +35,9 @@ def answer(question: str, digit: int, wordy: bool) -> str:
 class Judge:
     """One digit and its question; draws answers to it and judges them."""
 
-    def __init__(self, row: Row, rng: random.Random) -> None:
+    def __init__(self, row: Row, rng: random.Random, digits: str) -> None:
         self.rng, self.question, self.digit = rng, row["messages"][0]["content"], int(row["messages"][1]["content"])
-        self.base = {"messages": row["messages"][:1], "images": [f"../digits/{name}" for name in row["images"]]}
+        self.base = {"messages": row["messages"][:1], "images": [f"{digits}/{name}" for name in row["images"]]}
 
     def wrong(self) -> int:
         return (self.digit + self.rng.randint(1, 9)) % 10
@@ -99,13 +102,16 @@ def read_rows(name: str) -> list[Row]:
     return [json.loads(line) for line in (DIGITS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def make(out: Path) -> None:
+def make(out: Path, validation: bool = False) -> None:
     """Writes sft.jsonl, pairs_*.jsonl, choices.jsonl, mixture.jsonl for training, eval_*.jsonl for measuring. Each file has its own draws."""
-    train, held = read_rows("train.jsonl"), read_rows("eval.jsonl")
+    train, held, digits = read_rows("train.jsonl"), read_rows("eval.jsonl"), "../digits"
+    if validation:
+        train, held, digits = train[:-VALIDATION], train[-VALIDATION:], Path(os.path.relpath(DIGITS, out)).as_posix()
+    out.mkdir(parents=True, exist_ok=True)
 
     def judges(rows: list[Row], name: str) -> list[Judge]:
         rng = random.Random(name)
-        return [Judge(row, rng) for row in rows]
+        return [Judge(row, rng, digits) for row in rows]
 
     write_rows(out / "sft.jsonl", (j.demonstration() for j in judges(train, "sft")))
     for kind, part in (("right", train[::2]), ("terse", train[1::2])):
@@ -119,5 +125,9 @@ def make(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    make(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument(
+        "--validation", type=Path, metavar="FOLDER", help="write the rows for choosing settings there instead"
+    )
+    options = parser.parse_args()
+    make(options.validation or options.out, validation=options.validation is not None)

@@ -14,7 +14,7 @@ from tiny_runs import IMAGES, processor
 
 from ernie_tune.data.batching import BatchStream, Dropped
 from ernie_tune.data.mixing import Mixture, Shard
-from ernie_tune.data.units import UnitEncoder, collate_units, mismatched
+from ernie_tune.data.units import UnitEncoder, collate_units, first_answer, following, mismatched
 
 
 def test_comparisons_of_each_kind(tmp_path: Path) -> None:
@@ -155,7 +155,8 @@ def test_truncation_keeps_media_whole_and_prompts_alike(tmp_path: Path) -> None:
 
 def test_mismatched_answers(tmp_path: Path) -> None:
     made = units(tmp_path, [label(0), label(2), label(5)])
-    mixed = mismatched(made)
+    answers = [first_answer(unit) for unit in made]
+    mixed = mismatched(made, following([answers], 0))
     assert len(mixed) == 3
     for i, unit in enumerate(mixed):
         (dialogue,), own, other = unit.dialogues, made[i].dialogues[0], made[(i + 1) % 3].dialogues[0]
@@ -164,7 +165,18 @@ def test_mismatched_answers(tmp_path: Path) -> None:
         assert np.array_equal(dialogue.row.input_ids_L, wanted)
         assert np.array_equal(dialogue.row.pixel_values_PC, own.row.pixel_values_PC)  # type: ignore[arg-type]
         assert dialogue.num_trained == other.num_trained
-    assert mismatched(made[:1]) == []
+    assert following([answers[:1]], 0) == []
+    assert mismatched([], []) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_following_answer_is_that_of_one_process_on_every_rank(ranks: int) -> None:
+    every = [(np.array([i]), np.array([True])) for i in range(7)]
+    dealt = [every[rank::ranks] for rank in range(ranks)]
+    for rank in range(ranks):
+        found = [int(ids[0]) for ids, _ in following(dealt, rank)]
+        assert found == [(i + 1) % 7 for i in range(7)][rank::ranks]
+    assert following([[every[0]], []], 0) == following([[every[0]], []], 1) == []
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -241,7 +241,7 @@ def inference(whole: ErnieModel, staged: StagedModel, batch: MicroBatch, config:
     with paddle.no_grad():
         hidden = whole(batch.inputs)
         scores = whole.logits(hidden) - staged.logits(staged(batch.inputs))
-        logp = objective.outputs(whole, hidden, batch) - staged.outputs(objective, batch)
+        logp = objective.outputs(whole, hidden, batch) - staged.outputs(objective.outputs, batch)
         rng = np.random.default_rng(9)
         prompts = [row(rng, 16 + 3 * i, (1, 4, 4) if i else None) for i in range(3)]
         params = SamplingParams(max_new_tokens=5, temperature=0.0)

@@ -26,7 +26,6 @@ from ernie_tune.config.arguments import build
 from ernie_tune.train.state import Checkpoint
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.place import degrees_of
-from ernie_tune.trainers.preference import PreferenceTrainer
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -212,48 +211,6 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(
     mine, theirs = weights(again), weights(steady)
     assert all(np.array_equal(value, theirs[key]) for key, value in mine.items()), "to the last bit"
     assert not list(again.glob("*.tmp"))
-
-
-JUDGED = {
-    "pairs": ("stage=DPO", "fine_tuning=LoRA"),
-    "rewards": ("stage=RM", "fine_tuning=LoRA"),
-}
-
-
-@pytest.mark.parametrize("kind", JUDGED)
-def test_judged_answers_under_a_layout_are_those_of_one_process(kind: str, folder: Path) -> None:
-    rows = [
-        {"prompt": f"{i} + 1 = ?", "chosen": str(i + 1), "rejected": f"it is {i}, or {i + 2}, who knows"}
-        for i in range(24)
-    ]
-    path = write_rows(folder / "pairs.jsonl", rows)
-    words = [
-        *JUDGED[kind],
-        f"train_dataset_path={path}",
-        "eval_strategy=no",
-        "eval_dataset_path=",
-        "max_prompt_len=256",
-    ]
-    alone = train(folder, f"{kind}_alone", *words)
-    other = train(folder, f"{kind}_spread", *words, *LAYOUTS["EP2 sharding 2"])
-    np.testing.assert_allclose([x for _, x in losses(other)], [x for _, x in losses(alone)], atol=TOLERANCE, rtol=0)
-    assert {p.name for p in other.iterdir()} - {"log"} == {p.name for p in alone.iterdir()}
-
-
-def on_mesh(config: Any, pipe: int, data: int) -> Any:
-    """A preference trainer's place and settings, as far as `_check_place` and `_before_training` look at them."""
-    place = SimpleNamespace(mesh=SimpleNamespace(size=lambda _: pipe), several=True, batch=(0, data))
-    return SimpleNamespace(args=config, place=place, _objective=lambda: SimpleNamespace(uses_kl=True))
-
-
-def test_layouts_under_which_judged_answers_cannot_be_trained_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"pipeline_model_parallel_size \(2\) must be 1 at stage DPO"):
-        PreferenceTrainer._check_place(on_mesh(build({"stage": "DPO"}), 2, 1))
-    moving = build({"stage": "DPO", "ref_model_update_steps": 4})
-    with pytest.raises(ValueError, match=r"ref_model_update_steps \(4\) must be -1 with several processes"):
-        PreferenceTrainer._check_place(on_mesh(moving, 1, 2))
-    with pytest.raises(ValueError, match=r"number of data ranks \(2\) must be 1 with kto"):
-        PreferenceTrainer._before_training(on_mesh(build({"stage": "KTO"}), 1, 2), dry_run=True)
 
 
 @pytest.mark.parametrize(
