@@ -534,7 +534,7 @@ def install() -> bool:
 
     if line := untested(paddle.__version__):
         print(line, file=sys.stderr)
-    core.ProcessGroupGloo.create = staticmethod(_create)
+    setattr(core.ProcessGroupGloo, "create", staticmethod(_create))  # noqa: B010
     for name, operator in _OPERATORS.items():
         setattr(paddle._C_ops, name, operator)
     parallel.ParallelEnv._device_id = 0
