@@ -16,25 +16,24 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle import Tensor
 
 from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
-from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
-from ernie_tune.models.ernie import ErnieModel, in_stages
-from ernie_tune.models.init import init_parameters, initial_value
+from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
-from ernie_tune.models.specs import parameter_specs
 
 Array = np.ndarray[Any, Any]
-# Lays an empty model out and says how a parameter's whole value is to be cut, so that a process never holds more than its own part.
-Lay = Callable[[ErnieModel], Callable[[Tensor, Array], Array]]
+# Lays an empty model out and says which part of its whole value a parameter holds, so that a process never has more than its own.
+Lay = Callable[[ErnieModel], Where]
 _CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 _FILE_DTYPES = ("float32", "bfloat16")
 _COMPUTE_DTYPES = (*_FILE_DTYPES, "float64")
+_COMPARED_ROWS = 1024
 
 
 class AutoConfig:
@@ -62,10 +61,24 @@ class AutoModel(ErnieModel):
 
         `dtype`: "float32", "bfloat16" or "float64", for everything but the routers and their biases, which are float32 beside bfloat16; by default
         float32 on the CPU and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
-        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and cuts values for it.
+        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and says which part of each value it holds.
         Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
         head that differs from the embedding.
         """
+        model, source = cls.unread(name_or_path, dtype, download_hub, empty=stages is not None or lay is not None)
+        fill(model, source, stages=stages, where=lay(model) if lay else None)
+        return model
+
+    @classmethod
+    def unread(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: str | None = None,
+        download_hub: str | None = None,
+        empty: bool = True,
+    ) -> tuple[AutoModel, OnDisk]:
+        """The model of `from_pretrained` before its values, with names and shapes but (`empty`) no memory, and what `fill` can read them from: adapters,
+        freezing, quantisation and a layout may come between the two. Raises ValueError as `from_pretrained`, for what names and shapes tell."""
         folder = resolve(name_or_path, download_hub)
         config = _read_config_file(folder)
         reader = TensorReader(folder)
@@ -74,15 +87,14 @@ class AutoModel(ErnieModel):
         check_tied_head(table, reader)
         dtype = _compute_dtype(dtype)
         print(
-            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers {_router_dtype(dtype)}"
+            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers {router_dtype(dtype)}"
             + (f"; not used: {len(unused)} ({unused[0]}, ...)" if unused else ""),
             file=sys.stderr,
             flush=True,
         )
-        model = cls._skeleton(config, dtype, empty=stages is not None or lay is not None)
-        fill(model, table, reader, stages, lay(model) if lay else None)
+        model = cls._skeleton(config, dtype, empty)
         model.name_or_path = str(folder)
-        return model
+        return model, OnDisk(table, reader)
 
     @classmethod
     def from_config(
@@ -95,18 +107,19 @@ class AutoModel(ErnieModel):
     ) -> AutoModel:
         """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights. `stages`: as in
         `from_pretrained`."""
-        shape = preset(config) if isinstance(config, str) else config
-        model = cls._skeleton(shape, _compute_dtype(dtype), empty=stages is not None or lay is not None)
-        if lay is None:
-            init_parameters(model, seed, stages)
-        else:
-            cut, names = lay(model), parameter_specs(shape)
-            for name, value in model.named_parameters():
-                if name in names:
-                    fresh = np.ascontiguousarray(cut(value, initial_value(shape, name, seed)))
-                    value.set_value(paddle.to_tensor(fresh).astype(value.dtype))
-        model.name_or_path = config if isinstance(config, str) else ""
+        model, source = cls.undrawn(config, seed, dtype, empty=stages is not None or lay is not None)
+        fill(model, source, stages=stages, where=lay(model) if lay else None)
         return model
+
+    @classmethod
+    def undrawn(
+        cls, config: ModelConfig | str, seed: int = 0, dtype: str | None = None, empty: bool = True
+    ) -> tuple[AutoModel, Drawn]:
+        """As `unread`, for fresh weights."""
+        shape = preset(config) if isinstance(config, str) else config
+        model = cls._skeleton(shape, _compute_dtype(dtype), empty)
+        model.name_or_path = config if isinstance(config, str) else ""
+        return model, Drawn(shape, seed)
 
     @classmethod
     def _skeleton(cls, config: ModelConfig, dtype: str, empty: bool) -> AutoModel:
@@ -156,50 +169,6 @@ class AutoModel(ErnieModel):
         )
 
 
-def fill(
-    model: ErnieModel,
-    table: Layout,
-    reader: TensorReader,
-    stages: Collection[str] | None = None,
-    cut: Callable[[Tensor, Array], Array] | None = None,
-) -> None:
-    """Set every parameter of `model`, or of these stages, from the disk; with `cut` what it leaves of those that are there. ValueError naming the tensors that hold a NaN or an infinity."""
-    source = _FiniteReader(reader)
-    parameters = model.state_dict()
-    for name, spec in table.canonical.items():
-        if stages is not None and not in_stages(model.config, stages, name):
-            continue
-        if cut is not None and name not in parameters:
-            continue
-        source.code = FLOAT_CODES[_router_dtype(model.compute_dtype) if spec.float32 else model.compute_dtype]
-        value = table.to_canonical(name, source.read)
-        parameters[name].set_value(value if cut is None else np.ascontiguousarray(cut(parameters[name], value)))
-    bad = list(source.not_finite)
-    if bad:
-        shown = ", ".join(bad[:10])
-        raise ValueError(
-            f"weights ({len(bad)} tensors: {shown}) must be finite, but hold NaN or infinity; the file is damaged: fetch it again"
-        )
-
-
-class _FiniteReader:
-    """Reads disk tensors in one element type, notes those that are not finite, and keeps the last: q, k and v may share one."""
-
-    def __init__(self, reader: TensorReader) -> None:
-        self.reader = reader
-        self.code = "F32"
-        self.not_finite: dict[str, None] = {}
-        self._last: tuple[str, str, Array] | None = None
-
-    def read(self, name: str) -> Array:
-        if self._last is None or self._last[:2] != (name, self.code):
-            raw, code = self.reader.read(name), self.reader.entries[name].dtype
-            if not all_finite(raw, code):
-                self.not_finite[name] = None
-            self._last = (name, self.code, cast(raw, code, self.code))
-        return self._last[2]
-
-
 def _compute_dtype(dtype: str | None) -> str:
     if dtype is None:
         return "float32" if paddle.get_device() == "cpu" else "bfloat16"
@@ -210,11 +179,6 @@ def _one_of(dtype: str, known: tuple[str, ...]) -> str:
     if dtype not in known:
         raise ValueError(f"dtype ({dtype!r}) must be one of {list(known)}; choose one of them")
     return dtype
-
-
-def _router_dtype(dtype: str) -> str:
-    """Of the routers and their biases in a model of `dtype`."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 def _file_dtype(dtype: str) -> str:
@@ -239,8 +203,16 @@ def check_tied_head(table: Layout, reader: TensorReader) -> None:
     if head is None or head not in reader.entries:
         return
     embedding = table.links_to["embed_tokens.weight"][0].disk
-    values = [cast(reader.read(name), reader.entries[name].dtype, "F32") for name in (embedding, head)]
-    if not np.array_equal(values[0], values[1]) and not np.array_equal(values[0], values[1].T):
+    (a, kind), (b, other) = ((reader.read(name), reader.entries[name].dtype) for name in (embedding, head))
+    if not _same(a, kind, b, other) and not _same(a, kind, b.T, other):
         raise ValueError(
             f"{head} must equal {embedding}, because tie_word_embeddings is true; set it to false in config.json to keep both, or delete {head}"
         )
+
+
+def _same(a: Array, kind: str, b: Array, other: str) -> bool:
+    """Whether two matrices of these element types hold the same numbers; compared piece by piece."""
+    pieces = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(a), _COMPARED_ROWS))
+    return a.shape == b.shape and all(
+        np.array_equal(cast(a[rows], kind, "F32"), cast(b[rows], other, "F32")) for rows in pieces
+    )

@@ -169,6 +169,11 @@ def _parallel(c: RunConfig) -> Iterator[Problem]:
             virtual,
             f"{virtual} ({p.virtual_pipeline_model_parallel_size}) needs pipeline_model_parallel_size (1) above 1; raise it / 需要流水并行",
         )
+    if p.pp_seg_method and p.pipeline_model_parallel_size == 1:
+        yield (
+            "pp_seg_method",
+            f"pp_seg_method ({','.join(p.pp_seg_method)}) needs pipeline_model_parallel_size (1) above 1; raise it / 需要流水并行",
+        )
     if p.sharding == "off" and p.sharding_parallel_size > 1:
         yield (
             "sharding_parallel_size",

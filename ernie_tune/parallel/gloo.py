@@ -551,7 +551,7 @@ def install() -> bool:
 
     if line := untested(paddle.__version__):
         print(line, file=sys.stderr)
-    setattr(core.ProcessGroupGloo, "create", staticmethod(_create))  # noqa: B010
+    setattr(core.ProcessGroupGloo, "create", staticmethod(_create))  # noqa: B010  its stub allows no assignment
     for name, operator in _OPERATORS.items():
         setattr(paddle._C_ops, name, operator)
     parallel.ParallelEnv._device_id = 0

@@ -49,7 +49,7 @@ class Job:
     images: tuple[int, ...] = (0, 3)
     recompute: bool = False
     bias_update: float = 0.0
-    balance: float = 0.0
+    balance: float | tuple[float, ...] = 0.0  # alone, or with the orthogonal and the z loss
     optimizer: str = "adamw"
     micro_batches: int = 4
     steps: int = 5
@@ -192,7 +192,7 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
     optimizer = make([p for _, p in named]) if mesh is None else engine.optimizer(make)
     settings = LoopSettings(
         max_grad_norm=MAX_NORM,
-        router=RouterLossWeights(job.balance) if job.balance else None,
+        router=RouterLossWeights(*np.atleast_1d(job.balance).tolist()) if job.balance else None,
         bias_update=job.bias_update,
         recompute=_recompute(job.train != "full" and not job.train.startswith("frozen")) if job.recompute else None,
     )

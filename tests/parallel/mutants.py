@@ -114,6 +114,11 @@ MUTANTS: dict[str, Mutant] = {
         _DP,
         {"bias_update": 0.02},
     ),
+    "routers know only the tokens of their rank": Mutant(
+        lambda: mock.patch.object(tensor.SummedTallies, "forward", lambda self, x: x),
+        _SP,
+        {"balance": [0.05, 0.02, 0.01], "optimizer": "sgd"},
+    ),
     "the hidden states' gradient is that of a slice of the vocabulary": Mutant(
         lambda: mock.patch.object(logprobs._Slice, "whole", lambda self, x: x), _TP
     ),
