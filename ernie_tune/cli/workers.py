@@ -115,10 +115,12 @@ def meet(what: Start, limits: Limits | None = None) -> None:
 
     raise_here: list[str] = []
     watch = Watch(what.node, what.nodes, (host, int(port)), limits, late, "machine")
-    while not watch.all_here.wait(0.1):
-        if raise_here:
-            raise ConnectionError(raise_here[0])
-    watch.close()
+    try:
+        while not watch.all_here.wait(0.1):
+            if raise_here:
+                raise ConnectionError(raise_here[0])
+    finally:
+        watch.close()
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -9,6 +9,8 @@ Refuses to know: models, optimizers, which axis a group belongs to.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import queue
@@ -76,13 +78,28 @@ class _Links:
         self.server.bind((self.host, 0))
         self.server.listen(128)
         self.store.set(f"ernie_tune/{self.rank}", f"{self.host}:{self.server.getsockname()[1]}")
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.readers: list[tuple[socket.socket, threading.Thread]] = []
+        self._start(self.server, self._accept)
+        atexit.register(self.close)
 
-    def _accept(self) -> None:
-        while True:
-            link, _ = self.server.accept()
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._read, args=(link,), daemon=True).start()
+    def _start(self, link: socket.socket, work: Callable[[socket.socket], None]) -> None:
+        thread = threading.Thread(target=work, args=(link,), daemon=True)
+        self.readers.append((link, thread))
+        thread.start()
+
+    def close(self) -> None:
+        """End the readers before the interpreter ends. One that wakes up later, when its peer ends, finds its own state gone: the process crashes."""
+        for link, thread in list(self.readers):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            thread.join(1.0)
+
+    def _accept(self, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # until `close`
+            while True:
+                link, _ = server.accept()
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._start(link, self._read)
 
     def _read(self, link: socket.socket) -> None:
         source = -1

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_LOST = 75  # of a rank that ends because of another
+_TELLING = 4.0  # seconds for asking all for their stacks and telling them to end
 _FRAMES = 4  # innermost frames of a stack in the line of a rank
 
 
@@ -63,9 +64,9 @@ class Watch:
         self._hub = _Hub(size, address, self.limits, what) if rank == 0 else None
         self._socket = self._connect()
         self._lock = threading.Lock()
+        self._left = threading.Event()
         self._send(hello=rank, place=f"{socket.gethostname()}, process {os.getpid()}")
-        for work in (self._beat, self._listen):
-            threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
+        self._threads = [_started(work) for work in (self._beat, self._listen)]
 
     def _connect(self) -> socket.socket:
         """Rank 0 may come later than others."""
@@ -91,18 +92,24 @@ class Watch:
         self._send(failed=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """This rank is done. Rank 0 waits until all others are, or have been told to end."""
+        """This rank is done. Rank 0 waits until all others are, or have been told to end. No thread is left: one that woke up while the interpreter
+        ends would crash it."""
         self.over = True
+        self._left.set()
         self._send(bye=True)
         if self._hub is not None:
-            self._hub.finished.wait(self.limits.silent + self.limits.grace)
+            self._hub.finished.wait(self.limits.silent + self.limits.grace + _TELLING)
+            self._hub.close()
+        _hang_up(self._socket)
+        for thread in self._threads:
+            thread.join(1.0)
 
     # --- threads -----------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self.over:
             self._send(where=self.where, marks=self.marks, work=_work(self._main))
-            time.sleep(self.limits.beat)
+            self._left.wait(self.limits.beat)
 
     def _listen(self) -> None:
         try:
@@ -128,6 +135,18 @@ def _end_process(text: str) -> NoReturn:
     print(f"ernie_tune: {text}\nernie_tune: this rank, all threads:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     os._exit(EXIT_LOST)
+
+
+def _started(work: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, args=args, name=f"watch {work.__name__}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """What was sent still arrives; whoever waits at either end goes on."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _messages(connection: socket.socket) -> Iterator[Mapping[str, Any]]:
@@ -190,8 +209,15 @@ class _Hub:
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.server = socket.create_server(self.address)
-        for work in (self._accept, self._judge):
-            threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
+        self.threads: list[threading.Thread] = []
+        self.threads += [_started(work) for work in (self._accept, self._judge)]
+
+    def close(self) -> None:
+        """Once it is finished: let go of all members."""
+        for connection in (self.server, *(m.connection for m in list(self.members.values()))):
+            _hang_up(connection)
+        for thread in self.threads:
+            thread.join(1.0)
 
     def _accept(self) -> None:
         while True:
@@ -199,7 +225,7 @@ class _Hub:
                 connection, _ = self.server.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), name="watch member", daemon=True).start()
+            self.threads.append(_started(self._serve, connection))
 
     def _serve(self, connection: socket.socket) -> None:
         member: _Member | None = None
@@ -246,6 +272,7 @@ class _Hub:
                 self._say_the_end(verdict)
                 break
         self.finished.set()
+        _hang_up(self.server)
         self.server.close()
 
     def _verdict(self, here: Mapping[int, _Member], now: float) -> str:
@@ -275,7 +302,7 @@ class _Hub:
         present = {rank: m for rank, m in self.members.items() if not (m.left or m.broken or m.failed)}
         for m in present.values():
             _tell(m, stack=True)
-        last = time.monotonic() + 3
+        last = time.monotonic() + _TELLING - 1
         while time.monotonic() < last and not all(m.stack for m in present.values()):
             time.sleep(0.05)
         lines = [f"  rank {rank}, {m.where}: {m.stack or 'no answer'}" for rank, m in sorted(present.items())]

@@ -19,6 +19,7 @@ from paddle import nn
 from ernie_tune.models.moe import Experts
 from ernie_tune.objectives import logprobs
 from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.parallel import gloo
 from ernie_tune.parallel.collectives import TokenRuns, enter, leave
 from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
@@ -248,6 +249,9 @@ CHECKS: dict[str, Callable[[Mesh], None]] = {
 }
 
 
+READERS = "no reader is left when the interpreter ends"
+
+
 def main() -> None:
     mesh = init_mesh(Degrees(tensor=3))
     folder, found = Path(sys.argv[1]), {}
@@ -268,6 +272,10 @@ def main() -> None:
         except AssertionError:
             found[name] = traceback.format_exc()
         (folder / f"rank_{mesh.rank}.json").write_text(json.dumps(found))
+    gloo._mesh().close()
+    left = [link for link, thread in gloo._mesh().readers if thread.is_alive()]
+    found[READERS] = f"{len(left)} threads read on" if left or len(gloo._mesh().readers) < 3 else ""
+    (folder / f"rank_{mesh.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collective_worker import CHECKS
+from collective_worker import CHECKS, READERS
 from launching import launch
 
 from ernie_tune.parallel import gloo
@@ -25,7 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(3)]
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*CHECKS, READERS])
 def test_on_three_processes(name: str, found: list[dict[str, str]]) -> None:
     for rank in found:
         assert rank[name] == "", rank[name]

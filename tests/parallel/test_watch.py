@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,19 @@ def test_ranks_that_never_come_are_named() -> None:
 def test_a_run_that_ends_well_is_left_alone() -> None:
     with ranks(["leave", "leave", "leave"]) as children:
         assert [child.wait(10) for child in children] == [0, 0, 0]
+
+
+def test_no_thread_is_left() -> None:
+    """One that wakes up while the interpreter ends crashes it."""
+    before, address, limits = threading.enumerate(), ("127.0.0.1", free_port()), Limits(beat=30)
+    ranks = [Watch(rank, 2, address, limits) for rank in (0, 1)]
+    assert all(watch.all_here.wait(10) for watch in ranks)
+    start = time.monotonic()
+    ranks[1].close()
+    ranks[0].limits = Limits(silent=0.1, grace=0.1)  # its judge looks once a second
+    ranks[0].close()
+    assert not [t.name for t in threading.enumerate() if t not in before]
+    assert time.monotonic() - start < 5
 
 
 def test_a_rank_without_rank_0_gives_up() -> None:
