@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "EP2 sharding 2": {
         "second_model_moves": ("KTO", _MOVING),
         "adapter_off": ("UPO", _LORA),
-        "rewards": ("RM", _LORA),
+        "rewards": ("RM", {**_LORA, "learning_rate": 2e-3}),
     },
 }
 
