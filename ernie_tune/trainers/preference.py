@@ -43,7 +43,7 @@ from ernie_tune.train.reference import (
     identity_of,
     start_difference,
 )
-from ernie_tune.train.state import Checkpoint, read_values, write_values
+from ernie_tune.train.state import Checkpoint, find_checkpoint, read_values, write_values
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
@@ -115,6 +115,16 @@ class PreferenceTrainer(Trainer):
         if mode == "adapter_ref":
             copy_aside(self.model)
         return mode
+
+    def _starting_point(self) -> Checkpoint | None:
+        found, s = super()._starting_point(), self.args.save
+        if (
+            found and s.resume_only_model
+        ):  # a run goes on that had started from another's weights: its reference is those
+            named = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
+            assert named is not None
+            self._take_weights(named)
+        return found
 
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         super()._take_weights(checkpoint)

@@ -290,6 +290,26 @@ def test_every_loss_runs_and_moves_the_margin(tmp_path: Path, changes: dict[str,
         assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
 
 
+@pytest.mark.parametrize("method", ["Full", "LoRA"])
+def test_a_run_from_the_weights_of_another_goes_on_with_its_reference(
+    tmp_path: Path, method: str, sft: Path, sft_adapter: Path
+) -> None:
+    first = sft if method == "Full" else sft_adapter
+    (named,) = first.glob("checkpoint-*")
+    more = {
+        "fine_tuning": method,
+        "resume_from_checkpoint": str(named),
+        "resume_only_model": True,
+        "lr_scheduler_type": "constant",
+    }
+    want = losses(run(tmp_path, output_dir=str(tmp_path / "whole"), max_steps=4, **more))
+    assert want[0] == pytest.approx(LN2, abs=1e-5)
+    run(tmp_path, output_dir=str(tmp_path / "parts"), max_steps=2, **more)
+    np.testing.assert_allclose(
+        losses(run(tmp_path, output_dir=str(tmp_path / "parts"), max_steps=4, **more)), want, atol=1e-6
+    )
+
+
 def test_settings_reach_the_losses() -> None:
     """Each key by the formula that it is a number of (methods.md 4.2-4.4)."""
     words = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25, "sft_loss_norm": "seq"}
