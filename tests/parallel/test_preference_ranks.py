@@ -14,6 +14,8 @@ from launching import HERE, launch
 from preference_worker import CASES, run
 from safetensors.numpy import load_file
 
+from ernie_tune.train.reference import CACHE_FILE
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_terms_that_a_rank_does_not_have(tmp_path: Path, case: str) -> None:
@@ -55,6 +57,11 @@ def test_runs_on_judged_answers_are_those_of_one_process(
         assert set(found) == set(wanted)
         for name, value in wanted.items():
             assert found[name] == pytest.approx(value, abs=1e-4), f"{case}: {name}"
+        if case == "precomputed":
+            stored = [np.load(run / CACHE_FILE) for run in (mine, theirs)]
+            assert str(stored[0]["identity"]) == str(stored[1]["identity"]), (
+                "the policy's name is the layout's no more than its values"
+            )
         files = [sorted(str(p.relative_to(run)) for p in run.rglob("*.safetensors")) for run in (mine, theirs)]
         results = [[name for name in found if not name.startswith("checkpoint-")] for found in files]
         assert results[0] == results[1] != []
