@@ -33,15 +33,15 @@ from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
 from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
-    ADAPTER,
     CACHE_FILE,
     SAME,
     Reference,
     choose_mode,
-    copy_aside,
     frozen_logp,
     identity_of,
+    make_room,
     start_difference,
+    take_copy,
 )
 from ernie_tune.train.state import Checkpoint, find_checkpoint, read_values, write_values
 from ernie_tune.trainers.base import Trainer
@@ -87,13 +87,15 @@ class PreferenceTrainer(Trainer):
     # --- the reference -----------------------------------------------------------------------------------------------
 
     def _lay(self) -> None:
-        if not self._mode:
-            self._mode = self._reference_mode()
+        self._mode = self._mode or self._reference_mode()
+        fresh = self._mode == "adapter_ref" and make_room(self.model)
         super()._lay()
+        if fresh:
+            take_copy(self.model)
 
     def _reference_mode(self) -> str:
-        """Which reference the run compares with; an adapter that is to be one is copied. On a mesh this comes before the model is laid over it: a rank alone
-        would not see whether an adapter is fresh. Raises ValueError for settings that do not go together."""
+        """Which reference the run compares with. On a mesh this is decided before the model is laid over it: a rank alone would not see whether an adapter is
+        fresh. Raises ValueError for settings that do not go together."""
         r, objective = self.args.reference, self._objective()
         if not objective.needs_reference or r.ref_mode == "none":
             if objective.needs_reference:
@@ -112,8 +114,6 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known before; set auto, or bco or apo_zero_unpaired"
             )
-        if mode == "adapter_ref":
-            copy_aside(self.model)
         return mode
 
     def _starting_point(self) -> Checkpoint | None:
@@ -129,8 +129,7 @@ class PreferenceTrainer(Trainer):
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         super()._take_weights(checkpoint)
         if self._mode == "adapter_ref" and self.reference is None:  # the policy that training starts from
-            assert isinstance(self.model, PeftModel)
-            self.model.mix_adapter(self.model.active or "", ADAPTER, 1.0)
+            take_copy(self.model)
 
     def _before_training(self, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
