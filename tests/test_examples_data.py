@@ -507,3 +507,23 @@ def test_the_script_of_preferences_writes_these_rows(tmp_path: Path) -> None:
     script("preferences").make(tmp_path)
     for path in sorted((EXAMPLES / "preferences").glob("*.jsonl")):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_settings_of_preferences_are_chosen_on_pictures_that_are_neither_trained_on_nor_reported(
+    tmp_path: Path,
+) -> None:
+    script("preferences").make(tmp_path / "deep", validation=True)
+
+    def shown(folder: Path, names: str) -> set[Path]:
+        rows = [row for path in sorted(folder.glob(names)) for row in rows_of(path)]
+        return {(folder / image).resolve() for row in rows for image in row["images"]}
+
+    judged = shown(tmp_path / "deep", "eval_*.jsonl")
+    assert len(judged) == 300
+    assert all(path.is_file() for path in judged)
+    learned = set().union(
+        *(shown(tmp_path / "deep", f"{name}*.jsonl") for name in ("sft", "pairs", "mixture", "choices"))
+    )
+    assert len(learned) == 1200
+    assert not learned & judged
+    assert not judged & shown(EXAMPLES / "preferences", "eval_*.jsonl")

@@ -269,10 +269,23 @@ class PreferenceArguments:
     offset_alpha: float = arg(0.0, "margin from scores, times their difference", low=0)
     offset_type: str = arg("linear", "what of the scores' difference makes the margin", ("linear", "log"))
     ld_alpha: float = arg(1.0, "weight of tokens beyond the shorter answer (LD-DPO)", low=0, high=1)
-    f_divergence_type: str = arg("reverse_kl", "distance to the reference; alpha_divergence: alpha 0.5", F_DIVERGENCES)
+    f_divergence_type: str = arg("reverse_kl", "distance to the reference", F_DIVERGENCES)
+    f_alpha_divergence_coef: float = arg(0.5, "alpha of the alpha_divergence; 1 is reverse_kl, 0 forward_kl")
     use_weighting: bool = arg(False, "weigh pairs by how probable both answers are for the policy (WPO)")
     pref_loss_ratio: float = arg(1.0, "weight of the preference loss", low=0)
     sft_loss_ratio: float = arg(0.0, "weight of the likelihood of the chosen answer", low=0)
+    sft_loss_norm: str = arg("token", "what that likelihood is averaged over: tokens, or answers", ("token", "seq"))
+    reward_shift_decay: float | None = arg(
+        None, "decay of the mean rewards that BCO compares with; null: means over the whole run", low=0, high=0.9999
+    )
+    max_prompt_len: int = arg(2048, "tokens of the prompt, at most", low=1)
+    prefix_sharing: bool = arg(True, "compute what the answers to a prompt have in common once")
+
+
+@dataclass(frozen=True)
+class ReferenceArguments:
+    """The policy that answers are compared with (methods.md 3.4). Stages DPO, KTO and UPO."""
+
     reference_free: bool = arg(False, "no reference model; only with losses that need none")
     ref_mode: str = arg(
         "auto",
@@ -284,8 +297,6 @@ class PreferenceArguments:
     ref_model_mixup_alpha: float = arg(
         0.6, "share of the policy in an updated reference; 1: a copy", low=0.0001, high=1
     )
-    max_prompt_len: int = arg(2048, "tokens of the prompt, at most", low=1)
-    prefix_sharing: bool = arg(True, "compute what the answers to a prompt have in common once")
 
 
 @dataclass(frozen=True)
@@ -298,7 +309,15 @@ class SignalArguments:
     kappa: int = arg(0, "1: implicit rewards per token of the answer (UPO)", low=0, high=1)
     rank_loss: str = arg("plackett_luce", "how rankings are learned", ("plackett_luce", "edges", "lipo_lambda"))
     rate_loss: str = arg("soft_bt", "how ratings are learned", ("soft_bt", "margin", "infonca", "bernoulli_kl"))
+    rank_top_k: int | None = arg(None, "best tiers of a ranking that plackett_luce learns; null: all", low=1)
     rate_tau: float = arg(1.0, "softness of soft_bt and bernoulli_kl, in units of the whole scale", low=0.0001)
+    rate_margin: str = arg(
+        "linear", "what of the scores' difference is the margin of rate_loss margin", ("linear", "log")
+    )
+    rate_alpha: float = arg(1.0, "factor of that margin; temperature of the scores of infonca", low=0.0001)
+    edge_loss: str = arg(
+        "sigmoid", "loss of a comparison: sigmoid, or another of DPO's that compares two answers (UPO)"
+    )
     bin_loss: str = arg("kto", "how labels are learned", ("kto", "bco", "apo_zero_unpaired"))
     edge_weight: str = arg("unit", "what counts as one: a row, or each comparison in it", ("unit", "edge"))
     desirable_weight: float = arg(1.0, "weight of good answers (KTO)", low=0)
@@ -343,6 +362,7 @@ class RunConfig:
     log: LogArguments = LogArguments()
     parallel: ParallelArguments = ParallelArguments()
     preference: PreferenceArguments = PreferenceArguments()
+    reference: ReferenceArguments = ReferenceArguments()
     signals: SignalArguments = SignalArguments()
     rollout: RolloutArguments = RolloutArguments()
 
@@ -352,7 +372,7 @@ class RunConfig:
             return self.model.fine_tuning == "LoRA"
         if section == "added":
             return self.model.fine_tuning in ADDED
-        if section == "preference":
+        if section in ("preference", "reference"):
             return self.model.stage not in ("SFT", "PT")
         if section == "signals":
             return self.model.stage in ("KTO", "UPO", "RM")

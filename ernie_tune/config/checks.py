@@ -202,25 +202,29 @@ def _stage(c: RunConfig) -> Iterator[Problem]:
 _DPO = ("DPO",)
 _REFERRED = ("DPO", "KTO", "UPO")
 _STAGES = {
-    **dict.fromkeys(
-        (
-            "loss_weights",
-            "label_smoothing",
-            "simpo_gamma",
-            "dpop_lambda",
-            "ld_alpha",
-            "f_divergence_type",
-            "use_weighting",
-        ),
-        _DPO,
-    ),
-    **dict.fromkeys(("pref_loss_ratio", "sft_loss_ratio", "reference_free"), _DPO),
+    **dict.fromkeys(("label_smoothing", "simpo_gamma", "dpop_lambda"), ("DPO", "UPO")),
+    **dict.fromkeys(("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"), _DPO),
+    **dict.fromkeys(("loss_weights", "pref_loss_ratio", "sft_loss_ratio", "sft_loss_norm", "reference_free"), _DPO),
+    "reward_shift_decay": _REFERRED,
     **dict.fromkeys(("offset_alpha", "offset_type"), ("DPO", "RM")),
     **dict.fromkeys(
         ("ref_mode", "ref_logps_path", "ref_model_update_steps", "ref_model_mixup_alpha", "beta"), _REFERRED
     ),
     **dict.fromkeys(
-        ("term_weights", "kappa", "rank_loss", "rate_loss", "rate_tau", "bin_loss", "allow_base"), ("UPO",)
+        (
+            "term_weights",
+            "kappa",
+            "rank_loss",
+            "rank_top_k",
+            "rate_loss",
+            "rate_tau",
+            "rate_margin",
+            "rate_alpha",
+            "edge_loss",
+            "bin_loss",
+            "allow_base",
+        ),
+        ("UPO",),
     ),
     "edge_weight": ("UPO", "RM"),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("KTO", "UPO")),
@@ -231,12 +235,22 @@ _READ_BY = {
     "simpo_gamma": ("simpo",),
     "dpop_lambda": ("dpop", "dpop_outside"),
 }
+# Settings that one value of another reads: name -> (the other, its values that do).
+_READ_WITH = {
+    "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
+    "rank_top_k": ("rank_loss", ("plackett_luce",)),
+    "rate_tau": ("rate_loss", ("soft_bt", "bernoulli_kl")),
+    "rate_margin": ("rate_loss", ("margin",)),
+    "rate_alpha": ("rate_loss", ("margin", "infonca")),
+}
 
 
 def _compared(c: RunConfig) -> Iterator[Problem]:
     if c.model.stage not in ("DPO", "KTO", "UPO", "RM"):
         return
     flat, p = c.flat(), c.preference
+    at_upo = c.model.stage == "UPO"
+    compared = ("edge_loss", (c.signals.edge_loss,)) if at_upo else ("loss_type", p.loss_type)
     for name, stages in _STAGES.items():
         if c.model.stage not in stages and flat[name] != SETTINGS[name].default:
             yield (
@@ -244,20 +258,26 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
                 f"{name} ({flat[name]}) has no effect at stage {c.model.stage}, only at {', '.join(stages)}; remove it / 该阶段无效",
             )
     for name, losses in _READ_BY.items():
-        if flat[name] != SETTINGS[name].default and not set(losses) & set(p.loss_type):
+        if flat[name] != SETTINGS[name].default and not set(losses) & set(compared[1]):
             yield (
                 name,
-                f"{name} ({flat[name]}) must go with loss_type {' or '.join(losses)}, not {','.join(p.loss_type)}; set one / 该损失不使用此项",
+                f"{name} ({flat[name]}) must go with {compared[0]} {' or '.join(losses)}, not {','.join(compared[1])}; set one / 该损失不使用此项",
+            )
+    for name, (other, values) in _READ_WITH.items():
+        if flat[name] != SETTINGS[name].default and flat[other] not in values:
+            yield (
+                name,
+                f"{name} ({flat[name]}) must go with {other} {' or '.join(values)}, not {flat[other]}; set one / 需要 {other}",
             )
     if p.loss_weights and len(p.loss_weights) != len(p.loss_type):
         yield (
             "loss_weights",
             f"loss_weights ({len(p.loss_weights)} values) must have one value a loss_type ({len(p.loss_type)}); match them / 权重个数须等于损失个数",
         )
-    if "exo_pair" in p.loss_type and not p.label_smoothing:
+    if "exo_pair" in compared[1] and not p.label_smoothing:
         yield (
-            "loss_type",
-            "loss_type (exo_pair) needs label_smoothing above 0: its target is (1 - eps, eps); set 0.001 / 需要 label_smoothing",
+            compared[0],
+            f"{compared[0]} (exo_pair) needs label_smoothing above 0: its target is (1 - eps, eps); set 0.001 / 需要 label_smoothing",
         )
     if p.offset_type != "linear" and not p.offset_alpha:
         yield (
@@ -272,7 +292,7 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
 
 
 def _reference(c: RunConfig) -> Iterator[Problem]:
-    p, m = c.preference, c.model
+    p, m = c.reference, c.model
     if m.stage not in _REFERRED:
         return
     if p.ref_logps_path and p.ref_mode != "precomputed":

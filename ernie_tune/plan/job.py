@@ -147,7 +147,7 @@ def _added_width(config: RunConfig) -> int:
 
 def _reference(config: RunConfig) -> str:
     """What the reference log-probabilities come from (methods.md 3.4)."""
-    stage, p = config.model.stage, config.preference
-    if stage in ("SFT", "PT", "RM") or p.reference_free or (stage == "RLVR" and p.beta == 0):
+    stage, free = config.model.stage, config.reference.reference_free
+    if stage in ("SFT", "PT", "RM") or free or (stage == "RLVR" and config.preference.beta == 0):
         return "none"
     return "copy" if config.model.fine_tuning in ("Full", "Freeze") else "adapter"

@@ -128,9 +128,9 @@ def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
 class _Judged:
     """What all objectives on judged answers share: global counts, KTO's baseline of this window, BCO's running shift."""
 
-    def __init__(self) -> None:
+    def __init__(self, shift: RewardShift | None = None) -> None:
         self._counts: dict[str, float] = {}
-        self.shift = RewardShift()
+        self.shift = shift or RewardShift()
         self.z0 = 0.0
 
     @property
@@ -174,9 +174,14 @@ class PairObjective(_Judged):
     """The DPO family: `terms` are atomic losses with weights (`pairwise.expand`), on all comparisons of a batch."""
 
     def __init__(
-        self, terms: Mapping[str, float], hyper: PreferenceHyper, margins: Margins | None = None, reference: bool = True
+        self,
+        terms: Mapping[str, float],
+        hyper: PreferenceHyper,
+        margins: Margins | None = None,
+        reference: bool = True,
+        shift: RewardShift | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(shift)
         self.terms, self.hyper, self.margins, self._reference = dict(terms), hyper, margins or Margins(), reference
 
     @property
@@ -210,8 +215,8 @@ class PairObjective(_Judged):
 class UpoObjective(_Judged):
     """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO."""
 
-    def __init__(self, settings: UpoSettings) -> None:
-        super().__init__()
+    def __init__(self, settings: UpoSettings, shift: RewardShift | None = None) -> None:
+        super().__init__(shift)
         self.settings = settings
 
     @property

@@ -89,10 +89,18 @@ def frozen_copy(model: ErnieModel, lay: Lay) -> tuple[ErnieModel, Asked]:
     return copy, asked
 
 
-def copy_aside(policy: PeftModel) -> None:
-    """The frozen copy of the active adapter for mode `adapter_ref`. On a mesh it is made before the policy is laid over it, and laid with it."""
-    if ADAPTER not in policy.adapters:
-        policy.copy_adapter(policy.active or "", ADAPTER)
+def make_room(policy: PeftModel) -> bool:
+    """Room for the frozen copy that mode `adapter_ref` compares with; whether there was none. On a mesh it comes before the policy is laid over it, whose
+    values may be read only then: `take_copy` after it."""
+    if ADAPTER in policy.adapters:
+        return False
+    policy.add_like(policy.active or "", ADAPTER)
+    return True
+
+
+def take_copy(policy: PeftModel) -> None:
+    """The active adapter as it is now becomes what is compared with."""
+    policy.mix_adapter(policy.active or "", ADAPTER, 1.0)
 
 
 class LogpCache:
@@ -220,7 +228,8 @@ class Reference:
             self.model, self.asked = frozen_copy(policy, lay)
         if mode == "adapter_ref":
             assert isinstance(policy, PeftModel)
-            copy_aside(policy)
+            if make_room(policy):
+                take_copy(policy)
         self.sealed = False  # a precomputed reference cannot answer for rows that were not there
 
     @contextlib.contextmanager

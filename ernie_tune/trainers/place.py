@@ -168,7 +168,7 @@ class Place:
         """Put a model that is not trained, and has no values yet, on the mesh as the trained one is; returns what is called for it. `lay` comes first."""
         if not self.several:
             return model
-        laid = spread(model, self.mesh)
+        laid = spread(model, self.mesh, () if self._cut is None else self._cut.bounds)
         return model if laid.cut is None else StagedForward(model, laid.cut, self.mesh.group("pipe"), laid.runs)
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> Any:

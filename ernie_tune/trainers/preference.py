@@ -21,7 +21,7 @@ from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.objectives.pairwise import expand, needs_reference
 from ernie_tune.objectives.preference import PreferenceHyper
-from ernie_tune.objectives.unpaired import kto_balance
+from ernie_tune.objectives.unpaired import RewardShift, kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
@@ -33,17 +33,17 @@ from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
 from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
-    ADAPTER,
     CACHE_FILE,
     SAME,
     Reference,
     choose_mode,
-    copy_aside,
     frozen_logp,
     identity_of,
+    make_room,
     start_difference,
+    take_copy,
 )
-from ernie_tune.train.state import Checkpoint, read_values, write_values
+from ernie_tune.train.state import Checkpoint, find_checkpoint, read_values, write_values
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
@@ -87,40 +87,49 @@ class PreferenceTrainer(Trainer):
     # --- the reference -----------------------------------------------------------------------------------------------
 
     def _lay(self, training: bool = False) -> None:
-        if not self._mode:
-            self._mode = self._reference_mode()
+        self._mode = self._mode or self._reference_mode()
+        fresh = self._mode == "adapter_ref" and make_room(self.model)
         super()._lay(training)
+        if fresh:
+            take_copy(self.model)
 
     def _reference_mode(self) -> str:
-        """Which reference the run compares with; an adapter that is to be one is copied. On a mesh this comes before the model is laid over it: a rank alone
-        would not see whether an adapter is fresh. Raises ValueError for settings that do not go together."""
-        p, objective = self.args.preference, self._objective()
-        if not objective.needs_reference or p.ref_mode == "none":
+        """Which reference the run compares with. On a mesh this is decided before the model is laid over it: a rank alone would not see whether an adapter is
+        fresh. Raises ValueError for settings that do not go together."""
+        r, objective = self.args.reference, self._objective()
+        if not objective.needs_reference or r.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
-                    f"ref_mode (none) must not go with loss_type {','.join(p.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
+                    f"ref_mode (none) must not go with loss_type {','.join(self.args.preference.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
                 )
             return "none"
-        moving = p.ref_model_update_steps > 0
+        moving = r.ref_model_update_steps > 0
         # with resume_only_model the adapter will be that of a checkpoint
-        mode = choose_mode(p.ref_mode, self.model, moving or self.args.save.resume_only_model)
+        mode = choose_mode(r.ref_mode, self.model, moving or self.args.save.resume_only_model)
         if moving and mode not in ("model", "adapter_ref"):
             raise ValueError(
-                f"ref_model_update_steps ({p.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
+                f"ref_model_update_steps ({r.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
             )
         if mode == "precomputed" and objective.uses_kl:
             raise ValueError(
                 "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known before; set auto, or bco or apo_zero_unpaired"
             )
-        if mode == "adapter_ref":
-            copy_aside(self.model)
         return mode
+
+    def _starting_point(self) -> Checkpoint | None:
+        found, s = super()._starting_point(), self.args.save
+        if (
+            found and s.resume_only_model
+        ):  # a run goes on that had started from another's weights: its reference is those
+            named = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
+            assert named is not None
+            self._take_weights(named)
+        return found
 
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         super()._take_weights(checkpoint)
         if self._mode == "adapter_ref" and self.reference is None:  # the policy that training starts from
-            assert isinstance(self.model, PeftModel)
-            self.model.mix_adapter(self.model.active or "", ADAPTER, 1.0)
+            take_copy(self.model)
 
     def _before_training(self, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
@@ -137,7 +146,7 @@ class PreferenceTrainer(Trainer):
 
     def _precompute(self, reference: Reference) -> None:
         """Every row's log-probabilities under the policy as it is now, from the file where it has them."""
-        file = Path(self.args.preference.ref_logps_path or self.output_dir / CACHE_FILE)
+        file = Path(self.args.reference.ref_logps_path or self.output_dir / CACHE_FILE)
         if file.is_file():
             reference.cache.load(file)
         known, rows = len(reference.cache.values), self.args.train.per_device_train_batch_size
@@ -203,10 +212,10 @@ class PreferenceTrainer(Trainer):
             )
 
     def _after_step(self, record: StepRecord) -> list[Verdict]:
-        p = self.args.preference
-        if p.ref_model_update_steps > 0 and record.step % p.ref_model_update_steps == 0:
+        r = self.args.reference
+        if r.ref_model_update_steps > 0 and record.step % r.ref_model_update_steps == 0:
             with self.place.engine.whole():
-                self._reference().update(p.ref_model_mixup_alpha)
+                self._reference().update(r.ref_model_mixup_alpha)
         return self.watch.look(record.step, record.metrics)
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -219,7 +228,7 @@ class PreferenceTrainer(Trainer):
         reference = self._reference()
         if reference.mode in ("none", "precomputed"):
             return
-        if self.args.preference.ref_model_update_steps > 0:
+        if self.args.reference.ref_model_update_steps > 0:
             moving = reference.moving()
             write_values(folder / REFERENCE_FOLDER, moving, cut=self.place.cut(moving), ranks=self.place)
         if self.place.is_writer:
@@ -232,7 +241,7 @@ class PreferenceTrainer(Trainer):
         reference = self._reference()
         if (checkpoint.path / CACHE_FILE).is_file():
             reference.cache.load(checkpoint.path / CACHE_FILE)
-        if self.args.preference.ref_model_update_steps > 0:
+        if self.args.reference.ref_model_update_steps > 0:
             moving = reference.moving()
             read_values(checkpoint.path / REFERENCE_FOLDER, moving, cut=self.place.cut(moving))
 
@@ -323,16 +332,11 @@ class DPOTrainer(PreferenceTrainer):
         return pair_objective(self.args)
 
 
-def pair_objective(config: RunConfig) -> PairObjective:
-    """The losses that the settings name. Raises ValueError for names and combinations that do not exist."""
+def hyper_of(config: RunConfig) -> PreferenceHyper:
+    """What the settings say of the losses that compare two answers."""
     p = config.preference
-    names = ("sigmoid",) if p.loss_type == ("auto",) else p.loss_type
-    if "kto_pair" in names:
-        raise ValueError(
-            "loss_type (kto_pair) must be another: it compares with means of the whole batch; take stage KTO on labels, or bco_pair"
-        )
     likelihood = p.sft_loss_ratio or 1.0
-    hyper = PreferenceHyper(
+    return PreferenceHyper(
         beta=p.beta,
         label_smoothing=p.label_smoothing,
         simpo_gamma=p.simpo_gamma,
@@ -342,17 +346,32 @@ def pair_objective(config: RunConfig) -> PairObjective:
         dpop_lambda=p.dpop_lambda,
         ld_alpha=None if p.ld_alpha == 1 else p.ld_alpha,
         f_divergence_type=p.f_divergence_type,
+        f_alpha_divergence_coef=p.f_alpha_divergence_coef,
         use_weighting=p.use_weighting,
+        nll_norm=p.sft_loss_norm,
     )
+
+
+def pair_objective(config: RunConfig) -> PairObjective:
+    """The losses that the settings name. Raises ValueError for names and combinations that do not exist."""
+    p = config.preference
+    names = ("sigmoid",) if p.loss_type == ("auto",) else p.loss_type
+    if "kto_pair" in names:
+        raise ValueError(
+            "loss_type (kto_pair) must be another: it compares with means of the whole batch; take stage KTO on labels, or bco_pair"
+        )
+    hyper = hyper_of(config)
     terms = {name: p.pref_loss_ratio * weight for name, weight in expand(names, p.loss_weights or None, hyper).items()}
     if p.sft_loss_ratio and not {"rpo", "cpo"} & set(names):
         terms["sft"] = terms.get("sft", 0.0) + p.sft_loss_ratio
     referenced = needs_reference(terms)
-    if p.reference_free and referenced:
+    if config.reference.reference_free and referenced:
         raise ValueError(
             f"reference_free (true) must go with losses without a reference, not loss_type {','.join(names)}; take simpo, orpo or cpo"
         )
-    return PairObjective(terms, hyper, Margins(p.offset_alpha, p.offset_type), referenced)
+    return PairObjective(
+        terms, hyper, Margins(p.offset_alpha, p.offset_type), referenced, RewardShift(p.reward_shift_decay)
+    )
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -391,5 +410,6 @@ class KTOTrainer(PreferenceTrainer):
                 bin=kind,
                 desirable_weight=s.desirable_weight,
                 undesirable_weight=s.undesirable_weight,
-            )
+            ),
+            RewardShift(p.reward_shift_decay),
         )

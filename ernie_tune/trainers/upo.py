@@ -14,10 +14,10 @@ import dataclasses
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.objectives.preference import PreferenceHyper
+from ernie_tune.objectives.unpaired import RewardShift
 from ernie_tune.objectives.upo import OFFLINE, PRESETS, UpoSettings
 from ernie_tune.train.preference import UpoObjective
-from ernie_tune.trainers.preference import PreferenceTrainer, ancestry
+from ernie_tune.trainers.preference import PreferenceTrainer, ancestry, hyper_of
 
 # methods.md 7.4: presets that sample answers while they learn
 ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")
@@ -48,7 +48,7 @@ class UPOTrainer(PreferenceTrainer):
         )
 
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
-        return UpoObjective(upo_settings(self.args))
+        return UpoObjective(upo_settings(self.args), RewardShift(self.args.preference.reward_shift_decay))
 
 
 def upo_settings(config: RunConfig) -> UpoSettings:
@@ -65,11 +65,15 @@ def upo_settings(config: RunConfig) -> UpoSettings:
     return dataclasses.replace(
         preset,
         weights={**preset.weights, **term_weights(s.term_weights)},
-        hyper=PreferenceHyper(beta=p.beta, nll_norm=preset.hyper.nll_norm),
+        hyper=dataclasses.replace(hyper_of(config), nll_norm=preset.hyper.nll_norm),
         kappa=s.kappa,
+        edge_loss=s.edge_loss,
         rank=s.rank_loss,
+        top_k=s.rank_top_k,
         rate=s.rate_loss,
         rate_tau=s.rate_tau,
+        rate_margin=s.rate_margin,
+        rate_alpha=s.rate_alpha,
         bin=s.bin_loss,
         edge_weight=s.edge_weight,
         desirable_weight=s.desirable_weight,

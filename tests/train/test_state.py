@@ -18,10 +18,12 @@ from ernie_tune.train.state import (
     find_checkpoint,
     load_optimizer,
     load_values,
+    read_values,
     remove_unfinished,
     rotate,
     save_checkpoint,
     set_aside_later,
+    write_values,
 )
 
 
@@ -210,3 +212,13 @@ def test_what_a_kill_left_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3.tmp" / "new" / "optimizer").mkdir(parents=True)
     save(tmp_path)
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_tensors_beside_the_optimizers_are_written_whole_and_a_failure_is_said(tmp_path: Path) -> None:
+    value = paddle.arange(6, dtype="float32").reshape([2, 3])
+    write_values(tmp_path / "kept", {"a.weight": value})
+    found = paddle.zeros([2, 3])
+    read_values(tmp_path / "kept", {"a.weight": found})
+    assert np.array_equal(found.numpy(), value.numpy())
+    with pytest.raises(OSError, match="No such file"):
+        write_values(tmp_path / "nowhere" / "kept", {"a.weight": value})

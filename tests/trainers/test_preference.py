@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,25 @@ from tiny_runs import history, processor, same_bytes, text_row, train, write_row
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.main import main
+from ernie_tune.config.arguments import build
 from ernie_tune.data.units import UnitBatch, collate_units
+from ernie_tune.objectives.listwise import Units
+from ernie_tune.objectives.pairwise import pair_terms
+from ernie_tune.objectives.preference import Candidates, Pairs
+from ernie_tune.objectives.upo import Signals, upo_terms
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.train.reference import frozen_logp
-from ernie_tune.trainers.preference import WATCH_FILE, DPOTrainer, KTOTrainer, PreferenceTrainer, ancestry
-from ernie_tune.trainers.upo import UPOTrainer
+from ernie_tune.trainers.preference import (
+    WATCH_FILE,
+    DPOTrainer,
+    KTOTrainer,
+    PreferenceTrainer,
+    ancestry,
+    pair_objective,
+)
+from ernie_tune.trainers.upo import UPOTrainer, upo_settings
 
 LN2 = math.log(2)
 
@@ -275,6 +288,79 @@ def test_every_loss_runs_and_moves_the_margin(tmp_path: Path, changes: dict[str,
     assert all(math.isfinite(r["loss"]) for r in log)
     if changes.get("loss_type") not in ("sft",):
         assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
+
+
+@pytest.mark.parametrize("method", ["Full", "LoRA"])
+def test_a_run_from_the_weights_of_another_goes_on_with_its_reference(
+    tmp_path: Path, method: str, sft: Path, sft_adapter: Path
+) -> None:
+    first = sft if method == "Full" else sft_adapter
+    (named,) = first.glob("checkpoint-*")
+    more = {
+        "fine_tuning": method,
+        "resume_from_checkpoint": str(named),
+        "resume_only_model": True,
+        "lr_scheduler_type": "constant",
+    }
+    want = losses(run(tmp_path, output_dir=str(tmp_path / "whole"), max_steps=4, **more))
+    assert want[0] == pytest.approx(LN2, abs=1e-5)
+    run(tmp_path, output_dir=str(tmp_path / "parts"), max_steps=2, **more)
+    np.testing.assert_allclose(
+        losses(run(tmp_path, output_dir=str(tmp_path / "parts"), max_steps=4, **more)), want, atol=1e-6
+    )
+
+
+def test_settings_reach_the_losses() -> None:
+    """Each key by the formula that it is a number of (methods.md 4.2-4.4)."""
+    words = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25, "sft_loss_norm": "seq"}
+    made = pair_objective(build({"stage": "DPO", "reward_shift_decay": 0.9, "sft_loss_ratio": 0.5, **words}))
+    assert (made.hyper.nll_norm, made.shift.decay, made.terms) == ("seq", 0.9, {"sigmoid": 1.0, "sft": 0.5})
+    logp, reference, at = np.array([-5.0, -7.0]), np.array([-6.0, -6.5]), np.array([0])
+    candidates = Candidates(paddle.to_tensor(logp), np.array([2, 4]), paddle.to_tensor(reference))
+    pairs = Pairs.of(at, at + 1)
+    score = [(t**-0.75 - 1) / -0.75 for t in np.exp(logp - reference)]
+    found = pair_terms(made.terms, candidates, pairs, made.hyper)
+    assert float(found["sigmoid"].total) == pytest.approx(np.log1p(np.exp(-0.1 * (score[0] - score[1]))), abs=1e-9)
+    assert float(found["sft"].total) == pytest.approx(5 / 2)
+
+    def term(name: str, signals: Signals, **words: Any) -> float:
+        settings = upo_settings(build({"stage": "UPO", **words}))
+        return float(upo_terms(settings, candidates, signals)[name].total)
+
+    r = 0.1 * (logp - reference)
+    rated = Signals(ratings=Units.of([0, 1], [0, 0], [0.75, 0.25]))
+    q = np.exp(np.array([0.75, 0.25]) / 0.2) / np.exp(np.array([0.75, 0.25]) / 0.2).sum()
+    wanted = float(-(q * (r - np.log(np.exp(r).sum()))).sum())
+    assert term("rate", rated, rate_loss="infonca", rate_alpha=0.2) == pytest.approx(wanted, abs=1e-9)
+    wanted = float(np.log1p(np.exp(-(r[0] - r[1] - 3 * np.log(0.5)))))
+    margin = term("rate", rated, rate_loss="margin", rate_margin="log", rate_alpha=3.0)
+    assert margin == pytest.approx(wanted, abs=1e-9)
+    delta = logp[0] - reference[0] - (logp[1] - reference[1])
+    assert term("pair", Signals(pairs=pairs), edge_loss="hinge") == pytest.approx(1 - 0.1 * delta, abs=1e-9)
+    assert term("pair", Signals(pairs=pairs), edge_loss="cdpo", label_smoothing=0.2) == pytest.approx(
+        0.8 * np.log1p(np.exp(-0.1 * delta)) + 0.2 * np.log1p(np.exp(0.1 * delta)), abs=1e-9
+    )
+    three = Candidates(
+        paddle.to_tensor([-1.0, -2.0, -4.0], "float64"), np.array([1, 1, 1]), paddle.zeros([3], "float64")
+    )
+    tiers = Signals(tiers=Units.of([0, 1, 2], [0, 0, 0], [0, 1, 2]))
+    best = upo_settings(build({"stage": "UPO", "rank_top_k": 1}))
+    wanted = float(np.log(np.exp([-0.1, -0.2, -0.4]).sum()) + 0.1) / 2  # one stage of two; divided by K - 1
+    assert float(upo_terms(best, three, tiers)["rank"].total) == pytest.approx(wanted, abs=1e-9)
+    with pytest.raises(ValueError, match=r"edge_loss \('nothing'\) must be one of sigmoid, odpo"):
+        upo_settings(build({"stage": "UPO", "edge_loss": "nothing"}))
+    assert (
+        UPOTrainer.objective(
+            SimpleNamespace(args=build({"stage": "UPO", "reward_shift_decay": 0.5})), 1, 1.0
+        ).shift.decay
+        == 0.5
+    )  # type: ignore[arg-type]
+    assert (
+        KTOTrainer.objective(
+            SimpleNamespace(args=build({"stage": "KTO", "reward_shift_decay": 0.5})), 1, 1.0
+        ).shift.decay
+        == 0.5
+    )  # type: ignore[arg-type]
 
 
 def test_rankings_and_ratings_are_all_their_pairs(tmp_path: Path) -> None:
