@@ -32,6 +32,7 @@ TP2, PP2, EP2 = (
     {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
 )
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4}
+AFFINITY = {**LORA, "lora_target_modules": "all-linear", "lora_experts": "text", "lora_expert_affinity": 0.3}
 EXPERTS = {**LORA, "lora_target_modules": "all-linear", "lora_experts": "both"}
 # Two processes; the two folders hold the same model of 127 MB in two layouts of files.
 CASES: dict[str, dict[str, Any]] = {
@@ -55,6 +56,13 @@ CASES: dict[str, dict[str, Any]] = {
         **EXPERTS,
     },
     "PP2 LoRA on experts": {**PP2, **EXPERTS, "file": "hf"},
+    "PP2 LoRA on experts by affinity": {**PP2, **AFFINITY, "file": "hf"},
+    "TP2+SP EP2 int4 and int8 by affinity": {
+        **EP2,
+        **AFFINITY,
+        "weight_quantize_algo": "weight_only_mix",
+        "file": "hf",
+    },
     "TP2 DoRA": {**TP2, **LORA, "dora": True, "lora_target_modules": "all-linear", "file": "hf"},
     "TP2+SP EP2 int4 and int8": {**EP2, **EXPERTS, "weight_quantize_algo": "weight_only_mix", "file": "hf"},
     "TP2+SP EP2 int4": {**EP2, **EXPERTS, "weight_quantize_algo": "weight_only_int4", "file": "paddle"},
