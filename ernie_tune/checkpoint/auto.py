@@ -19,7 +19,7 @@ import paddle
 
 from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
-from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill
+from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.models.config import ModelConfig
@@ -30,8 +30,9 @@ from ernie_tune.models.presets import preset
 Array = np.ndarray[Any, Any]
 # Lays an empty model out and says which part of its whole value a parameter holds, so that a process never has more than its own.
 Lay = Callable[[ErnieModel], Where]
-_CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
-_COMPUTE_DTYPES = ("float32", "bfloat16")
+_CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
+_FILE_DTYPES = ("float32", "bfloat16")
+_COMPUTE_DTYPES = (*_FILE_DTYPES, "float64")
 _COMPARED_ROWS = 1024
 
 
@@ -58,8 +59,8 @@ class AutoModel(ErnieModel):
     ) -> AutoModel:
         """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
 
-        `dtype`: "float32" or "bfloat16", for everything but the routers and their biases, which stay float32; by default float32 on the CPU
-        and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
+        `dtype`: "float32", "bfloat16" or "float64", for everything but the routers and their biases, which are float32 beside bfloat16; by default
+        float32 on the CPU and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
         drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and says which part of each value it holds.
         Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
         head that differs from the embedding.
@@ -86,7 +87,7 @@ class AutoModel(ErnieModel):
         check_tied_head(table, reader)
         dtype = _compute_dtype(dtype)
         print(
-            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers float32"
+            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers {router_dtype(dtype)}"
             + (f"; not used: {len(unused)} ({unused[0]}, ...)" if unused else ""),
             file=sys.stderr,
             flush=True,
@@ -136,11 +137,12 @@ class AutoModel(ErnieModel):
     ) -> list[Path]:
         """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths. `max_shard_size` in bytes.
 
-        `dtype` ("float32", "bfloat16"; default: the model's own) is for everything but routers and their biases, which are written in float32.
+        `dtype` ("float32", "bfloat16"; default: the model's own, float32 for a float64 model: no reader of these files knows more) is for everything but
+        routers and their biases, which are written in float32.
         `whole(name)` gives a tensor and its type where the model's own are parts. The folder is complete or absent; other files in it are left alone.
         """
         table = layout(self.config, flavour)
-        dtype = self.compute_dtype if dtype is None else _compute_dtype(dtype)
+        dtype = _file_dtype(self.compute_dtype if dtype is None else _one_of(dtype, _FILE_DTYPES))
         config = write_config(self.config.replace(dtype=dtype), FLAVOURS[flavour].dialect)
         codes = {name: "F32" if spec.float32 else FLOAT_CODES[dtype] for name, spec in table.disk.items()}
         state = self.state_dict()
@@ -170,9 +172,17 @@ class AutoModel(ErnieModel):
 def _compute_dtype(dtype: str | None) -> str:
     if dtype is None:
         return "float32" if paddle.get_device() == "cpu" else "bfloat16"
-    if dtype not in _COMPUTE_DTYPES:
-        raise ValueError(f"dtype ({dtype!r}) must be one of {list(_COMPUTE_DTYPES)}; choose one of them")
+    return _one_of(dtype, _COMPUTE_DTYPES)
+
+
+def _one_of(dtype: str, known: tuple[str, ...]) -> str:
+    if dtype not in known:
+        raise ValueError(f"dtype ({dtype!r}) must be one of {list(known)}; choose one of them")
     return dtype
+
+
+def _file_dtype(dtype: str) -> str:
+    return "float32" if dtype == "float64" else dtype
 
 
 def _read_config_file(folder: Path) -> ModelConfig:

@@ -101,6 +101,11 @@ class OnDisk:
             )
 
 
+def router_dtype(dtype: str) -> str:
+    """Of the routers and their biases in a model of `dtype`."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def fill(
     model: ErnieModel,
     source: Source,
@@ -115,7 +120,7 @@ def fill(
     for name, spec in source.specs.items():
         if stages is not None and not in_stages(model.config, stages, name):
             continue
-        code = "F32" if spec.float32 else FLOAT_CODES[model.compute_dtype]
+        code = FLOAT_CODES[router_dtype(model.compute_dtype) if spec.float32 else model.compute_dtype]
         if name in takers:
             takers[name](_matrices(source, name, code))
         elif where is None or name in parameters:

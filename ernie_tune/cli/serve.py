@@ -60,7 +60,7 @@ def run(args: list[str]) -> int:
     """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
     Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with the model of a folder, of a finished run, or
-    of an exported int8 or int4 folder. Needs: pip install ernie_tune[serve].
+    of an exported int8 or int4 folder. Needs: pip install fastapi uvicorn.
 
     names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
     keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
@@ -175,7 +175,7 @@ def _serve(path: Path, settings: Mapping[str, Any]) -> int:
         from ernie_tune.serve.server import server
     except ImportError as error:
         raise ValueError(
-            f"serve needs the package {error.name}; pip install ernie_tune[serve] / 请先执行 pip install ernie_tune[serve]"
+            f"serve needs the package {error.name}; pip install fastapi uvicorn / 请先执行 pip install fastapi uvicorn"
         ) from error
     service = open_service(path, settings)
     host, port = settings.get("host", "127.0.0.1"), settings.get("port", 8180)

@@ -175,6 +175,7 @@ class ComputeArguments:
 
     bf16: bool = arg(False, "compute in bfloat16; on a CPU float32 stands in")
     fp16: bool = arg(False, "compute in float16; on a CPU float32 stands in")
+    float64: bool = arg(False, "compute in float64: tells rounding from mistakes; slow")
     fp16_opt_level: str = arg("O2", "O1: cast products only; O2: cast parameters too", ("O1", "O2"))
     weight_quantize_algo: str = arg(
         "none",

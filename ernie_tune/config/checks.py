@@ -98,6 +98,11 @@ def _training(c: RunConfig) -> Iterator[Problem]:
 
 def _weights(c: RunConfig) -> Iterator[Problem]:
     x, f = c.compute, c.freeze
+    if x.float64 and (x.bf16 or x.fp16):
+        yield (
+            "float64",
+            "float64 (true) must not go with bf16 or fp16 (true); keep one / float64 不能与 bf16、fp16 同用",
+        )
     if x.bf16 and x.fp16:
         yield "fp16", "fp16 (true) and bf16 (true) must not both be set; keep one / bf16 与 fp16 只能选一"
     if c.lora.lora_alpha == 0:

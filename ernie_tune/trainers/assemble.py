@@ -255,13 +255,14 @@ def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
 
 def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     name, c = config.model.model_name_or_path, config.compute
+    dtype = "float64" if c.float64 else None
     model: AutoModel
     source: Source
     if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
-        model, source = AutoModel.undrawn(name, seed=config.train.seed, empty=empty)
+        model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
         print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
     else:
-        model, source = AutoModel.unread(name, empty=empty)
+        model, source = AutoModel.unread(name, dtype, empty=empty)
     if c.bf16 and model.compute_dtype == "float32":
         print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
     return model, source
