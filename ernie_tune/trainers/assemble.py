@@ -268,8 +268,8 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     return model, source
 
 
-def read_parts(model: ErnieModel, source: Source, where: Where) -> None:
-    """Give a model that lies over ranks its values: `where` says which part of each is here. ValueError as `fill`."""
+def read_parts(model: ErnieModel, source: Source, where: Where | None = None) -> None:
+    """Give a model its values; where it lies over ranks, `where` says which part of each is here. ValueError as `fill`."""
     with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
         fill(model, source, where=where, takers=takers(model))
     if isinstance(model, PeftModel):

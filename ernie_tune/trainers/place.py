@@ -118,11 +118,12 @@ class Place:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def load(self, config: RunConfig) -> ErnieModel:
-        """The model that the settings name; one of several processes gets it without values, and reads its part when it is laid."""
-        if not self.several:
-            return assemble.load_model(config)
-        model, self.source = assemble.unread_model(config)
-        return model
+        """The model that the settings name. It comes without values, which are read when it is laid, where it would not fit before: as one of several
+        processes, or when a quantised base is to be made of it."""
+        if self.several or (config.compute.weight_quantize_algo != "none" and not config.lora.lora_expert_affinity):
+            model, self.source = assemble.unread_model(config)
+            return model
+        return assemble.load_model(config)
 
     def measured(self, config: RunConfig, samples: Sequence[Any]) -> Any:
         """What expert affinity is measured on before the model gets its adapters, and with them its layout: a copy of it that lies over the ranks, for the
@@ -144,7 +145,12 @@ class Place:
     def lay(self, model: ErnieModel, training: bool = False) -> None:
         """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done; where an optimizer comes next (`training`),
         without those that sharding stage 3 would let go of. ValueError for values that cannot be used."""
-        if self._laid is model or not self.several:
+        if self._laid is model:
+            return
+        if not self.several:
+            source, self.source, self._laid = self.source, None, model
+            if source is not None:
+                assemble.read_parts(model, source)
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if isinstance(model, PeftModel):
