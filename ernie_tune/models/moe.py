@@ -31,6 +31,14 @@ class RouterRecord:
     logits_TE: Tensor
     chosen_Tk: Tensor
 
+    def plain(self) -> tuple[int, int, np.ndarray, np.ndarray]:
+        """As numbers that another process can be told; `of` makes a record of them again."""
+        return self.layer, self.modality, self.logits_TE.numpy(), self.chosen_Tk.numpy()
+
+    @classmethod
+    def of(cls, layer: int, modality: int, logits_TE: np.ndarray, chosen_Tk: np.ndarray) -> RouterRecord:
+        return cls(layer, modality, paddle.to_tensor(logits_TE), paddle.to_tensor(chosen_Tk))
+
 
 @dataclass
 class RouterTap:

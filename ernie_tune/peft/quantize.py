@@ -21,6 +21,7 @@ from ernie_tune.models.moe import Experts
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
+_WIDTHS = {paddle.float64: 8, paddle.float32: 4, paddle.bfloat16: 2, paddle.float16: 2}  # bytes of a scale
 # Takes float32 matrices as `read(expert)` gives them (checkpoint/source.py).
 Taker = Callable[[Callable[[int | None], np.ndarray]], None]
 
@@ -108,8 +109,8 @@ class QuantizedWeight(nn.Layer):
     def nbytes(self) -> int:
         """Of codes and scales, known or not."""
         *stack, rows, columns = self.shape
-        wide = 2 if self.dtype in (paddle.bfloat16, paddle.float16) else 4
-        return int(np.prod(stack, dtype=np.int64)) * columns * (rows * self.bits // 8 + self._groups * wide)
+        each = rows * self.bits // 8 + self._groups * _WIDTHS[self.dtype]
+        return int(np.prod(stack, dtype=np.int64)) * columns * each
 
     def take(self, read: Callable[[int | None], np.ndarray]) -> None:
         """Round the float32 matrices that `read` gives, one at a time: the whole one for None, one expert by its number in the whole stack. Cuts that
@@ -259,7 +260,7 @@ class QuantizedEmbedding(nn.Layer):
     @property
     def nbytes(self) -> int:
         """Of codes and scales, known or not."""
-        return self.shape[0] * (self.shape[1] + (2 if self.dtype in (paddle.bfloat16, paddle.float16) else 4))
+        return self.shape[0] * (self.shape[1] + _WIDTHS[self.dtype])
 
     def take(self, read: Callable[[int | None], np.ndarray]) -> None:
         """Round the float32 table that `read(None)` gives."""

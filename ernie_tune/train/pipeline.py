@@ -21,7 +21,7 @@ from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
-from ernie_tune.models.moe import RouterTap
+from ernie_tune.models.moe import RouterRecord, RouterTap
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 from ernie_tune.train.engine import Window, Work
@@ -210,15 +210,15 @@ class StagedForward:
         return self.model.own_layers()
 
     @paddle.no_grad()
-    def __call__(self, inputs: PackedInput, *, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states [T, D], as `ErnieModel.forward` gives them."""
+    def __call__(self, inputs: PackedInput, *, tap: RouterTap | None = None, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [T, D], as `ErnieModel.forward` gives them; what routers decided (`tap`), of all stages."""
         decoding = cache is not None and not cache.prefilling
         pack, real_T = self.model.prepared(inputs, decoding)
         if cache is not None and not decoding and not self.own_layers():
             cache.plan(pack.offsets, 1)
         cut, group = self.cut, self.group
         rows_PW = SharedTower(self.model, [pack], group).features()[0]
-        passage = Passage(self.model, pack, rows_PW, cache=cache, runs=self.runs)
+        passage = Passage(self.model, pack, rows_PW, tap, cache, runs=self.runs)
         parts, hidden = len(cut.bounds) - 1, None
         for part in range(parts):
             if part % cut.stages == group.rank:
@@ -226,6 +226,9 @@ class StagedForward:
                     hidden = passage.run(item, hidden)
             rows = pack.num_tokens if part == parts - 1 else passage.rows
             hidden = self._from(part % cut.stages, hidden, [rows, self.config.hidden_size])
+        if tap is not None:
+            said = group.objects([r.plain() for r in tap.records])
+            tap.records = [RouterRecord.of(*each) for part_said in said for each in part_said]
         return _known_rows(hidden, real_T)
 
     @paddle.no_grad()

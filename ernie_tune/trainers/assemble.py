@@ -248,11 +248,8 @@ def load_model(config: RunConfig) -> AutoModel:
     return model
 
 
-def unread_model(config: RunConfig) -> tuple[ErnieModel, Source | None]:
-    """`load_model` for a rank that keeps a part: a model without values, and what they are read from once it lies over the ranks. Expert affinity is
-    measured on a whole model, which is loaded then, and there is nothing to read."""
-    if config.model.fine_tuning == "LoRA" and config.lora.lora_expert_affinity > 0:
-        return load_model(config), None
+def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
+    """`load_model` for a rank that keeps a part: a model without values, and what they are read from once it lies over the ranks."""
     return _named_model(config, empty=True)
 
 
@@ -271,8 +268,8 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     return model, source
 
 
-def read_parts(model: ErnieModel, source: Source, where: Where) -> None:
-    """Give a model that lies over ranks its values: `where` says which part of each is here. ValueError as `fill`."""
+def read_parts(model: ErnieModel, source: Source, where: Where | None = None) -> None:
+    """Give a model its values; where it lies over ranks, `where` says which part of each is here. ValueError as `fill`."""
     with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
         fill(model, source, where=where, takers=takers(model))
     if isinstance(model, PeftModel):
@@ -280,17 +277,21 @@ def read_parts(model: ErnieModel, source: Source, where: Where) -> None:
 
 
 def apply_method(
-    config: RunConfig, model: ErnieModel, calibration: Sequence[Sample] = (), source: Source | None = None
+    config: RunConfig,
+    model: ErnieModel,
+    calibration: Sequence[Sample] = (),
+    source: Source | None = None,
+    measured: Any = None,
 ) -> ErnieModel:
-    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity. `source`: of a model
-    without values yet."""
+    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity. Of a model without
+    values yet: `source`, what they are read from; `measured`, one like it that can be run."""
     f, m = config.freeze, config.model
     if config.compute.weight_quantize_algo != "none":
         quantize_base(model, config.compute.weight_quantize_algo)
     if m.fine_tuning == "LoRA":
         if config.lora.lora_path:
             return PeftModel.from_pretrained(model, config.lora.lora_path)
-        return get_peft_model(model, lora_config(config, model, calibration))
+        return get_peft_model(model, lora_config(config, measured or model, calibration))
     if m.fine_tuning in ADDED:
         if source is not None and m.fine_tuning in ("Prompt", "PTuning"):  # which start from rows of the table
             fill(model, source, stages=("embed_tokens",), takers=takers(model))
@@ -318,7 +319,7 @@ def added_config(config: RunConfig) -> PeftConfig:
     return PromptConfig(a.num_virtual_tokens, width, seed=seed)
 
 
-def lora_config(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample]) -> LoraConfig:
+def lora_config(config: RunConfig, model: Any, calibration: Sequence[Sample]) -> LoraConfig:
     """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration samples."""
     c = config.lora
     if c.lora_expert_list or c.lora_expert_affinity <= 0:

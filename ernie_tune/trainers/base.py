@@ -90,7 +90,11 @@ class Trainer:
         self._open_data(train_dataset, eval_dataset)
         self.model = plain
         if not isinstance(plain, PeftModel):
-            self.model = assemble.apply_method(self.args, plain, self._calibration(), self.place.source)
+            samples = self._calibration()
+            measured = self.place.measured(self.args, samples)
+            self.model = assemble.apply_method(self.args, plain, samples, self.place.source, measured)
+            if not self.place.several:  # nothing is to be cut first
+                self.place.lay(self.model)
         # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.base_model = self.described.model.model_name_or_path or "fresh weights"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ernie_tune.parallel.placement import placement_of
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.plan.segments import bounds_of
 from ernie_tune.train.distributed import DistributedEngine, Laid, spread, unkept
 from ernie_tune.train.engine import Engine
@@ -118,24 +119,45 @@ class Place:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def load(self, config: RunConfig) -> ErnieModel:
-        """The model that the settings name; one of several processes gets it without values, and reads its part when it is laid."""
-        if not self.several:
-            return assemble.load_model(config)
-        model, self.source = assemble.unread_model(config)
-        return model
+        """The model that the settings name. It comes without values, which are read when it is laid, where it would not fit before: as one of several
+        processes, or when a quantised base is to be made of it."""
+        if self.several or (config.compute.weight_quantize_algo != "none" and not config.lora.lora_expert_affinity):
+            model, self.source = assemble.unread_model(config)
+            return model
+        return assemble.load_model(config)
+
+    def measured(self, config: RunConfig, samples: Sequence[Any]) -> Any:
+        """What expert affinity is measured on before the model gets its adapters, and with them its layout: a copy of it that lies over the ranks, for the
+        time of measuring. None where there is nothing to measure, or the model has its values."""
+        if not samples or self.source is None:
+            return None
+        model, source = assemble.unread_model(config)
+        if config.compute.weight_quantize_algo != "none":
+            quantize_base(model, config.compute.weight_quantize_algo)
+        laid = self._spread(model)
+        self._together(lambda: assemble.read_parts(model, source, Laid.part))
+        return DistributedEngine.over(model, self.mesh, laid, accumulation=self.accumulation).callable
+
+    def _spread(self, model: ErnieModel) -> Laid:
+        d = self.mesh.degrees
+        bounds = bounds_of(self.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
+        return spread(model, self.mesh, bounds)
 
     def lay(self, model: ErnieModel, training: bool = False) -> None:
         """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done; where an optimizer comes next (`training`),
         without those that sharding stage 3 would let go of. ValueError for values that cannot be used."""
-        if self._laid is model or not self.several:
+        if self._laid is model:
+            return
+        if not self.several:
+            source, self.source, self._laid = self.source, None, model
+            if source is not None:
+                assemble.read_parts(model, source)
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if isinstance(model, PeftModel):
             names = {id(p): name for name, p in model.named_parameters()}
             self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
-        d = self.mesh.degrees
-        bounds = bounds_of(self.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
-        laid = spread(model, self.mesh, bounds)
+        laid = self._spread(model)
         source, self.source, self._cut = self.source, None, laid.cut
         if source is not None:
             unread = unkept(model, self.mesh) if training else frozenset()

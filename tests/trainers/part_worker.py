@@ -20,6 +20,8 @@ from paddle.base import core
 from paddle.distributed.fleet.base import topology
 
 from ernie_tune.config.arguments import RunConfig, build
+from ernie_tune.data.batching import Sample
+from ernie_tune.models.inputs import Row
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.peft.model import PeftModel
@@ -43,6 +45,13 @@ def allocated() -> int:
     return int(core.host_memory_stat_current_value("Allocated", 0))
 
 
+def calibration(config: RunConfig) -> list[Sample]:
+    """Rows that expert affinity is measured on, where the case asks for it."""
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(3, 7000, size) for size in (40, 23)] if config.lora.lora_expert_affinity else []
+    return [Sample(Row(ids), np.ones(len(ids), bool), np.ones(len(ids), np.float32)) for ids in rows]
+
+
 def load(config: RunConfig) -> tuple[Any, place.Place, tuple[int, int]]:
     """(the model on this rank, its place, the most bytes held on the way by Paddle and by numpy)."""
     here = place.Place(config.parallel)
@@ -51,7 +60,8 @@ def load(config: RunConfig) -> tuple[Any, place.Place, tuple[int, int]]:
     before = allocated()
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     plain = here.load(config)
-    model = assemble.apply_method(config, plain, [], here.source)
+    samples = calibration(config)
+    model = assemble.apply_method(config, plain, samples, here.source, here.measured(config, samples))
     here.lay(model, training=True)
     peaks = int(core.host_memory_stat_peak_value("Allocated", 0)) - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -98,7 +108,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
         here.engine.optimizer(lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
     with here.engine.whole():
         mine = values(model)
-    whole = assemble.apply_method(config, assemble.load_model(config))
+    whole = assemble.apply_method(config, assemble.load_model(config), calibration(config))
     spread(whole, here.mesh)
     theirs = values(whole)
     assert set(mine) == set(theirs), sorted(set(mine) ^ set(theirs))[:5]

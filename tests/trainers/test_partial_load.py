@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from paddle.base import core
 from safetensors.numpy import load_file, save_file
+from tiny_runs import settings
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import OnDisk, fill
+from ernie_tune.data.processor import Processor
 from ernie_tune.models.layers import has_values
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import QuantizedWeight, quantize_base, takers, weight_bytes
-from ernie_tune.trainers.assemble import read_parts
+from ernie_tune.trainers.assemble import apply_method, read_parts
 from ernie_tune.trainers.place import Place
+from ernie_tune.trainers.sft import SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from launching import launch
@@ -32,6 +37,7 @@ TP2, PP2, EP2 = (
     {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
 )
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4}
+AFFINITY = {**LORA, "lora_target_modules": "all-linear", "lora_experts": "text", "lora_expert_affinity": 0.3}
 EXPERTS = {**LORA, "lora_target_modules": "all-linear", "lora_experts": "both"}
 # Two processes; the two folders hold the same model of 127 MB in two layouts of files.
 CASES: dict[str, dict[str, Any]] = {
@@ -55,6 +61,13 @@ CASES: dict[str, dict[str, Any]] = {
         **EXPERTS,
     },
     "PP2 LoRA on experts": {**PP2, **EXPERTS, "file": "hf"},
+    "PP2 LoRA on experts by affinity": {**PP2, **AFFINITY, "file": "hf"},
+    "TP2+SP EP2 int4 and int8 by affinity": {
+        **EP2,
+        **AFFINITY,
+        "weight_quantize_algo": "weight_only_mix",
+        "file": "hf",
+    },
     "TP2 DoRA": {**TP2, **LORA, "dora": True, "lora_target_modules": "all-linear", "file": "hf"},
     "TP2+SP EP2 int4 and int8": {**EP2, **EXPERTS, "weight_quantize_algo": "weight_only_mix", "file": "hf"},
     "TP2+SP EP2 int4": {**EP2, **EXPERTS, "weight_quantize_algo": "weight_only_int4", "file": "paddle"},
@@ -180,3 +193,27 @@ def test_what_has_no_values_cannot_be_used() -> None:
         if isinstance(layer, QuantizedWeight):
             assert (layer.codes == other.codes).all(), name
     assert weight_bytes(empty) == weight_bytes(known)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "PTuning"])
+def test_a_quantised_base_is_never_whole_on_one_process_either(method: str, tmp_path: Path) -> None:
+    AutoModel.from_config("small", seed=1).save_pretrained(tmp_path / "m")
+    Processor.bundled("small").save_pretrained(tmp_path / "m")
+    config = settings(
+        tmp_path, model_name_or_path=str(tmp_path / "m"), fine_tuning=method, weight_quantize_algo="weight_only_mix"
+    )
+    gc.collect()
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    trainer = SFTTrainer(args=config)
+    peak = core.host_memory_stat_peak_value("Allocated", 0) - before
+    held = weight_bytes(trainer.model)
+    assert peak < held + 8.4e6 + 2e6 < 60e6  # of 127 MB
+    known = apply_method(config, AutoModel.from_pretrained(tmp_path / "m"))
+    assert all(
+        (value == other).all() for value, other in zip(trainer.model.parameters(), known.parameters(), strict=True)
+    )
+    for mine, other in zip(trainer.model.sublayers(), known.sublayers(), strict=True):
+        if isinstance(mine, QuantizedWeight):
+            assert (mine.codes == other.codes).all()
+            assert (mine.scale == other.scale).all()
