@@ -116,7 +116,7 @@ UNUSED = re.compile(r"\.mtp_|\.expert_usage$|\.inv_freq$")
 # names that exist only in the memory of a running transformers model
 _LIVE = re.compile(r"language_model\.|vision_tower\.|\.(text|vision)_moe\.|\.experts\.(gate_up_proj|down_proj)$")
 _SHOWN = 10
-_TILE = 128
+_TILE = 256
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Write safetensors folders: sharded, one tensor in memory at a time, and complete or not there at all.
+"""Write safetensors folders: sharded, tensor by tensor, and complete or not there at all.
+
+While one tensor goes to the disk the next is made: two are in memory, never more.
 
 Everything is written into `<folder>.tmp` first. A new folder then appears by one rename; into an existing one the files move with the index (or
 the single file) last, after the old index is gone, so that a reader never takes a mixture of two saves for a checkpoint.
@@ -12,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -135,20 +138,27 @@ def write_file(
     with file.open("wb") as stream:
         sink = stream if digest is None else _HashedStream(stream, digest)
         sink.write(len(head).to_bytes(8, "little") + head)
-        for name, (shape, dtype) in entries.items():
-            _write_tensor(sink, name, produce(name), shape, dtype)
+        _write_tensors(sink, entries, produce)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _write_tensor(
-    stream: BinaryIO | _HashedStream, name: str, array: Array, shape: tuple[int, ...], dtype: str
-) -> None:
-    if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
-        raise ValueError(
-            f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
-        )
-    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _write_tensors(stream: BinaryIO | _HashedStream, entries: Entries, produce: Callable[[str], Array]) -> None:
+    """Tensors are made here, in the caller's thread, and written in another: `produce` may talk to other ranks."""
+    with ThreadPoolExecutor(1, "write") as writer:
+        unwritten: Future[int] | None = None
+        for name, (shape, dtype) in entries.items():
+            array = produce(name)
+            if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
+                raise ValueError(
+                    f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
+                )
+            if unwritten:
+                unwritten.result()
+            unwritten = writer.submit(stream.write, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # the writer alone keeps it
+        if unwritten:
+            unwritten.result()
 
 
 def _publish(staged: Path, folder: Path, order: list[str]) -> None:

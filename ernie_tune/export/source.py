@@ -15,7 +15,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
-from ernie_tune.checkpoint.tensors import TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, all_finite, cast
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
@@ -25,6 +25,7 @@ from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
+_BLOCK_BYTES = 1 << 20  # of float32
 
 
 class Weights(Protocol):
@@ -47,12 +48,41 @@ class _Factors:
     scaling: float
     magnitude: Array | None
 
-    def merged(self, weight_IO: Array) -> Array:
-        total = weight_IO + self.scaling * (self.lora_A @ self.lora_B)
-        if self.magnitude is None:
-            return total
-        norm_O = np.sqrt(np.einsum("io,io->o", total, total))
-        return total * (self.magnitude / norm_O)
+
+class _Merged:
+    """A matrix and what adapters make of it, in order, in float32 and block by block: the whole matrix is never there in float32."""
+
+    def __init__(self, raw_IO: Array, own: str, factors: Sequence[_Factors]) -> None:
+        self._raw, self._own, self._factors = raw_IO, own, factors
+        self._step = max(1, _BLOCK_BYTES // (4 * raw_IO.shape[1]))
+        self._column_scales: list[Array | None] = []  # of the adapters so far
+        for one in factors:
+            self._column_scales.append(None if one.magnitude is None else one.magnitude / self._column_norms())
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(a, a + self._step) for a in range(0, len(self._raw), self._step))
+
+    def _column_norms(self) -> Array:
+        """Of the sum with the adapter whose scales are due, [O]."""
+        self._column_scales.append(None)
+        squares = [np.einsum("io,io->o", block, block) for block in map(self._rows, self._blocks())]
+        self._column_scales.pop()
+        return np.sqrt(np.sum(squares, axis=0))
+
+    def _rows(self, rows: slice) -> Array:
+        total = cast(self._raw[rows], self._own, "F32").astype(np.float32)
+        for one, scale_O in zip(self._factors, self._column_scales, strict=False):
+            total += one.scaling * (one.lora_A[rows] @ one.lora_B)
+            if scale_O is not None:
+                total *= scale_O
+        return total
+
+    def stored(self, code: str) -> Array:
+        """The matrix in a safetensors type."""
+        out = np.empty(self._raw.shape, NUMPY_TYPES[code])
+        for rows in self._blocks():
+            out[rows] = cast(self._rows(rows), "F32", code)
+        return out
 
 
 @dataclass
@@ -132,10 +162,7 @@ class Source:
             )
         if not factors:
             return cast(raw, own, code)
-        total = cast(raw, own, "F32")
-        for one in factors:
-            total = one.merged(total)
-        return cast(np.ascontiguousarray(total, np.float32), "F32", code)
+        return _Merged(raw, own, factors).stored(code)
 
 
 class Rounded:
