@@ -165,11 +165,14 @@ def bench_layouts(base: Path, place: Path, rounds: int, cold: bool) -> dict[str,
             if cold:
                 forget_pages(base)
             before = cpu_seconds()
-            with peak_memory() as grown:
-                seconds[name].append(timed(lambda n=name: works[n](place / "out")))  # type: ignore[misc]
-            memory[name] = max(memory[name], grown[0])
+            seconds[name].append(timed(lambda n=name: works[n](place / "out")))  # type: ignore[misc]
             busy[name] += (cpu_seconds() - before) / rounds
             shutil.rmtree(place / "out")
+    for name, work in works.items():  # apart: watching takes time
+        with peak_memory() as grown:
+            work(place / "out")
+        memory[name] = grown[0]
+        shutil.rmtree(place / "out")
     for name, values in seconds.items():
         ratios = sorted(c / v for c, v in zip(seconds["copy"], values, strict=True))
         found = {
