@@ -189,10 +189,15 @@ class Layout:
         assert out is not None, name
         return out
 
-    def to_disk(self, name: str, read: Callable[[str, int | None], Array]) -> Array:
+    def to_disk(
+        self,
+        name: str,
+        read: Callable[[str, int | None], Array],
+        empty: Callable[[tuple[int, ...], Any], Array] = np.empty,
+    ) -> Array:
         """One disk tensor, C-contiguous; `read(canonical name, expert)` gives a whole parameter, or one expert's matrix of a stacked one.
 
-        May be what was read, where nothing is to be done.
+        May be what was read, where nothing is to be done; else it lies in what `empty(shape, dtype)` gives.
         """
         out: Array | None = None
         links = self.links_from[name]
@@ -201,7 +206,7 @@ class Layout:
             if len(links) == 1 and not link.transpose and block.flags.c_contiguous:
                 return block
             if out is None:
-                out = np.empty(self.disk[name].shape, block.dtype)
+                out = empty(self.disk[name].shape, block.dtype)
             _assign(link.of_disk(out), block, link.transpose)
         assert out is not None, name
         return out

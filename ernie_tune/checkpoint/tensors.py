@@ -216,7 +216,9 @@ _PIECE = 128 * 1024  # elements worked on at once: they stay in the processor's 
 
 def widen_bfloat16(bits: Array) -> Array:
     """Raw bits (uint16) -> float32, exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def narrow_bfloat16(values: Array) -> Array:

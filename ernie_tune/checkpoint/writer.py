@@ -39,7 +39,8 @@ def write_folder(
 ) -> list[Path]:
     """Write weights (and text `files` such as config.json) to `folder`; returns the paths written, weights first.
 
-    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits). One file if everything fits into
+    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits); it is done with when `produce` is called the time after
+    the next. One file if everything fits into
     `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and the index. Other files in `folder` stay; older weights are replaced.
     Raises ValueError for a bad shard size, a folder that is a file, a foreign `<folder>.tmp`, and an array that is not what its entry says.
     """
@@ -101,6 +102,22 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         used += size
     return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
+
+
+class TwoBuffers:
+    """Memory for arrays that `write_folder` asks for, used again: fresh pages for every tensor cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array that is one's own until the call after the next: by then the tensor before the last one is on its way to the disk."""
+        kind, count = np.dtype(dtype), math.prod(shape)
+        self._held.reverse()
+        if self._held[0].size < count * kind.itemsize:
+            self._held[0] = np.empty(0, np.uint8)  # gone before the larger one comes
+            self._held[0] = np.empty(count * kind.itemsize, np.uint8)
+        return self._held[0][: count * kind.itemsize].view(kind).reshape(shape)
 
 
 class Digest(Protocol):
