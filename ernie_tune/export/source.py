@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
 _BLOCK_BYTES = 1 << 18  # of float32: it stays in the processor's cache
+_UNSHARED = 1 << 18  # multiplications; OpenBLAS takes several threads above it
 
 
 class Weights(Protocol):
@@ -46,6 +47,13 @@ class _Factors:
     scaled_A: Array  # times alpha / r
     lora_B: Array
     magnitude: Array | None
+
+
+def _multiply(a_RK: Array, b_KO: Array, out_RO: Array) -> None:
+    """out = a b, in products so small that BLAS does not share them out: its threads wait for each other, and where another job has a core, long."""
+    columns = max(16, _UNSHARED // a_RK.size)
+    for j in range(0, b_KO.shape[1], columns):
+        np.matmul(a_RK, b_KO[:, j : j + columns], out=out_RO[:, j : j + columns])
 
 
 class _Merged:
@@ -75,7 +83,8 @@ class _Merged:
             total = total.copy()
         product = self._scratch[: len(total)]
         for one, scale_O in zip(self._factors, self._column_scales, strict=False):
-            total += np.matmul(one.scaled_A[rows], one.lora_B, out=product)
+            _multiply(one.scaled_A[rows], one.lora_B, product)
+            total += product
             if scale_O is not None:
                 total *= scale_O
         return total
