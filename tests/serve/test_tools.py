@@ -16,18 +16,10 @@ from ernie_tune.serve.answer import CallSplitter, ToolCall
 from ernie_tune.serve.engine import Engine, Prepared, Request
 
 PROCESSOR = Processor.bundled("tiny")
-WEATHER = ToolCall("weather", '{"city": "北京", "days": 2}')
-CLOCK = ToolCall("clock", "{}")
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
+# short: every token is a step of the model
+WEATHER = ToolCall("w", '{"c": "北"}')
+CLOCK = ToolCall("t", "{}")
+TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}]
 ASKED = [{"role": "user", "content": "rain?"}]
 
 
@@ -43,7 +35,7 @@ def written(calls: Sequence[ToolCall], content: str = "") -> str:
     ("text", "content", "calls"),
     [
         (written([WEATHER]), "", (WEATHER,)),
-        (written([WEATHER, CLOCK], "I ask."), "I ask.", (WEATHER, CLOCK)),
+        (written([WEATHER, CLOCK], "I."), "I.", (WEATHER, CLOCK)),
         ("a < b\n<tool\n", "a < b\n<tool\n", ()),
         ("\n<tool_call>\nno json\n</tool_call> rest", "\n<tool_call>\nno json\n</tool_call> rest", ()),
         ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', ()),
@@ -52,8 +44,8 @@ def written(calls: Sequence[ToolCall], content: str = "") -> str:
             '<tool_call>{"name": "x", "arguments": [1]}</tool_call>',
             (),
         ),
-        ('<tool_call>{"name": "clock"}', '<tool_call>{"name": "clock"}', ()),
-        ('<tool_call>\n<tool_call>{"name": "clock"}</tool_call>!', "<tool_call>!", (CLOCK,)),
+        ('<tool_call>{"name": "t"}', '<tool_call>{"name": "t"}', ()),
+        ('<tool_call>\n<tool_call>{"name": "t"}</tool_call>!', "<tool_call>!", (CLOCK,)),
         ("only </tool_call>", "only </tool_call>", ()),
     ],
 )
@@ -89,7 +81,7 @@ def running() -> Iterator[Live]:
 def engine(running: Live, monkeypatch: pytest.MonkeyPatch) -> Forced:
     found = running.service.engine
     assert isinstance(found, Forced)
-    monkeypatch.setattr(found, "says", written([WEATHER, CLOCK], "I ask."))
+    monkeypatch.setattr(found, "says", written([WEATHER, CLOCK], "I."))
     return found
 
 
@@ -103,11 +95,11 @@ def ask(running: Live, messages: list[dict[str, Any]] = ASKED, **more: Any) -> A
 def test_an_answer_with_calls(running: Live) -> None:
     choice = ask(running).choices[0]
     assert choice.finish_reason == "tool_calls"
-    assert choice.message.content == "I ask."
+    assert choice.message.content == "I."
     calls = choice.message.tool_calls
     assert [(c.type, c.function.name, json.loads(c.function.arguments)) for c in calls] == [
-        ("function", "weather", {"city": "北京", "days": 2}),
-        ("function", "clock", {}),
+        ("function", "w", {"c": "北"}),
+        ("function", "t", {}),
     ]
     assert calls[0].id != calls[1].id
     cut = ask(running, max_tokens=5).choices[0]
@@ -122,10 +114,10 @@ def test_a_stream_with_calls(running: Live) -> None:
             content += choice.delta.content or ""
             calls += choice.delta.tool_calls or []
             reasons += [choice.finish_reason] if choice.finish_reason else []
-    assert (content, reasons) == ("I ask.", ["tool_calls"])
+    assert (content, reasons) == ("I.", ["tool_calls"])
     assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
-        (0, "weather", WEATHER.arguments),
-        (1, "clock", "{}"),
+        (0, "w", WEATHER.arguments),
+        (1, "t", "{}"),
     ]
 
 
@@ -134,21 +126,24 @@ def test_a_stream_with_calls(running: Live) -> None:
 def test_without_tools_marks_are_text(running: Live, more: dict[str, Any]) -> None:
     choice = ask(running, **more).choices[0]
     assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
-    assert choice.message.content == written([WEATHER, CLOCK], "I ask.")
+    assert choice.message.content == written([WEATHER, CLOCK], "I.")
 
 
-def test_the_prompt_is_the_templates(running: Live, engine: Forced) -> None:
+@pytest.mark.usefixtures("engine")
+def test_the_prompt_is_the_templates(running: Live) -> None:
     """Tools, the calls that the client sends back, and their results, in the bytes that training writes."""
-    message = ask(running).choices[0].message
-    ids = [call.id for call in message.tool_calls]
-    answer = message.model_dump(include={"role", "content", "tool_calls"})
+    ids = ["a", "b"]
+    calls = [
+        {"id": i, "type": "function", "function": vars(call)} for i, call in zip(ids, (WEATHER, CLOCK), strict=True)
+    ]
+    answer = {"role": "assistant", "content": "I.", "tool_calls": calls}
     results = [
         {"role": "tool", "content": text, "tool_call_id": i} for i, text in zip(ids, ("sunny", "noon"), strict=True)
     ]
     got = ask(running, [*ASKED, answer, *results], max_tokens=1).choices[0].message.prompt_token_ids
     turns: list[dict[str, Any]] = [
         *ASKED,
-        {"role": "assistant", "content": "I ask.", "tool_calls": [vars(WEATHER), vars(CLOCK)]},
+        {"role": "assistant", "content": "I.", "tool_calls": [vars(WEATHER), vars(CLOCK)]},
     ]
     turns += [{"role": "tool", "content": text} for text in ("sunny", "noon")]
     want = PROCESSOR.encode(turns, tools=TOOLS, thinking=False, add_generation_prompt=True)
