@@ -10,6 +10,9 @@ VERSION = re.search(
     r'__version__ = "([^"]+)"', (HERE / "ernie_tune" / "__init__.py").read_text(encoding="utf-8")
 ).group(1)
 
+DEMO = Path("examples") / "digits"  # what `ernie-tune demo` trains on
+SHARE = Path("share") / "ernie_tune"
+
 setup(
     name="ernie-tune",
     version=VERSION,
@@ -20,6 +23,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ernie_tune", "ernie_tune.*"]),
     package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*"]},
+    data_files=[
+        (str(SHARE / DEMO), [str(DEMO / name) for name in ("README.md", "sft.yaml", "train.jsonl", "eval.jsonl")]),
+        (
+            str(SHARE / DEMO / "images"),
+            [str(DEMO / "images" / f.name) for f in sorted((HERE / DEMO / "images").glob("*.png"))],
+        ),
+    ],
     install_requires=[
         "numpy>=1.24",
         "safetensors>=0.4",

@@ -7,7 +7,7 @@ variables that make paddle's CPU products fast (`config/cpu.py`), since they cou
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ernie_tune.config.cpu import prepare_cpu
+from ernie_tune.config.cpu import prepare_cpu, while_paddle_loads
 
 __version__ = "0.1.0"
 
@@ -85,7 +85,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
-    module = importlib.import_module(_PUBLIC[name])
+    with while_paddle_loads():
+        module = importlib.import_module(_PUBLIC[name])
     value = (
         module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
     )  # `export` is a package that can be called

@@ -19,5 +19,5 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # Paddle's launcher fails on an empty list of cards; and the variables of a cluster's job are not about these processes.
 unset CUDA_VISIBLE_DEVICES NNODES RANK MASTER_ADDR MASTER_PORT
-exec "$PYTHON" -u -m paddle.distributed.launch --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
+exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
   --nproc_per_node "$processes" "$root/ernie_tune/launcher.py" "${VERB:-train}" "$@"

@@ -46,5 +46,5 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # The launcher gives its workers variables of the same names; ours must not get in their way.
 unset NNODES RANK MASTER_ADDR MASTER_PORT
-exec "$PYTHON" -u -m paddle.distributed.launch --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
+exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
   "${place[@]}" "${cards[@]}" "$root/ernie_tune/launcher.py" "${VERB:-train}" "$@"

@@ -16,24 +16,24 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle import Tensor
 
 from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
-from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
-from ernie_tune.models.ernie import ErnieModel, in_stages
-from ernie_tune.models.init import init_parameters, initial_value
+from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
-from ernie_tune.models.specs import parameter_specs
 
 Array = np.ndarray[Any, Any]
-# Lays an empty model out and says how a parameter's whole value is to be cut, so that a process never holds more than its own part.
-Lay = Callable[[ErnieModel], Callable[[Tensor, Array], Array]]
-_CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
-_COMPUTE_DTYPES = ("float32", "bfloat16")
+# Lays an empty model out and says which part of its whole value a parameter holds, so that a process never has more than its own.
+Lay = Callable[[ErnieModel], Where]
+_CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
+_FILE_DTYPES = ("float32", "bfloat16")
+_COMPUTE_DTYPES = (*_FILE_DTYPES, "float64")
+_COMPARED_ROWS = 1024
 
 
 class AutoConfig:
@@ -59,12 +59,26 @@ class AutoModel(ErnieModel):
     ) -> AutoModel:
         """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
 
-        `dtype`: "float32" or "bfloat16", for everything but the routers and their biases, which stay float32; by default float32 on the CPU
-        and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
-        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and cuts values for it.
+        `dtype`: "float32", "bfloat16" or "float64", for everything but the routers and their biases, which are float32 beside bfloat16; by default
+        float32 on the CPU and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
+        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and says which part of each value it holds.
         Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
         head that differs from the embedding.
         """
+        model, source = cls.unread(name_or_path, dtype, download_hub, empty=stages is not None or lay is not None)
+        fill(model, source, stages=stages, where=lay(model) if lay else None)
+        return model
+
+    @classmethod
+    def unread(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: str | None = None,
+        download_hub: str | None = None,
+        empty: bool = True,
+    ) -> tuple[AutoModel, OnDisk]:
+        """The model of `from_pretrained` before its values, with names and shapes but (`empty`) no memory, and what `fill` can read them from: adapters,
+        freezing, quantisation and a layout may come between the two. Raises ValueError as `from_pretrained`, for what names and shapes tell."""
         folder = resolve(name_or_path, download_hub)
         config = _read_config_file(folder)
         reader = TensorReader(folder)
@@ -73,15 +87,14 @@ class AutoModel(ErnieModel):
         check_tied_head(table, reader)
         dtype = _compute_dtype(dtype)
         print(
-            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers float32"
+            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers {router_dtype(dtype)}"
             + (f"; not used: {len(unused)} ({unused[0]}, ...)" if unused else ""),
             file=sys.stderr,
             flush=True,
         )
-        model = cls._skeleton(config, dtype, empty=stages is not None or lay is not None)
-        fill(model, table, reader, stages, lay(model) if lay else None)
+        model = cls._skeleton(config, dtype, empty)
         model.name_or_path = str(folder)
-        return model
+        return model, OnDisk(table, reader)
 
     @classmethod
     def from_config(
@@ -94,18 +107,19 @@ class AutoModel(ErnieModel):
     ) -> AutoModel:
         """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights. `stages`: as in
         `from_pretrained`."""
-        shape = preset(config) if isinstance(config, str) else config
-        model = cls._skeleton(shape, _compute_dtype(dtype), empty=stages is not None or lay is not None)
-        if lay is None:
-            init_parameters(model, seed, stages)
-        else:
-            cut, names = lay(model), parameter_specs(shape)
-            for name, value in model.named_parameters():
-                if name in names:
-                    fresh = np.ascontiguousarray(cut(value, initial_value(shape, name, seed)))
-                    value.set_value(paddle.to_tensor(fresh).astype(value.dtype))
-        model.name_or_path = config if isinstance(config, str) else ""
+        model, source = cls.undrawn(config, seed, dtype, empty=stages is not None or lay is not None)
+        fill(model, source, stages=stages, where=lay(model) if lay else None)
         return model
+
+    @classmethod
+    def undrawn(
+        cls, config: ModelConfig | str, seed: int = 0, dtype: str | None = None, empty: bool = True
+    ) -> tuple[AutoModel, Drawn]:
+        """As `unread`, for fresh weights."""
+        shape = preset(config) if isinstance(config, str) else config
+        model = cls._skeleton(shape, _compute_dtype(dtype), empty)
+        model.name_or_path = config if isinstance(config, str) else ""
+        return model, Drawn(shape, seed)
 
     @classmethod
     def _skeleton(cls, config: ModelConfig, dtype: str, empty: bool) -> AutoModel:
@@ -123,11 +137,12 @@ class AutoModel(ErnieModel):
     ) -> list[Path]:
         """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths. `max_shard_size` in bytes.
 
-        `dtype` ("float32", "bfloat16"; default: the model's own) is for everything but routers and their biases, which are written in float32.
+        `dtype` ("float32", "bfloat16"; default: the model's own, float32 for a float64 model: no reader of these files knows more) is for everything but
+        routers and their biases, which are written in float32.
         `whole(name)` gives a tensor and its type where the model's own are parts. The folder is complete or absent; other files in it are left alone.
         """
         table = layout(self.config, flavour)
-        dtype = self.compute_dtype if dtype is None else _compute_dtype(dtype)
+        dtype = _file_dtype(self.compute_dtype if dtype is None else _one_of(dtype, _FILE_DTYPES))
         config = write_config(self.config.replace(dtype=dtype), FLAVOURS[flavour].dialect)
         codes = {name: "F32" if spec.float32 else FLOAT_CODES[dtype] for name, spec in table.disk.items()}
         state = self.state_dict()
@@ -154,56 +169,20 @@ class AutoModel(ErnieModel):
         )
 
 
-def fill(
-    model: ErnieModel,
-    table: Layout,
-    reader: TensorReader,
-    stages: Collection[str] | None = None,
-    cut: Callable[[Tensor, Array], Array] | None = None,
-) -> None:
-    """Set every parameter of `model`, or of these stages, from the disk; with `cut` what it leaves of those that are there. ValueError naming the tensors that hold a NaN or an infinity."""
-    source = _FiniteReader(reader)
-    parameters = model.state_dict()
-    for name, spec in table.canonical.items():
-        if stages is not None and not in_stages(model.config, stages, name):
-            continue
-        if cut is not None and name not in parameters:
-            continue
-        source.code = "F32" if spec.float32 else FLOAT_CODES[model.compute_dtype]
-        value = table.to_canonical(name, source.read)
-        parameters[name].set_value(value if cut is None else np.ascontiguousarray(cut(parameters[name], value)))
-    bad = list(source.not_finite)
-    if bad:
-        shown = ", ".join(bad[:10])
-        raise ValueError(
-            f"weights ({len(bad)} tensors: {shown}) must be finite, but hold NaN or infinity; the file is damaged: fetch it again"
-        )
-
-
-class _FiniteReader:
-    """Reads disk tensors in one element type, notes those that are not finite, and keeps the last: q, k and v may share one."""
-
-    def __init__(self, reader: TensorReader) -> None:
-        self.reader = reader
-        self.code = "F32"
-        self.not_finite: dict[str, None] = {}
-        self._last: tuple[str, str, Array] | None = None
-
-    def read(self, name: str) -> Array:
-        if self._last is None or self._last[:2] != (name, self.code):
-            raw, code = self.reader.read(name), self.reader.entries[name].dtype
-            if not all_finite(raw, code):
-                self.not_finite[name] = None
-            self._last = (name, self.code, cast(raw, code, self.code))
-        return self._last[2]
-
-
 def _compute_dtype(dtype: str | None) -> str:
     if dtype is None:
         return "float32" if paddle.get_device() == "cpu" else "bfloat16"
-    if dtype not in _COMPUTE_DTYPES:
-        raise ValueError(f"dtype ({dtype!r}) must be one of {list(_COMPUTE_DTYPES)}; choose one of them")
+    return _one_of(dtype, _COMPUTE_DTYPES)
+
+
+def _one_of(dtype: str, known: tuple[str, ...]) -> str:
+    if dtype not in known:
+        raise ValueError(f"dtype ({dtype!r}) must be one of {list(known)}; choose one of them")
     return dtype
+
+
+def _file_dtype(dtype: str) -> str:
+    return "float32" if dtype == "float64" else dtype
 
 
 def _read_config_file(folder: Path) -> ModelConfig:
@@ -224,8 +203,16 @@ def check_tied_head(table: Layout, reader: TensorReader) -> None:
     if head is None or head not in reader.entries:
         return
     embedding = table.links_to["embed_tokens.weight"][0].disk
-    values = [cast(reader.read(name), reader.entries[name].dtype, "F32") for name in (embedding, head)]
-    if not np.array_equal(values[0], values[1]) and not np.array_equal(values[0], values[1].T):
+    (a, kind), (b, other) = ((reader.read(name), reader.entries[name].dtype) for name in (embedding, head))
+    if not _same(a, kind, b, other) and not _same(a, kind, b.T, other):
         raise ValueError(
             f"{head} must equal {embedding}, because tie_word_embeddings is true; set it to false in config.json to keep both, or delete {head}"
         )
+
+
+def _same(a: Array, kind: str, b: Array, other: str) -> bool:
+    """Whether two matrices of these element types hold the same numbers; compared piece by piece."""
+    pieces = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(a), _COMPARED_ROWS))
+    return a.shape == b.shape and all(
+        np.array_equal(cast(a[rows], kind, "F32"), cast(b[rows], other, "F32")) for rows in pieces
+    )

@@ -37,7 +37,12 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
         "BOOL": "?",
     }.items()
 }
-FLOAT_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names as in config.json and paddle
+FLOAT_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+}  # names as in config.json and paddle
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,9 @@ def cast(array: Array, source: str, target: str) -> Array:
         raise ValueError(
             f"dtype ({source}) must be a floating type to become {target}; these weights are quantised: use the bfloat16 release"
         )
-    wide = widen_bfloat16(array) if source == "BF16" else array.astype(np.float32, copy=False)
+    wide = widen_bfloat16(array) if source == "BF16" else array
+    if target != "F64":
+        wide = wide.astype(np.float32, copy=False)
     return narrow_bfloat16(wide) if target == "BF16" else wide.astype(NUMPY_TYPES[target], copy=False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.loader import ARGS_FILE, load_config, split_overrides
 
 HELP = "/image PATH  add an image to the next question    /new  forget the conversation    /think on|off    /exit"
@@ -43,13 +44,14 @@ def run(args: list[str]) -> int:
 
 def open_engine(path: Path) -> Any:
     """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it has one. Raises ValueError when there is none."""
-    from ernie_tune.checkpoint.auto import AutoModel
-    from ernie_tune.data.processor import Processor
-    from ernie_tune.peft.model import PeftModel
-    from ernie_tune.peft.packed import is_packed, load_packed
-    from ernie_tune.peft.quantize import quantize_base
-    from ernie_tune.serve.engine import Engine
-    from ernie_tune.trainers.assemble import load_model
+    with while_paddle_loads():
+        from ernie_tune.checkpoint.auto import AutoModel
+        from ernie_tune.data.processor import Processor
+        from ernie_tune.peft.model import PeftModel
+        from ernie_tune.peft.packed import is_packed, load_packed
+        from ernie_tune.peft.quantize import quantize_base
+        from ernie_tune.serve.engine import Engine
+        from ernie_tune.trainers.assemble import load_model
 
     folder = path.parent if path.is_file() else path
     processor = Processor.from_pretrained(folder)

@@ -139,8 +139,12 @@ def between_ranks(nproc: int | None) -> int:
         raise UsageError("--dist needs several ranks: add --nproc 2, or set NNODES / 需要多个进程")
     if start.nodes > 1:
         workers.meet(start)
-    logs = os.environ.get("ERNIEKIT_DIST_LOG") or tempfile.mkdtemp(prefix="ernie-tune-doctor-")
-    return workers.start(start, Path(logs), ["doctor", "--dist"])
+    logs = os.environ.get("ERNIEKIT_DIST_LOG")
+    folder = Path(logs or tempfile.mkdtemp(prefix="ernie-tune-doctor-"))
+    code = workers.start(start, folder, ["doctor", "--dist"])
+    if not code and not logs:  # the launcher's files hold the environment, tokens too
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
 def installed(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.loader import Entry, split_overrides
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -45,7 +46,8 @@ def run(args: list[str]) -> int:
     options = _options(entries)
     if "output_dir" not in options:
         raise UsageError("--output_dir must be given: the folder to write / 需要 --output_dir")
-    from ernie_tune.export.run import export
+    with while_paddle_loads():
+        from ernie_tune.export.run import export
 
     limits = options.pop("eval_max_samples", 200), options.pop("eval_max_new_tokens", 32)
     rows = options.get("eval") or options.get("calib")

@@ -10,6 +10,7 @@ import inspect
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ernie_tune import __version__
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; default `sys.argv`) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = [word for word in words if word != "--debug"]
+    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle tells everybody what concerns builders of operators
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese must not end a run
     try:

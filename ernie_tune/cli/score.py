@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import while_paddle_loads
 
 
 def run(args: list[str]) -> int:
@@ -20,9 +21,10 @@ def run(args: list[str]) -> int:
     """
     if len(args) not in (2, 3):
         raise UsageError(f"expected FOLDER ROWS [OUT.jsonl], got {len(args)} words / 需要模型文件夹与数据文件")
-    from ernie_tune.data.sources import load_dataset
-    from ernie_tune.data.units import JUDGED
-    from ernie_tune.trainers.reward import RewardModel
+    with while_paddle_loads():
+        from ernie_tune.data.sources import load_dataset
+        from ernie_tune.data.units import JUDGED
+        from ernie_tune.trainers.reward import RewardModel
 
     rows = load_dataset(args[1], signals=JUDGED)
     records = [rows[i] for i in range(len(rows))]

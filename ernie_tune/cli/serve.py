@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.loader import Entry, split_overrides
 
 API_KEY_VARIABLE = "ERNIE_TUNE_API_KEY"
@@ -59,7 +60,7 @@ def run(args: list[str]) -> int:
     """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
     Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with the model of a folder, of a finished run, or
-    of an exported int8 or int4 folder. Needs: pip install ernie_tune[serve].
+    of an exported int8 or int4 folder. Needs: pip install fastapi uvicorn.
 
     names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
     keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
@@ -139,9 +140,10 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
 
 def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
     """The model, its adapters and the limits as one `Service`. Raises ValueError, OSError."""
-    from ernie_tune.cli.chat import open_engine
-    from ernie_tune.peft.model import PeftModel
-    from ernie_tune.serve.service import Service
+    with while_paddle_loads():
+        from ernie_tune.cli.chat import open_engine
+        from ernie_tune.peft.model import PeftModel
+        from ernie_tune.serve.service import Service
 
     options = serve_options(settings)
     adapters = [_pair(text) for text in settings.get("adapters", ())]
@@ -173,7 +175,7 @@ def _serve(path: Path, settings: Mapping[str, Any]) -> int:
         from ernie_tune.serve.server import server
     except ImportError as error:
         raise ValueError(
-            f"serve needs the package {error.name}; pip install ernie_tune[serve] / 请先执行 pip install ernie_tune[serve]"
+            f"serve needs the package {error.name}; pip install fastapi uvicorn / 请先执行 pip install fastapi uvicorn"
         ) from error
     service = open_service(path, settings)
     host, port = settings.get("host", "127.0.0.1"), settings.get("port", 8180)

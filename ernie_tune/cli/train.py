@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ernie_tune.cli import workers
 from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.loader import load_config
 
 TRAINERS = {
@@ -25,7 +27,11 @@ TRAINERS = {
     "UPO": "ernie_tune.trainers.upo:UPOTrainer",
     "RM": "ernie_tune.trainers.reward:RewardTrainer",
 }
-DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "sft.yaml"
+# In the source tree, and where an installed wheel puts it (setup.py, data_files).
+DIGITS = (
+    Path(__file__).parents[2] / "examples" / "digits",
+    Path(sysconfig.get_path("data")) / "share" / "ernie_tune" / "examples" / "digits",
+)
 
 
 def run(args: list[str]) -> int:
@@ -78,7 +84,8 @@ def _train(args: list[str], stage: str = "") -> int:
     start = workers.wanted(config.parallel, nproc, cards, os.environ)
     if start is not None:
         return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
-    from ernie_tune.trainers.base import Interrupted
+    with while_paddle_loads():
+        from ernie_tune.trainers.base import Interrupted
 
     try:
         _trainer(config)(args=config).train(dry_run=dry_run)
@@ -107,11 +114,13 @@ def demo(args: list[str]) -> int:
 
     A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on the CPU, in a few minutes.
     """
-    if not DIGITS.is_file():
+    folder = next((folder for folder in DIGITS if (folder / "sft.yaml").is_file()), None)
+    if folder is None:
         raise UsageError(
-            f"demo needs examples/digits of the source tree, not found at {DIGITS.parent}; clone the repository and install it with pip install -e ."
+            f"demo needs examples/digits, found neither at {' nor at '.join(map(str, DIGITS))}; install ernie_tune again, or clone the repository"
         )
-    return run([str(DIGITS), *args])
+    rows = [f"{split}_dataset_path={folder / f'{split}.jsonl'}" for split in ("train", "eval")]
+    return run([str(folder / "sft.yaml"), *rows, *args])
 
 
 def _trainer(config: RunConfig) -> Any:
@@ -120,7 +129,8 @@ def _trainer(config: RunConfig) -> Any:
     if stage not in TRAINERS:
         raise ValueError(f"stage ({stage}) must be one of {', '.join(TRAINERS)}; change it / 该阶段尚不支持")
     module, _, name = TRAINERS[stage].partition(":")
-    return vars(importlib.import_module(module))[name]
+    with while_paddle_loads():
+        return vars(importlib.import_module(module))[name]
 
 
 def _config(args: list[str]) -> RunConfig:

@@ -47,6 +47,8 @@ class Start:
         launch = [
             sys.executable,
             "-u",
+            "-W",
+            "ignore:No ccache found",
             "-m",
             "paddle.distributed.launch",
             "--log_level",

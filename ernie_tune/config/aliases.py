@@ -87,6 +87,7 @@ _DTYPES = {
     "float16": {"fp16": "true"},
     "fp16": {"fp16": "true"},
     "float32": {"bf16": "false", "fp16": "false"},
+    "float64": {"float64": "true"},
 }
 _BITS = {"8": {"weight_quantize_algo": "weight_only_int8"}, "4": {"weight_quantize_algo": "nf4"}}
 _LORA = {"true": {"fine_tuning": "LoRA"}, "false": {"fine_tuning": "Full"}}

@@ -175,6 +175,7 @@ class ComputeArguments:
 
     bf16: bool = arg(False, "compute in bfloat16; on a CPU float32 stands in")
     fp16: bool = arg(False, "compute in float16; on a CPU float32 stands in")
+    float64: bool = arg(False, "compute in float64: tells rounding from mistakes; slow")
     fp16_opt_level: str = arg("O2", "O1: cast products only; O2: cast parameters too", ("O1", "O2"))
     weight_quantize_algo: str = arg(
         "none",
@@ -242,6 +243,10 @@ class ParallelArguments:
     tensor_model_parallel_size: int = arg(1, "tensor parallel degree", low=1)
     pipeline_model_parallel_size: int = arg(1, "pipeline parallel degree", low=1)
     virtual_pipeline_model_parallel_size: int = arg(1, "pipeline chunks a rank", low=1)
+    pp_seg_method: tuple[str, ...] = arg(
+        (),
+        "where the pipeline is cut: uniform, layer:DecoderLayer, first items ([0, 13, 31]) or numbers of layers ([12, 16]); empty: by cost",
+    )
     sharding_parallel_size: int = arg(1, "ranks that share optimizer state", low=1)
     sharding: str = arg("off", "what is sharded", SHARDING)
     sequence_parallel: bool = arg(False, "split activations over the tensor parallel ranks")

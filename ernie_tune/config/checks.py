@@ -98,6 +98,11 @@ def _training(c: RunConfig) -> Iterator[Problem]:
 
 def _weights(c: RunConfig) -> Iterator[Problem]:
     x, f = c.compute, c.freeze
+    if x.float64 and (x.bf16 or x.fp16):
+        yield (
+            "float64",
+            "float64 (true) must not go with bf16 or fp16 (true); keep one / float64 不能与 bf16、fp16 同用",
+        )
     if x.bf16 and x.fp16:
         yield "fp16", "fp16 (true) and bf16 (true) must not both be set; keep one / bf16 与 fp16 只能选一"
     if c.lora.lora_alpha == 0:
@@ -158,6 +163,11 @@ def _parallel(c: RunConfig) -> Iterator[Problem]:
         yield (
             virtual,
             f"{virtual} ({p.virtual_pipeline_model_parallel_size}) needs pipeline_model_parallel_size (1) above 1; raise it / 需要流水并行",
+        )
+    if p.pp_seg_method and p.pipeline_model_parallel_size == 1:
+        yield (
+            "pp_seg_method",
+            f"pp_seg_method ({','.join(p.pp_seg_method)}) needs pipeline_model_parallel_size (1) above 1; raise it / 需要流水并行",
         )
     if p.sharding == "off" and p.sharding_parallel_size > 1:
         yield (

@@ -1,19 +1,24 @@
-"""Environment variables that make paddle's matrix products fast on a CPU (design.md, "Speed on the CPU"); to be set before paddle loads.
+"""Environment variables that make paddle's matrix products fast on a CPU (design.md, "Speed on the CPU"); to be set before paddle loads. And what
+paddle says of them while it loads.
 
 Refuses to know: paddle (whether the product really is fast is measured elsewhere), what the run computes.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}  # what MKL's AVX-512 kernels use
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_REMARKS = ("WARNING: OMP_NUM_THREADS set to", "PLEASE USE OMP_NUM_THREADS WISELY")
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,18 @@ def prepare_cpu() -> CpuPlan:
     if not plan.too_late:
         os.environ.update(plan.settings)
     return plan
+
+
+@contextmanager
+def while_paddle_loads() -> Iterator[None]:
+    """Keep two remarks of paddle's from the user: that OMP_NUM_THREADS, which `prepare_cpu` sets, is not 1, and that no ccache is installed (nothing is
+    compiled here). Whatever else is said is passed on when loading ends."""
+    heard = io.StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(heard):
+            warnings.filterwarnings("ignore", message="No ccache found")
+            yield
+    finally:
+        for line in heard.getvalue().splitlines():
+            if not line.startswith(_REMARKS):
+                print(line, file=sys.stderr)

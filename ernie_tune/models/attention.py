@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -59,10 +60,9 @@ def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> It
 
 
 class AttentionPlan:
-    """What one forward's attention layers share: row orders of each run and causal masks. Lives as long as the forward and its backward.
+    """What one forward's attention layers share: row orders of each run. Lives as long as the forward and its backward.
 
-    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view, and a mask of full
-    size is several times faster than one that is broadcast.
+    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view.
     """
 
     def __init__(self, offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> None:
@@ -132,16 +132,6 @@ class AttentionPlan:
         made = paddle.to_tensor(np.concatenate(own)), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
         self._uses[kv_heads] = made
         return made
-
-    def mask(self, shape: tuple[int, int], group: int, rows: tuple[int, int], end: int, dtype: paddle.dtype) -> Tensor:
-        """1 where a query sees a key, 0 where the key comes after it, [n, K, rows*G, end]; `shape` is (n, K), `rows` counts prefixes too."""
-        key = ("mask", *shape, group, rows, end)
-        if key not in self._kept:
-            query = np.repeat(np.arange(*rows), group)[:, None]
-            live = np.arange(end) <= query
-            self._kept[key] = paddle.to_tensor(np.broadcast_to(live, (*shape, *live.shape)).astype(np.float32))
-            self._kept[key] = self._kept[key].astype(dtype)
-        return self._kept[key]
 
     def blocks(self, run: Run) -> Iterator[tuple[int, int, int]]:
         """(first query, end query, end key) of each product of one segment."""
@@ -232,16 +222,37 @@ def _softmax_parts(
     a, b, end = block
     group = q.shape[2] // run.length
     e = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
-    seen = (run.prefix + a, run.prefix + b)
-    live = plan.mask((q.shape[0], q.shape[1]), group, seen, end, e.dtype) if plan.causal else None
     if far := not mkl.near_zero(e):
-        if live is not None:
-            e.add_((live - 1.0) * _FAR)
+        if plan.causal:
+            _hide_later(e, b - a, group, far)
         mkl.below_zero_(e)
     mkl.exp_(e, far)
-    if live is not None:
-        e.multiply_(live)
+    if plan.causal:
+        _hide_later(e, b - a, group)
     return e, row_sum(e)
+
+
+@lru_cache(maxsize=64)
+def _triangle(queries: int, group: int) -> np.ndarray:
+    """1 where a query sees a key of its own block, 0 where the key comes after it, [queries * group, queries]."""
+    return np.repeat(np.tri(queries, dtype=np.float32), group, axis=0)
+
+
+def _hide_later(e: Tensor, queries: int, group: int, scores: bool = False) -> None:
+    """Zero (as scores: push far down), in place, what the last `queries` keys are to queries before them. All earlier keys are seen by all."""
+    live = _triangle(queries, group)
+    if mkl.ready(e):  # a view of a part costs Paddle's CPU operators a copy
+        own = mkl.view(e)[..., e.shape[-1] - queries :]
+        if scores:
+            own += (live - 1.0) * _FAR
+        else:
+            own *= live
+        return
+    live = np.pad(live, ((0, 0), (e.shape[-1] - queries, 0)), constant_values=1.0)
+    if scores:
+        e.add_(paddle.to_tensor((live - 1.0) * _FAR).astype(e.dtype))
+    else:
+        e.multiply_(paddle.to_tensor(live).astype(e.dtype))
 
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:

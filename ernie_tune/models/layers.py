@@ -17,6 +17,9 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
 
+# Below so many elements one broadcast beats a product with ones and a second pass.
+_FEW = 2**14
+
 
 def has_values(parameter: Tensor) -> bool:
     """False for a parameter of a pipeline stage that another rank holds: it has a name and a shape, but no memory (`AutoModel.from_pretrained`)."""
@@ -45,7 +48,9 @@ def across(x_T1: Tensor, width: int) -> Tensor:
 
 def scale_rows(x: Tensor, column: Tensor) -> Tensor:
     """x times one number per row, [..., 1], without autograd."""
-    return across(column, x.shape[-1]).multiply_(x) if _by_product(column) else x * column
+    if mkl.numel(x) > _FEW and _by_product(column):
+        return across(column, x.shape[-1]).multiply_(x)
+    return x * column
 
 
 def _outer(column_T1: Tensor, row_D: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Refuses to know: losses' weights in the total (see `RouterTap`), which tokens sh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import paddle
@@ -18,7 +19,7 @@ from paddle.autograd import PyLayer
 from ernie_tune.models import mkl
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.layers import GatedMLP, row_sum, scale_rows, swiglu, where_needed
-from ernie_tune.models.router_losses import RouterLossWeights, router_loss
+from ernie_tune.models.router_losses import RouterLossWeights, router_loss, tally
 
 
 @dataclass
@@ -204,6 +205,14 @@ class ExpertRows(nn.Layer):
         return [None if w.rows_MD is None else w.experts(w.rows_MD, w.counts) for w in work]
 
 
+class Tallies(nn.Layer):
+    """The `tally` of each modality's router [modalities, E + 2] over the whole pack, as a layer without parameters: where its tokens lie on several ranks,
+    another one steps in and adds theirs."""
+
+    def forward(self, tally_mE: Tensor) -> Tensor:
+        return tally_mE
+
+
 class _Halves(PyLayer):
     """Split the last axis in two. Paddle's slice backward adds two zero-filled copies instead of concatenating."""
 
@@ -219,9 +228,16 @@ class _Halves(PyLayer):
 def _split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Halves of each row, by gathering rows of half width: much faster on the CPU than copying two strided slices."""
     rows, half = x.shape[0], x.shape[1] // 2
-    even = paddle.to_tensor(np.arange(0, 2 * rows, 2))  # `paddle.arange` takes ten times as long to get going
     x = x.reshape([2 * rows, half])
-    return paddle.gather(x, even), paddle.gather(x, even + 1)
+    even, odd = _every_other(rows)
+    return paddle.gather(x, even), paddle.gather(x, odd)
+
+
+@lru_cache(maxsize=16)
+def _every_other(rows: int) -> tuple[Tensor, Tensor]:
+    """Even and odd numbers below 2 * rows. (`paddle.arange` takes ten times as long to get going.)"""
+    even = np.arange(0, 2 * rows, 2)
+    return paddle.to_tensor(even), paddle.to_tensor(even + 1)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,15 +268,14 @@ class _Sorted:
 
     rows_MD: Tensor
     counts: tuple[int, ...]
-    weight_Tk: Tensor
+    routing: Routing
     order_M: Tensor
     token_of_M: Tensor
     slot_of_Tk: Tensor
-    loss: Tensor | None
 
     def combined(self, out_MD: Tensor) -> Tensor:
         """The weighted sum of each token's expert outputs."""
-        return combine(out_MD, self.weight_Tk, self.order_M, self.token_of_M, self.slot_of_Tk)
+        return combine(out_MD, self.routing.weight_Tk, self.order_M, self.token_of_M, self.slot_of_Tk)
 
 
 class _Gate(nn.Layer):
@@ -305,7 +320,7 @@ class MoELayer(nn.Layer):
         self.text_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[0])
         if moe.num_modalities == 2:
             self.vision_experts = Experts(moe.num_experts, config.hidden_size, moe.intermediate_size[1])
-        self.expert_rows = ExpertRows()
+        self.expert_rows, self.tallies = ExpertRows(), Tallies()
         if moe.num_shared_experts:
             self.shared_experts = GatedMLP(config.hidden_size, moe.shared_intermediate_size)
 
@@ -322,6 +337,7 @@ class MoELayer(nn.Layer):
                 for m, index in enumerate(indices)
                 if index is not None and index.shape[0]
             }
+        losses = self._losses(parts, tap)
         nothing = (0,) * self.moe.num_experts
         families = (self.text_experts, self.vision_experts) if self.moe.num_modalities == 2 else (self.text_experts,)
         work = [
@@ -335,7 +351,6 @@ class MoELayer(nn.Layer):
             order = paddle.concat([indices[m] for m in parts])
             # `order` is a permutation; gathering by its inverse puts every token back where it was.
             out = paddle.gather(paddle.concat([outs[m] for m in parts]), paddle.argsort(order))
-        losses = [part.loss for part in parts.values() if part.loss is not None]
         if losses and tap is not None:
             out = _AddLoss.apply(out, sum(losses[1:], losses[0]), tap.scale)
         return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
@@ -355,17 +370,32 @@ class MoELayer(nn.Layer):
             if paddle.is_grad_enabled()
             else paddle.gather(x_TD, token_of_M)
         )
-        loss = None
         if tap is not None:
             first_pass = not (tap.recomputed and paddle.is_grad_enabled())
             if tap.count_usage and first_pass:
                 self.moe_statics.expert_usage[modality] += counts_E
             if tap.keep and first_pass:
                 tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
-            # A frozen router gets no loss: its gradient would only reach the layers below it (architecture.md 3.6).
-            if tap.weights and not weight_DE.stop_gradient:
-                loss = router_loss(r.logits_TE, weight_DE, self.moe.top_k, tap.weights, modality)
-        return _Sorted(x_MD, tuple(counts_E.tolist()), r.weight_Tk, order_M, token_of_M, slot_of_Tk, loss)
+        return _Sorted(x_MD, tuple(counts_E.tolist()), r, order_M, token_of_M, slot_of_Tk)
+
+    def _losses(self, parts: dict[int, _Sorted], tap: RouterTap | None) -> list[Tensor]:
+        """The routers' own losses. A frozen router gets none: its gradient would only reach the layers below it (architecture.md 3.6)."""
+        trained = [m for m in range(self.moe.num_modalities) if not self.gate.of(m).stop_gradient]
+        if tap is None or not tap.weights or not trained or not paddle.is_grad_enabled():
+            return []
+        logits = {m: part.routing.logits_TE for m, part in parts.items()}
+        nothing = paddle.zeros([self.moe.num_experts + 2], self.gate.of(0).dtype)
+        tallies = [
+            tally(F.softmax(logits[m], axis=-1), self.moe.top_k) if m in logits else nothing
+            for m in range(self.moe.num_modalities)
+        ]
+        whole_mE, weights = self.tallies(paddle.stack(tallies)), tap.weights
+        found = [
+            router_loss(logits[m], self.gate.of(m), self.moe.top_k, weights, m, whole_mE[m])
+            for m in trained
+            if m in logits
+        ]
+        return [loss for loss in found if loss is not None]
 
 
 def update_correction_bias(model: nn.Layer, coefficient: float) -> None:

@@ -138,6 +138,8 @@ def preset(name: str) -> ModelConfig:
         key = key.removesuffix(suffix)
     if key in PRESETS:
         return PRESETS[key]
-    close = difflib.get_close_matches(key, PRESETS, n=1, cutoff=0.5)
+    close = [name for name in PRESETS if key and key in name] or difflib.get_close_matches(
+        key, PRESETS, n=1, cutoff=0.5
+    )
     hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
     raise ValueError(f"preset ({name!r}) must be one of {sorted(PRESETS)}; {hint}")

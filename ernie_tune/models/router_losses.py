@@ -27,17 +27,28 @@ class RouterLossWeights:
         return pick[0], pick[1], pick[2]
 
 
-def balance_loss(probs_TE: Tensor, top_k: int) -> Tensor:
-    """E * sum_e (share of tokens that pick e, by p without the bias) * (mean p_e). Perfect balance gives top_k. Counts carry no gradient."""
-    tokens = max(probs_TE.shape[0], 1e-6)
+def tally(probs_TE: Tensor, top_k: int) -> Tensor:
+    """[E + 2]: how many tokens pick each expert, by p without the bias; how many tokens there are; and 1. Summed over the ranks that have tokens of a pack
+    it is the pack's, and the last number says how many ranks those are. Without a gradient."""
     chosen = paddle.topk(probs_TE.detach(), top_k, axis=-1)[1]
     counts_E = paddle.bincount(chosen.reshape([-1]), minlength=probs_TE.shape[1]).astype(probs_TE.dtype)
+    return paddle.concat([counts_E, paddle.to_tensor([float(probs_TE.shape[0]), 1.0], dtype=probs_TE.dtype)])
+
+
+def balance_loss(probs_TE: Tensor, top_k: int, whole: Tensor | None = None) -> Tensor:
+    """E * sum_e (share of tokens that pick e, by p without the bias) * (mean p_e). Perfect balance gives top_k. Counts carry no gradient.
+
+    `whole`: the `tally` of the pack where only some of its tokens are here; what the ranks get adds up to the pack's loss.
+    """
+    whole = tally(probs_TE, top_k) if whole is None else whole
+    counts_E, tokens = whole[:-2], whole[-2].clip(min=1e-6)
     return probs_TE.shape[1] * ((counts_E / tokens) * (probs_TE.sum(0) / tokens)).sum()
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of the logits."""
-    return paddle.logsumexp(logits_TE, axis=-1).square().mean()
+def z_loss(logits_TE: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits. `tokens`: of the whole pack, as in `balance_loss`."""
+    squares_T = paddle.logsumexp(logits_TE, axis=-1).square()
+    return squares_T.mean() if tokens is None else squares_T.sum() / tokens
 
 
 def orthogonal_loss(weight_DE: Tensor) -> Tensor:
@@ -48,17 +59,24 @@ def orthogonal_loss(weight_DE: Tensor) -> Tensor:
 
 
 def router_loss(
-    logits_TE: Tensor, weight_DE: Tensor, top_k: int, weights: RouterLossWeights, modality: int
+    logits_TE: Tensor,
+    weight_DE: Tensor,
+    top_k: int,
+    weights: RouterLossWeights,
+    modality: int,
+    whole: Tensor | None = None,
 ) -> Tensor | None:
-    """Weighted sum of one router's losses; None where every coefficient is 0."""
+    """Weighted sum of one router's losses; None where every coefficient is 0. `whole`: as in `balance_loss`; the matrix's own loss is shared by the ranks
+    that have tokens."""
     balance, orthogonal, z = weights.of(modality)
     terms = []
     if balance:
-        terms.append(balance * balance_loss(F.softmax(logits_TE, axis=-1), top_k))
+        terms.append(balance * balance_loss(F.softmax(logits_TE, axis=-1), top_k, whole))
     if orthogonal:
-        terms.append(orthogonal * orthogonal_loss(weight_DE))
+        loss = orthogonal * orthogonal_loss(weight_DE)
+        terms.append(loss if whole is None else loss / whole[-1])
     if z:
-        terms.append(z * z_loss(logits_TE))
+        terms.append(z * z_loss(logits_TE, None if whole is None else whole[-2]))
     return sum(terms[1:], terms[0]) if terms else None
 
 

@@ -2,8 +2,8 @@
 
 Stock `ProcessGroupGloo` (paddle 3.3.1) has no all-to-all, no reduce-scatter, no average, no partial or coalesced sends; it gives up after 30 s of
 skew between ranks, returns inf for float16 sums, blocks two ranks that send to each other at once, and cannot make several groups of three or more
-ranks. Here its methods are replaced by ones over a mesh of TCP links, whose reader threads take in whatever comes: a send never waits for its
-receive, so no order of calls can dead-lock. Sums run in rank order, so the replicas of a sum are equal to the bit.
+ranks. Here groups get another process group, over a mesh of TCP links whose reader threads take in whatever comes: a send never waits for its
+receive, so no order of calls can dead-lock, and a further group costs nothing. Sums run in rank order, so the replicas of a sum are equal to the bit.
 Refuses to know: models, optimizers, which axis a group belongs to.
 """
 
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -193,18 +194,6 @@ def _put(x: Tensor, data: memoryview | bytearray) -> None:
         view[:] = data
 
 
-_members: dict[int, tuple[Any, int, list[int]]] = {}
-
-
-def _group(pg: Any) -> tuple[int, list[int]]:
-    """(id, global ranks) of a process group."""
-    known = _members.get(id(pg))
-    if known is None or known[0] is not pg:
-        found = [(gid, g) for gid, g in list(_GroupManager.group_map_by_id.items()) if g._pg is pg]
-        known = _members[id(pg)] = (pg, found[0][0], list(found[0][1].ranks))
-    return known[1], known[2]
-
-
 class _Done:
     """A finished task."""
 
@@ -223,7 +212,7 @@ class _Done:
 
 def _exchange(pg: Any, pieces: Sequence[memoryview]) -> list[memoryview | bytearray]:
     """Piece j goes to member j; what member j sent comes back at j."""
-    gid, ranks = _group(pg)
+    gid, ranks = pg.group_id, pg.members
     mesh = _mesh()
     me = ranks.index(mesh.rank)
     for step in range(1, len(ranks)):
@@ -235,7 +224,7 @@ def _exchange(pg: Any, pieces: Sequence[memoryview]) -> list[memoryview | bytear
 def _reduced(pg: Any, x: Tensor, op: Any, scatter: bool) -> np.ndarray:
     """The reduction over members of a contiguous tensor of a NumPy type, flat; with `scatter` only this member's part of equal parts."""
     kind, n = _NUMPY[x.dtype], pg.size()
-    me = _group(pg)[1].index(_mesh().rank)
+    me = pg.members.index(_mesh().rank)
     flat: np.ndarray = np.frombuffer(_bytes(x), kind)
     small = not scatter and flat.nbytes <= _SMALL_BYTES
     cuts = [0, len(flat)] if small else [len(flat) * j // n for j in range(n + 1)]
@@ -272,7 +261,7 @@ def _all_reduce(pg: Any, x: Tensor, op: Any = None, *_: Any) -> _Done:
 
 def _reduce(pg: Any, x: Tensor, to: int, op: Any = None, *_: Any) -> _Done:
     """Everybody computes the sum, only the receiver keeps it: the same bits as an all-reduce."""
-    out = x if _group(pg)[1][to] == _mesh().rank else paddle.empty_like(x)
+    out = x if pg.members[to] == _mesh().rank else paddle.empty_like(x)
     return _reduce_into(pg, out, x, op)
 
 
@@ -282,7 +271,7 @@ def _reduce_scatter(pg: Any, out: Tensor, x: Any, op: Any = None, *_: Any) -> _D
 
 
 def _broadcast(pg: Any, x: Tensor, source: int, *_: Any) -> _Done:
-    gid, ranks = _group(pg)
+    gid, ranks = pg.group_id, pg.members
     mesh = _mesh()
     if ranks[source] == mesh.rank:
         data = _ready(x)
@@ -305,7 +294,7 @@ def _all_gather(pg: Any, out: Any, x: Any, *flags: Any) -> _Done:
             _put(tensor, part)
         return _Done()
     if x.size:  # the input may be a slice of the output
-        parts[_group(pg)[1].index(_mesh().rank)] = bytearray(_bytes(x))
+        parts[pg.members.index(_mesh().rank)] = bytearray(_bytes(x))
     _put(out, bytearray(b"".join(parts)))
     return _Done()
 
@@ -369,7 +358,7 @@ def _send(pg: Any, x: Tensor, to: int, *_: Any) -> _Done:
 
 
 def _send_partial(pg: Any, x: Tensor, to: int, parts: int, index: int, *_: Any) -> _Done:
-    gid, ranks = _group(pg)
+    gid, ranks = pg.group_id, pg.members
     x = _ready(x)
     _mesh().send(ranks[to], gid, _P2P, _part(x, parts, index))
     return _Done()
@@ -380,7 +369,7 @@ def _recv(pg: Any, x: Tensor, source: int, *flags: Any) -> _Receive:
 
 
 def _recv_partial(pg: Any, x: Tensor, source: int, parts: int, index: int, *flags: Any) -> _Receive:
-    gid, ranks = _group(pg)
+    gid, ranks = pg.group_id, pg.members
 
     def fill(data: bytearray) -> None:
         view = _part(x, parts, index)
@@ -389,8 +378,8 @@ def _recv_partial(pg: Any, x: Tensor, source: int, parts: int, index: int, *flag
         view[:] = data
 
     task = _Receive((ranks[source], gid), fill)
-    if id(pg) in _coalesced:
-        _coalesced[id(pg)].append(task)
+    if gid in _coalesced:
+        _coalesced[gid].append(task)
     elif not flags or flags[0]:
         task.wait()
     return task
@@ -409,11 +398,11 @@ def _all_gather_partial(pg: Any, out: Tensor, x: Tensor, parts: int, index: int,
 
 
 def _start_coalescing(pg: Any) -> None:
-    _coalesced[id(pg)] = []
+    _coalesced[pg.group_id] = []
 
 
 def _end_coalescing(pg: Any, *_: Any) -> None:
-    for task in _coalesced.pop(id(pg), []):
+    for task in _coalesced.pop(pg.group_id, []):
         task.wait()
 
 
@@ -437,47 +426,46 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "all_to_all_single": _all_to_all_single,
     "alltoall_single": lambda pg, x, out, in_rows, out_rows, *a: _all_to_all_single(pg, out, x, out_rows, in_rows),
     "barrier": _barrier,
+    "_start_coalescing": _start_coalescing,
+    "_end_coalescing": _end_coalescing,
 }
 
 
-# --- one store per group -------------------------------------------------------------------------------------------
-
-_stores: dict[str, Any] = {}
-_stock_create = core.ProcessGroupGloo.create
+# --- the process group of Fleet's groups ---------------------------------------------------------------------------
 
 
-def _create(store: Any, rank: int, world_size: int, group_id: int = 0, *more: Any) -> Any:
-    """Stock Gloo puts the addresses of every group under the same keys of the shared store, so that two groups read each other's."""
-    host, key = os.environ.get("POD_IP", "127.0.0.1"), f"ernie_tune/group/{group_id}"
-    if world_size == 1:
-        key = "alone"  # all groups of one rank share a store
-        if key not in _stores:
-            _stores[key] = _own_store(host)[0]
-    elif rank == 0:
-        _stores[key], port = _own_store(host)
-        store.set(key, f"{host}:{port}")
-    else:
-        store.wait(key)
-        at, port_text = store.get(key).decode().rsplit(":", 1)
-        _stores[key] = core.TCPStore(at, int(port_text), False, 1, 900)
-    return _stock_create(_stores[key], rank, world_size, group_id, *more)
+class _Ranks:
+    """What a group of Fleet holds instead of a `ProcessGroupGloo`: the methods above. The stock one opens two contexts with a thread each and a store
+    with another, takes half a second for it, and mixes up the addresses of groups of three and more; none of which these methods use."""
+
+    def __init__(self, rank: int, size: int, group_id: int) -> None:
+        self._rank, self._size, self.group_id = rank, size, group_id
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    def name(self) -> str:
+        return "GLOO"
+
+    @cached_property
+    def members(self) -> list[int]:
+        """Global ranks, in the group's order; Paddle knows them once it has made the group."""
+        return list(_GroupManager.group_map_by_id[self.group_id].ranks)
 
 
-def _own_store(host: str, tries: int = 20) -> tuple[Any, int]:
-    """A store on a port that was free a moment ago."""
-    for attempt in range(tries):
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
-        try:
-            return core.TCPStore(host, port, True, 1, 900), port
-        except (RuntimeError, OSError):  # somebody else was faster
-            if attempt == tries - 1:
-                raise
-    raise AssertionError("unreachable")
+for _name, _method in _METHODS.items():
+    setattr(_Ranks, _name, _method)
+    setattr(_Ranks, f"{_name}_on_calc_stream", _method)
 
 
-# --- operators without a CPU kernel --------------------------------------------------------------------------------
+def _create(_store: Any, rank: int, world_size: int, group_id: int = 0, *_: Any) -> _Ranks:
+    return _Ranks(rank, world_size, group_id)
+
+
+# --- operators without a CPU kernel, or with a wrong one --------------------------------------------------------------------------------
 
 
 def _of_ring(ring_id: int) -> Any:
@@ -503,11 +491,25 @@ def _all_reduce_op(x: Tensor, ring_id: int, *_: Any) -> Tensor:
     return x
 
 
+_stock_embedding = paddle._C_ops.c_embedding
+
+
+def _embedding(table_VD: Tensor, ids_T: Tensor, first: int, *more: Any) -> Tensor:
+    """Rows of a part of a table that begins at row `first`, zeros for ids of other parts. The stock kernel clears, in float64, half of its gradient's memory."""
+    if table_VD.dtype != paddle.float64:
+        return _stock_embedding(table_VD, ids_T, first, *more)
+    own_T = ids_T - first
+    here_T = (own_T >= 0) & (own_T < table_VD.shape[0])
+    rows_TD = paddle.nn.functional.embedding(paddle.where(here_T, own_T, paddle.zeros_like(own_T)), table_VD)
+    return rows_TD * here_T.unsqueeze(-1).astype(table_VD.dtype)
+
+
 # Fleet's own PyLayer around c_identity sums the gradient over the group.
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "c_identity": lambda x, *a: x.clone() if not x.stop_gradient else paddle.assign(x),
     "mp_allreduce_sum": lambda x, ring_id: _SumForward.apply(x, ring_id),
     "all_reduce_": _all_reduce_op,
+    "c_embedding": _embedding,
 }
 
 
@@ -532,17 +534,7 @@ def install() -> bool:
 
     if line := untested(paddle.__version__):
         print(line, file=sys.stderr)
-    gloo, stock = core.ProcessGroupGloo, dir(core.ProcessGroup)
-    for name, method in _METHODS.items():
-        setattr(gloo, name, method)
-        if f"{name}_on_calc_stream" in stock:
-            setattr(gloo, f"{name}_on_calc_stream", method)
-    for name, value in {
-        "create": staticmethod(_create),
-        "_start_coalescing": _start_coalescing,
-        "_end_coalescing": _end_coalescing,
-    }.items():
-        setattr(gloo, name, value)
+    setattr(core.ProcessGroupGloo, "create", staticmethod(_create))  # noqa: B010  its stub allows no assignment
     for name, operator in _OPERATORS.items():
         setattr(paddle._C_ops, name, operator)
     parallel.ParallelEnv._device_id = 0

@@ -9,6 +9,7 @@ Refuses to know: models, optimizers, the settings' names in a YAML.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -202,7 +203,9 @@ def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
 
     if topology._HYBRID_PARALLEL_GROUP is not None:
         raise ValueError("degrees must be given once in a process, but Fleet is laid out already; start new processes")
-    fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation))
+    with warnings.catch_warnings():  # Fleet meets every group on every rank, and warns of those that the rank is not in
+        warnings.filterwarnings("ignore", message="Current global rank")
+        fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation), log_level="WARNING")
     mesh = Mesh(degrees, rank=dist.get_rank())
     mesh.hcg = fleet.get_hybrid_communicate_group()
     mesh._groups = _named_groups(degrees, mesh.hcg)

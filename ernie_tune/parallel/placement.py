@@ -73,12 +73,11 @@ def split_(parameter: Tensor, axis: int, group: Group, *, partial: bool = False,
             f"({group.size}); lower the degree"
         )
     if parameter._is_initialized():
-        values = part(parameter.detach(), axis, group)
+        shrink_(parameter, part(parameter.detach(), axis, group))
     else:  # a model whose values are still to be read
         shape = list(parameter.shape)
         shape[axis] //= group.size
-        values = paddle.zeros(shape, parameter.dtype)
-    shrink_(parameter, values)
+        parameter.get_tensor()._set_dims(shape)
     place(parameter, Placement(axis, group.name, partial, expert, handle=group))
 
 

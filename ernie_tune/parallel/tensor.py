@@ -3,7 +3,7 @@
 A block is the parent of a layer split by rows: its input enters, the row layer's output leaves; the layers split by columns inside run unchanged on
 their slice. So a layer keeps its class, its fast products and its adapters. Legend: T tokens, V vocabulary, D width.
 Refuses to know: the model's classes (names come from the table), optimizers, other axes. What it asks of the model, all by attribute: an embedding has
-`lookup(ids, weight)`, a model has `scores(hidden, weight, transposed)`, a block whose second argument has `plan.offsets` sees a whole pack, a quantised
+`lookup(ids, weight)`, a model has `scores(hidden, weight, transposed)`, a routing layer `tallies(tally)`, a block whose second argument has `plan.offsets` sees a whole pack, a quantised
 layer has `quant.cut(axis, rank, size)`.
 """
 
@@ -120,6 +120,7 @@ def apply_sequence(model: nn.Layer, plan: Mapping[str, str], ends: tuple[str, st
     layers = dict(model.named_sublayers())
     for name in routers:
         layers[name].register_forward_pre_hook(_Localise(runs))
+        layers[name].tallies = SummedTallies(runs.group)
     for name, value in model.named_parameters():
         if (name.startswith("layers.") or name.startswith(f"{ends[1]}.")) and not hasattr(value, "placement"):
             place(value, Placement(partial=True))
@@ -143,6 +144,18 @@ class _Localise:
             if self.known[3] is None:
                 self.known = (vision, self.runs.total, None, None)
         return (x, self.known[2], self.known[3], *rest)
+
+
+class SummedTallies(nn.Layer):
+    """What the routers' own losses must know of a pack whose tokens lie on several ranks: the sum of what each knows. Without a gradient: a rank's loss is
+    then its share of the pack's, and so is its gradient."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, tally_mE: Tensor) -> Tensor:
+        return self.group.sum_(tally_mE) if self.training else tally_mE
 
 
 class VocabLookup(nn.Layer):

@@ -20,7 +20,7 @@ from ernie_tune.peft.bottleneck import Bottleneck
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.dialects import shape_of
 from ernie_tune.peft.lora import ExpertLora, LinearLora
-from ernie_tune.peft.quantize import QuantizedLinear
+from ernie_tune.peft.quantize import QuantizedEmbedding, QuantizedLinear
 from ernie_tune.peft.slots import NAME
 from ernie_tune.peft.targets import expert_targets, linear_targets
 from ernie_tune.peft.virtual_tokens import Prefix, Prompt, note_sequence
@@ -39,7 +39,9 @@ def places(model: ErnieModel, config: PeftConfig) -> Places:
         ]
         return {name: Bottleneck(width, config.width, model.compute_dtype, name, config.seed) for name in owners}
     if isinstance(config, PromptConfig):
-        return {"embed_tokens": Prompt(model.embed_tokens.weight, config)}
+        table = model.embed_tokens
+        known = not isinstance(table, QuantizedEmbedding) or table.known
+        return {"embed_tokens": Prompt(table.weight if known else table, config)}
     heads, dtype = (model.config.num_key_value_heads, model.config.head_dim), model.compute_dtype
     owners = [f"layers.{i}.self_attn.{kind}_proj" for i in layers for kind in "kv"]
     return {name: Prefix(*heads, dtype, name, config) for name in owners}

@@ -117,22 +117,27 @@ class LinearLora(nn.Layer):
 
     def __init__(self, linear: nn.Layer, name: str, config: LoraConfig) -> None:
         super().__init__()
-        weight = linear.weight
+        held = getattr(linear, "quant", None)  # a quantised layer makes its matrix anew each time
+        weight = linear.weight if held is None else held
+        known = has_values(weight) if held is None else held.known
         (n_in, n_out), dtype = weight.shape, weight.dtype
         self.scaling, self.rate = config.scaling, config.lora_dropout
         fresh = draw_factor(name, (n_in, config.r), config.seed)
         self.lora_A = parameter(self, fresh, dtype)
         self.lora_B = parameter(self, np.zeros((config.r, n_out), np.float32), dtype)
         if config.use_dora:
+            self.magnitude = parameter(self, np.zeros(n_out, np.float32), dtype)
+            if known:
+                self.settle(linear)
+
+    # Adds up over the ranks that hold the other rows of the weight; set from outside where it is split by rows.
+    sum_over: Callable[[Tensor], Tensor] | None = None
+
+    def settle(self, linear: nn.Layer) -> None:
+        """Take what starts from the layer's values: DoRA's magnitudes."""
+        if "magnitude" in self._parameters:
             with paddle.no_grad():
-                norms = (
-                    column_norms(weight).astype("float32").numpy()
-                    if has_values(weight)
-                    else np.zeros(n_out, np.float32)
-                )
-                self.magnitude = parameter(self, norms, dtype)
-        # Adds up over the ranks that hold the other rows of the weight; set from outside where it is split by rows.
-        self.sum_over: Callable[[Tensor], Tensor] | None = None
+                self.magnitude.set_value(column_norms(linear.weight, self.sum_over))
 
     def project(self, x_TI: Tensor) -> Tensor:
         """scaling * x A, [T, r]."""

@@ -25,6 +25,7 @@ from ernie_tune.checkpoint.tensors import FLOAT_CODES
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.layers import has_values
 from ernie_tune.models.moe import RouterTap
 from ernie_tune.peft import build, slots
 from ernie_tune.peft.build import Places
@@ -46,6 +47,7 @@ class Adapter:
     places: Places
     copies: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    waiting: bool = False  # made before the model had values, for `PeftModel.settle`
 
     def parameters(self) -> list[Tensor]:
         return [*(value for layer in self.places.values() for value in layer.parameters()), *self.copies.values()]
@@ -79,7 +81,7 @@ class PeftModel(ErnieModel):
             raise ValueError(
                 f"adapter name ({name!r}) must be new, there is {sorted(self.adapters)}; delete_adapter it first"
             )
-        adapter = Adapter(config, build.places(self, config))
+        adapter = Adapter(config, build.places(self, config), waiting=not all(map(has_values, self.base.parameters())))
         if isinstance(config, LoraConfig):
             adapter.copies = self._copies(config)
         layers = dict(self.named_sublayers())
@@ -108,6 +110,19 @@ class PeftModel(ErnieModel):
                         copies[f"{module}.{leaf}"] = build.copy_of(own[module], value)
                         self.originals.setdefault(f"{module}.{leaf}", value)
         return copies
+
+    def settle(self) -> None:
+        """Let adapters that were attached before the model had its values take what they start from. The model may lie over ranks: all call it."""
+        layers = dict(self.named_sublayers())
+        for adapter in self.adapters.values():
+            if not adapter.waiting:
+                continue
+            for module, layer in adapter.places.items():
+                if isinstance(layer, LinearLora):
+                    layer.settle(layers[module])
+            for parameter, value in adapter.copies.items():
+                value.set_value(self.originals[parameter].detach())
+            adapter.waiting = False
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter act, and train it alone. ValueError for an unknown name."""
@@ -313,6 +328,7 @@ class PeftModel(ErnieModel):
                     f"{folder}: tensor {key!r} must belong to a layer of the adapter; fetch the adapter again"
                 )
             build.assign(adapter.copies[key], value, key)
+        adapter.waiting = False
 
     @classmethod
     def from_pretrained(

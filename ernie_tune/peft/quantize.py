@@ -8,7 +8,7 @@ Legend: I input width, O output width, G groups of input rows, E experts, M rows
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -21,16 +21,20 @@ from ernie_tune.models.moe import Experts
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
+# Takes float32 matrices as `read(expert)` gives them (checkpoint/source.py).
+Taker = Callable[[Callable[[int | None], np.ndarray]], None]
+
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
     groups = num_groups(n_in, bits)
-    grouped = weight_IO.astype(np.float32).reshape(groups, n_in // groups, n_out)
-    scale = np.abs(grouped).max(1, keepdims=True) / np.float32(largest)
+    grouped = weight_IO.astype(np.float32, copy=False).reshape(groups, n_in // groups, n_out)
+    scale = np.maximum(grouped.max(1, keepdims=True), -grouped.min(1, keepdims=True)) / np.float32(largest)
     scale[scale == 0] = 1.0
-    codes = np.rint(grouped / scale).reshape(n_in, n_out).astype(np.int8)
+    steps = grouped / scale  # the one copy of its size that is made here
+    codes = np.rint(steps, out=steps).astype(np.int8).reshape(n_in, n_out)
     if bits == 4:
         codes = pack_halves(codes)
     return codes, scale[:, 0]
@@ -51,58 +55,116 @@ def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.split(values, size, axis=axis)[rank])
 
 
+def _columns(weight_IO: np.ndarray, cuts: Sequence[tuple[int | None, int, int]]) -> np.ndarray:
+    """The columns that the cuts leave; each has scales of its own, so they are cut before rounding."""
+    for axis, rank, size in cuts:
+        weight_IO = _part(weight_IO, 1, rank, size) if axis == 1 else weight_IO
+    return weight_IO
+
+
 class QuantizedWeight(nn.Layer):
-    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O]) in the form of `quantize`."""
+    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O]) in the form of `quantize`. Both None: not yet known."""
+
+    codes: Tensor | None
+    scale: Tensor | None
 
     def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
         super().__init__()
         *stack, rows, columns = codes.shape
-        rows *= 2 if bits == 4 else 1
-        self.shape, self.bits = (*stack, rows, columns), bits
+        self.bits, self.dtype = bits, scale.dtype
+        self.shape: tuple[int, ...] = (*stack, rows * (2 if bits == 4 else 1), columns)
+        self._groups = scale.shape[-2]
+        self._cuts: list[tuple[int | None, int, int]] = []
+        self._set(codes, scale)
+
+    def _set(self, codes: Tensor | None, scale: Tensor | None) -> None:
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        groups = scale.shape[-2]
-        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+        self._group_of_row = None
+        if scale is not None and scale.shape[-2] > 1:
+            rows = self.shape[-2]
+            self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // scale.shape[-2]))
 
     @classmethod
     def rounded(cls, weight: Tensor, bits: int) -> QuantizedWeight:
-        """`weight` rounded to the nearest code. ValueError for an odd input width with 4 bits."""
+        """`weight` rounded to the nearest code; without values where the parameter has none yet. ValueError for an odd input width with 4 bits."""
         if bits == 4 and weight.shape[-2] % 2:
             raise ValueError(f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8")
-        stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
-        parts = [quantize(matrix.astype("float32").numpy(), bits) for matrix in stack]
-        codes, scale = (np.stack(x) if weight.ndim == 3 else x[0] for x in zip(*parts, strict=True))
-        return cls(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(weight.dtype), bits)
+        made = cls.__new__(cls)
+        nn.Layer.__init__(made)
+        made.bits, made.dtype, made.shape = bits, weight.dtype, tuple(weight.shape)
+        made._groups, made._cuts = num_groups(weight.shape[-2], bits), []
+        made._set(None, None)
+        if has_values(weight):
+            made.take(lambda e: (weight if e is None else weight[e]).astype("float32").numpy())
+        return made
+
+    @property
+    def known(self) -> bool:
+        """Whether it has values."""
+        return self.codes is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales, known or not."""
+        *stack, rows, columns = self.shape
+        wide = 2 if self.dtype in (paddle.bfloat16, paddle.float16) else 4
+        return int(np.prod(stack, dtype=np.int64)) * columns * (rows * self.bits // 8 + self._groups * wide)
+
+    def take(self, read: Callable[[int | None], np.ndarray]) -> None:
+        """Round the float32 matrices that `read` gives, one at a time: the whole one for None, one expert by its number in the whole stack. Cuts that
+        were made before decide what is asked for and what is kept: the codes are those of cutting afterwards."""
+        cuts = self._cuts
+        experts: Sequence[int | None] = [None]
+        if len(self.shape) == 3:
+            size = self.shape[0]
+            first = sum(rank * size for axis, rank, _ in cuts if axis is None)
+            experts = range(first, first + size)
+        parts = [quantize(_columns(read(e), cuts), self.bits) for e in experts]
+        codes, scale = (np.stack(x) if len(self.shape) == 3 else x[0] for x in zip(*parts, strict=True))
+        for _, rank, size in (cut for cut in cuts if cut[0] == 0):
+            codes, scale = self._rows(codes, scale, rank, size)
+        self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
 
     def cut(self, axis: int | None, rank: int, size: int) -> None:
         """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
 
         Raises ValueError where the part would cut a group of 4-bit rows, or does not divide.
         """
-        dim = 0 if axis is None else axis - 2
+        dim, rows = 0 if axis is None else axis - 2, self.shape[-2]
         if self.shape[dim] % size:
             raise ValueError(f"dimension {self.shape} must be divisible by {size} ranks; lower the degree")
-        codes, scale, rows = self.codes, self.scale, self.shape[-2]
-        if axis == 0 and self.bits == 4:
-            if scale.shape[-2] > 1 and rows // size % GROUP_ROWS:
-                raise ValueError(
-                    f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
-                )
-            codes = pack_halves(_part(unpack_halves(codes.numpy()), -2, rank, size))
-        else:
-            codes = _part(codes.numpy(), dim, rank, size)
-        shared = axis == 0 and scale.shape[-2] == 1  # one scale for all rows
-        kept = scale.astype("float32").numpy() if shared else _part(scale.astype("float32").numpy(), dim, rank, size)
+        if axis == 0 and self.bits == 4 and self._groups > 1 and rows // size % GROUP_ROWS:
+            raise ValueError(
+                f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
+            )
         shape = list(self.shape)
         shape[dim] //= size
         self.shape = tuple(shape)
-        self.register_buffer("codes", paddle.to_tensor(codes))
-        self.register_buffer("scale", paddle.to_tensor(kept).astype(scale.dtype))
-        groups, rows = kept.shape[-2], self.shape[-2]
-        self._group_of_row = paddle.to_tensor(np.arange(rows) // (rows // groups)) if groups > 1 else None
+        if axis == 0 and self._groups > 1:
+            self._groups //= size
+        self._cuts.append((axis, rank, size))
+        if self.codes is None or self.scale is None:
+            return
+        codes, scale = self.codes.numpy(), self.scale.astype("float32").numpy()
+        codes, scale = (
+            self._rows(codes, scale, rank, size) if axis == 0 else (_part(x, dim, rank, size) for x in (codes, scale))
+        )
+        self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
+
+    def _rows(self, codes: np.ndarray, scale: np.ndarray, rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """A part of the rows, which two halves of a byte and one scale for many rows may share."""
+        plain = unpack_halves(codes) if self.bits == 4 else codes
+        plain = _part(plain, -2, rank, size)
+        kept = scale if scale.shape[-2] == 1 else _part(scale, -2, rank, size)
+        return pack_halves(plain) if self.bits == 4 else plain, kept
 
     def dense(self, expert: int | None = None) -> Tensor:
         """The rounded matrix [I, O]; of one expert where they are stacked."""
+        if self.codes is None or self.scale is None:
+            raise ValueError(
+                "a quantised weight must have its values before it is used; read them into the model first"
+            )
         codes, scale = (x if expert is None else x[expert] for x in (self.codes, self.scale))
         wide = codes.astype(scale.dtype)
         if self.bits == 4:
@@ -178,14 +240,39 @@ class QuantizedProduct(nn.Layer):
 class QuantizedEmbedding(nn.Layer):
     """Stands in for `Embedding`: int8, one scale a token. `weight` gives the rounded table for a tied head, made anew each time."""
 
+    codes: Tensor | None
+    scale: Tensor | None
+
     def __init__(self, weight_VD: Tensor) -> None:
         super().__init__()
-        codes_DV, scale_1V = quantize(weight_VD.astype("float32").numpy().T, bits=8)
+        self.shape, self.dtype = tuple(weight_VD.shape), weight_VD.dtype
+        self.register_buffer("codes", None)
+        self.register_buffer("scale", None)
+        if has_values(weight_VD):
+            self.take(lambda _: weight_VD.astype("float32").numpy())
+
+    @property
+    def known(self) -> bool:
+        """Whether it has values."""
+        return self.codes is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales, known or not."""
+        return self.shape[0] * (self.shape[1] + (2 if self.dtype in (paddle.bfloat16, paddle.float16) else 4))
+
+    def take(self, read: Callable[[int | None], np.ndarray]) -> None:
+        """Round the float32 table that `read(None)` gives."""
+        codes_DV, scale_1V = quantize(read(None).T, bits=8)
         self.register_buffer("codes", paddle.to_tensor(np.ascontiguousarray(codes_DV.T)))
-        self.register_buffer("scale", paddle.to_tensor(np.ascontiguousarray(scale_1V.T)).astype(weight_VD.dtype))
+        self.register_buffer("scale", paddle.to_tensor(np.ascontiguousarray(scale_1V.T)).astype(self.dtype))
 
     @property
     def weight(self) -> Tensor:
+        if self.codes is None or self.scale is None:
+            raise ValueError(
+                "a quantised embedding must have its values before it is used; read them into the model first"
+            )
         return self.codes.astype(self.scale.dtype) * across(self.scale, self.codes.shape[1])
 
     def forward(
@@ -203,13 +290,8 @@ SWAPPED = (QuantizedLinear, QuantizedEmbedding)
 
 def weight_bytes(model: nn.Layer) -> int:
     """Bytes of all parameters and of the quantised codes and scales."""
-    quantised = [
-        buffer
-        for layer in model.sublayers()
-        if isinstance(layer, QuantizedWeight | QuantizedEmbedding)
-        for buffer in (layer.codes, layer.scale)
-    ]
-    return sum(int(x.size) * x.element_size() for x in (*model.parameters(), *quantised))
+    quantised = sum(x.nbytes for x in model.sublayers() if isinstance(x, QuantizedWeight | QuantizedEmbedding))
+    return quantised + sum(int(x.size) * x.element_size() for x in model.parameters())
 
 
 def is_quantised(model: nn.Layer) -> bool:
@@ -218,7 +300,8 @@ def is_quantised(model: nn.Layer) -> bool:
 
 
 def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
-    """Swap every linear layer and expert stack of `model` for a quantised one, in place, and say in one line what it saved.
+    """Swap every linear layer and expert stack of `model` for a quantised one, in place, and say in one line what it saved. Where the model has no values
+    yet, they are rounded as they come (`takers`): it is never whole in its own type.
 
     "weight_only_int8", "weight_only_int4" (both with an int8 embedding), or "weight_only_mix": experts int4, other linear layers int8. Raises ValueError for another
     name, for a model that has adapters already (quantise first), and for one that is quantised already.
@@ -237,15 +320,15 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
     with paddle.no_grad():
         for layer in layers:
             for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear) and has_values(child.weight):
+                if isinstance(child, nn.Linear):
                     layer._sub_layers[name] = QuantizedLinear(
                         QuantizedWeight.rounded(child.weight, chosen.linear), child.bias
                     )
                     linears += 1
-            if isinstance(layer, Experts) and has_values(layer.down_proj):
+            if isinstance(layer, Experts):
                 _quantize_experts(layer, chosen.experts)
                 stacks += 2
-        if chosen.embedding and has_values(model.embed_tokens.weight):
+        if chosen.embedding:
             model.embed_tokens = QuantizedEmbedding(model.embed_tokens.weight)
     print(
         f"ernie_tune: {algorithm}: {linears} linear layers int{chosen.linear}, {stacks} expert stacks int{chosen.experts}, "
@@ -254,6 +337,19 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
         flush=True,
     )
     return model
+
+
+def takers(model: nn.Layer) -> dict[str, Taker]:
+    """Canonical name of every parameter that was swapped -> what rounds its matrices when they are read."""
+    out: dict[str, Taker] = {}
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, QuantizedLinear):
+            out[f"{name}.weight"] = layer.quant.take
+        elif isinstance(layer, QuantizedProduct):
+            out[f"{name.removesuffix('_product')}_proj"] = layer.quant.take
+        elif isinstance(layer, QuantizedEmbedding):
+            out[f"{name}.weight"] = layer.take
+    return out
 
 
 def _quantize_experts(experts: Experts, bits: int) -> None:

@@ -83,13 +83,14 @@ class _SetRows(PyLayer):
 
 
 class Prompt(nn.Layer):
-    """Adapter of the embedding: `prompt` [k, D], or with an encoder prompt + MLP(prompt) of an inner width (P-tuning)."""
+    """Adapter of the embedding: `prompt` [k, D], or with an encoder prompt + MLP(prompt) of an inner width (P-tuning). It starts from `embedding`: the
+    table [V, D], or where that has no values, from zeros of its shape."""
 
-    def __init__(self, embedding: Tensor, config: PromptConfig) -> None:
+    def __init__(self, embedding: Any, config: PromptConfig) -> None:
         super().__init__()
         self.count, width, dtype = config.num_virtual_tokens, embedding.shape[1], embedding.dtype
         self.rows: Tensor | None = None
-        if not has_values(embedding):
+        if not isinstance(embedding, Tensor) or not has_values(embedding):
             fresh = np.zeros((self.count, width), np.float32)
         elif config.init_ids:
             fresh = embedding.detach()[list(config.init_ids)].astype("float32").numpy()

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.models.config import ModelConfig
+from ernie_tune.plan.segments import bounds_of
 
 Problem = tuple[str, str]  # (the setting to point at, message)
+_SEGMENTS = "pp_seg_method"
 _TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -27,7 +29,7 @@ _TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
 class Layout:
     """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal to `tensor` is the official layout (parallel.md 2.2),
     1 puts all of them on every rank. `stage`: what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too. `offload`:
-    optimizer states in main memory."""
+    optimizer states in main memory. `segments`: where the pipeline is cut, as the setting pp_seg_method says it."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -38,6 +40,7 @@ class Layout:
     sequence_parallel: bool = False
     stage: int = 0
     offload: bool = False
+    segments: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
@@ -93,6 +96,7 @@ def layout_of(config: RunConfig, world: int | None = None) -> Layout:
         sequence_parallel=p.sequence_parallel,
         stage=0 if p.sharding == "off" else int(p.sharding[5]),
         offload=p.sharding.endswith("offload"),
+        segments=p.pp_seg_method,
     )
     data = 1 if world is None else max(1, world // layout.world)
     return Layout(**{**vars(layout), "data": data})
@@ -178,6 +182,8 @@ def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> I
             f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be cut into ({items}: embedding, "
             f"{model.num_hidden_layers} layers, norm, head); choose at most {items // v} / 流水并行度过大",
         )
+    if p > 1 and layout.segments:
+        yield from _segments(model, layout)
     if v > 1 and p <= 2:
         yield (
             _VIRTUAL,
@@ -188,6 +194,20 @@ def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> I
             "gradient_accumulation_steps",
             f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least twice that with {_VIRTUAL} ({v}); "
             f"set {p if accumulation < p else 2 * p} / 累积步数不合法",
+        )
+
+
+def _segments(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
+    try:
+        bounds = bounds_of(layout.segments, model.num_hidden_layers, layout.pipeline * layout.virtual)
+    except ValueError as error:
+        yield _SEGMENTS, str(error)
+        return
+    if layout.sequence_parallel and bounds[-2] == bounds[-1] - 1:
+        yield (
+            _SEGMENTS,
+            f"{_SEGMENTS} ({','.join(layout.segments)}) must leave norm and head on one stage with sequence_parallel; begin the last part at "
+            f"{bounds[-1] - 2} or before / 序列并行时 norm 与 head 须在同一段",
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ernie_tune.plan.cards import GB, Card
 from ernie_tune.plan.job import Job
 from ernie_tune.plan.layouts import Layout
+from ernie_tune.plan.segments import bounds_of
 from ernie_tune.plan.weights import EXPERT, TENSOR, Held, held
 
 # What the code keeps, in its own constants (a test holds them together): exponentials of scores for the backward of the loss, and attention
@@ -28,7 +29,7 @@ FRAGMENTATION = 0.05
 # Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the share of activations that glibc's heap loses in holes, into
 # which gradients then fit; and the share of the loss's memory that the layers' backward uses again.
 PROCESS_BYTES = 0.37 * GB
-CPU_FRAGMENTATION = 0.28
+CPU_FRAGMENTATION = 0.26
 CPU_REUSE = 0.5
 PICTURE_PATCHES = 1024  # a picture of 448 x 448 pixels
 ITEMS = {
@@ -74,9 +75,11 @@ def memory(job: Job, layout: Layout, card: Card) -> Memory:
 
 
 def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
-    """The decoder layers of each pipeline stage: equal runs, dealt out in turn when a rank holds several."""
+    """The decoder layers of each pipeline stage: equal runs unless the layout says where to cut, dealt out in turn when a rank holds several."""
     chunks = layout.pipeline * layout.virtual
     bounds = [chunk * layers // chunks for chunk in range(chunks + 1)]
+    if layout.segments and layout.pipeline > 1:  # among items, of which the embedding is the first
+        bounds = [min(max(first - 1, 0), layers) for first in bounds_of(layout.segments, layers, chunks)]
     return [
         [i for chunk in range(stage, chunks, layout.pipeline) for i in range(bounds[chunk], bounds[chunk + 1])]
         for stage in range(layout.pipeline)

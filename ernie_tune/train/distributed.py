@@ -29,7 +29,7 @@ from ernie_tune.parallel.expert import ExchangedRows
 from ernie_tune.parallel.mesh import MAX, Mesh
 from ernie_tune.parallel.parallelize import parallelize
 from ernie_tune.parallel.pipeline import Cut, cut_at, cut_balanced
-from ernie_tune.parallel.placement import Placement, part, place, placement_of, shrink_
+from ernie_tune.parallel.placement import Placement, place, placement_of, split_
 from ernie_tune.parallel.selfcheck import check_moved, check_replicas, fingerprints
 from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.peft.model import PeftModel
@@ -46,14 +46,14 @@ class Laid:
     cut: Cut | None = None
 
     @staticmethod
-    def part(parameter: Tensor, whole: np.ndarray) -> np.ndarray:
-        """What this rank keeps of a parameter's whole value."""
+    def part(parameter: Tensor, whole: tuple[int, ...]) -> tuple[Any, ...]:
+        """The index, in a whole value of shape `whole`, of what this rank keeps of a parameter."""
         where = placement_of(parameter)
         if where.axis is None:
-            return whole
-        here = where.indices(whole.shape[where.axis])
+            return ()
+        here = where.indices(whole[where.axis])
         at = slice(here.start, here.stop) if isinstance(here, range) else list(here)
-        return whole[(slice(None),) * where.axis + (at,)]
+        return (*[slice(None)] * where.axis, at)
 
 
 def spread(model: ErnieModel, mesh: Mesh, bounds: Sequence[int] = ()) -> Laid:
@@ -85,7 +85,7 @@ def _split_alternatives(model: PeftModel) -> None:
         for name, value in values.items():
             where = placement_of(current[name]) if name in current else Placement()
             if where.axis is not None and where.handle is not None and placement_of(value) != where:
-                shrink_(value, part(value.detach(), where.axis, where.handle))
+                split_(value, where.axis, where.handle)
                 place(value, where)
 
 
@@ -183,11 +183,6 @@ class DistributedEngine(Engine):
         return total
 
     def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        if work.router is not None and self.runs is not None:
-            raise ValueError(
-                "router losses (router_aux_loss_coef, moe_orthogonal_loss_lambda, router_z_loss_coef) must be 0 with sequence_parallel, where no rank "
-                "sees a whole pack; turn them off, or turn off sequence_parallel"
-            )
         if self.blocks is not None and work.recompute is None:
             raise ValueError(
                 "sharding stage 3 must go with recompute: true, which says when a block's parameters are needed; set it, or use stage 2"

@@ -37,7 +37,7 @@ SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
 OPTIMIZER = "optimizer"
 _VALUE = "/value"  # beside a parameter's moments: its own value, exact whatever form the model files take
 _NAME = re.compile(r"checkpoint-(\d+)")
-_CODES = {paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
+_CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 
 
 class Ranks(Protocol):

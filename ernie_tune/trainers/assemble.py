@@ -5,6 +5,7 @@ Refuses to know: the method's loss, the loop, where results go.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.checkpoint.auto import AutoModel, fill
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
+from ernie_tune.checkpoint.source import OnDisk, Source, Where, fill
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
@@ -29,7 +31,7 @@ from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, Pre
 from ernie_tune.peft.files import read_adapter
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel, get_peft_model
-from ernie_tune.peft.quantize import quantize_base
+from ernie_tune.peft.quantize import quantize_base, takers
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.layouts import check_run
 
@@ -108,7 +110,7 @@ def load_weights(model: ErnieModel, folder: Path) -> None:
         reader = TensorReader(folder)
         table = layout(model.config, detect_flavour(reader.shapes, model.config))
         check_names(table, reader.shapes)
-        fill(model, table, reader)
+        fill(model, OnDisk(table, reader))
         return
     adapter = model.adapters[model.active or ""]
     if isinstance(adapter.config, PromptConfig) and adapter.config.encoder_width:
@@ -227,19 +229,47 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
 
 def load_model(config: RunConfig) -> AutoModel:
     """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the CPU, and a line says so."""
-    name, c = config.model.model_name_or_path, config.compute
-    if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
-        model = AutoModel.from_config(name, seed=config.train.seed)
-        print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
-    else:
-        model = AutoModel.from_pretrained(name)
-    if c.bf16 and model.compute_dtype == "float32":
-        print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
+    model, source = _named_model(config, empty=False)
+    fill(model, source)
     return model
 
 
-def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sample] = ()) -> ErnieModel:
-    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity."""
+def unread_model(config: RunConfig) -> tuple[ErnieModel, Source | None]:
+    """`load_model` for a rank that keeps a part: a model without values, and what they are read from once it lies over the ranks. Expert affinity is
+    measured on a whole model, which is loaded then, and there is nothing to read."""
+    if config.model.fine_tuning == "LoRA" and config.lora.lora_expert_affinity > 0:
+        return load_model(config), None
+    return _named_model(config, empty=True)
+
+
+def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
+    name, c = config.model.model_name_or_path, config.compute
+    dtype = "float64" if c.float64 else None
+    model: AutoModel
+    source: Source
+    if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
+        model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
+        print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
+    else:
+        model, source = AutoModel.unread(name, dtype, empty=empty)
+    if c.bf16 and model.compute_dtype == "float32":
+        print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
+    return model, source
+
+
+def read_parts(model: ErnieModel, source: Source, where: Where) -> None:
+    """Give a model that lies over ranks its values: `where` says which part of each is here. ValueError as `fill`."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        fill(model, source, where=where, takers=takers(model))
+    if isinstance(model, PeftModel):
+        model.settle()
+
+
+def apply_method(
+    config: RunConfig, model: ErnieModel, calibration: Sequence[Sample] = (), source: Source | None = None
+) -> ErnieModel:
+    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity. `source`: of a model
+    without values yet."""
     f, m = config.freeze, config.model
     if config.compute.weight_quantize_algo != "none":
         quantize_base(model, config.compute.weight_quantize_algo)
@@ -248,6 +278,8 @@ def apply_method(config: RunConfig, model: ErnieModel, calibration: Sequence[Sam
             return PeftModel.from_pretrained(model, config.lora.lora_path)
         return get_peft_model(model, lora_config(config, model, calibration))
     if m.fine_tuning in ADDED:
+        if source is not None and m.fine_tuning in ("Prompt", "PTuning"):  # which start from rows of the table
+            fill(model, source, stages=("embed_tokens",), takers=takers(model))
         return get_peft_model(model, added_config(config))
     spec = FreezeSpec(f.trainable_layers, f.frozen_layers, f.freeze_config)
     if f.freeze_spec:

@@ -79,7 +79,7 @@ class Trainer:
         assemble.refuse_unbuilt(self.args)
         assemble.check_layout(self.args, model)
         self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
-        plain = assemble.load_model(self.args) if model is None else model
+        plain = self.place.load(self.args) if model is None else model
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
@@ -88,9 +88,9 @@ class Trainer:
         self.processor = processor or assemble.load_processor(self.args, name)
         self.encoder = self._encoder()
         self._open_data(train_dataset, eval_dataset)
-        self.model = (
-            plain if isinstance(plain, PeftModel) else assemble.apply_method(self.args, plain, self._calibration())
-        )
+        self.model = plain
+        if not isinstance(plain, PeftModel):
+            self.model = assemble.apply_method(self.args, plain, self._calibration(), self.place.source)
         # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.base_model = self.described.model.model_name_or_path or "fresh weights"
@@ -485,7 +485,7 @@ class Trainer:
             total * batch,
             self._trainable,
         )
-        lines = [f"layout: {self.place.mesh.describe()}"] if self.place.several else []
+        lines = [f"layout: {self.place.describe()}"] if self.place.several else []
         for line in [*lines, *self._table, *header_lines(facts)]:
             say(line)
 
@@ -549,6 +549,7 @@ class Trainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
+        self._lay()
         self._save_weights(Path(folder))
         if self.place.is_writer:
             self.processor.save_pretrained(folder)

@@ -16,18 +16,23 @@ import numpy as np
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import Region
+from ernie_tune.checkpoint.source import Source
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, cast
-from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.config.arguments import ParallelArguments, RunConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.parallel.gather import Gathered
 from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.parallel.parallelize import equalise
+from ernie_tune.parallel.pipeline import Cut as Segments
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.train.distributed import DistributedEngine
+from ernie_tune.plan.segments import bounds_of
+from ernie_tune.train.distributed import DistributedEngine, Laid, spread
 from ernie_tune.train.engine import Engine
 from ernie_tune.train.state import Cut
+from ernie_tune.trainers import assemble
 
 # Between two marks lie at most a step, a save, or one measurement of all held-out rows.
 LIMITS = Limits(stuck=7200.0)
@@ -63,7 +68,7 @@ class Place:
 
     def __init__(self, parallel: ParallelArguments, accumulation: int = 1) -> None:
         world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-        self.accumulation = accumulation
+        self.accumulation, self.segments = accumulation, parallel.pp_seg_method
         degrees = degrees_of(parallel, world)
         self.watch = _watch(world)
         self.mesh = init_mesh(degrees, accumulation=accumulation) if world > 1 else Mesh(degrees)
@@ -71,6 +76,8 @@ class Place:
         self._whole_shapes: dict[str, tuple[int, ...]] = {}
         self._adapter: dict[str, tuple[str, int | None]] = {}
         self._laid: Any = None
+        self._cut: Segments | None = None  # of a pipeline
+        self.source: Source | None = None  # what a model without values is read from
 
     @property
     def several(self) -> bool:
@@ -85,6 +92,12 @@ class Place:
     def batch(self) -> tuple[int, int]:
         """(rank, size) among the processes that read different rows."""
         return self.mesh.batch
+
+    def describe(self) -> str:
+        """One line: the degrees above 1, and where the pipeline is cut."""
+        cut = self._cut
+        stages = [] if cut is None else [f"stages begin at {list(cut.bounds[:-1])} of {len(cut.items)} items"]
+        return ", ".join([self.mesh.describe(), *stages])
 
     # --- the ranks as checkpoints see them ---------------------------------------------------------------------------
 
@@ -102,16 +115,42 @@ class Place:
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
+    def load(self, config: RunConfig) -> ErnieModel:
+        """The model that the settings name; one of several processes gets it without values, and reads its part when it is laid."""
+        if not self.several:
+            return assemble.load_model(config)
+        model, self.source = assemble.unread_model(config)
+        return model
+
     def lay(self, model: ErnieModel) -> None:
-        """Put `model`, with its adapters, on the mesh, once."""
-        if not self.several or self._laid is model:
+        """Put `model`, with its adapters, on the mesh, once, and read its values if that is still to be done. ValueError for values that cannot be used."""
+        if self._laid is model or not self.several:
             return
         self._whole_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if isinstance(model, PeftModel):
             names = {id(p): name for name, p in model.named_parameters()}
             self._adapter = {key: (names[id(p)], row) for key, p, row in model.adapter_entries()}
-        self.engine = DistributedEngine.lay(model, self.mesh, accumulation=self.accumulation)
+        d = self.mesh.degrees
+        bounds = bounds_of(self.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
+        laid = spread(model, self.mesh, bounds)
+        source, self.source, self._cut = self.source, None, laid.cut
+        if source is not None:
+            self._together(lambda: assemble.read_parts(model, source, Laid.part))
+            if isinstance(model, PeftModel):  # DoRA's magnitudes are computed; all else is read alike
+                for layer in (layer for adapter in model.adapters.values() for layer in adapter.places.values()):
+                    equalise(layer, self.mesh)
+        self.engine = DistributedEngine.over(model, self.mesh, laid, accumulation=self.accumulation)
         self._laid = model
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """`action` on all ranks. Where it raises ValueError on some, all raise the first one's, so that none waits for them."""
+        said = ""
+        try:
+            action()
+        except ValueError as error:
+            said = str(error)
+        if wrong := [text for text in self.gather(said) if text]:
+            raise ValueError(wrong[0])
 
     def asked(self, model: ErnieModel) -> Any:
         """What evaluation and generation call: the model, or its stages together."""

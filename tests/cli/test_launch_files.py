@@ -81,7 +81,7 @@ def test_one_machine(place: Path) -> None:
     done = start("local.sh", place, "run.yaml", "max_steps=3", NNODES="4", ERNIEKIT_DIST_LOG="logs")
     assert done.returncode == 0, done.stderr
     words, environ = launched(place)
-    assert words[:3] == ["-u", "-m", "paddle.distributed.launch"]
+    assert words[:5] == ["-u", "-W", "ignore:No ccache found", "-m", "paddle.distributed.launch"]
     assert option(words, "--gpus") == "0,1"
     assert option(words, "--log_dir") == "logs"
     assert "--nnodes" not in words, "local means this machine"
@@ -199,3 +199,33 @@ def test_the_table_is_what_the_code_prints(capsys: pytest.CaptureFixture[str]) -
 def test_every_file_is_explained() -> None:
     text = (LAUNCH / "README.md").read_text()
     assert [f.name for f in LAUNCH.iterdir() if f.name != "README.md" and f.name not in text] == []
+
+
+def test_processes_on_a_cpu_for_real(tmp_path: Path) -> None:
+    """As a user does it on examples/digits: what is shown, what is left, and the same command again."""
+    import sys
+
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PADDLE_", "ERNIEKIT_"))}
+    small = [
+        "per_device_train_batch_size=4",
+        "eval_strategy=no",
+        "eval_dataset_path=",
+        "save_steps=1",
+        "logging_steps=1",
+    ]
+    words = ["examples/digits/sft.yaml", f"output_dir={tmp_path}/run", "tensor_model_parallel_size=2", *small]
+
+    def run(steps: int) -> list[str]:
+        command = ["bash", str(LAUNCH / "cpu.sh"), "2", *words, f"max_steps={steps}"]
+        environ = {**kept, "PYTHON": sys.executable, "ERNIEKIT_DIST_LOG": str(tmp_path / "log")}
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for noise in ("LAUNCH INFO", "ccache", "topology.py", "is not in group"):
+            assert noise not in done.stdout + done.stderr
+        return re.findall(r"loss: .* global_step: (\d+)", done.stdout)
+
+    assert run(2) == ["1", "2"]
+    assert run(3) == ["3"], "it goes on, and shows no line of the first run again"
+    assert {"model.safetensors", "config.json", "checkpoint-3"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert (tmp_path / "log" / "workerlog.1").read_text().count("Traceback") == 0

@@ -62,9 +62,11 @@ def test_demo_is_the_digits_run(
 ) -> None:
     seen: list[SFTTrainer] = []
     monkeypatch.setattr(SFTTrainer, "train", lambda self, dry_run: seen.append(self))
-    monkeypatch.chdir(Path(__file__).parents[2])
-    assert main(["demo", "max_steps=2", f"output_dir={tmp_path}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "max_steps=2", "output_dir=here"]) == 0
     assert (seen[0].train_rows, len(seen[0].eval_rows), seen[0].args.train.max_steps) == (1500, 297, 2)
-    monkeypatch.setattr(verb, "DIGITS", tmp_path / "sft.yaml")
+    monkeypatch.setattr(verb, "DIGITS", (tmp_path / "a", verb.DIGITS[0]))
+    assert main(["demo"]) == 0
+    monkeypatch.setattr(verb, "DIGITS", (tmp_path / "a", tmp_path / "b"))
     assert main(["demo"]) == 2
-    assert "demo needs examples/digits of the source tree, not found at" in capsys.readouterr().err
+    assert f"demo needs examples/digits, found neither at {tmp_path / 'a'} nor at" in capsys.readouterr().err

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from ernie_tune.config import cpu
-from ernie_tune.config.cpu import available_cores, plan_cpu, prepare_cpu, read_cpuinfo, workers_here
+from ernie_tune.config.cpu import (
+    available_cores,
+    plan_cpu,
+    prepare_cpu,
+    read_cpuinfo,
+    while_paddle_loads,
+    workers_here,
+)
 
 AVX512 = "fpu sse4_2 avx avx2 avx512f avx512dq avx512cd avx512bw avx512vl"
 ZEN4 = f"processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9004\nflags\t\t: {AVX512}\nbugs\t\t: none\n"
@@ -92,3 +101,23 @@ def test_prepare_sets_unless_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_cpuinfo(tmp_path: Path) -> None:
     assert read_cpuinfo(tmp_path / "absent") == ""
+
+
+def test_only_known_remarks_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    def load() -> None:
+        with while_paddle_loads():
+            print("WARNING: OMP_NUM_THREADS set to 2, not 1. The computation speed", file=sys.stderr)
+            print("PLEASE USE OMP_NUM_THREADS WISELY.", file=sys.stderr)
+            print("WARNING: something else", file=sys.stderr)
+            warnings.warn("No ccache found. Please be aware", stacklevel=1)
+            raise KeyError("loading failed")
+
+    with pytest.raises(KeyError, match="loading failed"):
+        load()
+    assert capsys.readouterr().err == "WARNING: something else\n"
+
+
+def test_loading_paddle_says_nothing() -> None:
+    code = "from ernie_tune import AutoModel"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 from weights import case_rows, normal
 
 from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.moe import MoELayer, RouterTap, grouped_matmul, route, update_correction_bias
 from ernie_tune.models.presets import preset
-from ernie_tune.models.router_losses import RouterLossWeights, balance_loss, orthogonal_loss, router_loss, z_loss
+from ernie_tune.models.router_losses import RouterLossWeights, balance_loss, orthogonal_loss, router_loss, tally, z_loss
 
 
 def logits_as_input(values: list[float]) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -148,6 +149,23 @@ def test_weights_per_modality() -> None:
     assert router_loss(logits, w, 4, weights, 0).item() == pytest.approx(np.log(4) ** 2, rel=1e-6)
     assert router_loss(logits, w, 4, weights, 1).item() == pytest.approx(8.0)
     assert router_loss(logits, w, 4, RouterLossWeights(), 0) is None
+
+
+def test_shares_of_a_pack_add_up_to_its_loss() -> None:
+    """Tokens dealt out unevenly over two ranks: losses and gradients add up to those of the pack."""
+    logits = paddle.to_tensor(normal("logits", (13, 6)), stop_gradient=False)
+    weight = paddle.to_tensor(normal("router", (9, 6)), stop_gradient=False)
+    weights = RouterLossWeights(balance=0.7, orthogonal=0.3, z=0.2)
+    loss = router_loss(logits, weight, 2, weights, 0)
+    wanted = [g.numpy() for g in paddle.grad(loss, [logits, weight])]
+    parts = [logits[:8], logits[8:]]
+    whole = sum(tally(F.softmax(part, axis=-1), 2) for part in parts)
+    shares = [router_loss(part, weight, 2, weights, 0, whole) for part in parts]
+    assert sum(shares).item() == pytest.approx(loss.item(), rel=1e-12)
+    for got, want in zip(paddle.grad(sum(shares), [logits, weight]), wanted, strict=True):
+        np.testing.assert_allclose(got.numpy(), want, atol=1e-14)
+    alone = sum(router_loss(part, weight, 2, weights, 0) for part in parts)  # what ranks that do not ask each other get
+    assert abs(alone.item() - loss.item()) > 1e-2
 
 
 def test_router_losses_enter_the_gradient_and_only_the_gradient(golden_model, golden) -> None:

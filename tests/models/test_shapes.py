@@ -68,6 +68,8 @@ def test_presets_by_any_spelling() -> None:
     assert preset("tiny_A") is PRESETS["tiny-a"]
     with pytest.raises(ValueError, match=r"did you mean 'ernie-4\.5-vl-28b-a3b'"):
         preset("ernie-4.5-vl-28b-a3")
+    with pytest.raises(ValueError, match=r"did you mean 'ernie-4\.5-vl-424b-a47b'"):
+        preset("424B")
     with pytest.raises(ValueError, match="choose one of them"):
         preset("qqqq")
 

@@ -49,10 +49,11 @@ class Job:
     images: tuple[int, ...] = (0, 3)
     recompute: bool = False
     bias_update: float = 0.0
-    balance: float = 0.0
+    balance: float | tuple[float, ...] = 0.0  # alone, or with the orthogonal and the z loss
     optimizer: str = "adamw"
     micro_batches: int = 4
     steps: int = 5
+    dtype: str = "float32"
     lazy: bool = False  # under a layout: no process ever holds the whole model
 
     @property
@@ -72,13 +73,13 @@ def config_of(name: str) -> ModelConfig:
 
 def build_model(job: Job) -> Any:
     """The model with values drawn by name, and what the job trains."""
-    model = AutoModel.from_config(config_of(job.model), seed=3)
+    model = AutoModel.from_config(config_of(job.model), seed=3, dtype=job.dtype)
     if job.lazy:
         return model
     with paddle.no_grad():
         for name, value in model.named_parameters():
             if "e_score" in name:
-                value.set_value(paddle.to_tensor(draw(name, value.shape, 0.01)))
+                value.set_value(paddle.to_tensor(draw(name, value.shape, 0.01), dtype=value.dtype))
                 value.stop_gradient = True
     kind, _, option = job.train.partition(":")
     if kind == "full":
@@ -103,7 +104,7 @@ def build_model(job: Job) -> Any:
     tuned = PeftModel(model, configs[kind])
     for name, value in tuned.named_parameters():
         if not value.stop_gradient and not np.abs(value.numpy()).max() > 0:  # B factors, which are zero at the start
-            value.set_value(paddle.to_tensor(draw(name, value.shape, 0.05)))
+            value.set_value(paddle.to_tensor(draw(name, value.shape, 0.05), dtype=value.dtype))
     return tuned
 
 
@@ -191,7 +192,7 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
     optimizer = make([p for _, p in named]) if mesh is None else engine.optimizer(make)
     settings = LoopSettings(
         max_grad_norm=MAX_NORM,
-        router=RouterLossWeights(job.balance) if job.balance else None,
+        router=RouterLossWeights(*np.atleast_1d(job.balance).tolist()) if job.balance else None,
         bias_update=job.bias_update,
         recompute=_recompute(job.train != "full" and not job.train.startswith("frozen")) if job.recompute else None,
     )

@@ -1,11 +1,13 @@
-"""The whole matrix of layouts against one process: `python tests/parallel/matrix.py [WORD ...]` prints a table (rows whose name holds a word).
+"""The whole matrix of layouts against one process: `python tests/parallel/matrix.py [WORD ...]` prints a table (of what holds one of the words;
+a number stands for the layouts of so many processes).
 
-Every row: losses, norms, gradients, parameters after five AdamW steps with clipping, then scores and answers, on all ranks. One launch for each number of
-processes. It takes some ten minutes on two cores; the exit status is 1 where a row is not within 1e-5.
+Each cell is the largest difference, over all ranks, of losses, norms, gradients, parameters after five AdamW steps with clipping, then scores and answers.
+One launch for each number of processes. It takes some ten minutes on two cores; the exit status is 1 where a cell is not within 1e-5.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -98,25 +100,41 @@ def rows() -> list[dict[str, Any]]:
     return out
 
 
+def tables(found: dict[tuple[str, str], str]) -> list[str]:
+    """The largest difference of any kind: layouts down, jobs across; the further methods the other way round."""
+    lines = []
+    for corner, down, across, turned in (
+        ("layout", list(LAYOUTS), list(JOBS), False),
+        ("method", list(METHODS), list(METHOD_LAYOUTS), True),
+    ):
+        cells = {row: [found.get((c, row) if turned else (row, c), "") for c in across] for row in down}
+        if any(any(row) for row in cells.values()):
+            lines += ["", f"| {corner} | {' | '.join(across)} |", f"|---{'|---' * len(across)}|"]
+            lines += [
+                f"| {row} | {' | '.join(cell or '-' for cell in values)} |"
+                for row, values in cells.items()
+                if any(values)
+            ]
+    return lines
+
+
 def main() -> int:
     words = sys.argv[1:]
-    chosen = [r for r in rows() if not words or any(w in r["name"] for w in words)]
-    failed = 0
-    print("| layout | job | loss | norm | gradients | parameters | scores |\n|---|---|---|---|---|---|---|")
+    chosen = [r for r in rows() if not words or any(w in r["name"] or w == str(world(r["degrees"])) for w in words)]
+    failed, found = 0, {}
     for processes in sorted({world(r["degrees"]) for r in chosen}):
         mine = [r for r in chosen if world(r["degrees"]) == processes]
         folder = Path(tempfile.mkdtemp(prefix="matrix-"))
         for result in parity(folder, processes, mine, timeout_s=60 + 25 * len(mine)):
-            if "worst" not in result:
-                failed += 1
-                print(f"| {result['name']} | failed: {result['error'][:300]!r} |", flush=True)
-                continue
-            w = {kind: value for kind, (value, _) in result["worst"].items()}
             good = largest(result) < TOLERANCE
             failed += not good
-            cells = [f"{w[k]:.0e}" for k in ("losses", "norms", "gradients", "parameters", "scores")]
-            print(f"| {result['name']} | {' | '.join(cells)} |{'' if good else ' NOT EQUAL'}", flush=True)
-    print(f"\n{len(chosen) - failed} of {len(chosen)} rows within {TOLERANCE:g}")
+            layout, _, job = result["name"].partition(" | ")
+            found[layout, job] = f"{largest(result):.0e}" if good else f"**{largest(result):.0e}**"
+            if not good:
+                print(f"{result['name']}: {result.get('worst') or result['error'][:2000]}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+    print("\n".join(tables(found)))
+    print(f"\n{len(chosen) - failed} of {len(chosen)} within {TOLERANCE:g}")
     return int(failed > 0)
 
 

@@ -13,7 +13,7 @@ from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphSh
 
 from ernie_tune.models.ernie import PLAN
 from ernie_tune.objectives import logprobs
-from ernie_tune.parallel import expert, gradients, parallelize, sharding, tensor
+from ernie_tune.parallel import expert, gradients, parallelize, pipeline, sharding, tensor
 from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.engine import Engine
@@ -46,6 +46,16 @@ def _drifted(model: Any, mesh: Any) -> None:
     with paddle.no_grad():
         value = dict(model.named_parameters())["norm.weight"]
         value.set_value(value + 1e-4 * mesh.rank)
+
+
+def _partial_sends(*settings: Any) -> Any:
+    """Fleet's own setting: each tensor rank sends its share of the boundary, and the receivers join the shares."""
+    strategy = right_strategy(*settings)
+    strategy.pipeline_configs = {**strategy.pipeline_configs, "enable_partial_send_recv": True}
+    return strategy
+
+
+right_strategy = pipeline._engine_strategy
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,11 @@ MUTANTS: dict[str, Mutant] = {
         _DP,
         {"bias_update": 0.02},
     ),
+    "routers know only the tokens of their rank": Mutant(
+        lambda: mock.patch.object(tensor.SummedTallies, "forward", lambda self, x: x),
+        _SP,
+        {"balance": [0.05, 0.02, 0.01], "optimizer": "sgd"},
+    ),
     "the hidden states' gradient is that of a slice of the vocabulary": Mutant(
         lambda: mock.patch.object(logprobs._Slice, "whole", lambda self, x: x), _TP
     ),
@@ -140,6 +155,13 @@ MUTANTS: dict[str, Mutant] = {
     ),
 }
 
+# Of layouts of four processes.
+FOURS: dict[str, Mutant] = {
+    "boundaries between stages are taken for equal on the tensor ranks": Mutant(  # trap r
+        lambda: mock.patch.object(pipeline, "_engine_strategy", _partial_sends), {**_SP, "pipe": 2}
+    ),
+}
+
 # Mistakes that end in ranks waiting for each other, or taking one message for another.
 FATAL: dict[str, Mutant] = {
     "a rank whose rows need no gradient skips the exchange": Mutant(  # trap u
@@ -156,5 +178,5 @@ def applied(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    with {**MUTANTS, **FATAL}[name].patch():
+    with {**MUTANTS, **FOURS, **FATAL}[name].patch():
         yield

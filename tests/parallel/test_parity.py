@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from launching import largest, parity
-from mutants import FATAL, MUTANTS
+from mutants import FATAL, FOURS, MUTANTS, Mutant
 
 TOLERANCE = 1e-5
 TP, SP, EP = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"data": 2, "expert": 2}
@@ -37,7 +37,7 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sharding 2", {**SHARDED, "sharding_stage": 2}, {}),
     ("sharding 3 EP2 LoRA", {**SHARDED, "sharding_stage": 3, "expert": 2}, {"train": "lora", "recompute": True}),
 ]
-FOURS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+QUADS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("TP2+SP EP4 sharding 1", {**SP, "sharding": 2, "sharding_stage": 1, "expert": 4}, {}),
     ("TP2 sharding 1 LoRA", {"tensor": 2, "sharding": 2, "sharding_stage": 1}, {"train": "lora"}),
     ("EP2 sharding 4", {"sharding": 4, "sharding_stage": 1, "expert": 2}, {"model": "c"}),
@@ -56,20 +56,21 @@ def cases(rows: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[dict[s
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every layout's result; the layouts of one number of processes share a start."""
-    results = parity(tmp_path_factory.mktemp("two"), 2, cases(PAIRS))
-    results += parity(tmp_path_factory.mktemp("four"), 4, cases(FOURS))
+    """Every case's result; those of one number of processes share a start."""
+    told = [{**case, "name": f"{case['name']}, told"} for case in mutant_cases(MUTANTS, self_check=True)]
+    results = parity(tmp_path_factory.mktemp("two"), 2, cases(PAIRS) + mutant_cases(MUTANTS) + told, timeout_s=400)
+    results += parity(tmp_path_factory.mktemp("four"), 4, cases(QUADS) + mutant_cases(FOURS))
     return {r["name"]: r for r in results}
 
 
-@pytest.mark.parametrize("name", [row[0] for row in PAIRS + FOURS])
+@pytest.mark.parametrize("name", [row[0] for row in PAIRS + QUADS])
 def test_a_layout_equals_one_process(name: str, found: dict[str, dict[str, Any]]) -> None:
     result = found[name]
     assert "worst" in result, result
     assert largest(result) < TOLERANCE, result["worst"]
 
 
-def mutant_cases(self_check: bool) -> list[dict[str, Any]]:
+def mutant_cases(mutants: dict[str, Mutant], self_check: bool = False) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
@@ -79,35 +80,26 @@ def mutant_cases(self_check: bool) -> list[dict[str, Any]]:
             "self_check": self_check,
             "all_raise": bool(m.raises) or self_check,
         }
-        for name, m in MUTANTS.items()
+        for name, m in mutants.items()
         if not self_check or m.told
     ]
 
 
-@pytest.fixture(scope="module")
-def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return {r["name"]: r for r in parity(tmp_path_factory.mktemp("mutants"), 2, mutant_cases(self_check=False))}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mistake_shows(name: str, mistaken: dict[str, dict[str, Any]]) -> None:
-    result = mistaken[name]
-    if MUTANTS[name].raises:
-        assert MUTANTS[name].raises in result["error"]
+@pytest.mark.parametrize("name", [*MUTANTS, *FOURS])
+def test_a_mistake_shows(name: str, found: dict[str, dict[str, Any]]) -> None:
+    result, raises = found[name], {**MUTANTS, **FOURS}[name].raises
+    if raises:
+        assert raises in result["error"]
     else:
         assert "worst" in result, result
         assert largest(result) > 3 * TOLERANCE, result["worst"]
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return {r["name"]: r for r in parity(tmp_path_factory.mktemp("told"), 2, mutant_cases(self_check=True))}
-
-
 @pytest.mark.parametrize("name", [name for name, m in MUTANTS.items() if m.told])
-def test_the_first_step_tells_of_a_wrong_layout(name: str, told: dict[str, dict[str, Any]]) -> None:
-    assert MUTANTS[name].told in told[name]["error"]
-    assert told[name]["error"].startswith("RuntimeError: parameter ")
+def test_the_first_step_tells_of_a_wrong_layout(name: str, found: dict[str, dict[str, Any]]) -> None:
+    error = found[f"{name}, told"]["error"]
+    assert MUTANTS[name].told in error
+    assert error.startswith("RuntimeError: parameter ")
 
 
 @pytest.mark.parametrize("name", FATAL)

@@ -281,4 +281,4 @@ def test_without_the_extra_the_verb_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(folders["base"])]) == 1
-    assert "pip install ernie_tune[serve]" in capsys.readouterr().err
+    assert "pip install fastapi uvicorn" in capsys.readouterr().err

@@ -12,9 +12,7 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
-from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.parallel.collectives import TokenRuns
-from ernie_tune.parallel.mesh import Group, Mesh
+from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.engine import Work
 from ernie_tune.train.loop import Loop, LoopSettings
@@ -57,14 +55,6 @@ def test_a_mesh_of_one_process_changes_no_bit() -> None:
 
 def engine_of_one() -> DistributedEngine:
     return DistributedEngine.lay(ErnieModel(preset("tiny-a")), Mesh())
-
-
-def test_router_losses_are_refused_where_no_rank_sees_a_whole_pack() -> None:
-    engine = engine_of_one()
-    engine.runs = TokenRuns(Group("tensor"))
-    work = Work(engine.model, SFTObjective(), 1.0, router=RouterLossWeights(balance=0.01))
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef.*must be 0 with sequence_parallel"):
-        engine.forward_backward(work, windows(1)[0])
 
 
 def test_stage_3_needs_recompute(monkeypatch: pytest.MonkeyPatch) -> None:

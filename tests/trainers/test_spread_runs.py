@@ -125,7 +125,10 @@ def test_a_run_under_a_layout_is_the_run_on_one_process(name: str, folder: Path,
 
 
 def test_adapters_under_a_pipeline_are_those_of_one_process(folder: Path) -> None:
-    assert_same(train(folder, "lora_pp", *LORA, *LAYOUTS["PP2"]), train(folder, "lora_alone", *LORA))
+    run = train(folder, "lora_pp", *LORA, *LAYOUTS["PP2"], "pp_seg_method=[1, 2]")
+    assert_same(run, train(folder, "lora_alone", *LORA))
+    said = "".join(log.read_text(encoding="utf-8") for log in (run / "log").rglob("workerlog.0"))
+    assert "stages begin at [0, 2] of 6 items" in said
 
 
 def half(folder: Path, source: Path, name: str) -> None:
