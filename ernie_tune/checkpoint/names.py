@@ -116,7 +116,7 @@ UNUSED = re.compile(r"\.mtp_|\.expert_usage$|\.inv_freq$")
 # names that exist only in the memory of a running transformers model
 _LIVE = re.compile(r"language_model\.|vision_tower\.|\.(text|vision)_moe\.|\.experts\.(gate_up_proj|down_proj)$")
 _SHOWN = 10
-_TILE = 128
+_TILE = (256, 512)  # elements that are turned at once
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,23 @@ class Link:
 
 
 def _assign(target: Array, block: Array, transpose: bool) -> None:
-    """target[...] = block; where one of them is a transposed view in tiles, which numpy copies several times faster."""
+    """target[...] = block; where one of them is a transposed view by way of tiles, which is several times faster.
+
+    A tile is copied to where its rows are no power of two apart: else they take each other's place in the cache while columns are read.
+    """
     if not transpose or target.ndim != 2:
         target[...] = block
         return
-    rows, columns = target.shape
-    for i in range(0, rows, _TILE):
-        for j in range(0, columns, _TILE):
-            target[i : i + _TILE, j : j + _TILE] = block[i : i + _TILE, j : j + _TILE]
+    if block.strides[0] < block.strides[1]:
+        target, block = target.T, block.T  # rows as they lie in memory
+    rows, columns = _TILE
+    scratch = np.empty((rows, columns + 32), block.dtype)
+    for i in range(0, block.shape[0], rows):
+        for j in range(0, block.shape[1], columns):
+            tile = block[i : i + rows, j : j + columns]
+            near = scratch[: tile.shape[0], : tile.shape[1]]
+            near[...] = tile
+            target[i : i + rows, j : j + columns] = near
 
 
 @dataclass(frozen=True)
@@ -180,10 +189,15 @@ class Layout:
         assert out is not None, name
         return out
 
-    def to_disk(self, name: str, read: Callable[[str, int | None], Array]) -> Array:
+    def to_disk(
+        self,
+        name: str,
+        read: Callable[[str, int | None], Array],
+        empty: Callable[[tuple[int, ...], Any], Array] = np.empty,
+    ) -> Array:
         """One disk tensor, C-contiguous; `read(canonical name, expert)` gives a whole parameter, or one expert's matrix of a stacked one.
 
-        May be what was read, where nothing is to be done.
+        May be what was read, where nothing is to be done; else it lies in what `empty(shape, dtype)` gives.
         """
         out: Array | None = None
         links = self.links_from[name]
@@ -192,7 +206,7 @@ class Layout:
             if len(links) == 1 and not link.transpose and block.flags.c_contiguous:
                 return block
             if out is None:
-                out = np.empty(self.disk[name].shape, block.dtype)
+                out = empty(self.disk[name].shape, block.dtype)
             _assign(link.of_disk(out), block, link.transpose)
         assert out is not None, name
         return out

@@ -216,16 +216,33 @@ def _entry(file: Path, item: Mapping[str, Any], base: int) -> Entry:
 # --- element types -------------------------------------------------------------------------------------------------
 
 
+_PIECE = 128 * 1024  # elements worked on at once: they stay in the processor's cache
+
+
 def widen_bfloat16(bits: Array) -> Array:
     """Raw bits (uint16) -> float32, exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def narrow_bfloat16(values: Array) -> Array:
     """float32 -> raw bits (uint16), rounded to nearest, ties to even; a NaN stays a NaN."""
-    bits = values.view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded).astype(np.uint16)
+    out = np.empty(values.shape, np.uint16)
+    flat, target = np.ascontiguousarray(values).reshape(-1), out.reshape(-1)
+    for a in range(0, flat.size, _PIECE):
+        piece = flat[a : a + _PIECE]
+        bits = piece.view(np.uint32)
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        nan = np.isnan(piece)
+        if nan.any():  # a carry would make it a number
+            rounded[nan] = (bits[nan] >> 16) | 0x0040
+        target[a : a + _PIECE] = rounded
+    return out
 
 
 def cast(array: Array, source: str, target: str) -> Array:
@@ -242,13 +259,20 @@ def cast(array: Array, source: str, target: str) -> Array:
     return narrow_bfloat16(wide) if target == "BF16" else wide.astype(NUMPY_TYPES[target], copy=False)
 
 
-_PIECE = 128 * 1024  # elements
-
-
 def all_finite(array: Array, dtype: str) -> bool:
     """No NaN and no infinity; integers always pass."""
-    if dtype == "BF16":  # in pieces that stay in the cache: the whole array at once is several times slower
-        flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel(order="K")
-        pieces = (flat[a : a + _PIECE] for a in range(0, flat.size, _PIECE))
-        return all(int((piece & 0x7FFF).max()) < 0x7F80 for piece in pieces)
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if dtype != "BF16":
+        return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if not array.size:
+        return True
+    if array.ndim > 1 and array.strides[0] < array.strides[-1]:
+        array = array.T  # rows as they lie in memory
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+    step = max(1, _PIECE // max(1, math.prod(array.shape[1:])))
+    for a in range(0, len(array), step):  # pieces that stay in the cache between the two looks
+        piece = array[a : a + step]
+        # exponents of ones lie at the upper end of the positive numbers, and of the negative ones, whose sign bit is set
+        if int(piece.view(np.int16).max()) >= 0x7F80 or int(piece.max()) >= 0xFF80:
+            return False
+    return True

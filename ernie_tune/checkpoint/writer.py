@@ -1,4 +1,6 @@
-"""Write safetensors folders: sharded, one tensor in memory at a time, and complete or not there at all.
+"""Write safetensors folders: sharded, tensor by tensor, and complete or not there at all.
+
+While one tensor goes to the disk the next is made: two are in memory, never more.
 
 Everything is written into `<folder>.tmp` first. A new folder then appears by one rename; into an existing one the files move with the index (or
 the single file) last, after the old index is gone, so that a reader never takes a mixture of two saves for a checkpoint.
@@ -12,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -22,6 +25,7 @@ from ernie_tune.checkpoint.tensors import INDEX_NAME, NUMPY_TYPES, SINGLE_NAME
 Array = np.ndarray[Any, Any]
 Entries = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, safetensors code
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_PIECE_BYTES = 1 << 18
 
 
 def write_folder(
@@ -35,7 +39,8 @@ def write_folder(
 ) -> list[Path]:
     """Write weights (and text `files` such as config.json) to `folder`; returns the paths written, weights first.
 
-    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits). One file if everything fits into
+    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits); it is done with when `produce` is called the time after
+    the next. One file if everything fits into
     `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and the index. Other files in `folder` stay; older weights are replaced.
     Raises ValueError for a bad shard size, a folder that is a file, a foreign `<folder>.tmp`, and an array that is not what its entry says.
     """
@@ -99,6 +104,22 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
 
 
+class TwoBuffers:
+    """Memory for arrays that `write_folder` asks for, used again: fresh pages for every tensor cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array that is one's own until the call after the next: by then the tensor before the last one is on its way to the disk."""
+        kind, count = np.dtype(dtype), math.prod(shape)
+        self._held.reverse()
+        if self._held[0].size < count * kind.itemsize:
+            self._held[0] = np.empty(0, np.uint8)  # gone before the larger one comes
+            self._held[0] = np.empty(count * kind.itemsize, np.uint8)
+        return self._held[0][: count * kind.itemsize].view(kind).reshape(shape)
+
+
 class Digest(Protocol):
     """A running hash, as hashlib makes them."""
 
@@ -135,20 +156,33 @@ def write_file(
     with file.open("wb") as stream:
         sink = stream if digest is None else _HashedStream(stream, digest)
         sink.write(len(head).to_bytes(8, "little") + head)
-        for name, (shape, dtype) in entries.items():
-            _write_tensor(sink, name, produce(name), shape, dtype)
+        _write_tensors(sink, entries, produce)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _write_tensor(
-    stream: BinaryIO | _HashedStream, name: str, array: Array, shape: tuple[int, ...], dtype: str
-) -> None:
-    if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
-        raise ValueError(
-            f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
-        )
-    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _write(stream: BinaryIO | _HashedStream, data: memoryview) -> None:
+    """In pieces as cp makes them: for a larger one Linux looks for as large a page, which took a virtual machine up to five times as long."""
+    for a in range(0, len(data), _PIECE_BYTES):
+        stream.write(data[a : a + _PIECE_BYTES])
+
+
+def _write_tensors(stream: BinaryIO | _HashedStream, entries: Entries, produce: Callable[[str], Array]) -> None:
+    """Tensors are made here, in the caller's thread, and written in another: `produce` may talk to other ranks."""
+    with ThreadPoolExecutor(1, "write") as writer:
+        unwritten: Future[None] | None = None
+        for name, (shape, dtype) in entries.items():
+            array = produce(name)
+            if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
+                raise ValueError(
+                    f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
+                )
+            if unwritten:
+                unwritten.result()
+            unwritten = writer.submit(_write, stream, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # the writer alone keeps it
+        if unwritten:
+            unwritten.result()
 
 
 def _publish(staged: Path, folder: Path, order: list[str]) -> None:

@@ -20,7 +20,8 @@ Message = Mapping[str, Any]
 
 BEGIN, SEPARATOR, END = "<|begin_of_sentence|>", "<|end_of_sentence|>", "</s>"
 THINK, THINK_END = "<think>", "</think>"
-TOOL_MARKS = ("<tool_list>", "</tool_list>", "<tool_call>", "</tool_call>", "<tool_output>", "</tool_output>")
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+TOOL_MARKS = ("<tool_list>", "</tool_list>", CALL, CALL_END, "<tool_output>", "</tool_output>")
 PROMPT_TOKENS = (BEGIN, SEPARATOR, END)  # every vocabulary must have them
 OPTIONAL_TOKENS = (THINK, THINK_END, *TOOL_MARKS)  # tokens where the vocabulary has them, else text; answers show them
 ROLES = ("system", "user", "assistant", "tool")

@@ -1,9 +1,8 @@
 """FastDeploy's model-load cache: `<model>/.cache/<md5>/rank<r>/`, from which it starts without quantising (fastdeploy.md 4.3, route B).
 
 Each rank's file holds every runtime parameter under its runtime name: codes packed for sm75 to sm90 after sharing out, scales in bfloat16, the rest as it
-is. FastDeploy loads by name with an exact check of shapes and never misses a name, so all must be there. What a rank holds of the decoder follows the
-column and row shares of its layers; the vision tower and the resampler are written for one rank only, since how FastDeploy shares them out could not be
-checked: more ranks are refused. Legend: K input rows, N output columns, E experts. Refuses to know: how codes are chosen.
+is. FastDeploy loads by name with an exact check of shapes and never misses a name, so all must be there. `fastdeploy_rules.share` says what a rank holds.
+Legend: K input rows, N output columns, E experts. Refuses to know: how codes are chosen.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.checkpoint.tensors import TensorReader, cast
+from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, cast
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.export import fastdeploy_rules as rules
 from ernie_tune.export.choose import Chosen, Written
+from ernie_tune.export.grid import Grid
 from ernie_tune.export.packing import check_shape, pack, unpack
 from ernie_tune.export.source import Place
 
@@ -42,15 +42,13 @@ def quantization_word(argument: str) -> str:
 
 
 class Cache:
-    """The cache of one model: what each file holds and how it is made."""
+    """The cache of one rank: what its file holds and how it is made."""
 
-    def __init__(self, config: Mapping[str, Any], chosen: Chosen) -> None:
-        """`config`: the exported config.json. ValueError for more than one rank, and for shapes that FastDeploy's kernels cannot take."""
-        if chosen.target_tp != 1:
-            raise ValueError(
-                f"target_tp ({chosen.target_tp}) must be 1 for a load cache: how FastDeploy shares out the vision tower is not known; use emit weights"
-            )
+    def __init__(self, config: Mapping[str, Any], chosen: Chosen, rank: int = 0) -> None:
+        """`config`: the exported config.json. ValueError for shapes that ranks cannot share out or FastDeploy's kernels cannot take."""
         self.config, self.chosen, self.written = config, chosen, Written(chosen)
+        self.rank, self.tp = rank, chosen.target_tp
+        rules.check_ranks(config, self.tp)
         self.entries: dict[str, tuple[tuple[int, ...], str]] = {}
         self._origin: dict[str, tuple[rules.Parameter, str]] = {}
         for parameter in rules.parameters(config):
@@ -60,12 +58,16 @@ class Cache:
         s = self.chosen.scheme
         return {"dense": s.dense, "text_experts": s.experts[0], "vision_experts": s.experts[1]}.get(parameter.group, 0)
 
+    def _share(self, parameter: rules.Parameter, array: Array) -> Array:
+        return rules.share(parameter.name, array, self.config, self.rank, self.tp)
+
     def _plan(self, parameter: rules.Parameter) -> None:
         bits = self._bits(parameter)
+        shape = self._share(parameter, np.broadcast_to(np.zeros((), np.int8), parameter.shape)).shape
         if not bits:
-            self._add(parameter.name, parameter, "floats", parameter.shape, "F32" if parameter.float32 else "BF16")
+            self._add(parameter.name, parameter, "floats", shape, "F32" if parameter.float32 else "BF16")
             return
-        *stack, rows, columns = parameter.shape
+        *stack, rows, columns = shape
         check_shape(rows, columns)
         packed = (columns // 2, rows) if bits == 4 else (columns, rows)
         self._add(parameter.name, parameter, "codes", (*stack, *packed), "I8")
@@ -79,20 +81,29 @@ class Cache:
     def produce(self, name: str) -> Array:
         """One entry. A stack of experts is made at once, as FastDeploy holds it."""
         parameter, what = self._origin[name]
-        bits = self._bits(parameter)
         places = _places(parameter, self.config)
         if what == "floats":
-            return self._join([self.written.read(p, e, self.entries[name][1]) for p, e in places], parameter)
+            whole = self._join([self.written.read(p, e, self.entries[name][1]) for p, e in places], parameter)
+            return np.ascontiguousarray(self._share(parameter, whole))
+        bits, grids = self._bits(parameter), (self.chosen.grid(p, e) for p, e in places)
         if len(parameter.shape) == 2:  # a linear layer, perhaps fused: columns are quantised each for itself
-            made = [self.chosen.grid(p, e) for p, e in places]
-            if what == "scale":
-                return cast(np.concatenate([g.scale_SN[0] for g in made]), "F32", "BF16")
-            return pack(np.concatenate([g.codes_KN for g in made], 1), bits)
-        out = np.empty(self.entries[name][0], np.int8 if what == "codes" else np.uint16)
-        for p, e in places:
-            made_one = self.chosen.grid(p, e)
-            out[e] = pack(made_one.codes_KN, bits) if what == "codes" else cast(made_one.scale_SN[0], "F32", "BF16")
+            made = list(grids)
+            scale_SN = np.concatenate([g.scale_SN for g in made], 1)
+            one = Grid(np.concatenate([g.codes_KN for g in made], 1), scale_SN, bits)
+            return self._mine(parameter, one, what)
+        shape, code = self.entries[name]
+        out = np.empty(shape, NUMPY_TYPES[code])
+        for expert, one in enumerate(grids):
+            out[expert] = self._mine(parameter, one, what)
         return out
+
+    def _mine(self, parameter: rules.Parameter, grid: Grid, what: str) -> Array:
+        """This rank's codes or scales of one matrix: row shares have scales of their own, columns bring theirs along."""
+        if what == "codes":
+            return pack(np.ascontiguousarray(self._share(parameter, grid.codes_KN)), grid.bits)
+        by_rows = rules.shared_by(parameter.name) == "rows"
+        scale_N = grid.scale_SN[self.rank] if by_rows else self._share(parameter, grid.scale_SN)[0]
+        return cast(np.ascontiguousarray(scale_N), "F32", "BF16")
 
     def _join(self, parts: list[Array], parameter: rules.Parameter) -> Array:
         if len(parts) == 1:
@@ -116,27 +127,31 @@ def _places(parameter: rules.Parameter, config: Mapping[str, Any]) -> list[Place
 def write_cache(folder: Path, chosen: Chosen, protocols: tuple[int, ...] = PROTOCOLS) -> list[Path]:
     """Add the cache to an exported folder; one copy for each pickle protocol, hard-linked where the disk can. Returns the rank folders."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    cache = Cache(config, chosen)
-    word = quantization_word(chosen.scheme.argument)
+    word, tp = quantization_word(chosen.scheme.argument), chosen.target_tp
+    trees = [folder / ".cache" / cache_hash(config["model_type"], word, tp, 1, protocol) for protocol in protocols]
     made: list[Path] = []
-    for protocol in protocols:
-        name = cache_hash(config["model_type"], word, chosen.target_tp, 1, protocol)
-        rank = folder / ".cache" / name / "rank0"
-        rank.parent.mkdir(parents=True)
-        if made:
-            rank.mkdir()
-            for file in made[0].iterdir():
-                (rank / file.name).hardlink_to(file)
-        else:
-            write_folder(rank, cache.entries, cache.produce, metadata={"format": "np"})
-        made.append(rank)
+    for rank in range(tp):
+        cache = Cache(config, chosen, rank)
+        first, *others = (tree / f"rank{rank}" for tree in trees)
+        write_folder(first, cache.entries, cache.produce, metadata={"format": "np"})
+        for other in others:
+            other.mkdir(parents=True)
+            for file in first.iterdir():
+                (other / file.name).hardlink_to(file)
+        made += [first, *others]
     return made
 
 
 def check_caches(folder: Path, chosen: Chosen) -> list[str]:
     """`check_cache` of every rank folder under an exported folder."""
-    cache = Cache(json.loads((folder / "config.json").read_text(encoding="utf-8")), chosen)
-    return [problem for rank in sorted(folder.glob(".cache/*/rank*")) for problem in check_cache(rank, cache)]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    problems = []
+    for rank in range(chosen.target_tp):
+        found = sorted(folder.glob(f".cache/*/rank{rank}"))
+        problems += [] if found else [f"cache: rank{rank} is missing"]
+        cache = Cache(config, chosen, rank)
+        problems += [problem for one in found for problem in check_cache(one, cache)]
+    return problems
 
 
 def check_cache(rank: Path, cache: Cache) -> list[str]:
@@ -154,21 +169,19 @@ def check_cache(rank: Path, cache: Cache) -> list[str]:
             problems.append(f"cache: {name} ({entry.dtype} {list(entry.shape)}) must be {code} {list(shape)}")
             continue
         parameter, what = cache._origin[name]
-        if what == "codes":
-            problems += _check_codes(name, reader.read(name), parameter, cache)
+        if what == "codes" and not _same_codes(reader.read(name), name, cache):
+            problems.append(f"cache: codes of {parameter.name} are not those that were chosen")
     return problems
 
 
-def _check_codes(name: str, packed: Array, parameter: rules.Parameter, cache: Cache) -> list[str]:
-    """Unpacked codes against the grid of each matrix."""
-    first, bits = 0, cache._bits(parameter)
-    for place, expert in _places(parameter, cache.config):
-        wanted = cache.chosen.grid(place, expert).codes_KN
-        if len(parameter.shape) == 3:
-            found = unpack(packed[expert], bits)
-        else:
-            found = unpack(packed, bits)[:, first : first + wanted.shape[1]]
-            first += wanted.shape[1]
-        if (found != wanted).any():
-            return [f"cache: codes of {name} are not those of {place}"]
-    return []
+def _same_codes(packed: Array, name: str, cache: Cache) -> bool:
+    """Whether bytes unpack to this rank's share of the grid of each matrix."""
+    parameter, _ = cache._origin[name]
+    bits, grids = (
+        cache._bits(parameter),
+        [cache.chosen.grid(p, e).codes_KN for p, e in _places(parameter, cache.config)],
+    )
+    if len(parameter.shape) == 2:
+        grids, packed = [np.concatenate(grids, 1)], packed[None]
+    wanted = (cache._share(parameter, codes_KN) for codes_KN in grids)
+    return all((unpack(found, bits) == codes).all() for found, codes in zip(packed, wanted, strict=True))

@@ -323,6 +323,75 @@ def _at(value: Any, modality: int) -> int:
     return int(value[modality] if isinstance(value, list | tuple) else value)
 
 
+# --- what one rank of several holds ------------------------------------------------------------------------------------------
+
+_VOCABULARY_STEP = 64  # rows that the embedding is padded to
+# its columns lie in blocks, each of which is shared out for itself; or its rows are shared out; all others are whole on every rank
+_BY_COLUMNS = re.compile(
+    r"ernie\.layers\..*\.(qkv_proj\.weight|up_gate_proj[._]weight)|lm_head\.linear\.weight"
+    r"|vision_model\.blocks\.\d+\.(attn\.qkv|mlp\.fc1)\.(weight|bias)"
+)
+_BY_ROWS = re.compile(
+    r"ernie\.layers\..*\.(o_proj\.weight|down_proj[._]weight)|ernie\.embed_tokens\.embeddings\.weight"
+    r"|vision_model\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight|resampler_model\.spatial_linear\.0\.weight"
+)
+
+
+def check_ranks(config: Mapping[str, Any], tp: int) -> None:
+    """ValueError where `tp` ranks cannot share the model out, or FastDeploy pads the vocabulary, which not all versions do alike."""
+    vision = config.get("vision_config") or {"num_heads": tp}
+    kv = _kv_heads(config)
+    for what, ok, rule in (
+        (f"num_attention_heads ({config['num_attention_heads']})", config["num_attention_heads"] % tp == 0, "divide"),
+        (f"num_key_value_heads ({kv})", kv % tp == 0 or tp % kv == 0, "divide, or be divided by,"),
+        (f"heads of the vision tower ({vision['num_heads']})", vision["num_heads"] % tp == 0, "divide"),
+        (f"vocab_size ({config['vocab_size']})", config["vocab_size"] % tp == 0, "divide"),
+    ):
+        if not ok:
+            raise ValueError(f"target_tp ({tp}) must {rule} {what}; choose another number of ranks")
+    if tp > 1 and config["vocab_size"] % _VOCABULARY_STEP:
+        raise ValueError(
+            f"vocab_size ({config['vocab_size']}) must be a multiple of {_VOCABULARY_STEP} for a load cache of {tp} ranks; use emit weights"
+        )
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def shared_by(name: str) -> str:
+    """ "rows", "columns", or "" for a parameter that every rank holds whole."""
+    return "rows" if _BY_ROWS.fullmatch(name) else "columns" if _BY_COLUMNS.fullmatch(name) else ""
+
+
+def share(name: str, array: Array, config: Mapping[str, Any], rank: int, tp: int) -> Array:
+    """What one rank holds of a whole runtime parameter, or of something with the same columns (a view, or columns put together)."""
+    by = shared_by(name)
+    if tp == 1 or not by:
+        return array
+    if by == "rows":
+        rows = array.shape[-2] // tp
+        return array[..., rank * rows : (rank + 1) * rows, :]
+    parts = []
+    for block, ranks in _blocks(name, array, config, tp):
+        width = block.shape[-1] // ranks
+        mine = rank * ranks // tp  # heads of keys and values that are fewer than ranks are held by several
+        parts.append(block[..., mine * width : (mine + 1) * width])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+
+
+def _blocks(name: str, array: Array, config: Mapping[str, Any], tp: int) -> Iterator[tuple[Array, int]]:
+    """Blocks of columns, and how many shares each is cut into."""
+    if name.endswith(".qkv_proj.weight"):
+        heads, kv = config["num_attention_heads"], _kv_heads(config)
+        head = array.shape[-1] // (heads + 2 * kv)
+        q, k, v = np.split(array, [heads * head, (heads + kv) * head], axis=-1)
+        yield from ((q, tp), (k, min(tp, kv)), (v, min(tp, kv)))
+        return
+    count = 2 if ".up_gate_proj" in name else 3 if ".attn.qkv." in name else 1
+    yield from ((block, tp) for block in np.split(array, count, axis=-1))
+
+
 # --- loading --------------------------------------------------------------------------------------------------------------
 
 

@@ -158,15 +158,20 @@ def snap(grid: Grid, original_KN: Array | None = None) -> Array:
 
     Columns (of a shard) whose grid is what `quantize` makes of `original_KN` (raw bits) anyway are left as they are there.
     """
-    snapped = narrow_bfloat16(grid.dense())
+    snapped = np.empty(grid.codes_KN.shape, np.uint16)
+    for shard, rows in _blocks(snapped.shape, len(grid.scale_SN)):
+        snapped[rows] = narrow_bfloat16(grid.codes_KN[rows] * grid.scale_SN[shard])
     if original_KN is None:
         return snapped
-    shards, (rows, columns) = len(grid.scale_SN), snapped.shape
-    plain = quantize(original_KN, grid.bits, shards)
-    equal_codes = (plain.codes_KN == grid.codes_KN).reshape(shards, rows // shards, columns).all(1)
-    keep_SN = equal_codes & (plain.scale_SN == grid.scale_SN)
-    parts = (x.reshape(shards, rows // shards, columns) for x in (original_KN, snapped))
-    return np.where(keep_SN[:, None], *parts).reshape(rows, columns)
+    plain_SN = column_scales(original_KN, grid.bits, len(grid.scale_SN))
+    share = len(snapped) // len(plain_SN)
+    for s, (plain_N, scale_N) in enumerate(zip(plain_SN, grid.scale_SN, strict=True)):
+        rows, same = slice(s * share, (s + 1) * share), np.flatnonzero(plain_N == scale_N)
+        if same.size:
+            found = nearest_codes(original_KN[rows, same], plain_N[None, same], grid.bits)
+            same = same[(found == grid.codes_KN[rows, same]).all(0)]
+            snapped[rows, same] = original_KN[rows, same]
+    return snapped
 
 
 def lost_columns(grid: Grid) -> int:

@@ -1,7 +1,7 @@
 """`export`: from a model folder and its adapters to a folder that serves, checked before it gets its name.
 
 The steps, in order: read lazily (`source`), measure on calibration rows (`calibrate`), choose codes (`choose`), write beside the target (`checkpoint/
-writer`), check (`verify`), describe (`files`), rename. Nothing is held but one tensor, unless data are given or the checks compare whole models.
+writer`), check (`verify`), describe (`files`), rename. Nothing is held but two tensors, unless data are given or the checks compare whole models.
 Refuses to know: training, servers.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 from ernie_tune import __version__
 from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.names import FLAVOURS, layout
-from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, TwoBuffers, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.tokenizer import VIDEO
@@ -415,15 +415,16 @@ def write_layout(
 ) -> list[Path]:
     """Weights, bfloat16 but for routers and their biases, and config.json (of `config`, else of the weights) in one of `names.FLAVOURS`.
 
-    One tensor is in memory at a time. Returns the paths.
+    Two tensors are in memory: one that is made, one that is being written. Returns the paths.
     """
+    buffers = TwoBuffers()
     table = layout(weights.config, flavour)
     codes = {name: "F32" if spec.float32 else EXPORT_CODE for name, spec in table.disk.items()}
     settings = write_config((config or weights.config).replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
     return write_folder(
         folder,
         {name: (spec.shape, codes[name]) for name, spec in table.disk.items()},
-        lambda disk: table.to_disk(disk, lambda name, expert: weights.read(name, expert, codes[disk])),
+        lambda disk: table.to_disk(disk, lambda name, expert: weights.read(name, expert, codes[disk]), buffers.empty),
         max_shard_bytes=max_shard_bytes,
         metadata={"format": "pt" if FLAVOURS[flavour].torch else "np", "layout": flavour},
         files={"config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n"},

@@ -15,7 +15,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
-from ernie_tune.checkpoint.tensors import TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, all_finite, cast
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
@@ -25,6 +25,8 @@ from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
+_BLOCK_BYTES = 1 << 18  # of float32: it stays in the processor's cache
+_UNSHARED = 1 << 18  # multiplications; OpenBLAS takes several threads above it
 
 
 class Weights(Protocol):
@@ -42,17 +44,57 @@ class Weights(Protocol):
 class _Factors:
     """What one adapter adds to one matrix."""
 
-    lora_A: Array
+    scaled_A: Array  # times alpha / r
     lora_B: Array
-    scaling: float
     magnitude: Array | None
 
-    def merged(self, weight_IO: Array) -> Array:
-        total = weight_IO + self.scaling * (self.lora_A @ self.lora_B)
-        if self.magnitude is None:
-            return total
-        norm_O = np.sqrt(np.einsum("io,io->o", total, total))
-        return total * (self.magnitude / norm_O)
+
+def _multiply(a_RK: Array, b_KO: Array, out_RO: Array) -> None:
+    """out = a b, in products so small that BLAS does not share them out: its threads wait for each other, and where another job has a core, long."""
+    columns = max(16, _UNSHARED // a_RK.size)
+    for j in range(0, b_KO.shape[1], columns):
+        np.matmul(a_RK, b_KO[:, j : j + columns], out=out_RO[:, j : j + columns])
+
+
+class _Merged:
+    """A matrix and what adapters make of it, in order, in float32 and block by block: the whole matrix is never there in float32."""
+
+    def __init__(self, raw_IO: Array, own: str, factors: Sequence[_Factors]) -> None:
+        self._raw, self._own, self._factors = raw_IO, own, factors
+        self._step = max(1, _BLOCK_BYTES // (4 * raw_IO.shape[1]))
+        self._scratch = np.empty((self._step, raw_IO.shape[1]), np.float32)
+        self._column_scales: list[Array | None] = []  # of the adapters so far
+        for one in factors:
+            self._column_scales.append(None if one.magnitude is None else one.magnitude / self._column_norms())
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(a, a + self._step) for a in range(0, len(self._raw), self._step))
+
+    def _column_norms(self) -> Array:
+        """Of the sum with the adapter whose scales are due, [O]."""
+        self._column_scales.append(None)
+        squares = [np.einsum("io,io->o", block, block) for block in map(self._rows, self._blocks())]
+        self._column_scales.pop()
+        return np.sqrt(np.sum(squares, axis=0))
+
+    def _rows(self, rows: slice) -> Array:
+        total = cast(self._raw[rows], self._own, "F32")
+        if self._own == "F32":  # the file's own
+            total = total.copy()
+        product = self._scratch[: len(total)]
+        for one, scale_O in zip(self._factors, self._column_scales, strict=False):
+            _multiply(one.scaled_A[rows], one.lora_B, product)
+            total += product
+            if scale_O is not None:
+                total *= scale_O
+        return total
+
+    def stored(self, code: str) -> Array:
+        """The matrix in a safetensors type."""
+        out = np.empty(self._raw.shape, NUMPY_TYPES[code])
+        for rows in self._blocks():
+            out[rows] = cast(self._rows(rows), "F32", code)
+        return out
 
 
 @dataclass
@@ -79,7 +121,9 @@ class _Changes:
                 if expert:
                     place = (expert[0].removesuffix(dialects.PRODUCT) + "_proj", expert[3])
                 factors = _Factors(
-                    value, adapter.tensors[f"{owner}.lora_B"], config.scaling, adapter.tensors.get(f"{owner}.magnitude")
+                    np.float32(config.scaling) * value,
+                    adapter.tensors[f"{owner}.lora_B"],
+                    adapter.tensors.get(f"{owner}.magnitude"),
                 )
                 self.factors.setdefault(place, []).append(factors)
 
@@ -132,10 +176,7 @@ class Source:
             )
         if not factors:
             return cast(raw, own, code)
-        total = cast(raw, own, "F32")
-        for one in factors:
-            total = one.merged(total)
-        return cast(np.ascontiguousarray(total, np.float32), "F32", code)
+        return _Merged(raw, own, factors).stored(code)
 
 
 class Rounded:

@@ -74,7 +74,8 @@ class _Live:
     def rules(self) -> tuple[object, ...]:
         """Rows that agree in these are sampled by one call."""
         p = self.prompt.params
-        return p.temperature, p.top_p, p.top_k, p.repetition_penalty, p.banned_ids
+        penalties = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
+        return p.temperature, p.top_p, p.top_k, penalties, p.banned_ids
 
 
 class RunningBatch:
@@ -243,7 +244,8 @@ def _choose(scores_BV: np.ndarray, live: Sequence[_Live]) -> list[tuple[int, flo
     for rows in groups.values():
         scores = scores_BV if len(groups) == 1 else scores_BV[rows]
         seen = [np.fromiter(live[i].seen, np.int64) for i in rows]
-        picked, chosen = choose(scores, live[rows[0]].prompt.params, [live[i].rng for i in rows], seen)
+        answers = [live[i].done.token_ids for i in rows]
+        picked, chosen = choose(scores, live[rows[0]].prompt.params, [live[i].rng for i in rows], seen, answers)
         for i, token, logp in zip(rows, picked.tolist(), chosen.tolist(), strict=True):
             out[i] = token, logp
     return out

@@ -20,6 +20,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0  # times how often a token was sampled so far, taken from its score
+    presence_penalty: float = 0.0  # taken from the score of a token that was sampled so far
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     banned_ids: tuple[int, ...] = ()  # never sampled: image placeholders and markers cannot be answered
@@ -34,6 +36,8 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "be in (0, 1]; 1 keeps everything"),
             ("top_k", self.top_k >= 0, "be at least 0; 0 keeps everything"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0; 1 is none"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "be from -2 to 2; 0 is none"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "be from -2 to 2; 0 is none"),
             ("n", self.n >= 1, "be at least 1"),
             ("seed", self.seed >= 0, "be at least 0"),
             ("top_logprobs", self.top_logprobs >= 0, "be at least 0; 0 tells none"),
@@ -62,6 +66,17 @@ def penalise(scores_BV: np.ndarray, seen: Sequence[np.ndarray], penalty: float) 
     return out
 
 
+def discourage(
+    scores_BV: np.ndarray, answers: Sequence[Sequence[int]], frequency: float, presence: float
+) -> np.ndarray:
+    """OpenAI's penalties: a token's score less `presence`, and less `frequency` for every time that it is in the answer so far; the prompt does not count."""
+    out = scores_BV.copy()
+    for row, answer in enumerate(answers):
+        ids, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+        out[row, ids] -= presence + frequency * counts
+    return out
+
+
 def truncate(logp_V: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
     """Ids that survive top-k, then top-p, most probable first, and their renormalised probabilities. The most probable id always survives."""
     if 0 < top_k < logp_V.shape[0]:
@@ -78,11 +93,20 @@ def truncate(logp_V: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, 
 
 
 def choose(
-    scores_BV: np.ndarray, params: SamplingParams, rngs: Sequence[np.random.Generator], seen: Sequence[np.ndarray]
+    scores_BV: np.ndarray,
+    params: SamplingParams,
+    rngs: Sequence[np.random.Generator],
+    seen: Sequence[np.ndarray],
+    answers: Sequence[Sequence[int]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalty and truncation."""
+    """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalties and truncation.
+
+    `seen`: tokens of prompt and answer, for the repetition penalty; `answers`: those of the answer so far, for the other two.
+    """
     scores = _allowed(scores_BV, params)
     steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
+    if params.frequency_penalty or params.presence_penalty:
+        steered = discourage(steered, answers, params.frequency_penalty, params.presence_penalty)
     if params.temperature == 0:
         picked = steered.argmax(-1)
         return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Tokens of one sample -> the text that a client sees: thought and answer apart, cut before a stop string, never half a character; and
+"""Tokens of one sample -> what a client sees: thought, answer and tool calls apart, cut before a stop string, never half a character; and
 the budget that ends a thought.
 
 Refuses to know: the model, batches, HTTP.
@@ -6,11 +6,20 @@ Refuses to know: the model, batches, HTTP.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ernie_tune.data.chat import THINK, THINK_END, ReasoningSplitter
+from ernie_tune.data.chat import CALL, CALL_END, THINK, THINK_END, ReasoningSplitter
 from ernie_tune.data.processor import Processor
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call that an answer asks for. `arguments`: a JSON object as text."""
+
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,54 @@ class Delta:
     content: str = ""
     reasoning_content: str = ""
     finish_reason: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class CallSplitter:
+    """Takes tool calls, `<tool_call>` {"name": ..., "arguments": {...}} `</tool_call>`, out of an answer that arrives in parts (architecture.md 8.3).
+
+    What is not such a call, or is cut off, stays text.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""  # may begin a call, with the line break before it
+
+    def push(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """(text that is settled, calls that end in it)."""
+        self._held += text
+        out, calls = "", []
+        while (end := self._held.find(CALL_END)) >= 0:
+            part, self._held = self._held[: end + len(CALL_END)], self._held[end + len(CALL_END) :]
+            before, mark, inside = part.removesuffix(CALL_END).rpartition(CALL)
+            call = _call(inside) if mark else None
+            out += part if call is None else before.removesuffix("\n")
+            calls += [] if call is None else [call]
+        start = self._held.find(CALL)
+        if start < 0:
+            opening = f"\n{CALL}"
+            sizes = range(min(len(opening), len(self._held)), 0, -1)
+            tails = (n for n in sizes if opening.startswith(self._held[-n:]) or CALL.startswith(self._held[-n:]))
+            start = len(self._held) - next(tails, 0)
+        elif self._held[:start].endswith("\n"):
+            start -= 1
+        out, self._held = out + self._held[:start], self._held[start:]
+        return out, tuple(calls)
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _call(text: str) -> ToolCall | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        return None
+    arguments = found.get("arguments", {})
+    return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
 
 
 class AnswerReader:
@@ -29,11 +86,18 @@ class AnswerReader:
     """
 
     def __init__(
-        self, processor: Processor, opened: bool = False, stop_strings: Sequence[str] = (), split: bool = True
+        self,
+        processor: Processor,
+        opened: bool = False,
+        stop_strings: Sequence[str] = (),
+        split: bool = True,
+        calls: bool = False,
     ) -> None:
-        """`opened`: the prompt ends inside a thought. `split` False: everything is content, marks included."""
+        """`opened`: the prompt ends inside a thought. `split` False: everything is content, marks included. `calls`: tool calls are taken out."""
         self._decoder = processor.stream()
         self._splitter = ReasoningSplitter(opened) if split else None
+        self._calls = CallSplitter() if calls else None
+        self._called = False
         self._stops = tuple(stop_strings)
         self._held = ""  # could be the start of a stop string
         self._cut = False
@@ -52,7 +116,15 @@ class AnswerReader:
         if finish_reason:
             rest = self._splitter.flush()
             reasoning, content = reasoning + rest[0], content + rest[1]
-        return Delta(content, reasoning, finish_reason)
+        if self._calls is None:
+            return Delta(content, reasoning, finish_reason)
+        content, calls = self._calls.push(content)
+        self._called |= bool(calls)
+        if finish_reason:
+            content += self._calls.flush()
+        return Delta(
+            content, reasoning, "tool_calls" if self._called and finish_reason == "stop" else finish_reason, calls
+        )
 
     def _before_stop(self, text: str, last: bool) -> str:
         if not self._stops or self._cut:

@@ -5,7 +5,7 @@ Refuses to know: HTTP, terminals, training. Prompts are rendered by the processo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,22 +32,24 @@ class Answer:
 @dataclass(frozen=True)
 class Request:
     """One conversation: canonical messages, the media of its tags, whether the model is to think (None: the template's default) and for how
-    many tokens at most (None: no limit)."""
+    many tokens at most (None: no limit), and the tools that it may call (data/chat.py)."""
 
     messages: Sequence[Message]
     images: Sequence[Any] = ()
     videos: Sequence[Any] = ()
     thinking: bool | None = None
     max_thought_tokens: int | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as the model sees it. `opened`: the prompt ends inside a thought."""
+    """A request as the model sees it. `opened`: the prompt ends inside a thought; `calls`: the answer may call tools."""
 
     prompt: Prompt
     num_tokens: int
     opened: bool
+    calls: bool = False
 
 
 class Engine:
@@ -73,6 +75,7 @@ class Engine:
             request.messages,
             request.images,
             request.videos,
+            tools=request.tools,
             thinking=request.thinking,
             add_generation_prompt=True,
             max_tokens=max_tokens,
@@ -84,7 +87,7 @@ class Engine:
             return ThoughtBudget(self.processor, limit, opened)
 
         prompt = Prompt(encoded.row, params, key, index, None if limit is None else budget)
-        return Prepared(prompt, encoded.num_tokens, opened)
+        return Prepared(prompt, encoded.num_tokens, opened, bool(request.tools))
 
     def batch(self) -> RunningBatch:
         """An empty batch for prepared prompts."""
@@ -92,7 +95,8 @@ class Engine:
 
     def reader(self, prepared: Prepared) -> AnswerReader:
         """A reader for one sample of a prepared request."""
-        return AnswerReader(self.processor, prepared.opened, prepared.prompt.params.stop_strings)
+        stops = prepared.prompt.params.stop_strings
+        return AnswerReader(self.processor, prepared.opened, stops, calls=prepared.calls)
 
     def stream(self, request: Request, params: SamplingParams) -> Iterator[Delta]:
         """Deltas of one answer as they appear; no half characters, no thought marks, nothing from a stop string on."""

@@ -88,7 +88,9 @@ class Writer:
         self.ticket, self.processor = ticket, processor
         self.chat, self.logprobs, self.token_ids = chat, logprobs, token_ids
         self._head = {"id": ("chatcmpl-" if chat else "cmpl-") + number, "created": created, "model": ticket.model}
+        self._number = number
         self._begun: set[int] = set()
+        self._called: dict[int, int] = {}  # calls of each choice that are out
         self._characters: dict[int, int] = {}
 
     def whole(self, steps: Sequence[Step]) -> dict[str, Any]:
@@ -107,6 +109,8 @@ class Writer:
             return {**out, "text": content, "logprobs": found, **ids}
         reasoning = "".join(step.delta.reasoning_content for step in steps)
         message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None, **ids}
+        if calls := [call for step in steps for call in self._calls(step)]:
+            message |= {"content": content or None, "tool_calls": calls}
         return {**out, "message": message, "logprobs": logprobs(self.processor, events) if self.logprobs else None}
 
     def _ids(self, choice: Choice, answer: Sequence[int]) -> dict[str, Any]:
@@ -116,6 +120,19 @@ class Writer:
         prompt = self.ticket.prepared[choice.index // n].prompt.row.input_ids_L.tolist()
         return {"prompt_token_ids": prompt, "completion_token_ids": list(answer)}
 
+    def _calls(self, step: Step) -> list[dict[str, Any]]:
+        """The tool calls that a step ended."""
+        first = self._called.get(step.choice.index, 0)
+        self._called[step.choice.index] = first + len(step.delta.tool_calls)
+        return [
+            {
+                "id": f"call_{self._number}_{step.choice.index}_{i}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for i, call in enumerate(step.delta.tool_calls, first)
+        ]
+
     def chunks(self, steps: Sequence[Step]) -> bytes:
         """What a step of the model adds to a stream; b"" where nothing can be shown yet."""
         shown = [
@@ -124,6 +141,7 @@ class Writer:
             if step.delta.content
             or step.delta.reasoning_content
             or step.delta.finish_reason
+            or step.delta.tool_calls
             or self.logprobs
             or self.token_ids
         ]
@@ -155,5 +173,8 @@ class Writer:
             part["content"] = delta.content
         if delta.reasoning_content:
             part["reasoning_content"] = delta.reasoning_content
+        first_call = self._called.get(choice.index, 0)
+        if calls := self._calls(step):
+            part["tool_calls"] = [{"index": first_call + i, **call} for i, call in enumerate(calls)]
         found = logprobs(self.processor, [step.event]) if self.logprobs else None
         return {**out, "delta": {**part, **ids}, "logprobs": found}

@@ -67,19 +67,51 @@ class UserMessage(_Message):
     content: str | list[Part]
 
 
+class CallFunction(_Strict):
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class Call(_Strict):
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: CallFunction
+
+
 class AssistantMessage(_Message):
     role: Literal["assistant", "bot"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: list[Call] | None = None
 
     def texts(self) -> Iterator[str]:
         yield from super().texts()
         yield self.reasoning_content or ""
+        yield from (call.function.arguments for call in self.tool_calls or ())
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(_Message):
+    """What a call gave. Results come in the order of the calls: the template does not say which is whose."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart]
+    tool_call_id: str = Field(min_length=1)
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None  # arguments are what the model writes
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
 
 
 class StreamOptions(_Strict):
@@ -118,8 +150,8 @@ class Sampling(_Strict):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     user: str | None = None  # a label, nothing else
-    frequency_penalty: float = Field(0.0, ge=0, le=0, description="only 0; use repetition_penalty")
-    presence_penalty: float = Field(0.0, ge=0, le=0, description="only 0; use repetition_penalty")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
 
     @field_validator(
         "temperature",
@@ -169,8 +201,8 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_max_tokens: int | None = Field(None, ge=0)
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_N)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
 
     @model_validator(mode="after")
     def _check_fields(self) -> ChatRequest:
@@ -180,9 +212,33 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens must agree; drop max_tokens, the older name")
         return self
 
+    @model_validator(mode="after")
+    def _check_results(self) -> ChatRequest:
+        due: list[str] = []
+        for i, message in enumerate(self.messages):
+            if isinstance(message, ToolMessage):
+                if not due or due.pop(0) != message.tool_call_id:
+                    raise ValueError(
+                        f"messages[{i}].tool_call_id ({message.tool_call_id[:100]!r}) must be the id of the next call of the answer before; "
+                        "send results in the order of tool_calls"
+                    )
+            elif due:
+                raise ValueError(
+                    f"messages[{i}] must be the result of tool call {due[0][:100]!r}; send one tool message for each call"
+                )
+            else:
+                due = [call.id for call in (isinstance(message, AssistantMessage) and message.tool_calls) or ()]
+        return self
+
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prompt shows, as the template takes them."""
+        wanted = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in wanted]
 
     @property
     def thinking(self) -> bool | None:

@@ -152,9 +152,11 @@ class Service:
         params = self._params(request, request.limit, request.logprobs, request.top_logprobs)
 
         def prepare() -> list[Prepared]:
-            self._check_length([text for message in request.messages for text in message.texts()])
+            texts = [text for message in request.messages for text in message.texts()]
+            self._check_length([*texts, *map(str, request.callable_tools)])
             messages = [self._message(i, message) for i, message in enumerate(request.messages)]
-            asked = Request(messages, thinking=request.thinking, max_thought_tokens=request.reasoning_max_tokens)
+            limit = request.reasoning_max_tokens
+            asked = Request(messages, thinking=request.thinking, max_thought_tokens=limit, tools=request.callable_tools)
             return [self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)]
 
         return await self._queue(name, adapter, request, prepare, self.engine.reader)
@@ -192,8 +194,9 @@ class Service:
                 for event in events:
                     choice = ticket.choices[first[event.prompt] + event.sample]
                     choice.token_ids.append(event.token_id)
-                    choice.finish_reason = event.finish_reason
-                    steps.append(Step(choice, event, choice.reader.push(event.token_id, event.finish_reason)))
+                    delta = choice.reader.push(event.token_id, event.finish_reason)
+                    choice.finish_reason = delta.finish_reason
+                    steps.append(Step(choice, event, delta))
                 yield steps
         finally:
             self.abandon(ticket)
@@ -275,6 +278,8 @@ class Service:
                 top_p=request.top_p,
                 top_k=max(request.top_k, 0),
                 repetition_penalty=request.repetition_penalty,
+                frequency_penalty=request.frequency_penalty,
+                presence_penalty=request.presence_penalty,
                 n=request.n,
                 seed=seed,
                 stop_strings=request.stops,
@@ -328,6 +333,8 @@ class Service:
         out: dict[str, Any] = {"role": role, "content": parts}
         if role == "assistant" and message.reasoning_content:
             out["reasoning_content"] = message.reasoning_content
+        if role == "assistant" and message.tool_calls:
+            out["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         return out
 
     def _raw(self, index: int, prompt: str | list[int], params: SamplingParams) -> Prepared:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ernie_tune.checkpoint import names, tensors, writer
 from ernie_tune.checkpoint.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -293,3 +297,91 @@ def test_wide_types_come_first_so_that_tensors_stay_aligned(tmp_path: Path) -> N
     entries, _ = read_header(tmp_path / "m" / SINGLE_NAME)
     assert list(entries) == ["c", "a", "empty", "scalar", "b.odd"]
     assert all(e.offset % 8 == 0 for e in entries.values() if e.dtype == "I64")
+
+
+def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in the caller's thread, one ahead and no more; an array may be written over when the one after the next is asked for."""
+    made, written = [], []
+    slow = writer._write
+    ahead = []
+
+    def write(stream: Any, data: memoryview) -> None:
+        time.sleep(0.02)
+        slow(stream, data)
+        written.append(len(data))
+
+    monkeypatch.setattr(writer, "_write", write)
+    buffers, main = writer.TwoBuffers(), threading.get_ident()
+
+    def produce(name: str) -> np.ndarray:
+        assert threading.get_ident() == main
+        out = buffers.empty((int(name) + 1, 1000), np.int32)
+        out[...] = int(name)
+        made.append(name)
+        ahead.append(len(made) - len(written))
+        return out
+
+    write_folder(tmp_path / "m", {str(i): ((i + 1, 1000), "I32") for i in range(6)}, produce)
+    assert max(ahead) == 2
+    reader = TensorReader(tmp_path / "m")
+    assert all((reader.read(str(i)) == i).all() for i in range(6))
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_stream: Any, _data: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write", full)
+    for count in (1, 3):  # the error of the last tensor, and of one before
+        with pytest.raises(OSError, match="No space left"):
+            write_folder(tmp_path / "m", {str(i): ((2,), "I32") for i in range(count)}, lambda _: np.zeros(2, np.int32))
+        assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("bad", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF, 0x7F81, 0xFF81])
+def test_what_is_not_finite_is_found_wherever_it_lies(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_PIECE", 7)
+    fine = np.array([0x0000, 0x8000, 0x7F7F, 0xFF7F, 0x0001, 0x80FF], np.uint16)
+    array = np.resize(fine, (6, 10))
+    views = {
+        "whole": lambda x: x,
+        "columns": lambda x: x[:, 2:9],
+        "turned": lambda x: x.T,
+        "stack": lambda x: x.reshape(2, 3, 10),
+    }
+    for name, view in views.items():
+        assert all_finite(view(array), "BF16"), name
+        for place in ((0, 2), (5, 8), (3, 4)):
+            spoilt = array.copy()
+            spoilt[place] = bad
+            assert not all_finite(view(spoilt), "BF16"), (name, place)
+    assert all_finite(np.zeros((0, 4), np.uint16), "BF16")
+
+
+def test_narrowing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece and in views what one value gives, NaN with every bit below the cut included."""
+    values = np.array([1.0, 1.00390625, 1.01171875, -3.0e38, np.inf, 0.0, -0.0, 1e-40, np.nan], np.float32)
+    values = np.concatenate([values, np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)])
+    whole = narrow_bfloat16(values)
+    assert whole[:4].tolist() == [0x3F80, 0x3F80, 0x3F82, 0xFF62]
+    assert np.isnan(widen_bfloat16(whole[-3:])).all()
+    monkeypatch.setattr(tensors, "_PIECE", 3)
+    np.testing.assert_array_equal(narrow_bfloat16(values), whole)
+    np.testing.assert_array_equal(narrow_bfloat16(np.stack([values, values], 1)[:, 1]), whole)
+    assert narrow_bfloat16(np.float32(1).reshape(())).shape == ()
+
+
+@pytest.mark.parametrize("turned", ["target", "block"])
+def test_turning_in_tiles(turned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_TILE", (4, 6))
+    block = np.arange(11 * 17, dtype=np.uint16).reshape(11, 17)
+    if turned == "target":
+        out = np.zeros((17, 30), np.uint16)
+        names._assign(out.T[3:14], block, True)
+        np.testing.assert_array_equal(out[:, 3:14], block.T)
+        assert not out[:, :3].any()
+        assert not out[:, 14:].any()
+    else:
+        out = np.zeros((17, 11), np.uint16)
+        names._assign(out, block.T, True)
+        np.testing.assert_array_equal(out, block.T)

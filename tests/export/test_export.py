@@ -20,6 +20,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import TensorReader, narrow_bfloat16, widen_bfloat16
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.export import reopen, run, verify
+from ernie_tune.export import source as source_module
 from ernie_tune.export.run import LAYOUTS, write_layout
 from ernie_tune.export.source import Rounded, Source, stored_places
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig
@@ -142,6 +143,7 @@ def test_transformers_gets_a_placeholder_for_videos(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("dialect", ["paddlenlp", "peft"])
+@pytest.mark.usefixtures("one_process")
 def test_merging_equals_the_adapter(
     base: Path, tmp_path: Path, name: str, dialect: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +166,32 @@ def test_merging_equals_the_adapter(
         report = run.export(adapter, tmp_path / "out", layout="pt")  # the base is named in the adapter's settings
         assert report["checks"]["merge"]["kl"] < 1e-3
         assert "merged 1 adapter(s)" in capsys.readouterr().err
+
+
+def test_merging_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three adapters in order, the middle one DoRA, on blocks of three rows and products of 16 columns: what whole matrices give."""
+    monkeypatch.setattr(source_module, "_BLOCK_BYTES", 4 * 40 * 3)
+    monkeypatch.setattr(source_module, "_UNSHARED", 1)
+    rng = np.random.default_rng(0)
+    raw = narrow_bfloat16(rng.standard_normal((20, 40)).astype(np.float32))
+    pairs = [(rng.standard_normal((20, 2)), rng.standard_normal((2, 40))) for _ in range(3)]
+    magnitude = rng.uniform(1, 2, 40)
+    wanted = widen_bfloat16(raw).astype(np.float64)
+    for i, (a, b) in enumerate(pairs):
+        wanted = wanted + a @ b
+        if i == 1:
+            wanted *= magnitude / np.linalg.norm(wanted, axis=0)
+    factors = [
+        source_module._Factors(
+            a.astype(np.float32), b.astype(np.float32), magnitude.astype(np.float32) if i == 1 else None
+        )
+        for i, (a, b) in enumerate(pairs)
+    ]
+    np.testing.assert_allclose(source_module._Merged(raw, "BF16", factors).stored("F32"), wanted, rtol=1e-5, atol=1e-5)
+    stored = widen_bfloat16(raw)
+    kept = stored.copy()
+    source_module._Merged(stored, "F32", factors).stored("BF16")
+    np.testing.assert_array_equal(stored, kept)  # the file's own array is not written to
 
 
 @pytest.mark.usefixtures("one_process")

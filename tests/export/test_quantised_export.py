@@ -12,14 +12,14 @@ import pytest
 from export_cases import aligned_config, model_folder
 from tiny_runs import mixed_rows, write_rows
 
-from ernie_tune.checkpoint.tensors import TensorReader
+from ernie_tune.checkpoint.tensors import TensorReader, widen_bfloat16
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.export import cache, grid, measure, reopen, run, verify
 from ernie_tune.export import fastdeploy_rules as rules
-from ernie_tune.export.choose import Chosen
-from ernie_tune.export.packing import pack
+from ernie_tune.export.choose import Chosen, Served
+from ernie_tune.export.packing import pack, unpack
 from ernie_tune.export.scheme import scheme
-from ernie_tune.export.source import Source
+from ernie_tune.export.source import Rounded, Source
 from ernie_tune.peft.packed import load_packed
 
 
@@ -233,9 +233,114 @@ def test_cache_defects(base: Path, tmp_path: Path) -> None:
         assert text in found
 
 
+def _dense(reader: TensorReader, name: str, bits: int, expert: int | None = None) -> np.ndarray:
+    """A matrix as one rank multiplies with it, [K, N]."""
+    codes, scale = reader.read(name), widen_bfloat16(np.array(reader.read(f"{name}_scale")))
+    codes, scale = (codes, scale) if expert is None else (codes[expert], scale[expert])
+    return unpack(np.array(codes), bits).astype(np.float32) * scale
+
+
+def test_cache_of_two_ranks_computes_what_one_does(base: Path, tmp_path: Path) -> None:
+    """Each rank's part of every kind of layer, from its file alone; their sums or rows of outputs against whole matrices."""
+    out = tmp_path / "out"
+    run.export(base, out, quantization="wint4", emit="cache", target_tp=2, verify="files")
+    tree = out / ".cache" / cache.cache_hash("ernie4_5_moe_vl", "mix_quant", 2, 1, 4)
+    ranks = [TensorReader(tree / f"rank{r}") for r in range(2)]
+    source = Source(base)
+    served = Served(Chosen(source, scheme("wint4"), "clip", 2))
+    rng = np.random.default_rng(0)
+
+    def whole(name: str, expert: int | None = None) -> np.ndarray:
+        return served.read(name, expert, "F32")
+
+    def floats(name: str, axis: int) -> np.ndarray:
+        return np.concatenate([widen_bfloat16(np.array(one.read(name))) for one in ranks], axis)
+
+    x = rng.standard_normal((5, 128)).astype(np.float32)
+    # experts: gate and up of the same inner columns meet on one rank
+    stem = "ernie.layers.1.mlp.image_fused_moe.experts"
+    total = np.zeros((5, 128), np.float32)
+    for one in ranks:
+        gate, up = np.split(x @ _dense(one, f"{stem}.up_gate_proj_weight", 4, 2), 2, 1)
+        total += (gate / (1 + np.exp(-gate)) * up) @ _dense(one, f"{stem}.down_proj_weight", 4, 2)
+    gate, up = np.split(x @ whole("layers.1.mlp.vision_experts.up_gate_proj", 2), 2, 1)
+    wanted = (gate / (1 + np.exp(-gate)) * up) @ whole("layers.1.mlp.vision_experts.down_proj", 2)
+    np.testing.assert_allclose(total, wanted, rtol=1e-4, atol=1e-4)
+    # attention: a rank has whole heads, four of queries and the one of keys and values that they share
+    attention = "layers.0.self_attn"
+    for rank, one in enumerate(ranks):
+        q, k, v = np.split(x @ _dense(one, f"ernie.{attention}.qkv_proj.weight", 8), [64, 80], 1)
+        np.testing.assert_allclose(
+            q, (x @ whole(f"{attention}.q_proj.weight"))[:, 64 * rank : 64 * rank + 64], rtol=1e-4, atol=1e-4
+        )
+        for mine, letter in ((k, "k"), (v, "v")):
+            all_heads = x @ whole(f"{attention}.{letter}_proj.weight")
+            np.testing.assert_allclose(mine, all_heads[:, 16 * rank : 16 * rank + 16], rtol=1e-4, atol=1e-4)
+    products = [
+        x[:, 64 * r : 64 * r + 64] @ _dense(one, f"ernie.{attention}.o_proj.weight", 8) for r, one in enumerate(ranks)
+    ]
+    np.testing.assert_allclose(sum(products), x @ whole(f"{attention}.o_proj.weight"), rtol=1e-4, atol=1e-4)
+    # what stays in bfloat16: words, the vision tower's heads and inner columns, the resampler's first layer
+    stored = Rounded(source)
+    table = stored.read("embed_tokens.weight", None, "F32")
+    np.testing.assert_array_equal(floats("ernie.embed_tokens.embeddings.weight", 0), table)
+    np.testing.assert_array_equal(floats("lm_head.linear.weight", 1), table.T)
+    block = "vision_model.blocks.1"
+    width = 64
+    for leaf in ("weight", "bias"):
+        full = stored.read(f"{block}.attn.qkv.{leaf}", None, "F32").reshape(
+            *(() if leaf == "bias" else (width,)), 3, width
+        )
+        got = [widen_bfloat16(np.array(one.read(f"{block}.attn.qkv.{leaf}"))) for one in ranks]
+        halves = [part.reshape(*part.shape[:-1], 3, width // 2) for part in got]
+        np.testing.assert_array_equal(np.concatenate(halves, -1), full)
+        np.testing.assert_array_equal(
+            floats(f"{block}.mlp.fc1.{leaf}", -1), stored.read(f"{block}.mlp.fc1.{leaf}", None, "F32")
+        )
+    for name in (f"{block}.attn.proj.weight", f"{block}.mlp.fc2.weight", "resampler_model.spatial_linear.0.weight"):
+        np.testing.assert_array_equal(floats(name, 0), stored.read(name, None, "F32"))
+    for name in (
+        f"{block}.attn.proj.bias",
+        "resampler_model.spatial_linear.2.weight",
+        "ernie.layers.1.mlp.text_fused_moe.gate.weight",
+    ):
+        np.testing.assert_array_equal(ranks[0].read(name), ranks[1].read(name))
+        assert (
+            ranks[0].shapes[name]
+            == {p.name: p.shape for p in rules.parameters(json.loads((out / "config.json").read_text()))}[name]
+        )
+
+
+def test_heads_fewer_than_ranks_are_held_by_several() -> None:
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    rules.check_ranks(config, 4)
+    columns = np.array(
+        [[0, 1, 2, 3, 10, 11, 20, 21]]
+    )  # four heads of queries, two of keys, two of values, each one wide
+    held = [
+        rules.share("ernie.layers.0.self_attn.qkv_proj.weight", columns, config, rank, 4).tolist() for rank in range(4)
+    ]
+    assert held == [[[0, 10, 20]], [[1, 10, 20]], [[2, 11, 21]], [[3, 11, 21]]]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_attention_heads": 6}, r"target_tp \(4\) must divide num_attention_heads \(6\)"),
+        ({"num_key_value_heads": 3}, r"must divide, or be divided by, num_key_value_heads \(3\)"),
+        ({"vision_config": {"num_heads": 6}}, r"must divide heads of the vision tower \(6\)"),
+        ({"vocab_size": 66}, r"must divide vocab_size \(66\)"),
+        ({"vocab_size": 68}, r"vocab_size \(68\) must be a multiple of 64 for a load cache of 4 ranks"),
+    ],
+)
+def test_models_that_ranks_cannot_share_out(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rules.check_ranks({"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128, **config}, 4)
+
+
 def test_cache_refuses_what_could_not_be_checked(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"target_tp \(2\) must be 1 for a load cache"):
-        run.export(base, tmp_path / "out", quantization="wint4", emit="cache", target_tp=2, verify="files")
+    with pytest.raises(ValueError, match=r"input width \(32\) must be a multiple of 64"):
+        run.export(base, tmp_path / "out", quantization="wint4", emit="cache", target_tp=4, verify="files")
     with pytest.raises(ValueError, match=r"input width \(96\) must be a multiple of 64"):
         run.export(
             model_folder(tmp_path / "narrow"), tmp_path / "out", quantization="wint4", emit="cache", verify="files"

@@ -325,3 +325,33 @@ def test_a_cache_gives_back_what_its_longest_row_took() -> None:
     cache, _ = filled([GROW_TOKENS + 9, 10], 0)
     cache.select([1])
     assert cache.used == GROW_TOKENS + 9, "copying everything to win less than a step is not worth it"
+
+
+def test_frequency_and_presence_penalties() -> None:
+    """Worked out by hand: 3 - (0.5 + 2 * 0.75) = 1 falls behind 2 - 0; what the prompt holds is not counted, and reported log-probabilities do not change."""
+    scores = np.array([[3.0, 2.0, 0.0], [3.0, 2.0, 0.0]])
+    params = SamplingParams(frequency_penalty=0.75, presence_penalty=0.5)
+    rngs = [np.random.default_rng(0)] * 2
+    picked, logp = choose(scores, params, rngs, [], [[0, 0], [1]])
+    assert picked.tolist() == [1, 0]
+    plain = scores[0] - np.log(np.exp(scores[0]).sum())
+    np.testing.assert_allclose(logp, plain[[1, 0]])
+    encouraged = choose(scores, SamplingParams(presence_penalty=-1.5), rngs, [], [[1, 1], []])[0]
+    assert encouraged.tolist() == [1, 0]
+    sampled = choose(
+        scores, SamplingParams(temperature=1.0, top_k=1, frequency_penalty=2.0), rngs, [], [[0], [0, 1, 1, 1]]
+    )[0]
+    assert sampled.tolist() == [1, 0]
+    for name in ("frequency_penalty", "presence_penalty"):
+        with pytest.raises(ValueError, match=rf"{name} \(2\.5\) must be from -2 to 2"):
+            SamplingParams(**{name: 2.5})
+
+
+def test_penalties_follow_each_answer(golden_model, golden) -> None:
+    """A strong penalty for presence forbids every token the second time, in each row for itself; without it this model repeats itself."""
+    model = golden_model("tiny-b")
+    tokens, rows = model.config.tokens, [Row(np.array([1, 5, 6])), Row(np.array([1, 7]))]
+    plain = generate(model, rows, tokens, SamplingParams(max_new_tokens=12))
+    new = generate(model, rows, tokens, SamplingParams(max_new_tokens=12, presence_penalty=2.0, frequency_penalty=2.0))
+    repeats = [sum(len(one.token_ids) - len(set(one.token_ids)) for (one,) in found) for found in (plain, new)]
+    assert repeats[1] < repeats[0]

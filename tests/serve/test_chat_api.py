@@ -87,12 +87,21 @@ def check_stream(running: Live, messages: list[dict[str, Any]], thinking: bool |
 
 
 def test_samples_are_the_engines_and_differ(running: Live, engine: Engine) -> None:
-    """n, seed, temperature, top_p, top_k and the penalty reach the sampler; stop strings cut; a stream carries all choices."""
-    settings = {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.1, "seed": 11, "n": 3}
+    """n, seed, temperature, top_p, top_k and the penalties reach the sampler; stop strings cut; a stream carries all choices."""
+    penalties = {"frequency_penalty": 0.7, "presence_penalty": -0.4}
+    settings = {
+        "temperature": 0.9,
+        "top_p": 0.8,
+        "top_k": 40,
+        "repetition_penalty": 1.1,
+        "seed": 11,
+        "n": 3,
+        **penalties,
+    }
     asked = Request([{"role": "user", "content": "why"}])
     want = engine.answer([asked], engine.params(max_new_tokens=8, **settings))[0]
     extra = {"top_k": 40, "repetition_penalty": 1.1}
-    fields = {"temperature": 0.9, "top_p": 0.8, "seed": 11, "n": 3}
+    fields = {"temperature": 0.9, "top_p": 0.8, "seed": 11, "n": 3, **penalties}
     got = ask(running, [{"role": "user", "content": "why"}], None, extra_body=extra, **fields)
     assert [c.message.completion_token_ids for c in got.choices] == [list(a.token_ids) for a in want]
     assert len({a.token_ids for a in want}) > 1

@@ -104,6 +104,10 @@ MORE = (
     "user",
     "return_token_ids",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "tools",
+    "tool_choice",
 )
 
 

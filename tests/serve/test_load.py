@@ -11,13 +11,13 @@ BENCH = Path(__file__).parents[1] / "bench" / "bench_serve.py"
 
 
 def test_a_crowd_gets_its_own_answers() -> None:
-    words = ["--preset", "tiny-a", "--clients", "16", "--seconds", "3", "--single_seconds", "1", "--max_tokens", "16"]
+    words = ["--preset", "tiny-a", "--clients", "16", "--seconds", "3", "--single_seconds", "1", "--max_tokens", "8"]
     done = subprocess.run(
-        [sys.executable, str(BENCH), *words, "--questions", "24"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(BENCH), *words, "--questions", "16"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong_or_failed"] == 0
     assert found["answers"] >= 16
-    assert found["different_answers"] >= 0.9 * found["questions"] >= 10, "or a mix-up would not be seen"
+    assert found["different_answers"] >= 0.9 * found["questions"] >= 8, "or a mix-up would not be seen"
     assert found["ratio"] > 1, "the crowd shares the model's steps"
