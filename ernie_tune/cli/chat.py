@@ -49,9 +49,8 @@ def open_engine(path: Path) -> Any:
         from ernie_tune.data.processor import Processor
         from ernie_tune.peft.model import PeftModel
         from ernie_tune.peft.packed import is_packed, load_packed
-        from ernie_tune.peft.quantize import quantize_base
         from ernie_tune.serve.engine import Engine
-        from ernie_tune.trainers.assemble import load_model
+        from ernie_tune.trainers.assemble import load_base
 
     folder = path.parent if path.is_file() else path
     processor = Processor.from_pretrained(folder)
@@ -69,10 +68,7 @@ def open_engine(path: Path) -> Any:
         raise ValueError(
             f"{arguments} must name the base model of the adapter (model_name_or_path); write it there, then try again"
         )
-    base = load_model(config)
-    if config.compute.weight_quantize_algo != "none":
-        quantize_base(base, config.compute.weight_quantize_algo)
-    return Engine(PeftModel.from_pretrained(base, folder), processor)
+    return Engine(PeftModel.from_pretrained(load_base(config), folder), processor)
 
 
 def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options: dict[str, Any]) -> int:

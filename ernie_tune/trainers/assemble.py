@@ -248,6 +248,16 @@ def load_model(config: RunConfig) -> AutoModel:
     return model
 
 
+def load_base(config: RunConfig) -> ErnieModel:
+    """`load_model` as an adapter's base: quantised, where the settings say so, while it is read."""
+    algorithm = config.compute.weight_quantize_algo
+    if algorithm == "none":
+        return load_model(config)
+    model, source = unread_model(config)
+    read_parts(quantize_base(model, algorithm), source)
+    return model
+
+
 def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
     """`load_model` for a rank that keeps a part: a model without values, and what they are read from once it lies over the ranks."""
     return _named_model(config, empty=True)

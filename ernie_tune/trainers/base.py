@@ -91,8 +91,9 @@ class Trainer:
         self.model = plain
         if not isinstance(plain, PeftModel):
             samples = self._calibration()
-            measured = self.place.measured(self.args, samples)
-            self.model = assemble.apply_method(self.args, plain, samples, self.place.source, measured)
+            self.model = assemble.apply_method(
+                self.args, plain, samples, self.place.source, self.place.measured(self.args, samples)
+            )
             if not self.place.several:  # nothing is to be cut first
                 self.place.lay(self.model)
         # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.

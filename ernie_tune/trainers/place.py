@@ -121,7 +121,7 @@ class Place:
     def load(self, config: RunConfig) -> ErnieModel:
         """The model that the settings name. It comes without values, which are read when it is laid, where it would not fit before: as one of several
         processes, or when a quantised base is to be made of it."""
-        if self.several or (config.compute.weight_quantize_algo != "none" and not config.lora.lora_expert_affinity):
+        if self.several or config.compute.weight_quantize_algo != "none":
             model, self.source = assemble.unread_model(config)
             return model
         return assemble.load_model(config)
@@ -131,6 +131,8 @@ class Place:
         time of measuring. None where there is nothing to measure, or the model has its values."""
         if not samples or self.source is None:
             return None
+        if not self.several:
+            return assemble.load_base(config)
         model, source = assemble.unread_model(config)
         if config.compute.weight_quantize_algo != "none":
             quantize_base(model, config.compute.weight_quantize_algo)

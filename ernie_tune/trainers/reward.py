@@ -17,7 +17,6 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.units import UnitEncoder
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.train.evaluate import Question
 from ernie_tune.train.log import RunLog
 from ernie_tune.train.preference import Margins
@@ -32,6 +31,7 @@ from ernie_tune.train.reward_model import (
     score_records,
 )
 from ernie_tune.train.state import Checkpoint
+from ernie_tune.trainers.assemble import load_base
 from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.preference import PreferenceTrainer, ancestry
 
@@ -136,14 +136,10 @@ class RewardModel:
         if not file.is_file():
             raise ValueError(f"{folder} must hold {ARGS_FILE}; name the output_dir of `ernie-tune reward`")
         config = load_config(file).config
-        base = str(folder) if (Path(folder) / "config.json").is_file() else config.model.model_name_or_path
-        known_preset = not Path(base).is_dir()
-        plain: ErnieModel = (
-            AutoModel.from_config(base, seed=config.train.seed) if known_preset else AutoModel.from_pretrained(base)
+        whole = (Path(folder) / "config.json").is_file()
+        model: ErnieModel = (
+            AutoModel.from_pretrained(folder) if whole else PeftModel.from_pretrained(load_base(config), folder)
         )
-        if config.compute.weight_quantize_algo != "none":
-            quantize_base(plain, config.compute.weight_quantize_algo)
-        model = plain if base == str(folder) else PeftModel.from_pretrained(plain, folder)
         load_head(model, folder)
         return cls(model, Processor.from_pretrained(folder), config.data.max_seq_len, rows)
 

@@ -195,12 +195,18 @@ def test_what_has_no_values_cannot_be_used() -> None:
     assert weight_bytes(empty) == weight_bytes(known)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "PTuning"])
-def test_a_quantised_base_is_never_whole_on_one_process_either(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "more"), [("LoRA", {}), ("PTuning", {}), ("LoRA", {"lora_expert_affinity": 0.2})])
+def test_a_quantised_base_is_never_whole_on_one_process_either(
+    method: str, more: dict[str, Any], tmp_path: Path
+) -> None:
     AutoModel.from_config("small", seed=1).save_pretrained(tmp_path / "m")
     Processor.bundled("small").save_pretrained(tmp_path / "m")
     config = settings(
-        tmp_path, model_name_or_path=str(tmp_path / "m"), fine_tuning=method, weight_quantize_algo="weight_only_mix"
+        tmp_path,
+        model_name_or_path=str(tmp_path / "m"),
+        fine_tuning=method,
+        weight_quantize_algo="weight_only_mix",
+        **more,
     )
     gc.collect()
     before = core.host_memory_stat_current_value("Allocated", 0)
@@ -208,8 +214,9 @@ def test_a_quantised_base_is_never_whole_on_one_process_either(method: str, tmp_
     trainer = SFTTrainer(args=config)
     peak = core.host_memory_stat_peak_value("Allocated", 0) - before
     held = weight_bytes(trainer.model)
-    assert peak < held + 8.4e6 + 2e6 < 60e6  # of 127 MB
-    known = apply_method(config, AutoModel.from_pretrained(tmp_path / "m"))
+    working = 16e6 if more else 2e6  # what a forward of the calibration rows takes
+    assert peak < held + 8.4e6 + working < 80e6  # of 127 MB
+    known = apply_method(config, AutoModel.from_pretrained(tmp_path / "m"), trainer._calibration())
     assert all(
         (value == other).all() for value, other in zip(trainer.model.parameters(), known.parameters(), strict=True)
     )
