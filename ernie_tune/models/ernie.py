@@ -200,7 +200,7 @@ class Elsewhere(nn.Layer):
 
 
 class ErnieModel(nn.Layer):
-    """The whole model on one device. Parameters start at zero (norms at one): fill them with `init_parameters` or from a checkpoint.
+    """The whole model on one device. Parameters start at zero (norms at one): `AutoModel` gives them values, fresh ones or those of a checkpoint.
 
     Raises ValueError when features and placeholders do not match, or when a text-only model is given images.
     """

@@ -7,13 +7,10 @@ Refuses to know: checkpoints, distribution.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
 
 import numpy as np
-import paddle
 
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.ernie import ErnieModel, in_stages
 from ernie_tune.models.specs import parameter_specs
 
 
@@ -25,13 +22,3 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> np.ndarray:
         return np.full(shape, 1.0 if is_norm and name.endswith("weight") else 0.0, np.float32)
     rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
     return rng.standard_normal(shape, np.float32) * np.float32((0.3333 / config.hidden_size) ** 0.5)
-
-
-def init_parameters(model: ErnieModel, seed: int = 0, stages: Collection[str] | None = None) -> ErnieModel:
-    """Draw every parameter of `model` in place; with `stages` only those that `ErnieModel.keep` would leave."""
-    for name, parameter in model.named_parameters():
-        if stages is not None and not in_stages(model.config, stages, name):
-            continue
-        value = paddle.to_tensor(initial_value(model.config, name, seed))
-        parameter.set_value(value.astype(parameter.dtype))
-    return model

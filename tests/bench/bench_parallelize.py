@@ -13,9 +13,8 @@ from typing import Any
 import ernie_tune  # noqa: F401  sets the CPU variables before paddle loads
 
 import numpy as np  # isort: skip
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
-from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.mesh import Mesh
@@ -26,7 +25,7 @@ from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
 
 
 def loop_of(name: str, mesh: Mesh | None) -> Loop:
-    model = init_parameters(ErnieModel(preset(name)))
+    model = AutoModel.from_config(preset(name))
     named = list(model.named_parameters())
     how: dict[str, Any] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
     schedule, settings = Schedule(1e-4, 10_000), LoopSettings()

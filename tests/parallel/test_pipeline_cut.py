@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.source import Drawn, fill
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.layers import has_values
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.balance import deal
@@ -123,13 +123,13 @@ def test_dealt_pieces_are_all_there_and_even() -> None:
 
 def test_stages_share_out_the_model_under_its_own_names() -> None:
     config = preset("tiny-c")  # untied
-    whole = init_parameters(ErnieModel(config), seed=1)
+    whole = AutoModel.from_config(config, seed=1)
     cut = cut_balanced(pipeline_items(config), item_costs(config), 3)
     seen: list[str] = []
     for stage in range(3):
         part = ErnieModel(config)
         part.keep(stages_of(cut, stage))
-        init_parameters(part, seed=1)  # drawn by name: the same on every layout
+        fill(part, Drawn(config, 1), where=lambda *_: ())  # drawn by name: the same on every layout
         values = dict(part.named_parameters())
         for name, value in values.items():
             assert (value == dict(whole.named_parameters())[name]).all()

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.init import init_parameters
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.mesh import Mesh
@@ -30,7 +30,7 @@ def windows(count: int) -> list[list[MicroBatch]]:
 
 
 def trained(mesh: Mesh | None) -> tuple[list[Any], dict[str, np.ndarray]]:
-    model = init_parameters(ErnieModel(preset("tiny-a")))
+    model = AutoModel.from_config(preset("tiny-a"))
     named = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
     how: dict[str, Any] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
     engine = None
