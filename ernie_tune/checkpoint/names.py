@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.checkpoint.tensors import in_threads
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import ParameterSpec, parameter_specs
 
@@ -150,13 +151,16 @@ def _assign(target: Array, block: Array, transpose: bool) -> None:
     if block.strides[0] < block.strides[1]:
         target, block = target.T, block.T  # rows as they lie in memory
     rows, columns = _TILE
-    scratch = np.empty((rows, columns + 32), block.dtype)
-    for i in range(0, block.shape[0], rows):
+
+    def turn(i: int) -> None:
+        scratch = np.empty((rows, columns + 32), block.dtype)
         for j in range(0, block.shape[1], columns):
             tile = block[i : i + rows, j : j + columns]
             near = scratch[: tile.shape[0], : tile.shape[1]]
             near[...] = tile
             target[i : i + rows, j : j + columns] = near
+
+    in_threads(turn, range(0, block.shape[0], rows))
 
 
 @dataclass(frozen=True)

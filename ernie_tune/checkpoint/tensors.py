@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -211,6 +215,19 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(file: Path, item: Mapping[str, Any], base: int) -> Entry:
     return Entry(file, str(item["dtype"]), tuple(int(n) for n in item["shape"]), base + int(item["data_offsets"][0]))
+
+
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+def in_threads(work: Callable[[T], object], pieces: Iterable[T]) -> None:
+    """`work` on every piece, some at once: numpy lets others run while it works. An error is raised here."""
+    pieces = list(pieces)
+    if len(pieces) == 1 or _THREADS == 1:
+        deque(map(work, pieces), 0)
+        return
+    with ThreadPoolExecutor(_THREADS) as threads:
+        deque(threads.map(work, pieces), 0)
 
 
 # --- element types -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Refuses to know: training, servers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -418,13 +419,14 @@ def write_layout(
     Two tensors are in memory: one that is made, one that is being written. Returns the paths.
     """
     buffers = TwoBuffers()
+    read = functools.lru_cache(1)(weights.read)  # halves of one matrix follow each other: it is made once
     table = layout(weights.config, flavour)
     codes = {name: "F32" if spec.float32 else EXPORT_CODE for name, spec in table.disk.items()}
     settings = write_config((config or weights.config).replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
     return write_folder(
         folder,
         {name: (spec.shape, codes[name]) for name, spec in table.disk.items()},
-        lambda disk: table.to_disk(disk, lambda name, expert: weights.read(name, expert, codes[disk]), buffers.empty),
+        lambda disk: table.to_disk(disk, lambda name, expert: read(name, expert, codes[disk]), buffers.empty),
         max_shard_bytes=max_shard_bytes,
         metadata={"format": "pt" if FLAVOURS[flavour].torch else "np", "layout": flavour},
         files={"config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n"},

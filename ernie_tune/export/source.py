@@ -15,7 +15,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
-from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, all_finite, cast, in_threads
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
@@ -25,7 +25,9 @@ from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
-_BLOCK_BYTES = 1 << 18  # of float32: it stays in the processor's cache
+_BLOCK_BYTES = (
+    1 << 21
+)  # of float32: small ones leave threads waiting for the interpreter, large ones the processor's cache
 _UNSHARED = 1 << 18  # multiplications; OpenBLAS takes several threads above it
 
 
@@ -62,7 +64,6 @@ class _Merged:
     def __init__(self, raw_IO: Array, own: str, factors: Sequence[_Factors]) -> None:
         self._raw, self._own, self._factors = raw_IO, own, factors
         self._step = max(1, _BLOCK_BYTES // (4 * raw_IO.shape[1]))
-        self._scratch = np.empty((self._step, raw_IO.shape[1]), np.float32)
         self._column_scales: list[Array | None] = []  # of the adapters so far
         for one in factors:
             self._column_scales.append(None if one.magnitude is None else one.magnitude / self._column_norms())
@@ -81,7 +82,7 @@ class _Merged:
         total = cast(self._raw[rows], self._own, "F32")
         if self._own == "F32":  # the file's own
             total = total.copy()
-        product = self._scratch[: len(total)]
+        product = np.empty_like(total)
         for one, scale_O in zip(self._factors, self._column_scales, strict=False):
             _multiply(one.scaled_A[rows], one.lora_B, product)
             total += product
@@ -92,8 +93,11 @@ class _Merged:
     def stored(self, code: str) -> Array:
         """The matrix in a safetensors type."""
         out = np.empty(self._raw.shape, NUMPY_TYPES[code])
-        for rows in self._blocks():
+
+        def make(rows: slice) -> None:
             out[rows] = cast(self._rows(rows), "F32", code)
+
+        in_threads(make, self._blocks())
         return out
 
 

@@ -216,6 +216,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path)
     a = parser.parse_args()
+    if a.folder:
+        a.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"packing": bench_packing()}
     with TemporaryDirectory(dir=a.folder) as place:
         make(Path(place) / "base", a.gigabytes)

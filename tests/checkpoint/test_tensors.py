@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import threading
 import time
 import tracemalloc
@@ -22,6 +24,7 @@ from ernie_tune.checkpoint.tensors import (
     TensorReader,
     all_finite,
     cast,
+    in_threads,
     narrow_bfloat16,
     read_header,
     widen_bfloat16,
@@ -302,15 +305,16 @@ def test_wide_types_come_first_so_that_tensors_stay_aligned(tmp_path: Path) -> N
 def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made in the caller's thread, one ahead and no more; an array may be written over when the one after the next is asked for."""
     made, written = [], []
-    slow = writer._write
+    slow = writer._Sink.write
     ahead = []
 
-    def write(stream: Any, data: memoryview) -> None:
+    def write(sink: Any, data: memoryview) -> None:
         time.sleep(0.02)
-        slow(stream, data)
-        written.append(len(data))
+        slow(sink, data)
+        if made:  # else it was the header
+            written.append(len(data))
 
-    monkeypatch.setattr(writer, "_write", write)
+    monkeypatch.setattr(writer._Sink, "write", write)
     buffers, main = writer.TwoBuffers(), threading.get_ident()
 
     def produce(name: str) -> np.ndarray:
@@ -327,15 +331,52 @@ def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatc
     assert all((reader.read(str(i)) == i).all() for i in range(6))
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_stream: Any, _data: memoryview) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_disk_that_is_full_is_told(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last tensor, by one before, and by a flush on the way: the system tells an error once, to whoever flushed first."""
+    calls = []
 
-    monkeypatch.setattr(writer, "_write", full)
-    for count in (1, 3):  # the error of the last tensor, and of one before
+    def full(*_: Any) -> None:
+        calls.append(1)
+        if call == "write" or len(calls) == 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((writer._Sink, "write") if call == "write" else (writer.os, "fsync")), full)
+    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1)
+    for count in (1, 3):
+        calls.clear()
         with pytest.raises(OSError, match="No space left"):
             write_folder(tmp_path / "m", {str(i): ((2,), "I32") for i in range(count)}, lambda _: np.zeros(2, np.int32))
         assert not (tmp_path / "m").exists()
+
+
+def test_a_file_goes_to_the_disk_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushes are of what has been written so far, never two at once, and the last one is of everything; a digest sees every byte in order."""
+    sizes, busy, fsync = [], [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        busy.append(1)
+        assert len(busy) == 1
+        sizes.append(os.fstat(descriptor).st_size)
+        time.sleep(0.01)
+        fsync(descriptor)
+        busy.pop()
+
+    monkeypatch.setattr(writer.os, "fsync", watched)
+    monkeypatch.setattr(writer, "_PIECE_BYTES", 512)
+    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1024)
+
+    def produce(name: str) -> Array:
+        time.sleep(0.02)
+        return np.full(1000, int(name), np.int32)
+
+    digest, file = hashlib.sha256(), tmp_path / "m.safetensors"
+    writer.write_file(file, {str(i): ((1000,), "I32") for i in range(4)}, produce, {}, digest)
+    assert len(sizes) >= 4
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 8000
+    assert sizes[-1] == file.stat().st_size
+    assert digest.digest() == hashlib.sha256(file.read_bytes()).digest()
 
 
 @pytest.mark.parametrize("bad", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF, 0x7F81, 0xFF81])
@@ -385,3 +426,13 @@ def test_turning_in_tiles(turned: str, monkeypatch: pytest.MonkeyPatch) -> None:
         out = np.zeros((17, 11), np.uint16)
         names._assign(out, block.T, True)
         np.testing.assert_array_equal(out, block.T)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_in_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_THREADS", threads)
+    done: list[int] = []
+    in_threads(done.append, range(9))
+    assert sorted(done) == list(range(9))
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda n: 1 // n, [2, 1, 0, 3])

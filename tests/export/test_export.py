@@ -194,6 +194,20 @@ def test_merging_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(stored, kept)  # the file's own array is not written to
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS.values()))
+def test_a_matrix_is_made_once(base: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gate and up halves may be tensors of their own on the disk."""
+    source, places, read = Source(base), list[tuple[str, int | None]](), Source.read
+
+    def counted(self: Source, name: str, expert: int | None, code: str) -> np.ndarray:
+        places.append((name, expert))
+        return read(self, name, expert, code)
+
+    monkeypatch.setattr(Source, "read", counted)
+    write_layout(tmp_path / "out", source, layout)
+    assert sorted(places, key=str) == sorted(((n, e) for n, e, _ in stored_places(source.config)), key=str)
+
+
 @pytest.mark.usefixtures("one_process")
 def test_two_adapters_one_after_the_other(base: Path, tmp_path: Path) -> None:
     first, second = (adapter_folder(base, tmp_path / n, **ADAPTERS[n]) for n in ("plain", "saved"))
