@@ -509,17 +509,18 @@ def test_the_script_of_preferences_writes_these_rows(tmp_path: Path) -> None:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("fold", range(5))
 def test_settings_of_preferences_are_chosen_on_pictures_that_are_neither_trained_on_nor_reported(
-    tmp_path: Path,
+    fold: int, tmp_path: Path
 ) -> None:
-    script("preferences").make(tmp_path / "deep", validation=True)
+    script("preferences").make(tmp_path / "deep", fold)
 
     def shown(folder: Path, names: str) -> set[Path]:
         rows = [row for path in sorted(folder.glob(names)) for row in rows_of(path)]
         return {(folder / image).resolve() for row in rows for image in row["images"]}
 
     judged = shown(tmp_path / "deep", "eval_*.jsonl")
-    assert len(judged) == 300
+    assert {path.stem for path in judged} == {f"{i:04d}" for i in range(300 * fold, 300 * fold + 300)}
     assert all(path.is_file() for path in judged)
     learned = set().union(
         *(shown(tmp_path / "deep", f"{name}*.jsonl") for name in ("sft", "pairs", "mixture", "choices"))

@@ -1,7 +1,8 @@
 """Rewrites this folder's rows from examples/digits: demonstrations in two styles, and judgements of answers about the same pictures. Knows files only.
 
-Usage: python examples/preferences/make_data.py [--validation output/preferences_validation]
-With --validation the last 300 pictures of training take the place of the held-out ones: for choosing settings, which the rows that are reported must not.
+Usage: python examples/preferences/make_data.py [--validation output/preferences_validation [--fold 4]]
+With --validation a fifth of the pictures of training, 300 in a row, takes the place of the held-out ones: for choosing settings, which the rows that
+are reported must not.
 A judge who likes answers that are right, and among the right ones the short ones, has compared, ranked, rated or labelled them.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "digits"
-VALIDATION = 300
+FOLDS = 5
 WORDY = 0.6  # share of the demonstrations that answer in a sentence: a model that follows them has no taste of its own
 HAN = re.compile("[\u4e00-\u9fff]")
 
@@ -102,11 +103,12 @@ def read_rows(name: str) -> list[Row]:
     return [json.loads(line) for line in (DIGITS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def make(out: Path, validation: bool = False) -> None:
+def make(out: Path, fold: int | None = None) -> None:
     """Writes sft.jsonl, pairs_*.jsonl, choices.jsonl, mixture.jsonl for training, eval_*.jsonl for measuring. Each file has its own draws."""
     train, held, digits = read_rows("train.jsonl"), read_rows("eval.jsonl"), "../digits"
-    if validation:
-        train, held, digits = train[:-VALIDATION], train[-VALIDATION:], Path(os.path.relpath(DIGITS, out)).as_posix()
+    if fold is not None:
+        digits, size = Path(os.path.relpath(DIGITS, out)).as_posix(), len(train) // FOLDS
+        held, train = train[fold * size : (fold + 1) * size], train[: fold * size] + train[(fold + 1) * size :]
     out.mkdir(parents=True, exist_ok=True)
 
     def judges(rows: list[Row], name: str) -> list[Judge]:
@@ -129,5 +131,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--validation", type=Path, metavar="FOLDER", help="write the rows for choosing settings there instead"
     )
+    parser.add_argument("--fold", type=int, default=FOLDS - 1, choices=range(FOLDS), help="which fifth")
     options = parser.parse_args()
-    make(options.validation or options.out, validation=options.validation is not None)
+    make(options.validation or options.out, options.fold if options.validation else None)
