@@ -52,6 +52,8 @@ def run(args: list[str]) -> int:
     limits = options.pop("eval_max_samples", 200), options.pop("eval_max_new_tokens", 32)
     rows = options.get("eval") or options.get("calib")
     report = export(words, options.pop("output_dir"), score=task_score(rows, *limits) if rows else None, **options)
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(
         f"{len(report['sha256'])} files, {report['weight_bytes'] / 1e6:.1f} MB of weights, every check passed; serve it with\n\n{report['command']}"
     )

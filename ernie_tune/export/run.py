@@ -293,6 +293,7 @@ class _Export:
         self.checks |= {"layer_errors": asdict(errors), "ours": ours, "rtn": rtn}
         if scores:
             self.checks["scores"] = dict(zip(("before", "rtn", "ours"), scores, strict=True))
+            self.notes += verify.score_notes(scores)
         print(self.table, file=sys.stderr, flush=True)
         reasons = verify.gate(errors, ours, rtn, 4 if 4 in (*self.scheme.experts, self.scheme.dense) else 8)
         if reasons:

@@ -167,6 +167,18 @@ def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float
     return reasons
 
 
+def score_notes(scores: Sequence[Mapping[str, float]]) -> list[str]:
+    """What to know of scores before, by rtn, and by the chosen codes: those by which rtn answers better. On a few hundred rows one answer decides that,
+    so it refuses nothing, as the logits' error does."""
+    _, plain, after = scores
+    return [
+        f"{name} is {after[name]:.4f}, rtn's is {plain[name]:.4f}: rounding to nearest answered these rows better, perhaps by chance. Score more rows "
+        "(--eval, --eval_max_samples), or take --method rtn."
+        for name in after
+        if after[name] < plain[name]
+    ]
+
+
 def table(
     errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float], scores: Sequence[Mapping[str, float]]
 ) -> str:

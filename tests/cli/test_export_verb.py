@@ -40,6 +40,7 @@ def test_writes_and_prints_the_command(base: Path, tmp_path: Path, capsys: pytes
     assert main(["quantize", *words]) == 0
     out = capsys.readouterr().out
     assert "every check passed" in out
+    assert "note: FastDeploy's kernels need rows in 64s" in out
     assert f"--model {tmp_path / 'out'}" in out
     assert "--tensor-parallel-size 2 --quantization wint8" in out
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3

@@ -86,6 +86,23 @@ def test_scores_before_and_after(base: Path, rows: str, tmp_path: Path) -> None:
     }
     assert "accuracy (before 0.6000)" in report["table"]
     assert all((a != b).any() for a, b in ((seen[0], seen[1]), (seen[1], seen[2])))
+    assert not any("accuracy" in note for note in report["notes"])
+
+
+def test_a_score_below_rtns_is_noted(base: Path, rows: str, tmp_path: Path) -> None:
+    left = [0.9, 0.75, 0.5]
+    report = run.export(
+        base, tmp_path / "out", quantization="wint4", calib=rows, score=lambda *_: {"f1": 1.0, "accuracy": left.pop()}
+    )
+    assert report["checks"]["scores"]["ours"]["accuracy"] == 0.9
+    assert not any("is 0.9" in note for note in report["notes"])
+    left = [0.5, 0.75, 0.9]
+    report = run.export(
+        base, tmp_path / "out", quantization="wint4", calib=rows, score=lambda *_: {"f1": 1.0, "accuracy": left.pop()}
+    )
+    (note,) = (note for note in report["notes"] if "rtn" in note)
+    assert note.startswith("accuracy is 0.5000, rtn's is 0.7500")
+    assert note in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_packed_without_comparison(base: Path, tmp_path: Path) -> None:
