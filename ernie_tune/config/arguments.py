@@ -21,6 +21,7 @@ FREEZE_WORDS = tuple(
 SHARDING = ("off", *(f"stage{n}{tail}" for n in (1, 2, 3) for tail in ("", " offload")))
 WHEN = ("no", "steps", "epoch")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+CORRUPTIONS = ("none", "mask", "noise")
 REF_MODES = ("auto", "model", "adapter_off", "adapter_ref", "precomputed", "none")
 
 
@@ -283,6 +284,21 @@ class PreferenceArguments:
 
 
 @dataclass(frozen=True)
+class PictureArguments:
+    """Pairs made of a row's own picture: the right answer to the true one over the same answer to a spoilt one (methods.md 4.2). Stages DPO, UPO and RM."""
+
+    image_corruption: str = arg(
+        "none", "add pairs whose worse side is the right answer to a grey picture, or to one under noise", CORRUPTIONS
+    )
+    image_corruption_ratio: float = arg(
+        1.0, "share of the training rows with pictures that get such a pair", low=0.0001, high=1
+    )
+    image_corruption_noise: float = arg(
+        0.9, "share of noise in the standard deviation of a spoilt picture; 1: nothing else", low=0.01, high=1
+    )
+
+
+@dataclass(frozen=True)
 class ReferenceArguments:
     """The policy that answers are compared with (methods.md 3.4). Stages DPO, KTO and UPO."""
 
@@ -362,6 +378,7 @@ class RunConfig:
     log: LogArguments = LogArguments()
     parallel: ParallelArguments = ParallelArguments()
     preference: PreferenceArguments = PreferenceArguments()
+    picture: PictureArguments = PictureArguments()
     reference: ReferenceArguments = ReferenceArguments()
     signals: SignalArguments = SignalArguments()
     rollout: RolloutArguments = RolloutArguments()
@@ -374,6 +391,8 @@ class RunConfig:
             return self.model.fine_tuning in ADDED
         if section in ("preference", "reference"):
             return self.model.stage not in ("SFT", "PT")
+        if section == "picture":
+            return self.model.stage in ("DPO", "KTO", "UPO", "RM")
         if section == "signals":
             return self.model.stage in ("KTO", "UPO", "RM")
         return section != "rollout" or self.model.stage in ("UPO", "RLVR", "PPO")

@@ -227,6 +227,7 @@ _STAGES = {
         ("UPO",),
     ),
     "edge_weight": ("UPO", "RM"),
+    **dict.fromkeys(("image_corruption", "image_corruption_ratio", "image_corruption_noise"), ("DPO", "UPO", "RM")),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("KTO", "UPO")),
     **dict.fromkeys(("center_rewards_coefficient", "rating_loss"), ("RM",)),
 }
@@ -238,6 +239,8 @@ _READ_BY = {
 # Settings that one value of another reads: name -> (the other, its values that do).
 _READ_WITH = {
     "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
+    "image_corruption_ratio": ("image_corruption", ("mask", "noise")),
+    "image_corruption_noise": ("image_corruption", ("noise",)),
     "rank_top_k": ("rank_loss", ("plackett_luce",)),
     "rate_tau": ("rate_loss", ("soft_bt", "bernoulli_kl")),
     "rate_margin": ("rate_loss", ("margin",)),

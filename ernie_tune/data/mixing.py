@@ -22,7 +22,7 @@ _TOLERANCE = 1e-9  # of quotas: 0.1 * 30 is 3
 T = TypeVar("T")
 
 
-def _hash(*numbers: int) -> int:
+def hash_of(*numbers: int) -> int:
     """64 well-mixed bits of these integers (the finalizer of SplitMix64, chained)."""
     state = 0
     for number in numbers:
@@ -36,11 +36,11 @@ def _hash(*numbers: int) -> int:
 def permute(i: int, n: int, *key: int) -> int:
     """Where a shuffle of range(n) named `key` puts i: a Feistel network on the next power of four, walked until it falls below n."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask, seed = (1 << half) - 1, _hash(*key)
+    mask, seed = (1 << half) - 1, hash_of(*key)
     while True:
         left, right = i >> half, i & mask
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_hash(seed, turn, right) & mask)
+            left, right = right, left ^ (hash_of(seed, turn, right) & mask)
         i = left << half | right
         if i < n:
             return i

@@ -31,6 +31,15 @@ class Message(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Corruption:
+    """What is done to pictures (data/corruption.py): "mask", or "noise" of this strength, drawn from `seed`."""
+
+    kind: str
+    noise: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One judged answer: turns that continue the record's messages, and what is known about them."""
 
@@ -42,6 +51,7 @@ class Candidate:
     score: float | None = None  # on [0, 1], whatever scale the file used
     rank: float | None = None  # lowest is best, equal ranks are ties
     label: bool | None = None  # good or bad on its own
+    corruption: Corruption | None = None  # of the pictures that this answer alone is shown with
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,13 @@ class Record:
             for j, b in enumerate(values):
                 if a is not None and b is not None and a > b:
                     yield i, j
+
+    @property
+    def best(self) -> tuple[int, ...]:
+        """The candidates known to be right: those that are better than another and that none is better than, and good ones."""
+        edges = list(self.preferences())
+        right = {better for better, _ in edges} - {worse for _, worse in edges}
+        return tuple(sorted(right | {i for i, c in enumerate(self.candidates) if c.label}))
 
 
 class _Problem(NamedTuple):

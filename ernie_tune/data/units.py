@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.data.batching import THINKING, TRUNCATIONS, Dropped, truncate
+from ernie_tune.data.corruption import corrupted
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Message, Record
 from ernie_tune.models.inputs import PackedInput, Row, pack_families
@@ -39,6 +40,7 @@ class Unit:
     weight: float = 1.0
     domain: str = ""
     where: str = ""
+    corrupted: bool = False  # the worse side is the better one with its pictures spoilt
 
     @property
     def num_candidates(self) -> int:
@@ -179,6 +181,9 @@ class UnitEncoder:
                     where,
                 )
                 return None
+            if record.candidates[i].corruption is not None and short.row.pixel_values_PC is None:
+                dropped.add("no picture is left to corrupt", where)
+                return None
             dialogues.append(short)
         if not dialogues:
             dropped.add("no answer that is judged", where)
@@ -200,6 +205,7 @@ class UnitEncoder:
             record.weight,
             record.domain,
             where,
+            any(c.corruption is not None for c in record.candidates),
         )
         if unit.signal != "label" and not unit.edges and unit.signal != "rating":
             dropped.add("no answer is better than another", where)
@@ -213,7 +219,7 @@ class UnitEncoder:
         messages, images, videos = record.dialogue(i)
         asked = len(record.messages)
         turns: list[Message] = [{**m, "loss": False} if m["role"] == "assistant" else m for m in messages[:asked]]
-        return self.processor.encode(
+        encoded = self.processor.encode(
             [*turns, *messages[asked:]],
             list(images),
             list(videos),
@@ -221,6 +227,12 @@ class UnitEncoder:
             thinking=THINKING.get(record.mode),
             where=where,
             made=made,
+        )
+        how, pixels_PC = record.candidates[i].corruption, encoded.row.pixel_values_PC
+        if how is None or pixels_PC is None:
+            return encoded
+        return dataclasses.replace(
+            encoded, row=dataclasses.replace(encoded.row, pixel_values_PC=corrupted(pixels_PC, how))
         )
 
     def _shortened(self, encoded: Encoded, where: str) -> Encoded | None:

@@ -72,6 +72,18 @@ def _offset(unit: Unit, better: int, worse: int, margins: Margins) -> float:
     return float(score_margins(scores[:1], scores[1:], margins.kind, margins.alpha)[0])
 
 
+def image_metrics(
+    candidates: Candidates, batch: UnitBatch, beta: float, kappa: float = 0.0
+) -> dict[str, tuple[float, float]]:
+    """Of the comparisons of a true and a spoilt picture alone: how often, and by how much, the answer to the true one has the higher reward."""
+    pairs = pairs_of(batch)
+    mine_P = np.array([batch.units[u].corrupted for u in batch.unit_C[pairs.better_P]], bool)
+    if not mine_P.any():
+        return {}
+    found = preference_metrics(candidates, Pairs.of(pairs.better_P[mine_P], pairs.worse_P[mine_P]), beta, kappa)
+    return {f"rewards/image_{name}": found[f"rewards/{name}"] for name in ("accuracies", "margins")}
+
+
 def signals_of(batch: UnitBatch) -> Signals:
     """The batch's judgements by kind: pairs of `pair` rows, tiers of rankings, scores of ratings, labels."""
     parts: dict[str, list[tuple[Unit, int]]] = {name: [] for name in ("pair", "ranking", "rating", "label")}
@@ -205,11 +217,9 @@ class PairObjective(_Judged):
         terms = pair_terms(self.terms, candidates, pairs, self.hyper, self.baselines())
         out = combine(terms, self.terms, self._counts)
         named = out.metrics if len(self.terms) > 1 else {}
-        return LossOut(
-            out.total,
-            out.count,
-            {**named, **preference_metrics(candidates, pairs, self.hyper.beta, reward_kappa(self.terms))},
-        )
+        how = self.hyper.beta, reward_kappa(self.terms)
+        found = {**preference_metrics(candidates, pairs, *how), **image_metrics(candidates, batch, *how)}
+        return LossOut(out.total, out.count, {**named, **found})
 
 
 class UpoObjective(_Judged):
@@ -250,7 +260,12 @@ class UpoObjective(_Judged):
         return super().begin(counts)
 
     def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
-        return upo_loss(self.settings, candidates_of(logp_N, batch), signals_of(batch), self._counts, self.baselines())
+        candidates = candidates_of(logp_N, batch)
+        out = upo_loss(self.settings, candidates, signals_of(batch), self._counts, self.baselines())
+        found = image_metrics(
+            candidates, batch, self.settings.hyper.beta, 0.0 if self.settings.reference else self.settings.kappa
+        )
+        return LossOut(out.total, out.count, {**out.metrics, **found})
 
 
 def settled(metrics: Mapping[str, tuple[float, float]]) -> dict[str, float]:

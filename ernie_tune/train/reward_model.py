@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.batching import Dropped
+from ernie_tune.data.corruption import masked
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.loss import LossOut, combine
@@ -204,8 +205,8 @@ def reward_evaluation(
         _add(sums, {**out.metrics, **preferred(reward_C, batch)})
     blind: dict[str, list[float]] = {}
     if any(batch.inputs.pixel_values_PC is not None for batch in batches):
-        masked = [_masked(batch) for batch in batches]
-        for batch, reward_C in zip(masked, rewards_of(model, masked), strict=True):
+        grey = [_masked(batch) for batch in batches]
+        for batch, reward_C in zip(grey, rewards_of(model, grey), strict=True):
             _add(blind, preferred(reward_C, batch))
     reward_A, length_A = np.concatenate(seen), np.concatenate([batch.length_C for batch in batches])
     means = {name.replace("preference_", ""): value / count for name, (value, count) in sums.items() if count}
@@ -233,11 +234,9 @@ def _add(sums: dict[str, list[float]], found: Mapping[str, tuple[float, float]])
 
 
 def _masked(batch: UnitBatch) -> UnitBatch:
-    """The batch with every image grey: 0 is the mean of what the processor makes."""
+    """The batch with every image grey."""
     pixels = batch.inputs.pixel_values_PC
-    inputs = (
-        batch.inputs if pixels is None else dataclasses.replace(batch.inputs, pixel_values_PC=np.zeros_like(pixels))
-    )
+    inputs = batch.inputs if pixels is None else dataclasses.replace(batch.inputs, pixel_values_PC=masked(pixels))
     return dataclasses.replace(batch, inputs=inputs)
 
 

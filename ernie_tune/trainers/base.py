@@ -124,6 +124,7 @@ class Trainer:
             )
         self.train_rows = sum(len(rows) for rows in sets)
         self.eval_rows = held
+        sets = self._with_more(sets)
         self._stream_again = lambda: assemble.stream_of(c, sets, self.encoder, *self.place.batch)
         self.stream = self._stream_again()
 
@@ -133,6 +134,10 @@ class Trainer:
         mixture, dropped = self.stream.shard.mixture, Dropped()
         rows = (self.encoder(mixture[i], dropped) for i in range(min(assemble.CALIBRATION_ROWS, len(mixture))))
         return [sample for sample in rows if sample is not None]
+
+    def _with_more(self, sets: list[Sequence[Record]]) -> list[Sequence[Record]]:
+        """The training rows, each set with those that a method makes of them."""
+        return sets
 
     def total_steps(self) -> tuple[int, float]:
         """(optimizer steps of the run, steps of one pass over the data)."""

@@ -16,6 +16,7 @@ import numpy as np
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
+from ernie_tune.data.corruption import CorruptedPairs
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
 from ernie_tune.models.presets import PRESETS
@@ -75,6 +76,33 @@ class PreferenceTrainer(Trainer):
         return UnitEncoder(
             self.processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, self.learned()
         )
+
+    def _with_more(self, sets: list[Sequence[Record]]) -> list[Sequence[Record]]:
+        """Each set with the pairs that its pictures make. Raises ValueError where there are none, or where nothing would learn from them."""
+        c, d, t = self.args.picture, self.args.data, self.args.train
+        if c.image_corruption == "none":
+            return sets
+        if not self._learns_pairs():
+            raise ValueError(
+                f"image_corruption ({c.image_corruption}) makes pairs and must go with a weight of the term that learns from them; raise pair in term_weights"
+            )
+        seed = t.seed if t.data_seed is None else t.data_seed
+        made = [
+            CorruptedPairs(rows, c.image_corruption, c.image_corruption_noise, c.image_corruption_ratio, seed, k)
+            for k, rows in enumerate(sets)
+        ]
+        self._made = sum(len(rows.chosen) for rows in made)
+        if not self._made:
+            raise ValueError(
+                f"image_corruption ({c.image_corruption}) must find rows with a picture and an answer known to be right, none of {self.train_rows} "
+                f"in {','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise image_corruption_ratio, or set none"
+            )
+        return list(made)
+
+    _made = 0  # pairs of true and spoilt pictures
+
+    def _learns_pairs(self) -> bool:
+        return "pair" in self.learned()
 
     def learned(self) -> tuple[str, ...]:
         """The kinds of judgement that the method learns from."""
@@ -196,6 +224,7 @@ class PreferenceTrainer(Trainer):
         reference = self._reference()
         known, words = ancestry(self.args)
         log.info(f"policy: {words}; reference: {reference.mode}")
+        self._tell_made(log)
         if known is False and not resumed:
             log.info(f"{words}: preferences are learned best after SFT; train it on demonstrations first", "WARNING")
         if resumed or reference.mode == "none":
@@ -209,6 +238,13 @@ class PreferenceTrainer(Trainer):
                 f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
                 "set ref_mode: adapter_ref",
                 "WARNING",
+            )
+
+    def _tell_made(self, log: RunLog) -> None:
+        if self._made:
+            kind = self.args.picture.image_corruption
+            log.info(
+                f"image_corruption {kind}: {self._made} pairs of a true and a spoilt picture beside {self.train_rows} rows"
             )
 
     def _after_step(self, record: StepRecord) -> list[Verdict]:
@@ -278,11 +314,9 @@ class PreferenceMeasure(Measure):
 
 def demonstration(record: Record) -> Record | None:
     """The row's best answer as an answer to imitate; None where none is known to be good."""
-    best = {c for c, _ in record.preferences()} - {w for _, w in record.preferences()}
-    best |= {i for i, c in enumerate(record.candidates) if c.label}
-    if not best:
+    if not record.best:
         return None
-    messages, images, videos = record.dialogue(min(best))
+    messages, images, videos = record.dialogue(record.best[0])
     return dataclasses.replace(record, signal="sft", messages=messages, images=images, videos=videos, candidates=())
 
 

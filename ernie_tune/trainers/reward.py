@@ -71,6 +71,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def _after_start(self, log: RunLog, resumed: bool) -> None:
         log.info(f"reward head on {ancestry(self.args)[1]}")
+        self._tell_made(log)
 
     def _save_weights(self, folder: Path) -> None:
         super()._save_weights(folder)

@@ -47,6 +47,10 @@ class UPOTrainer(PreferenceTrainer):
             signal for signal in self.signals if any(settings.active(t) for t, s in _READS.items() if s == signal)
         )
 
+    def _learns_pairs(self) -> bool:
+        settings = upo_settings(self.args)
+        return settings.active("pair") or settings.active("bco_pair")
+
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
         return UpoObjective(upo_settings(self.args), RewardShift(self.args.preference.reward_shift_decay))
 
