@@ -338,6 +338,11 @@ class SignalArguments:
     edge_weight: str = arg("unit", "what counts as one: a row, or each comparison in it", ("unit", "edge"))
     desirable_weight: float = arg(1.0, "weight of good answers (KTO)", low=0)
     undesirable_weight: float = arg(1.0, "weight of bad answers (KTO)", low=0)
+    bco_density: bool = arg(
+        False, "weigh bad answers by how like those of good ones their prompts are (BCO's distribution matching)"
+    )
+    bco_density_min: float = arg(0.5, "least such weight", low=0)
+    bco_density_max: float = arg(10.0, "largest such weight", low=0)
     rating_loss: str = arg(
         "pairs", "how ratings teach a reward model: by comparison or as its values (RM)", ("pairs", "regression")
     )

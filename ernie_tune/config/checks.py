@@ -16,7 +16,19 @@ def problems(c: RunConfig) -> list[Problem]:
     """Contradictions between the settings of `c`; empty if there are none."""
     return [
         p
-        for rule in (_data, _mixing, _training, _weights, _saving, _best, _parallel, _stage, _compared, _reference)
+        for rule in (
+            _data,
+            _mixing,
+            _training,
+            _weights,
+            _saving,
+            _best,
+            _parallel,
+            _stage,
+            _compared,
+            _density,
+            _reference,
+        )
         for p in rule(c)
     ]
 
@@ -228,7 +240,9 @@ _STAGES = {
     ),
     "edge_weight": ("UPO", "RM"),
     **dict.fromkeys(("image_corruption", "image_corruption_ratio", "image_corruption_noise"), ("DPO", "UPO", "RM")),
-    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("KTO", "UPO")),
+    **dict.fromkeys(
+        ("desirable_weight", "undesirable_weight", "bco_density", "bco_density_min", "bco_density_max"), ("KTO", "UPO")
+    ),
     **dict.fromkeys(("center_rewards_coefficient", "rating_loss"), ("RM",)),
 }
 _READ_BY = {
@@ -291,6 +305,26 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
         yield (
             "lora_dropout",
             f"lora_dropout ({c.lora.lora_dropout:g}) must be 0 at stage {c.model.stage}: answers are compared without dropout; remove it / 该阶段不用 dropout",
+        )
+
+
+def _density(c: RunConfig) -> Iterator[Problem]:
+    s, names = c.signals, ("bco_density_min", "bco_density_max")
+    if c.model.stage not in ("KTO", "UPO"):
+        return
+    learned = ("bin_loss", s.bin_loss) if c.model.stage == "UPO" else ("loss_type", ",".join(c.preference.loss_type))
+    if s.bco_density and learned[1] != "bco":
+        yield (
+            "bco_density",
+            f"bco_density (true) must go with {learned[0]} bco, not {learned[1]}; set one / 仅 bco 使用此项",
+        )
+    for name in names:
+        if not s.bco_density and c.flat()[name] != SETTINGS[name].default:
+            yield name, f"{name} ({c.flat()[name]:g}) must go with bco_density: true; set it / 需要 bco_density"
+    if s.bco_density_min > s.bco_density_max:
+        yield (
+            names[0],
+            f"bco_density_min ({s.bco_density_min:g}) must not exceed bco_density_max ({s.bco_density_max:g}); lower it / 下限大于上限",
         )
 
 

@@ -100,6 +100,7 @@ class UnitBatch:
     unit_C: np.ndarray
     end_C: np.ndarray  # where the last token of each dialogue lies
     ref_logp_N: np.ndarray | None = None
+    density_C: np.ndarray | None = None  # what bad answers weigh by their prompts, others 1
     kl_sum: float = 0.0  # of log-ratios of mismatched answers, which KTO compares with
     kl_count: float = 0.0
 

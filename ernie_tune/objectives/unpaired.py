@@ -19,11 +19,13 @@ from ernie_tune.objectives.preference import Candidates, implicit_rewards, take,
 
 @dataclass(frozen=True)
 class Labels:
-    """Candidate `index_M` is good with probability `good_M` (1 good, 0 bad, between: a rating on [0, 1]); `weight_M`: its share in the mean."""
+    """Candidate `index_M` is good with probability `good_M` (1 good, 0 bad, between: a rating on [0, 1]); `weight_M`: its share in the mean. `ratio_M`: what
+    BCO multiplies the loss of a bad one by (`density.density_ratio`), which is in no divisor; None: nothing."""
 
     index_M: np.ndarray
     good_M: np.ndarray
     weight_M: np.ndarray
+    ratio_M: np.ndarray | None = None
 
     @staticmethod
     def of(
@@ -37,6 +39,10 @@ class Labels:
             raise ValueError(
                 f"good_M ({len(self.good_M)}) and weight_M ({len(self.weight_M)}) must have as many entries as index_M "
                 f"({len(self.index_M)}); give one per labelled answer"
+            )
+        if self.ratio_M is not None and len(self.ratio_M) != len(self.index_M):
+            raise ValueError(
+                f"ratio_M ({len(self.ratio_M)}) must have as many entries as index_M ({len(self.index_M)}); give one per labelled answer"
             )
         if len(self.good_M) and not (self.good_M.min() >= 0 and self.good_M.max() <= 1):
             raise ValueError(
@@ -143,11 +149,13 @@ def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesira
 
 
 def bco_loss(candidates: Candidates, labels: Labels, delta: float, beta: float = 0.1) -> LossOut:
-    """-q log sigma(r - delta) - (1 - q) log sigma(delta - r) (2404.04656). With q between 0 and 1: one rated answer alone (methods.md 4.4)."""
+    """-q log sigma(r - delta) - rho (1 - q) log sigma(delta - r) (2404.04656); rho: `ratio_M`. With q between 0 and 1: one rated answer alone
+    (methods.md 4.4)."""
     if not len(labels):
         return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
     r_M, good_M = _sides(candidates, labels, beta)
-    return _out(-good_M * F.log_sigmoid(r_M - delta) - (1 - good_M) * F.log_sigmoid(delta - r_M), labels)
+    bad_M = 1 - good_M if labels.ratio_M is None else (1 - good_M) * vector(labels.ratio_M, r_M)
+    return _out(-good_M * F.log_sigmoid(r_M - delta) - bad_M * F.log_sigmoid(delta - r_M), labels)
 
 
 def apo_zero_unpaired_loss(candidates: Candidates, labels: Labels, beta: float = 0.1) -> LossOut:

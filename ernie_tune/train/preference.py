@@ -110,6 +110,7 @@ def signals_of(batch: UnitBatch) -> Signals:
             np.array([i for i, _, _ in labels], np.int64),
             np.array([g for _, g, _ in labels], np.float64),
             np.array([w for _, _, w in labels], np.float64),
+            None if batch.density_C is None else batch.density_C[[i for i, _, _ in labels]],
         ),
     )
 

@@ -17,6 +17,7 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.corruption import CorruptedPairs
+from ernie_tune.data.mixing import permute
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
 from ernie_tune.models.presets import PRESETS
@@ -26,6 +27,7 @@ from ernie_tune.objectives.unpaired import RewardShift, kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.train.density import PromptDensity
 from ernie_tune.train.evaluate import Question, question
 from ernie_tune.train.evaluate_judged import judged_evaluation
 from ernie_tune.train.guards import Verdict
@@ -45,6 +47,7 @@ from ernie_tune.train.reference import (
     take_copy,
 )
 from ernie_tune.train.state import Checkpoint, find_checkpoint, read_values, write_values
+from ernie_tune.trainers.assemble import Subset
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.measure import Measure
 
@@ -62,6 +65,7 @@ class PreferenceTrainer(Trainer):
         super().__init__(*args, **more)
         self.reference: Reference | None = None
         self._mode = ""  # of the reference, once it is chosen
+        self.density: PromptDensity | None = None  # of prompts with good and with bad answers
         self.watch = PreferenceWatch()
         self.encoder: UnitEncoder
         if isinstance(self.model, PeftModel) and self.model.active is not None:
@@ -171,21 +175,35 @@ class PreferenceTrainer(Trainer):
             self.reference = Reference(self.model, mode, identity, self.place.asked(self.model), self.place.lay_beside)
         if mode == "precomputed" and not dry_run:
             self._precompute(self.reference)
+        if self.args.signals.bco_density and not dry_run:
+            self.density = self._measured_density()
 
     def _precompute(self, reference: Reference) -> None:
         """Every row's log-probabilities under the policy as it is now, from the file where it has them."""
         file = Path(self.args.reference.ref_logps_path or self.output_dir / CACHE_FILE)
         if file.is_file():
             reference.cache.load(file)
-        known, rows = len(reference.cache.values), self.args.train.per_device_train_batch_size
-        mixture, held, dropped = self.stream.shard.mixture, self.eval_rows, Dropped()
-        every = (rows[i] for rows in (*mixture.sources, held) for i in range(len(rows)))
-        units = (unit for unit in (self.encoder(record, dropped) for record in every) if unit is not None)
-        for chunk in _chunks(units, rows):
-            reference.attached(self.encoder.collate(chunk))
+        known = len(reference.cache.values)
+        for batch in self._every_row(*self.stream.shard.mixture.sources, self.eval_rows):
+            reference.attached(batch)
         if len(reference.cache.values) > known and self.place.is_writer:
             reference.cache.save(file)
         reference.sealed = True
+
+    def _every_row(self, *sets: Sequence[Record]) -> Iterator[UnitBatch]:
+        """Each row once, the same on every process."""
+        dropped, size = Dropped(), self.args.train.per_device_train_batch_size
+        every = (self.encoder(rows[i], dropped) for rows in sets for i in range(len(rows)))
+        return map(self.encoder.collate, _chunks((unit for unit in every if unit is not None), size))
+
+    def _measured_density(self) -> PromptDensity:
+        s, sources = self.args.signals, self.stream.shard.mixture.sources
+        density = PromptDensity(self.place.asked(self.model), s.bco_density_min, s.bco_density_max)
+        # in an order that mixes the kinds, so that a part of many rows has both
+        order = ([permute(i, len(rows), self.args.train.seed, 78) for i in range(len(rows))] for rows in sources)
+        density.fit(self._every_row(*(Subset(rows, index) for rows, index in zip(sources, order, strict=True))))
+        density.measure(self._every_row(*sources, self.eval_rows))
+        return density
 
     def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
         return self._compared(window, self.place.batch[0], self.place.mesh.group("batch").objects)
@@ -201,6 +219,8 @@ class PreferenceTrainer(Trainer):
         # where experts are apart, a forward is everybody's: what one rank lacks, all compute
         lacks = zip(*self.place.gather([reference.lacks(batch) for batch in window]), strict=True)
         ready = [reference.attached(batch, any(some)) for batch, some in zip(window, lacks, strict=True)]
+        if self.density is not None:
+            ready = [self.density.attached(batch) for batch in ready]
         if not self._objective().uses_kl:
             return ready
         # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how the window is cut
@@ -225,6 +245,8 @@ class PreferenceTrainer(Trainer):
         known, words = ancestry(self.args)
         log.info(f"policy: {words}; reference: {reference.mode}")
         self._tell_made(log)
+        if self.density is not None:
+            log.info(self.density.line())
         if known is False and not resumed:
             log.info(f"{words}: preferences are learned best after SFT; train it on demonstrations first", "WARNING")
         if resumed or reference.mode == "none":

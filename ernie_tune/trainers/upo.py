@@ -66,7 +66,7 @@ def upo_settings(config: RunConfig) -> UpoSettings:
     if name not in PRESETS:
         raise ValueError(f"loss_type ({name}) must be one of {', '.join(PRESETS)} at stage UPO; take upo_hetero")
     preset = PRESETS[name]
-    return dataclasses.replace(
+    settings = dataclasses.replace(
         preset,
         weights={**preset.weights, **term_weights(s.term_weights)},
         hyper=dataclasses.replace(hyper_of(config), nll_norm=preset.hyper.nll_norm),
@@ -83,6 +83,11 @@ def upo_settings(config: RunConfig) -> UpoSettings:
         desirable_weight=s.desirable_weight,
         undesirable_weight=s.undesirable_weight,
     )
+    if s.bco_density and not settings.active("bin"):
+        raise ValueError(
+            "bco_density (true) must go with a weight of the term that learns from labels (bin); raise bin in term_weights, or unset it"
+        )
+    return settings
 
 
 def term_weights(given: tuple[str, ...]) -> dict[str, float]:

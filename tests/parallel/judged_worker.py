@@ -49,12 +49,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter_moves": ("UPO", {**_LORA, **_MOVING, "weight_quantize_algo": "weight_only_int8"}),
     "adapter_off": ("KTO", _LORA),
     "rewards": ("RM", {}),
+    "bco_density": ("KTO", {"loss_type": "bco", "bco_density": True}),
     "spoilt_pictures": ("DPO", {"ref_mode": "precomputed", "image_corruption": "noise", "image_corruption_ratio": 0.6}),
 }
 TRIED = {
     "PP2": tuple(CASES),
     "TP2": ("second_model_moves", "precomputed", "adapter_moves"),
-    "EP2 sharding 2": ("second_model_moves", "adapter_off", "rewards", "spoilt_pictures"),
+    "EP2 sharding 2": ("second_model_moves", "adapter_off", "rewards", "bco_density", "spoilt_pictures"),
 }
 
 
