@@ -143,6 +143,26 @@ def test_z_and_orthogonal_loss() -> None:
     assert orthogonal_loss(w).item() == pytest.approx(2 / 9, abs=1e-6)
 
 
+def test_values_of_the_specification() -> None:
+    """methods.md 11.8 gives the values to ten places, and not the inputs. Of all fours of tokens with three logits each, halves from -2 to 4, one alone has
+    this z, and in this order it has this balance as well; rows that make orthogonal's 2/9 are above. Gradients by their closed forms."""
+    logits_TE = np.array([[2.0, 1.0, 0.0], [2.5, 0.0, 0.0], [1.0, 1.5, 1.0], [0.0, 1.0, 3.0]])
+    x = paddle.to_tensor(logits_TE, dtype="float64", stop_gradient=False)
+    z = z_loss(x)
+    z.backward()
+    assert z.item() == pytest.approx(7.0354508747, abs=1e-10)
+    sums_T = np.exp(logits_TE).sum(1)
+    probs_TE = np.exp(logits_TE) / sums_T[:, None]
+    np.testing.assert_allclose(x.grad.numpy(), 2 * np.log(sums_T)[:, None] * probs_TE / 4, rtol=1e-9)
+    x.clear_gradient()
+    balance = balance_loss(paddle.nn.functional.softmax(x, axis=-1), 1)
+    balance.backward()
+    assert balance.item() == pytest.approx(1.0950563849, abs=1e-10)
+    share_E = np.array([2, 1, 1]) / 4
+    slope_TE = probs_TE * (share_E - (probs_TE * share_E).sum(1, keepdims=True))
+    np.testing.assert_allclose(x.grad.numpy(), 3 * slope_TE / 4, rtol=1e-9, atol=1e-15)
+
+
 def test_weights_per_modality() -> None:
     logits, w = paddle.zeros([4, 4]), paddle.eye(4)
     weights = RouterLossWeights(balance=(0.0, 2.0), z=(1.0, 0.0))
