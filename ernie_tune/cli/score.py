@@ -17,7 +17,8 @@ def run(args: list[str]) -> int:
     """ernie-tune score FOLDER ROWS [OUT.jsonl]
 
     Gives every judged answer of ROWS (any format with pairs, rankings, ratings or labels) a reward by the model in FOLDER, the output_dir of
-    `ernie-tune reward`. One line a row: id, rewards in the order of the row's answers (null: too long), best. Written to OUT, or printed.
+    `ernie-tune reward`. One line a row: id, rewards in the order of the row's answers (null: too long), best; of a model that was trained with
+    rating_loss: ordinal also the ratings to expect, from 1 to rating_levels. Written to OUT, or printed.
     """
     if len(args) not in (2, 3):
         raise UsageError(f"expected FOLDER ROWS [OUT.jsonl], got {len(args)} words / 需要模型文件夹与数据文件")
@@ -28,12 +29,13 @@ def run(args: list[str]) -> int:
 
     rows = load_dataset(args[1], signals=JUDGED)
     records = [rows[i] for i in range(len(rows))]
-    lines = []
-    for record, rewards in zip(records, RewardModel.from_pretrained(args[0]).score(records), strict=True):
+    lines, model = [], RewardModel.from_pretrained(args[0])
+    for record, rewards in zip(records, model.score(records), strict=True):
         best = None if rewards is None else max(range(len(rewards)), key=rewards.__getitem__)
-        lines.append(
-            json.dumps({"id": record.id or str(record.meta), "rewards": rewards, "best": best}, ensure_ascii=False)
-        )
+        ratings = None if rewards is None else model.ratings(rewards)
+        more = {} if ratings is None else {"ratings": ratings}
+        line = {"id": record.id or str(record.meta), "rewards": rewards, **more, "best": best}
+        lines.append(json.dumps(line, ensure_ascii=False))
     text = "".join(line + "\n" for line in lines)
     if len(args) == 2:
         print(text, end="")

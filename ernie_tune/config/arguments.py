@@ -344,8 +344,11 @@ class SignalArguments:
     bco_density_min: float = arg(0.5, "least such weight", low=0)
     bco_density_max: float = arg(10.0, "largest such weight", low=0)
     rating_loss: str = arg(
-        "pairs", "how ratings teach a reward model: by comparison or as its values (RM)", ("pairs", "regression")
+        "pairs",
+        "how ratings teach a reward model: by comparison, as its values, or as levels between learned cuts (RM)",
+        ("pairs", "regression", "ordinal"),
     )
+    rating_levels: int = arg(5, "values that ratings have, evenly spaced (rating_loss ordinal)", low=2)
     center_rewards_coefficient: float = arg(0.01, "pull of rewards towards 0 (RM)", low=0)
     allow_base: bool = arg(False, "let UPO start from a model without an SFT ancestor")
 

@@ -243,7 +243,7 @@ _STAGES = {
     **dict.fromkeys(
         ("desirable_weight", "undesirable_weight", "bco_density", "bco_density_min", "bco_density_max"), ("KTO", "UPO")
     ),
-    **dict.fromkeys(("center_rewards_coefficient", "rating_loss"), ("RM",)),
+    **dict.fromkeys(("center_rewards_coefficient", "rating_loss", "rating_levels"), ("RM",)),
 }
 _READ_BY = {
     "label_smoothing": ("cdpo", "robust", "exo_pair"),
@@ -255,6 +255,7 @@ _READ_WITH = {
     "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
     "image_corruption_ratio": ("image_corruption", ("mask", "noise")),
     "image_corruption_noise": ("image_corruption", ("noise",)),
+    "rating_levels": ("rating_loss", ("ordinal",)),
     "rank_top_k": ("rank_loss", ("plackett_luce",)),
     "rate_tau": ("rate_loss", ("soft_bt", "bernoulli_kl")),
     "rate_margin": ("rate_loss", ("margin",)),

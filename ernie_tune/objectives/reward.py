@@ -1,12 +1,14 @@
 """Losses of a reward model: scalar rewards of answers against pairs, rankings and ratings (methods.md 4.5). Pure arithmetic.
 
-Legend: C answers of a micro-batch with one reward each, P pairs, M rated answers.
+Legend: C answers of a micro-batch with one reward each, P pairs, M rated answers, K cuts between K + 1 levels of a rating.
 Refuses to know: the head, the model, images.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import paddle
+import paddle.nn.functional as F
 from paddle import Tensor
 
 from ernie_tune.objectives.listwise import edge_loss
@@ -36,6 +38,54 @@ def reward_regression_loss(reward_C: Tensor, ratings: Labels) -> LossOut:
         return LossOut(reward_C.sum() * 0.0, 0.0)
     error_M = take(reward_C, ratings.index_M) - vector(ratings.good_M, reward_C)
     return LossOut((error_M.square() * vector(ratings.weight_M, error_M)).sum(), float(ratings.weight_M.sum()))
+
+
+def ordered_cuts(free_K: Tensor) -> Tensor:
+    """Cuts that rise whatever the free numbers are: the first as it is, each other a softplus above the one before."""
+    return paddle.concat([free_K[:1], F.softplus(free_K[1:])]).cumsum()
+
+
+def even_cuts(levels: int) -> np.ndarray:
+    """The free numbers of cuts under which a reward of 0 gives every level the same probability, [levels - 1]."""
+    share_K = np.arange(1, levels) / levels
+    cut_K = np.log(share_K / (1 - share_K))
+    return np.concatenate([cut_K[:1], np.log(np.expm1(np.diff(cut_K)))])
+
+
+def levels_of(rating_M: np.ndarray, levels: int, where: str = "") -> np.ndarray:
+    """The level, from 0, of ratings on [0, 1]. Raises ValueError for one between two levels; `where` opens it."""
+    exact_M = np.asarray(rating_M, np.float64) * (levels - 1)
+    level_M = np.round(exact_M).astype(np.int64)
+    off = np.flatnonzero(np.abs(exact_M - level_M) > 1e-3)
+    if len(off):
+        raise ValueError(
+            f"{where and where + ': '}score ({rating_M[off[0]]:g} of its scale) must be one of rating_levels ({levels}) even steps; set it to the number of values that scores have"
+        )
+    return level_M
+
+
+def reward_ordinal_loss(reward_C: Tensor, cut_K: Tensor, ratings: Labels) -> LossOut:
+    """-log [sigma(t_k - s) - sigma(t_{k-1} - s)] of level k, t_0 = -inf and the last inf: proportional odds (McCullagh 1980). The difference is
+    sigma(b) sigma(-a) (1 - e^(a-b)), of which each factor has a logarithm that does not cancel."""
+    if not len(ratings):
+        return LossOut(reward_C.sum() * 0.0, 0.0)
+    cuts = cut_K.shape[0]
+    level_M = levels_of(ratings.good_M, cuts + 1)
+    s_M = take(reward_C, ratings.index_M)
+    above_M = take(cut_K, np.minimum(level_M, cuts - 1)) - s_M
+    below_M = take(cut_K, np.maximum(level_M - 1, 0)) - s_M
+    first_M, last_M = (vector(at, s_M) for at in (level_M == 0, level_M == cuts))
+    inner_M = (1 - first_M) * (1 - last_M)
+    gap_M = inner_M * (above_M - below_M) + (1 - inner_M)  # 1 where there is one cut: any number with a logarithm
+    logp_M = (1 - last_M) * F.log_sigmoid(above_M) + (1 - first_M) * F.log_sigmoid(-below_M)
+    logp_M = logp_M + inner_M * paddle.log(-paddle.expm1(-gap_M))
+    return LossOut(-(logp_M * vector(ratings.weight_M, logp_M)).sum(), float(ratings.weight_M.sum()))
+
+
+def expected_rating(reward_C: np.ndarray, cut_K: np.ndarray) -> np.ndarray:
+    """The mean of the level that the cuts give a reward, on [0, 1]: sum_k P(level above k) / K."""
+    out_C: np.ndarray = (1 / (1 + np.exp(np.asarray(cut_K)[None] - np.asarray(reward_C)[:, None]))).mean(axis=1)
+    return out_C
 
 
 def reward_metrics(reward_C: Tensor, pairs: Pairs) -> dict[str, tuple[float, float]]:

@@ -1,7 +1,8 @@
-"""A reward model: one scalar for a finished dialogue, from a bias-free head on its last token (methods.md 4.5). Head, objective, measurements.
+"""A reward model: one scalar for a finished dialogue, from a bias-free head on its last token, and cuts that make ratings of it (methods.md 4.5). Head,
+objective, measurements.
 
 The head reads the state after the model's last norm and is kept beside the model's or adapter's own files. Refuses to know: loops, verbs, which rows.
-Legend: T tokens, D width, C candidates, P pairs.
+Legend: T tokens, D width, C candidates, P pairs, K cuts between the levels of ratings.
 """
 
 from __future__ import annotations
@@ -24,73 +25,104 @@ from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.loss import LossOut, combine
 from ernie_tune.objectives.preference import Pairs
-from ernie_tune.objectives.reward import reward_metrics, reward_pair_loss, reward_regression_loss
+from ernie_tune.objectives.reward import (
+    even_cuts,
+    expected_rating,
+    levels_of,
+    ordered_cuts,
+    reward_metrics,
+    reward_ordinal_loss,
+    reward_pair_loss,
+    reward_regression_loss,
+)
 from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
 from ernie_tune.train.pipeline import outputs_of
 from ernie_tune.train.preference import Margins, pairs_of
 
 HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know
-_WEIGHT = "reward_head.weight"
+_PREFIX = "reward_head."
 _BINS = 10
 
 
 class RewardHead(nn.Layer):
-    """[D] -> scalar without bias, N(0, 1/(D+1)) at the start; float32."""
+    """[D] -> scalar without bias, N(0, 1/(D+1)) at the start; float32. With `levels`: what the cuts between so many levels of ratings are made of, too."""
 
-    def __init__(self, width: int, seed: int = 0) -> None:
+    def __init__(self, width: int, seed: int = 0, levels: int = 0) -> None:
         super().__init__()
         fresh = np.random.default_rng(seed).standard_normal((width, 1)).astype(np.float32) / np.sqrt(width + 1)
         self.weight = self.create_parameter(
             [width, 1], dtype="float32", default_initializer=nn.initializer.Assign(fresh.astype(np.float32))
         )
+        self.thresholds: Tensor | None = None
+        if levels:
+            free_K = even_cuts(levels).astype(np.float32)
+            self.thresholds = self.create_parameter(
+                [levels - 1], dtype="float32", default_initializer=nn.initializer.Assign(free_K)
+            )
+
+    def cuts(self) -> Tensor | None:
+        """Where one level ends and the next begins, [K], rising; None for a head without."""
+        return None if self.thresholds is None else ordered_cuts(self.thresholds)
 
     def forward(self, x_CD: Tensor) -> Tensor:
         return paddle.matmul(x_CD.astype(self.weight.dtype), self.weight).squeeze(-1)
 
 
-def attach_head(model: ErnieModel, seed: int = 0) -> RewardHead | Elsewhere:
+def attach_head(model: ErnieModel, seed: int = 0, levels: int = 0) -> RewardHead | Elsewhere:
     """Give the model a fresh trained head, or return what it has: on a pipeline stage without the last layer, what stands in for one."""
     if "reward_head" not in dict(model.named_children()):
-        model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed))
+        model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed, levels))
     head: RewardHead | Elsewhere = model.reward_head
     return head
 
 
-def head_value(model: ErnieModel) -> np.ndarray | None:
-    """The head's weight [D, 1]; None on a pipeline stage that has no head."""
+def head_values(model: ErnieModel) -> dict[str, np.ndarray] | None:
+    """The head's weight [D, 1] and what its cuts are made of [K], where it has any; None on a pipeline stage that has no head."""
     head = attach_head(model)
-    return None if isinstance(head, Elsewhere) else head.weight.numpy()
+    if isinstance(head, Elsewhere):
+        return None
+    return {_PREFIX + name: value.numpy() for name, value in head.named_parameters()}
 
 
-def save_head(value: np.ndarray, folder: str | os.PathLike[str]) -> None:
-    """Write what `head_value` gave into `folder`/reward_head, whole or not at all."""
-    write_folder(
-        Path(folder) / HEAD_FOLDER, {_WEIGHT: (value.shape, "F32")}, lambda _: value, metadata={"format": "np"}
-    )
+def save_head(values: Mapping[str, np.ndarray], folder: str | os.PathLike[str]) -> None:
+    """Write what `head_values` gave into `folder`/reward_head, whole or not at all."""
+    entries = {name: (value.shape, "F32") for name, value in values.items()}
+    write_folder(Path(folder) / HEAD_FOLDER, entries, values.__getitem__, metadata={"format": "np"})
 
 
 def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
-    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where there is none or one of another width."""
+    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where there is none, one of another width, or one with other
+    levels of ratings than the model's has."""
     place = Path(folder) / HEAD_FOLDER
     if not place.is_dir():
         raise ValueError(
             f"{folder} must hold {HEAD_FOLDER}/; train a reward model with `ernie-tune reward`, or name its output_dir"
         )
-    head, value = attach_head(model), np.array(TensorReader(place).read(_WEIGHT))
+    reader = TensorReader(place)
+    found = {name.removeprefix(_PREFIX): np.array(reader.read(name)) for name in reader.shapes}
+    levels = len(found["thresholds"]) + 1 if "thresholds" in found else 0
+    head = attach_head(model, levels=levels)
     if isinstance(head, Elsewhere):
         return
-    if list(value.shape) != list(head.weight.shape):
+    if found["weight"].shape != tuple(head.weight.shape):
         raise ValueError(
-            f"{place}: head {list(value.shape)} must be {list(head.weight.shape)} for this model; load it on its own model"
+            f"{place}: head {list(found['weight'].shape)} must be {list(head.weight.shape)} for this model; load it on its own model"
         )
-    head.weight.set_value(paddle.to_tensor(value))
+    mine = 0 if head.thresholds is None else int(head.thresholds.size) + 1
+    if levels != mine:
+        raise ValueError(
+            f"{place}: head with {levels} levels of ratings must have {mine}, as rating_loss and rating_levels say; set them to those it was trained with"
+        )
+    for name, parameter in head.named_parameters():
+        parameter.set_value(paddle.to_tensor(found[name]))
 
 
 class RewardObjective:
     """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row share its weight (edge_weight "unit").
 
     rating_loss "regression": rated answers are not compared; their rewards are to be their scores on [0, 1], (s - q)^2, a row one unit, a mean of its own.
+    "ordinal": nor are they then; their rewards are to lie between the head's cuts around their level, one of as many as the head has.
     """
 
     def __init__(
@@ -99,9 +131,10 @@ class RewardObjective:
         margins: Margins | None = None,
         edge_weight: str = "unit",
         rating_loss: str = "pairs",
+        levels: int = 5,
     ) -> None:
         self.center, self.margins, self.edge_weight = center, margins or Margins(), edge_weight
-        self.rating_loss = rating_loss
+        self.rating_loss, self.levels = rating_loss, levels
         self._counts: dict[str, float] = {}
 
     def _learned(self, batch: UnitBatch) -> tuple[Pairs, Pairs, Labels]:
@@ -109,17 +142,16 @@ class RewardObjective:
         pairs = pairs_of(batch, self.margins, self.edge_weight)
         if self.rating_loss == "pairs":
             return pairs, pairs, Labels.of([], [])
-        units = zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
-        rated = [(first + c, u.score_C[c], u.weight / u.num_candidates)
-                 for u, first in units if u.signal == "rating" for c in range(u.num_candidates)]  # fmt: skip
-        index = np.array([i for i, _, _ in rated], np.int64)
-        labels = Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
-        keep = ~np.isin(pairs.better_P, index)
+        labels = ratings_of(batch)
+        keep = ~np.isin(pairs.better_P, labels.index_M)
         compared = Pairs(*(v[keep] for v in (pairs.better_P, pairs.worse_P, pairs.weight_P, pairs.margin_P, pairs.p_P)))
         return pairs, compared, labels
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
         parts = [self._learned(batch)[1:] for batch in window]
+        if self.rating_loss == "ordinal":  # here a row still has a name
+            for unit in (u for batch in window for u in batch.units if u.signal == "rating"):
+                levels_of(unit.score_C, self.levels, unit.where)
         return {
             "pair": float(sum(pairs.weight_P.sum() for pairs, _ in parts)),
             "rating": float(sum(labels.weight_M.sum() for _, labels in parts)),
@@ -136,14 +168,26 @@ class RewardObjective:
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
         return rewards(model, hidden_TD, batch)
 
-    def loss(self, reward_C: Tensor, batch: UnitBatch) -> LossOut:
+    def loss(self, outputs: Tensor, batch: UnitBatch) -> LossOut:
+        reward_C, cut_K = parted(outputs, batch)
         pairs, compared, labels = self._learned(batch)
         terms = {"pair": reward_pair_loss(reward_C, compared, self.center)}
         if self.rating_loss == "regression":
             terms["rating"] = reward_regression_loss(reward_C, labels)
+        if self.rating_loss == "ordinal":
+            terms["rating"] = reward_ordinal_loss(reward_C, cut_K, labels)
         out = combine(terms, dict.fromkeys(terms, 1.0), self._counts)
         named = out.metrics if len(terms) > 1 else {}
-        return LossOut(out.total, out.count, {**named, **reward_metrics(reward_C, pairs)})
+        found = {**named, **reward_metrics(reward_C, pairs)}
+        if len(labels):
+            error_M = self.predicted(outputs.detach().numpy(), batch)[labels.index_M] - labels.good_M
+            found["rating_mae"] = (float(np.abs(error_M).sum()), float(len(labels)))
+        return LossOut(out.total, out.count, found)
+
+    def predicted(self, outputs: np.ndarray, batch: UnitBatch) -> np.ndarray:
+        """The rating on [0, 1] that each answer's reward stands for, [C]: itself, or the mean of its level."""
+        reward_C, cut_K = parted(outputs, batch)
+        return expected_rating(reward_C, cut_K) if self.rating_loss == "ordinal" else reward_C
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         """Nothing runs along."""
@@ -155,14 +199,31 @@ class RewardObjective:
         """Nothing to load."""
 
 
+def ratings_of(batch: UnitBatch) -> Labels:
+    """The answers of rating rows with their scores on [0, 1]; those of a row share its weight."""
+    units = zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
+    rated = [(first + c, u.score_C[c], u.weight / u.num_candidates)
+             for u, first in units if u.signal == "rating" for c in range(u.num_candidates)]  # fmt: skip
+    index = np.array([i for i, _, _ in rated], np.int64)
+    return Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
+
+
 def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-    """One reward for each candidate, [C]."""
+    """One reward for each candidate, and behind them the head's cuts, if it has any: [C + K]. They travel together: only the last stage of a pipeline has
+    the head, and the loss knows no model."""
     reward_C: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
-    return reward_C
+    cut_K = model.reward_head.cuts()
+    return reward_C if cut_K is None else paddle.concat([reward_C, cut_K])
+
+
+def parted(outputs: Any, batch: UnitBatch) -> tuple[Any, Any]:
+    """(rewards [C], cuts [K]) of what `rewards` gave; K is 0 for a head without cuts."""
+    count = len(batch.length_C)
+    return outputs[:count], outputs[count:]
 
 
 def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
-    """Rewards [C] of each batch, without gradients and dropout."""
+    """What `rewards` gives of each batch, without gradients and dropout."""
     training = model.training
     model.eval()
     for batch in batches:
@@ -180,8 +241,8 @@ def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows
         scored: Iterator[np.ndarray] = iter(())
         if units:
             batch = encoder.collate(units)
-            (reward_C,) = rewards_of(model, [batch])
-            scored = iter(np.split(reward_C, batch.first_candidate_U[1:]))
+            (outputs,) = rewards_of(model, [batch])
+            scored = iter(np.split(parted(outputs, batch)[0], batch.first_candidate_U[1:]))
         out += [None if unit is None else next(scored).tolist() for unit in found]
     return out
 
@@ -190,15 +251,18 @@ def reward_evaluation(
     model: Any, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: RewardObjective
 ) -> dict[str, float]:
     """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error` (ECE of sigma(s_w - s_l) over ten bins),
-    `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0."""
+    `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0. Where ratings are
+    values or levels: `rating_mae` of the ratings on [0, 1] that rewards stand for, `rating_spearman` of rewards and ratings."""
     batches, dropped = judged_batches(records, encoder, rows)
     divisor = objective.begin(objective.counts(batches))
     total, sums = 0.0, dict[str, list[float]]()
     seen: list[np.ndarray] = []
     margins: list[np.ndarray] = []
-    for batch, reward_C in zip(batches, rewards_of(model, batches), strict=True):
-        tensor, pairs = paddle.to_tensor(reward_C), pairs_of(batch, objective.margins, objective.edge_weight)
-        out = objective.loss(tensor, batch)
+    rated: list[tuple[np.ndarray, np.ndarray]] = []
+    for batch, outputs in zip(batches, rewards_of(model, batches), strict=True):
+        reward_C, pairs = parted(outputs, batch)[0], pairs_of(batch, objective.margins, objective.edge_weight)
+        out, labels = objective.loss(paddle.to_tensor(outputs), batch), ratings_of(batch)
+        rated.append((reward_C[labels.index_M], labels.good_M))
         total += float(out.total) / divisor
         seen.append(reward_C)
         margins.append(reward_C[pairs.better_P] - reward_C[pairs.worse_P])
@@ -206,13 +270,18 @@ def reward_evaluation(
     blind: dict[str, list[float]] = {}
     if any(batch.inputs.pixel_values_PC is not None for batch in batches):
         grey = [_masked(batch) for batch in batches]
-        for batch, reward_C in zip(grey, rewards_of(model, grey), strict=True):
-            _add(blind, preferred(reward_C, batch))
+        for batch, outputs in zip(grey, rewards_of(model, grey), strict=True):
+            _add(blind, preferred(parted(outputs, batch)[0], batch))
     reward_A, length_A = np.concatenate(seen), np.concatenate([batch.length_C for batch in batches])
     means = {name.replace("preference_", ""): value / count for name, (value, count) in sums.items() if count}
     means |= {
-        name.replace("preference_accuracy", "blind_accuracy"): value / count for name, (value, count) in blind.items()
+        name.replace("preference_accuracy", "blind_accuracy"): value / count
+        for name, (value, count) in blind.items()
+        if count
     }
+    if objective.rating_loss != "pairs" and any(len(s) for s, _ in rated):
+        s_M, q_M = (np.concatenate(side) for side in zip(*rated, strict=True))
+        means["rating_spearman"] = spearman(s_M, q_M)
     lost = {"dropped_rows": float(sum(dropped.count.values()))} if dropped.count else {}
     return {
         "loss": total,

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import UnitEncoder
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.objectives.reward import expected_rating
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.train.evaluate import Question
 from ernie_tune.train.log import RunLog
@@ -24,7 +27,7 @@ from ernie_tune.train.reward_model import (
     HEAD_FOLDER,
     RewardObjective,
     attach_head,
-    head_value,
+    head_values,
     load_head,
     reward_evaluation,
     save_head,
@@ -49,7 +52,8 @@ class RewardTrainer(PreferenceTrainer):
             raise ValueError(
                 f"loss_type ({','.join(self.args.preference.loss_type)}) must be auto at stage RM; remove it"
             )
-        attach_head(self.model, self.args.train.seed)
+        s = self.args.signals
+        attach_head(self.model, self.args.train.seed, s.rating_levels if s.rating_loss == "ordinal" else 0)
         for folder in (self.args.lora.lora_path, self.args.model.model_name_or_path):
             if folder and (Path(folder) / HEAD_FOLDER).is_dir():  # a reward model that is trained further
                 load_head(self.model, folder)
@@ -58,7 +62,7 @@ class RewardTrainer(PreferenceTrainer):
     def objective(self, total_steps: int, steps_per_pass: float) -> RewardObjective:
         p, s = self.args.preference, self.args.signals
         margins = Margins(p.offset_alpha, p.offset_type)
-        return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss)
+        return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss, s.rating_levels)
 
     def _reference_mode(self) -> str:
         return "none"
@@ -75,9 +79,9 @@ class RewardTrainer(PreferenceTrainer):
 
     def _save_weights(self, folder: Path) -> None:
         super()._save_weights(folder)
-        value = next(v for v in self.place.gather(head_value(self.model)) if v is not None)
+        values = next(v for v in self.place.gather(head_values(self.model)) if v is not None)
         if self.place.is_writer:
-            save_head(value, folder)
+            save_head(values, folder)
 
     def _save_checkpoint_files(self, folder: Path) -> None:
         self._save_weights(folder)
@@ -147,3 +151,11 @@ class RewardModel:
     def score(self, records: Sequence[Record]) -> list[list[float] | None]:
         """The reward of each candidate of each record, higher is better; None for one that does not fit."""
         return score_records(self.model, records, self.encoder, self.rows)
+
+    def ratings(self, rewards: Sequence[float]) -> list[float] | None:
+        """The ratings to expect of answers with these rewards, from 1 to the number of levels; None for a model that was not trained on levels."""
+        cuts = attach_head(self.model).cuts()
+        if cuts is None:
+            return None
+        found: list[float] = (1 + len(cuts) * expected_rating(np.array(rewards), cuts.numpy())).tolist()
+        return found

@@ -301,6 +301,8 @@ REFUSALS = [
     ("stage: RM\nbco_density: true", "run.yaml:2: bco_density (True) has no effect at stage RM, only at KTO, UPO"),
     ("stage: KTO\nbco_density_max: 3", "run.yaml:2: bco_density_max (3) must go with bco_density: true"),
     ("stage: KTO\nloss_type: bco\nbco_density: true\nbco_density_min: 20", "run.yaml:4: bco_density_min (20) must not exceed bco_density_max (10)"),
+    ("stage: RM\nrating_levels: 7", "run.yaml:2: rating_levels (7) must go with rating_loss ordinal, not pairs"),
+    ("stage: UPO\nrating_levels: 7", "run.yaml:2: rating_levels (7) has no effect at stage UPO, only at RM"),
     ("stage: RM\nreward_shift_decay: 0.9", "run.yaml:2: reward_shift_decay (0.9) has no effect at stage RM, only at DPO, KTO, UPO"),
     ("stage: UPO\nsft_loss_norm: seq", "run.yaml:2: sft_loss_norm (seq) has no effect at stage UPO, only at DPO"),
     ("stage: DPO\nloss_type: sigmoid,sft\nloss_weights: 1", "run.yaml:3: loss_weights (1 values) must have one value a loss_type (2)"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from judged_rows import label, mixture, pairs
+from judged_rows import label, mixture, pairs, rating
 from tiny_runs import write_rows
 
 from ernie_tune.config.training_arguments import TrainingArguments
@@ -21,7 +21,7 @@ from ernie_tune.trainers.upo import UPOTrainer
 TRAINERS = {"DPO": DPOTrainer, "KTO": KTOTrainer, "UPO": UPOTrainer, "RM": RewardTrainer}
 # mostly good answers: then those of other rows become more probable too, and KTO's baseline is above 0
 GOOD = [label(i) for i in (0, 2, 4, 1, 6, 8, 10, 12, 14, 3, 16, 18)]
-ROWS = {"DPO": pairs(12), "KTO": GOOD, "UPO": mixture(12), "RM": pairs(12)}
+ROWS = {"DPO": pairs(12), "KTO": GOOD, "UPO": mixture(12), "RM": [*pairs(7), *map(rating, range(5))]}
 STEPS = 3
 # Settings of a layout. One process has a window's micro-batches in turn where several ranks share them.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -49,13 +49,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter_moves": ("UPO", {**_LORA, **_MOVING, "weight_quantize_algo": "weight_only_int8"}),
     "adapter_off": ("KTO", _LORA),
     "rewards": ("RM", {}),
+    "levels": ("RM", {"rating_loss": "ordinal"}),
     "bco_density": ("KTO", {"loss_type": "bco", "bco_density": True}),
     "spoilt_pictures": ("DPO", {"ref_mode": "precomputed", "image_corruption": "noise", "image_corruption_ratio": 0.6}),
 }
 TRIED = {
     "PP2": tuple(CASES),
-    "TP2": ("second_model_moves", "precomputed", "adapter_moves"),
-    "EP2 sharding 2": ("second_model_moves", "adapter_off", "rewards", "bco_density", "spoilt_pictures"),
+    "TP2": ("second_model_moves", "precomputed", "adapter_moves", "levels"),
+    "EP2 sharding 2": ("second_model_moves", "adapter_off", "rewards", "levels", "bco_density", "spoilt_pictures"),
 }
 
 

@@ -23,7 +23,7 @@ from ernie_tune.train.reward_model import (
     RewardObjective,
     attach_head,
     calibration_error,
-    head_value,
+    head_values,
     load_head,
     reward_evaluation,
     rewards_of,
@@ -281,7 +281,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold reward_head/; train a reward model"):
         load_head(model, tmp_path)
     attach_head(model)
-    save_head(head_value(model), tmp_path)
+    save_head(head_values(model), tmp_path)
     with pytest.raises(ValueError, match=r"head \[96, 1\] must be \[160, 1\] for this model"):
         load_head(AutoModel.from_config("tiny-b"), tmp_path)
     with pytest.raises(UsageError, match="expected FOLDER ROWS"):
