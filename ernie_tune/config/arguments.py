@@ -294,7 +294,7 @@ class PictureArguments:
         1.0, "share of the training rows with pictures that get such a pair", low=0.0001, high=1
     )
     image_corruption_noise: float = arg(
-        0.9, "share of noise in the standard deviation of a spoilt picture; 1: nothing else", low=0.01, high=1
+        0.99, "share of noise in the standard deviation of a spoilt picture; 1: nothing else", low=0.01, high=1
     )
 
 

@@ -32,7 +32,7 @@ def corrupted(pixels_PC: np.ndarray, how: Corruption) -> np.ndarray:
         raise ValueError(f"image_corruption ({how.kind!r}) must be mask or noise; use 'mask'")
     if not 0 < how.noise <= 1:
         raise ValueError(
-            f"image_corruption_noise ({how.noise}) must be above 0 and at most 1, where nothing of the picture is left; use 0.9"
+            f"image_corruption_noise ({how.noise}) must be above 0 and at most 1, where nothing of the picture is left; use 0.99"
         )
     fresh_PC = np.random.default_rng(how.seed).standard_normal(pixels_PC.shape, np.float32)
     return (np.sqrt(1 - how.noise**2) * pixels_PC + how.noise * fresh_PC).astype(pixels_PC.dtype)

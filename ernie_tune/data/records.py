@@ -35,7 +35,7 @@ class Corruption:
     """What is done to pictures (data/corruption.py): "mask", or "noise" of this strength, drawn from `seed`."""
 
     kind: str
-    noise: float = 0.9
+    noise: float = 0.99
     seed: int = 0
 
 
