@@ -76,6 +76,8 @@ RENAMED: dict[str, str] = {
     "max_prompt_length": "max_prompt_len",
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
+    "min_density_ratio": "bco_density_min",
+    "max_density_ratio": "bco_density_max",
     "max_new_tokens": "max_completion_length",
     "reward_model_plugin": "reward_funcs",
 }

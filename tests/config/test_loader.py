@@ -299,6 +299,7 @@ REFUSALS = [
     ("stage: KTO\nbco_density: true", "run.yaml:2: bco_density (true) must go with loss_type bco, not auto"),
     ("stage: UPO\nbco_density: true", "run.yaml:2: bco_density (true) must go with bin_loss bco, not kto"),
     ("stage: RM\nbco_density: true", "run.yaml:2: bco_density (True) has no effect at stage RM, only at KTO, UPO"),
+    ("stage: KTO\nmin_density_ratio: 1", "run.yaml:2: bco_density_min (1) must go with bco_density: true"),  # TRL's name
     ("stage: KTO\nbco_density_max: 3", "run.yaml:2: bco_density_max (3) must go with bco_density: true"),
     ("stage: KTO\nloss_type: bco\nbco_density: true\nbco_density_min: 20", "run.yaml:4: bco_density_min (20) must not exceed bco_density_max (10)"),
     ("stage: RM\nrating_levels: 7", "run.yaml:2: rating_levels (7) must go with rating_loss ordinal, not pairs"),
