@@ -238,7 +238,8 @@ class _Hub:
                     member = _Member(connection, str(message["place"]), now, now, now)
                     self.members[int(message["hello"])] = member
                     if len(self.members) == self.size:
-                        for each in list(self.members.values()):
+                        # Rank 0, this process, last: what it does next may hold the interpreter until the others do it too, and no thread of it runs
+                        for _, each in sorted(self.members.items(), reverse=True):
                             _tell(each, all_here=True)
                 self._note(member, message, now)
         except (OSError, ValueError):

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ernie_tune.parallel import watch as watch_module
 from ernie_tune.parallel.watch import EXIT_LOST, Limits, Watch, launched_address
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +163,29 @@ def test_no_thread_is_left() -> None:
     ranks[0].close()
     assert not [t.name for t in threading.enumerate() if t not in before]
     assert time.monotonic() - start < 5
+
+
+def test_rank_0_is_the_last_to_hear_that_all_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It then joins Paddle's store, which holds its interpreter until all have joined: whoever had not been told by then would wait for ever."""
+    ranks: list[Watch] = []
+    others_heard: list[bool] = []
+
+    def tell(member: Any, **message: Any) -> None:
+        if member is ranks[0]._hub.members[0]:  # type: ignore[union-attr]
+            while len(ranks) < 4:
+                time.sleep(0.01)
+            others_heard.append(all(watch.all_here.wait(1) for watch in ranks[1:]))
+        real(member, **message)
+
+    real, address, limits = watch_module._tell, ("127.0.0.1", free_port()), Limits(beat=0.1)
+    monkeypatch.setattr(watch_module, "_tell", tell)
+    for rank in range(4):
+        ranks.append(Watch(rank, 4, address, limits))
+    assert ranks[0].all_here.wait(10)
+    assert others_heard
+    assert all(others_heard)
+    for watch in reversed(ranks):
+        watch.close()
 
 
 def test_a_rank_without_rank_0_gives_up() -> None:

@@ -230,7 +230,7 @@ def full_disk(*_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "calls"), [(writer, "_write", 3), (writer, "_write", 80), (state, "_write", 2)]
+    ("module", "name", "calls"), [(writer._Sink, "write", 3), (writer._Sink, "write", 80), (state, "_write", 2)]
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(
     module: Any, name: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
