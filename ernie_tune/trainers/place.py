@@ -38,7 +38,7 @@ from ernie_tune.train.state import Cut
 from ernie_tune.trainers import assemble
 
 # Between two marks lie at most a step, a save, or one measurement of all held-out rows.
-LIMITS = Limits(stuck=7200.0)
+LIMITS = Limits(join=300.0, stuck=7200.0)
 
 
 def degrees_of(p: ParallelArguments, world: int) -> Degrees:
@@ -317,4 +317,6 @@ def _watch(world: int) -> Watch | None:
         return None
     watch = Watch(int(os.environ.get("PADDLE_TRAINER_ID", "0")), world, address, LIMITS)
     atexit.register(watch.close)
+    watch.mark("waiting for the other ranks to start")
+    watch.all_here.wait()  # Paddle waits for them too, but so that rank 0 can name nobody
     return watch

@@ -10,8 +10,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,9 @@ from safetensors.numpy import load_file
 from tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.config.arguments import build
+from ernie_tune.parallel.watch import Watch
 from ernie_tune.train.state import Checkpoint
+from ernie_tune.trainers import place
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.place import degrees_of
 
@@ -231,6 +235,27 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(
 def test_degrees_that_cannot_be_are_refused(settings: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         degrees_of(build(settings).parallel, world)
+
+
+def test_a_rank_goes_on_when_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it joins Paddle's store, in which rank 0 could name nobody who is missing."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environ = {"PADDLE_TRAINER_ENDPOINTS": f"127.0.0.1:{port}", "PADDLE_TRAINERS_NUM": "2", "PADDLE_TRAINER_ID": "0"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(place.atexit, "register", lambda _: None)
+    came: list[Watch] = []
+    first = threading.Thread(target=lambda: came.append(place._watch(2)))  # type: ignore[arg-type]
+    first.start()
+    first.join(0.5)
+    assert first.is_alive()
+    other = Watch(1, 2, ("127.0.0.1", port), place.LIMITS)
+    first.join(10)
+    assert not first.is_alive()
+    assert came[0].where == "waiting for the other ranks to start"
+    for watch in (other, came[0]):
+        watch.close()
 
 
 def test_another_number_of_data_ranks_takes_up_what_all_had_to_read(tmp_path: Path) -> None:
