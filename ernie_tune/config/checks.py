@@ -310,7 +310,7 @@ def _compared(c: RunConfig) -> Iterator[Problem]:
 
 
 def _density(c: RunConfig) -> Iterator[Problem]:
-    s, names = c.signals, ("bco_density_min", "bco_density_max")
+    s, flat = c.signals, c.flat()
     if c.model.stage not in ("KTO", "UPO"):
         return
     learned = ("bin_loss", s.bin_loss) if c.model.stage == "UPO" else ("loss_type", ",".join(c.preference.loss_type))
@@ -319,12 +319,12 @@ def _density(c: RunConfig) -> Iterator[Problem]:
             "bco_density",
             f"bco_density (true) must go with {learned[0]} bco, not {learned[1]}; set one / 仅 bco 使用此项",
         )
-    for name in names:
-        if not s.bco_density and c.flat()[name] != SETTINGS[name].default:
-            yield name, f"{name} ({c.flat()[name]:g}) must go with bco_density: true; set it / 需要 bco_density"
+    for name in ("bco_density_min", "bco_density_max"):
+        if not s.bco_density and flat[name] != SETTINGS[name].default:
+            yield name, f"{name} ({flat[name]:g}) must go with bco_density: true; set it / 需要 bco_density"
     if s.bco_density_min > s.bco_density_max:
         yield (
-            names[0],
+            "bco_density_min",
             f"bco_density_min ({s.bco_density_min:g}) must not exceed bco_density_max ({s.bco_density_max:g}); lower it / 下限大于上限",
         )
 

@@ -25,9 +25,7 @@ from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
-_BLOCK_BYTES = (
-    1 << 21
-)  # of float32: small ones leave threads waiting for the interpreter, large ones the processor's cache
+_BLOCK_BYTES = 1 << 21  # of float32: with smaller ones threads wait for the interpreter, larger ones leave the cache
 _UNSHARED = 1 << 18  # multiplications; OpenBLAS takes several threads above it
 
 

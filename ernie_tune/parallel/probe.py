@@ -29,8 +29,7 @@ def probe(say: Callable[[str], Any], limits: Limits | None = None) -> None:
     if address is None:
         raise ValueError("doctor --dist must run under a launcher with several processes; start it with --nproc 2")
     watch = Watch(rank, size, address, limits or Limits(join=45, idle=30, silent=15))
-    watch.mark("waiting for the other ranks to start")
-    watch.all_here.wait()
+    watch.wait_for_all()
     watch.mark("making the group of all ranks")
     gloo.install()
     dist.init_parallel_env()

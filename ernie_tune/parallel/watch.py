@@ -82,6 +82,11 @@ class Watch:
                     ) from error
                 time.sleep(0.2)
 
+    def wait_for_all(self) -> None:
+        """Until every rank has come. Paddle's store waits for them too, but so that rank 0 can name nobody: it holds the interpreter of its process."""
+        self.mark("waiting for the other ranks to start")
+        self.all_here.wait()
+
     def mark(self, where: str) -> None:
         """The main thread has come to `where`: progress."""
         self.where = where
@@ -238,7 +243,7 @@ class _Hub:
                     member = _Member(connection, str(message["place"]), now, now, now)
                     self.members[int(message["hello"])] = member
                     if len(self.members) == self.size:
-                        # Rank 0, this process, last: what it does next may hold the interpreter until the others do it too, and no thread of it runs
+                        # Rank 0, this process, last: next it may wait for the others in Paddle's store, and no thread of it runs meanwhile
                         for _, each in sorted(self.members.items(), reverse=True):
                             _tell(each, all_here=True)
                 self._note(member, message, now)

@@ -16,7 +16,7 @@ from paddle import Tensor
 
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
-from ernie_tune.train.pipeline import outputs_of
+from ernie_tune.train.pipeline import frozen_outputs
 
 FITTED = 1024  # answers of each kind that the classifier learns from, at most (TRL's prompt_sample_size)
 
@@ -58,12 +58,7 @@ class PromptDensity:
                     self.weights[key] = weight
 
     def _states(self, batch: UnitBatch) -> np.ndarray:
-        training = self.asked.training
-        self.asked.eval()
-        state_CD = outputs_of(self.asked, prompt_states, batch).numpy()
-        if training:
-            self.asked.train()
-        return np.asarray(state_CD, np.float64)
+        return frozen_outputs(self.asked, prompt_states, batch).astype(np.float64)
 
     def attached(self, batch: UnitBatch) -> UnitBatch:
         """The batch with `density_C`. Raises ValueError for a bad answer that was not measured: the policy it would be measured with is gone."""

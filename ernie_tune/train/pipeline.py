@@ -261,6 +261,16 @@ def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) 
     return compute(model, model(batch.inputs), batch)
 
 
+def frozen_outputs(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> np.ndarray:
+    """`outputs_of` without dropout, for numpy; the model goes on as it was."""
+    training = model.training
+    model.eval()
+    outputs = outputs_of(model, compute, batch).numpy()
+    if training:
+        model.train()
+    return np.asarray(outputs)
+
+
 class StagedModel(StagedForward):
     """The same, trained: `forward_backward` goes through Fleet's schedule. `accumulation`: micro-batches of a window.
 

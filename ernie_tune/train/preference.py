@@ -73,10 +73,9 @@ def _offset(unit: Unit, better: int, worse: int, margins: Margins) -> float:
 
 
 def image_metrics(
-    candidates: Candidates, batch: UnitBatch, beta: float, kappa: float = 0.0
+    candidates: Candidates, pairs: Pairs, batch: UnitBatch, beta: float, kappa: float = 0.0
 ) -> dict[str, tuple[float, float]]:
     """Of the comparisons of a true and a spoilt picture alone: how often, and by how much, the answer to the true one has the higher reward."""
-    pairs = pairs_of(batch)
     mine_P = np.array([batch.units[u].corrupted for u in batch.unit_C[pairs.better_P]], bool)
     if not mine_P.any():
         return {}
@@ -219,7 +218,7 @@ class PairObjective(_Judged):
         out = combine(terms, self.terms, self._counts)
         named = out.metrics if len(self.terms) > 1 else {}
         how = self.hyper.beta, reward_kappa(self.terms)
-        found = {**preference_metrics(candidates, pairs, *how), **image_metrics(candidates, batch, *how)}
+        found = {**preference_metrics(candidates, pairs, *how), **image_metrics(candidates, pairs, batch, *how)}
         return LossOut(out.total, out.count, {**named, **found})
 
 
@@ -261,11 +260,9 @@ class UpoObjective(_Judged):
         return super().begin(counts)
 
     def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
-        candidates = candidates_of(logp_N, batch)
-        out = upo_loss(self.settings, candidates, signals_of(batch), self._counts, self.baselines())
-        found = image_metrics(
-            candidates, batch, self.settings.hyper.beta, 0.0 if self.settings.reference else self.settings.kappa
-        )
+        s, candidates, signals = self.settings, candidates_of(logp_N, batch), signals_of(batch)
+        out = upo_loss(s, candidates, signals, self._counts, self.baselines())
+        found = image_metrics(candidates, signals.pairs, batch, s.hyper.beta, 0.0 if s.reference else s.kappa)
         return LossOut(out.total, out.count, {**out.metrics, **found})
 
 

@@ -29,7 +29,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import NAME as SLOT
 from ernie_tune.train.objective import target_logp
-from ernie_tune.train.pipeline import StagedForward, outputs_of
+from ernie_tune.train.pipeline import StagedForward, frozen_outputs
 from ernie_tune.train.state import ALONE, WHOLE, Cut, Ranks
 
 Asked = ErnieModel | StagedForward  # what is called: a model, or one whose stages are on several ranks
@@ -296,12 +296,7 @@ class Reference:
 
 def frozen_logp(model: Asked, batch: UnitBatch) -> np.ndarray:
     """Log-probabilities [N] of a batch's targets by `model` as it is, without gradients and dropout."""
-    training = model.training
-    model.eval()
-    logp_N = outputs_of(model, target_logp, batch).numpy()
-    if training:
-        model.train()
-    return np.asarray(logp_N)
+    return frozen_outputs(model, target_logp, batch)
 
 
 def start_difference(policy: Asked, batch: UnitBatch) -> float:

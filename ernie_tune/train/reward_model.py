@@ -37,7 +37,7 @@ from ernie_tune.objectives.reward import (
 )
 from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
-from ernie_tune.train.pipeline import outputs_of
+from ernie_tune.train.pipeline import frozen_outputs
 from ernie_tune.train.preference import Margins, pairs_of
 
 HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know
@@ -224,12 +224,7 @@ def parted(outputs: Any, batch: UnitBatch) -> tuple[Any, Any]:
 
 def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
     """What `rewards` gives of each batch, without gradients and dropout."""
-    training = model.training
-    model.eval()
-    for batch in batches:
-        yield outputs_of(model, rewards, batch).numpy()
-    if training:
-        model.train()
+    return (frozen_outputs(model, rewards, batch) for batch in batches)
 
 
 def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows: int) -> list[list[float] | None]:

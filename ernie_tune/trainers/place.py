@@ -317,6 +317,5 @@ def _watch(world: int) -> Watch | None:
         return None
     watch = Watch(int(os.environ.get("PADDLE_TRAINER_ID", "0")), world, address, LIMITS)
     atexit.register(watch.close)
-    watch.mark("waiting for the other ranks to start")
-    watch.all_here.wait()  # Paddle waits for them too, but so that rank 0 can name nobody
+    watch.wait_for_all()
     return watch

@@ -60,6 +60,7 @@ class PreferenceTrainer(Trainer):
     """A run on judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
 
     signals: tuple[str, ...] = JUDGED
+    _made = 0  # pairs of true and spoilt pictures
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -102,8 +103,6 @@ class PreferenceTrainer(Trainer):
                 f"in {','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise image_corruption_ratio, or set none"
             )
         return list(made)
-
-    _made = 0  # pairs of true and spoilt pictures
 
     def _learns_pairs(self) -> bool:
         return "pair" in self.learned()
