@@ -19,20 +19,26 @@ LEVEL = {
     "checkpoint": 2,
     "objectives": 2,
     "data": 2,
+    "rewards": 2,
     "peft": 2,
     "plan": 2,
-    "train": 3,
+    "generate": 3,
+    "machine": 3,
+    "report": 3,
     "export": 3,
-    "serve": 3,
-    "trainers": 4,
-    "cli": 5,
+    "train": 4,
+    "serve": 4,
+    "evaluate": 5,
+    "trainers": 6,
+    "ui": 7,
+    "cli": 8,
 }
 # `peft` reads and writes adapter files, so it alone of its row may use `checkpoint` (its tensors, never its models); `plan` counts the adapters that a run
 # would train with the rules of `peft` (its files without paddle).
 ALLOWED = {("peft", "checkpoint"), ("plan", "peft")}
-NO_PADDLE = {"config", "data", "plan", "cli"}
+NO_PADDLE = {"config", "data", "plan", "rewards", "report", "ui", "cli"}
 LIGHT_MODEL_FILES = {"config", "config_dialects", "presets", "inputs", "specs"}
-NO_DISTRIBUTED = {"models", "data", "config", "plan"}
+NO_DISTRIBUTED = {"models", "data", "config", "plan", "rewards"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "ernie_tune", "examples", "tests", "launch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

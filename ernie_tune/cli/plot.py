@@ -16,8 +16,8 @@ def run(args: list[str]) -> int:
 
     Draws a logged value of one or several runs in the terminal; --svg writes all curves of all runs to a file.
     """
-    from ernie_tune.train.log import LOG_FILE, read_log, write_atomically
-    from ernie_tune.train.plot import curves_svg, terminal_plot
+    from ernie_tune.report.log import LOG_FILE, read_log, write_atomically
+    from ernie_tune.report.plot import curves_svg, terminal_plot
 
     folders, entries = split_overrides(args)
     options = {e.name: str(e.raw) for e in entries}

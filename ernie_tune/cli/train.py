@@ -102,7 +102,7 @@ def evaluate(args: list[str]) -> int:
     trained one with model_name_or_path=output_dir (Full) or lora_path=output_dir (LoRA).
     """
     config = _config(args)
-    from ernie_tune.train.log import metrics_table
+    from ernie_tune.report.log import metrics_table
 
     for line in metrics_table("eval", _trainer(config)(args=config).evaluate()):
         print(line)

@@ -23,14 +23,15 @@ from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
+from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp, write_atomically
+from ernie_tune.report.plot import write_loss_png, write_loss_svg
+from ernie_tune.report.progress import Progress, resident_gib
+from ernie_tune.report.writers import open_writers
 from ernie_tune.train.background import Pending, save_in_background
 from ernie_tune.train.guards import Verdict
-from ernie_tune.train.log import RunFacts, RunLog, header_lines, stamp, write_atomically
 from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
 from ernie_tune.train.objective import Objective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
-from ernie_tune.train.plot import write_loss_png, write_loss_svg
-from ernie_tune.train.progress import Progress, resident_gib
 from ernie_tune.train.state import (
     OPTIMIZER,
     Checkpoint,
@@ -42,7 +43,6 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
-from ernie_tune.train.writers import open_writers
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.measure import Measure, write_reports

@@ -27,11 +27,11 @@ from ernie_tune.objectives.unpaired import RewardShift, kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.report.log import RunLog
 from ernie_tune.train.density import PromptDensity
 from ernie_tune.train.evaluate import Question, question
 from ernie_tune.train.evaluate_judged import judged_evaluation
 from ernie_tune.train.guards import Verdict
-from ernie_tune.train.log import RunLog
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
 from ernie_tune.train.preference_guards import PreferenceWatch

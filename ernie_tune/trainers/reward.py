@@ -20,8 +20,8 @@ from ernie_tune.data.units import UnitEncoder
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.reward import expected_rating
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.report.log import RunLog
 from ernie_tune.train.evaluate import Question
-from ernie_tune.train.log import RunLog
 from ernie_tune.train.preference import Margins
 from ernie_tune.train.reward_model import (
     HEAD_FOLDER,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.train.log import write_atomically
+from ernie_tune.report.log import write_atomically
 
 Point = tuple[float, float]  # step, value
 Box = tuple[float, float, float, float]  # left, top, width, height

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ernie_tune.train.log import RunFacts, RunLog, console_line, header_lines, metrics_table, read_log, stamp
+from ernie_tune.report.log import RunFacts, RunLog, console_line, header_lines, metrics_table, read_log, stamp
 
 
 def rows(path: Path) -> list[dict[str, str]]:

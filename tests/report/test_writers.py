@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ernie_tune.train.log import RunLog
-from ernie_tune.train.writers import PACKAGES, open_writers
+from ernie_tune.report.log import RunLog
+from ernie_tune.report.writers import PACKAGES, open_writers
 
 RECORD = {"loss": 0.5, "step": 3, "done": True, "note": "text", "nan": float("nan"), "table": [1]}
 

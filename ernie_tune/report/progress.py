@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from ernie_tune.train.plot import mini_svg
+from ernie_tune.report.plot import mini_svg
 
 MODES = ("terminal", "plain", "notebook")
 _REDRAW_SECONDS = 0.25

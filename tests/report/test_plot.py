@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ernie_tune.train.plot import (
+from ernie_tune.report.plot import (
     curves_svg,
     mini_svg,
     nice_ticks,

@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from ernie_tune.train.log import RunLog
-from ernie_tune.train.progress import Progress, bar_html, choose_mode, clock, in_notebook, resident_gib
+from ernie_tune.report.log import RunLog
+from ernie_tune.report.progress import Progress, bar_html, choose_mode, clock, in_notebook, resident_gib
 
 
 class Terminal(io.StringIO):

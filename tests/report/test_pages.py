@@ -15,8 +15,7 @@ from PIL import Image
 
 from ernie_tune.cli.verbs import find_verb
 from ernie_tune.config.loader import split_overrides
-from ernie_tune.train.metrics import confusion
-from ernie_tune.train.report import (
+from ernie_tune.report.pages import (
     ModelCard,
     ReportRow,
     describe_file,
@@ -26,6 +25,7 @@ from ernie_tune.train.report import (
     write_before_after,
     write_model_card,
 )
+from ernie_tune.train.metrics import confusion
 
 EVIL = "<script>alert('x')</script> & \"q\""
 

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ernie_tune.train.writers import Writer
+from ernie_tune.report.writers import Writer
 
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
 History = list[dict[str, Any]]
