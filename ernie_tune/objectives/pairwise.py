@@ -147,13 +147,15 @@ def _kto_pair(s: _Side, h: PreferenceHyper, b: Baselines) -> Tensor:
 
 @dataclass(frozen=True)
 class _Loss:
-    """`value` of a pair; scores are divided by |y|^kappa; whether they have a reference, may take a margin, and may be another f-divergence's."""
+    """`value` of a pair; scores are divided by |y|^kappa; whether they have a reference, may take a margin, and may be another f-divergence's;
+    with which power a score enters."""
 
     value: Callable[[_Side, PreferenceHyper, Baselines], Tensor]
     kappa: int = 0
     reference: bool = True
     margin: bool = False
     divergence: bool = False
+    power: int = 1
 
 
 LOSSES: Mapping[str, _Loss] = {
@@ -163,8 +165,8 @@ LOSSES: Mapping[str, _Loss] = {
     "cdpo": _Loss(_cdpo, margin=True, divergence=True),
     "robust": _Loss(_robust, margin=True, divergence=True),
     "hinge": _Loss(_hinge, margin=True, divergence=True),
-    "ipo": _Loss(_ipo, kappa=1, divergence=True),  # TRL and the paper's experiments: token means
-    "ipo_sum": _Loss(_ipo, divergence=True),  # the paper's formula, PaddleFormers
+    "ipo": _Loss(_ipo, kappa=1, divergence=True, power=2),  # TRL and the paper's experiments: token means
+    "ipo_sum": _Loss(_ipo, divergence=True, power=2),  # the paper's formula, PaddleFormers
     "simpo": _Loss(_simpo, kappa=1, reference=False, margin=True),
     "odds": _Loss(_odds, kappa=1, reference=False, margin=True),
     "cpo_sigmoid": _Loss(_sigmoid, reference=False, margin=True),
@@ -264,7 +266,7 @@ def _side(loss: _Loss, candidates: Candidates, pairs: Pairs, hyper: PreferenceHy
     scores = []
     ratios = log_ratios(candidates, pairs, hyper.ld_alpha, loss.reference)
     for ratio_P, at in zip(ratios, (pairs.better_P, pairs.worse_P), strict=True):
-        score_P = f_score(ratio_P, hyper.f_divergence_type, hyper.f_alpha_divergence_coef)
+        score_P = f_score(ratio_P, hyper.f_divergence_type, hyper.f_alpha_divergence_coef, loss.power)
         scores.append(score_P / vector(candidates.length_C[at], score_P) if loss.kappa else score_P)
     return _Side(scores[0], scores[1], vector(pairs.margin_P, scores[0]))
 

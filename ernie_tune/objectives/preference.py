@@ -164,17 +164,20 @@ def vector(values: np.ndarray, like: Tensor) -> Tensor:
     return paddle.to_tensor(np.asarray(values), dtype=like.dtype)
 
 
-def f_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor:
+def f_score(log_ratio: Tensor, kind: str, alpha: float = 0.5, power: int = 1) -> Tensor:
     """f'(ratio) of an f-divergence, without its constant where it cancels (2309.16240): what takes the log-ratio's place in DPO.
 
     forward_kl: 1 - 1/t. js_divergence: log 2t/(t+1). alpha_divergence: (t^(alpha-1) - 1)/(alpha-1), whose limit at 1 is log t.
+    A score is held within exp(MAX_EXPONENT / power), so that its `power`-th power, and that power's gradient, are float32 numbers.
     """
+    bound = MAX_EXPONENT / power
     if kind == "forward_kl":
-        return 1 - paddle.exp(paddle.clip(-log_ratio, max=MAX_EXPONENT))
+        return 1 - paddle.exp(paddle.clip(-log_ratio, max=bound))
     if kind == "js_divergence":
         return float(np.log(2)) + F.log_sigmoid(log_ratio)
     if kind == "alpha_divergence" and abs(alpha - 1) > 1e-6:
-        return paddle.expm1(paddle.clip((alpha - 1) * log_ratio, max=MAX_EXPONENT)) / (alpha - 1)
+        exponent = paddle.clip((alpha - 1) * log_ratio, max=bound + min(0.0, float(np.log(abs(alpha - 1)))))
+        return paddle.expm1(exponent) / (alpha - 1)
     return log_ratio
 
 

@@ -302,11 +302,18 @@ def test_extreme_log_probabilities_stay_numbers(name: str, scale: float) -> None
         assert np.isfinite(x.grad.numpy()).all(), order
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
-def test_extreme_ratios_of_other_divergences_stay_numbers(kind: str) -> None:
-    x = paddle.to_tensor([-1e4, -1.0], dtype="float32", stop_gradient=False)
-    c = Candidates(x, np.array([1, 1]), paddle.to_tensor([-1.0, -1e4], dtype="float32"))
-    out = pair_loss("sigmoid", c, Pairs.of([0], [1]), H(f_divergence_type=kind))
+@pytest.mark.parametrize("ratio", [-45.0, -88.0, -160.0, -1e4])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.divergence])
+@pytest.mark.parametrize(
+    "divergence", [("forward_kl", 0.5), ("js_divergence", 0.5), *(("alpha_divergence", a) for a in (0.0, 0.5, 0.999, 3.0))]
+)
+def test_extreme_ratios_of_other_divergences_stay_numbers(
+    divergence: tuple[str, float], name: str, ratio: float
+) -> None:
+    x = paddle.to_tensor([ratio - 1.0, -1.0], dtype="float32", stop_gradient=False)
+    c = Candidates(x, np.array([1, 1]), paddle.to_tensor([-1.0, ratio - 1.0], dtype="float32"))
+    h = H(f_divergence_type=divergence[0], f_alpha_divergence_coef=divergence[1], label_smoothing=0.1)
+    out = pair_loss(name, c, Pairs.of([0], [1]), h)
     out.total.backward()
     assert np.isfinite(float(out.total))
     assert np.isfinite(x.grad.numpy()).all()
