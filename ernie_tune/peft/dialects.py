@@ -160,8 +160,30 @@ def from_peft(found: Tensors, config: ModelConfig, r: int, target_parameters: li
             out[parameters[name]] = _torch_layout(parameters[name], value)
         else:
             raise ValueError(_unknown(key, "peft"))
-    blank = [k for k in out if split_expert(k) and not out[k].any() and not out[_partner(k)].any()]
-    return {key: value for key, value in out.items() if key not in blank}
+    return without_blank(out)
+
+
+def without_blank(tensors: Tensors) -> Tensors:
+    """All but the experts' adapters with A = B = 0, which change nothing and never learn."""
+    blank = [k for k in tensors if split_expert(k) and not tensors[k].any() and not tensors[_partner(k)].any()]
+    return {key: value for key, value in tensors.items() if key not in blank}
+
+
+def with_both_products(tensors: Tensors, config: ModelConfig, r: int) -> Tensors:
+    """An expert that is adapted in one of its two products gets A = B = 0 in the other: no gradient ever reaches those, so that the product trains on
+    as if it had no adapter."""
+    out = dict(tensors)
+    for key in tensors:
+        expert = split_expert(key)
+        if expert is None:
+            continue
+        product, _, _, number, _ = expert
+        stack, name = product.rsplit(".", 1)
+        other = f"{stack}.{'down' if name == f'up_gate{PRODUCT}' else 'up_gate'}{PRODUCT}"
+        n_in, n_out = shape_of(other, config)
+        out.setdefault(f"{other}.{number}.lora_A", np.zeros((n_in, r), np.float32))
+        out.setdefault(f"{other}.{number}.lora_B", np.zeros((r, n_out), np.float32))
+    return out
 
 
 def _partner(key: str) -> str:

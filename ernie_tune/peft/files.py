@@ -83,13 +83,14 @@ def write_adapter(folder: Path, adapter: Stored, model: ModelConfig, dialect: st
             f"dialect ('paddlenlp') must go with LoRA, not with {type(adapter.config).__name__}; save with dialect='peft'"
         )
     files: tuple[str, ...] = PEFT_FILES
+    stored = dialects.without_blank(adapter.tensors) if lora else adapter.tensors
     if dialect == "paddlenlp" and lora:
-        tensors = dialects.to_paddle(adapter.tensors, model)
-        settings = _paddle_settings(lora, adapter.tensors, model, code)
+        tensors = dialects.to_paddle(stored, model)
+        settings = _paddle_settings(lora, stored, model, code)
         files = PADDLE_FILES
     else:
-        tensors = dialects.to_peft(adapter.tensors, model) if lora else adapter.tensors
-        settings = _peft_settings(lora, adapter.tensors, model) if lora else _own_settings(adapter.config)
+        tensors = dialects.to_peft(stored, model) if lora else stored
+        settings = _peft_settings(lora, stored, model) if lora else _own_settings(adapter.config)
     texts = {files[0]: settings}
     if dialect == "paddlenlp":
         size = sum(value.size for value in tensors.values()) * NUMPY_TYPES[code].itemsize
@@ -235,6 +236,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> Stored:
     else:
         tensors = dialects.from_peft(tensors, model, r, list(settings.get("target_parameters") or ()))
     _check_factors(tensors, model, r, weights)
+    tensors = dialects.with_both_products(tensors, model, r)
     return Stored(_lora_config(settings, tensors), tensors)
 
 

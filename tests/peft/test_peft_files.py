@@ -192,6 +192,30 @@ def test_experts_in_peft_have_no_dropout(tmp_path, capsys) -> None:
     assert len(settings["target_parameters"]) == 2
 
 
+@pytest.mark.parametrize("product", ["up_gate_product", "down_product"])
+def test_an_adapter_of_one_product_of_an_expert_stack(golden, tmp_path, product: str) -> None:
+    """PEFT's `target_parameters` may name one parameter of the stack alone: its file holds that one, and so does ours after a pass through here."""
+    inputs, both = packed(golden), adapted(LoraConfig(r=2, expert_targets=[(1, "text", 0), (1, "text", 5)]))
+    for name, value in both.named_parameters():
+        if "_product" in name and product not in name and not value.stop_gradient:
+            value.set_value(np.zeros(value.shape, np.float32))
+    both.save_pretrained(tmp_path / "a", "peft")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    parameter = {"up_gate_product": "gate_up_proj", "down_product": "down_proj"}[product]
+    assert settings["target_parameters"] == [f"model.language_model.layers.1.mlp.text_moe.experts.{parameter}"]
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    stack = "base_model.model.model.language_model.layers.1.mlp.text_moe.experts"
+    assert keys == {f"{stack}.lora_A.weight", f"{stack}.lora_B.weight"}
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "a")
+    np.testing.assert_array_equal(logits(again, inputs), logits(both, inputs))
+    assert not np.array_equal(logits(again, inputs), logits(fresh(), inputs))
+    for dialect in ("paddlenlp", "peft"):
+        again.save_pretrained(tmp_path / dialect, dialect)
+        again = PeftModel.from_pretrained(fresh(), tmp_path / dialect)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "peft" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
 A, B = np.zeros((160, 2), np.float32), np.zeros((2, 160), np.float32)
 Q = "model.layers.0.self_attn.q_proj"
 
