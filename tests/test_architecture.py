@@ -34,8 +34,8 @@ LEVEL = {
     "cli": 8,
 }
 # `peft` reads and writes adapter files, so it alone of its row may use `checkpoint` (its tensors, never its models); `plan` counts the adapters that a run
-# would train with the rules of `peft` (its files without paddle).
-ALLOWED = {("peft", "checkpoint"), ("plan", "peft")}
+# would train with the rules of `peft` (its files without paddle); `rewards` judge the records of `data`.
+ALLOWED = {("peft", "checkpoint"), ("plan", "peft"), ("rewards", "data")}
 NO_PADDLE = {"config", "data", "plan", "rewards", "report", "ui", "cli"}
 LIGHT_MODEL_FILES = {"config", "config_dialects", "presets", "inputs", "specs"}
 NO_DISTRIBUTED = {"models", "data", "config", "plan", "rewards"}

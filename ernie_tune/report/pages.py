@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ernie_tune.report.log import write_atomically
+from ernie_tune.rewards.scores import Confusion
 
 Picture = str | Path | bytes  # a file, a data URL, a web address (never fetched), or encoded bytes
 _MAGIC = {
@@ -29,20 +30,6 @@ _MAGIC = {
 }
 _EMBEDDED_BYTES = 200_000
 _PACKAGES = ("ernie-tune", "paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece", "pillow")
-
-
-class ClassTable(Protocol):
-    """What the page shows of classes: `counts[i][j]` answers of class `labels[i]` named `labels[j]`, the last column none."""
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-    @property
-    def counts(self) -> tuple[tuple[int, ...], ...]: ...
-    @property
-    def accuracy(self) -> float: ...
-    def per_class(self) -> dict[str, dict[str, float]]:
-        """label -> precision, recall, f1 and support."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ def write_before_after(
     before: Mapping[str, float],
     after: Mapping[str, float],
     *,
-    confusions: Mapping[str, ClassTable] | None = None,
+    confusions: Mapping[str, Confusion] | None = None,
     title: str = "",
 ) -> None:
     """Write the page to `path`, large pictures to `<stem>_files/` beside it. `confusions`: "before" and "after", where the rows have classes."""
@@ -195,7 +182,7 @@ def _number(value: float | None, sign: str = "") -> str:
     return "–" if value is None else format(value, f"{sign}.4f")
 
 
-def _confusion(key: str, table: ClassTable) -> str:
+def _confusion(key: str, table: Confusion) -> str:
     top = max(max(row) for row in table.counts) or 1
     head = "".join(f"<th>{escape(label)}" for label in table.labels) + f"<th>{_word('none')}"
     rows = []

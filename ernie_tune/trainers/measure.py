@@ -20,9 +20,9 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog, write_atomically
 from ernie_tune.report.pages import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
+from ernie_tune.rewards.scores import CLASSIFICATION, confusion, fitting_metrics, row_scores, score_answers
 from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
 from ernie_tune.train.guards import ForgettingGuard, Verdict
-from ernie_tune.train.metrics import CLASSIFICATION, confusion, fitting_metrics, row_scores, score_answers
 
 GUARD_FILE = "guard_baseline.json"
 BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare

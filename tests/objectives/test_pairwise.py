@@ -305,7 +305,8 @@ def test_extreme_log_probabilities_stay_numbers(name: str, scale: float) -> None
 @pytest.mark.parametrize("ratio", [-45.0, -88.0, -160.0, -1e4])
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.divergence])
 @pytest.mark.parametrize(
-    "divergence", [("forward_kl", 0.5), ("js_divergence", 0.5), *(("alpha_divergence", a) for a in (0.0, 0.5, 0.999, 3.0))]
+    "divergence",
+    [("forward_kl", 0.5), ("js_divergence", 0.5), *(("alpha_divergence", a) for a in (0.0, 0.5, 0.999, 3.0))],
 )
 def test_extreme_ratios_of_other_divergences_stay_numbers(
     divergence: tuple[str, float], name: str, ratio: float

@@ -25,7 +25,7 @@ from ernie_tune.report.pages import (
     write_before_after,
     write_model_card,
 )
-from ernie_tune.train.metrics import confusion
+from ernie_tune.rewards.scores import confusion
 
 EVIL = "<script>alert('x')</script> & \"q\""
 

@@ -1,10 +1,10 @@
-"""Scores of answers against closed forms (methods.md 11.8) and against the published scorers' own examples."""
+"""Scores of answers against closed forms and against the published scorers' own examples."""
 
 from __future__ import annotations
 
 import pytest
 
-from ernie_tune.train.metrics import (
+from ernie_tune.rewards.scores import (
     Confusion,
     anls,
     answer_tokens,
@@ -22,6 +22,8 @@ from ernie_tune.train.metrics import (
     relaxed_match,
     row_scores,
     score_answers,
+    squad_exact_match,
+    squad_f1,
     token_f1,
 )
 
@@ -41,6 +43,9 @@ from ernie_tune.train.metrics import (
         ("“是”", "是"),
         ("1，2", "1, 2"),
         ("an  old\nmap", "old map"),
+        ("$5", "5"),
+        ("￥5", "5"),
+        ("`x`", "x"),
     ],
 )
 def test_same_answers(a: str, b: str) -> None:
@@ -60,6 +65,8 @@ def test_same_answers(a: str, b: str) -> None:
         ("12:30", "1230"),
         ("红", "红色"),
         ("1,2", "12"),
+        ("x > 3", "x < 3"),
+        ("2^10", "210"),
     ],
 )
 def test_different_answers(a: str, b: str) -> None:
@@ -80,6 +87,28 @@ def test_token_f1() -> None:
     assert token_f1("红色的圆", "红色圆形") == pytest.approx(0.75)  # 红 色 圆 of four and four
     assert token_f1("cat cat cat", "cat") == pytest.approx(0.5)  # a word counts as often as the gold has it
     assert (token_f1("", ""), token_f1("", "cat"), token_f1("dog", "cat")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "exact", "f1"),
+    [  # what SQuAD v2.0's evaluate script gives
+        ("$5", "5", 1, 1),
+        ("3.5", "35", 1, 1),
+        ("a+b", "ab", 1, 1),
+        ("x > 3", "x < 3", 1, 1),
+        ("well-known", "well known", 0, 0),
+        ("The Eiffel Tower.", "eiffel tower", 1, 1),
+        ("a big red dog", "the red dog", 0, 0.8),
+        ("cat cat cat", "cat", 0, 0.5),
+        ("the", "", 1, 1),
+        ("", "cat", 0, 0),
+        ("红色的圆", "红色圆形", 0, 0),
+        ("A-theory", "atheory", 1, 1),
+    ],
+)
+def test_squad(a: str, b: str, exact: float, f1: float) -> None:
+    assert (squad_exact_match(a, b), squad_exact_match(b, a)) == (exact, exact)
+    assert (squad_f1(a, b), squad_f1(b, a)) == (pytest.approx(f1), pytest.approx(f1))
 
 
 def test_edit_distance() -> None:
@@ -103,6 +132,24 @@ def test_anls_threshold() -> None:
     assert anls("abc", "abxy") == 0.5
     assert anls("abcd", "abxyz") == 0  # 0.4
     assert anls("an  Answer", "An answer") == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "score"),
+    [  # what DocVQA's scorer gives: distances of tidied texts over lengths of raw ones
+        ("ab", "  xy     ", 1 - 2 / 9),
+        ("ab", "xy", 0),
+        ("abc   d", "abc x", 1 - 1 / 7),
+        ("", "", 1),
+        ("", "   ", 1),
+        ("", "a", 0),
+        ("Ａ１", "a1", 0),  # full width is another character there
+        ("straße", "strasse", 1 - 2 / 7),
+    ],
+)
+def test_anls_is_the_scorers(a: str, b: str, score: float) -> None:
+    assert anls(a, b) == pytest.approx(score)
+    assert anls(b, a) == pytest.approx(score)
 
 
 def test_numbers() -> None:
