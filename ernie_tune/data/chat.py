@@ -124,7 +124,7 @@ class ChatTemplate:
         return "".join(piece.text for piece in self.pieces(messages, **options))
 
     def to_jinja(self, image: str = IMAGE, video: str = VIDEO) -> str:
-        """A `chat_template` for tokenizer_config.json that renders the bytes of `render`, with these placeholders (FastDeploy has its own)."""
+        """A `chat_template` for tokenizer_config.json that renders the bytes of `render`, with these placeholders (`templates.py` says whose)."""
         style = {"open": self.style.open, "close": self.style.close, "prefill": self.style.prefill}
         values = {**style, "image_token": image, "video_token": video}
         head = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()]

@@ -21,12 +21,12 @@ import numpy as np
 
 from ernie_tune.data.chat import END, OPTIONAL_TOKENS, PROMPT_TOKENS, SEPARATOR, ChatTemplate, Message, Piece, prefix
 from ernie_tune.data.images import Grid, ImageSettings, load_image, patchify_image
+from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, Placeholders, with_template
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
 from ernie_tune.data.video import VideoSettings, load_video, patchify_video
 from ernie_tune.models.inputs import Row, feature_count
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-TEMPLATE_KEY = "ernie_tune_template"  # in tokenizer_config.json: the variant that `save_pretrained` wrote
 # Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is local to a machine and never written.
 _IMAGE_KEYS = {
     "min_pixels": "min_pixels",
@@ -108,6 +108,7 @@ class Processor:
         ids = {token: tokenizer.token_id(token) for token in PROMPT_TOKENS}
         self.stop_ids = (ids[END], ids[SEPARATOR])  # either may end an answer (architecture.md 10)
         self._preprocessor = dict(_PREPROCESSOR if preprocessor is None else preprocessor)
+        self.sees = preprocessor is not None  # whether the folder's model has pictures, as far as the folder says
         self._media_ids = {
             "image": (self.tokens.image_start, self.tokens.image, self.tokens.image_end),
             "video": (self.tokens.video_start, self.tokens.video, self.tokens.video_end),
@@ -135,7 +136,12 @@ class Processor:
         values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}
         images = ImageSettings(**values)
         videos = VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
-        return cls(tokenizer, template or tokenizer.config.get(TEMPLATE_KEY, "hf"), images, videos, saved or None)
+        made = cls(tokenizer, template or tokenizer.config.get(TEMPLATE_KEY, "hf"), images, videos, saved or None)
+        config = Path(path) / "config.json"
+        made.sees = file.is_file()
+        if config.is_file():
+            made.sees = "vision_config" in read_json({config.name: config.read_bytes()}, config.name, str(path))
+        return made
 
     @classmethod
     def bundled(
@@ -164,11 +170,21 @@ class Processor:
             max_pixels=pixels,
             min_pixels=min(v.min_pixels, pixels),
         )
-        return Processor(self.tokenizer, self.template.variant, self.images, videos, self._preprocessor)
+        made = Processor(self.tokenizer, self.template.variant, self.images, videos, self._preprocessor)
+        made.sees = self.sees
+        return made
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write all that another tool needs to make the same rows: tokenizer files with the chat template, and pixel settings."""
-        self.tokenizer.save(folder, chat_template=self.template.to_jinja(), **{TEMPLATE_KEY: self.template.variant})
+    def save_pretrained(self, folder: str | os.PathLike[str], placeholders: Placeholders = RELEASED) -> list[str]:
+        """Write all that another tool needs to make the same rows: tokenizer files with the chat template, and pixel settings.
+
+        `placeholders`: those that the folder's readers search for. Returns what had to be changed in
+        the templates that the tokenizer came with, one line each (`templates.py`).
+        """
+        ours = self.template.to_jinja(*placeholders)
+        files, changes = with_template(
+            self.tokenizer.files, self.tokenizer.where, placeholders, ours, self.template.variant, self.sees
+        )
+        self.tokenizer.save(folder, files)
         images, videos = dataclasses.asdict(self.images), dataclasses.asdict(self.videos)
         settings = {
             **self._preprocessor,
@@ -176,6 +192,7 @@ class Processor:
             **{key: videos[name] for name, key in _VIDEO_KEYS.items()},
         }
         write_file(Path(folder) / PREPROCESSOR_FILE, (json.dumps(settings, indent=2) + "\n").encode())
+        return changes
 
     def encode(
         self,

@@ -27,7 +27,9 @@ BUNDLED = ("small", "tiny")  # vocabularies of the presets "small" and "tiny-*"
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ADDED_FILE, ROLES_FILE = "added_tokens.json", "special_tokens_map.json"
-FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE, ADDED_FILE, ROLES_FILE)
+# Where a chat template may lie besides tokenizer_config.json: as text, and as an object's "chat_template".
+TEMPLATE_FILE, TEMPLATE_JSON_FILE = "chat_template.jinja", "chat_template.json"
+FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE, ADDED_FILE, ROLES_FILE, TEMPLATE_FILE, TEMPLATE_JSON_FILE)
 
 # Names of the released vocabularies; a folder's special_tokens_map.json may give a role to another token.
 IMAGE, VIDEO = "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"
@@ -202,11 +204,16 @@ class Tokenizer:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self, skip_special, keep)
 
-    def save(self, folder: str | os.PathLike[str], **config: Any) -> None:
-        """Copy the tokenizer's files to `folder`, each under a temporary name first. `config` entries go to tokenizer_config.json."""
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Contents of the folder's files by name, as `save` writes them."""
+        return self._files
+
+    def save(self, folder: str | os.PathLike[str], files: Mapping[str, bytes] | None = None, **config: Any) -> None:
+        """Copy the tokenizer's files (`files` in their place) to `folder`, each under a temporary name first. `config` entries go to tokenizer_config.json."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        files = dict(self._files)
+        files = dict(self._files if files is None else files)
         if config:
             files[CONFIG_FILE] = (json.dumps({**self.config, **config}, indent=2, ensure_ascii=False) + "\n").encode()
         for name, content in files.items():

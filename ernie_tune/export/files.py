@@ -15,14 +15,14 @@ from typing import Any
 
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
+from ernie_tune.data.templates import RELEASED, Placeholders, with_template
+from ernie_tune.data.tokenizer import TEMPLATE_FILE, TEMPLATE_JSON_FILE, write_file
 
 # copied byte for byte from the model's folder; what the processor writes itself is not here
 COPIED = (
     "generation_config.json",
     "spm.model",
     "ernie_token_100k.model",
-    "chat_template.jinja",
-    "chat_template.json",
     "processor_config.json",
     "video_preprocessor_config.json",
     "LICENSE",
@@ -31,9 +31,23 @@ COPIED = (
 CARD, SCRIPT, REPORT = "README.md", "serve.sh", "export_report.json"
 
 
-def copy_files(folders: Sequence[Path], target: Path, processor: Processor) -> list[str]:
-    """Tokenizer and processor files to `target`, and those of `COPIED` that one of `folders` (the first that has it) holds. Returns the names."""
-    processor.save_pretrained(target)
+def copy_files(
+    folders: Sequence[Path], target: Path, processor: Processor, placeholders: Placeholders = RELEASED
+) -> list[str]:
+    """Tokenizer and processor files to `target`, and those of `COPIED` that one of `folders` (the first that has it) holds.
+
+    `placeholders`: those that the layout's readers search for. Returns what was changed in chat
+    templates, one line each.
+    """
+    changes = processor.save_pretrained(target, placeholders)
+    ours, variant = processor.template.to_jinja(*placeholders), processor.template.variant
+    for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE):  # of the base model, where an adapter's folder has none
+        folder = next((folder for folder in folders if (folder / name).is_file()), None)
+        if folder and not (target / name).is_file():
+            held = {name: (folder / name).read_bytes()}
+            made, more = with_template(held, str(folder), placeholders, ours, variant, processor.sees)
+            write_file(target / name, made[name])
+            changes += more
     for name in COPIED:
         source = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if source:
@@ -42,7 +56,7 @@ def copy_files(folders: Sequence[Path], target: Path, processor: Processor) -> l
     if not generation.is_file():
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 1.0, "eos_token_id": list(processor.stop_ids)}
         generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return sorted(path.name for path in target.iterdir() if path.suffix != ".safetensors")
+    return changes
 
 
 def serve_script(command: FastDeployCommand | None) -> str:

@@ -26,6 +26,7 @@ from ernie_tune.checkpoint.names import FLAVOURS, layout
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, TwoBuffers, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
+from ernie_tune.data.templates import RELEASED, TRANSFORMERS
 from ernie_tune.data.tokenizer import VIDEO
 from ernie_tune.export import files, verify
 from ernie_tune.export.awq import Folded, folded_moments
@@ -173,6 +174,7 @@ class _Export:
         self.source = Source(self.base, self.adapters)
         self.config = self.source.config
         self.processor = Processor.from_pretrained(self._processor_folder())
+        self.processor.sees = self.config.vision is not None
         self.staged = self.target.with_name(self.target.name + ".exporting")
         self.full = options.verify == "full"
         self.probes: list[Probe] = []
@@ -317,7 +319,11 @@ class _Export:
         size = sum(path.stat().st_size for path in self.staged.glob("*.safetensors"))
         if o.emit == "cache" and chosen:
             write_cache(self.staged, chosen)
-        files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor)
+        searched = TRANSFORMERS if o.layout == "hf" else RELEASED
+        for change in files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor, searched):
+            print(f"ernie_tune: {change}", file=sys.stderr, flush=True)
+            if o.layout != "hf":  # there it is the ordinary way of any model
+                self.notes.append(change)
         return {"weight_bytes": size, "write_seconds": seconds}
 
     def _hf_config(self) -> ModelConfig:

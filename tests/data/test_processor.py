@@ -215,7 +215,7 @@ def test_a_saved_folder_makes_the_same_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows[0].row.pixel_values_PC, rows[1].row.pixel_values_PC)
     template = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     rendered = jinja2.Environment().from_string(template).render(messages=dialogue)
-    assert rendered == again.template.render(dialogue)
+    assert rendered.replace("<|image@placeholder|>", "<|IMAGE_PLACEHOLDER|>") == again.template.render(dialogue)
 
 
 def test_a_released_folder_keeps_its_settings(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import ernie_tune
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import TensorReader, narrow_bfloat16, widen_bfloat16
 from ernie_tune.checkpoint.writer import write_folder
+from ernie_tune.data.chat import ChatTemplate
+from ernie_tune.data.templates import RELEASED
 from ernie_tune.export import reopen, run, verify
 from ernie_tune.export import source as source_module
 from ernie_tune.export.run import LAYOUTS, write_layout
@@ -139,6 +141,32 @@ def test_transformers_gets_a_placeholder_for_videos(base: Path, tmp_path: Path) 
         (own / name).write_text(text)
     report = files_only(own, tmp_path / "out", layout="hf")
     assert "one placeholder for images and videos" in report["notes"][0]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.usefixtures("one_process")
+def test_placeholders_of_old_folders_are_mended(
+    base: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of runs that wrote those of transformers, and of a base's own file beside: once each, with a line."""
+    old = shutil.copytree(base, tmp_path / "old")
+    config = json.loads((old / "tokenizer_config.json").read_text())
+    config["chat_template"] = ChatTemplate().to_jinja("<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>")
+    (old / "tokenizer_config.json").write_text(json.dumps(config))
+    released = "{# theirs #}" + ChatTemplate().to_jinja("<|image@placeholder|>", "<|video@placeholder|>")
+    (old / "chat_template.jinja").write_text(released)
+    report = files_only(old, tmp_path / "out", layout=layout)
+    said = [line for line in capsys.readouterr().err.split("\n") if "chat template" in line]
+    right = ("<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>") if layout == "hf" else RELEASED
+    wrong = RELEASED if layout == "hf" else ("<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>")
+    held = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
+    assert held == ChatTemplate().to_jinja(*right)
+    beside = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert beside == released if layout != "hf" else wrong[0] not in beside
+    assert len(said) == 1
+    assert f"{wrong[0]} became {right[0]}" in said[0]
+    noted = [f"ernie_tune: {note}" for note in report["notes"] if "template" in note]
+    assert noted == ([] if layout == "hf" else said)
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
