@@ -16,6 +16,7 @@ from typing import TextIO
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
+from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import Loaded, load_config
 from ernie_tune.data.doctor_convert import WRITERS, convert_file
 from ernie_tune.data.doctor_fix import fix_file, fixed_path
@@ -63,14 +64,19 @@ def run(args: list[str]) -> int:
     if not args or args[0] not in _OPTIONS:
         known = ", ".join(_OPTIONS)
         word = args[0] if args else ""
-        raise UsageError(f"data needs one of {known}, got {word!r}{did_you_mean(word, _OPTIONS)} / 未知的子命令")
+        raise UsageError(
+            say(
+                "data needs one of {known}, got {word!r}{hint}",
+                "data 之后须为 {known} 之一，得到 {word!r}{hint}",
+                known=known,
+                word=word,
+                hint=did_you_mean(word, _OPTIONS),
+            )
+        )
     words, options = _parse(args[0], args[1:])
     if not words:
-        raise UsageError(f"data {args[0]} needs a file / 需要数据文件")
-    try:
-        return _VERBS[args[0]](words, options)
-    except DataError as error:
-        raise ValueError(f"{error}\n{error.chinese}") from error
+        raise UsageError(say(f"data {args[0]} needs a file", f"data {args[0]} 需要数据文件"))
+    return _VERBS[args[0]](words, options)
 
 
 def _parse(verb: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -83,13 +89,23 @@ def _parse(verb: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         name, equals, value = word.removeprefix("--").replace("_", "-").partition("=")
         if name not in _OPTIONS[verb]:
-            raise UsageError(f"data {verb} has no option --{name}{did_you_mean(name, _OPTIONS[verb])} / 未知的选项")
+            raise UsageError(
+                say(
+                    "data {verb} has no option --{name}{hint}",
+                    "data {verb} 没有选项 --{name}{hint}",
+                    verb=verb,
+                    name=name,
+                    hint=did_you_mean(name, _OPTIONS[verb]),
+                )
+            )
         wanted = _OPTIONS[verb][name]
         if bool(equals) and not wanted:
-            raise UsageError(f"--{name} takes no value, got {value!r} / 该选项不带值")
+            raise UsageError(say(f"--{name} takes no value, got {value!r}", f"--{name} 不带值，得到 {value!r}"))
         if wanted and not equals:
             if not rest:
-                raise UsageError(f"--{name} needs a value: --{name} {wanted} / 缺少选项的值")
+                raise UsageError(
+                    say(f"--{name} needs a value: --{name} {wanted}", f"--{name} 缺少值：--{name} {wanted}")
+                )
             value = rest.pop(0)
         options[name] = value
     return words, options
@@ -100,9 +116,16 @@ def _number(options: Mapping[str, str], name: str, default: int | None, low: int
     if name not in options:
         return default
     if not options[name].isdecimal() or int(options[name]) < low:
-        other = ", or all" if name == "decode" else ""
+        other = say(", or all", "，或 all") if name == "decode" else ""
         raise UsageError(
-            f"--{name} ({options[name]}) must be a whole number from {low}{other} / 须为不小于 {low} 的整数"
+            say(
+                "--{name} ({given}) must be a whole number from {low}{other}",
+                "--{name}（{given}）须为不小于 {low} 的整数{other}",
+                name=name,
+                given=options[name],
+                low=low,
+                other=other,
+            )
         )
     return int(options[name])
 
@@ -130,7 +153,9 @@ def _inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
 def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
     """The files that a run would read. Mistakes are told with the line of the setting."""
     if len(words) > 1:
-        raise UsageError(f"a YAML file stands alone, got {' '.join(words)} / YAML 文件须单独给出")
+        raise UsageError(
+            say(f"a YAML file stands alone, got {' '.join(words)}", f"YAML 文件须单独给出，得到 {' '.join(words)}")
+        )
     loaded = load_config(words[0])
     data, model = loaded.config.data, loaded.config.model.model_name_or_path
     if not data.train_dataset_path:
@@ -182,7 +207,10 @@ def _processor(name: str, template: str | None, max_pixels: int | None = None) -
     bundled = "tiny" if name.startswith("tiny") else "small"
     if name and name not in PRESETS:
         print(
-            f"note: {name} has no tokenizer here, lengths are those of the bundled one / 未找到分词器，使用内置分词器",
+            say(
+                f"note: {name} has no tokenizer here, lengths are those of the bundled one",
+                f"提示：此处没有 {name} 的分词器，长度按内置分词器计算",
+            ),
             file=sys.stderr,
         )
     return Processor.bundled(bundled, template or "hf", **limits)
@@ -203,7 +231,7 @@ def _scan(inputs: _Inputs, options: Mapping[str, str], limit: int) -> Report:
 def _check(words: list[str], options: Mapping[str, str]) -> int:
     inputs, limit = _inputs(words, options), _number(options, "limit", 20) or sys.maxsize
     if "drop" in options and "fix" not in options:
-        raise UsageError("--drop needs --fix / --drop 须与 --fix 同用")
+        raise UsageError(say("--drop needs --fix", "--drop 须与 --fix 同用"))
     report = _scan(inputs, options, limit)
     if "json" in options:
         print(as_json(report))
@@ -227,7 +255,8 @@ def _fix(entry: Entry, options: Mapping[str, str], limit: int, written: TextIO) 
         if counts[change.code] <= limit:
             print(f"{entry.path}:{change.line}: {change}", file=written)
     said = ", ".join(f"{code} {count:,}" for code, count in counts.items())
-    print(f"wrote {fixed_path(entry.path)}: {said or 'no row needed a change'} / 已写入修复后的副本", file=written)
+    target, nothing = fixed_path(entry.path), say("no row needed a change", "没有需要改动的行")
+    print(say("wrote {t}: {said}", "已写入 {t}：{said}", t=target, said=said or nothing), file=written)
 
 
 def _stats(words: list[str], options: Mapping[str, str]) -> int:
@@ -235,13 +264,16 @@ def _stats(words: list[str], options: Mapping[str, str]) -> int:
     print("\n".join(stats_text(report.stats)))
     errors = report.findings.total("error")
     if errors:
-        print(f"{errors:,} errors, see `ernie-tune data check {words[0]}` / {errors:,} 个错误，请运行 data check")
+        check = f"`ernie-tune data check {words[0]}`"
+        print(say(f"{counted(errors, 'error')}, see {check}", f"{errors:,} 个错误，请运行 {check}"))
     return 0
 
 
 def _show(words: list[str], options: Mapping[str, str]) -> int:
     if len(words) > 1:
-        raise UsageError(f"data show takes one file, got {' '.join(words)} / 只能有一个文件")
+        raise UsageError(
+            say(f"data show takes one file, got {' '.join(words)}", f"data show 只接受一个文件，得到 {' '.join(words)}")
+        )
     name, _, after = words[0].rpartition(":")
     if name and after.isdecimal() and not os.path.exists(words[0]):  # as in messages: train.jsonl:17
         words, options = [name], {"row": after, **options}
@@ -258,23 +290,33 @@ def _show(words: list[str], options: Mapping[str, str]) -> int:
                 lines = show_record(file.record(row, line), inputs.processor, COLOUR if colour else PLAIN)
                 print("\n".join(lines))
                 return 0
-    raise ValueError(f"{file.path}:{last}: row ({wanted}) must be the line of a row; the last one is {last} / 没有该行")
+    raise ValueError(
+        say(
+            f"{file.path} has no row in line {wanted}; its last row is in line {last}",
+            f"{file.path} 第 {wanted} 行没有样本；最后一个样本在第 {last} 行",
+        )
+    )
 
 
 def _convert(words: list[str], options: Mapping[str, str]) -> int:
     if "to" not in options:
-        raise UsageError(f"data convert needs --to {'|'.join(WRITERS)} / 缺少 --to")
-    if "out" not in options and (len(words) > 1 or not os.path.isfile(words[0])):
         raise UsageError(
-            f"data convert needs --out for more than one file, got {' '.join(words)} / 多个文件须给出 --out"
+            say(f"data convert needs --to {'|'.join(WRITERS)}", f"data convert 缺少 --to {'|'.join(WRITERS)}")
         )
     form, folder = options["to"], options.get("dataset-dir", ".")
     source = load_dataset(
         words, options.get("format", "auto"), media_dir=options.get("media-dir", ""), dataset_dir=folder
     )
+    if "out" not in options and (len(words) > 1 or not os.path.isfile(words[0])):
+        raise UsageError(
+            say(
+                f"data convert needs --out for more than one file, got {' '.join(words)}",
+                f"data convert 转换多个文件时须给出 --out，得到 {' '.join(words)}",
+            )
+        )
     target = options.get("out") or f"{os.path.splitext(words[0])[0]}.{form}.jsonl"
     rows = convert_file((source[i] for i in range(len(source))), form, target)
-    print(f"wrote {target}: {rows:,} rows from {len(source):,} / 已写入 {rows:,} 行")
+    print(say(f"wrote {target}: {counted(rows, 'row')}", f"已写入 {target}：{rows:,} 行"))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`ernie-tune VERB …`: finds the verb, runs it, turns errors into one clean message.
 
-Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback.
+Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback,
+`--lang en|zh|both` says in which language to speak.
 Refuses to know what verbs do.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 from ernie_tune import __version__
 from ernie_tune.cli.verbs import VERBS, UsageError, Verb, find_verb
+from ernie_tune.config.language import choose_language, say, shown
 
 _HELP = ("-h", "--help")
 
@@ -22,22 +24,22 @@ _HELP = ("-h", "--help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; default `sys.argv`) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = [word for word in words if word != "--debug"]
+    debug = "--debug" in words
     warnings.filterwarnings(
         "ignore", message="No ccache found"
     )  # Paddle tells everybody what concerns builders of operators
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese must not end a run
     try:
-        return _run(args)
+        return _run(_without_language([word for word in words if word != "--debug"]))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(say("interrupted", "已中断"), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `ernie-tune … | head`: the reader has gone, and so must what Python would flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
-        if len(args) < len(words):
+        if debug:
             raise
         print(_message(error), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -54,10 +56,26 @@ def _run(args: list[str]) -> int:
     return verb.load()(args[1:])
 
 
+def _without_language(words: list[str]) -> list[str]:
+    """The words without `--lang LANGUAGE`, which is obeyed. Raises UsageError for a language that is not spoken."""
+    rest = []
+    left = iter(words)
+    for word in left:
+        name, equals, wanted = word.partition("=")
+        if name != "--lang":
+            rest.append(word)
+            continue
+        try:
+            choose_language(wanted if equals else next(left, ""))
+        except ValueError as error:
+            raise UsageError(*error.args) from None
+    return rest
+
+
 def _message(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return shown(error)
 
 
 def version(args: list[str]) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ernie_tune.config.language import say
+
 if TYPE_CHECKING:
     from ernie_tune.config.loader import Entry
 
@@ -74,7 +76,10 @@ def find_verb(word: str) -> Verb:
         from ernie_tune.config.convert import did_you_mean
 
         raise UsageError(
-            f"unknown verb {word!r}{did_you_mean(word, by_word)} / 未知的命令; `ernie-tune help` lists the verbs"
+            say(
+                f"unknown verb {word!r}{did_you_mean(word, by_word)}; `ernie-tune help` lists the verbs",
+                f"未知的命令 {word!r}{did_you_mean(word, by_word)}；`ernie-tune help` 列出所有命令",
+            )
         )
     return by_word[word]
 

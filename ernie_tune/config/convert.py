@@ -17,6 +17,7 @@ import yaml
 
 from ernie_tune.config.aliases import VALUES
 from ernie_tune.config.arguments import Setting
+from ernie_tune.config.language import say
 
 # What a file or a command line can hold: a text, a list of texts, or nothing (null).
 Raw = str | tuple[str, ...] | None
@@ -28,7 +29,7 @@ _PLAIN = re.compile(r"[\w./][\w./-]*")
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing if no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return say(f"; did you mean {near[0]!r}?", f"；是否想写 {near[0]!r}？") if near else ""
 
 
 def to_raw(name: str, value: Any) -> Raw:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
+from ernie_tune.config.language import Text, in_language, say
 from ernie_tune.data.chat import ChatTemplate
 from ernie_tune.data.records import DataError, Message, Record, show
 
@@ -78,8 +79,10 @@ class Finding:
     @classmethod
     def of(cls, code: str, path: str, line: int, field: str, found: str, **params: object) -> Finding:
         """A finding of the table above; `params` fill its braces."""
-        severity, *texts = CHECKS[code]
-        return cls(path, line, field, found, code, severity, *(text.format_map(params) for text in texts))
+        severity, expected, fix, expected_zh, fix_zh = CHECKS[code]
+        said, mend = say(expected, expected_zh, **params), say(fix, fix_zh, **params)
+        texts = (said.english, mend.english, said.chinese, mend.chinese)
+        return cls(path, line, field, found, code, severity, *texts)
 
     @classmethod
     def from_error(cls, e: DataError) -> Finding:
@@ -92,12 +95,24 @@ class Finding:
         return f"{self.path}:{self.line or 1}"
 
     def __str__(self) -> str:
-        said = f"{self.severity}: {self.field}: found {self.found}, expected {self.expected}; fix: {self.fix}"
+        return str(self.text)
+
+    @property
+    def text(self) -> Text:
+        return say(self.english, self.chinese)
+
+    @property
+    def english(self) -> str:
+        found = in_language(self.found, "en")
+        said = f"{self.severity}: {self.field}: found {found}, expected {self.expected}; fix: {self.fix}"
         return one_line(f"{self.place}: {said}")
 
     @property
     def chinese(self) -> str:
-        said = f"{_SEVERITY_ZH[self.severity]}：{self.field}：实际为 {self.found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
+        found = in_language(self.found, "zh")
+        said = (
+            f"{_SEVERITY_ZH[self.severity]}：{self.field}：实际为 {found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
+        )
         return one_line(f"{self.place}：{said}")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+from ernie_tune.config.language import say
 from ernie_tune.data.doctor import CHECKS, check_record
 from ernie_tune.data.doctor_media import Pictures
 from ernie_tune.data.doctor_rows import JsonLines
@@ -44,7 +45,8 @@ class Change(NamedTuple):
     params: Mapping[str, object]
 
     def __str__(self) -> str:
-        return " / ".join(text.format_map(self.params) for text in CHANGES[self.code])
+        english, chinese = CHANGES[self.code]
+        return str(say(english, chinese, **self.params))
 
 
 def fixed_path(path: str) -> str:
@@ -59,11 +61,19 @@ def fix_file(entry: Entry, media_dir: str = "", drop: bool = False) -> Iterator[
     """
     if entry.path.lower().endswith(".parquet"):
         raise ValueError(
-            f"{entry.path} must be a text file to be repaired; use `data convert` / 不支持修复 parquet 文件"
+            say(
+                f"{entry.path} must be a text file to be repaired; use `data convert`",
+                f"{entry.path} 须为文本文件才能修复（不支持 parquet）；请用 `data convert`",
+            )
         )
     target = fixed_path(entry.path)
     if os.path.exists(target):
-        raise ValueError(f"{target} exists and is not overwritten; remove or rename it / 文件已存在")
+        raise ValueError(
+            say(
+                f"{target} exists and is not overwritten; remove or rename it",
+                f"{target} 已存在，不会覆盖；请删除或改名",
+            )
+        )
     file = DataFile(entry, media_dir)
     fixer = _Fixer(file, drop)
     try:

@@ -1,4 +1,4 @@
-"""A check, as text for a terminal, as JSON for machines, as one HTML page for people; all in English and Chinese.
+"""A check, as text for a terminal, as JSON for machines, as one HTML page for people; in the chosen language; the JSON and the page hold both.
 
 Refuses to know: how things were found. The page needs no network: its charts are SVG inside it.
 """
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ernie_tune.config.language import Text, counted, say
 from ernie_tune.data.doctor import Finding, one_line
 from ernie_tune.data.doctor_scan import Report
 from ernie_tune.data.doctor_stats import Histogram, Stats
@@ -27,8 +28,7 @@ _STYLE = (
 class Chart(NamedTuple):
     """Counts under a title."""
 
-    title: str
-    title_zh: str
+    title: Text
     bars: list[tuple[str, int]]
 
 
@@ -37,65 +37,68 @@ def charts(stats: Stats) -> list[Chart]:
     images = Histogram()
     images.add(stats.image_tokens(stats.processor.images))
     found = [
-        Chart("text tokens a row (estimate)", "每行文本 token 数（估计）", stats.text.bars(stats.tokens_per_byte)),
-        Chart("characters an answer", "回答字数", stats.answers.bars()),
+        Chart(say("text tokens a row (estimate)", "每行文本 token 数（估计）"), stats.text.bars(stats.tokens_per_byte)),
+        Chart(say("characters an answer", "回答字数"), stats.answers.bars()),
         Chart(
-            "pictures and videos a row", "每行图片与视频数", [(str(n), rows) for n, rows in sorted(stats.media.items())]
+            say("pictures and videos a row", "每行图片与视频数"),
+            [(str(n), rows) for n, rows in sorted(stats.media.items())],
         ),
-        Chart("tokens a picture (opened ones)", "每张图片 token 数（已打开的）", images.bars()),
-        Chart("rows a domain", "各领域行数", [(one_line(name), rows) for name, rows in stats.domains.most_common()]),
+        Chart(say("tokens a picture (opened ones)", "每张图片 token 数（已打开的）"), images.bars()),
+        Chart(
+            say("rows a domain", "各领域行数"), [(one_line(name), rows) for name, rows in stats.domains.most_common()]
+        ),
     ]
     return [chart for chart in found if chart.bars and [label for label, _ in chart.bars] != ["0"]]
 
 
-def facts_lines(stats: Stats) -> Iterator[tuple[str, str]]:
-    """What is to be said in words: (English, Chinese)."""
+def facts_lines(stats: Stats) -> Iterator[Text]:
+    """What is to be said in words."""
     kinds = ", ".join(f"{name} {count:,}" for name, count in stats.signals.most_common())
-    yield f"rows: {stats.rows:,} ({kinds})", f"行数：{stats.rows:,}（{kinds}）"
+    yield say(f"rows: {stats.rows:,} ({kinds})", f"行数：{stats.rows:,}（{kinds}）")
     tokens, mean = stats.text.total * stats.tokens_per_byte, stats.text.mean * stats.tokens_per_byte
-    yield (
+    yield say(
         f"text: about {tokens:,.0f} tokens, {mean:,.1f} a row, by the tokenizer of {stats.processor.tokenizer.where}",
         f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个",
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.languages().items())
-    yield f"letters: {shares}", f"文字：{shares}"
+    yield say(f"letters: {shares}", f"文字：{shares}")
     for limit, per_image, shrunk in stats.budgets():
-        yield (
+        yield say(
             f"image_max_pixels {limit:,}: {per_image:,.0f} tokens a picture, {shrunk:.0%} of the pictures shrunk",
             f"image_max_pixels {limit:,}：每张图片 {per_image:,.0f} 个 token，{shrunk:.0%} 的图片被缩小",
         )
     advice = stats.advice()
     if advice is not None:
-        yield (
+        yield say(
             f"advice: image_max_pixels: {advice} keeps nearly all pictures at their size",
             f"建议：image_max_pixels: {advice}，几乎不缩小图片",
         )
 
 
-def summary(report: Report) -> Iterator[tuple[str, str]]:
-    """What was checked and what was left out: (English, Chinese)."""
+def summary(report: Report) -> Iterator[Text]:
+    """What was checked and what was left out."""
     for file in report.files:
         held_out = (" (evaluation)", "（评测）") if file.evaluation else ("", "")
-        yield (
-            f"{file.path}{held_out[0]}: {file.rows:,} rows, {file.reason}",
+        yield say(
+            f"{file.path}{held_out[0]}: {counted(file.rows, 'row')}, {file.reason}",
             f"{file.path}{held_out[1]}：{file.rows:,} 行，格式 {file.form.name}",
         )
     seen, opened = report.pictures.seen, report.pictures.opened
     if opened < seen:
-        yield (
+        yield say(
             f"pictures: {opened:,} of {seen:,} opened; --decode all opens all",
             f"图片：打开了 {seen:,} 张中的 {opened:,} 张；--decode all 打开全部",
         )
     alike, compared, same = report.near
     if compared < alike:
-        yield (
-            f"near duplicates are an estimate: {alike:,} rows look alike, {compared:,} were compared, {same:,} are",
+        yield say(
+            f"near duplicates are an estimate: {alike:,} rows look alike, {compared:,} were compared, {same:,} are alike",
             f"近似重复为估计值：{alike:,} 行疑似，比较了 {compared:,} 行，其中 {same:,} 行属实",
         )
     errors, warnings = report.findings.total("error"), report.findings.total("warning")
     rows = sum(file.rows for file in report.files)
-    yield (
-        f"{rows:,} rows in {report.seconds:.1f} s: {errors:,} errors, {warnings:,} warnings",
+    yield say(
+        f"{counted(rows, 'row')} in {report.seconds:.1f} s: {counted(errors, 'error')}, {counted(warnings, 'warning')}",
         f"{rows:,} 行，用时 {report.seconds:.1f} 秒：{errors:,} 个错误，{warnings:,} 个警告",
     )
 
@@ -109,27 +112,31 @@ def more(report: Report) -> Iterator[tuple[str, int, int]]:
 
 
 def as_text(report: Report) -> Iterator[str]:
-    """The lines of `data check`: two for each finding, English and Chinese."""
+    """The lines of `data check`."""
     for finding in report.findings.kept:
-        yield from (str(finding), finding.chinese)
+        yield str(finding)
     for code, count, shown in more(report):
-        yield f"{code}: {count:,} found, {shown:,} shown; --limit 0 shows all / 共 {count:,} 处，显示 {shown:,} 处"
-    for english, chinese in summary(report):
-        yield f"{english} / {chinese}"
+        yield str(
+            say(
+                f"{code}: {count:,} found, {shown:,} shown; --limit 0 shows all",
+                f"{code}：共 {count:,} 处，显示 {shown:,} 处；--limit 0 显示全部",
+            )
+        )
+    yield from map(str, summary(report))
 
 
 def stats_text(stats: Stats) -> Iterator[str]:
     """The lines of `data stats`."""
-    for english, chinese in facts_lines(stats):
-        yield f"{english} / {chinese}"
+    yield from map(str, facts_lines(stats))
     for chart in charts(stats):
-        yield f"{chart.title} / {chart.title_zh}:"
+        yield f"{chart.title}:"
         bars, highest = chart.bars[:_SHOWN_BARS], max(count for _, count in chart.bars)
         width = max(len(label) for label, _ in bars)
         for label, count in bars:
             yield f"  {label:>{width}}  {'█' * round(_BAR_CHARACTERS * count / highest) or '▏'} {count:,}"
         if len(chart.bars) > len(bars):
-            yield f"  … {len(chart.bars) - len(bars)} more / 其余 {len(chart.bars) - len(bars)} 项"
+            left = len(chart.bars) - len(bars)
+            yield str(say(f"  … {left} more", f"  … 其余 {left} 项"))
 
 
 def as_json(report: Report) -> str:
@@ -156,7 +163,8 @@ def as_html(report: Report) -> str:
     body = ["<h1>data check / 数据检查</h1>", _list(summary(report)), "<h2>statistics / 统计</h2>"]
     body.append(_list(facts_lines(report.stats)))
     body += [
-        f"<h3>{chart.title} / {chart.title_zh}</h3>{_svg(chart.bars[:_SHOWN_BARS])}" for chart in charts(report.stats)
+        f"<h3>{chart.title.english} / {chart.title.chinese}</h3>{_svg(chart.bars[:_SHOWN_BARS])}"
+        for chart in charts(report.stats)
     ]
     body.append("<h2>findings / 问题</h2>")
     by_code: dict[str, list[Finding]] = {}
@@ -164,7 +172,9 @@ def as_html(report: Report) -> str:
         by_code.setdefault(finding.code, []).append(finding)
     for code, count in report.findings.counts.most_common():
         severity, examples = report.findings.severities[code], by_code.get(code, [])
-        items = "".join(f"<li><code>{_safe(str(f))}</code><br><code>{_safe(f.chinese)}</code></li>" for f in examples)
+        items = "".join(
+            f"<li><code>{_safe(f.english)}</code><br><code>{_safe(f.chinese)}</code></li>" for f in examples
+        )
         shown = f", {len(examples):,} shown" if len(examples) < count else ""
         body.append(f'<h3 class="{severity}">{code}: {count:,}{shown}</h3><ul>{items}</ul>')
     head = f'<meta charset="utf-8"><title>data check</title><style>{_STYLE}</style>'
@@ -175,8 +185,8 @@ def _safe(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _list(lines: Iterator[tuple[str, str]]) -> str:
-    return "<ul>" + "".join(f"<li>{_safe(english)}<br>{_safe(chinese)}</li>" for english, chinese in lines) + "</ul>"
+def _list(lines: Iterator[Text]) -> str:
+    return "<ul>" + "".join(f"<li>{_safe(t.english)}<br>{_safe(t.chinese)}</li>" for t in lines) + "</ul>"
 
 
 def _svg(bars: list[tuple[str, int]]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
+from ernie_tune.config.language import counted, say
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record
 from ernie_tune.models.inputs import feature_count
@@ -46,9 +47,12 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
         yield f"--- {record.meta} ({record.meta.format}, {judged})"
         yield render(encoded, processor, style)
         media = encoded.num_images + encoded.num_videos
-        yield (
-            f"--- {encoded.num_tokens} tokens, {encoded.num_trained} trained, {media} pictures and videos"
-            f" / 共 {encoded.num_tokens} 个 token，训练 {encoded.num_trained} 个，媒体 {media} 个"
+        tokens, trained = encoded.num_tokens, encoded.num_trained
+        yield str(
+            say(
+                f"--- {counted(tokens, 'token')}, {trained} trained, {counted(media, 'picture or video', 'pictures and videos')}",
+                f"--- 共 {tokens} 个 token，训练 {trained} 个，图片与视频 {media} 个",
+            )
         )
 
 

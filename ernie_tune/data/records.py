@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
+from ernie_tune.config.language import in_language, say
+
 # sft: messages end with the answer. prompt, verifiable: they end before it. The others: candidates continue the messages.
 SIGNALS = ("sft", "prompt", "pair", "rating", "ranking", "label", "verifiable")
 MODES = ("auto", "think", "nothink")
@@ -188,7 +190,7 @@ def _one_line(text: str) -> str:
 
 
 class DataError(ValueError):
-    """A row, file or list of files that cannot be used. `str()` is one English line, `chinese` the same in Chinese.
+    """A row, file or list of files that cannot be used. `str()` is one line in the language that is wanted, `english` and `chinese` are both.
 
     `problem` is a key of PROBLEMS, `params` fill its braces. Line 0 means the whole file. Instances pickle, so workers can raise them.
     """
@@ -198,18 +200,24 @@ class DataError(ValueError):
     ) -> None:
         super().__init__(path, line, field, found, problem, params)
         self.path, self.line, self.field, self.found, self.problem = path, line, field, found, problem
-        filled = [text.format_map({"hint": "", "field": field, **params}) for text in PROBLEMS[problem]]
-        self.expected, self.fix, self.expected_zh, self.fix_zh = filled
+        expected, fix, expected_zh, fix_zh = PROBLEMS[problem]
+        known: dict[str, object] = {"hint": "", "field": field, **params}
+        said = [say(en, zh, **known) for en, zh in ((expected, expected_zh), (fix, fix_zh))]
+        (self.expected, self.expected_zh), (self.fix, self.fix_zh) = ((t.english, t.chinese) for t in said)
 
     @property
     def place(self) -> str:
         return f"{self.path}:{self.line}" if self.line else self.path
 
     def __str__(self) -> str:
-        return _one_line(f"{self.place}: {self.field}: found {self.found}, expected {self.expected}; fix: {self.fix}")
+        return str(say(self.english, self.chinese))
+
+    @property
+    def english(self) -> str:
+        found = in_language(self.found, "en")
+        return _one_line(f"{self.place}: {self.field}: found {found}, expected {self.expected}; fix: {self.fix}")
 
     @property
     def chinese(self) -> str:
-        return _one_line(
-            f"{self.place}：{self.field}：实际为 {self.found}，应为 {self.expected_zh}；修复：{self.fix_zh}"
-        )
+        found = in_language(self.found, "zh")
+        return _one_line(f"{self.place}：{self.field}：实际为 {found}，应为 {self.expected_zh}；修复：{self.fix_zh}")

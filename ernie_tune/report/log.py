@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ernie_tune.config.language import shown
 from ernie_tune.report.writers import Writer
 
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
@@ -180,7 +181,7 @@ class RunLog:
     def info(self, message: str, level: str = "INFO") -> None:
         """Print one stamped line."""
         if self.is_main:
-            self._echo(stamp(message, level))
+            self._echo(stamp(shown(message), level))
 
     def close(self) -> None:
         """End the further loggers; the run's own files are complete after every record."""

@@ -37,7 +37,7 @@ def fix(path: Path, content: bytes, name: str = "a.jsonl", **options: Any) -> tu
     changes = list(fix_file(Entry(str(file)), **options))
     assert file.read_bytes() == content
     assert not list(path.glob("*.tmp"))
-    assert all(" / " in str(change) and "{" not in str(change).replace("{why}", "") for change in changes)
+    assert all("{" not in str(change).replace("{why}", "") for change in changes)
     return [f"{c.line} {c.code}" for c in changes], Path(fixed_path(str(file))).read_text(encoding="utf-8").splitlines()
 
 
@@ -94,7 +94,7 @@ def test_copies_are_not_overwritten(tmp_path: Path) -> None:
         list(fix_file(Entry(str(tmp_path / "a.jsonl"))))
     with pytest.raises(ValueError, match="parquet"):
         list(fix_file(Entry("a.parquet")))
-    assert str(Change(3, "repeated", {"n": 1})) == "dropped: repeats line 1 / 删去：与第 1 行重复"
+    assert str(Change(3, "repeated", {"n": 1})) == "dropped: repeats line 1"
 
 
 def test_a_copy_given_up_leaves_nothing(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_show_marks_what_is_trained(tmp_path: Path) -> None:
         "Assistant: ⟦猫\\x1b[2J<|end_of_sentence|>⟧User: sure?\nAssistant: <think>\n\n</think>\n\n⟦yes</s>⟧"
     )
     encoded = TINY.encode(turns, [str(tmp_path / "p.png")])
-    assert f"--- {encoded.num_tokens} tokens, {encoded.num_trained} trained, 1 pictures" in counts
+    assert f"--- {encoded.num_tokens} tokens, {encoded.num_trained} trained, 1 picture or video" in counts
     coloured = shown(tmp_path, {"messages": turns, "images": ["p.png"]}, style=COLOUR)[1]
     assert coloured.count("\x1b[1;32m") == 2
     assert coloured.replace("\x1b[1;32m", "⟦").count("⟦") == text.count("⟦")
