@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import IMAGES, train
+from support.tiny_runs import IMAGES, train
 
 from ernie_tune.cli.chat import HELP, open_engine, talk
 from ernie_tune.cli.main import main

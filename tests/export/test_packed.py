@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from export_cases import model_folder, rtn
-from tiny_runs import mixed_rows
+from support.tiny_runs import mixed_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import TensorReader

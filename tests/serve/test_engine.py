@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import IMAGES, processor
+from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.models.generation import TokenEvent, generate
 from ernie_tune.serve import engine as engine_module

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import Live, live
 from schemathesis import GenerationMode
-from tiny_runs import processor
+from support.tiny_runs import processor
 
 from ernie_tune.serve.engine import Engine
 

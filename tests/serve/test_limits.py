@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from live import Live, image_part, live, text_part, until
-from tiny_runs import IMAGES, processor
+from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.models.generation import RunningBatch
 from ernie_tune.serve.engine import Engine

@@ -17,7 +17,7 @@ import openai
 import paddle
 import pytest
 from live import CASES, Live, cases, clip, image_part, live, text_part
-from tiny_runs import IMAGES, processor, train
+from support.tiny_runs import IMAGES, processor, train
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.chat import open_engine

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live import until
-from tiny_runs import processor
+from support.tiny_runs import processor
 
 from ernie_tune.models.generation import RunningBatch, generate
 from ernie_tune.serve.engine import Engine, Request

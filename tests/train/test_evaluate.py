@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import mixed_rows, picture_row, processor, records
+from support.tiny_runs import mixed_rows, picture_row, processor, records
 
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.records import Record
