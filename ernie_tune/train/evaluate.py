@@ -5,7 +5,7 @@ Refuses to know: when evaluation happens, where results go, how answers are scor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,15 @@ def question(record: Record) -> Question:
     return Question(record, record.images[: text.count(IMAGE_TAG)], record.videos[: text.count(VIDEO_TAG)], reference)
 
 
-def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, rows: int) -> dict[str, float]:
+def evaluation_loss(
+    model: Any,
+    records: Iterable[Record],
+    encoder: Encoder,
+    rows: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> dict[str, float]:
     """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted.
+    `done` is told how many more rows have been measured.
 
     Raises ValueError where none fits: their mean would be a number about nothing.
     """
@@ -65,6 +72,7 @@ def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, row
             correct += int((scores_NV.argmax(-1) == target_N).sum())
         tokens += len(batch.target_N)
         used += batch.num_rows
+        done(len(samples))
         samples.clear()
 
     for record in records:
