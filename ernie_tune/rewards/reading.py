@@ -49,9 +49,10 @@ def without_thought(text: str) -> str | None:
     return rest if closed and "<think>" not in rest else None
 
 
-def boxed(text: str) -> list[str]:
-    r"""The contents of every `\boxed{…}` with balanced braces; one that is never closed ends the list."""
-    found, at = [], text.find("\\boxed{")
+def boxed(text: str) -> tuple[list[str], str]:
+    r"""The contents of every `\boxed{…}` with balanced braces, and the text up to one that is never closed (all of it where there is none)."""
+    found: list[str] = []
+    at = text.find("\\boxed{")
     while at >= 0:
         depth, end = 1, at + len("\\boxed{")
         start = end
@@ -59,10 +60,10 @@ def boxed(text: str) -> list[str]:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         if depth:
-            break
+            return found, text[:at]
         found.append(text[start : end - 1].strip())
         at = text.find("\\boxed{", end)
-    return found
+    return found, text
 
 
 def _tagged(text: str) -> list[str]:
@@ -91,8 +92,8 @@ def answer_span(text: str, style: str = "auto") -> str | None:
     after = without_thought(text)
     if after is None:
         return None
-    text = fold(after)
-    boxes, tags = boxed(text), _tagged(text)
+    boxes, text = boxed(fold(after))
+    tags = _tagged(text)
     if style == "boxed" or (style == "auto" and boxes):
         return _only(boxes)
     if style == "tag" or tags:

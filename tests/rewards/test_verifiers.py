@@ -122,7 +122,7 @@ def test_spans() -> None:
     assert answer_span("\\boxed{7} <answer>8</answer>", "tag") == "8"
     assert answer_span("<answer>\n8\n</answer>") == "8"  # over several lines
     assert answer_span("8", "boxed") is None
-    assert boxed("\\boxed{\\frac{1}{2}} \\boxed{3") == ["\\frac{1}{2}"]
+    assert boxed("\\boxed{\\frac{1}{2}} \\boxed{3") == (["\\frac{1}{2}"], "\\boxed{\\frac{1}{2}} ")
     assert fold("１０²①") == "10²①"
     with pytest.raises(ValueError, match=r"answer_style \('latex'\) must be one of auto, boxed, tag"):
         answer_span("7", "latex")
