@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import paddle
 
 from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record
-from ernie_tune.models.generation import generate
-from ernie_tune.models.sampling import SamplingParams
+from ernie_tune.generate.engine import Engine, Request
+from ernie_tune.generate.scheduler import Capacity
 
 
 @dataclass(frozen=True)
@@ -96,29 +95,11 @@ def evaluation_loss(
 def answers(
     model: Any, processor: Processor, questions: Sequence[Question], *, max_new_tokens: int, rows: int
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. Rows of like length are answered together."""
-    tokens = processor.tokens
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens, stop_ids=processor.stop_ids, banned_ids=tokens.placeholders() + tokens.markers()
-    )
-    encoded = []
+    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. `rows`: answers computed at once."""
+    engine, requests = Engine(model, processor), []
     for q in questions:
         thinks = processor.template.thinks(q.record.messages, THINKING.get(q.record.mode))
-        row = processor.encode(
-            q.record.messages[:-1],
-            q.images,
-            q.videos,
-            tools=q.record.tools,
-            thinking=thinks,
-            add_generation_prompt=True,
-            where=str(q.record.meta),
-        )
-        encoded.append((row.row, processor.template.opens_thought(thinks)))
-    out = [""] * len(questions)
-    order = np.argsort([len(row.input_ids_L) for row, _ in encoded], kind="stable").tolist()
-    for start in range(0, len(order), rows):
-        chunk = order[start : start + rows]
-        done = generate(model, [encoded[i][0] for i in chunk], tokens, params)
-        for i, completions in zip(chunk, done, strict=True):
-            out[i] = split_reasoning(processor.decode(completions[0].token_ids), encoded[i][1])[1].strip()
-    return out
+        asked, where = q.record.messages[:-1], str(q.record.meta)
+        requests.append(Request(asked, q.images, q.videos, thinks, tools=q.record.tools, where=where))
+    found = engine.answer(requests, engine.params(max_new_tokens=max_new_tokens), Capacity(rows=rows))
+    return [answer.content.strip() for (answer,) in found]

@@ -16,7 +16,7 @@ from live import Live, live
 from schemathesis import GenerationMode
 from support.tiny_runs import processor
 
-from ernie_tune.serve.engine import Engine
+from ernie_tune.generate.engine import Engine
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 _SETTINGS = settings(

@@ -363,7 +363,7 @@ def test_the_server_answers_400_to_all_of_it(golden_model: Any, site: ThreadingH
     from live import live
     from support.tiny_runs import processor
 
-    from ernie_tune.serve.engine import Engine
+    from ernie_tune.generate.engine import Engine
 
     port = site.server_address[1]
     with live(Engine(golden_model("tiny-a"), processor())) as one:
