@@ -48,6 +48,7 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
+        "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": [
             "pytest>=8",
@@ -63,6 +64,8 @@ setup(
             "httpx>=0.27",
             "openai>=1.60",
             "schemathesis>=4",
+            "math-verify>=0.8",
+            "jsonschema>=4.20",
         ],
     },
     entry_points={"console_scripts": ["ernie-tune = ernie_tune.cli.main:main"]},

@@ -64,11 +64,12 @@ def test_the_article(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     # and what it made can be used
     from ernie_tune import PeftModel
-    from ernie_tune.cli.chat import open_engine
+    from ernie_tune.generate.opened import open_engine
+    from ernie_tune.trainers.assemble import base_of_run
 
     again = PeftModel.from_pretrained(
         AutoModel.from_pretrained("baidu/ERNIE-4.5-VL-424B-A47B-Paddle"), "my_ernie_vl_lora_adapter"
     )
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert a.numpy().tobytes() == b.numpy().tobytes(), name
-    assert isinstance(open_engine(Path("output")).model, PeftModel)
+    assert isinstance(open_engine(Path("output"), base_of_run).model, PeftModel)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
-from ernie_tune.config.loader import ARGS_FILE, load_config, split_overrides
+from ernie_tune.config.loader import split_overrides
 
 HELP = "/image PATH  add an image to the next question    /new  forget the conversation    /think on|off    /exit"
 
@@ -37,44 +37,19 @@ def run(args: list[str]) -> int:
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}; chat takes {', '.join(known)} / 未知的选项")
     options = {e.name: known[e.name](e.raw) for e in entries}
-    engine = open_engine(Path(words[0]))
+    with while_paddle_loads():
+        from ernie_tune.generate.opened import open_engine
+        from ernie_tune.trainers.assemble import base_of_run
+
+    engine = open_engine(Path(words[0]), base_of_run)
     print(HELP)
     return talk(engine, sys.stdin, print, options)
-
-
-def open_engine(path: Path) -> Any:
-    """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it has one. Raises ValueError when there is none."""
-    with while_paddle_loads():
-        from ernie_tune.checkpoint.auto import AutoModel
-        from ernie_tune.data.processor import Processor
-        from ernie_tune.peft.model import PeftModel
-        from ernie_tune.peft.packed import is_packed, load_packed
-        from ernie_tune.serve.engine import Engine
-        from ernie_tune.trainers.assemble import load_base
-
-    folder = path.parent if path.is_file() else path
-    processor = Processor.from_pretrained(folder)
-    if is_packed(folder):
-        return Engine(load_packed(folder), processor)
-    if (folder / "config.json").is_file():
-        return Engine(AutoModel.from_pretrained(folder), processor)
-    arguments = folder / ARGS_FILE
-    if not arguments.is_file():
-        raise ValueError(
-            f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one"
-        )
-    config = load_config(arguments).config
-    if not config.model.model_name_or_path:
-        raise ValueError(
-            f"{arguments} must name the base model of the adapter (model_name_or_path); write it there, then try again"
-        )
-    return Engine(PeftModel.from_pretrained(load_base(config), folder), processor)
 
 
 def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options: dict[str, Any]) -> int:
     """The conversation itself: one line in, one streamed answer out. What cannot be answered is not remembered."""
     from ernie_tune.data.images import load_image
-    from ernie_tune.serve.engine import Request
+    from ernie_tune.generate.engine import Request
 
     params = engine.params(**{"max_new_tokens": 256, **options})
     messages: list[Any] = []

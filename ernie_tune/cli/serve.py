@@ -141,13 +141,14 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
 def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
     """The model, its adapters and the limits as one `Service`. Raises ValueError, OSError."""
     with while_paddle_loads():
-        from ernie_tune.cli.chat import open_engine
+        from ernie_tune.generate.opened import open_engine
         from ernie_tune.peft.model import PeftModel
         from ernie_tune.serve.service import Service
+        from ernie_tune.trainers.assemble import base_of_run
 
     options = serve_options(settings)
     adapters = [_pair(text) for text in settings.get("adapters", ())]
-    engine = open_engine(path)
+    engine = open_engine(path, base_of_run)
     name = settings.get("served_model_name") or (path.parent if path.is_file() else path).resolve().name
     models: dict[str, str | None] = {name: None}
     if isinstance(engine.model, PeftModel):  # a finished run's adapter has the run's name; its base answers to its own

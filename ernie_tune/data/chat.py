@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,25 @@ THOUGHT_STYLES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt. A text piece is encoded on its own: where pieces part, tokens part."""
+    """A stretch of the prompt. Text is encoded together with the pieces that join it (`runs`): where runs part, tokens part."""
 
     kind: str  # "text", "token", "image" or "video"
     text: str  # the text or the token's string; for media, the markers with one placeholder
     trained: bool = False  # whether its tokens are targets
     source: Any = None  # the medium that the message part itself carried
+    joins: bool = False  # tokens may span the end of the piece before and the start of this one
+
+
+def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces whose texts are encoded as one, in order."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and not piece.joins:
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
 
 
 class ChatTemplate:
@@ -140,10 +153,13 @@ class ChatTemplate:
         """One answer. Thoughts since the last question stay (`current`: a tool is called on the way to its answer), earlier ones are dropped."""
         trained = message.get("loss", True)
         reasoning, segments = _read_answer(message, where)
+        # An earlier answer is history: it is encoded with the words before it, as every server does
+        # that is handed the text. The last one parts there, since it was or will be generated.
         begins = last or (think and current and bool(reasoning))
         if begins:
             self._write_prefill(out, think)
-        out.part()
+        if last:
+            out.part()
         if begins and think:
             out.own(self.style.open.removeprefix(self.style.prefill), trained)
             out.segments(_segments(reasoning, where), trained)
@@ -295,7 +311,7 @@ class _Writer:
         if before is not None and before.trained == trained:
             self.pieces[-1] = Piece("text", before.text + text, trained)
         else:
-            self.pieces.append(Piece("text", text, trained))
+            self.pieces.append(Piece("text", text, trained, joins=before is not None))
         self._joins = True
 
     def token(self, token: str, trained: bool = False) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.data.batching import thinking_of
+from ernie_tune.data.chat import runs
 from ernie_tune.data.doctor import Finding, Findings, check_record
 from ernie_tune.data.doctor_compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
 from ernie_tune.data.doctor_media import Pictures
@@ -344,8 +345,9 @@ def count_tokens(record: Record, processor: Processor, pictures: Pictures) -> in
             tokens = sum(map(pictures.tokens, images))
         except (ValueError, OSError):
             return 0
-        for piece in pieces:
-            if piece.kind in ("text", "token"):
-                tokens += len(processor.tokenizer.encode(piece.text, allow_special=piece.kind == "token"))
+        for run in runs(pieces):
+            if run[0].kind in ("text", "token"):
+                text = "".join(piece.text for piece in run)
+                tokens += len(processor.tokenizer.encode(text, allow_special=run[0].kind == "token"))
         longest = max(longest, tokens)
     return longest

@@ -1,6 +1,7 @@
 """Messages and media -> one row of model input with its targets: chat template + tokenizer + patches in one object.
 
-Training, rollout and serving all call `Processor.encode`: the ids of (prompt, then sampled answer) and of the finished dialogue agree.
+Training, rollout and serving all call `Processor.encode`: the ids of (prompt, then sampled answer) and of the finished dialogue agree. Earlier
+answers are encoded with the text around them, as FastDeploy and PaddleFormers encode the history that they are handed.
 Refuses to know: data set formats, batching, packing, models, paddle.
 
 Legend: L tokens of a row, P patches, C values per patch (588), n images and videos.
@@ -19,7 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.data.chat import END, OPTIONAL_TOKENS, PROMPT_TOKENS, SEPARATOR, ChatTemplate, Message, Piece, prefix
+from ernie_tune.data.chat import (
+    END,
+    OPTIONAL_TOKENS,
+    PROMPT_TOKENS,
+    SEPARATOR,
+    ChatTemplate,
+    Message,
+    Piece,
+    prefix,
+    runs,
+)
 from ernie_tune.data.images import Grid, ImageSettings, load_image, patchify_image
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, Placeholders, with_template
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
@@ -79,7 +90,11 @@ class Encoded:
         return int(self.trained_L.sum())
 
     def extended(self, answer_ids: Sequence[int], trained: bool = True) -> Encoded:
-        """The same row with sampled ids behind it, as targets or not."""
+        """The same row with sampled ids behind it, as targets or not.
+
+        They stay as they were sampled, and are not what the text of the answer gives as history: there
+        the space before an answer and its first word may be one token, here they are two.
+        """
         ids_L = np.concatenate([self.row.input_ids_L, np.asarray(answer_ids, np.int64)])
         trained_L = np.concatenate([self.trained_L, np.full(len(answer_ids), trained)])
         return dataclasses.replace(self, row=dataclasses.replace(self.row, input_ids_L=ids_L), trained_L=trained_L)
@@ -223,21 +238,24 @@ class Processor:
         trained: list[bool] = []
         patches: list[np.ndarray] = []
         grids: list[Grid] = []
-        for piece in pieces:
-            if piece.kind in given:
-                source = piece.source if piece.source is not None else given[piece.kind].pop(0)
-                key = (piece.kind, id(source))
-                found = made.get(key) if made is not None else None
-                pixels_PC, grid = found or self._patchify(piece.kind, source, where)
-                if made is not None:
-                    made[key] = (pixels_PC, grid)
-                patches.append(pixels_PC)
-                grids.append(grid)
-                new = self._placeholders(piece.kind, grid)
-            else:
-                new = self.tokenizer.encode(piece.text, allow_special=piece.kind == "token")
+        for run in runs(pieces):
+            piece = run[0]
+            if piece.kind not in given:
+                new, marks = self._text(run)
+                ids += new
+                trained += marks
+                continue
+            source = piece.source if piece.source is not None else given[piece.kind].pop(0)
+            key = (piece.kind, id(source))
+            found = made.get(key) if made is not None else None
+            pixels_PC, grid = found or self._patchify(piece.kind, source, where)
+            if made is not None:
+                made[key] = (pixels_PC, grid)
+            patches.append(pixels_PC)
+            grids.append(grid)
+            new = self._placeholders(piece.kind, grid)
             ids += new
-            trained += [piece.trained] * len(new)
+            trained += [False] * len(new)
         if max_tokens is not None and len(ids) > max_tokens:
             raise RowTooLong(
                 f"{prefix(where)}row ({len(ids)} tokens) must have at most max_tokens ({max_tokens}); raise it, lower max_pixels, or drop the row"
@@ -250,6 +268,15 @@ class Processor:
         assert int(np.isin(row.input_ids_L, self.tokens.placeholders()).sum()) == sum(map(feature_count, grids))
         kinds = [piece.kind for piece in pieces]
         return Encoded(row, np.asarray(trained, bool), kinds.count("image"), kinds.count("video"))
+
+    def _text(self, run: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids of one run of text, and whether each is a target: as the piece says in which the token ends."""
+        ids = self.tokenizer.encode("".join(piece.text for piece in run), allow_special=run[0].kind == "token")
+        if len(run) == 1:
+            return ids, [run[0].trained] * len(ids)
+        ends = np.cumsum([len(self.tokenizer.token_bytes(i)) for i in ids])
+        bounds = np.cumsum([len(piece.text.encode()) for piece in run])
+        return ids, [run[k].trained for k in np.searchsorted(bounds, ends)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of an answer: without special tokens, but with the marks of thoughts and tools, for `split_reasoning`."""

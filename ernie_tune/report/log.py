@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,11 +22,14 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ernie_tune.config.language import shown
+from ernie_tune.config.language import say, shown
+from ernie_tune.report.direction import gain
 from ernie_tune.report.writers import Writer
 
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
 History = list[dict[str, Any]]
+_COUNTS = ("rows", "step", "steps", "tokens", "samples")
+_FOR_FILES = ("interval_runtime", "max_memory_gib", "remaining_time")  # a bar or a watch shows them
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -58,16 +62,16 @@ def stamp(message: str, level: str = "INFO", now: datetime | None = None) -> str
     return f"[{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d}] [{level:>8}] - {message}"
 
 
-def _shown(name: str, value: Any) -> str:
-    """Losses with eight decimals, rates with four digits, the rest with four decimals, as Paddle's trainers print them; small numbers keep their digits."""
+def number(name: str, value: Any) -> str:
+    """Rates with four digits, counts whole, the rest with four decimals; small numbers keep their digits."""
     value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
-    if name.endswith("loss"):
-        return str(round(value, 8))
-    if name.endswith("learning_rate") or abs(value) < 1e-3:
+    if name.endswith(_COUNTS) and value.is_integer():
+        return str(int(value))
+    if name.endswith("learning_rate") or 0 < abs(value) < 1e-3:
         return str(float(f"{value:.3e}"))
-    return str(round(value, 4))
+    return str(round(value, 4) + 0.0)
 
 
 def console_line(step: int, values: Mapping[str, Any], epoch: float) -> str:
@@ -75,7 +79,7 @@ def console_line(step: int, values: Mapping[str, Any], epoch: float) -> str:
     head = [name for name in ("loss", "learning_rate") if name in values]
     ordered = {name: values[name] for name in head} | {"global_step": step} | dict(values)
     ordered["progress_or_epoch"] = float(epoch)
-    return ", ".join(f"{name}: {_shown(name, value)}" for name, value in ordered.items())
+    return ", ".join(f"{name}: {number(name, value)}" for name, value in ordered.items())
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,47 @@ def header_lines(facts: RunFacts) -> list[str]:
 
 def metrics_table(split: str, values: Mapping[str, Any]) -> list[str]:
     """`***** train metrics *****` and one aligned line a value, names in alphabetical order."""
-    shown = {name: _shown(name, values[name]) for name in sorted(values)}
+    shown = {name: number(name, values[name]) for name in sorted(values)}
     left, right = max(map(len, shown), default=0), max(map(len, shown.values()), default=0)
     return [f"***** {split} metrics *****", *(f"  {name:<{left}} = {value:>{right}}" for name, value in shown.items())]
+
+
+def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`***** eval metrics *****` and a line a number: before training, after it, and the change, in the order of measuring. What says the same as a line
+    above it is left out."""
+    lines: dict[tuple[Any, Any], tuple[str, ...]] = {}
+    for name, value in after.items():
+        old = before.get(name)
+        change = value - old if _is_number(old) and _is_number(value) else None
+        mark = {1: "+", -1: "-", 0: " "}[gain(name, old, value)] if change is not None else " "
+        moved = "" if change is None else f"{round(change, 4) + 0.0:+.4f}"
+        cells = (name, "" if old is None else number(name, old), number(name, value), moved, mark)
+        # two scores that agree before and after are one to the reader; a first value that nothing repeats is kept
+        lines.setdefault((old, value) if change is not None else (name, value), cells)
+    rows = list(lines.values())
+    heads = ("", str(say("before", "训练前")), str(say("after", "训练后")), str(say("change", "变化")))
+    widths = [max(_columns(r[i]) for r in [*rows, heads]) for i in range(4)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0] + " " * (widths[0] - _columns(cells[0]))]
+        padded += [" " * (widths[i] - _columns(cells[i])) + cells[i] for i in (1, 2, 3)]
+        return "  " + "  ".join(padded)
+
+    verdicts = {"+": say("better", "变好"), "-": say("worse", "变差"), " ": ""}
+    return [
+        f"***** {split} metrics *****",
+        line(heads),
+        *(f"{line(row)}  {verdicts[row[4]]}".rstrip() for row in rows),
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows it: Chinese characters take two columns."""
+    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
 
 
 def read_log(path: Path) -> tuple[History, int]:
@@ -165,8 +207,9 @@ class RunLog:
             write_atomically(path, "".join(map(_json_line, self.history)))
             self._rewrite_csv()
 
-    def log(self, step: int, values: Mapping[str, Any], epoch: float) -> dict[str, Any]:
-        """Add a record, write it to both files and print its line; returns the record. Names in `values` are HF's: loss, learning_rate, eval_loss…"""
+    def log(self, step: int, values: Mapping[str, Any], epoch: float, silent: bool = False) -> dict[str, Any]:
+        """Add a record, write it to both files and print its line, but for what only files need; returns the record. Names in `values` are HF's: loss,
+        learning_rate, eval_loss… `silent`: print nothing, since a bar shows it."""
         record = {"epoch": round(float(epoch), 6), "step": int(step), **plain(values)}
         self.history.append(record)
         if self.is_main:
@@ -175,7 +218,8 @@ class RunLog:
             self._add_row(record)
             for writer in self._writers:
                 writer.write(step, record)
-            self.info(console_line(step, values, epoch))
+            if not silent:
+                self.info(console_line(step, {k: v for k, v in values.items() if k not in _FOR_FILES}, epoch))
         return record
 
     def info(self, message: str, level: str = "INFO") -> None:
@@ -192,8 +236,12 @@ class RunLog:
         for line in header_lines(facts):
             self.info(line)
 
-    def results(self, split: str, values: Mapping[str, Any], epoch: float) -> None:
-        """Write `<split>_results.json`, add the values to `all_results.json` and print their table. `epoch` appears under HF's and Paddle's name."""
+    def results(
+        self, split: str, values: Mapping[str, Any], epoch: float, before: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write `<split>_results.json`, add the values to `all_results.json` and print their table, beside what they were `before`. `epoch` appears under
+        HF's and Paddle's name."""
+        measured = values
         values = {"epoch": float(epoch), "progress_or_epoch": float(epoch), **values}
         if not self.is_main:
             return
@@ -201,7 +249,7 @@ class RunLog:
         before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
         write_atomically(self.output_dir / f"{split}_results.json", _json_text(values))
         write_atomically(everything, _json_text({**before, **values}))
-        for line in metrics_table(split, values):
+        for line in comparison_table(split, before, measured) if before else metrics_table(split, values):
             self.info(line)
 
     def state(self, step: int, epoch: float, **fields: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ernie_tune.report.plot import mini_svg
 
 MODES = ("terminal", "plain", "notebook")
-_REDRAW_SECONDS = 0.25
+_REDRAW_SECONDS, _INNER_SECONDS = 0.25, 10.0
 _GIB = 2.0**30
 
 
@@ -72,6 +72,9 @@ class Progress:
     `start_step`: steps done before (a resumed run's speed counts only its own). `every`: steps between plain lines; 0 none, for runs whose
     `RunLog` prints a line each (pass `echo=p.write`). `mode`: one of MODES; empty: `choose_mode`. The bar goes to stderr, lines to stdout; `stream` takes
     both. Ranks other than the main one show nothing. Raises ValueError for another mode.
+
+    `inner`: a bar for something that a run does beside its steps, such as evaluating: `advance(rows)` counts on; it goes when it ends, and plain
+    lines come at most every ten seconds.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Progress:
         mode: str = "",
         is_main: bool = True,
         stream: TextIO | None = None,
+        inner: bool = False,
     ) -> None:
         if mode and mode not in MODES:
             raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}; leave it empty to choose by itself")
@@ -92,14 +96,20 @@ class Progress:
         self.total_steps, self.start_step, self.step = total_steps, start_step, start_step
         self._start = time.monotonic()
         self._view: _Terminal | _Notebook | _Plain | None = None
+        self._memory = math.nan if inner else None
         if not is_main:
             return
         if mode == "terminal":
-            self._view = _Terminal(total_steps, start_step, title, bar, lines)
+            self._view = _Terminal(total_steps, start_step, title, bar, lines, inner)
         elif mode == "notebook":
             self._view = _Notebook(total_steps, start_step, title)
         else:
-            self._view = _Plain(total_steps, title, every, lines)
+            self._view = _Plain(total_steps, title, every, lines, _INNER_SECONDS if inner else 0.0)
+
+    @property
+    def is_bar(self) -> bool:
+        """Whether a bar shows each step, so that lines need not."""
+        return isinstance(self._view, _Terminal | _Notebook)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -128,12 +138,16 @@ class Progress:
         values = {"loss": f"{loss:.4g}"} if loss is not None else {}
         if tokens_per_second is not None:
             values["tokens/s"] = f"{tokens_per_second:,.0f}"
-        memory = resident_gib() if memory_gib is None else memory_gib
+        memory = memory_gib if memory_gib is not None else resident_gib() if self._memory is None else self._memory
         values |= {} if math.isnan(memory) else {"memory": f"{memory:.1f} GiB"}
         values |= {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in more.items()}
         left = self.remaining_seconds if remaining is None else remaining
         times = {"elapsed": clock(self.elapsed_seconds), "left": clock(left)}
         self._view.show(step, loss, values | times)
+
+    def advance(self, count: int = 1) -> None:
+        """Show that `count` more are done."""
+        self.update(self.step + count)
 
     def write(self, line: str) -> None:
         """Print a line without disturbing the bar."""
@@ -153,10 +167,18 @@ class Progress:
 class _Terminal:
     _FORMAT = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
 
-    def __init__(self, total: int, start: int, title: str, bar: TextIO, lines: TextIO) -> None:
+    def __init__(self, total: int, start: int, title: str, bar: TextIO, lines: TextIO, inner: bool) -> None:
         desc = f"{title} " if title else ""
         self._lines = lines
-        self._bar = tqdm(total=total, initial=start, desc=desc, bar_format=self._FORMAT, dynamic_ncols=True, file=bar)
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=desc,
+            bar_format=self._FORMAT,
+            dynamic_ncols=True,
+            file=bar,
+            leave=not inner,
+        )
 
     def show(self, step: int, loss: float | None, values: Mapping[str, str]) -> None:
         times = f"{values['elapsed']}<{values['left']}"
@@ -177,11 +199,15 @@ class _Terminal:
 
 
 class _Plain:
-    def __init__(self, total: int, title: str, every: int, stream: TextIO) -> None:
+    def __init__(self, total: int, title: str, every: int, stream: TextIO, seconds: float) -> None:
         self._total, self._title, self._every, self._stream = total, title, every, stream
+        self._seconds, self._said = seconds, time.monotonic()
 
     def show(self, step: int, loss: float | None, values: Mapping[str, str]) -> None:
-        if self._every and (step % self._every == 0 or step == self._total):
+        if self._seconds and time.monotonic() - self._said < self._seconds:
+            return
+        self._said = time.monotonic()
+        if self._every and (self._seconds or step % self._every == 0 or step == self._total):
             share = 100 * step / max(self._total, 1)
             parts = [
                 f"{self._title} {step}/{self._total} ({share:.0f}%)".strip(),

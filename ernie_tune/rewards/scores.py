@@ -242,7 +242,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "relaxed_accuracy": relaxed_match,
     "iou": box_iou,
 }
-CLASSIFICATION = "accuracy"
+CLASSIFICATION, MACRO_F1 = "accuracy", "macro_f1"
 
 
 def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str) -> list[float]:
@@ -263,26 +263,43 @@ def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[Gold], names: Sequence[str]) -> dict[str, float]:
-    """name -> mean score over the rows; "accuracy" brings "macro_f1" where each row has one gold answer. Raises as `row_scores` does."""
+    """name -> mean score over the rows; "accuracy" brings "macro_f1" where each row has one gold answer. Raises as `row_scores` does, and for "macro_f1" of
+    rows with several gold answers."""
     out = {}
+    singles = [r for r in references if isinstance(r, str)]
+    one_each = len(singles) == len(references)
     for name in names:
-        rows = row_scores(predictions, references, name)
-        out[name] = sum(rows) / len(rows)
-        singles = [r for r in references if isinstance(r, str)]
-        if name == CLASSIFICATION and len(singles) == len(references):
-            out["macro_f1"] = confusion(predictions, singles).macro_f1
+        if name == MACRO_F1 and not one_each:
+            raise ValueError(f"metric ({name}) must go with one gold answer a row; take {CLASSIFICATION}")
+        if name != MACRO_F1:
+            rows = row_scores(predictions, references, name)
+            out[name] = sum(rows) / len(rows)
+        if name in (MACRO_F1, CLASSIFICATION) and one_each:
+            out[MACRO_F1] = confusion(predictions, singles).macro_f1
     return out
 
 
-def fitting_metrics(references: Sequence[Gold]) -> tuple[str, ...]:
-    """The names that make sense for these gold answers: text scores always; boxes, numbers and classes where all references are such."""
-    flat = [gold for reference in references for gold in ([reference] if isinstance(reference, str) else reference)]
-    names = ["exact_match", "token_f1", "anls"]
-    boxes = all(parse_boxes(gold) for gold in flat)
-    names += ["iou"] if boxes else []
-    names += ["relaxed_accuracy"] if all(parse_number(gold) is not None for gold in flat) else []
-    classes = not boxes and 2 <= len(_distinct(flat)) <= min(_MOST_LABELS, len(references) // 2)
-    return (*names, *((CLASSIFICATION,) if classes else ()))
+def fitting_metrics(references: Sequence[Gold]) -> tuple[str, str]:
+    """The two names that say most about these gold answers, the first one for each row: exact match, and beside it the mean F1 of classes, the tolerant
+    match of numbers, or the tokens that are right; the overlap of boxes first. All others must be asked for."""
+    flat = _flat(references)
+    if all(parse_boxes(gold) for gold in flat):
+        return "iou", "exact_match"
+    if has_classes(references) and all(isinstance(r, str) for r in references):
+        return "exact_match", MACRO_F1
+    numbers = all(parse_number(gold) is not None for gold in flat)
+    return "exact_match", "relaxed_accuracy" if numbers else "token_f1"
+
+
+def has_classes(references: Sequence[Gold]) -> bool:
+    """Whether the gold answers are few names that come again and again: 2 to 50, each twice on average; boxes never are."""
+    flat = _flat(references)
+    few = 2 <= len(_distinct(flat)) <= min(_MOST_LABELS, len(references) // 2)
+    return few and not all(parse_boxes(gold) for gold in flat)
+
+
+def _flat(references: Sequence[Gold]) -> list[str]:
+    return [gold for reference in references for gold in ([reference] if isinstance(reference, str) else reference)]
 
 
 def _distinct(texts: Sequence[str]) -> list[str]:

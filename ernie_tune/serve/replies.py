@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ernie_tune.data.processor import Processor
-from ernie_tune.models.generation import TokenEvent
+from ernie_tune.generate.batch import TokenEvent
 from ernie_tune.serve.service import ApiError, Choice, Step, Ticket
 
 DONE = b"data: [DONE]\n\n"

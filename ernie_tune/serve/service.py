@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.data.processor import RowTooLong
-from ernie_tune.models.generation import Prompt, TokenEvent
+from ernie_tune.generate.answer import AnswerReader, Delta
+from ernie_tune.generate.batch import Prompt, TokenEvent
+from ernie_tune.generate.engine import Engine, Prepared, Request
+from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.generate.scheduler import Capacity
 from ernie_tune.models.inputs import Row, feature_count, pack
-from ernie_tune.models.sampling import SamplingParams
-from ernie_tune.serve.answer import AnswerReader, Delta
-from ernie_tune.serve.engine import Engine, Prepared, Request
 from ernie_tune.serve.media import read_image, read_video
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
-from ernie_tune.serve.scheduler import Capacity, EngineEnded, EngineFailure, Job, Scheduler
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
+from ernie_tune.serve.thread import EngineEnded, EngineFailure, Job, SchedulerThread
 
 
 class ApiError(Exception):
@@ -114,7 +115,7 @@ class Service:
             )
         self.engine, self.models, self.options = engine, models, options
         capacity = Capacity(options.max_num_seqs, options.cache_tokens, options.prefill_tokens)
-        self.scheduler = Scheduler(engine, capacity)
+        self.scheduler = SchedulerThread(engine, capacity)
         tokenizer = engine.processor.tokenizer
         self._longest_token_bytes = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.metrics = Metrics()

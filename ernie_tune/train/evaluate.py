@@ -5,19 +5,18 @@ Refuses to know: when evaluation happens, where results go, how answers are scor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import paddle
 
 from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record, count_tags, plain_words
-from ernie_tune.models.generation import generate
-from ernie_tune.models.sampling import SamplingParams
+from ernie_tune.generate.engine import Engine, Request
+from ernie_tune.generate.scheduler import Capacity
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,15 @@ def question(record: Record) -> Question:
     return Question(record, images, videos, plain_words(reference))
 
 
-def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, rows: int) -> dict[str, float]:
+def evaluation_loss(
+    model: Any,
+    records: Iterable[Record],
+    encoder: Encoder,
+    rows: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> dict[str, float]:
     """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted.
+    `done` is told how many more rows have been measured.
 
     Raises ValueError where none fits: their mean would be a number about nothing.
     """
@@ -66,6 +72,7 @@ def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, row
             correct += int((scores_NV.argmax(-1) == target_N).sum())
         tokens += len(batch.target_N)
         used += batch.num_rows
+        done(len(samples))
         samples.clear()
 
     for record in records:
@@ -89,29 +96,11 @@ def evaluation_loss(model: Any, records: Iterable[Record], encoder: Encoder, row
 def answers(
     model: Any, processor: Processor, questions: Sequence[Question], *, max_new_tokens: int, rows: int
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. Rows of like length are answered together."""
-    tokens = processor.tokens
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens, stop_ids=processor.stop_ids, banned_ids=tokens.placeholders() + tokens.markers()
-    )
-    encoded = []
+    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. `rows`: answers computed at once."""
+    engine, requests = Engine(model, processor), []
     for q in questions:
         thinks = processor.template.thinks(q.record.messages, THINKING.get(q.record.mode))
-        row = processor.encode(
-            q.record.messages[:-1],
-            q.images,
-            q.videos,
-            tools=q.record.tools,
-            thinking=thinks,
-            add_generation_prompt=True,
-            where=str(q.record.meta),
-        )
-        encoded.append((row.row, processor.template.opens_thought(thinks)))
-    out = [""] * len(questions)
-    order = np.argsort([len(row.input_ids_L) for row, _ in encoded], kind="stable").tolist()
-    for start in range(0, len(order), rows):
-        chunk = order[start : start + rows]
-        done = generate(model, [encoded[i][0] for i in chunk], tokens, params)
-        for i, completions in zip(chunk, done, strict=True):
-            out[i] = split_reasoning(processor.decode(completions[0].token_ids), encoded[i][1])[1].strip()
-    return out
+        asked, where = q.record.messages[:-1], str(q.record.meta)
+        requests.append(Request(asked, q.images, q.videos, thinks, tools=q.record.tools, where=where))
+    found = engine.answer(requests, engine.params(max_new_tokens=max_new_tokens), Capacity(rows=rows))
+    return [answer.content.strip() for (answer,) in found]

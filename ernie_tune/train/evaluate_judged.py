@@ -31,10 +31,16 @@ def judged_batches(records: Iterable[Any], encoder: UnitEncoder, rows: int) -> t
 
 
 def judged_evaluation(
-    model: Any, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: Objective, ready: Ready
+    model: Any,
+    records: Iterable[Any],
+    encoder: UnitEncoder,
+    rows: int,
+    objective: Objective,
+    ready: Ready,
+    done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """The objective over all rows as one window, its metrics, `preference_accuracy` (the share of comparisons in which the model gives the better answer
-    the higher probability; also by domain, where rows name one), and the number of rows."""
+    the higher probability; also by domain, where rows name one), and the number of rows. `done` is told how many more rows have been measured."""
     batches, dropped = judged_batches(records, encoder, rows)
     window = ready(batches)
     divisor = objective.begin(objective.counts(window))
@@ -56,6 +62,7 @@ def judged_evaluation(
         total += float(out.total) / divisor
         add(out.metrics)
         add(preferred(np.asarray(outputs.numpy()), batch))
+        done(batch.num_rows)
     if training:
         model.train()
     means = {name: value / count for name, (value, count) in sums.items() if count}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,12 @@ def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows
 
 
 def reward_evaluation(
-    model: Any, records: Iterable[Any], encoder: UnitEncoder, rows: int, objective: RewardObjective
+    model: Any,
+    records: Iterable[Any],
+    encoder: UnitEncoder,
+    rows: int,
+    objective: RewardObjective,
+    done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error` (ECE of sigma(s_w - s_l) over ten bins),
     `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0. Where ratings are
@@ -262,6 +267,7 @@ def reward_evaluation(
         seen.append(reward_C)
         margins.append(reward_C[pairs.better_P] - reward_C[pairs.worse_P])
         _add(sums, {**out.metrics, **preferred(reward_C, batch)})
+        done(batch.num_rows)
     blind: dict[str, list[float]] = {}
     if any(batch.inputs.pixel_values_PC is not None for batch in batches):
         grey = [_masked(batch) for batch in batches]

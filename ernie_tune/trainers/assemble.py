@@ -20,6 +20,7 @@ from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.source import OnDisk, Source, Where, fill
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
+from ernie_tune.config.loader import load_config
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
 from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
@@ -256,6 +257,16 @@ def load_base(config: RunConfig) -> ErnieModel:
     model, source = unread_model(config)
     read_parts(quantize_base(model, algorithm), source)
     return model
+
+
+def base_of_run(arguments: Path) -> ErnieModel:
+    """`load_base` for the settings that a finished run has written. Raises ValueError where they name no base model."""
+    config = load_config(arguments).config
+    if not config.model.model_name_or_path:
+        raise ValueError(
+            f"{arguments} must name the base model of the adapter (model_name_or_path); write it there, then try again"
+        )
+    return load_base(config)
 
 
 def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:

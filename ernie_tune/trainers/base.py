@@ -23,6 +23,7 @@ from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
+from ernie_tune.report.interval import Interval
 from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp, write_atomically
 from ernie_tune.report.plot import write_loss_png, write_loss_svg
 from ernie_tune.report.progress import Progress, resident_gib
@@ -144,7 +145,10 @@ class Trainer:
         t = self.args.train
         per_epoch = steps_per_epoch(self._stream_again)
         by_epochs = max(1, math.ceil(round(t.num_train_epochs * per_epoch, 6)))
+        self._epochs = t.max_steps / max(per_epoch, 1e-9) if t.max_steps > 0 else t.num_train_epochs
         return t.max_steps if t.max_steps > 0 else by_epochs, per_epoch
+
+    _epochs = 0.0  # passes over the data that the run will make
 
     def _build_loop(self) -> Loop:
         c = self.args
@@ -196,7 +200,8 @@ class Trainer:
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
-        guards = self._guards = RunGuards(self.args)
+        guards, self._interval = RunGuards(self.args), Interval()
+        self._guards = guards
         self._before_training(dry_run)
         if dry_run:
             self._dry_run(total)
@@ -296,22 +301,20 @@ class Trainer:
         say("dry run: settings, data and memory are fine; nothing was trained or written")
 
     def _observe(self, record: StepRecord, log: RunLog, progress: Progress) -> None:
-        values = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
-        speed = record.num_tokens / record.seconds
-        progress.update(record.step, loss=record.loss, tokens_per_second=speed)
+        metrics = {name: value for name, value in record.metrics.items() if name != "nll"}
+        self._interval.add(record.loss, metrics, record.num_tokens, record.seconds)
+        progress.update(record.step, loss=record.loss, tokens_per_second=record.num_tokens / record.seconds)
         if record.step % self.args.log.logging_steps == 0 or record.step == self.loop_total:
-            log.log(
-                record.step,
-                {
-                    **values,
-                    **{name: value for name, value in record.metrics.items() if name != "nll"},
-                    "tokens_per_second": round(speed, 1),
-                    "interval_runtime": round(record.seconds, 4),
-                    "max_memory_gib": round(resident_gib(peak=True), 3),
-                    "remaining_time": round(progress.remaining_seconds, 1),
-                },
-                self.stream.epoch,
-            )
+            means = self._interval.take()
+            values = {
+                "loss": means.pop("loss"),
+                "learning_rate": record.learning_rate,
+                "grad_norm": record.grad_norm,
+                **means,
+                "max_memory_gib": round(resident_gib(peak=True), 3),
+                "remaining_time": round(progress.remaining_seconds, 1),
+            }
+            log.log(record.step, values, self.stream.epoch, silent=progress.is_bar)
 
     @property
     def loop_total(self) -> int:
@@ -395,7 +398,7 @@ class Trainer:
         loop = self._loop()
         states = {
             "trainer_state.json": log.state(step, self.stream.epoch, **self._state_fields()),
-            STATES["loop"]: loop.state_dict(),
+            STATES["loop"]: {**loop.state_dict(), "interval": self._interval.state_dict()},
             STATES["objective"]: loop.objective.state_dict(),
             **{f"{rank}_{STATES['data']}" if rank else STATES["data"]: state for rank, state in self._data_states()},
             STATES["guards"]: self._guards.state_dict(),
@@ -446,7 +449,10 @@ class Trainer:
         with self.place.engine.whole():
             named = self._trained()
             load_optimizer(checkpoint, loop.optimizer, named, cut=self.place.cut(named), ranks=self.place)
-        loop.load_state_dict(checkpoint.read_json(STATES["loop"]))
+        done = checkpoint.read_json(STATES["loop"])
+        loop.load_state_dict(done)
+        if "interval" in done:
+            self._interval.load_state_dict(done["interval"])
         loop.objective.load_state_dict(checkpoint.read_json(STATES["objective"]))
         self._guards.load_state_dict(checkpoint.read_json(STATES["guards"]))
         if not self.args.save.ignore_data_skip:
@@ -480,7 +486,7 @@ class Trainer:
         batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
         facts = RunFacts(
             self.train_rows,
-            t.num_train_epochs,
+            round(self._epochs, 2),
             t.per_device_train_batch_size,
             batch,
             t.gradient_accumulation_steps,
@@ -540,10 +546,9 @@ class Trainer:
     def _summary(self, log: RunLog) -> dict[str, float]:
         """What train_results.json says. Times are those of the training steps, of all processes that made them, without measuring and saving."""
         loop = self._loop()
-        losses = [r["loss"] for r in log.history if "loss" in r]
         speed = 1 / loop.seconds if loop.seconds else 0.0
         return {
-            "train_loss": losses[-1] if losses else 0.0,
+            "train_loss": self._interval.run_loss,
             "global_step": loop.step,
             "train_runtime": loop.seconds,
             "train_samples_per_second": loop.rows * speed,
@@ -567,7 +572,7 @@ class Trainer:
 
     def _measure(self) -> Measure:
         """What measures the model on held-out rows and guard sets."""
-        return Measure(
+        measure = Measure(
             self.args,
             self.place.asked(self.model),
             self.processor,
@@ -575,6 +580,8 @@ class Trainer:
             self.eval_rows,
             self.output_dir,
         )
+        measure.is_main = self.place.is_writer
+        return measure
 
 
 def _due(strategy: str, every: int, step: int, epoch_ends: bool) -> bool:

@@ -6,11 +6,12 @@ Refuses to know: the loop, optimizers, when it is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -18,13 +19,15 @@ from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.report.log import RunLog, write_atomically
+from ernie_tune.report.log import RunLog, number, write_atomically
 from ernie_tune.report.pages import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
-from ernie_tune.rewards.scores import CLASSIFICATION, confusion, fitting_metrics, row_scores, score_answers
+from ernie_tune.report.progress import Progress
+from ernie_tune.rewards.scores import confusion, fitting_metrics, has_classes, row_scores, score_answers
 from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
 from ernie_tune.train.guards import ForgettingGuard, Verdict
 
 GUARD_FILE = "guard_baseline.json"
+_ANSWERED = 4  # batches of answers between two looks at the bar
 BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare
 
 
@@ -48,6 +51,7 @@ class Measure:
             rows,
             output_dir,
         )
+        self.is_main = True  # of several processes, one shows how far it is
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
 
@@ -55,24 +59,31 @@ class Measure:
         count = min(limit, len(self.rows))
         return [question(self.rows[i * len(self.rows) // count]) for i in range(count)]
 
-    def _loss(self, rows: Sequence[Record]) -> dict[str, float]:
+    def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         every = (rows[i] for i in range(len(rows)))
-        return evaluation_loss(self.model, every, self.encoder, max(1, self.config.eval.per_device_eval_batch_size))
+        size = max(1, self.config.eval.per_device_eval_batch_size)
+        return evaluation_loss(self.model, every, self.encoder, size, done)
 
-    def _answers(self, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
-        asked = self._questions(limit)
-        if not asked:
-            return {}, [], []
+    def _measured(self, title: str, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
+        """Loss on every held-out row, scores of the answers to at most `limit` of them (names begin with eval_), what was asked and answered; a bar under
+        `title` shows how far it is."""
+        asked = self._questions(limit) if limit else []
+        mode = "plain" if self.config.log.disable_tqdm else ""
+        total = len(self.rows) + len(asked)
+        with Progress(total, title=title, mode=mode, is_main=self.is_main, inner=True) as progress:
+            loss = {k: v for k, v in self._loss(self.rows, progress.advance).items() if k != "rows"}
+            progress.update(len(self.rows))
+            scores, given = self._answers(asked, progress.advance)
+        return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
+
+    def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
         e = self.config.eval
-        given = answers(
-            self.model,
-            self.processor,
-            asked,
-            max_new_tokens=e.eval_max_new_tokens,
-            rows=max(8, e.per_device_eval_batch_size),
-        )
-        names = self.metric_names(asked)
-        return score_answers(given, [q.reference for q in asked], names), asked, given
+        rows, given = max(8, e.per_device_eval_batch_size), list[str]()
+        for start in range(0, len(asked), _ANSWERED * rows):  # in parts, so that one sees how far it is
+            part = asked[start : start + _ANSWERED * rows]
+            given += answers(self.model, self.processor, part, max_new_tokens=e.eval_max_new_tokens, rows=rows)
+            done(len(part))
+        return score_answers(given, [q.reference for q in asked], self.metric_names(asked)) if asked else {}, given
 
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""
@@ -80,9 +91,7 @@ class Measure:
 
     def all_rows(self) -> tuple[dict[str, float], list[Question], list[str]]:
         """Loss on every held-out row, scores of the answers to at most report_max_samples of them: names begin with eval_."""
-        scores, asked, given = self._answers(self.config.eval.report_max_samples)
-        loss = {k: v for k, v in self._loss(self.rows).items() if k != "rows"}
-        return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
+        return self._measured(say("eval", "评测"), self.config.eval.report_max_samples)
 
     def before(self, log: RunLog, resumed: bool) -> None:
         """Measure before the first step; a resumed run reads what the first one wrote, and cannot compare where that is gone."""
@@ -95,17 +104,16 @@ class Measure:
             if not found:
                 log.info(f"{file} is not there: no comparison with the model before training", "WARNING")
             return
-        metrics, asked, given = self.all_rows()
+        metrics, asked, given = self._measured(say("before", "训练前"), self.config.eval.report_max_samples)
         self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
         if log.is_main:
             write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
-        log.info("before training: " + ", ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+        shown = ", ".join(f"{k}: {number(k, v)}" for k, v in metrics.items())
+        log.info(say("before training: {m}", "训练前：{m}", m=shown))
 
     def during(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
         """Loss on every row, scores of the answers to eval_max_samples rows; logged and returned."""
-        loss = {k: v for k, v in self._loss(self.rows).items() if k != "rows"}
-        scores = self._answers(self.config.eval.eval_max_samples)[0] if self.config.eval.eval_max_samples else {}
-        metrics = {f"eval_{k}": v for k, v in {**loss, **scores}.items()}
+        metrics = self._measured(say("eval", "评测"), self.config.eval.eval_max_samples)[0]
         log.log(step, metrics, epoch)
         return metrics
 
@@ -114,9 +122,9 @@ class Measure:
         log.results("train", train, epoch)
         if not len(self.rows):
             return dict(train)
-        metrics, asked, given = self.all_rows()
+        metrics, asked, given = self._measured(say("after", "训练后"), self.config.eval.report_max_samples)
         self.last = {"metrics": metrics, "answers": given}
-        log.results("eval", metrics, epoch)
+        log.results("eval", metrics, epoch, self.first.get("metrics"))
         if asked and log.is_main:
             self._page(asked, given)
         return {**train, **metrics}
@@ -143,7 +151,7 @@ class Measure:
             for q, old, new, before_score, after_score in zip(asked, first, given, before, after, strict=True)
         ]
         tables = {}
-        if CLASSIFICATION in self.metric_names(asked):
+        if has_classes(references):
             tables = {"before": confusion(first, references)} if known else {}
             tables["after"] = confusion(given, references)
         write_before_after(

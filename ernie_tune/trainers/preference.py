@@ -319,11 +319,11 @@ class PreferenceMeasure(Measure):
         self.trainer = trainer
         self._asked: list[Question] | None = None
 
-    def _loss(self, rows: Sequence[Record]) -> dict[str, float]:
+    def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         t = self.trainer
         every = (rows[i] for i in range(len(rows)))
         size = max(1, self.config.eval.per_device_eval_batch_size)
-        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._compared)
+        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._compared, done)
 
     def _questions(self, limit: int) -> list[Question]:
         if self._asked is None:

@@ -6,7 +6,7 @@ Refuses to know: the loss, the head, how rewards are measured (train/reward_mode
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,11 @@ class _RewardMeasure(Measure):
         super().__init__(*args)
         self.trainer = trainer
 
-    def _loss(self, rows: Sequence[Record]) -> dict[str, float]:
+    def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         t = self.trainer
         every = (rows[i] for i in range(len(rows)))
         size = max(1, self.config.eval.per_device_eval_batch_size)
-        return reward_evaluation(self.model, every, t.encoder, size, t.objective(1, 1.0))
+        return reward_evaluation(self.model, every, t.encoder, size, t.objective(1, 1.0), done)
 
     def _questions(self, limit: int) -> list[Question]:
         return []

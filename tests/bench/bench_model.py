@@ -21,9 +21,9 @@ import numpy as np  # isort: skip
 import paddle
 
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.models.generation import generate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import Row, pack
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model

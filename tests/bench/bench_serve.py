@@ -99,11 +99,12 @@ def fresh_model(preset_name: str, folder: Path) -> None:
 
 def questions(folder: Path, count: int, max_tokens: int) -> list[Question]:
     """Prompts of many lengths with answers from the engine, one at a time."""
-    from ernie_tune.cli.chat import open_engine
-    from ernie_tune.models.generation import stream_prompts
-    from ernie_tune.serve.engine import Request
+    from ernie_tune.generate.batch import stream_prompts
+    from ernie_tune.generate.engine import Request
+    from ernie_tune.generate.opened import open_engine
+    from ernie_tune.trainers.assemble import base_of_run
 
-    engine, rng, out = open_engine(folder), random.Random(0), []
+    engine, rng, out = open_engine(folder, base_of_run), random.Random(0), []
     pictures = sorted(IMAGES.glob("*.png"))
     params = engine.params(max_new_tokens=max_tokens, top_logprobs=2)
     for i in range(count):

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import IMAGES, train
+from support.tiny_runs import IMAGES, train
 
-from ernie_tune.cli.chat import HELP, open_engine, talk
+from ernie_tune.cli.chat import HELP, talk
 from ernie_tune.cli.main import main
+from ernie_tune.generate.answer import Delta
+from ernie_tune.generate.engine import Request
+from ernie_tune.generate.opened import open_engine
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.serve.answer import Delta
-from ernie_tune.serve.engine import Request
+from ernie_tune.trainers.assemble import base_of_run
 
 DIGIT = str(IMAGES / "0003.png")
 
@@ -121,16 +123,16 @@ def test_a_finished_run_can_be_talked_to(
 def test_adapters_are_put_on_the_base_that_their_run_names(tmp_path: Path) -> None:
     out = train(tmp_path, max_steps=1, fine_tuning="LoRA", weight_quantize_algo="weight_only_int8")
     for path in (out, out / "ernie_tune_args.yaml"):
-        engine = open_engine(path)
+        engine = open_engine(path, base_of_run)
         assert isinstance(engine.model, PeftModel)
         assert [type(a).__name__ for a in (engine.model.layers[0].self_attn.q_proj,)] == ["QuantizedLinear"]
     file = out / "ernie_tune_args.yaml"
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("model_name_or_path: tiny-a", "model_name_or_path: ''"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"ernie_tune_args.yaml must name the base model of the adapter"):
-        open_engine(out)
+        open_engine(out, base_of_run)
     file.unlink()
     with pytest.raises(
         ValueError, match=r"must hold a model \(config.json\) or a finished run \(ernie_tune_args.yaml\)"
     ):
-        open_engine(out)
+        open_engine(out, base_of_run)

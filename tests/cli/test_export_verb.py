@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import mixed_rows, write_rows
+from support.tiny_runs import mixed_rows, write_rows
 
 import ernie_tune
 from ernie_tune.checkpoint.auto import AutoModel

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tiny_runs import checkpoints, mixed_rows, settings, steps_logged, train, write_rows
+from support.tiny_runs import checkpoints, mixed_rows, settings, steps_logged, train, write_rows
 
 import ernie_tune
 from ernie_tune.cli import launch as launch_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_runs import mixed_rows, picture_row, settings, train, write_rows
+from support.tiny_runs import mixed_rows, picture_row, settings, train, write_rows
 
 from ernie_tune.cli import train as verb
 from ernie_tune.cli.main import main

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_tune.data.chat import THOUGHT_STYLES, ChatTemplate, ReasoningSplitter, check_messages, split_reasoning
+from ernie_tune.data.chat import THOUGHT_STYLES, ChatTemplate, ReasoningSplitter, check_messages, runs, split_reasoning
 
 PICTURE = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
 VIDEO = "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>"
@@ -137,9 +137,12 @@ def test_text_is_joined_where_tokens_may_span_it_and_parted_where_an_answer_begi
         ("text", "\n\nA"),
         ("token", "</s>"),
     ]
-    # A masked answer parts at the same place, or its ids would differ from those of the rollout.
-    silent = ChatTemplate("ernie_vl_nothink").pieces([user("Q"), answer("A", loss=False), user("Q"), answer("A")])
-    assert [p.text for p in silent][:4] == ["<|begin_of_sentence|>", "User: Q\nAssistant: ", "A", "<|end_of_sentence|>"]
+    # The last answer parts, masked or not, or its ids would differ from those of the rollout; an earlier one is history and joins.
+    for loss in (True, False):
+        dialogue = [user("Q"), answer("A", loss=loss), user("Q"), answer("A", loss=loss)]
+        texts = ["".join(p.text for p in run) for run in runs(ChatTemplate("ernie_vl_nothink").pieces(dialogue))]
+        assert texts[:3] == ["<|begin_of_sentence|>", "User: Q\nAssistant: A", "<|end_of_sentence|>"]
+        assert texts[-3:] == ["\n\n", "A", "</s>"]
 
 
 def test_marks_missing_from_the_vocabulary_are_text_and_present_ones_tokens() -> None:

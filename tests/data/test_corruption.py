@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_rows import base, encoder, label, pair, ranking, rating, records
-from tiny_runs import IMAGES, processor
+from support.judged_rows import base, encoder, label, pair, ranking, rating, records
+from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.data.batching import BatchStream, Dropped
 from ernie_tune.data.corruption import CorruptedPairs, corrupted, corrupted_pair, masked

@@ -118,8 +118,28 @@ def test_loss_false_masks_an_answer_without_moving_a_token() -> None:
     full = PROCESSOR.encode(dialogue)
     masked = PROCESSOR.encode([dialogue[0], {**dialogue[1], "loss": False}, *dialogue[2:]])
     np.testing.assert_array_equal(full.row.input_ids_L, masked.row.input_ids_L)
-    assert TOKENS.decode(full.row.input_ids_L[full.trained_L]) == "one<|end_of_sentence|>two</s>"
+    assert TOKENS.decode(full.row.input_ids_L[full.trained_L]) == " one<|end_of_sentence|>two</s>"
     assert TOKENS.decode(masked.row.input_ids_L[masked.trained_L]) == "two</s>"
+
+
+@pytest.mark.parametrize("reply", ["Hi there", "你好", " x", "", "7", "\nok", "<|end_of_sentence|>", "a <image> b"])
+def test_an_earlier_answer_is_encoded_with_the_text_before_it(reply: str) -> None:
+    """As a server does that is handed the text: cut at special tokens and media only, never at a turn."""
+    encoded = PROCESSOR.encode(
+        [user("Say <image>"), answer(reply), user("More"), answer("Yes")],
+        [picture(56, 56)] * (1 + reply.count("<image>")),
+        thinking=False,
+    )
+    ids, marks = encoded.row.input_ids_L.tolist(), encoded.trained_L.tolist()
+    start = 1 + ids.index(TOKENS.token_id("<|IMAGE_END|>"))
+    head, *tail = reply.split("<image>")
+    whole = TOKENS.encode(f"\nAssistant: {head}" + "Picture 2:" * len(tail))
+    assert ids[start : start + len(whole)] == whole
+    if tail:
+        return
+    assert ids[start + len(whole)] == TOKENS.token_id("<|end_of_sentence|>")
+    targets = TOKENS.decode([i for i, mark in zip(ids, marks, strict=True) if mark])
+    assert targets.removesuffix("<|end_of_sentence|>Yes</s>") in (reply, f" {reply}")
 
 
 def test_users_cannot_forge_markers() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_rows import base, encoder, label, mixture, pair, pairs, ranking, rating, records, units
-from tiny_runs import IMAGES, processor
+from support.judged_rows import base, encoder, label, mixture, pair, pairs, ranking, rating, records, units
+from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.data.batching import BatchStream, Dropped
 from ernie_tune.data.mixing import Mixture, Shard

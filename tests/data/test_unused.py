@@ -209,7 +209,7 @@ def test_a_turn_that_is_marked_is_not_learnt(name: str) -> None:
     for value in (False, 0, 0.0, "false"):
         assert trained(load(turns(**{name: value}))) == ["GOOD</s>"], (name, value)
     for value in (True, 1, 1.0):
-        assert trained(load(turns(**{name: value}))) == ["BAD<|end_of_sentence|>GOOD</s>"]
+        assert trained(load(turns(**{name: value}))) == [" BAD<|end_of_sentence|>GOOD</s>"]
 
 
 def test_marks_that_may_mean_either_are_refused() -> None:

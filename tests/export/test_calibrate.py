@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
-from tiny_runs import mixed_rows, write_rows
+from support.tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.processor import Processor

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from export_cases import model_folder
-from tiny_runs import mixed_rows, write_rows
+from support.tiny_runs import mixed_rows, write_rows
 
 import ernie_tune
 from ernie_tune.checkpoint.auto import AutoModel

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from export_cases import model_folder, rtn
-from tiny_runs import mixed_rows
+from support.tiny_runs import mixed_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import TensorReader
@@ -19,9 +19,9 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.scheme import bits_of, scheme
 from ernie_tune.export.source import Source
-from ernie_tune.models.generation import generate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import pack
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.peft.packed import is_packed, load_packed

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from export_cases import aligned_config, model_folder
-from tiny_runs import mixed_rows, write_rows
+from support.tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.checkpoint.tensors import TensorReader, widen_bfloat16
 from ernie_tune.checkpoint.writer import write_folder

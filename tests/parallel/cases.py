@@ -16,13 +16,13 @@ import paddle
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.generation import generate
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig

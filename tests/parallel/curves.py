@@ -47,7 +47,7 @@ def curve(run: Path) -> list[float]:
 
 def accuracy(run: Path) -> float:
     """Share of held-out rows that are answered exactly, at the end."""
-    return float(json.loads((run / "eval_results.json").read_text(encoding="utf-8"))["eval_accuracy"])
+    return float(json.loads((run / "eval_results.json").read_text(encoding="utf-8"))["eval_exact_match"])
 
 
 def train(run: Path, steps: int, words: tuple[str, ...]) -> None:

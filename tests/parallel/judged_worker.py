@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from judged_rows import label, mixture, pairs, rating
-from tiny_runs import write_rows
+from support.judged_rows import label, mixture, pairs, rating
+from support.tiny_runs import write_rows
 
 from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.trainers import place

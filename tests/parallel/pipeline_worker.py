@@ -19,13 +19,13 @@ import paddle
 import ernie_tune  # noqa: F401
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.generation import generate
 from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.parallel import parallelize
 from ernie_tune.parallel import pipeline as fleet_pipeline
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh, init_mesh

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 from cases import Job, build_model
-from judged_rows import base, encoder, label, pair, ranking, rating, units
+from support.judged_rows import base, encoder, label, pair, ranking, rating, units
 
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.objectives.preference import PreferenceHyper

@@ -7,9 +7,9 @@ import paddle
 import pytest
 from peft_cases import adapted, fresh, gradients, logits, move, packed, probe_loss, rows
 
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.generation import generate
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft.bottleneck import Bottleneck
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig

@@ -10,10 +10,10 @@ import pytest
 from peft_cases import adapted, fresh, gradients, logits, packed, rows, slope
 from weights import normal
 
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.cache import KVCache
-from ernie_tune.models.generation import generate
 from ernie_tune.models.inputs import Row, pack
-from ernie_tune.models.sampling import SamplingParams
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.peft.virtual_tokens import with_virtual_tokens

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ernie_tune.report.log import RunFacts, RunLog, console_line, header_lines, metrics_table, read_log, stamp
+from ernie_tune.report.log import (
+    RunFacts,
+    RunLog,
+    comparison_table,
+    console_line,
+    header_lines,
+    metrics_table,
+    read_log,
+    stamp,
+)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -34,7 +43,7 @@ def test_console_line_is_paddles() -> None:
     }
     line = stamp(console_line(3, values, 0.09375), now=datetime(2026, 11, 22, 11, 18, 25, 636_000))
     assert line == (
-        "[2026-11-22 11:18:25,636] [    INFO] - loss: 4.86592484, learning_rate: 0.00025, global_step: 3, interval_runtime: 0.0258, "
+        "[2026-11-22 11:18:25,636] [    INFO] - loss: 4.8659, learning_rate: 0.00025, global_step: 3, interval_runtime: 0.0258, "
         "interval_samples_per_second: 77.4478, interval_steps_per_second: 38.7239, progress_or_epoch: 0.0938"
     )
 
@@ -65,6 +74,64 @@ def test_header_block() -> None:
         "  Total num train samples = 3,000",
         "  Number of trainable parameters = 1,234,567",
     ]
+
+
+def test_numbers_are_short_and_counts_whole() -> None:
+    values = {
+        "loss": 3.6611104,
+        "eval_dropped_rows": 7.0,
+        "learning_rate": 1.23456e-5,
+        "tiny": -2.5e-9,
+        "zero": -0.00000,
+    }
+    assert console_line(1, values, 0.5) == (
+        "loss: 3.6611, learning_rate: 1.235e-05, global_step: 1, eval_dropped_rows: 7, tiny: -2.5e-09, zero: 0.0, progress_or_epoch: 0.5"
+    )
+
+
+def test_comparison_table_says_what_training_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {"eval_loss": 2.5, "eval_exact_match": 0.0, "eval_macro_f1": 0.0, "kl": 0.1, "eval_token_acc": 0.25}
+    after = {
+        "eval_loss": 0.5,
+        "eval_exact_match": 0.9375,
+        "eval_macro_f1": 0.9375,
+        "kl": 0.2,
+        "eval_token_acc": 0.25,
+        "new": 1.0,
+    }
+    assert comparison_table("eval", before, after) == [
+        "***** eval metrics *****",
+        "                    before   after   change",
+        "  eval_loss            2.5     0.5  -2.0000  better",
+        "  eval_exact_match     0.0  0.9375  +0.9375  better",  # macro_f1 says the same and is left out
+        "  kl                   0.1     0.2  +0.1000",
+        "  eval_token_acc      0.25    0.25  +0.0000",
+        "  new                          1.0",
+    ]
+    worse = comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 1.5})[-1]
+    assert worse == "  eval_loss     1.0    1.5  +0.5000  worse"
+    monkeypatch.setenv("ERNIE_TUNE_LANG", "zh")
+    assert comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 0.99996})[1:] == [
+        "             训练前  训练后     变化",
+        "  eval_loss     1.0     1.0  +0.0000",
+    ]
+
+
+def test_line_of_a_step_holds_no_more_than_a_reader_wants(tmp_path: Path) -> None:
+    log, lines = make(tmp_path)
+    values = {
+        "loss": 1.0,
+        "tokens_per_second": 9.0,
+        "interval_runtime": 1.0,
+        "max_memory_gib": 2.0,
+        "remaining_time": 3.0,
+    }
+    log.log(1, values, 0.5)
+    log.log(2, values, 1.0, silent=True)
+    assert [line.partition(" - ")[2] for line in lines] == [
+        "loss: 1.0, global_step: 1, tokens_per_second: 9.0, progress_or_epoch: 0.5"
+    ]
+    assert [set(values) < set(r) for r in read_log(tmp_path / "trainer_log.jsonl")[0]] == [True, True]
 
 
 def test_metrics_table() -> None:

@@ -164,3 +164,32 @@ def test_resident_memory(tmp_path: Path) -> None:
 def test_memory_where_the_system_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert math.isnan(resident_gib(status=tmp_path / "absent"))
+
+
+def test_inner_bar_goes_when_it_ends() -> None:
+    stream = Terminal()
+    with Progress(8, title="before", stream=stream, inner=True) as bar:
+        assert bar.is_bar
+        bar.advance(4)
+        bar.advance(2)
+        assert bar.step == 6
+    text = stream.getvalue()
+    assert "before" in text
+    assert "<" in text  # elapsed<left
+    assert "GiB" not in text
+    assert text.rstrip("\r").endswith(" ")  # wiped
+
+
+def test_inner_lines_in_a_pipe_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(100, title="eval", stream=stream, inner=True) as bar:
+        assert not bar.is_bar
+        for _ in range(50):
+            now[0] += 0.5
+            bar.advance(2)
+    assert stream.getvalue().splitlines() == [
+        "eval 40/100 (40%), elapsed: 00:10, left: 00:15",
+        "eval 80/100 (80%), elapsed: 00:20, left: 00:05",
+    ]

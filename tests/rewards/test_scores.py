@@ -254,8 +254,11 @@ def test_score_answers_refuses() -> None:
 
 
 def test_fitting_metrics() -> None:
-    text = ("exact_match", "token_f1", "anls")
-    assert fitting_metrics(["a long answer", "another one", "third"]) == text
-    assert fitting_metrics(["yes", "no"] * 4) == (*text, "accuracy")
-    assert fitting_metrics(["[1,2,3,4]"] * 4) == (*text, "iou")
-    assert fitting_metrics(["12", "7.5", "30%"]) == (*text, "relaxed_accuracy")
+    assert fitting_metrics(["a long answer", "another one", "third"]) == ("exact_match", "token_f1")
+    assert fitting_metrics(["yes", "no"] * 4) == ("exact_match", "macro_f1")
+    assert fitting_metrics([["yes", "y"], ["no", "n"]] * 4) == ("exact_match", "token_f1")
+    assert fitting_metrics(["[1,2,3,4]"] * 4) == ("iou", "exact_match")
+    assert fitting_metrics(["12", "7.5", "30%"]) == ("exact_match", "relaxed_accuracy")
+    assert score_answers(["yes", "no", "no"], ["yes", "yes", "no"], ["macro_f1"]) == pytest.approx({"macro_f1": 2 / 3})
+    with pytest.raises(ValueError, match=r"metric \(macro_f1\) must go with one gold answer a row; take accuracy"):
+        score_answers(["yes"], [["yes", "y"]], ["macro_f1"])

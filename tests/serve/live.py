@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import openai
 from PIL import Image
-from tiny_runs import IMAGES
+from support.tiny_runs import IMAGES
 
-from ernie_tune.serve.engine import Engine, Request
+from ernie_tune.generate.engine import Engine, Request
 from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.server import Server, server
 from ernie_tune.serve.service import Service

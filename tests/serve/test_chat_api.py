@@ -16,9 +16,9 @@ from live import CASES, DIGIT, Live, cases, clip, image_part, live, text_part, v
 
 from ernie_tune.cli.chat import talk
 from ernie_tune.data.processor import Processor
-from ernie_tune.models.generation import Prompt, stream_prompts
+from ernie_tune.generate.batch import Prompt, stream_prompts
+from ernie_tune.generate.engine import Answer, Engine, Request
 from ernie_tune.models.inputs import Row
-from ernie_tune.serve.engine import Answer, Engine, Request
 
 PROCESSOR = Processor.bundled("tiny").with_videos(max_frames=4, max_pixels=28 * 28 * 16)
 

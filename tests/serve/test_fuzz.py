@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import Live, live
 from schemathesis import GenerationMode
-from tiny_runs import processor
+from support.tiny_runs import processor
 
-from ernie_tune.serve.engine import Engine
+from ernie_tune.generate.engine import Engine
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 _SETTINGS = settings(

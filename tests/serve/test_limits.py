@@ -15,10 +15,10 @@ import httpx
 import openai
 import pytest
 from live import Live, image_part, live, text_part, until
-from tiny_runs import IMAGES, processor
+from support.tiny_runs import IMAGES, processor
 
-from ernie_tune.models.generation import RunningBatch
-from ernie_tune.serve.engine import Engine
+from ernie_tune.generate.batch import RunningBatch
+from ernie_tune.generate.engine import Engine
 from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.service import Service
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import IMAGES
+from support.tiny_runs import IMAGES
 
 from ernie_tune.data.images import load_image
 from ernie_tune.serve import fetch as fetch_module
@@ -361,9 +361,9 @@ def test_videos(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_server_answers_400_to_all_of_it(golden_model: Any, site: ThreadingHTTPServer) -> None:
     import httpx
     from live import live
-    from tiny_runs import processor
+    from support.tiny_runs import processor
 
-    from ernie_tune.serve.engine import Engine
+    from ernie_tune.generate.engine import Engine
 
     port = site.server_address[1]
     with live(Engine(golden_model("tiny-a"), processor())) as one:

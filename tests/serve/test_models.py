@@ -17,18 +17,19 @@ import openai
 import paddle
 import pytest
 from live import CASES, Live, cases, clip, image_part, live, text_part
-from tiny_runs import IMAGES, processor, train
+from support.tiny_runs import IMAGES, processor, train
 
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.cli.chat import open_engine
 from ernie_tune.cli.main import main
 from ernie_tune.cli.serve import open_service, read_options, serve_options
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.loader import split_overrides
-from ernie_tune.models.generation import generate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.engine import Engine, Request
+from ernie_tune.generate.opened import open_engine
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.serve.engine import Engine, Request
+from ernie_tune.trainers.assemble import base_of_run
 
 WORDS = ("why", "a longer question than the other", "read the digit 九")
 PICTURE = IMAGES / "0003.png"
@@ -105,7 +106,7 @@ def alone(engine: Engine) -> list[list[int]]:
 
 def test_adapters_are_served_by_name_at_the_same_time(folders: dict[str, Path]) -> None:
     """Interleaved requests to the base and two adapters: each gets the tokens of a process that has only its own."""
-    want = {"base": alone(open_engine(folders["base"]))}
+    want = {"base": alone(open_engine(folders["base"], base_of_run))}
     for name in ("red", "blue"):
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(folders["base"]), folders[name], name)
         want[name] = alone(Engine(model, processor()))
@@ -126,8 +127,8 @@ def test_a_finished_run_is_served_under_its_own_name_and_its_base_too(tmp_path: 
     out = train(tmp_path, max_steps=1, fine_tuning="LoRA", weight_quantize_algo="weight_only_int8")
     service = open_service(out, {})
     assert service.models == {"out": "default", "tiny-a": None}
-    want = {"out": alone(open_engine(out))}
-    engine = open_engine(out)
+    want = {"out": alone(open_engine(out, base_of_run))}
+    engine = open_engine(out, base_of_run)
     with engine.model.disable_adapter():
         want["tiny-a"] = alone(engine)
     with live(service.engine, service.models) as one:
@@ -143,7 +144,7 @@ def test_exported_folders_are_served(quantization: str, folders: dict[str, Path]
     out = tmp_path / quantization
     words = ["export", str(folders["base"]), str(folders["red"]), "--output_dir", str(out)]
     assert main([*words, "--quantization", quantization, "--emit", "packed", "--verify", "files"]) == 0
-    want = alone(open_engine(out))
+    want = alone(open_engine(out, base_of_run))
     service = open_service(out, {})
     video = clip(tmp_path)
     service.engine.processor = service.engine.processor.with_videos(max_frames=4, max_pixels=28 * 28 * 16)
@@ -183,7 +184,7 @@ def test_merged_folders_are_served(folders: dict[str, Path], tmp_path: Path) -> 
     words = ["export", str(folders["base"]), str(folders["blue"]), "--output_dir", str(out), "--verify", "files"]
     assert main(words) == 0
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(folders["base"]), folders["blue"], "blue")
-    want = alone(open_engine(out))
+    want = alone(open_engine(out, base_of_run))
     service = open_service(out, {})
     with live(service.engine, service.models) as one:
         assert [tokens(one.client(), "merged", text) for text in WORDS] == want

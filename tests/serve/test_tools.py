@@ -12,8 +12,8 @@ import pytest
 from live import Live, live
 
 from ernie_tune.data.processor import Processor
-from ernie_tune.serve.answer import CallSplitter, ToolCall
-from ernie_tune.serve.engine import Engine, Prepared, Request
+from ernie_tune.generate.answer import CallSplitter, ToolCall
+from ernie_tune.generate.engine import Engine, Prepared, Request
 
 PROCESSOR = Processor.bundled("tiny")
 # short: every token is a step of the model

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from thread_ranks import ThreadRanks, on_ranks
-from tiny_runs import checkpoints, history, same_bytes, train
+from support.thread_ranks import ThreadRanks, on_ranks
+from support.tiny_runs import checkpoints, history, same_bytes, train
 
 from ernie_tune.train import background
 from ernie_tune.train.background import Pending, save_in_background

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import mixed_rows, picture_row, processor, records
+from support.scripted import script
+from support.tiny_runs import mixed_rows, picture_row, processor, records
 
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.records import Record
-from ernie_tune.models.generation import Completion, generate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import pack
-from ernie_tune.models.sampling import SamplingParams
-from ernie_tune.train import evaluate
 from ernie_tune.train.evaluate import answers, evaluation_loss, question
 
 PROCESSOR = processor()
@@ -79,18 +79,13 @@ def test_answers_in_batches_are_answers_one_by_one(rows: Sequence[Record], golde
 def test_answers_come_in_the_order_of_the_questions(
     rows: Sequence[Record], monkeypatch: pytest.MonkeyPatch, golden_model: Any
 ) -> None:
-    sizes = []
-
-    def scripted(model: Any, prompts: Any, tokens: Any, params: SamplingParams) -> list[list[Completion]]:
-        """Answers with the length of the prompt."""
-        sizes.append(len(prompts))
-        return [[Completion(PROCESSOR.tokenizer.encode(str(len(p.input_ids_L))))] for p in prompts]
-
-    monkeypatch.setattr(evaluate, "generate", scripted)
+    """Each answer is the length of its prompt; prompts of like length are asked together."""
+    prompts = script(monkeypatch, lambda p: PROCESSOR.tokenizer.encode(str(len(p.row.input_ids_L))))
     asked = [question(row) for row in rows]
     expected = [str(PROCESSOR.encode(r.messages[:-1], r.images, add_generation_prompt=True).num_tokens) for r in rows]
     assert answers(golden_model("tiny-b"), PROCESSOR, asked, max_new_tokens=6, rows=3) == expected
-    assert sizes == [3, 3, 1]
+    lengths = [len(p.row.input_ids_L) for p in prompts]
+    assert lengths == sorted(lengths)
     assert len(set(expected)) > 3
 
 
@@ -132,15 +127,11 @@ def test_a_row_without_an_answer_cannot_be_measured() -> None:
 def test_a_model_is_asked_to_think_where_the_reference_does(
     content: str, mode: str, thinks: bool, monkeypatch: pytest.MonkeyPatch, golden_model: Any
 ) -> None:
-    prompts = []
-
-    def scripted(model: Any, rows: Any, tokens: Any, params: SamplingParams) -> list[list[Completion]]:
-        prompts.append(PROCESSOR.tokenizer.decode(rows[0].input_ids_L))
-        return [[Completion(PROCESSOR.tokenizer.encode("\nwhy\n</think>\n\n7 ", allow_special=True))]]
-
-    monkeypatch.setattr(evaluate, "generate", scripted)
+    ids = PROCESSOR.tokenizer.encode("\nwhy\n</think>\n\n7 ", allow_special=True)
+    prompts = script(monkeypatch, lambda _: ids)
     asked = [question(dialogue(("user", "a"), ("assistant", content), mode=mode))]
     answer = answers(golden_model("tiny-b"), PROCESSOR, asked, max_new_tokens=6, rows=3)
-    assert prompts[0].endswith("Assistant: <think>" if thinks else "</think>\n\n")
+    asked_text = PROCESSOR.tokenizer.decode(prompts[0].row.input_ids_L)
+    assert asked_text.endswith("Assistant: <think>" if thinks else "</think>\n\n")
     if thinks:
         assert answer == ["7"], "the prompt opened the thought, so the answer begins inside it"

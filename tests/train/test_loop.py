@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from tiny_runs import mixed_rows, processor, records
+from support.tiny_runs import mixed_rows, processor, records
 
 from ernie_tune.data.batching import Dropped, Encoder, MicroBatch, Sample, collate
 from ernie_tune.peft.config import LoraConfig

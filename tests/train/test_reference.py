@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from judged_rows import pairs, units
-from tiny_runs import processor
+from support.judged_rows import pairs, units
+from support.tiny_runs import processor
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.units import collate_units

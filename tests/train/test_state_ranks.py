@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from thread_ranks import ThreadRanks, on_ranks
+from support.thread_ranks import ThreadRanks, on_ranks
 
 from ernie_tune.checkpoint.sharded import Region
 from ernie_tune.train.optim import build_adamw

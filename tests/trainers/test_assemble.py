@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from tiny_runs import mixed_rows, picture_row, processor, settings, text_row, write_rows
+from support.tiny_runs import mixed_rows, picture_row, processor, settings, text_row, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.arguments import SETTINGS, RunConfig, build

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_rows import base, judged_settings, label, mixture, units
-from tiny_runs import history, processor, same_bytes, write_rows
+from support.judged_rows import base, judged_settings, label, mixture, units
+from support.tiny_runs import history, processor, same_bytes, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.units import collate_units

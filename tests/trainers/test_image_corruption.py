@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from judged_rows import base, judged_settings, label, mixture, pair, pairs, ranking
-from tiny_runs import history, processor, same_bytes, write_rows
+from support.judged_rows import base, judged_settings, label, mixture, pair, pairs, ranking
+from support.tiny_runs import history, processor, same_bytes, write_rows
 
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, collate_units

@@ -14,7 +14,7 @@ import paddle
 import pytest
 from paddle.base import core
 from safetensors.numpy import load_file, save_file
-from tiny_runs import settings
+from support.tiny_runs import settings
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import OnDisk, fill

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from judged_rows import base, judged_settings, label, mixture, pair, pairs, ranking, rating, units
-from tiny_runs import history, processor, same_bytes, text_row, train, write_rows
+from support.judged_rows import base, judged_settings, label, mixture, pair, pairs, ranking, rating, units
+from support.tiny_runs import history, processor, same_bytes, text_row, train, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.main import main

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import checkpoints, history, picture_row, same_bytes, settings, steps_logged, text_row, train, write_rows
+from support.tiny_runs import (
+    checkpoints,
+    history,
+    picture_row,
+    same_bytes,
+    settings,
+    steps_logged,
+    text_row,
+    train,
+    write_rows,
+)
 
 from ernie_tune.checkpoint import writer
 from ernie_tune.checkpoint.auto import AutoModel

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from judged_rows import base, encoder, judged_settings, pair, pairs, ranking, rating, records, units
-from tiny_runs import history, processor, same_bytes, write_rows
+from support.judged_rows import base, encoder, judged_settings, pair, pairs, ranking, rating, records, units
+from support.tiny_runs import history, processor, same_bytes, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.main import main

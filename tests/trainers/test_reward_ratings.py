@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_rows import base, judged_settings, pair, rating, records, units
 from safetensors.numpy import load_file
-from tiny_runs import history, processor, same_bytes, write_rows
+from support.judged_rows import base, judged_settings, pair, rating, records, units
+from support.tiny_runs import history, processor, same_bytes, write_rows
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.main import main

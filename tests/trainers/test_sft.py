@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tiny_runs import (
+from support.tiny_runs import (
     checkpoints,
     history,
     mixed_rows,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import mixed_rows, write_rows
+from support.tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.config.arguments import build
 from ernie_tune.parallel.watch import Watch

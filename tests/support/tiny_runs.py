@@ -13,7 +13,7 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.trainers.sft import SFTTrainer
 
-IMAGES = Path(__file__).parents[1] / "examples" / "digits" / "images"
+IMAGES = Path(__file__).parents[2] / "examples" / "digits" / "images"
 CLOCK = ("tokens_per_second", "interval_runtime", "max_memory_gib", "remaining_time")  # no run repeats these
 _WORDS = ("read", "the", "digit", "seven", "九", "看图", "a longer question", "why", "tell me", "one two three")
 

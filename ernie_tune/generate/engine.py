@@ -11,10 +11,11 @@ from typing import Any
 
 from ernie_tune.data.chat import Message
 from ernie_tune.data.processor import Encoded, Processor
+from ernie_tune.generate.answer import AnswerReader, Delta, ThoughtBudget
+from ernie_tune.generate.batch import Completion, Prompt, Steer, eval_mode
+from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.generate.scheduler import Capacity, Scheduler, complete
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.generation import Prompt, RunningBatch, Steer, TokenEvent, stream_prompts
-from ernie_tune.models.sampling import SamplingParams
-from ernie_tune.serve.answer import AnswerReader, Delta, ThoughtBudget
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Request:
     thinking: bool | None = None
     max_thought_tokens: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    where: str = ""  # what errors call it: a row's file and line
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Prepared:
 
 
 class Engine:
-    """Answers requests with one model. Raises what `Processor.encode` and `RunningBatch.join` raise for bad requests."""
+    """Answers requests with one model. Raises what `Processor.encode` and `Scheduler.submit` raise for bad requests."""
 
     def __init__(self, model: ErnieModel, processor: Processor) -> None:
         self.model, self.processor = model, processor
@@ -79,6 +81,7 @@ class Engine:
             thinking=request.thinking,
             add_generation_prompt=True,
             max_tokens=max_tokens,
+            where=request.where,
         )
         limit = request.max_thought_tokens
 
@@ -89,9 +92,9 @@ class Engine:
         prompt = Prompt(encoded.row, params, key, index, None if limit is None else budget)
         return Prepared(prompt, encoded.num_tokens, opened, bool(request.tools))
 
-    def batch(self) -> RunningBatch:
-        """An empty batch for prepared prompts."""
-        return RunningBatch(self.model, self.processor.tokens, self.processor.decode)
+    def scheduler(self, capacity: Capacity | None = None) -> Scheduler:
+        """What runs prepared prompts."""
+        return Scheduler(self.model, self.processor.tokens, capacity, self.processor.decode)
 
     def reader(self, prepared: Prepared) -> AnswerReader:
         """A reader for one sample of a prepared request."""
@@ -101,32 +104,36 @@ class Engine:
     def stream(self, request: Request, params: SamplingParams) -> Iterator[Delta]:
         """Deltas of one answer as they appear; no half characters, no thought marks, nothing from a stop string on."""
         prepared = self.prepare(request, replace(params, n=1))
-        reader = self.reader(prepared)
-        for event in self._events([prepared]):
-            delta = reader.push(event.token_id, event.finish_reason)
-            if delta != Delta():
-                yield delta
+        reader, scheduler = self.reader(prepared), self.scheduler()
+        scheduler.submit(prepared.prompt)
+        with eval_mode(self.model):
+            while len(scheduler):
+                for event in scheduler.step():
+                    if event.error is not None:
+                        raise event.error
+                    delta = reader.push(event.token_id, event.finish_reason)
+                    if delta != Delta():
+                        yield delta
 
-    def answer(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Answer]]:
-        """`params.n` whole answers to each of several requests, computed in one batch."""
+    def answer(
+        self, requests: Sequence[Request], params: SamplingParams, capacity: Capacity | None = None
+    ) -> list[list[Answer]]:
+        """`params.n` whole answers to each of several requests, in their order. Prompts of like length are computed together."""
         prepared = [self.prepare(request, params, i, i) for i, request in enumerate(requests)]
-        events: dict[tuple[int, int], list[TokenEvent]] = {}
-        for event in self._events(prepared):
-            events.setdefault((event.prompt, event.sample), []).append(event)
-        return [[self._collect(events[i, s], one) for s in range(params.n)] for i, one in enumerate(prepared)]
+        scheduler = self.scheduler(capacity or Capacity(rows=max(params.n, 64)))
+        by_length = sorted(prepared, key=lambda one: one.num_tokens)
+        found = dict(complete(scheduler, [one.prompt for one in by_length]))
+        return [[self._read(done, one) for done in found[i]] for i, one in enumerate(prepared)]
 
-    def _events(self, prepared: Sequence[Prepared]) -> Iterator[TokenEvent]:
-        prompts = [one.prompt for one in prepared]
-        return stream_prompts(self.model, prompts, self.processor.tokens, self.processor.decode)
-
-    def _collect(self, events: Sequence[TokenEvent], prepared: Prepared) -> Answer:
+    def _read(self, done: Completion, prepared: Prepared) -> Answer:
         reader = self.reader(prepared)
-        deltas = [reader.push(e.token_id, e.finish_reason) for e in events]
+        last = len(done.token_ids) - 1
+        deltas = [reader.push(token, done.finish_reason if i == last else "") for i, token in enumerate(done.token_ids)]
         return Answer(
             "".join(d.content for d in deltas),
             "".join(d.reasoning_content for d in deltas),
-            events[-1].finish_reason,
-            tuple(e.token_id for e in events),
-            tuple(e.logp for e in events),
+            done.finish_reason,
+            tuple(done.token_ids),
+            tuple(done.logps),
             prepared.num_tokens,
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import IMAGES, processor, settings, write_rows
-
 from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.data.units import Unit, UnitEncoder
+from support.tiny_runs import IMAGES, processor, settings, write_rows
 
 _QUESTIONS = ("read", "read the digit", "why is it so", "tell me")
 

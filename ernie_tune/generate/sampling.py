@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,10 +46,18 @@ class SamplingParams:
         for name, ok, rule in checks:
             if not ok:
                 raise ValueError(f"{name} ({getattr(self, name)}) must {rule}")
+        for text in self.stop_strings:
+            if not text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"stop_strings ({text!r}) must be text, not empty, without half a surrogate; drop it")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(
                 f"n ({self.n}) must be 1 with temperature (0): greedy samples are all the same; set temperature above 0"
             )
+
+    @cached_property
+    def stop_bytes(self) -> int:
+        """Bytes of the longest stop string, 0 without one."""
+        return max((len(text.encode()) for text in self.stop_strings), default=0)
 
 
 def log_softmax(scores_BV: np.ndarray) -> np.ndarray:
@@ -98,15 +107,21 @@ def choose(
     rngs: Sequence[np.random.Generator],
     seen: Sequence[np.ndarray],
     answers: Sequence[Sequence[int]] = (),
+    allowed_V: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalties and truncation.
 
-    `seen`: tokens of prompt and answer, for the repetition penalty; `answers`: those of the answer so far, for the other two.
+    `seen`: tokens of prompt and answer, for the repetition penalty; `answers`: those of the answer so far, for the other two; `allowed_V`: which
+    tokens may be chosen (None: all). Raises ValueError where none may be.
     """
     scores = _allowed(scores_BV, params)
     steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
     if params.frequency_penalty or params.presence_penalty:
         steered = discourage(steered, answers, params.frequency_penalty, params.presence_penalty)
+    if allowed_V is not None:
+        steered = np.where(allowed_V, steered, -np.inf)
+    if not np.isfinite(steered.max(-1)).all():
+        raise ValueError("the tokens that may follow (0) must be at least 1; allow one that is not in banned_ids")
     if params.temperature == 0:
         picked = steered.argmax(-1)
         return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]

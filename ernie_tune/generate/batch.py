@@ -1,44 +1,52 @@
 """Prompts -> continuations with a key/value cache: unequal lengths, images and video, n samples per prompt, streaming.
 
 A batch is never padded in the prefill (rows are packed) and finished rows leave it. `RunningBatch` is one batch that prompts join at any step;
-`stream` runs one to its end and yields every new token, `generate` collects them. Legend: B live rows, T packed tokens, V vocabulary. Refuses to know: chat templates, files, servers.
+`stream` runs one to its end and yields every new token, `generate` collects them. Legend: B live rows, T packed tokens, V vocabulary.
+Refuses to know: chat templates, files, servers, who is let in when.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.generate.sampling import SamplingParams, choose, likeliest, logps
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, pack
-from ernie_tune.models.sampling import SamplingParams, choose, likeliest, logps
 
 Decode = Callable[[list[int]], str]
 Steer = Callable[
     [Sequence[int]], "int | None"
 ]  # a sample's tokens so far -> the token it must go on with; None: choose one
+# What the code that follows one row (a steer, a constraint, a decoder) may raise, or the sampling of that row: only that row ends.
+_ROW_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, OSError, MemoryError)
 
 
-@dataclass
-class Completion:
-    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the last of `token_ids`; `logps` runs parallel."""
+class Constraint(Protocol):
+    """What one sample may say: asked before each of its tokens is chosen, told of each that was, forced ones too."""
 
-    token_ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finish_reason: str = ""
+    def allowed(self) -> np.ndarray | None:
+        """Which tokens may come next, bool [V]; None: all that are not banned. One that allows none ends the row with an error."""
+
+    def accept(self, token_id: int) -> None:
+        """This token came."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
     """One token as it appears: of which prompt, which of its samples, and why that sample ends here ("" while it goes on).
 
+    `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn from. `logp`: under the model, see `choose`.
     `top`: the likeliest tokens of the step and their log-probabilities, `SamplingParams.top_logprobs` of them.
+    `error`: what ended the sample (finish_reason "error"); such an event has no token, its id is -1.
     """
 
     prompt: int
@@ -47,17 +55,44 @@ class TokenEvent:
     logp: float
     finish_reason: str = ""
     top: tuple[tuple[int, float], ...] = ()
+    sampled: bool = True
+    error: Exception | None = None
+
+
+@dataclass
+class Completion:
+    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the last of `token_ids`; `logps` and `sampled` run
+    parallel."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    sampled: list[bool] = field(default_factory=list)
+
+    def add(self, event: TokenEvent) -> None:
+        """Take the next token of this continuation."""
+        self.token_ids.append(event.token_id)
+        self.logps.append(event.logp)
+        self.sampled.append(event.sampled)
+        self.finish_reason = event.finish_reason
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` makes what may force a sample's tokens."""
+    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` and `constrain` make, for each sample, what
+    may force its tokens and what limits the choice of them."""
 
     row: Row
     params: SamplingParams
     key: int = 0
     index: int = 0
     steer: Callable[[], Steer] | None = None
+    constrain: Callable[[], Constraint] | None = None
+
+
+def failed(prompt: Prompt, sample: int, error: Exception) -> TokenEvent:
+    """The event that ends a sample with an error."""
+    return TokenEvent(prompt.key, sample, -1, 0.0, "error", sampled=False, error=error)
 
 
 @dataclass
@@ -67,15 +102,10 @@ class _Live:
     rng: np.random.Generator
     position: int  # of the next token, the same on all three axes
     seen: set[int]
-    steer: Steer | None
+    steer: Steer | None = None
+    constraint: Constraint | None = None
+    failure: Exception | None = None  # of what the prompt makes for each sample
     done: Completion = field(default_factory=Completion)
-
-    @property
-    def rules(self) -> tuple[object, ...]:
-        """Rows that agree in these are sampled by one call."""
-        p = self.prompt.params
-        penalties = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
-        return p.temperature, p.top_p, p.top_k, penalties, p.banned_ids
 
 
 class RunningBatch:
@@ -134,18 +164,7 @@ class RunningBatch:
         """One more token of every row, in the order in which they joined."""
         with paddle.no_grad():
             scores_BV = self._advance()
-        if not self._live:
-            return []
-        picked = _choose(scores_BV, self._live)
-        events = []
-        for i, (row, (token, logp)) in enumerate(zip(self._live, picked, strict=True)):
-            forced = row.steer(row.done.token_ids) if row.steer else None
-            top: tuple[tuple[int, float], ...] = ()
-            if forced is not None or row.prompt.params.top_logprobs:
-                logp_V = logps(scores_BV[i : i + 1], row.prompt.params)[0]
-                token, logp = (token, logp) if forced is None else (forced, float(logp_V[forced]))
-                top = likeliest(logp_V, row.prompt.params.top_logprobs)
-            events.append(_accept(row, token, logp, top, self.decode))
+        events = [self._next(row, scores_BV[i : i + 1]) for i, row in enumerate(self._live)]
         self._keep([i for i, row in enumerate(self._live) if not row.done.finish_reason])
         return events
 
@@ -159,6 +178,49 @@ class RunningBatch:
                 cache.select(kept)
             if kept:
                 self._fresh.append(([rows[i] for i in kept], cache, scores_BV[kept]))
+
+    def _next(self, row: _Live, scores_1V: np.ndarray) -> TokenEvent:
+        """Choose the row's next token; what goes wrong with one row ends that row."""
+        try:
+            if row.failure is not None:
+                raise row.failure
+            return self._chosen(row, scores_1V)
+        except _ROW_ERRORS as error:
+            row.done.finish_reason = "error"
+            return failed(row.prompt, row.sample, error)
+
+    def _chosen(self, row: _Live, scores_1V: np.ndarray) -> TokenEvent:
+        params, answer = row.prompt.params, row.done.token_ids
+        allowed_V = row.constraint.allowed() if row.constraint else None
+        seen = np.fromiter(row.seen, np.int64)
+        picked, logp = choose(scores_1V, params, [row.rng], [seen], [answer], allowed_V)
+        event = TokenEvent(row.prompt.key, row.sample, int(picked[0]), float(logp[0]))
+        forced = row.steer(answer) if row.steer else None
+        if forced is not None or params.top_logprobs:
+            logp_V = logps(scores_1V, params)[0]
+            if forced is not None:
+                event = replace(event, token_id=forced, logp=float(logp_V[forced]), sampled=False)
+            event = replace(event, top=likeliest(logp_V, params.top_logprobs))
+        if row.constraint:
+            row.constraint.accept(event.token_id)
+        if params.repetition_penalty != 1:
+            row.seen.add(event.token_id)
+        row.done.add(replace(event, finish_reason=self._ending(row, event.token_id)))
+        return replace(event, finish_reason=row.done.finish_reason)
+
+    def _ending(self, row: _Live, token: int) -> str:
+        """Why the row ends with this token, "" if it does not."""
+        params = row.prompt.params
+        if token in params.stop_ids or (params.stop_strings and self._hits_stop_string(row, token)):
+            return "stop"
+        return "length" if len(row.done.token_ids) + 1 >= params.max_new_tokens else ""
+
+    def _hits_stop_string(self, row: _Live, token: int) -> bool:
+        assert self.decode is not None
+        # Every token carries at least one byte, so a stop string of n bytes lies within the last n tokens; a few more settle multi-byte characters.
+        tail = [*row.done.token_ids, token][-(row.prompt.params.stop_bytes + 4) :]
+        text = self.decode(tail)
+        return any(stop in text for stop in row.prompt.params.stop_strings)
 
     def _scores(self, hidden_TD: Tensor) -> np.ndarray:
         return self.model.logits(hidden_TD).astype("float32").numpy()
@@ -215,12 +277,22 @@ def stream_prompts(
 ) -> Iterator[TokenEvent]:
     """`stream` for prompts that each have their own parameters."""
     batch = RunningBatch(model, tokens, decode, position_rule)
+    with eval_mode(model):
+        batch.join(prompts)
+        while len(batch):
+            for event in batch.step():
+                if event.error is not None:
+                    raise event.error
+                yield event
+
+
+@contextlib.contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """The model without dropout, in whatever mode it was before and after."""
     training = model.training
     model.eval()
     try:
-        batch.join(prompts)
-        while len(batch):
-            yield from batch.step()
+        yield
     finally:
         if training:
             model.train()
@@ -231,47 +303,13 @@ def _start(packed: PackedInput, i: int, prompt: Prompt, sample: int) -> _Live:
     params = prompt.params
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt.index, sample])))
     seen = set(packed.input_ids_T[a:b].tolist()) if params.repetition_penalty != 1 else set()
-    steer = prompt.steer() if prompt.steer else None
-    return _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen, steer)
-
-
-def _choose(scores_BV: np.ndarray, live: Sequence[_Live]) -> list[tuple[int, float]]:
-    """(token, log-probability) of every row, one call for all rows with the same rules."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, row in enumerate(live):
-        groups.setdefault(row.rules, []).append(i)
-    out: list[tuple[int, float]] = [(0, 0.0)] * len(live)
-    for rows in groups.values():
-        scores = scores_BV if len(groups) == 1 else scores_BV[rows]
-        seen = [np.fromiter(live[i].seen, np.int64) for i in rows]
-        answers = [live[i].done.token_ids for i in rows]
-        picked, chosen = choose(scores, live[rows[0]].prompt.params, [live[i].rng for i in rows], seen, answers)
-        for i, token, logp in zip(rows, picked.tolist(), chosen.tolist(), strict=True):
-            out[i] = token, logp
-    return out
-
-
-def _accept(
-    row: _Live, token: int, logp: float, top: tuple[tuple[int, float], ...], decode: Decode | None
-) -> TokenEvent:
-    params = row.prompt.params
-    row.done.token_ids.append(token)
-    row.done.logps.append(logp)
-    if params.repetition_penalty != 1:
-        row.seen.add(token)
-    if token in params.stop_ids or (decode and _hits_stop_string(row.done.token_ids, params.stop_strings, decode)):
-        row.done.finish_reason = "stop"
-    elif len(row.done.token_ids) >= params.max_new_tokens:
-        row.done.finish_reason = "length"
-    return TokenEvent(row.prompt.key, row.sample, token, logp, row.done.finish_reason, top)
-
-
-def _hits_stop_string(token_ids: list[int], stops: tuple[str, ...], decode: Decode) -> bool:
-    if not stops:
-        return False
-    # Every token carries at least one byte, so a stop string of n bytes lies within the last n tokens; a few more settle multi-byte characters.
-    tail = decode(token_ids[-(max(len(s.encode()) for s in stops) + 4) :])
-    return any(s in tail for s in stops)
+    row = _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen)
+    try:
+        row.steer = prompt.steer() if prompt.steer else None
+        row.constraint = prompt.constrain() if prompt.constrain else None
+    except _ROW_ERRORS as error:
+        row.failure = error
+    return row
 
 
 def _next_input(live: Sequence[_Live]) -> PackedInput:
@@ -300,8 +338,5 @@ def generate(
     """`params.n` completions for each prompt; see `stream`."""
     out = [[Completion() for _ in range(params.n)] for _ in prompts]
     for event in stream(model, prompts, tokens, params, decode, position_rule):
-        done = out[event.prompt][event.sample]
-        done.token_ids.append(event.token_id)
-        done.logps.append(event.logp)
-        done.finish_reason = event.finish_reason
+        out[event.prompt][event.sample].add(event)
     return out

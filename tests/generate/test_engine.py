@@ -1,18 +1,18 @@
-"""serve/engine.py: streams that add up to answers, thoughts apart, pictures, batches."""
+"""generate/engine.py: streams that add up to answers, thoughts apart, pictures, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import IMAGES, processor
+from support.scripted import script
+from support.tiny_runs import IMAGES, processor
 
-from ernie_tune.models.generation import TokenEvent, generate
-from ernie_tune.serve import engine as engine_module
-from ernie_tune.serve.answer import AnswerReader, Delta, ThoughtBudget
-from ernie_tune.serve.engine import Answer, Engine, Request
+from ernie_tune.generate.answer import AnswerReader, Delta, ThoughtBudget
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.engine import Answer, Engine, Request
 
 PROCESSOR = processor()
 
@@ -92,21 +92,11 @@ def test_a_picture_matters_and_a_bad_one_is_refused(engine: Engine) -> None:
         engine.answer([asked("<image>x", images=["nowhere.png"])], params)
 
 
-def script(monkeypatch: pytest.MonkeyPatch, ids: list[int], reason: str = "stop") -> None:
-    """A model that answers with these tokens."""
-
-    def stream(model: Any, rows: Any, *_: Any) -> Iterator[TokenEvent]:
-        for i, token in enumerate(ids):
-            yield TokenEvent(0, 0, token, -0.5, reason if i == len(ids) - 1 else "")
-
-    monkeypatch.setattr(engine_module, "stream_prompts", stream)
-
-
 def test_an_answer_cut_inside_a_character_is_the_same_both_ways(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = PROCESSOR.tokenizer.encode("so 鱻")  # rare: one token a byte
-    script(monkeypatch, ids[:-1], "length")
+    script(monkeypatch, lambda _: ids[:-1], "length")
     deltas = list(engine.stream(asked("what?"), engine.params()))
     assert whole(deltas) == ("so \ufffd", "", "length")
     assert engine.answer([asked("what?")], engine.params())[0][0].content == "so \ufffd"
@@ -124,7 +114,8 @@ def test_an_answer_cut_inside_a_character_is_the_same_both_ways(
 def test_thoughts_are_told_from_answers(
     text: str, thinking: bool | None, thought: str, content: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script(monkeypatch, [*PROCESSOR.tokenizer.encode(text, allow_special=True), PROCESSOR.stop_ids[0]])
+    ids = [*PROCESSOR.tokenizer.encode(text, allow_special=True), PROCESSOR.stop_ids[0]]
+    script(monkeypatch, lambda _: ids)
     request_ = asked("what?", thinking=thinking)
     deltas = list(engine.stream(request_, engine.params()))
     assert whole(deltas) == (content, thought, "stop")

@@ -9,10 +9,10 @@ import paddle
 import pytest
 from weights import case_rows
 
+from ernie_tune.generate.batch import Prompt, RunningBatch, TokenEvent, generate, stream
+from ernie_tune.generate.sampling import SamplingParams, choose, likeliest, log_softmax, penalise, truncate
 from ernie_tune.models.cache import GROW_TOKENS, KVCache
-from ernie_tune.models.generation import Prompt, RunningBatch, TokenEvent, generate, stream
 from ernie_tune.models.inputs import Row, pack
-from ernie_tune.models.sampling import SamplingParams, choose, likeliest, log_softmax, penalise, truncate
 
 CASES = ("text", "image", "two_images", "video", "mixed")
 

@@ -1,20 +1,22 @@
-"""serve/scheduler.py by itself: who is let in when, what may run at once, and that answers do not depend on it."""
+"""serve/thread.py by itself: what runs at once, whose answer is whose, what a cancellation, a failure and the end do."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from live import until
-from tiny_runs import processor
+from support.tiny_runs import processor
 
-from ernie_tune.models.generation import RunningBatch, generate
-from ernie_tune.serve.engine import Engine, Request
-from ernie_tune.serve.scheduler import Capacity, EngineEnded, Job, Scheduler
+from ernie_tune.generate.batch import RunningBatch, generate
+from ernie_tune.generate.engine import Engine, Request
+from ernie_tune.generate.scheduler import Capacity
+from ernie_tune.serve.thread import EngineEnded, EngineFailure, Job, SchedulerThread
 
 
 @pytest.fixture
@@ -71,10 +73,15 @@ class Reports:
         return job
 
 
+def columns(job: Job) -> int:
+    """Tokens that one row may come to."""
+    return job.prepared.num_tokens + job.prepared.prompt.params.max_new_tokens
+
+
 @contextmanager
-def running(engine: Engine, capacity: Capacity, jobs: list[Job]) -> Iterator[Scheduler]:
+def running(engine: Engine, capacity: Capacity, jobs: list[Job]) -> Iterator[SchedulerThread]:
     """A scheduler whose queue holds `jobs` before its first turn."""
-    scheduler = Scheduler(engine, capacity)
+    scheduler = SchedulerThread(engine, capacity)
     with scheduler._changed:
         scheduler.start()
         for job in jobs:
@@ -111,8 +118,8 @@ def test_the_cache_never_holds_more_than_its_budget(engine: Engine, monkeypatch:
     jobs = [reports.job(engine, i, 1, 6) for i in range(4)]
     jobs.append(reports.job(engine, 9, 40, 6))
     jobs.append(reports.job(engine, 10, 1, 6))
-    budget = jobs[4].columns + 10
-    assert 4 * jobs[0].columns <= budget < 2 * jobs[4].columns
+    budget = columns(jobs[4]) + 10
+    assert 4 * columns(jobs[0]) <= budget < 2 * columns(jobs[4])
     with running(engine, Capacity(cache_tokens=budget), jobs):
         assert reports.done.wait(60)
     assert seen.joined == [[0, 1, 2, 3], [9], [10]]
@@ -161,10 +168,29 @@ def test_the_end_tells_everybody(engine: Engine) -> None:
 
 
 def test_what_can_never_run_is_refused(engine: Engine) -> None:
-    scheduler, reports = Scheduler(engine, Capacity(rows=2, cache_tokens=100)), Reports()
+    scheduler, reports = SchedulerThread(engine, Capacity(rows=2, cache_tokens=100)), Reports()
     with pytest.raises(ValueError, match=r"n \(3\) must be at most the server's max_num_seqs \(2\)"):
         scheduler.check(reports.job(engine, 0, 1, 2, temperature=1.0, n=3))
     with pytest.raises(ValueError, match=r"must be at most the server's cache_tokens \(100\)"):
         scheduler.check(reports.job(engine, 0, 1, 200))
     with pytest.raises(ValueError, match="must not exceed max_position_embeddings"):
-        Scheduler(engine, Capacity()).check(reports.job(engine, 0, 1, 4096))
+        SchedulerThread(engine, Capacity()).check(reports.job(engine, 0, 1, 4096))
+
+
+def test_a_row_that_fails_fails_its_request_alone(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    reports = Reports()
+    fine, bad = reports.job(engine, 1, 1, 6), reports.job(engine, 2, 1, 6, temperature=1.0, n=2)
+    calls: list[int] = []
+
+    def steer() -> Any:
+        calls.append(1)
+        return (lambda _: {}["x"]) if len(calls) == 2 else lambda _: None  # the second sample only
+
+    bad.prepared = replace(bad.prepared, prompt=replace(bad.prepared.prompt, steer=steer))
+    with running(engine, Capacity(rows=4), [fine, bad]) as thread:
+        assert reports.done.wait(60)
+        until(lambda: not thread.load().running)
+    assert [type(news) for news in reports.events[2]] == [EngineFailure]
+    assert "KeyError" in capfd.readouterr().err
+    alone = generate(engine.model, [fine.prepared.prompt.row], engine.processor.tokens, fine.prepared.prompt.params)
+    assert [e.token_id for e in reports.events[1]] == alone[0][0].token_ids

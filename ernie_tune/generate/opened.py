@@ -1,0 +1,36 @@
+"""A folder -> the engine of the model in it: a checkpoint, a packed int8 or int4 export, or a finished run with its adapter.
+
+Refuses to know: a run's settings; the caller brings what builds its base model from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.loader import ARGS_FILE
+from ernie_tune.data.processor import Processor
+from ernie_tune.generate.engine import Engine
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.peft.packed import is_packed, load_packed
+
+
+def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine:
+    """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it has one. Raises ValueError when there is none.
+
+    `base_of_run`: the file with a run's settings -> the model under its adapter (`trainers.assemble.base_of_run`).
+    """
+    folder = path.parent if path.is_file() else path
+    processor = Processor.from_pretrained(folder)
+    if is_packed(folder):
+        return Engine(load_packed(folder), processor)
+    if (folder / "config.json").is_file():
+        return Engine(AutoModel.from_pretrained(folder), processor)
+    arguments = folder / ARGS_FILE
+    if not arguments.is_file():
+        raise ValueError(
+            f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one"
+        )
+    return Engine(PeftModel.from_pretrained(base_of_run(arguments), folder), processor)

@@ -1,0 +1,239 @@
+"""Iteration-level batching: prompts join the running batch between two tokens and leave when they are done.
+
+Each adapter has its own batch, and each step gives every batch one token, so no adapter waits for another to finish. Prompts are let in as they came;
+none overtakes. What happens follows from what was submitted and cancelled alone: no thread, no clock, the same decisions on every rank.
+Refuses to know: HTTP, threads, text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ernie_tune.generate.batch import Completion, Decode, Prompt, RunningBatch, TokenEvent, eval_mode, failed
+from ernie_tune.models.config import TokenIds
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.peft.model import PeftModel
+
+# What a model can raise for one batch without the process being lost: a device out of memory, a shape that slipped through.
+_STEP_ERRORS = (ValueError, RuntimeError, MemoryError, IndexError, OSError)
+
+# The name under which a PeftModel answers without any of its adapters.
+BASE = ""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What may run at once. `cache_tokens`: rows times the longest row, summed over adapters (None: no limit). `prefill_tokens`: prompts let in between
+    two steps (at least one is)."""
+
+    rows: int = 64
+    cache_tokens: int | None = None
+    prefill_tokens: int = 8192
+
+
+@dataclass(eq=False)
+class _Asked:
+    prompt: Prompt
+    adapter: str | None
+    left: set[int]  # samples that have not ended
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.row.input_ids_L)
+
+    @property
+    def columns(self) -> int:
+        """Tokens that one row may come to."""
+        return self.num_tokens + self.prompt.params.max_new_tokens
+
+
+class Scheduler:
+    """Runs prompts in turns: `step` until nothing is left. The caller puts the model into eval mode (`eval_mode`)."""
+
+    def __init__(
+        self,
+        model: ErnieModel,
+        tokens: TokenIds,
+        capacity: Capacity | None = None,
+        decode: Decode | None = None,
+        position_rule: str = "paddle",
+    ) -> None:
+        """`decode`: token ids to text, needed for stop strings."""
+        self.model, self.capacity = model, capacity or Capacity()
+        self._batch_settings = tokens, decode, position_rule
+        self._asked: dict[int, _Asked] = {}  # by key, until they are done
+        self._waiting: deque[_Asked] = deque()
+        self._batches: dict[str | None, RunningBatch] = {}
+        self._running: dict[str | None, dict[int, _Asked]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that have not been let in."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Samples that are being continued."""
+        return sum(len(one.left) for some in self._running.values() for one in some.values())
+
+    def __len__(self) -> int:
+        """Prompts that are not done."""
+        return len(self._asked)
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse what could never be let in. Raises ValueError."""
+        n, limit = prompt.params.n, self.capacity.cache_tokens
+        need = n * _Asked(prompt, None, set()).columns
+        if n > self.capacity.rows:
+            raise ValueError(f"n ({n}) must be at most the server's max_num_seqs ({self.capacity.rows}); ask for fewer")
+        if limit is not None and need > limit:
+            raise ValueError(
+                f"n * (prompt tokens + max_tokens) ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n"
+            )
+        self._batch().check(prompt)
+
+    def submit(self, prompt: Prompt, adapter: str | None = None) -> None:
+        """Queue a prompt; `adapter`: with which one of a PeftModel, `BASE` with none, None as the model stands. Raises ValueError as `check`, and for a
+        key that is in use."""
+        self.check(prompt)
+        if prompt.key in self._asked:
+            raise ValueError(f"key ({prompt.key}) must be new, a prompt with it is not done; number prompts apart")
+        one = self._asked[prompt.key] = _Asked(prompt, adapter, set(range(prompt.params.n)))
+        self._waiting.append(one)
+
+    def cancel(self, keys: Collection[int]) -> None:
+        """Take prompts out, wherever they are; no more events come of them. Fine for keys of prompts that are done."""
+        waiting = {one.prompt.key for one in self._waiting} & set(keys)
+        self._waiting = deque(one for one in self._waiting if one.prompt.key not in waiting)
+        for key in waiting:
+            del self._asked[key]
+        for adapter, some in [*self._running.items()]:
+            if mine := some.keys() & set(keys):
+                self._batches[adapter].drop(mine)
+                self._forget(adapter, mine)
+
+    def step(self) -> list[TokenEvent]:
+        """Let in what fits, then one token for every row. A prompt or a batch on which the model fails ends with events that carry the error."""
+        events: list[TokenEvent] = []
+        entering = self._admit()
+        for adapter in [*self._running]:
+            with self._acting(adapter):
+                events += self._join(adapter, [one for one in entering if one.adapter == adapter])
+                events += self._step(adapter)
+        return events
+
+    def _batch(self) -> RunningBatch:
+        return RunningBatch(self.model, *self._batch_settings)
+
+    def _forget(self, adapter: str | None, keys: Collection[int]) -> None:
+        some = self._running[adapter]
+        for key in keys:
+            del some[key], self._asked[key]
+        if not some:
+            del self._running[adapter]
+            self._batches.pop(adapter, None)
+
+    def _admit(self) -> list[_Asked]:
+        """Prompts from the head of the queue, as many as fit; they count as running from here on."""
+        entering: list[_Asked] = []
+        prefill = 0
+        while self._waiting:
+            one = self._waiting[0]
+            prefill += one.num_tokens
+            if (entering and prefill > self.capacity.prefill_tokens) or not self._fits(one):
+                break
+            self._running.setdefault(one.adapter, {})[one.prompt.key] = one
+            entering.append(self._waiting.popleft())
+        return entering
+
+    def _fits(self, one: _Asked) -> bool:
+        total_rows = total_tokens = 0
+        for adapter in {one.adapter, *self._running}:
+            some = [*self._running.get(adapter, {}).values(), *([one] if adapter == one.adapter else [])]
+            rows = sum(len(each.left) for each in some)
+            total_rows, total_tokens = total_rows + rows, total_tokens + rows * max(each.columns for each in some)
+        limit = self.capacity.cache_tokens
+        return total_rows <= self.capacity.rows and (limit is None or total_tokens <= limit)
+
+    @contextlib.contextmanager
+    def _acting(self, adapter: str | None) -> Iterator[None]:
+        """Let one adapter act, or none."""
+        model = self.model
+        if adapter is None or not isinstance(model, PeftModel):
+            yield
+        elif adapter != BASE:
+            if model.active != adapter:
+                model.set_adapter(adapter)
+            yield
+        else:
+            with model.disable_adapter() if model.active is not None else contextlib.nullcontext():
+                yield
+
+    def _join(self, adapter: str | None, entering: Sequence[_Asked]) -> list[TokenEvent]:
+        if not entering:
+            return []
+        batch = self._batches.setdefault(adapter, self._batch())
+        try:
+            batch.join([one.prompt for one in entering])
+        except _STEP_ERRORS as error:
+            if len(entering) > 1:  # one of them spoils it: find out which
+                return [event for one in entering for event in self._join(adapter, [one])]
+            self._forget(adapter, {entering[0].prompt.key})
+            return _failures(entering, error)
+        return []
+
+    def _step(self, adapter: str | None) -> list[TokenEvent]:
+        if adapter not in self._running:
+            return []
+        try:
+            events = self._batches[adapter].step()
+        except _STEP_ERRORS as error:
+            some = [*self._running[adapter].values()]
+            self._forget(adapter, {one.prompt.key for one in some})
+            return _failures(some, error)
+        running, done = self._running[adapter], set()
+        for event in events:
+            one = running[event.prompt]
+            if event.finish_reason:
+                one.left.discard(event.sample)
+            if not one.left:
+                done.add(event.prompt)
+        self._forget(adapter, done)
+        return events
+
+
+def _failures(some: Sequence[_Asked], error: Exception) -> list[TokenEvent]:
+    return [failed(one.prompt, sample, error) for one in some for sample in sorted(one.left)]
+
+
+def complete(scheduler: Scheduler, prompts: Iterable[Prompt]) -> Iterator[tuple[int, list[Completion]]]:
+    """(key, `params.n` completions) of prompts, as they finish. Whatever else the scheduler holds goes on with them, unreported.
+
+    Raises ValueError as `Scheduler.submit`, and what the model raised. However it ends, none of the prompts is left in the scheduler.
+    """
+    found: dict[int, list[Completion]] = {}
+    try:
+        for prompt in prompts:
+            scheduler.submit(prompt)
+            found[prompt.key] = [Completion() for _ in range(prompt.params.n)]
+        with eval_mode(scheduler.model):
+            while found:
+                yield from _finished(scheduler.step(), found)
+    finally:
+        scheduler.cancel(found.keys())
+
+
+def _finished(
+    events: Iterable[TokenEvent], found: dict[int, list[Completion]]
+) -> Iterator[tuple[int, list[Completion]]]:
+    for event in events:
+        if event.prompt not in found:
+            continue
+        if event.error is not None:
+            raise event.error
+        found[event.prompt][event.sample].add(event)
+        if all(one.finish_reason for one in found[event.prompt]):
+            yield event.prompt, found.pop(event.prompt)

@@ -1,0 +1,52 @@
+"""The critic's loss: squared error of predicted returns, clipped around what the critic said when the answers were sampled.
+
+Legend: N trained tokens. Refuses to know: models, rewards, how returns were made.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.preference import vector
+
+
+def value_loss(
+    value_N: Tensor, old_value_N: np.ndarray, return_N: np.ndarray, weight_N: np.ndarray, cliprange: float | None
+) -> LossOut:
+    """Sum over tokens of w / 2 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2) over the sum of w (arXiv 1707.06347 as OpenAI's baselines clip it).
+
+    Metrics: critic/vf_clipfrac (tokens where the clipped error is the larger), critic/values_mean, critic/returns_mean, and critic/vf_error and
+    critic/return_variance, whose quotient from 1 is the explained variance. Raises ValueError for a cliprange that is not positive.
+    """
+    if cliprange is not None and cliprange <= 0:
+        raise ValueError(f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual")
+    count = float(np.sum(weight_N))
+    if not len(weight_N):
+        return LossOut(value_N.sum() * 0.0, count)
+    target_N, weights = vector(return_N, value_N), vector(weight_N, value_N)
+    error_N = (value_N - target_N).square()
+    worst_N, over = error_N, 0.0
+    if cliprange is not None:
+        held_N = vector(old_value_N, value_N) + paddle.clip(
+            value_N - vector(old_value_N, value_N), -cliprange, cliprange
+        )
+        clipped_N = (held_N - target_N).square()
+        worst_N = paddle.maximum(error_N, clipped_N)
+        over = float(((clipped_N > error_N).numpy() * weight_N).sum())
+    metrics = {
+        "critic/vf_clipfrac": (over, count),
+        "critic/values_mean": (float((value_N.detach().numpy() * weight_N).sum()), count),
+        "critic/returns_mean": (float((return_N * weight_N).sum()), count),
+    }
+    return LossOut(0.5 * (worst_N * weights).sum(), count, metrics)
+
+
+def explained_variance(value_N: np.ndarray, return_N: np.ndarray) -> float:
+    """1 - var(R - V) / var(R): 1 for a perfect critic, 0 for one that knows the mean alone, below for a harmful one; nan for fewer than two tokens or
+    returns without spread."""
+    if len(return_N) < 2 or np.var(return_N) == 0:
+        return float("nan")
+    return float(1 - np.var(return_N - value_N, ddof=1) / np.var(return_N, ddof=1))

@@ -1,0 +1,194 @@
+"""generate/scheduler.py: who is let in when, answers that do not depend on it, and failures that stay with whom they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from weights import case_rows
+
+from ernie_tune.generate.batch import Completion, Prompt, RunningBatch, TokenEvent, generate
+from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.generate.scheduler import Capacity, Scheduler, complete
+from ernie_tune.models.inputs import Row
+
+WORDS = Row(np.array([1, 5, 6, 9]))
+
+
+@pytest.fixture
+def model(golden_model: Any) -> Any:
+    return golden_model("tiny-b")
+
+
+def scheduler_of(model: Any, decode: Callable[[list[int]], str] | None = None, **capacity: Any) -> Scheduler:
+    return Scheduler(model, model.config.tokens, Capacity(**capacity), decode)
+
+
+def run(scheduler: Scheduler) -> dict[tuple[int, int], list[TokenEvent]]:
+    out: dict[tuple[int, int], list[TokenEvent]] = {}
+    while len(scheduler):
+        for event in scheduler.step():
+            out.setdefault((event.prompt, event.sample), []).append(event)
+    return out
+
+
+@pytest.mark.parametrize(("rows", "prefill"), [(3, 8192), (4, 1), (64, 60), (64, 8192)])
+def test_completions_do_not_depend_on_what_runs_beside_them(rows: int, prefill: int, model: Any, golden: Any) -> None:
+    data = golden("tiny_b")
+    params = [
+        SamplingParams(max_new_tokens=9),
+        SamplingParams(max_new_tokens=4, temperature=1.0, n=3, seed=3),
+        SamplingParams(max_new_tokens=6, temperature=0.8, top_p=0.9, seed=4),
+        SamplingParams(max_new_tokens=2),
+    ]
+    cases = [case_rows(data, case)[0] for case in ("text", "image", "video", "mixed")]
+    prompts = [Prompt(row, p, key=7 * i, index=i) for i, (row, p) in enumerate(zip(cases, params, strict=True))]
+    model.train()
+    found = dict(complete(scheduler_of(model, rows=rows, prefill_tokens=prefill), prompts[::-1]))
+    assert model.training, "the mode is put back"
+    for prompt in prompts:
+        batch, alone = RunningBatch(model, model.config.tokens), [Completion() for _ in range(prompt.params.n)]
+        model.eval()
+        batch.join([prompt])
+        while len(batch):
+            for event in batch.step():
+                alone[event.sample].add(event)
+        assert [c.token_ids for c in found[prompt.key]] == [c.token_ids for c in alone]
+        assert [c.finish_reason for c in found[prompt.key]] == ["length"] * prompt.params.n
+        for got, want in zip(found[prompt.key], alone, strict=True):
+            np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+            assert got.sampled == [True] * len(got.token_ids)
+
+
+def test_prompts_come_out_as_they_finish_and_nothing_is_left(model: Any) -> None:
+    scheduler = scheduler_of(model, rows=2)
+    lengths = {1: 9, 2: 3, 3: 2}
+    prompts = [Prompt(WORDS, SamplingParams(max_new_tokens=n), key) for key, n in lengths.items()]
+    assert [key for key, _ in complete(scheduler, prompts)] == [2, 3, 1]
+    assert (len(scheduler), scheduler.waiting, scheduler.running) == (0, 0, 0)
+    for key, _ in complete(scheduler, prompts):
+        assert key == 2
+        break  # whoever stops listening leaves nothing behind
+    assert (len(scheduler), scheduler.waiting, scheduler.running) == (0, 0, 0)
+    assert scheduler.step() == []
+
+
+def test_what_cannot_be_submitted(model: Any) -> None:
+    scheduler = scheduler_of(model, rows=2, cache_tokens=20)
+    scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=4), key=3))
+    with pytest.raises(ValueError, match=r"key \(3\) must be new"):
+        scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=4), key=3))
+    with pytest.raises(ValueError, match=r"n \(3\) must be at most"):
+        scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=1, temperature=1.0, n=3), key=4))
+    with pytest.raises(ValueError, match=r"\(21\) must be at most the server's cache_tokens \(20\)"):
+        scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=17), key=4))
+    assert len(scheduler) == 1
+    scheduler.cancel([3, 99])
+    assert len(scheduler) == 0
+    scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=4), key=3))
+    assert len(run(scheduler)[3, 0]) == 4
+
+
+class Evens:
+    """Even tokens only; remembers what it was told."""
+
+    def __init__(self, made: list[Evens], vocabulary: int, until: int = 99) -> None:
+        made.append(self)
+        self.told: list[int] = []
+        self.mask, self.until = np.arange(vocabulary) % 2 == 0, until
+
+    def allowed(self) -> np.ndarray | None:
+        return self.mask if len(self.told) < self.until else np.zeros_like(self.mask)
+
+    def accept(self, token_id: int) -> None:
+        self.told.append(token_id)
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(max_new_tokens=6), SamplingParams(max_new_tokens=6, temperature=2.0, n=3),
+    SamplingParams(max_new_tokens=6, temperature=2.0, top_p=0.7, n=2), SamplingParams(max_new_tokens=6, temperature=1.5, top_k=9),
+], ids=["greedy", "plain", "top_p", "top_k"])  # fmt: skip
+def test_a_constraint_limits_each_sample_and_hears_of_every_token(params: SamplingParams, model: Any) -> None:
+    made: list[Evens] = []
+    vocabulary = model.config.vocab_size
+
+    def steer() -> Callable[[Sequence[int]], int | None]:
+        return lambda so_far: 77 if len(so_far) == 2 else None
+
+    scheduler = scheduler_of(model)
+    scheduler.submit(Prompt(WORDS, params, steer=steer, constrain=lambda: Evens(made, vocabulary)))
+    scheduler.submit(Prompt(WORDS, params, key=1))
+    events = run(scheduler)
+    assert len(made) == params.n
+    for sample in range(params.n):
+        ids = [e.token_id for e in events[0, sample]]
+        assert made[sample].told == ids
+        assert ids[2] == 77
+        assert [e.sampled for e in events[0, sample]] == [True, True, False, True, True, True]
+        assert all(i % 2 == 0 for at, i in enumerate(ids) if at != 2)
+    assert any(e.token_id % 2 for e in events[1, 0]), "the neighbour is free"
+
+
+def out_of_memory(_: Any) -> Any:
+    raise MemoryError
+
+
+def broken(_: Any) -> Any:
+    raise KeyError("of this row")
+
+
+@pytest.mark.parametrize("what", ["steer", "constrain", "nothing allowed", "decode", "factory"])
+def test_a_row_that_fails_takes_nobody_along(what: str, model: Any) -> None:
+    made: list[Evens] = []
+    greedy = SamplingParams(max_new_tokens=5)
+    more: dict[str, Any] = {
+        "steer": {"steer": lambda: lambda so_far: broken(so_far) if len(so_far) == 2 else None},
+        "constrain": {"constrain": lambda: type("C", (), {"allowed": broken, "accept": broken})()},
+        "nothing allowed": {"constrain": lambda: Evens(made, model.config.vocab_size, until=2)},
+        "decode": {"params": SamplingParams(max_new_tokens=5, stop_strings=("x",))},
+        "factory": {"steer": lambda: broken(0)},
+    }[what]
+    scheduler = scheduler_of(model, decode=broken)
+    scheduler.submit(Prompt(WORDS, greedy, key=1))
+    scheduler.submit(Prompt(WORDS, **{"params": greedy, "key": 2, **more}))
+    scheduler.submit(Prompt(Row(np.array([3, 4])), greedy, key=3))
+    events = run(scheduler)
+    last = events[2, 0][-1]
+    assert (last.finish_reason, last.token_id, last.sampled) == ("error", -1, False)
+    assert isinstance(last.error, ValueError if what == "nothing allowed" else KeyError)
+    assert len(events[2, 0]) == {"steer": 3, "nothing allowed": 3}.get(what, 1)
+    for key, row in ((1, WORDS), (3, Row(np.array([3, 4])))):
+        want = generate(model, [row], model.config.tokens, greedy)[0][0]
+        assert [e.token_id for e in events[key, 0]] == want.token_ids
+    with pytest.raises(type(last.error)):
+        list(complete(scheduler, [Prompt(WORDS, **{"params": greedy, "key": 2, **more})]))
+    assert len(scheduler) == 0
+
+
+def test_a_batch_that_fails_ends_its_prompts_with_the_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = scheduler_of(model)
+    for key, n in ((1, 2), (2, 1)):
+        params = SamplingParams(max_new_tokens=4, temperature=1.0, n=n)
+        scheduler.submit(Prompt(WORDS, params, key))
+    assert len(scheduler.step()) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningBatch, "_advance", out_of_memory)
+        events = scheduler.step()
+    assert [(e.prompt, e.sample, e.finish_reason) for e in events] == [
+        (1, 0, "error"),
+        (1, 1, "error"),
+        (2, 0, "error"),
+    ]
+    assert all(isinstance(e.error, MemoryError) for e in events)
+    assert len(scheduler) == 0
+    scheduler.submit(Prompt(WORDS, SamplingParams(max_new_tokens=4), key=1))
+    assert len(run(scheduler)[1, 0]) == 4
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff", ""])
+def test_stop_strings_that_no_text_can_hold(text: str) -> None:
+    with pytest.raises(ValueError, match=r"stop_strings \('.*'\) must be text, not empty, without half a surrogate"):
+        SamplingParams(stop_strings=("fine", text))
+    assert SamplingParams(stop_strings=("鱻", "ab")).stop_bytes == 3

@@ -1,0 +1,240 @@
+"""Reward functions in every dialect, what they may return, rows that name their checkers, and what an attack earns."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ernie_tune.data.records import Meta, Record, Reward, Verifier
+from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
+from ernie_tune.rewards.rubric import Answered, Function, RowVerifiers, Rubric, load_function, reward
+
+
+def row(answer: Any = "7", *verifiers: Verifier, **extra: Any) -> Record:
+    return Record(
+        "verifiable",
+        ({"role": "user", "content": "what?"},),
+        reward=Reward(answer, verifiers),
+        domain="digits",
+        meta=Meta("x.jsonl", 3, "verifiable", extra),
+    )
+
+
+def said(*texts: str) -> list[Answered]:
+    return [Answered(text, tuple(range(len(text)))) for text in texts]
+
+
+GROUPS = [(row("7", source="a"), said("7", "<think>\nhm\n</think>\n\n8")), (row("9", source="b"), said("9"))]
+
+
+def test_trl() -> None:
+    seen: dict[str, Any] = {}
+
+    def mine(prompts: list, completions: list, solution: list, source: list, **more: Any) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, source=source, more=more)
+        more["log_metric"]("mine", 3)
+        return [float(c[0]["content"] == s) for c, s in zip(completions, solution, strict=True)]
+
+    judge = Function(mine)
+    assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
+    assert seen["completions"][1] == [{"role": "assistant", "content": "8", "reasoning_content": "hm"}]
+    assert seen["source"] == ["a", "a", "b"]
+    assert seen["prompts"][2] == [{"role": "user", "content": "what?"}]
+    assert seen["more"]["group_id"] == [0, 0, 1]
+    assert seen["more"]["completion_ids"][0] == [0]
+    assert judge.asked.metrics == {"mine": [3.0]}
+
+
+def test_trl_without_keywords_for_the_rest_is_given_what_it_names() -> None:
+    def short(completions: list, answer: list) -> Any:
+        return np.array([len(answer)] * len(completions), np.float32)
+
+    assert Function(short)(GROUPS) == [[3.0, 3.0], [3.0]]
+
+    def unknown(completions: list, colour: list) -> Any:
+        return []
+
+    with pytest.raises(
+        ValueError, match=r"reward function unknown failed at x.jsonl:3 .*asks for 'colour', and no row has a field"
+    ):
+        Function(unknown)(GROUPS)
+
+
+def test_texts_instead_of_messages() -> None:
+    @reward(text=True)
+    def texts(completions: list[str], **_: Any) -> list[float]:
+        return [len(c) for c in completions]
+
+    class Swift:
+        def __call__(self, completions: list[str], solution: list, **kwargs: Any) -> list[float]:
+            return [float(c == s) for c, s in zip(completions, solution, strict=True)]
+
+    assert Function(texts)(GROUPS)[1] == [1.0]
+    assert Function(Swift())(GROUPS) == [[1.0, 0.0], [1.0]]
+    assert Function(Swift()).name == "Swift"
+
+
+def test_verl() -> None:
+    def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, Any]:
+        assert data_source == "digits"
+        assert extra_info["source"] in "ab"
+        return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
+
+    judge = Function(compute_score)
+    assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
+    assert len(judge.asked.metrics["length"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["sequential", "batch"])
+def test_easyr1(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("easy_rewards")
+    module.REWARD_TYPE = kind  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "easy_rewards", module)
+
+    def one(x: dict[str, Any]) -> dict[str, float]:
+        return {"overall": float(x["response"] == x["ground_truth"]), "format": 1.0}
+
+    def many(xs: list[dict[str, Any]]) -> list[dict[str, float]]:
+        return [one(x) for x in xs]
+
+    function = one if kind == "sequential" else many
+    function.__module__ = "easy_rewards"
+    judge = Function(function)
+    assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
+    assert judge.asked.metrics["format"] == [1.0] * 3
+
+
+def test_async_functions_and_their_time() -> None:
+    async def slow(completions: list, **_: Any) -> list[float]:
+        await asyncio.sleep(0.01 if len(completions) == 1 else 60)
+        return [1.0] * len(completions)
+
+    judge = Function(slow, timeout_seconds=0.2)
+    assert judge(GROUPS[1:]) == [[1.0]]
+    assert judge(GROUPS) == [[None, None], [None]]
+    assert judge.asked.timeouts == {"slow": 3}
+
+    async def main() -> Any:  # as in a notebook, whose thread already runs a loop
+        return judge(GROUPS[1:])
+
+    assert asyncio.run(main()) == [[1.0]]
+
+
+@pytest.mark.parametrize(("value", "match"), [
+    ([1.0, 2.0], r"mine \(2\) must give one number for each of the 3 answers from x.jsonl:3 on"),
+    (1.0, r"mine \(float\) must give one number for each of the 3 answers"),
+    ([1.0, "good", 1.0], r"mine \('good'\) must give a finite number or None for x.jsonl:3, answer '<think>"),
+    ([1.0, float("inf"), 1.0], r"mine \('inf'\) must give a finite number"),
+])  # fmt: skip
+def test_what_may_not_come_back(value: Any, match: str) -> None:
+    def mine(**_: Any) -> Any:
+        return value
+
+    with pytest.raises(ValueError, match=match):
+        Function(mine)(GROUPS)
+
+
+def test_none_nan_and_errors() -> None:
+    def gaps(**_: Any) -> Any:
+        return [None, float("nan"), True]
+
+    assert Function(gaps)(GROUPS) == [[None, None], [1.0]]
+
+    def broken(**_: Any) -> Any:
+        raise KeyError("gone")
+
+    with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
+        Function(broken)(GROUPS)
+    judge = Function(broken, on_error="none")
+    assert judge(GROUPS) == [[None, None], [None]]
+    assert judge.asked.errors == {"broken": 3}
+    with pytest.raises(ValueError, match=r"reward_error \('skip'\) must be raise or none"):
+        Function(broken, on_error="skip")
+    assert judge([]) == []
+
+
+def test_functions_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def good(completions, **_):\n    return [1.0] * len(completions)\n\nclass Orm:\n    def __call__(self, completions, **_):\n        return [2.0] * len(completions)\nx = 1\n"
+    )
+    assert Function(load_function(f"{file}:good"))(GROUPS)[1] == [1.0]
+    assert Function(load_function(f"{file}:Orm"))(GROUPS)[1] == [2.0]
+    with pytest.raises(FileNotFoundError, match="must name an existing file"):
+        load_function(f"{tmp_path}/none.py:good")
+    with pytest.raises(ValueError, match="which has none called 'bad'"):
+        load_function(f"{file}:bad")
+
+
+def test_rows_name_their_checkers() -> None:
+    checked = row("12.50", Verifier("exact", 0.9), Verifier("format", 0.1, {"mode": "nothink"}))
+    rubric = Rubric([])
+    (found,) = rubric([(checked, said("12.50", "<think>x</think>12.50", "9"))])
+    assert [s.parts["row"] for s in found] == pytest.approx([1.0, 0.9, 0.1])
+    assert found[1].details == {"exact": 1.0, "format": 0.0}
+    (found,) = rubric([(row(3), said("三个", "4"))])
+    assert [s.parts["row"] for s in found] == [1.0, 0.0]
+    (found,) = Rubric([RowVerifiers(10)])(
+        [(row("7", Verifier("exact"), Verifier("length", 1.0, {"buffer": 5})), [Answered("7", (1,) * 8)])]
+    )
+    assert found[0].parts["row"] == pytest.approx(1 - 3 / 5)
+
+
+def test_rows_that_cannot_be_checked() -> None:
+    rows = RowVerifiers()
+    with pytest.raises(ValueError, match=r"x.jsonl:3: verifier \('exakt'\) must be one of numeric"):
+        rows([(row("7", Verifier("exakt")), said("7"))])
+    with pytest.raises(ValueError, match=r"x.jsonl:3: spec of numeric \(toll\) must fit numeric\(text, gold"):
+        rows([(row(7.5, Verifier("numeric", spec={"toll": 1})), said("7"))])
+    with pytest.raises(
+        ValueError, match=r"x.jsonl:3: verifiers \(length, format\) must hold one that asks whether the answer is right"
+    ):
+        rows.check(row("7", Verifier("length"), Verifier("format")))
+    rows.check(row("7"))
+    assert rows([(Record("prompt", ({"role": "user", "content": "hi"},)), said("yo"))]) == [[None]]
+
+
+def test_weights_names_and_chance() -> None:
+    def one(completions: list, **_: Any) -> Any:
+        return [1.0] * len(completions)
+
+    numbers = iter(range(99))
+
+    def chance(completions: list, **_: Any) -> Any:
+        return [float(next(numbers)) for _ in completions]
+
+    with pytest.raises(ValueError, match=r"reward_weights \(2\) must be as many as reward_funcs \(1\)"):
+        Rubric([Function(one)], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"reward_funcs \(one, one\) must have names of their own"):
+        Rubric([Function(one), Function(one)])
+    with pytest.raises(ValueError, match=r"reward function chance .* must give the same twice"):
+        Rubric([Function(chance)])(GROUPS)
+    rubric = Rubric([Function(one), Function(chance)], [1.0, 0.5], check=False)
+    assert rubric.names == ("one", "chance")
+    assert rubric(GROUPS)[0][0].parts["one"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["7", 7, 7.5, "B", "Beijing", [10, 10, 20, 20], {"total": "12.50"}, ["red", "crimson"]]
+)
+def test_attacks_earn_nothing(answer: Any) -> None:
+    record = row(answer)
+    rows = RowVerifiers()
+    assert rows([(record, said(reference_answer(answer)))]) == [[1.0]]
+    tried = attacks(record)
+    assert len(tried) >= 16
+    for name, score in zip(tried, rows([(record, said(*tried.values()))])[0], strict=True):
+        assert score is not None
+        assert score <= ALLOWED.get(name, 0.0), name
+
+
+def test_attacks_know_the_options() -> None:
+    choice = row("B", Verifier("choice", spec={"options": {"A": "1", "B": "2"}}))
+    assert attacks(choice)["all_options"] == "A, B"
+    assert attacks(Record("prompt", ())) == {}
