@@ -5,7 +5,7 @@ Refuses to know: HTTP, terminals, training. Prompts are rendered by the processo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,14 +116,22 @@ class Engine:
                         yield delta
 
     def answer(
-        self, requests: Sequence[Request], params: SamplingParams, capacity: Capacity | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        capacity: Capacity | None = None,
+        done: Callable[[int], object] = lambda count: None,
     ) -> list[list[Answer]]:
-        """`params.n` whole answers to each of several requests, in their order. Prompts of like length are computed together."""
+        """`params.n` whole answers to each of several requests, in their order. Prompts of like length are computed together. `done` is told how many more
+        requests have their answers."""
         prepared = [self.prepare(request, params, i, i) for i, request in enumerate(requests)]
         scheduler = self.scheduler(capacity or Capacity(rows=max(params.n, 64)))
         by_length = sorted(prepared, key=lambda one: one.num_tokens)
-        found = dict(complete(scheduler, [one.prompt for one in by_length]))
-        return [[self._read(done, one) for done in found[i]] for i, one in enumerate(prepared)]
+        found: dict[int, list[Completion]] = {}
+        for i, completions in complete(scheduler, [one.prompt for one in by_length]):
+            found[i] = completions
+            done(1)
+        return [[self._read(one, asked) for one in found[i]] for i, asked in enumerate(prepared)]
 
     def _read(self, done: Completion, prepared: Prepared) -> Answer:
         reader = self.reader(prepared)

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ernie_tune.config.language import say, shown
-from ernie_tune.report.direction import gain
+from ernie_tune.report.direction import better, gain
 from ernie_tune.report.writers import Writer
 
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
@@ -121,7 +121,7 @@ def metrics_table(split: str, values: Mapping[str, Any]) -> list[str]:
 def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """`***** eval metrics *****` and a line a number: before training, after it, and the change, in the order of measuring. What says the same as a line
     above it is left out."""
-    lines: dict[tuple[Any, Any], tuple[str, ...]] = {}
+    lines: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for name, value in after.items():
         old = before.get(name)
         change = value - old if _is_number(old) and _is_number(value) else None
@@ -129,7 +129,7 @@ def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, 
         moved = "" if change is None else f"{round(change, 4) + 0.0:+.4f}"
         cells = (name, "" if old is None else number(name, old), number(name, value), moved, mark)
         # two scores that agree before and after are one to the reader; a first value that nothing repeats is kept
-        lines.setdefault((old, value) if change is not None else (name, value), cells)
+        lines.setdefault((old, value, better(name)) if change is not None else (name,), cells)
     rows = list(lines.values())
     heads = ("", str(say("before", "训练前")), str(say("after", "训练后")), str(say("change", "变化")))
     widths = [max(_columns(r[i]) for r in [*rows, heads]) for i in range(4)]

@@ -1,34 +1,26 @@
 """What a run shows afterwards: a page of held-out rows before and after training, and the model card.
 
-The page needs no network and no script library: small pictures are inside it, large ones are copied beside it. Labels are Chinese and English, a
-button switches. Everything that comes from data is escaped. Refuses to know: models, how answers were made or scored, paddle.
+The page is of `html.py`'s kit: small pictures are inside it, large ones are copied beside it. Refuses to know: models, how answers were made or scored, paddle.
 Sources: ecosystem.md 4.5 (README.md), 5 row 26 (before/after on the same rows).
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.language import Text, say
+from ernie_tune.report import html
+from ernie_tune.report.direction import better, gain
 from ernie_tune.report.log import write_atomically
 from ernie_tune.rewards.scores import Confusion
 
-Picture = str | Path | bytes  # a file, a data URL, a web address (never fetched), or encoded bytes
-_MAGIC = {
-    b"\x89PNG": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"BM": "image/bmp",
-    b"RIFF": "image/webp",
-}
-_EMBEDDED_BYTES = 200_000
 _PACKAGES = ("ernie-tune", "paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece", "pillow")
 
 
@@ -42,8 +34,9 @@ class ReportRow:
     after: str
     before_score: float | None = None
     after_score: float | None = None
-    images: tuple[Picture, ...] = ()
+    images: tuple[html.Picture, ...] = ()
     source: str = ""  # file:line
+    videos: tuple[html.Clip, ...] = ()
 
     @property
     def change(self) -> str:
@@ -56,35 +49,36 @@ class ReportRow:
 
 
 _WORDS = {
-    "title": ("Before and after training", "训练前后对比"),
-    "question": ("Question", "问题"),
-    "reference": ("Reference", "参考答案"),
-    "before": ("Before", "训练前"),
-    "after": ("After", "训练后"),
-    "metric": ("Metric", "指标"),
-    "delta": ("Change", "变化"),
-    "all": ("All", "全部"),
-    "fixed": ("Better", "变好"),
-    "broken": ("Worse", "变差"),
-    "right": ("Right both times", "一直正确"),
-    "wrong": ("Wrong both times", "一直错误"),
-    "other": ("Unchanged", "无变化"),
-    "confusion": ("Classes: what was answered for which", "分类：各类被答成了什么"),
-    "gold": ("Reference ↓ / answer →", "参考 ↓ / 回答 →"),
-    "none": ("no class", "未匹配"),
-    "classes": ("Scores of each class", "各类得分"),
-    "precision": ("Precision", "精确率"),
-    "recall": ("Recall", "召回率"),
-    "f1": ("F1", "F1"),
-    "support": ("Rows", "行数"),
-    "missing": ("cannot be shown", "无法显示"),
-    "empty": ("(empty)", "（空）"),
+    "title": say("Before and after training", "训练前后对比"),
+    "reference": say("Reference", "参考答案"),
+    "before": say("Before", "训练前"),
+    "after": say("After", "训练后"),
+    "metric": say("Metric", "指标"),
+    "delta": say("Change", "变化"),
+    "all": say("All", "全部"),
+    "fixed": say("Better", "变好"),
+    "broken": say("Worse", "变差"),
+    "right": say("Right both times", "一直正确"),
+    "wrong": say("Wrong both times", "一直错误"),
+    "other": say("Unchanged", "无变化"),
+    "confusion": say("Classes: what was answered for which", "分类：各类被答成了什么"),
+    "gold": say("Reference ↓ / answer →", "参考 ↓ · 回答 →"),
+    "none": say("no class", "未匹配"),
+    "classes": say("Scores of each class", "各类得分"),
+    "precision": say("Precision", "精确率"),
+    "recall": say("Recall", "召回率"),
+    "f1": say("F1", "F1 值"),
+    "support": say("Rows", "行数"),
+    "empty": say("(empty)", "（空）"),
 }
-
-
-def _word(key: str) -> str:
-    english, chinese = _WORDS[key]
-    return f'<span class="en">{escape(english)}</span><span class="zh">{escape(chinese)}</span>'
+# The scores that a headline may show, most telling first, as a person would call them.
+_HEADLINES = {
+    "exact_match": say("answered exactly", "完全答对"),
+    "accuracy": say("answered right", "答对"),
+    "iou": say("overlap of boxes", "框重合度"),
+    "preference_accuracy": say("prefers the better answer", "偏好更优回答"),
+    "token_acc": say("tokens right", "词元正确"),
+}
 
 
 def write_before_after(
@@ -95,46 +89,48 @@ def write_before_after(
     *,
     confusions: Mapping[str, Confusion] | None = None,
     title: str = "",
+    facts: Sequence[tuple[Text, str]] = (),
+    links: Mapping[str, Text] | None = None,
 ) -> None:
-    """Write the page to `path`, large pictures to `<stem>_files/` beside it. `confusions`: "before" and "after", where the rows have classes."""
+    """Write the page to `path`, large pictures to `<stem>_files/` beside it. `confusions`: "before" and "after", where the rows have classes. `facts`: what
+    the run was, in words; `links`: files beside the page that say more."""
     order = ("broken", "fixed", "wrong", "other", "right")
     counts = {change: sum(row.change == change for row in rows) for change in order}
-    buttons = [f'<label><input type="radio" name="f" value="all" checked>{_word("all")} <b>{len(rows)}</b></label>']
-    for change in (c for c in order if counts[c]):
-        radio = f'<input type="radio" name="f" value="{change}">'
-        buttons.append(f'<label class="{change}">{radio}{_word(change)} <b>{counts[change]}</b></label>')
+    radio = '<label class="{0}"><input type="radio" name="f" value="{0}"{1}>{2} <b>{3}</b></label>'
+    buttons = [radio.format("all", " checked", html.both(_WORDS["all"]), len(rows))]
+    buttons += [radio.format(c, "", html.both(_WORDS[c]), counts[c]) for c in order if counts[c]]
     files = path.with_name(f"{path.stem}_files")
     cards = [_card(row, files) for row in sorted(rows, key=lambda row: order.index(row.change))]
-    tables = [_confusion(key, table) for key, table in (confusions or {}).items()]
+    told = [(name, escape(value)) for name, value in facts]
+    more = " · ".join(f'<a href="{escape(file)}">{html.both(name)}</a>' for file, name in (links or {}).items())
     body = [
-        f"<header><h1>{_word('title')}</h1><button onclick=\"document.body.classList.toggle('chinese')\">中文 / English</button></header>",
-        f"<p class=sub>{escape(title)}</p>" if title else "",
+        _hero(before, after),
+        html.facts([*told, *([(say("More", "更多"), more)] if more else [])]),
         _metrics(before, after),
-        *tables,
-        f"<nav>{''.join(buttons)}</nav>",
+        *(_confusion(key, found) for key, found in (confusions or {}).items()),
+        f"<nav>{''.join(buttons)}</nav>" if rows else "",
         f"<main>{''.join(cards)}</main>",
     ]
-    page = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-    page += (
-        f"<title>{escape(title or _WORDS['title'][0])}</title>\n<style>{_STYLE}</style></head>\n<body>{''.join(body)}\n"
-    )
-    write_atomically(path, f"{page}<script>{_SCRIPT}</script></body></html>\n")
+    write_atomically(path, html.page(_WORDS["title"], title, body, _SCRIPT if rows else ""))
 
 
 def _card(row: ReportRow, files: Path) -> str:
-    pictures = "".join(_picture(picture, files) for picture in row.images)
+    empty = _WORDS["empty"]
     return (
-        f'<article class="{row.change}"><div class=pics>{pictures}</div><div class=text>'
-        f"<p class=q>{_lines(row.question)}</p><dl>"
-        f"<dt>{_word('reference')}</dt><dd>{_lines(row.reference)}</dd>"
-        f"<dt>{_word('before')} {_mark(row.before_score)}</dt><dd>{_lines(row.before)}</dd>"
-        f"<dt>{_word('after')} {_mark(row.after_score)}</dt><dd>{_lines(row.after)}</dd></dl>"
+        f'<article class="{row.change}"><div class=pics>{html.media(row.images, row.videos, files)}</div><div class=text>'
+        f"<p class=q>{html.lines(without_tags(row.question), empty)}</p><dl class=turns>"
+        f"<dt>{html.both(_WORDS['reference'])}</dt><dd>{html.lines(row.reference, empty)}</dd>"
+        f"<dt>{html.both(_WORDS['before'])} {_mark(row.before_score)}</dt><dd>{html.lines(row.before, empty)}</dd>"
+        f"<dt>{html.both(_WORDS['after'])} {_mark(row.after_score)}</dt><dd>{html.lines(row.after, empty)}</dd></dl>"
         f"<p class=src>{escape(row.source)}</p></div></article>\n"
     )
 
 
-def _lines(text: str) -> str:
-    return escape(text) if text.strip() else f"<i>{_word('empty')}</i>"
+def without_tags(text: str) -> str:
+    """A question beside its pictures: tags at its start go, others become a small sign."""
+    while (rest := text.lstrip()).startswith(("<image>", "<video>")):
+        text = rest[len("<image>") :]
+    return text.replace("<image>", "▣").replace("<video>", "▶").lstrip("\n")
 
 
 def _mark(score: float | None) -> str:
@@ -144,93 +140,76 @@ def _mark(score: float | None) -> str:
     return f'<span class="mark {kind}">{sign}</span>'
 
 
-def _picture(picture: Picture, files: Path) -> str:
-    """An <img>, or a box with the name of what cannot be shown: missing files, videos, web addresses."""
-    if isinstance(picture, str) and picture.startswith("data:image/"):
-        return f'<img src="{escape(picture)}" loading="lazy" alt="">'
-    shown = Path(picture) if isinstance(picture, str | Path) else None
-    data = picture if isinstance(picture, bytes) else shown.read_bytes() if shown and shown.is_file() else b""
-    kind = next((mime for magic, mime in _MAGIC.items() if data.startswith(magic)), "")
-    if not kind:
-        name = "" if isinstance(picture, bytes) else str(picture)[:200]
-        return f"<div class=gone>{escape(name)}<br>{_word('missing')}</div>"
-    if len(data) <= _EMBEDDED_BYTES:
-        source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    else:
-        files.mkdir(parents=True, exist_ok=True)
-        name = f"{hashlib.sha256(data).hexdigest()[:16]}.{kind.removeprefix('image/')}"
-        (files / name).write_bytes(data)
-        source = f"{files.name}/{name}"
-    return f'<img src="{escape(source)}" loading="lazy" alt="">'
+def _hero(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The first score of the headlines that was measured twice, and the loss, in large letters."""
+    pairs = {name.removeprefix("eval_"): (before[name], after[name]) for name in after if name in before}
+    shown = [(_HEADLINES[n], f"{pairs[n][0]:.1%}", f"{pairs[n][1]:.1%}") for n in _HEADLINES if n in pairs][:1]
+    if "loss" in pairs:
+        shown.append((say("loss", "损失"), f"{pairs['loss'][0]:.3f}", f"{pairs['loss'][1]:.3f}"))
+    cells = "".join(f"<p><strong><s>{a} →</s> {b}</strong>{html.both(name)}</p>" for name, a, b in shown)
+    return f"<div class=hero>{cells}</div>" if cells else ""
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The table of all scores. More is better except for names that end in loss."""
-    rows = []
+    """The table of all scores; what says the same as a line above it is left out. Colours tell good from bad news where that can be told."""
+    lines: dict[Any, list[str]] = {}
     for name in dict.fromkeys([*before, *after]):
         a, b = before.get(name), after.get(name)
         delta = b - a if a is not None and b is not None else None
-        gain = delta is not None and (-delta if name.endswith("loss") else delta)
-        kind = "ok" if gain > 0 else "no" if gain < 0 else ""
-        cells = (escape(name), _number(a), _number(b), f"<b class='{kind}'>{_number(delta, '+')}</b>")
-        rows.append("<tr><td>" + "<td>".join(cells))
-    head = "".join(f"<th>{_word(key)}" for key in ("metric", "before", "after", "delta"))
-    return f"<table><tr>{head}{''.join(rows)}</table>" if rows else ""
+        kind = {1: "ok", -1: "no", 0: ""}[gain(name, a, b)]
+        cells = [
+            escape(name.removeprefix("eval_")),
+            _number(a),
+            _number(b),
+            f"<b class='{kind}'>{_number(delta, '+')}</b>",
+        ]
+        lines.setdefault((a, b, better(name)) if delta is not None else name, cells)
+    return html.table([html.both(_WORDS[key]) for key in ("metric", "before", "after", "delta")], lines.values())
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else format(value, f"{sign}.4f")
+    return "–" if value is None else format(round(value, 4) + 0.0, f"{sign if round(value, 4) else ''}.4f")
 
 
-def _confusion(key: str, table: Confusion) -> str:
-    top = max(max(row) for row in table.counts) or 1
-    head = "".join(f"<th>{escape(label)}" for label in table.labels) + f"<th>{_word('none')}"
-    rows = []
-    for i, (label, counts) in enumerate(zip(table.labels, table.counts, strict=True)):
-        # Green on the diagonal, red off it, stronger where more rows are.
-        colours = ((22, 163, 74) if i == j else (220, 38, 38) for j in range(len(counts)))
-        cells = zip(counts, colours, strict=True)
-        shade = "".join(f'<td style="background:rgba({r},{g},{b},{0.6 * n / top:.2f})">{n}' for n, (r, g, b) in cells)
-        rows.append(f"<tr><th>{escape(label)}{shade}")
-    scores = [
-        f"<tr><th>{escape(label)}"
-        + "".join(f"<td>{s[k]:.3f}" for k in ("precision", "recall", "f1"))
-        + f"<td>{s['support']:.0f}"
-        for label, s in table.per_class().items()
+def _confusion(key: str, classes: Confusion) -> str:
+    """Both tables of the classes, in the order a reader looks for them: numbers by size, words by the alphabet."""
+    order = sorted(range(len(classes.labels)), key=lambda i: _natural(classes.labels[i]))
+    top = max(max(row) for row in classes.counts) or 1
+    head = [html.both(_WORDS["gold"]), *(escape(classes.labels[i]) for i in order), html.both(_WORDS["none"])]
+    rows: list[list[str | html.Cell]] = [
+        [escape(classes.labels[i]), *_shaded(classes.counts[i], i, [*order, len(order)], top)] for i in order
     ]
-    names = "".join(f"<th>{_word(name)}" for name in ("precision", "recall", "f1", "support"))
+    each = classes.per_class()
+    names = ("precision", "recall", "f1")
+    scores = [
+        [escape(label), *(f"{each[label][k]:.3f}" for k in names), f"{each[label]['support']:.0f}"]
+        for label in (classes.labels[i] for i in order)
+    ]
+    heads = [html.both(_WORDS[name]) for name in ("classes", *names, "support")]
     return (
-        f"<details{' open' if key == 'after' else ''}><summary>{_word('confusion')} · {_word(key)}: {table.accuracy:.1%}</summary>"
-        f"<div class=scroll><table class=conf><tr><th>{_word('gold')}{head}{''.join(rows)}</table></div>"
-        f"<div class=scroll><table class=conf><tr><th>{_word('classes')}{names}{''.join(scores)}</table></div></details>"
+        f"<details{' open' if key == 'after' else ''}><summary>{html.both(_WORDS['confusion'])} · "
+        f"{html.both(_WORDS[key])}: {classes.accuracy:.1%}</summary>"
+        f"{html.table(head, rows, 'conf')}{html.table(heads, scores, 'conf')}</details>"
     )
 
 
-_STYLE = """
-body{font:15px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans SC','PingFang SC','Microsoft YaHei',sans-serif;color:#0f172a;background:#f8fafc;
- max-width:1060px;margin:0 auto;padding:24px 20px 60px}
-.zh,.chinese .en{display:none}.chinese .zh{display:inline}
-header{display:flex;justify-content:space-between;align-items:center}h1{font-size:22px;margin:0}.sub{color:#475569;margin:4px 0 18px}
-button{border:1px solid #cbd5e1;background:#fff;border-radius:8px;padding:6px 12px;cursor:pointer}
-table{border-collapse:collapse;background:#fff;border:1px solid #e2e8f0;border-radius:10px;margin:14px 0;font-variant-numeric:tabular-nums}
-th,td{padding:7px 16px;text-align:right;border-bottom:1px solid #eef2f7;font-weight:400}th{color:#475569;font-size:13px}
-th:first-child,td:first-child{text-align:left}.conf td{text-align:center;min-width:34px}.scroll{overflow-x:auto}
-details{margin:10px 0}summary{cursor:pointer;color:#334155}b.ok{color:#15803d}b.no{color:#b91c1c}
-nav{display:flex;flex-wrap:wrap;gap:8px;margin:22px 0 14px}nav label{background:#fff;border:1px solid #e2e8f0;border-radius:999px;padding:5px 14px;cursor:pointer}
-nav label:has(:checked){background:#0f172a;color:#fff}nav input{position:absolute;opacity:0}
-article{display:flex;gap:18px;background:#fff;border:1px solid #e2e8f0;border-left:5px solid #cbd5e1;border-radius:12px;padding:16px;margin:12px 0}
-article.fixed,article.right{border-left-color:#22c55e}article.broken,article.wrong{border-left-color:#ef4444}
-.pics{flex:0 0 220px;display:flex;flex-direction:column;gap:8px}.pics:empty{display:none}.pics img{max-width:220px;max-height:260px;border-radius:8px}
-.gone{border:1px dashed #cbd5e1;border-radius:8px;padding:14px;color:#64748b;font-size:12.5px;word-break:break-all}
-.text{flex:1;min-width:0}.q{font-weight:600;margin:0 0 10px;white-space:pre-wrap;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 16px;margin:0}dt{color:#64748b}dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-.mark{font-weight:700}.mark.ok{color:#16a34a}.mark.no{color:#dc2626}.mark.part{color:#ca8a04}.src{color:#94a3b8;font-size:12px;margin:10px 0 0}
-@media(max-width:640px){article{flex-direction:column}.pics{flex-basis:auto}}
-@media print{nav,button{display:none}}
-"""
+def _shaded(counts: Sequence[int], own: int, order: Sequence[int], top: int) -> Iterator[html.Cell]:
+    """Green on the diagonal, red off it, stronger where more rows are; zeros step back."""
+    for j in order:
+        n, (r, g, b) = counts[j], (22, 163, 74) if j == own else (220, 38, 38)
+        style = f'style="background:rgba({r},{g},{b},{0.6 * n / top:.2f})"' if n else "class=zero"
+        yield html.Cell(str(n), style)
+
+
+def _natural(label: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label.casefold()
+
+
 _SCRIPT = """
-if((navigator.language||'').startsWith('zh'))document.body.classList.add('chinese');
-document.querySelector('nav').addEventListener('change',e=>document.querySelectorAll('article').forEach(a=>
+page.querySelector('nav').addEventListener('change',e=>page.querySelectorAll('article').forEach(a=>
  a.style.display=e.target.value==='all'||a.className===e.target.value?'':'none'));
 """
 

@@ -94,13 +94,20 @@ def evaluation_loss(
 
 
 def answers(
-    model: Any, processor: Processor, questions: Sequence[Question], *, max_new_tokens: int, rows: int
+    model: Any,
+    processor: Processor,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    rows: int,
+    done: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. `rows`: answers computed at once."""
+    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. `rows`: answers computed at once.
+    `done` is told how many more questions have their answers."""
     engine, requests = Engine(model, processor), []
     for q in questions:
         thinks = processor.template.thinks(q.record.messages, THINKING.get(q.record.mode))
         asked, where = q.record.messages[:-1], str(q.record.meta)
         requests.append(Request(asked, q.images, q.videos, thinks, tools=q.record.tools, where=where))
-    found = engine.answer(requests, engine.params(max_new_tokens=max_new_tokens), Capacity(rows=rows))
+    found = engine.answer(requests, engine.params(max_new_tokens=max_new_tokens), Capacity(rows=rows), done)
     return [answer.content.strip() for (answer,) in found]

@@ -562,13 +562,17 @@ class Trainer:
         if self.place.is_writer:
             self.processor.save_pretrained(folder)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss on the evaluation rows and scores of generated answers, without training."""
+    def evaluate(self, answers: str | Path | None = None) -> dict[str, float]:
+        """Loss on the evaluation rows and scores of generated answers, without training. `answers`: the file that takes them, one JSON object a line."""
         if not len(self.eval_rows):
             raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
         with self.place.watched():
             self._lay()
-            return self._measure().all_rows()[0]
+            measure = self._measure()
+            metrics, asked, given = measure.all_rows()
+            if answers is not None and self.place.is_writer:
+                measure.write_answers(Path(answers), asked, given)
+            return metrics
 
     def _measure(self) -> Measure:
         """What measures the model on held-out rows and guard sets."""

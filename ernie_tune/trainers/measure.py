@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -22,12 +23,11 @@ from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog, number, write_atomically
 from ernie_tune.report.pages import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
 from ernie_tune.report.progress import Progress
-from ernie_tune.rewards.scores import confusion, fitting_metrics, has_classes, row_scores, score_answers
+from ernie_tune.rewards.scores import MACRO_F1, confusion, fitting_metrics, has_classes, row_scores, score_answers
 from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
 from ernie_tune.train.guards import ForgettingGuard, Verdict
 
 GUARD_FILE = "guard_baseline.json"
-_ANSWERED = 4  # batches of answers between two looks at the bar
 BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare
 
 
@@ -78,12 +78,17 @@ class Measure:
 
     def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
         e = self.config.eval
-        rows, given = max(8, e.per_device_eval_batch_size), list[str]()
-        for start in range(0, len(asked), _ANSWERED * rows):  # in parts, so that one sees how far it is
-            part = asked[start : start + _ANSWERED * rows]
-            given += answers(self.model, self.processor, part, max_new_tokens=e.eval_max_new_tokens, rows=rows)
-            done(len(part))
-        return score_answers(given, [q.reference for q in asked], self.metric_names(asked)) if asked else {}, given
+        if not asked:
+            return {}, []
+        given = answers(
+            self.model,
+            self.processor,
+            asked,
+            max_new_tokens=e.eval_max_new_tokens,
+            rows=max(8, e.per_device_eval_batch_size),
+            done=done,
+        )
+        return score_answers(given, [q.reference for q in asked], self.metric_names(asked)), given
 
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""
@@ -134,7 +139,7 @@ class Measure:
         first, known = self.first.get("answers", []), self.first.get("references") == references
         if not known:  # not measured, or on other rows
             first = [""] * len(given)
-        name = self.metric_names(asked)[0]
+        name = self._row_metric(asked)
         after = row_scores(given, references, name)
         before = row_scores(first, references, name) if known else [None] * len(given)
         rows = [
@@ -147,6 +152,7 @@ class Measure:
                 after_score,
                 tuple(i for i in q.images if isinstance(i, str | bytes)),
                 str(q.record.meta),
+                tuple(v for v in q.videos if isinstance(v, str | bytes | tuple)),
             )
             for q, old, new, before_score, after_score in zip(asked, first, given, before, after, strict=True)
         ]
@@ -160,8 +166,40 @@ class Measure:
             self.first.get("metrics", {}),
             self.last["metrics"],
             confusions=tables,
-            title=f"{self.config.model.stage} of {self.config.model.model_name_or_path or 'a model'}",
+            title=f"{self.config.model.stage} · {self.config.model.fine_tuning} · {self._model_name()}",
+            facts=self._facts(len(asked)),
+            links={"training_loss.svg": say("loss curve", "损失曲线"), "README.md": say("model card", "模型卡")},
         )
+
+    def _model_name(self) -> str:
+        return self.config.model.model_name_or_path or type(self.model).__name__
+
+    def _facts(self, shown: int) -> list[tuple[Text, str]]:
+        """What the page says of the run."""
+        d, size = self.config.data, sum(int(p.size) for p in self.model.parameters())
+        files = [(say("trained on", "训练数据"), ", ".join(d.train_dataset_path))]
+        files += [(say("measured on", "评测数据"), ", ".join(d.eval_dataset_path))]
+        return [
+            (say("model", "模型"), f"{self._model_name()} ({size / 1e6:,.1f} M)"),
+            *((name, value) for name, value in files if value),
+            (say("rows shown", "展示行数"), f"{shown:,} / {len(self.rows):,}"),
+            (say("written", "生成时间"), f"{datetime.now():%Y-%m-%d %H:%M}"),
+            (say("folder", "输出目录"), str(self.output_dir)),
+        ]
+
+    def _row_metric(self, asked: Sequence[Question]) -> str:
+        """The score by which a single answer is right or wrong."""
+        return next((name for name in self.metric_names(asked) if name != MACRO_F1), "exact_match")
+
+    def write_answers(self, path: Path, asked: Sequence[Question], given: Sequence[str]) -> None:
+        """One line a question, so that answers can be looked at: where the row stands, reference, answer, score."""
+        name = self._row_metric(asked)
+        scores = row_scores(given, [q.reference for q in asked], name) if asked else []
+        rows = (
+            {"row": str(q.record.meta), "reference": q.reference, "answer": answer, name: score}
+            for q, answer, score in zip(asked, given, scores, strict=True)
+        )
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     # --- guard sets --------------------------------------------------------------------------------------------------
 

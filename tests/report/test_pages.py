@@ -99,12 +99,16 @@ def test_page(tmp_path: Path, picture: Path) -> None:
 
 def test_a_falling_loss_is_good_news(tmp_path: Path) -> None:
     write_before_after(
-        tmp_path / "p.html", [], {"eval_loss": 1.0, "f1": 1.0, "new": 0.0}, {"eval_loss": 0.5, "f1": 0.5}
+        tmp_path / "p.html",
+        [],
+        {"eval_loss": 1.0, "token_f1": 1.0, "new": 0.0, "eval_loss/sft": 1.00002},
+        {"eval_loss": 0.5, "token_f1": 0.5, "eval_loss/sft": 1.0},
     )
     text = (tmp_path / "p.html").read_text()
     assert "<b class='ok'>-0.5000" in text
     assert "<b class='no'>-0.5000" in text
-    assert "<td>0.0000<td>–<td>" in text
+    assert "<td>0.0000</td><td>–</td>" in text
+    assert "<b class=''>0.0000</b>" in text, "neither +0.0000 nor -0.0000"
 
 
 def test_large_pictures_are_copied_beside(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def test_the_loss_is_that_of_an_independent_forward(rows: Sequence[Record], gold
     assert 0 < kept < len(rows)
     for batch in (1, 2, 100):
         model.train()
-        found = evaluation_loss(model, rows, encoder, batch)
+        told: list[int] = []
+        found = evaluation_loss(model, rows, encoder, batch, told.append)
+        assert sum(told) == kept
         assert model.training, "the mode is put back"
         assert found["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
         assert found["token_acc"] == pytest.approx(np.mean(hits))
@@ -64,7 +66,9 @@ def test_a_loss_over_nothing_is_refused(rows: Sequence[Record], golden_model: An
 def test_answers_in_batches_are_answers_one_by_one(rows: Sequence[Record], golden_model: Any) -> None:
     model = golden_model("tiny-b")
     asked = [question(row) for row in rows[:5]]
-    together = answers(model, PROCESSOR, asked, max_new_tokens=4, rows=3)
+    told: list[int] = []
+    together = answers(model, PROCESSOR, asked, max_new_tokens=4, rows=3, done=told.append)
+    assert sum(told) == len(asked)
     alone = [answers(model, PROCESSOR, [q], max_new_tokens=4, rows=1)[0] for q in asked]
     assert together == alone
     assert len(set(together)) > 1, "the order must be able to show"
