@@ -16,11 +16,11 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.generate.sampling import SamplingParams, choose, likeliest, logps
+from ernie_tune.generate.sampling import SamplingParams, choose
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.inputs import PackedInput, Row, pack
+from ernie_tune.models.inputs import PackedInput, Row, next_position, pack
 
 Decode = Callable[[list[int]], str]
 Steer = Callable[
@@ -44,8 +44,8 @@ class Constraint(Protocol):
 class TokenEvent:
     """One token as it appears: of which prompt, which of its samples, and why that sample ends here ("" while it goes on).
 
-    `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn from. `logp`: under the model, see `choose`.
-    `top`: the likeliest tokens of the step and their log-probabilities, `SamplingParams.top_logprobs` of them.
+    `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn from. `logp`: under the model, `sampled_logp`: under
+    what it was drawn from, see `Choice`. `top`: the likeliest tokens of the step and their log-probabilities, `SamplingParams.top_logprobs` of them.
     `error`: what ended the sample (finish_reason "error"); such an event has no token, its id is -1.
     """
 
@@ -56,24 +56,27 @@ class TokenEvent:
     finish_reason: str = ""
     top: tuple[tuple[int, float], ...] = ()
     sampled: bool = True
+    sampled_logp: float = 0.0
     error: Exception | None = None
 
 
 @dataclass
 class Completion:
-    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the last of `token_ids`; `logps` and `sampled` run
-    parallel."""
+    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the last of `token_ids`; `logps`, `sampled` and
+    `sampled_logps` run parallel (see `TokenEvent`)."""
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
     sampled: list[bool] = field(default_factory=list)
+    sampled_logps: list[float] = field(default_factory=list)
 
     def add(self, event: TokenEvent) -> None:
         """Take the next token of this continuation."""
         self.token_ids.append(event.token_id)
         self.logps.append(event.logp)
         self.sampled.append(event.sampled)
+        self.sampled_logps.append(event.sampled_logp)
         self.finish_reason = event.finish_reason
 
 
@@ -157,14 +160,17 @@ class RunningBatch:
             if len(rows) > len(prompts):
                 cache.select(rows)
                 scores_BV = scores_BV[rows]
-        live = [_start(packed, i, prompt, s) for i, prompt in enumerate(prompts) for s in range(prompt.params.n)]
+        live = []
+        for prompt in prompts:
+            position = next_position(prompt.row, self.tokens, self.position_rule)
+            live += [_start(prompt, sample, position) for sample in range(prompt.params.n)]
         self._fresh.append((live, cache, scores_BV))
 
     def step(self) -> list[TokenEvent]:
         """One more token of every row, in the order in which they joined."""
         with paddle.no_grad():
             scores_BV = self._advance()
-        events = [self._next(row, scores_BV[i : i + 1]) for i, row in enumerate(self._live)]
+        events = [self._next(row, scores_V) for row, scores_V in zip(self._live, scores_BV, strict=True)]
         self._keep([i for i, row in enumerate(self._live) if not row.done.finish_reason])
         return events
 
@@ -179,28 +185,30 @@ class RunningBatch:
             if kept:
                 self._fresh.append(([rows[i] for i in kept], cache, scores_BV[kept]))
 
-    def _next(self, row: _Live, scores_1V: np.ndarray) -> TokenEvent:
+    def _next(self, row: _Live, scores_V: np.ndarray) -> TokenEvent:
         """Choose the row's next token; what goes wrong with one row ends that row."""
         try:
             if row.failure is not None:
                 raise row.failure
-            return self._chosen(row, scores_1V)
+            return self._chosen(row, scores_V)
         except _ROW_ERRORS as error:
             row.done.finish_reason = "error"
             return failed(row.prompt, row.sample, error)
 
-    def _chosen(self, row: _Live, scores_1V: np.ndarray) -> TokenEvent:
+    def _chosen(self, row: _Live, scores_V: np.ndarray) -> TokenEvent:
         params, answer = row.prompt.params, row.done.token_ids
         allowed_V = row.constraint.allowed() if row.constraint else None
-        seen = np.fromiter(row.seen, np.int64)
-        picked, logp = choose(scores_1V, params, [row.rng], [seen], [answer], allowed_V)
-        event = TokenEvent(row.prompt.key, row.sample, int(picked[0]), float(logp[0]))
         forced = row.steer(answer) if row.steer else None
-        if forced is not None or params.top_logprobs:
-            logp_V = logps(scores_1V, params)[0]
-            if forced is not None:
-                event = replace(event, token_id=forced, logp=float(logp_V[forced]), sampled=False)
-            event = replace(event, top=likeliest(logp_V, params.top_logprobs))
+        choice = choose(scores_V, params, row.rng, row.seen, answer, allowed_V, forced)
+        event = TokenEvent(
+            row.prompt.key,
+            row.sample,
+            choice.token_id,
+            choice.logp,
+            top=choice.top,
+            sampled=forced is None,
+            sampled_logp=choice.sampled_logp,
+        )
         if row.constraint:
             row.constraint.accept(event.token_id)
         if params.repetition_penalty != 1:
@@ -298,12 +306,11 @@ def eval_mode(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _start(packed: PackedInput, i: int, prompt: Prompt, sample: int) -> _Live:
-    a, b = packed.offsets[i], packed.offsets[i + 1]
+def _start(prompt: Prompt, sample: int, position: int) -> _Live:
     params = prompt.params
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt.index, sample])))
-    seen = set(packed.input_ids_T[a:b].tolist()) if params.repetition_penalty != 1 else set()
-    row = _Live(prompt, sample, rng, int(packed.position_ids_T3[a:b].max()) + 1, seen)
+    seen = set(prompt.row.input_ids_L.tolist()) if params.repetition_penalty != 1 else set()
+    row = _Live(prompt, sample, rng, position, seen)
     try:
         row.steer = prompt.steer() if prompt.steer else None
         row.constraint = prompt.constrain() if prompt.constrain else None

@@ -1,11 +1,12 @@
-"""Scores -> next tokens, on the host in float64: the same seed gives the same tokens on every device.
+"""Scores of one row -> its next token, on the host in float64: the same seed gives the same token on every device, whatever else is in the batch.
 
-Legend: B rows, V vocabulary. Refuses to know: the model, caches, text.
+The vocabulary is never sorted: a draw walks the sum of the weights in the order of the ids, and what top-k and top-p keep is found by selection.
+Legend: V vocabulary, n ids that are left of it. Refuses to know: the model, caches, text, other rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0  # ids below this share of the likeliest one's probability are never sampled
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # times how often a token was sampled so far, taken from its score
     presence_penalty: float = 0.0  # taken from the score of a token that was sampled so far
@@ -36,6 +38,7 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "be at least 0; 0 is greedy"),
             ("top_p", 0 < self.top_p <= 1, "be in (0, 1]; 1 keeps everything"),
             ("top_k", self.top_k >= 0, "be at least 0; 0 keeps everything"),
+            ("min_p", 0 <= self.min_p <= 1, "be in [0, 1]; 0 keeps everything"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0; 1 is none"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "be from -2 to 2; 0 is none"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "be from -2 to 2; 0 is none"),
@@ -60,99 +63,170 @@ class SamplingParams:
         return max((len(text.encode()) for text in self.stop_strings), default=0)
 
 
-def log_softmax(scores_BV: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis."""
-    shifted = scores_BV - scores_BV.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+@dataclass(frozen=True)
+class Choice:
+    """A token and how likely it was.
 
+    `logp`: under softmax(scores / temperature) over what is not banned (temperature 1 when greedy), before penalties, truncation and constraints.
+    `sampled_logp`: under the distribution that it was drawn from, all of these included; equal to `logp` where there are none; 0 for a token that had
+    no other choice (greedy, forced). `top`: the likeliest ids and their `logp`.
+    """
 
-def penalise(scores_BV: np.ndarray, seen: Sequence[np.ndarray], penalty: float) -> np.ndarray:
-    """Repetition penalty (1909.05858): scores of tokens already seen are divided by it where positive, multiplied where negative."""
-    out = scores_BV.copy()
-    for row, ids in enumerate(seen):
-        s = out[row, ids]
-        out[row, ids] = np.where(s > 0, s / penalty, s * penalty)
-    return out
-
-
-def discourage(
-    scores_BV: np.ndarray, answers: Sequence[Sequence[int]], frequency: float, presence: float
-) -> np.ndarray:
-    """OpenAI's penalties: a token's score less `presence`, and less `frequency` for every time that it is in the answer so far; the prompt does not count."""
-    out = scores_BV.copy()
-    for row, answer in enumerate(answers):
-        ids, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
-        out[row, ids] -= presence + frequency * counts
-    return out
-
-
-def truncate(logp_V: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that survive top-k, then top-p, most probable first, and their renormalised probabilities. The most probable id always survives."""
-    if 0 < top_k < logp_V.shape[0]:
-        ids = np.argpartition(-logp_V, top_k - 1)[:top_k]
-        ids = ids[np.lexsort((ids, -logp_V[ids]))]
-    else:
-        ids = np.argsort(-logp_V, kind="stable")
-    probs = np.exp(logp_V[ids])
-    probs /= probs.sum()
-    if top_p < 1:
-        keep = np.cumsum(probs) - probs < top_p
-        ids, probs = ids[keep], probs[keep] / probs[keep].sum()
-    return ids, probs
+    token_id: int
+    logp: float
+    sampled_logp: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def choose(
-    scores_BV: np.ndarray,
+    scores_V: np.ndarray,
     params: SamplingParams,
-    rngs: Sequence[np.random.Generator],
-    seen: Sequence[np.ndarray],
-    answers: Sequence[Sequence[int]] = (),
+    rng: np.random.Generator,
+    seen: Collection[int] = (),
+    answer: Sequence[int] = (),
     allowed_V: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Next token of each row and its log-probability under softmax(scores / temperature) (temperature 1 when greedy), before penalties and truncation.
+    forced: int | None = None,
+) -> Choice:
+    """The next token of one row. `seen`: ids of prompt and answer, for the repetition penalty; `answer`: those of the answer so far, for the other two;
+    `allowed_V`: which ids may be chosen (None: all); `forced`: the id that it has to be.
 
-    `seen`: tokens of prompt and answer, for the repetition penalty; `answers`: those of the answer so far, for the other two; `allowed_V`: which
-    tokens may be chosen (None: all). Raises ValueError where none may be.
+    Takes one number from `rng` unless it is greedy, forced or not. Raises ValueError where no id may be chosen.
     """
-    scores = _allowed(scores_BV, params)
-    steered = penalise(scores, seen, params.repetition_penalty) if params.repetition_penalty != 1 else scores
-    if params.frequency_penalty or params.presence_penalty:
-        steered = discourage(steered, answers, params.frequency_penalty, params.presence_penalty)
-    if allowed_V is not None:
-        steered = np.where(allowed_V, steered, -np.inf)
-    if not np.isfinite(steered.max(-1)).all():
+    temperature, uniform = params.temperature or 1.0, rng.random() if params.temperature else 0.0
+    scores = scores_V.astype(np.float64)
+    scores[list(params.banned_ids)] = -np.inf
+    steered = _steered(scores, params, seen, answer, allowed_V)
+    if not np.isfinite(steered.max()):
         raise ValueError("the tokens that may follow (0) must be at least 1; allow one that is not in banned_ids")
-    if params.temperature == 0:
-        picked = steered.argmax(-1)
-        return picked, np.take_along_axis(log_softmax(scores), picked[:, None], 1)[:, 0]
-    steered_logp = log_softmax(_cooled(steered, params.temperature))
-    picked = np.empty(len(scores), np.int64)
-    for row, rng in enumerate(rngs):
-        ids, probs = truncate(steered_logp[row], params.top_k, params.top_p)
-        # The last cumulative sum can fall short of 1 by rounding, so the index is clipped.
-        picked[row] = ids[min(int(np.searchsorted(np.cumsum(probs), rng.random(), side="right")), len(ids) - 1)]
-    logp = steered_logp if steered is scores else log_softmax(_cooled(scores, params.temperature))
-    return picked, np.take_along_axis(logp, picked[:, None], 1)[:, 0]
+    weights = _weights(scores, temperature)
+    total = weights.sum()
+    drawn_logp = 0.0
+    if forced is not None:
+        token = forced
+    elif params.temperature == 0:
+        token = int(steered.argmax())
+    else:
+        own = weights if steered is scores else _weights(steered, temperature)
+        token, drawn_logp = _draw(own, uniform, params)
+    top = likeliest(weights, params.top_logprobs, total) if params.top_logprobs else ()
+    logp = _log_share(scores, token, temperature, total)
+    return Choice(token, logp, logp if _plain(params, steered is scores, forced) else drawn_logp, top)
 
 
-def _cooled(scores_BV: np.ndarray, temperature: float) -> np.ndarray:
-    """Scores over the temperature, the largest at 0 first: near temperature 0 the others then become -inf instead of all of them inf."""
+def _plain(params: SamplingParams, untouched: bool, forced: int | None) -> bool:
+    """Whether the draw was from the very distribution that `logp` is of."""
+    whole = params.top_p == 1 and not params.top_k and not params.min_p
+    return bool(untouched and whole and params.temperature and forced is None)
+
+
+def _steered(
+    scores_V: np.ndarray,
+    params: SamplingParams,
+    seen: Collection[int],
+    answer: Sequence[int],
+    allowed_V: np.ndarray | None,
+) -> np.ndarray:
+    """Scores after penalties and constraints; the same array where there are none."""
+    out = scores_V
+    if params.repetition_penalty != 1:
+        out = penalise(out, np.fromiter(seen, np.int64, len(seen)), params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        out = discourage(out, answer, params.frequency_penalty, params.presence_penalty)
+    return out if allowed_V is None else np.where(allowed_V, out, -np.inf)
+
+
+def penalise(scores_V: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
+    """Repetition penalty (1909.05858): scores of ids already seen are divided by it where positive, multiplied where negative."""
+    out, s = scores_V.copy(), scores_V[ids]
+    out[ids] = np.where(s > 0, s / penalty, s * penalty)
+    return out
+
+
+def discourage(scores_V: np.ndarray, answer: Sequence[int], frequency: float, presence: float) -> np.ndarray:
+    """OpenAI's penalties: an id's score less `presence`, and less `frequency` for every time that it is in the answer so far; the prompt does not count."""
+    out = scores_V.copy()
+    ids, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+    out[ids] -= presence + frequency * counts
+    return out
+
+
+def _weights(scores_V: np.ndarray, temperature: float) -> np.ndarray:
+    """exp(scores / temperature) with the largest at 1. It is subtracted first: near temperature 0 the others then become 0 instead of all of them inf."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp((scores_V - scores_V.max()) / temperature)
+
+
+def _log_share(scores_V: np.ndarray, token: int, temperature: float, total: float) -> float:
+    """log softmax(scores / temperature) of one id; `total`: the sum of the weights."""
     with np.errstate(over="ignore"):
-        return (scores_BV - scores_BV.max(-1, keepdims=True)) / temperature
+        return float((scores_V[token] - scores_V.max()) / temperature - np.log(total))
 
 
-def _allowed(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
-    scores = scores_BV.astype(np.float64)
-    scores[:, list(params.banned_ids)] = -np.inf
-    return scores
+def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tuple[int, float]:
+    """(id, log of the probability with which it is drawn): inverse transform sampling over the ids that are kept, in their order."""
+    ids = kept(weights_V, params.top_k, params.top_p, params.min_p)
+    weights = weights_V if ids is None else weights_V[ids]
+    upto = np.cumsum(weights)
+    at = int(np.searchsorted(upto, uniform * upto[-1], side="right"))
+    if at == len(upto):  # by rounding
+        at = int(np.flatnonzero(weights)[-1])
+    return at if ids is None else int(ids[at]), float(np.log(weights[at] / upto[-1]))
 
 
-def logps(scores_BV: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Log-probabilities [B, V] that `choose` reports: before penalty and truncation, at the temperature (1 when greedy)."""
-    return log_softmax(_cooled(_allowed(scores_BV, params), params.temperature or 1.0))
+def kept(weights_V: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray | None:
+    """The ids that survive min-p, then top-k, then top-p, in order; None: all. Of equal weights the lower ids survive; the heaviest always does.
+
+    top-p keeps an id where the share of all heavier ones is below `top_p`.
+    """
+    ids = None
+    if min_p > 0:
+        ids = np.flatnonzero(weights_V >= min_p * weights_V.max())
+    if 0 < top_k < (len(weights_V) if ids is None else len(ids)):
+        weights = weights_V if ids is None else weights_V[ids]
+        last = len(weights) - top_k
+        bar = np.partition(weights, last)[last]
+        above, level = np.flatnonzero(weights > bar), np.flatnonzero(weights == bar)
+        chosen = np.sort(np.concatenate([above, level[: top_k - len(above)]]))
+        ids = chosen if ids is None else ids[chosen]
+    if top_p < 1:
+        weights = weights_V if ids is None else weights_V[ids]
+        chosen = _nucleus(weights, top_p * weights.sum(), weights.sum())
+        ids = chosen if ids is None else ids[chosen]
+    return ids
 
 
-def likeliest(logp_V: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most probable (id, log-probability), in order; ids that cannot be sampled are left out."""
-    ids = truncate(logp_V, min(count, len(logp_V)), 1.0)[0][:count]
-    return tuple((int(i), float(logp_V[i])) for i in ids if np.isfinite(logp_V[i]))
+def _nucleus(weights_n: np.ndarray, need: float, total: float) -> np.ndarray:
+    """Where the weights lie above which less than `need` of `total` lies, in order."""
+    # Those lighter than the average of what may be left out are left out: together they are less than that.
+    bar, ties = _bar(weights_n[weights_n >= (total - need) / len(weights_n)], need)
+    keep = weights_n > bar
+    keep[np.flatnonzero(weights_n == bar)[:ties]] = True
+    return np.flatnonzero(keep)
+
+
+def _bar(left_n: np.ndarray, need: float) -> tuple[float, int]:
+    """(the lightest weight that is needed to come to `need`, how many of that weight are): a radix selection, by the bits of the numbers.
+
+    Positive float64 numbers lie in the order of their bits; each pass looks at those among which the bar is at 8 to 20 bits more.
+    """
+    for bits in (44, 28, 12):
+        if len(left_n) <= 256:
+            break
+        bins_n = left_n.view(np.int64) >> bits
+        first = bins_n.min()
+        upto = np.cumsum(np.bincount(bins_n - first, weights=left_n)[::-1])
+        at = min(int(np.searchsorted(upto, need)), len(upto) - 1)
+        need -= upto[at - 1] if at else 0.0
+        left_n = left_n[bins_n == first + len(upto) - 1 - at]
+    left_n = np.sort(left_n)[::-1]
+    count = max(int((np.cumsum(left_n) - left_n < need).sum()), 1)
+    return float(left_n[count - 1]), int((left_n[:count] == left_n[count - 1]).sum())
+
+
+def likeliest(weights_V: np.ndarray, count: int, total: float | None = None) -> tuple[tuple[int, float], ...]:
+    """The `count` heaviest (id, log of its share of `total`), in order; ids that cannot be sampled are left out."""
+    ids = kept(weights_V, count, 1.0)
+    ids = np.arange(len(weights_V)) if ids is None else ids
+    ids = ids[np.argsort(-weights_V[ids], kind="stable")]
+    total = weights_V.sum() if total is None else total
+    return tuple((int(i), float(np.log(weights_V[i] / total))) for i in ids[:count] if weights_V[i] > 0)

@@ -112,6 +112,13 @@ def position_ids(
     return out
 
 
+def next_position(row: Row, tokens: TokenIds, rule: str = "paddle") -> int:
+    """The position, on all three axes, that a text token behind the row has: not always one more than the largest, since under rule "hf" text goes on
+    below the time coordinates of a long clip."""
+    text = next(i for i in range(len(tokens.placeholders()) + 1) if i not in tokens.placeholders())
+    return int(position_ids(np.append(row.input_ids_L, text), row.grid_thw_n3, tokens, rule)[-1, 0])
+
+
 def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedInput:
     """Concatenate rows into one flat input. No padding exists; each row is one segment. Raises ValueError for an empty row or a mismatch."""
     if not rows:
