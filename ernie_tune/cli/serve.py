@@ -5,18 +5,25 @@ Refuses to know: training, how requests are answered.
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, split_overrides
 
+if TYPE_CHECKING:
+    from ernie_tune.serve.server import Server
+
 API_KEY_VARIABLE = "ERNIE_TUNE_API_KEY"
-_FLAGS = ("allow_private_media", "print")
+_FLAGS = ("allow_private_media", "log_requests", "print")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -52,6 +59,10 @@ _OPTIONS: Mapping[str, Callable[[str], Any]] = {
     "allow_local_media": str,
     "allow_private_media": _flag,
     "allow_media_hosts": _names,
+    "allow_hosts": _names,
+    "media_timeout": float,
+    "max_connections": int,
+    "log_requests": _flag,
     "engine": str,
 }
 
@@ -64,8 +75,12 @@ def run(args: list[str]) -> int:
 
     names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
     keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
+    hosts     --allow_hosts NAME,NAME   names by which clients call the server, beside localhost (and, where --host is
+              not of this machine alone, its addresses and its own name)
     limits    --max_model_len, --default_max_tokens 1024, --max_num_seqs 64 (answers at once), --max_concurrency 256 (requests; beyond it 429),
-              --cache_tokens 262144, --prefill_tokens 8192, --images 10, --videos 3, --max_body_mb 64, --request_timeout 600, --shutdown_timeout 60
+              --cache_tokens 262144, --prefill_tokens 8192, --images 10, --videos 3, --max_body_mb 64, --request_timeout 600, --shutdown_timeout 60,
+              --max_connections 2048, --media_timeout 60
+    log       --log_requests   one line for each request
     media     --allow_local_media FOLDER (file:/// URLs inside it), --allow_media_hosts HOST,HOST (may be private), --allow_private_media
 
     ernie-tune serve FOLDER --engine fastdeploy [--tensor_parallel_size 8 --quantization wint4 …] [--print] starts FastDeploy's own server where
@@ -74,7 +89,12 @@ def run(args: list[str]) -> int:
     flags = {f"--{flag}".replace("_", sign) for flag in _FLAGS for sign in "_-"}
     words, entries = split_overrides([f"{word}=true" if word in flags else word for word in args])
     if len(words) != 1:
-        raise UsageError(f"expected one folder or YAML file, got {len(words)} / 需要一个文件夹或 YAML 文件")
+        raise UsageError(
+            say(
+                f"expected one folder or YAML file, got {len(words)}",
+                f"需要一个文件夹或 YAML 文件，得到 {len(words)} 个",
+            )
+        )
     if any(entry.name == "engine" and entry.raw == "fastdeploy" for entry in entries):
         from ernie_tune.cli.serve_fastdeploy import run_fastdeploy
 
@@ -82,7 +102,10 @@ def run(args: list[str]) -> int:
     settings = read_options(entries)
     if settings.pop("engine", "paddle") != "paddle":
         raise UsageError(
-            "engine must be 'paddle' (in this process) or 'fastdeploy' / engine 只能是 paddle 或 fastdeploy"
+            say(
+                "engine must be 'paddle' (in this process) or 'fastdeploy'",
+                "engine 只能是 paddle（本进程）或 fastdeploy",
+            )
         )
     return _serve(Path(words[0]), settings)
 
@@ -95,12 +118,25 @@ def read_options(entries: Sequence[Entry]) -> dict[str, Any]:
     for entry in entries:
         if entry.name not in _OPTIONS:
             raise UsageError(
-                f"unknown option {entry.name!r}{did_you_mean(entry.name, _OPTIONS)}; `ernie-tune serve --help` lists them / 未知的选项"
+                say(
+                    "unknown option {name!r}{near}; `ernie-tune serve --help` lists them",
+                    "未知的选项 {name!r}{near}；`ernie-tune serve --help` 列出全部选项",
+                    name=entry.name,
+                    near=did_you_mean(entry.name, _OPTIONS),
+                )
             )
         try:
             values[entry.name] = _OPTIONS[entry.name](str(entry.raw))
         except ValueError as error:
-            raise UsageError(f"{entry.name} ({entry.raw!r}) cannot be read: {error} / 无法读取的值") from error
+            raise UsageError(
+                say(
+                    "{name} ({value!r}) cannot be read: {why}",
+                    "{name}（{value!r}）无法读取：{why}",
+                    name=entry.name,
+                    value=entry.raw,
+                    why=error,
+                )
+            ) from error
     return values
 
 
@@ -119,11 +155,13 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
         "prefill_tokens",
         "images",
         "videos",
+        "max_connections",
+        "log_requests",
     )
     values: dict[str, Any] = {name: settings[name] for name in same if name in settings}
     if "max_body_mb" in settings:
         values["max_body_bytes"] = int(settings["max_body_mb"] * 2**20)
-    for name in ("request_timeout", "shutdown_timeout"):
+    for name in ("request_timeout", "shutdown_timeout", "media_timeout"):
         if name in settings:
             values[f"{name}_seconds"] = settings[name]
     folder = settings.get("allow_local_media")
@@ -134,8 +172,74 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
         allow_private=private, allowed_hosts=frozenset(host.lower() for host in settings.get("allow_media_hosts", ()))
     )
     media = MediaPolicy(local_folder=Path(folder) if folder else None, fetch=fetch)
-    keys = settings.get("api_key") or _names(os.environ.get(API_KEY_VARIABLE, ""))
-    return ServeOptions(api_keys=keys, media=media, **values)
+    host = settings.get("host", "127.0.0.1").lower()
+    names, outside = settings.get("allow_hosts", ()), host not in _LOOPBACK
+    if outside:
+        names += (host, socket.gethostname())
+    return ServeOptions(
+        api_keys=_keys(settings),
+        media=media,
+        host_names=tuple(name.lower().rstrip(".") for name in names),
+        any_address=outside,
+        **values,
+    )
+
+
+def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the option, else of the variable. Raises ValueError where one is set and names no key: it would open the server."""
+    if "api_key" in settings:
+        source, keys = "api_key", settings["api_key"]
+    elif API_KEY_VARIABLE in os.environ:
+        source, keys = API_KEY_VARIABLE, _names(os.environ[API_KEY_VARIABLE])
+    else:
+        return ()
+    if not keys:
+        raise ValueError(
+            say(
+                f"{source} is set but names no key; give one, or leave it out and everyone may ask",
+                f"{source} 已设置但没有密钥；请给出密钥，或去掉该设置（任何人都可以访问）",
+            )
+        )
+    return tuple(keys)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, before the model is loaded for nothing. Raises ValueError."""
+    if not 0 <= port <= 65535:
+        raise ValueError(
+            say(
+                f"port ({port}) must be from 0 to 65535; 0 is any free one",
+                f"port（{port}）须在 0 到 65535 之间；0 为任意空闲端口",
+            )
+        )
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(
+            say(
+                f"host ({host}) must be an address of this machine ({error}); use 127.0.0.1 or 0.0.0.0",
+                f"host（{host}）须为本机地址（{error}）；请用 127.0.0.1 或 0.0.0.0",
+            )
+        ) from error
+    try:
+        if os.name == "posix":  # elsewhere it would let two programs listen
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _taken(host, port, error) from error
+    return sock
+
+
+def _taken(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(
+        say(
+            f"port ({port}) of {host} must be free for this program ({error.strerror}); "
+            "stop what listens there, or choose another with --port",
+            f"{host} 的端口（{port}）不可用（{error.strerror}）；请停止占用它的程序，或用 --port 换一个",
+        )
+    )
 
 
 def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
@@ -167,7 +271,12 @@ def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise UsageError(f"adapters ({text!r}) must be NAME=FOLDER, several joined by commas / 应为 名称=文件夹")
+        raise UsageError(
+            say(
+                f"adapters ({text!r}) must be NAME=FOLDER, several joined by commas",
+                f"adapters（{text!r}）须为 名称=文件夹，多个用逗号连接",
+            )
+        )
     return name, folder
 
 
@@ -176,15 +285,37 @@ def _serve(path: Path, settings: Mapping[str, Any]) -> int:
         from ernie_tune.serve.server import server
     except ImportError as error:
         raise ValueError(
-            f"serve needs the package {error.name}; pip install fastapi uvicorn / 请先执行 pip install fastapi uvicorn"
+            say(
+                f"serve needs the package {error.name}; pip install fastapi uvicorn",
+                f"serve 需要 {error.name}；请先执行 pip install fastapi uvicorn",
+            )
         ) from error
-    service = open_service(path, settings)
     host, port = settings.get("host", "127.0.0.1"), settings.get("port", 8180)
-    one = server(service, host, port)
+    options = serve_options(settings)
+    with listen(host, port) as sock:
+        if options.any_address and not options.api_keys:
+            print(
+                say(
+                    f"ernie_tune: WARNING: {host} is open to other machines and there is no --api_key: everyone may ask",
+                    f"ernie_tune: 警告：{host} 对其他机器开放且没有 --api_key：任何人都可以访问",
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
+        return _run(server(open_service(path, settings), host, port), sock, host, port)
+
+
+def _run(one: Server, sock: socket.socket, host: str, port: int) -> int:
+    service = one.service
     one.on_ready = lambda address: print(
         f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1",
         file=sys.stderr,
         flush=True,
     )
-    one.run()
+    try:
+        one.run(sockets=[sock])
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise _taken(host, port, error) from error  # by one that was started at the same moment
     return 0 if one.started else 1

@@ -10,19 +10,25 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ernie_tune import __version__
 from ernie_tune.serve import replies
+from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.gate import Gate
 from ernie_tune.serve.metrics import CONTENT_TYPE
-from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
-from ernie_tune.serve.service import ApiError, Service, Step, Ticket
+from ernie_tune.serve.requests import R, read_request
+from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling, StreamOptions
+from ernie_tune.serve.service import Service, Step, Ticket
 
 T = TypeVar("T")
+
+_READ_AT_ONCE_BYTES = 50_000  # a larger body is read in a thread: the event loop has others to serve
 
 _ERROR = {
     "description": "What was wrong, in OpenAI's shape.",
@@ -89,31 +95,78 @@ def build(service: Service) -> FastAPI:
         finally:
             service.close()
 
-    app = FastAPI(title="ernie_tune", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="ernie_tune",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # they would lead to whatever host the client named
+        lifespan=lifespan,
+    )
     app.state.gate = Gate(app, service.options, service.metrics)
+    _describe_bodies(app)
     _add_errors(app)
     _add_status(app, service)
 
-    @app.post("/v1/chat/completions", responses={**_ERRORS, **_STREAM})
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", responses={**_ERRORS, **_STREAM}, openapi_extra=_takes(ChatRequest))
+    async def chat(request: Request) -> Response:
+        body = await _read(service, request, ChatRequest)
         writer = {"chat": True, "logprobs": body.logprobs, "token_ids": body.return_token_ids}
         return await _answer(service, body, request, service.chat(body), writer)
 
-    @app.post("/v1/completions", responses={**_ERRORS, **_STREAM})
-    async def complete(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", responses={**_ERRORS, **_STREAM}, openapi_extra=_takes(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        body = await _read(service, request, CompletionRequest)
         writer = {"chat": False, "logprobs": body.logprobs is not None, "token_ids": body.return_token_ids}
         return await _answer(service, body, request, service.complete(body), writer)
 
     return app
 
 
+_COMPONENT = "#/components/schemas/{model}"
+
+
+def _takes(kind: type[Sampling]) -> dict[str, Any]:
+    schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Bodies are read by `requests.py`; the description names their models all the same."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            models = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+            _, more = models_json_schema(models, ref_template=_COMPONENT)  # type: ignore[arg-type]
+            found.setdefault("components", {}).setdefault("schemas", {}).update(more["$defs"])
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+async def _read(service: Service, request: Request, kind: type[R]) -> R:
+    """The checked body. Raises ApiError."""
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ApiError(408, "the client has gone", "timeout_error") from None
+    if len(raw) <= _READ_AT_ONCE_BYTES:
+        return read_request(raw, kind, service.body_limits)
+    return await service.parsing.run(lambda: read_request(raw, kind, service.body_limits))
+
+
 async def _answer(
     service: Service, body: Sampling, request: Request, work: Awaitable[Ticket], writer: dict[str, bool]
 ) -> Response:
     ticket = await _while_connected(request, work, service.abandon)
+    request.state.ticket = ticket  # for the log
+    options = body.stream_options or StreamOptions()
+    writer["usage_each"] = options.continuous_usage_stats
     reply = replies.Writer(ticket, service.engine.processor, secrets.token_hex(12), int(time.time()), **writer)
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        with_usage = options.include_usage
         return _Events(_events(service, ticket, reply, with_usage), lambda: service.abandon(ticket))
     try:
         steps = await _while_connected(request, _collect(service, ticket), lambda _: None)
@@ -203,15 +256,6 @@ def _add_errors(app: FastAPI) -> None:
     async def known(_request: Request, problem: ApiError) -> Response:
         return answer(problem)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, found: RequestValidationError) -> Response:
-        first = found.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{place or 'body'}: {first['msg']}" + (
-            f" (and {len(found.errors()) - 1} more)" if len(found.errors()) > 1 else ""
-        )
-        return answer(ApiError(400, message[:1000], param=place[:200] or None))
-
     @app.exception_handler(HTTPException)
     async def http(request: Request, found: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {found.detail}"
@@ -219,4 +263,6 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(_request: Request, _found: Exception) -> Response:
-        return answer(ApiError(500, "the server failed on this request; its log says how", "server_error"))
+        # The connection is cut after it, and the client must know.
+        problem = ApiError(500, "the server failed on this request; its log says how", "server_error")
+        return answer(problem, {"Connection": "close"})

@@ -1,20 +1,27 @@
 """Downloads for a server that strangers talk to: http(s) only, public addresses only, bounded in size, time and redirects.
 
-A name is resolved once, every address it has is checked, and the connection goes to the checked address itself, so a name cannot change its
-mind in between. Each redirect is checked like the first URL. Refuses to know: pictures, the API.
+A name is resolved once, every address it has is checked, and the connection goes to the checked address itself, so a
+name cannot change its mind in between. Each redirect is checked like the first URL. The time that is left is set anew
+before every read, headers and chunk lines included: a host that trickles gains nothing. Refuses to know: pictures, the
+API.
 """
 
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from ernie_tune.serve.pool import Lease
 
 Address = tuple[Any, ...]  # an entry of `socket.getaddrinfo`
 Resolve = Callable[[str, int], Sequence[Address]]
@@ -39,6 +46,79 @@ def _resolve(host: str, port: int) -> Sequence[Address]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
+# A resolver cannot be interrupted, so names are looked up in threads that may be left behind, this many at most.
+_RESOLVING = threading.BoundedSemaphore(32)
+
+
+def _resolve_within(resolve: Resolve, host: str, port: int, seconds: float) -> Sequence[Address]:
+    """What `resolve` gives or raises. Raises TimeoutError when it takes longer, and when too many do already."""
+    if not _RESOLVING.acquire(blocking=False):
+        raise TimeoutError("too many names are being looked up")
+    found: queue.SimpleQueue[Sequence[Address] | OSError | ValueError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found.put(resolve(host, port))
+        except (OSError, ValueError) as error:
+            found.put(error)
+        finally:
+            _RESOLVING.release()
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    try:
+        answer = found.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("looking up the name took too long") from None
+    if isinstance(answer, OSError | ValueError):
+        raise answer
+    return answer
+
+
+class _Clock:
+    """The time that one download has left: its own, and its lease's."""
+
+    def __init__(self, seconds: float, lease: Lease) -> None:
+        self._deadline, self._lease = time.monotonic() + seconds, lease
+
+    def left(self) -> float:
+        """Seconds above 0. Raises TimeoutError."""
+        left = min(self._deadline - time.monotonic(), self._lease.left())
+        if left <= 0:
+            raise TimeoutError("too slow")
+        return left
+
+
+class _Reader(io.RawIOBase):
+    """A socket's bytes; each read waits at most for the time that is left of the whole."""
+
+    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
+        self._sock, self._clock = sock, clock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(self._clock.left())
+        return self._sock.recv_into(buffer)
+
+
+class _TimedSocket:
+    """As much of a socket as `http.client` uses, read through a `_Reader`."""
+
+    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
+        self._sock, self._clock = sock, clock
+
+    def makefile(self, *_: Any) -> io.BufferedReader:
+        return io.BufferedReader(_Reader(self._sock, self._clock))
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(self._clock.left())
+        self._sock.sendall(data)
+
+    def close(self) -> None:
+        """Left to the one who opened it: `http.client` lets go of a socket while its answer is still read."""
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the open Internet, seen through the IPv6 forms that wrap an IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -52,18 +132,15 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and all(one.is_global and not one.is_multicast for one in found)
 
 
-def fetch(url: str, policy: FetchPolicy, label: str, resolve: Resolve = _resolve) -> bytes:
-    """The body behind `url`. Raises ValueError, opened by `label`, for everything that is not a complete answer 200 within the policy."""
-    deadline = time.monotonic() + policy.timeout_seconds
+def fetch(url: str, policy: FetchPolicy, label: str, resolve: Resolve = _resolve, lease: Lease | None = None) -> bytes:
+    """The body behind `url`. Raises ValueError, opened by `label`, for everything that is not a complete answer 200 within the
+    policy, and where the `lease` ends or is given up."""
+    clock = _Clock(policy.timeout_seconds, lease := lease or Lease(policy.timeout_seconds))
     for _ in range(policy.max_redirects + 1):
         target = _split(url, label)
-        addresses = _addresses(target, policy, label, resolve)
         try:
-            connection = _connect(target, addresses, deadline)
-            try:
-                where, body = _read(connection, target, policy, label, deadline)
-            finally:
-                connection.close()
+            addresses = _addresses(target, policy, label, resolve, clock)
+            where, body = _ask(target, addresses, policy, label, clock, lease)
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"{label} cannot be downloaded ({type(error).__name__}); check the URL") from error
         if where is None:
@@ -72,6 +149,32 @@ def fetch(url: str, policy: FetchPolicy, label: str, resolve: Resolve = _resolve
     raise ValueError(
         f"{label} must be reached within {policy.max_redirects} redirects; give the address that it ends at"
     )
+
+
+def _ask(
+    target: SplitResult, addresses: Sequence[Address], policy: FetchPolicy, label: str, clock: _Clock, lease: Lease
+) -> tuple[str | None, bytes]:
+    """`_read` of the first address that takes the connection. Raises OSError where none does."""
+    failed = OSError("no address")
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as sock, lease.holding(sock):
+            try:
+                sock.settimeout(clock.left())
+                sock.connect(address)
+            except OSError as error:
+                failed = error
+                continue
+            if target.scheme != "https":
+                return _read(sock, target, policy, label, clock)
+            sock.settimeout(clock.left())
+            # The handshake is one call that keeps to this time as a whole.
+            with _tls(sock, target.hostname or "") as secured, lease.holding(secured):
+                return _read(secured, target, policy, label, clock)
+    raise failed
+
+
+def _tls(sock: socket.socket, host: str) -> ssl.SSLSocket:
+    return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
 
 
 def _split(url: str, label: str) -> SplitResult:
@@ -87,10 +190,14 @@ def _split(url: str, label: str) -> SplitResult:
     return target
 
 
-def _addresses(target: SplitResult, policy: FetchPolicy, label: str, resolve: Resolve) -> Sequence[Address]:
+def _addresses(
+    target: SplitResult, policy: FetchPolicy, label: str, resolve: Resolve, clock: _Clock
+) -> Sequence[Address]:
     host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
     try:
-        found = resolve(host, port)
+        found = _resolve_within(resolve, host, port, clock.left())
+    except TimeoutError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: names that cannot be written as one
         raise ValueError(f"{label} must name a host that exists; correct the URL") from error
     private = not all(is_public(str(address[4][0])) for address in found)
@@ -101,54 +208,29 @@ def _addresses(target: SplitResult, policy: FetchPolicy, label: str, resolve: Re
     return found
 
 
-def _connect(target: SplitResult, addresses: Sequence[Address], deadline: float) -> http.client.HTTPConnection:
-    host, error = target.hostname or "", OSError("no address")
-    for family, kind, protocol, _, address in addresses:
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(_left(deadline))
-            sock.connect(address)
-            if target.scheme == "https":
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-        except OSError as failed:
-            sock.close()
-            error = failed
-            continue
-        connection = http.client.HTTPConnection(host, target.port)
-        connection.sock = sock
-        return connection
-    raise error
-
-
 def _read(
-    connection: http.client.HTTPConnection, target: SplitResult, policy: FetchPolicy, label: str, deadline: float
+    sock: socket.socket, target: SplitResult, policy: FetchPolicy, label: str, clock: _Clock
 ) -> tuple[str | None, bytes]:
     """(where a redirect leads, b"") or (None, the body)."""
     path = quote(target.path or "/", safe=_PATH_SAFE) + (
         f"?{quote(target.query, safe=_PATH_SAFE)}" if target.query else ""
     )
-    sock = connection.sock  # `getresponse` lets go of it where the connection is to close
+    connection = http.client.HTTPConnection(target.hostname or "", target.port)
+    connection.sock = _TimedSocket(sock, clock)
     connection.request("GET", path, headers={"Accept-Encoding": "identity", "User-Agent": "ernie-tune"})
-    response = connection.getresponse()
-    if response.status in _REDIRECTS and response.headers["Location"]:
-        return response.headers["Location"], b""
-    if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
-        raise ValueError(f"{label} must be answered with 200 and a plain body, got {response.status}; check the URL")
-    body = bytearray()
-    while True:
-        sock.settimeout(_left(deadline))
-        part = response.read1(2**16)
-        if not part:
-            if response.length:
-                raise http.client.IncompleteRead(bytes(body), response.length)
-            return None, bytes(body)
-        body += part
-        if len(body) > policy.max_bytes or (response.length or 0) > policy.max_bytes:
-            raise ValueError(f"{label} must be at most {policy.max_bytes} bytes; send a smaller file")
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("too slow")
-    return left
+    with connection.getresponse() as response:
+        if response.status in _REDIRECTS and response.headers["Location"]:
+            return response.headers["Location"], b""
+        if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
+            raise ValueError(
+                f"{label} must be answered with 200 and a plain body, got {response.status}; check the URL"
+            )
+        body = bytearray()
+        while part := response.read1(2**16):
+            body += part
+            if len(body) > policy.max_bytes or (response.length or 0) > policy.max_bytes:
+                raise ValueError(f"{label} must be at most {policy.max_bytes} bytes; send a smaller file")
+        if response.length:
+            raise http.client.IncompleteRead(bytes(body), response.length)
+        clock.left()  # an end that came of giving up is none
+        return None, bytes(body)

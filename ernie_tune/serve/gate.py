@@ -1,4 +1,5 @@
-"""What every request passes before the application sees it: shutdown, key, number of requests in the house, size and speed of the body, total time.
+"""What every request passes before the application sees it: the name by which it calls the server, shutdown, key, number
+of requests in the house, kind, size and speed of the body, total time.
 
 Refuses before anything of the body is read. An ASGI middleware; refuses to know: what requests mean.
 """
@@ -7,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.replies import dumps, error, sse
-from ernie_tune.serve.service import ApiError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,7 +29,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_SECONDS = 1
 _LAST_WORD_SECONDS = 5.0  # to tell a client that its time is over
-_KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+_OPEN = ("/", "/health")  # need no key
+_KNOWN = ("/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
 class Gate:
@@ -44,7 +48,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        reply = _Reply(send)
+        reply, started = _Reply(send), time.monotonic()
         try:
             await self._pass(scope, receive, reply)
         except ApiError as problem:
@@ -52,15 +56,23 @@ class Gate:
         finally:
             path = scope["path"] if scope["path"] in _KNOWN else "other"
             self.metrics.requests.add(1, path, str(reply.status or 499))
+            if self.options.log_requests:
+                print(_line(scope, reply.status or 499, time.monotonic() - started), file=sys.stderr, flush=True)
 
     async def _pass(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        self._check_host(headers)
+        if scope["path"] not in _OPEN:
+            self._check_key(headers)
         if not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, reply.send)
             return
-        self._check(scope)
+        if self.draining:
+            raise ApiError(503, "the server is shutting down; ask another one", "server_error", "shutting_down")
         if scope["method"] != "POST":
             await self.app(scope, receive, reply.send)
             return
+        self._check_body(headers)
         if self.inside >= self.options.max_concurrency:
             raise ApiError(
                 429, _busy("requests", self.options.max_concurrency), "rate_limit_error", "rate_limit_exceeded"
@@ -88,10 +100,21 @@ class Gate:
                 self.empty.set()
             self.metrics.whole.observe(time.monotonic() - started)
 
-    def _check(self, scope: Scope) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.draining:
-            raise ApiError(503, "the server is shutting down; ask another one", "server_error", "shutting_down")
+    def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
+        """Under a foreign name a page of the web would read answers as its own: names can be led to any address."""
+        given = headers.get(b"host")
+        name = None if given is None else _host_name(given.decode("latin-1"))
+        if name is None or name in self.options.host_names or _is_loopback(name):
+            return
+        if not (self.options.any_address and _is_address(name)):
+            raise ApiError(
+                400,
+                f"host ({name[:100]!r}) must be a name of this server; use its address, "
+                "or let the operator add the name to allow_hosts",
+                code="unknown_host",
+            )
+
+    def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
         keys = self.options.api_keys
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         # All keys are compared, whichever fits, in the same time.
@@ -103,9 +126,49 @@ class Gate:
                 "authentication_error",
                 "invalid_api_key",
             )
+
+    def _check_body(self, headers: Mapping[bytes, bytes]) -> None:
+        # Any other kind, or none, a page of the web may send to a server of its reader's machine unasked.
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+            raise ApiError(400, "the header Content-Type must be application/json; send it with the body")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.options.max_body_bytes:
             raise ApiError(413, _too_large(self.options.max_body_bytes), code="request_too_large")
+
+
+def _host_name(host: str) -> str:
+    """Of a Host header, without the port and the brackets of IPv6, in lower case."""
+    host = host.strip().lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    return (
+        name == "localhost"
+        or name.endswith(".localhost")
+        or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+    )
+
+
+def _line(scope: Scope, status: int, seconds: float) -> str:
+    """One line of the log; nothing in it that a client could make look like another."""
+    ticket = scope.get("state", {}).get("ticket")
+    tokens = f" {ticket.model} {ticket.prompt_tokens}+{ticket.answer_tokens} tokens" if ticket is not None else ""
+    path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+    client = (scope.get("client") or ("-",))[0]
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"ernie_tune: {now} {client} {scope['method']} {path} {status} {seconds:.3f} s{tokens}"
 
 
 def _too_large(limit: int) -> str:

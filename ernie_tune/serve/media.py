@@ -16,6 +16,7 @@ from PIL import Image
 
 from ernie_tune.data.images import decode_errors, describe, open_source
 from ernie_tune.serve.fetch import FetchPolicy, fetch
+from ernie_tune.serve.pool import Lease
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ANIMATIONS = ("GIF", "PNG", "WEBP")
@@ -30,20 +31,20 @@ class MediaPolicy:
     max_pixels: int = 64_000_000
 
 
-def read_image(url: str, policy: MediaPolicy, where: str = "") -> bytes:
+def read_image(url: str, policy: MediaPolicy, where: str = "", lease: Lease | None = None) -> bytes:
     """The bytes of a picture whose format and size are fine. Raises ValueError."""
     label = describe("image", url, where)
-    data = read(url, policy, label)
+    data = read(url, policy, label, lease)
     with decode_errors(label):
         size = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size  # the head alone; no pixel is decoded
     _check_size(size, policy, label)
     return data
 
 
-def read_video(url: str, policy: MediaPolicy, where: str = "") -> bytes:
+def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | None = None) -> bytes:
     """The bytes of a video whose format and frame size are fine. Raises ValueError; ImportError where PyAV is needed and missing."""
     label = describe("video", url, where)
-    data = read(url, policy, label)
+    data = read(url, policy, label, lease)
     if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         with decode_errors(label):
             size = Image.open(io.BytesIO(data), formats=_ANIMATIONS).size
@@ -62,14 +63,17 @@ def _container_size(data: bytes, label: str) -> tuple[int, int]:
         raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
     try:
         with av.open(io.BytesIO(data)) as container:
-            streams = container.streams.video
-            return (streams[0].width, streams[0].height) if streams else (0, 0)
+            # Of a codec that FFmpeg does not know, PyAV has neither a context nor a size.
+            streams = [one for one in container.streams.video if getattr(one, "codec_context", None) is not None]
+            if not streams:
+                raise ValueError(f"{label} must have a video stream of a known codec; re-encode it to mp4")
+            return streams[0].width, streams[0].height
     except av.error.FFmpegError as error:
         raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
 
 
-def read(url: str, policy: MediaPolicy, label: str) -> bytes:
-    """The bytes behind a data:, file:/// or http(s) URL. Raises ValueError."""
+def read(url: str, policy: MediaPolicy, label: str, lease: Lease | None = None) -> bytes:
+    """The bytes behind a data:, file:/// or http(s) URL; a `lease` bounds a download. Raises ValueError."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         # The scheme is case-insensitive; `open_source` knows it in lower case.
@@ -77,7 +81,7 @@ def read(url: str, policy: MediaPolicy, label: str) -> bytes:
     elif scheme == "file":
         data = _read_local(url, policy, label)
     elif scheme in ("http", "https"):
-        return fetch(url, policy.fetch, label)
+        return fetch(url, policy.fetch, label, lease=lease)
     else:
         raise ValueError(
             f"{label} must be a data:, https:// or http:// URL; encode a file as data:image/png;base64,..."

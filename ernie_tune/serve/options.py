@@ -20,12 +20,23 @@ class ServeOptions:
     images: int = 10
     videos: int = 3
     max_body_bytes: int = 64 * 2**20
+    max_text_bytes: int | None = (
+        None  # of a body without its data: URLs; None: 1 MiB and 16 bytes a token of the context
+    )
     max_pending_bytes: int = 2**30  # all bodies together; beyond it 429
     body_timeout_seconds: float = 30.0  # between two parts of a body
+    head_timeout_seconds: float = 15.0  # from the first byte of a request, or the connection, to the end of its head
+    idle_timeout_seconds: float = 30.0  # of a connection between two requests
+    write_timeout_seconds: float = 30.0  # until a client has read what waits for it; then it is gone
+    media_timeout_seconds: float = 60.0  # to download and decode the pictures and videos of a request
+    max_connections: int = 2048  # beyond it the one that is silent for longest is closed
     request_timeout_seconds: float = 600.0
     shutdown_timeout_seconds: float = 60.0
-    preparing: int = 4  # threads that download and decode
+    preparing: int = 4  # threads that encode text, and as many that download and decode
     api_keys: tuple[str, ...] = ()  # none: everyone may ask
+    host_names: tuple[str, ...] = ()  # by which clients may call the server, beside those of the loopback
+    any_address: bool = False  # also by any IP address: it listens to other machines
+    log_requests: bool = False
     media: MediaPolicy = field(default_factory=MediaPolicy)
 
     def __post_init__(self) -> None:
@@ -39,6 +50,12 @@ class ServeOptions:
             "images": 0,
             "videos": 0,
             "max_body_bytes": 1,
+            "max_text_bytes": 1,
+            "max_connections": 1,
+            "head_timeout_seconds": 0.001,
+            "idle_timeout_seconds": 0.001,
+            "write_timeout_seconds": 0.001,
+            "media_timeout_seconds": 0.001,
             "max_pending_bytes": 1,
             "body_timeout_seconds": 0.001,
             "request_timeout_seconds": 0.001,

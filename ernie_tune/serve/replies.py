@@ -8,7 +8,8 @@ from typing import Any
 
 from ernie_tune.data.processor import Processor
 from ernie_tune.generate.batch import TokenEvent
-from ernie_tune.serve.service import ApiError, Choice, Step, Ticket
+from ernie_tune.serve.errors import ApiError
+from ernie_tune.serve.service import Choice, Step, Ticket
 
 DONE = b"data: [DONE]\n\n"
 
@@ -84,9 +85,11 @@ class Writer:
         chat: bool,
         logprobs: bool,
         token_ids: bool,
+        usage_each: bool = False,
     ) -> None:
+        """`usage_each`: every chunk of a stream tells the usage so far."""
         self.ticket, self.processor = ticket, processor
-        self.chat, self.logprobs, self.token_ids = chat, logprobs, token_ids
+        self.chat, self.logprobs, self.token_ids, self.usage_each = chat, logprobs, token_ids, usage_each
         self._head = {"id": ("chatcmpl-" if chat else "cmpl-") + number, "created": created, "model": ticket.model}
         self._number = number
         self._begun: set[int] = set()
@@ -145,7 +148,8 @@ class Writer:
             or self.logprobs
             or self.token_ids
         ]
-        return b"".join(sse(self._chunk([self._part(step)])) for step in shown)
+        so_far = {"usage": usage(self.ticket)} if self.usage_each else {}
+        return b"".join(sse({**self._chunk([self._part(step)]), **so_far}) for step in shown)
 
     def end(self, with_usage: bool) -> bytes:
         """The last lines of a stream."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from ernie_tune.serve.app import build
+from ernie_tune.serve.connections import RESERVED_FILES, Connection, Connections, log_seldom, open_files
 from ernie_tune.serve.gate import Gate
 from ernie_tune.serve.service import Service
 
@@ -19,15 +21,16 @@ _LAST_WORDS_SECONDS = 5.0
 class Server(uvicorn.Server):
     """On the first signal: refuse what is new (503, /health too), finish what is inside, then stop. On the second: stop at once."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, service: Service, house: Connections) -> None:
         super().__init__(config)
-        self.gate, self.service = gate, service
+        self.gate, self.service, self.house = gate, service, house
         self.on_ready: Callable[[tuple[str, int]], None] | None = None  # told where it listens
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(log_seldom())
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started and self.on_ready:
             self.on_ready(self.servers[0].sockets[0].getsockname()[:2])
@@ -67,17 +70,22 @@ class Server(uvicorn.Server):
 
 def server(service: Service, host: str, port: int) -> Server:
     """A server that `run()` serves until a signal. Port 0: any free one."""
-    app = build(service)
+    app, options = build(service), service.options
+    files = open_files()
+    most = options.max_connections if files is None else max(min(options.max_connections, files - RESERVED_FILES), 1)
+    house = Connections(most, options.head_timeout_seconds, options.write_timeout_seconds)
     config = uvicorn.Config(
         app.state.gate,
         host=host,
         port=port,
+        http=partial(Connection, house=house),  # type: ignore[arg-type]
+        ws="none",
         lifespan="on",
         log_level="warning",
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=2**16,
-        timeout_keep_alive=30,
+        timeout_keep_alive=options.idle_timeout_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=int(_LAST_WORDS_SECONDS),
     )
-    return Server(config, app.state.gate, service)
+    return Server(config, app.state.gate, service, house)

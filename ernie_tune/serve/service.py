@@ -11,12 +11,12 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ernie_tune.data.chat import CALL_END
 from ernie_tune.data.processor import RowTooLong
 from ernie_tune.generate.answer import AnswerReader, Delta
 from ernie_tune.generate.batch import Prompt, TokenEvent
@@ -24,26 +24,14 @@ from ernie_tune.generate.engine import Engine, Prepared, Request
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.generate.scheduler import Capacity
 from ernie_tune.models.inputs import Row, feature_count, pack
+from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.media import read_image, read_video
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
+from ernie_tune.serve.pool import Lease, Pool
+from ernie_tune.serve.requests import BodyLimits
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
 from ernie_tune.serve.thread import EngineEnded, EngineFailure, Job, SchedulerThread
-
-
-class ApiError(Exception):
-    """What a client is told: an HTTP status and the fields of OpenAI's error object."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
 
 
 @dataclass
@@ -121,17 +109,24 @@ class Service:
         self.metrics = Metrics()
         self.started = int(time.time())
         self._keys = itertools.count(1)
-        self._workers = ThreadPoolExecutor(options.preparing, "prepare")
+        # 16 bytes a token: escaped Chinese takes six a character.
+        text = options.max_text_bytes or 2**20 + 16 * self.max_model_len
+        self.body_limits = BodyLimits(text, self.max_model_len, options.max_num_seqs)
+        # Text never waits behind pictures, nor parsing behind either.
+        self.parsing = Pool(1, "parse")
+        self._text, self._media = Pool(options.preparing, "text"), Pool(options.preparing, "media")
         # Pictures cut into patches are large: not many more requests than can run hold theirs.
         self._outside = 0  # requests that wait for a place
         self._places = asyncio.Semaphore(options.max_num_seqs + options.preparing)
+        self._media_places = asyncio.Semaphore(options.preparing)
 
     def start(self) -> None:
         self.scheduler.start()
 
     def close(self) -> None:
         self.scheduler.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.parsing, self._text, self._media):
+            pool.close()
 
     def find(self, name: str | None) -> tuple[str, str | None]:
         """(served name, adapter). Raises ApiError 404 for an unknown name."""
@@ -149,18 +144,25 @@ class Service:
     async def chat(self, request: ChatRequest) -> Ticket:
         """Fetch, render, encode and queue. Raises ApiError."""
         name, adapter = self.find(request.model)
-        self._check_media(request)
+        lease = Lease(self.options.media_timeout_seconds) if self._check_media(request) else None
         params = self._params(request, request.limit, request.logprobs, request.top_logprobs)
+        if request.callable_tools and not request.parallel_tool_calls:
+            params = replace(
+                params, stop_strings=(*params.stop_strings, CALL_END)
+            )  # the answer ends with its first call
 
         def prepare() -> list[Prepared]:
             texts = [text for message in request.messages for text in message.texts()]
             self._check_length([*texts, *map(str, request.callable_tools)])
-            messages = [self._message(i, message) for i, message in enumerate(request.messages)]
+            messages = self._messages(request, lease)
             limit = request.reasoning_max_tokens
             asked = Request(messages, thinking=request.thinking, max_thought_tokens=limit, tools=request.callable_tools)
             return [self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)]
 
-        return await self._queue(name, adapter, request, prepare, self.engine.reader)
+        def reader(prepared: Prepared) -> AnswerReader:
+            return AnswerReader(self.engine.processor, prepared.opened, request.stops, calls=prepared.calls)
+
+        return await self._queue(name, adapter, request, prepare, reader, lease)
 
     async def complete(self, request: CompletionRequest) -> Ticket:
         """Encode and queue raw prompts. Raises ApiError."""
@@ -236,25 +238,41 @@ class Service:
         request: Sampling,
         prepare: Callable[[], list[Prepared]],
         reader: Callable[[Prepared], AnswerReader],
+        lease: Lease | None = None,
     ) -> Ticket:
         loop = asyncio.get_running_loop()
-        self._outside += 1
-        try:
-            await self._places.acquire()
-        finally:
-            self._outside -= 1
-        leave = _once(self._places.release)
         with contextlib.ExitStack() as undo:
+            # What waits for a place is small: text, or the pictures of the few that are read at a time.
+            prepared: list[Prepared] = []
+            if lease is not None:
+                await self._wait(self._media_places)
+                undo.callback(held := _once(self._media_places.release))
+                prepared = await self._prepare(self._media, prepare, lease)
+            await self._wait(self._places)
+            leave = _once(self._places.release)
             undo.callback(leave)
+            if lease is not None:
+                held()
+            else:
+                prepared = await self._prepare(self._text, prepare)
             with _refusals():
-                prepared = [self._fit(one, request) for one in await loop.run_in_executor(self._workers, prepare)]
+                prepared = [self._fit(one, request) for one in prepared]
             queue: asyncio.Queue[list[TokenEvent] | EngineFailure] = asyncio.Queue()
+            running = len(prepared)
 
-            def report(news: list[TokenEvent] | EngineFailure) -> None:
+            def told(news: list[TokenEvent] | EngineFailure, last: bool) -> None:
+                nonlocal running
+                queue.put_nowait(news)
+                running -= last
+                if not running:  # whether anybody reads the answer or not
+                    leave()
+
+            def report(job: Job, news: list[TokenEvent] | EngineFailure) -> None:
+                last = isinstance(news, EngineFailure) or not job.rows_left
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-                    loop.call_soon_threadsafe(queue.put_nowait, news)
+                    loop.call_soon_threadsafe(told, news, last)
 
-            jobs = [Job(one, adapter, report) for one in prepared]
+            jobs = [_job(one, adapter, report) for one in prepared]
             with _refusals():
                 for job in jobs:
                     self.scheduler.check(job)
@@ -269,11 +287,29 @@ class Service:
             undo.pop_all()
             return ticket
 
+    async def _wait(self, places: asyncio.Semaphore) -> None:
+        self._outside += 1
+        try:
+            await places.acquire()
+        finally:
+            self._outside -= 1
+
+    async def _prepare(
+        self, pool: Pool, prepare: Callable[[], list[Prepared]], lease: Lease | None = None
+    ) -> list[Prepared]:
+        """In a thread of the pool. Nobody waits any more: the lease is given up, and with it downloads and decoding."""
+        try:
+            with _refusals():
+                return await pool.run(prepare)
+        finally:
+            if lease is not None:
+                lease.give_up()
+
     def _params(self, request: Sampling, limit: int | None, logprobs: bool, top: int | None) -> SamplingParams:
         # A request without a seed must differ from the next one; the seed's sign is of no use to the generator.
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         with _refusals():
-            return self.engine.params(
+            params = self.engine.params(
                 max_new_tokens=limit or 1,
                 temperature=request.temperature,
                 top_p=request.top_p,
@@ -286,6 +322,9 @@ class Service:
                 stop_strings=request.stops,
                 top_logprobs=(top or 0) if logprobs else 0,
             )
+        more = tuple(request.stop_token_ids or ())
+        self._check_ids(more, "stop_token_ids")
+        return replace(params, stop_ids=(() if request.ignore_eos else params.stop_ids) + more)
 
     def _fit(self, prepared: Prepared, request: Sampling) -> Prepared:
         """With the default limit where the request names none. Raises ValueError where prompt and answer exceed max_model_len."""
@@ -299,7 +338,8 @@ class Service:
         pack([prompt.row], self.engine.processor.tokens)  # refuses what would spoil a batch
         return replace(prepared, prompt=prompt)
 
-    def _check_media(self, request: ChatRequest) -> None:
+    def _check_media(self, request: ChatRequest) -> bool:
+        """Whether there are any. Raises ApiError for too many."""
         parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
         for kind, limit in (("image", self.options.images), ("video", self.options.videos)):
             count = sum(part.type == f"{kind}_url" for part in parts)
@@ -307,6 +347,7 @@ class Service:
                 raise ApiError(
                     400, f"number of {kind}s ({count}) must be at most {limit}; send fewer", param="messages"
                 )
+        return any(part.type in ("image_url", "video_url") for part in parts)
 
     def _check_length(self, texts: Sequence[str]) -> None:
         """Refuse text that cannot fit however it is cut into tokens, before it is: cutting megabytes takes long. Raises RowTooLong."""
@@ -316,37 +357,69 @@ class Service:
                 f"prompt (at least {least} tokens) must not exceed the context ({self.max_model_len} tokens); shorten it"
             )
 
-    def _message(self, index: int, message: Any) -> dict[str, Any]:
+    def _messages(self, request: ChatRequest, lease: Lease | None) -> list[dict[str, Any]]:
         """In the words of data/chat.py. Text goes into parts, where no tag in it means a medium."""
-        role = {"developer": "system", "bot": "assistant"}.get(message.role, message.role)
-        parts: list[dict[str, Any]] = []
-        content = message.content
-        for i, part in enumerate([] if content is None else [content] if isinstance(content, str) else content):
-            where = f"messages[{index}].content[{i}]"
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-            elif part.type == "text":
-                parts.append({"type": "text", "text": part.text})
-            elif part.type == "image_url":
-                parts.append({"type": "image", "image": read_image(part.image_url.url, self.options.media, where)})
-            else:
-                parts.append({"type": "video", "video": read_video(part.video_url.url, self.options.media, where)})
-        out: dict[str, Any] = {"role": role, "content": parts}
-        if role == "assistant" and message.reasoning_content:
-            out["reasoning_content"] = message.reasoning_content
-        if role == "assistant" and message.tool_calls:
-            out["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-        return out
+        left = self.options.max_body_bytes  # of all media together, however they come
+        if lease is not None:
+            lease.begin()
+
+        def medium(kind: str, url: str, where: str) -> dict[str, Any]:
+            nonlocal left
+            if lease is not None:
+                lease.left()
+            data = (read_image if kind == "image" else read_video)(url, self.options.media, where, lease)
+            left -= len(data)
+            if left < 0:
+                raise ValueError(
+                    f"{where}: pictures and videos of a request must have at most {self.options.max_body_bytes} bytes "
+                    "together; send fewer or smaller ones"
+                )
+            return {"type": kind, kind: data}
+
+        return [_message(message, f"messages[{i}]", medium) for i, message in enumerate(request.messages)]
 
     def _raw(self, index: int, prompt: str | list[int], params: SamplingParams) -> Prepared:
-        vocabulary = self.engine.model.config.vocab_size
         ids = self.engine.processor.tokenizer.encode(prompt, allow_special=True) if isinstance(prompt, str) else prompt
-        wrong = [i for i in ids if not 0 <= i < vocabulary]
-        if wrong:
-            raise ValueError(
-                f"prompt[{index}] token id ({wrong[0]}) must be from 0 to {vocabulary - 1}; use this model's tokenizer"
-            )
+        self._check_ids(ids, f"prompt[{index}]")
         return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        vocabulary = self.engine.model.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ApiError(
+                400,
+                f"{field} token id ({wrong}) must be from 0 to {vocabulary - 1}; use this model's tokenizer",
+                param=field.partition("[")[0],
+            )
+
+
+def _message(message: Any, where: str, medium: Callable[[str, str, str], dict[str, Any]]) -> dict[str, Any]:
+    role = {"developer": "system", "bot": "assistant"}.get(message.role, message.role)
+    parts: list[dict[str, Any]] = []
+    content = message.content
+    for i, part in enumerate([] if content is None else [content] if isinstance(content, str) else content):
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        elif part.type in ("text", "refusal"):
+            parts.append({"type": "text", "text": part.text})
+        elif part.type == "image_url":
+            parts.append(medium("image", part.image_url.url, f"{where}.content[{i}]"))
+        else:
+            parts.append(medium("video", part.video_url.url, f"{where}.content[{i}]"))
+    out: dict[str, Any] = {"role": role, "content": parts}
+    if role == "assistant" and message.reasoning_content:
+        out["reasoning_content"] = message.reasoning_content
+    if role == "assistant" and message.tool_calls:
+        out["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
+    return out
+
+
+def _job(
+    prepared: Prepared, adapter: str | None, report: Callable[[Job, list[TokenEvent] | EngineFailure], None]
+) -> Job:
+    job = Job(prepared, adapter, lambda news: report(job, news))
+    return job
 
 
 def _failure(failure: EngineFailure) -> ApiError:
@@ -362,6 +435,10 @@ def _refusals() -> Iterator[None]:
         raise ApiError(400, str(error), code="context_length_exceeded") from error
     except (ValueError, ImportError) as error:
         raise ApiError(400, str(error)) from error
+    except TimeoutError as error:
+        raise ApiError(400, f"pictures and videos must be read in time: {error}; send fewer or smaller ones") from error
+    except RecursionError as error:
+        raise ApiError(400, "JSON inside the request must not be nested so deep; flatten it") from error
 
 
 def _once(call: Callable[[], None]) -> Callable[[], None]:

@@ -58,8 +58,8 @@ def refused(reply: httpx.Response, status: int, *words: str) -> dict[str, Any]:
     ("change", "words"),
     [
         ({"messages": []}, ("messages", "at least 1")),
-        ({"messages": [{"role": "robot", "content": "x"}]}, ("messages.0", "role")),
-        ({"messages": [{"role": "user"}]}, ("content",)),
+        ({"messages": [{"role": "robot", "content": "x"}]}, ("messages[0].role ('robot')", "must be one of 'system'")),
+        ({"messages": [{"role": "user"}]}, ("messages[0].content must be given",)),
         ({"messages": [*WHY, *WHY]}, ("in turn",)),
         ({"messages": [*WHY, {"role": "assistant", "content": "x"}]}, ("last role",)),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ()),
@@ -75,16 +75,16 @@ def refused(reply: httpx.Response, status: int, *words: str) -> dict[str, Any]:
         ({"temperature": "hot"}, ("temperature",)),
         ({"top_p": 0}, ("top_p",)),
         ({"stop": [""]}, ("stop", "1 to 256 characters")),
-        ({"stop": ["x"] * 17}, ("stop", "at most 16 strings")),
+        ({"stop": ["x"] * 17}, ("stop", "at most 16 items")),
         ({"top_logprobs": 3}, ("top_logprobs needs logprobs",)),
         ({"stream_options": {"include_usage": True}}, ("stream_options needs stream",)),
         ({"frequency_penalty": 2.5}, ("frequency_penalty",)),
         ({"presence_penalty": -3}, ("presence_penalty",)),
         ({"tools": [{"type": "function"}]}, ("tools",)),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, ("tools.0.function.name",)),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, ("tools[0].function.name ('a b')",)),
         ({"tool_choice": "required"}, ("tool_choice",)),
-        ({"best_off": 2}, ("best_off", "Extra inputs are not permitted")),
-        ({"chat_template_kwargs": {"thinking": True}}, ("chat_template_kwargs.thinking",)),
+        ({"best_off": 2}, ("best_off is no field that this server knows; did you mean 'best_of'?",)),
+        ({"chat_template_kwargs": {"thinks": True}}, ("chat_template_kwargs.thinks",)),
         ({"model": "other", "x": 1}, ("x",)),
     ],
 )
@@ -117,7 +117,7 @@ def test_codes_of_common_errors(tight: Live) -> None:
         ([], "must have at least 1"),
         ([["x"]], "prompt"),
         ("<|IMAGE_PLACEHOLDER|>", "placeholder"),
-        (["a"] * 5, "number of prompts * n (5)"),
+        (["a"] * 5, "prompt (5 prompts) must have at most max_num_seqs (4)"),
     ],
 )
 def test_bad_prompts(prompt: Any, words: str, tight: Live) -> None:
@@ -156,11 +156,16 @@ def test_a_text_that_can_never_fit_is_not_cut_into_tokens(engine: Engine, monkey
 
 def test_bodies_are_counted_with_and_without_their_length(tight: Live) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
-    refused(post(tight, big), 413, "at most 20000 bytes")
+    headers = {"content-type": "application/json"}
+    refused(post(tight, big, headers=headers), 413, "at most 20000 bytes")
     pieces = (big[i : i + 1000] for i in range(0, len(big), 1000))
-    refused(httpx.post(tight.root + "/v1/chat/completions", content=pieces), 413, "at most 20000 bytes")
+    refused(
+        httpx.post(tight.root + "/v1/chat/completions", content=pieces, headers=headers), 413, "at most 20000 bytes"
+    )
     with socket.create_connection(("127.0.0.1", tight.port)) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999\r\n\r\n")
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999999999\r\n\r\n"
+        )
         assert b" 413 " in raw.recv(100), "before a byte of it is read"
 
 
@@ -206,7 +211,9 @@ def test_keys(engine: Engine) -> None:
         with pytest.raises(openai.AuthenticationError):
             one.client("third").models.list()
         assert httpx.get(one.root + "/health").status_code == 200
-        assert httpx.get(one.root + "/metrics").status_code == 200
+        for path in ("/metrics", "/openapi.json", "/v1/models"):
+            refused(httpx.get(one.root + path), 401)
+            assert httpx.get(one.root + path, headers={"authorization": "Bearer first"}).status_code == 200
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -248,6 +249,19 @@ def test_options_of_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert made.media.fetch.allowed_hosts == {"a.local", "b.local"}
     assert made.media.fetch.allow_private
     assert serve_options(options("--api_key", "x")).api_keys == ("x",)
+    for nothing in ("", " , "):
+        with pytest.raises(ValueError, match="api_key is set but names no key"):
+            serve_options(options("--api_key", nothing))
+        monkeypatch.setenv("ERNIE_TUNE_API_KEY", nothing)
+        with pytest.raises(ValueError, match="ERNIE_TUNE_API_KEY is set but names no key"):
+            serve_options({})
+    monkeypatch.delenv("ERNIE_TUNE_API_KEY")
+    assert serve_options({}).api_keys == ()
+    home = serve_options(options("--allow_hosts", "API.example,b", "--log_requests=true", "--max_connections", "9"))
+    assert (home.host_names, home.any_address, home.log_requests) == (("api.example", "b"), False, True)
+    abroad = serve_options(options("--host", "0.0.0.0"))
+    assert abroad.any_address
+    assert socket.gethostname().lower() in abroad.host_names
     assert not serve_options({}).media.fetch.allow_private
     for bad, message in (
         (("--max_num_seq", "1"), "unknown option 'max_num_seq'.*max_num_seqs"),
@@ -271,6 +285,25 @@ def test_the_verb_refuses_wrong_words(folders: dict[str, Path], capsys: pytest.C
     ):
         assert main(words) == code
         assert message in capsys.readouterr().err
+
+
+def test_ports_are_looked_at_before_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder holds no model: nothing was loaded before the port was found wrong."""
+    monkeypatch.delenv("ERNIE_TUNE_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        for words, message in (
+            (["--port", "99999999"], "port (99999999) must be from 0 to 65535"),
+            (["--port", "-1"], "port (-1) must be from 0 to 65535"),
+            (["--port", str(port)], f"port ({port}) of 127.0.0.1 must be free for this program"),
+            (["--port", "0", "--host", "no.such.host.invalid"], "host (no.such.host.invalid) must be an address"),
+        ):
+            assert main(["serve", str(tmp_path), *words]) == 1
+            assert message in capsys.readouterr().err
+    main(["serve", str(tmp_path), "--port", "0", "--host", "0.0.0.0"])
+    assert "WARNING: 0.0.0.0 is open to other machines and there is no --api_key" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_verb_says_what_to_install(

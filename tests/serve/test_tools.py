@@ -154,8 +154,14 @@ def test_the_prompt_is_the_templates(running: Live) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([*ASKED, {"role": "tool", "content": "x", "tool_call_id": "a"}], "must be the id of the next call"),
-        ("swapped", r"messages\[2\].tool_call_id .* must be the id of the next call"),
+        (
+            [*ASKED, {"role": "tool", "content": "x", "tool_call_id": "a"}],
+            "must be the id of a call of the answer before",
+        ),
+        (
+            "twice",
+            r"messages\[3\].tool_call_id \('a'\) must be the id of a call .* no result yet; waiting for one: \['b'\]",
+        ),
         ("missing", r"messages\[3\] must be the result of tool call 'b'"),
         ("no json", "tool call arguments .* must be JSON"),
     ],
@@ -166,7 +172,7 @@ def test_results_that_fit_no_call(running: Live, messages: Any, words: str) -> N
     answer = {"role": "assistant", "content": None, "tool_calls": calls}
     a, b = ({"role": "tool", "content": "x", "tool_call_id": i} for i in "ab")
     sent = {
-        "swapped": [*ASKED, answer, b, a],
+        "twice": [*ASKED, answer, a, a],
         "missing": [*ASKED, answer, a, *ASKED],
         "no json": [*ASKED, answer, a, b],
     }
