@@ -20,7 +20,7 @@ from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import Loaded, load_config
 from ernie_tune.data.doctor_convert import WRITERS, convert_file
 from ernie_tune.data.doctor_fix import fix_file, fixed_path
-from ernie_tune.data.doctor_report import as_html, as_json, as_text, stats_text
+from ernie_tune.data.doctor_report import as_json, as_text, stats_text
 from ernie_tune.data.doctor_scan import DECODED, DataFile, Report, Scan
 from ernie_tune.data.doctor_show import COLOUR, PLAIN, show_record
 from ernie_tune.data.processor import Processor
@@ -31,10 +31,10 @@ from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
 from ernie_tune.models.presets import PRESETS
 
 # Options of each subcommand and what their value is; "": none.
-_FLAG, _FOLDERS = "", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
+_FLAG, _PAGE, _FOLDERS = "", "[PATH.html]", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
 _COMMON = {"format": "NAME", "template": "NAME", **_FOLDERS}
 _OPTIONS = {
-    "check": {**_COMMON, "eval": "FILE", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _FLAG},
+    "check": {**_COMMON, "eval": "FILE", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _PAGE},
     "stats": {**_COMMON, "decode": "N|all"},
     "show": {**_COMMON, "row": "N"},
     "convert": {**_COMMON, "to": "|".join(WRITERS), "out": "FILE"},
@@ -44,7 +44,7 @@ _YAML = (".yaml", ".yml")
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html] [--max-seq-len N] [--decode N|all] [--limit N]
+    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html [PATH.html]] [--max-seq-len N] [--decode N|all] [--limit N]
     ernie-tune data show FILE [--row N]
     ernie-tune data stats FILE… [--decode N|all]
     ernie-tune data convert FILE… --to messages|sharegpt|alpaca|pairs [--out NEW.jsonl]
@@ -53,9 +53,9 @@ def run(args: list[str]) -> int:
     run.yaml, whose evaluation files, formats and max_seq_len are then used too. Everywhere: --format NAME, --media-dir FOLDER,
     --dataset-dir FOLDER, --tokenizer FOLDER (default: the bundled small one), --template hf|ernie_vl|ernie_vl_nothink.
 
-    check    says what is wrong, where, and how to repair it, in English and Chinese; exit code 1 if there are errors.
-             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes FILE.check.html;
-             --json prints one object; --decode opens the first N pictures and ever fewer of the rest (default 200);
+    check    says what is wrong, where, and how to repair it; exit code 1 if there are errors.
+             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes a page of rows
+             with pictures, findings and statistics (FILE.check.html, or PATH.html); --json prints one object; --decode opens the first N pictures and ever fewer of the rest (default 200);
              --limit shows N problems of a kind (default 20, 0: all).
     show     prints a row as the model sees it, the trained text marked. --row is a line number, as in messages.
     stats    prints lengths, languages, pictures, and what they say about image_max_pixels.
@@ -99,6 +99,8 @@ def _parse(verb: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 )
             )
         wanted = _OPTIONS[verb][name]
+        if wanted == _PAGE and not equals:
+            equals, value = "=", rest.pop(0) if rest and rest[0].endswith(".html") else ""
         if bool(equals) and not wanted:
             raise UsageError(say(f"--{name} takes no value, got {value!r}", f"--{name} 不带值，得到 {value!r}"))
         if wanted and not equals:
@@ -239,9 +241,21 @@ def _check(words: list[str], options: Mapping[str, str]) -> int:
         print("\n".join(as_text(report)))
     written = sys.stderr if "json" in options else sys.stdout
     if "html" in options:
-        target = Path(words[0] if os.path.isfile(words[0]) else inputs.train[0].path).with_suffix(_HTML)
-        write_file(target, as_html(report).encode())
-        print(f"wrote {target}", file=written)
+        from ernie_tune.report.check_page import check_page
+
+        beside = Path(words[0] if os.path.isfile(words[0]) else inputs.train[0].path).with_suffix(_HTML)
+        target = Path(options["html"]) if options["html"] else beside
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_file(target, check_page(report).encode())
+        except OSError as error:
+            raise ValueError(
+                say(
+                    f"{target} cannot be written ({error.strerror}); name another file: --html PATH.html",
+                    f"无法写入 {target}（{error.strerror}）；请另给路径：--html PATH.html",
+                )
+            ) from error
+        print(say(f"wrote {target}", f"已写入 {target}"), file=written)
     for entry in inputs.train if "fix" in options else []:
         _fix(entry, options, limit, written)
     return report.exit_code

@@ -1,28 +1,22 @@
-"""A check, as text for a terminal, as JSON for machines, as one HTML page for people; in the chosen language; the JSON and the page hold both.
+"""A check, as text for a terminal in the chosen language, and as JSON for machines, which holds both.
 
-Refuses to know: how things were found. The page needs no network: its charts are SVG inside it.
+Refuses to know: how things were found, pages (`report/check_page.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ernie_tune.config.language import Text, counted, say
-from ernie_tune.data.doctor import Finding, one_line
+from ernie_tune.data.doctor import one_line
 from ernie_tune.data.doctor_scan import Report
 from ernie_tune.data.doctor_stats import Histogram, Stats
 
-_BAR_CHARACTERS, _BAR_PIXELS = 40, 360
-_SHOWN_BARS = 24
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}h2{margin-top:2em}"
-    "code{background:#f2f2f2;padding:0 .2em}li{margin:.4em 0}.error{color:#b00020}.warning{color:#a05a00}.note{color:#555}"
-    "svg text{font:12px system-ui,sans-serif}rect{fill:#4a7ebb}table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}"
-)
+_BAR_CHARACTERS = 40
+SHOWN_BARS = 24
 
 
 class Chart(NamedTuple):
@@ -130,7 +124,7 @@ def stats_text(stats: Stats) -> Iterator[str]:
     yield from map(str, facts_lines(stats))
     for chart in charts(stats):
         yield f"{chart.title}:"
-        bars, highest = chart.bars[:_SHOWN_BARS], max(count for _, count in chart.bars)
+        bars, highest = chart.bars[:SHOWN_BARS], max(count for _, count in chart.bars)
         width = max(len(label) for label, _ in bars)
         for label, count in bars:
             yield f"  {label:>{width}}  {'█' * round(_BAR_CHARACTERS * count / highest) or '▏'} {count:,}"
@@ -156,47 +150,3 @@ def as_json(report: Report) -> str:
         "seconds": round(report.seconds, 3),
     }
     return json.dumps(value, indent=1)  # in ASCII, so that no terminal or pipe can break it
-
-
-def as_html(report: Report) -> str:
-    """One self-contained page."""
-    body = ["<h1>data check / 数据检查</h1>", _list(summary(report)), "<h2>statistics / 统计</h2>"]
-    body.append(_list(facts_lines(report.stats)))
-    body += [
-        f"<h3>{chart.title.english} / {chart.title.chinese}</h3>{_svg(chart.bars[:_SHOWN_BARS])}"
-        for chart in charts(report.stats)
-    ]
-    body.append("<h2>findings / 问题</h2>")
-    by_code: dict[str, list[Finding]] = {}
-    for finding in report.findings.kept:
-        by_code.setdefault(finding.code, []).append(finding)
-    for code, count in report.findings.counts.most_common():
-        severity, examples = report.findings.severities[code], by_code.get(code, [])
-        items = "".join(
-            f"<li><code>{_safe(f.english)}</code><br><code>{_safe(f.chinese)}</code></li>" for f in examples
-        )
-        shown = f", {len(examples):,} shown" if len(examples) < count else ""
-        body.append(f'<h3 class="{severity}">{code}: {count:,}{shown}</h3><ul>{items}</ul>')
-    head = f'<meta charset="utf-8"><title>data check</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def _safe(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _list(lines: Iterator[Text]) -> str:
-    return "<ul>" + "".join(f"<li>{_safe(t.english)}<br>{_safe(t.chinese)}</li>" for t in lines) + "</ul>"
-
-
-def _svg(bars: list[tuple[str, int]]) -> str:
-    """A horizontal bar for each count, its label before and its number behind it."""
-    highest, step = max(count for _, count in bars), 20
-    rows = []
-    for i, (label, count) in enumerate(bars):
-        y, width = i * step, max(1, round(_BAR_PIXELS * count / highest))
-        rows.append(
-            f'<text x="150" y="{y + 14}" text-anchor="end">{_safe(label[:24])}</text>'
-            f'<rect x="160" y="{y + 3}" width="{width}" height="14"/><text x="{166 + width}" y="{y + 14}">{count:,}</text>'
-        )
-    return f'<svg width="{_BAR_PIXELS + 260}" height="{len(bars) * step}" role="img">{"".join(rows)}</svg>'

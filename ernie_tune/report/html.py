@@ -206,8 +206,8 @@ html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
 .ernie-tune article.fixed,.ernie-tune article.right{border-left-color:#22c55e}
 .ernie-tune article.broken,.ernie-tune article.wrong,.ernie-tune article.error{border-left-color:#ef4444}
 .ernie-tune article.warning{border-left-color:#eab308}
-.ernie-tune .pics{flex:0 0 220px;display:flex;flex-direction:column;gap:8px;align-items:flex-start}.ernie-tune .pics:empty{display:none}
-.ernie-tune .pics img{max-width:220px;max-height:260px;border-radius:8px;image-rendering:auto}
+.ernie-tune .pics{flex:0 0 220px;display:flex;flex-wrap:wrap;gap:8px;align-items:flex-start;align-content:flex-start}.ernie-tune .pics:empty{display:none}
+.ernie-tune .pics img{max-width:220px;max-height:260px;border-radius:8px;outline:1px solid var(--line)}
 .ernie-tune .clip{display:flex;gap:4px;max-width:220px}.ernie-tune .clip img{min-width:0;flex:1;max-width:33%;height:auto}
 .ernie-tune .gone{border:1px dashed var(--line);border-radius:8px;padding:14px;color:var(--soft);font-size:12.5px;word-break:break-all}
 .ernie-tune .text{flex:1;min-width:0}.ernie-tune .q{font-weight:600;margin:0 0 10px;white-space:pre-wrap;overflow-wrap:anywhere}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernie_tune.data.doctor_report import as_html, as_json, as_text, charts, stats_text
+from ernie_tune.data.doctor_report import as_json, as_text, charts, stats_text
 from ernie_tune.data.doctor_scan import Report, Scan
 from ernie_tune.data.doctor_stats import Histogram
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import Entry
+from ernie_tune.report.check_page import check_page
 
 TINY = Processor.bundled("tiny")
 
@@ -177,8 +178,9 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.seen.append(tag)
-        assert not [value for name, value in attrs if name in ("src", "href")], "the page needs no network"
-        if tag not in ("meta", "br"):
+        sources = [value for name, value in attrs if name in ("src", "href")]
+        assert all(value.startswith("data:image/") for value in sources), "the page needs no network"
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -193,9 +195,10 @@ class Page(html.parser.HTMLParser):
 
 def test_html_is_one_page(pictures: Report) -> None:
     page = Page()
-    page.feed(as_html(pictures))
+    page.feed(check_page(pictures))
     assert page.open == []
-    assert page.seen.count("svg") == len(charts(pictures.stats)) == 5
+    assert [page.text.count(chart.title.chinese) for chart in charts(pictures.stats)] == [1] * 5
+    assert page.seen.count("img") == 11 + 2, "each of the ten rows, and again that in which something was found"
     assert "x<y" in page.text
     assert "非空的回答" in page.text
 
@@ -204,6 +207,8 @@ def test_what_is_not_shown_is_said(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "response": ""} for i in range(5)]
     report = scan(tmp_path, rows, limit=2)
     assert "empty_answer: 5 found, 2 shown; --limit 0 shows all" in list(as_text(report))
-    assert "empty_answer: 5, 2 shown" in as_html(report)
+    shown = check_page(report)
+    assert "<code>empty_answer</code> · 5" in shown
+    assert "… 3 more" in shown
     rows = [{"prompt": f"q{i}", "response": f"a{i}", "domain": f"d{i}"} for i in range(30)]
     assert "  … 6 more" in list(stats_text(scan(tmp_path, rows).stats))
