@@ -21,12 +21,11 @@ GOLDEN = Path(__file__).parent / "golden"
 @cache
 def _golden_model(name: str, dtype: str):  # type: ignore[no-untyped-def]
     import paddle
-    from weights import golden_weights
+    from weights import golden_config, golden_weights
 
     from ernie_tune.models.ernie import ErnieModel
-    from ernie_tune.models.presets import preset
 
-    model = ErnieModel(preset(name), dtype)
+    model = ErnieModel(golden_config(name), dtype)
     state = model.state_dict()
     for key, value in golden_weights(model.config).items():
         state[key].set_value(paddle.to_tensor(value).astype(state[key].dtype))

@@ -48,7 +48,12 @@ UNKNOWN = "\ufffd"  # what an id without a token reads as
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _PROBE = "a  ☃\n1 "  # shows a dummy prefix, normalisation, and missing byte fallback
-_KIND_UNKNOWN, _KIND_CONTROL, _KIND_USER, _KIND_BYTE = 2, 3, 4, 6  # SentencePiece.Type in sentencepiece's model format
+_KIND_UNKNOWN, _KIND_CONTROL, USER_DEFINED, _KIND_BYTE = (
+    2,
+    3,
+    4,
+    6,
+)  # SentencePiece.Type in sentencepiece's model format
 
 
 class _Vocabulary(NamedTuple):
@@ -108,7 +113,7 @@ class Tokenizer:
 
     @classmethod
     def bundled(cls, name: str = "small") -> Tokenizer:
-        """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets (600). Raises ValueError for other names."""
+        """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets (600), made by `vocabulary.py`. Raises ValueError for other names."""
         if name not in BUNDLED:
             raise ValueError(
                 f"bundled tokenizer ({name!r}) must be one of {BUNDLED}; use from_folder for a model's own"
@@ -285,13 +290,13 @@ def _read_model(model: bytes, where: str) -> _Vocabulary:
         raise ValueError(
             f"{os.path.join(where, MODEL_FILE)} ({len(model)} bytes) must be a sentencepiece model ({error}); download it again, a Git LFS pointer is not the file"
         ) from error
-    pieces = list(_model_pieces(model))
+    pieces = list(model_pieces(model))
     # Vocabularies also use the user-defined kind for runs of spaces and the like, which are ordinary text.
     special = {
         piece: i
         for i, (piece, kind) in enumerate(pieces)
         if kind in (_KIND_UNKNOWN, _KIND_CONTROL)
-        or (kind == _KIND_USER and piece.startswith("<") and piece.endswith(">"))
+        or (kind == USER_DEFINED and piece.startswith("<") and piece.endswith(">"))
     }
     return _Vocabulary(
         encode=processor.encode,
@@ -301,7 +306,7 @@ def _read_model(model: bytes, where: str) -> _Vocabulary:
     )
 
 
-def _model_pieces(model: bytes) -> Iterator[tuple[str, int]]:
+def model_pieces(model: bytes) -> Iterator[tuple[str, int]]:
     """(piece, kind) of each id. sentencepiece's Python interface does not tell user-defined pieces from ordinary ones."""
     for number, piece in _fields(model):
         if number == 1:

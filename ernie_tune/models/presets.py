@@ -13,8 +13,9 @@ from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionCon
 _RELEASED = TokenIds(
     0, 1, 2, image=100295, image_start=101304, image_end=101305, video=100295, video_start=101306, video_end=101307
 )
-_TINY = TokenIds(0, 1, 2, image=602, image_start=600, image_end=601, video=602, video_start=603, video_end=604)
-_SMALL = TokenIds(0, 1, 2, image=8000, image_start=8001, image_end=8002, video=8000, video_start=8003, video_end=8004)
+# Ids of the shipped tokenizers.
+_TINY = TokenIds(0, 1, 2, image=604, image_start=605, image_end=606, video=604, video_start=607, video_end=608)
+_SMALL = TokenIds(0, 1, 2, image=8004, image_start=8005, image_end=8006, video=8004, video_start=8007, video_end=8008)
 _TOWER = VisionConfig(depth=32, hidden_size=1280, num_heads=16, intermediate_size=5120)
 
 

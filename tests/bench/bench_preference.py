@@ -54,7 +54,7 @@ def unit(row: dict[str, list[int]], share: bool, patches: int, seed: int) -> Uni
         side = round(patches**0.5)
         pixels = np.random.default_rng(seed).standard_normal((side * side, 588)).astype(np.float32)
         grid = np.array([[1, side, side]])
-        head = [8001, *[8000] * (side * side // 4), 8002, *head]
+        head = [8005, *[8004] * (side * side // 4), 8006, *head]
     dialogues = []
     for answer in (row["chosen"], row["rejected"]):
         ids = np.array([*head, *answer, EOS])

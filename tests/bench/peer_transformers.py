@@ -35,7 +35,7 @@ VISION = {
     "patch_size": 14,
     "spatial_merge_size": 2,
 }
-IDS = {"image_token_id": 8000, "image_start_token_id": 8001, "image_end_token_id": 8002, "video_start_token_id": 8003}
+IDS = {"image_token_id": 8004, "image_start_token_id": 8005, "image_end_token_id": 8006, "video_start_token_id": 8007}
 
 
 def best(run: Callable[[], object], repeats: int) -> float:
@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     config = Ernie4_5_VLMoeConfig(
-        text_config=TEXT, vision_config=VISION, video_end_token_id=8004, video_token_id=8005, **IDS
+        text_config=TEXT, vision_config=VISION, video_end_token_id=8008, video_token_id=8009, **IDS
     )
     model = Ernie4_5_VLMoeForConditionalGeneration(config)
     ids = torch.randint(10, 7900, (a.rows, a.tokens))

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ernie_tune.data.tokenizer import ASSETS, AutoTokenizer, Tokenizer
+from ernie_tune.data.vocabulary import tokenizer_files
 from ernie_tune.models.presets import preset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -84,7 +85,7 @@ def test_every_string_comes_back_and_none_forges_a_token(tokenizer: Tokenizer, t
 def test_special_strings_are_tokens_only_in_trusted_text() -> None:
     text = "a<|IMAGE_START|>b</s></s"
     ids = SMALL.encode(text, allow_special=True)
-    assert [i for i in ids if i in SMALL.special.values()] == [8001, 2]
+    assert [i for i in ids if i in SMALL.special.values()] == [8005, 2]
     assert SMALL.decode(ids) == text
     assert SMALL.decode(ids, skip_special=True) == "ab</s"
     assert SMALL.decode(ids, skip_special=True, keep=("</s>",)) == "ab</s></s"
@@ -132,7 +133,7 @@ def test_bundled_ids_are_those_of_the_presets() -> None:
     assert SMALL.vocab_size <= preset("small").vocab_size
     assert TINY.vocab_size <= preset("tiny-a").vocab_size
     assert (SMALL.eos_id, SMALL.token_id("<s>"), SMALL.token_id("<unk>")) == (2, 1, 0)
-    assert SMALL.end_of_sentence_id == SMALL.token_id("<|end_of_sentence|>") == 8006
+    assert SMALL.end_of_sentence_id == SMALL.token_id("<|end_of_sentence|>") == 8001
     # Ids without a gap: libraries that number added tokens themselves then agree.
     assert sorted(SMALL.special.values()) == [0, 1, 2, *range(8000, 8010)]
 
@@ -162,9 +163,9 @@ def test_shipped_tokenizers_are_what_the_script_trains() -> None:
         old = sentencepiece.SentencePieceProcessor(model_file=str(ASSETS / name / "tokenizer.model"))
         pieces = [{model.id_to_piece(i) for i in range(model.get_piece_size())} for model in (new, old)]
         assert len(pieces[0] - pieces[1]) <= 0.01 * len(pieces[1])  # versions of sentencepiece break ties differently
-        assert old.get_piece_size() == {"small": 8000, "tiny": 600}[name]
-        for file, text in script.side_files(name).items():
-            assert (ASSETS / name / file).read_text(encoding="utf-8") == text
+        assert old.get_piece_size() == {"small": 8010, "tiny": 610}[name]
+        for file, content in tokenizer_files((ASSETS / name / "tokenizer.model").read_bytes()).items():
+            assert (ASSETS / name / file).read_bytes() == content
 
 
 def test_special_tokens_come_from_the_model_and_from_every_side_file(tmp_path: Path) -> None:
@@ -194,9 +195,9 @@ def test_special_tokens_come_from_the_model_and_from_every_side_file(tmp_path: P
 
 def test_video_has_its_own_placeholder_only_where_config_json_says_so(tmp_path: Path) -> None:
     SMALL.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"im_patch_id": 8000}')
-    assert Tokenizer.from_folder(tmp_path).token_ids().video == 8000
-    (tmp_path / "config.json").write_text('{"image_token_id": 8000, "video_token_id": 8009}')
+    (tmp_path / "config.json").write_text('{"im_patch_id": 8004}')
+    assert Tokenizer.from_folder(tmp_path).token_ids().video == 8004
+    (tmp_path / "config.json").write_text('{"image_token_id": 8004, "video_token_id": 8009}')
     assert Tokenizer.from_folder(tmp_path).token_ids().video == 8009
 
 

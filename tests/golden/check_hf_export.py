@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from weights import case_rows, golden_weights, normal
-
-from ernie_tune.models.presets import preset
+from weights import case_rows, golden_config, golden_weights, normal
 
 HERE = Path(__file__).parent
 CASE = "mixed"
@@ -39,11 +37,11 @@ def write(folder: Path) -> None:
     from ernie_tune.peft.model import get_peft_model
 
     for name in ("tiny-b", "tiny-c"):
-        model = AutoModel.from_config(name)
+        model = AutoModel.from_config(golden_config(name))
         for key, value in golden_weights(model.config).items():
             model.state_dict()[key].set_value(paddle.to_tensor(value))
         model.save_pretrained(folder / "base" / name)
-        Processor.bundled("tiny").save_pretrained(folder / "base" / name)
+        Processor.from_pretrained(HERE / "tokenizer_old").save_pretrained(folder / "base" / name)
     settings = LoraConfig(r=4, target_modules=["all-linear", "experts"], freeze_config="")
     adapted = get_peft_model(AutoModel.from_pretrained(folder / "base" / "tiny-b"), settings)
     for key, value in adapted.named_parameters():
@@ -80,7 +78,7 @@ def check(folder: Path) -> None:
             parameter.data = parameter.data.float()
         model.config.video_token_id = HF_VIDEO_ID
         with torch.no_grad():
-            theirs_TV = model.eval()(**hf_inputs(row(plain), preset(plain), torch.float32)).logits[0].numpy()
+            theirs_TV = model.eval()(**hf_inputs(row(plain), golden_config(plain), torch.float32)).logits[0].numpy()
         ours_TV = np.load(folder / f"{name}.npy")
         error = np.abs(ours_TV - theirs_TV).max()
         print(

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from weights import case_rows, golden_weights, normal
-
-from ernie_tune.models.presets import preset
+from weights import case_rows, golden_config, golden_weights, normal
 
 HERE = Path(__file__).parent
 MADE = HERE / "peft_adapter"
@@ -46,7 +44,7 @@ def write(folder: Path) -> None:
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel
 
-    config = preset(PRESET)
+    config = golden_config(PRESET)
     base = ErnieModel(config)
     weights = golden_weights(config)
     for name, value in base.state_dict().items():
@@ -69,7 +67,7 @@ def hf_logits(model: Any) -> np.ndarray:
     from hf_model import all_float64, hf_inputs
 
     with torch.no_grad(), all_float64():
-        return model(**hf_inputs(row(), preset(PRESET), torch.float64)).logits[0].numpy()
+        return model(**hf_inputs(row(), golden_config(PRESET), torch.float64)).logits[0].numpy()
 
 
 def check(folder: Path) -> None:
@@ -78,9 +76,9 @@ def check(folder: Path) -> None:
     from hf_model import build
     from peft import PeftModel
 
-    plain = hf_logits(build(preset(PRESET), torch.float64))
+    plain = hf_logits(build(golden_config(PRESET), torch.float64))
     for name in ADAPTERS:
-        model = PeftModel.from_pretrained(build(preset(PRESET), torch.float64), str(folder / name)).eval()
+        model = PeftModel.from_pretrained(build(golden_config(PRESET), torch.float64), str(folder / name)).eval()
         ours, theirs = np.load(folder / name / "logits.npy"), hf_logits(model)
         error, effect = np.abs(ours - theirs).max(), np.abs(theirs - plain).max()
         print(f"{name}: largest difference {error:.1e}, effect of the adapter {effect:.2f}")
@@ -94,7 +92,7 @@ def make() -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = preset(PRESET)
+    config = golden_config(PRESET)
     settings = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_rslora=True)
     model = get_peft_model(build(config, torch.float64), settings)
     inputs = hf_inputs(row(), config, torch.float64)

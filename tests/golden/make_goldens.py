@@ -18,7 +18,7 @@ from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe im
     Ernie4_5_VLMoeImageProcessorPil,
     smart_resize,
 )
-from weights import case_rows, golden_image, golden_pixels, hashed, normal, sample_indices, summary
+from weights import case_rows, golden_config, golden_image, golden_pixels, hashed, normal, sample_indices, summary
 
 from ernie_tune.models.config import ModelConfig, TokenIds
 from ernie_tune.models.inputs import Row, feature_count
@@ -237,7 +237,7 @@ def bfloat16_logits(config: ModelConfig, case: str) -> np.ndarray:
 
 def model_goldens(name: str) -> Arrays:
     """Everything of one preset: `<case>/<array>`, and the order of the gradients."""
-    config = preset(name)
+    config = golden_config(name)
     arrays: Arrays = {"trainable_names": np.array(trainable_names(config))}
     with all_float64():
         model = build(config, torch.float64)
@@ -346,7 +346,7 @@ def images() -> Arrays:
 
 def unit_goldens() -> Arrays:
     """Parts of the model and of the processors by themselves."""
-    config = preset("tiny-b")
+    config = golden_config("tiny-b")
     arrays = rms_norm() | images()
     with all_float64():
         model = build(config, torch.float64)

@@ -4,18 +4,16 @@
 
 Every word of that text was written for this project. sentencepiece 0.2.3 gives the shipped bytes; other versions break ties otherwise.
 Refuses to know: the network, random numbers, the models the tokenizers serve.
-Architecture.md 8.1 fixes the kind: sentencepiece BPE, byte fallback, single digits, no dummy prefix, no normalisation.
+`ernie_tune/data/vocabulary.py` makes them of that text.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import sentencepiece
+from ernie_tune.data.vocabulary import tokenizer_files, train_pieces, with_special_tokens
 
 TEXT = Path(__file__).parent / "tokenizer_text"
 JOINT = "\u241f"  # stands between Chinese words in training, so that no piece spans two words; never part of a piece
@@ -23,22 +21,7 @@ FRAME_WORDS = ("User:", "Assistant:", "Picture", "Video")  # of every prompt, wi
 FRAME_WEIGHT = 40
 WORD_WEIGHT = 4  # a listed word counts as often as a word that appears in four sentences
 
-# Special tokens by id; the ids are those of the presets "small" and "tiny-*". Architecture.md 8.1 names them.
-MEDIA = ("<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>")
-OTHERS = ("<|begin_of_sentence|>", "<|end_of_sentence|>", "<think>", "</think>", "<|VIDEO_PLACEHOLDER|>")
-SPECIALS = {
-    "small": dict(zip((*MEDIA, *OTHERS), range(8000, 8010), strict=True)),
-    "tiny": dict(zip((*MEDIA, *OTHERS), (602, 600, 601, 603, 604, 606, 607, 608, 609, 605), strict=True)),
-}
-PIECES = {"small": 8000, "tiny": 600}
-ROLES = {
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<unk>",
-    "cls_token": "<|begin_of_sentence|>",
-    "sep_token": "<|end_of_sentence|>",
-}
+PIECES = {"small": 8000, "tiny": 600}  # before the special tokens, which `vocabulary.py` puts behind them
 
 
 def required_characters(name: str) -> str:
@@ -73,67 +56,17 @@ def corpus(name: str) -> Iterator[str]:
 
 
 def train(name: str) -> bytes:
-    """The sentencepiece model, as bytes."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=corpus(name),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=PIECES[name],
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True,
-        pretokenization_delimiter=JOINT,
-        character_coverage=1.0,
-        max_sentencepiece_length=12,
-        unk_surface="\ufffd",
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def side_files(name: str) -> dict[str, str]:
-    """The JSON files beside the model: which strings are special, and which token plays which role."""
-    special = SPECIALS[name]
-    entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    ids = {"<unk>": 0, "<s>": 1, "</s>": 2, **special}
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-        **ROLES,
-        "additional_special_tokens": list(special),
-        "added_tokens_decoder": {
-            str(i): {"content": token, **entry} for token, i in sorted(ids.items(), key=lambda item: item[1])
-        },
-    }
-    files = {
-        "added_tokens.json": special,
-        "special_tokens_map.json": {**ROLES, "additional_special_tokens": list(special)},
-        "tokenizer_config.json": config,
-    }
-    return {file: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for file, content in files.items()}
+    """The sentencepiece model with its special tokens, as bytes."""
+    return with_special_tokens(train_pieces(corpus(name), PIECES[name], pretokenization_delimiter=JOINT))
 
 
 def main(assets: Path) -> None:
     for name in PIECES:
         folder = assets / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = train(name)
-        (folder / "tokenizer.model").write_bytes(model)
-        for file, text in side_files(name).items():
-            (folder / file).write_text(text, encoding="utf-8")
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
-        print(f"{folder}: {pieces} pieces, {len(model)} bytes")
+        for file, content in tokenizer_files(train(name)).items():
+            (folder / file).write_bytes(content)
+            print(f"{folder / file}: {len(content)} bytes")
 
 
 if __name__ == "__main__":

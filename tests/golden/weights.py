@@ -13,15 +13,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.config import ModelConfig, TokenIds
 from ernie_tune.models.inputs import Row
+from ernie_tune.models.presets import preset
 from ernie_tune.models.specs import parameter_specs
 
 _DRAW = (
     37  # of sixty, the draw whose closest choice of an expert is the clearest: float32 rounding must not change a route
 )
+# The stored rows were made with the ids of the first shipped tokenizers (`tokenizer_old`).
+GOLDEN_TOKENS = TokenIds(0, 1, 2, image=602, image_start=600, image_end=601, video=602, video_start=603, video_end=604)
 PATCH_DIM = 588  # 3 x 14 x 14, in every preset
 _SUM_OF_FOUR_STD = math.sqrt(4 * (65536**2 - 1) / 12)  # of four uniform 16-bit integers
+
+
+def golden_config(name: str) -> ModelConfig:
+    """A preset with the ids of the stored rows."""
+    return preset(name).replace(tokens=GOLDEN_TOKENS)
 
 
 def hashed(name: str, size: int) -> np.ndarray:
