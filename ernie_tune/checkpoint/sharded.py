@@ -12,9 +12,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,6 +69,33 @@ class Region:
         for offset, shape in _boxes(self.shape, self.start, self.start + self.size):
             yield tuple(a + b for a, b in zip(self.offset, offset, strict=True)), shape, at
             at += math.prod(shape)
+
+
+class HasShape(Protocol):
+    """A tensor of any kind."""
+
+    @property
+    def shape(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where this rank's tensors lie in the whole ones: by canonical name, of parameters; and of what its optimizer updates, where that is less.
+
+    Names that are left out are whole here.
+    """
+
+    parameters: Mapping[str, Region] = field(default_factory=dict)
+    updated: Mapping[str, Region] = field(default_factory=dict)
+
+    def of(self, name: str, parameter: HasShape) -> Region:
+        return self.parameters.get(name) or Region.block(tuple(parameter.shape))
+
+    def of_state(self, name: str, parameter: HasShape) -> Region:
+        return self.updated.get(name) or self.of(name, parameter)
+
+
+WHOLE = Shards()
 
 
 def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:

@@ -559,7 +559,7 @@ def install() -> bool:
     reduce_module.is_avg_reduce_op_supported = lambda: True
     tensor_fusion_helper.alignment["cpu"] = 256
     tensor_fusion_helper.get_current_device_type = lambda: "cpu"
-    # Every rank of a tensor group reads the same rows itself (train/engine.py), so the wrappers have nothing to hand on.
+    # Every rank of a tensor group reads the same rows itself (machine/alone.py), so the wrappers have nothing to hand on.
     hybrid_parallel_util.broadcast_input_data = lambda hcg, *inputs, **kwargs: (inputs, kwargs)
     _installed.append(True)
     return True

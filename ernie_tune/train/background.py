@@ -18,8 +18,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.checkpoint.sharded import RankFile, Slice, write_rank
-from ernie_tune.train.state import ALONE, WHOLE, Checkpoint, Cut, Ranks, Writing, could_not, prepare, stage_model
+from ernie_tune.checkpoint.sharded import WHOLE, RankFile, Shards, Slice, write_rank
+from ernie_tune.train.state import ALONE, Checkpoint, Ranks, Writing, could_not, prepare, stage_model
 
 # A rank that has died leaves no note; those who watch over ranks know earlier.
 PATIENCE_SECONDS = 600.0
@@ -97,7 +97,7 @@ def save_in_background(
     states: Mapping[str, Any],
     texts: Mapping[str, str],
     *,
-    cut: Cut = WHOLE,
+    cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> Pending:
     """As `save_checkpoint`, but what only resuming needs is written by threads; the model's files are there when this returns. Raises OSError as that does,

@@ -15,8 +15,8 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.data.units import UnitBatch
+from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
-from ernie_tune.train.pipeline import frozen_outputs
 
 FITTED = 1024  # answers of each kind that the classifier learns from, at most (TRL's prompt_sample_size)
 

@@ -13,8 +13,8 @@ import paddle
 
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
-from ernie_tune.train.objective import Objective
-from ernie_tune.train.pipeline import outputs_of
+from ernie_tune.machine.stages import outputs_of
+from ernie_tune.objectives.objective import Objective
 
 Ready = Callable[[Sequence[UnitBatch]], Sequence[UnitBatch]]
 

@@ -16,9 +16,9 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from ernie_tune.machine.alone import Engine, Window, Work
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.train.engine import Engine, Window, Work
-from ernie_tune.train.objective import Objective
+from ernie_tune.objectives.objective import Objective
 from ernie_tune.train.optim import Schedule
 
 

@@ -1,6 +1,6 @@
-"""AdamW groups, learning-rate schedules and global-norm clipping.
+"""AdamW groups, learning-rate schedules, and what of an optimizer is saved.
 
-Refuses to know: models' classes, batches, distribution (under Fleet the clip and the optimizer are wrapped from outside).
+Refuses to know: models' classes, batches, distribution (under Fleet the optimizer is wrapped from outside).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
-
-from ernie_tune.parallel.gradients import square_sum
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -125,19 +123,6 @@ def adamw_maker(
         )
 
     return make
-
-
-def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm over all gradients; the sums over tensors are in float64."""
-    return math.sqrt(math.fsum(square_sum(g) for g in gradients))
-
-
-def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients in place so that their norm is at most `max_norm`; 0 never clips."""
-    if max_norm > 0 and norm > max_norm:
-        with paddle.no_grad():
-            for g in gradients:
-                g.scale_(max_norm / norm)
 
 
 def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from paddle import Tensor
 from ernie_tune.data.units import Unit, UnitBatch
 from ernie_tune.objectives.listwise import Units, score_margins
 from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.objective import target_logp
 from ernie_tune.objectives.pairwise import Baselines, pair_counts, pair_terms, reward_kappa
 from ernie_tune.objectives.preference import (
     Candidates,
@@ -28,7 +29,6 @@ from ernie_tune.objectives.preference import (
 )
 from ernie_tune.objectives.unpaired import Labels, RewardShift, kl_baseline
 from ernie_tune.objectives.upo import Signals, UpoSettings, upo_counts, upo_loss
-from ernie_tune.train.objective import target_logp
 
 _KL = ("kl_sum", "kl_count")
 _SIDES = ("rewards/chosen", "rewards/rejected")

@@ -20,17 +20,17 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.checkpoint.sharded import Region
+from ernie_tune.checkpoint.sharded import WHOLE, Region, Shards
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
+from ernie_tune.machine.stages import StagedForward, frozen_outputs
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.objectives.objective import target_logp
 from ernie_tune.objectives.preference import mixed_reference
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import NAME as SLOT
-from ernie_tune.train.objective import target_logp
-from ernie_tune.train.pipeline import StagedForward, frozen_outputs
-from ernie_tune.train.state import ALONE, WHOLE, Cut, Ranks
+from ernie_tune.train.state import ALONE, Ranks
 
 Asked = ErnieModel | StagedForward  # what is called: a model, or one whose stages are on several ranks
 Lay = Callable[[ErnieModel], Asked]
@@ -155,7 +155,7 @@ class LogpCache:
             self.values.update({key.decode(): part for key, part in zip(stored["keys"].tolist(), parts, strict=True)})
 
 
-def weights_hash(model: ErnieModel, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> str:
+def weights_hash(model: ErnieModel, cut: Shards = WHOLE, ranks: Ranks = ALONE) -> str:
     """Names one policy: every parameter and buffer, adapters included. The same under every layout: sums, modulo 2^64, of what each value and its place in
     the whole tensor are mixed to. A collective; `cut` says where this rank's parts lie."""
     mine: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
@@ -187,7 +187,7 @@ def _mixed(values: np.ndarray, region: Region) -> tuple[int, int]:
     return out[0], out[1]
 
 
-def identity_of(model: ErnieModel, processor: Processor, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> dict[str, str]:
+def identity_of(model: ErnieModel, processor: Processor, cut: Shards = WHOLE, ranks: Ranks = ALONE) -> dict[str, str]:
     """What reference log-probabilities depend on besides the row itself."""
     media = json.dumps(
         [dataclasses.asdict(processor.images), dataclasses.asdict(processor.videos)], sort_keys=True, default=str

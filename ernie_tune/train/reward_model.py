@@ -22,6 +22,7 @@ from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.corruption import masked
 from ernie_tune.data.units import UnitBatch, UnitEncoder
+from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.loss import LossOut, combine
 from ernie_tune.objectives.preference import Pairs
@@ -37,7 +38,6 @@ from ernie_tune.objectives.reward import (
 )
 from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
-from ernie_tune.train.pipeline import frozen_outputs
 from ernie_tune.train.preference import Margins, pairs_of
 
 HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know

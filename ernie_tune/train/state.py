@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,11 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import (
+    WHOLE,
     RankFile,
     Region,
     ShardedReader,
+    Shards,
     Slice,
     describe,
     owned,
@@ -61,26 +63,6 @@ class _Alone:
 
 
 ALONE: Ranks = _Alone()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where this rank's tensors lie in the whole ones: by canonical name, of parameters; and of what its optimizer updates, where that is less.
-
-    Names that are left out are whole here.
-    """
-
-    parameters: Mapping[str, Region] = field(default_factory=dict)
-    updated: Mapping[str, Region] = field(default_factory=dict)
-
-    def of(self, name: str, parameter: Tensor) -> Region:
-        return self.parameters.get(name) or Region.block(tuple(parameter.shape))
-
-    def of_state(self, name: str, parameter: Tensor) -> Region:
-        return self.updated.get(name) or self.of(name, parameter)
-
-
-WHOLE = Cut()
 
 
 @dataclass(frozen=True)
@@ -129,7 +111,7 @@ def save_checkpoint(
     states: Mapping[str, Any],
     texts: Mapping[str, str],
     *,
-    cut: Cut = WHOLE,
+    cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """Write checkpoint-`step`; every rank calls it. `states` become JSON files by name, `texts` plain files; `optimizer` None leaves out what only
@@ -161,7 +143,9 @@ def stage_model(writing: Writing, save_model: Callable[[Path], object], ranks: R
     _together(ranks, lambda: save_model(writing.staged), writing)
 
 
-def prepare(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Cut, ranks: Ranks) -> list[Slice]:
+def prepare(
+    optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Shards, ranks: Ranks
+) -> list[Slice]:
     """What this rank is to write of the trained values and the optimizer's state."""
     slices = held_slices(optimizer, named, cut)
     mine = owned(ranks.gather(describe(slices)), ranks.rank)
@@ -192,7 +176,7 @@ def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing | None =
     return [value for value, _ in gathered]
 
 
-def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Cut = WHOLE, ranks: Ranks = ALONE) -> None:
+def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOLE, ranks: Ranks = ALONE) -> None:
     """Write tensors into `folder` of a checkpoint on its way, so that any layout can read them. Every rank calls it, and gets the OSError of any."""
     slices = [_slice(name, value, cut.of(name, value)) for name, value in named.items()]
     mine = owned(ranks.gather(describe(slices)), ranks.rank)
@@ -201,7 +185,7 @@ def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Cut = WHOLE,
     _together(ranks, lambda: write_manifest(folder, written) if ranks.rank == 0 else None)
 
 
-def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Cut = WHOLE) -> None:
+def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOLE) -> None:
     """Put what `write_values` wrote back into tensors of the same names, under any layout."""
     reader = ShardedReader(folder)
     for name, value in named.items():
@@ -284,7 +268,7 @@ def load_optimizer(
     optimizer: paddle.optimizer.Optimizer,
     named: Mapping[str, Tensor],
     *,
-    cut: Cut = WHOLE,
+    cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> None:
     """Put the saved moments, and the trained values saved with them, back, under whatever layout they were saved. Raises ValueError as `load_values` does."""
@@ -300,7 +284,7 @@ def load_optimizer(
 
 
 def load_values(
-    checkpoint: Checkpoint, named: Mapping[str, Tensor], *, cut: Cut = WHOLE, ranks: Ranks = ALONE
+    checkpoint: Checkpoint, named: Mapping[str, Tensor], *, cut: Shards = WHOLE, ranks: Ranks = ALONE
 ) -> ShardedReader:
     """Put the trained values alone back, bit for bit. Every rank calls it; the ranks share the checking of the files.
 
@@ -333,7 +317,7 @@ def load_values(
     return reader
 
 
-def held_slices(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Cut = WHOLE) -> list[Slice]:
+def held_slices(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Shards = WHOLE) -> list[Slice]:
     """What this rank holds of the trained values and of the optimizer's state, by "<canonical name>/<slot>"."""
     slices = [_slice(name + _VALUE, p, cut.of(name, p)) for name, p in named.items()]
     for key, tensor in optimizer_arrays(optimizer, named).items():

@@ -5,20 +5,15 @@ Refuses to know: the method's loss, the loop, where results go.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
-from ernie_tune.checkpoint.source import OnDisk, Source, Where, fill
-from ernie_tune.checkpoint.tensors import TensorReader
+from ernie_tune.checkpoint.source import Source, fill
 from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
 from ernie_tune.config.loader import load_config
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
@@ -26,13 +21,14 @@ from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.machine.place import Place
+from ernie_tune.machine.placed import read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS, preset
-from ernie_tune.peft import build, settings
+from ernie_tune.peft import settings
 from ernie_tune.peft.affinity import affinity, select_experts
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
-from ernie_tune.peft.files import read_adapter
-from ernie_tune.peft.freeze import FreezeSpec
+from ernie_tune.peft.freeze import FreezeSpec, opened
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.quantize import quantize_base, takers
 from ernie_tune.plan.job import known_shape
@@ -105,40 +101,6 @@ def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
         added = AddedArguments(adapter.num_virtual_tokens, width or added.prompt_encoder_width, added.adapter_width)
     about = dataclasses.replace(config.model, model_name_or_path=name, fine_tuning=method)
     return RunConfig(**{**vars(config), "model": about, "lora": lora, "added": added})
-
-
-def load_weights(model: ErnieModel, folder: Path, where: Where | None = None) -> None:
-    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`; with `where`, into a plain model that lies over ranks.
-    ValueError where they are others."""
-    if not isinstance(model, PeftModel):
-        reader = TensorReader(folder)
-        table = layout(model.config, detect_flavour(reader.shapes, model.config))
-        check_names(table, reader.shapes)
-        fill(model, OnDisk(table, reader), where=where)
-        return
-    adapter = model.adapters[model.active or ""]
-    rest = build.fill(adapter.config, adapter.places, adapter_tensors(model, folder))
-    check_adapter(folder, rest, adapter.copies)
-    for name, value in rest.items():
-        build.assign(adapter.copies[name], value, name)
-
-
-def adapter_tensors(model: PeftModel, folder: Path) -> dict[str, np.ndarray]:
-    """The whole tensors of the active adapter as `folder` has them. ValueError for a prompt whose encoder no file has."""
-    config = model.adapters[model.active or ""].config
-    if isinstance(config, PromptConfig) and config.encoder_width:
-        raise ValueError(
-            f"{folder} must hold the encoder of a P-tuned prompt, but adapter files hold only what it makes; save without save_only_model"
-        )
-    return read_adapter(folder, model.config).tensors
-
-
-def check_adapter(folder: Path, found: Collection[str], wanted: Collection[str]) -> None:
-    """ValueError unless the tensors of an adapter are those that the run trains."""
-    if set(found) != set(wanted):
-        raise ValueError(
-            f"adapter in {folder} must hold the tensors that this run trains, but {sorted(set(found) ^ set(wanted))[:3]} differ; take another folder"
-        )
 
 
 def train_sets(config: RunConfig, signals: tuple[str, ...]) -> list[Rows]:
@@ -274,6 +236,27 @@ def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
     return _named_model(config, empty=True)
 
 
+def model_for(config: RunConfig, place: Place) -> tuple[ErnieModel, Source | None]:
+    """The model that the settings name. It comes without values, which are read from what is given beside it when it is put, where it would not fit
+    before: as one of several processes, or when a quantised base is to be made of it."""
+    if place.several or config.compute.weight_quantize_algo != "none":
+        return unread_model(config)
+    return load_model(config), None
+
+
+def measured(config: RunConfig, place: Place, samples: Sequence[Any], source: Source | None) -> Any:
+    """What expert affinity is measured on before the model gets its adapters, and with them its layout: a copy of it that lies over the ranks, for the
+    time of measuring. None where there is nothing to measure, or the model has its values."""
+    if not samples or source is None:
+        return None
+    if not place.several:
+        return load_base(config)
+    model, source = unread_model(config)
+    if config.compute.weight_quantize_algo != "none":
+        quantize_base(model, config.compute.weight_quantize_algo)
+    return place.put(model, source, trained=False).forward
+
+
 def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     name, c = config.model.model_name_or_path, config.compute
     dtype = "float64" if c.float64 else None
@@ -287,14 +270,6 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     if c.bf16 and model.compute_dtype == "float32":
         print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
     return model, source
-
-
-def read_parts(model: ErnieModel, source: Source, where: Where | None = None) -> None:
-    """Give a model its values; where it lies over ranks, `where` says which part of each is here. ValueError as `fill`."""
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-        fill(model, source, where=where, takers=takers(model))
-    if isinstance(model, PeftModel):
-        model.settle()
 
 
 def apply_method(
@@ -327,6 +302,13 @@ def apply_method(
         )
     spec.apply(model)
     return model
+
+
+def recompute() -> Any:
+    """What runs a block again in its backward instead of keeping its activations."""
+    from paddle.distributed.fleet.utils import recompute
+
+    return opened(recompute)
 
 
 def added_config(config: RunConfig) -> PeftConfig:

@@ -18,9 +18,11 @@ from ernie_tune.data.batching import Dropped, RecordEncoder, dealt_again, steps_
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.machine.place import Place
+from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.peft.freeze import opened
+from ernie_tune.objectives.objective import Objective
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.report.interval import Interval
@@ -31,7 +33,6 @@ from ernie_tune.report.writers import open_writers
 from ernie_tune.train.background import Pending, save_in_background
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import Loop, LoopSettings, StepRecord
-from ernie_tune.train.objective import Objective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
 from ernie_tune.train.state import (
     OPTIMIZER,
@@ -47,7 +48,6 @@ from ernie_tune.train.state import (
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.measure import Measure, write_reports
-from ernie_tune.trainers.place import Place
 from ernie_tune.trainers.run_guards import RunGuards
 
 STATES = {name: f"{name}_state.json" for name in ("loop", "objective", "data", "guards")}
@@ -80,7 +80,7 @@ class Trainer:
         assemble.refuse_unbuilt(self.args)
         assemble.check_layout(self.args, model)
         self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
-        plain = self.place.load(self.args) if model is None else model
+        plain, self._source = assemble.model_for(self.args, self.place) if model is None else (model, None)
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
@@ -93,10 +93,11 @@ class Trainer:
         if not isinstance(plain, PeftModel):
             samples = self._calibration()
             self.model = assemble.apply_method(
-                self.args, plain, samples, self.place.source, self.place.measured(self.args, samples)
+                self.args, plain, samples, self._source, assemble.measured(self.args, self.place, samples, self._source)
             )
-            if not self.place.several:  # nothing is to be cut first
-                self.place.lay(self.model)
+        self._placed: Placed | None = None
+        if not self.place.several:  # nothing is to be cut first
+            self._placed = self.place.put(self.model, self._source)
         # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.base_model = self.described.model.model_name_or_path or "fresh weights"
@@ -164,18 +165,17 @@ class Trainer:
         named = list(model.named_parameters())
         betas = {"beta1": o.adam_beta1, "beta2": o.adam_beta2, "epsilon": o.adam_epsilon}
         if self.place.several:
-            make = adamw_maker(named, rate, weight_decay=o.weight_decay, **betas)
-            optimizer = self.place.optimizer(make)
+            optimizer = self.placed.optimizer(adamw_maker(named, rate, weight_decay=o.weight_decay, **betas))
         else:
             optimizer = build_adamw(named, rate, weight_decay=o.weight_decay, **betas)
         weights = RouterLossWeights(t.router_aux_loss_coef, t.moe_orthogonal_loss_lambda, t.router_z_loss_coef)
         settings = LoopSettings(
             max_grad_norm=o.max_grad_norm,
             router=weights if weights != RouterLossWeights() else None,
-            recompute=_recompute() if c.compute.recompute else None,
+            recompute=assemble.recompute() if c.compute.recompute else None,
             seed=t.seed,
         )
-        return Loop(model, self.objective(total, per_epoch), optimizer, schedule, settings, self.place.engine)
+        return Loop(model, self.objective(total, per_epoch), optimizer, schedule, settings, self.placed.engine)
 
     def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
         """The method's loss, new for a run of so many steps."""
@@ -196,7 +196,7 @@ class Trainer:
             return self._train(dry_run)
 
     def _train(self, dry_run: bool) -> dict[str, float]:
-        self._lay(training=True)
+        self._put(training=True)
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
         total = loop.schedule.total_steps
@@ -329,7 +329,7 @@ class Trainer:
     def _stop_now(self, record: StepRecord, log: RunLog, guards: RunGuards, interrupted: list[int]) -> bool:
         """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
         e, s, step, last = self.args.eval, self.args.save, record.step, record.step == self.loop_total
-        asked_to_end = self.place.engine.stopped(bool(interrupted))
+        asked_to_end = self.placed.engine.stopped(bool(interrupted))
         epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
         self._epoch_seen = self.stream.epoch
         verdicts = guards.after_step(record) + self._after_step(record)
@@ -361,17 +361,14 @@ class Trainer:
 
     # --- states ------------------------------------------------------------------------------------------------------
 
-    def _trained(self) -> dict[str, Any]:
-        return {name: p for name, p in self.model.named_parameters() if not p.stop_gradient}
-
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
-        with self.place.engine.whole():
+        with self.placed.whole():
             if (checkpoint.path / OPTIMIZER).is_dir() and (isinstance(self.model, PeftModel) or self.place.several):
-                named = self._trained()
-                load_values(checkpoint, named, cut=self.place.cut(named), ranks=self.place)
+                named = self.placed.trained()
+                load_values(checkpoint, named, cut=self.placed.shards(named), ranks=self.place)
             else:
-                self.place.take(self.model, checkpoint.path)
+                self.placed.take(checkpoint.path)
 
     def _state_fields(self) -> dict[str, Any]:
         """What trainer_state.json says beside the history."""
@@ -408,10 +405,10 @@ class Trainer:
         optimizer = None if self.args.save.save_only_model else loop.optimizer
         self._settle(log)
         self.place.mark(f"saving checkpoint-{step}")
-        with self.place.engine.whole():
-            named = self._trained()
+        with self.placed.whole():
+            named = self.placed.trained()
             content = (self.output_dir, step, self._save_checkpoint_files, optimizer, named, states)
-            texts, cut = {ARGS_FILE: dump_config(self.described)}, self.place.cut(named)
+            texts, cut = {ARGS_FILE: dump_config(self.described)}, self.placed.shards(named)
             if self.args.save.async_save and optimizer is not None:
                 self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
                 return
@@ -434,7 +431,7 @@ class Trainer:
 
     def _save_weights(self, folder: Path) -> None:
         """Model or adapter, and what else of the result is weights. All processes call it, one writes."""
-        self.place.save(self.model, folder)
+        self.placed.save(folder)
 
     def _data_states(self) -> list[tuple[int, dict[str, Any]]]:
         """(rank among those that read different rows, where its stream stands)."""
@@ -446,9 +443,9 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loop = self._loop()
-        with self.place.engine.whole():
-            named = self._trained()
-            load_optimizer(checkpoint, loop.optimizer, named, cut=self.place.cut(named), ranks=self.place)
+        with self.placed.whole():
+            named = self.placed.trained()
+            load_optimizer(checkpoint, loop.optimizer, named, cut=self.placed.shards(named), ranks=self.place)
         done = checkpoint.read_json(STATES["loop"])
         loop.load_state_dict(done)
         if "interval" in done:
@@ -470,12 +467,20 @@ class Trainer:
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
-    def _lay(self, training: bool = False) -> None:
+    @property
+    def placed(self) -> Placed:
+        """The model on the mesh."""
+        if self._placed is None:
+            raise AssertionError("_put comes first")
+        return self._placed
+
+    def _put(self, training: bool = False) -> None:
         """Put the model on the mesh, once it has all its layers; what is trained is counted before."""
         if not self._table:
             self._table = trainable_table(self.model).splitlines()
-            self._trainable = sum(int(p.size) for p in self._trained().values())
-        self.place.lay(self.model, training)
+            self._trainable = sum(int(p.size) for p in self.model.parameters() if not p.stop_gradient)
+        if self._placed is None:
+            self._placed = self.place.put(self.model, self._source, optimizer_next=training)
 
     _table: tuple[str, ...] | list[str] = ()
     _trainable = 0
@@ -494,7 +499,7 @@ class Trainer:
             total * batch,
             self._trainable,
         )
-        lines = [f"layout: {self.place.describe()}"] if self.place.several else []
+        lines = [f"layout: {self.placed.describe()}"] if self.place.several else []
         for line in [*lines, *self._table, *header_lines(facts)]:
             say(line)
 
@@ -557,7 +562,7 @@ class Trainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Model or adapter, processor files and arguments: what chat, eval and export need."""
-        self._lay()
+        self._put()
         self._save_weights(Path(folder))
         if self.place.is_writer:
             self.processor.save_pretrained(folder)
@@ -567,7 +572,7 @@ class Trainer:
         if not len(self.eval_rows):
             raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
         with self.place.watched():
-            self._lay()
+            self._put()
             measure = self._measure()
             metrics, asked, given = measure.all_rows()
             if answers is not None and self.place.is_writer:
@@ -578,7 +583,7 @@ class Trainer:
         """What measures the model on held-out rows and guard sets."""
         measure = Measure(
             self.args,
-            self.place.asked(self.model),
+            self.placed.forward,
             self.processor,
             assemble.encoder_of(self.args, self.processor),
             self.eval_rows,
@@ -590,9 +595,3 @@ class Trainer:
 
 def _due(strategy: str, every: int, step: int, epoch_ends: bool) -> bool:
     return (strategy == "steps" and every > 0 and step % every == 0) or (strategy == "epoch" and epoch_ends)
-
-
-def _recompute() -> Any:
-    from paddle.distributed.fleet.utils import recompute
-
-    return opened(recompute)

@@ -117,10 +117,10 @@ class PreferenceTrainer(Trainer):
 
     # --- the reference -----------------------------------------------------------------------------------------------
 
-    def _lay(self, training: bool = False) -> None:
+    def _put(self, training: bool = False) -> None:
         self._mode = self._mode or self._reference_mode()
         fresh = self._mode == "adapter_ref" and make_room(self.model)
-        super()._lay(training)
+        super()._put(training)
         if fresh:
             take_copy(self.model)
 
@@ -166,12 +166,18 @@ class PreferenceTrainer(Trainer):
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
         self.watch = PreferenceWatch(anchored=self._objective().anchored)
         mode = self._mode = self._mode or self._reference_mode()
-        with self.place.engine.whole():
+        with self.placed.whole():
             identity = {}
             if mode == "precomputed":
-                cut = self.place.cut(self.model.state_dict())
+                cut = self.placed.shards(self.model.state_dict())
                 identity = identity_of(self.model, self.processor, cut, self.place)
-            self.reference = Reference(self.model, mode, identity, self.place.asked(self.model), self.place.lay_beside)
+            self.reference = Reference(
+                self.model,
+                mode,
+                identity,
+                self.placed.forward,
+                lambda model: self.place.put(model, trained=False).forward,
+            )
         if mode == "precomputed" and not dry_run:
             self._precompute(self.reference)
         if self.args.signals.bco_density and not dry_run:
@@ -197,7 +203,7 @@ class PreferenceTrainer(Trainer):
 
     def _measured_density(self) -> PromptDensity:
         s, sources = self.args.signals, self.stream.shard.mixture.sources
-        density = PromptDensity(self.place.asked(self.model), s.bco_density_min, s.bco_density_max)
+        density = PromptDensity(self.placed.forward, s.bco_density_min, s.bco_density_max)
         # in an order that mixes the kinds, so that a part of many rows has both
         order = ([permute(i, len(rows), self.args.train.seed, 78) for i in range(len(rows))] for rows in sources)
         density.fit(self._every_row(*(Subset(rows, index) for rows, index in zip(sources, order, strict=True))))
@@ -205,7 +211,7 @@ class PreferenceTrainer(Trainer):
         return density
 
     def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
-        return self._compared(window, self.place.batch[0], self.place.mesh.group("batch").objects)
+        return self._compared(window, self.place.batch[0], self.place.gather_batch)
 
     def _compared(
         self,
@@ -229,7 +235,7 @@ class PreferenceTrainer(Trainer):
         total = 0.0
         for batch in window if answers else ():
             mixed = self.encoder.collate(list(itertools.islice(others, batch.num_rows)))
-            total += float((frozen_logp(self.place.asked(self.model), mixed) - reference.compute(mixed)).sum())
+            total += float((frozen_logp(self.placed.forward, mixed) - reference.compute(mixed)).sum())
         ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(answers)))
         return ready
 
@@ -253,7 +259,7 @@ class PreferenceTrainer(Trainer):
         unit = next(
             u for u in (self.encoder(r, Dropped()) for r in self.stream.shard.mixture.sources[0]) if u is not None
         )
-        gap = start_difference(self.place.asked(self.model), self._compared([self.encoder.collate([unit])])[0])
+        gap = start_difference(self.placed.forward, self._compared([self.encoder.collate([unit])])[0])
         if gap > SAME:
             log.info(
                 f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
@@ -271,7 +277,7 @@ class PreferenceTrainer(Trainer):
     def _after_step(self, record: StepRecord) -> list[Verdict]:
         r = self.args.reference
         if r.ref_model_update_steps > 0 and record.step % r.ref_model_update_steps == 0:
-            with self.place.engine.whole():
+            with self.placed.whole():
                 self._reference().update(r.ref_model_mixup_alpha)
         return self.watch.look(record.step, record.metrics)
 
@@ -287,7 +293,7 @@ class PreferenceTrainer(Trainer):
             return
         if self.args.reference.ref_model_update_steps > 0:
             moving = reference.moving()
-            write_values(folder / REFERENCE_FOLDER, moving, cut=self.place.cut(moving), ranks=self.place)
+            write_values(folder / REFERENCE_FOLDER, moving, cut=self.placed.shards(moving), ranks=self.place)
         if self.place.is_writer:
             # what was computed stays as it was: in another micro-batch the last bit could differ
             reference.cache.save(folder / CACHE_FILE)
@@ -300,7 +306,7 @@ class PreferenceTrainer(Trainer):
             reference.cache.load(checkpoint.path / CACHE_FILE)
         if self.args.reference.ref_model_update_steps > 0:
             moving = reference.moving()
-            read_values(checkpoint.path / REFERENCE_FOLDER, moving, cut=self.place.cut(moving))
+            read_values(checkpoint.path / REFERENCE_FOLDER, moving, cut=self.placed.shards(moving))
 
     # --- measuring ---------------------------------------------------------------------------------------------------
 

@@ -104,9 +104,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def score(self, records: Sequence[Record]) -> list[list[float] | None]:
         """The reward of each candidate of each record; None for one that does not fit."""
-        return score_records(
-            self.place.asked(self.model), records, self.encoder, self.args.eval.per_device_eval_batch_size
-        )
+        return score_records(self.placed.forward, records, self.encoder, self.args.eval.per_device_eval_batch_size)
 
 
 class _RewardMeasure(Measure):

@@ -5,7 +5,7 @@ Refuses to know: everything that other methods do too (base.py), the arithmetic 
 
 from __future__ import annotations
 
-from ernie_tune.train.objective import SFTObjective, TaskBalance
+from ernie_tune.train.sft import SFTObjective, TaskBalance
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 

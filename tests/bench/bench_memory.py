@@ -47,8 +47,8 @@ def child(name: str, steps: int) -> dict[str, float]:
     from ernie_tune.models.startup import prepare_device
     from ernie_tune.report.progress import resident_gib
     from ernie_tune.train.loop import Loop, LoopSettings
-    from ernie_tune.train.objective import SFTObjective
     from ernie_tune.train.optim import Schedule, build_adamw
+    from ernie_tune.train.sft import SFTObjective
     from ernie_tune.trainers.assemble import apply_method
     from ernie_tune.trainers.base import _recompute
 

@@ -15,13 +15,13 @@ import ernie_tune  # noqa: F401  sets the CPU variables before paddle loads
 import numpy as np  # isort: skip
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
+from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.mesh import Mesh
-from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.loop import Loop, LoopSettings
-from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
+from ernie_tune.train.sft import SFTObjective
 
 
 def loop_of(name: str, mesh: Mesh | None) -> Loop:

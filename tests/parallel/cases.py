@@ -18,6 +18,8 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.fleet import DistributedEngine, Laid, spread
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import Row
@@ -29,11 +31,9 @@ from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, P
 from ernie_tune.peft.freeze import FreezeSpec, opened
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import quantize_base
-from ernie_tune.train.distributed import DistributedEngine, Laid, spread
-from ernie_tune.train.engine import Engine
 from ernie_tune.train.loop import Loop, LoopSettings
-from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker
+from ernie_tune.train.sft import SFTObjective
 
 MAX_NORM = 0.5
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from support.judged_rows import label, mixture, pairs, rating
 from support.tiny_runs import write_rows
 
 from ernie_tune.config.training_arguments import TrainingArguments
-from ernie_tune.trainers import place
+from ernie_tune.machine import place
 from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
 from ernie_tune.trainers.reward import RewardTrainer
 from ernie_tune.trainers.upo import UPOTrainer

@@ -11,12 +11,12 @@ from unittest import mock
 import paddle
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
+from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.models.ernie import PLAN
 from ernie_tune.objectives import logprobs
 from ernie_tune.parallel import expert, gradients, parallelize, pipeline, sharding, tensor
 from ernie_tune.parallel.sharding import MeshOptimizer
-from ernie_tune.train.distributed import DistributedEngine
-from ernie_tune.train.engine import Engine
 
 
 def _nothing(*_: Any) -> None:

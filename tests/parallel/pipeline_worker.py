@@ -21,6 +21,9 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.machine.fleet import DistributedEngine
+from ernie_tune.machine.stages import StagedModel, cut_of, stages_of
+from ernie_tune.machine.tower import SharedTower
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import Row, pack
@@ -34,12 +37,9 @@ from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.train import pipeline as train_pipeline
-from ernie_tune.train.distributed import DistributedEngine
 from ernie_tune.train.loop import Loop, LoopSettings
-from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import Schedule, adamw_maker
-from ernie_tune.train.pipeline import StagedModel, cut_of, stages_of
-from ernie_tune.train.tower import SharedTower
+from ernie_tune.train.sft import SFTObjective
 from ernie_tune.trainers.base import _recompute
 
 MAX_NORM = 0.05  # far below the norms of these models, so that clipping acts at every step

@@ -16,11 +16,11 @@ from cases import Job, build_model
 from support.judged_rows import base, encoder, label, pair, ranking, rating, units
 
 from ernie_tune.data.units import UnitBatch
+from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.objectives.preference import PreferenceHyper
 from ernie_tune.objectives.upo import PRESETS
 from ernie_tune.parallel.mesh import Mesh
-from ernie_tune.train.distributed import DistributedEngine
-from ernie_tune.train.engine import Engine
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import Schedule
 from ernie_tune.train.preference import PairObjective, UpoObjective

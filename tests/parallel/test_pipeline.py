@@ -1,4 +1,4 @@
-"""parallel/pipeline.py, train/pipeline.py and train/tower.py on real processes against one process: losses, gradients, five clipped steps of AdamW.
+"""parallel/pipeline.py, machine/stages.py and machine/tower.py on real processes against one process: losses, gradients, five clipped steps of AdamW.
 
 Each launch runs several cases (`pipeline_worker.py`), and cases from which a remedy for one of Fleet's traps (parallel.md 1.5) was taken away.
 """

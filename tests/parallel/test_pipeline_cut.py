@@ -10,6 +10,7 @@ import pytest
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import Drawn, fill
+from ernie_tune.machine.stages import item_costs, pipeline_items, stages_of
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import has_values
 from ernie_tune.models.presets import preset
@@ -17,7 +18,6 @@ from ernie_tune.parallel.balance import deal
 from ernie_tune.parallel.pipeline import check_schedule, cut_at, cut_balanced
 from ernie_tune.peft.config import LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.train.pipeline import item_costs, pipeline_items, stages_of
 
 
 def worst(costs: list[float], bounds: tuple[int, ...]) -> float:

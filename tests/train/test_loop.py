@@ -18,8 +18,8 @@ from ernie_tune.data.batching import Dropped, Encoder, MicroBatch, Sample, colla
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.train.loop import Loop, LoopSettings
-from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import Schedule, build_adamw
+from ernie_tune.train.sft import SFTObjective
 
 NORMS = ("token", "seq", "token_balanced")
 

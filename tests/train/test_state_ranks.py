@@ -12,9 +12,9 @@ import paddle
 import pytest
 from support.thread_ranks import ThreadRanks, on_ranks
 
-from ernie_tune.checkpoint.sharded import Region
+from ernie_tune.checkpoint.sharded import WHOLE, Region, Shards
 from ernie_tune.train.optim import build_adamw
-from ernie_tune.train.state import WHOLE, Cut, find_checkpoint, load_optimizer, save_checkpoint
+from ernie_tune.train.state import find_checkpoint, load_optimizer, save_checkpoint
 
 SHAPES = {"norm.weight": (6,), "layers.0.mlp.text_experts.down_proj": (4, 3, 2), "lm_head.weight": (4, 6)}
 
@@ -36,22 +36,22 @@ def columns(name: str, rank: int, size: int) -> Region:
     return Region.block(whole, (*(0,) * (len(whole) - 1), rank * part), (*whole[:-1], part))
 
 
-def cut_rows(rank: int, size: int) -> Cut:
-    return Cut({name: rows(name, rank, size) for name in SHAPES})
+def cut_rows(rank: int, size: int) -> Shards:
+    return Shards({name: rows(name, rank, size) for name in SHAPES})
 
 
-def cut_columns(rank: int, size: int) -> Cut:
-    return Cut({name: columns(name, rank, size) for name in SHAPES})
+def cut_columns(rank: int, size: int) -> Shards:
+    return Shards({name: columns(name, rank, size) for name in SHAPES})
 
 
-def cut_flat(rank: int, size: int) -> Cut:
+def cut_flat(rank: int, size: int) -> Shards:
     """Whole parameters, moments in flat runs of unequal length: a sharded optimizer."""
     runs = {}
     for name, whole in SHAPES.items():
         block = Region.block(whole)
         ends = [block.size * r // size + (r % 2 if r < size else 0) for r in range(size + 1)]
         runs[name] = block.run(ends[rank], ends[rank + 1] - ends[rank])
-    return Cut({}, runs)
+    return Shards({}, runs)
 
 
 def values(seed: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -67,7 +67,7 @@ def piece(array: np.ndarray[Any, Any], region: Region) -> np.ndarray[Any, Any]:
 class Part:
     """One rank's parameters and the AdamW that trains them: a flat run of each where the cut says so, as sharding V2 does."""
 
-    def __init__(self, cut: Cut, weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    def __init__(self, cut: Shards, weights: dict[str, np.ndarray[Any, Any]]) -> None:
         self.cut, layer = cut, paddle.nn.Layer()
         self.named = {}
         for name, whole in SHAPES.items():
@@ -112,7 +112,7 @@ class Part:
                 board[name].reshape(-1)[run.start : run.start + run.size] = p.numpy()
 
 
-CUTS: dict[str, tuple[int, Callable[[int, int], Cut]]] = {
+CUTS: dict[str, tuple[int, Callable[[int, int], Shards]]] = {
     "whole": (1, lambda *_: WHOLE),
     "rows over 2": (2, cut_rows),
     "rows over 4": (4, cut_rows),

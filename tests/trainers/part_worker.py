@@ -21,13 +21,15 @@ from paddle.distributed.fleet.base import topology
 
 from ernie_tune.config.arguments import RunConfig, build
 from ernie_tune.data.batching import Sample
+from ernie_tune.machine import place
+from ernie_tune.machine.fleet import spread
+from ernie_tune.machine.placed import Placed
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import QuantizedEmbedding, QuantizedWeight
-from ernie_tune.train.distributed import spread
-from ernie_tune.trainers import assemble, place
+from ernie_tune.trainers import assemble
 
 
 def values(model: Any) -> dict[str, np.ndarray]:
@@ -52,47 +54,47 @@ def calibration(config: RunConfig) -> list[Sample]:
     return [Sample(Row(ids), np.ones(len(ids), bool), np.ones(len(ids), np.float32)) for ids in rows]
 
 
-def load(config: RunConfig) -> tuple[Any, place.Place, tuple[int, int]]:
-    """(the model on this rank, its place, the most bytes held on the way by Paddle and by numpy)."""
+def load(config: RunConfig) -> tuple[Placed, tuple[int, int]]:
+    """(the model on this rank, the most bytes held on the way by Paddle and by numpy)."""
     here = place.Place(config.parallel)
     gc.collect()  # of the case before
     tracemalloc.start()
     before = allocated()
     core.host_memory_stat_reset_peak_value("Allocated", 0)
-    plain = here.load(config)
+    plain, source = assemble.model_for(config, here)
     samples = calibration(config)
-    model = assemble.apply_method(config, plain, samples, here.source, here.measured(config, samples))
-    here.lay(model, training=True)
+    model = assemble.apply_method(config, plain, samples, source, assemble.measured(config, here, samples, source))
+    placed = here.put(model, source, optimizer_next=True)
     peaks = int(core.host_memory_stat_peak_value("Allocated", 0)) - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return model, here, peaks
+    return placed, peaks
 
 
-def there_and_back(config: RunConfig, model: Any, here: place.Place) -> None:
+def there_and_back(config: RunConfig, placed: Placed) -> None:
     """What a layout saves, it takes back: whole models and adapters, each rank its part."""
     folder = Path(sys.argv[1]) / "saved"
-    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-    with here.engine.whole(), paddle.no_grad():
+    trained = placed.trained()
+    with placed.whole(), paddle.no_grad():
         for value in trained.values():
             value.set_value(value * 1.5 + 0.25)
         before = {name: value.numpy() for name, value in trained.items()}
-    here.save(model, folder)
-    with here.engine.whole(), paddle.no_grad():
+    placed.save(folder)
+    with placed.whole(), paddle.no_grad():
         for value in trained.values():
             value.set_value(paddle.zeros_like(value))
-    take_back(config, model, here, folder, before)
+    take_back(config, placed, folder, before)
 
 
-def take_back(config: RunConfig, model: Any, here: place.Place, folder: Path, before: dict[str, np.ndarray]) -> None:
-    trained = dict(model.named_parameters())
+def take_back(config: RunConfig, placed: Placed, folder: Path, before: dict[str, np.ndarray]) -> None:
+    trained, here = dict(placed.model.named_parameters()), placed.place
     here.gather(None)
     if config.model.fine_tuning == "PTuning":
         with pytest.raises(ValueError, match="must hold the encoder of a P-tuned prompt"):
-            here.take(model, folder)
+            placed.take(folder)
     else:
-        with here.engine.whole():
-            here.take(model, folder)
-        with here.engine.whole():
+        with placed.whole():
+            placed.take(folder)
+        with placed.whole():
             assert all(np.array_equal(trained[name].numpy(), value) for name, value in before.items())
     here.gather(None)
     if here.is_writer:
@@ -102,11 +104,12 @@ def take_back(config: RunConfig, model: Any, here: place.Place, folder: Path, be
 def one(settings: dict[str, Any]) -> dict[str, Any]:
     topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here it lays out one after the other
     config = build(settings)
-    model, here, peaks = load(config)
+    placed, peaks = load(config)
+    model, here = placed.model, placed.place
     held = sum(int(p.size) * p.element_size() for p in model.parameters() if p._is_initialized())
     if here.mesh.degrees.sharding_stage == 3:
-        here.engine.optimizer(lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
-    with here.engine.whole():
+        placed.optimizer(lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
+    with placed.whole():
         mine = values(model)
     whole = assemble.apply_method(config, assemble.load_model(config), calibration(config))
     spread(whole, here.mesh)
@@ -121,7 +124,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in mine.items()
         if not np.array_equal(value, theirs[name])
     }
-    there_and_back(config, model, here)
+    there_and_back(config, placed)
     shapes = [np.prod(spec.shape) for spec in parameter_specs(model.config).values()]
     return {
         "paddle": peaks[0],

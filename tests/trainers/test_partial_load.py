@@ -19,12 +19,13 @@ from support.tiny_runs import settings
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import OnDisk, fill
 from ernie_tune.data.processor import Processor
+from ernie_tune.machine.place import Place
+from ernie_tune.machine.placed import read_parts
 from ernie_tune.models.layers import has_values
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import QuantizedWeight, quantize_base, takers, weight_bytes
-from ernie_tune.trainers.assemble import apply_method, read_parts
-from ernie_tune.trainers.place import Place
+from ernie_tune.trainers.assemble import apply_method
 from ernie_tune.trainers.sft import SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
@@ -158,10 +159,10 @@ def test_an_error_of_one_rank_is_raised_by_all() -> None:
 
     place = SimpleNamespace(gather=lambda mine: ["", mine or "the file of another"])
     with pytest.raises(ValueError, match="the file is damaged"):
-        Place._together(place, failing)  # type: ignore[arg-type]
+        Place.together(place, failing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the file of another"):
-        Place._together(place, lambda: None)  # type: ignore[arg-type]
-    Place._together(SimpleNamespace(gather=lambda mine: [mine, ""]), lambda: None)  # type: ignore[arg-type]
+        Place.together(place, lambda: None)  # type: ignore[arg-type]
+    Place.together(SimpleNamespace(gather=lambda mine: [mine, ""]), lambda: None)  # type: ignore[arg-type]
 
 
 def test_copies_and_magnitudes_wait_for_the_values_they_start_from() -> None:

@@ -25,11 +25,11 @@ from safetensors.numpy import load_file
 from support.tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.config.arguments import build
+from ernie_tune.machine import place
+from ernie_tune.machine.place import degrees_of
 from ernie_tune.parallel.watch import Watch
 from ernie_tune.train.state import Checkpoint
-from ernie_tune.trainers import place
 from ernie_tune.trainers.base import Trainer
-from ernie_tune.trainers.place import degrees_of
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5

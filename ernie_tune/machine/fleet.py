@@ -20,6 +20,8 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
+from ernie_tune.machine.alone import Engine, Window, Work
+from ernie_tune.machine.stages import StagedModel, item_costs, pipeline_items, stages_of
 from ernie_tune.models.ernie import PLAN, ErnieModel
 from ernie_tune.models.moe import MoELayer, update_correction_bias
 from ernie_tune.parallel import gradients
@@ -35,8 +37,6 @@ from ernie_tune.parallel.sharding import MeshOptimizer
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import ADAPTER_PLAN
-from ernie_tune.train.engine import Engine, Window, Work
-from ernie_tune.train.pipeline import StagedModel, item_costs, pipeline_items, stages_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""train/objective.py: what the loop is told of supervised fine-tuning, and the factors on tasks (methods.md 4.12, 11.8)."""
+"""train/sft.py: what the loop is told of supervised fine-tuning, and the factors on tasks (methods.md 4.12, 11.8)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import paddle
 import pytest
 
 from ernie_tune.data.batching import MicroBatch, Sample, collate
+from ernie_tune.machine.alone import forward_loss
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.inputs import Row
-from ernie_tune.train.objective import SFTObjective, TaskBalance, dwa, forward_loss
+from ernie_tune.train.sft import SFTObjective, TaskBalance, dwa
 
 VOCAB, WIDTH = 7, 3
 

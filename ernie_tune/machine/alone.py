@@ -1,4 +1,4 @@
-"""What the loop asks of the machine it runs on: one process here, a Fleet mesh in `distributed.py`. The loop is the same for both.
+"""What the loop asks of the machine it runs on: one process here, a Fleet mesh in `fleet.py`. The loop is the same for both.
 
 A step calls, in this order, and every rank of a mesh makes the same calls:
 
@@ -19,18 +19,21 @@ Refuses to know: objectives' arithmetic, learning rates, files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
 from ernie_tune.models.moe import RouterTap, update_correction_bias
 from ernie_tune.models.router_losses import RouterLossWeights
-from ernie_tune.train.objective import Objective, forward_loss
-from ernie_tune.train.optim import clip_, global_norm
+from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.objective import Objective
+from ernie_tune.parallel.gradients import square_sum
 
 Sums = Mapping[str, tuple[float, float]]
 
@@ -69,6 +72,31 @@ class Window:
         for name, (total, count) in metrics.items():
             before = self.metrics.get(name, (0.0, 0.0))
             self.metrics[name] = (before[0] + total, before[1] + count)
+
+
+def forward_loss(
+    objective: Objective,
+    model: Any,
+    batch: Any,
+    tap: RouterTap | None = None,
+    recompute: Callable[..., Tensor] | None = None,
+) -> LossOut:
+    """One micro-batch through model and objective on one device."""
+    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
+    return objective.loss(objective.outputs(model, hidden_TD, batch), batch)
+
+
+def global_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm over all gradients; the sums over tensors are in float64."""
+    return math.sqrt(math.fsum(square_sum(g) for g in gradients))
+
+
+def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`; 0 never clips."""
+    if max_norm > 0 and norm > max_norm:
+        with paddle.no_grad():
+            for g in gradients:
+                g.scale_(max_norm / norm)
 
 
 class Engine:

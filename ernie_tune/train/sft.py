@@ -1,49 +1,21 @@
-"""What the loop asks of a method, and supervised fine-tuning as its first answer: a micro-batch in, a LossOut out, task weights applied.
+"""Supervised fine-tuning as a loop asks for it: weighted likelihood of the target tokens, and weights that keep tasks in balance.
 
-A method is cut in two: `outputs` turns final hidden states into what the loss is made of (on the last pipeline stage), `loss` is arithmetic on them.
-Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file only connects them to the model and the batch.
+Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file connects them to the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import paddle
 from paddle import Tensor
 
 from ernie_tune.data.batching import MicroBatch
-from ernie_tune.models.moe import RouterTap
-from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.objectives.loss import LossOut
+from ernie_tune.objectives.objective import target_logp
 from ernie_tune.objectives.sft import sft_loss, token_coefficients
-
-Recompute = Callable[..., Tensor]
-
-
-class Objective(Protocol):
-    """What the loop asks of a method."""
-
-    def counts(self, window: Sequence[Any]) -> dict[str, float]:
-        """What this rank's micro-batches of one window add to the divisors, by name. The loop sums them over all data ranks."""
-
-    def begin(self, counts: Mapping[str, float]) -> float:
-        """Called once per window with the global counts, before its micro-batches; returns what every `loss` is divided by."""
-
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Tensor:
-        """What the loss is made of (log-probabilities [N], rewards [R]), from the final hidden states. `model` offers `head_weight()`."""
-
-    def loss(self, outputs: Tensor, batch: Any) -> LossOut:
-        """The micro-batch's share of the window's loss. Pure but for what `begin` noted."""
-
-    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
-        """Called once per window with its summed metrics, after the optimizer step."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class TaskBalance:
@@ -168,28 +140,3 @@ class SFTObjective:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.balance.load_state_dict(state["balance"])
-
-
-class Targets(Protocol):
-    """A batch that says which token of the pack predicts which id."""
-
-    @property
-    def source_N(self) -> np.ndarray: ...
-
-    @property
-    def target_N(self) -> np.ndarray: ...
-
-
-def target_logp(model: Any, hidden_TD: Tensor, batch: Targets) -> Tensor:
-    """Log-probability of each target, [N] float32; the head runs on target positions only."""
-    weight, transposed = model.head_weight()
-    hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
-    return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)
-
-
-def forward_loss(
-    objective: Objective, model: Any, batch: Any, tap: RouterTap | None = None, recompute: Recompute | None = None
-) -> LossOut:
-    """One micro-batch through model and objective on one device."""
-    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
-    return objective.loss(objective.outputs(model, hidden_TD, batch), batch)

@@ -17,6 +17,8 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.machine.alone import Window, Work
+from ernie_tune.machine.tower import SharedTower, tower_parameters
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
@@ -24,8 +26,6 @@ from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterRecord, RouterTap
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
-from ernie_tune.train.engine import Window, Work
-from ernie_tune.train.tower import SharedTower, tower_parameters
 
 # --- the model as items ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""train/distributed.py on a mesh of one process: the same steps as the plain engine, and settings that are refused. Meshes of many: tests/parallel."""
+"""machine/fleet.py on a mesh of one process: the same steps as the plain engine, and settings that are refused. Meshes of many: tests/parallel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
+from ernie_tune.machine.alone import Work
+from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.presets import preset
 from ernie_tune.parallel.mesh import Mesh
-from ernie_tune.train.distributed import DistributedEngine
-from ernie_tune.train.engine import Work
 from ernie_tune.train.loop import Loop, LoopSettings
-from ernie_tune.train.objective import SFTObjective
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
+from ernie_tune.train.sft import SFTObjective
 
 
 def windows(count: int) -> list[list[MicroBatch]]:

@@ -1,0 +1,1 @@
+"""How a run lies on its processes: alone, or spread over a Fleet mesh."""

@@ -1,0 +1,58 @@
+"""What a loop asks of a method's loss: a micro-batch in, a LossOut out, cut in two for pipelines.
+
+`outputs` turns final hidden states into what the loss is made of, on the last stage, where the head is; `loss` is
+arithmetic on them. Refuses to know: which methods there are, models' classes, where batches come from, optimizers.
+Legend: T tokens, D width, N target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.objectives.loss import LossOut
+
+
+class Objective(Protocol):
+    """What the loop asks of a method."""
+
+    def counts(self, window: Sequence[Any]) -> dict[str, float]:
+        """What this rank's micro-batches of one window add to the divisors, by name. The loop sums them over all data ranks."""
+
+    def begin(self, counts: Mapping[str, float]) -> float:
+        """Called once per window with the global counts, before its micro-batches; returns what every `loss` is divided by."""
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Tensor:
+        """What the loss is made of (log-probabilities [N], rewards [R]), from the final hidden states. `model` offers `head_weight()`."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> LossOut:
+        """The micro-batch's share of the window's loss. Pure but for what `begin` noted."""
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        """Called once per window with its summed metrics, after the optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Targets(Protocol):
+    """A batch that says which token of the pack predicts which id."""
+
+    @property
+    def source_N(self) -> np.ndarray: ...
+
+    @property
+    def target_N(self) -> np.ndarray: ...
+
+
+def target_logp(model: Any, hidden_TD: Tensor, batch: Targets) -> Tensor:
+    """Log-probability of each target, [N] float32; the head runs on target positions only."""
+    weight, transposed = model.head_weight()
+    hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
+    return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)
