@@ -1,6 +1,6 @@
 """`ernie-tune VERB …`: finds the verb, runs it, turns errors into one clean message.
 
-Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback,
+Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback and what is known of the processor,
 `--lang en|zh|both` says in which language to speak.
 Refuses to know what verbs do.
 """
@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; default `sys.argv`) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    if debug:
+        os.environ["ERNIE_TUNE_DEBUG"] = "1"  # started workers and what paddle needs know it too
     warnings.filterwarnings(
         "ignore", message="No ccache found"
     )  # Paddle tells everybody what concerns builders of operators

@@ -17,8 +17,10 @@ from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.cpu import while_paddle_loads
-from ernie_tune.config.loader import load_config
+from ernie_tune.config.language import say, shown
+from ernie_tune.config.loader import load_config, split_overrides
 
+ANSWERS_FILE = "eval_answers.jsonl"
 TRAINERS = {
     "SFT": "ernie_tune.trainers.sft:SFTTrainer",
     "PT": "ernie_tune.trainers.sft:SFTTrainer",
@@ -90,23 +92,37 @@ def _train(args: list[str], stage: str = "") -> int:
     try:
         _trainer(config)(args=config).train(dry_run=dry_run)
     except (FloatingPointError, Interrupted) as error:
-        print(error, file=sys.stderr)
+        print(shown(error), file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     return 0
 
 
 def evaluate(args: list[str]) -> int:
-    """ernie-tune eval FILE [key=value | --key value ...]
+    """ernie-tune eval FOLDER | FILE [key=value | --key value ...]
 
-    Loss and scores of generated answers on the evaluation rows of the YAML file, for the model that it names, or for the
-    trained one with model_name_or_path=output_dir (Full) or lora_path=output_dir (LoRA).
+    Loss and scores of generated answers on the evaluation rows. FOLDER: the output_dir of a run, whose result is measured.
+    FILE: a YAML file; the model that it names is measured. The answers are written to eval_answers.jsonl in output_dir.
     """
-    config = _config(args)
+    config = _config([*args, *_result_of(args)])
     from ernie_tune.report.log import metrics_table
 
-    for line in metrics_table("eval", _trainer(config)(args=config).evaluate()):
+    answers = Path(config.save.output_dir) / ANSWERS_FILE
+    for line in metrics_table("eval", _trainer(config)(args=config).evaluate(answers)):
         print(line)
+    if answers.is_file() and answers.stat().st_size:
+        print(say(f"every answer: {answers}", f"全部回答：{answers}"))
     return 0
+
+
+def _result_of(args: list[str]) -> list[str]:
+    """The settings that name what a run left in the folder in `args`: a whole model, or an adapter; nothing for a file, or where they are given."""
+    words, entries = split_overrides(args)
+    folder = words[0] if len(words) == 1 and Path(words[0]).is_dir() else ""
+    given = {entry.name for entry in entries}
+    if not folder or given & {"model_name_or_path", "lora_path", "adapter_name_or_path"}:
+        return []
+    name = "model_name_or_path" if (Path(folder) / "config.json").is_file() else "lora_path"
+    return [f"{name}={folder}", *([] if "output_dir" in given else [f"output_dir={folder}"])]
 
 
 def demo(args: list[str]) -> int:
@@ -117,7 +133,11 @@ def demo(args: list[str]) -> int:
     folder = next((folder for folder in DIGITS if (folder / "sft.yaml").is_file()), None)
     if folder is None:
         raise UsageError(
-            f"demo needs examples/digits, found neither at {' nor at '.join(map(str, DIGITS))}; install ernie_tune again, or clone the repository"
+            say(
+                f"demo needs examples/digits, found neither at {' nor at '.join(map(str, DIGITS))}; "
+                "install ernie_tune again, or clone the repository",
+                f"demo 需要 examples/digits，以下位置都没有：{'、'.join(map(str, DIGITS))}；请重新安装 ernie_tune，或克隆仓库",
+            )
         )
     rows = [f"{split}_dataset_path={folder / f'{split}.jsonl'}" for split in ("train", "eval")]
     return run([str(folder / "sft.yaml"), *rows, *args])
@@ -127,7 +147,12 @@ def _trainer(config: RunConfig) -> Any:
     """The trainer of the stage. Raises ValueError for a stage that has none yet."""
     stage = config.model.stage
     if stage not in TRAINERS:
-        raise ValueError(f"stage ({stage}) must be one of {', '.join(TRAINERS)}; change it / 该阶段尚不支持")
+        raise ValueError(
+            say(
+                f"stage ({stage}) must be one of {', '.join(TRAINERS)}; change it",
+                f"stage（{stage}）须为 {', '.join(TRAINERS)} 之一；请修改",
+            )
+        )
     module, _, name = TRAINERS[stage].partition(":")
     with while_paddle_loads():
         return vars(importlib.import_module(module))[name]
@@ -137,5 +162,5 @@ def _config(args: list[str]) -> RunConfig:
     path, overrides = file_and_settings(args)
     loaded = load_config(path, overrides, for_training=True)
     for note in loaded.notes:
-        print(note, file=sys.stderr)
+        print(shown(note), file=sys.stderr)
     return loaded.config

@@ -6,6 +6,7 @@ Refuses to know what a verb does: its module is imported when the verb runs.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,12 +86,26 @@ def find_verb(word: str) -> Verb:
 
 
 def file_and_settings(args: Sequence[str]) -> tuple[str, list[Entry]]:
-    """The one file that `args` must name, and the settings beside it. Raises UsageError for none or several files."""
-    from ernie_tune.config.loader import split_overrides
+    """The one file that `args` must name, and the settings beside it; of the folder of a run, its settings file. Raises UsageError for none or several
+    files, and for a folder of something else."""
+    from ernie_tune.config.loader import ARGS_FILE, split_overrides
 
     words, entries = split_overrides(args)
     if len(words) != 1:
         raise UsageError(
-            f"expected one YAML file, got {len(words)}: {' '.join(words) or 'nothing'} / 需要一个 YAML 文件"
+            say(
+                f"expected one YAML file, got {len(words)}: {' '.join(words) or 'nothing'}",
+                f"需要一个 YAML 文件，得到 {len(words)} 个：{' '.join(words) or '无'}",
+            )
         )
-    return words[0], entries
+    if not os.path.isdir(words[0]):
+        return words[0], entries
+    file = os.path.join(words[0], ARGS_FILE)
+    if not os.path.isfile(file):
+        raise UsageError(
+            say(
+                f"{words[0]} is a folder without {ARGS_FILE}; give a YAML file, or the output_dir of a run",
+                f"目录 {words[0]} 中没有 {ARGS_FILE}；请给出 YAML 文件，或某次运行的 output_dir",
+            )
+        )
+    return file, entries

@@ -7,6 +7,7 @@ split from outside works unchanged. Checked against architecture.md sections 2-6
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.layers import GatedMLP, Linear, RMSNorm, rotate_pairs, text_angles, turn_factors
 from ernie_tune.models.moe import MoELayer, RouterTap
-from ernie_tune.models.startup import prepare_device
+from ernie_tune.models.startup import CPU_PLAN, DEBUG_VARIABLE, prepare_device
 from ernie_tune.models.vision import Resampler, VisionTower
 
 Recompute = Callable[..., Tensor]
@@ -209,7 +210,8 @@ class ErnieModel(nn.Layer):
 
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
         super().__init__()
-        if line := prepare_device():
+        line = prepare_device()
+        if line and (CPU_PLAN.too_late or os.environ.get(DEBUG_VARIABLE)):  # news only where it is slow, or looked for
             print(line, file=sys.stderr)
         self.config, self.compute_dtype = config, dtype
         with default_dtype(dtype):

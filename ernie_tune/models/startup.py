@@ -17,6 +17,7 @@ from ernie_tune import CPU_PLAN
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SIZE = 768
+DEBUG_VARIABLE = "ERNIE_TUNE_DEBUG"  # set by --debug: the line is shown though nothing is wrong
 _checked: list[str] = []
 
 

@@ -246,9 +246,9 @@ class RunLog:
         if not self.is_main:
             return
         everything = self.output_dir / "all_results.json"
-        before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+        known = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
         write_atomically(self.output_dir / f"{split}_results.json", _json_text(values))
-        write_atomically(everything, _json_text({**before, **values}))
+        write_atomically(everything, _json_text({**known, **values}))
         for line in comparison_table(split, before, measured) if before else metrics_table(split, values):
             self.info(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_runs import IMAGES, train
 
-from ernie_tune.cli.chat import HELP, talk
+from ernie_tune.cli.chat import HELP, talk, typed
 from ernie_tune.cli.main import main
 from ernie_tune.generate.answer import Delta
 from ernie_tune.generate.engine import Request
@@ -46,7 +47,7 @@ def conversation(*lines: str, **options: Any) -> tuple[Scripted, str]:
     engine, out = Scripted(), io.StringIO()
 
     def write(text: str, end: str = "\n", flush: bool = False) -> None:
-        out.write(text + end)
+        out.write(f"{text}{end}")
 
     assert talk(engine, [line + "\n" for line in lines], write, options) == 0
     return engine, out.getvalue()
@@ -93,16 +94,67 @@ def test_an_error_in_the_middle_keeps_the_conversation() -> None:
 
 def test_thinking_and_help() -> None:
     engine, said = conversation(
-        "a", "/think on", "b", "/think off", "c", "/think", "/think maybe", "d", "/what", "/new"
+        "a", "/think on", "b", "/think off", "c", "/think", "/think maybe", "d", "/help", "/new"
     )
     assert [r.thinking for r in engine.requests] == [None, True, False, False]
     assert said.count(HELP) == 3
+
+
+def test_unknown_commands_are_refused_with_the_list() -> None:
+    engine, said = conversation("/imgae a.png", "/etc/passwd is what?", " /etc/passwd is what?")
+    assert said.startswith("! unknown command /imgae; did you mean '/image'?\n/image PATH")
+    assert "! unknown command /etc/passwd\n" in said
+    assert [contents(r) for r in engine.requests] == [["/etc/passwd is what?"]], "after a blank it is a question"
+
+
+def test_paths_as_people_type_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my digit.png"
+    file.write_bytes(Path(DIGIT).read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    escaped = str(file).replace(" ", "\\ ")
+    engine, said = conversation(
+        *(f"/image {p}" for p in (file, f"'{file}'", f'"{file}"', escaped, "~/my digit.png")), "?"
+    )
+    assert "!" not in said
+    assert list(engine.requests[0].images) == [str(file)] * 5
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_conversation() -> None:
+    class Stopped(Scripted):
+        def stream(self, request: Request, params: Any) -> Iterator[Delta]:
+            yield from itertools.islice(super().stream(request, params), 2)
+            if len(self.requests) == 1:
+                raise KeyboardInterrupt
+
+    engine, out = Stopped(), io.StringIO()
+    talk(engine, ["one", "two"], lambda text, end="\n", flush=False: out.write(f"{text}{end}"), {})
+    assert out.getvalue() == "hm answer  … stopped\nhm answer \n"
+    assert contents(engine.requests[1]) == ["one", "answer", "two"]
+
+
+def test_typed_lines_have_a_prompt_and_survive_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, given = [], iter(["a", KeyboardInterrupt, "b", EOFError, "never"])
+
+    def answer(prompt: str) -> str:
+        prompts.append(prompt)
+        found = next(given)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert list(typed()) == ["a", "b"]
+    assert prompts == ["> "] * 4
 
 
 def test_the_verb_refuses_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["chat"]) == 2
     assert main(["chat", "a", "b"]) == 2
     assert "expected one folder or YAML file, got 2" in capsys.readouterr().err
+    assert main(["chat", str(tmp_path / "no"), "--top_k", "2"]) == 1
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'no'} does not exist; give the folder")
+    assert main(["chat", str(tmp_path), "--temperature", "warm"]) == 2
+    assert capsys.readouterr().err == "temperature (warm) must be a number\n"
     assert main(["chat", str(tmp_path), "--beams", "4"]) == 2
     assert "unknown option 'beams'; chat takes temperature, top_p" in capsys.readouterr().err
 
@@ -115,7 +167,7 @@ def test_a_finished_run_can_be_talked_to(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {DIGIT}\nread\n/exit\n"))
     assert main(["chat", str(out), "--max_new_tokens", "3", "--seed", "1"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(HELP)
+    assert said.startswith(str(HELP))
     assert f"image 1: {DIGIT}" in said
     assert "!" not in said
 

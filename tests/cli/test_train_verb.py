@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,22 @@ def test_eval_measures_what_was_trained(tmp_path: Path, capsys: pytest.CaptureFi
     held = write_rows(tmp_path / "eval.jsonl", [picture_row(i) for i in range(3)])
     for method, name in (("Full", "model_name_or_path"), ("LoRA", "lora_path")):
         out = train(tmp_path, max_steps=3, fine_tuning=method, output_dir=tmp_path / method, eval_dataset_path=held)
-        trained = eval_loss(capsys.readouterr().out.split("eval metrics")[1])
-        assert main(["eval", str(out / "ernie_tune_args.yaml"), f"--{name}", str(out)]) == 0
-        shown = capsys.readouterr().out
-        assert shown.startswith("***** eval metrics *****\n")
-        assert eval_loss(shown) == pytest.approx(trained, rel=1e-6)
+        capsys.readouterr()
+        trained = json.loads((out / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"]
+        for words in ([str(out / "ernie_tune_args.yaml"), f"--{name}", str(out)], [str(out)]):
+            (out / "eval_answers.jsonl").unlink(missing_ok=True)
+            assert main(["eval", *words]) == 0
+            shown = capsys.readouterr().out
+            assert shown.startswith("***** eval metrics *****\n")
+            assert eval_loss(shown) == pytest.approx(trained, abs=1e-4)
+            lines = (out / "eval_answers.jsonl").read_text(encoding="utf-8").splitlines()
+            assert [json.loads(line)["row"] for line in lines] == [f"{held}:{i}" for i in (1, 2, 3)]
+            assert [set(json.loads(line)) for line in lines] == [{"row", "reference", "answer", "exact_match"}] * 3
+    (tmp_path / "empty").mkdir()
+    assert main(["eval", str(tmp_path / "empty")]) == 2
+    assert "is a folder without ernie_tune_args.yaml; give a YAML file" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path / "Full")]) == 0
+    assert "ernie_tune_args.yaml is valid" in capsys.readouterr().out
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(settings(tmp_path)), encoding="utf-8")
     assert main(["eval", str(file)]) == 1

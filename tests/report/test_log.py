@@ -117,6 +117,18 @@ def test_comparison_table_says_what_training_did(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_results_are_shown_beside_what_they_were(tmp_path: Path) -> None:
+    log, lines = make(tmp_path)
+    log.results("train", {"train_loss": 1.5}, 1.0)
+    log.results("eval", {"eval_loss": 0.5}, 1.0, {"eval_loss": 2.0})
+    assert [line.partition(" - ")[2] for line in lines[-3:]] == [
+        "***** eval metrics *****",
+        "             before  after   change",
+        "  eval_loss     2.0    0.5  -1.5000  better",
+    ]
+    assert json.loads((tmp_path / "all_results.json").read_text())["train_loss"] == 1.5
+
+
 def test_line_of_a_step_holds_no_more_than_a_reader_wants(tmp_path: Path) -> None:
     log, lines = make(tmp_path)
     values = {
