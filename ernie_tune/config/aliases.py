@@ -159,7 +159,6 @@ IGNORED: dict[str, str] = {
     "moe_multimodal_dispatch_use_allgather": "the dispatch is chosen by the parallel layout",
     "pre_alloc_memory": "memory is allocated as it is needed",
     "quant_method": "quant_bits decides",
-    "overwrite_output_dir": "nothing is overwritten; see resume_from_checkpoint",
     "overwrite_cache": "rows are read anew in every run",
 }
 

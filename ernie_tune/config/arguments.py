@@ -216,6 +216,9 @@ class SaveArguments:
     """What is written where."""
 
     output_dir: str = arg("./output", "folder of everything that the run writes")
+    overwrite_output_dir: bool = arg(
+        False, "start anew: what earlier runs left in output_dir is moved to output_dir/earlier-N"
+    )
     save_strategy: str = arg("steps", "when to save", WHEN)
     save_steps: int = arg(500, "steps between checkpoints", low=0)
     save_total_limit: int | None = arg(None, "checkpoints kept; null: all", low=1)

@@ -250,6 +250,13 @@ class Dataset(Sequence[Record]):
         return self._parts[0].entry.prob
 
     @property
+    def files(self) -> list[tuple[str, int]]:
+        """Each file with the number of its rows that are taken."""
+        part_n = np.searchsorted(self._starts, self._picks_n, "right") - 1
+        taken = np.bincount(part_n, minlength=len(self._parts))
+        return [(part.rows.path, int(count)) for part, count in zip(self._parts, taken, strict=True)]
+
+    @property
     def report(self) -> str:
         """One line a file: rows, format, and why this format."""
         return "\n".join(f"{part.rows.path}: {len(part.rows)} rows, {part.sniff.reason}" for part in self._parts)

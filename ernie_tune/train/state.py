@@ -33,6 +33,7 @@ from ernie_tune.checkpoint.sharded import (
     write_rank,
 )
 from ernie_tune.checkpoint.tensors import cast
+from ernie_tune.checkpoint.whole import FILES_FILE, files_text
 from ernie_tune.train.optim import load_optimizer_arrays, optimizer_arrays
 
 SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
@@ -73,7 +74,13 @@ class Checkpoint:
     step: int
 
     def read_json(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """One of its states. Raises ValueError naming a file that is not there or is damaged."""
+        try:
+            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path / name} must be what the save wrote ({error!r}); copy the checkpoint again, or resume from an older one"
+            ) from error
 
 
 def complete_checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -216,6 +223,7 @@ class Writing:
             self.optimizer.rmdir()
         for name, text in files.items():
             _write(self.staged / name, text)
+        _write(self.staged / FILES_FILE, files_text(self.staged))
         _write(self.staged / SIGNAL, "1")
         _sync(self.staged)
         if self.final.exists():

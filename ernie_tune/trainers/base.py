@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.checkpoint.ledger import Ledger
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.loader import ARGS_FILE, dump_config
 from ernie_tune.data.batching import Dropped, RecordEncoder, dealt_again, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -26,7 +26,7 @@ from ernie_tune.objectives.objective import Objective
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.report.interval import Interval
-from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp, write_atomically
+from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp
 from ernie_tune.report.plot import write_loss_png, write_loss_svg
 from ernie_tune.report.progress import Progress, resident_gib
 from ernie_tune.report.writers import open_writers
@@ -48,6 +48,7 @@ from ernie_tune.train.state import (
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.measure import Measure, write_reports
+from ernie_tune.trainers.run_folder import RunFolder, ledger_of
 from ernie_tune.trainers.run_guards import RunGuards
 
 STATES = {name: f"{name}_state.json" for name in ("loop", "objective", "data", "guards")}
@@ -102,6 +103,7 @@ class Trainer:
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.base_model = self.described.model.model_name_or_path or "fresh weights"
         self.output_dir = Path(self.args.save.output_dir)
+        self.folder = RunFolder(self.args, self.place, self._what_defines_it, lambda: self.total_steps()[0])
         self.loop: Loop | None = None
 
     # --- assembling --------------------------------------------------------------------------------------------------
@@ -114,6 +116,7 @@ class Trainer:
         c = self.args
         sets = assemble.train_sets(c, self.signals) if train is None else [self._rows(train)]
         held: Sequence[Record] = assemble.eval_set(c, self.signals) if evaluation is None else self._rows(evaluation)
+        self._given = {"train_dataset_path": list(sets), "eval_dataset_path": [held]}
         if not sets:
             raise ValueError(
                 "train_dataset (None) must be given, or train_dataset_path set in args; name the training rows"
@@ -129,6 +132,11 @@ class Trainer:
         sets = self._with_more(sets)
         self._stream_again = lambda: assemble.stream_of(c, sets, self.encoder, *self.place.batch)
         self.stream = self._stream_again()
+
+    def _what_defines_it(self) -> Ledger:
+        t = self.args.train
+        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
+        return ledger_of(self.described, self.described.model.model_name_or_path, self._given, batch)
 
     def _calibration(self) -> list[Any]:
         if self.args.lora.lora_expert_affinity <= 0 or self.args.model.fine_tuning != "LoRA":
@@ -192,10 +200,15 @@ class Trainer:
         Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number raises FloatingPointError; the weights and checkpoints
         are then those before it. A disk that is full raises OSError. Of several processes all end together.
         """
-        with self.place.watched():
+        with self.place.watched(), self.folder.held(dry_run):
             return self._train(dry_run)
 
     def _train(self, dry_run: bool) -> dict[str, float]:
+        found = self.folder.look(dry_run)
+        for level, line in found.lines if self.place.is_writer else ():
+            print(stamp(line, level), flush=True)
+        if found.finished:
+            return self.folder.metrics()
         self._put(training=True)
         checkpoint = self._starting_point()
         self.loop = loop = self._build_loop()
@@ -233,8 +246,6 @@ class Trainer:
             if checkpoint:
                 self._announce_resume(log, checkpoint, total)
             self._provoke_memory(log.info)
-            if self.place.is_writer:
-                write_atomically(self.output_dir / ARGS_FILE, dump_config(self.described))
             measure = self.measure = self._measure()
             self._after_start(log, resumed=checkpoint is not None)
             self.place.mark("measuring before training")
@@ -243,10 +254,11 @@ class Trainer:
             with deferred_interrupt() as interrupted:
                 for record in loop.steps(map(self._ready, self.stream)) if not guards.early.exhausted else ():
                     self.place.mark(f"step {record.step}")
+                    self.folder.stepped(self.described)
                     self._observe(record, log, progress)
                     if self._stop_now(record, log, guards, interrupted):
                         break
-        metrics = self._finish(log)
+        metrics = self._finish(log) if not self.folder.untouched else self.folder.metrics()
         log.close()
         return metrics
 
@@ -265,28 +277,13 @@ class Trainer:
         return window
 
     def _starting_point(self) -> Checkpoint | None:
-        """The checkpoint to go on from, if any: the newest of this run, unless settings name another. With resume_only_model the weights of the one that
-        they name are taken at once, and None returned. Raises ValueError for settings under which the same command could not be repeated."""
-        s = self.args.save
-        own = find_checkpoint(self.output_dir, "auto")
-        if s.resume_from_checkpoint == "no" and own:
-            raise ValueError(
-                f"output_dir ({self.output_dir}) holds checkpoints and must be empty with resume_from_checkpoint: no; choose another folder"
-            )
-        named = None if s.resume_from_checkpoint in ("auto", "no") else Path(s.resume_from_checkpoint)
-        inside = named is not None and named.resolve().parent == self.output_dir.resolve()
-        if s.resume_only_model and (named is None or inside):
-            raise ValueError(
-                f"resume_only_model (true) starts a run from the weights of another and must go with resume_from_checkpoint "
-                f"({s.resume_from_checkpoint}): a checkpoint outside output_dir ({self.output_dir}); name it, and choose a new output_dir"
-            )
-        if own and not inside:
-            return own
-        found = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
-        if found and s.resume_only_model:
-            self._take_weights(found)
-            print(f"ernie_tune: weights of {found.path}; optimizer, data and step count start anew", file=sys.stderr)
-            return None
+        """The checkpoint to go on from, if any. With resume_only_model the weights of the one that the settings name are taken at once, and None returned."""
+        found, s = self.folder.checkpoint, self.args.save
+        if found is None and s.resume_only_model:
+            start = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
+            assert start is not None
+            self._take_weights(start)
+            print(f"ernie_tune: weights of {start.path}; optimizer, data and step count start anew", file=sys.stderr)
         return found
 
     def _dry_run(self, total: int) -> None:
@@ -408,7 +405,7 @@ class Trainer:
         with self.placed.whole():
             named = self.placed.trained()
             content = (self.output_dir, step, self._save_checkpoint_files, optimizer, named, states)
-            texts, cut = {ARGS_FILE: dump_config(self.described)}, self.placed.shards(named)
+            texts, cut = self.folder.texts(self.described), self.placed.shards(named)
             if self.args.save.async_save and optimizer is not None:
                 self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
                 return
@@ -438,8 +435,10 @@ class Trainer:
         return sorted(dict(self.place.gather((self.place.batch[0], self.stream.state_dict()))).items())
 
     def _save_checkpoint_files(self, folder: Path) -> None:
-        """The weights, and what only resuming needs beside the optimizer's."""
+        """What opens like a model, and what only resuming needs beside the optimizer's state."""
         self._save_weights(folder)
+        if self.place.is_writer:
+            self.processor.save_pretrained(folder)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loop = self._loop()
@@ -546,6 +545,8 @@ class Trainer:
         if self.args.log.plot_loss:
             write_loss_png(log.history, self.output_dir / "training_loss.png")
         write_reports(self, log)
+        step, total = self._loop().step, self.loop_total
+        self.folder.finish(self.described, step, total, over=step >= total or self._guards.early.exhausted)
         return metrics
 
     def _summary(self, log: RunLog) -> dict[str, float]:

@@ -84,7 +84,7 @@ class RewardTrainer(PreferenceTrainer):
             save_head(values, folder)
 
     def _save_checkpoint_files(self, folder: Path) -> None:
-        self._save_weights(folder)
+        super(PreferenceTrainer, self)._save_checkpoint_files(folder)
 
     def _more_states(self) -> dict[str, Any]:
         return {}

@@ -46,7 +46,13 @@ def test_a_run_leaves_the_same_checkpoints_and_goes_on_alike(tmp_path: Path) -> 
     assert checkpoints(runs[True]) == checkpoints(runs[False]) == ["checkpoint-4", "checkpoint-6"]
     assert history(runs[True]) == history(runs[False])
     for name in checkpoints(runs[True]):
-        differ = ("trainer_state.json", "loop_state.json", "ernie_tune_args.yaml")  # clocks, folders, and the setting
+        differ = (
+            "trainer_state.json",
+            "loop_state.json",
+            "ernie_tune_args.yaml",
+            "checkpoint_files.json",
+            "ledger.json",
+        )  # clocks, folders, the setting
         assert "optimizer/rank-00000.safetensors" in same_bytes(runs[True] / name, runs[False] / name, but=differ)
 
 

@@ -137,7 +137,14 @@ def save(folder: Path, step: int = 3, model: Any = None, with_optimizer: bool = 
 def test_a_checkpoint_holds_everything_and_loads_bit_for_bit(tmp_path: Path) -> None:
     named = save(tmp_path)
     assert names(tmp_path) == ["checkpoint-3"]
-    assert names(tmp_path / "checkpoint-3") == ["args.yaml", "data.json", "optimizer", SIGNAL, "weights"]
+    assert names(tmp_path / "checkpoint-3") == [
+        "args.yaml",
+        "checkpoint_files.json",
+        "data.json",
+        "optimizer",
+        SIGNAL,
+        "weights",
+    ]
     found = find_checkpoint(tmp_path, "auto")
     assert found is not None
     again, optimizer = trained(5.0)

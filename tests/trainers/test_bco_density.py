@@ -94,7 +94,14 @@ def test_the_loss_at_the_start_and_a_run_that_resumes(tmp_path: Path, capsys: py
     assert "bco_density: prompts of good and bad answers are told apart with accuracy" in capsys.readouterr().out
     KTOTrainer(args=judged_settings(tmp_path, output_dir=str(tmp_path / "cut"), **{**more, "max_steps": 2})).train()
     KTOTrainer(args=judged_settings(tmp_path, output_dir=str(tmp_path / "cut"), **more)).train()
-    but = ("trainer_state.json", "loop_state.json", "ernie_tune_args.yaml", "scheduler.json")
+    but = (
+        "trainer_state.json",
+        "loop_state.json",
+        "ernie_tune_args.yaml",
+        "checkpoint_files.json",
+        "ledger.json",
+        "scheduler.json",
+    )
     same_bytes(trainer.output_dir / "checkpoint-4", tmp_path / "cut" / "checkpoint-4", but=but)
 
 

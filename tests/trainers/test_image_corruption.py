@@ -141,7 +141,14 @@ def test_references_and_resumed_runs_agree(tmp_path: Path, capsys: pytest.Captur
     run(tmp_path, output_dir=str(tmp_path / "parts"), save_steps=2, max_steps=2, lr_scheduler_type="constant")
     run(tmp_path, output_dir=str(tmp_path / "parts"), save_steps=2, lr_scheduler_type="constant")
     run(tmp_path, output_dir=str(tmp_path / "once"), save_steps=2, lr_scheduler_type="constant")
-    but = ("trainer_state.json", "loop_state.json", "ernie_tune_args.yaml", "scheduler.json")
+    but = (
+        "trainer_state.json",
+        "loop_state.json",
+        "ernie_tune_args.yaml",
+        "checkpoint_files.json",
+        "ledger.json",
+        "scheduler.json",
+    )
     same_bytes(tmp_path / "parts" / "checkpoint-4", tmp_path / "once" / "checkpoint-4", but=but)
 
 

@@ -37,7 +37,7 @@ from ernie_tune.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parents[2]
 # In a checkpoint: paths, and what a clock says.
-INDIVIDUAL = ("ernie_tune_args.yaml", "trainer_state.json", "loop_state.json")
+INDIVIDUAL = ("ernie_tune_args.yaml", "trainer_state.json", "loop_state.json", "checkpoint_files.json")
 
 
 class Crash(Exception):
@@ -284,9 +284,10 @@ def test_no_refuses_a_folder_with_checkpoints_and_auto_says_what_it_takes(tmp_pa
     before = (out / "model.safetensors").read_bytes()
     capsys.readouterr()
     train(tmp_path, save_steps=2)
-    assert f"resuming from {out}/checkpoint-4: step 4 of 4" in capsys.readouterr().out
+    assert f"already finished: step 4 of 4 in {out}; nothing was trained" in capsys.readouterr().out
     assert (out / "model.safetensors").read_bytes() == before
-    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-9"]
+    train(tmp_path, save_steps=2, max_steps=5)
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-9"]
     with pytest.raises(ValueError, match=r"checkpoint-9\) must be a complete checkpoint-N folder with saved_signal_0"):
         train(tmp_path, resume_from_checkpoint=str(out / "checkpoint-9"))
 
@@ -295,7 +296,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path:
     out = train(tmp_path, save_steps=1)
     train(tmp_path, save_steps=1, save_total_limit=2, resume_from_checkpoint=str(out / "checkpoint-2"))
     assert checkpoints(out) == ["checkpoint-3", "checkpoint-3.old", "checkpoint-4", "checkpoint-4.old"]
-    same_bytes(out / "checkpoint-4", out / "checkpoint-4.old", INDIVIDUAL)
+    same_bytes(out / "checkpoint-4", out / "checkpoint-4.old", (*INDIVIDUAL, "ledger.json"))
     assert steps_logged(out) == [1, 2, 3, 4]
 
 
@@ -317,7 +318,7 @@ def test_weights_alone_start_a_new_run_that_can_itself_be_resumed(
     old = train(tmp_path, save_steps=4, save_only_model=True)
     assert not (old / "checkpoint-4" / "optimizer").exists()
     with pytest.raises(ValueError, match=r"must hold optimizer/ .* save_only_model; .* resume_only_model: true, .*"):
-        train(tmp_path)
+        train(tmp_path, max_steps=6)
     only = {"resume_only_model": True, "resume_from_checkpoint": str(old / "checkpoint-4")}
     for bad in ({"resume_only_model": True}, only):
         with pytest.raises(ValueError, match=r"must go with resume_from_checkpoint .* a checkpoint outside output_dir"):
@@ -353,6 +354,11 @@ def test_an_adapter_alone_starts_a_new_run(only_model: bool, tmp_path: Path) -> 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
     old = train(tmp_path, fine_tuning="LoRA", save_steps=4)
+    with pytest.raises(ValueError, match=r"made with other settings.*\n  lora_rank: 8 -> 4\n"):
+        train(tmp_path, fine_tuning="LoRA", lora_rank=4)
+    for file in [*old.rglob("ledger.json"), *old.rglob("ernie_tune_args.yaml")]:  # of a release that kept neither
+        file.unlink()
+    (old / "checkpoint-4" / "checkpoint_files.json").unlink()
     with pytest.raises(ValueError, match=r"parameters that .*checkpoint-4 holds .* resume with the settings"):
         train(tmp_path, fine_tuning="LoRA", lora_rank=4)
     new = {"output_dir": tmp_path / "new", "resume_only_model": True, "fine_tuning": "LoRA"}
@@ -369,8 +375,10 @@ def test_ignoring_the_data_starts_them_again_and_changed_data_are_refused(tmp_pa
     first, second = history(trainer.output_dir)[:2], history(trainer.output_dir)[2:]
     assert [r["epoch"] for r in first] == [r["epoch"] for r in second] == [0.25, 0.5]
     write_rows(Path(data), [text_row(i) for i in range(9)])
-    with pytest.raises(ValueError, match=r"lengths \(\[9\]\) must be that of the saved run \(\[8\]\)"):
-        train(tmp_path, max_steps=6)
+    with pytest.raises(
+        ValueError, match=r"train_dataset_path: .*train.jsonl \(8 rows, sha256 .*\) -> .* \(9 rows, sha256"
+    ):
+        train(tmp_path, max_steps=6, lr_scheduler_type="constant")
 
 
 def test_the_measurement_before_training_is_kept(tmp_path: Path, capsys: Any) -> None:
@@ -383,6 +391,6 @@ def test_the_measurement_before_training_is_kept(tmp_path: Path, capsys: Any) ->
     assert (out / "before_after.html").read_text(encoding="utf-8") == page
     capsys.readouterr()
     (out / "before.json").unlink()
-    train(tmp_path, eval_dataset_path=rows)
+    train(tmp_path, eval_dataset_path=rows, max_steps=5)
     assert "before.json is not there: no comparison with the model before training" in capsys.readouterr().out
     assert f"{before['metrics']['eval_loss']:.4f}" not in (out / "README.md").read_text(encoding="utf-8")

@@ -129,7 +129,14 @@ def test_a_run_resumes_and_is_trained_further(tmp_path: Path) -> None:
     whole.train()
     RewardTrainer(args=settings(tmp_path, rows, output_dir=str(tmp_path / "cut"), **{**more, "max_steps": 2})).train()
     RewardTrainer(args=settings(tmp_path, rows, output_dir=str(tmp_path / "cut"), **more)).train()
-    but = ("trainer_state.json", "loop_state.json", "ernie_tune_args.yaml", "scheduler.json")
+    but = (
+        "trainer_state.json",
+        "loop_state.json",
+        "ernie_tune_args.yaml",
+        "checkpoint_files.json",
+        "ledger.json",
+        "scheduler.json",
+    )
     same_bytes(whole.output_dir / "checkpoint-4", tmp_path / "cut" / "checkpoint-4", but=but)
     before = str(tmp_path / "whole")
     further = RewardTrainer(args=settings(tmp_path, rows, model_name_or_path=before, output_dir=str(tmp_path / "more")))

@@ -51,6 +51,8 @@ RUN_FILES = {
 CHECKPOINT_FILES = {
     *("trainer_state.json", "scheduler.json", "ernie_tune_args.yaml", "saved_signal_0", "optimizer"),
     *("data_state.json", "guards_state.json", "loop_state.json", "objective_state.json"),
+    *("checkpoint_files.json", "ledger.json", "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
 }
 
 
@@ -150,6 +152,7 @@ def test_times_are_those_of_all_steps(tmp_path: Path, monkeypatch: pytest.Monkey
     assert results["train_steps_per_second"] == pytest.approx(4 / sum(taken))
     # of all processes that made them, too
     (out / "checkpoint-4" / "saved_signal_0").unlink()
+    (out / "ledger.json").unlink()  # which says that the run is over
     train(tmp_path, save_steps=2, logging_steps=3)
     assert read(out / "train_results.json")["train_runtime"] == pytest.approx(sum(taken[:2]) + sum(taken[4:]))
 
@@ -288,9 +291,7 @@ def test_early_stopping_ends_the_run_for_good(tmp_path: Path, monkeypatch: pytes
         in capsys.readouterr().out
     )
     train(tmp_path, **changes)
-    assert (
-        "the run had stopped early: nothing is left to train; raise early_stopping_patience" in capsys.readouterr().out
-    )
+    assert "already finished: step 3 of 6 (stopped early)" in capsys.readouterr().out
     assert [r["step"] for r in history(out) if "loss" in r] == [1, 2, 3]
     scripted(monkeypatch, [9.0, 9.0, 9.0])
     train(tmp_path, **{**changes, "early_stopping_patience": 9})
@@ -335,7 +336,7 @@ def test_a_guard_set_stops_a_run_that_forgets(tmp_path: Path, monkeypatch: pytes
     looks.clear()
     (out / "guard_baseline.json").unlink()
     with pytest.raises(ValueError, match=r"guard_dataset_path \(.*general.jsonl\) must have been given from the start"):
-        train(tmp_path, **changes)
+        train(tmp_path, **{**changes, "max_steps": 5})
 
 
 def test_a_new_run_in_an_old_folder_scores_its_own_baseline(tmp_path: Path) -> None:
