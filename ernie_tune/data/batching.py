@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ernie_tune.data.chat import ChatTemplate, has_open_thought
 from ernie_tune.data.mixing import Shard
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record
@@ -23,6 +24,17 @@ TRUNCATIONS = ("delete", "left", "right", "error")
 THINKING = {"think": True, "nothink": False}  # by a record's mode; "auto": as its answer does
 # Rows looked ahead when packing best-fit: enough to fill gaps, few enough to keep order and memory.
 WINDOW_ROWS = 64
+
+
+def thinking_of(record: Record, template: ChatTemplate) -> bool | None:
+    """Whether a row's answers think, decided once for all of them: candidates of one prompt must have one prompt. None: the template decides.
+
+    As the row's `mode` says; else candidates think where any of them does, and those without a thought then answer after an empty one.
+    """
+    asked = THINKING.get(record.mode)
+    if asked is not None or not record.candidates:
+        return asked
+    return any(template.thinks(record.dialogue(i)[0]) for i in range(len(record.candidates)))
 
 
 @dataclass(frozen=True)
@@ -172,12 +184,15 @@ class Encoder:
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
         where = str(record.meta) if record.meta.path else "a row that is in no file"
+        if any(message.get("loss", True) and has_open_thought(message) for message in record.messages):
+            dropped.add("a thought that never ends", where)
+            return None
         encoded = self.processor.encode(
             record.messages,
             list(record.images),
             list(record.videos),
             tools=record.tools,
-            thinking=THINKING.get(record.mode),
+            thinking=thinking_of(record, self.processor.template),
             where=where,
         )
         if encoded.num_tokens > self.max_tokens:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ernie_tune.data.records import TAG, plain_words
 from ernie_tune.data.tokenizer import ASSETS, IMAGE, IMAGE_END, IMAGE_START, VIDEO, VIDEO_END, VIDEO_START
 
 Message = Mapping[str, Any]
@@ -26,7 +27,6 @@ PROMPT_TOKENS = (BEGIN, SEPARATOR, END)  # every vocabulary must have them
 OPTIONAL_TOKENS = (THINK, THINK_END, *TOOL_MARKS)  # tokens where the vocabulary has them, else text; answers show them
 ROLES = ("system", "user", "assistant", "tool")
 _MARKS = {"image": ("Picture", IMAGE_START, IMAGE, IMAGE_END), "video": ("Video", VIDEO_START, VIDEO, VIDEO_END)}
-_TAG = re.compile("<(image|video)>")
 _PART_KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 
 
@@ -84,11 +84,11 @@ class ChatTemplate:
         self._tokens = [token for token in OPTIONAL_TOKENS if token in vocabulary]
 
     def thinks(self, messages: Sequence[Message], thinking: bool | None = None) -> bool:
-        """Whether the last answer thinks: as asked, else as the answer in `messages` does, else the variant's default."""
+        """Whether the answer to the last question thinks: as asked, else as its turns in `messages` do, else the variant's default."""
         if thinking is not None:
             return thinking
-        last = messages[-1]
-        return self.style.default or (last["role"] == "assistant" and bool(_read_answer(last, "")[0]))
+        own = messages[last_question(messages) + 1 :]
+        return self.style.default or any(m["role"] == "assistant" and bool(_read_answer(m, "")[0]) for m in own)
 
     def opens_thought(self, thinking: bool) -> bool:
         """Whether a generated answer starts inside a thought, so that `split_reasoning` must be told."""
@@ -117,10 +117,11 @@ class ChatTemplate:
             out.segments(system)
             _write_tools(out, tools)
             out.own("\n")
+        asked = last_question(rest)
         for i, message in enumerate(rest):
             last = i == len(rest) - 1
             if message["role"] == "assistant":
-                self._write_answer(out, message, last, think, where)
+                self._write_answer(out, message, last, think, i > asked, where)
                 continue
             # Results of parallel tool calls share one user turn.
             tool = message["role"] == "tool"
@@ -148,15 +149,18 @@ class ChatTemplate:
     def _write_prefill(self, out: _Writer, think: bool) -> None:
         out.own(self.style.prefill if think else self.style.open + self.style.close)
 
-    def _write_answer(self, out: _Writer, message: Message, last: bool, think: bool, where: str) -> None:
+    def _write_answer(self, out: _Writer, message: Message, last: bool, think: bool, current: bool, where: str) -> None:
+        """One answer. Thoughts since the last question stay (`current`: a tool is called on the way to its answer), earlier ones are dropped."""
         trained = message.get("loss", True)
         reasoning, segments = _read_answer(message, where)
         # An earlier answer is history: it is encoded with the words before it, as every server does
         # that is handed the text. The last one parts there, since it was or will be generated.
-        if last:  # earlier thoughts are dropped
+        begins = last or (think and current and bool(reasoning))
+        if begins:
             self._write_prefill(out, think)
+        if last:
             out.part()
-        if last and think:
+        if begins and think:
             out.own(self.style.open.removeprefix(self.style.prefill), trained)
             out.segments(_segments(reasoning, where), trained)
             out.own(self.style.close, trained)
@@ -234,6 +238,19 @@ def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
     splitter = ReasoningSplitter(opened)
     pushed, rest = splitter.push(text), splitter.flush()
     return pushed[0] + rest[0], pushed[1] + rest[1]
+
+
+def has_open_thought(message: Message) -> bool:
+    """Whether an answer begins a thought and never ends it: it was cut off, and holds no answer."""
+    content = message.get("content")
+    if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
+        return False
+    return content.lstrip().startswith(THINK) and THINK_END not in content
+
+
+def last_question(messages: Sequence[Message]) -> int:
+    """The number of the last turn by the user; -1 where there is none. The turns after it answer one question, with or without tools."""
+    return max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
 
 
 def prefix(where: str) -> str:
@@ -319,12 +336,17 @@ class _Writer:
 
 
 def _segments(content: Any, where: str) -> list[tuple[str, str, Any]]:
-    """(kind, text, source) of a message's content. In a string, tags mark media; in a list, parts do and their text is literal."""
+    """(kind, text, source) of a message's content. In a string, tags mark media and `\\<image>` is the word; in a list, parts mark media and their
+    text is literal."""
     if content is None:
         return []
     if isinstance(content, str):
-        parts = _TAG.split(content)
-        return [(part, "", None) if i % 2 else ("text", part, None) for i, part in enumerate(parts) if i % 2 or part]
+        parts = TAG.split(content)
+        return [
+            (part, "", None) if i % 2 else ("text", plain_words(part), None)
+            for i, part in enumerate(parts)
+            if i % 2 or part
+        ]
     if not isinstance(content, list | tuple):
         raise ValueError(
             f"{prefix(where)}content ({type(content).__name__}) must be a string or a list of parts; convert it"

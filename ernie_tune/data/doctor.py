@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ernie_tune.config.language import Text, in_language, say
-from ernie_tune.data.chat import ChatTemplate
+from ernie_tune.data.chat import ChatTemplate, has_open_thought, split_reasoning
 from ernie_tune.data.records import DataError, Message, Record, show
 
 
@@ -50,6 +50,17 @@ CHECKS = {
     "length_bias": _Check("warning", "chosen answers about as long as rejected ones, at most 1.3 times", "add pairs whose better answer is the shorter one", "chosen 与 rejected 长度相近，至多 1.3 倍", "增加“更短者更优”的样本"),
     "imbalance": _Check("warning", "classes within a factor of ten", "add rows of the rare class, or drop some of the frequent one", "各类数量相差不超过十倍", "补充少数类，或减少多数类"),
     "constant": _Check("warning", "answers that depend on the question", "add rows with other answers", "随问题变化的回答", "补充其他回答的样本"),
+    "unused": _Check("warning", "names that readers know", "rename what should be trained ({hint}), or drop it: it is kept and not used", "可识别的名称", "需要训练的请改名（{hint}），或删去：这些内容会保留但不会使用"),
+    "bookkeeping": _Check("note", "names that readers know", "nothing to do: it is kept and not used", "可识别的名称", "可不处理：会保留但不会使用"),
+    "literal_tag": _Check("warning", "a picture or clip for each tag, or the tag behind a backslash (\\<image>) where the word is meant", "add the column of media (images, videos), or write the backslash; here the tag is trained as a word", "每个标记对应一个媒体；若指文字本身，写作 \\<image>", "补上媒体列（images、videos），或写反斜杠；此处按文字训练"),
+    "answers": _Check("note", "one answer to learn", "nothing to do: the most frequent one is learnt, or that of the answer's own column", "一个要学习的回答", "可不处理：学习其中最常见的，或回答列中的那一个"),
+    "two_systems": _Check("warning", "one system text", "drop one: that of the messages is used", "一个系统提示", "删去其一：使用消息中的那个"),
+    "thought_open": _Check("error", "</think> after a thought that begins", "close it and write the answer, or drop the row (--fix --drop); it is not trained", "思考开始后须有 </think>", "补上结束标记与回答，或删去该行（--fix --drop）；不会用于训练"),
+    "thought_late": _Check("warning", "<think> and </think> once, at the start of an answer", "move the thought to the start or into reasoning_content; here the marks are trained as words", "<think> 与 </think> 只在回答开头出现一次", "将思考移到开头或写入 reasoning_content；此处标记按文字训练"),
+    "thought_foreign": _Check("warning", "a thought between <think> and </think>", "rename the marks; here they are trained as words", "思考写在 <think> 与 </think> 之间", "改写标记；此处按文字训练"),
+    "thought_unopened": _Check("warning", "<think> before a thought", "nothing to do if all before </think> is the thought: it is taken as one", "思考之前有 <think>", "若 </think> 之前全部是思考则可不处理：按思考读取"),
+    "thought_dropped": _Check("warning", "no thought in a row of mode nothink", "set mode to think or auto; here the thought is left out", "mode 为 nothink 的行不含思考", "将 mode 设为 think 或 auto；此处不使用该思考"),
+    "earlier_thoughts": _Check("warning", "thoughts on the way to the answer of the last question", "give each question a row of its own to train its thought: earlier thoughts are not trained, since they are not shown again when answering", "只在最后一个问题的回答中思考", "若要训练，请将每个问题单独成行：较早的思考不会训练，因为回答时不再出现"),
     "bom": _Check("note", "UTF-8 without a byte order mark", "nothing to do; --fix removes it", "不带 BOM 的 UTF-8", "可不处理；--fix 会移除"),
     "crlf": _Check("note", "lines that end in \\n", "nothing to do; --fix writes \\n", "以 \\n 结尾的行", "可不处理；--fix 会改写"),
     "unmeasured": _Check("note", "rows without videos", "check max_seq_len by training on them: videos are not opened here", "不含视频的行", "以训练检验 max_seq_len：此处不打开视频"),
@@ -59,6 +70,8 @@ _SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
 # Markers of ours in a text are only text, and those of other tools never become pictures: both mean that the row says something else than meant.
 MARKER = re.compile(r"<\|\w+\|>|<image[ _]?\d+>|<ImageHere>|<img>")
 _TEMPLATE = ChatTemplate("hf")
+# Marks around a thought, ours and those of other models.
+THOUGHT_MARK = re.compile(r"</?(think|thinking|thoughts?|reasoning|reason|reflection)>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,8 @@ def check_record(record: Record) -> Iterator[Finding]:
 
     for name, turn in _answers(record):
         text = text_of(turn)
-        if not text.strip():
+        yield from _check_thought(record, name, turn)
+        if not has_open_thought(turn) and not _said(turn).strip():
             yield found("empty_answer", name, show(text))
         elif not any(sign.isalnum() for sign in text):
             yield found("mute_answer", name, show(text))
@@ -179,6 +193,31 @@ def check_record(record: Record) -> Iterator[Finding]:
         yield from _check_order(record)
     if record.tools or any("tool_calls" in turn for turn in turns):
         yield from _check_tools(record)
+
+
+def _said(message: Message) -> str:
+    """What a turn says without its thought."""
+    calls = message.get("tool_calls")
+    content = message["content"]
+    return (content if message.get("reasoning_content") else split_reasoning(content)[1]) + (
+        str(calls) if calls else ""
+    )
+
+
+def _check_thought(record: Record, name: str, turn: Message) -> Iterator[Finding]:
+    """Whether the marks in an answer make the thought that they seem to."""
+    where, content = (record.meta.path, record.meta.line), turn["content"]
+    if "<" not in content:
+        return
+    if has_open_thought(turn):
+        yield Finding.of("thought_open", *where, name, show(content))
+        return
+    rest = _said(turn)
+    mark = THOUGHT_MARK.search(rest)
+    if mark and mark[1].lower() == "think":
+        yield Finding.of("thought_late", *where, name, show(rest[max(0, mark.start() - 20) :]))
+    elif mark and not rest[: mark.start()].strip() and not turn.get("reasoning_content"):
+        yield Finding.of("thought_foreign", *where, name, mark[0])
 
 
 def _answers(record: Record) -> Iterator[tuple[str, Message]]:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.data.doctor import MARKER, text_of
-from ernie_tune.data.readers import Format, match
+from ernie_tune.data.doctor import MARKER, THOUGHT_MARK, text_of
+from ernie_tune.data.readers import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
 from ernie_tune.data.readers_fields import DIALOGUES, QUERIES, RESPONSES
+from ernie_tune.data.readers_unused import is_suspicious
 from ernie_tune.data.records import DataError, Media, Record
 from ernie_tune.data.sources import FileRows, ParquetRows, parse_json
 
@@ -171,16 +173,6 @@ def facts_of(record: Record) -> Facts:
 
 
 _MAX_SHAPES = 256
-# Every other field that some reader takes; a row that has one is for the readers.
-_SPECIAL = frozenset(
-    (
-        "system", "system_prompt", "history", "tools", "mode", "weight", "images", "image", "videos", "video", "domain",
-        "task", "channel", "score", "scores", "rating", "ratings", "scale", "margin", "confidence", "order", "ranking",
-        "ranks", "label", "kto_tag", "responses", "candidates", "reward", "reward_model", "verifiers", "evidence", "scene",
-        "hint", "solution", "ground_truth", "signal", "rejected_response", "rejected_messages", "chosen_images",
-        "rejected_images", "text_info", "text_list", "image_info", "video_info", "is_system", "src", "tgt", "sort",
-    )
-)  # fmt: skip
 _TURN = {"role": itemgetter("role", "content"), "from": itemgetter("from", "value")}
 _Reader = Callable[[Any], Facts | None]  # raises TypeError and the like for what it does not expect
 
@@ -193,6 +185,7 @@ class Quick:
 
     def __init__(self, form: Format, others: Sequence[Format]) -> None:
         self._form, self._others = form, others
+        self.unused: Counter[str] = Counter()  # names that no reader takes -> rows of the fast road that have them
         self._readers: dict[tuple[str, ...], _Reader | None] = {}
         self._orders: set[tuple[str, ...]] = set()
 
@@ -216,8 +209,10 @@ class Quick:
         roles = tuple(str(turn.get("role", turn.get("from"))) for turn in turns if isinstance(turn, dict))
         if roles not in self._orders and len(set(roles[-1:0:-2])) == 1:  # every second turn an answer, so no tools
             self._orders.add(roles)
+            unused = self.unused.copy()
             if self.facts([row]) != [facts]:
                 self._orders.remove(roles)
+            self.unused = unused  # the row has been counted
 
     def _new_reader(self, keys: tuple[str, ...]) -> _Reader | None:
         """The reader of rows with these fields, if the fields alone tell what such rows are."""
@@ -225,14 +220,38 @@ class Quick:
             return None
         better = match(dict.fromkeys(keys, ""), self._others)
         reader = None
-        if _SPECIAL.isdisjoint(keys) and (better is None or better.read is self._form.read):
-            known = {key for key in keys if key in (*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected")}
-            reader = _reader_of(known, self._form.name, self._orders)
+        plain = SPECIAL_FIELDS.isdisjoint(keys) and spelt_otherwise(dict.fromkeys(keys)) is None
+        if plain and (better is None or better.read is self._form.read):
+            others = [key for key in keys if key not in PLAIN_FIELDS]
+            reader = _reader_of(PLAIN_FIELDS & {*keys} - {"id"}, self._form.name, self._orders)
+            if reader and others:
+                reader = None if any(map(is_suspicious, others)) else self._counting(reader, others)
         self._readers[keys] = reader
         return reader
 
+    def _counting(self, reader: _Reader, names: Sequence[str]) -> _Reader:
+        """The reader of rows that have these fields too, which nothing takes: plain values are counted, others are for the slow road."""
 
-def _reader_of(known: set[str], form: str, orders: set[tuple[str, ...]]) -> _Reader | None:
+        def read(row: Any) -> Facts | None:
+            facts = reader(row)
+            if facts is None or not all(_is_idle(row[name]) for name in names):
+                return None
+            self.unused.update([name for name in names if row[name] is not None and row[name] != ""])
+            return facts
+
+        return read
+
+
+def _is_idle(value: object) -> bool:
+    """Whether a value is a number or a text that cannot be the name or the data of a medium."""
+    if type(value) is str:
+        end = value[-6:]
+        named = end[-1:].isalnum() and "." in end
+        return not named and "://" not in value[:10] and value[:5].lower() != "data:" and len(value) < 200
+    return value is None or type(value) in (int, float, bool)
+
+
+def _reader_of(known: frozenset[str], form: str, orders: set[tuple[str, ...]]) -> _Reader | None:
     """The reader of rows of this format that have these fields and no others that matter."""
     queries, others = sorted(known & set(QUERIES)), sorted(known - set(QUERIES))
     if form in ("messages", "sharegpt") and not queries and len(others) == 1 and others[0] in DIALOGUES:
@@ -302,4 +321,4 @@ def _plain_answer(text: str) -> bool:
 
 
 def _unmarked(text: str) -> bool:
-    return "<image>" not in text and "<video>" not in text and not MARKER.search(text)
+    return "<image>" not in text and "<video>" not in text and not MARKER.search(text) and not THOUGHT_MARK.search(text)

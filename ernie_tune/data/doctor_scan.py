@@ -18,15 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.data.batching import thinking_of
 from ernie_tune.data.chat import runs
 from ernie_tune.data.doctor import Finding, Findings, check_record
 from ernie_tune.data.doctor_compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
 from ernie_tune.data.doctor_media import Pictures
 from ernie_tune.data.doctor_rows import Batch, Columns, Facts, Quick, Row, facts_of, open_rows
 from ernie_tune.data.doctor_stats import Stats
+from ernie_tune.data.notes import FileNotes
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers import FORMATS, choose, read, sniff
-from ernie_tune.data.readers_fields import Where
+from ernie_tune.data.readers_media import kinds_shown
+from ernie_tune.data.readers_row import Where
 from ernie_tune.data.records import DataError, Record, show
 from ernie_tune.data.sources import Entry, rename
 
@@ -38,7 +41,6 @@ _FILE_SHIFT = np.uint64(48)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 # A text has at most as many tokens as bytes, and a template adds at most this many to a turn and to a row.
 _TURN_TOKENS, _ROW_TOKENS = 40, 64
-_THINKING = {"think": True, "nothink": False}
 
 
 class DataFile:
@@ -46,6 +48,7 @@ class DataFile:
 
     def __init__(self, entry: Entry, media_dir: str = "", evaluation: bool = False) -> None:
         self.path, self.evaluation, self.rows = entry.path, evaluation, 0
+        self.notes = FileNotes()
         self._entry, self._media_dir = entry, media_dir
         formats = choose(entry.format)
         self.source = open_rows(entry.path)
@@ -54,9 +57,10 @@ class DataFile:
         if first is None:
             raise DataError(entry.path, 0, "file", "no rows", "empty", {})
         self.form, self._others, self.reason = formats[0], formats[1:] and formats, f"{formats[0].name}, as told"
+        readable = (row for row in chain([first], rows) if not isinstance(row, DataError))
+        sampled = [self._renamed(row)[0] for row in islice(readable, _SNIFFED_ROWS)]
+        self._media = kinds_shown(sampled)
         if self._others:
-            readable = (row for row in chain([first], rows) if not isinstance(row, DataError))
-            sampled = [self._renamed(row)[0] for row in islice(readable, _SNIFFED_ROWS)]
             found = sniff(sampled, formats, entry.path) if sampled else None
             if found:
                 self.form, self.reason = next(form for form in FORMATS if form.name == found.name), found.reason
@@ -65,10 +69,16 @@ class DataFile:
     def record(self, row: Mapping[str, Any], line: int) -> Record:
         """The record of a row. Raises DataError."""
         named, extra = self._renamed(row)
-        return read(named, self.form, Where(self.path, line, self._media_dir), self._others, extra)
+        return read(named, self.form, Where(self.path, line, self._media_dir, self._media), self._others, extra)
+
+    def findings(self) -> Iterator[Finding]:
+        """What is to be said once for the whole file."""
+        if self.quick:
+            self.notes.unused.update(self.quick.unused)
+        return self.notes.findings(self.path, self.rows)
 
     def _renamed(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        return rename(row, self._entry) if self._entry.columns or self._entry.tags else (row, {})
+        return rename(row, self._entry)
 
 
 @dataclass
@@ -127,6 +137,8 @@ class Scan:
         with _collector_off():
             for batch in file.source.batches():
                 self._add(number, batch)
+        for finding in file.findings():
+            self._findings.add(finding)
         for code, seen in (("bom", file.source.has_bom), ("crlf", file.source.has_crlf)):
             if seen:
                 self._findings.add(Finding.of(code, file.path, 0, "file", code.upper()))
@@ -177,6 +189,7 @@ class Scan:
             if isinstance(row, DataError):
                 raise row
             record = file.record(row, line)
+            file.notes.add(record)
             found = [*check_record(record), *self._pictures.check(record)]
             facts = facts_of(record)
             if self._max_tokens < math.inf and all(finding.code != "tools" for finding in found):
@@ -323,7 +336,10 @@ def count_tokens(record: Record, processor: Processor, pictures: Pictures) -> in
     longest = 0
     whole = [record.dialogue(i) for i in range(len(record.candidates))] or [(record.messages, record.images, ())]
     for messages, images, _ in whole:
-        options = {"thinking": _THINKING.get(record.mode), "add_generation_prompt": messages[-1]["role"] != "assistant"}
+        options = {
+            "thinking": thinking_of(record, processor.template),
+            "add_generation_prompt": messages[-1]["role"] != "assistant",
+        }
         try:
             pieces = processor.template.pieces(messages, tools=record.tools, **options)  # type: ignore[arg-type]
             tokens = sum(map(pictures.tokens, images))

@@ -5,11 +5,16 @@ Refuses to know: files, terminals (a style says how trained text is marked). Wha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
+
 from ernie_tune.config.language import counted, say
+from ernie_tune.data.batching import thinking_of
+from ernie_tune.data.chat import has_open_thought
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record
 from ernie_tune.models.inputs import feature_count
@@ -24,7 +29,6 @@ class Style(NamedTuple):
 
 PLAIN = Style(("⟦", "⟧"), ("", ""))
 COLOUR = Style(("\x1b[1;32m", "\x1b[0m"), ("\x1b[36m", "\x1b[0m"))
-_THINKING = {"think": True, "nothink": False}
 
 
 def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> Iterator[str]:
@@ -35,16 +39,20 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
     for i, (messages, images, videos) in enumerate(dialogues):
         judged = (("chosen", "rejected")[i] if pair else f"answer {i + 1} of {count}") if count else record.signal
         generates = messages[-1]["role"] != "assistant"
+        cut = any(message.get("loss", True) and has_open_thought(message) for message in messages)
         encoded = processor.encode(
             messages,
             list(images),
             list(videos),
             tools=record.tools,
-            thinking=_THINKING.get(record.mode),
+            thinking=thinking_of(record, processor.template),
             add_generation_prompt=generates,
             where=str(record.meta),
         )
         yield f"--- {record.meta} ({record.meta.format}, {judged})"
+        if cut:
+            encoded = dataclasses.replace(encoded, trained_L=np.zeros_like(encoded.trained_L))
+            yield say("--- left out of training: a thought that never ends", "--- 不参与训练：思考没有结束")
         yield render(encoded, processor, style)
         media = encoded.num_images + encoded.num_videos
         tokens, trained = encoded.num_tokens, encoded.num_trained

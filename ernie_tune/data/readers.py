@@ -7,15 +7,21 @@ Source: methods.md 1.2 (F1-F11), 9; ecosystem.md 2.2, 4.3.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from ernie_tune.data.readers_fields import (
     DIALOGUES,
     QUERIES,
     RESPONSES,
+    SWITCHES,
+    SYSTEMS,
+    THOUGHTS,
     Draft,
     Fields,
     Turn,
@@ -26,6 +32,7 @@ from ernie_tune.data.readers_fields import (
     read_dialogue,
     read_flag,
 )
+from ernie_tune.data.readers_media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES
 from ernie_tune.data.readers_preference import (
     read_canonical,
     read_labelled,
@@ -33,6 +40,7 @@ from ernie_tune.data.readers_preference import (
     read_responses,
     read_verifiable,
 )
+from ernie_tune.data.readers_unused import check_unused
 from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Verifier, show
 
 
@@ -180,6 +188,21 @@ class Format(NamedTuple):
         return " + ".join("|".join(group) for group in self.needs)
 
 
+# Every field that some reader takes, but those of plain rows of texts.
+SPECIAL_FIELDS = frozenset(
+    (
+        *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers",
+        *(f"{side}_{name}" for side in ("chosen", "rejected") for names in MEDIA_NAMES for name in names),
+        "history", "tools", "mode", "weight", "domain", "task", "channel", "score", "scores", "rating", "ratings", "scale",
+        "margin", "confidence", "order", "ranking", "ranks", "label", "kto_tag", "responses", "candidates", "reward",
+        "reward_model", "verifiers", "evidence", "scene", "hint", "solution", "ground_truth", "signal",
+        "rejected_response", "rejected_messages", "text_info", "text_list", "image_info", "video_info", "is_system", "src",
+        "tgt", "sort",
+    )
+)  # fmt: skip
+PLAIN_FIELDS = frozenset((*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected", "id")) - SPECIAL_FIELDS
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[\s\-]+")
+
 _ASKED = (*DIALOGUES, *QUERIES)
 _CHECKED = ("solution", "ground_truth", "verifiers", "reward", "reward_model", "evidence")
 _ORDERED = ("order", "ranking", "ranks", "responses.rank")
@@ -228,6 +251,29 @@ def choose(name: str) -> tuple[Format, ...]:
     return chosen
 
 
+@lru_cache(maxsize=1024)
+def _spelt_otherwise(keys: tuple[str, ...]) -> dict[str, str] | None:
+    known = SPECIAL_FIELDS | PLAIN_FIELDS
+    small = {key: _CAPITAL.sub("_", key.strip()).lower() for key in keys if key not in known}
+    found = {key: name for key, name in small.items() if name in known and name not in keys}
+    once = {key: name for key, name in found.items() if [*found.values()].count(name) == 1}
+    return once or None
+
+
+def spelt_otherwise(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """Columns that are ours but for capitals, blanks and hyphens (`Image`, `Image Path`, `imagePath`) -> our names; None: there are none."""
+    try:
+        return _spelt_otherwise(tuple(row))
+    except (TypeError, AttributeError):  # keys that are no text, in rows made in Python
+        return None
+
+
+def nearest_name(name: str) -> str:
+    """The field of ours that a name resembles, or ""."""
+    close = difflib.get_close_matches(name.lower(), SPECIAL_FIELDS | PLAIN_FIELDS, 1, 0.8)
+    return close[0] if close else ""
+
+
 def match(row: Mapping[str, Any], formats: Sequence[Format] = FORMATS) -> Format | None:
     """The first format whose fields the row has."""
     keys = {str(key) for key, value in row.items() if value is not None}
@@ -267,4 +313,6 @@ def read(
     if better and better.read is not form.read:
         raise f.error("mixed", "format", f"{better.name}", format=form.name)
     record = form.read(f)
-    return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, {**(extra or {}), **f.extra()}))
+    unused = (*check_unused(f, record), *(extra or {}))
+    left = {**(extra or {}), **f.extra()}
+    return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, left, unused, tuple(f.notes)))

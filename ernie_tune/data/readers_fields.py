@@ -6,152 +6,49 @@ Source: ecosystem.md 2.2, 4.3 (column aliases, roles, content parts); methods.md
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
-from ernie_tune.data.records import (
-    IMAGE_TAG,
-    MODES,
-    VIDEO_TAG,
-    Candidate,
-    DataError,
-    Media,
-    Message,
-    Record,
-    Reward,
-    show,
+from ernie_tune.data.readers_media import (
+    KIND_NAMES,
+    MEDIA_NAMES,
+    TAGS,
+    read_medium,
+    settle_media,
+    turn_media,
 )
+from ernie_tune.data.readers_row import KINDS, Draft, Fields, Turn, Where
+from ernie_tune.data.records import MODES, Candidate, DataError, Media, Message, Record, Reward, as_words, show
 
-T = TypeVar("T")
+__all__ = ("DIALOGUES", "QUERIES", "RESPONSES", "Draft", "Fields", "Turn", "Where")
 
 DIALOGUES = ("messages", "conversations", "conversation")
 QUERIES = ("prompt", "query", "question", "problem", "instruction", "input")
-RESPONSES = ("response", "completion", "output", "answer", "target", "targets", "text", "content")
+RESPONSES = ("response", "completion", "output", "answer", "target", "targets", "text", "content", "answers")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+SYSTEMS = ("system", "system_prompt", "developer")
+# What a turn says of being learnt, 1 or true for yes: OpenAI and ours; axolotl; verl; ms-swift. (`mask` may mean either.)
+LEARNT = ("loss", "weight", "train", "training", "trainable", "is_trainable", "loss_mask", "loss_scale", "loss_weight")
+SWITCHES = ("enable_thinking", "thinking", "think")  # of a whole row, true or false
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "User", "USER"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "Assistant", "ASSISTANT"), "assistant"),
     **dict.fromkeys(("tool", "observation", "tool_response", "function_response", "function", "ipython"), "tool"),
-    **{"system": "system", "System": "system", "function_call": "assistant", "tool_call": "assistant"},
+    **{"system": "system", "System": "system", "developer": "system"},
+    **{"function_call": "assistant", "tool_call": "assistant"},
 }
 _CALLS = ("function_call", "tool_call")  # assistant turns whose text is the call itself, as JSON
-_PARTS = {"text": "", "image": IMAGE_TAG, "image_url": IMAGE_TAG, "video": VIDEO_TAG, "video_url": VIDEO_TAG}
+_PARTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "video"),
+    **dict.fromkeys(("thinking", "reasoning"), "thought"),
+}
 _FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-_MEDIA = (("images", "image", IMAGE_TAG), ("videos", "video", VIDEO_TAG))
-_KINDS = {str: "a string", list: "a list", dict: "an object", float: "a number", bool: "true or false"}
-
-
-class Where(NamedTuple):
-    """The place of a row. Relative media paths start in `media_dir`, or, where it has no such file, beside the data file."""
-
-    path: str = "<rows>"
-    line: int = 0
-    media_dir: str = ""
-
-
-class Turn(NamedTuple):
-    """A message and the media its content parts brought along (None: a bare {"type": "image"}, filled from the row's column)."""
-
-    message: Message
-    media: tuple[tuple[Media | None, ...], tuple[Media | None, ...]] = ((), ())  # images, videos
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A candidate before its media are settled. `media` holds images and videos of its own columns, such as `rejected_images`."""
-
-    turns: list[Turn]
-    media: tuple[tuple[Media, ...], tuple[Media, ...]] = ((), ())
-    score: float | None = None
-    rank: float | None = None
-    label: bool | None = None
-
-
-class Fields:
-    """A row that remembers which fields were taken. null counts as absent. Every complaint is a DataError with file, line and field."""
-
-    def __init__(self, row: Mapping[str, Any], where: Where, prefix: str = "") -> None:
-        self.row, self.where, self.prefix = row, where, prefix
-        self._taken: set[str] = set()
-
-    def error(self, problem: str, field: str, found: str, **params: object) -> DataError:
-        return DataError(self.where.path, self.where.line, self.prefix + field, found, problem, params)
-
-    def has(self, *names: str) -> bool:
-        return any(self.row.get(name) is not None for name in names)
-
-    def name(self, *names: str) -> str:
-        """The first of these fields that the row has."""
-        for name in names:
-            if self.row.get(name) is not None:
-                return name
-        raise self.missing(*names)
-
-    def missing(self, *names: str) -> DataError:
-        """The error that none of these is there; the closest name that is there is suggested."""
-        present = [str(key) for key, value in self.row.items() if value is not None]
-        close = [(key, match) for key in present for match in difflib.get_close_matches(key, names, 1)]
-        hint = f" ({close[0][0]} -> {close[0][1]})" if close else ""
-        found, field = f"fields {', '.join(present) or 'none'}", close[0][1] if close else names[0]
-        return self.error("missing", field, found, names=" or ".join(names), hint=hint)
-
-    def take(self, *names: str) -> Any:
-        """The value of the first of these fields that the row has, or None."""
-        for name in names:
-            if self.row.get(name) is not None:
-                self._taken.add(name)
-                return self.row[name]
-        return None
-
-    def typed(self, field: str, value: Any, kind: type) -> Any:
-        """The value if it is of this kind, else the error."""
-        if not isinstance(value, kind):
-            raise self.error("type", field, show(value), kind=_KINDS[kind])
-        return value
-
-    def text(self, *names: str) -> str:
-        """A required string."""
-        name = self.name(*names)
-        return cast(str, self.typed(name, self.take(name), str))
-
-    def items(self, *names: str) -> list[Any]:
-        """A required list; a single string counts as a list of one."""
-        name = self.name(*names)
-        value = self.take(name)
-        return [value] if isinstance(value, str) else cast("list[Any]", self.typed(name, value, list))
-
-    def number(self, field: str, value: Any, low: float = -math.inf, high: float = math.inf, hint: str = "") -> float:
-        """A finite number in [low, high]; CSV files give it as text."""
-        try:
-            result = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            result = math.nan
-        if math.isnan(result):
-            raise self.error("type", field, show(value), kind=_KINDS[float])
-        if not low <= result <= high or math.isinf(result):
-            raise self.error("range", field, show(value), low=low, high=high, hint=hint)
-        return result
-
-    def number_or(self, default: T, name: str, low: float = -math.inf, high: float = math.inf) -> float | T:
-        """The number of an optional field."""
-        return self.number(name, self.take(name), low, high) if self.has(name) else default
-
-    def same_length(self, field: str, values: Sequence[Any], n: int, other: str) -> None:
-        if len(values) != n:
-            raise self.error("count", field, f"{len(values)}", n=n, other=other)
-
-    def nested(self, field: str, value: Any) -> Fields:
-        """The fields of an object inside the row."""
-        return Fields(self.typed(field, value, dict), self.where, f"{self.prefix}{field}.")
-
-    def extra(self) -> dict[str, Any]:
-        return {key: value for key, value in self.row.items() if key not in self._taken and value is not None}
 
 
 def read_dialogue(f: Fields) -> list[Turn]:
@@ -174,17 +71,53 @@ def read_dialogue(f: Fields) -> list[Turn]:
             for pair in pairs
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ] + turns
-    if f.has("system", "system_prompt") and turns[0].message["role"] != "system":
-        system = f.text("system", "system_prompt")
-        turns = [make_turn(f, "system", "system", system), *turns] if system else turns
+    if f.has(*SYSTEMS):
+        system = f.text(*SYSTEMS)
+        if system and turns[0].message["role"] != "system":
+            turns = [make_turn(f, "system", "system", system), *turns]
+        elif system and system != turns[0].message["content"]:
+            f.note("two_systems", "system", show(system))
     return turns
 
 
 def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
-    """An answer: a string, one message, or a list of messages."""
+    """An answer: a string or number, one message, or a list of messages; a list of one text counts as that text."""
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):
+        value = value[0]
+    if isinstance(value, bool | int | float):
+        value = json.dumps(value)
     if isinstance(value, str):
         return [make_turn(f, field, "assistant", value)]
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        raise f.error("answers", field, f"{len(value)} texts")
     return read_turns(f, field, [value] if isinstance(value, dict) else value)
+
+
+def read_answers(f: Fields) -> list[Turn]:
+    """Several right answers to one question, as VQA has them: the most frequent is learnt, of equally frequent ones the first."""
+    values = f.take("answers")
+    if isinstance(values, dict):  # SQuAD: {"text": [...], "answer_start": [...]}
+        row = f.nested("answers", values)
+        row.use("answer_start")
+        values = row.take("text", "answer", "answers")
+    texts = []
+    for i, value in enumerate(values if isinstance(values, list) else [values]):
+        if isinstance(value, dict):  # VQA v2: {"answer": ..., "answer_confidence": ..., "answer_id": ...}
+            row = f.nested(f"answers[{i}]", value)
+            row.use("answer_confidence", "answer_id", "raw_answer")
+            value = row.take(row.name("answer", "text"))
+        texts.append(
+            value
+            if isinstance(value, str)
+            else json.dumps(value)
+            if isinstance(value, bool | int | float)
+            else f.typed(f"answers[{i}]", value, str)
+        )
+    if not texts:
+        raise f.error("missing", "answers", "an empty list", names="at least one answer")
+    if len(set(texts)) > 1:
+        f.note("answers", "answers", f"{len(set(texts))} different answers")
+    return [make_turn(f, "answers", "assistant", Counter(texts).most_common(1)[0][0])]
 
 
 def read_answered(f: Fields) -> list[Turn]:
@@ -193,11 +126,18 @@ def read_answered(f: Fields) -> list[Turn]:
     if turns[-1].message["role"] == "assistant" or (f.has(*DIALOGUES) and not f.has(*RESPONSES)):
         return turns
     name = f.name(*RESPONSES)
-    return turns + read_answer(f, name, f.take(name))
+    answer = read_answers(f) if name == "answers" else read_answer(f, name, f.take(name))
+    if isinstance(f.row.get("answers"), list) and f.row["answers"] and name != "answers":
+        f.use("answers")  # all that are right; the row says itself which is to be learnt
+        f.note("answers", "answers", f"{len(f.row['answers'])} answers beside {name}")
+    take_thought(f, answer[-1].message)
+    return turns + answer
 
 
 def read_turns(f: Fields, field: str, value: Any) -> list[Turn]:
     """Messages with role/content or from/value, whose content is text or a list of parts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table
+        value = read_json(f, field, value)
     turns = [_read_turn(f, f"{field}[{i}]", item) for i, item in enumerate(f.typed(field, value, list))]
     if not turns:
         raise f.error("turnless", field, "no messages")
@@ -211,80 +151,123 @@ def _read_turn(f: Fields, field: str, item: Any) -> Turn:
         raise row.error("choice", "role" if row.has("role") else "from", show(name), options=", ".join(_ROLES))
     content, calls = row.take("content", "value"), row.take("tool_calls")
     if name in _CALLS:
-        content, calls = "", [{"type": "function", "function": _read_json(row, "value", content)}]
+        content, calls = "", [{"type": "function", "function": read_json(row, "value", content)}]
     if content is None and not calls:
         raise row.missing("content", "value")
     if isinstance(calls, str):
-        calls = _read_json(row, "tool_calls", calls)
-    turn = make_turn(row, "content", _ROLES[name], "" if content is None else content)
+        calls = read_json(row, "tool_calls", calls)
+    turn = turn_media(row, make_turn(row, "content", _ROLES[name], "" if content is None else content))
     if calls:
         turn.message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    if row.has("reasoning_content"):
-        turn.message["reasoning_content"] = row.text("reasoning_content")
-    if row.has("loss", "weight"):
-        turn.message["loss"] = read_flag(row, row.name("loss", "weight"))
-    cast("dict[str, Any]", turn.message).update(row.extra())  # such as tool_call_id; templates may ask for it
+    if turn.message["role"] == "assistant":
+        take_thought(row, turn.message)
+        learnt = {name: read_flag(row, name) for name in LEARNT if row.has(name)}
+        if len(set(learnt.values())) > 1:
+            raise row.error("twice", [*learnt][-1], show(learnt), names=" and ".join(learnt))
+        if learnt:
+            turn.message["loss"] = next(iter(learnt.values()))
+    else:  # never learnt, so saying it is nothing new
+        row.use(*(name for name in LEARNT if row.row.get(name) in (0, False)))
+    row.use("tool_call_id", "name", "id")  # templates of other models ask for them
+    cast("dict[str, Any]", turn.message).update(
+        {key: row.row[key] for key in row.row if key not in turn.message and _is_kept(row, key)}
+    )
     return turn
+
+
+def _is_kept(row: Fields, key: str) -> bool:
+    """Whether a key of a turn goes along with it: what nobody took, and the ids of tools."""
+    return row.row[key] is not None and (key in ("tool_call_id", "name", "id") or not row.took(key))
+
+
+def take_thought(f: Fields, message: Message) -> None:
+    """The thought of an answer from its own field, or from the text before a closing mark that was never opened. Raises DataError for two thoughts."""
+    field, thought = "", message.get("reasoning_content", "")
+    for name in THOUGHTS:
+        if not f.has(name) or not isinstance(f.row[name], str | list | dict):
+            continue
+        value = f.text(name)
+        if thought and value.strip() != thought.strip():
+            raise f.error("twice", name, show(value), names=f"{field or 'the thought in content'} and {name}")
+        field, thought = field or name, thought or value
+    content = message["content"]
+    opened = content.lstrip().startswith("<think>")
+    if opened and thought and "</think>" in content:
+        inside, rest = content.lstrip().removeprefix("<think>").split("</think>", 1)
+        if inside.strip() and inside.strip() != thought.strip():
+            raise f.error(
+                "twice",
+                field or "content",
+                show(thought),
+                names=f"the thought in content and {field or 'reasoning_content'}",
+            )
+        message["content"] = rest.lstrip("\n")
+    elif not opened and "<think>" not in content and content.count("</think>") == 1:
+        before, after = content.split("</think>")
+        if not thought and before.strip() and (after[:1] in ("\n", "") or before.endswith("\n")):
+            f.note("thought_unopened", "content", "</think> alone")
+            thought, message["content"] = before.strip("\n"), after.lstrip("\n")
+    if thought:
+        message["reasoning_content"] = thought
 
 
 def make_turn(f: Fields, field: str, role: str, content: Any) -> Turn:
     """One turn. Content parts become text with tags; a tool's object becomes JSON text."""
     media: tuple[list[Media | None], list[Media | None]] = ([], [])
-    if isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content
-    ):
-        content = "".join(_read_part(f, f"{field}[{i}]", part, media) for i, part in enumerate(content))
+    thoughts: list[str] = []
+    if _is_parts(content, role):
+        content = "".join(_read_part(f, f"{field}[{i}]", part, media, thoughts) for i, part in enumerate(content))
     elif role == "tool" and isinstance(content, list | dict):
         content = json.dumps(content, ensure_ascii=False)
-    return Turn({"role": role, "content": f.typed(field, content, str)}, (tuple(media[0]), tuple(media[1])))
+    message: Message = {"role": role, "content": f.typed(field, content, str)}
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    return Turn(message, (tuple(media[0]), tuple(media[1])))
 
 
-def _read_part(f: Fields, field: str, part: Any, media: tuple[list[Media | None], list[Media | None]]) -> str:
-    """The text of one content part; its medium goes to the lists."""
+def _is_parts(content: Any, role: str) -> bool:
+    """Whether a content is a list of parts; of a tool, whose content may be any list of objects, only if they say what they are."""
+    if not isinstance(content, list):
+        return False
+    typed = all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
+    return typed or (role != "tool" and all(isinstance(part, str | dict) for part in content))
+
+
+def _read_part(
+    f: Fields, field: str, part: Any, media: tuple[list[Media | None], list[Media | None]], thoughts: list[str]
+) -> str:
+    """The text of one content part, in which tags are words; its medium or thought goes to the lists."""
     if isinstance(part, str):
-        return part
+        return as_words(part)
     row = f.nested(field, part)
-    kind = row.text("type")
+    kind = row.text("type") if row.has("type") else next((key for key in part if key in _PARTS), "")
     if kind not in _PARTS:
-        raise row.error("choice", "type", show(kind), options=", ".join(_PARTS))
-    if kind == "text":
-        return row.text("text")
-    value = row.take(kind, "url", "path", "image", "video")
-    medium = None if value is None else _read_medium(row, kind, value)
-    media[_PARTS[kind] == VIDEO_TAG].append(medium)
-    return _PARTS[kind]
-
-
-def read_media(f: Fields, *names: str) -> tuple[Media, ...]:
-    """A column of media: absent, one, or a list. Inside a list of videos, a list is the frames of one video."""
-    value = f.take(*names)
-    if value is None or value == "":
-        return ()
-    return tuple(_read_medium(f, names[0], item) for item in (value if isinstance(value, list) else [value]))
-
-
-def _read_medium(f: Fields, field: str, value: Any) -> Media:
-    if isinstance(value, dict):
-        row = f.nested(field, value)
-        value = row.take("bytes", "url", "path", "image", "video")
-        if value is None:
-            raise row.missing("path", "url", "bytes")
-        if isinstance(value, str) and row.has("bytes"):  # JSON has no bytes, so they come as base64
-            return f"data:application/octet-stream;base64,{value}"
-    if field.startswith("video") and isinstance(value, list):
-        return tuple(cast(str, f.typed(field, frame, str)) for frame in value)
-    return value if isinstance(value, bytes) else cast(str, f.typed(field, value, str))
+        raise row.error("choice", "type", show(kind or part), options=", ".join(_PARTS))
+    if _PARTS[kind] == "thought":
+        thoughts.append(row.text("thinking", "reasoning", "text"))
+        row.use("signature")
+        return ""
+    if _PARTS[kind] == "text":
+        return as_words(row.text("text", kind))
+    number = KIND_NAMES.index(_PARTS[kind])
+    value = row.take(kind, "url", "path", "image", "video", *MEDIA_NAMES[number])
+    medium = None if value is None else read_medium(row, number, kind, value)
+    media[number].append(medium)
+    return TAGS[number]
 
 
 def read_flag(f: Fields, name: str) -> bool:
     """true/false or 1/0."""
     value = f.take(name)
-    if value not in (0, 1):
-        raise f.error("type", name, show(value), kind=_KINDS[bool])
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise f.error("type", name, show(value), kind=KINDS[bool])
     return bool(value)
 
 
-def _read_json(f: Fields, field: str, text: Any) -> Any:
+def read_json(f: Fields, field: str, text: Any) -> Any:
+    """The value of a JSON text."""
     try:
         return json.loads(f.typed(field, text, str))
     except DataError:
@@ -318,15 +301,13 @@ def finish(
     check_dialogue(f, turns, ("assistant",) if signal == "sft" else ("user", "tool"))
     for draft in drafts:
         check_dialogue(f, turns + draft.turns, ("assistant",))
-    images, own_images = _settle_media(f, 0, turns, drafts)
-    videos, own_videos = _settle_media(f, 1, turns, drafts)
+    images, own_images = settle_media(f, 0, turns, drafts)
+    videos, own_videos = settle_media(f, 1, turns, drafts)
     candidates = tuple(
         Candidate(tuple(turn.message for turn in d.turns), own_images[i], own_videos[i], d.score, d.rank, d.label)
         for i, d in enumerate(drafts)
     )
-    mode, row_id = f.take("mode") or "auto", f.take("id")
-    if mode not in MODES:
-        raise f.error("choice", "mode", show(mode), options=", ".join(MODES))
+    row_id = f.take("id")
     return Record(
         signal=signal,
         messages=tuple(turn.message for turn in turns),
@@ -338,74 +319,29 @@ def finish(
         margin=margin,
         confidence=confidence,
         domain=f.text("domain", "task", "channel") if f.has("domain", "task", "channel") else "",
-        mode=mode,
+        mode=_read_mode(f),
         weight=f.number_or(1.0, "weight", 0.0),
         id=f"{f.where.path}:{f.where.line}" if row_id is None else str(row_id),
     )
 
 
+def _read_mode(f: Fields) -> str:
+    """`mode`, or the switch that other tools have for it."""
+    mode = f.take("mode")
+    for name in SWITCHES:
+        if isinstance(f.row.get(name), bool):
+            mode = mode or MODES[1 if f.take(name) else 2]
+            f.use(name)
+    if mode is None:
+        return MODES[0]
+    if mode not in MODES:
+        raise f.error("choice", "mode", show(mode), options=", ".join(MODES))
+    return str(mode)
+
+
 def _read_tools(f: Fields) -> tuple[Mapping[str, Any], ...]:
     value = f.take("tools")
     if isinstance(value, str) and value.strip():
-        value = _read_json(f, "tools", value)
+        value = read_json(f, "tools", value)
     tools = [value] if isinstance(value, dict) else [] if value in (None, "") else value
     return tuple(f.typed("tools", tool, dict) for tool in f.typed("tools", tools, list))
-
-
-def _settle_media(
-    f: Fields, kind: int, turns: Sequence[Turn], drafts: Sequence[Draft]
-) -> tuple[tuple[Media, ...], list[tuple[Media, ...]]]:
-    """One medium for each tag, in reading order: first the messages', then each candidate's.
-
-    Media without any tag get tags before the first user turn, the convention of LLaVA and LLaMA-Factory. A candidate's own list
-    holds either all media of its dialogue or only those of the answer. Returns the messages' media, and each candidate's (empty
-    where they are the messages').
-    """
-    name, single, tag = _MEDIA[kind]
-    column = _merge_parts(f, kind, read_media(f, name, single), turns)
-    prompt_tags, answer_tags = _count(tag, turns), [_count(tag, draft.turns) for draft in drafts]
-    if column and prompt_tags + sum(answer_tags) == 0:
-        prompt_tags = len(column)
-        first = next(turn.message for turn in turns if turn.message["role"] == "user")
-        first["content"] = tag * prompt_tags + first["content"]
-    owned = [_merge_parts(f, kind, draft.media[kind], draft.turns) for draft in drafts]
-    needed = prompt_tags + sum(tags for tags, own in zip(answer_tags, owned, strict=True) if not own)
-    f.same_length(name, column, needed, f"{tag} tag")
-    base, rest = column[:prompt_tags], column[prompt_tags:]
-    settled = []
-    for tags, own in zip(answer_tags, owned, strict=True):
-        if own and len(own) != tags + prompt_tags:
-            f.same_length(name, own, tags, f"{tag} tag of the candidate")
-            own = base + own
-        elif tags and not own:
-            own, rest = base + rest[:tags], rest[tags:]
-        settled.append(tuple(_resolve(f.where, medium) for medium in own))
-    return tuple(_resolve(f.where, medium) for medium in base), settled
-
-
-def _count(tag: str, turns: Sequence[Turn]) -> int:
-    return sum((turn.message["content"] + turn.message.get("reasoning_content", "")).count(tag) for turn in turns)
-
-
-def _merge_parts(f: Fields, kind: int, column: tuple[Media, ...], turns: Sequence[Turn]) -> tuple[Media, ...]:
-    """The column, or the media that the content parts named; both only where they agree."""
-    parts = [medium for turn in turns for medium in turn.media[kind]]
-    named = tuple(medium for medium in parts if medium is not None)
-    if not named:
-        return column
-    name, single, _ = _MEDIA[kind]
-    f.same_length(name, named, len(parts), f"{single} part (name all of them, or none)")
-    if column and column != named:
-        options = f"no column, or {show(list(named))} as in the messages"
-        raise f.error("choice", name, show(list(column)), options=options)
-    return named
-
-
-def _resolve(where: Where, medium: Media) -> Media:
-    if isinstance(medium, tuple):
-        return tuple(cast(str, _resolve(where, frame)) for frame in medium)
-    if isinstance(medium, bytes) or "://" in medium or medium.startswith("data:") or os.path.isabs(medium):
-        return medium
-    beside = os.path.join(os.path.dirname(where.path), medium)
-    inside = os.path.join(where.media_dir, medium)
-    return inside if where.media_dir and (os.path.exists(inside) or not os.path.exists(beside)) else beside

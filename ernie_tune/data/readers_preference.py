@@ -21,9 +21,9 @@ from ernie_tune.data.readers_fields import (
     read_answered,
     read_dialogue,
     read_flag,
-    read_media,
 )
-from ernie_tune.data.records import SIGNALS, Record, Reward, Verifier, show
+from ernie_tune.data.readers_media import MEDIA_NAMES, read_columns
+from ernie_tune.data.records import SIGNALS, Media, Record, Reward, Verifier, show
 
 _ANSWER = Turn({"role": "assistant", "content": ""})
 DEFAULT_SCALE = (1.0, 5.0)  # methods.md 1.2 F11
@@ -47,8 +47,8 @@ def read_pair(f: Fields) -> Record:
         context, chosen = split_answer(f, read_answered(f))
     prompt, (better, worse) = share_prompt(f, context, [chosen, rejected])
     drafts = [
-        Draft(better, (read_media(f, "chosen_images"), ()), rank=1.0),
-        Draft(worse, (read_media(f, "rejected_images"), ()), rank=2.0),
+        Draft(better, _side_media(f, "chosen"), rank=1.0),
+        Draft(worse, _side_media(f, "rejected"), rank=2.0),
     ]
     if f.has("score"):
         scores, scale = f.nested("score", f.take("score")), read_scale(f)
@@ -58,6 +58,12 @@ def read_pair(f: Fields) -> Record:
         ]
     margin, confidence = f.number_or(None, "margin"), f.number_or(1.0, "confidence", 0.0, 1.0)
     return finish(f, "pair", prompt, drafts, margin=margin, confidence=confidence)
+
+
+def _side_media(f: Fields, side: str) -> tuple[tuple[Media, ...], tuple[Media, ...]]:
+    """The images and videos of one side of a pair, such as `rejected_images`."""
+    images, videos = (read_columns(f, i, [f"{side}_{name}" for name in names]) for i, names in enumerate(MEDIA_NAMES))
+    return images, videos
 
 
 def split_answer(f: Fields, turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
@@ -140,7 +146,7 @@ def _read_candidate(f: Fields, field: str, item: Any) -> Draft:
     turns = read_answer(row, name, row.take(name))
     return Draft(
         turns,
-        (read_media(row, "images", "image"), read_media(row, "videos", "video")),
+        (read_columns(row, 0), read_columns(row, 1)),
         score=to_unit(row, "score", row.take("score", "rating"), read_scale(f)) if row.has("score", "rating") else None,
         rank=row.number_or(None, "rank", 0.0),
         label=read_label(row, "label") if row.has("label") else None,
@@ -278,5 +284,6 @@ def read_canonical(f: Fields) -> Record:
     doubled = [key for key in inner if f.has(key)]
     if doubled:
         raise f.error("choice", doubled[0], "two values", options=f"{doubled[0]} or signal.{doubled[0]}")
+    signal.use(*inner)
     f.row = {**{key: value for key, value in f.row.items() if key != "signal"}, **inner}
     return _CANONICAL[kind](f)

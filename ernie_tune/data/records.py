@@ -6,6 +6,7 @@ Source: ecosystem.md 4.3 (messages, media, candidates), methods.md 9 (signals, r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -18,12 +19,35 @@ MODES = ("auto", "think", "nothink")
 ROLES = ("system", "user", "assistant", "tool")
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 _SHOWN_CHARACTERS = 80
+# A tag of a medium; behind a backslash it is the words themselves, as in a text about HTML's \\<video>.
+TAG = re.compile(r"(?<!\\)<(image|video)>")
+_WORDS = re.compile(r"\\(<(?:image|video)>)")
+
+
+def as_words(text: str, tag: str = "") -> str:
+    """A text whose tags (or only this one) mean themselves, as a message holds it: `<image>` becomes `\\<image>`."""
+    return (
+        TAG.sub(lambda found: found[0] if tag and tag != found[0] else "\\" + found[0], text) if "<" in text else text
+    )
+
+
+def plain_words(text: str) -> str:
+    """The text that a reader of the dialogue sees: `\\<image>` becomes `<image>`."""
+    return _WORDS.sub(r"\1", text) if "\\" in text else text
+
+
+def count_tags(text: str, tag: str) -> int:
+    """How many media of this kind a text shows; tags that mean themselves are none."""
+    return text.count(tag) - text.count("\\" + tag)
+
+
+Note = tuple[str, str, str]  # a key of doctor.CHECKS, the field, what was found there
 
 Media = str | bytes | tuple[str, ...]  # a path, URL or data URL; encoded bytes; for a video also its frames
 
 
 class Message(TypedDict, total=False):
-    """One turn. `content` holds a tag for each image and video; `loss` False keeps an assistant turn out of the loss."""
+    """One turn. `content` holds a tag for each image and video (`\\<image>` is the word); `loss` False keeps an assistant turn out of the loss."""
 
     role: str
     content: str
@@ -84,6 +108,8 @@ class Meta:
     line: int = 0  # 1-based; the row number in formats without lines; 0: not from a file
     format: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()  # names of all that no reader took, such as "source" or "messages[].name"
+    notes: tuple[Note, ...] = ()  # what the reader had to decide
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -154,7 +180,7 @@ PROBLEMS = {
     "missing": _Problem("{names}", "add it, or rename yours{hint}", "{names}", "补上该字段，或改名{hint}"),
     "type": _Problem("{kind}", "write {field} as {kind}", "类型 {kind}", "将 {field} 写成 {kind}"),
     "choice": _Problem("one of {options}", "use one of them", "{options} 之一", "改用其中之一"),
-    "count": _Problem("{n}, one for each {other}", "make both counts equal", "{n} 个，与 {other} 一一对应", "使两者数量一致"),
+    "count": _Problem("{n}, one for each {other}", "make both counts equal{hint}", "{n} 个，与 {other} 一一对应", "使两者数量一致{hint}"),
     "range": _Problem("a number in [{low}, {high}]", "correct it{hint}", "[{low}, {high}] 内的数", "改正该值{hint}"),
     "order": _Problem("each of {options} exactly once", "write it like B>A=C>D", "{options} 各出现一次", "写成 B>A=C>D 的形式"),
     "roles": _Problem("an optional system, then user (or tool) and assistant in turn", "merge or drop turns", "可选的 system，然后 user（或 tool）与 assistant 交替", "合并或删去多余轮次"),
@@ -163,6 +189,13 @@ PROBLEMS = {
     "turnless": _Problem("at least one message", "add the messages, or drop the row", "至少一轮对话", "补上对话，或删去该行"),
     "prompt": _Problem("answers to the same prompt", "give each prompt its own row", "对同一提问的回答", "不同提问分行书写"),
     "frames": _Problem("still images", "give the video file in video_info", "静态图片", "在 video_info 中给出视频文件"),
+    "answers": _Problem("one answer", "keep one, give each its own row, or rename it to answers (the most frequent is learnt); judged ones go into responses with scores", "一个回答", "只保留其一、分行书写，或改名为 answers（学习其中最常见的）；有评分的写入 responses 与 scores"),
+    "twice": _Problem("one of {names}, or the same in each", "keep one", "{names} 之一，或各处相同", "只保留其一"),
+    "unread_picture": _Problem("its pictures under a name that readers know (images, image, image_path, img, picture)", "rename it to images, or to _{name} to leave it out on purpose", "图片列使用可识别的名称（images、image、image_path、img、picture）", "改名为 images；若有意不用，改名为 _{name}"),
+    "unread_clip": _Problem("its clips under a name that readers know (videos, video, video_path)", "rename it to videos, or to _{name} to leave it out on purpose", "视频列使用可识别的名称（videos、video、video_path）", "改名为 videos；若有意不用，改名为 _{name}"),
+    "unread_sound": _Problem("text, pictures and clips: the models hear nothing", "drop it, or rename it to _{name}", "文本、图片与视频：模型不支持音频", "删去，或改名为 _{name}"),
+    "unread_mask": _Problem("loss: true or false in an assistant turn, for what is to be learnt", "write loss: false in the turns that are not to be learnt, or rename it to _{name} to leave it out on purpose", "在 assistant 轮次中以 loss: true 或 false 标明是否学习", "在不学习的轮次写 loss: false；若有意不用，改名为 _{name}"),
+    "unread_thought": _Problem("the thought in reasoning_content of its turn", "rename it to reasoning_content, or to _{name} to leave it out on purpose", "思考内容写在该轮次的 reasoning_content 中", "改名为 reasoning_content；若有意不用，改名为 _{name}"),
     "signal": _Problem("one of {options}", "use other data, or set its format", "{options} 之一", "换用其他数据，或指定其格式"),
     "mixed": _Problem("{format}, as most rows", "correct the row, split the file, or set the format", "与多数行相同的 {format}", "改正该行、拆分文件或指定格式"),
     "unknown": _Problem("a known format", "use the fields of one: {options}", "已知格式", "使用其中一种格式的字段：{options}"),

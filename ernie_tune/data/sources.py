@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.data.readers import FORMATS, Format, Sniff, choose, read, sniff
+from ernie_tune.data.readers import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
 from ernie_tune.data.readers_fields import Fields, Where
+from ernie_tune.data.readers_media import kinds_shown
 from ernie_tune.data.records import DataError, Record, show
 
 INFO_FILE = "dataset_info.json"
@@ -213,6 +214,7 @@ class _Part(NamedTuple):
     form: Format
     others: tuple[Format, ...]
     sniff: Sniff
+    media: tuple[str, ...] = ()  # kinds that rows of the file show
 
 
 class Dataset(Sequence[Record]):
@@ -232,7 +234,7 @@ class Dataset(Sequence[Record]):
         k = int(np.searchsorted(self._starts, row_number, "right")) - 1
         part = self._parts[k]
         local = row_number - int(self._starts[k])
-        where = Where(part.rows.path, part.rows.line(local), self._media_dir)
+        where = Where(part.rows.path, part.rows.line(local), self._media_dir, part.media)
         row, extra = rename(part.rows[local], part.entry)
         record = read(row, part.form, where, part.others, extra)
         if self._signals and not set(self._signals) & set(record.serves):
@@ -262,15 +264,22 @@ class Dataset(Sequence[Record]):
         return "\n".join(f"{part.rows.path}: {len(part.rows)} rows, {part.sniff.reason}" for part in self._parts)
 
 
-def rename(row: Mapping[str, Any], entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+def rename(row: Mapping[str, Any], entry: Entry) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The row with the names our readers know, and the columns that a column map leaves out."""
+    if not entry.columns and not entry.tags:
+        return _respelt(row), {}
     used = set(entry.columns.values())
     named = {name: row[column] for name, column in entry.columns.items() if column in row}
     rest = {key: value for key, value in row.items() if key not in used and key not in named}
-    out = {**named, **({} if entry.only_columns else rest)}
+    out = {**named, **({} if entry.only_columns else _respelt(rest))}
     if entry.tags:
         out = {key: _retag(value, entry.tags) for key, value in out.items()}
     return out, rest if entry.only_columns else {}
+
+
+def _respelt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = spelt_otherwise(row)
+    return row if names is None else {names.get(key, key): value for key, value in row.items()}
 
 
 def _retag(value: Any, tags: Mapping[str, str]) -> Any:
@@ -390,15 +399,16 @@ def _open(path: str, entry: Entry) -> _Part:
     if not len(rows):
         raise DataError(path, 0, "file", "no rows", "empty", {})
     formats = choose(entry.format)
-    if len(formats) == 1:
-        return _Part(rows, entry, formats[0], (), Sniff(formats[0].name, f"{formats[0].name}, as told"))
     sampled, errors = [], []
     for i in range(min(len(rows), _SAMPLED_ROWS)):
         try:
             sampled.append(rename(rows[i], entry)[0])
         except DataError as error:
             errors.append(error)
+    media = kinds_shown(sampled)
+    if len(formats) == 1:
+        return _Part(rows, entry, formats[0], (), Sniff(formats[0].name, f"{formats[0].name}, as told"), media)
     if not sampled:
         raise errors[0]
     found = sniff(sampled, formats, path)
-    return _Part(rows, entry, next(form for form in FORMATS if form.name == found.name), formats, found)
+    return _Part(rows, entry, next(form for form in FORMATS if form.name == found.name), formats, found, media)

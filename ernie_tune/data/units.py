@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.data.batching import THINKING, TRUNCATIONS, Dropped, truncate
+from ernie_tune.data.batching import TRUNCATIONS, Dropped, thinking_of, truncate
+from ernie_tune.data.chat import has_open_thought
 from ernie_tune.data.corruption import corrupted
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Message, Record
@@ -168,6 +169,9 @@ class UnitEncoder:
         if record.signal not in self.signals:
             dropped.add(f"nothing learns from a {record.signal}", where)
             return None
+        if any(has_open_thought(message) for candidate in record.candidates for message in candidate.messages):
+            dropped.add("a thought that never ends", where)
+            return None
         made: dict[tuple[str, int], Any] = {}
         dialogues = []
         for i in range(len(record.candidates)):
@@ -225,7 +229,7 @@ class UnitEncoder:
             list(images),
             list(videos),
             tools=record.tools,
-            thinking=THINKING.get(record.mode),
+            thinking=thinking_of(record, self.processor.template),
             where=where,
             made=made,
         )

@@ -14,7 +14,7 @@ import paddle
 from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record
+from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record, count_tags, plain_words
 from ernie_tune.generate.engine import Engine, Request
 from ernie_tune.generate.scheduler import Capacity
 
@@ -39,7 +39,8 @@ def question(record: Record) -> Question:
     prompt = record.messages[:-1]
     text = "".join(m["content"] for m in prompt)
     reference = last["content"] if last.get("reasoning_content") else split_reasoning(last["content"])[1]
-    return Question(record, record.images[: text.count(IMAGE_TAG)], record.videos[: text.count(VIDEO_TAG)], reference)
+    images, videos = record.images[: count_tags(text, IMAGE_TAG)], record.videos[: count_tags(text, VIDEO_TAG)]
+    return Question(record, images, videos, plain_words(reference))
 
 
 def evaluation_loss(

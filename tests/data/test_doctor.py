@@ -15,12 +15,11 @@ from PIL import Image
 from ernie_tune.data.doctor import CHECKS, Finding, Findings
 from ernie_tune.data.doctor_compare import RowLog, join_texts, similarity, sketch
 from ernie_tune.data.doctor_media import Pictures
-from ernie_tune.data.doctor_rows import _SPECIAL, Columns
+from ernie_tune.data.doctor_rows import Columns
 from ernie_tune.data.doctor_scan import DataFile, Report, Scan, count_tokens
 from ernie_tune.data.images import ImageSettings
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import FORMATS
-from ernie_tune.data.readers_fields import DIALOGUES, QUERIES, RESPONSES
+from ernie_tune.data.readers import FORMATS, PLAIN_FIELDS, SPECIAL_FIELDS
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import Entry
 
@@ -180,7 +179,7 @@ def test_other_containers(tmp_path: Path) -> None:
 def test_columns_and_formats_as_told(tmp_path: Path) -> None:
     entry = write(tmp_path / "a.jsonl", [{"ask": "q", "reply": ""}, {"prompt": "q", "ask": "p", "reply": "a"}])
     entry = Entry(entry.path, "alpaca", {"instruction": "ask", "output": "reply"}, only_columns=True)
-    assert scan(entry).findings.counts == {"empty_answer": 1}
+    assert scan(entry).findings.counts == {"empty_answer": 1, "unused": 1}
     entry = write(tmp_path / "b.jsonl", [{"prompt": "q", "response": "a", "label": True}])
     assert scan(Entry(entry.path, "prompt_response")).stats.signals == {"sft": 1}
     with pytest.raises(ValueError, match="format \\('x'\\)"):
@@ -203,7 +202,7 @@ def test_nesting_at_the_edge_of_what_can_be_parsed(where: str, tmp_path: Path) -
 
 def test_every_field_that_chooses_a_format_is_known_to_the_fast_road() -> None:
     names = {name.partition(".")[0] for form in FORMATS for group in form.needs for name in group}
-    assert names <= {*_SPECIAL, *DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected"}
+    assert names <= SPECIAL_FIELDS | PLAIN_FIELDS
 
 
 # ---------------------------------------------------------------------------------------------- rows against rows
@@ -399,7 +398,7 @@ def test_findings_are_counted_beyond_the_limit() -> None:
 
 def test_both_languages_fill() -> None:
     for code in CHECKS:
-        finding = Finding.of(code, "a", 1, "f", "x", other="a:1", limit=8, kind="K", why="W")
+        finding = Finding.of(code, "a", 1, "f", "x", other="a:1", limit=8, kind="K", why="W", hint="H")
         assert "{" not in str(finding) + finding.chinese
 
 

@@ -464,7 +464,7 @@ BAD = [  # row, format (None: recognised), problem, field
     ({"prompt": "q", "chosen": "a"}, "pairs", "missing", "rejected"),
     ({"prompt": "q"}, "prompt_response", "missing", "response"),
     ({"text": "t"}, "classification", "missing", "label"),
-    ({"prompt": "q", "response": 3}, None, "type", "response"),
+    ({"prompt": "q", "response": ["a", "b"]}, None, "answers", "response"),
     ({"prompt": 3, "response": "a"}, None, "type", "prompt"),
     ({"prompt": "q", "response": []}, None, "turnless", "response"),
     ({CONV: []}, None, "turnless", CONV),

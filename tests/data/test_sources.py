@@ -206,7 +206,7 @@ def test_each_file_has_its_own_format(tmp_path) -> None:
     assert [record.signal for record in data] == ["sft", "pair", "pair"]
     first, second = data.report.splitlines()
     assert first.endswith("a.jsonl: 1 rows, prompt_response: 1 of 1 sampled rows have prompt|query|question|problem|instruction|input + "
-                          "response|completion|output|answer|target|targets|text|content")  # fmt: skip
+                          "response|completion|output|answer|target|targets|text|content|answers")  # fmt: skip
     assert second.endswith(
         "b.jsonl: 2 rows, pairs: 2 of 2 sampled rows have rejected|rejected_response|rejected_messages"
     )
