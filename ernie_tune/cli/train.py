@@ -19,16 +19,10 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
+from ernie_tune.config.stages import STAGES
 
 ANSWERS_FILE = "eval_answers.jsonl"
-TRAINERS = {
-    "SFT": "ernie_tune.trainers.sft:SFTTrainer",
-    "PT": "ernie_tune.trainers.sft:SFTTrainer",
-    "DPO": "ernie_tune.trainers.preference:DPOTrainer",
-    "KTO": "ernie_tune.trainers.preference:KTOTrainer",
-    "UPO": "ernie_tune.trainers.upo:UPOTrainer",
-    "RM": "ernie_tune.trainers.reward:RewardTrainer",
-}
+
 # In the source tree, and where an installed wheel puts it (setup.py, data_files).
 DIGITS = (
     Path(__file__).parents[2] / "examples" / "digits",
@@ -144,16 +138,8 @@ def demo(args: list[str]) -> int:
 
 
 def _trainer(config: RunConfig) -> Any:
-    """The trainer of the stage. Raises ValueError for a stage that has none yet."""
-    stage = config.model.stage
-    if stage not in TRAINERS:
-        raise ValueError(
-            say(
-                f"stage ({stage}) must be one of {', '.join(TRAINERS)}; change it",
-                f"stage（{stage}）须为 {', '.join(TRAINERS)} 之一；请修改",
-            )
-        )
-    module, _, name = TRAINERS[stage].partition(":")
+    """The trainer of the stage, which loading the settings has found to be built."""
+    module, _, name = STAGES[config.model.stage].trainer.partition(":")
     with while_paddle_loads():
         return vars(importlib.import_module(module))[name]
 

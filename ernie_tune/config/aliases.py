@@ -1,6 +1,6 @@
-"""The one table of other spellings (ecosystem.md 4.1): PaddleFormers, PaddleNLP, ERNIEKit, HF, TRL, LLaMA-Factory, ms-swift -> ours.
+"""The one table of other spellings: PaddleFormers, PaddleNLP, ERNIEKit, HF, TRL, LLaMA-Factory, ms-swift, axolotl -> ours.
 
-Refuses to know files, types and defaults: names and words only.
+Refuses to know: files, types and defaults, names that mean nothing here (peers.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,23 @@ RENAMED: dict[str, str] = {
     "sep_parallel_degree": "sep_parallel_size",
     "expert_parallel_degree": "expert_model_parallel_size",
     "virtual_pp_degree": "virtual_pipeline_model_parallel_size",
+    "sharding_degree": "sharding_parallel_size",
     "zero_stage": "sharding",
     # training
     "batch_size": "per_device_train_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
     "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "activation_checkpointing": "recompute",
+    "enable_activation_checkpointing": "recompute",
+    "use_recompute": "recompute",
+    "use_async_save": "async_save",
+    "async_save_checkpoint": "async_save",
     "scheduler": "lr_scheduler_type",
     "epochs": "num_train_epochs",
     "max_epochs": "num_train_epochs",
@@ -35,13 +48,17 @@ RENAMED: dict[str, str] = {
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
     "model_id_or_path": "model_name_or_path",
-    "rlhf_type": "stage",
     "finetuning_type": "fine_tuning",
     "tuner_type": "fine_tuning",
     "train_type": "fine_tuning",
     "sft_type": "fine_tuning",
     "r": "lora_rank",
     "lora_dim": "lora_rank",
+    "lora_r": "lora_rank",
+    "loraplus_lr_ratio": "lora_plus_scale",
+    "lorap_lr_ratio": "lora_plus_scale",
+    "target_regex": "lora_target_modules",
+    "num_prefix_tokens": "num_virtual_tokens",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
     "lora_module_name": "lora_target_modules",
@@ -53,6 +70,16 @@ RENAMED: dict[str, str] = {
     # data
     "dataset": "train_dataset_path",
     "data_path": "train_dataset_path",
+    "dataset_name": "train_dataset_path",
+    "dataset_name_or_path": "train_dataset_path",
+    "max_train_samples": "max_samples",
+    "val_set_size": "val_size",
+    "test_split_size": "val_size",
+    "sequence_len": "max_seq_len",
+    "max_seq_length": "max_seq_len",
+    "block_size": "max_seq_len",
+    "sample_packing": "packing",
+    "truncation_mode": "truncation_strategy",
     "eval_dataset": "eval_dataset_path",
     "val_dataset": "eval_dataset_path",
     "split_dataset_ratio": "val_size",
@@ -65,12 +92,15 @@ RENAMED: dict[str, str] = {
     "max_pixels": "image_max_pixels",
     "min_pixels": "image_min_pixels",
     "fps_max_frames": "video_max_frames",
+    "video_maxlen": "video_max_frames",
     # preference and rollout
     "pref_beta": "beta",
     "pref_loss": "loss_type",
     "pref_ftx": "sft_loss_ratio",
     "rpo_alpha": "sft_loss_ratio",
     "cpo_alpha": "sft_loss_ratio",
+    "sft_alpha": "sft_loss_ratio",
+    "dpo_label_smoothing": "label_smoothing",
     "ref_model_update_step": "ref_model_update_steps",
     "ref_model_sync_steps": "ref_model_update_steps",
     "max_prompt_length": "max_prompt_len",
@@ -84,6 +114,11 @@ RENAMED: dict[str, str] = {
 
 _DTYPES = {
     "auto": {},
+    "none": {},
+    "torch.bfloat16": {"bf16": "true"},
+    "torch.float16": {"fp16": "true"},
+    "torch.float32": {"bf16": "false", "fp16": "false"},
+    "fp32": {"bf16": "false", "fp16": "false"},
     "bfloat16": {"bf16": "true"},
     "bf16": {"bf16": "true"},
     "float16": {"fp16": "true"},
@@ -92,6 +127,11 @@ _DTYPES = {
     "float64": {"float64": "true"},
 }
 _BITS = {"8": {"weight_quantize_algo": "weight_only_int8"}, "4": {"weight_quantize_algo": "nf4"}}
+_METHODS_OF_SWIFT = {
+    **{name: {"stage": name.upper()} for name in ("dpo", "kto", "rm", "ppo")},
+    "grpo": {"stage": "RLVR"},
+    **{name: {"stage": "DPO", "loss_type": name} for name in ("simpo", "orpo", "cpo")},
+}
 _LORA = {"true": {"fine_tuning": "LoRA"}, "false": {"fine_tuning": "Full"}}
 
 
@@ -114,6 +154,23 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
     "precompute_ref_log_probs": {"true": {"ref_mode": "precomputed"}, "false": {}},
     "no_resume": {"true": {"resume_from_checkpoint": "no"}, "false": {}},
     "torch_dtype": _DTYPES,
+    "dtype": _DTYPES,
+    "compute_dtype": _DTYPES,
+    "model_dtype": _DTYPES,
+    "rlhf_type": _METHODS_OF_SWIFT,
+    "use_peft": _LORA,
+    "adapter": {"lora": {"fine_tuning": "LoRA"}, "qlora": {"fine_tuning": "LoRA", "weight_quantize_algo": "nf4"}},
+    "load_in_8bit": {"true": _BITS["8"], "false": {}},
+    "load_in_4bit": {"true": _BITS["4"], "false": {}},
+    "pure_bf16": {"true": {"bf16": "true"}, "false": {}},
+    "disable_gradient_checkpointing": {"true": {"recompute": "false"}, "false": {}},
+    "lora_target_linear": {"true": {"lora_target_modules": "all"}, "false": {}},
+    "prefix_tuning": {"true": {"fine_tuning": "Prefix"}, "false": {}},
+    "use_swanlab": {"true": {"report_to": "swanlab"}, "false": {}},
+    "use_hf": {"true": {"download_hub": "huggingface"}, "false": {}},
+    "from_hf_hub": {"true": {"download_hub": "huggingface"}, "false": {}},
+    "from_modelscope": {"true": {"download_hub": "modelscope"}, "false": {}},
+    "from_aistudio": {"true": {"download_hub": "aistudio"}, "false": {}},
     "compute_type": {
         **_DTYPES,
         "fp8": {"weight_quantize_algo": "fp8_linear"},
@@ -131,45 +188,30 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
 # Other words for a value, in lower case. Empty: the word stands for nothing.
 VALUES: dict[str, dict[str, str]] = {
     "stage": {"vl-sft": "SFT", "vl-dpo": "DPO", "vl-pt": "PT", "grpo": "RLVR", "reward": "RM"},
-    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
-    "lr_scheduler_type": {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"},
+    "optim": dict.fromkeys(
+        ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_custom", "paged_adamw_32bit"),
+        "adamw",
+    ),
+    "lr_scheduler_type": {"cosine_with_min_lr": "cosine", "cosine_warmup_with_min_lr": "cosine"},
+    "truncation_strategy": {"keep_start": "right", "keep_end": "left"},
+    "download_hub": {"": "none", "hf": "huggingface", "ms": "modelscope", "false": "none"},
+    "template_backend": {"swift": "custom"},
+    **{
+        f"{axis}_size": {"-1": "1"}  # PaddleFormers: not used
+        for axis in (
+            *("tensor_model_parallel", "pipeline_model_parallel", "sharding_parallel", "context_parallel"),
+            *("sep_parallel", "expert_model_parallel", "expert_tensor_model_parallel"),
+        )
+    },
     "eval_strategy": {"false": "no", "none": "no"},
     "save_strategy": {"false": "no", "none": "no"},
     "sharding": {"false": "off", "none": "off", "0": "off", "1": "stage1", "2": "stage2", "3": "stage3"},
-    "resume_from_checkpoint": {"true": "auto", "false": "no", "none": "no"},
+    "resume_from_checkpoint": {"true": "auto", "latest": "auto", "last": "auto", "false": "no", "none": "no"},
     "report_to": {"none": "", "tensorboardx": "tensorboard"},
     "weight_quantize_algo": {"false": "none"},
     "lora_experts": {"visual": "vision", "false": "none"},
     "lora_target_modules": {"all-linear": "all"},
     "loss_norm": {"sequence": "seq"},
-}
-
-# Accepted, without effect: one printed line says why.
-IGNORED: dict[str, str] = {
-    "deepspeed": "sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
-    "fsdp": "sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
-    "unified_checkpoint": "every checkpoint can be read at any degree of parallelism",
-    "save_checkpoint_format": "checkpoints are always safetensors",
-    "padding_free": "rows are never padded",
-    "do_train": "the verb decides",
-    "do_predict": "the verb decides",
-    "multimodal": "the model and the rows decide",
-    "trust_remote_code": "no code is taken from model folders",
-    "moe_use_hard_gate": "routing always follows the kind of token",
-    "moe_multimodal_dispatch_use_allgather": "the dispatch is chosen by the parallel layout",
-    "pre_alloc_memory": "memory is allocated as it is needed",
-    "quant_method": "quant_bits decides",
-    "overwrite_cache": "rows are read anew in every run",
-}
-
-# Refused, with what to write instead: to ignore these would change the result.
-REFUSED: dict[str, str] = {
-    "moe_group": "set expert_model_parallel_size",
-    "text_dataset_path": "list the file in train_dataset_path",
-    "modality_ratio": "set train_dataset_prob, one weight a file",
-    "visual_ld": "set vit_lr_ratio; there is no decay over vision layers",
-    "data_split": "give each stage its own train_dataset_path",
-    "offload": "set sharding to 'stage2 offload'",
 }
 
 # Variables that image settings are read from when nothing else sets them.
@@ -179,4 +221,4 @@ ENVIRONMENT: dict[str, str] = {
     "FPS_MAX_FRAMES": "video_max_frames",
 }
 
-SPELLINGS = (*RENAMED, *EXPANDED, *IGNORED, *REFUSED)
+SPELLINGS = (*RENAMED, *EXPANDED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -17,7 +17,6 @@ import yaml
 
 from ernie_tune.config.aliases import VALUES
 from ernie_tune.config.arguments import Setting
-from ernie_tune.config.language import say
 
 # What a file or a command line can hold: a text, a list of texts, or nothing (null).
 Raw = str | tuple[str, ...] | None
@@ -26,10 +25,25 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _PLAIN = re.compile(r"[\w./][\w./-]*")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return say(f"; did you mean {near[0]!r}?", f"；是否想写 {near[0]!r}？") if near else ""
+def did_you_mean(word: str, known: Iterable[str], typo: float = 0.8) -> str:
+    """`; did you mean 'x'?` where `word` is a known word mistyped: nearly the same letters, part by part. Nothing for one that merely resembles it:
+    max_samples is not eval_max_samples. `typo`: least likeness of the whole, from 0 to 1."""
+    rated = [(_likeness(word.lower(), name.lower()), name) for name in known]
+    best, name = max(rated, default=(0.0, ""))
+    return f"; did you mean {name!r}?" if best >= typo else ""
+
+
+def _likeness(a: str, b: str) -> float:
+    """Of two names, 0 unless each part of one (between underscores) has its partner in the other."""
+    parts, others = re.split(r"[_-]", a), re.split(r"[_-]", b)
+    whole = _ratio("".join(parts), "".join(others))
+    if len(parts) != len(others):  # an underscore too many or too few, or a short word left out
+        return whole if whole >= 0.88 else 0.0
+    return min(whole, 1.0) if all(_ratio(x, y) >= 0.6 for x, y in zip(parts, others, strict=True)) else 0.0
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def to_raw(name: str, value: Any) -> Raw:
@@ -60,9 +74,24 @@ def _translated(setting: Setting, text: str) -> str:
     return VALUES.get(setting.name, {}).get(text.strip().lower(), text)
 
 
-def _split(setting: Setting, text: str) -> list[str]:
+def _split(setting: Setting, text: str) -> Sequence[str]:
+    """The items of a text: a list as YAML writes it, or words between commas (and blanks, where the words are a closed set)."""
+    listed = _yaml_list(text.strip()) if text.strip().startswith("[") and text.strip().endswith("]") else None
+    if listed is not None:
+        return listed
     parts = re.split(r"[,\s]+" if setting.choices else ",", text)
     return [part.strip() for part in parts if part.strip()]
+
+
+def _yaml_list(text: str) -> Sequence[str] | None:
+    """The texts of "[a, b]", as a command line gives it; None where it is no flat list."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    if not isinstance(node, yaml.SequenceNode) or not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return None
+    return [str(item.value) for item in node.value]
 
 
 def _one(setting: Setting, text: str) -> Any:
@@ -85,7 +114,7 @@ def _word(setting: Setting, text: str) -> str:
     negation = "!" if word.startswith("!") and setting.name == "freeze_config" else ""
     known = {choice.lower(): choice for choice in setting.choices}
     if word.removeprefix(negation) not in known:
-        hint = did_you_mean(word, known)
+        hint = did_you_mean(word, known, typo=0.6)
         raise ValueError(
             f"{setting.name} ({text!r}) must be one of {', '.join(setting.choices)}{hint} / 只能取以上之一"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,14 @@ from typing import Any
 
 import yaml
 
-from ernie_tune.config import checks
-from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, IGNORED, REFUSED, RENAMED, SPELLINGS
-from ernie_tune.config.arguments import SETTINGS, RunConfig, build
+from ernie_tune.config import checks, peers
+from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, RENAMED, SPELLINGS
+from ernie_tune.config.arguments import SETTINGS, VARYING, RunConfig, build, default_for
 from ernie_tune.config.convert import FALSE, TRUE, Raw, convert, did_you_mean, to_yaml
+from ernie_tune.config.language import say
 
 ARGS_FILE = "ernie_tune_args.yaml"  # name of the resolved configuration in output_dir (ecosystem.md 4.5)
 COMMAND_LINE = "command line"
-
-# methods.md 2.5 and 10: rates of published recipes, by (compares answers, LoRA)
-_LEARNING_RATE = {(False, False): 1e-5, (False, True): 3e-4, (True, False): 1e-6, (True, True): 1e-5}
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ def read_yaml(text: str, name: str) -> list[Entry]:
         )
     entries: dict[str, Entry] = {}
     for key, value in root.value:
-        entry = Entry(_text(key, name), _raw(value, name), f"{name}:{key.start_mark.line + 1}")
+        word = _text(key, name)
+        entry = Entry(word, _raw(value, name, RENAMED.get(word, word)), f"{name}:{key.start_mark.line + 1}")
         if entry.name in entries:
             raise ValueError(
                 f"{entry.where}: {entry.name} is given twice, first at {entries[entry.name].where}; keep one / 重复的键"
@@ -114,7 +114,9 @@ def read_yaml(text: str, name: str) -> list[Entry]:
     return list(entries.values())
 
 
-def _raw(node: yaml.Node, name: str) -> Raw:
+def _raw(node: yaml.Node, name: str, setting: str) -> Raw:
+    if isinstance(node, yaml.MappingNode) and setting not in SETTINGS:  # of a name that may be another tool's
+        return "{…}" if node.value else "{}"
     if isinstance(node, yaml.SequenceNode):
         return tuple(_text(item, name) for item in node.value)
     text = _text(node, name)
@@ -177,10 +179,12 @@ def resolve(layers: Sequence[Sequence[Entry]], where: str, *, for_training: bool
     # null means the default, also over an earlier layer
     values = {name: value for name, value in values.items() if value is not None}
     if not errors:
-        _fill_in(values, sources)
+        notes += _fill_in(values, sources)
         config = build(values)
-        found = checks.problems(config) + (checks.missing(config) if for_training else [])
-        errors = [f"{sources[name].where if name in values else where}: {message}" for name, message in found]
+        for name, message, unbuilt in checks.problems(config) + (checks.missing(config) if for_training else []):
+            # who only counts or looks is told what this version cannot train, and goes on
+            told = notes if unbuilt and not for_training else errors
+            told.append(f"{sources[name].where if name in values else where}: {message}")
     if errors:
         raise ValueError("\n".join(errors))
     sources = {name: entry for name, entry in sources.items() if name in values}
@@ -190,17 +194,52 @@ def resolve(layers: Sequence[Sequence[Entry]], where: str, *, for_training: bool
 def _by_setting(layer: Sequence[Entry], notes: list[str], errors: list[str]) -> dict[str, list[tuple[Entry, Raw]]]:
     """The entries of one layer under our names. What is ignored goes to `notes`, what is unknown or refused to `errors`."""
     found: dict[str, list[tuple[Entry, Raw]]] = {}
+    unused: dict[str, list[Entry]] = {}
     for entry in layer:
-        if entry.name in IGNORED:
-            if entry.raw is not None:
-                notes.append(f"{entry.where}: {entry.name} is not used here: {IGNORED[entry.name]}")
+        why = _unused(entry)
+        if why is not None:
+            unused.setdefault(why, []).append(entry)
             continue
         try:
             for name, raw in _ours(entry):
                 found.setdefault(name, []).append((entry, raw))
         except ValueError as error:
             errors.append(f"{entry.where}: {error}")
+    notes += [_together(entries, why) for why, entries in unused.items() if any(e.raw is not None for e in entries)]
     return found
+
+
+def _unused(entry: Entry) -> str | None:
+    """Why a name of another tool has no effect here; None for one that must mean something."""
+    name, text = entry.name, entry.raw if isinstance(entry.raw, str) else f"[{', '.join(entry.raw or ())}]"
+    if name in SETTINGS or name in RENAMED or name in EXPANDED:
+        return None
+    if name in peers.REFUSED:
+        return (
+            say("asks for nothing at this value", "该值不要求任何操作") if peers.asks_for_nothing(name, text) else None
+        )
+    why = peers.reason(name)
+    zero = re.search(r"z(?:ero)?_?([123])", text.lower()) if name in ("deepspeed", "fsdp") else None
+    if why is None or zero is None:
+        return why
+    return say(
+        "{why}; {text} is sharding: stage{n}",
+        "{why}；{text} 即 sharding: stage{n}",
+        why=why,
+        text=text,
+        n=zero.group(1),
+    )
+
+
+def _together(entries: Sequence[Entry], why: str) -> str:
+    """One line for all names of a file that have the same reason."""
+    written = [entry for entry in entries if entry.raw is not None]
+    head, _, first = written[0].where.rpartition(":")
+    lines = [e.where.rpartition(":")[2] for e in written]
+    where = f"{head}:{', '.join(lines)}" if head and first.isdecimal() else written[0].where
+    names = ", ".join(entry.name for entry in written)
+    verb = "is" if len(written) == 1 else "are"
+    return f"{where}: " + say(f"{names} {verb} not used here: {{why}}", f"{names} 在此不使用：{{why}}", why=why)
 
 
 def _ours(entry: Entry) -> list[tuple[str, Raw]]:
@@ -208,8 +247,11 @@ def _ours(entry: Entry) -> list[tuple[str, Raw]]:
     name = RENAMED.get(entry.name, entry.name)
     if name in SETTINGS:
         return [(name, entry.raw)]
-    if name in REFUSED:
-        raise ValueError(f"{name} is not a setting here; {REFUSED[name]} / 请改用上述设置")
+    if name in peers.REFUSED:
+        remedy = peers.REFUSED[name][0]
+        raise ValueError(
+            say("{name} is not a setting here; {remedy}", "此处没有 {name}；{remedy}", name=name, remedy=remedy)
+        )
     if name not in EXPANDED:
         raise ValueError(f"unknown key {name!r}{did_you_mean(name, (*SETTINGS, *SPELLINGS))} / 未知的键")
     if entry.raw is None:
@@ -267,31 +309,41 @@ def _frozen_parts(
     return tuple(w for w in SETTINGS["freeze_config"].choices if (w in said or w in before) and "!" + w not in said)
 
 
-def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> None:
-    """Defaults that depend on other settings become values, so that the resolved configuration says them."""
+def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
+    """Defaults that depend on other settings become values, so that the resolved configuration says them. Returns what to tell of that."""
     stage, method = values.get("stage", "SFT"), values.get("fine_tuning", "LoRA")
-    if "learning_rate" not in values:
-        values["learning_rate"] = _LEARNING_RATE[stage not in ("SFT", "PT"), method not in ("Full", "Freeze")]
-        sources["learning_rate"] = Entry("learning_rate", None, f"default for {stage}, {method}")
-    if "mix_strategy" not in values and len(values.get("train_dataset_prob", ())) > 1:
-        values["mix_strategy"] = "random"
-        sources["mix_strategy"] = Entry("mix_strategy", None, "default with train_dataset_prob")
+    notes = []
+
+    def fill(name: str, value: Any, why: str) -> None:
+        if name not in values:
+            values[name], sources[name] = value, Entry(name, None, why)
+
+    for name in VARYING:
+        if default_for(name, stage, method) != SETTINGS[name].default or name == "learning_rate":
+            fill(name, default_for(name, stage, method), f"default for {stage}, {method}")
+    if len(values.get("train_dataset_prob", ())) > 1:
+        fill("mix_strategy", "random", "default with train_dataset_prob")
+    if values.get("sequence_parallel") and values.get("tensor_model_parallel_size", 1) == 1:
+        values["sequence_parallel"] = False  # there is nothing to split over
+        notes.append(
+            f"{sources['sequence_parallel'].where}: sequence_parallel has no effect with tensor_model_parallel_size 1 / 需要张量并行"
+        )
+    longest = values.get("max_seq_len", SETTINGS["max_seq_len"].default)
+    reads = SETTINGS["max_prompt_len"].read_at(stage, method)
+    if reads and "max_prompt_len" not in values and longest <= SETTINGS["max_prompt_len"].default:
+        fill("max_prompt_len", longest - 1, "default below max_seq_len")
+        notes.append(
+            f"max_prompt_len was not given and is {longest - 1}, below max_seq_len ({longest}) / 未给出 max_prompt_len，取小于 max_seq_len 的值"
+        )
+    return notes
 
 
 def _remarks(config: RunConfig, sources: Mapping[str, Entry]) -> list[str]:
     """Lines about settings that have no effect, and about those that nobody wrote in the file or the command."""
-    lines = []
-    flat = config.flat()
-    for name, entry in sources.items():
-        section = SETTINGS[name].section
-        if not config.applies(section):
-            cause = (
-                f"fine_tuning {config.model.fine_tuning}"
-                if section in ("lora", "added")
-                else f"stage {config.model.stage}"
-            )
-            lines.append(f"{entry.where}: {name} has no effect with {cause}")
-        elif entry.where.startswith("environment"):
+    flat, written = config.flat(), {name: entry for name, entry in sources.items() if entry.raw is not None}
+    lines = [f"{sources[name].where}: {line}" for name, line in checks.remarks(config, written)]
+    for name, entry in written.items():
+        if entry.where.startswith("environment") and config.reads(name):
             lines.append(f"{entry.where} sets {name}: {to_yaml(flat[name])}")
     return lines
 

@@ -1,12 +1,13 @@
 """What may differ between two starts of one run: for each setting, what becomes of a run that is started again with another value.
 
-A setting that is named nowhere here shapes the loss or the weights: with another value it is another run. So a new setting is safe until somebody says more.
+A setting that is named nowhere here and is not known to shape nothing (`shapes_weights`, beside its field) makes another run
+with another value. So a new setting is safe until somebody says more.
 Refuses to know: what a value does, files, how values are compared.
 """
 
 from __future__ import annotations
 
-from ernie_tune.config.arguments import SETTINGS
+from ernie_tune.config.arguments import shapes_weights
 
 # Whether a difference is refused, changes the course of what is still to come, or changes neither loss nor weights.
 FIXED, COURSE, FREE = "fixed", "course", "free"
@@ -39,22 +40,12 @@ _COURSE = frozenset(
     }
 )  # fmt: skip
 
-# Neither loss nor weights depend on these, to rounding: layouts, memory, what is told and kept.
-_FREE = frozenset(
-    {
-        # their product is compared: rows a step
-        "per_device_train_batch_size", "gradient_accumulation_steps",
-        "dataloader_num_workers", "recompute", "recompute_granularity", "recompute_method", "recompute_num_layers",
-        "recompute_modules", "prefix_sharing", "allow_base",
-        "do_eval", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_max_samples",
-        "report_max_samples", "eval_max_new_tokens", "eval_metrics", "eval_dataset_type",
-    }
-)  # fmt: skip
-_FREE_SECTIONS = ("save", "log", "parallel")
+# Their product is compared instead: rows a step.
+_ROWS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 
 
 def on_resuming(name: str) -> str:
     """FIXED, COURSE or FREE of a setting."""
     if name in _COURSE:
         return COURSE
-    return FREE if name in _FREE or SETTINGS[name].section in _FREE_SECTIONS else FIXED
+    return FREE if name in _ROWS or not shapes_weights(name) else FIXED

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ernie_tune.config.arguments import ADDED, RunConfig
+from ernie_tune.config.stages import STAGES
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
 from ernie_tune.models.presets import preset
@@ -18,7 +19,6 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.settings import lora_config
 
 PAIRED = ("DPO", "RM")  # stages whose rows are two answers
-SAMPLED = ("UPO", "RLVR", "PPO")  # stages that sample answers
 
 
 def model_shape(name: str) -> ModelConfig:
@@ -91,7 +91,7 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
     """
     m, t, lora = config.model, config.train, config.lora
     notes = []
-    sampled = m.stage in SAMPLED
+    sampled = STAGES[m.stage].samples
     longest = config.data.max_seq_len
     if sampled:
         longest = min(longest, config.preference.max_prompt_len + config.rollout.max_completion_length)
@@ -148,6 +148,6 @@ def _added_width(config: RunConfig) -> int:
 def _reference(config: RunConfig) -> str:
     """What the reference log-probabilities come from (methods.md 3.4)."""
     stage, free = config.model.stage, config.reference.reference_free
-    if stage in ("SFT", "PT", "RM") or free or (stage == "RLVR" and config.preference.beta == 0):
+    if not STAGES[stage].reference or free or (stage == "RLVR" and config.preference.beta == 0):
         return "none"
     return "copy" if config.model.fine_tuning in ("Full", "Freeze") else "adapter"

@@ -13,13 +13,15 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape. It would reach `floor` at step `total_steps`, the first that is
-    no longer made, as in other trainers."""
+    no longer made, as in other trainers. "constant" has no warm-up, as in transformers, "constant_with_warmup" has. The first step of a warm-up has
+    peak / warmup_steps, where transformers gives it 0 and so makes it without effect: a warm-up here is one step ahead of theirs, and
+    equal from its end on."""
 
     peak: float
     total_steps: int
@@ -34,16 +36,18 @@ class Schedule:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must not exceed the steps of the run ({self.total_steps}); lower it"
             )
-        if self.shape == "constant" and self.floor > 0:
+        if self.shape.startswith("constant") and self.floor > 0:
             raise ValueError(
-                f"min_lr ({self.floor}) must be 0 with lr_scheduler_type constant, which never falls; remove it"
+                f"min_lr ({self.floor}) must be 0 with lr_scheduler_type {self.shape}, which never falls; remove it"
             )
 
     def at(self, step: int) -> float:
         """Rate of optimizer step `step`; the first warm-up step is peak / warmup_steps, not 0."""
+        if self.shape == "constant":
+            return self.peak
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        if self.shape == "constant":
+        if self.shape == "constant_with_warmup":
             return self.peak
         done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         share = 0.5 * (1 + math.cos(math.pi * done)) if self.shape == "cosine" else 1 - done

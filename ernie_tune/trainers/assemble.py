@@ -6,6 +6,7 @@ Refuses to know: the method's loss, the loop, where results go.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from typing import Any
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import Source, fill
-from ernie_tune.config.arguments import ADDED, SETTINGS, AddedArguments, RunConfig
+from ernie_tune.config.arguments import ADDED, AddedArguments, RunConfig
+from ernie_tune.config.checks import problems
 from ernie_tune.config.loader import load_config
+from ernie_tune.config.sections_run import OptimArguments
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
 from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
@@ -39,35 +42,19 @@ Rows = Sequence[Record]
 CALIBRATION_ROWS = 64
 # Rows that are looked at for the name of a task.
 TASK_ROWS = 256
-# Settings that other parts of the library will read. Given here, they would have no effect, so they are refused.
-_UNBUILT = (
-    "pissa",
-    "fp16",
-    "fp16_opt_level",
-    "template_backend",
-    "dataloader_num_workers",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
-    "context_parallel_size",
-    "sep_parallel_size",
-    "expert_tensor_model_parallel_size",
-)
 
 
-def refuse_unbuilt(config: RunConfig) -> None:
-    """ValueError for settings that differ from their default and that no code reads yet: nothing is ignored silently."""
-    flat = config.flat()
-    given = [name for name in _UNBUILT if flat[name] != SETTINGS[name].default]
-    if given:
-        raise ValueError(
-            f"{given[0]} ({flat[given[0]]!r}) has no effect in this version, must be left at {SETTINGS[given[0]].default!r}; remove it"
-        )
-    if config.eval.guard_dataset_path and config.eval.eval_strategy == "no":
-        raise ValueError(
-            "guard_dataset_path is looked at when evaluating and must go with eval_strategy steps or epoch, not no; set eval_strategy"
-        )
+def refuse(config: RunConfig) -> None:
+    """ValueError, one line a mistake, for settings that cannot be trained as they are. Files have gone through the same judgement; a `RunConfig` made
+    in Python has not."""
+    found = problems(config)
+    if found:
+        raise ValueError("\n".join(p.message for p in found))
+
+
+def warmup_steps(optim: OptimArguments, total_steps: int) -> int:
+    """Steps of warm-up: those given, else the share of all steps, rounded up as transformers does."""
+    return optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
 
 
 def check_layout(config: RunConfig, model: ErnieModel | None) -> None:
@@ -115,10 +102,12 @@ def eval_set(config: RunConfig, signals: tuple[str, ...]) -> Rows:
 
 def _files(config: RunConfig, paths: tuple[str, ...], types: tuple[str, ...], signals: tuple[str, ...]) -> list[Rows]:
     kinds, folder = types * len(paths) if len(types) == 1 else types, config.data.dataset_dir or "."
-    return [
+    sets = [
         load_dataset(path, kind, dataset_dir=folder, signals=signals, seed=config.train.seed)
         for path, kind in zip(paths, kinds, strict=True)
     ]
+    most = config.data.max_samples
+    return [rows if most is None else rows[:most] for rows in sets]
 
 
 class Subset(Sequence[Record]):
@@ -266,7 +255,8 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
         model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
         print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
     else:
-        model, source = AutoModel.unread(name, dtype, empty=empty)
+        hub = config.model.download_hub
+        model, source = AutoModel.unread(name, dtype, None if hub == "none" else hub, empty=empty)
     if c.bf16 and model.compute_dtype == "float32":
         print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
     return model, source
@@ -296,10 +286,6 @@ def apply_method(
     if f.freeze_spec:
         given = FreezeSpec.from_json(f.freeze_spec)
         spec = FreezeSpec(given.trainable, given.frozen, f.freeze_config)
-    if m.fine_tuning == "Freeze" and not (spec.trainable or spec.frozen or spec.freeze_config):
-        raise ValueError(
-            "fine_tuning (Freeze) must come with trainable_layers, frozen_layers, freeze_spec or freeze_config; set one, or fine_tuning: Full"
-        )
     spec.apply(model)
     return model
 

@@ -78,7 +78,7 @@ class Trainer:
             raise ValueError(
                 f"stage ({self.args.model.stage}) must be one of {self.stages} with {type(self).__name__}; set it, or take another trainer"
             )
-        assemble.refuse_unbuilt(self.args)
+        assemble.refuse(self.args)
         assemble.check_layout(self.args, model)
         self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
         plain, self._source = assemble.model_for(self.args, self.place) if model is None else (model, None)
@@ -163,8 +163,7 @@ class Trainer:
         c = self.args
         o, t = c.optim, c.train
         total, per_epoch = self.total_steps()
-        warmup = o.warmup_steps or round(o.warmup_ratio * total)
-        schedule = Schedule(o.learning_rate, total, warmup, o.lr_scheduler_type, o.min_lr)
+        schedule = Schedule(o.learning_rate, total, assemble.warmup_steps(o, total), o.lr_scheduler_type, o.min_lr)
         ratios, model = LrRatios(o.moe_gate_lr_ratio, o.vit_lr_ratio), self.model
 
         def rate(name: str) -> float:

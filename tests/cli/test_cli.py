@@ -83,7 +83,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "recompute: recompute activations in the backward pass",
         "section: compute",
         "default: false",
-        "also written: gradient_checkpointing",
+        "also written: activation_checkpointing, enable_activation_checkpointing, use_recompute, gradient_checkpointing",
     ]
     assert "one of: no, steps, epoch" in call(capsys, "help", "eval_strategy")[1]
 
@@ -209,7 +209,7 @@ def test_init(stage: str, method: str, capsys: pytest.CaptureFixture[str], tmp_p
 def test_init_with_own_data_and_other_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = call(capsys, "init", tmp_path / "kto", "stage=RLVR")
     assert code == 1
-    assert err.startswith("stage (RLVR) has no sample rows")
+    assert err.startswith("command line: stage (RLVR) cannot be trained in this version, it must be one of SFT")
     assert not (tmp_path / "kto").exists()
     code, out, _ = call(
         capsys, "init", tmp_path / "kto", "stage=KTO", "train_dataset_path=my.jsonl", "num_generations=2"

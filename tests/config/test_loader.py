@@ -12,10 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, IGNORED, REFUSED, RENAMED, VALUES
+from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, RENAMED, VALUES
 from ernie_tune.config.arguments import SETTINGS, LoraArguments, RunConfig
 from ernie_tune.config.convert import convert
 from ernie_tune.config.loader import Loaded, dump_config, load_config, load_text, split_overrides
+from ernie_tune.config.peers import IGNORED, REFUSED
 from ernie_tune.config.training_arguments import TrainingArguments
 
 # the YAML of ecosystem.md 4.2, as published
@@ -213,9 +214,9 @@ def test_settings_without_effect_are_said() -> None:
     loaded = load("beta: 0.2\nfine_tuning: Full\nlora_rank: 4\nnum_generations: 3\ndeepspeed: x.json\nfsdp: null")
     assert loaded.notes == (
         "run.yaml:5: deepspeed is not used here: sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
-        "run.yaml:1: beta has no effect with stage SFT",
-        "run.yaml:3: lora_rank has no effect with fine_tuning Full",
-        "run.yaml:4: num_generations has no effect with stage SFT",
+        "run.yaml:1: beta has no effect with stage SFT / 该设置无效",
+        "run.yaml:3: lora_rank has no effect with fine_tuning Full / 该设置无效",
+        "run.yaml:4: num_generations has no effect with stage SFT / 该设置无效",
     )
     assert loaded.config == load("fine_tuning: Full").config
 
@@ -225,7 +226,8 @@ REFUSALS = [
     # names
     ("seed: 1\nlerning_rate: 3", "run.yaml:2: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
     ("xyzzy: 3", "run.yaml:1: unknown key 'xyzzy' / "),
-    ("moe_group: mp", "run.yaml:1: moe_group is not a setting here; set expert_model_parallel_size"),
+    ("visual_cache: mp", "run.yaml:1: unknown key 'visual_cache' / "),
+    ("text_dataset_path: a.jsonl", "run.yaml:1: text_dataset_path is not a setting here; list the file in train_dataset_path"),
     ("seed: 1\n\nseed: 1", "run.yaml:3: seed is given twice, first at run.yaml:1; keep one"),
     ("lr: 1e-4\nlearning_rate: 2e-4", "run.yaml:2: learning_rate (0.0002) contradicts lr (0.0001) at run.yaml:1: both set learning_rate"),
     ("lr: 1e-4\nlearning_rate: null", "run.yaml:2: learning_rate (null) contradicts lr (0.0001)"),
@@ -257,7 +259,6 @@ REFUSALS = [
     (TWO + "train_dataset_prob: 1,1\nmix_strategy: concat", "run.yaml:3: mix_strategy (concat) cannot follow train_dataset_prob"),
     (TWO + "train_dataset_type: a,b,c", "run.yaml:2: train_dataset_type (3 values) must have one value or one a file (2)"),
     ("eval_dataset_path: a\neval_dataset_type: a,b", "run.yaml:2: eval_dataset_type (2 values)"),
-    ("greedy_intokens: true", "run.yaml:1: greedy_intokens (true) is a way of packing"),
     ("min_pixels: 9\nmax_pixels: 8", "run.yaml:1: image_min_pixels (9) must not exceed image_max_pixels (8)"),
     ("max_steps: 0", "run.yaml:1: max_steps (0) must be above 0, or -1"),
     ("epochs: 0", "run.yaml:1: num_train_epochs (0) must be above 0"),
@@ -274,10 +275,10 @@ REFUSALS = [
     ("early_stop_interval: 2", "run.yaml:1: early_stopping_patience (2) counts evaluations"),
     ("load_best_model_at_end: true", "run.yaml:1: load_best_model_at_end (true) needs save_strategy (steps) and eval_strategy (no) alike"),
     ("load_best_model_at_end: 1\neval_strategy: steps\neval_steps: 3\nsave_steps: 10", "run.yaml:4: save_steps (10) must be a multiple of eval_steps (3)"),
-    ("sequence_parallel: true", "run.yaml:1: sequence_parallel (true) needs tensor_model_parallel_size (1)"),
+    ("tensor_parallel_degree: 2\nexpert_parallel_degree: 2", "run.yaml:1: sequence_parallel (false) must be true with expert_model_parallel_size (2)"),
     ("virtual_pp_degree: 2", "run.yaml:1: virtual_pipeline_model_parallel_size (2) needs pipeline_model_parallel_size (1)"),
     ("sharding_parallel_degree: 2", "run.yaml:1: sharding_parallel_size (2) must be 1 while sharding is off"),
-    ("stage: DPO\nmax_seq_len: 64", "run.yaml:1: max_prompt_len (2048) must be below max_seq_len (64)"),
+    ("stage: DPO\nmax_seq_len: 64\nmax_prompt_len: 64", "run.yaml:3: max_prompt_len (64) must be below max_seq_len (64)"),
     # comparisons
     ("stage: KTO\nsimpo_gamma: 1", "run.yaml:2: simpo_gamma (1.0) has no effect at stage KTO, only at DPO, UPO"),
     ("stage: RM\nref_mode: model", "run.yaml:2: ref_mode (model) has no effect at stage RM, only at DPO, KTO, UPO"),
@@ -355,7 +356,7 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
 def test_dump_replays(stage: str, method: str) -> None:
     odd = 'model_name_or_path: "a: b # \\n\\u00e9 \\U0001F600"\noutput_dir: "off"\nlogging_dir: "null"\ndataset: ["", "x, y", "- z"]\n'
-    more = "adam_epsilon: 1e-8\nreport_to: none\nguard_set: [a]\ngreater_is_better: no\nseed: 4294967295\n"
+    more = "adam_epsilon: 1e-8\nreport_to: none\nguard_set: [a]\neval_strategy: epoch\ngreater_is_better: no\nseed: 4294967295\n"
     config = load(f"stage: {stage}\nfine_tuning: {method}\nlora_rank: 4\n{odd}{more}").config
     assert config.model.model_name_or_path == "a: b # \n\u00e9 \U0001f600"
     assert config.data.train_dataset_path == (

@@ -155,7 +155,9 @@ def test_pairs_references_and_sampling() -> None:
     assert "reference model" not in dpo, "the adapter is switched off"
     whole = memory(job(B28, stage="DPO", fine_tuning="Full"), Layout(), CARD).items
     assert whole["reference model"] == pytest.approx(base_bytes(job(B28)))
-    free = memory(job(B28, stage="DPO", fine_tuning="Full", reference_free="true"), Layout(), CARD).items
+    free = memory(
+        job(B28, stage="DPO", fine_tuning="Full", reference_free="true", loss_type="simpo"), Layout(), CARD
+    ).items
     assert "reference model" not in free
     reward = memory(job(B28, stage="RM", **ATTENTION), Layout(), CARD).items
     assert "loss" not in reward

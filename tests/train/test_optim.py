@@ -25,13 +25,14 @@ HYPER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
         ("cosine", 0.0, [0.1, 1.0, 1.0, 0.5, 0.5 - math.sqrt(0.125)]),
         ("cosine", 0.2, [0.1, 1.0, 1.0, 0.6, 0.6 - 0.8 * math.sqrt(0.125)]),
         ("linear", 0.2, [0.1, 1.0, 1.0, 0.6, 0.4]),
-        ("constant", 0.0, [0.1, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", 0.0, [0.1, 1.0, 1.0, 1.0, 1.0]),
+        ("constant", 0.0, [1.0, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_schedule(shape: str, floor: float, expected: list[float]) -> None:
     s = Schedule(2.0, 110, 10, shape, 2 * floor)
     assert [s.at(i) / 2 for i in (0, 9, 10, 60, 85)] == pytest.approx(expected)
-    assert s.at(110) / 2 == pytest.approx(1.0 if shape == "constant" else floor)
+    assert s.at(110) / 2 == pytest.approx(1.0 if shape.startswith("constant") else floor)
 
 
 def test_schedules_that_cannot_be_meant() -> None:

@@ -525,7 +525,7 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
         train(tmp_path, max_seq_len=5)
     with pytest.raises(ValueError, match=r"balance \(dwa\) must have rows that name their task, but none of the first"):
         train(tmp_path, balance="dwa")
-    with pytest.raises(ValueError, match=r"warmup_steps \(9\) must not exceed the steps of the run \(4\)"):
+    with pytest.raises(ValueError, match=r"warmup_steps \(9\) must not exceed max_steps \(4\)"):
         train(tmp_path, warmup_steps=9)
     assert isinstance(SFTTrainer(args=settings(tmp_path)).args, RunConfig)
 
