@@ -17,7 +17,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.generate.sampling import SamplingParams, choose
-from ernie_tune.models.cache import KVCache
+from ernie_tune.models.cache import Cache, cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, next_position, pack
@@ -123,9 +123,9 @@ class RunningBatch:
         """`decode`: token ids to text, needed for stop strings."""
         self.model, self.tokens, self.decode, self.position_rule = model, tokens, decode, position_rule
         self._live: list[_Live] = []
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
         # Prefilled since the last step, with the scores of their first tokens.
-        self._fresh: list[tuple[list[_Live], KVCache, np.ndarray]] = []
+        self._fresh: list[tuple[list[_Live], Cache, np.ndarray]] = []
 
     def __len__(self) -> int:
         """Rows that are being continued."""
@@ -150,7 +150,7 @@ class RunningBatch:
         for prompt in prompts:
             self.check(prompt)
         packed = pack([prompt.row for prompt in prompts], self.tokens, self.position_rule)
-        cache = KVCache(len(self.model.own_layers()))
+        cache = cache_of(self.model.compute_dtype)(len(self.model.own_layers()))
         with paddle.no_grad():
             hidden_TD = self.model(packed, cache=cache)
             cache.prefilling = False

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ernie_tune.generate.batch import Completion, Decode, Prompt, RunningBatch, TokenEvent, eval_mode, failed
+from ernie_tune.models.cache import cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
@@ -26,8 +27,8 @@ BASE = ""
 
 @dataclass(frozen=True)
 class Capacity:
-    """What may run at once. `cache_tokens`: rows times the longest row, summed over adapters (None: no limit). `prefill_tokens`: prompts let in between
-    two steps (at least one is)."""
+    """What may run at once. `cache_tokens`: what the caches of all adapters may come to hold (None: no limit): on the CPU each prompt once and the answers
+    of its samples at their longest, elsewhere rows times the longest row. `prefill_tokens`: prompts let in between two steps (at least one is)."""
 
     rows: int = 64
     cache_tokens: int | None = None
@@ -45,9 +46,9 @@ class _Asked:
         return len(self.prompt.row.input_ids_L)
 
     @property
-    def columns(self) -> int:
-        """Tokens that one row may come to."""
-        return self.num_tokens + self.prompt.params.max_new_tokens
+    def size(self) -> tuple[int, int, int]:
+        """What it takes in a cache, as `Cache.tokens` counts."""
+        return self.num_tokens, len(self.left), self.prompt.params.max_new_tokens
 
 
 class Scheduler:
@@ -86,12 +87,12 @@ class Scheduler:
     def check(self, prompt: Prompt) -> None:
         """Refuse what could never be let in. Raises ValueError."""
         n, limit = prompt.params.n, self.capacity.cache_tokens
-        need = n * _Asked(prompt, None, set()).columns
+        need = self._tokens([_Asked(prompt, None, set(range(n)))])
         if n > self.capacity.rows:
             raise ValueError(f"n ({n}) must be at most the server's max_num_seqs ({self.capacity.rows}); ask for fewer")
         if limit is not None and need > limit:
             raise ValueError(
-                f"n * (prompt tokens + max_tokens) ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n"
+                f"tokens of the prompt and of n answers of max_tokens ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n"
             )
         self._batch().check(prompt)
 
@@ -153,10 +154,14 @@ class Scheduler:
         total_rows = total_tokens = 0
         for adapter in {one.adapter, *self._running}:
             some = [*self._running.get(adapter, {}).values(), *([one] if adapter == one.adapter else [])]
-            rows = sum(len(each.left) for each in some)
-            total_rows, total_tokens = total_rows + rows, total_tokens + rows * max(each.columns for each in some)
+            total_rows += sum(len(each.left) for each in some)
+            total_tokens += self._tokens(some)
         limit = self.capacity.cache_tokens
         return total_rows <= self.capacity.rows and (limit is None or total_tokens <= limit)
+
+    def _tokens(self, some: Sequence[_Asked]) -> int:
+        """Tokens that these may come to hold in one cache."""
+        return cache_of(self.model.compute_dtype).tokens(each.size for each in some)
 
     @contextlib.contextmanager
     def _acting(self, adapter: str | None) -> Iterator[None]:

@@ -19,7 +19,7 @@ from paddle import Tensor
 
 from ernie_tune.machine.alone import Window, Work
 from ernie_tune.machine.tower import SharedTower, tower_parameters
-from ernie_tune.models.cache import KVCache
+from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
@@ -75,7 +75,7 @@ class Passage:
     pack: PackedInput
     rows_PW: Tensor | None = None
     tap: RouterTap | None = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
     recompute: Recompute | None = None
     runs: Any = None  # `TokenRuns` with sequence parallelism
     ctx: SequenceContext | None = None
@@ -205,12 +205,16 @@ class StagedForward:
     def eval(self) -> None:
         self.model.eval()
 
+    @property
+    def compute_dtype(self) -> str:
+        return str(self.model.compute_dtype)
+
     def own_layers(self) -> list[Any]:
         """As `ErnieModel.own_layers`: what a cache holds on this rank."""
         return self.model.own_layers()
 
     @paddle.no_grad()
-    def __call__(self, inputs: PackedInput, *, tap: RouterTap | None = None, cache: KVCache | None = None) -> Tensor:
+    def __call__(self, inputs: PackedInput, *, tap: RouterTap | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states [T, D], as `ErnieModel.forward` gives them; what routers decided (`tap`), of all stages."""
         decoding = cache is not None and not cache.prefilling
         pack, real_T = self.model.prepared(inputs, decoding)

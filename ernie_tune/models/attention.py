@@ -271,10 +271,12 @@ def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Ten
     rows, heads, width = q_BNH.shape
     kv_heads = k_BKCH.shape[1]
     q = q_BNH.reshape([rows, kv_heads, heads // kv_heads, width]) * width**-0.5
-    scores = paddle.matmul(q, k_BKCH, transpose_y=True).astype(bias_BC.dtype)
+    scores = paddle.matmul(q, k_BKCH, transpose_y=True)
+    if scores.dtype in (paddle.bfloat16, paddle.float16):
+        scores = scores.astype(bias_BC.dtype)
     if mkl.ready(scores):  # Paddle's broadcast costs more than the rest of this function
         mkl.view(scores)[...] += mkl.view(bias_BC)[:, None, None]
     else:
-        scores = scores + bias_BC.unsqueeze([1, 2])
+        scores = scores + bias_BC.astype(scores.dtype).unsqueeze([1, 2])
     probs = F.softmax(scores, axis=-1).astype(v_BKCH.dtype)
     return paddle.matmul(probs, v_BKCH).reshape([rows, heads, width])

@@ -1,17 +1,22 @@
 """Keys and values of a batch of rows that grow by one token a step. Rows end at a common column: shorter ones are padded at the left.
 
-Rows may leave (`select`) and others join (`join`) between two steps; columns that no row is left to use are given back.
+This is the cache of devices on which one product over all rows is best; on the CPU segments are (`cache_of`). Rows may leave (`select`) and others join (`join`) between two steps; columns that no row is left to use are given back.
 
 Legend: B rows, K key/value heads, C columns, H head width. Holds post-rope keys (architecture.md 10). Refuses to know: sampling, positions, tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
+
+from ernie_tune.models import mkl
+from ernie_tune.models.attention import cached_attention
+from ernie_tune.models.segments import SegmentCache
 
 # Columns are allocated in steps, so most steps write in place; attention runs over the whole allocation with dead columns masked.
 GROW_TOKENS = 128
@@ -28,6 +33,12 @@ class KVCache:
         self.used = 0
         self._bias = np.zeros((0, 0), np.float32)
         self._bias_tensor: Tensor | None = None
+
+    @staticmethod
+    def tokens(rows: Iterable[tuple[int, int, int]]) -> int:
+        """Tokens that prompts may come to hold, each (prompt tokens, samples left, tokens of one answer): rows times the longest."""
+        some = [*rows]
+        return sum(samples for _, samples, _ in some) * max((a + b for a, _, b in some), default=0)
 
     def fill(self, layer: int, k_TKH: Tensor, v_TKH: Tensor, offsets: tuple[int, ...]) -> None:
         """Copy each segment's keys and values to the end of its row."""
@@ -58,6 +69,10 @@ class KVCache:
             store[layer][:, :, self.used] = x
         return self.keys[layer], self.values[layer]
 
+    def attend(self, layer: int, q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor) -> Tensor:
+        """Write one token of each row and attend from it to its row, [B, N, H]."""
+        return cached_attention(q_BNH, *self.append(layer, k_BKH, v_BKH), self.bias())
+
     def bias(self) -> Tensor:
         """0 on live columns, very negative elsewhere, [B, C] float32; the column being written is live."""
         if self._bias.shape[1] <= self.used:
@@ -82,7 +97,7 @@ class KVCache:
         if self.used - self.longest() >= GROW_TOKENS:
             self._merge((self,))
 
-    def join(self, other: KVCache) -> None:
+    def join(self, other: Any) -> None:
         """Put the rows of `other`, which has been filled, behind these; both then end at one column. `other` is not to be used afterwards."""
         self._merge((self, other))
 
@@ -127,3 +142,11 @@ def _moved_bias(bias_BC: np.ndarray, used: int, new_used: int) -> np.ndarray:
     kept = min(used, new_used)
     out[:, new_used - kept : new_used] = bias_BC[:, used - kept : used]
     return out
+
+
+Cache = KVCache | SegmentCache
+
+
+def cache_of(dtype: str) -> type[KVCache] | type[SegmentCache]:
+    """The cache for a model that computes in `dtype` on the present device."""
+    return SegmentCache if mkl.usable(dtype) else KVCache

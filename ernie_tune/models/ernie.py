@@ -18,8 +18,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from ernie_tune.models.attention import AttentionPlan, cached_attention, segment_attention
-from ernie_tune.models.cache import KVCache
+from ernie_tune.models.attention import AttentionPlan, segment_attention
+from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.layers import GatedMLP, Linear, RMSNorm, rotate_pairs, text_angles, turn_factors
@@ -56,11 +56,11 @@ class SequenceContext:
     text_index: Tensor | None = None  # None with vision_index None: everything is text
     vision_index: Tensor | None = None
     tap: RouterTap | None = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
 
     @classmethod
     def of(
-        cls, inputs: PackedInput, config: ModelConfig, tap: RouterTap | None = None, cache: KVCache | None = None
+        cls, inputs: PackedInput, config: ModelConfig, tap: RouterTap | None = None, cache: Cache | None = None
     ) -> SequenceContext:
         angles = text_angles(inputs.position_ids_T3, config.head_dim, config.freq_allocation, config.rope_theta)
         dtype = paddle.get_default_dtype()
@@ -100,8 +100,7 @@ class Attention(nn.Layer):
             ctx.cache.fill(self.layer, k, v, ctx.plan.offsets)
             out = segment_attention(q, k, v, ctx.plan)
         else:
-            keys, values = ctx.cache.append(self.layer, k, v)
-            out = cached_attention(q, keys, values, ctx.cache.bias())
+            out = ctx.cache.attend(self.layer, q, k, v)
         return self.o_proj(out.reshape([x_TD.shape[0], -1]))
 
 
@@ -264,7 +263,7 @@ class ErnieModel(nn.Layer):
         self,
         inputs: PackedInput,
         tap: RouterTap | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> SequenceContext:
         """What the decoder layers need to know of the pack. ValueError for shared prefixes with a cache."""
@@ -292,7 +291,7 @@ class ErnieModel(nn.Layer):
         inputs: PackedInput,
         *,
         tap: RouterTap | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> Tensor:
         """Final hidden states [T, D], after the last norm; `logits` turns them into scores. `recompute(layer, *args)` reruns a layer in its backward."""

@@ -169,22 +169,52 @@ def _products(
     out: tuple[Tensor, np.ndarray, int],
 ) -> None:
     """One `cblas_?gemm_batch`: product i has `sizes` (rows, columns, depth) and operands (tensor, element where it begins, row length, transposed)."""
-    count = len(out[1])
-    if not count:
-        return
-    kind = _NUMPY[dtype]
-    size = kind.itemsize
-    flags = tuple(_TRANSPOSED if side[3] else _PLAIN for side in (left, right))
-    ints, at, factors = np.empty((9, count), np.int32), np.empty((3, count), np.uintp), np.empty((2, count), kind)
-    for row, value in zip(ints, (*flags, *sizes, left[2], right[2], out[2], 1), strict=True):
-        row[:] = value
-    for i, (tensor, begin, *_) in enumerate((left, right, out)):
-        at[i] = begin * size + _address(tensor)
-    factors[0], factors[1] = 1, 0
-    transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(ints)
-    (a, b, c), (alpha, beta) = _rows(at), _rows(factors)
-    batch = _function(f"cblas_{_LETTER[dtype]}gemm_batch")
-    batch(_ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, count, group)
+    kind, flags = _NUMPY[dtype], (left[3], right[3])
+    products = Products(kind, len(out[1]), sizes, (left[2], right[2], out[2]), flags)
+    products.run(*(begin * kind.itemsize + _address(tensor) for tensor, begin, *_ in (left, right, out)))
+
+
+class Products:
+    """Many products out = factor * left @ right (+ out, with `add`), in one call of `cblas_?gemm_batch`: prepared once, run on any memory.
+
+    The library believes what it is told: the caller answers for sizes and addresses.
+    """
+
+    def __init__(
+        self,
+        kind: np.dtype[Any],
+        count: int,
+        sizes: tuple[int | np.ndarray, int | np.ndarray, int | np.ndarray],
+        steps: tuple[int | np.ndarray, int | np.ndarray, int | np.ndarray],
+        transposed: tuple[bool, bool] = (False, False),
+        factor: float = 1.0,
+        add: bool = False,
+    ) -> None:
+        """`sizes`: (rows, columns, depth) of each product; `steps`: from row to row, in elements, of left, right and out."""
+        self.count = count
+        self._ints, self._factors = np.empty((9, count), np.int32), np.empty((2, count), kind)
+        flags = tuple(_TRANSPOSED if flag else _PLAIN for flag in transposed)
+        for row, value in zip(self._ints, (*flags, *sizes, *steps, 1), strict=True):
+            row[:] = value
+        self._factors[0], self._factors[1] = factor, float(add)
+        self._batch = _function(f"cblas_{'s' if kind.itemsize == 4 else 'd'}gemm_batch")
+
+    def run(self, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+        """The operands of product i begin at these addresses."""
+        if not self.count:
+            return
+        at = np.empty((3, self.count), np.uintp)
+        at[0], at[1], at[2] = left, right, out
+        transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(self._ints)
+        (a, b, c), (alpha, beta) = _rows(at), _rows(self._factors)
+        self._batch(
+            _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, self.count, group
+        )  # fmt: skip
+
+
+def usable(dtype: str) -> bool:
+    """Whether a model of this dtype computes where the library can."""
+    return paddle.get_device() == "cpu" and dtype in ("float32", "float64") and _library() is not None
 
 
 def _rows(table: np.ndarray) -> range:

@@ -21,7 +21,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from ernie_tune.models.cache import KVCache
+from ernie_tune.models.cache import Cache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.layers import has_values
@@ -204,7 +204,7 @@ class PeftModel(ErnieModel):
         inputs: PackedInput,
         *,
         tap: RouterTap | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> Tensor:
         """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from weights import case_rows
 
+from ernie_tune.generate import scheduler as scheduler_module
 from ernie_tune.generate.batch import Completion, Prompt, RunningBatch, TokenEvent, generate
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.generate.scheduler import Capacity, Scheduler, complete
+from ernie_tune.models.cache import KVCache
 from ernie_tune.models.inputs import Row
+from ernie_tune.models.segments import SegmentCache
 
 WORDS = Row(np.array([1, 5, 6, 9]))
 
@@ -60,6 +63,20 @@ def test_completions_do_not_depend_on_what_runs_beside_them(rows: int, prefill: 
         for got, want in zip(found[prompt.key], alone, strict=True):
             np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
             assert got.sampled == [True] * len(got.token_ids)
+
+
+def test_a_prompt_counts_once_however_many_samples_it_has(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 tokens and 3 answers of 5 are 19 where segments are shared, 27 in padded rows; two such prompts wait for each other below twice that."""
+    prompts = [Prompt(WORDS, SamplingParams(max_new_tokens=5, temperature=1.0, n=3), key) for key in range(2)]
+    for cache, size in ((SegmentCache, 19), (KVCache, 27)):
+        monkeypatch.setattr(scheduler_module, "cache_of", lambda _, cache=cache: cache)
+        with pytest.raises(ValueError, match=rf"\({size}\) must be at most the server's cache_tokens"):
+            scheduler_of(model, cache_tokens=size - 1).submit(prompts[0])
+        for limit, together in ((2 * size, 6), (2 * size - 1, 3)):
+            scheduler = scheduler_of(model, cache_tokens=limit)
+            for prompt in prompts:
+                scheduler.submit(prompt)
+            assert len(scheduler.step()) == together
 
 
 def test_prompts_come_out_as_they_finish_and_nothing_is_left(model: Any) -> None:
