@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,6 +104,7 @@ class UnitBatch:
     density_C: np.ndarray | None = None  # what bad answers weigh by their prompts, others 1
     kl_sum: float = 0.0  # of log-ratios of mismatched answers, which KTO compares with
     kl_count: float = 0.0
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # what is known of targets, by name
 
     @property
     def num_rows(self) -> int:

@@ -1,0 +1,131 @@
+"""Learning from sampled answers, as the loop asks for it: log-probabilities of whole groups in, one loss out.
+
+The columns of a batch say what was known when its answers were sampled; what is computed here is the policy as it is now, over the same support:
+the same temperature, the same ids left out.
+Refuses to know: the formulas (objectives), where answers, rewards and advantages come from.
+Legend: N trained tokens, C answers, T tokens of the pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.data.units import UnitBatch
+from ernie_tune.objectives.correction import correction, mismatch_sums
+from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
+from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.policy import EntropyControl, PolicyHyper, Sampled, policy_counts, policy_terms
+
+
+class PolicyObjective:
+    """The policy's loss, the penalty for leaving the reference (`beta`) and the entropy bonus, each over its global count.
+
+    `banned`: ids that sampling leaves out. `rollout_is`: correction of the rollout engine's mismatch, with its bounds. `entropy` True: the entropy of
+    every token is computed and logged even where nothing rewards it.
+    """
+
+    def __init__(
+        self,
+        hyper: PolicyHyper,
+        banned: Sequence[int] = (),
+        temperature: float = 1.0,
+        beta: float = 0.0,
+        entropy: EntropyControl | None = None,
+        rollout_is: str = "none",
+        bounds: tuple[float | None, float | None] = (None, None),
+        log_entropy: bool = False,
+    ) -> None:
+        self.hyper, self.banned, self.temperature, self.beta = hyper, tuple(banned), temperature, beta
+        self.entropy = entropy or EntropyControl()
+        self.rollout_is, self.bounds, self.log_entropy = rollout_is, bounds, log_entropy
+        self._counts: dict[str, float] = {}
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def rewards_entropy(self) -> bool:
+        return self.entropy.adaptive or self.entropy.coef != 0
+
+    def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
+        total = sum(policy_counts(b.length_C, kept_answers(b), self.hyper) for b in window)
+        return dict.fromkeys(("pg", *self._extra()), float(total))
+
+    def _extra(self) -> tuple[str, ...]:
+        return (*(("kl",) if self.beta else ()), *(("ent",) if self.rewards_entropy else ()))
+
+    def begin(self, counts: Mapping[str, float]) -> float:
+        self._counts = dict(counts)
+        return 1.0  # each term has its own divisor
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
+        """Log-probabilities [N], or with entropies [2, N]."""
+        weight, transposed = model.head_weight()
+        hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
+        target_N = paddle.to_tensor(batch.target_N)
+        how = {"transposed": transposed, "temperature": self.temperature, "banned": self.banned}
+        if not (self.rewards_entropy or self.log_entropy):
+            return token_logp(hidden_ND, weight, target_N, **how)
+        return paddle.stack(token_logp_and_entropy(hidden_ND, weight, target_N, **how))
+
+    def loss(self, outputs: Tensor, batch: UnitBatch) -> LossOut:
+        sampled = self.sampled(outputs, batch)
+        terms = policy_terms(sampled, self.hyper, kl=self.beta > 0, entropy=self.rewards_entropy)
+        weights = {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
+        out = combine(terms, weights, self._counts, "policy/{}_loss")
+        return LossOut(out.total, out.count, {**out.metrics, **self._mismatch(sampled, batch)})
+
+    def sampled(self, outputs: Tensor, batch: UnitBatch) -> Sampled:
+        """The batch's answers as the objectives take them."""
+        columns = batch.columns
+        logp_N, entropy_N = (outputs[0], outputs[1]) if outputs.ndim == 2 else (outputs, None)
+        weight_N = np.ones(len(batch.target_N))
+        if self.rollout_is != "none":
+            weight_N = correction(
+                columns["old_logp_N"], columns["sampled_logp_N"], batch.candidate_N, self.rollout_is, *self.bounds
+            )
+        if "entropy_keep_N" in columns:
+            weight_N = weight_N * columns["entropy_keep_N"]
+        return Sampled(
+            logp_N,
+            columns["advantage_N"],
+            batch.candidate_N,
+            batch.length_C,
+            columns["old_logp_N"],
+            columns.get("ref_logp_N"),
+            weight_N,
+            kept_answers(batch),
+            entropy_N,
+        )
+
+    def _mismatch(self, sampled: Sampled, batch: UnitBatch) -> dict[str, tuple[float, float]]:
+        """How far the trainer's log-probabilities of before are from the engine's, where the trainer computed its own."""
+        old_N, engine_N = batch.columns["old_logp_N"], batch.columns["sampled_logp_N"]
+        if np.array_equal(old_N, engine_N):
+            return {}
+        sums = mismatch_sums(old_N, engine_N, batch.candidate_N)
+        return {f"mismatch/{name}": (sums[key], sums["tokens"]) for name, key in (("kl", "kl"), ("k3_kl", "k3_kl"))}
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        total, count = metrics.get("entropy", (0.0, 0.0))
+        if count:
+            self.entropy.step(total / count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entropy_coef": self.entropy.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.entropy.coef = state["entropy_coef"]
+
+
+def kept_answers(batch: UnitBatch) -> np.ndarray:
+    """1 for the answers that count, [C], from the column keep_N; an answer without a trained token counts for nothing."""
+    keep_C = np.zeros(len(batch.length_C))
+    keep_C[batch.candidate_N] = batch.columns["keep_N"]
+    return keep_C

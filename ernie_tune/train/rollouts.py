@@ -1,0 +1,524 @@
+"""Answers sampled from the policy itself, judged, compared within their group, and dealt out as windows of micro-batches: an iterator, like any data.
+
+A round: draw prompts -> sample `num_generations` answers to each -> judge -> keep groups that differ (draw again, a few times) -> what the answers'
+tokens were worth before (old, reference, values) -> advantages -> `num_iterations` passes in `num_mini_batches` windows. A group of answers is a unit
+whose prompt is packed once; a group lives on one rank. The token ids that were sampled are the ids that are trained, and no others: forced tokens are
+no targets. A sample is seeded by (seed, draw, prompt, number), so every layout gives the same answers.
+Refuses to know: losses, optimizers, which engine samples, what judges ask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.config.language import say
+from ernie_tune.data.batching import THINKING
+from ernie_tune.data.processor import Encoded, Processor, RowTooLong
+from ernie_tune.data.prompts import PromptStream, dealt
+from ernie_tune.data.records import Record
+from ernie_tune.data.units import Unit, UnitBatch, collate_units
+from ernie_tune.generate.batch import Completion, Prompt
+from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.objectives import advantages as adv
+from ernie_tune.rewards.rubric import Answered, Rubric, Scored
+from ernie_tune.rewards.shaping import soft_overlong
+
+ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
+ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
+Sampler = Callable[[Sequence[Prompt]], Mapping[int, Sequence[Completion]]]
+Attach = Callable[[UnitBatch], UnitBatch]
+THINK_OPEN = "<think>\n"
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What a round is made of. `prompts`: of one round, over all ranks. `groups_per_batch`: of a micro-batch. `kl_coef`: of the per-token penalty in the
+    reward (k1 against the reference), 0: none. `overlong_buffer` tokens before the limit, and what the whole penalty is worth."""
+
+    prompts: int = 8
+    num_generations: int = 8
+    max_completion_length: int = 512
+    max_prompt_length: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 42
+    num_iterations: int = 1
+    num_mini_batches: int = 1
+    groups_per_batch: int = 1
+    dynamic_sample: bool = True
+    max_resample_times: int = 3
+    advantage_estimator: str = "grpo"
+    scale_rewards: str = "group"
+    reward_aggregation: str = "sum_then_normalize"
+    kl_coef: float = 0.0
+    mask_truncated_completions: bool = False
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("advantage_estimator", ESTIMATORS),
+            ("scale_rewards", adv.SCALES),
+            ("reward_aggregation", ("sum_then_normalize", "normalize_then_sum")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}; correct the name"
+                )
+        grouped = self.advantage_estimator in ("grpo", "rloo", "max_rl", "reinforce_plus_plus_baseline")
+        if self.num_generations < 2 and grouped:
+            raise ValueError(
+                f"num_generations ({self.num_generations}) must be at least 2 for advantage_estimator {self.advantage_estimator}, which compares the answers to one prompt; raise it"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature ({self.temperature:g}) must be above 0 to sample; 1 is usual")
+        if self.top_p != 1 or self.top_k:
+            raise ValueError(
+                f"top_p ({self.top_p:g}) and top_k ({self.top_k}) must be 1 and 0 when learning: training would have to know which tokens were left out; leave them out"
+            )
+
+
+@dataclass
+class Rolled:
+    """One prompt of a round with its answers. `counts_G`: answers that count in the loss. `columns`: arrays over the unit's trained tokens by name."""
+
+    number: int
+    record: Record
+    unit: Unit
+    answers: tuple[Answered, ...]
+    scored: tuple[Scored, ...]
+    reward_G: np.ndarray
+    counts_G: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the answers' rewards differ: else the group teaches nothing."""
+        known = self.reward_G[~np.isnan(self.reward_G)]
+        return len(known) > 1 and known.max() > known.min()
+
+    @property
+    def length_G(self) -> np.ndarray:
+        return np.array([int(d.trained_L.sum()) for d in self.unit.dialogues])
+
+
+class Ranks:
+    """How rounds of several processes agree; this is one process alone. `total` adds arrays up over the ranks that hold different prompts."""
+
+    rank, size = 0, 1
+
+    def total(self, sums: np.ndarray) -> np.ndarray:
+        return sums
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Rollouts:
+    """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N, advantage_N (and ref_logp_N, value_N, return_N where
+    attached). `metrics` are those of the newest round; `sink` gets every judged group once. Raises ValueError where no prompt fits."""
+
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        records: Sequence[Record],
+        processor: Processor,
+        sampler: Sampler,
+        rubric: Rubric,
+        attach: Sequence[Attach] = (),
+        prompts: PromptStream | None = None,
+        ranks: Ranks | None = None,
+        sink: Callable[[int, Sequence[Rolled]], None] = lambda round_number, groups: None,
+    ) -> None:
+        self.settings, self.records, self.processor = settings, records, processor
+        self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
+        self.prompts = prompts or PromptStream(len(records), settings.seed)
+        self.ranks = ranks or Ranks()
+        self.round = 0
+        self.metrics: dict[str, float] = {}
+        self.too_long: set[int] = set()  # prompts above max_prompt_length
+        self._left: list[
+            list[list[Rolled]]
+        ] = []  # windows of the present round that have not been trained: window -> micro-batch -> groups
+        if settings.prompts % self.ranks.size:
+            raise ValueError(
+                f"prompts of a round ({settings.prompts}) must be a multiple of the processes that read different rows ({self.ranks.size}); change the batch size"
+            )
+
+    # --- windows -----------------------------------------------------------------------------------------------------
+
+    def windows(self) -> Iterator[list[UnitBatch]]:
+        """Windows without end. Each is taken off the round when it is asked for, so that a checkpoint after its step holds the rest."""
+        while True:
+            if not self._left:
+                self._left = self._dealt(self.make_round())
+            yield [self.batch(groups) for groups in self._left.pop(0)]
+
+    def make_round(self) -> list[Rolled]:
+        """Sample, judge, compare: this rank's groups with their columns."""
+        groups = self._kept(*self._sampled())
+        self._attach(groups)
+        self._advantages(groups)
+        self.metrics = self._measured(groups)
+        self.sink(self.round, groups)
+        self.round += 1
+        return groups
+
+    def batch(self, groups: Sequence[Rolled]) -> UnitBatch:
+        """Groups side by side in one pack, with their columns."""
+        batch = collate_units([group.unit for group in groups], self.processor)
+        names = set.intersection(*(set(group.columns) for group in groups))
+        columns = {name: np.concatenate([group.columns[name] for group in groups]) for name in sorted(names)}
+        return dataclasses.replace(batch, columns={**batch.columns, **columns})
+
+    def _dealt(self, groups: list[Rolled]) -> list[list[list[Rolled]]]:
+        """The round as windows of micro-batches, shuffled anew in each pass. Every rank makes equally many."""
+        s, windows = self.settings, []
+        for iteration in range(s.num_iterations):
+            rng = np.random.Generator(np.random.Philox(key=[s.seed, (self.round << 20) + iteration]))
+            order = (
+                rng.permutation(len(groups)) if s.num_iterations * s.num_mini_batches > 1 else np.arange(len(groups))
+            )
+            for part in np.array_split(order, s.num_mini_batches):
+                mine = [groups[i] for i in part]
+                size = s.groups_per_batch
+                windows.append([mine[i : i + size] for i in range(0, len(mine), size)])
+        return windows
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def _sampled(self) -> tuple[list[Rolled], list[Rolled], int]:
+        """(groups that differ, groups that do not, how often was drawn again), until the round is full or enough was tried."""
+        s = self.settings
+        wanted = s.prompts // self.ranks.size
+        live: list[Rolled] = []
+        flat: list[Rolled] = []
+        lacking, attempts = wanted, 0
+        while True:
+            numbers = self.prompts.draw(lacking * self.ranks.size)
+            found = self._groups(dealt(numbers, self.ranks.rank, self.ranks.size))
+            self._tell_stream(found)
+            live += [group for group in found if group.spread]
+            flat += [group for group in found if not group.spread]
+            short = wanted - len(live)
+            lacking = max(self.ranks.gather(max(short, 0)))
+            if not s.dynamic_sample or not lacking or attempts == s.max_resample_times:
+                return live, flat, attempts
+            attempts += 1
+
+    def _kept(self, live: list[Rolled], flat: list[Rolled], attempts: int) -> list[Rolled]:
+        """As many groups on every rank: those that differ, and where too few do, others that count for nothing."""
+        wanted = self.settings.prompts // self.ranks.size
+        fill = flat[: max(wanted - len(live), 0)]
+        if self.settings.dynamic_sample:
+            for group in fill:
+                group.counts_G = np.zeros_like(group.counts_G)
+        self._seen = (live[:wanted] + fill, len(live) + len(flat), len(flat), attempts)
+        return live[:wanted] + fill
+
+    def _tell_stream(self, groups: Sequence[Rolled]) -> None:
+        mine = {g.number: float(np.nanmean(g.reward_G >= 1)) for g in groups if not np.isnan(g.reward_G).all()}
+        for known in self.ranks.gather(mine):
+            self.prompts.saw(known)
+
+    def _groups(self, numbers: Sequence[int]) -> list[Rolled]:
+        """Prompts with their judged answers, in this order."""
+        s = self.settings
+        seed = int(np.random.SeedSequence([s.seed, self.prompts.draws]).generate_state(1)[0])
+        tokens = self.processor.tokens
+        params = SamplingParams(
+            max_new_tokens=s.max_completion_length,
+            temperature=s.temperature,
+            n=s.num_generations,
+            seed=seed,
+            stop_ids=self.processor.stop_ids,
+            banned_ids=tokens.placeholders() + tokens.markers(),
+        )
+        encoded = [(number, self._encoded(self.records[number], number)) for number in numbers]
+        asked = [(number, found) for number, found in encoded if found is not None]
+        if not asked and numbers and len(self.too_long) == len(self.records):
+            raise ValueError(
+                say(
+                    f"max_prompt_len ({s.max_prompt_length}) must leave a prompt: all {len(self.records)} are longer; raise it",
+                    f"max_prompt_len（{s.max_prompt_length}）须留下可用的提示：全部 {len(self.records)} 条都更长；请调大",
+                )
+            )
+        prompts = [Prompt(found.row, params, key, number) for key, (number, found) in enumerate(asked)]
+        completions = self.sampler(prompts)
+        answers = [
+            tuple(self._read(c, self._opened(self.records[number])) for c in completions[key])
+            for key, (number, _) in enumerate(asked)
+        ]
+        judged = self.rubric([(self.records[number], given) for (number, _), given in zip(asked, answers, strict=True)])
+        return [
+            self._rolled(number, found, given, completions[key], scored)
+            for key, ((number, found), given, scored) in enumerate(zip(asked, answers, judged, strict=True))
+        ]
+
+    def _encoded(self, record: Record, number: int) -> Encoded | None:
+        """The prompt as the model sees it; None where it is too long (it is never cut, a cut could part a picture)."""
+        try:
+            return self.processor.encode(
+                record.prompt,
+                list(record.images),
+                list(record.videos),
+                tools=record.tools,
+                thinking=THINKING.get(record.mode),
+                add_generation_prompt=True,
+                max_tokens=self.settings.max_prompt_length,
+                where=str(record.meta),
+            )
+        except RowTooLong:
+            self.too_long.add(number)
+            return None
+
+    def _opened(self, record: Record) -> bool:
+        template = self.processor.template
+        return template.opens_thought(template.thinks(record.prompt, THINKING.get(record.mode)))
+
+    def _read(self, done: Completion, opened: bool) -> Answered:
+        ids = [i for i in done.token_ids if i not in self.processor.stop_ids]
+        text = (THINK_OPEN if opened else "") + self.processor.decode(ids)
+        return Answered(text, tuple(done.token_ids), done.finish_reason, tuple(done.logps))
+
+    def _rolled(
+        self,
+        number: int,
+        prompt: Encoded,
+        answers: tuple[Answered, ...],
+        completions: Sequence[Completion],
+        scored: Sequence[Scored],
+    ) -> Rolled:
+        s = self.settings
+        parts_GF = np.array([[_number(one.parts[name]) for name in self.rubric.names] for one in scored])
+        reward_G = adv.weighted_sum(parts_GF, np.array(self.rubric.weights))
+        if s.overlong_buffer:
+            shaped = [soft_overlong(len(a.token_ids), s.max_completion_length, s.overlong_buffer) for a in answers]
+            reward_G = reward_G + s.overlong_penalty * np.array(shaped)
+        if s.missing_eos_penalty is not None:
+            reward_G = reward_G - s.missing_eos_penalty * np.array([not a.finished for a in answers])
+        finished_G = np.array([a.finished for a in answers])
+        counts_G = ~np.isnan(reward_G) & (finished_G | (not s.mask_truncated_completions))
+        sampled = [np.array(c.sampled, bool) for c in completions]
+        dialogues = []
+        for completion, chosen in zip(completions, sampled, strict=True):
+            dialogue = prompt.extended(completion.token_ids)
+            dialogue.trained_L[:] = False
+            dialogue.trained_L[prompt.num_tokens :] = chosen
+            dialogues.append(dialogue)
+        nothing = np.full(len(answers), np.nan)
+        record = self.records[number]
+        shared = prompt.num_tokens if len(dialogues) > 1 else 0
+        unit = Unit(
+            tuple(dialogues),
+            shared,
+            "sampled",
+            reward_G,
+            nothing,
+            nothing,
+            domain=record.domain,
+            where=str(record.meta),
+        )
+        logps = [np.asarray(c.logps, np.float64)[chosen] for c, chosen in zip(completions, sampled, strict=True)]
+        logp_N = np.concatenate(logps)
+        columns = {"sampled_logp_N": logp_N, "old_logp_N": logp_N.copy()}
+        return Rolled(number, record, unit, answers, tuple(scored), reward_G, counts_G.astype(np.float64), columns)
+
+    # --- worth -------------------------------------------------------------------------------------------------------
+
+    def _attach(self, groups: Sequence[Rolled]) -> None:
+        """What the policy of this moment, a reference or a critic says of the answers' tokens, kept with each group."""
+        size = self.settings.groups_per_batch
+        for i in range(0, len(groups) if self.attach else 0, size):
+            part = groups[i : i + size]
+            batch = self.batch(part)
+            for attach in self.attach:
+                batch = attach(batch)
+            ends = np.cumsum([int(group.length_G.sum()) for group in part])[:-1]
+            for name, values in batch.columns.items():
+                for group, own in zip(part, np.split(values, ends), strict=True):
+                    group.columns[name] = own
+
+    def _advantages(self, groups: Sequence[Rolled]) -> None:
+        """The columns advantage_N and keep_N, and for a critic return_N."""
+        s = self.settings
+        counts = [g.length_G for g in groups]
+        length_C = np.concatenate([*counts, np.zeros(0, np.int64)])
+        candidate_N = np.repeat(np.arange(len(length_C)), length_C)
+        group_C = np.repeat(np.arange(len(groups)), [len(n) for n in counts])
+        reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
+        kl_N = self._kl(groups)
+        if s.advantage_estimator == "gae":
+            advantage_N = self._with_critic(groups, reward_C, candidate_N, kl_N)
+        elif s.advantage_estimator == "reinforce_plus_plus":
+            reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
+            advantage_N = adv.whiten(adv.returns_to_go(reward_N, candidate_N), self.ranks.total)
+        else:
+            if kl_N is not None:
+                reward_C = reward_C - s.kl_coef * np.bincount(candidate_N, kl_N, minlength=len(length_C))
+            advantage_N = self._of_answers(groups, reward_C, group_C)[candidate_N]
+            if s.advantage_estimator == "reinforce_plus_plus_baseline":
+                advantage_N = adv.whiten(advantage_N, self.ranks.total)
+        keep_N = np.concatenate([*(g.counts_G for g in groups), np.zeros(0)])[candidate_N]
+        for group, part, keep in _parts(groups, advantage_N, keep_N):
+            group.columns["advantage_N"], group.columns["keep_N"] = part, keep
+
+    def _kl(self, groups: Sequence[Rolled]) -> np.ndarray | None:
+        """log pi_old - log pi_ref of each token, where it is part of the reward."""
+        if not self.settings.kl_coef:
+            return None
+        lacking = [g for g in groups if "ref_logp_N" not in g.columns]
+        if lacking:
+            raise ValueError(
+                f"kl_coef ({self.settings.kl_coef:g}) must go with a reference; set ref_mode, or kl_coef: 0"
+            )
+        return np.concatenate([*(g.columns["old_logp_N"] - g.columns["ref_logp_N"] for g in groups), np.zeros(0)])
+
+    def _of_answers(self, groups: Sequence[Rolled], reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
+        s = self.settings
+        if s.reward_aggregation == "normalize_then_sum":
+            parts = [[_number(one.parts[n]) for n in self.rubric.names] for g in groups for one in g.scored]
+            matrix_CF = np.array(parts).reshape(len(reward_C), len(self.rubric.names))
+            return adv.normalise_then_sum(matrix_CF, np.array(self.rubric.weights), group_C, total=self.ranks.total)
+        if s.advantage_estimator == "rloo":
+            return adv.leave_one_out(reward_C, group_C)
+        if s.advantage_estimator == "max_rl":
+            return adv.mean_relative(reward_C, group_C)
+        scale = "none" if s.advantage_estimator == "reinforce_plus_plus_baseline" else s.scale_rewards
+        return adv.group_relative(reward_C, group_C, scale, total=self.ranks.total)
+
+    def _with_critic(
+        self, groups: Sequence[Rolled], reward_C: np.ndarray, candidate_N: np.ndarray, kl_N: np.ndarray | None
+    ) -> np.ndarray:
+        s = self.settings
+        value_N = np.concatenate([*(g.columns["value_N"] for g in groups), np.zeros(0)])
+        reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
+        if s.whiten_rewards:
+            reward_N = adv.whiten(reward_N, self.ranks.total, keep_mean=True)
+        advantage_N, return_N = adv.gae(reward_N, value_N, candidate_N, s.gamma, s.lam)
+        for group, part, _ in _parts(groups, return_N, return_N):
+            group.columns["return_N"] = part
+        return adv.whiten(advantage_N, self.ranks.total)
+
+    # --- telling -----------------------------------------------------------------------------------------------------
+
+    def _measured(self, groups: Sequence[Rolled]) -> dict[str, float]:
+        """Means over all ranks, under TRL's names."""
+        kept, sampled, flat, attempts = self._seen
+        answers = [a for g in groups for a in g.answers]
+        reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
+        length_C = np.array([len(a.token_ids) for a in answers], np.float64)
+        ended_C = np.array([a.finished for a in answers], np.float64)
+        columns = {"reward": reward_C, "completions/mean_length": length_C, "completions/clipped_ratio": 1 - ended_C}
+        for name in self.rubric.names:
+            columns[f"rewards/{name}/mean"] = np.array([_number(one.parts[name]) for g in groups for one in g.scored])
+        for name in sorted({n for g in groups for one in g.scored for n in one.details}):
+            values = [_number(one.details.get(name)) for g in groups for one in g.scored]
+            columns[f"rewards/{name}/mean"] = np.array(values)
+        columns["reward_std"] = np.array([np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in kept])
+        solved = [(g.reward_G >= 1).all() for g in kept]
+        columns["frac_groups_all_right"] = np.array(solved, np.float64)
+        sums: dict[str, tuple[float, float]] = {}
+        names = sorted({name for said in self.ranks.gather(sorted(columns)) for name in said})
+        for name in names:
+            known = columns.get(name, np.zeros(0))
+            known = known[~np.isnan(known)]
+            both = self.ranks.total(np.array([known.sum(), len(known)], np.float64))
+            sums[name] = (float(both[0]), float(both[1]))
+        out = {name: total / count for name, (total, count) in sums.items() if count}
+        all_flat, all_sampled = self.ranks.total(np.array([flat, sampled], np.float64))
+        out["frac_reward_zero_std"] = float(all_flat / max(all_sampled, 1.0))
+        lengths = self.ranks.gather((float(length_C.min(initial=np.inf)), float(length_C.max(initial=0))))
+        out["completions/min_length"] = min(low for low, _ in lengths)
+        out["completions/max_length"] = max(high for _, high in lengths)
+        out["groups_refilled"] = float(attempts)
+        return out
+
+    # --- resuming ----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """The stream of prompts and what is left of the present round. Raises OSError."""
+        groups = list({id(g): g for window in self._left for batch in window for g in batch}.values())
+        number = {id(g): i for i, g in enumerate(groups)}
+        state = {
+            "round": self.round,
+            "prompts": self.prompts.state_dict(),
+            "metrics": self.metrics,
+            "left": [[[number[id(g)] for g in batch] for batch in window] for window in self._left],
+            "groups": [_group_state(group) for group in groups],
+            "unchecked": self.rubric.unchecked,
+        }
+        arrays = {f"{i}/{name}": values for i, g in enumerate(groups) for name, values in g.columns.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / ARRAYS_FILE, **arrays)  # type: ignore[arg-type]
+        (folder / ROLLOUTS_FILE).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Go on where `save` stopped, with the same data. Raises ValueError for other prompts."""
+        state = json.loads((folder / ROLLOUTS_FILE).read_text(encoding="utf-8"))
+        self.round, self.metrics = state["round"], state["metrics"]
+        self.rubric.unchecked = state["unchecked"]
+        self.prompts.load_state_dict(state["prompts"])
+        with np.load(folder / ARRAYS_FILE) as arrays:
+            groups = [self._group(i, known, arrays) for i, known in enumerate(state["groups"])]
+        self._left = [[[groups[i] for i in batch] for batch in window] for window in state["left"]]
+
+    def _group(self, i: int, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Rolled:
+        number = state["number"]
+        prompt = self._encoded(self.records[number], number)
+        if prompt is None:
+            raise ValueError(
+                f"prompt {number} ({self.records[number].meta}) must be as short as when it was answered; restore max_prompt_len"
+            )
+        completions = [Completion(*known) for known in state["completions"]]
+        opened = self._opened(self.records[number])
+        answers = tuple(self._read(c, opened) for c in completions)
+        scored = [Scored(*known) for known in state["scored"]]
+        group = self._rolled(number, prompt, answers, completions, scored)
+        group.reward_G = group.unit.score_C[:] = np.array([_number(r) for r in state["reward"]])
+        group.counts_G = np.array(state["counts"], np.float64)
+        prefix = f"{i}/"
+        group.columns = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+        return group
+
+
+def _group_state(group: Rolled) -> dict[str, Any]:
+    size = group.unit.shared or None
+    completions = []
+    for dialogue, answer in zip(group.unit.dialogues, group.answers, strict=True):
+        start = size if size is not None else dialogue.num_tokens - len(answer.token_ids)
+        sampled = dialogue.trained_L[start:].tolist()
+        completions.append([list(answer.token_ids), list(answer.logps), answer.finish_reason, sampled])
+    return {
+        "number": group.number,
+        "completions": completions,
+        "scored": [[dict(one.parts), dict(one.details)] for one in group.scored],
+        "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
+        "counts": group.counts_G.tolist(),
+    }
+
+
+def _parts(
+    groups: Sequence[Rolled], first_N: np.ndarray, second_N: np.ndarray
+) -> Iterator[tuple[Rolled, np.ndarray, np.ndarray]]:
+    at = 0
+    for group in groups:
+        end = at + int(group.length_G.sum())
+        yield group, first_N[at:end], second_N[at:end]
+        at = end
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
