@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,17 @@ from typing import Any
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.config.loader import Entry
+from ernie_tune.data.processor import PREPROCESSOR_FILE, media_settings
+from ernie_tune.export.served import media_arguments
 
 READY_SECONDS = 1800.0
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError('not an object like {"image_max_pixels": 1003520}')
+    return value
 
 
 def _counts(text: str) -> dict[str, int]:
@@ -29,7 +39,7 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "quantization": ("quantization", str),
     "max_model_len": ("max_model_len", int),
     "max_num_seqs": ("max_num_seqs", int),
-    "mm_processor_kwargs": ("mm_processor", _counts),
+    "mm_processor_kwargs": ("mm_processor", _object),
     "limit_mm_per_prompt": ("limits", _counts),
     "reasoning_parser": ("reasoning_parser", str),
 }
@@ -59,7 +69,21 @@ def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeploy
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"{entry.name} ({entry.raw!r}) cannot be read: {error} / 无法读取的值") from error
+    fields["mm_processor"] = {**_settings(Path(model)), **fields.get("mm_processor", {})}
+    if not fields["mm_processor"]:  # a name that FastDeploy is to download: the published example's
+        del fields["mm_processor"]
     return dataclasses.replace(FastDeployCommand(model), **fields), only_print, ready
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The folder's limits of pictures and clips; {} where it has none."""
+    if not (folder / PREPROCESSOR_FILE).is_file():
+        return {}
+    _, images, videos = media_settings(folder)
+    told, untold = media_arguments(images, videos)
+    for line in untold:
+        print(f"ernie_tune: {line}", file=sys.stderr, flush=True)
+    return told
 
 
 def _has_vision(folder: Path) -> bool:

@@ -12,9 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MODULE = "fastdeploy.entrypoints.openai.api_server"
+# What --mm-processor-kwargs knows of ERNIE, by type: with one wrong value FastDeploy warns and ignores them all.
+MM_PROCESSOR: Mapping[str, type] = {
+    "spatial_conv_size": int,
+    "temporal_conv_size": int,
+    "image_min_pixels": int,
+    "image_max_pixels": int,
+    "video_min_pixels": int,
+    "video_max_pixels": int,
+    "video_target_frames": int,
+    "video_frames_sample": str,
+    "video_max_frames": int,
+    "video_min_frames": int,
+    "video_fps": int,
+}
+_DEFAULT_MIN_FRAMES, _DEFAULT_MAX_FRAMES = 16, 180
 
 
-def _video() -> dict[str, int]:
+def _video() -> dict[str, int | str]:
     return {"video_max_frames": 30}
 
 
@@ -26,7 +41,8 @@ def _limits() -> dict[str, int]:
 class FastDeployCommand:
     """What FastDeploy is told. `quantization`: "", "wint8", "wint4" or its JSON form; `vision`: whether images are served.
 
-    Raises ValueError for ports that do not exist and for a number of video frames that FastDeploy refuses.
+    `mm_processor`: the pixel and frame settings, which FastDeploy takes from the command line alone, never from the folder. Raises ValueError for
+    ports that do not exist, and for settings of pictures and clips that FastDeploy would refuse or ignore.
     """
 
     model: str
@@ -36,7 +52,7 @@ class FastDeployCommand:
     max_model_len: int = 32768
     max_num_seqs: int = 32
     vision: bool = True
-    mm_processor: Mapping[str, int] = field(default_factory=_video)
+    mm_processor: Mapping[str, int | str] = field(default_factory=_video)
     limits: Mapping[str, int] = field(default_factory=_limits)
     reasoning_parser: str = "ernie-45-vl"
     cached: bool = False  # the folder holds a model-load cache for these settings
@@ -46,10 +62,18 @@ class FastDeployCommand:
             raise ValueError(
                 f"port ({self.port}) must be from 1 to 65532, since the three ports above it are used too; choose another"
             )
-        frames = self.mm_processor.get("video_max_frames", 16)
-        if frames < 16:
+        for name, value in self.mm_processor.items():
+            kind = MM_PROCESSOR.get(name)
+            if kind is None or type(value) is not kind:
+                wanted = f"a {kind.__name__}" if kind else f"one of {', '.join(MM_PROCESSOR)}"
+                raise ValueError(
+                    f"mm_processor {name} ({value!r}) must be {wanted}: FastDeploy ignores all of these settings otherwise; correct it"
+                )
+        least = self.mm_processor.get("video_min_frames", _DEFAULT_MIN_FRAMES)
+        most = self.mm_processor.get("video_max_frames", _DEFAULT_MAX_FRAMES)
+        if int(most) < int(least):
             raise ValueError(
-                f"video_max_frames ({frames}) must be at least FastDeploy's video_min_frames (16); raise it"
+                f"video_max_frames ({most}) must be at least FastDeploy's video_min_frames ({least}); raise it"
             )
 
     def ports(self) -> dict[str, int]:
@@ -69,8 +93,8 @@ class FastDeployCommand:
         words += ["--tensor-parallel-size", str(self.tensor_parallel_size)]
         if self.quantization:
             words += ["--quantization", self.quantization]
-        if self.cached:
-            words += ["--load-choices", "default_v1"]
+        # The older loader mixes up text and vision experts, and cannot read torch's layout.
+        words += ["--load-choices", "default_v1"]
         words += ["--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)]
         if self.vision:
             words += ["--mm-processor-kwargs", json.dumps(dict(self.mm_processor))]

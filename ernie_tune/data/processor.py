@@ -32,7 +32,7 @@ from ernie_tune.data.chat import (
     runs,
 )
 from ernie_tune.data.images import Grid, ImageSettings, load_image, patchify_image
-from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, Placeholders, with_template
+from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
 from ernie_tune.data.video import VideoSettings, load_video, patchify_video
 from ernie_tune.models.inputs import Row, feature_count
@@ -57,6 +57,14 @@ _VIDEO_KEYS = {
     "sampling": "frames_sample",
     "rule": "frames_rule",
     "draw_timestamps": "draw_timestamps",
+}
+# The classes of the readers that search for either placeholders: PaddleFormers' (without them its AutoProcessor gives a tokenizer), and transformers'.
+_CLASSES = {
+    RELEASED: {"processor_class": "Ernie4_5_VLProcessor", "image_processor_type": "Ernie4_5_VLImageProcessor"},
+    TRANSFORMERS: {
+        "processor_class": "Ernie4_5_VLMoeProcessor",
+        "image_processor_type": "Ernie4_5_VLMoeImageProcessor",
+    },
 }
 _PREPROCESSOR = {
     "do_convert_rgb": True,
@@ -143,17 +151,10 @@ class Processor:
         `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError like `Tokenizer.from_folder` and the settings.
         """
         tokenizer = Tokenizer.from_folder(path)
-        file = Path(path) / PREPROCESSOR_FILE
-        saved = read_json(
-            {PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path)
-        )
-        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}
-        images = ImageSettings(**values)
-        videos = VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
+        saved, images, videos = media_settings(path, min_pixels, max_pixels)
         made = cls(tokenizer, template or tokenizer.config.get(TEMPLATE_KEY, "hf"), images, videos, saved or None)
         config = Path(path) / "config.json"
-        made.sees = file.is_file()
+        made.sees = (Path(path) / PREPROCESSOR_FILE).is_file()
         if config.is_file():
             made.sees = "vision_config" in read_json({config.name: config.read_bytes()}, config.name, str(path))
         return made
@@ -202,7 +203,7 @@ class Processor:
         self.tokenizer.save(folder, files)
         images, videos = dataclasses.asdict(self.images), dataclasses.asdict(self.videos)
         settings = {
-            **self._preprocessor,
+            **_named(self._preprocessor, placeholders),
             **{key: images[name] for name, key in _IMAGE_KEYS.items()},
             **{key: videos[name] for name, key in _VIDEO_KEYS.items()},
         }
@@ -301,6 +302,29 @@ class Processor:
 
 
 AutoProcessor = Processor  # the name users of other libraries look for
+
+
+def media_settings(
+    path: str | os.PathLike[str], min_pixels: int | None = None, max_pixels: int | None = None
+) -> tuple[dict[str, Any], ImageSettings, VideoSettings]:
+    """(a folder's preprocessor_config.json, its settings of pictures, of clips): {} and defaults where it has none.
+
+    `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError for settings that do not exist.
+    """
+    file = Path(path) / PREPROCESSOR_FILE
+    saved = read_json({PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path))
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}
+    images = ImageSettings(**values)
+    return saved, images, VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
+
+
+def _named(preprocessor: Mapping[str, Any], placeholders: Placeholders) -> dict[str, Any]:
+    """preprocessor_config.json with the classes by which its readers' Auto classes find theirs. Names of a third party are kept."""
+    wanted = _CLASSES[placeholders]
+    others = [classes[key] for classes in _CLASSES.values() for key in classes]
+    kept = {key: value for key, value in preprocessor.items() if not (key in wanted and value in others)}
+    return {**wanted, **kept}
 
 
 def _known(saved: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:

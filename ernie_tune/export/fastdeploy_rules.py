@@ -82,6 +82,10 @@ def weight_format(config: Mapping[str, Any]) -> str:
     return "paddle" if both == ["dtype"] else "torch"
 
 
+def _taken_for_quantised(about: Mapping[str, Any]) -> bool:
+    return bool(about.get("is_quantized", about.get("is_moe_quantized", "kv_cache_quant_type" not in about)))
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """What FastDeploy does to weights. Types are "wint8", "wint4" or ""; `on_disk`: it takes the files for quantised already."""
@@ -105,9 +109,11 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
             raise ValueError(
                 f"quantization_config ({about}) must hold the key quantization, FastDeploy stops without it; remove quantization_config"
             )
-        on_disk = bool(about.get("is_quantized", about.get("is_moe_quantized", "kv_cache_quant_type" not in about)))
+        on_disk = _taken_for_quantised(about)
     else:
         about = json.loads(argument) if argument.startswith("{") else {"quantization": argument}
+        # Several keys are taken for a description of the files, as those in config.json are.
+        on_disk = len(about) > 1 and _taken_for_quantised(about)
         if about["quantization"] == "wint4":  # rewritten for ERNIE
             about = {"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"}
     kind = about["quantization"]

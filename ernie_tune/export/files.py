@@ -28,6 +28,17 @@ COPIED = (
     "LICENSE",
     "NOTICE",
 )
+_READ_BY = {
+    "paddle": "FastDeploy. PaddleFormers, vLLM and transformers read other names: `--layout pt`, `--layout hf`",
+    "pt": "FastDeploy, PaddleFormers, vLLM",
+    "hf": "transformers 5",
+    "packed": "`ernie-tune serve`",
+}
+_THINKING = """
+FastDeploy lets the model think unless a request says otherwise, and the server has no switch for it. A
+model that was trained without thoughts must be asked with
+`"chat_template_kwargs": {"enable_thinking": false}` (with OpenAI's client: in `extra_body`).
+"""
 CARD, SCRIPT, REPORT = "README.md", "serve.sh", "export_report.json"
 
 
@@ -97,15 +108,17 @@ def card(existing: str, name: str, report: Mapping[str, Any], shell: str) -> str
     head = existing.split("\n## Export\n")[0].rstrip() or (
         f"---\nlibrary_name: ernie_tune\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n\n# {name}"
     )
-    rows = [("layout", report["layout"]), ("quantization", report["quantization"]), ("method", report["method"])]
+    rows = [("layout", report["layout"]), ("read by", _READ_BY[report["layout"]])]
+    rows += [("quantization", report["quantization"]), ("method", report["method"])]
     rows += [("tensor parallel size it is made for", report["target_tp"])] if report["quantization"] != "none" else []
     rows += [("adapters merged", ", ".join(map(str, report["adapters"])))] if report["adapters"] else []
     rows += [("verification", report["verify"])]
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows)
     table = f"\n```text\n{report['table']}\n```\n" if report.get("table") else ""
+    thinking = _THINKING if report["layout"] in ("paddle", "pt") else ""
     notes = "".join(f"\nNote: {note}\n" for note in report.get("notes", ()))
     return (
-        f"{head}\n\n## Export\n\n| | |\n|---|---|\n{lines}\n{table}{notes}\nServe it with `bash {SCRIPT}`, which runs\n\n```bash\n{shell}\n```\n\n"
+        f"{head}\n\n## Export\n\n| | |\n|---|---|\n{lines}\n{table}{notes}\nServe it with `bash {SCRIPT}`, which runs\n\n```bash\n{shell}\n```\n{thinking}\n"
         f"`{REPORT}` holds the checks, the errors of every class of layers and the sha256 of every file.\n"
     )
 

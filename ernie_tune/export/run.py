@@ -46,6 +46,7 @@ from ernie_tune.export.measure import (
 )
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
+from ernie_tune.export.served import media_arguments
 from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import write_config
@@ -360,6 +361,8 @@ class _Export:
         served = o.emit != "packed" and o.layout != "hf"
         command = None
         if served:
+            told, untold = media_arguments(self.processor.images, self.processor.videos)
+            self.notes += untold if self.config.vision is not None else []
             command = FastDeployCommand(
                 str(self.target),
                 port=o.port,
@@ -367,6 +370,7 @@ class _Export:
                 quantization=self.scheme.argument,
                 max_model_len=min(32768, self.config.max_position_embeddings),
                 vision=self.config.vision is not None,
+                mm_processor=told,
                 cached=o.emit == "cache",
             )
         script = self.staged / files.SCRIPT

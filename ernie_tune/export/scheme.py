@@ -29,6 +29,7 @@ _MIX = {
     "dense_quant_type": "wint8",
     "moe_quant_type": "wint4",
     "image_moe_quant_type": "wint8",
+    "is_quantized": False,  # without it FastDeploy takes the weights of a JSON of several keys for quantised
 }
 SCHEMES: dict[str, Scheme] = {
     "none": Scheme(0, (0, 0), ""),

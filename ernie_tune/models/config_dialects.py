@@ -450,15 +450,19 @@ def _write_text_only(c: ModelConfig) -> dict[str, Any]:
 
 def _write_flat_vl(c: ModelConfig, v: VisionConfig, paddle: bool) -> dict[str, Any]:
     t = c.tokens
-    # PaddleFormers asserts the `_token_id` names (architecture.md 11.9); the -PT remote code has the short ones
-    suffix = "_token_id" if paddle else ""
+    markers = {
+        "image_start": t.image_start,
+        "image_end": t.image_end,
+        "video_start": t.video_start,
+        "video_end": t.video_end,
+    }
+    # PaddleFormers' positions and vLLM's routing read the `_token_id` names, in every layout; the code
+    # beside the -PT releases reads the short ones.
     tokens = _present(
         {
             "im_patch_id": t.image,
-            f"image_start{suffix}": t.image_start,
-            f"image_end{suffix}": t.image_end,
-            f"video_start{suffix}": t.video_start,
-            f"video_end{suffix}": t.video_end,
+            **{f"{name}_token_id": i for name, i in markers.items()},
+            **({} if paddle else markers),
             "video_token_id": None if t.video == t.image else t.video,
         }
     )

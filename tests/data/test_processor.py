@@ -14,6 +14,7 @@ from PIL import Image
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.images import ImageSettings, patchify_image
 from ernie_tune.data.processor import AutoProcessor, Processor, RowTooLong
+from ernie_tune.data.templates import TRANSFORMERS
 from ernie_tune.data.tokenizer import Tokenizer
 from ernie_tune.data.video import VideoSettings
 from ernie_tune.models.inputs import pack
@@ -259,6 +260,24 @@ def test_a_released_folder_keeps_its_settings(tmp_path: Path) -> None:
     limited.save_pretrained(tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert {**released, "min_pixels": 784, "max_pixels": 1568}.items() <= saved.items()
+
+
+def test_readers_find_their_classes(tmp_path: Path) -> None:
+    """Each layout's own; those of a third party are kept."""
+
+    def classes(path: Path) -> tuple[str, str]:
+        saved = json.loads((path / "preprocessor_config.json").read_text())
+        return saved["processor_class"], saved["image_processor_type"]
+
+    PROCESSOR.save_pretrained(tmp_path / "run")
+    assert classes(tmp_path / "run") == ("Ernie4_5_VLProcessor", "Ernie4_5_VLImageProcessor")
+    AutoProcessor.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "hf", TRANSFORMERS)
+    assert classes(tmp_path / "hf") == ("Ernie4_5_VLMoeProcessor", "Ernie4_5_VLMoeImageProcessor")
+    AutoProcessor.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "back")
+    assert classes(tmp_path / "back") == classes(tmp_path / "run")
+    (tmp_path / "run" / "preprocessor_config.json").write_text('{"processor_class": "Mine"}')
+    AutoProcessor.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "kept")
+    assert classes(tmp_path / "kept") == ("Mine", "Ernie4_5_VLImageProcessor")
 
 
 def test_bundled_processors() -> None:

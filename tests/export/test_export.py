@@ -114,6 +114,8 @@ def test_a_whole_folder(base: Path, tmp_path: Path, layout: str) -> None:
     card = (out / "README.md").read_text()
     assert card.startswith("---\n")
     assert f"| layout | {layout} |" in card
+    assert ("| read by | FastDeploy" in card) == (layout != "hf")
+    assert ('"chat_template_kwargs": {"enable_thinking": false}' in card) == (layout != "hf")
     state = AutoModel.from_pretrained(out).state_dict()
     for name, value in AutoModel.from_pretrained(base).state_dict().items():
         wanted = value.numpy()
@@ -463,6 +465,18 @@ def test_serve_script_runs_the_command_with_free_ports(base: Path, tmp_path: Pat
         "dense_quant_type": "wint8",
         "moe_quant_type": "wint4",
         "image_moe_quant_type": "wint8",
+        "is_quantized": False,
+    }
+    assert given["--load-choices"] == "default_v1"
+    assert json.loads(given["--mm-processor-kwargs"]) == {
+        "image_min_pixels": 3136,
+        "image_max_pixels": 4816896,
+        "video_min_pixels": 234416,
+        "video_max_pixels": 937664,
+        "video_min_frames": 16,
+        "video_max_frames": 180,
+        "video_fps": 2,
+        "video_frames_sample": "middle",
     }
     assert json.loads(given["--limit-mm-per-prompt"]) == {"image": 10, "video": 3}
     assert given["--extra"] == "1"

@@ -29,7 +29,18 @@ PADDLE, TORCH = {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}
         (PADDLE, "wint4", rules.Quantisation("wint8", "wint4", "wint4")),
         (TORCH, "wint4", rules.Quantisation("wint8", "wint4", "wint4")),
         (PADDLE, SCHEMES["mix"].argument, rules.Quantisation("wint8", "wint4", "wint8")),
-        (PADDLE, '{"quantization":"mix_quant","dense_quant_type":"wint4"}', rules.Quantisation("wint4", "", "")),
+        (
+            PADDLE,
+            '{"quantization":"mix_quant","dense_quant_type":"wint4","is_quantized":false}',
+            rules.Quantisation("wint4", "", ""),
+        ),
+        # a JSON of several keys is taken for a description of what lies on the disk, one of one key for the word
+        (
+            PADDLE,
+            '{"quantization":"mix_quant","dense_quant_type":"wint4"}',
+            rules.Quantisation("wint4", "", "", on_disk=True),
+        ),
+        (PADDLE, '{"quantization":"wint8"}', rules.Quantisation("wint8", "wint8", "wint8")),
         # the config wins over the command line, and says whether the weights are quantised already
         (
             {**PADDLE, "quantization_config": {"quantization": "wint8", "is_quantized": False}},
@@ -156,13 +167,22 @@ def test_commands() -> None:
     command = FastDeployCommand("/models/mine", tensor_parallel_size=8, quantization="wint4")
     assert command.shell() == (
         "python -m fastdeploy.entrypoints.openai.api_server --model /models/mine --port 8180 --engine-worker-queue-port 8181 --metrics-port 8182 "
-        "--cache-queue-port 8183 --tensor-parallel-size 8 --quantization wint4 --max-model-len 32768 --max-num-seqs 32 "
+        "--cache-queue-port 8183 --tensor-parallel-size 8 --quantization wint4 --load-choices default_v1 --max-model-len 32768 --max-num-seqs 32 "
         '--mm-processor-kwargs \'{"video_max_frames": 30}\' --limit-mm-per-prompt \'{"image": 10, "video": 3}\' --reasoning-parser ernie-45-vl'
     )
     text = FastDeployCommand("m", vision=False).words()
     assert "--mm-processor-kwargs" not in text
     assert "--quantization" not in text
-    with pytest.raises(ValueError, match=r"video_max_frames \(8\) must be at least"):
+    assert "--load-choices" in text
+    with pytest.raises(
+        ValueError, match=r"video_max_frames \(8\) must be at least FastDeploy's video_min_frames \(16\)"
+    ):
         FastDeployCommand("m", mm_processor={"video_max_frames": 8})
+    FastDeployCommand("m", mm_processor={"video_max_frames": 8, "video_min_frames": 4})
+    with pytest.raises(ValueError, match=r"video_max_frames \(180\) must be at least .* \(200\)"):
+        FastDeployCommand("m", mm_processor={"video_min_frames": 200})
+    for wrong in ({"max_pixels": 1}, {"video_fps": 2.0}, {"video_frames_sample": 1}):
+        with pytest.raises(ValueError, match="FastDeploy ignores all of these settings otherwise"):
+            FastDeployCommand("m", mm_processor=wrong)
     with pytest.raises(ValueError, match=r"port \(0\) must be from 1 to 65532"):
         FastDeployCommand("m", port=0)

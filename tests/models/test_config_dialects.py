@@ -234,6 +234,10 @@ def test_paddle_dialect_has_what_paddleformers_asserts() -> None:
         "video_start_token_id": 101306,
         "pixel_hidden_size": 1280,
     }
+    assert "image_start" not in raw
+    torch_layout = write_config(PRESETS["ernie-4.5-vl-424b-a47b"], "legacy")
+    for name, i in {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}.items():
+        assert torch_layout[name] == torch_layout[f"{name}_token_id"] == raw[f"{name}_token_id"] == i
     assert raw["moe_multimodal_dispatch_use_allgather"]
     assert "auto_map" not in raw
 

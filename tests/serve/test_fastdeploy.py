@@ -21,7 +21,7 @@ STAND_IN = """
 import argparse, http.server, os, sys, time
 flags = argparse.ArgumentParser()
 for name in ("model", "port", "engine-worker-queue-port", "metrics-port", "cache-queue-port", "tensor-parallel-size", "quantization",
-             "max-model-len", "max-num-seqs", "mm-processor-kwargs", "limit-mm-per-prompt", "reasoning-parser"):
+             "load-choices", "max-model-len", "max-num-seqs", "mm-processor-kwargs", "limit-mm-per-prompt", "reasoning-parser"):
     flags.add_argument("--" + name)
 given = flags.parse_args()
 if given.quantization == "bad":
@@ -90,6 +90,28 @@ def test_print_shows_the_command_with_ports_that_differ(folder: Path, capsys: py
     assert len(set(ports)) == 4
 
 
+def test_the_folders_limits_are_passed_and_the_command_line_wins(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FastDeploy does not read them in the folder."""
+    settings = {"min_pixels": 3136, "max_pixels": 12544, "fps": 1.5, "max_frames": 32, "frames_sample": "leading"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    command, *_ = fastdeploy_command(
+        str(folder), split_overrides(["--mm_processor_kwargs", '{"video_max_frames": 20}'])[1]
+    )
+    assert command.mm_processor == {
+        "image_min_pixels": 3136,
+        "image_max_pixels": 12544,
+        "video_min_pixels": 234416,
+        "video_max_pixels": 937664,
+        "video_min_frames": 16,
+        "video_max_frames": 20,
+        "video_fps": 2,
+        "video_frames_sample": "leading",
+    }
+    assert "whole frames a second only: clips are sampled at 2, here at 1.5" in capsys.readouterr().err
+
+
 def test_what_fastdeploy_cannot_take_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +122,10 @@ def test_what_fastdeploy_cannot_take_is_refused(
         made("--adapters", "a=b")
     with pytest.raises(UsageError, match=r"limit_mm_per_prompt .* cannot be read: not an object of whole numbers"):
         made("--limit_mm_per_prompt", '{"image": "x"}')
+    with pytest.raises(UsageError, match=r"mm_processor_kwargs .* cannot be read: not an object like"):
+        made("--mm_processor_kwargs", "[1]")
+    with pytest.raises(ValueError, match=r"mm_processor image_max_pixels \('9'\) must be a int"):
+        made("--mm_processor_kwargs", '{"image_max_pixels": "9"}')
     with pytest.raises(ValueError, match=r"port \(65535\) must be from 1"):
         made("--port", "65535")
     assert main(["serve", str(tmp_path), "--engine", "fastdeploy", "--print"]) == 1
