@@ -8,5 +8,11 @@ The server is this and a thread; evaluation, the terminal chat and whoever needs
     for key, completions in complete(scheduler, prompts):  # as prompts finish
         ...
 
+A row may hold pictures (`Row`), and its `n` samples share its prefill and its memory. Sample s draws from a generator seeded by (seed, *index, s) alone,
+one number a token: index=(round, prompt) makes the samples of a run of rollouts. A `Completion` has token ids, the log-probability of each under the
+model and under what it was really drawn from (`sampled_logps`), which tokens were sampled and which forced (`sampled`), and why it ended. `abort` gives
+unfinished samples back as `Partial`s, and `resume` (or `complete(..., partials=...)`) goes on with them as if they had never stopped; `cancel` forgets.
+For learning ask for no penalty and no truncation: then `sampled_logps` are log softmax(scores / temperature) over what `banned_ids` leaves.
+
 No thread, no clock: what is let in when follows from what was submitted, so every rank decides alike. Refuses to know: HTTP, training.
 """

@@ -8,6 +8,7 @@ Refuses to know: chat templates, files, servers, who is let in when.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -82,15 +83,30 @@ class Completion:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds; `steer` and `constrain` make, for each sample, what
-    may force its tokens and what limits the choice of them."""
+    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds (one number or several, a round and a prompt, say);
+    `steer` and `constrain` make, for each sample, what may force its tokens and what limits the choice of them."""
 
     row: Row
     params: SamplingParams
     key: int = 0
-    index: int = 0
+    index: int | tuple[int, ...] = 0
     steer: Callable[[], Steer] | None = None
     constrain: Callable[[], Constraint] | None = None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What one sample had come to when it was taken out; `Scheduler.resume` goes on with it, token for token as if it had never stopped."""
+
+    prompt: Prompt
+    sample: int
+    done: Completion
+
+    @property
+    def row(self) -> Row:
+        """The prompt and what has been answered."""
+        row = self.prompt.row
+        return replace(row, input_ids_L=np.concatenate([row.input_ids_L, np.array(self.done.token_ids, np.int64)]))
 
 
 def failed(prompt: Prompt, sample: int, error: Exception) -> TokenEvent:
@@ -144,27 +160,35 @@ class RunningBatch:
                 f"prompt tokens ({length}) + max_new_tokens ({params.max_new_tokens}) must not exceed max_position_embeddings ({limit}); shorten the prompt or max_new_tokens"
             )
 
-    def join(self, prompts: Sequence[Prompt]) -> None:
-        """Prefill prompts, packed; their first tokens come with the next step. Raises ValueError like `check`, for a prompt without tokens, and
-        for placeholders that do not match the features; nothing has joined then."""
-        for prompt in prompts:
+    def join(self, prompts: Sequence[Prompt], partials: Sequence[Partial] = ()) -> None:
+        """Prefill prompts, packed, and samples that go on; their next tokens come with the next step. Raises ValueError like `check`, for a prompt without
+        tokens, and for placeholders that do not match the features; nothing has joined then."""
+        for prompt in (*prompts, *(one.prompt for one in partials)):
             self.check(prompt)
-        packed = pack([prompt.row for prompt in prompts], self.tokens, self.position_rule)
+        # (prompt, what is prefilled for it, its samples)
+        entries = [(p, p.row, [Partial(p, s, Completion()) for s in range(p.params.n)]) for p in prompts]
+        entries += [(one.prompt, one.row, [one]) for one in partials]
+        packed = pack([row for _, row, _ in entries], self.tokens, self.position_rule)
         cache = cache_of(self.model.compute_dtype)(len(self.model.own_layers()))
         with paddle.no_grad():
             hidden_TD = self.model(packed, cache=cache)
             cache.prefilling = False
             last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])
             scores_BV = self._scores(paddle.gather(hidden_TD, last))
-            rows = [i for i, prompt in enumerate(prompts) for _ in range(prompt.params.n)]
-            if len(rows) > len(prompts):
+            rows = [i for i, (_, _, samples) in enumerate(entries) for _ in samples]
+            if len(rows) > len(entries):
                 cache.select(rows)
                 scores_BV = scores_BV[rows]
         live = []
-        for prompt in prompts:
-            position = next_position(prompt.row, self.tokens, self.position_rule)
-            live += [_start(prompt, sample, position) for sample in range(prompt.params.n)]
+        for _, row, samples in entries:
+            position = next_position(row, self.tokens, self.position_rule)
+            live += [_start(one, position) for one in samples]
         self._fresh.append((live, cache, scores_BV))
+
+    def partials(self, keys: Collection[int]) -> list[Partial]:
+        """What the rows of these prompts have come to."""
+        rows = [*self._live, *(row for some, _, _ in self._fresh for row in some)]
+        return [Partial(row.prompt, row.sample, row.done) for row in rows if row.prompt.key in keys]
 
     def step(self) -> list[TokenEvent]:
         """One more token of every row, in the order in which they joined."""
@@ -306,14 +330,22 @@ def eval_mode(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _start(prompt: Prompt, sample: int, position: int) -> _Live:
-    params = prompt.params
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, prompt.index, sample])))
-    seen = set(prompt.row.input_ids_L.tolist()) if params.repetition_penalty != 1 else set()
-    row = _Live(prompt, sample, rng, position, seen)
+def _start(one: Partial, position: int) -> _Live:
+    prompt, params, done = one.prompt, one.prompt.params, copy.deepcopy(one.done)
+    index = prompt.index if isinstance(prompt.index, tuple) else (prompt.index,)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([params.seed, *index, one.sample])))
+    if params.temperature:
+        rng.random(len(done.token_ids))  # one for each token so far
+    seen = {*prompt.row.input_ids_L.tolist(), *done.token_ids} if params.repetition_penalty != 1 else set()
+    row = _Live(prompt, one.sample, rng, position, seen, done=done)
     try:
         row.steer = prompt.steer() if prompt.steer else None
         row.constraint = prompt.constrain() if prompt.constrain else None
+        for i, token in enumerate(done.token_ids):
+            if row.steer:
+                row.steer(done.token_ids[:i])
+            if row.constraint:
+                row.constraint.accept(token)
     except _ROW_ERRORS as error:
         row.failure = error
     return row

@@ -8,11 +8,12 @@ Refuses to know: HTTP, threads, text.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ernie_tune.generate.batch import Completion, Decode, Prompt, RunningBatch, TokenEvent, eval_mode, failed
+from ernie_tune.generate.batch import Completion, Decode, Partial, Prompt, RunningBatch, TokenEvent, eval_mode, failed
 from ernie_tune.models.cache import cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
@@ -40,15 +41,19 @@ class _Asked:
     prompt: Prompt
     adapter: str | None
     left: set[int]  # samples that have not ended
+    partials: Sequence[Partial] = ()  # those that go on, each by itself
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt.row.input_ids_L)
+        """Tokens to prefill."""
+        length = len(self.prompt.row.input_ids_L)
+        return sum(length + len(one.done.token_ids) for one in self.partials) or length
 
     @property
-    def size(self) -> tuple[int, int, int]:
+    def sizes(self) -> list[tuple[int, int, int]]:
         """What it takes in a cache, as `Cache.tokens` counts."""
-        return self.num_tokens, len(self.left), self.prompt.params.max_new_tokens
+        length, answer = len(self.prompt.row.input_ids_L), self.prompt.params.max_new_tokens
+        return [(length, 1, answer) for _ in self.left] if self.partials else [(length, len(self.left), answer)]
 
 
 class Scheduler:
@@ -86,23 +91,51 @@ class Scheduler:
 
     def check(self, prompt: Prompt) -> None:
         """Refuse what could never be let in. Raises ValueError."""
-        n, limit = prompt.params.n, self.capacity.cache_tokens
-        need = self._tokens([_Asked(prompt, None, set(range(n)))])
+        self._check(_Asked(prompt, None, set(range(prompt.params.n))))
+
+    def _check(self, one: _Asked) -> None:
+        n, need, limit = len(one.left), self._tokens([one]), self.capacity.cache_tokens
         if n > self.capacity.rows:
             raise ValueError(f"n ({n}) must be at most the server's max_num_seqs ({self.capacity.rows}); ask for fewer")
         if limit is not None and need > limit:
             raise ValueError(
                 f"tokens of the prompt and of n answers of max_tokens ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n"
             )
-        self._batch().check(prompt)
+        self._batch().check(one.prompt)
 
     def submit(self, prompt: Prompt, adapter: str | None = None) -> None:
         """Queue a prompt; `adapter`: with which one of a PeftModel, `BASE` with none, None as the model stands. Raises ValueError as `check`, and for a
         key that is in use."""
         self.check(prompt)
-        if prompt.key in self._asked:
-            raise ValueError(f"key ({prompt.key}) must be new, a prompt with it is not done; number prompts apart")
-        one = self._asked[prompt.key] = _Asked(prompt, adapter, set(range(prompt.params.n)))
+        self._queue(_Asked(prompt, adapter, set(range(prompt.params.n))))
+
+    def resume(self, partials: Sequence[Partial], adapter: str | None = None) -> None:
+        """Queue samples that were taken out; their events go on where they stopped. Raises ValueError as `submit`: samples of one prompt go on together,
+        when no other of its samples runs."""
+        by_key: dict[int, list[Partial]] = {}
+        for one in partials:
+            by_key.setdefault(one.prompt.key, []).append(one)
+        for some in by_key.values():
+            asked = _Asked(some[0].prompt, adapter, {one.sample for one in some}, some)
+            self._check(asked)
+            self._queue(asked)
+
+    def abort(self, keys: Collection[int]) -> list[Partial]:
+        """`cancel`, and what each sample that had not ended has come to. Fine for keys of prompts that are done."""
+        out: list[Partial] = []
+        for one in self._waiting:
+            if one.prompt.key in keys:
+                out += one.partials or [Partial(one.prompt, s, Completion()) for s in sorted(one.left)]
+        for batch in self._batches.values():
+            out += batch.partials(keys)
+        self.cancel(keys)
+        return out
+
+    def _queue(self, one: _Asked) -> None:
+        key = one.prompt.key
+        if key in self._asked:
+            raise ValueError(f"key ({key}) must be new, a prompt with it is not done; number prompts apart")
+        self._asked[key] = one
         self._waiting.append(one)
 
     def cancel(self, keys: Collection[int]) -> None:
@@ -161,7 +194,7 @@ class Scheduler:
 
     def _tokens(self, some: Sequence[_Asked]) -> int:
         """Tokens that these may come to hold in one cache."""
-        return cache_of(self.model.compute_dtype).tokens(each.size for each in some)
+        return cache_of(self.model.compute_dtype).tokens(size for each in some for size in each.sizes)
 
     @contextlib.contextmanager
     def _acting(self, adapter: str | None) -> Iterator[None]:
@@ -182,7 +215,8 @@ class Scheduler:
             return []
         batch = self._batches.setdefault(adapter, self._batch())
         try:
-            batch.join([one.prompt for one in entering])
+            partials = [partial for one in entering for partial in one.partials]
+            batch.join([one.prompt for one in entering if not one.partials], partials)
         except _STEP_ERRORS as error:
             if len(entering) > 1:  # one of them spoils it: find out which
                 return [event for one in entering for event in self._join(adapter, [one])]
@@ -214,16 +248,22 @@ def _failures(some: Sequence[_Asked], error: Exception) -> list[TokenEvent]:
     return [failed(one.prompt, sample, error) for one in some for sample in sorted(one.left)]
 
 
-def complete(scheduler: Scheduler, prompts: Iterable[Prompt]) -> Iterator[tuple[int, list[Completion]]]:
-    """(key, `params.n` completions) of prompts, as they finish. Whatever else the scheduler holds goes on with them, unreported.
+def complete(
+    scheduler: Scheduler, prompts: Iterable[Prompt], partials: Sequence[Partial] = ()
+) -> Iterator[tuple[int, list[Completion]]]:
+    """(key, completions) of prompts, as they finish, `params.n` of each; of `partials` those of the samples that go on, whole, in the order of the
+    samples. Whatever else the scheduler holds goes on with them, unreported.
 
     Raises ValueError as `Scheduler.submit`, and what the model raised. However it ends, none of the prompts is left in the scheduler.
     """
-    found: dict[int, list[Completion]] = {}
+    found: dict[int, dict[int, Completion]] = {}
     try:
         for prompt in prompts:
             scheduler.submit(prompt)
-            found[prompt.key] = [Completion() for _ in range(prompt.params.n)]
+            found[prompt.key] = {sample: Completion() for sample in range(prompt.params.n)}
+        scheduler.resume(partials)
+        for one in sorted(partials, key=lambda one: one.sample):
+            found.setdefault(one.prompt.key, {})[one.sample] = copy.deepcopy(one.done)
         with eval_mode(scheduler.model):
             while found:
                 yield from _finished(scheduler.step(), found)
@@ -232,13 +272,14 @@ def complete(scheduler: Scheduler, prompts: Iterable[Prompt]) -> Iterator[tuple[
 
 
 def _finished(
-    events: Iterable[TokenEvent], found: dict[int, list[Completion]]
+    events: Iterable[TokenEvent], found: dict[int, dict[int, Completion]]
 ) -> Iterator[tuple[int, list[Completion]]]:
     for event in events:
         if event.prompt not in found:
             continue
         if event.error is not None:
             raise event.error
-        found[event.prompt][event.sample].add(event)
-        if all(one.finish_reason for one in found[event.prompt]):
-            yield event.prompt, found.pop(event.prompt)
+        samples = found[event.prompt]
+        samples[event.sample].add(event)
+        if all(one.finish_reason for one in samples.values()):
+            yield event.prompt, [*found.pop(event.prompt).values()]

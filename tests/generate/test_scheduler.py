@@ -108,6 +108,63 @@ def test_what_cannot_be_submitted(model: Any) -> None:
     assert len(run(scheduler)[3, 0]) == 4
 
 
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(at: int, model: Any, golden: Any) -> None:
+    """Greedy, sampled and penalised samples, forced tokens and constraints among them, with a picture; some had ended before."""
+    row = case_rows(golden("tiny_b"), "image")[0]
+    made: list[Evens] = []
+
+    def steer() -> Callable[[Sequence[int]], int | None]:
+        forced = iter([71, 72, 73])  # has a state of its own, as a thought's budget has
+        return lambda so_far: next(forced, None) if len(so_far) >= 3 else None
+
+    def constrain() -> Evens:
+        return Evens(made, model.config.vocab_size)
+
+    prompts = [
+        Prompt(row, SamplingParams(max_new_tokens=9, temperature=1.0, n=3, seed=5), key=1, index=(4, 2)),
+        Prompt(WORDS, SamplingParams(max_new_tokens=9), 2, steer=steer),
+        Prompt(
+            WORDS, SamplingParams(max_new_tokens=9, temperature=1.0, repetition_penalty=1.5), 3, constrain=constrain
+        ),
+        Prompt(WORDS, SamplingParams(max_new_tokens=2), 4),
+    ]
+    whole = dict(complete(scheduler_of(model), prompts))
+    scheduler = scheduler_of(model)
+    for prompt in prompts:
+        scheduler.submit(prompt)
+    for _ in range(at):
+        scheduler.step()
+    left = scheduler.abort([1, 2, 3, 4, 99])
+    assert len(scheduler) == 0
+    assert [(one.prompt.key, one.sample) for one in left] == [(1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (4, 0)][
+        : 6 - (at > 2)
+    ]
+    assert all(len(one.done.token_ids) == at for one in left)
+    scheduler.resume(left)
+    assert [one.done for one in scheduler.abort([1, 2, 3, 4])] == [one.done for one in left], "aborted while it waits"
+    found = dict(complete(scheduler, [], left))
+    for key, completions in found.items():
+        for got, want in zip(completions, whole[key], strict=True):
+            assert (got.token_ids, got.finish_reason, got.sampled) == (want.token_ids, want.finish_reason, want.sampled)
+            np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+    assert len(found) == 4 - (at > 2)
+    assert all(len(one.done.token_ids) == at for one in left), "what was handed back is the caller's"
+
+
+def test_seeds_of_several_parts(model: Any) -> None:
+    """(seed, round, prompt, sample) and nothing else: the same whatever the key and the neighbours are."""
+
+    def of(key: int, index: Any, **more: Any) -> list[list[int]]:
+        prompt = Prompt(WORDS, SamplingParams(max_new_tokens=6, temperature=1.5, n=2, **more), key, index)
+        return [c.token_ids for c in dict(complete(scheduler_of(model), [prompt]))[key]]
+
+    assert of(1, (3, 4)) == of(9, (3, 4))
+    others = [of(1, (3, 5)), of(1, (4, 4)), of(1, (4, 3)), of(1, 3), of(1, (3, 4), seed=1)]
+    assert len({str(x) for x in [of(1, (3, 4)), *others]}) == 6
+    assert of(1, 3) == of(1, (3,))
+
+
 class Evens:
     """Even tokens only; remembers what it was told."""
 
