@@ -161,7 +161,12 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
     loaded = load_config(words[0])
     data, model = loaded.config.data, loaded.config.model.model_name_or_path
     if not data.train_dataset_path:
-        raise ValueError(f"{words[0]}:1: train_dataset_path must name the rows; add it / 缺少 train_dataset_path")
+        raise ValueError(
+            say(
+                f"{words[0]}:1: train_dataset_path must name the rows; add it",
+                f"{words[0]}:1：缺少 train_dataset_path（训练数据）；请补上",
+            )
+        )
     folder = options.get("dataset-dir", data.dataset_dir or ".")
     with _blaming(loaded, "train_dataset_path"):
         train = _typed_entries(data.train_dataset_path, data.train_dataset_type, folder)

@@ -21,6 +21,7 @@ from ernie_tune.cli import workers
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.cpu import available_cores, read_cpuinfo
+from ernie_tune.config.language import say
 
 _GIB = 2**30
 _CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm", "jinja2")
@@ -63,12 +64,12 @@ def run(args: list[str]) -> int:
     if words == ["--dist"]:
         return between_ranks(nproc)
     if args:
-        raise UsageError(f"doctor takes no words, got {args[0]!r} / 不需要参数")
+        raise UsageError(say(f"doctor takes no words, got {args[0]!r}", f"doctor 不需要参数，得到 {args[0]!r}"))
     versions = {name: found for name in (*_CORE, *_OPTIONAL) if (found := _version(name))}
     cards = _cards()
     print("\n".join(describe(versions, cards, os.environ)))
     for problem in diagnose(versions, cards, os.environ, _shared_memory()) or ["nothing"]:
-        print(f"to mend: {problem}")
+        print(say(f"to mend: {problem}", f"待修复：{problem}"))
     return 0
 
 
@@ -98,30 +99,59 @@ def diagnose(
 ) -> list[str]:
     """What looks wrong, with the repair. `cards`: lines of nvidia-smi; `shared_bytes`: size of /dev/shm, None if there is none."""
     cpu, gpu = "paddlepaddle" in versions, "paddlepaddle-gpu" in versions
-    found = []
+    found: list[str] = []
     if absent := [name for name in _CORE if name not in versions]:
-        found.append(f"packages are missing: pip install {' '.join(absent)}")
+        found.append(
+            say(f"packages are missing: pip install {' '.join(absent)}", f"缺少软件包：pip install {' '.join(absent)}")
+        )
     if cpu and gpu:
-        found.append("paddlepaddle and paddlepaddle-gpu overwrite each other: pip uninstall both, then install one")
+        found.append(
+            say(
+                "paddlepaddle and paddlepaddle-gpu overwrite each other: pip uninstall both, then install one",
+                "paddlepaddle 与 paddlepaddle-gpu 互相覆盖：请 pip uninstall 两者，再安装其一",
+            )
+        )
     if not cpu and not gpu:
         found.append(
             'paddle is missing: pip install "ernie-tune[cpu]", or paddlepaddle-gpu from Paddle\'s own index for a card'
         )
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
         if name in versions and _numbers(versions[name]) < (3, 3):
-            found.append(f"{name} {versions[name]} is too old: pip install -U '{name}>=3.3'")
+            found.append(
+                say(
+                    f"{name} {versions[name]} is too old: pip install -U '{name}>=3.3'",
+                    f"{name} {versions[name]} 过旧：pip install -U '{name}>=3.3'",
+                )
+            )
     if gpu and not cards:
         found.append(
-            "paddlepaddle-gpu is installed, and nvidia-smi shows no card: check the driver, or install paddlepaddle"
+            say(
+                "paddlepaddle-gpu is installed, and nvidia-smi shows no card: check the driver, or "
+                "install paddlepaddle",
+                "已安装 paddlepaddle-gpu，但 nvidia-smi 没有显示加速卡：请检查驱动，或改装 paddlepaddle",
+            )
         )
     if cards and cpu and not gpu:
         found.append(
-            "there is a card, and paddlepaddle is the build without it: install paddlepaddle-gpu instead to use it"
+            say(
+                "there is a card, and paddlepaddle is the build without it: install paddlepaddle-gpu instead to use it",
+                "有加速卡，但 paddlepaddle 是不支持它的版本：请改装 paddlepaddle-gpu",
+            )
         )
     if environ.get("CUDA_VISIBLE_DEVICES") == "":
-        found.append("CUDA_VISIBLE_DEVICES is empty, which breaks paddle.distributed.launch: unset it")
+        found.append(
+            say(
+                "CUDA_VISIBLE_DEVICES is empty, which breaks paddle.distributed.launch: unset it",
+                "CUDA_VISIBLE_DEVICES 为空，会使 paddle.distributed.launch 出错：请取消该变量",
+            )
+        )
     if shared_bytes is not None and shared_bytes < 2**28:
-        found.append(f"shared memory is small ({_size(shared_bytes)}): keep dataloader_num_workers at 0")
+        found.append(
+            say(
+                f"shared memory is small ({_size(shared_bytes)}): keep dataloader_num_workers at 0",
+                f"共享内存过小（{_size(shared_bytes)}）：dataloader_num_workers 请保持为 0",
+            )
+        )
     return found
 
 
@@ -136,7 +166,12 @@ def between_ranks(nproc: int | None) -> int:
         ParallelArguments(), nproc, workers.visible_cards(os.environ, installed("paddlepaddle-gpu")), os.environ
     )
     if start is None:
-        raise UsageError("--dist needs several ranks: add --nproc 2, or set NNODES / 需要多个进程")
+        raise UsageError(
+            say(
+                "--dist needs several ranks: add --nproc 2, or set NNODES",
+                "--dist 需要多个进程：请加 --nproc 2，或设置 NNODES",
+            )
+        )
     if start.nodes > 1:
         workers.meet(start)
     logs = os.environ.get("ERNIEKIT_DIST_LOG")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, split_overrides
 from ernie_tune.plan.estimate import estimate
 from ernie_tune.plan.table import markdown
@@ -36,7 +37,10 @@ def run(args: list[str]) -> int:
     words, entries = split_overrides([a for a in args if a != "--json"])
     if len(words) != 1:
         raise UsageError(
-            f"expected one model or YAML file, got {len(words)}: {' '.join(words) or 'nothing'} / 需要一个模型或 YAML 文件"
+            say(
+                f"expected one model or YAML file, got {len(words)}: {' '.join(words) or 'nothing'}",
+                f"需要一个模型或 YAML 文件，得到 {len(words)} 个：{' '.join(words) or 'nothing'}",
+            )
         )
     own = {_OWN[e.name]: e for e in entries if e.name in _OWN}
     result = estimate(
@@ -56,5 +60,10 @@ def _count(entry: Entry | None, low: int = 1) -> int | None:
         return None
     text = str(entry.raw)
     if not text.isdecimal() or int(text) < low:
-        raise UsageError(f"{entry.name} ({text}) must be a whole number of at least {low}; correct it / 须为整数")
+        raise UsageError(
+            say(
+                f"{entry.name} ({text}) must be a whole number of at least {low}; correct it",
+                f"{entry.name}（{text}）须为不小于 {low} 的整数；请改正",
+            )
+        )
     return int(text)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, split_overrides
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -42,10 +43,10 @@ def run(args: list[str]) -> int:
     """
     words, entries = split_overrides(args)
     if not words:
-        raise UsageError("expected a model folder or an adapter, got nothing / 需要一个模型文件夹或适配器")
+        raise UsageError(say("expected a model folder or an adapter, got nothing", "需要模型文件夹或适配器，没有给出"))
     options = _options(entries)
     if "output_dir" not in options:
-        raise UsageError("--output_dir must be given: the folder to write / 需要 --output_dir")
+        raise UsageError(say("--output_dir must be given: the folder to write", "须给出 --output_dir：要写入的文件夹"))
     with while_paddle_loads():
         from ernie_tune.export.run import export
 
@@ -82,12 +83,20 @@ def _options(entries: list[Entry]) -> dict[str, Any]:
     for entry in entries:
         name = _ALIASES.get(entry.name, entry.name)
         if name not in kinds:
-            raise UsageError(f"unknown option {entry.name!r}; export takes {', '.join(kinds)} / 未知的选项")
+            raise UsageError(
+                say(
+                    f"unknown option {entry.name!r}; export takes {', '.join(kinds)}",
+                    f"未知的选项 {entry.name!r}；export 的选项：{', '.join(kinds)}",
+                )
+            )
         try:
             options[name] = kinds[name](entry.raw)
         except ValueError as error:
             raise UsageError(
-                f"{name} ({entry.raw!r}) must be a {kinds[name].__name__}: {error} / 选项的值不正确"
+                say(
+                    f"{name} ({entry.raw!r}) must be a {kinds[name].__name__}: {error}",
+                    f"{name}（{entry.raw!r}）须为 {kinds[name].__name__}：{error}",
+                )
             ) from error
     if "max_shard_size" in options:
         options["max_shard_bytes"] = options.pop("max_shard_size")

@@ -13,6 +13,7 @@ from typing import Any
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.convert import to_yaml
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, Loaded, resolve, split_overrides
 
 _COLOURS = ("red", "green", "blue")
@@ -73,7 +74,12 @@ def run(args: list[str]) -> int:
     """
     words, given = split_overrides(args)
     if len(words) > 1:
-        raise UsageError(f"expected one folder, got {len(words)}: {' '.join(words)} / 只能有一个文件夹")
+        raise UsageError(
+            say(
+                f"expected one folder, got {len(words)}: {' '.join(words)}",
+                f"需要一个文件夹，得到 {len(words)} 个：{' '.join(words)}",
+            )
+        )
     folder = Path(words[0]) if words else Path(".")
     rows = folder / "data" / "train.jsonl"
     loaded = resolve([_start(folder, rows), given], "command line", for_training=True)
@@ -82,17 +88,22 @@ def run(args: list[str]) -> int:
     for path in (folder / "run.yaml", *((rows,) if sample else ())):
         if path.exists():
             raise ValueError(
-                f"{path} exists and init overwrites nothing; name another folder or remove it / 文件已存在"
+                say(
+                    f"{path} exists and init overwrites nothing; name another folder or remove it",
+                    f"{path} 已存在，init 不会覆盖；请换一个文件夹，或先删除它",
+                )
             )
     if sample:
         _write_pictures(rows.parent / "images")
         _write(rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
     _write(folder / "run.yaml", render(loaded))
-    print(f"wrote {folder / 'run.yaml'}" + (f" and {rows} ({len(lines)} rows)" if sample else ""))
+    written = folder / "run.yaml"
+    more = say(f" and {rows} ({len(lines)} rows)", f" 和 {rows}（{len(lines)} 行）") if sample else ""
+    print(say("wrote {file}{more}", "已写入 {file}{more}", file=written, more=more))
     for note in loaded.notes:
         if not note.startswith(_RECIPE):  # the recipe's own lines need no excuse
             print(f"note: {note}")
-    print(f"next: ernie-tune validate {folder / 'run.yaml'}")
+    print(say(f"next: ernie-tune validate {folder / 'run.yaml'}", f"下一步：ernie-tune validate {folder / 'run.yaml'}"))
     return 0
 
 
@@ -161,7 +172,12 @@ def _sample_rows(stage: str) -> list[dict[str, Any]]:
             rows += [{**question, "signal": rated}, ranking]
         else:
             raise ValueError(
-                f"stage ({stage}) has no sample rows, only SFT, DPO, KTO, UPO and RM have; give your own with train_dataset_path=FILE / 没有示例数据"
+                say(
+                    f"stage ({stage}) has no sample rows, only SFT, DPO, KTO, UPO and RM have; give your own "
+                    "with train_dataset_path=FILE",
+                    f"阶段（{stage}）没有示例数据，只有 SFT、DPO、KTO、UPO、RM 有；请用 "
+                    "train_dataset_path=FILE 给出自己的数据",
+                )
             )
     return rows
 

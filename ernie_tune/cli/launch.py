@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import dump_config, load_config, split_overrides
 from ernie_tune.config.training_arguments import TrainingArguments
 
@@ -39,7 +40,12 @@ def launch(config: RunConfig | Mapping[str, Any] | str | Path, **settings: Any) 
         command = [sys.executable, "-u", "-m", "ernie_tune", "train", str(file), *overrides]
         code, tail = _run(command)
     if code:
-        raise RuntimeError(f"training ended with exit code {code}; its last lines:\n{''.join(tail)}")
+        raise RuntimeError(
+            say(
+                f"training ended with exit code {code}; its last lines:\n{''.join(tail)}",
+                f"训练以退出码 {code} 结束；最后的输出：\n{''.join(tail)}",
+            )
+        )
     return output_dir
 
 

@@ -131,7 +131,10 @@ def _about_setting(word: str) -> str:
     name = RENAMED.get(word.replace("-", "_"), word.replace("-", "_"))
     if name not in SETTINGS:
         raise UsageError(
-            f"no verb or setting is named {word!r}{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])} / 未知的名称"
+            say(
+                f"no verb or setting is named {word!r}{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])}",
+                f"没有名为 {word!r} 的命令或设置{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])}",
+            )
         )
     setting = SETTINGS[name]
     spellings = [alias for alias, ours in RENAMED.items() if ours == name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import split_overrides
 
 
@@ -23,10 +24,20 @@ def run(args: list[str]) -> int:
     options = {e.name: str(e.raw) for e in entries}
     unknown = sorted(set(options) - {"name", "svg"})
     if unknown or not folders:
-        raise UsageError(f"expected run folders and --name or --svg, got {unknown or 'no folder'} / 需要运行输出文件夹")
+        raise UsageError(
+            say(
+                f"expected run folders and --name or --svg, got {unknown or 'no folder'}",
+                f"需要运行的输出文件夹，可加 --name 或 --svg，得到 {unknown or 'no folder'}",
+            )
+        )
     missing = [f for f in folders if not (Path(f) / LOG_FILE).is_file()]
     if missing:
-        raise ValueError(f"{missing[0]} must hold {LOG_FILE}; give the output_dir of a run")
+        raise ValueError(
+            say(
+                f"{missing[0]} must hold {LOG_FILE}; give the output_dir of a run",
+                f"{missing[0]} 中须有 {LOG_FILE}；请给出某次运行的 output_dir",
+            )
+        )
     runs = {f: read_log(Path(f) / LOG_FILE)[0] for f in folders}
     print(terminal_plot(runs, options.get("name", "loss")))
     if "svg" in options:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
+from ernie_tune.config.language import say
 
 
 def run(args: list[str]) -> int:
@@ -21,7 +22,12 @@ def run(args: list[str]) -> int:
     rating_loss: ordinal also the ratings to expect, from 1 to rating_levels. Written to OUT, or printed.
     """
     if len(args) not in (2, 3):
-        raise UsageError(f"expected FOLDER ROWS [OUT.jsonl], got {len(args)} words / 需要模型文件夹与数据文件")
+        raise UsageError(
+            say(
+                f"expected FOLDER ROWS [OUT.jsonl], got {len(args)} words",
+                f"需要 FOLDER ROWS [OUT.jsonl]（模型文件夹与数据文件），得到 {len(args)} 个词",
+            )
+        )
     with while_paddle_loads():
         from ernie_tune.data.sources import load_dataset
         from ernie_tune.data.units import JUDGED
@@ -44,5 +50,5 @@ def run(args: list[str]) -> int:
     unfinished = out.with_name(out.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, out)
-    print(f"wrote {out} ({len(lines)} rows)")
+    print(say(f"wrote {out} ({len(lines)} rows)", f"已写入 {out}（{len(lines)} 行）"))
     return 0

@@ -34,7 +34,7 @@ def _flag(text: str) -> bool:
     from ernie_tune.config.convert import FALSE, TRUE
 
     if text.lower() not in (*TRUE, *FALSE):
-        raise ValueError(f"{text!r} is neither true nor false")
+        raise ValueError(say(f"{text!r} is neither true nor false", f"{text!r} 既不是 true 也不是 false"))
     return text.lower() in TRUE
 
 
@@ -166,7 +166,12 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
             values[f"{name}_seconds"] = settings[name]
     folder = settings.get("allow_local_media")
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"allow_local_media ({folder}) must be a folder; create it, or leave the option out")
+        raise ValueError(
+            say(
+                f"allow_local_media ({folder}) must be a folder; create it, or leave the option out",
+                f"allow_local_media（{folder}）须为文件夹；请创建它，或去掉该选项",
+            )
+        )
     private = settings.get("allow_private_media", False)
     fetch = FetchPolicy(
         allow_private=private, allowed_hosts=frozenset(host.lower() for host in settings.get("allow_media_hosts", ()))
@@ -262,7 +267,12 @@ def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
         engine.model = PeftModel(engine.model)
     for adapter, folder in adapters:
         if adapter in models:
-            raise ValueError(f"adapter name ({adapter}) must be new, there is {list(models)}; choose another")
+            raise ValueError(
+                say(
+                    f"adapter name ({adapter}) must be new, there is {list(models)}; choose another",
+                    f"适配器名（{adapter}）不能重复，已有 {list(models)}；请换一个",
+                )
+            )
         engine.model.load_adapter(folder, adapter)
         models[adapter] = adapter
     return Service(engine, models, options)
@@ -308,7 +318,10 @@ def _serve(path: Path, settings: Mapping[str, Any]) -> int:
 def _run(one: Server, sock: socket.socket, host: str, port: int) -> int:
     service = one.service
     one.on_ready = lambda address: print(
-        f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1",
+        say(
+            f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1",
+            f"ernie_tune：{', '.join(service.models)} 已在 http://{address[0]}:{address[1]}/v1 提供服务",
+        ),
         file=sys.stderr,
         flush=True,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry
 from ernie_tune.data.processor import PREPROCESSOR_FILE, media_settings
 from ernie_tune.export.served import media_arguments
@@ -28,7 +29,9 @@ def _object(text: str) -> dict[str, Any]:
 def _counts(text: str) -> dict[str, int]:
     value = json.loads(text)
     if not isinstance(value, dict) or not all(type(count) is int for count in value.values()):
-        raise ValueError('not an object of whole numbers like {"image": 10}')
+        raise ValueError(
+            say('not an object of whole numbers like {"image": 10}', '须为由整数组成的对象，如 {"image": 10}')
+        )
     return value
 
 
@@ -62,13 +65,24 @@ def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeploy
                 ready = float(str(entry.raw))
             elif entry.name != "engine":
                 raise UsageError(
-                    f"unknown option {entry.name!r}{did_you_mean(entry.name, _FLAGS)}; with --engine fastdeploy serve takes "
-                    f"{', '.join(_FLAGS)}, ready_timeout and print; merge adapters first (ernie-tune export) / 未知的选项"
+                    say(
+                        f"unknown option {entry.name!r}{did_you_mean(entry.name, _FLAGS)}; with --engine "
+                        f"fastdeploy serve takes {', '.join(_FLAGS)}, ready_timeout and print; merge adapters "
+                        "first (ernie-tune export)",
+                        f"未知的选项 {entry.name!r}{did_you_mean(entry.name, _FLAGS)}；--engine fastdeploy 时 "
+                        f"serve 的选项为 {', '.join(_FLAGS)}、ready_timeout 和 print；适配器请先合并（ernie-tune "
+                        "export）",
+                    )
                 )
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(f"{entry.name} ({entry.raw!r}) cannot be read: {error} / 无法读取的值") from error
+            raise UsageError(
+                say(
+                    f"{entry.name} ({entry.raw!r}) cannot be read: {error}",
+                    f"{entry.name}（{entry.raw!r}）无法读取：{error}",
+                )
+            ) from error
     fields["mm_processor"] = {**_settings(Path(model)), **fields.get("mm_processor", {})}
     if not fields["mm_processor"]:  # a name that FastDeploy is to download: the published example's
         del fields["mm_processor"]
@@ -93,7 +107,11 @@ def _has_vision(folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{folder} must hold config.json for FastDeploy; merge and export adapters and runs first (ernie-tune export)"
+            say(
+                f"{folder} must hold config.json for FastDeploy; merge and export adapters and runs first "
+                "(ernie-tune export)",
+                f"FastDeploy 需要 {folder} 中有 config.json；适配器和训练结果请先合并导出（ernie-tune export）",
+            )
         )
     settings = json.loads(file.read_text(encoding="utf-8"))
     return "vision_config" in settings

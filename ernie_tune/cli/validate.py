@@ -6,6 +6,7 @@ Refuses to know: paddle, whether model and data exist.
 from __future__ import annotations
 
 from ernie_tune.cli.verbs import file_and_settings
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import Loaded, dump_config, load_config
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.layouts import run_problems
@@ -27,10 +28,16 @@ def run(args: list[str]) -> int:
         spelled = f" as {entry.name}" if entry and entry.name != name else ""
         print(f"{line:<50}  # {entry.where}{spelled}" if entry else line)
     for note in loaded.notes:
-        print(f"# note: {note}")
+        print(say(f"# note: {note}", f"# 提示：{note}"))
     if not checked:
-        print(f"# note: {loaded.config.model.model_name_or_path} is not here: degrees of parallelism were not checked")
-    print(f"# {path} is valid / 配置有效")
+        print(
+            say(
+                f"# note: {loaded.config.model.model_name_or_path} is not here: degrees of parallelism "
+                "were not checked",
+                f"# 提示：此处没有 {loaded.config.model.model_name_or_path}：未检查并行度",
+            )
+        )
+    print(say(f"# {path} is valid", f"# {path} 配置有效"))
     return 0
 
 

@@ -38,35 +38,81 @@ class Verb:
 
 
 VERBS = (
-    Verb("train", "ernie_tune.cli.train:run", "fine-tune a model as a YAML file says", ("sft",)),
-    Verb("dpo", "ernie_tune.cli.train:dpo", "learn from pairs of answers"),
-    Verb("kto", "ernie_tune.cli.train:kto", "learn from answers called good or bad"),
-    Verb("upo", "ernie_tune.cli.train:upo", "learn from pairs, rankings, ratings and labels together"),
-    Verb("reward", "ernie_tune.cli.train:reward", "train a reward model", ("rm",)),
-    Verb("score", "ernie_tune.cli.score:run", "score answers with a reward model"),
-    Verb("eval", "ernie_tune.cli.train:evaluate", "loss and scores of a model on held-out rows"),
-    Verb("chat", "ernie_tune.cli.chat:run", "talk to a model in the terminal, with /image"),
+    Verb(
+        "train",
+        "ernie_tune.cli.train:run",
+        say("fine-tune a model as a YAML file says", "按 YAML 文件微调模型"),
+        ("sft",),
+    ),
+    Verb("dpo", "ernie_tune.cli.train:dpo", say("learn from pairs of answers", "从成对的回答中学习")),
+    Verb("kto", "ernie_tune.cli.train:kto", say("learn from answers called good or bad", "从标为好或坏的回答中学习")),
+    Verb(
+        "upo",
+        "ernie_tune.cli.train:upo",
+        say("learn from pairs, rankings, ratings and labels together", "从成对、排序、评分和标签中一起学习"),
+    ),
+    Verb("reward", "ernie_tune.cli.train:reward", say("train a reward model", "训练奖励模型"), ("rm",)),
+    Verb("score", "ernie_tune.cli.score:run", say("score answers with a reward model", "用奖励模型给回答打分")),
+    Verb(
+        "eval",
+        "ernie_tune.cli.train:evaluate",
+        say("loss and scores of a model on held-out rows", "模型在评测数据上的损失与得分"),
+    ),
+    Verb(
+        "chat",
+        "ernie_tune.cli.chat:run",
+        say("talk to a model in the terminal, with /image", "在终端与模型对话，可用 /image 附图"),
+    ),
     Verb(
         "serve",
         "ernie_tune.cli.serve:run",
-        "answer OpenAI's API with a model and its adapters",
+        say("answer OpenAI's API with a model and its adapters", "以 OpenAI 接口提供模型及其适配器的服务"),
         ("server", "api", "deploy"),
     ),
     Verb(
         "export",
         "ernie_tune.cli.export:run",
-        "merge, convert or quantise a model into a checked folder that serves",
+        say(
+            "merge, convert or quantise a model into a checked folder that serves",
+            "合并、转换或量化模型，导出经过校验、可部署的文件夹",
+        ),
         ("merge", "quantize", "split"),
     ),
-    Verb("plot", "ernie_tune.cli.plot:run", "draw the curves of one or several runs"),
-    Verb("demo", "ernie_tune.cli.train:demo", "the first minutes: a small model learns to read digits"),
-    Verb("init", "ernie_tune.cli.init:run", "write a commented YAML file and sample rows", ("cp",)),
-    Verb("estimate", "ernie_tune.cli.estimate:run", "memory a card and time a step of a run, without paddle"),
-    Verb("validate", "ernie_tune.cli.validate:run", "check a YAML file without loading paddle"),
-    Verb("data", "ernie_tune.cli.data:run", "check, show, count or convert training data"),
-    Verb("doctor", "ernie_tune.cli.doctor:run", "describe this machine, to paste into an issue", ("env",)),
-    Verb("version", "ernie_tune.cli.main:version", "print the version"),
-    Verb("help", "ernie_tune.cli.main:help_", "explain a verb or a setting"),
+    Verb("plot", "ernie_tune.cli.plot:run", say("draw the curves of one or several runs", "绘制一次或多次运行的曲线")),
+    Verb(
+        "demo",
+        "ernie_tune.cli.train:demo",
+        say("the first minutes: a small model learns to read digits", "最初几分钟：小模型学会识别数字"),
+    ),
+    Verb(
+        "init",
+        "ernie_tune.cli.init:run",
+        say("write a commented YAML file and sample rows", "生成带注释的 YAML 文件和示例数据"),
+        ("cp",),
+    ),
+    Verb(
+        "estimate",
+        "ernie_tune.cli.estimate:run",
+        say("memory a card and time a step of a run, without paddle", "估算每卡显存和每步用时，无需 paddle"),
+    ),
+    Verb(
+        "validate",
+        "ernie_tune.cli.validate:run",
+        say("check a YAML file without loading paddle", "检查 YAML 文件，无需加载 paddle"),
+    ),
+    Verb(
+        "data",
+        "ernie_tune.cli.data:run",
+        say("check, show, count or convert training data", "检查、查看、统计或转换训练数据"),
+    ),
+    Verb(
+        "doctor",
+        "ernie_tune.cli.doctor:run",
+        say("describe this machine, to paste into an issue", "描述本机环境，便于粘贴到 issue"),
+        ("env",),
+    ),
+    Verb("version", "ernie_tune.cli.main:version", say("print the version", "显示版本")),
+    Verb("help", "ernie_tune.cli.main:help_", say("explain a verb or a setting", "解释一个命令或设置")),
 )
 
 

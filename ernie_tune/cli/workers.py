@@ -17,6 +17,7 @@ from pathlib import Path
 from ernie_tune import CPU_PLAN
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.config.language import say
 from ernie_tune.parallel.watch import Limits, Watch
 
 LAUNCHER = Path(__file__).parents[1] / "launcher.py"
@@ -76,17 +77,26 @@ def wanted(
     nodes, node = _number(environ, "NNODES", 1), _number(environ, "RANK", 0)
     if nodes > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
         raise UsageError(
-            f"NNODES ({nodes}) must go with MASTER_ADDR and MASTER_PORT, the same on every machine, and RANK / 多机需要 MASTER_ADDR 和 MASTER_PORT"
+            say(
+                f"NNODES ({nodes}) must go with MASTER_ADDR and MASTER_PORT, the same on every machine, and RANK",
+                f"NNODES（{nodes}）须与各机相同的 MASTER_ADDR、MASTER_PORT 以及 RANK 同时设置",
+            )
         )
     if not 0 <= node < max(nodes, 1):
         raise UsageError(
-            f"RANK ({node}) must be below NNODES ({nodes}); number the machines from 0 / RANK 必须小于 NNODES"
+            say(
+                f"RANK ({node}) must be below NNODES ({nodes}); number the machines from 0",
+                f"RANK（{node}）须小于 NNODES（{nodes}）；机器从 0 开始编号",
+            )
         )
     product = degrees.tensor_model_parallel_size * degrees.pipeline_model_parallel_size * degrees.sharding_parallel_size
     here = nproc or len(cards) or -(-product // nodes)
     if cards and here > len(cards):
         raise UsageError(
-            f"--nproc ({here}) must not exceed the visible cards ({len(cards)}); lower it / 进程数多于显卡"
+            say(
+                f"--nproc ({here}) must not exceed the visible cards ({len(cards)}); lower it",
+                f"--nproc（{here}）不能超过可见的卡数（{len(cards)}）；请调小",
+            )
         )
     if here * nodes == 1:
         return None
@@ -102,7 +112,12 @@ def split_nproc(args: Sequence[str]) -> tuple[list[str], int | None]:
     at = words.index("--nproc")
     count = words[at + 1] if at + 1 < len(words) else "nothing"
     if not count.isdecimal() or int(count) < 1:
-        raise UsageError(f"--nproc ({count}) must be a number of processes, at least 1 / 进程数须为正整数")
+        raise UsageError(
+            say(
+                f"--nproc ({count}) must be a number of processes, at least 1",
+                f"--nproc（{count}）须为进程数，至少为 1",
+            )
+        )
     return words[:at] + words[at + 2 :], int(count)
 
 
@@ -126,7 +141,9 @@ def meet(what: Start, limits: Limits | None = None) -> None:
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name) or str(default)
     if not text.isdecimal():
-        raise UsageError(f"{name} ({text}) must be a number; correct the variable / 必须是数字")
+        raise UsageError(
+            say(f"{name} ({text}) must be a number; correct the variable", f"{name}（{text}）须为数字；请改正该变量")
+        )
     return int(text)
 
 
@@ -167,7 +184,14 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     """
     for old in log_dir.glob("workerlog.*[0-9]"):  # or the launcher would show an earlier run's lines again
         old.replace(old.with_name(f"{old.name}.old"))
-    print(f"ernie_tune: {what.describe()}; every process writes {log_dir}/workerlog.N", file=sys.stderr, flush=True)
+    print(
+        say(
+            f"ernie_tune: {what.describe()}; every process writes {log_dir}/workerlog.N",
+            f"ernie_tune：{what.describe()}；各进程的日志在 {log_dir}/workerlog.N",
+        ),
+        file=sys.stderr,
+        flush=True,
+    )
     child = subprocess.Popen(what.command(log_dir, words), env=worker_environ(os.environ), start_new_session=True)
     asked = 0
 
@@ -187,7 +211,13 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if code:
-        print(f"ernie_tune: ended with exit code {code}; {_last_words(log_dir)}", file=sys.stderr)
+        print(
+            say(
+                f"ernie_tune: ended with exit code {code}; {_last_words(log_dir)}",
+                f"ernie_tune：以退出码 {code} 结束；{_last_words(log_dir)}",
+            ),
+            file=sys.stderr,
+        )
     return 130 if asked and code else code
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 
 LANGUAGES = ("en", "zh", "both")
@@ -86,6 +87,17 @@ def in_language(message: object, wanted: str) -> object:
 def counted(number: float, one: str, many: str = "") -> str:
     """`1 row`, `2 rows`: the English for so many of a thing."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese characters take two columns."""
+    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def padded(text: object, width: int) -> str:
+    """A text in the present language, filled up with blanks to `width` columns."""
+    said = str(text)
+    return said + " " * (width - columns(said))
 
 
 def join(separator: str, parts: list[Text]) -> Text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from ernie_tune.config.language import say
+
 GB = 1e9
 
 
@@ -78,10 +80,20 @@ def card(name: str) -> Card:
         )
     close = difflib.get_close_matches(key, CARDS, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}?" if close else "or a size such as 80g"
-    raise ValueError(f"card ({name!r}) must be one of {', '.join(CARDS)}, or cpu-16g; {hint} / 未知的加速卡")
+    raise ValueError(
+        say(
+            f"card ({name!r}) must be one of {', '.join(CARDS)}, or cpu-16g; {hint}",
+            f"加速卡（{name!r}）须为 {', '.join(CARDS)} 之一，或 cpu-16g；{hint}",
+        )
+    )
 
 
 def _size(text: str, name: str) -> float:
     if not (text.endswith("g") and text[:-1].isdecimal() and int(text[:-1]) > 0):
-        raise ValueError(f"card ({name!r}) must give its memory in GB, as cpu-16g or 80g; correct it / 显存大小有误")
+        raise ValueError(
+            say(
+                f"card ({name!r}) must give its memory in GB, as cpu-16g or 80g; correct it",
+                f"加速卡（{name!r}）须写明显存（GB），如 cpu-16g 或 80g；请改正",
+            )
+        )
     return int(text[:-1]) * GB

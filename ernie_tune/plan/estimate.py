@@ -11,6 +11,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.convert import to_raw
+from ernie_tune.config.language import padded, say
 from ernie_tune.config.loader import Entry, load_config, load_text
 from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan import cards as card_table
@@ -131,7 +132,10 @@ def _sized(job: Job, row_tokens: int | None, visual_tokens: int | None) -> Job:
         return job
     if not 0 < row_tokens <= job.row_tokens:
         raise ValueError(
-            f"row_tokens ({row_tokens}) must be between 1 and max_seq_len ({job.row_tokens}); lower it / 行长超出 max_seq_len"
+            say(
+                f"row_tokens ({row_tokens}) must be between 1 and max_seq_len ({job.row_tokens}); lower it",
+                f"row_tokens（{row_tokens}）须在 1 与 max_seq_len（{job.row_tokens}）之间；请调小",
+            )
         )
     shorter = job.replace(row_tokens=row_tokens)
     if visual_tokens is None:
@@ -168,79 +172,122 @@ def _lines(e: Estimate) -> list[str]:
         "",
         *_time_lines(e),
         *_advice(e),
-        *(f"note / 说明: {n}" for n in e.job.notes),
+        *(str(say("note: {n}", "说明：{n}", n=n)) for n in e.job.notes),
     ]
 
 
 def _heading(e: Estimate) -> list[str]:
     job, layout = e.job, e.plan.layout
     method = f"{job.method} r={job.lora.r}" if job.lora else job.method
-    visual = f", {job.visual_tokens:,} of them visual" if job.visual_tokens else ""
+    n = job.visual_tokens
+    visual = say(f", {n:,} of them visual", f"，其中视觉 {n:,} 个") if n else say("", "")
     spelled = " ".join(f"{k}: {v}," for k, v in layout.settings().items()).rstrip(",")
-    how = "chosen / 自动选择" if e.searched else "as set / 按设置"
-    return [
-        f"{job.name}: {parameter_count(job.model) / 1e9:,.3f} B parameters, {trained_values(job) / 1e9:,.3f} B trained by {job.stage} {method}",
-        f"micro-batch / 微批: {job.tokens:,} tokens{visual}; x {job.accumulation} accumulated; recompute: {str(job.recompute).lower()}",
-        f"layout / 并行布局 ({how}): {layout} on {layout.world} x {e.card.name}"
-        + (f"  ({spelled})" if spelled else ""),
+    spelled = f"  ({spelled})" if spelled else ""
+    how = say("chosen", "自动选择") if e.searched else say("as set", "按设置")
+    all_b, trained_b = parameter_count(job.model) / 1e9, trained_values(job) / 1e9
+    recompute, where = str(job.recompute).lower(), f"{layout.world} x {e.card.name}"
+    said = [
+        say(
+            f"{job.name}: {all_b:,.3f} B parameters, {trained_b:,.3f} B trained by {job.stage} {method}",
+            f"{job.name}：{all_b:,.3f} B 参数，{job.stage} {method} 训练其中 {trained_b:,.3f} B",
+        ),
+        say(
+            "micro-batch: {n:,} tokens{visual}; x {times} accumulated; recompute: {recompute}",
+            "微批：{n:,} 个 token{visual}；累积 {times} 次；recompute: {recompute}",
+            n=job.tokens,
+            visual=visual,
+            times=job.accumulation,
+            recompute=recompute,
+        ),
+        say("layout ({how}): {l} on {w}{s}", "并行布局（{how}）：{l}，{w}{s}", how=how, l=layout, w=where, s=spelled),
     ]
+    return list(map(str, said))
 
 
 def _memory_lines(e: Estimate) -> list[str]:
     m, out = e.plan.memory, []
     for name, chinese, gb in rows(m.items):
-        out.append(f"  {name:<20}{gb:>9.2f}   {chinese}")
-    worst = f", pipeline stage {m.stage} of {len(m.stages)} / 最重的流水段" if len(m.stages) > 1 else ""
-    verdict = "fits / 可行" if e.plan.fits else "DOES NOT FIT / 显存不足"
-    verdict += ", tightly: keep some reserve / 余量很小" if e.plan.tight else ""
-    head = [f"memory of one card, GB / 单卡显存{worst}"]
-    host = (
-        [f"  main memory of a machine for offloaded states / 主机内存: {m.host_bytes / GB:,.0f} GB"]
-        if m.host_bytes
-        else []
+        out.append(f"  {padded(say(name, chinese), 20)}{gb:>9.2f}".rstrip())
+    several = len(m.stages) > 1
+    worst = say(f", pipeline stage {m.stage} of {len(m.stages)}", f"，最重的流水段 {m.stage} / {len(m.stages)}")
+    verdict = str(say("fits", "可行") if e.plan.fits else say("DOES NOT FIT", "显存不足"))
+    verdict += str(say(", tightly: keep some reserve", "，余量很小：请留出余地")) if e.plan.tight else ""
+    host_gb = m.host_bytes / GB
+    host = say(
+        f"  main memory of a machine for offloaded states: {host_gb:,.0f} GB",
+        f"  存放卸载状态的主机内存：{host_gb:,.0f} GB",
     )
-    disk = f"  disk / 磁盘: weights {base_bytes(e.job.replace(quantize='none', element_bytes=2)) / GB:,.1f} GB in bfloat16; an export needs as much again"
+    disk_gb = base_bytes(e.job.replace(quantize="none", element_bytes=2)) / GB
+    total = padded(say("total", "合计"), 20)
     return [
-        *head,
+        str(say("memory of one card, GB{w}", "单卡显存，GB{w}", w=worst if several else "")),
         *out,
-        f"  {'total / 合计':<18}{e.card_gb:>9.2f}   of {e.card.memory_bytes / GB:.1f}: {verdict}",
-        *host,
-        disk,
+        f"  {total}{e.card_gb:>9.2f}   / {e.card.memory_bytes / GB:.1f}: {verdict}",
+        *([str(host)] if m.host_bytes else []),
+        str(
+            say(
+                f"  disk: weights {disk_gb:,.1f} GB in bfloat16; an export needs as much again",
+                f"  磁盘：bfloat16 权重 {disk_gb:,.1f} GB；导出还需同样大小",
+            )
+        ),
     ]
 
 
 def _time_lines(e: Estimate) -> list[str]:
     t = e.plan.time
     if t is None:
-        return [
-            "time / 时间: the speed of this CPU is not known here; `ernie-tune train FILE --dry-run` and the first steps tell it"
-        ]
-    parts = [("vision tower", t.vision), ("offload", t.offload), ("update", t.update), ("sampling", t.sampling)]
-    more = "".join(f", {name} {seconds:.2f} s" for name, seconds in parts if seconds >= 0.005)
-    return [
-        "time of a step, predicted from published speeds / 每步时间 (预测)",
-        f"  {t.seconds:.2f} s: per micro-batch {t.compute * 1e3:.0f} ms arithmetic + {t.communication * 1e3:.0f} ms communication, bubble {t.bubble:.0%}{more}",
-        f"  {t.tokens:,} tokens a step, {t.tokens_per_second_per_card:,.0f} tokens/s a card, {t.flops:.2e} FLOP, MFU {t.mfu:.1%}",
+        unknown = say(
+            "time: the speed of this CPU is not known here; `ernie-tune train FILE --dry-run` and the first steps tell it",
+            "时间：此处不知道本机 CPU 的速度；请看 `ernie-tune train FILE --dry-run` 和最初几步",
+        )
+        return [str(unknown)]
+    parts = [
+        (say("vision tower", "视觉塔"), t.vision),
+        (say("offload", "卸载"), t.offload),
+        (say("update", "更新"), t.update),
+        (say("sampling", "采样"), t.sampling),
     ]
+    more = "".join(f", {name} {seconds:.2f} s" for name, seconds in parts if seconds >= 0.005)
+    arithmetic, communication, speed = t.compute * 1e3, t.communication * 1e3, t.tokens_per_second_per_card
+    said = [
+        say("time of a step, predicted from published speeds", "每步时间（由公开速度预测）"),
+        say(
+            f"  {t.seconds:.2f} s: per micro-batch {arithmetic:.0f} ms arithmetic + {communication:.0f} ms "
+            f"communication, bubble {t.bubble:.0%}{more}",
+            f"  {t.seconds:.2f} s：每微批计算 {arithmetic:.0f} ms + 通信 {communication:.0f} ms，空泡 {t.bubble:.0%}{more}",
+        ),
+        say(
+            f"  {t.tokens:,} tokens a step, {speed:,.0f} tokens/s a card, {t.flops:.2e} FLOP, MFU {t.mfu:.1%}",
+            f"  每步 {t.tokens:,} 个 token，每卡每秒 {speed:,.0f} 个，{t.flops:.2e} FLOP，MFU {t.mfu:.1%}",
+        ),
+    ]
+    return list(map(str, said))
 
 
 def _advice(e: Estimate) -> list[str]:
-    out = []
+    out: list[str] = []
     if not e.card.bf16 and not e.card.is_cpu:
         out.append(
-            f"{e.card.name} has no bfloat16: this model does not train on it; use it for tiny models, data checks and configuration / 该卡不支持 bfloat16"
+            say(
+                f"{e.card.name} has no bfloat16: this model does not train on it; use it for tiny models, "
+                "data checks and configuration",
+                f"{e.card.name} 不支持 bfloat16：该模型无法在其上训练；可用于小模型、数据检查和配置",
+            )
         )
     if e.better:
         p = e.better
         spelled = " ".join(f"{k}: {v}," for k, v in p.layout.settings().items()).rstrip(",")
         out.append(
-            f"better on as many cards / 更优布局: {p.layout}, {p.memory.total / GB:.1f} GB, {p.speed:,.0f} tokens/s a card ({spelled})"
+            say(
+                f"better on as many cards: {p.layout}, {p.memory.total / GB:.1f} GB, {p.speed:,.0f} tokens/s a card ({spelled})",
+                f"同样卡数下更优的布局：{p.layout}，{p.memory.total / GB:.1f} GB，每卡每秒 {p.speed:,.0f} 个 token（{spelled}）",
+            )
         )
     if not e.fits:
         out.append(
-            "it would fit with / 以下任一组修改后可行:"
+            say("it would fit with:", "以下任一组修改后可行：")
             if e.changes
-            else "no three changes make it fit / 三处修改内无法放下"
+            else say("no three changes make it fit", "三处修改之内无法放下")
         )
         out += [f"  {number}. {'; '.join(texts)}" for number, texts in enumerate(e.changes, 1)]
     return out

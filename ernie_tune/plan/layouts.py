@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.plan.segments import bounds_of
 
@@ -132,7 +133,10 @@ def _tensor(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     for name, value in _uneven(model, t):
         yield (
             _TENSOR,
-            f"{_TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal} / 张量并行度须整除该值",
+            say(
+                f"{_TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal}",
+                f"{_TENSOR}（{t}）须整除 {name}（{value}）；该模型可选 {legal}",
+            ),
         )
 
 
@@ -156,20 +160,35 @@ def _experts(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     if e <= 1:
         return
     if model.moe is None:
-        yield _EXPERT, f"{_EXPERT} ({e}) must be 1 for a model without experts; remove it / 该模型没有专家"
+        yield (
+            _EXPERT,
+            say(
+                f"{_EXPERT} ({e}) must be 1 for a model without experts; remove it",
+                f"模型没有专家时 {_EXPERT}（{e}）须为 1；请去掉",
+            ),
+        )
         return
     if model.moe.num_experts % e:
         legal = _divisors(model.moe.num_experts)
         yield (
             _EXPERT,
-            f"{_EXPERT} ({e}) must divide the experts of one modality ({model.moe.num_experts}); choose one of {legal} / 专家并行度须整除专家数",
+            say(
+                f"{_EXPERT} ({e}) must divide the experts of one modality ({model.moe.num_experts}); "
+                f"choose one of {legal}",
+                f"{_EXPERT}（{e}）须整除单一模态的专家数（{model.moe.num_experts}）；可选 {legal}",
+            ),
         )
     if e % t or (t * s) % e:
         legal = [d for d in _divisors(t * s) if d % t == 0 and model.moe.num_experts % d == 0]
         yield (
             _EXPERT,
-            f"{_EXPERT} ({e}) must be a multiple of {_TENSOR} ({t}) and divide {_TENSOR} * replicas ({t * s}), "
-            f"so that expert * moe_sharding = tensor * sharding; choose one of {legal or [t]} / 专家并行度不合法",
+            say(
+                f"{_EXPERT} ({e}) must be a multiple of {_TENSOR} ({t}) and divide {_TENSOR} * replicas ("
+                f"{t * s}), so that expert * moe_sharding = tensor * sharding; choose one of "
+                f"{legal or [t]}",
+                f"{_EXPERT}（{e}）须为 {_TENSOR}（{t}）的倍数并整除 {_TENSOR} × 副本数（{t * s}），使 "
+                f"expert × moe_sharding = tensor × sharding；可选 {legal or [t]}",
+            ),
         )
 
 
@@ -179,21 +198,33 @@ def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> I
     if p * v > items:
         yield (
             _PIPELINE,
-            f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be cut into ({items}: embedding, "
-            f"{model.num_hidden_layers} layers, norm, head); choose at most {items // v} / 流水并行度过大",
+            say(
+                f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be "
+                f"cut into ({items}: embedding, {model.num_hidden_layers} layers, norm, head); choose at "
+                f"most {items // v}",
+                f"{_PIPELINE}（{p}）× {_VIRTUAL}（{v}）不能超过模型可切分的段数（{items}：embedding、"
+                f"{model.num_hidden_layers} 层、norm、head）；最多取 {items // v}",
+            ),
         )
     if p > 1 and layout.segments:
         yield from _segments(model, layout)
     if v > 1 and p <= 2:
         yield (
             _VIRTUAL,
-            f"{_VIRTUAL} ({v}) needs {_PIPELINE} ({p}) above 2; raise that to 4, or set {_VIRTUAL}: 1 / 虚拟流水需要流水并行度大于 2",
+            say(
+                f"{_VIRTUAL} ({v}) needs {_PIPELINE} ({p}) above 2; raise that to 4, or set {_VIRTUAL}: 1",
+                f"{_VIRTUAL}（{v}）需要 {_PIPELINE}（{p}）大于 2；请将后者调到 4，或设 {_VIRTUAL}: 1",
+            ),
         )
     if v > 1 and accumulation is not None and accumulation != p and accumulation < 2 * p:
         yield (
             "gradient_accumulation_steps",
-            f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least twice that with {_VIRTUAL} ({v}); "
-            f"set {p if accumulation < p else 2 * p} / 累积步数不合法",
+            say(
+                f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least "
+                f"twice that with {_VIRTUAL} ({v}); set {(p if accumulation < p else 2 * p)}",
+                f"在 {_VIRTUAL}（{v}）下 gradient_accumulation_steps（{accumulation}）须等于 {_PIPELINE}（"
+                f"{p}）或至少为其两倍；请设为 {(p if accumulation < p else 2 * p)}",
+            ),
         )
 
 
@@ -206,8 +237,12 @@ def _segments(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     if layout.sequence_parallel and bounds[-2] == bounds[-1] - 1:
         yield (
             _SEGMENTS,
-            f"{_SEGMENTS} ({','.join(layout.segments)}) must leave norm and head on one stage with sequence_parallel; begin the last part at "
-            f"{bounds[-1] - 2} or before / 序列并行时 norm 与 head 须在同一段",
+            say(
+                f"{_SEGMENTS} ({','.join(layout.segments)}) must leave norm and head on one stage with "
+                f"sequence_parallel; begin the last part at {bounds[-1] - 2} or before",
+                f"启用 sequence_parallel 时 {_SEGMENTS}（{','.join(layout.segments)}）须使 norm 与 head "
+                f"在同一段；最后一段请从 {bounds[-1] - 2} 或之前开始",
+            ),
         )
 
 
@@ -215,18 +250,30 @@ def _sharding(layout: Layout) -> Iterator[Problem]:
     if layout.stage > 1 and layout.pipeline > 1:
         yield (
             "sharding",
-            f"sharding (stage{layout.stage}) must be stage1 with {_PIPELINE} ({layout.pipeline}); change one / 流水并行只支持 stage1",
+            say(
+                f"sharding (stage{layout.stage}) must be stage1 with {_PIPELINE} ({layout.pipeline}); change one",
+                f"{_PIPELINE}（{layout.pipeline}）下 sharding（stage{layout.stage}）须为 stage1；请修改其一",
+            ),
         )
     if layout.stage and layout.sharding == 1 and layout.data > 1:
         yield (
             _SHARDING,
-            f"{_SHARDING} (1) must be above 1 with sharding (stage{layout.stage}): {layout.data} ranks have the same weights and share nothing; "
-            f"set it to {layout.data}, or sharding: off / 请设置 sharding 并行度",
+            say(
+                f"{_SHARDING} (1) must be above 1 with sharding (stage{layout.stage}): {layout.data} "
+                f"ranks have the same weights and share nothing; set it to {layout.data}, or sharding: off",
+                f"sharding（stage{layout.stage}）下 {_SHARDING}（1）须大于 1：{layout.data} "
+                f"个进程权重相同却没有分摊；请设为 {layout.data}，或 sharding: off",
+            ),
         )
     if layout.offload and layout.data > 1:
         yield (
             "sharding",
-            f"sharding (stage{layout.stage} offload) must not go with {layout.data} data replicas; set {_SHARDING} to {layout.sharding * layout.data} / 卸载时不能有数据并行",
+            say(
+                f"sharding (stage{layout.stage} offload) must not go with {layout.data} data replicas; "
+                f"set {_SHARDING} to {layout.sharding * layout.data}",
+                f"sharding（stage{layout.stage} offload）不能与 {layout.data} 个数据副本同用；请将 "
+                f"{_SHARDING} 设为 {layout.sharding * layout.data}",
+            ),
         )
 
 
@@ -235,8 +282,14 @@ def _world(layout: Layout, world: int | None) -> Iterator[Problem]:
     if world is not None and world % needed:
         yield (
             _TENSOR if layout.tensor > 1 else _PIPELINE if layout.pipeline > 1 else _SHARDING,
-            f"{_TENSOR} ({layout.tensor}) * {_PIPELINE} ({layout.pipeline}) * {_SHARDING} ({layout.sharding}) = {needed} must divide the number of "
-            f"processes ({world}); start {max(needed, world // needed * needed)}, or lower a degree / 并行度之积须整除进程数",
+            say(
+                f"{_TENSOR} ({layout.tensor}) * {_PIPELINE} ({layout.pipeline}) * {_SHARDING} ("
+                f"{layout.sharding}) = {needed} must divide the number of processes ({world}); start "
+                f"{max(needed, world // needed * needed)}, or lower a degree",
+                f"{_TENSOR}（{layout.tensor}）× {_PIPELINE}（{layout.pipeline}）× {_SHARDING}（"
+                f"{layout.sharding}）= {needed} 须整除进程数（{world}）；请启动 "
+                f"{max(needed, world // needed * needed)} 个，或降低某个并行度",
+            ),
         )
 
 
@@ -300,7 +353,14 @@ def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None
         others = nearest(model, layout, ranks, accumulation=steps)
         shown = "; ".join(f"{other} ({_spelled(other)})" for other in others)
         name, message = found[-1]
-        found[-1] = (name, f"{message}\nnearest layouts on {ranks} card(s) / 可用的相近布局: {shown or 'none'}")
+        near = say(
+            "{message}\nnearest layouts on {ranks} card(s): {shown}",
+            "{message}\n{ranks} 张卡上可用的相近布局：{shown}",
+            message=message,
+            ranks=ranks,
+            shown=shown or say("none", "无"),
+        )
+        found[-1] = (name, near)
     return found
 
 
@@ -324,5 +384,8 @@ def _unbuilt(config: RunConfig) -> Iterator[Problem]:
         if value > 1:
             yield (
                 name,
-                f"{name} ({value}) must be 1: experts and sequences are cut by other axes here; use {instead} / 不支持，请改用上述设置",
+                say(
+                    f"{name} ({value}) must be 1: experts and sequences are cut by other axes here; use {instead}",
+                    f"{name}（{value}）须为 1：这里专家与序列由其他轴切分；请用 {instead}",
+                ),
             )

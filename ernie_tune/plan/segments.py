@@ -8,6 +8,8 @@ import itertools
 import re
 from collections.abc import Sequence
 
+from ernie_tune.config.language import say
+
 _LAYER = "DecoderLayer"  # in the class names of all ports: Ernie4_5_DecoderLayer, Ernie4_5_VLMoeDecoderLayer, ...
 
 
@@ -24,7 +26,10 @@ def bounds_of(method: Sequence[str], layers: int, parts: int) -> tuple[int, ...]
     if words == ["uniform"]:
         if parts > items:
             raise ValueError(
-                f"pp_seg_method (uniform) must have an item for each of {parts} parts, not {items}; lower a degree"
+                say(
+                    f"pp_seg_method (uniform) must have an item for each of {parts} parts, not {items}; lower a degree",
+                    f"pp_seg_method（uniform）的 {parts} 段每段至少一项，只有 {items} 项；请降低并行度",
+                )
             )
         size, longer = divmod(items, parts)
         sizes = [size + (i >= parts - longer) for i in range(parts)]
@@ -32,18 +37,30 @@ def bounds_of(method: Sequence[str], layers: int, parts: int) -> tuple[int, ...]
     if words[0].startswith("layer:"):
         if len(words) > 1 or _LAYER not in words[0]:
             raise ValueError(
-                f"pp_seg_method ({','.join(words)}) must count decoder layers, the one kind of layer that repeats; set layer:{_LAYER} / 只能按解码层切分"
+                say(
+                    f"pp_seg_method ({','.join(words)}) must count decoder layers, the one kind of layer that "
+                    f"repeats; set layer:{_LAYER}",
+                    f"pp_seg_method（{','.join(words)}）须按重复出现的解码层计数；请设为 layer:{_LAYER}",
+                )
             )
         if layers % parts:
             raise ValueError(
-                f"pp_seg_method ({words[0]}) must give each of {parts} parts as many of the {layers} layers; list them, as "
-                f"[{', '.join(map(str, _near(layers, parts)))}], or set uniform / 层数不能整除"
+                say(
+                    f"pp_seg_method ({words[0]}) must give each of {parts} parts as many of the {layers} "
+                    f"layers; list them, as [{', '.join(map(str, _near(layers, parts)))}], or set uniform",
+                    f"pp_seg_method（{words[0]}）须使 {parts} 段平分 {layers} 层；请逐段列出，如 ["
+                    f"{', '.join(map(str, _near(layers, parts)))}]，或设为 uniform",
+                )
             )
         return _after([layers // parts] * parts, items)
     if not all(re.fullmatch(r"\d+", word) for word in words):
         raise ValueError(
-            f"pp_seg_method ({','.join(words)}) must be uniform, layer:{_LAYER}, first items ([0, 13, 31]) or numbers of layers ([12, 16]); choose one / "
-            "取值不合法"
+            say(
+                f"pp_seg_method ({','.join(words)}) must be uniform, layer:{_LAYER}, first items ([0, 13, "
+                "31]) or numbers of layers ([12, 16]); choose one",
+                f"pp_seg_method（{','.join(words)}）须为 uniform、layer:{_LAYER}、各段起点（[0, 13, "
+                "31]）或各段层数（[12, 16]）；请选一种",
+            )
         )
     return _listed([int(word) for word in words], layers, parts)
 
@@ -53,14 +70,23 @@ def _listed(numbers: list[int], layers: int, parts: int) -> tuple[int, ...]:
     if numbers[0]:
         if len(numbers) != parts or sum(numbers) != layers or 0 in numbers:
             raise ValueError(
-                f"pp_seg_method ({numbers}) must be {parts} numbers of layers above 0 that add up to {layers}; for example {near} / 每段的层数之和须等于总层数"
+                say(
+                    f"pp_seg_method ({numbers}) must be {parts} numbers of layers above 0 that add up to "
+                    f"{layers}; for example {near}",
+                    f"pp_seg_method（{numbers}）须为 {parts} 个大于 0 且总和为 {layers} 的层数；例如 {near}",
+                )
             )
         return _after(numbers, items)
     given = [*numbers, items] if len(numbers) == parts else numbers
     if len(given) != parts + 1 or given[-1] != items or any(a >= b for a, b in itertools.pairwise(given)):
         raise ValueError(
-            f"pp_seg_method ({numbers}) must be {parts + 1} rising numbers from 0 to the {items} pipeline items (embedding, {layers} layers, norm, head); "
-            f"for example {list(_after(near, items))} / 切分点不合法"
+            say(
+                f"pp_seg_method ({numbers}) must be {parts + 1} rising numbers from 0 to the {items} "
+                f"pipeline items (embedding, {layers} layers, norm, head); for example "
+                f"{list(_after(near, items))}",
+                f"pp_seg_method（{numbers}）须为从 0 到 {items} 的 {parts + 1} 个递增数（embedding、"
+                f"{layers} 层、norm、head）；例如 {list(_after(near, items))}",
+            )
         )
     return tuple(given)
 

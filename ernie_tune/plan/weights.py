@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES, ParameterSpec, parameter_specs
 from ernie_tune.peft.formats import ALGORITHMS, num_groups
@@ -79,7 +80,10 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
         return plain
     if job.quantize not in ALGORITHMS:
         raise ValueError(
-            f"weight_quantize_algo ({job.quantize!r}) must be one of {sorted(ALGORITHMS)}; choose one of them / 不支持的量化方式"
+            say(
+                f"weight_quantize_algo ({job.quantize!r}) must be one of {sorted(ALGORITHMS)}; choose one of them",
+                f"weight_quantize_algo（{job.quantize!r}）须为 {sorted(ALGORITHMS)} 之一；请选一种",
+            )
         )
     chosen = ALGORITHMS[job.quantize]
     if name == "embed_tokens.weight":

@@ -29,7 +29,8 @@ _MAGIC = {
 }
 _EMBEDDED_BYTES = 200_000
 _FRAMES = 3
-_THUMBNAIL = 320  # pixels of the longer side
+_THUMBNAIL, _TINY = 320, 32  # pixels of the longer side
+_TINY_BYTES = 4_000  # a picture with more is not looked at for its size
 _MISSING = say("cannot be shown", "无法显示")
 
 
@@ -111,7 +112,9 @@ def picture(source: Picture, files: Path | None, small: bool = False) -> str:
     if small or (files is None and len(data) > _EMBEDDED_BYTES):
         data, kind = _thumbnail(data, kind)
     if len(data) <= _EMBEDDED_BYTES or files is None:
-        return _image(f"data:{kind};base64,{base64.b64encode(data).decode()}")
+        return _image(
+            f"data:{kind};base64,{base64.b64encode(data).decode()}", len(data) < _TINY_BYTES and _is_tiny(data)
+        )
     files.mkdir(parents=True, exist_ok=True)
     name = f"{hashlib.sha256(data).hexdigest()[:16]}.{kind.removeprefix('image/')}"
     (files / name).write_bytes(data)
@@ -145,6 +148,15 @@ def _frames(data: bytes) -> list[bytes]:
         return []
 
 
+def _is_tiny(data: bytes) -> bool:
+    """Whether a picture has so few pixels that it must be drawn larger to be seen."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return max(opened.size) < _TINY
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
+
+
 def _thumbnail(data: bytes, kind: str) -> tuple[bytes, str]:
     if len(data) <= _EMBEDDED_BYTES // 10:
         return data, kind
@@ -170,8 +182,8 @@ def _read(file: Path | None) -> bytes:
         return b""
 
 
-def _image(source: str) -> str:
-    return f'<img src="{escape(source)}" loading="lazy" alt="">'
+def _image(source: str, tiny: bool = False) -> str:
+    return f'<img src="{escape(source)}" loading="lazy" alt=""{" class=tiny" if tiny else ""}>'
 
 
 STYLE = """
@@ -208,6 +220,7 @@ html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
 .ernie-tune article.warning{border-left-color:#eab308}
 .ernie-tune .pics{flex:0 0 220px;display:flex;flex-wrap:wrap;gap:8px;align-items:flex-start;align-content:flex-start}.ernie-tune .pics:empty{display:none}
 .ernie-tune .pics img{max-width:220px;max-height:260px;border-radius:8px;outline:1px solid var(--line)}
+.ernie-tune .pics img.tiny{width:88px;image-rendering:pixelated}
 .ernie-tune .clip{display:flex;gap:4px;max-width:220px}.ernie-tune .clip img{min-width:0;flex:1;max-width:33%;height:auto}
 .ernie-tune .gone{border:1px dashed var(--line);border-radius:8px;padding:14px;color:var(--soft);font-size:12.5px;word-break:break-all}
 .ernie-tune .text{flex:1;min-width:0}.ernie-tune .q{font-weight:600;margin:0 0 10px;white-space:pre-wrap;overflow-wrap:anywhere}

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ernie_tune.config.language import say, shown
+from ernie_tune.config.language import columns, padded, say, shown
 from ernie_tune.report.direction import better, gain
 from ernie_tune.report.writers import Writer
 
@@ -51,7 +50,11 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is not None and not isinstance(value, bool | int | str | Path):
         raise ValueError(
-            f"logged value ({value!r}) must be a number, text, list or mapping, not {type(value).__name__}; convert it"
+            say(
+                f"logged value ({value!r}) must be a number, text, list or mapping, not "
+                f"{type(value).__name__}; convert it",
+                f"要记录的值（{value!r}）须为数字、文本、列表或映射，而不是 {type(value).__name__}；请转换",
+            )
         )
     return str(value) if isinstance(value, Path) else value
 
@@ -132,12 +135,11 @@ def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, 
         lines.setdefault((old, value, better(name)) if change is not None else (name,), cells)
     rows = list(lines.values())
     heads = ("", str(say("before", "训练前")), str(say("after", "训练后")), str(say("change", "变化")))
-    widths = [max(_columns(r[i]) for r in [*rows, heads]) for i in range(4)]
+    widths = [max(columns(r[i]) for r in [*rows, heads]) for i in range(4)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0] + " " * (widths[0] - _columns(cells[0]))]
-        padded += [" " * (widths[i] - _columns(cells[i])) + cells[i] for i in (1, 2, 3)]
-        return "  " + "  ".join(padded)
+        right = [" " * (widths[i] - columns(cells[i])) + cells[i] for i in (1, 2, 3)]
+        return "  " + "  ".join([padded(cells[0], widths[0]), *right])
 
     verdicts = {"+": say("better", "变好"), "-": say("worse", "变差"), " ": ""}
     return [
@@ -149,11 +151,6 @@ def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _columns(text: str) -> int:
-    """How wide a terminal shows it: Chinese characters take two columns."""
-    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
 
 
 def read_log(path: Path) -> tuple[History, int]:
@@ -169,7 +166,10 @@ def read_log(path: Path) -> tuple[History, int]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{path}:{number}: {line[:80]!r} must be one JSON record; delete the line ({error})"
+                say(
+                    f"{path}:{number}: {line[:80]!r} must be one JSON record; delete the line ({error})",
+                    f"{path}:{number}：{line[:80]!r} 须为一条 JSON 记录；请删去该行（{error}）",
+                )
             ) from error
         history.append(record)
     return history, whole
@@ -259,7 +259,12 @@ class RunLog:
         """
         unknown = sorted(set(fields) - set(_STATE_FIELDS))
         if unknown:
-            raise ValueError(f"field ({unknown[0]}) must be one of trainer_state.json's ({', '.join(_STATE_FIELDS)})")
+            raise ValueError(
+                say(
+                    f"field ({unknown[0]}) must be one of trainer_state.json's ({', '.join(_STATE_FIELDS)})",
+                    f"字段（{unknown[0]}）须为 trainer_state.json 的字段之一（{', '.join(_STATE_FIELDS)}）",
+                )
+            )
         mine = {"epoch": float(epoch), "global_step": step, "log_history": self.history}
         return plain({**_STATE_FIELDS, **fields, **mine})
 
@@ -272,7 +277,12 @@ class RunLog:
         taken = (path.with_name(f"trainer_log.{n}.jsonl") for n in range(1, 10_000))
         kept = next(name for name in taken if not name.exists())
         os.replace(path, kept)
-        self.info(f"a new run starts in {self.output_dir}; the log of the earlier one is kept as {kept.name}")
+        self.info(
+            say(
+                f"a new run starts in {self.output_dir}; the log of the earlier one is kept as {kept.name}",
+                f"{self.output_dir} 中开始新的运行；此前的日志保留为 {kept.name}",
+            )
+        )
 
     def _add_row(self, record: Mapping[str, Any]) -> None:
         if set(_cells(record)) - set(self._columns):

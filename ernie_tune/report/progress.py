@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ernie_tune.config.language import say
 from ernie_tune.report.plot import mini_svg
 
 MODES = ("terminal", "plain", "notebook")
@@ -90,7 +91,12 @@ class Progress:
         inner: bool = False,
     ) -> None:
         if mode and mode not in MODES:
-            raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}; leave it empty to choose by itself")
+            raise ValueError(
+                say(
+                    f"mode ({mode!r}) must be one of {', '.join(MODES)}; leave it empty to choose by itself",
+                    f"mode（{mode!r}）须为 {', '.join(MODES)} 之一；留空则自动选择",
+                )
+            )
         bar, lines = stream or sys.stderr, stream or sys.stdout
         mode = mode or choose_mode(bar, os.environ)
         self.total_steps, self.start_step, self.step = total_steps, start_step, start_step

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.language import say
+
 # logger -> (package, what installs it)
 PACKAGES = {
     "visualdl": ("visualdl", "pip install 'ernie-tune[visualdl]'"),
@@ -48,7 +50,10 @@ def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> Writer:
         module = importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"report_to ({name}) must have the package {package} ({error}); {install}, or remove it"
+            say(
+                f"report_to ({name}) must have the package {package} ({error}); {install}, or remove it",
+                f"report_to（{name}）需要软件包 {package}（{error}）；{install}，或去掉该项",
+            )
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     if name in ("wandb", "swanlab"):
