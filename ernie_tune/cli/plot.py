@@ -5,6 +5,8 @@ Refuses to know: training, paddle.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from ernie_tune.cli.verbs import UsageError
@@ -15,10 +17,10 @@ from ernie_tune.config.loader import split_overrides
 def run(args: list[str]) -> int:
     """ernie-tune plot RUN_FOLDER... [--name loss] [--svg FILE]
 
-    Draws a logged value of one or several runs in the terminal; --svg writes all curves of all runs to a file.
+    Draws a logged value of one or several runs in the terminal, on one chart; --svg writes all curves of all runs to a file.
     """
     from ernie_tune.report.log import LOG_FILE, read_log, write_atomically
-    from ernie_tune.report.plot import curves_svg, terminal_plot
+    from ernie_tune.report.plot import curves_svg, short_names, terminal_plot
 
     folders, entries = split_overrides(args)
     options = {e.name: str(e.raw) for e in entries}
@@ -38,9 +40,11 @@ def run(args: list[str]) -> int:
                 f"{missing[0]} 中须有 {LOG_FILE}；请给出某次运行的 output_dir",
             )
         )
-    runs = {f: read_log(Path(f) / LOG_FILE)[0] for f in folders}
-    print(terminal_plot(runs, options.get("name", "loss")))
+    names = short_names(folders)
+    runs = {names[f]: read_log(Path(f) / LOG_FILE)[0] for f in folders}
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(terminal_plot(runs, options.get("name", "loss"), colour=colour))
     if "svg" in options:
         write_atomically(Path(options["svg"]), curves_svg(runs))
-        print(f"wrote {options['svg']}")
+        print(say(f"wrote {options['svg']}", f"已写入 {options['svg']}"))
     return 0

@@ -245,7 +245,7 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What README.md tells. `arguments` are those of ernie_tune_args.yaml; `commands`: purpose -> what to type, in the order of use."""
+    """What README.md tells. `arguments` are those that were not left at their defaults; `commands`: purpose -> what to type, in the order of use."""
 
     name: str
     base_model: str
@@ -285,7 +285,8 @@ def model_card(card: ModelCard) -> str:
         _section("Results on held-out rows", ("metric", "before", "after"), metrics),
         _section("Data", ("file", "rows", "sha256"), [(f.path, str(f.rows), f.sha256) for f in card.data]),
         "\n\n".join(["## Use", *(f"{_inline(what)}:\n\n```bash\n{how}\n```" for what, how in card.commands.items())]),
-        _section("Arguments", ("name", "value"), [(k, _shown(v)) for k, v in card.arguments.items()]),
+        _section("Arguments", ("name", "value"), [(k, _shown(v)) for k, v in card.arguments.items()])
+        + ("\n\nAll others have their defaults; `ernie_tune_args.yaml` holds every one." if card.arguments else ""),
         _section("Environment", ("", "version"), list(card.environment.items())),
         "## Licence\n\n"
         f"These weights derive from `{_inline(card.base_model)}` and stay under its licence, here stated as {_inline(card.licence)}; "

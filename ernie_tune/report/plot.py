@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import Text, say
 from ernie_tune.report.log import write_atomically
 
 Point = tuple[float, float]  # step, value
 Box = tuple[float, float, float, float]  # left, top, width, height
 History = Sequence[Mapping[str, Any]]
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
-_BARS = "▁▂▃▄▅▆▇█"
+_ANSI = (94, 93, 92, 95, 96, 91)  # bright colours of a terminal, a run each
+_BARS, _BLANK = "▁▂▃▄▅▆▇█", "\u2800"
 _HIDDEN = {"step", "epoch", "loss", "eval_loss", "total_flos"}
 _HIDDEN_ENDS = (
     *("runtime", "seconds", "samples_per_second", "steps_per_second", "elapsed_time", "remaining_time"),
@@ -239,8 +241,8 @@ def _labels(curves: Sequence[Curve], room: float) -> list[tuple[str, float]]:
 
 
 def _legend(panel: Panel, box: Box) -> tuple[list[str], float]:
-    """The legend beside the title, or under it if that is too narrow; as many entries as fit, and how many did not. Also the height of the head."""
-    left, top, width, _ = box
+    """The legend beside the title, or under it in as many lines as it needs. Also the height of the head."""
+    left, top, width, height = box
     beside = width - 50 - 8.6 * len(panel.title)
     entries = _labels(panel.curves, beside)
     below = sum(size for _, size in entries) > beside
@@ -249,14 +251,15 @@ def _legend(panel: Panel, box: Box) -> tuple[list[str], float]:
     x = left + 18 if below else left + width - 14 - sum(size for _, size in entries)
     y = top + 27 + 21 * below
     out: list[str] = []
+    rows = 1
     for i, ((text, size), curve) in enumerate(zip(entries, panel.curves, strict=True)):
         if below and room < size and i:
-            return [*out, _text(x, y, f"+{len(entries) - i}", "legend")], 62
+            x, y, room, rows = left + 18, y + 18, width - 36, rows + 1
         if curve.name:
             out.append(f'<path d="M{x:.1f},{y - 4:.1f} h14" class="key" stroke="{curve.colour}"/>')
         out.append(_text(x + 20, y, text, "legend"))
         x, room = x + size, room - size
-    return out, 46 + 20 * below
+    return out, min(46 + (20 + 18 * (rows - 1)) * below, height * 0.62)  # the curves keep their place
 
 
 def _panel(panel: Panel, box: Box) -> str:
@@ -274,7 +277,9 @@ _STYLE = f"""text{{font-family:{_FONT}}}
 .tick{{font-size:11.5px;fill:#475569}}.unit{{font-size:11px;fill:#94a3b8}}.legend{{font-size:12.5px;fill:#334155}}
 .line{{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}}
 .raw{{fill:none;stroke-width:1.1;stroke-opacity:.28;stroke-linejoin:round}}
-.dot{{fill:#ffffff;stroke-width:1.8}}.key{{stroke-width:3;stroke-linecap:round}}"""
+.dot{{fill:#ffffff;stroke-width:1.8}}.key{{stroke-width:3;stroke-linecap:round}}
+@media(prefers-color-scheme:dark){{.page{{fill:#0b1220}}.card{{fill:#131c2e;stroke:#26334a}}.grid{{stroke:#1e293f}}.axis{{stroke:#64748b}}
+.head,.title{{fill:#e2e8f0}}.tick{{fill:#a3b1c6}}.legend{{fill:#cbd5e1}}.dot{{fill:#131c2e}}}}"""
 
 
 def curves_svg(runs: Mapping[str, History], title: str = "") -> str:
@@ -291,7 +296,11 @@ def curves_svg(runs: Mapping[str, History], title: str = "") -> str:
         parts.append(_panel(panel, box))
     rows = math.ceil((len(shown) - 1) / columns) if shown else 0
     height = top + (_TALL if shown else 60) + rows * (_LOW + _GAP) + 12
-    parts += [] if shown else [_text(_WIDTH / 2, top + 34, "nothing was logged yet", "legend", "middle")]
+    parts += (
+        []
+        if shown
+        else [_text(_WIDTH / 2, top + 34, str(say("nothing was logged yet", "尚无记录")), "legend", "middle")]
+    )
     head = [_text(20, 29, title, "head")] if title else []
     return "\n".join(
         [
@@ -343,24 +352,67 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     return "".join(_BARS[round((m - min(means)) / span * 7)] if span else _BARS[3] for m in means)
 
 
-def terminal_plot(runs: Mapping[str, History], name: str = "loss", width: int = 72, height: int = 14) -> str:
-    """One metric as text, two braille dots across and four down a character; several runs under each other on the same axes."""
+def terminal_plot(
+    runs: Mapping[str, History], name: str = "loss", width: int = 72, height: int = 14, colour: bool = False
+) -> str:
+    """One metric of all runs on one chart of text, two braille dots across and four down a character. Several runs have a colour each, or where the terminal
+    has none, a letter each after the first."""
     curves = {run: smooth(points_of(history, name)) for run, history in runs.items()}
     drawn = [Curve(run, points, "") for run, points in curves.items() if points]
     if not drawn:
-        return f"no {name} was logged"
+        return str(_not_logged(runs, name))
     frame = _frame(Panel(name, drawn), (0, 0, 0, 0))
     canvas = _Frame(0, 0, 2 * width - 1, 4 * height - 1, frame.x, frame.y)
     low, high = tick_label(frame.x[0]), tick_label(frame.x[1])
-    lines = []
-    for curve in drawn:
-        lines.append(f"{'':11}{name}  {curve.name}".rstrip())
+    rows = [[" "] * width for _ in range(height)]
+    heads = []
+    for k, curve in reversed(list(enumerate(drawn))):  # the first run lies on top
         for r, row in enumerate(_braille([canvas.at(p) for p in curve.points], width, height)):
-            value = frame.y[1] - (frame.y[1] - frame.y[0]) * r / (height - 1)
-            label = tick_label(float(f"{value:.3g}")) if r % 4 == 0 or r == height - 1 else ""
-            lines.append(f"{label:>9} │{row}")
-        lines += [" " * 10 + "└" + "─" * width, f"{'':11}{low}{'step':^{width - len(low) - len(high)}}{high}"]
+            for c, sign in enumerate(row):
+                if sign != _BLANK:
+                    rows[r][c] = _marked(sign, k, colour)
+        heads.append(f"{_marked('⠒⠒', k, colour)} {curve.name}" if len(drawn) > 1 else curve.name)
+    lines = [f"{'':11}{name}  {'   '.join(reversed(heads))}".rstrip()]
+    for r, row_signs in enumerate(rows):
+        value = frame.y[1] - (frame.y[1] - frame.y[0]) * r / (height - 1)
+        value = 0.0 if abs(value) < 1e-9 * (frame.y[1] - frame.y[0]) else value  # what arithmetic leaves of nothing
+        label = tick_label(float(f"{value:.3g}")) if r % 4 == 0 or r == height - 1 else ""
+        lines.append(f"{label:>9} │{''.join(row_signs)}")
+    lines += [" " * 10 + "└" + "─" * width, f"{'':11}{low}{'step':^{width - len(low) - len(high)}}{high}"]
     return "\n".join(lines)
+
+
+def _marked(signs: str, k: int, colour: bool) -> str:
+    """The signs of run number `k`: in its colour, or as its letter."""
+    if colour:
+        return f"\x1b[{_ANSI[k % len(_ANSI)]}m{signs}\x1b[0m"
+    return signs if k == 0 else "abcdefghijklmnopqrstuvwxyz"[k % 26] * len(signs)
+
+
+def _not_logged(runs: Mapping[str, History], name: str) -> Text:
+    """That a metric is not there, and which are."""
+    known = sorted({key for history in runs.values() for key in _numbers_of(history)} - {"step", "epoch"})
+    return say(
+        "no {name} was logged; there is {known}",
+        "没有记录 {name}；已记录：{known}",
+        name=name,
+        known=", ".join(known) or say("nothing yet", "暂无"),
+    )
+
+
+def _numbers_of(history: History) -> set[str]:
+    return {key for record in history for key, value in record.items() if isinstance(value, int | float)}
+
+
+def short_names(folders: Sequence[str]) -> dict[str, str]:
+    """folder -> the shortest end of its path by which it differs from the others."""
+    parts = {folder: Path(os.path.normpath(folder)).parts for folder in folders}
+    out = {}
+    for folder, own in parts.items():
+        others = [other for name, other in parts.items() if name != folder]
+        count = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own))
+        out[folder] = "/".join(own[-count:])
+    return out
 
 
 def _braille(points: Sequence[Point], width: int, height: int) -> list[str]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
@@ -264,7 +264,7 @@ def write_reports(trainer: Any, log: RunLog) -> None:
         base_model=trainer.base_model,
         method=method,
         data=data,
-        arguments=c.flat(),
+        arguments={name: value for name, value in c.flat().items() if value != SETTINGS[name].default},
         before=first,
         after=trainer.measure.last.get("metrics", {}),
         commands=usage(str(trainer.output_dir), adapter is not None),

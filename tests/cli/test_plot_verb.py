@@ -24,14 +24,16 @@ def test_curves_in_the_terminal_and_in_a_file(tmp_path: Path, capsys: pytest.Cap
     assert main(["plot", str(a), str(b), "--svg", str(file)]) == 0
     said = capsys.readouterr().out
     assert "loss" in said
-    assert str(a) in said
-    assert str(b) in said
+    assert said.splitlines()[0].split() == ["loss", "⠒⠒", "a", "bb", "b"], "one chart, named by the end of the path"
+    assert said.count("└") == 1
     assert f"wrote {file}" in said
     svg = file.read_text(encoding="utf-8")
     assert svg.startswith("<svg")
     assert "learning_rate" in svg
     assert main(["plot", str(a), "--name", "learning_rate"]) == 0
     assert "learning_rate" in capsys.readouterr().out
+    assert main(["plot", str(a), "--name", "nope"]) == 0
+    assert capsys.readouterr().out == "no nope was logged; there is learning_rate, loss\n"
 
 
 def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from ernie_tune.report.plot import (
     nice_ticks,
     panels,
     points_of,
+    short_names,
     smooth,
     sparkline,
     terminal_plot,
@@ -146,9 +147,20 @@ def test_svg_of_little() -> None:
     assert "nan" not in flat
 
 
-def test_crowded_legends_say_what_is_missing() -> None:
-    records = [{"step": s, **{f"reward_group/some_long_name_{k}": k + s for k in range(12)}} for s in (1, 2)]
-    assert any(text.startswith("+") for text in texts(curves_svg({"": [{"step": 1, "loss": 1.0}, *records]})))
+def test_crowded_legends_name_every_line() -> None:
+    records = [{"step": s, **{f"group/some_long_name_{k}": k + s for k in range(8)}} for s in (1, 2)]
+    found = texts(curves_svg({"": [{"step": 1, "loss": 1.0}, *records]}))
+    assert {f"some_long_name_{k}" for k in range(8)} <= {text.split()[0] for text in found}
+
+
+def test_svg_follows_the_systems_colours() -> None:
+    assert "prefers-color-scheme:dark" in curves_svg({"": history()})
+
+
+def test_short_names() -> None:
+    assert short_names(["out/a", "out/b/"]) == {"out/a": "a", "out/b/": "b"}
+    assert short_names(["x/a/run", "x/b/run"]) == {"x/a/run": "a/run", "x/b/run": "b/run"}
+    assert short_names(["out"]) == {"out": "out"}
 
 
 def test_mini_svg() -> None:
@@ -164,16 +176,26 @@ def test_sparkline() -> None:
 
 
 def test_terminal_plot() -> None:
-    lines = terminal_plot({"a": history(), "b": history(slope=0.02)}, width=20, height=4).splitlines()
-    assert lines[0].split() == ["loss", "a"]
+    runs = {"a": history(), "b": history(slope=0.02)}
+    lines = terminal_plot(runs, width=20, height=4).splitlines()
+    assert lines[0].split() == ["loss", "⠒⠒", "a", "bb", "b"]
     assert lines[1].startswith("     4.16 │⠒")
     assert lines[6].split() == ["1", "step", "60"]
-    assert lines[7].split() == ["loss", "b"]
-    assert all(len(line) == 31 for line in (*lines[1:5], *lines[8:12]))
-    # A falling line: the leftmost dot is on a higher row than the rightmost.
-    first, last = ([r for r, line in enumerate(lines[1:5]) if line[column] != "\u2800"] for column in (11, 30))
-    assert max(first) < min(last)
-    assert terminal_plot({"a": history()}, "kl") == "no kl was logged"
+    assert len(lines) == 7, "one chart"
+    assert all(len(line) == 31 for line in lines[1:5])
+    # A falling line: the leftmost dot is on a higher row than the rightmost; the flatter run ends above the other.
+    first, last = ([r for r, line in enumerate(lines[1:5]) if line[column] != " "] for column in (11, 30))
+    assert max(first) < max(last)
+    assert lines[1 + last[0]][30] == "b"
+    coloured = terminal_plot(runs, width=20, height=4, colour=True)
+    assert "\x1b[94m" in coloured
+    assert "\x1b[93m" in coloured
+    assert terminal_plot({"a": history()}, "kl").startswith("no kl was logged; there is eval_anls, eval_exact_match")
+
+
+def test_axis_says_zero_for_nothing() -> None:
+    records = [{"step": s, "loss": 0.8 - 0.1 * s} for s in range(1, 9)]
+    assert "e-1" not in terminal_plot({"": records}, height=14)
 
 
 def test_no_png_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
