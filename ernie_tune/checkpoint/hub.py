@@ -40,7 +40,7 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
     """The folder that `name_or_path` means: a local folder, else a download from `download_hub` if one is given, else the hubs' caches.
 
     `download_hub` ("huggingface", "modelscope", "aistudio") may also come from ERNIE_TUNE_DOWNLOAD_HUB, or USE_MODELSCOPE_HUB=1; without it the
-    network is not touched. Raises FileNotFoundError for what is not there, ValueError for a bad hub, ImportError for a missing package.
+    network is not touched. Raises FileNotFoundError for what is not there, ValueError for a bad hub, a missing package and a failed download.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -60,18 +60,24 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
         return _download(
             name, hub
         )  # even if cached: the hub's package knows whether its snapshot is complete, and resumes it
-    for candidate in _cached(name):
-        if (candidate / "config.json").is_file():
-            return candidate
+    found = cached(name)
+    if found is not None:
+        return found
     raise FileNotFoundError(
         f"model ({name!r}) must be a folder ({path.absolute()} is not there) or in a hub's cache (it is not); nothing is downloaded unasked: "
-        f"pass download_hub='aistudio', 'modelscope' or 'huggingface' (or set ERNIE_TUNE_DOWNLOAD_HUB); {_suggest(name)}"
+        f"set download_hub: huggingface, modelscope or aistudio (in the YAML file, on the command line, or as an argument) to fetch it, or name its folder; {_suggest(name)}"
     )
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a repository in a hub's cache, None where none has it. The network is not touched."""
+    return next((folder for folder in _cached(name) if (folder / "config.json").is_file()), None)
 
 
 def _suggest(name: str) -> str:
     close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), PRESETS, n=1, cutoff=0.5)
-    return f"AutoModel.from_config({(close or ['tiny-a'])[0]!r}) builds that shape with fresh weights"
+    name = (close or ["tiny-a"])[0]
+    return f"fresh weights of that shape have the preset {name!r} (AutoModel.from_config({name!r}))"
 
 
 def _wanted_hub(download_hub: str | None) -> str | None:
@@ -112,14 +118,33 @@ def _cached(name: str) -> Iterator[Path]:
 
 
 def _download(name: str, hub: str) -> Path:
-    """All files of the repository, through the hub's own resumable snapshot."""
+    """All files of the repository, through the hub's own resumable snapshot. Raises ValueError for a missing package and for what the hub says."""
     where, repository = HUBS[hub], _owned(name, hub)
+    package = where.module.split(".")[0]
+    by_hand = f"or download {repository} by other means and name its folder as model_name_or_path"
     try:
         snapshot_download = importlib.import_module(where.module).snapshot_download
     except (ImportError, AttributeError) as error:
-        package = where.module.split(".")[0].replace("_sdk", "-sdk")
-        raise ImportError(
-            f"download_hub ({hub!r}) must have the package {package} ({error}); pip install 'ernie-tune[hub]', or download the folder yourself"
+        raise ValueError(
+            f"download_hub ({hub}) must have the package {package.replace('_', '-')} ({error}); pip install {package.replace('_', '-')}, {by_hand}"
         ) from error
     print(f"ernie_tune: downloading {repository} from {hub}", file=sys.stderr, flush=True)
-    return Path(snapshot_download(**{where.argument: repository}))
+    try:
+        return Path(snapshot_download(**{where.argument: repository}))
+    except _errors_of(package) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"download_hub ({hub}) must give {repository}, but says: {reason[0]}; check the name and the network, {by_hand}"
+        ) from error
+
+
+def _errors_of(package: str) -> tuple[type[Exception], ...]:
+    """What a download may raise: the exceptions that a hub's package defines are not all OSError or ValueError."""
+    found: list[type[Exception]] = [OSError, ValueError, RuntimeError]
+    for name in (f"{package}.errors", f"{package}.hub.errors", f"{package}.exceptions"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        found += [e for e in vars(module).values() if isinstance(e, type) and issubclass(e, Exception)]
+    return tuple(found)

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
-from ernie_tune.config.language import counted, say
+from ernie_tune.config.language import counted, say, shown
 from ernie_tune.config.loader import Loaded, load_config
 from ernie_tune.data.doctor_convert import WRITERS, convert_file
 from ernie_tune.data.doctor_fix import fix_file, fixed_path
@@ -159,6 +159,8 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
             say(f"a YAML file stands alone, got {' '.join(words)}", f"YAML 文件须单独给出，得到 {' '.join(words)}")
         )
     loaded = load_config(words[0])
+    for note in loaded.notes:
+        print(shown(note), file=sys.stderr)
     data, model = loaded.config.data, loaded.config.model.model_name_or_path
     if not data.train_dataset_path:
         raise ValueError(

@@ -20,6 +20,7 @@ from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
 from ernie_tune.config.stages import STAGES
+from ernie_tune.plan.judgement import judged
 
 ANSWERS_FILE = "eval_answers.jsonl"
 
@@ -147,6 +148,6 @@ def _trainer(config: RunConfig) -> Any:
 def _config(args: list[str]) -> RunConfig:
     path, overrides = file_and_settings(args)
     loaded = load_config(path, overrides, for_training=True)
-    for note in loaded.notes:
+    for note in (*loaded.notes, *judged(loaded, f"{path}:1", training=True)):
         print(shown(note), file=sys.stderr)
     return loaded.config

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.convert import did_you_mean, to_yaml
+from ernie_tune.config.sections_model import TEMPLATES
 from ernie_tune.config.stages import EDGE_LOSSES, ONLINE_PRESETS, PAIR_LOSSES, STAGES, UNREFERENCED, UPO_TERMS
 
 
@@ -114,6 +115,11 @@ def _data(c: RunConfig) -> Iterator[tuple[str, str]]:
                 f"{side}_dataset_type",
                 f"{side}_dataset_type ({kinds} values) must have one value or one a file ({files}); or set auto / 类型个数不符",
             )
+    if c.data.template not in TEMPLATES:
+        yield (
+            "template",
+            f"template ({c.data.template}) must be one of {', '.join(TEMPLATES)}{did_you_mean(c.data.template, TEMPLATES)}; set auto for the model's own / 模板未知，请设为 auto",
+        )
     if low is not None and high is not None and low > high:
         yield (
             "image_min_pixels",

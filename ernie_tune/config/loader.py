@@ -20,6 +20,7 @@ from ernie_tune.config.aliases import ENVIRONMENT, EXPANDED, RENAMED, SPELLINGS
 from ernie_tune.config.arguments import SETTINGS, VARYING, RunConfig, build, default_for
 from ernie_tune.config.convert import FALSE, TRUE, Raw, convert, did_you_mean, to_yaml
 from ernie_tune.config.language import say
+from ernie_tune.config.sections_model import TEMPLATES
 
 ARGS_FILE = "ernie_tune_args.yaml"  # name of the resolved configuration in output_dir (ecosystem.md 4.5)
 COMMAND_LINE = "command line"
@@ -323,6 +324,19 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
             fill(name, default_for(name, stage, method), f"default for {stage}, {method}")
     if len(values.get("train_dataset_prob", ())) > 1:
         fill("mix_strategy", "random", "default with train_dataset_prob")
+    model = values.get("model_name_or_path", "")
+    if model.endswith("/"):  # of a folder or a hub's name the same
+        values["model_name_or_path"] = model.rstrip("/") or "/"
+    template = values.get("template", "auto")
+    if template not in TEMPLATES and "ernie" not in template.lower():
+        values["template"] = "auto"
+        notes.append(
+            f"{sources['template'].where}: "
+            + say(
+                f"template ({template}) belongs to another model and is not used: this model's own is",
+                f"template（{template}）属于其他模型，不使用；采用本模型自带模板",
+            )
+        )
     if values.get("sequence_parallel") and values.get("tensor_model_parallel_size", 1) == 1:
         values["sequence_parallel"] = False  # there is nothing to split over
         notes.append(

@@ -24,6 +24,7 @@ METHODS = {
 FREEZE_WORDS = tuple(
     f"freeze_{part}" for part in ("vision", "aligner", "llm", "router", "text_experts", "vision_experts")
 )
+TEMPLATES = ("auto", "hf", "ernie_vl", "ernie_vl_nothink")
 _ADAPTED = ("LoRA",)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.convert import to_raw
-from ernie_tune.config.language import padded, say
+from ernie_tune.config.language import padded, say, shown
 from ernie_tune.config.loader import Entry, load_config, load_text
 from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan import cards as card_table
@@ -95,12 +95,13 @@ def estimate(
     by default half of it. `row_tokens`: the longest row, where shorter than max_seq_len. `settings` and `overrides` go over the file's.
     Raises ValueError for a setting, model or card that does not exist and for layouts that the model cannot have; OSError for a file that cannot be read.
     """
-    config, named = _settings(model, [*overrides, *(Entry(k, to_raw(k, v), _PLACE) for k, v in settings.items())])
+    config, named, told = _settings(model, [*overrides, *(Entry(k, to_raw(k, v), _PLACE) for k, v in settings.items())])
     shape = model_shape(config.model.model_name_or_path)
     device = card_table.card(card or ("cpu" if parameter_count(shape) < _SMALL_MODEL else card_table.DEFAULT))
     if device.is_cpu and card is None:
         device = _this_machine(device)
     job = _sized(job_of(config, shape, on_cpu=device.is_cpu, visual_tokens=visual_tokens), row_tokens, visual_tokens)
+    job = job.replace(notes=(*told, *job.notes))
     asked = layout_of(config)
     free = asked == Layout(sequence_parallel=asked.sequence_parallel) and named
     if free:
@@ -117,13 +118,15 @@ def estimate(
     return Estimate(job, device, chosen, free, better, changes)
 
 
-def _settings(model: str | Path | RunConfig, entries: list[Entry]) -> tuple[RunConfig, bool]:
-    """(settings, whether only a model was named, so that the layout is ours to choose)."""
+def _settings(model: str | Path | RunConfig, entries: list[Entry]) -> tuple[RunConfig, bool, tuple[str, ...]]:
+    """(settings, whether only a model was named, so that the layout is ours to choose, what to tell of the settings)."""
     if isinstance(model, RunConfig):
-        return model, False
+        return model, False, ()
     if str(model).endswith((".yaml", ".yml")):
-        return load_config(model, entries).config, False
-    return load_text(_DEFAULTS, _PLACE, [*entries, Entry("model_name_or_path", str(model), _PLACE)]).config, True
+        loaded = load_config(model, entries)
+        return loaded.config, False, tuple(shown(note) for note in loaded.notes)
+    loaded = load_text(_DEFAULTS, _PLACE, [*entries, Entry("model_name_or_path", str(model), _PLACE)])
+    return loaded.config, True, tuple(shown(note) for note in loaded.notes)
 
 
 def _sized(job: Job, row_tokens: int | None, visual_tokens: int | None) -> Job:

@@ -113,16 +113,39 @@ def test_modelscope_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aistudio_sdk", None)
-    with pytest.raises(ImportError, match=r"package aistudio-sdk .* pip install 'ernie-tune\[hub\]'"):
+    with pytest.raises(
+        ValueError, match=r"download_hub \(aistudio\) must have the package aistudio-sdk .*; pip install"
+    ):
         resolve(NAME, download_hub="aistudio")
     monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))  # too old: no snapshot_download
-    with pytest.raises(ImportError, match=r"package modelscope"):
+    with pytest.raises(ValueError, match=r"package modelscope .* or download PaddlePaddle/ERNIE-4.5-VL-28B-A3B-PT by"):
+        resolve(NAME, download_hub="modelscope")
+
+
+@pytest.mark.parametrize("module", ["errors", "hub.errors"])
+def test_a_failed_download_is_one_clear_message(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NotExistError(Exception):
+        pass
+
+    def snapshot_download(**_: Any) -> str:
+        raise NotExistError("no such repository\nat line 3")
+
+    hub, errors = ModuleType("modelscope"), ModuleType("errors")
+    hub.snapshot_download, errors.NotExistError = snapshot_download, NotExistError  # type: ignore[attr-defined]
+    hub.__path__ = []
+    for name in ("modelscope.errors", "modelscope.hub", "modelscope.hub.errors", "modelscope.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "modelscope", hub)
+    if module == "hub.errors":
+        monkeypatch.setitem(sys.modules, "modelscope.hub", hub)
+    monkeypatch.setitem(sys.modules, f"modelscope.{module}", errors)
+    with pytest.raises(ValueError, match=r"must give PaddlePaddle/.*, but says: no such repository; check the name"):
         resolve(NAME, download_hub="modelscope")
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"nothing is downloaded unasked: pass download_hub.*'ernie-4.5-vl-28b-a3b'"
+        FileNotFoundError, match=r"nothing is downloaded unasked: set download_hub: hug.*'ernie-4.5-vl-28b-a3b'"
     ):
         resolve(NAME)
     with pytest.raises(FileNotFoundError, match=r"'./nowhere'.* must be a folder or a repository"):

@@ -187,7 +187,7 @@ def test_init(stage: str, method: str, capsys: pytest.CaptureFixture[str], tmp_p
     plain = yaml.safe_load(text)
     assert plain["adam_beta1"] == 0.8
     assert ("lora_rank" in plain) == (method == "LoRA")
-    assert ("beta" in plain) == (stage != "SFT")
+    assert ("beta" in plain) == (stage not in ("SFT", "RM"))
     assert len(load_dataset(str(rows))) >= 3
     loaded = load_config(file, for_training=True, environ={})
     assert loaded.notes == ()

@@ -1,0 +1,190 @@
+"""What every verb asks of a run before it starts: whether the model can be cut as the settings say, and whether model and rows are there.
+
+`config/checks.py` judges settings alone; here they meet the files and the model's shape. Nothing is loaded but a config.json and, where something is
+missing, the output_dir of recipes nearby, to say who makes it.
+Refuses to know: paddle, the hubs' caches (checkpoint/hub.py looks there), what is in the rows (data/).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import Text, say
+from ernie_tune.config.loader import Loaded
+from ernie_tune.models.presets import PRESETS
+from ernie_tune.plan.job import known_shape
+from ernie_tune.plan.layouts import run_problems
+
+INFO_FILE = "dataset_info.json"  # names of data sets, as LLaMA-Factory keeps them
+# Families of models that are not ours, by words in their hub names.
+_OTHERS = re.compile(
+    r"qwen|llama|internvl|internlm|gemma|mistral|mixtral|deepseek|glm|phi-|minicpm|llava|baichuan|gpt|kimi|yi-|falcon|olmo|smol|paligemma|idefics|florence",
+    re.IGNORECASE,
+)
+_OUTPUT = re.compile(r"^output_dir:\s*[\"']?([^\"'#]+?)[\"']?\s*(?:#.*)?$", re.MULTILINE)
+
+
+class Lack(NamedTuple):
+    """Something that a setting names and that is not there. `certain`: no other place is left where it could be."""
+
+    setting: str
+    message: Text
+    certain: bool
+
+
+def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
+    """What to tell of a run beside `loaded.notes`: lines, each with its place. `where` stands for settings that nobody wrote.
+
+    Raises ValueError, one line a mistake, for a model that is not ours or cannot be cut as the degrees say, and, if `training`, for what is not there.
+    """
+    config = loaded.config
+
+    def at(setting: str) -> str:
+        return loaded.sources[setting].where if setting in loaded.sources else where
+
+    lacks = list(absent(config, Path(where.rpartition(":")[0]).parent))
+    wrong = [f"{at(name)}: {message}" for name, message in foreign(config)]
+    wrong += [f"{at(lack.setting)}: {lack.message}" for lack in lacks if training and lack.certain]
+    notes = [f"{at(lack.setting)}: {lack.message}" for lack in lacks if not training]
+    shape = known_shape(config.model.model_name_or_path)
+    if shape is not None:
+        wrong += [f"{at(name)}: {message}" for name, message in run_problems(config, shape)]
+    elif not training:
+        notes.append(
+            f"{at('model_name_or_path')}: "
+            + say(
+                f"{config.model.model_name_or_path} is not here: degrees of parallelism were not checked",
+                f"本机没有 {config.model.model_name_or_path}：未检查并行度",
+            )
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return tuple(notes)
+
+
+def foreign(config: RunConfig) -> Iterator[tuple[str, Text]]:
+    """Models of other families: (setting, what to do)."""
+    name = config.model.model_name_or_path
+    if not Path(name).exists() and name.count("/") == 1 and _OTHERS.search(name) and "ernie" not in name.lower():
+        yield (
+            "model_name_or_path",
+            say(
+                f"model_name_or_path ({name}) must be an ERNIE 4.5 model, no other family is trained here; take e.g. "
+                "baidu/ERNIE-4.5-VL-28B-A3B-PT, or a preset: tiny-a, small",
+                f"model_name_or_path（{name}）须为 ERNIE 4.5 模型，此处不训练其他系列；可用 baidu/ERNIE-4.5-VL-28B-A3B-PT，或预设 tiny-a、small",
+            ),
+        )
+
+
+def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
+    """What the settings name and is not on this machine. `beside`: the folder of the YAML file, for remedies."""
+    d = config.data
+    yield from _model(config, beside)
+    for setting, paths in (
+        ("train_dataset_path", d.train_dataset_path),
+        ("eval_dataset_path", d.eval_dataset_path),
+        ("guard_dataset_path", config.eval.guard_dataset_path),
+    ):
+        for path in paths:
+            yield from _rows(setting, path, d.dataset_dir or ".", beside)
+    resumed = config.save.resume_from_checkpoint
+    named = {
+        "lora_path": config.lora.lora_path,
+        "freeze_spec": config.freeze.freeze_spec,
+        "resume_from_checkpoint": "" if resumed in ("auto", "no") else resumed,
+    }
+    for setting, path in named.items():
+        if path and not os.path.exists(path):
+            yield Lack(setting, _lacking(setting, path, beside), True)
+
+
+def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:
+    setting, name = "model_name_or_path", config.model.model_name_or_path
+    if not name or Path(name).exists() or name.rsplit("/", 1)[-1].lower() in PRESETS:
+        return
+    maker = recipe_that_makes(name, beside)
+    repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.is_dir()
+    if maker is not None or not repository:
+        yield Lack(setting, _lacking(setting, name, beside), True)
+        return
+    hub = config.model.download_hub
+    if hub != "none":
+        yield Lack(setting, say(f"{name} is fetched from {hub}", f"{name} 将从 {hub} 下载"), False)
+        return
+    yield Lack(
+        setting,
+        say(
+            f"{setting} ({name}) is no folder here; unless a hub's cache has it, set download_hub: huggingface, modelscope or aistudio, "
+            "or name its folder",
+            f"{setting}（{name}）不是本机文件夹；若模型库缓存中也没有，请设置 download_hub: huggingface、modelscope 或 aistudio，或写出其文件夹",
+        ),
+        False,
+    )
+
+
+def _rows(setting: str, path: str, dataset_dir: str, beside: Path) -> Iterator[Lack]:
+    """Nothing where a file, folder, pattern or name in dataset_info.json is meant."""
+    base, _, count = path.rpartition("#")
+    target = base if base and count.isdecimal() and not os.path.exists(path) else path
+    parts = [target] if os.path.exists(target) else [part.strip() for part in target.split(",") if part.strip()]
+    names = _named_sets(Path(dataset_dir) / INFO_FILE)
+    for part in parts:
+        if not os.path.exists(part) and not glob.glob(part, recursive=True) and part not in names:
+            yield Lack(setting, _lacking(setting, part, beside, names), True)
+
+
+def _named_sets(file: Path) -> tuple[str, ...]:
+    try:
+        table = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):  # opening the data says what is wrong with it
+        return ()
+    return tuple(table) if isinstance(table, dict) else ()
+
+
+def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ()) -> Text:
+    """That `path` is not there, and the best remedy known: its recipe, the same path beside the YAML file, names of data sets."""
+    maker = recipe_that_makes(path, beside)
+    if maker is not None:
+        remedy = say(
+            f"it is made by `ernie-tune train {maker}`; run that first",
+            f"它由 `ernie-tune train {maker}` 生成；请先运行",
+        )
+    elif not os.path.isabs(path) and (beside / path).exists():
+        remedy = say(
+            f"beside the YAML file there is one: write {beside / path}", f"YAML 文件旁有：请写 {beside / path}"
+        )
+    elif names:
+        remedy = say(
+            f"{INFO_FILE} names {', '.join(names[:8])}; correct it", f"{INFO_FILE} 中有 {', '.join(names[:8])}；请修改"
+        )
+    else:
+        remedy = say("correct the path", "请修改路径")
+    here = Path.cwd()
+    return say(
+        f"{setting} ({path}) is not there, seen from {here}: {{remedy}}",
+        f"{setting}（{path}）不存在（当前文件夹为 {here}）：{{remedy}}",
+        remedy=remedy,
+    )
+
+
+def recipe_that_makes(path: str, beside: Path = Path()) -> Path | None:
+    """The YAML file nearby whose output_dir is `path` or holds it: beside the run's file, in its sister folders, here."""
+    wanted = os.path.normpath(path)
+    for folder in (beside, beside.parent, Path()):
+        for pattern in ("*.yaml", "*/*.yaml"):
+            for file in sorted(folder.glob(pattern))[:200]:
+                try:
+                    made = _OUTPUT.search(file.read_text(encoding="utf-8"))
+                except (OSError, UnicodeDecodeError):
+                    continue
+                output = os.path.normpath(made.group(1).strip()) if made else ""
+                if output not in ("", ".") and (wanted == output or wanted.startswith(output + os.sep)):
+                    return file
+    return None
