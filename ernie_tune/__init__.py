@@ -5,13 +5,17 @@ variables that make paddle's CPU products fast (`config/cpu.py`), since they cou
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from ernie_tune.config.cpu import prepare_cpu, while_paddle_loads
+from ernie_tune.config.secrets import clean_launcher_files, take_secrets
 
 __version__ = "0.1.0"
 
 CPU_PLAN = prepare_cpu()
+take_secrets(os.environ)  # both do nothing but in a worker of Paddle's launcher
+clean_launcher_files(os.environ)
 
 # public name -> module that defines it; the table is the whole public surface
 _PUBLIC = {

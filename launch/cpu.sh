@@ -18,6 +18,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -m ernie_tune validate "$@" > /dev/null
 
 # Paddle's launcher fails on an empty list of cards; and the variables of a cluster's job are not about these processes.
+# Paddle's launcher writes its environment into the log folder: secrets stay out of it. (`ernie-tune train` hands them to the workers another way.)
+while read -r name; do unset "$name"; done < <(compgen -e | grep -iE 'token|key|secret|passw|credential|auth|cookie|private' || true)
 unset CUDA_VISIBLE_DEVICES NNODES RANK MASTER_ADDR MASTER_PORT
 exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
   --nproc_per_node "$processes" "$root/ernie_tune/launcher.py" "${VERB:-train}" "$@"

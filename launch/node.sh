@@ -45,6 +45,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -m ernie_tune validate "$@" > /dev/null
 
 # The launcher gives its workers variables of the same names; ours must not get in their way.
+# Paddle's launcher writes its environment into the log folder: secrets stay out of it. (`ernie-tune train` hands them to the workers another way.)
+while read -r name; do unset "$name"; done < <(compgen -e | grep -iE 'token|key|secret|passw|credential|auth|cookie|private' || true)
 unset NNODES RANK MASTER_ADDR MASTER_PORT
 exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
   "${place[@]}" "${cards[@]}" "$root/ernie_tune/launcher.py" "${VERB:-train}" "$@"

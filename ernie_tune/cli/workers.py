@@ -18,6 +18,7 @@ from ernie_tune import CPU_PLAN
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.language import say
+from ernie_tune.config.secrets import PARENT_VARIABLE, remove_launcher_files, without_secrets
 from ernie_tune.parallel.watch import Limits, Watch
 
 LAUNCHER = Path(__file__).parents[1] / "launcher.py"
@@ -160,15 +161,16 @@ def visible_cards(environ: Mapping[str, str], gpu_build: bool) -> list[str]:
     return [str(i) for i, line in enumerate(line for line in done.stdout.splitlines() if line.startswith("GPU "))]
 
 
-def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the launcher starts with: those of this process, without what belongs to it alone. An empty CUDA_VISIBLE_DEVICES breaks the
-    launcher, and each worker divides the cores itself."""
-    ours = dict(CPU_PLAN.settings)
+def worker_environ(environ: Mapping[str, str], ours: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that the launcher starts with: those of this process, without secrets, which it would write down (its workers ask this process for
+    them), and without what belongs to it alone. An empty CUDA_VISIBLE_DEVICES breaks the launcher, and each worker divides the cores itself: `ours` is
+    what this process has set for itself."""
+    ours = dict(CPU_PLAN.settings) if ours is None else ours
     drop = {*_NOT_FOR_WORKERS, *(name for name, value in ours.items() if environ.get(name) == value)}
     drop |= {"CUDA_VISIBLE_DEVICES"} if environ.get("CUDA_VISIBLE_DEVICES") == "" else set()
-    kept = {name: value for name, value in environ.items() if name not in drop}
+    kept = {name: value for name, value in without_secrets(environ).items() if name not in drop}
     path = [str(LAUNCHER.parents[1]), *filter(None, [environ.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path), PARENT_VARIABLE: str(os.getpid())}
 
 
 def log_folder(environ: Mapping[str, str], output_dir: str) -> Path:
@@ -182,6 +184,7 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     Ctrl-C and SIGTERM are passed on to the workers, which finish their step and save; the second one ends them at once. The launcher itself does not see
     the first: it would kill its workers after half a minute.
     """
+    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # the launcher's own files are for nobody else
     for old in log_dir.glob("workerlog.*[0-9]"):  # or the launcher would show an earlier run's lines again
         old.replace(old.with_name(f"{old.name}.old"))
     print(
@@ -210,6 +213,7 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        remove_launcher_files(log_dir)
     if code:
         print(
             say(

@@ -80,11 +80,16 @@ def test_the_launchers_command_line(tmp_path: Path) -> None:
 
 
 def test_what_the_launcher_inherits() -> None:
-    ours = dict(workers.CPU_PLAN.settings)
+    """What this process has set for itself stays here; what the user has set is handed on, secrets aside. No processor is asked."""
+    ours = {"MKL_DEBUG_CPU_TYPE": "5", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    asked = {"ERNIE_TUNE_STARTED_BY": str(os.getpid())}
     given = {**SEVERAL, **ours, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "/a", "HOME": "/h"}
-    assert workers.worker_environ(given) == {"PYTHONPATH": f"{ROOT}{os.pathsep}/a", "HOME": "/h"}
-    kept = workers.worker_environ({**dict.fromkeys(ours, "7"), "CUDA_VISIBLE_DEVICES": "1"})
-    assert kept == {**dict.fromkeys(ours, "7"), "CUDA_VISIBLE_DEVICES": "1", "PYTHONPATH": str(ROOT)}, "set by the user"
+    assert workers.worker_environ(given, ours) == {"PYTHONPATH": f"{ROOT}{os.pathsep}/a", "HOME": "/h", **asked}
+    theirs = dict.fromkeys(ours, "7")
+    kept = workers.worker_environ({**theirs, "CUDA_VISIBLE_DEVICES": "1", "HF_TOKEN": "SEKRET"}, ours)
+    assert kept == {**theirs, "CUDA_VISIBLE_DEVICES": "1", "PYTHONPATH": str(ROOT), **asked}, "set by the user"
+    assert workers.worker_environ({**theirs, **ours}, {})["MKL_DEBUG_CPU_TYPE"] == "5", "where nothing was set for us"
+    assert not set(dict(workers.CPU_PLAN.settings)) & set(workers.worker_environ(dict(workers.CPU_PLAN.settings)))
 
 
 def test_cards_are_counted_where_the_build_can_use_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +276,11 @@ def test_doctor_tells_of_wrong_sums(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(tmp_path)]
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith("PADDLE_")}, "PYTHONPATH": str(ROOT)}
+    environ |= {"HF_TOKEN": "SEKRET-1", "HTTPS_PROXY": "http://me:SEKRET-2@proxy:1"}
     done = subprocess.run([*command, str(tmp_path / "rank.py"), "wrong"], env=environ, capture_output=True, timeout=90)
     assert done.returncode != 0
     logs = "".join(path.read_text() for path in tmp_path.glob("workerlog.*"))
     assert "RuntimeError: all-reduce gave 4 at 0, which must be 3" in logs
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 3
+    assert not [path for path in written if b"SEKRET" in path.read_bytes()], "the user started the launcher"

@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ernie_tune", "train", str(folder / "run.yaml"), f"output_dir={folder / name}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "SEKRET", "HTTPS_PROXY": "http://me:SEKRET@proxy:1"}
     return subprocess.Popen(
         [*command, *words], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -98,6 +98,10 @@ def train(folder: Path, name: str, *words: str) -> Path:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 0, said[-3000:]
+    written = [path for path in (folder / name).rglob("*") if path.is_file()]
+    assert not [path for path in written if b"SEKRET" in path.read_bytes()], (
+        "output_dir is uploaded, its log folder too"
+    )
     return folder / name
 
 
