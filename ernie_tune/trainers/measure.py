@@ -6,6 +6,7 @@ Refuses to know: the loop, optimizers, when it is called.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog, number, write_atomically
@@ -176,7 +178,8 @@ class Measure:
 
     def _facts(self, shown: int) -> list[tuple[Text, str]]:
         """What the page says of the run."""
-        d, size = self.config.data, sum(int(p.size) for p in self.model.parameters())
+        d = self.config.data
+        size = sum(math.prod(spec.shape) for spec in parameter_specs(self.model.config).values())  # on whatever layout
         files = [(say("trained on", "训练数据"), ", ".join(d.train_dataset_path))]
         files += [(say("measured on", "评测数据"), ", ".join(d.eval_dataset_path))]
         return [
