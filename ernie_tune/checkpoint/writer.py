@@ -10,11 +10,12 @@ Refuses to know: parameter names, models, paddle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -28,6 +29,17 @@ Entries = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, safetensor
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _PIECE_BYTES = 1 << 18
 _FLUSH_BYTES = 1 << 26
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names `path` where it names no file: those of writing, such as of a full disk, do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_folder(
@@ -68,10 +80,12 @@ def write_folder(
             "metadata": {"total_size": sum(_nbytes(*entry) for entry in entries.values())},
             "weight_map": weight_map,
         }
-        (staged / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with naming(folder / INDEX_NAME):
+            (staged / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         names.append(INDEX_NAME)
     for file, text in (files or {}).items():
-        (staged / file).write_text(text, encoding="utf-8")
+        with naming(folder / file):
+            (staged / file).write_text(text, encoding="utf-8")
     _publish(staged, folder, [*(files or {}), *names])
     return [folder / file for file in (*names, *(files or {}))]
 
@@ -176,7 +190,7 @@ def write_file(
         position = end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # data begin at a multiple of 8 bytes
-    with file.open("wb") as stream, ThreadPoolExecutor(1, "flush") as flusher:
+    with naming(file), file.open("wb") as stream, ThreadPoolExecutor(1, "flush") as flusher:
         sink = _Sink(stream, digest, flusher)
         sink.write(memoryview(len(head).to_bytes(8, "little") + head))
         _write_tensors(sink, entries, produce)

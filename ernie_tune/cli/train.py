@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.checkpoint.lock import check_free
 from ernie_tune.cli import workers
 from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
@@ -80,6 +81,8 @@ def _train(args: list[str], stage: str = "") -> int:
     cards = workers.visible_cards(os.environ, installed("paddlepaddle-gpu"))
     start = workers.wanted(config.parallel, nproc, cards, os.environ)
     if start is not None:
+        if not dry_run:
+            check_free(Path(config.save.output_dir))  # before the log folder of the run that is there is touched
         return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
     with while_paddle_loads():
         from ernie_tune.trainers.base import Interrupted

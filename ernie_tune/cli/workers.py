@@ -23,6 +23,7 @@ from ernie_tune.parallel.watch import Limits, Watch
 
 LAUNCHER = Path(__file__).parents[1] / "launcher.py"
 # What the launcher sets itself, or would hand to its workers as if it were their own.
+_PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _NOT_FOR_WORKERS = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "RANK")
 
 
@@ -181,7 +182,7 @@ def log_folder(environ: Mapping[str, str], output_dir: str) -> Path:
 def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     """Run the launcher to its end and return its exit code; the lines of rank 0 appear here.
 
-    Ctrl-C and SIGTERM are passed on to the workers, which finish their step and save; the second one ends them at once. The launcher itself does not see
+    Ctrl-C, SIGTERM and the SIGHUP of a closed terminal are passed on to the workers, which finish their step and save; the second one ends them at once. The launcher itself does not see
     the first: it would kill its workers after half a minute.
     """
     log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # the launcher's own files are for nobody else
@@ -207,7 +208,11 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
         for worker in _children(child.pid):
             os.kill(worker, signal.SIGINT)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, pass_on)
+        for number in _PASSED_ON
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         code = child.wait()
     finally:

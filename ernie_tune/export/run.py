@@ -22,6 +22,7 @@ from typing import Any
 
 from ernie_tune import __version__
 from ernie_tune.checkpoint.hub import resolve
+from ernie_tune.checkpoint.lock import locked
 from ernie_tune.checkpoint.names import FLAVOURS, layout
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, TwoBuffers, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
@@ -194,6 +195,10 @@ class _Export:
         )
 
     def run(self) -> dict[str, Any]:
+        with locked(self.target, "export", file=self.staged.with_name(self.staged.name + ".lock")):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         start = time.monotonic()
         _clear(self.staged)
         try:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ernie_tune.checkpoint.writer import naming
 from ernie_tune.config.language import columns, padded, say, shown
 from ernie_tune.report.direction import better, gain
 from ernie_tune.report.writers import Writer
@@ -32,11 +33,16 @@ _FOR_FILES = ("interval_runtime", "max_memory_gib", "remaining_time")  # a bar o
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed."""
+    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed. Raises OSError with the file's name; nothing is left then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        with naming(path):
+            staged.write_text(text, encoding="utf-8")
+            os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def plain(value: Any) -> Any:
@@ -196,6 +202,7 @@ class RunLog:
         path = output_dir / LOG_FILE
         self.history: History = [dict(record) for record in history]
         self._columns: list[str] = []
+        self._behind: set[str] = set()  # files that lack records
         if is_main:
             output_dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and resume_step is None and is_main:
@@ -204,7 +211,7 @@ class RunLog:
             self.history = read_log(path)[0]
         self.history = [] if resume_step is None else [r for r in self.history if r["step"] <= resume_step]
         if is_main:
-            write_atomically(path, "".join(map(_json_line, self.history)))
+            self._rewrite_log()
             self._rewrite_csv()
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float, silent: bool = False) -> dict[str, Any]:
@@ -213,14 +220,39 @@ class RunLog:
         record = {"epoch": round(float(epoch), 6), "step": int(step), **plain(values)}
         self.history.append(record)
         if self.is_main:
-            with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(_json_line(record))
-            self._add_row(record)
+            self._add(LOG_FILE, lambda: self._append(record), self._rewrite_log)
+            self._add(CSV_FILE, lambda: self._add_row(record), self._rewrite_csv)
             for writer in self._writers:
                 writer.write(step, record)
             if not silent:
                 self.info(console_line(step, {k: v for k, v in values.items() if k not in _FOR_FILES}, epoch))
         return record
+
+    def _add(self, name: str, add: Callable[[], None], rewrite: Callable[[], None]) -> None:
+        """Write a record to a file. A file that cannot be written is told of once and does not end the training; when it can be, it gets all that it has
+        missed."""
+        try:
+            (rewrite if name in self._behind else add)()
+        except OSError as error:
+            if name not in self._behind:
+                path, why = self.output_dir / name, error.strerror or str(error)
+                self.info(
+                    say(
+                        f"{path} cannot be written ({why}); training goes on, its records are kept for when there is room",
+                        f"{path} 无法写入（{why}）；训练继续，记录保留在内存中，待可写时补上",
+                    ),
+                    "WARNING",
+                )
+            self._behind.add(name)
+            return
+        self._behind.discard(name)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(_json_line(record))
+
+    def _rewrite_log(self) -> None:
+        write_atomically(self.output_dir / LOG_FILE, "".join(map(_json_line, self.history)))
 
     def info(self, message: str, level: str = "INFO") -> None:
         """Print one stamped line."""

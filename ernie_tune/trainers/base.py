@@ -535,7 +535,8 @@ class Trainer:
                 self._take_weights(best)
                 log.info(f"finishing with {best.path}, the best by {self._guards.early.metric}")
         self.place.mark("saving and measuring the result")
-        self.save_model(self.output_dir)
+        with self.folder.result():
+            self.save_model(self.output_dir)
         metrics = self.measure.after(log, self._summary(log), self.stream.epoch)
         if not self.place.is_writer:
             return metrics

@@ -258,6 +258,37 @@ class RunFolder:
         """Whether no step was made on top of a finished run: what it wrote stays as it is."""
         return bool(self.found and self.found.was_finished and not self._written)
 
+    @contextlib.contextmanager
+    def result(self) -> Iterator[None]:
+        """While the result is written: an OSError says what is not there, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            kept = complete_checkpoints(self.path)
+            why, file = error.strerror or str(error), error.filename or str(self.path)
+            left = (
+                say(
+                    "the last steps are in {folder}: free some space and run the same command",
+                    "训练结果保留在 {folder} 中：请腾出空间后重新运行同一命令",
+                    folder=kept[-1].path,
+                )
+                if kept
+                else say(
+                    "there is no checkpoint to make it from again: set save_strategy: steps in the next run",
+                    "没有检查点可供恢复：下次请设 save_strategy: steps",
+                )
+            )
+            raise OSError(
+                error.errno,
+                say(
+                    "the result could not be saved ({why}); {left}",
+                    "训练结果无法保存（{why}）；{left}",
+                    why=why,
+                    left=left,
+                ),
+                file,
+            ) from error
+
     def finish(self, described: RunConfig, step: int, total: int, *, over: bool) -> None:
         """Everything is written. `over`: nothing is left to train, the same command has nothing to do."""
         self.stepped(described)

@@ -20,6 +20,7 @@ from ernie_tune.report.log import (
     metrics_table,
     read_log,
     stamp,
+    write_atomically,
 )
 
 
@@ -280,3 +281,41 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     ):
         log.log(1, {"loss": np.zeros(2)}, 0.1)
     assert log.history == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_told_of_once_and_what_was_missed_is_written_later(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = RunLog(tmp_path, echo=said.append)
+    log.log(1, {"loss": 1.0}, 0.1)
+    for name in ("trainer_log.jsonl", "metrics.csv"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("/dev/full")
+        (tmp_path / f"{name}.tmp").mkdir()  # nor can it be written anew
+    for step in (2, 3, 4):
+        log.log(step, {"loss": 1.0}, 0.1)
+    told = [line for line in said if "WARNING" in line]
+    assert [
+        f"{tmp_path}/{n} cannot be written (" in line
+        for n, line in zip(("trainer_log.jsonl", "metrics.csv"), told, strict=True)
+    ] == [True, True]
+    for name in ("trainer_log.jsonl", "metrics.csv"):
+        (tmp_path / f"{name}.tmp").rmdir()
+    log.log(5, {"loss": 1.0}, 0.1)
+    assert [r["step"] for r in read_log(tmp_path / "trainer_log.jsonl")[0]] == [1, 2, 3, 4, 5]
+    assert len((tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()) == 6
+    log.log(6, {"loss": 1.0}, 0.1)
+    assert len((tmp_path / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_a_file_that_cannot_be_replaced_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ernie_tune.report.log.os.replace", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(tmp_path / "a.json", "{}")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []

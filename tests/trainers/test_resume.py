@@ -195,7 +195,7 @@ def run_file(folder: Path, **changes: Any) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_finishes_the_step_saves_and_the_same_command_goes_on(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +270,69 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(
     monkeypatch.undo()
     assert main(["train", file]) == 0
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_result_that_cannot_be_saved_says_where_and_what_is_left(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file, out = run_file(tmp_path, save_strategy=strategy), tmp_path / "out"
+    save = SFTTrainer.save_model
+
+    def on_full_disk(self: SFTTrainer, folder: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer._Sink, "write", full_disk)
+            save(self, folder)
+
+    monkeypatch.setattr(SFTTrainer, "save_model", on_full_disk)
+    assert main(["train", file]) == 1
+    left = (
+        f"the last steps are in {out}/checkpoint-4: free some space"
+        if strategy == "steps"
+        else "there is no checkpoint"
+    )
+    error = capsys.readouterr().err
+    assert f"{out}.tmp/model.safetensors: the result could not be saved (No space left on device); {left}" in error
+    monkeypatch.undo()
+    assert main(["train", file]) == 0
+    assert steps_logged(out) == [1, 2, 3, 4]
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and nothing can be printed from then on."""
+    file, out = run_file(tmp_path, max_steps=500), tmp_path / "out"
+    ours, theirs = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, str(file)],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        said = b""
+        while b"global_step: 2," not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert child.wait(120) == 130
+    finally:
+        child.kill()
+    (saved,) = checkpoints(out)
+    assert 2 <= int(saved.split("-")[1]) < 500
+    assert (out / saved / "saved_signal_0").is_file()
+    assert not (out / ".lock").exists()
+
+
+# The terminal becomes the session's own, as that of a shell.
+TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from ernie_tune.cli.main import main
+raise SystemExit(main(["train", sys.argv[1]]))
+"""
 
 
 # --- what to resume from ---------------------------------------------------------------------------------------------
