@@ -49,7 +49,7 @@ setup(
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9", "llguidance>=1.9"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -61,6 +61,8 @@ setup(
             "tensorboardX>=2.6",
             "fastapi>=0.115",
             "uvicorn>=0.30",
+            "pydantic>=2.9",
+            "llguidance>=1.9",
             "httpx>=0.27",
             "openai>=1.60",
             "schemathesis>=4",

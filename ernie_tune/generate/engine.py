@@ -42,6 +42,7 @@ class Request:
     max_thought_tokens: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     where: str = ""  # what errors call it: a row's file and line
+    continues: bool = False  # the last message is an answer to go on with, not one to reply to
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,35 @@ class Engine:
     def prepare(
         self, request: Request, params: SamplingParams, key: int = 0, index: int = 0, max_tokens: int | None = None
     ) -> Prepared:
-        """Render and encode. `key` and `index`: see `Prompt`. `max_tokens`: RowTooLong for a longer prompt."""
+        """Render and encode. `key` and `index`: see `Prompt`. `max_tokens`: RowTooLong for a longer prompt.
+
+        With `continues` the prompt ends inside the last message, an assistant's, whose thought is over.
+        """
         template = self.processor.template
-        opened = template.opens_thought(template.thinks(request.messages, request.thinking))
+        thinks = template.thinks(request.messages, request.thinking)
+        opened = template.opens_thought(thinks) and not request.continues
         encoded: Encoded = self.processor.encode(
             request.messages,
             request.images,
             request.videos,
             tools=request.tools,
             thinking=request.thinking,
-            add_generation_prompt=True,
+            add_generation_prompt=not request.continues,
             max_tokens=max_tokens,
             where=request.where,
         )
+        row, length = encoded.row, encoded.num_tokens
+        if request.continues:  # the token that closes the answer is what the model may go on without
+            length -= 1
+            row = replace(row, input_ids_L=row.input_ids_L[:length])
         limit = request.max_thought_tokens
 
         def budget() -> Steer:
             assert limit is not None
             return ThoughtBudget(self.processor, limit, opened)
 
-        prompt = Prompt(encoded.row, params, key, index, None if limit is None else budget)
-        return Prepared(prompt, encoded.num_tokens, opened, bool(request.tools))
+        prompt = Prompt(row, params, key, index, None if limit is None else budget)
+        return Prepared(prompt, length, opened, bool(request.tools))
 
     def scheduler(self, capacity: Capacity | None = None) -> Scheduler:
         """What runs prepared prompts."""

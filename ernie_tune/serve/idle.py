@@ -4,7 +4,8 @@ for nothing, and what to do instead of the others.
 What asks for nothing is taken, since clients send their defaults; what would be ignored is refused, since somebody
 wants it. Refuses to know: the fields that have an effect.
 
-Source: the OpenAI API's request types (openai 3.57), `ChatCompletionRequest` of vLLM 0.11 and SGLang 0.5, FastDeploy 2.3.
+Source: the OpenAI API's request types (package openai 3.57), and the documented extra parameters of vLLM, SGLang and
+FastDeploy.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ _OTHERS = {
     "max_output_tokens": Idle("call it max_completion_tokens"),
     "media_io_kwargs": Idle("the model's own settings are used; leave it out", ({},)),
     "min_p": Idle(_SAMPLING, (0.0,)),
+    "min_tokens": Idle("an answer ends where the model ends it; leave it out", (0,)),
     "mm_processor_kwargs": Idle("the model's own settings are used; leave it out", ({},)),
     "no_stop_trim": Idle("answers end before a stop string; add it yourself", (False,)),
     "priority": Idle("requests are served as they come; leave it out", (0,)),
@@ -128,5 +130,14 @@ IMAGE_URL: Mapping[str, Idle] = {name: Idle(_SEEN) for name in ("min_pixels", "m
 VIDEO_URL: Mapping[str, Idle] = {
     **{name: Idle(_FRAMES) for name in ("fps", "min_frames", "max_frames", "target_frames", "frames_sample")},
     "detail": Idle(_FRAMES, ("auto", "low", "high")),
+}
+TOOL: Mapping[str, Idle] = {"custom": Idle("functions are the one kind of tool; describe it as one")}
+STRUCTURED: Mapping[str, Idle] = {
+    "grammar": Idle("use json, regex or choice"),
+    "structural_tag": Idle("use tools and tool_choice"),
+    "disable_fallback": Idle("there is one way to follow rules; leave it out", (True, False)),
+    "disable_any_whitespace": Idle("JSON is written with one space after , and :", (True, False)),
+    "disable_additional_properties": Idle("write additionalProperties into the schema", (False,)),
+    "whitespace_pattern": Idle("JSON is written with one space after , and :"),
 }
 STREAM_OPTIONS: Mapping[str, Idle] = {"include_obfuscation": Idle("nothing is padded here; leave it out", (False,))}

@@ -7,314 +7,130 @@ mistake of a list and names the field of the type that was meant. Refuses to kno
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictInt,
-    Tag,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, StrictInt, Tag, field_validator, model_validator
 
-from ernie_tune.config.convert import did_you_mean
 from ernie_tune.serve import idle
-from ernie_tune.serve.idle import Idle
+from ernie_tune.serve.messages import (
+    FUNCTION_NAME,
+    MAX_CALLS,
+    MAX_LABEL_CHARACTERS,
+    AssistantMessage,
+    Label,
+    Message,
+    Strict,
+    Tool,
+    in_order_of_calls,
+    kind_of,
+    one_of,
+    wrong,
+)
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOP_LOGPROBS, MAX_N = 16, 256, 20, 128
-MAX_MESSAGES, MAX_PARTS, MAX_CALLS = 4096, 2048, 128
+MAX_MESSAGES = 4096
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 1024, 2**20  # the server's own limits are lower (`requests.py`)
-MAX_LABEL_CHARACTERS = 512
-FUNCTION_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
+MAX_CHOICES, MAX_PATTERN_CHARACTERS = 1024, 4096
 
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARACTERS)]  # told to nobody, changes nothing
 
-
-def wrong(message: str, field: str = "") -> PydanticCustomError:
-    """A mistake in `field` of the object that is looked at."""
-    return PydanticCustomError("request", "{text}", {"text": message, "field": field})
-
-
-def _kind(**kinds: type) -> Discriminator:
-    """The member of a union by the type of what was sent: <text> for str, and so on."""
-
-    def name(value: Any) -> str | None:
-        return next((f"<{kind}>" for kind, of in kinds.items() if isinstance(value, of)), None)
-
-    words = {"text": "a string", "parts": "a list", "object": "an object"}
-    message = f"must be {' or '.join(words[kind] for kind in kinds)}"
-    return Discriminator(name, "kind", message)
-
-
-def _one_of(key: str, names: Mapping[str, str], hint: str = "") -> Discriminator:
-    """The member of a union by the value of a key. `names`: value -> tag."""
-
-    def name(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return None
-        found = value.get(key)
-        return names.get(found) if isinstance(found, str) else None
-
-    known = ", ".join(map(repr, names))
-    return Discriminator(name, f"member {key}", f"must be one of {known}{hint}")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    idle: ClassVar[Mapping[str, Idle]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _what_is_asked(cls, value: Any) -> Any:
-        """Without nulls, and without what asks for nothing; the first field that would be ignored is refused."""
-        if not isinstance(value, dict):
-            return value
-        kept: dict[str, Any] = {}
-        for name, one in value.items():
-            if one is None:
-                continue
-            if name in cls.model_fields:
-                kept[name] = one
-            elif name not in cls.idle:
-                near = did_you_mean(name[:100], [*cls.model_fields, *cls.idle])
-                raise wrong(f"is no field that this server knows{near}; leave it out", name)
-            elif not cls.idle[name].takes(one):
-                raise wrong(f"({_shown(one)}) has no effect here: {cls.idle[name].instead}", name)
-        return kept
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-class _Cached(_Strict):
-    """What may carry hints to a cache of prompts; they change nothing of an answer."""
-
-    cache_control: dict[str, Any] | None = None
-    prompt_cache_breakpoint: dict[str, Any] | None = None
-
-
-class TextPart(_Cached):
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(_Strict):
-    """What an answer of OpenAI's may hold instead of a text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-def _as_url(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
-class ImageURL(_Strict):
-    idle = idle.IMAGE_URL
-
-    url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high", "original"] | None = None  # a hint; pictures keep the model's own limits
-
-
-class VideoURL(_Strict):
-    idle = idle.VIDEO_URL
-
-    url: str = Field(min_length=1)
-
-
-class ImagePart(_Cached):
-    type: Literal["image_url"]
-    image_url: Annotated[ImageURL, BeforeValidator(_as_url)]
-
-
-class VideoPart(_Cached):
-    type: Literal["video_url"]
-    video_url: Annotated[VideoURL, BeforeValidator(_as_url)]
-
-
-_HINT = "; a picture is image_url with its image_url.url; sound and files are not read"
-TextOnly = Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")]
-OfText = Annotated[TextOnly, _one_of("type", {"text": "<text>", "refusal": "<refusal>"})]
-Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")] | Annotated[VideoPart, Tag("<video>")],
-    _one_of("type", {"text": "<text>", "image_url": "<image>", "video_url": "<video>"}, _HINT),
-]
-Words = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[OfText], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
-    _kind(text=str, parts=list),
-]
-Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
-    _kind(text=str, parts=list),
-]
-
-
-class _Message(_Cached):
-    content: Any
-    name: Label | None = None
-
-    def texts(self) -> Iterator[str]:
-        """All text in it."""
-        content = [self.content] if isinstance(self.content, str) else self.content or []
-        for part in content:
-            if isinstance(part, str):
-                yield part
-            elif part.type in ("text", "refusal"):
-                yield part.text
-
-
-class SystemMessage(_Message):
-    role: Literal["system", "developer"]
-    content: Words
-
-
-class UserMessage(_Message):
-    role: Literal["user"]
-    content: Content
-
-
-class CallFunction(_Strict):
-    idle: ClassVar[Mapping[str, Idle]] = {"parsed_arguments": Idle("the arguments count")}
-
-    name: str = Field(pattern=FUNCTION_NAME)
-    arguments: str = "{}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_the_client_parsed(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if k != "parsed_arguments"} if isinstance(value, dict) else value
-
-    @field_validator("arguments")
-    @classmethod
-    def _nothing_is_an_empty_object(cls, value: str) -> str:
-        return value if value.strip() else "{}"
-
-
-class Call(_Strict):
-    id: str = Field(min_length=1, max_length=128)
-    type: Literal["function"] = "function"
-    function: CallFunction
-    index: int | None = None  # of a stream's calls; their order counts
-
-
-class AssistantMessage(_Message):
-    """An answer before, as we or others gave it; what the official client makes of one is taken back."""
-
-    idle = idle.ASSISTANT
-
-    role: Literal["assistant", "bot"]
-    content: Words | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=MAX_CALLS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_we_add(cls, value: Any) -> Any:
-        """Ids of tokens and what the client parsed repeat the content; other servers call the thought `reasoning`."""
-        if not isinstance(value, dict):
-            return value
-        repeated = ("prompt_token_ids", "completion_token_ids", "prompt_tokens", "completion_tokens", "parsed")
-        kept = {k: v for k, v in value.items() if k not in repeated}
-        if isinstance(kept.get("reasoning"), str):
-            thought = kept.pop("reasoning")
-            kept["reasoning_content"] = kept.get("reasoning_content") or thought
-        return kept
-
-    @model_validator(mode="after")
-    def _a_refusal_is_an_answer(self) -> AssistantMessage:
-        if self.refusal and not self.content:
-            self.content = self.refusal
-        return self
-
-    def texts(self) -> Iterator[str]:
-        yield from super().texts()
-        yield self.reasoning_content or ""
-        for call in self.tool_calls or ():
-            yield call.function.name
-            yield call.function.arguments
-
-
-class ToolMessage(_Message):
-    """What a call gave."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str = Field(min_length=1, max_length=128)
-
-
-Message = Annotated[
-    Annotated[SystemMessage, Tag("<system>")]
-    | Annotated[UserMessage, Tag("<user>")]
-    | Annotated[AssistantMessage, Tag("<assistant>")]
-    | Annotated[ToolMessage, Tag("<tool>")],
-    _one_of(
-        "role",
-        {
-            "system": "<system>",
-            "developer": "<system>",
-            "user": "<user>",
-            "assistant": "<assistant>",
-            "bot": "<assistant>",
-            "tool": "<tool>",
-        },
-    ),
-]
-
-
-class Function(_Cached):
-    name: str = Field(pattern=FUNCTION_NAME)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Cached):
-    type: Literal["function"]
-    function: Function
-
-
-class ChosenFunction(_Strict):
+class ChosenFunction(Strict):
     name: str = Field(pattern=FUNCTION_NAME)
 
 
-class NamedChoice(_Strict):
+class NamedChoice(Strict):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class ResponseFormat(_Strict):
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(fail_fast=True, min_length=1, max_length=MAX_CALLS)]
+
+
+class AllowedChoice(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+_Named = Annotated[
+    Annotated[NamedChoice, Tag("<function>")] | Annotated[AllowedChoice, Tag("<allowed>")],
+    one_of("type", {"function": "<function>", "allowed_tools": "<allowed>"}),
+]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[_Named, Tag("<object>")],
+    kind_of(text=str, object=dict),
+]
+
+
+class JsonSchema(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None  # followed either way
+
+
+class TextFormat(Strict):
     type: Literal["text"]
 
 
-class StreamOptions(_Strict):
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")  # as others take it
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<plain>")]
+    | Annotated[ObjectFormat, Tag("<json_object>")]
+    | Annotated[SchemaFormat, Tag("<json_schema>")],
+    one_of("type", {"text": "<plain>", "json_object": "<json_object>", "json_schema": "<json_schema>"}),
+]
+
+
+def _as_schema(value: Any) -> Any:
+    """A schema that came as its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"must be a schema, or its JSON ({error})") from None
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_as_schema)]
+Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARACTERS)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)
+]
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to ask for a rule."""
+
+    idle = idle.STRUCTURED
+
+    json_: Schema | None = Field(None, alias="json")
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    json_object: bool = False
+
+
+class StreamOptions(Strict):
     idle = idle.STREAM_OPTIONS
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class ThinkingMode(_Strict):
+class ThinkingMode(Strict):
     thinking_mode: Literal["open", "close"]
 
 
-class TemplateKwargs(_Strict):
+class TemplateKwargs(Strict):
     enable_thinking: bool | None = None
     thinking: bool | None = None  # another server's word for it
     options: ThinkingMode | None = None
@@ -328,7 +144,7 @@ class TemplateKwargs(_Strict):
         return named
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """What both endpoints take."""
 
     model: str | None = Field(None, max_length=MAX_LABEL_CHARACTERS)
@@ -343,7 +159,7 @@ class Sampling(_Strict):
         Annotated[
             Annotated[str, Tag("<text>")]
             | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOPS), Tag("<parts>")],
-            _kind(text=str, parts=list),
+            kind_of(text=str, parts=list),
         ]
         | None
     ) = None
@@ -354,6 +170,14 @@ class Sampling(_Strict):
     return_token_ids: bool = False
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
+    # Rules that the answer follows; the first is OpenAI's, then come vLLM's, FastDeploy's and SGLang's names.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    json_schema: Schema | None = None
+    regex: Pattern | None = None
     # Labels: told to nobody, they change nothing.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -385,6 +209,42 @@ class Sampling(_Strict):
             raise wrong("needs stream; set stream to true or leave it out", "stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _check_rules(self) -> Sampling:
+        rules = self._rules()
+        if len(rules) > 1:
+            first, second, *_ = rules
+            raise wrong(f"and {second} must not both be given; leave one out", first)
+        if rules and self.ignore_eos:
+            raise wrong("must not be set with a rule, which says where the answer ends; leave it out", "ignore_eos")
+        return self
+
+    def _rules(self) -> dict[str, tuple[str, Any]]:
+        """Field -> (kind, rule) of serve/guide.py."""
+        found: dict[str, tuple[str, Any]] = {}
+        if isinstance(self.response_format, ObjectFormat):
+            found["response_format"] = "json", {"type": "object", **(self.response_format.schema_ or {})}
+        elif isinstance(self.response_format, SchemaFormat):
+            found["response_format"] = "json", self.response_format.json_schema.schema_
+        inner = self.structured_outputs or StructuredOutputs.model_validate({})
+        asked: dict[str, tuple[str, Any]] = {
+            "structured_outputs.json": ("json", inner.json_),
+            "structured_outputs.regex": ("regex", inner.regex),
+            "structured_outputs.choice": ("choice", inner.choice),
+            "structured_outputs.json_object": ("json", {"type": "object"} if inner.json_object else None),
+            "guided_json": ("json", self.guided_json),
+            "guided_regex": ("regex", self.guided_regex),
+            "guided_choice": ("choice", self.guided_choice),
+            "json_schema": ("json", self.json_schema),
+            "regex": ("regex", self.regex),
+        }
+        return {**found, **{field: one for field, one in asked.items() if one[1] is not None}}
+
+    @property
+    def rule(self) -> tuple[str, Any] | None:
+        """(kind, rule) that the answer follows."""
+        return next(iter(self._rules().values()), None)
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop or ())
@@ -410,11 +270,10 @@ class ChatRequest(Sampling):
     )
     reasoning_max_tokens: int | None = Field(None, ge=0)
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_CALLS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    response_format: ResponseFormat | None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _check_fields(self) -> ChatRequest:
@@ -435,14 +294,81 @@ class ChatRequest(Sampling):
         return self
 
     @model_validator(mode="after")
+    def _check_choice(self) -> ChatRequest:
+        known = {tool.function.name for tool in self.tools or ()}
+        if self.needs_call and not known:
+            raise wrong("must be 'none' or 'auto' without tools; send tools", "tool_choice")
+        for name in self._chosen or ():
+            if name not in known:
+                raise wrong(f"names {name!r}, which must be one of tools: {sorted(known)[:8]}", "tool_choice")
+        if self.needs_call and self.rule is not None:
+            raise wrong("asks for a call, and the rule for another answer; leave one out", "tool_choice")
+        if self.needs_call and self.ignore_eos:
+            raise wrong("must not be set where a call is asked for; leave it out", "ignore_eos")
+        return self
+
+    @model_validator(mode="after")
+    def _check_end(self) -> ChatRequest:
+        last = isinstance(self.messages[-1], AssistantMessage)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong("must be false with continue_final_message; leave one out", "add_generation_prompt")
+        if self.continue_final_message and not last:
+            raise wrong("needs an assistant message at the end; leave it out", "continue_final_message")
+        if self.continue_final_message and (self.needs_call or self.rule):
+            raise wrong("must not be set with a rule or a call; leave it out", "continue_final_message")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise wrong(
+                "(false) needs continue_final_message; set that to true, or leave both out", "add_generation_prompt"
+            )
+        if last and not self.continue_final_message:
+            raise wrong(
+                "must end with a user or tool message; to have the last answer continued, set "
+                "continue_final_message to true and add_generation_prompt to false",
+                "messages",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_results(self) -> ChatRequest:
         """Results come in any order and are put into that of the calls: the template does not say which is whose."""
-        self.messages = list(_in_order_of_calls(self.messages))
+        self.messages = list(in_order_of_calls(self.messages))
         return self
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def _chosen(self) -> list[str] | None:
+        """Names of the tools that may be called; None: all."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedChoice):
+            return [choice.function.name]
+        if isinstance(choice, AllowedChoice):
+            return [one.function.name for one in choice.allowed_tools.tools]
+        return None
+
+    @property
+    def needs_call(self) -> bool:
+        """Whether the answer must be a call."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedChoice):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or isinstance(choice, NamedChoice)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the answer holds one call at most."""
+        return not self.parallel_tool_calls or isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def ruled_tools(self) -> list[dict[str, Any]] | None:
+        """The tools whose calls follow their schema; None: calls are what the model makes of them."""
+        chosen, tools = self._chosen, self.callable_tools
+        strict = any(tool.function.strict for tool in self.tools or ())
+        if not tools or not (strict or self.needs_call or self.rule or chosen):
+            return None
+        return [tool for tool in tools if chosen is None or tool["function"]["name"] in chosen]
 
     @property
     def callable_tools(self) -> list[dict[str, Any]]:
@@ -456,41 +382,6 @@ class ChatRequest(Sampling):
     def thinking(self) -> bool | None:
         asked = self.chat_template_kwargs.thinks if self.chat_template_kwargs else None
         return False if asked is None and self.reasoning_effort == "none" else asked
-
-
-def _in_order_of_calls(messages: list[Any]) -> Iterator[Any]:
-    """The messages, results after the calls that they belong to, in their order. Raises for results that fit no call, and none."""
-    due: list[str] = []
-    results: dict[str, Any] = {}
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if isinstance(message, ToolMessage):
-            if message.tool_call_id not in due or message.tool_call_id in results:
-                rest = [one for one in due if one not in results]
-                raise wrong(
-                    f"({message.tool_call_id!r}) must be the id of a call of the answer before that has no result yet; "
-                    f"waiting for one: {rest[:8]}",
-                    f"{where}.tool_call_id",
-                )
-            results[message.tool_call_id] = message
-            continue
-        yield from _settled(due, results, where)
-        calls = message.tool_calls or () if isinstance(message, AssistantMessage) else ()
-        due, results = [call.id for call in calls], {}
-        if len(set(due)) < len(due):
-            raise wrong("must have different ids; number them", f"{where}.tool_calls")
-        yield message
-    yield from _settled(due, results, "" if results else None)
-
-
-def _settled(due: list[str], results: Mapping[str, Any], where: str | None) -> Iterator[Any]:
-    missing = [one for one in due if one not in results]
-    if missing and where is not None:
-        raise wrong(
-            f"must be the result of tool call {missing[0]!r}; send one tool message for each call",
-            where or "messages[-1]",
-        )
-    yield from (results[one] for one in due if one in results)
 
 
 def _prompt_kind(value: Any) -> str | None:

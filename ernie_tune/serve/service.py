@@ -25,6 +25,7 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.generate.scheduler import Capacity
 from ernie_tune.models.inputs import Row, feature_count, pack
 from ernie_tune.serve.errors import ApiError
+from ernie_tune.serve.guide import CallRule, Grammars, Guide
 from ernie_tune.serve.media import read_image, read_video
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
@@ -106,6 +107,7 @@ class Service:
         self.scheduler = SchedulerThread(engine, capacity)
         tokenizer = engine.processor.tokenizer
         self._longest_token_bytes = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        self.grammars = Grammars(engine.processor, engine.model.config.vocab_size)
         self.metrics = Metrics()
         self.started = int(time.time())
         self._keys = itertools.count(1)
@@ -146,18 +148,24 @@ class Service:
         name, adapter = self.find(request.model)
         lease = Lease(self.options.media_timeout_seconds) if self._check_media(request) else None
         params = self._params(request, request.limit, request.logprobs, request.top_logprobs)
-        if request.callable_tools and not request.parallel_tool_calls:
-            params = replace(
-                params, stop_strings=(*params.stop_strings, CALL_END)
-            )  # the answer ends with its first call
+        if request.callable_tools and request.one_call:  # the answer ends with its first call
+            params = replace(params, stop_strings=(*params.stop_strings, CALL_END))
 
         def prepare() -> list[Prepared]:
             texts = [text for message in request.messages for text in message.texts()]
             self._check_length([*texts, *map(str, request.callable_tools)])
             messages = self._messages(request, lease)
             limit = request.reasoning_max_tokens
-            asked = Request(messages, thinking=request.thinking, max_thought_tokens=limit, tools=request.callable_tools)
-            return [self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)]
+            asked = Request(
+                messages,
+                thinking=request.thinking,
+                max_thought_tokens=limit,
+                tools=request.callable_tools,
+                continues=request.continue_final_message,
+            )
+            prepared = self.engine.prepare(asked, params, next(self._keys), max_tokens=self.max_model_len)
+            thinks = self.engine.processor.template.thinks(messages, request.thinking)
+            return [self._guided(prepared, request, thinks and not request.continue_final_message)]
 
         def reader(prepared: Prepared) -> AnswerReader:
             return AnswerReader(self.engine.processor, prepared.opened, request.stops, calls=prepared.calls)
@@ -178,7 +186,7 @@ class Service:
         def prepare() -> list[Prepared]:
             for prompt in request.prompts:
                 self._check_length([prompt] if isinstance(prompt, str) else [])
-            return [self._raw(i, prompt, params) for i, prompt in enumerate(request.prompts)]
+            return [self._guided(self._raw(i, prompt, params), request) for i, prompt in enumerate(request.prompts)]
 
         def reader(prepared: Prepared) -> AnswerReader:
             return AnswerReader(self.engine.processor, stop_strings=request.stops, split=False)
@@ -325,6 +333,17 @@ class Service:
         more = tuple(request.stop_token_ids or ())
         self._check_ids(more, "stop_token_ids")
         return replace(params, stop_ids=(() if request.ignore_eos else params.stop_ids) + more)
+
+    def _guided(self, prepared: Prepared, request: Sampling, thinks: bool = False) -> Prepared:
+        """With the rule that the answer is to follow, if any. Raises ValueError for one that cannot be followed."""
+        guide = None if request.rule is None else Guide(*request.rule)
+        calls = None
+        if isinstance(request, ChatRequest) and (tools := request.ruled_tools):
+            calls = CallRule(tools, request.needs_call, not request.one_call)
+        if guide is None and calls is None:
+            return prepared
+        follow = self.grammars.follow(guide, calls, thinks=thinks, opened=prepared.opened)
+        return replace(prepared, prompt=replace(prepared.prompt, constrain=follow))
 
     def _fit(self, prepared: Prepared, request: Sampling) -> Prepared:
         """With the default limit where the request names none. Raises ValueError where prompt and answer exceed max_model_len."""

@@ -108,6 +108,16 @@ MORE = (
     "presence_penalty",
     "tools",
     "tool_choice",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "stop_token_ids",
+    "continue_final_message",
+    "metadata",
+    "reasoning_effort",
+    "min_p",
 )
 
 

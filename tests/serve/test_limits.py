@@ -61,7 +61,10 @@ def refused(reply: httpx.Response, status: int, *words: str) -> dict[str, Any]:
         ({"messages": [{"role": "robot", "content": "x"}]}, ("messages[0].role ('robot')", "must be one of 'system'")),
         ({"messages": [{"role": "user"}]}, ("messages[0].content must be given",)),
         ({"messages": [*WHY, *WHY]}, ("in turn",)),
-        ({"messages": [*WHY, {"role": "assistant", "content": "x"}]}, ("last role",)),
+        (
+            {"messages": [*WHY, {"role": "assistant", "content": "x"}]},
+            ("messages must end with a user or tool message", "continue_final_message to true"),
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ()),
         ({"messages": [{"role": "user", "content": [DIGIT] * 3}]}, ("number of images (3) must be at most 2",)),
         ({"messages": [{"role": "user", "content": "why " * 80}]}, ("max_tokens (64)",)),
