@@ -376,10 +376,10 @@ def broken(error: Exception) -> Callable[..., Any]:
 def test_one_spoilt_request_does_not_take_its_neighbours_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     join = RunningBatch.join
 
-    def picky(self: RunningBatch, prompts: Any) -> None:
+    def picky(self: RunningBatch, prompts: Any, *more: Any) -> None:
         if any(p.params.max_new_tokens == 7 for p in prompts):
             raise RuntimeError("spoilt")
-        join(self, prompts)
+        join(self, prompts, *more)
 
     with live(engine) as one, ThreadPoolExecutor(4) as pool:
         monkeypatch.setattr(RunningBatch, "join", picky)
