@@ -90,15 +90,20 @@ def version(args: list[str]) -> int:
 
 
 def help_(args: list[str]) -> int:
-    """ernie-tune help [VERB | SETTING]
+    """ernie-tune help [VERB | SETTING | STAGE | --all [--html[=PATH.html]]]
 
-    Explains a verb, or a setting with its other spellings. Alone: lists the verbs.
+    Explains a verb, a stage, or a setting with its values, defaults and other spellings. --all: every setting; --html: as a
+    page, ernie_tune_settings.html. Alone: lists the verbs.
     """
+    from ernie_tune.cli import settings_help
+
     if not args:
         print(_overview())
         return 0
+    if args[0] in ("--all", "--html") or args[0].startswith("--html="):
+        return settings_help.run(["--all", *(word for word in args if word != "--all")])
     known = {name: verb for verb in VERBS for name in (verb.name, *verb.aliases)}
-    print(_about_verb(known[args[0]]) if args[0] in known else _about_setting(args[0]))
+    print(_about_verb(known[args[0]]) if args[0] in known else settings_help.about(args[0]))
     return 0
 
 
@@ -114,31 +119,10 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`ernie-tune VERB --help` explains a verb, `ernie-tune help learning_rate` a setting.",
+            "`ernie-tune VERB --help` explains a verb, `ernie-tune help learning_rate` a setting, `ernie-tune help --all` all of them.",
         ]
     )
 
 
 def _about_verb(verb: Verb) -> str:
     return inspect.cleandoc(verb.load().__doc__ or verb.help)
-
-
-def _about_setting(word: str) -> str:
-    from ernie_tune.config.aliases import RENAMED
-    from ernie_tune.config.arguments import SETTINGS
-    from ernie_tune.config.convert import did_you_mean, to_yaml
-
-    name = RENAMED.get(word.replace("-", "_"), word.replace("-", "_"))
-    if name not in SETTINGS:
-        raise UsageError(
-            say(
-                f"no verb or setting is named {word!r}{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])}",
-                f"没有名为 {word!r} 的命令或设置{did_you_mean(word, [*SETTINGS, *(v.name for v in VERBS)])}",
-            )
-        )
-    setting = SETTINGS[name]
-    spellings = [alias for alias, ours in RENAMED.items() if ours == name]
-    lines = [f"{name}: {setting.help}", f"section: {setting.section}", f"default: {to_yaml(setting.default)}"]
-    lines += [f"one of: {', '.join(setting.choices)}"] if setting.choices else []
-    lines += [f"also written: {', '.join(spellings)}"] if spellings else []
-    return "\n".join(lines)

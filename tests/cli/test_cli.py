@@ -83,7 +83,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "recompute: recompute activations in the backward pass",
         "section: compute",
         "default: false",
+        "true | false",
+        "does not change the loss or the trained weights",
         "also written: activation_checkpointing, enable_activation_checkpointing, use_recompute, gradient_checkpointing",
+        "also set by: disable_gradient_checkpointing",
     ]
     assert "one of: no, steps, epoch" in call(capsys, "help", "eval_strategy")[1]
 

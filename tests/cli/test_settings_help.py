@@ -1,0 +1,107 @@
+"""`ernie-tune help NAME` and `help --all`: every setting with what stands beside its field, in both languages, and as a page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ernie_tune.cli.main import main
+from ernie_tune.config.aliases import EXPANDED, RENAMED
+from ernie_tune.config.arguments import SETTINGS
+from ernie_tune.config.sections_model import METHODS
+from ernie_tune.config.stages import STAGES
+from ernie_tune.models.presets import PRESETS
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["help", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_all_settings_are_told_in_both_languages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    english = told(capsys, "--all")
+    monkeypatch.setenv("ERNIE_TUNE_LANG", "zh")
+    chinese = told(capsys, "--all")
+    for name, setting in SETTINGS.items():
+        assert f"\n{name}: {setting.about.help}\n" in english, name
+        assert f"\n{name}: {setting.about.help_zh}\n" in chinese, name
+        for word, (en, zh) in setting.about.explained.items():
+            assert f"{word}: {en}" in english
+            assert f"{word}: {zh}" in chinese
+    for stage in STAGES.values():
+        assert stage.help in english
+        assert stage.help_zh in chinese
+    assert all(name in english for name in (*METHODS, *RENAMED, *PRESETS))
+    assert not re.search("[\u4e00-\u9fff]", english)
+
+
+def test_the_page_holds_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "ernie_tune_settings.html" in told(capsys, "--all", "--html")
+    assert "own.html" in told(capsys, "--html=own.html")
+    text = Path("own.html").read_text(encoding="utf-8")
+    assert text == Path("ernie_tune_settings.html").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("*.tmp"))
+
+    class Open(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag in ("table", "tr", "td", "code", "span"):
+                self.depth.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag in ("table", "tr", "td", "code", "span"):
+                assert self.depth.pop() == tag
+
+    parser = Open()
+    parser.feed(text)
+    assert parser.depth == []
+    assert all(f"<code>{name}</code>" in text for name in (*SETTINGS, *RENAMED))
+    assert SETTINGS["lora_rank"].about.help_zh in text
+
+
+def test_one_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    rate = told(capsys, "lr")
+    assert "default: 0.0003 at SFT, PT (LoRA, Adapter, Prompt, PTuning, Prefix)" in rate
+    assert "default: 1.0e-06 at DPO" in rate
+    assert "presets: " in told(capsys, "model")
+    assert "tiny-a" in told(capsys, "model_name_or_path")
+    assert "read at: stage DPO, UPO; loss simpo" in told(capsys, "simpo_gamma")
+    assert "read at: stage UPO; rank_loss plackett_luce" in told(capsys, "rank_top_k")
+    assert "DPO: sigmoid, odpo" in told(capsys, "loss_type")
+    assert "adamw_torch = adamw" in told(capsys, "optim")
+    assert "has no effect in this version: the training process" in told(capsys, "dataloader-num-workers")
+    assert "not in this version: set bf16: true" in told(capsys, "fp16")
+    assert "a number: 0 … 0.99" in told(capsys, "lora_dropout")
+    assert "also set by: " in told(capsys, "freeze_config")
+
+
+def test_names_of_others_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "attn_impl").startswith("attn_impl: not used here: the machine and the model decide")
+    assert told(capsys, "neftune_noise_alpha").startswith(
+        "neftune_noise_alpha: not a setting here; noise on embeddings"
+    )
+    assert "  bfloat16: bf16: true" in told(capsys, "torch_dtype")
+    assert set(EXPANDED["use_hf"]) == {"true", "false"}
+    stage = told(capsys, "RLVR")
+    assert "not in this version" in stage
+    assert "settings of its own: " in stage
+    assert "loss_type: upo_hetero, mpo" in told(capsys, "Upo".upper()) or told(
+        capsys, "upo"
+    )  # a verb of this name comes first
+
+
+@pytest.mark.parametrize("words", [["--all", "--what"], ["--all", "--html", "--html=a"], ["--all", "x"]])
+def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", *words]) == 2
+    assert "help --all takes --html or nothing more" in capsys.readouterr().err
