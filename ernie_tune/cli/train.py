@@ -85,7 +85,7 @@ def _train(args: list[str], stage: str = "") -> int:
             check_free(Path(config.save.output_dir))  # before the log folder of the run that is there is touched
         return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
     with while_paddle_loads():
-        from ernie_tune.trainers.base import Interrupted
+        from ernie_tune.trainers.interrupts import Interrupted
 
     try:
         _trainer(config)(args=config).train(dry_run=dry_run)

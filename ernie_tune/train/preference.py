@@ -31,6 +31,7 @@ from ernie_tune.objectives.unpaired import Labels, RewardShift, kl_baseline
 from ernie_tune.objectives.upo import Signals, UpoSettings, upo_counts, upo_loss
 
 _KL = ("kl_sum", "kl_count")
+_BESIDE = (*_KL, "good", "bad")  # counted with a window, but no divisors
 _SIDES = ("rewards/chosen", "rewards/rejected")
 
 
@@ -163,7 +164,7 @@ class _Judged:
         return target_logp(model, hidden_TD, batch)
 
     def begin(self, counts: Mapping[str, float]) -> float:
-        self._counts = {name: n for name, n in counts.items() if name not in _KL}
+        self._counts = {name: n for name, n in counts.items() if name not in _BESIDE}
         if self.uses_kl and counts["bin"]:
             self.z0 = kl_baseline(counts["kl_sum"], counts["kl_count"])
         return 1.0  # each term has its own divisor
@@ -223,11 +224,18 @@ class PairObjective(_Judged):
 
 
 class UpoObjective(_Judged):
-    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO."""
+    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO.
+
+    For KTO it also counts the labels: `good` and `bad` are the weights of such answers in the steps made so far, of all
+    ranks, `labelled_steps` how many steps those were.
+    """
 
     def __init__(self, settings: UpoSettings, shift: RewardShift | None = None) -> None:
         super().__init__(shift)
         self.settings = settings
+        self.good = self.bad = 0.0
+        self.labelled_steps = 0
+        self._labels = (0.0, 0.0)  # of the window at hand
 
     @property
     def uses_kl(self) -> bool:
@@ -242,22 +250,43 @@ class UpoObjective(_Judged):
         return self.settings.active("nll")
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
-        total: dict[str, float] = dict.fromkeys(_KL, 0.0) if self.uses_kl else {}
+        total: dict[str, float] = dict.fromkeys(_BESIDE, 0.0) if self.uses_kl else {}
         for batch in window:
             for name, n in upo_counts(self.settings, signals_of(batch), batch.length_C).items():
                 total[name] = total.get(name, 0.0) + n
             if self.uses_kl:
                 total["kl_sum"] += batch.kl_sum
                 total["kl_count"] += batch.kl_count
+                for unit in (u for u in batch.units if u.signal == "label"):
+                    share = float(np.mean(unit.label_C))
+                    total["good"] += unit.weight * share
+                    total["bad"] += unit.weight * (1 - share)
         return total
 
     def begin(self, counts: Mapping[str, float]) -> float:
-        if not any(n for name, n in counts.items() if name not in _KL):
+        if not any(n for name, n in counts.items() if name not in _BESIDE):
             raise ValueError(
                 f"rows of a window must have a judgement that a term with a weight ({', '.join(k for k, w in self.settings.weights.items() if w)}) "
                 "can learn from; give such rows or weights"
             )
+        self._labels = counts.get("good", 0.0), counts.get("bad", 0.0)
         return super().begin(counts)
+
+    def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        super().end(metrics)
+        if self.uses_kl:
+            self.good, self.bad = self.good + self._labels[0], self.bad + self._labels[1]
+            self.labelled_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        labels = {"good": self.good, "bad": self.bad, "steps": self.labelled_steps}
+        return {**super().state_dict(), **({"labels": labels} if self.uses_kl else {})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "labels" in state:  # the first release counted, but kept no count
+            seen = state["labels"]
+            self.good, self.bad, self.labelled_steps = seen["good"], seen["bad"], seen["steps"]
 
     def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
         s, candidates, signals = self.settings, candidates_of(logp_N, batch), signals_of(batch)

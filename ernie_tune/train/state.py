@@ -134,10 +134,10 @@ def save_checkpoint(
         stage_model(writing, save_model, ranks)
         if optimizer is not None:
             slices = prepare(optimizer, named, cut, ranks)
-            written = _together(ranks, lambda: write_rank(writing.optimizer, ranks.rank, slices), writing)
+            written = on_all_ranks(ranks, lambda: write_rank(writing.optimizer, ranks.rank, slices), writing)
         else:
             written = []
-        _together(ranks, lambda: writing.finish(written, {**files, **texts}) if first else None, writing)
+        on_all_ranks(ranks, lambda: writing.finish(written, {**files, **texts}) if first else None, writing)
     finally:
         if first:
             writing.clear()
@@ -146,8 +146,8 @@ def save_checkpoint(
 
 def stage_model(writing: Writing, save_model: Callable[[Path], object], ranks: Ranks) -> None:
     """An empty staging folder, and the model's files in it."""
-    _together(ranks, lambda: writing.begin() if ranks.rank == 0 else None, writing)
-    _together(ranks, lambda: save_model(writing.staged), writing)
+    on_all_ranks(ranks, lambda: writing.begin() if ranks.rank == 0 else None, writing)
+    on_all_ranks(ranks, lambda: save_model(writing.staged), writing)
 
 
 def prepare(
@@ -169,7 +169,7 @@ def could_not(writing: Writing, rank: int, size: int, fault: tuple[int | None, s
     )
 
 
-def _together(ranks: Ranks, action: Callable[[], Any], writing: Writing | None = None) -> list[Any]:
+def on_all_ranks(ranks: Ranks, action: Callable[[], Any], writing: Writing | None = None) -> list[Any]:
     """What `action` gives on every rank. Where it raises OSError on one, every rank raises one that says where, so that none waits for it."""
     result, failed = None, None
     try:
@@ -187,9 +187,9 @@ def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHO
     """Write tensors into `folder` of a checkpoint on its way, so that any layout can read them. Every rank calls it, and gets the OSError of any."""
     slices = [_slice(name, value, cut.of(name, value)) for name, value in named.items()]
     mine = owned(ranks.gather(describe(slices)), ranks.rank)
-    _together(ranks, lambda: folder.mkdir(exist_ok=True))
-    written = _together(ranks, lambda: write_rank(folder, ranks.rank, [slices[i] for i in sorted(mine)]))
-    _together(ranks, lambda: write_manifest(folder, written) if ranks.rank == 0 else None)
+    on_all_ranks(ranks, lambda: folder.mkdir(exist_ok=True))
+    written = on_all_ranks(ranks, lambda: write_rank(folder, ranks.rank, [slices[i] for i in sorted(mine)]))
+    on_all_ranks(ranks, lambda: write_manifest(folder, written) if ranks.rank == 0 else None)
 
 
 def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOLE) -> None:
@@ -343,6 +343,11 @@ def _is_scalar(slot: str) -> bool:
 def _slice(key: str, tensor: Tensor, region: Region) -> Slice:
     # A flat piece of a sharded optimizer may be padded at its end.
     return Slice(key, region, _CODES[tensor.dtype], lambda: tensor.numpy().reshape(-1)[: region.size])
+
+
+def write_json(path: Path, state: Any) -> None:
+    """One state of a checkpoint that is being written."""
+    _write(path, json.dumps(state, ensure_ascii=False, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -25,9 +25,11 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.machine.place import Place
-from ernie_tune.machine.placed import read_parts
+from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS, preset
+from ernie_tune.models.router_losses import RouterLossWeights
+from ernie_tune.objectives.objective import Objective
 from ernie_tune.peft import settings
 from ernie_tune.peft.affinity import affinity, select_experts
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
@@ -36,6 +38,8 @@ from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.quantize import quantize_base, takers
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.layouts import check_run
+from ernie_tune.train.loop import Loop, LoopSettings
+from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
 
 Rows = Sequence[Record]
 # Rows of the training data that expert affinity is measured on.
@@ -163,13 +167,18 @@ def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
     )
 
 
+def data_seed(config: RunConfig) -> int:
+    """What rows are drawn by."""
+    t = config.train
+    return t.seed if t.data_seed is None else t.data_seed
+
+
 def stream_of(
     config: RunConfig, sets: Sequence[Rows], encoder: RecordEncoder, rank: int = 0, size: int = 1
 ) -> BatchStream:
     """The endless stream of windows of this rank."""
     d, t = config.data, config.train
-    seed = t.seed if t.data_seed is None else t.data_seed
-    mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=seed)
+    mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=data_seed(config))
     return BatchStream(
         Shard(mixture, rank, size),
         encoder,
@@ -288,6 +297,31 @@ def apply_method(
         spec = FreezeSpec(given.trainable, given.frozen, f.freeze_config)
     spec.apply(model)
     return model
+
+
+def loop_of(config: RunConfig, policy: Placed, objective: Objective, total_steps: int) -> Loop:
+    """The loop of a run of so many steps, with an AdamW that has made none."""
+    o, t, model = config.optim, config.train, policy.model
+    schedule = Schedule(o.learning_rate, total_steps, warmup_steps(o, total_steps), o.lr_scheduler_type, o.min_lr)
+    ratios = LrRatios(o.moe_gate_lr_ratio, o.vit_lr_ratio)
+
+    def rate(name: str) -> float:
+        return ratios.of(name) * (model.learning_rate_scale(name) if isinstance(model, PeftModel) else 1.0)
+
+    named = list(model.named_parameters())
+    betas = {"beta1": o.adam_beta1, "beta2": o.adam_beta2, "epsilon": o.adam_epsilon}
+    if policy.place.several:
+        optimizer = policy.optimizer(adamw_maker(named, rate, weight_decay=o.weight_decay, **betas))
+    else:
+        optimizer = build_adamw(named, rate, weight_decay=o.weight_decay, **betas)
+    weights = RouterLossWeights(t.router_aux_loss_coef, t.moe_orthogonal_loss_lambda, t.router_z_loss_coef)
+    settings = LoopSettings(
+        max_grad_norm=o.max_grad_norm,
+        router=weights if weights != RouterLossWeights() else None,
+        recompute=recompute() if config.compute.recompute else None,
+        seed=t.seed,
+    )
+    return Loop(model, objective, optimizer, schedule, settings, policy.engine)
 
 
 def recompute() -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.language import Text, say
@@ -18,6 +18,7 @@ from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft.config import LoraConfig
@@ -248,10 +249,20 @@ class Measure:
         return verdicts
 
 
-def write_reports(trainer: Any, log: RunLog) -> None:
+class Described(Protocol):
+    """What the model card is told of a run."""
+
+    described: RunConfig
+    policy: Placed
+    base_model: str
+
+    @property
+    def output_dir(self) -> Path: ...
+
+
+def write_reports(run: Described, measure: Measure, log: RunLog) -> None:
     """The model card."""
-    c: RunConfig = trainer.described
-    model = trainer.model
+    c, model = run.described, run.policy.model
     adapter = model.adapters[model.active or ""].config if isinstance(model, PeftModel) else None
     files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]
     data = [
@@ -261,21 +272,19 @@ def write_reports(trainer: Any, log: RunLog) -> None:
     ]
     rank = f" rank {adapter.r}" if isinstance(adapter, LoraConfig) else ""
     method = f"{c.model.stage}, {c.model.fine_tuning}{rank}"
-    first: Mapping[str, float] = trainer.measure.first.get("metrics", {})
+    first: Mapping[str, float] = measure.first.get("metrics", {})
     card = ModelCard(
-        name=trainer.output_dir.resolve().name,
-        base_model=trainer.base_model,
+        name=run.output_dir.resolve().name,
+        base_model=run.base_model,
         method=method,
         data=data,
         arguments={name: value for name, value in c.flat().items() if value != SETTINGS[name].default},
         before=first,
-        after=trainer.measure.last.get("metrics", {}),
-        commands=usage(str(trainer.output_dir), adapter is not None),
+        after=measure.last.get("metrics", {}),
+        commands=usage(str(run.output_dir), adapter is not None),
     )
-    write_model_card(trainer.output_dir / "README.md", card)
+    write_model_card(run.output_dir / "README.md", card)
     pages = [
-        name
-        for name in ("README.md", "before_after.html", "training_loss.svg")
-        if (trainer.output_dir / name).is_file()
+        name for name in ("README.md", "before_after.html", "training_loss.svg") if (run.output_dir / name).is_file()
     ]
-    log.info(f"everything is in {trainer.output_dir}: {', '.join(pages)}")
+    log.info(f"everything is in {run.output_dir}: {', '.join(pages)}")

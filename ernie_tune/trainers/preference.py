@@ -1,32 +1,27 @@
-"""What trainers on judged answers share: units for rows, a reference policy, measuring by comparisons. `DPOTrainer` and `KTOTrainer` are little more.
+"""Learning from judged answers: units for rows, a reference policy, measuring by comparisons; the DPO family and KTO, and their trainers.
 
-Refuses to know: formulas (objectives), how the reference is computed or kept (train/reference.py).
+Refuses to know: formulas (objectives), how the reference is computed or kept (train/reference.py), the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
-from ernie_tune.data.corruption import CorruptedPairs
 from ernie_tune.data.mixing import permute
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.machine.placed import Placed
+from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.pairwise import expand, needs_reference
 from ernie_tune.objectives.preference import PreferenceHyper
 from ernie_tune.objectives.unpaired import RewardShift, kto_balance
 from ernie_tune.objectives.upo import UpoSettings
-from ernie_tune.peft.config import PrefixConfig, PromptConfig
-from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog
 from ernie_tune.train.density import PromptDensity
 from ernie_tune.train.evaluate import Question, question
@@ -46,97 +41,69 @@ from ernie_tune.train.reference import (
     start_difference,
     take_copy,
 )
-from ernie_tune.train.state import Checkpoint, find_checkpoint, read_values, write_values
+from ernie_tune.train.state import read_values, write_values
 from ernie_tune.trainers.assemble import Subset
 from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.judged import SpoiltPictures, ancestry, check_shared_prompts, every_row, unit_encoder
+from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.measure import Measure
+from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 REFERENCE_FOLDER = "reference"  # of a checkpoint: where a reference that moves stands
 WATCH_FILE = "preference_guards_state.json"
 LABELLED_STEPS = 20  # after so many the share of good answers is known well enough to speak of it
 
 
-class PreferenceTrainer(Trainer):
-    """A run on judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
+class PreferenceMethod(Method):
+    """Learning from judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
 
     signals: tuple[str, ...] = JUDGED
-    _made = 0  # pairs of true and spoilt pictures
+    compares_with_start = True
+    encoder: UnitEncoder
+    policy: Placed  # once there is a reference
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def make_encoder(self) -> UnitEncoder:
+        self.pictures = SpoiltPictures(self.config)
         self.reference: Reference | None = None
-        self._mode = ""  # of the reference, once it is chosen
+        self.mode = ""  # of the reference, once it is chosen
         self.density: PromptDensity | None = None  # of prompts with good and with bad answers
         self.watch = PreferenceWatch()
-        self.encoder: UnitEncoder
-        if isinstance(self.model, PeftModel) and self.model.active is not None:
-            config = self.model.adapters[self.model.active].config
-            if isinstance(config, PromptConfig | PrefixConfig) and self.encoder.share:
-                raise ValueError(
-                    f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
-                )
-
-    def _encoder(self) -> UnitEncoder:
-        d, p = self.args.data, self.args.preference
-        return UnitEncoder(
-            self.processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, self.learned()
-        )
-
-    def _with_more(self, sets: list[Sequence[Record]]) -> list[Sequence[Record]]:
-        """Each set with the pairs that its pictures make. Raises ValueError where there are none, or where nothing would learn from them."""
-        c, d, t = self.args.picture, self.args.data, self.args.train
-        if c.image_corruption == "none":
-            return sets
-        if not self._learns_pairs():
-            raise ValueError(
-                f"image_corruption ({c.image_corruption}) makes pairs and must go with a weight of the term that learns from them; raise pair in term_weights"
-            )
-        seed = t.seed if t.data_seed is None else t.data_seed
-        made = [
-            CorruptedPairs(rows, c.image_corruption, c.image_corruption_noise, c.image_corruption_ratio, seed, k)
-            for k, rows in enumerate(sets)
-        ]
-        self._made = sum(len(rows.chosen) for rows in made)
-        if not self._made:
-            raise ValueError(
-                f"image_corruption ({c.image_corruption}) must find rows with a picture and an answer known to be right, none of {self.train_rows} "
-                f"in {','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise image_corruption_ratio, or set none"
-            )
-        return list(made)
-
-    def _learns_pairs(self) -> bool:
-        return "pair" in self.learned()
+        self._new_room = False  # for an adapter that is the reference
+        return unit_encoder(self.config, self.processor, self.learned())
 
     def learned(self) -> tuple[str, ...]:
         """The kinds of judgement that the method learns from."""
         return self.signals
 
-    def _objective(self) -> Any:
-        """The objective of the run, or one like it where no run has begun."""
-        return self.loop.objective if self.loop is not None else self.objective(1, 1.0)
+    def learns_pairs(self) -> bool:
+        return "pair" in self.learned()
+
+    def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
+        return self.pictures.beside(sets, self.learns_pairs())
+
+    def attach(self, model: ErnieModel) -> None:
+        check_shared_prompts(model, self.encoder)
 
     # --- the reference -----------------------------------------------------------------------------------------------
 
-    def _put(self, training: bool = False) -> None:
-        self._mode = self._mode or self._reference_mode()
-        fresh = self._mode == "adapter_ref" and make_room(self.model)
-        super()._put(training)
-        if fresh:
-            take_copy(self.model)
+    def before_put(self, model: ErnieModel) -> None:
+        """Choose the reference: a rank alone would not see whether an adapter is fresh. Raises ValueError as `reference_mode`."""
+        self.mode = self.reference_mode(model)
+        self._new_room = self.mode == "adapter_ref" and make_room(model)
 
-    def _reference_mode(self) -> str:
+    def reference_mode(self, model: ErnieModel) -> str:
         """Which reference the run compares with. On a mesh this is decided before the model is laid over it: a rank alone would not see whether an adapter is
         fresh. Raises ValueError for settings that do not go together."""
-        r, objective = self.args.reference, self._objective()
+        r, objective = self.config.reference, self.present_objective()
         if not objective.needs_reference or r.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
-                    f"ref_mode (none) must not go with loss_type {','.join(self.args.preference.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
+                    f"ref_mode (none) must not go with loss_type {','.join(self.config.preference.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
                 )
             return "none"
         moving = r.ref_model_update_steps > 0
         # with resume_only_model the adapter will be that of a checkpoint
-        mode = choose_mode(r.ref_mode, self.model, moving or self.args.save.resume_only_model)
+        mode = choose_mode(r.ref_mode, model, moving or self.config.save.resume_only_model)
         if moving and mode not in ("model", "adapter_ref"):
             raise ValueError(
                 f"ref_model_update_steps ({r.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
@@ -147,86 +114,74 @@ class PreferenceTrainer(Trainer):
             )
         return mode
 
-    def _starting_point(self) -> Checkpoint | None:
-        found, s = super()._starting_point(), self.args.save
-        if (
-            found and s.resume_only_model
-        ):  # a run goes on that had started from another's weights: its reference is those
-            named = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
-            assert named is not None
-            self._take_weights(named)
-        return found
-
-    def _take_weights(self, checkpoint: Checkpoint) -> None:
-        super()._take_weights(checkpoint)
-        if self._mode == "adapter_ref" and self.reference is None:  # the policy that training starts from
-            take_copy(self.model)
-
-    def _before_training(self, dry_run: bool) -> None:
+    def prepare(self, policy: Placed, rows: RowSets, dry_run: bool) -> None:
         """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
-        self.watch = PreferenceWatch(anchored=self._objective().anchored)
-        mode = self._mode = self._mode or self._reference_mode()
-        with self.placed.whole():
+        self.policy, model = policy, policy.model
+        self.watch = PreferenceWatch(anchored=self.present_objective().anchored)
+        with policy.whole():
             identity = {}
-            if mode == "precomputed":
-                cut = self.placed.shards(self.model.state_dict())
-                identity = identity_of(self.model, self.processor, cut, self.place)
+            if self.mode == "precomputed":
+                identity = identity_of(model, self.processor, policy.shards(model.state_dict()), self.place)
+            if self._new_room:  # the policy that training starts from
+                take_copy(model)
+                self._new_room = False
             self.reference = Reference(
-                self.model,
-                mode,
-                identity,
-                self.placed.forward,
-                lambda model: self.place.put(model, trained=False).forward,
+                model, self.mode, identity, policy.forward, lambda copy: self.place.put(copy, trained=False).forward
             )
-        if mode == "precomputed" and not dry_run:
-            self._precompute(self.reference)
-        if self.args.signals.bco_density and not dry_run:
-            self.density = self._measured_density()
+        if self.mode == "precomputed" and not dry_run:
+            self._precompute(self.reference, rows)
+        if self.config.signals.bco_density and not dry_run:
+            self.density = self._measured_density(rows)
 
-    def _precompute(self, reference: Reference) -> None:
+    def _precompute(self, reference: Reference, rows: RowSets) -> None:
         """Every row's log-probabilities under the policy as it is now, from the file where it has them."""
-        file = Path(self.args.reference.ref_logps_path or self.output_dir / CACHE_FILE)
+        file = Path(self.config.reference.ref_logps_path or Path(self.config.save.output_dir) / CACHE_FILE)
         if file.is_file():
             reference.cache.load(file)
         known = len(reference.cache.values)
-        for batch in self._every_row(*self.stream.shard.mixture.sources, self.eval_rows):
+        for batch in self._every_row(*rows.train, rows.held):
             reference.attached(batch)
         if len(reference.cache.values) > known and self.place.is_writer:
             reference.cache.save(file)
         reference.sealed = True
 
-    def _every_row(self, *sets: Sequence[Record]) -> Iterator[UnitBatch]:
-        """Each row once, the same on every process."""
-        dropped, size = Dropped(), self.args.train.per_device_train_batch_size
-        every = (self.encoder(rows[i], dropped) for rows in sets for i in range(len(rows)))
-        return map(self.encoder.collate, _chunks((unit for unit in every if unit is not None), size))
+    def _every_row(self, *sets: Rows) -> Iterator[UnitBatch]:
+        return every_row(self.encoder, self.config.train.per_device_train_batch_size, *sets)
 
-    def _measured_density(self) -> PromptDensity:
-        s, sources = self.args.signals, self.stream.shard.mixture.sources
-        density = PromptDensity(self.placed.forward, s.bco_density_min, s.bco_density_max)
+    def _measured_density(self, rows: RowSets) -> PromptDensity:
+        s, sets = self.config.signals, rows.train
+        density = PromptDensity(self.policy.forward, s.bco_density_min, s.bco_density_max)
         # in an order that mixes the kinds, so that a part of many rows has both
-        order = ([permute(i, len(rows), self.args.train.seed, 78) for i in range(len(rows))] for rows in sources)
-        density.fit(self._every_row(*(Subset(rows, index) for rows, index in zip(sources, order, strict=True))))
-        density.measure(self._every_row(*sources, self.eval_rows))
+        order = ([permute(i, len(part), self.config.train.seed, 78) for i in range(len(part))] for part in sets)
+        density.fit(self._every_row(*(Subset(part, index) for part, index in zip(sets, order, strict=True))))
+        density.measure(self._every_row(*sets, rows.held))
         return density
 
-    def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
-        return self._compared(window, self.place.batch[0], self.place.gather_batch)
+    def prepared(self) -> Reference:
+        """The reference, once it is taken."""
+        if self.reference is None:
+            raise AssertionError("prepare comes first")
+        return self.reference
 
-    def _compared(
+    # --- windows -----------------------------------------------------------------------------------------------------
+
+    def window(self, given: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
+        return self.compared(given, self.place.batch[0], self.place.gather_batch)
+
+    def compared(
         self,
         window: Sequence[UnitBatch],
         rank: int = 0,
         said: Callable[[list[Answer]], list[list[Answer]]] = lambda mine: [mine],
     ) -> Sequence[UnitBatch]:
         """The window with what its rows are compared with. All processes call it; `rank` and `said` tell apart those that hold different rows of it."""
-        reference = self._reference()
+        reference = self.prepared()
         # where experts are apart, a forward is everybody's: what one rank lacks, all compute
         lacks = zip(*self.place.gather([reference.lacks(batch) for batch in window]), strict=True)
         ready = [reference.attached(batch, any(some)) for batch, some in zip(window, lacks, strict=True)]
         if self.density is not None:
             ready = [self.density.attached(batch) for batch in ready]
-        if not self._objective().uses_kl:
+        if not self.present_objective().uses_kl:
             return ready
         # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how the window is cut
         units = [unit for batch in window for unit in batch.units]
@@ -235,31 +190,23 @@ class PreferenceTrainer(Trainer):
         total = 0.0
         for batch in window if answers else ():
             mixed = self.encoder.collate(list(itertools.islice(others, batch.num_rows)))
-            total += float((frozen_logp(self.placed.forward, mixed) - reference.compute(mixed)).sum())
+            total += float((frozen_logp(self.policy.forward, mixed) - reference.compute(mixed)).sum())
         ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(answers)))
         return ready
 
-    def _reference(self) -> Reference:
-        if self.reference is None:
-            self._before_training(dry_run=True)
-        assert self.reference is not None
-        return self.reference
-
-    def _after_start(self, log: RunLog, resumed: bool) -> None:
-        reference = self._reference()
-        known, words = ancestry(self.args)
+    def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
+        reference = self.prepared()
+        known, words = ancestry(self.config)
         log.info(f"policy: {words}; reference: {reference.mode}")
-        self._tell_made(log)
+        self.pictures.tell(log)
         if self.density is not None:
             log.info(self.density.line())
         if known is False and not resumed:
             log.info(f"{words}: preferences are learned best after SFT; train it on demonstrations first", "WARNING")
         if resumed or reference.mode == "none":
             return
-        unit = next(
-            u for u in (self.encoder(r, Dropped()) for r in self.stream.shard.mixture.sources[0]) if u is not None
-        )
-        gap = start_difference(self.placed.forward, self._compared([self.encoder.collate([unit])])[0])
+        unit = next(u for u in (self.encoder(row, Dropped()) for row in rows.train[0]) if u is not None)
+        gap = start_difference(self.policy.forward, self.compared([self.encoder.collate([unit])])[0])
         if gap > SAME:
             log.info(
                 f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
@@ -267,69 +214,62 @@ class PreferenceTrainer(Trainer):
                 "WARNING",
             )
 
-    def _tell_made(self, log: RunLog) -> None:
-        if self._made:
-            kind = self.args.picture.image_corruption
-            log.info(
-                f"image_corruption {kind}: {self._made} pairs of a true and a spoilt picture beside {self.train_rows} rows"
-            )
-
-    def _after_step(self, record: StepRecord) -> list[Verdict]:
-        r = self.args.reference
+    def after_step(self, record: StepRecord) -> list[Verdict]:
+        r = self.config.reference
         if r.ref_model_update_steps > 0 and record.step % r.ref_model_update_steps == 0:
-            with self.placed.whole():
-                self._reference().update(r.ref_model_mixup_alpha)
+            with self.policy.whole():
+                self.prepared().update(r.ref_model_mixup_alpha)
         return self.watch.look(record.step, record.metrics)
 
-    # --- states ------------------------------------------------------------------------------------------------------
+    def parts(self) -> Mapping[str, Stateful]:
+        watch = JsonPart(self.place, WATCH_FILE, self.watch)
+        moves = self.config.reference.ref_model_update_steps > 0
+        return {"preference guards": watch, "reference": ReferencePart(self.policy, self.prepared(), moves)}
 
-    def _more_states(self) -> dict[str, Any]:
-        return {WATCH_FILE: self.watch.state_dict()}
+    def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
+        plain = super().measure(policy, rows, output_dir)
+        parts = (plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
+        return PreferenceMeasure(*parts, method=self)
 
-    def _save_checkpoint_files(self, folder: Path) -> None:
-        super()._save_checkpoint_files(folder)
-        reference = self._reference()
+
+class ReferencePart:
+    """What a reference needs to go on: its values where it moves, and what it has computed."""
+
+    def __init__(self, policy: Placed, reference: Reference, moves: bool) -> None:
+        self.policy, self.reference, self.moves = policy, reference, moves
+
+    def save(self, folder: Path) -> None:
+        reference, place = self.reference, self.policy.place
         if reference.mode in ("none", "precomputed"):
             return
-        if self.args.reference.ref_model_update_steps > 0:
+        if self.moves:
             moving = reference.moving()
-            write_values(folder / REFERENCE_FOLDER, moving, cut=self.placed.shards(moving), ranks=self.place)
-        if self.place.is_writer:
+            write_values(folder / REFERENCE_FOLDER, moving, cut=self.policy.shards(moving), ranks=place)
+        if place.is_writer:
             # what was computed stays as it was: in another micro-batch the last bit could differ
             reference.cache.save(folder / CACHE_FILE)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        super()._resume(checkpoint)
-        self.watch.load_state_dict(checkpoint.read_json(WATCH_FILE))
-        reference = self._reference()
-        if (checkpoint.path / CACHE_FILE).is_file():
-            reference.cache.load(checkpoint.path / CACHE_FILE)
-        if self.args.reference.ref_model_update_steps > 0:
-            moving = reference.moving()
-            read_values(checkpoint.path / REFERENCE_FOLDER, moving, cut=self.placed.shards(moving))
-
-    # --- measuring ---------------------------------------------------------------------------------------------------
-
-    def _measure(self) -> Measure:
-        plain = super()._measure()
-        return PreferenceMeasure(
-            plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir, trainer=self
-        )
+    def load(self, folder: Path) -> None:
+        if (folder / CACHE_FILE).is_file():
+            self.reference.cache.load(folder / CACHE_FILE)
+        if self.moves:
+            moving = self.reference.moving()
+            read_values(folder / REFERENCE_FOLDER, moving, cut=self.policy.shards(moving))
 
 
 class PreferenceMeasure(Measure):
     """Comparisons instead of a likelihood; questions are answered and compared with each row's best answer."""
 
-    def __init__(self, *args: Any, trainer: PreferenceTrainer) -> None:
+    def __init__(self, *args: Any, method: PreferenceMethod) -> None:
         super().__init__(*args)
-        self.trainer = trainer
+        self.method = method
         self._asked: list[Question] | None = None
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
-        t = self.trainer
+        m = self.method
         every = (rows[i] for i in range(len(rows)))
         size = max(1, self.config.eval.per_device_eval_batch_size)
-        return judged_evaluation(self.model, every, t.encoder, size, t._objective(), t._compared, done)
+        return judged_evaluation(self.model, every, m.encoder, size, m.present_objective(), m.compared, done)
 
     def _questions(self, limit: int) -> list[Question]:
         if self._asked is None:
@@ -347,50 +287,25 @@ def demonstration(record: Record) -> Record | None:
     return dataclasses.replace(record, signal="sft", messages=messages, images=images, videos=videos, candidates=())
 
 
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def ancestry(config: RunConfig) -> tuple[bool | None, str]:
-    """(whether the policy has been through SFT, None where nothing says so; what is known of it). Read from the arguments that our runs leave beside
-    their weights, and from the names of presets and base models."""
-    m = config.model
-    for folder in (config.lora.lora_path, m.model_name_or_path):
-        file = Path(folder) / ARGS_FILE
-        if folder and file.is_file():
-            stage = load_config(file).config.model.stage
-            return stage != "PT", f"{folder}, made by {stage}"
-    name = m.model_name_or_path.rsplit("/", 1)[-1].lower()
-    if name in PRESETS and not Path(m.model_name_or_path).is_dir():
-        return False, f"{m.model_name_or_path}, fresh weights"
-    if "-base" in name:
-        return False, f"{m.model_name_or_path}, a base model"
-    return (
-        None,
-        f"{m.model_name_or_path or 'a model given as an object'}, of which no arguments tell how it was trained",
-    )
-
-
 # --- the DPO family --------------------------------------------------------------------------------------------------
 
 
-class DPOTrainer(PreferenceTrainer):
-    """Learn from comparisons: pairs, and rankings and ratings as all their pairs (methods.md 4.2). `loss_type` names one loss or several, as TRL does:
-    sigmoid (the default), cdpo, robust, hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair, mpo, nca_pair, exo_pair, sppo_hard, apo_zero,
-    apo_down. Arguments and errors as `Trainer`'s."""
+class DPO(PreferenceMethod):
+    """Comparisons: pairs, and rankings and ratings as all their pairs (methods.md 4.2)."""
 
     stages = ("DPO",)
     signals = ("pair", "ranking", "rating")
 
     def objective(self, total_steps: int, steps_per_pass: float) -> PairObjective:
-        return pair_objective(self.args)
+        return pair_objective(self.config)
+
+
+class DPOTrainer(Trainer):
+    """Learn from comparisons. `loss_type` names one loss or several, as TRL does: sigmoid (the default), cdpo, robust,
+    hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair, mpo, nca_pair, exo_pair, sppo_hard, apo_zero,
+    apo_down. Arguments and errors as `Trainer`'s."""
+
+    method_class = DPO
 
 
 def hyper_of(config: RunConfig) -> PreferenceHyper:
@@ -435,34 +350,24 @@ def pair_objective(config: RunConfig) -> PairObjective:
     )
 
 
-class KTOTrainer(PreferenceTrainer):
-    """Learn from single answers called good or bad (methods.md 4.3): `loss_type` kto (the default), bco or apo_zero_unpaired."""
+class KTO(PreferenceMethod):
+    """Single answers called good or bad (methods.md 4.3)."""
 
     stages = ("KTO",)
     signals = ("label",)
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._good = self._bad = 0.0  # weight of the answers trained on so far
-
-    def _ready(self, window: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
-        for unit in (unit for batch in window for unit in batch.units):
-            share = float(np.mean(unit.label_C))
-            self._good, self._bad = self._good + unit.weight * share, self._bad + unit.weight * (1 - share)
-        return super()._ready(window)
-
-    def _after_step(self, record: StepRecord) -> list[Verdict]:
-        verdicts = super()._after_step(record)
-        if record.step == min(LABELLED_STEPS, self.loop_total) and self._objective().uses_kl:
-            s = self.args.signals
-            seen = dict(self.place.gather((self.place.batch[0], (self._good, self._bad)))).values()
-            good, bad = (sum(side) for side in zip(*seen, strict=True))
-            words = kto_balance(good, bad, s.desirable_weight, s.undesirable_weight)
+    def after_step(self, record: StepRecord) -> list[Verdict]:
+        verdicts = super().after_step(record)
+        objective = self.present_objective()
+        if objective.uses_kl and objective.labelled_steps == min(LABELLED_STEPS, self._total_steps):
+            s = self.config.signals
+            words = kto_balance(objective.good, objective.bad, s.desirable_weight, s.undesirable_weight)
             verdicts += [Verdict(f"step {record.step}: {words}")] if words else []
         return verdicts
 
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
-        p, s = self.args.preference, self.args.signals
+        p, s = self.config.preference, self.config.signals
+        self._total_steps = total_steps
         kind = "kto" if p.loss_type == ("auto",) else ",".join(p.loss_type)
         return UpoObjective(
             UpoSettings(
@@ -474,3 +379,9 @@ class KTOTrainer(PreferenceTrainer):
             ),
             RewardShift(p.reward_shift_decay),
         )
+
+
+class KTOTrainer(Trainer):
+    """Learn from single answers called good or bad: `loss_type` kto (the default), bco or apo_zero_unpaired. Arguments and errors as `Trainer`'s."""
+
+    method_class = KTO

@@ -6,7 +6,7 @@ Refuses to know: the loss, the head, how rewards are measured (train/reward_mode
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import UnitEncoder
+from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.reward import expected_rating
 from ernie_tune.peft.model import PeftModel
@@ -33,92 +34,98 @@ from ernie_tune.train.reward_model import (
     save_head,
     score_records,
 )
-from ernie_tune.train.state import Checkpoint
 from ernie_tune.trainers.assemble import load_base
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.judged import SpoiltPictures, ancestry, check_shared_prompts, unit_encoder
 from ernie_tune.trainers.measure import Measure
-from ernie_tune.trainers.preference import PreferenceTrainer, ancestry
+from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 
-class RewardTrainer(PreferenceTrainer):
-    """Train a scalar head, and the model or an adapter under it, on pairs, rankings and ratings (methods.md 4.5). All answers of a ranking are in one
-    micro-batch. The head lies in reward_head/ beside the model's or adapter's files. Arguments and errors as `Trainer`'s."""
+class RewardMethod(Method):
+    """A scalar head, and the model or an adapter under it, on pairs, rankings and ratings (methods.md 4.5)."""
 
     stages = ("RM",)
     signals = ("pair", "ranking", "rating")
+    encoder: UnitEncoder
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        if self.args.preference.loss_type != ("auto",):
+    def make_encoder(self) -> UnitEncoder:
+        if self.config.preference.loss_type != ("auto",):
             raise ValueError(
-                f"loss_type ({','.join(self.args.preference.loss_type)}) must be auto at stage RM; remove it"
+                f"loss_type ({','.join(self.config.preference.loss_type)}) must be auto at stage RM; remove it"
             )
-        s = self.args.signals
-        attach_head(self.model, self.args.train.seed, s.rating_levels if s.rating_loss == "ordinal" else 0)
-        for folder in (self.args.lora.lora_path, self.args.model.model_name_or_path):
+        self.pictures = SpoiltPictures(self.config)
+        return unit_encoder(self.config, self.processor, self.signals)
+
+    def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
+        return self.pictures.beside(sets, learns_pairs=True)
+
+    def attach(self, model: ErnieModel) -> None:
+        c, s = self.config, self.config.signals
+        check_shared_prompts(model, self.encoder)
+        attach_head(model, c.train.seed, s.rating_levels if s.rating_loss == "ordinal" else 0)
+        for folder in (c.lora.lora_path, c.model.model_name_or_path):
             if folder and (Path(folder) / HEAD_FOLDER).is_dir():  # a reward model that is trained further
-                load_head(self.model, folder)
+                load_head(model, folder)
                 break
 
     def objective(self, total_steps: int, steps_per_pass: float) -> RewardObjective:
-        p, s = self.args.preference, self.args.signals
+        p, s = self.config.preference, self.config.signals
         margins = Margins(p.offset_alpha, p.offset_type)
         return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss, s.rating_levels)
 
-    def _reference_mode(self) -> str:
-        return "none"
+    def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
+        log.info(f"reward head on {ancestry(self.config)[1]}")
+        self.pictures.tell(log)
 
-    def _before_training(self, dry_run: bool) -> None:
-        """Rewards compare with no reference."""
+    def weights(self, policy: Placed) -> Mapping[str, Stateful]:
+        return {"reward head": HeadPart(policy)}
 
-    def _ready(self, window: Sequence[Any]) -> Sequence[Any]:
-        return window
+    def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
+        plain = super().measure(policy, rows, output_dir)
+        parts = (plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
+        return _RewardMeasure(*parts, method=self)
 
-    def _after_start(self, log: RunLog, resumed: bool) -> None:
-        log.info(f"reward head on {ancestry(self.args)[1]}")
-        self._tell_made(log)
 
-    def _save_weights(self, folder: Path) -> None:
-        super()._save_weights(folder)
-        values = next(v for v in self.place.gather(head_values(self.model)) if v is not None)
-        if self.place.is_writer:
+class HeadPart:
+    """The reward head of a model on the mesh."""
+
+    def __init__(self, policy: Placed) -> None:
+        self.policy = policy
+
+    def save(self, folder: Path) -> None:
+        values = next(v for v in self.policy.place.gather(head_values(self.policy.model)) if v is not None)
+        if self.policy.place.is_writer:
             save_head(values, folder)
 
-    def _save_checkpoint_files(self, folder: Path) -> None:
-        super(PreferenceTrainer, self)._save_checkpoint_files(folder)
+    def load(self, folder: Path) -> None:
+        load_head(self.policy.model, folder)
 
-    def _more_states(self) -> dict[str, Any]:
-        return {}
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        super(PreferenceTrainer, self)._resume(checkpoint)
+class RewardTrainer(Trainer):
+    """Train a reward model. All answers of a ranking are in one micro-batch. The head lies in reward_head/ beside the model's or adapter's files.
+    Arguments and errors as `Trainer`'s."""
 
-    def _take_weights(self, checkpoint: Checkpoint) -> None:
-        super()._take_weights(checkpoint)
-        load_head(self.model, checkpoint.path)
-
-    def _measure(self) -> Measure:
-        plain = super(PreferenceTrainer, self)._measure()
-        return _RewardMeasure(
-            plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir, trainer=self
-        )
+    method_class = RewardMethod
+    method: RewardMethod
 
     def score(self, records: Sequence[Record]) -> list[list[float] | None]:
         """The reward of each candidate of each record; None for one that does not fit."""
-        return score_records(self.placed.forward, records, self.encoder, self.args.eval.per_device_eval_batch_size)
+        size = self.args.eval.per_device_eval_batch_size
+        return score_records(self.put().forward, records, self.method.encoder, size)
 
 
 class _RewardMeasure(Measure):
     """Rewards of held-out answers; nothing is generated."""
 
-    def __init__(self, *args: Any, trainer: RewardTrainer) -> None:
+    def __init__(self, *args: Any, method: RewardMethod) -> None:
         super().__init__(*args)
-        self.trainer = trainer
+        self.method = method
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
-        t = self.trainer
+        m = self.method
         every = (rows[i] for i in range(len(rows)))
         size = max(1, self.config.eval.per_device_eval_batch_size)
-        return reward_evaluation(self.model, every, t.encoder, size, t.objective(1, 1.0), done)
+        return reward_evaluation(self.model, every, m.encoder, size, m.objective(1, 1.0), done)
 
     def _questions(self, limit: int) -> list[Question]:
         return []

@@ -1,37 +1,48 @@
-"""`SFTTrainer`: supervised fine-tuning on dialogues.
+"""Supervised fine-tuning on dialogues: the method, and `SFTTrainer`, which runs it.
 
-Refuses to know: everything that other methods do too (base.py), the arithmetic of the loss (objectives).
+Refuses to know: everything that other methods do too (method.py, run.py), the arithmetic of the loss (objectives).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ernie_tune.data.mixing import Mixture
 from ernie_tune.train.sft import SFTObjective, TaskBalance
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.method import Method, Rows
 
 
-class SFTTrainer(Trainer):
-    """Fine-tune a model on dialogues (methods.md 4.1). Arguments and errors as `Trainer`'s."""
+class SupervisedTuning(Method):
+    """Weighted likelihood of the answers in dialogues, or of texts (methods.md 4.1)."""
 
     stages = ("SFT", "PT")
     signals = ("sft",)
 
+    def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
+        """The rows as they are. Raises ValueError where tasks are to be balanced that the rows do not name."""
+        balance, d = self.config.train.balance, self.config.data
+        if balance != "static":
+            mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=assemble.data_seed(self.config))
+            if not any(mixture[i].domain for i in range(min(assemble.TASK_ROWS, len(mixture)))):
+                raise ValueError(
+                    f"balance ({balance}) must have rows that name their task, but none of the first {assemble.TASK_ROWS} has a domain; "
+                    "add domain to the rows, or set balance: static"
+                )
+        return sets
+
     def objective(self, total_steps: int, steps_per_pass: float) -> SFTObjective:
-        t = self.args.train
-        if t.balance != "static":
-            self._check_tasks()
+        t = self.config.train
         # Once a pass over the data, but in a short run often enough to matter.
         balance = TaskBalance(t.balance, period_steps=max(1, min(round(steps_per_pass), total_steps // 10)))
         return SFTObjective(t.loss_norm, balance)
 
-    def _check_tasks(self) -> None:
-        """Refuse to balance tasks that the rows do not name."""
-        mixture = self.stream.shard.mixture
-        if not any(mixture[i].domain for i in range(min(assemble.TASK_ROWS, len(mixture)))):
-            raise ValueError(
-                f"balance ({self.args.train.balance}) must have rows that name their task, but none of the first {assemble.TASK_ROWS} has a domain; "
-                "add domain to the rows, or set balance: static"
-            )
+
+class SFTTrainer(Trainer):
+    """Fine-tune a model on dialogues. Arguments and errors as `Trainer`'s."""
+
+    method_class = SupervisedTuning
 
 
 PaddleTrainer = SFTTrainer  # the founding article's name

@@ -11,48 +11,56 @@ Refuses to know: the terms' formulas (objectives/upo.py), rollouts: the online t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.data.units import UnitEncoder
 from ernie_tune.objectives.unpaired import RewardShift
 from ernie_tune.objectives.upo import OFFLINE, PRESETS, UpoSettings
 from ernie_tune.train.preference import UpoObjective
-from ernie_tune.trainers.preference import PreferenceTrainer, ancestry, hyper_of
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.judged import ancestry
+from ernie_tune.trainers.preference import PreferenceMethod, hyper_of
 
 # methods.md 7.4: presets that sample answers while they learn
 ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")
 _READS = {"pair": "pair", "bco_pair": "pair", "rank": "ranking", "rate": "rating", "bin": "label"}
 
 
-class UPOTrainer(PreferenceTrainer):
-    """Learn from every kind of judgement at once. `loss_type` names a preset: upo_hetero (the default; pairs, rankings, ratings and labels without
-    rollouts) or mpo (0.8 DPO + 0.2 BCO + likelihood, 2411.10442). `term_weights` changes weights. Arguments and errors as `Trainer`'s; also ValueError for
-    a policy that has not been through SFT, unless allow_base."""
+class UPO(PreferenceMethod):
+    """Every kind of judgement at once. Raises ValueError for a policy that has not been through SFT, unless allow_base."""
 
     stages = ("UPO",)
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        known, words = ancestry(self.args)
-        if known is False and not self.args.signals.allow_base:
+    def make_encoder(self) -> UnitEncoder:
+        known, words = ancestry(self.config)
+        if known is False and not self.config.signals.allow_base:
             raise ValueError(
                 f"model_name_or_path ({words}) must have been through SFT before UPO; train it on demonstrations first, or set allow_base: true"
             )
+        return super().make_encoder()
 
     def learned(self) -> tuple[str, ...]:
-        settings = upo_settings(self.args)
+        settings = upo_settings(self.config)
         if settings.active("nll"):
             return self.signals
         return tuple(
             signal for signal in self.signals if any(settings.active(t) for t, s in _READS.items() if s == signal)
         )
 
-    def _learns_pairs(self) -> bool:
-        settings = upo_settings(self.args)
+    def learns_pairs(self) -> bool:
+        settings = upo_settings(self.config)
         return settings.active("pair") or settings.active("bco_pair")
 
     def objective(self, total_steps: int, steps_per_pass: float) -> UpoObjective:
-        return UpoObjective(upo_settings(self.args), RewardShift(self.args.preference.reward_shift_decay))
+        return UpoObjective(upo_settings(self.config), RewardShift(self.config.preference.reward_shift_decay))
+
+
+class UPOTrainer(Trainer):
+    """Learn from every kind of judgement at once. `loss_type` names a preset: upo_hetero (the default; pairs, rankings,
+    ratings and labels without rollouts) or mpo (0.8 DPO + 0.2 BCO + likelihood, 2411.10442). `term_weights` changes
+    weights. Arguments and errors as `Trainer`'s; also ValueError for a policy that has not been through SFT."""
+
+    method_class = UPO
 
 
 def upo_settings(config: RunConfig) -> UpoSettings:

@@ -14,7 +14,8 @@ from support.tiny_runs import history, processor, same_bytes, write_rows
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.units import collate_units
 from ernie_tune.train.density import PromptDensity, prompt_states
-from ernie_tune.trainers.preference import KTOTrainer, PreferenceTrainer
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.preference import KTOTrainer
 from ernie_tune.trainers.upo import UPOTrainer
 
 BCO: dict[str, Any] = {"stage": "KTO", "loss_type": "bco", "bco_density": True}
@@ -55,18 +56,18 @@ def test_weights_are_made_of_the_state_after_the_prompt(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         prompt_states(trainer.model, trainer.model(batch.inputs), batch).numpy(), states, atol=1e-5
     )
-    trainer._before_training(dry_run=False)
-    assert trainer.density is not None
+    trainer.prepare(dry_run=False)
+    assert trainer.method.density is not None
     good = np.array([u.label_C[0] == 1 for u in made])
     wanted = np.clip(np.exp(by_descent(np.array(states, np.float64), good)), 0.5, 10)
-    assert len(trainer.density.weights) == (~good).sum()
-    found = np.array([trainer.density.weights[u.keys[0]] for u, g in zip(made, good, strict=True) if not g])
+    assert len(trainer.method.density.weights) == (~good).sum()
+    found = np.array([trainer.method.density.weights[u.keys[0]] for u, g in zip(made, good, strict=True) if not g])
     np.testing.assert_allclose(found, wanted[~good], rtol=1e-3)
     assert len(set(np.round(found, 3))) > 2
-    ready = trainer._ready([batch])[0]
+    ready = trainer.method.window([batch])[0]
     assert ready.density_C is not None
     np.testing.assert_allclose(ready.density_C, np.where(good, 1.0, wanted), rtol=1e-3)
-    assert f"weights of {(~good).sum()} bad answers: mean {found.mean():.3g}, " in trainer.density.line()
+    assert f"weights of {(~good).sum()} bad answers: mean {found.mean():.3g}, " in trainer.method.density.line()
 
 
 def test_the_loss_at_the_start_and_a_run_that_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,10 +85,10 @@ def test_the_loss_at_the_start_and_a_run_that_resumes(tmp_path: Path, capsys: py
     }
     trainer = KTOTrainer(args=judged_settings(tmp_path, output_dir=str(tmp_path / "whole"), **more))
     metrics = trainer.train()
-    assert trainer.density is not None
+    assert trainer.method.density is not None
     first = next(r["loss"] for r in history(trainer.output_dir) if "loss" in r)
     made = units(tmp_path, ROWS)
-    total = sum(1.0 if u.label_C[0] else trainer.density.weights[u.keys[0]] for u in made)
+    total = sum(1.0 if u.label_C[0] else trainer.method.density.weights[u.keys[0]] for u in made)
     assert first == pytest.approx(math.log(2) * total / 16, abs=1e-5)
     assert abs(total / 16 - 1) > 1e-2
     assert math.isfinite(metrics["eval_loss"])
@@ -110,8 +111,8 @@ def test_upo_weighs_its_bad_labels_alone(tmp_path: Path) -> None:
     write_rows(tmp_path / "judged_train.jsonl", rows)
     settings: dict[str, Any] = {"stage": "UPO", "allow_base": True, "bco_density": True, "bin_loss": "bco"}
     trainer = UPOTrainer(args=judged_settings(tmp_path, **settings))
-    trainer._before_training(dry_run=False)
-    ready = trainer._ready([collate_units(units(tmp_path, rows), processor())])[0]
+    trainer.prepare(dry_run=False)
+    ready = trainer.method.window([collate_units(units(tmp_path, rows), processor())])[0]
     assert ready.density_C is not None
     bad = np.array([u.signal == "label" and g == 0 for u in ready.units for g in u.label_C])
     assert bad.sum() == 2
@@ -123,8 +124,8 @@ def test_upo_weighs_its_bad_labels_alone(tmp_path: Path) -> None:
         UPOTrainer(args=judged_settings(tmp_path, **settings, term_weights=("bin=0",)))
 
 
-def started(folder: Path, trainer: type[PreferenceTrainer], **changes: Any) -> None:
-    trainer(args=judged_settings(folder, **changes))._before_training(dry_run=False)
+def started(folder: Path, trainer: type[Trainer], **changes: Any) -> None:
+    trainer(args=judged_settings(folder, **changes)).prepare(dry_run=False)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

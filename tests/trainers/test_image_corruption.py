@@ -16,16 +16,17 @@ from support.tiny_runs import history, processor, same_bytes, write_rows
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, collate_units
 from ernie_tune.train.reference import CACHE_FILE, frozen_logp
-from ernie_tune.trainers.preference import DPOTrainer, PreferenceTrainer
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.preference import DPOTrainer
 from ernie_tune.trainers.reward import RewardTrainer
 from ernie_tune.trainers.upo import UPOTrainer
 
 LN2 = math.log(2)
 
 
-def moved(trainer: PreferenceTrainer) -> PreferenceTrainer:
+def moved(trainer: Trainer) -> Trainer:
     """The trainer with a policy that has left its reference."""
-    trainer._before_training(dry_run=True)
+    trainer.prepare(dry_run=True)
     paddle.seed(3)
     for value in trainer.model.parameters():
         value.set_value(value + 0.02 * paddle.randn(value.shape))
@@ -33,7 +34,7 @@ def moved(trainer: PreferenceTrainer) -> PreferenceTrainer:
     return trainer
 
 
-def sources(trainer: PreferenceTrainer) -> list[Any]:
+def sources(trainer: Trainer) -> list[Any]:
     found = [trainer.encoder(r, Dropped()) for rows in trainer.stream.shard.mixture.sources for r in rows]
     return [unit for unit in found if unit is not None]
 
@@ -50,19 +51,19 @@ def test_the_loss_is_that_of_one_answer_to_two_pictures(tmp_path: Path) -> None:
     trainer = moved(DPOTrainer(args=judged_settings(tmp_path, image_corruption="mask")))
     plain, made = sources(trainer)
     first = collate_units([dataclasses.replace(plain, dialogues=plain.dialogues[:1])], processor())
-    assert trainer.reference is not None
+    assert trainer.method.reference is not None
     gap = {}
     for name, batch in (("true", first), ("grey", grey(first))):
-        gap[name] = float((frozen_logp(trainer.model, batch) - trainer.reference.compute(batch)).sum())
+        gap[name] = float((frozen_logp(trainer.model, batch) - trainer.method.reference.compute(batch)).sum())
     assert abs(gap["true"] - gap["grey"]) > 1e-3
-    trainer.loop = loop = trainer._build_loop()
-    loss, metrics = loop.accumulate(trainer._ready([collate_units([made], processor())]))
+    loop = trainer.build_loop()
+    loss, metrics = loop.accumulate(trainer.method.window([collate_units([made], processor())]))
     wanted = math.log1p(math.exp(-0.1 * (gap["true"] - gap["grey"])))
     assert loss == pytest.approx(wanted, abs=1e-6)
     assert metrics["rewards/image_margins"] == pytest.approx((0.1 * (gap["true"] - gap["grey"]), 1.0), abs=1e-5)
     # the row and its added pair count alike, and only the added one is measured apart
-    both, found = loop.accumulate(trainer._ready([collate_units([plain, made], processor())]))
-    alone, other = loop.accumulate(trainer._ready([collate_units([plain], processor())]))
+    both, found = loop.accumulate(trainer.method.window([collate_units([plain, made], processor())]))
+    alone, other = loop.accumulate(trainer.method.window([collate_units([plain], processor())]))
     assert both == pytest.approx((alone + loss) / 2, abs=1e-6)
     assert found["rewards/image_margins"] == pytest.approx(metrics["rewards/image_margins"], abs=1e-5)
     assert found["rewards/margins"][1] == 2
@@ -74,19 +75,19 @@ def test_the_gradient_is_the_difference_of_two_likelihoods(tmp_path: Path) -> No
     write_rows(tmp_path / "judged_train.jsonl", [pair(3)])
     trainer = moved(DPOTrainer(args=judged_settings(tmp_path, image_corruption="mask")))
     plain, made = sources(trainer)
-    trainer.loop = loop = trainer._build_loop()
+    loop = trainer.build_loop()
 
     def gradient() -> dict[str, np.ndarray]:
         out = {n: p.grad.numpy() for n, p in trainer.model.named_parameters() if p.grad is not None}
         loop.clear_gradients()
         return out
 
-    _, metrics = loop.accumulate(trainer._ready([collate_units([made], processor())]))
+    _, metrics = loop.accumulate(trainer.method.window([collate_units([made], processor())]))
     found, u = gradient(), metrics["rewards/margins"][0]
     first = collate_units([dataclasses.replace(plain, dialogues=plain.dialogues[:1])], processor())
     sides = []
     for batch in (first, grey(first)):
-        trainer._objective().outputs(trainer.model, trainer.model(batch.inputs), batch).sum().backward()
+        trainer.method.present_objective().outputs(trainer.model, trainer.model(batch.inputs), batch).sum().backward()
         sides.append(gradient())
     slope = -0.1 / (1 + math.exp(u))
     for name, value in found.items():
@@ -96,7 +97,7 @@ def test_the_gradient_is_the_difference_of_two_likelihoods(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("trainer", [DPOTrainer, UPOTrainer, RewardTrainer])
-def test_a_window_is_one_however_it_is_cut(tmp_path: Path, trainer: type[PreferenceTrainer]) -> None:
+def test_a_window_is_one_however_it_is_cut(tmp_path: Path, trainer: type[Trainer]) -> None:
     rows = mixture(4) if trainer is UPOTrainer else [pair(0), ranking(1)]
     stage: dict[str, Any] = {DPOTrainer: {}, UPOTrainer: {"stage": "UPO", "allow_base": True}}.get(
         trainer, {"stage": "RM"}
@@ -109,8 +110,8 @@ def test_a_window_is_one_however_it_is_cut(tmp_path: Path, trainer: type[Prefere
     assert sum(u.corrupted for u in units) == (3 if trainer is UPOTrainer else 2), "a bad answer has no right picture"
     found = []
     for cuts in ([units], [units[:1], units[1:3], units[3:]]):
-        made.loop = loop = made._build_loop()
-        loss, _ = loop.accumulate(made._ready([collate_units(part, processor()) for part in cuts]))
+        loop = made.build_loop()
+        loss, _ = loop.accumulate(made.method.window([collate_units(part, processor()) for part in cuts]))
         found.append((loss, {n: p.grad.numpy() for n, p in made.model.named_parameters() if p.grad is not None}))
         loop.clear_gradients()
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -119,7 +120,7 @@ def test_a_window_is_one_however_it_is_cut(tmp_path: Path, trainer: type[Prefere
         np.testing.assert_allclose(value, found[1][1][name], atol=tolerance, err_msg=name)
 
 
-def run(folder: Path, trainer: type[PreferenceTrainer] = DPOTrainer, **changes: Any) -> Path:
+def run(folder: Path, trainer: type[Trainer] = DPOTrainer, **changes: Any) -> Path:
     made = trainer(
         args=judged_settings(folder, **{"image_corruption": "noise", "image_corruption_ratio": 0.7, **changes})
     )
@@ -164,7 +165,7 @@ def test_references_and_resumed_runs_agree(tmp_path: Path, capsys: pytest.Captur
     ],
     ids=str,
 )
-def test_a_policy_learns_to_look(tmp_path: Path, trainer: type[PreferenceTrainer], changes: dict[str, Any]) -> None:
+def test_a_policy_learns_to_look(tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any]) -> None:
     """Right answers only, so that nothing but the pictures is compared; grey ones have less to say at the end."""
     write_rows(tmp_path / "judged_train.jsonl", [pair(i) for i in range(8)])
     more = {"max_steps": 12, "warmup_steps": 0, "learning_rate": 3e-3, "per_device_train_batch_size": 16}

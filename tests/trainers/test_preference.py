@@ -27,20 +27,15 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.train.reference import frozen_logp
-from ernie_tune.trainers.preference import (
-    WATCH_FILE,
-    DPOTrainer,
-    KTOTrainer,
-    PreferenceTrainer,
-    ancestry,
-    pair_objective,
-)
-from ernie_tune.trainers.upo import UPOTrainer, upo_settings
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.preference import KTO, WATCH_FILE, DPOTrainer, KTOTrainer, ancestry, pair_objective
+from ernie_tune.trainers.run import Run
+from ernie_tune.trainers.upo import UPO, UPOTrainer, upo_settings
 
 LN2 = math.log(2)
 
 
-def run(folder: Path, trainer: type[PreferenceTrainer] = DPOTrainer, **changes: Any) -> Path:
+def run(folder: Path, trainer: type[Trainer] = DPOTrainer, **changes: Any) -> Path:
     """Train to the end and return the output folder."""
     made = trainer(args=judged_settings(folder, **changes))
     made.train()
@@ -116,9 +111,9 @@ def test_an_adapter_given_as_an_object_is_looked_at(tmp_path: Path) -> None:
                 if name.endswith("lora_B"):
                     value.set_value(paddle.full_like(value, 0.01))
         trainer = DPOTrainer(model, judged_settings(tmp_path, fine_tuning="LoRA"), processor=processor())
-        trainer._before_training(dry_run=True)
-        assert trainer.reference is not None
-        return trainer.reference.mode
+        trainer.prepare(dry_run=True)
+        assert trainer.method.reference is not None
+        return trainer.method.reference.mode
 
     assert started(trained=False) == "adapter_off"
     assert started(trained=True) == "adapter_ref"
@@ -158,19 +153,16 @@ def test_a_pixel_changes_the_log_probability_of_every_candidate(tmp_path: Path, 
             assert differs.all() if share else differs.sum() == 1
 
 
-def gradient(
-    folder: Path, window: list[UnitBatch], trainer: type[PreferenceTrainer], **changes: Any
-) -> dict[str, np.ndarray]:
+def gradient(folder: Path, window: list[UnitBatch], trainer: type[Trainer], **changes: Any) -> dict[str, np.ndarray]:
     """The gradient of one window under the method's objective, on a policy that has left its reference."""
     made = trainer(args=judged_settings(folder, **changes))
-    made._before_training(dry_run=True)
+    made.prepare(dry_run=True)
     paddle.seed(3)
     for value in made.model.parameters():
         value.set_value(value + 0.01 * paddle.randn(value.shape))
-    loop: Loop = made._build_loop()
-    made.loop = loop
+    loop: Loop = made.build_loop()
     made.model.eval()
-    loss, _ = loop.accumulate(made._ready(window))
+    loss, _ = loop.accumulate(made.method.window(window))
     grads = {n: p.grad.numpy() for n, p in made.model.named_parameters() if p.grad is not None}
     return {**grads, "loss": np.array(loss)}
 
@@ -193,7 +185,7 @@ def alike(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float =
     ],
 )
 def test_a_window_is_one_however_it_is_cut_and_packed(
-    tmp_path: Path, trainer: type[PreferenceTrainer], changes: dict[str, Any]
+    tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any]
 ) -> None:
     rows = (
         [label(i) for i in range(6)]
@@ -227,13 +219,13 @@ def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
     ]
     write_rows(tmp_path / "judged_train.jsonl", rows)
     trainer = DPOTrainer(args=judged_settings(tmp_path))
-    trainer._before_training(dry_run=True)
+    trainer.prepare(dry_run=True)
     for value in trainer.model.parameters():
         value.set_value(value + 0.02 * paddle.ones_like(value))
 
     def looked(given: list[dict[str, Any]]) -> tuple[float, dict[str, tuple[float, float]]]:
-        trainer.loop = loop = trainer._build_loop()
-        return loop.accumulate(trainer._ready([collate_units(units(tmp_path, given), processor())]))
+        loop = trainer.build_loop()
+        return loop.accumulate(trainer.method.window([collate_units(units(tmp_path, given), processor())]))
 
     loss, metrics = looked(rows)
     _, turned = looked(swapped)
@@ -349,18 +341,10 @@ def test_settings_reach_the_losses() -> None:
     assert float(upo_terms(best, three, tiers)["rank"].total) == pytest.approx(wanted, abs=1e-9)
     with pytest.raises(ValueError, match=r"edge_loss \('nothing'\) must be one of sigmoid, odpo"):
         upo_settings(build({"stage": "UPO", "edge_loss": "nothing"}))
-    assert (
-        UPOTrainer.objective(
-            SimpleNamespace(args=build({"stage": "UPO", "reward_shift_decay": 0.5})), 1, 1.0
-        ).shift.decay
-        == 0.5
-    )  # type: ignore[arg-type]
-    assert (
-        KTOTrainer.objective(
-            SimpleNamespace(args=build({"stage": "KTO", "reward_shift_decay": 0.5})), 1, 1.0
-        ).shift.decay
-        == 0.5
-    )  # type: ignore[arg-type]
+    for method in (UPO, KTO):
+        config = build({"stage": method.stages[0], "reward_shift_decay": 0.5})
+        made: Any = method.objective(SimpleNamespace(config=config), 1, 1.0)  # type: ignore[arg-type]
+        assert made.shift.decay == 0.5
 
 
 def test_rankings_and_ratings_are_all_their_pairs(tmp_path: Path) -> None:
@@ -404,7 +388,7 @@ def test_rows_from_which_no_term_learns_are_dropped(tmp_path: Path) -> None:
     write_rows(tmp_path / "judged_train.jsonl", mixture(8))
     weights = ("nll=0", "bin=0", "rate=0")
     made = UPOTrainer(args=judged_settings(tmp_path, stage="UPO", allow_base=True, term_weights=weights, max_steps=2))
-    assert made.learned() == ("pair", "ranking")
+    assert made.method.learned() == ("pair", "ranking")
     made.train()
     assert {"nothing learns from a rating", "nothing learns from a label"} == set(made.stream.dropped.count)
 
@@ -482,7 +466,7 @@ def test_what_a_run_measures_and_leaves(tmp_path: Path, sft: Path) -> None:
     ids=str,
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    tmp_path: Path, trainer: type[PreferenceTrainer], changes: dict[str, Any]
+    tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any]
 ) -> None:
     rows = mixture(9) if trainer is UPOTrainer else pairs(5)
     write_rows(tmp_path / "judged_train.jsonl", rows)
@@ -514,14 +498,14 @@ def test_improbable_chosen_answers_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], loss_type: str, advice: str
 ) -> None:
     trainer = DPOTrainer(args=judged_settings(tmp_path, loss_type=loss_type, max_steps=5))
-    started = trainer._before_training
+    started = trainer.method.prepare
 
-    def wary(dry_run: bool) -> None:
-        started(dry_run)
-        guard = trainer.watch.guards["displacement"]
+    def wary(*given: Any) -> None:
+        started(*given)
+        guard = trainer.method.watch.guards["displacement"]
         guard.steps, guard.drop = 4, -1.0  # whatever happens is a drop
 
-    trainer._before_training = wary  # type: ignore[method-assign]
+    trainer.method.prepare = wary  # type: ignore[method-assign]
     trainer.train()
     printed = capsys.readouterr().out
     assert printed.count("chosen answers became less probable") == 1
@@ -651,9 +635,7 @@ def test_the_verbs(tmp_path: Path, sft: Path, capsys: pytest.CaptureFixture[str]
         (DPOTrainer, {"stage": "KTO"}, "stage .KTO. must be one of"),
     ],
 )
-def test_what_cannot_be_trained(
-    tmp_path: Path, trainer: type[PreferenceTrainer], changes: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_trained(tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any], message: str) -> None:
     kind = label if changes.get("stage") == "KTO" else pair
     write_rows(tmp_path / "judged_train.jsonl", [kind(i) for i in range(4)])
     with pytest.raises(ValueError, match=message):
@@ -676,6 +658,32 @@ def test_a_window_from_which_nothing_can_be_learned(tmp_path: Path) -> None:
 def test_data_that_changed_after_the_reference_was_computed(tmp_path: Path) -> None:
     write_rows(tmp_path / "judged_train.jsonl", pairs(2))
     trainer = DPOTrainer(args=judged_settings(tmp_path, ref_mode="precomputed"))
-    trainer._before_training(dry_run=False)
+    trainer.prepare(dry_run=False)
     with pytest.raises(ValueError, match="row must be in the precomputed reference"):
-        trainer._ready([collate_units(units(tmp_path, [pair(7)]), processor())])
+        trainer.method.window([collate_units(units(tmp_path, [pair(7)]), processor())])
+
+
+def test_labels_are_counted_once_a_step_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the heaviest batch before the first step nor a measurement counts; a run that goes on counts on."""
+    write_rows(tmp_path / "judged_train.jsonl", [label(i) for i in range(8)])
+    held = write_rows(tmp_path / "held.jsonl", [label(i) for i in range(3)])
+    more = {"per_device_train_batch_size": 2, "save_steps": 1, "eval_dataset_path": held, "eval_strategy": "steps"}
+
+    def counts(name: str, step: int) -> dict[str, float]:
+        file = tmp_path / name / f"checkpoint-{step}" / "objective_state.json"
+        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["labels"]
+        return found
+
+    run(tmp_path, KTOTrainer, stage="KTO", output_dir=str(tmp_path / "whole"), eval_steps=1, max_steps=3, **more)
+    for step in (1, 2, 3):
+        found = counts("whole", step)
+        assert found["good"] + found["bad"] == 2 * step == 2 * found["steps"]
+    cut = {"output_dir": str(tmp_path / "cut"), "eval_steps": 1, "max_steps": 3, **more}
+    go_on = Run._stop_now
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_stop_now", lambda run, record, *rest: go_on(run, record, *rest) or record.step == 1)
+        run(tmp_path, KTOTrainer, stage="KTO", **cut)
+    assert not (tmp_path / "cut" / "checkpoint-2").exists()
+    run(tmp_path, KTOTrainer, stage="KTO", **cut)
+    assert counts("cut", 3) == counts("whole", 3)
+    assert counts("whole", 3)["good"] not in (0, 6)

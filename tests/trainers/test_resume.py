@@ -33,6 +33,7 @@ from ernie_tune.checkpoint.sharded import ShardedReader
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
 from ernie_tune.train import state
+from ernie_tune.trainers.run import Run
 from ernie_tune.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -50,15 +51,15 @@ def crash() -> None:
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, folder: Path, **changes: Any) -> None:
     """A run whose process dies after a step."""
-    observe = SFTTrainer._observe
+    observe = Run.observe
 
-    def then_crash(self: SFTTrainer, record: Any, *rest: Any) -> None:
+    def then_crash(self: Run, record: Any, *rest: Any) -> None:
         observe(self, record, *rest)
         if record.step == step:
             raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "_observe", then_crash)
+        patch.setattr(Run, "observe", then_crash)
         with pytest.raises(Crash):
             train(folder, **changes)
 
@@ -126,11 +127,9 @@ def test_ten_steps_are_five_and_five(case: str, tmp_path: Path, monkeypatch: pyt
 def test_a_second_trainer_in_the_same_notebook_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path, output_dir=tmp_path / "whole", save_steps=2)
     model, args = AutoModel.from_config("tiny-a", seed=42), settings(tmp_path, save_steps=2)
-    observe = SFTTrainer._observe
+    observe = Run.observe
     with monkeypatch.context() as patch:
-        patch.setattr(
-            SFTTrainer, "_observe", lambda self, r, *rest: crash() if r.step == 3 else observe(self, r, *rest)
-        )
+        patch.setattr(Run, "observe", lambda self, r, *rest: crash() if r.step == 3 else observe(self, r, *rest))
         with pytest.raises(Crash):
             SFTTrainer(model=model, args=args).train()
     SFTTrainer(
@@ -200,11 +199,11 @@ def test_an_interrupt_finishes_the_step_saves_and_the_same_command_goes_on(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file, out = run_file(tmp_path), tmp_path / "out"
-    observe = SFTTrainer._observe
+    observe = Run.observe
     with monkeypatch.context() as patch:
         patch.setattr(
-            SFTTrainer,
-            "_observe",
+            Run,
+            "observe",
             lambda self, record, *rest: (
                 observe(self, record, *rest),
                 os.kill(os.getpid(), number) if record.step == 2 else None,
@@ -228,7 +227,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
-    monkeypatch.setattr(SFTTrainer, "_observe", twice)
+    monkeypatch.setattr(Run, "observe", twice)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(tmp_path)
     assert type(caught.value) is KeyboardInterrupt

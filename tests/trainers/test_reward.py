@@ -31,6 +31,7 @@ from ernie_tune.train.reward_model import (
     spearman,
 )
 from ernie_tune.trainers.reward import RewardModel, RewardTrainer
+from ernie_tune.trainers.run import Run
 
 
 def right_or_wrong(count: int) -> list[dict[str, Any]]:
@@ -227,15 +228,15 @@ def test_blind_rewards_do_not_see_the_pictures(tmp_path: Path) -> None:
     assert found["blind_accuracy"] == 0.5
 
 
-def test_a_reward_run_resumes_and_ends_with_the_best(tmp_path: Path) -> None:
+def test_a_reward_run_resumes_and_ends_with_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"save_steps": 3, "max_steps": 6}
     whole = RewardTrainer(args=settings(tmp_path, output_dir=str(tmp_path / "whole"), **more))
     whole.train()
     cut = tmp_path / "cut"
-    first = RewardTrainer(args=settings(tmp_path, output_dir=str(cut), **more))
-    go_on = first._stop_now
-    first._stop_now = lambda record, *rest: go_on(record, *rest) or record.step == 3  # type: ignore[method-assign]
-    first.train()
+    go_on = Run._stop_now
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_stop_now", lambda run, record, *rest: go_on(run, record, *rest) or record.step == 3)
+        RewardTrainer(args=settings(tmp_path, output_dir=str(cut), **more)).train()
     RewardTrainer(args=settings(tmp_path, output_dir=str(cut), **more)).train()
     same_bytes(
         whole.output_dir / "checkpoint-6",

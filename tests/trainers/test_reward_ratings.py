@@ -91,7 +91,7 @@ def test_ratings_of_a_regression_are_measured_too(tmp_path: Path) -> None:
     assert RewardModel.from_pretrained(trainer.output_dir).ratings([0.5]) is None
     pairs = (
         RewardTrainer(args=settings(tmp_path, rows, rating_loss="pairs"))
-        ._measure()
+        .measure()
         ._loss(records(tmp_path, [rating(0)]))
     )
     assert not {"rating_mae", "rating_spearman"} & set(pairs)
@@ -104,7 +104,7 @@ def test_a_window_is_one_however_it_is_cut(tmp_path: Path) -> None:
     made, found = units(tmp_path, rows), []
     trainer.model.eval()
     for cuts in ([made], [made[:1], made[1:2], made[2:]]):
-        trainer.loop = loop = trainer._build_loop()
+        loop = trainer.build_loop()
         loss, metrics = loop.accumulate([collate_units(part, processor()) for part in cuts])
         found.append((loss, {n: p.grad.numpy() for n, p in trainer.model.named_parameters() if p.grad is not None}))
         assert metrics["rating_mae"][1] == 4
@@ -114,7 +114,7 @@ def test_a_window_is_one_however_it_is_cut(tmp_path: Path) -> None:
     for name, value in found[0][1].items():
         tolerance = 2e-5 * max(1.0, float(np.abs(value).max()))
         np.testing.assert_allclose(value, found[1][1][name], atol=tolerance, err_msg=name)
-    trainer.loop = loop = trainer._build_loop()
+    loop = trainer.build_loop()
     loop.objective.begin({"pair": 2.0, "rating": 0.0})
     batch = collate_units(made[2:], processor())
     out = loop.objective.loss(loop.objective.outputs(trainer.model, trainer.model(batch.inputs), batch), batch)

@@ -20,6 +20,7 @@ from ernie_tune.checkpoint.lock import locked
 from ernie_tune.checkpoint.whole import damage
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
+from ernie_tune.trainers.run import Run
 from ernie_tune.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,7 @@ def test_settings_are_written_with_the_first_step(tmp_path: Path, monkeypatch: p
     def stop(*_: Any) -> None:
         raise RuntimeError("before the first step")
 
-    monkeypatch.setattr(SFTTrainer, "_provoke_memory", stop)
+    monkeypatch.setattr(Run, "_provoke_memory", stop)
     with pytest.raises(RuntimeError, match="before the first step"):
         train(tmp_path)
     assert not (tmp_path / "out" / "ernie_tune_args.yaml").exists()

@@ -34,6 +34,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.train.loop import Loop
 from ernie_tune.trainers.measure import Measure
+from ernie_tune.trainers.run import Run
 from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
 
 LORA_FILES = {"lora_config.json", "peft_model-00001-of-00001.safetensors", "peft_model.safetensors.index.json"}
@@ -250,15 +251,15 @@ def test_the_best_checkpoint_is_kept_and_taken(tmp_path: Path, monkeypatch: pyte
 def test_a_resumed_run_still_knows_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = evaluated(tmp_path, save_total_limit=1, load_best_model_at_end=True)
     scripted(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    save = SFTTrainer._save
+    save = Run._save
 
-    def then_stop(self: SFTTrainer, step: int, log: Any) -> None:
-        save(self, step, log)
+    def then_stop(self: Run, step: int) -> None:
+        save(self, step)
         if step == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "_save", then_stop)
+        patch.setattr(Run, "_save", then_stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, **changes)
     out = train(tmp_path, **changes)
@@ -429,7 +430,7 @@ def test_a_dry_run_beside_a_finished_run_leaves_it_alone(tmp_path: Path) -> None
 
 def test_the_heaviest_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path, output_dir=tmp_path / "a", lora_dropout=0.5, fine_tuning="LoRA")
-    monkeypatch.setattr(SFTTrainer, "_provoke_memory", lambda *_: None)
+    monkeypatch.setattr(Run, "_provoke_memory", lambda *_: None)
     bare = train(tmp_path, output_dir=tmp_path / "b", lora_dropout=0.5, fine_tuning="LoRA")
     assert history(whole) == history(bare)
     name = "peft_model-00001-of-00001.safetensors"
@@ -520,7 +521,7 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage"):
         SFTTrainer(args=settings(tmp_path, stage="DPO"))
     with pytest.raises(AssertionError, match=r"train\(\) builds the loop"):
-        _ = SFTTrainer(args=settings(tmp_path)).loop_total
+        _ = SFTTrainer(args=settings(tmp_path)).loop
     with pytest.raises(ValueError, match=r"no row of the training data can be used: dropped 13 row\(s\)"):
         train(tmp_path, max_seq_len=5)
     with pytest.raises(ValueError, match=r"balance \(dwa\) must have rows that name their task, but none of the first"):

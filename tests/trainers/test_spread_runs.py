@@ -28,8 +28,7 @@ from ernie_tune.config.arguments import build
 from ernie_tune.machine import place
 from ernie_tune.machine.place import degrees_of
 from ernie_tune.parallel.watch import Watch
-from ernie_tune.train.state import Checkpoint
-from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.keeper import StreamPart
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -268,8 +267,8 @@ def test_another_number_of_data_ranks_takes_up_what_all_had_to_read(tmp_path: Pa
         (tmp_path / file).write_text(json.dumps(state), encoding="utf-8")
 
     def state_of(rank: int, size: int) -> dict[str, Any]:
-        trainer = SimpleNamespace(place=SimpleNamespace(batch=(rank, size)))
-        return Trainer._data_state(trainer, Checkpoint(tmp_path, 1))  # type: ignore[arg-type]
+        place: Any = SimpleNamespace(batch=(rank, size))
+        return StreamPart(place, SimpleNamespace()).state_in(tmp_path)  # type: ignore[arg-type]
 
     assert state_of(1, 2)["waiting"] == [6, 8]
     shard = {"position": 10, "seed": 3}  # rows 4, 7, 9 waited; rank 0 had not read 6 and 8 yet

@@ -1,0 +1,113 @@
+"""What methods on judged answers share: units for rows, pairs of true and spoilt pictures, and what is known of where a policy comes from.
+
+Refuses to know: formulas, references, the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.loader import ARGS_FILE, load_config
+from ernie_tune.data.batching import Dropped
+from ernie_tune.data.corruption import CorruptedPairs
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.units import UnitBatch, UnitEncoder
+from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.presets import PRESETS
+from ernie_tune.peft.config import PrefixConfig, PromptConfig
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.report.log import RunLog
+from ernie_tune.trainers.assemble import data_seed
+from ernie_tune.trainers.method import Rows
+
+
+def unit_encoder(config: RunConfig, processor: Processor, learned: tuple[str, ...]) -> UnitEncoder:
+    """What makes units of the rows. `learned`: the kinds of judgement that the method learns from."""
+    d, p = config.data, config.preference
+    return UnitEncoder(processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, learned)
+
+
+def check_shared_prompts(model: ErnieModel, encoder: UnitEncoder) -> None:
+    """ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to be computed once."""
+    if isinstance(model, PeftModel) and model.active is not None:
+        config = model.adapters[model.active].config
+        if isinstance(config, PromptConfig | PrefixConfig) and encoder.share:
+            raise ValueError(
+                f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
+            )
+
+
+class SpoiltPictures:
+    """Pairs whose worse side is the right answer to a spoilt picture, where `image_corruption` asks for them."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.made, self.rows = config, 0, 0
+
+    def beside(self, sets: Sequence[Rows], learns_pairs: bool) -> Sequence[Rows]:
+        """Each set with the pairs that its pictures make. Raises ValueError where there are none, or where nothing would learn from them."""
+        c, d = self.config.picture, self.config.data
+        if c.image_corruption == "none":
+            return sets
+        if not learns_pairs:
+            raise ValueError(
+                f"image_corruption ({c.image_corruption}) makes pairs and must go with a weight of the term that learns from them; raise pair in term_weights"
+            )
+        self.rows = sum(len(rows) for rows in sets)
+        how = (c.image_corruption, c.image_corruption_noise, c.image_corruption_ratio, data_seed(self.config))
+        made = [CorruptedPairs(rows, *how, k) for k, rows in enumerate(sets)]
+        self.made = sum(len(rows.chosen) for rows in made)
+        if not self.made:
+            raise ValueError(
+                f"image_corruption ({c.image_corruption}) must find rows with a picture and an answer known to be right, none of {self.rows} "
+                f"in {','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise image_corruption_ratio, or set none"
+            )
+        return made
+
+    def tell(self, log: RunLog) -> None:
+        """How many there are, where there are any."""
+        if self.made:
+            kind = self.config.picture.image_corruption
+            log.info(
+                f"image_corruption {kind}: {self.made} pairs of a true and a spoilt picture beside {self.rows} rows"
+            )
+
+
+def every_row(encoder: UnitEncoder, size: int, *sets: Rows) -> Iterator[UnitBatch]:
+    """Each row once, `size` to a micro-batch, the same on every process."""
+    dropped = Dropped()
+    every = (encoder(rows[i], dropped) for rows in sets for i in range(len(rows)))
+    return map(encoder.collate, _chunks((unit for unit in every if unit is not None), size))
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def ancestry(config: RunConfig) -> tuple[bool | None, str]:
+    """(whether the policy has been through SFT, None where nothing says so; what is known of it). Read from the arguments that our runs leave beside
+    their weights, and from the names of presets and base models."""
+    m = config.model
+    for folder in (config.lora.lora_path, m.model_name_or_path):
+        file = Path(folder) / ARGS_FILE
+        if folder and file.is_file():
+            stage = load_config(file).config.model.stage
+            return stage != "PT", f"{folder}, made by {stage}"
+    name = m.model_name_or_path.rsplit("/", 1)[-1].lower()
+    if name in PRESETS and not Path(m.model_name_or_path).is_dir():
+        return False, f"{m.model_name_or_path}, fresh weights"
+    if "-base" in name:
+        return False, f"{m.model_name_or_path}, a base model"
+    return (
+        None,
+        f"{m.model_name_or_path or 'a model given as an object'}, of which no arguments tell how it was trained",
+    )

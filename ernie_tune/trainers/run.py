@@ -1,0 +1,394 @@
+"""One run from its first step to the model card: the loop, and every decision of it as a visible `if`.
+
+What is trained and how is the method's; what must survive a restart lies with the keeper. Refuses to know: which method
+it is, how a run is put together (base.py), how anything is computed (models, objectives), stored (checkpoint) or drawn
+(report).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.data.batching import BatchStream
+from ernie_tune.data.processor import Processor
+from ernie_tune.machine.placed import Placed
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.report.interval import Interval
+from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp
+from ernie_tune.report.plot import write_loss_png, write_loss_svg
+from ernie_tune.report.progress import Progress, resident_gib
+from ernie_tune.report.writers import open_writers
+from ernie_tune.train.background import Pending, save_in_background
+from ernie_tune.train.guards import Verdict
+from ernie_tune.train.loop import Loop, StepRecord
+from ernie_tune.train.state import (
+    OPTIMIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_optimizer,
+    load_values,
+    remove_unfinished,
+    rotate,
+    save_checkpoint,
+    set_aside_later,
+)
+from ernie_tune.trainers import assemble
+from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
+from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
+from ernie_tune.trainers.measure import write_reports
+from ernie_tune.trainers.method import Method, RowSets
+from ernie_tune.trainers.run_folder import RunFolder
+from ernie_tune.trainers.run_guards import RunGuards
+
+SCHEDULE_FILE = "scheduler.json"
+
+
+@dataclasses.dataclass
+class Assembled:
+    """All that a run is made of, once the model is on the mesh. `described`: the settings as the run really is; `base_model`: what the card calls its
+    start; `table`, `trainable`: what is trained, counted while the model was whole; `passes`: over the data, of the whole run."""
+
+    config: RunConfig
+    described: RunConfig
+    method: Method
+    policy: Placed
+    processor: Processor
+    rows: RowSets
+    stream: BatchStream
+    folder: RunFolder
+    base_model: str
+    table: Sequence[str]
+    trainable: int
+    train_rows: int
+    passes: float
+
+    @property
+    def output_dir(self) -> Path:
+        return self.folder.path
+
+    def save_weights(self, folder: Path) -> None:
+        """Model or adapter, and what else of the result is weights. All processes call it, one writes."""
+        self.policy.save(folder)
+        Keeper(self.policy.place, self.method.weights(self.policy)).save(folder)
+
+    def take_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
+        policy = self.policy
+        with policy.whole():
+            exact = isinstance(policy.model, PeftModel) or policy.place.several
+            if (checkpoint.path / OPTIMIZER).is_dir() and exact:
+                named = policy.trained()
+                load_values(checkpoint, named, cut=policy.shards(named), ranks=policy.place)
+            else:
+                policy.take(checkpoint.path)
+        Keeper(policy.place, self.method.weights(policy)).load(checkpoint)
+
+
+class _Steps:
+    """The loop's state and that of what is said of its steps, in one file."""
+
+    def __init__(self, loop: Loop, interval: Interval) -> None:
+        self.loop, self.interval = loop, interval
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.loop.state_dict(), "interval": self.interval.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loop.load_state_dict(state)
+        if "interval" in state:  # not in the first release's
+            self.interval.load_state_dict(state["interval"])
+
+
+class Run:
+    """`Run(parts, loop).train(checkpoint)` -> the final metrics; `rehearse` goes as far as the first step and leaves no trace."""
+
+    log: RunLog
+
+    def __init__(self, parts: Assembled, loop: Loop) -> None:
+        self.parts, self.loop, self.config = parts, loop, parts.config
+        self.method, self.policy, self.stream = parts.method, parts.policy, parts.stream
+        self.place, self.folder, self.output_dir = parts.policy.place, parts.folder, parts.output_dir
+        self.total_steps = loop.schedule.total_steps
+        self.guards, self.interval = RunGuards(parts.config), Interval()
+        self.measure = self.method.measure(self.policy, parts.rows, self.output_dir)
+        self.measure.is_main = self.place.is_writer
+        self._epoch_seen = 0.0
+        self._pending: Pending | None = None
+
+    def rehearse(self) -> None:
+        """Everything up to the first step, without a trace on the disk."""
+
+        def say(line: str) -> None:
+            if self.place.is_writer:
+                print(stamp(line), flush=True)
+
+        self._announce(say)
+        self._provoke_memory(say)
+        say("dry run: settings, data and memory are fine; nothing was trained or written")
+
+    def train(self, checkpoint: Checkpoint | None) -> dict[str, float]:
+        """Go on from `checkpoint`, or begin. Raises as `Trainer.train`."""
+        if self.place.is_writer:
+            remove_unfinished(self.output_dir)
+        if checkpoint:
+            self._resume(checkpoint)
+        c, resumed = self.config, checkpoint is not None
+        mode = "" if self.place.is_writer and not c.log.disable_tqdm else "plain"
+        with Progress(self.total_steps, title=c.model.stage, start_step=self.loop.step, every=0, mode=mode) as progress:
+            log = self.log = self._open_log(checkpoint, progress)
+            self._announce(log.info)
+            if checkpoint:
+                self._announce_resume(checkpoint)
+            self._provoke_memory(log.info)
+            self.method.started(log, self.parts.rows, resumed)
+            self.place.mark("measuring before training")
+            self.measure.before(log, resumed)
+            self.guards.start(self.measure, log, resumed)
+            if not self.guards.early.exhausted:
+                self._steps(progress)
+        metrics = self.folder.metrics() if self.folder.untouched else self._finish()
+        log.close()
+        return metrics
+
+    def _steps(self, progress: Progress) -> None:
+        with deferred_interrupt() as interrupted:
+            for record in self.loop.steps(self.method.windows(self.stream)):
+                self.place.mark(f"step {record.step}")
+                self.folder.stepped(self.parts.described)
+                self.observe(record, progress)
+                if self._stop_now(record, interrupted):
+                    break
+
+    def _open_log(self, checkpoint: Checkpoint | None, progress: Progress) -> RunLog:
+        c, folder = self.config.log, self.output_dir
+        names = c.report_to if self.place.is_writer else ()
+        return RunLog(
+            folder,
+            self.place.is_writer,
+            resume_step=self.loop.step if checkpoint else None,
+            history=checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else (),
+            echo=progress.write,
+            writers=open_writers(names, Path(c.logging_dir or folder / "runs"), self.parts.described.flat()),
+        )
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord, progress: Progress) -> None:
+        """Show the step, and log it where a line is due."""
+        metrics = {name: value for name, value in record.metrics.items() if name != "nll"}
+        self.interval.add(record.loss, metrics, record.num_tokens, record.seconds)
+        progress.update(record.step, loss=record.loss, tokens_per_second=record.num_tokens / record.seconds)
+        if record.step % self.config.log.logging_steps and record.step != self.total_steps:
+            return
+        means = self.interval.take()
+        values = {
+            "loss": means.pop("loss"),
+            "learning_rate": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            **means,
+            "max_memory_gib": round(resident_gib(peak=True), 3),
+            "remaining_time": round(progress.remaining_seconds, 1),
+        }
+        self.log.log(record.step, values, self.stream.epoch, silent=progress.is_bar)
+
+    def _stop_now(self, record: StepRecord, interrupted: list[int]) -> bool:
+        """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
+        e, s, step, last = self.config.eval, self.config.save, record.step, record.step == self.total_steps
+        guards, log = self.guards, self.log
+        asked_to_end = self.policy.engine.stopped(bool(interrupted))
+        epoch_ends = int(self.stream.epoch) > int(self._epoch_seen)
+        self._epoch_seen = self.stream.epoch
+        verdicts: list[Verdict] = guards.after_step(record) + self.method.after_step(record)
+        if guards.broken:
+            raise FloatingPointError(
+                f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
+            )
+        is_best = False
+        if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
+            metrics = self.measure.during(log, step, self.stream.epoch)
+            is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
+            verdicts += more
+        for verdict in verdicts:
+            log.info(verdict.message, "WARNING")
+        stop = last or any(v.stop for v in verdicts) or asked_to_end
+        wanted = s.save_strategy != "no" and (stop or is_best)
+        if wanted or asked_to_end or _due(s.save_strategy, s.save_steps, step, epoch_ends):
+            if is_best:
+                guards.best_checkpoint = f"checkpoint-{step}"
+            self._save(step)
+            self._rotate()
+        if asked_to_end:
+            self._settle()
+            how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
+            raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
+        return stop
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def _keeper(self, stream: bool = True) -> Keeper:
+        """All that a checkpoint holds beside weights and optimizer; the rows' place only where it is wanted."""
+        place = self.place
+        return Keeper(
+            place,
+            {
+                "loop": JsonPart(place, "loop_state.json", _Steps(self.loop, self.interval)),
+                "objective": JsonPart(place, "objective_state.json", self.loop.objective),
+                "guards": JsonPart(place, "guards_state.json", self.guards),
+                **({"data": StreamPart(place, self.stream)} if stream else {}),
+                **self.method.parts(),
+            },
+        )
+
+    def _save(self, step: int) -> None:
+        policy, s = self.policy, self.config.save
+        states = {
+            "trainer_state.json": self.log.state(step, self.stream.epoch, **self._state_fields()),
+            SCHEDULE_FILE: dataclasses.asdict(self.loop.schedule),
+        }
+        optimizer = None if s.save_only_model else self.loop.optimizer
+        self._settle()
+        self.place.mark(f"saving checkpoint-{step}")
+        with policy.whole():
+            named = policy.trained()
+            content = (self.output_dir, step, self._save_files, optimizer, named, states)
+            texts, cut = self.folder.texts(self.parts.described), policy.shards(named)
+            if s.async_save and optimizer is not None:
+                self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
+                return
+            save_checkpoint(*content, texts, cut=cut, ranks=self.place)
+        self.log.info(f"saved checkpoint-{step}")
+
+    def _save_files(self, folder: Path) -> None:
+        """What opens like a model, and what only resuming needs beside the optimizer's state."""
+        self.parts.save_weights(folder)
+        if self.place.is_writer:
+            self.parts.processor.save_pretrained(folder)
+        self._keeper().save(folder)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        policy = self.policy
+        with policy.whole():
+            named = policy.trained()
+            load_optimizer(checkpoint, self.loop.optimizer, named, cut=policy.shards(named), ranks=self.place)
+        self._keeper(stream=not self.config.save.ignore_data_skip).load(checkpoint)
+        self._epoch_seen = self.stream.epoch
+
+    def _state_fields(self) -> dict[str, Any]:
+        """What trainer_state.json says beside the history."""
+        c, guards = self.config, self.guards
+        return {
+            "max_steps": self.total_steps,
+            "num_train_epochs": c.train.num_train_epochs,
+            "logging_steps": c.log.logging_steps,
+            "eval_steps": c.eval.eval_steps or None,
+            "save_steps": c.save.save_steps,
+            "train_batch_size": c.train.per_device_train_batch_size,
+            "consumed_samples": self.loop.rows,
+            "num_input_tokens_seen": self.loop.tokens,
+            "best_metric": guards.early.best,
+            "best_global_step": guards.early.best_step or None,
+            "best_model_checkpoint": guards.best_checkpoint or None,
+        }
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError where it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.place.mark("waiting for a checkpoint")
+            self.log.info(f"saved checkpoint-{pending.wait().step}")
+            self._rotate()
+
+    def _rotate(self) -> None:
+        if self.place.is_writer:
+            rotate(self.output_dir, self.config.save.save_total_limit, self.output_dir / self.guards.best_checkpoint)
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    def _announce(self, say: Callable[[str], None]) -> None:
+        """What is trained, and the header that users grep for."""
+        t, p = self.config.train, self.parts
+        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
+        facts = RunFacts(
+            p.train_rows,
+            round(p.passes, 2),
+            t.per_device_train_batch_size,
+            batch,
+            t.gradient_accumulation_steps,
+            self.total_steps,
+            self.total_steps * batch,
+            p.trainable,
+        )
+        lines = [f"layout: {self.policy.describe()}"] if self.place.several else []
+        for line in [*lines, *p.table, *header_lines(facts)]:
+            say(line)
+
+    def _announce_resume(self, checkpoint: Checkpoint) -> None:
+        log, done = self.log, self.stream.epoch
+        log.info(
+            f"resuming from {checkpoint.path}: step {checkpoint.step} of {self.total_steps}, {done:.2f} passes over the data done"
+        )
+        for path in set_aside_later(self.output_dir, checkpoint.step) if self.place.is_writer else ():
+            log.info(f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course", "WARNING")
+        if self.guards.early.exhausted:
+            log.info("the run had stopped early: nothing is left to train; raise early_stopping_patience to go on")
+
+    def _provoke_memory(self, say: Callable[[str], None]) -> None:
+        """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
+        samples = assemble.longest(self.stream)
+        if not samples:
+            return
+        batch = self.method.encoder.collate(samples)
+        window = self.method.window([batch])
+        self.policy.model.train()
+        self.loop.accumulate(window)
+        self.loop.clear_gradients()
+        say(
+            f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
+        )
+
+    def _finish(self) -> dict[str, float]:
+        self._settle()
+        log, guards, folder = self.log, self.guards, self.output_dir
+        for line in self.stream.dropped.lines():
+            log.info(line, "WARNING")
+        if self.config.eval.load_best_model_at_end and guards.best_checkpoint:
+            best = find_checkpoint(folder, str(folder / guards.best_checkpoint))
+            if best is not None:
+                self.parts.take_weights(best)
+                log.info(f"finishing with {best.path}, the best by {guards.early.metric}")
+        self.place.mark("saving and measuring the result")
+        with self.folder.result():
+            self.parts.save_weights(folder)
+            if self.place.is_writer:
+                self.parts.processor.save_pretrained(folder)
+        metrics = self.measure.after(log, self._summary(), self.stream.epoch)
+        if not self.place.is_writer:
+            return metrics
+        log.write_state(self.loop.step, self.stream.epoch, **self._state_fields())
+        write_loss_svg(log.history, folder / "training_loss.svg")
+        if self.config.log.plot_loss:
+            write_loss_png(log.history, folder / "training_loss.png")
+        write_reports(self.parts, self.measure, log)
+        over = self.loop.step >= self.total_steps or guards.early.exhausted
+        self.folder.finish(self.parts.described, self.loop.step, self.total_steps, over=over)
+        return metrics
+
+    def _summary(self) -> dict[str, float]:
+        """What train_results.json says. Times are those of the training steps, of all processes that made them, without measuring and saving."""
+        loop = self.loop
+        speed = 1 / loop.seconds if loop.seconds else 0.0
+        return {
+            "train_loss": self.interval.run_loss,
+            "global_step": loop.step,
+            "train_runtime": loop.seconds,
+            "train_samples_per_second": loop.rows * speed,
+            "train_steps_per_second": loop.step * speed,
+        }
+
+
+def _due(strategy: str, every: int, step: int, epoch_ends: bool) -> bool:
+    return (strategy == "steps" and every > 0 and step % every == 0) or (strategy == "epoch" and epoch_ends)
