@@ -14,7 +14,7 @@ from typing import Any
 
 from ernie_tune.checkpoint.ledger import Ledger
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.data.batching import Dropped, RecordEncoder, steps_per_epoch
+from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
@@ -67,7 +67,7 @@ class Trainer:
                 "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
             )
         self.processor = processor or assemble.load_processor(self.args, name)
-        self.method = self.method_class(self.args, self.place, self.processor)
+        self.method = self.make_method()
         self._open_data(train_dataset, eval_dataset)
         self.model = plain
         if not isinstance(plain, PeftModel):
@@ -121,6 +121,10 @@ class Trainer:
 
     # --- assembling --------------------------------------------------------------------------------------------------
 
+    def make_method(self) -> Method:
+        """The method of the run; a trainer that takes more than rows and settings hands it on here."""
+        return self.method_class(self.args, self.place, self.processor)
+
     def _open_data(self, train: Any, evaluation: Any) -> None:
         c, signals = self.args, self.method.signals
         sets = assemble.train_sets(c, signals) if train is None else [self._rows(train)]
@@ -138,10 +142,7 @@ class Trainer:
             )
         self.train_rows = sum(len(rows) for rows in sets)
         self.rows = RowSets(self.method.more_rows(sets), held)
-        self.stream = self._new_stream()
-
-    def _new_stream(self) -> Any:
-        return assemble.stream_of(self.args, self.rows.train, self.encoder, *self.place.batch)
+        self.stream = self.method.stream(self.rows)
 
     def _rows(self, data: Any) -> Sequence[Record]:
         return load_dataset(data, signals=self.method.signals) if isinstance(data, str | Path) else data
@@ -161,7 +162,7 @@ class Trainer:
     def total_steps(self) -> tuple[int, float]:
         """(optimizer steps of the run, steps of one pass over the data)."""
         t = self.args.train
-        per_epoch = steps_per_epoch(self._new_stream)
+        per_epoch = self.method.steps_per_pass(self.rows)
         by_epochs = max(1, math.ceil(round(t.num_train_epochs * per_epoch, 6)))
         return t.max_steps if t.max_steps > 0 else by_epochs, per_epoch
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.data.batching import BatchStream, RecordEncoder
+from ernie_tune.data.batching import BatchStream, RecordEncoder, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.machine.place import Place
@@ -84,6 +84,14 @@ class Method:
         """The training rows, each set with those that the method makes of them. Raises ValueError where it can make none of what is asked for."""
         return sets
 
+    def stream(self, rows: RowSets) -> BatchStream:
+        """An endless stream of this rank's windows, at its beginning."""
+        return assemble.stream_of(self.config, rows.train, self.encoder, *self.place.batch)
+
+    def steps_per_pass(self, rows: RowSets) -> float:
+        """Optimizer steps in which every row is read once. Raises ValueError where no row can be used."""
+        return steps_per_epoch(lambda: self.stream(rows))
+
     def attach(self, model: ErnieModel) -> None:
         """Give the model what the method trains beside it. Raises ValueError for a model that the method cannot train."""
 
@@ -106,9 +114,18 @@ class Method:
         """A window with what the objective needs beside the rows, such as a reference's answers. All ranks call it."""
         return given
 
+    def heaviest(self, stream: BatchStream) -> Window | None:
+        """The window that needs most memory, for a forward and backward before the first step; None where that cannot be known."""
+        samples = assemble.longest(stream)
+        return [self.encoder.collate(samples)] if samples else None
+
     def windows(self, stream: BatchStream) -> Iterator[Window]:
         """The windows of the run."""
         return map(self.window, stream)
+
+    def metrics(self) -> Mapping[str, float]:
+        """What there is to say of the last window beside what its loss knew, such as rewards."""
+        return {}
 
     def after_step(self, record: StepRecord) -> list[Verdict]:
         """What the method does after each step, before it is measured and saved."""

@@ -36,7 +36,6 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
-from ernie_tune.trainers import assemble
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
 from ernie_tune.trainers.measure import write_reports
@@ -156,7 +155,8 @@ class Run:
 
     def _steps(self, progress: Progress) -> None:
         with deferred_interrupt() as interrupted:
-            for record in self.loop.steps(self.method.windows(self.stream)):
+            for step in self.loop.steps(self.method.windows(self.stream)):
+                record = dataclasses.replace(step, metrics={**step.metrics, **self.method.metrics()})
                 self.place.mark(f"step {record.step}")
                 self.folder.stepped(self.parts.described)
                 self.observe(record, progress)
@@ -338,11 +338,10 @@ class Run:
 
     def _provoke_memory(self, say: Callable[[str], None]) -> None:
         """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
-        samples = assemble.longest(self.stream)
-        if not samples:
+        heaviest = self.method.heaviest(self.stream)
+        if heaviest is None:
             return
-        batch = self.method.encoder.collate(samples)
-        window = self.method.window([batch])
+        batch, window = heaviest[0], self.method.window(heaviest)
         self.policy.model.train()
         self.loop.accumulate(window)
         self.loop.clear_gradients()
