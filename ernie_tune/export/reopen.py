@@ -21,6 +21,8 @@ from safetensors import safe_open
 from ernie_tune.export import fastdeploy_rules as rules
 from ernie_tune.export.grid import quantize
 from ernie_tune.export.packing import unpack
+from ernie_tune.export.processor_rules import read_script
+from ernie_tune.export.prompts import compare
 
 Array = np.ndarray[Any, Any]
 Part = tuple[str, int | None, Array]
@@ -78,10 +80,14 @@ def open_by_rules(folder: Path, job: dict[str, Any], problems: list[str]) -> Ite
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     problems += check_files(folder, config)
     reader = _Reader(rules.weight_files(folder))
-    plan = rules.quantisation(config, job["argument"])
+    plan = rules.quantisation(config, read_script(folder)[0].get("--quantization", ""))
     if plan.on_disk:
-        problems.append("quantization_config makes FastDeploy take the weights for quantised; remove it")
-    elif config.get("quantization_config") is not None:
+        where = "--quantization" if config.get("quantization_config") is None else "quantization_config"
+        cure = 'add "is_quantized": false' if where == "--quantization" else "remove it"
+        problems.append(f"{where} makes FastDeploy take the weights for quantised; {cure}")
+    elif [plan.dense, plan.text_experts, plan.vision_experts] != job["types"] and "quantization_config" not in config:
+        problems.append(f"serve.sh must pass --quantization for {job['types']}, but FastDeploy would make {plan} of it")
+    if config.get("quantization_config") is not None and not plan.on_disk:
         problems.append("quantization_config in config.json wins over the command line; remove it")
     view = rules.Folder(config, reader.shapes, reader.read)
     view.check_names()
@@ -213,7 +219,7 @@ def main(job_file: str, result_file: str) -> int:
     """Run the job; the result holds `report` (JSON) and the logits of each input, `logits_0` ..."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     folder, problems = Path(job["folder"]), []  # type: tuple[Path, list[str]]
-    check, logits, model = _Check(job, problems), [], None
+    check, logits, model, differences = _Check(job, problems), [], None, list[str]()
     opened: dict[str, Callable[..., Iterator[Part]]] = {
         "fastdeploy": open_by_rules,
         "transformers": open_as_transformers,
@@ -224,11 +230,14 @@ def main(job_file: str, result_file: str) -> int:
         else:
             model = build(opened[job["reader"]](folder, job, problems), check, job, folder)
             check.finish()
+            if job["served"]:
+                differences = compare(folder, job["served"], problems)
     except (ValueError, OSError, KeyError) as error:
         problems.append(str(error))
     if model is not None and not problems:
         logits = [_logits(model, Path(file)) for file in job["inputs"]]
     report = {"problems": problems[:50], "operated": check.operated, "wrong_codes": check.wrong_codes}
+    report["differences"] = differences
     arrays: dict[str, Any] = {f"logits_{i}": x for i, x in enumerate(logits)}
     np.savez(result_file, report=json.dumps(report), **arrays)
     return 0

@@ -46,6 +46,8 @@ from ernie_tune.export.measure import (
     set_weights,
 )
 from ernie_tune.export.packed import write_packed
+from ernie_tune.export.processor_rules import CHECKED
+from ernie_tune.export.prompts import vocabulary_findings
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.served import media_arguments
 from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
@@ -204,8 +206,9 @@ class _Export:
         try:
             weights, chosen, planned = self._choose()
             written = self._write(weights, chosen)
+            shell = self._write_script()
             self._verify(weights, chosen, planned)
-            report = self._describe(weights, written, time.monotonic() - start)
+            report = self._describe(shell, written, time.monotonic() - start)
             _publish(self.staged, self.target)
         finally:
             for folder in (self.staged, self.staged.with_name(self.staged.name + ".tmp")):
@@ -355,17 +358,21 @@ class _Export:
             flavour=LAYOUTS[o.layout],
             probes=self.probes if planned else (),
             digests=reader != "packed",
+            processor=self.processor,
+            source=self._processor_folder(),
         )
+        self.notes += opened.differences
         if o.emit == "cache" and chosen:
             opened.problems.extend(check_caches(self.staged, chosen))
         self.checks |= verify.check_opened(opened, planned)
 
-    def _describe(self, weights: Weights, written: Mapping[str, float], seconds: float) -> dict[str, Any]:
-        """Card, script and report, into the staged folder."""
-        o = self.o
-        served = o.emit != "packed" and o.layout != "hf"
-        command = None
-        if served:
+    def _write_script(self) -> str:
+        """serve.sh, into the staged folder, and what cannot be told a server into the notes. Returns the command."""
+        o, command = self.o, None
+        if o.emit != "packed" and o.layout != "hf":
+            for found in vocabulary_findings(self._processor_folder()):
+                print(f"ernie_tune: {found}", file=sys.stderr, flush=True)
+                self.notes.append(found)
             told, untold = media_arguments(self.processor.images, self.processor.videos)
             self.notes += untold if self.config.vision is not None else []
             command = FastDeployCommand(
@@ -381,7 +388,11 @@ class _Export:
         script = self.staged / files.SCRIPT
         script.write_text(files.serve_script(command), encoding="utf-8")
         script.chmod(0o755)
-        shell = command.shell() if command else f"ernie-tune serve {self.target}"
+        return command.shell() if command else f"ernie-tune serve {self.target}"
+
+    def _describe(self, shell: str, written: Mapping[str, float], seconds: float) -> dict[str, Any]:
+        """Card and report, into the staged folder."""
+        o = self.o
         report: dict[str, Any] = {
             "base": str(self.base),
             "adapters": [str(path) for path in self.adapters],
@@ -395,6 +406,7 @@ class _Export:
             },
             "command": shell,
             "checks": self.checks,
+            "checked_against": CHECKED,
             "table": self.table,
             "notes": self.notes,
             **written,

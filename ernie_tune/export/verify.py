@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.data.processor import Processor
+from ernie_tune.export import prompts
 from ernie_tune.export.choose import Chosen
 from ernie_tune.export.measure import Look, Probe, log_softmax, save_inputs
 from ernie_tune.export.reopen import digest
@@ -40,6 +42,7 @@ class Opened:
     problems: list[str]
     operated: int
     logits: list[Array]
+    differences: list[str] = field(default_factory=list)  # of prompts, where the template is another author's
 
 
 def reopen(
@@ -51,16 +54,21 @@ def reopen(
     flavour: str = "",
     probes: Sequence[Probe] = (),
     digests: bool = True,
+    processor: Processor | None = None,
+    source: Path | None = None,
 ) -> Opened:
     """Open `folder` in a process of its own and compare it with `weights`, what was to be written. `reader`: "fastdeploy", "transformers", "packed".
 
+    `processor`, with which the model was trained, and `source`, the folder of its files: prompts are compared too, where FastDeploy reads the folder.
     Raises RuntimeError where that process dies: Paddle's operator is known to bring processes down.
     """
+    s = chosen.scheme if chosen else None
     job: dict[str, Any] = {
         "folder": str(folder.resolve()),
         "reader": reader,
         "flavour": flavour,
-        "argument": chosen.scheme.argument if chosen else "",
+        "types": [f"wint{bits}" if bits else "" for bits in ((s.dense, *s.experts) if s else (0, 0, 0))],
+        "served": None,
         "code": EXPORT_CODE,
         "weights": parameter_count(weights.config),
         "digests": {},
@@ -82,6 +90,8 @@ def reopen(
         for i, probe in enumerate(probes):
             save_inputs(Path(place) / f"inputs_{i}.npz", probe)
             job["inputs"].append(str(Path(place) / f"inputs_{i}.npz"))
+        if processor and source and reader == "fastdeploy":
+            job["served"] = prompts.job(processor, source, folder, weights.config.vision is not None, Path(place))
         file, result = Path(place) / "job.json", Path(place) / "result.npz"
         file.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "ernie_tune.export.reopen", str(file), str(result)]
@@ -93,7 +103,7 @@ def reopen(
         with np.load(result) as z:
             report = json.loads(str(z["report"]))
             logits = [z[f"logits_{i}"] for i in range(len(z.files) - 1)]
-    return Opened(report["problems"], report["operated"], logits)
+    return Opened(report["problems"], report["operated"], logits, report["differences"])
 
 
 def check_opened(opened: Opened, planned: Look | None) -> dict[str, Any]:
