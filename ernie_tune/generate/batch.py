@@ -18,10 +18,12 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.generate.sampling import SamplingParams, choose
+from ernie_tune.models import mkl
 from ernie_tune.models.cache import Cache, cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, next_position, pack
+from ernie_tune.models.segments import SegmentCache
 
 Decode = Callable[[list[int]], str]
 Steer = Callable[
@@ -29,6 +31,10 @@ Steer = Callable[
 ]  # a sample's tokens so far -> the token it must go on with; None: choose one
 # What the code that follows one row (a steer, a constraint, a decoder) may raise, or the sampling of that row: only that row ends.
 _ROW_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, OSError, MemoryError)
+
+
+# Up to so many rows a step's operators take longer to get going than to compute.
+_FEW_ROWS = 256
 
 
 class Constraint(Protocol):
@@ -224,21 +230,22 @@ class RunningBatch:
         allowed_V = row.constraint.allowed() if row.constraint else None
         forced = row.steer(answer) if row.steer else None
         choice = choose(scores_V, params, row.rng, row.seen, answer, allowed_V, forced)
+        if row.constraint:
+            row.constraint.accept(choice.token_id)
+        if params.repetition_penalty != 1:
+            row.seen.add(choice.token_id)
         event = TokenEvent(
             row.prompt.key,
             row.sample,
             choice.token_id,
             choice.logp,
-            top=choice.top,
+            self._ending(row, choice.token_id),
+            choice.top,
             sampled=forced is None,
             sampled_logp=choice.sampled_logp,
         )
-        if row.constraint:
-            row.constraint.accept(event.token_id)
-        if params.repetition_penalty != 1:
-            row.seen.add(event.token_id)
-        row.done.add(replace(event, finish_reason=self._ending(row, event.token_id)))
-        return replace(event, finish_reason=row.done.finish_reason)
+        row.done.add(event)
+        return event
 
     def _ending(self, row: _Live, token: int) -> str:
         """Why the row ends with this token, "" if it does not."""
@@ -261,7 +268,9 @@ class RunningBatch:
         """Run the rows that have a token to read, let the fresh ones in, and return all rows' scores."""
         scores = []
         if self._live and self._cache is not None:
-            scores.append(self._scores(self.model(_next_input(self._live), cache=self._cache)))
+            few = isinstance(self._cache, SegmentCache) and len(self._live) <= _FEW_ROWS
+            with mkl.stepping() if few else contextlib.nullcontext():
+                scores.append(self._scores(self.model(_next_input(self._live), cache=self._cache)))
             self._cache.advance()
         for rows, cache, first_BV in self._fresh:
             if self._cache is None:

@@ -93,7 +93,7 @@ class Attention(nn.Layer):
         q, k, v = (
             proj(x_TD).reshape([x_TD.shape[0], -1, self.head_dim]) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate_pairs(q, ctx.turn_q[:, : q.shape[1]]), rotate_pairs(k, ctx.turn_k[:, : k.shape[1]])
+        q, k = rotate_pairs(q, _first(ctx.turn_q, q.shape[1])), rotate_pairs(k, _first(ctx.turn_k, k.shape[1]))
         if ctx.cache is None:
             out = segment_attention(q, k, v, ctx.plan)
         elif ctx.cache.prefilling:
@@ -102,6 +102,11 @@ class Attention(nn.Layer):
         else:
             out = ctx.cache.attend(self.layer, q, k, v)
         return self.o_proj(out.reshape([x_TD.shape[0], -1]))
+
+
+def _first(turn_TNh: Tensor, heads: int) -> Tensor:
+    """The factors of so many heads: fewer than the model has where it was split by columns."""
+    return turn_TNh if turn_TNh.shape[1] == heads else turn_TNh[:, :heads]
 
 
 class DecoderLayer(nn.Layer):

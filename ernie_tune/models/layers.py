@@ -100,6 +100,10 @@ class _RmsNorm(PyLayer):
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md 2.1)."""
+    if mkl.is_stepping():
+        x = x_TD.numpy()
+        inv_T = 1.0 / np.sqrt(np.einsum("td,td->t", x, x) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
+        return mkl.made(x * inv_T[:, None] * weight_D.numpy())
     return _RmsNorm.apply(x_TD, weight_D, eps) if paddle.is_grad_enabled() else _normalise(x_TD, weight_D, eps)[0]
 
 
@@ -132,8 +136,22 @@ class _Swiglu(PyLayer):
         return where_needed(ctx.frozen, slope.multiply_(up_TI).multiply_(grad_TI), grad_TI * act)
 
 
+def _swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(-gate) may be inf: then the product is 0
+        return gate / (1.0 + np.exp(-gate)) * up
+
+
+def gated_halves(x_TI: Tensor) -> Tensor:
+    """`swiglu` of the first half of each row and the second one, while stepping."""
+    x = x_TI.numpy()
+    half = x.shape[1] // 2
+    return mkl.made(_swiglu(x[:, :half], x[:, half:]))
+
+
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) * up."""
+    if mkl.is_stepping():
+        return mkl.made(_swiglu(gate_TI.numpy(), up_TI.numpy()))
     return (
         _Swiglu.apply(gate_TI, up_TI)
         if paddle.is_grad_enabled()
@@ -148,7 +166,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias_attr=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return paddle.matmul(x_TD, self.weight)
+        return x_TD @ self.weight  # `paddle.matmul` takes as long again to get going
 
 
 class GatedMLP(nn.Layer):
@@ -192,6 +210,9 @@ def vision_angles(grid_thw_n3: np.ndarray, head_dim: int, theta: float, merge: i
 def rotate_pairs(x_TNH: Tensor, turn_TNh: Tensor) -> Tensor:
     """Rotate adjacent pairs (x[2i], x[2i+1]) by complex factors [T, N, H/2], in float32, cast back."""
     tokens, heads, width = x_TNH.shape
+    if mkl.is_stepping():
+        x, turn = x_TNH.numpy(), turn_TNh.numpy()
+        return mkl.made((x.view(turn.dtype) * turn).view(x.dtype))
     pairs = paddle.as_complex(x_TNH.astype(_real(turn_TNh)).reshape([tokens, heads, width // 2, 2]))
     return paddle.as_real(pairs * turn_TNh).reshape([tokens, heads, width]).astype(x_TNH.dtype)
 

@@ -8,9 +8,11 @@ Legend: M rows sorted by expert, E experts, D and I widths.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ _MODE = ctypes.c_longlong(0x2 | 0x280000 | 0x100)
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _LETTER = {paddle.float32: "s", paddle.float64: "d"}
 _NUMPY: dict[paddle.dtype, np.dtype[Any]] = {paddle.float32: np.dtype(np.float32), paddle.float64: np.dtype(np.float64)}
+_PADDLE = {kind: dtype for dtype, kind in _NUMPY.items()}
+_CPU = paddle.CPUPlace()
 # Below so many elements Paddle's one operator beats three passes.
 _SMALL = 2**14
 # Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long.
@@ -210,6 +214,35 @@ class Products:
         self._batch(
             _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, self.count, group
         )  # fmt: skip
+
+
+class _Stepping(threading.local):
+    on = False
+
+
+_STEPPING = _Stepping()
+
+
+@contextlib.contextmanager
+def stepping() -> Iterator[None]:
+    """For a forward of a few tokens without a gradient, one of each row, where the library is `usable`: Paddle's operators then take longer to get going
+    than to compute, and layers that ask `is_stepping` do several at once in NumPy. The same formulas; float32 may differ in the last place."""
+    before, _STEPPING.on = _STEPPING.on, True
+    try:
+        yield
+    finally:
+        _STEPPING.on = before
+
+
+def is_stepping() -> bool:
+    return _STEPPING.on
+
+
+def made(x: np.ndarray) -> Tensor:
+    """A tensor with these numbers. (`paddle.to_tensor` takes three times as long.)"""
+    out = paddle._C_ops.empty(list(x.shape), _PADDLE[x.dtype], _CPU)
+    view(out)[...] = x
+    return out
 
 
 def usable(dtype: str) -> bool:

@@ -18,7 +18,7 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
 from ernie_tune.models.config import ModelConfig, MoEConfig
-from ernie_tune.models.layers import GatedMLP, row_sum, scale_rows, swiglu, where_needed
+from ernie_tune.models.layers import GatedMLP, gated_halves, row_sum, scale_rows, swiglu, where_needed
 from ernie_tune.models.router_losses import RouterLossWeights, router_loss, tally
 
 
@@ -193,8 +193,9 @@ class Experts(nn.Layer):
         self.up_gate_product, self.down_product = GroupedProduct(), GroupedProduct()
 
     def forward(self, x_MD: Tensor, counts: tuple[int, ...]) -> Tensor:
-        gate, up = _halves(self.up_gate_product(x_MD, self.up_gate_proj, counts))
-        return self.down_product(swiglu(gate, up), self.down_proj, counts)
+        both = self.up_gate_product(x_MD, self.up_gate_proj, counts)
+        inner = gated_halves(both) if mkl.is_stepping() else swiglu(*_halves(both))
+        return self.down_product(inner, self.down_proj, counts)
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,41 @@ class _Sorted:
         return combine(out_MD, self.routing.weight_Tk, self.order_M, self.token_of_M, self.slot_of_Tk)
 
 
+@dataclass(frozen=True)
+class _SortedFew:
+    """`_Sorted` while stepping."""
+
+    rows_MD: Tensor
+    counts: tuple[int, ...]
+    weight_M: np.ndarray
+    slot_of_Tk: np.ndarray
+
+    def combined(self, out_MD: Tensor) -> Tensor:
+        out = mkl.view(out_MD) * self.weight_M[:, None]
+        return mkl.made(out[self.slot_of_Tk].sum(1))
+
+
+def _sort_few(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float) -> _SortedFew:
+    """`route` and the sorting by expert, while stepping."""
+    x, weight = x_TD.numpy(), mkl.view(weight_DE)
+    logits = x.astype(weight.dtype, copy=False) @ weight
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    chosen_Tk = np.argsort(-(probs + bias_E.numpy()), -1, kind="stable")[:, :top_k]
+    share_Tk = np.take_along_axis(probs, chosen_Tk, 1)
+    share_Tk /= np.maximum(share_Tk.sum(-1, keepdims=True), norm_min)
+    expert_M = chosen_Tk.reshape(-1)
+    order_M = np.argsort(expert_M, kind="stable")
+    slot_M = np.empty_like(order_M)
+    slot_M[order_M] = np.arange(len(order_M))
+    return _SortedFew(
+        mkl.made(x[order_M // top_k]),
+        tuple(np.bincount(expert_M, minlength=weight.shape[1]).tolist()),
+        share_Tk.reshape(-1)[order_M].astype(x.dtype, copy=False),
+        slot_M.reshape(chosen_Tk.shape),
+    )
+
+
 class _Gate(nn.Layer):
     """Router matrices, named as in the checkpoints: `weight` is text, `weight_1` vision; float32 in a model of any other dtype."""
 
@@ -363,11 +399,11 @@ class MoELayer(nn.Layer):
             out = _AddLoss.apply(out, sum(losses[1:], losses[0]), tap.scale)
         return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
 
-    def _sort(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> _Sorted:
-        weight_DE = self.gate.of(modality)
-        r = route(
-            x_TD, weight_DE, self.moe_statics.e_score_correction_bias[modality], self.moe.top_k, self.moe.norm_min
-        )
+    def _sort(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> _Sorted | _SortedFew:
+        weight_DE, bias_E = self.gate.of(modality), self.moe_statics.e_score_correction_bias[modality]
+        if mkl.is_stepping() and tap is None:
+            return _sort_few(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
+        r = route(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
         pair_expert = r.chosen_Tk.reshape([-1])
         order_M = paddle.argsort(pair_expert, stable=True)
         counts_E = paddle.bincount(pair_expert, minlength=self.moe.num_experts)
@@ -386,12 +422,12 @@ class MoELayer(nn.Layer):
                 tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
         return _Sorted(x_MD, tuple(counts_E.tolist()), r, order_M, token_of_M, slot_of_Tk)
 
-    def _losses(self, parts: dict[int, _Sorted], tap: RouterTap | None) -> list[Tensor]:
+    def _losses(self, parts: dict[int, _Sorted | _SortedFew], tap: RouterTap | None) -> list[Tensor]:
         """The routers' own losses. A frozen router gets none: its gradient would only reach the layers below it (architecture.md 3.6)."""
         trained = [m for m in range(self.moe.num_modalities) if not self.gate.of(m).stop_gradient]
         if tap is None or not tap.weights or not trained or not paddle.is_grad_enabled():
             return []
-        logits = {m: part.routing.logits_TE for m, part in parts.items()}
+        logits = {m: part.routing.logits_TE for m, part in parts.items() if isinstance(part, _Sorted)}
         nothing = paddle.zeros([self.moe.num_experts + 2], self.gate.of(0).dtype)
         tallies = [
             tally(F.softmax(logits[m], axis=-1), self.moe.top_k) if m in logits else nothing
