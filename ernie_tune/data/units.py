@@ -87,10 +87,25 @@ def _key(dialogue: Encoded) -> str:
     return digest.hexdigest()
 
 
+# What a batch may carry beside its rows; the last letter is the axis: N targets, C candidates, S (sum, count).
+COLUMNS = {
+    "ref_logp_N": "log-probabilities under the reference",
+    "old_logp_N": "under the policy when the answers were sampled, as the trainer computes it",
+    "sampled_logp_N": "under the policy when they were sampled, as the sampling engine says",
+    "advantage_N": "how much better than expected",
+    "value_N": "the critic's when they were sampled",
+    "return_N": "what the critic is to learn",
+    "keep_N": "1 for targets of answers that count, else 0",
+    "entropy_keep_N": "1 for targets whose entropy is high enough to be learned from, else 0",
+    "density_C": "what bad answers weigh by their prompts, others 1",
+    "mismatch_S": "log-ratios of the window's mismatched answers, on one of its batches: what KTO compares with",
+}
+
+
 @dataclass(frozen=True)
 class UnitBatch:
     """One forward over whole units. Token `source_N[i]` of the pack predicts id `target_N[i]` of candidate `candidate_N[i]`; a candidate's targets are
-    neighbours, in their order. `ref_logp_N`: their log-probabilities under a reference, where there is one."""
+    neighbours, in their order. `columns`: what else is known, by the names of COLUMNS. Raises ValueError for other names and lengths."""
 
     inputs: PackedInput
     units: tuple[Unit, ...]
@@ -100,11 +115,21 @@ class UnitBatch:
     length_C: np.ndarray
     unit_C: np.ndarray
     end_C: np.ndarray  # where the last token of each dialogue lies
-    ref_logp_N: np.ndarray | None = None
-    density_C: np.ndarray | None = None  # what bad answers weigh by their prompts, others 1
-    kl_sum: float = 0.0  # of log-ratios of mismatched answers, which KTO compares with
-    kl_count: float = 0.0
-    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # what is known of targets, by name
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = {"N": len(self.target_N), "C": len(self.length_C), "S": 2}
+        for name, values in self.columns.items():
+            if name not in COLUMNS:
+                raise ValueError(f"column ({name}) must be one of {', '.join(COLUMNS)}; correct the name")
+            if values.shape != (size[name[-1]],):
+                raise ValueError(
+                    f"column {name} {list(values.shape)} must be [{size[name[-1]]}] in this batch; compute it from the same units"
+                )
+
+    def with_columns(self, **columns: np.ndarray) -> UnitBatch:
+        """The batch with more columns, or others. Raises ValueError for unknown names and other lengths."""
+        return dataclasses.replace(self, columns={**self.columns, **columns})
 
     @property
     def num_rows(self) -> int:

@@ -24,6 +24,7 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stages
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterRecord, RouterTap
+from ernie_tune.objectives.objective import Outputs
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 
@@ -183,7 +184,7 @@ def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
 # --- the model, spread over stages -----------------------------------------------------------------------------------
 
 
-Compute = Callable[[Any, Tensor, Any], Tensor]  # as `Objective.outputs`: (model, hidden_TD, batch) -> Tensor
+Compute = Callable[[Any, Tensor, Any], Outputs]  # as `Objective.outputs`: (model, hidden_TD, batch) -> tensors by name
 
 
 class StagedForward:
@@ -242,12 +243,13 @@ class StagedForward:
         return self._from(self.cut.stages - 1, scores, [hidden_TD.shape[0], self.config.vocab_size])
 
     @paddle.no_grad()
-    def outputs(self, compute: Compute, batch: Any) -> Tensor:
-        """`Objective.outputs` of one micro-batch (log-probabilities [N], rewards [R], ...)."""
+    def outputs(self, compute: Compute, batch: Any) -> Outputs:
+        """`Objective.outputs` of one micro-batch."""
         hidden = self(batch.inputs)
-        mine = compute(self.model, hidden, batch) if self.is_last else None
-        about = self.group.objects(None if mine is None else (list(mine.shape), str(mine.dtype)))[-1]
-        return self._from(self.cut.stages - 1, mine, about[0], about[1].rsplit(".", 1)[-1])
+        mine = compute(self.model, hidden, batch) if self.is_last else {}
+        about = self.group.objects([(name, list(x.shape), str(x.dtype).rsplit(".", 1)[-1]) for name, x in mine.items()])
+        last = self.cut.stages - 1
+        return {name: self._from(last, mine.get(name), shape, dtype) for name, shape, dtype in about[-1]}
 
     def _from(self, stage: int, mine: Tensor | None, shape: list[int], dtype: str = "") -> Tensor:
         group = self.group
@@ -258,21 +260,21 @@ class StagedForward:
 
 
 @paddle.no_grad()
-def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> Tensor:
+def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> Outputs:
     """`Objective.outputs` of one micro-batch without a gradient, of a model that is here or over a pipeline."""
     if isinstance(model, StagedForward):
         return model.outputs(compute, batch)
     return compute(model, model(batch.inputs), batch)
 
 
-def frozen_outputs(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> np.ndarray:
+def frozen_outputs(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> dict[str, np.ndarray]:
     """`outputs_of` without dropout, for numpy; the model goes on as it was."""
     training = model.training
     model.eval()
-    outputs = outputs_of(model, compute, batch).numpy()
+    outputs = {name: np.asarray(x.numpy()) for name, x in outputs_of(model, compute, batch).items()}
     if training:
         model.train()
-    return np.asarray(outputs)
+    return outputs
 
 
 class StagedModel(StagedForward):

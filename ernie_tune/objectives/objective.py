@@ -17,6 +17,10 @@ from paddle import Tensor
 from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.objectives.loss import LossOut
 
+# Tensors by name, each with its axes at the end of it: logp_N, entropy_N, value_N, reward_C, cut_K, state_CD. All of a
+# micro-batch's are made on the stage that has the head, and travel together to whoever asks for them without a gradient.
+Outputs = Mapping[str, Tensor]
+
 
 class Objective(Protocol):
     """What the loop asks of a method."""
@@ -27,18 +31,20 @@ class Objective(Protocol):
     def begin(self, counts: Mapping[str, float]) -> float:
         """Called once per window with the global counts, before its micro-batches; returns what every `loss` is divided by."""
 
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Tensor:
-        """What the loss is made of (log-probabilities [N], rewards [R]), from the final hidden states. `model` offers `head_weight()`."""
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Outputs:
+        """What the loss is made of, by name, from the final hidden states. `model` offers `head_weight()`."""
 
-    def loss(self, outputs: Tensor, batch: Any) -> LossOut:
+    def loss(self, outputs: Outputs, batch: Any) -> LossOut:
         """The micro-batch's share of the window's loss. Pure but for what `begin` noted."""
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         """Called once per window with its summed metrics, after the optimizer step."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What runs along from window to window (JSON)."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 class Targets(Protocol):
@@ -56,3 +62,8 @@ def target_logp(model: Any, hidden_TD: Tensor, batch: Targets) -> Tensor:
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
     return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)
+
+
+def logp_outputs(model: Any, hidden_TD: Tensor, batch: Targets) -> Outputs:
+    """`target_logp` as an objective's outputs: logp_N."""
+    return {"logp_N": target_logp(model, hidden_TD, batch)}

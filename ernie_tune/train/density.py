@@ -6,7 +6,6 @@ all. Refuses to know: the classifier's arithmetic and the loss (objectives), whi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from paddle import Tensor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
+from ernie_tune.objectives.objective import Outputs
 
 FITTED = 1024  # answers of each kind that the classifier learns from, at most (TRL's prompt_sample_size)
 
@@ -58,10 +58,10 @@ class PromptDensity:
                     self.weights[key] = weight
 
     def _states(self, batch: UnitBatch) -> np.ndarray:
-        return frozen_outputs(self.asked, prompt_states, batch).astype(np.float64)
+        return frozen_outputs(self.asked, prompt_states, batch)["state_CD"].astype(np.float64)
 
     def attached(self, batch: UnitBatch) -> UnitBatch:
-        """The batch with `density_C`. Raises ValueError for a bad answer that was not measured: the policy it would be measured with is gone."""
+        """The batch with column density_C. Raises ValueError for a bad answer that was not measured: the policy it would be measured with is gone."""
         weights = []
         for (key, good), where in zip(_labelled(batch), [u.where for u in batch.units for _ in u.keys], strict=True):
             if good is False and key not in self.weights:
@@ -69,7 +69,7 @@ class PromptDensity:
                     f"{where}: row must be among those that bco_density has measured before training; data must not change in a run, start again"
                 )
             weights.append(1.0 if good is not False else self.weights[key])
-        return dataclasses.replace(batch, density_C=np.array(weights))
+        return batch.with_columns(density_C=np.array(weights))
 
     def line(self) -> str:
         """What to tell of it."""
@@ -90,7 +90,7 @@ def _labelled(batch: UnitBatch) -> list[tuple[str, bool | None]]:
     ]
 
 
-def prompt_states(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-    """The state before each candidate's first target, [C, D]: that of its prompt's last token."""
+def prompt_states(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
+    """state_CD: the state before each candidate's first target, [C, D]: that of its prompt's last token."""
     first_C = np.searchsorted(batch.candidate_N, np.arange(len(batch.length_C)))
-    return paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N[first_C])).astype("float32")
+    return {"state_CD": paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N[first_C])).astype("float32")}

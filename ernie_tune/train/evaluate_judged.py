@@ -61,7 +61,7 @@ def judged_evaluation(
             out = objective.loss(outputs, batch)
         total += float(out.total) / divisor
         add(out.metrics)
-        add(preferred(np.asarray(outputs.numpy()), batch))
+        add(preferred(np.asarray(outputs["logp_N"].numpy()), batch))
         done(batch.num_rows)
     if training:
         model.train()

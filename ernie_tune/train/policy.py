@@ -19,6 +19,7 @@ from ernie_tune.data.units import UnitBatch
 from ernie_tune.objectives.correction import correction, mismatch_sums
 from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
 from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.objective import Outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper, Sampled, policy_counts, policy_terms
 
 
@@ -64,27 +65,28 @@ class PolicyObjective:
         self._counts = dict(counts)
         return 1.0  # each term has its own divisor
 
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-        """Log-probabilities [N], or with entropies [2, N]."""
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
+        """logp_N, and entropy_N where it is rewarded or logged."""
         weight, transposed = model.head_weight()
         hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
         target_N = paddle.to_tensor(batch.target_N)
         how = {"transposed": transposed, "temperature": self.temperature, "banned": self.banned}
         if not (self.rewards_entropy or self.log_entropy):
-            return token_logp(hidden_ND, weight, target_N, **how)
-        return paddle.stack(token_logp_and_entropy(hidden_ND, weight, target_N, **how))
+            return {"logp_N": token_logp(hidden_ND, weight, target_N, **how)}
+        logp_N, entropy_N = token_logp_and_entropy(hidden_ND, weight, target_N, **how)
+        return {"logp_N": logp_N, "entropy_N": entropy_N}
 
-    def loss(self, outputs: Tensor, batch: UnitBatch) -> LossOut:
+    def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
         sampled = self.sampled(outputs, batch)
         terms = policy_terms(sampled, self.hyper, kl=self.beta > 0, entropy=self.rewards_entropy)
         weights = {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
         out = combine(terms, weights, self._counts, "policy/{}_loss")
         return LossOut(out.total, out.count, {**out.metrics, **self._mismatch(sampled, batch)})
 
-    def sampled(self, outputs: Tensor, batch: UnitBatch) -> Sampled:
+    def sampled(self, outputs: Outputs, batch: UnitBatch) -> Sampled:
         """The batch's answers as the objectives take them."""
         columns = batch.columns
-        logp_N, entropy_N = (outputs[0], outputs[1]) if outputs.ndim == 2 else (outputs, None)
+        logp_N, entropy_N = outputs["logp_N"], outputs.get("entropy_N")
         weight_N = np.ones(len(batch.target_N))
         if self.rollout_is != "none":
             weight_N = correction(

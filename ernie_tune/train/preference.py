@@ -6,6 +6,7 @@ Legend: T tokens, N target tokens, C candidates, P pairs, U units.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from paddle import Tensor
 from ernie_tune.data.units import Unit, UnitBatch
 from ernie_tune.objectives.listwise import Units, score_margins
 from ernie_tune.objectives.loss import LossOut, combine
-from ernie_tune.objectives.objective import target_logp
+from ernie_tune.objectives.objective import Outputs, logp_outputs
 from ernie_tune.objectives.pairwise import Baselines, pair_counts, pair_terms, reward_kappa
 from ernie_tune.objectives.preference import (
     Candidates,
@@ -97,6 +98,7 @@ def signals_of(batch: UnitBatch) -> Signals:
         np.array([u.margin for u, _, _ in edges], np.float64),
         np.array([u.confidence for u, _, _ in edges], np.float64),
     )
+    density_C = batch.columns.get("density_C")
     labels = [
         (f + c, u.label_C[c], u.weight / u.num_candidates) for u, f in parts["label"] for c in range(u.num_candidates)
     ]
@@ -110,7 +112,7 @@ def signals_of(batch: UnitBatch) -> Signals:
             np.array([i for i, _, _ in labels], np.int64),
             np.array([g for _, g, _ in labels], np.float64),
             np.array([w for _, _, w in labels], np.float64),
-            None if batch.density_C is None else batch.density_C[[i for i, _, _ in labels]],
+            None if density_C is None else density_C[[i for i, _, _ in labels]],
         ),
     )
 
@@ -127,7 +129,8 @@ def _units(members: Sequence[tuple[Unit, int]], values: Sequence[np.ndarray]) ->
 def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
     """The batch's answers with their log-probabilities, and the reference's where the batch has them."""
     count = len(batch.length_C)
-    ref_N = None if batch.ref_logp_N is None else paddle.to_tensor(batch.ref_logp_N, dtype=logp_N.dtype)
+    ref_logp_N = batch.columns.get("ref_logp_N")
+    ref_N = None if ref_logp_N is None else paddle.to_tensor(ref_logp_N, dtype=logp_N.dtype)
     return Candidates(
         sequence_logp(logp_N, batch.candidate_N, count),
         batch.length_C,
@@ -138,7 +141,7 @@ def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
     )
 
 
-class _Judged:
+class JudgedObjective(abc.ABC):
     """What all objectives on judged answers share: global counts, KTO's baseline of this window, BCO's running shift."""
 
     def __init__(self, shift: RewardShift | None = None) -> None:
@@ -160,8 +163,16 @@ class _Judged:
         """Whether the loss holds the likelihood of the better answers."""
         return False
 
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-        return target_logp(model, hidden_TD, batch)
+    @abc.abstractmethod
+    def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
+        """As `Objective.counts`."""
+
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
+        return logp_outputs(model, hidden_TD, batch)
+
+    @abc.abstractmethod
+    def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
+        """As `Objective.loss`."""
 
     def begin(self, counts: Mapping[str, float]) -> float:
         self._counts = {name: n for name, n in counts.items() if name not in _BESIDE}
@@ -183,7 +194,7 @@ class _Judged:
         self.shift = RewardShift.from_state(state["shift"])
 
 
-class PairObjective(_Judged):
+class PairObjective(JudgedObjective):
     """The DPO family: `terms` are atomic losses with weights (`pairwise.expand`), on all comparisons of a batch."""
 
     def __init__(
@@ -213,8 +224,8 @@ class PairObjective(_Judged):
                 total[name] += n
         return total
 
-    def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
-        candidates, pairs = candidates_of(logp_N, batch), pairs_of(batch, self.margins)
+    def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
+        candidates, pairs = candidates_of(outputs["logp_N"], batch), pairs_of(batch, self.margins)
         terms = pair_terms(self.terms, candidates, pairs, self.hyper, self.baselines())
         out = combine(terms, self.terms, self._counts)
         named = out.metrics if len(self.terms) > 1 else {}
@@ -223,7 +234,7 @@ class PairObjective(_Judged):
         return LossOut(out.total, out.count, {**named, **found})
 
 
-class UpoObjective(_Judged):
+class UpoObjective(JudgedObjective):
     """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO.
 
     For KTO it also counts the labels: `good` and `bad` are the weights of such answers in the steps made so far, of all
@@ -255,8 +266,8 @@ class UpoObjective(_Judged):
             for name, n in upo_counts(self.settings, signals_of(batch), batch.length_C).items():
                 total[name] = total.get(name, 0.0) + n
             if self.uses_kl:
-                total["kl_sum"] += batch.kl_sum
-                total["kl_count"] += batch.kl_count
+                for name, value in zip(_KL, batch.columns.get("mismatch_S", (0.0, 0.0)), strict=True):
+                    total[name] += float(value)
                 for unit in (u for u in batch.units if u.signal == "label"):
                     share = float(np.mean(unit.label_C))
                     total["good"] += unit.weight * share
@@ -288,8 +299,8 @@ class UpoObjective(_Judged):
             seen = state["labels"]
             self.good, self.bad, self.labelled_steps = seen["good"], seen["bad"], seen["steps"]
 
-    def loss(self, logp_N: Tensor, batch: UnitBatch) -> LossOut:
-        s, candidates, signals = self.settings, candidates_of(logp_N, batch), signals_of(batch)
+    def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
+        s, candidates, signals = self.settings, candidates_of(outputs["logp_N"], batch), signals_of(batch)
         out = upo_loss(s, candidates, signals, self._counts, self.baselines())
         found = image_metrics(candidates, signals.pairs, batch, s.hyper.beta, 0.0 if s.reference else s.kappa)
         return LossOut(out.total, out.count, {**out.metrics, **found})

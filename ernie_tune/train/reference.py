@@ -25,7 +25,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import StagedForward, frozen_outputs
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.objectives.objective import target_logp
+from ernie_tune.objectives.objective import logp_outputs
 from ernie_tune.objectives.preference import mixed_reference
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
@@ -246,7 +246,7 @@ class Reference:
         return self.mode != "none" and self.cache.lookup([key for unit in batch.units for key in unit.keys]) is None
 
     def attached(self, batch: UnitBatch, anew: bool | None = None) -> UnitBatch:
-        """The batch with `ref_logp_N`; the same batch in mode `none`. `anew`: whether it goes through the reference, where ranks that compute together have
+        """The batch with column ref_logp_N; the same batch in mode `none`. `anew`: whether it goes through the reference, where ranks that compute together have
         agreed on it; what is known stays as it is. Raises ValueError for a row that a precomputed reference does not have."""
         if self.mode == "none":
             return batch
@@ -258,7 +258,12 @@ class Reference:
                     f"{at}: row must be in the precomputed reference; data must not change in a run, start again in another output_dir"
                 )
             self.cache.add(keys, batch.length_C.tolist(), self.compute(batch))
-        return dataclasses.replace(batch, ref_logp_N=self.cache.lookup(keys))
+        return self._with(batch, keys)
+
+    def _with(self, batch: UnitBatch, keys: Sequence[str]) -> UnitBatch:
+        known = self.cache.lookup(keys)
+        assert known is not None
+        return batch.with_columns(ref_logp_N=known)
 
     def compute(self, batch: UnitBatch) -> np.ndarray:
         """Log-probabilities [N] by the reference, without gradients and dropout."""
@@ -296,11 +301,10 @@ class Reference:
 
 def frozen_logp(model: Asked, batch: UnitBatch) -> np.ndarray:
     """Log-probabilities [N] of a batch's targets by `model` as it is, without gradients and dropout."""
-    return frozen_outputs(model, target_logp, batch)
+    return frozen_outputs(model, logp_outputs, batch)["logp_N"]
 
 
 def start_difference(policy: Asked, batch: UnitBatch) -> float:
-    """The largest |log pi(y) - log pi_ref(y)| of a batch with `ref_logp_N`: 0 but for rounding where the reference is the policy at the start."""
-    assert batch.ref_logp_N is not None
-    difference_N = frozen_logp(policy, batch) - batch.ref_logp_N
+    """The largest |log pi(y) - log pi_ref(y)| of a batch with column ref_logp_N: 0 but for rounding where the reference is the policy at the start."""
+    difference_N = frozen_logp(policy, batch) - batch.columns["ref_logp_N"]
     return float(np.abs(np.bincount(batch.candidate_N, weights=difference_N)).max())

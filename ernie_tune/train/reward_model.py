@@ -25,6 +25,7 @@ from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.loss import LossOut, combine
+from ernie_tune.objectives.objective import Outputs
 from ernie_tune.objectives.preference import Pairs
 from ernie_tune.objectives.reward import (
     even_cuts,
@@ -165,29 +166,32 @@ class RewardObjective:
         self._counts = dict(counts)
         return 1.0  # each term has its own divisor
 
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
         return rewards(model, hidden_TD, batch)
 
-    def loss(self, outputs: Tensor, batch: UnitBatch) -> LossOut:
-        reward_C, cut_K = parted(outputs, batch)
+    def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
+        reward_C = outputs["reward_C"]
         pairs, compared, labels = self._learned(batch)
         terms = {"pair": reward_pair_loss(reward_C, compared, self.center)}
         if self.rating_loss == "regression":
             terms["rating"] = reward_regression_loss(reward_C, labels)
         if self.rating_loss == "ordinal":
-            terms["rating"] = reward_ordinal_loss(reward_C, cut_K, labels)
+            terms["rating"] = reward_ordinal_loss(reward_C, outputs["cut_K"], labels)
         out = combine(terms, dict.fromkeys(terms, 1.0), self._counts)
         named = out.metrics if len(terms) > 1 else {}
         found = {**named, **reward_metrics(reward_C, pairs)}
         if len(labels):
-            error_M = self.predicted(outputs.detach().numpy(), batch)[labels.index_M] - labels.good_M
+            error_M = (
+                self.predicted({name: x.detach().numpy() for name, x in outputs.items()})[labels.index_M]
+                - labels.good_M
+            )
             found["rating_mae"] = (float(np.abs(error_M).sum()), float(len(labels)))
         return LossOut(out.total, out.count, found)
 
-    def predicted(self, outputs: np.ndarray, batch: UnitBatch) -> np.ndarray:
+    def predicted(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The rating on [0, 1] that each answer's reward stands for, [C]: itself, or the mean of its level."""
-        reward_C, cut_K = parted(outputs, batch)
-        return expected_rating(reward_C, cut_K) if self.rating_loss == "ordinal" else reward_C
+        reward_C = outputs["reward_C"]
+        return expected_rating(reward_C, outputs["cut_K"]) if self.rating_loss == "ordinal" else reward_C
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         """Nothing runs along."""
@@ -208,21 +212,14 @@ def ratings_of(batch: UnitBatch) -> Labels:
     return Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
 
 
-def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Tensor:
-    """One reward for each candidate, and behind them the head's cuts, if it has any: [C + K]. They travel together: only the last stage of a pipeline has
-    the head, and the loss knows no model."""
+def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
+    """reward_C, one for each candidate, and cut_K, where the head has any: only the last stage of a pipeline has it, and the loss knows no model."""
     reward_C: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
     cut_K = model.reward_head.cuts()
-    return reward_C if cut_K is None else paddle.concat([reward_C, cut_K])
+    return {"reward_C": reward_C} if cut_K is None else {"reward_C": reward_C, "cut_K": cut_K}
 
 
-def parted(outputs: Any, batch: UnitBatch) -> tuple[Any, Any]:
-    """(rewards [C], cuts [K]) of what `rewards` gave; K is 0 for a head without cuts."""
-    count = len(batch.length_C)
-    return outputs[:count], outputs[count:]
-
-
-def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[np.ndarray]:
+def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[dict[str, np.ndarray]]:
     """What `rewards` gives of each batch, without gradients and dropout."""
     return (frozen_outputs(model, rewards, batch) for batch in batches)
 
@@ -237,7 +234,7 @@ def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows
         if units:
             batch = encoder.collate(units)
             (outputs,) = rewards_of(model, [batch])
-            scored = iter(np.split(parted(outputs, batch)[0], batch.first_candidate_U[1:]))
+            scored = iter(np.split(outputs["reward_C"], batch.first_candidate_U[1:]))
         out += [None if unit is None else next(scored).tolist() for unit in found]
     return out
 
@@ -260,8 +257,11 @@ def reward_evaluation(
     margins: list[np.ndarray] = []
     rated: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, outputs in zip(batches, rewards_of(model, batches), strict=True):
-        reward_C, pairs = parted(outputs, batch)[0], pairs_of(batch, objective.margins, objective.edge_weight)
-        out, labels = objective.loss(paddle.to_tensor(outputs), batch), ratings_of(batch)
+        reward_C, pairs = outputs["reward_C"], pairs_of(batch, objective.margins, objective.edge_weight)
+        out, labels = (
+            objective.loss({name: paddle.to_tensor(x) for name, x in outputs.items()}, batch),
+            ratings_of(batch),
+        )
         rated.append((reward_C[labels.index_M], labels.good_M))
         total += float(out.total) / divisor
         seen.append(reward_C)
@@ -272,7 +272,7 @@ def reward_evaluation(
     if any(batch.inputs.pixel_values_PC is not None for batch in batches):
         grey = [_masked(batch) for batch in batches]
         for batch, outputs in zip(grey, rewards_of(model, grey), strict=True):
-            _add(blind, preferred(parted(outputs, batch)[0], batch))
+            _add(blind, preferred(outputs["reward_C"], batch))
     reward_A, length_A = np.concatenate(seen), np.concatenate([batch.length_C for batch in batches])
     means = {name.replace("preference_", ""): value / count for name, (value, count) in sums.items() if count}
     means |= {

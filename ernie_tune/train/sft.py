@@ -14,7 +14,7 @@ from paddle import Tensor
 
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.objectives.loss import LossOut
-from ernie_tune.objectives.objective import target_logp
+from ernie_tune.objectives.objective import Outputs, logp_outputs
 from ernie_tune.objectives.sft import sft_loss, token_coefficients
 
 
@@ -115,10 +115,11 @@ class SFTObjective:
         self._factors = self.balance.factors(counts)
         return sum(counts.values())
 
-    def outputs(self, model: Any, hidden_TD: Tensor, batch: MicroBatch) -> Tensor:
-        return target_logp(model, hidden_TD, batch)
+    def outputs(self, model: Any, hidden_TD: Tensor, batch: MicroBatch) -> Outputs:
+        return logp_outputs(model, hidden_TD, batch)
 
-    def loss(self, logp_N: Tensor, batch: MicroBatch) -> LossOut:
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> LossOut:
+        logp_N = outputs["logp_N"]
         factor_R = np.array([self._factors.get(d, 1.0) for d in batch.domains], np.float32)
         coefficient_N, share_R = self._shares(batch)
         out = sft_loss(logp_N, coefficient_N * factor_R[batch.row_N])

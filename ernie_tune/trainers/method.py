@@ -148,6 +148,6 @@ class Method:
 
     # --- for those that learn with it --------------------------------------------------------------------------------
 
-    def present_objective(self) -> Any:
+    def present_objective(self) -> Objective:
         """The objective of the run, or one like it where no run has begun."""
         return self.objective(1, 1.0) if self.objective_now is None else self.objective_now

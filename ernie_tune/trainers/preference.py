@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.mixing import permute
@@ -28,7 +30,7 @@ from ernie_tune.train.evaluate import Question, question
 from ernie_tune.train.evaluate_judged import judged_evaluation
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
-from ernie_tune.train.preference import Margins, PairObjective, UpoObjective
+from ernie_tune.train.preference import JudgedObjective, Margins, PairObjective, UpoObjective
 from ernie_tune.train.preference_guards import PreferenceWatch
 from ernie_tune.train.reference import (
     CACHE_FILE,
@@ -70,6 +72,11 @@ class PreferenceMethod(Method):
         self.watch = PreferenceWatch()
         self._new_room = False  # for an adapter that is the reference
         return unit_encoder(self.config, self.processor, self.learned())
+
+    def present_objective(self) -> JudgedObjective:
+        found = super().present_objective()
+        assert isinstance(found, JudgedObjective)
+        return found
 
     def learned(self) -> tuple[str, ...]:
         """The kinds of judgement that the method learns from."""
@@ -191,7 +198,7 @@ class PreferenceMethod(Method):
         for batch in window if answers else ():
             mixed = self.encoder.collate(list(itertools.islice(others, batch.num_rows)))
             total += float((frozen_logp(self.policy.forward, mixed) - reference.compute(mixed)).sum())
-        ready[0] = dataclasses.replace(ready[0], kl_sum=total, kl_count=float(len(answers)))
+        ready[0] = ready[0].with_columns(mismatch_S=np.array([total, len(answers)]))
         return ready
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
@@ -359,7 +366,11 @@ class KTO(PreferenceMethod):
     def after_step(self, record: StepRecord) -> list[Verdict]:
         verdicts = super().after_step(record)
         objective = self.present_objective()
-        if objective.uses_kl and objective.labelled_steps == min(LABELLED_STEPS, self._total_steps):
+        if (
+            isinstance(objective, UpoObjective)
+            and objective.uses_kl
+            and objective.labelled_steps == min(LABELLED_STEPS, self._total_steps)
+        ):
             s = self.config.signals
             words = kto_balance(objective.good, objective.bad, s.desirable_weight, s.undesirable_weight)
             verdicts += [Verdict(f"step {record.step}: {words}")] if words else []

@@ -49,8 +49,7 @@ def child(name: str, steps: int) -> dict[str, float]:
     from ernie_tune.train.loop import Loop, LoopSettings
     from ernie_tune.train.optim import Schedule, build_adamw
     from ernie_tune.train.sft import SFTObjective
-    from ernie_tune.trainers.assemble import apply_method
-    from ernie_tune.trainers.base import _recompute
+    from ernie_tune.trainers.assemble import apply_method, recompute
 
     prepare_device()
     bare = resident_gib()
@@ -79,7 +78,7 @@ def child(name: str, steps: int) -> dict[str, float]:
         SFTObjective(),
         optimizer,
         Schedule(1e-4, steps),
-        LoopSettings(recompute=_recompute() if args.compute.recompute else None),
+        LoopSettings(recompute=recompute() if args.compute.recompute else None),
     )
     loaded = resident_gib()
     for _ in loop.steps([window] * steps):

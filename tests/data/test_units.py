@@ -205,3 +205,16 @@ def test_a_stream_of_units_resumes_with_the_very_next_window(tmp_path: Path, pac
 def test_pairs_of_text_alone(tmp_path: Path) -> None:
     batch = collate_units(units(tmp_path, pairs(3)[2:]), processor())
     assert batch.inputs.pixel_values_PC is None
+
+
+def test_columns_have_known_names_and_the_batch_s_lengths(tmp_path: Path) -> None:
+    batch = collate_units(units(tmp_path, [pair(0), pair(1)]), processor())
+    count = len(batch.target_N)
+    more = batch.with_columns(ref_logp_N=np.zeros(count), density_C=np.ones(4), mismatch_S=np.array([0.5, 2]))
+    assert set(more.with_columns(advantage_N=np.ones(count)).columns) == {*more.columns, "advantage_N"}
+    assert not batch.columns
+    with pytest.raises(ValueError, match=r"column \(ref_logps_N\) must be one of ref_logp_N, "):
+        batch.with_columns(ref_logps_N=np.zeros(count))
+    for name, size in (("value_N", count + 1), ("density_C", count), ("mismatch_S", 1)):
+        with pytest.raises(ValueError, match=rf"column {name} \[{size}\] must be \["):
+            batch.with_columns(**{name: np.zeros(size)})

@@ -40,7 +40,7 @@ from ernie_tune.train import pipeline as train_pipeline
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import Schedule, adamw_maker
 from ernie_tune.train.sft import SFTObjective
-from ernie_tune.trainers.base import _recompute
+from ernie_tune.trainers.assemble import recompute
 
 MAX_NORM = 0.05  # far below the norms of these models, so that clipping acts at every step
 
@@ -110,7 +110,7 @@ def loop_of(model: ErnieModel, case: dict[str, Any], engine: DistributedEngine |
         max_grad_norm=MAX_NORM,
         router=RouterLossWeights(0.01, 0.01, 0.001) if case.get("router") else None,
         bias_update=0.01 if case.get("router") else 0.0,
-        recompute=_recompute() if case.get("recompute") else None,
+        recompute=recompute() if case.get("recompute") else None,
     )
     return Loop(model, SFTObjective(), optimizer, Schedule(1e-2, 100, shape="constant"), settings, engine)
 
@@ -241,7 +241,7 @@ def inference(whole: ErnieModel, staged: StagedModel, batch: MicroBatch, config:
     with paddle.no_grad():
         hidden = whole(batch.inputs)
         scores = whole.logits(hidden) - staged.logits(staged(batch.inputs))
-        logp = objective.outputs(whole, hidden, batch) - staged.outputs(objective.outputs, batch)
+        logp = objective.outputs(whole, hidden, batch)["logp_N"] - staged.outputs(objective.outputs, batch)["logp_N"]
         rng = np.random.default_rng(9)
         prompts = [row(rng, 16 + 3 * i, (1, 4, 4) if i else None) for i in range(3)]
         params = SamplingParams(max_new_tokens=5, temperature=0.0)

@@ -5,7 +5,6 @@ A window has two micro-batches; with two ranks each rank has one of them, so a k
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def windows(folder: Path, case: str) -> list[list[UnitBatch]]:
             batch = encoder().collate(units(folder, rows))
             drawn_N = generator.normal(-6.5, 0.3, len(batch.candidate_N)).astype(np.float32)
             ratio = float(generator.uniform(0.2, 2))
-            batches.append(dataclasses.replace(batch, ref_logp_N=drawn_N, kl_sum=ratio, kl_count=float(len(rows))))
+            batches.append(batch.with_columns(ref_logp_N=drawn_N, mismatch_S=np.array([ratio, len(rows)])))
         out.append(batches)
     return out
 

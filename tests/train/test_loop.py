@@ -144,12 +144,13 @@ class Given:
     def begin(self, counts: Any) -> float:
         return counts["batches"]
 
-    def outputs(self, model: Any, hidden: paddle.Tensor, batch: Any) -> paddle.Tensor:
-        return hidden
+    def outputs(self, model: Any, hidden: paddle.Tensor, batch: Any) -> dict[str, paddle.Tensor]:
+        return {"total": hidden}
 
-    def loss(self, total: paddle.Tensor, batch: Any) -> Any:
+    def loss(self, outputs: Any, batch: Any) -> Any:
         from ernie_tune.objectives.loss import LossOut
 
+        total = outputs["total"]
         return LossOut(total, 1.0, {"seen": (float(total), 1.0)})
 
     def end(self, metrics: Any) -> None:

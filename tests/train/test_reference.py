@@ -73,12 +73,14 @@ def test_the_reference_stays_where_the_policy_started(tmp_path: Path, kind: str)
     moved(model)
     reference.cache.values.clear()
     attached = reference.attached(batch)
-    np.testing.assert_allclose(attached.ref_logp_N, start, atol=1e-6)
+    np.testing.assert_allclose(attached.columns["ref_logp_N"], start, atol=1e-6)
     assert start_difference(model, attached) > 1e-2
     assert np.abs(frozen_logp(model, batch) - start).max() > 1e-3, "the policy acts again"
     if kind != "adapter_off":
         reference.update(1.0)
-        np.testing.assert_allclose(reference.attached(batch).ref_logp_N, frozen_logp(model, batch), atol=1e-6)
+        np.testing.assert_allclose(
+            reference.attached(batch).columns["ref_logp_N"], frozen_logp(model, batch), atol=1e-6
+        )
         write_values(tmp_path / "kept", reference.moving())
         before = reference.compute(batch)
         moved(model)
@@ -95,13 +97,13 @@ def test_a_reference_is_computed_once_a_row(tmp_path: Path, monkeypatch: pytest.
     calls = []
     compute = Reference.compute
     monkeypatch.setattr(Reference, "compute", lambda self, batch: calls.append(1) or compute(self, batch))
-    first = reference.attached(collate_units(made, processor())).ref_logp_N
+    first = reference.attached(collate_units(made, processor())).columns["ref_logp_N"]
     assert first is not None
     again = reference.attached(collate_units(made[::-1], processor()))
     assert calls == [1]
     lengths = [sum(d.num_trained for d in u.dialogues) for u in made]
     parts = np.split(first, np.cumsum(lengths)[:-1])
-    assert np.array_equal(again.ref_logp_N, np.concatenate(parts[::-1]))  # type: ignore[arg-type]
+    assert np.array_equal(again.columns["ref_logp_N"], np.concatenate(parts[::-1]))  # type: ignore[arg-type]
     assert Reference(model, "none").attached(again) is again
 
 

@@ -76,7 +76,7 @@ def objective(temperature: float = 1.0, banned: bool = True, **more: Any) -> Pol
 
 def trained_logp(model: ErnieModel, batch: UnitBatch, **how: Any) -> np.ndarray:
     with eval_mode(model), paddle.no_grad():
-        return objective(**how).outputs(model, model(batch.inputs), batch).numpy()
+        return objective(**how).outputs(model, model(batch.inputs), batch)["logp_N"].numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -54,7 +54,7 @@ def test_weights_are_made_of_the_state_after_the_prompt(tmp_path: Path) -> None:
         whole = collate_units([unit], processor())
         states.append(trainer.model(whole.inputs).numpy()[end - 1])
     np.testing.assert_allclose(
-        prompt_states(trainer.model, trainer.model(batch.inputs), batch).numpy(), states, atol=1e-5
+        prompt_states(trainer.model, trainer.model(batch.inputs), batch)["state_CD"].numpy(), states, atol=1e-5
     )
     trainer.prepare(dry_run=False)
     assert trainer.method.density is not None
@@ -65,8 +65,7 @@ def test_weights_are_made_of_the_state_after_the_prompt(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, wanted[~good], rtol=1e-3)
     assert len(set(np.round(found, 3))) > 2
     ready = trainer.method.window([batch])[0]
-    assert ready.density_C is not None
-    np.testing.assert_allclose(ready.density_C, np.where(good, 1.0, wanted), rtol=1e-3)
+    np.testing.assert_allclose(ready.columns["density_C"], np.where(good, 1.0, wanted), rtol=1e-3)
     assert f"weights of {(~good).sum()} bad answers: mean {found.mean():.3g}, " in trainer.method.density.line()
 
 
@@ -113,11 +112,10 @@ def test_upo_weighs_its_bad_labels_alone(tmp_path: Path) -> None:
     trainer = UPOTrainer(args=judged_settings(tmp_path, **settings))
     trainer.prepare(dry_run=False)
     ready = trainer.method.window([collate_units(units(tmp_path, rows), processor())])[0]
-    assert ready.density_C is not None
     bad = np.array([u.signal == "label" and g == 0 for u in ready.units for g in u.label_C])
     assert bad.sum() == 2
-    assert (ready.density_C[~bad] == 1).all()
-    assert (ready.density_C[bad] != 1).all()
+    assert (ready.columns["density_C"][~bad] == 1).all()
+    assert (ready.columns["density_C"][bad] != 1).all()
     with pytest.raises(
         ValueError, match=r"bco_density \(true\) must go with a weight of the term that learns from label"
     ):

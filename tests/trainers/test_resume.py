@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(
         return save(*args, **more)
 
     before: dict[Path, bytes] = {}
-    monkeypatch.setattr("ernie_tune.trainers.base.save_checkpoint", save_on_small_disk)
+    monkeypatch.setattr("ernie_tune.trainers.run.save_checkpoint", save_on_small_disk)
     assert main(["train", file]) == 1
     error = capsys.readouterr().err
     assert f"{out}: checkpoint-4 could not be saved (No space left on device); older checkpoints are as they" in error

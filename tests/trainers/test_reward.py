@@ -112,9 +112,9 @@ def test_the_reward_is_read_after_the_last_token(tmp_path: Path) -> None:
     attach_head(model)
     (unit,) = units(tmp_path, [ranking(1)])
     whole = collate_units([unit], processor())
-    (reward_C,) = rewards_of(model, [whole])
+    reward_C = next(iter(rewards_of(model, [whole])))["reward_C"]
     alone = [collate_units(units(tmp_path, [ranking(1)], share=False), processor())]
-    np.testing.assert_allclose(next(iter(rewards_of(model, alone))), reward_C, atol=1e-5)
+    np.testing.assert_allclose(next(iter(rewards_of(model, alone)))["reward_C"], reward_C, atol=1e-5)
     head = model.reward_head.weight
     hidden = model(whole.inputs).numpy()
     np.testing.assert_allclose(reward_C, (hidden[whole.end_C] @ head.numpy())[:, 0], atol=1e-5)
@@ -126,12 +126,12 @@ def test_the_whole_ranking_is_one_unit_and_margins_count(tmp_path: Path) -> None
     model = AutoModel.from_config("tiny-a")
     attach_head(model)
     batch = collate_units(units(tmp_path, [ranking(0), rating(1), pair(2)]), processor())
-    (reward_C,) = rewards_of(model, [batch])
+    reward_C = next(iter(rewards_of(model, [batch])))["reward_C"]
     tensor = paddle.to_tensor(reward_C)
 
     def mean_loss(objective: RewardObjective) -> float:
         divisor = objective.begin(objective.counts([batch]))
-        return float(objective.loss(tensor, batch).total) / divisor
+        return float(objective.loss({"reward_C": tensor}, batch).total) / divisor
 
     def expected(margin: float, center: float) -> float:
         rows, first = [], 0
@@ -157,11 +157,11 @@ def test_ratings_may_be_values_to_predict(tmp_path: Path) -> None:
     attach_head(model)
     alone = {**base(3), "signal": {"type": "rating", "responses": [{"text": "3", "score": 4}], "scale": [1, 5]}}
     batch = collate_units(units(tmp_path, [rating(1), pair(2), alone]), processor())
-    (reward_C,) = rewards_of(model, [batch])
+    reward_C = next(iter(rewards_of(model, [batch])))["reward_C"]
     objective = RewardObjective(0.01, rating_loss="regression")
     assert objective.counts([batch]) == {"pair": 1.0, "rating": 2.0}
     assert objective.begin(objective.counts([batch])) == 1.0
-    out = objective.loss(paddle.to_tensor(reward_C), batch)
+    out = objective.loss({"reward_C": paddle.to_tensor(reward_C)}, batch)
     rated, s_w, s_l, single = reward_C[:3], reward_C[3], reward_C[4], reward_C[5]
     expected = math.log1p(math.exp(-(s_w - s_l))) + 0.01 * (s_w + s_l) ** 2
     expected += (((rated - [1, 0.5, 0]) ** 2).mean() + (single - 0.75) ** 2) / 2
@@ -170,7 +170,9 @@ def test_ratings_may_be_values_to_predict(tmp_path: Path) -> None:
     only = collate_units(units(tmp_path, [alone]), processor())
     assert objective.begin(objective.counts([only])) == 1.0
     assert math.isclose(
-        float(objective.loss(paddle.to_tensor(reward_C[5:]), only).total), (single - 0.75) ** 2, rel_tol=1e-5
+        float(objective.loss({"reward_C": paddle.to_tensor(reward_C[5:])}, only).total),
+        (single - 0.75) ** 2,
+        rel_tol=1e-5,
     )
     by_pairs = RewardObjective()
     with pytest.raises(ValueError, match="rows of a window must compare at least two answers"):
