@@ -68,7 +68,9 @@ def reward_ordinal_loss(reward_C: Tensor, cut_K: Tensor, ratings: Labels) -> Los
     """-log [sigma(t_k - s) - sigma(t_{k-1} - s)] of level k, t_0 = -inf and the last inf: proportional odds (McCullagh 1980). The difference is
     sigma(b) sigma(-a) (1 - e^(a-b)), of which each factor has a logarithm that does not cancel."""
     if not len(ratings):
-        return LossOut(reward_C.sum() * 0.0, 0.0)
+        return LossOut(
+            (reward_C.sum() + cut_K.sum()) * 0.0, 0.0
+        )  # the cuts have a gradient all the same, which AdamW must see
     cuts = cut_K.shape[0]
     level_M = levels_of(ratings.good_M, cuts + 1)
     s_M = take(reward_C, ratings.index_M)
