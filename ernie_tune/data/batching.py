@@ -7,13 +7,17 @@ Legend: T tokens of a micro-batch, N its target tokens, R its rows, L tokens of 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from ernie_tune.config.language import Text, join, say
 from ernie_tune.data.chat import ChatTemplate, has_open_thought
+from ernie_tune.data.images import describe, open_source
 from ernie_tune.data.mixing import Shard
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record
@@ -24,6 +28,7 @@ TRUNCATIONS = ("delete", "left", "right", "error")
 THINKING = {"think": True, "nothink": False}  # by a record's mode; "auto": as its answer does
 # Rows looked ahead when packing best-fit: enough to fill gaps, few enough to keep order and memory.
 WINDOW_ROWS = 64
+_PATIENCE = 64  # passes without a usable row after which a rank gives up, though other ranks have some
 
 
 def thinking_of(record: Record, template: ChatTemplate) -> bool | None:
@@ -74,6 +79,9 @@ class RecordEncoder(Protocol):
 
     def __call__(self, record: Record, dropped: Dropped) -> Any | None:
         """A `Packable`, or None with a reason noted; the same record always gives the same."""
+
+    def usable(self, record: Record, dropped: Dropped) -> bool:
+        """Whether `__call__` would give a sample, a reason noted where not; media are measured by their heads, and only where they may matter."""
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """One micro-batch of them, with `inputs` and `num_rows`."""
@@ -153,19 +161,95 @@ def truncate(
     return dataclasses.replace(encoded, row=row, trained_L=encoded.trained_L[keep])
 
 
+_NOWHERE = "a row that is in no file"
+_REMEMBERED_ROWS = 100_000  # rows of one reason that are told apart; beyond that a row counts once a pass
+
+
+def place_of(record: Record) -> str:
+    """file:line of a record, for reasons and errors."""
+    return str(record.meta) if record.meta.path else _NOWHERE
+
+
+OPEN_THOUGHT = say("a thought that never ends", "思考没有结束")
+_NOTHING_LEARNT = say("no token to learn from", "没有可学习的 token")
+
+
+def _too_long(max_tokens: int) -> Text:
+    return say(f"longer than max_seq_len ({max_tokens} tokens)", f"长于 max_seq_len（{max_tokens} 个 token）")
+
+
 @dataclass
 class Dropped:
-    """Rows that could not be used, by reason, with the first place of each: printed, never silent."""
+    """Rows that could not be used, by reason, each row once, with the first place of each: printed, never silent."""
 
     count: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, set[int]] = field(default_factory=dict)  # of each reason, a number for each place
 
     def add(self, reason: str, where: str) -> None:
+        known, row = self.rows.setdefault(reason, set()), _number(where)
+        if where != _NOWHERE and row in known:
+            return
+        if where != _NOWHERE and len(known) < _REMEMBERED_ROWS:
+            known.add(row)
         self.count[reason] = self.count.get(reason, 0) + 1
         self.first.setdefault(reason, where)
 
-    def lines(self) -> list[str]:
-        return [f"dropped {n} row(s): {reason}, first at {self.first[reason]}" for reason, n in self.count.items()]
+    def lines(self) -> list[Text]:
+        return [
+            say(
+                "dropped {n} row(s): {reason}, first at {first}",
+                "未使用 {n} 行：{reason}，第一处在 {first}",
+                n=n,
+                reason=reason,
+                first=self.first[reason],
+            )
+            for reason, n in self.count.items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often and where, so that a resumed run counts a row once too."""
+        rows = {why: sorted(known) for why, known in self.rows.items() if known}
+        return {"dropped": dict(self.count), **({"dropped_rows": rows} if rows else {})}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Dropped:
+        rows = {why: set(known) for why, known in state.get("dropped_rows", {}).items()}
+        return cls(dict(state["dropped"]), dict.fromkeys(state["dropped"], "an earlier run"), rows)
+
+
+def _number(where: str) -> int:
+    return int.from_bytes(hashlib.blake2b(where.encode(errors="surrogatepass"), digest_size=6).digest(), "little")
+
+
+# A text has at most as many tokens as bytes, and a template adds at most this many to a turn, a medium and a row.
+TURN_TOKENS, MEDIUM_TOKENS, ROW_TOKENS = 40, 16, 64
+
+
+def most_tokens(record: Record, index: int | None, processor: Processor) -> int:
+    """An upper bound of the tokens of a record, or of the dialogue that ends with candidate `index`, nothing opened or tokenised."""
+    messages, images, videos = (
+        (record.messages, record.images, record.videos) if index is None else record.dialogue(index)
+    )
+    i, v = processor.images, processor.videos
+    if (images and i.rule != "paddle") or (videos and v.frame.rule != "paddle"):
+        return 1 << 62  # rule "hf" may leave the limits
+    tokens = ROW_TOKENS + (len(json.dumps(list(record.tools), default=str)) + ROW_TOKENS if record.tools else 0)
+    for message in messages:
+        tokens += TURN_TOKENS + len((message["content"] + message.get("reasoning_content", "")).encode())
+        for call in message.get("tool_calls") or ():
+            tokens += TURN_TOKENS + len(json.dumps(call, default=str))
+    frames = (v.max_frames + 1) // 2 * (v.max_pixels // v.frame.factor**2)
+    return tokens + len(images) * (i.max_pixels // i.factor**2 + MEDIUM_TOKENS) + len(videos) * (frames + MEDIUM_TOKENS)
+
+
+def check_files(images: Sequence[Any], videos: Sequence[Any], where: str) -> None:
+    """Raise the ValueError of the first picture or clip that is not there. Nothing is read."""
+    for kind, sources in (("image", images), ("video", videos)):
+        for source in sources:
+            for one in source if isinstance(source, tuple) else (source,):
+                if isinstance(one, str) and not one.startswith("data:"):
+                    open_source(one, describe(kind, one, where)).close()
 
 
 @dataclass(frozen=True)
@@ -183,9 +267,8 @@ class Encoder:
             raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
-        where = str(record.meta) if record.meta.path else "a row that is in no file"
-        if any(message.get("loss", True) and has_open_thought(message) for message in record.messages):
-            dropped.add("a thought that never ends", where)
+        where = place_of(record)
+        if self._is_cut(record, dropped):
             return None
         encoded = self.processor.encode(
             record.messages,
@@ -201,15 +284,41 @@ class Encoder:
                     f"{where}: row ({encoded.num_tokens} tokens) must have at most max_seq_len ({self.max_tokens}); raise it or shorten the row"
                 )
             if self.truncation == "delete":
-                dropped.add(f"longer than max_seq_len ({self.max_tokens} tokens)", where)
+                dropped.add(_too_long(self.max_tokens), where)
                 return None
             tokens = self.processor.tokens
             encoded = truncate(encoded, self.max_tokens, self.truncation, tokens.placeholders(), tokens.markers())
         weight_L = self._weights(encoded, record.weight)
         if not (encoded.trained_L & (weight_L > 0))[1:].any():
-            dropped.add("no token to learn from", where)
+            dropped.add(_NOTHING_LEARNT, where)
             return None
         return Sample(encoded.row, encoded.trained_L, weight_L, record.domain, where)
+
+    def usable(self, record: Record, dropped: Dropped) -> bool:
+        """See `RecordEncoder`."""
+        where = place_of(record)
+        if self.truncation != "delete" or 0 in (record.weight, self.thought_weight, self.answer_weight):
+            return self(record, dropped) is not None  # what is cut or weighs nothing only the tokens tell
+        if self._is_cut(record, dropped):
+            return False
+        if not any(message["role"] == "assistant" and message.get("loss", True) for message in record.messages):
+            dropped.add(_NOTHING_LEARNT, where)
+            return False
+        if most_tokens(record, None, self.processor) <= self.max_tokens:
+            check_files(record.images, record.videos, where)
+            return True
+        thinking = thinking_of(record, self.processor.template)
+        options: dict[str, Any] = {"tools": record.tools, "thinking": thinking, "where": where}
+        if self.processor.measure(record.messages, record.images, record.videos, **options)[0] <= self.max_tokens:
+            return True
+        dropped.add(_too_long(self.max_tokens), where)
+        return False
+
+    def _is_cut(self, record: Record, dropped: Dropped) -> bool:
+        cut = any(message.get("loss", True) and has_open_thought(message) for message in record.messages)
+        if cut:
+            dropped.add(OPEN_THOUGHT, place_of(record))
+        return cut
 
     def collate(self, samples: Sequence[Sample]) -> MicroBatch:
         return collate(samples, self.processor.tokens)
@@ -247,6 +356,7 @@ class BatchStream:
         self.packing, self.best_fit = packing, best_fit
         self.dropped = Dropped()
         self._waiting: list[tuple[int, Packable]] = []
+        self._looked = False  # through all rows, and found one that can be used
 
     def __iter__(self) -> Iterator[list[Any]]:
         while True:
@@ -274,14 +384,29 @@ class BatchStream:
         """The next usable row and its position."""
         if self._waiting:
             return self._waiting.pop(0)
-        for _ in range(len(self.shard.mixture) + 1):
+        missed, rows = 0, len(self.shard.mixture)
+        while True:
             position = self.shard.position
             sample = self.encoder(next(self.shard), self.dropped)
             if sample is not None:
                 return position, sample
-        raise ValueError(
-            f"no row of the training data can be used: {'; '.join(self.dropped.lines())}; raise max_seq_len or check the data with `data check`"
-        )
+            missed += 1
+            # Two shuffled passes may put 2n - 2 unusable rows side by side, and of several ranks one may long wait for a row that others get.
+            if missed > _PATIENCE * rows or (missed > rows and not self._looked and not self._any_usable()):
+                raise ValueError(
+                    say(
+                        "no row of the training data can be used: {why}; raise max_seq_len or check the data with `data check`",
+                        "训练数据没有一行可用：{why}；请调大 max_seq_len，或用 `data check` 检查数据",
+                        why=join("; ", self.dropped.lines()),
+                    )
+                )
+
+    def _any_usable(self) -> bool:
+        """Whether any row of the data can be used at all. Looks at each once, and remembers that there is one."""
+        sources = self.shard.mixture.sources
+        every = (self.encoder(rows[i], self.dropped) is not None for rows in sources for i in range(len(rows)))
+        self._looked = any(every)
+        return self._looked
 
     def _pack(self) -> list[Packable]:
         """One sequence of at most max_tokens: rows in reading order, or the best fit among the next WINDOW_ROWS."""
@@ -308,14 +433,13 @@ class BatchStream:
         return {
             "shard": self.shard.state_dict(),
             "waiting": [p for p, _ in self._waiting],
-            "dropped": dict(self.dropped.count),
+            **self.dropped.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken. Raises ValueError when the data are no longer the same."""
         self.shard.load_state_dict(state["shard"])
-        self.dropped.count = dict(state["dropped"])
-        self.dropped.first = dict.fromkeys(state["dropped"], "an earlier run")
+        self.dropped = Dropped.of(state)
         self._waiting = []
         for position in state["waiting"]:
             sample = self.encoder(self.shard.mixture[position + self.shard.rank], Dropped())
@@ -341,15 +465,23 @@ def dealt_again(states: Sequence[Mapping[str, Any]], rank: int, size: int) -> di
     waited = (p + r for r, state in enumerate(states) for p in state["waiting"])
     behind = (p + r for r, end in enumerate(ends) for p in range(end, start, old))
     mine = {"waiting": sorted(waited)[rank::size], "unread": sorted(behind)[rank::size]}
-    dropped: dict[str, int] = {}
+    merged = Dropped()
     for state in states if rank == 0 else ():
-        for why, count in state["dropped"].items():
-            dropped[why] = dropped.get(why, 0) + count
+        merged = _merged(merged, Dropped.of(state))
     return {
         "shard": {**states[0]["shard"], "position": start},
-        "dropped": dropped,
+        **merged.state_dict(),
         **{what: [index - rank for index in rows] for what, rows in mine.items()},
     }
+
+
+def _merged(one: Dropped, other: Dropped) -> Dropped:
+    """What two ranks dropped: a row that both met counts once."""
+    for why, count in other.count.items():
+        ours, theirs = one.rows.setdefault(why, set()), other.rows.get(why, set())
+        one.count[why] = one.count.get(why, 0) + count - len(ours & theirs)
+        ours |= theirs
+    return one
 
 
 def steps_per_epoch(stream_of: Callable[[], BatchStream], sample_rows: int = 256) -> float:

@@ -153,9 +153,9 @@ class ChatTemplate:
         """One answer. Thoughts since the last question stay (`current`: a tool is called on the way to its answer), earlier ones are dropped."""
         trained = message.get("loss", True)
         reasoning, segments = _read_answer(message, where)
+        begins = last or (think and current and bool(reasoning))
         # An earlier answer is history: it is encoded with the words before it, as every server does
         # that is handed the text. The last one parts there, since it was or will be generated.
-        begins = last or (think and current and bool(reasoning))
         if begins:
             self._write_prefill(out, think)
         if last:

@@ -41,6 +41,10 @@ CHECKS = {
     "media_missing": _Check("error", "an existing file", "correct the path (relative ones start beside the data file, or in --media-dir)", "存在的文件", "改正路径（相对路径从数据文件所在目录或 --media-dir 算起）"),
     "media_remote": _Check("error", "a local file", "download it and put its path into the data", "本地文件", "先下载，再填写本地路径"),
     "media_broken": _Check("error", "a picture that can be decoded", "{why}", "可解码的图片", "替换该文件，或另存为 PNG 或 JPEG"),
+    "clip_broken": _Check("error", "a clip that can be decoded", "{why}", "可解码的视频", "替换该文件，或转为 mp4"),
+    "clip_package": _Check("error", "the package PyAV, which training needs too", "pip install av", "已安装 PyAV（训练同样需要）", "pip install av"),
+    "turned": _Check("warning", "pictures stored the way they are seen", "save them turned (ImageOps.exif_transpose), boxes too: the model sees them as they are stored", "按所见方向存储的图片", "旋转后另存（ImageOps.exif_transpose），标注框同样处理：模型看到的是存储方向"),
+    "dim": _Check("warning", "16-bit pictures that use their range", "rescale them to 8 bits: only the upper byte of 16 reaches the model", "用满范围的 16 位图片", "重新缩放为 8 位：模型只看到 16 位中的高位字节"),
     "duplicate": _Check("warning", "a row unlike {other}", "drop one (--fix does)", "与 {other} 不同的行", "删去其一（--fix 会处理）"),
     "near_duplicate": _Check("warning", "a row that differs more from {other}", "keep one, or leave them on purpose", "与 {other} 差异更大的行", "保留其一，或确认有意为之"),
     "conflict": _Check("warning", "the answer of {other}, since the question is the same", "make them agree, or drop one", "与 {other} 相同的回答，因为问题相同", "统一回答，或删去其一"),
@@ -63,7 +67,7 @@ CHECKS = {
     "earlier_thoughts": _Check("warning", "thoughts on the way to the answer of the last question", "give each question a row of its own to train its thought: earlier thoughts are not trained, since they are not shown again when answering", "只在最后一个问题的回答中思考", "若要训练，请将每个问题单独成行：较早的思考不会训练，因为回答时不再出现"),
     "bom": _Check("note", "UTF-8 without a byte order mark", "nothing to do; --fix removes it", "不带 BOM 的 UTF-8", "可不处理；--fix 会移除"),
     "crlf": _Check("note", "lines that end in \\n", "nothing to do; --fix writes \\n", "以 \\n 结尾的行", "可不处理；--fix 会改写"),
-    "unmeasured": _Check("note", "rows without videos", "check max_seq_len by training on them: videos are not opened here", "不含视频的行", "以训练检验 max_seq_len：此处不打开视频"),
+    "unmeasured": _Check("note", "clips that can be measured here", "pip install av, so that their length can be checked against max_seq_len", "可在此测量的视频", "安装 av（pip install av），以便检验 max_seq_len"),
 }  # fmt: skip
 _SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
 

@@ -1,33 +1,43 @@
 """Pictures and videos of records: do they exist, can they be decoded, how many tokens do they take, and what makes two of them the same.
 
-Existence is checked for all. Opening costs milliseconds, so without `decode=None` (all) only the first `decode` pictures are opened, and of the
-rest every second, fourth, eighth, … one, the step doubling after each further `decode`. Videos are looked up, never opened.
+Existence is checked for all. Opening costs milliseconds, so without `decode=None` (all) only the first `decode` pictures and clips are opened, and
+of the rest every second, fourth, eighth, … one, the step doubling after each further `decode`. Clips are measured, not decoded.
 
 Refuses to know: texts, what is printed. Memory: names of at most 100,000 files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
 from urllib.request import url2pathname
 
+import numpy as np
 from PIL import Image
 
+from ernie_tune.config.language import say
 from ernie_tune.data.doctor import Finding
-from ernie_tune.data.images import ImageSettings, decode_errors, describe, load_image, open_source
+from ernie_tune.data.images import ImageSettings, decode_errors, describe, open_image, open_source, to_rgb
 from ernie_tune.data.records import Media, Record, show
+from ernie_tune.data.video import VideoSettings, video_grid
 from ernie_tune.models.inputs import feature_count
 
 _MARKER_TOKENS = 2  # around the placeholders of one picture
 _REMEMBERED_FILES = 100_000
+_ORIENTATION = 0x0112  # of EXIF: 1 is upright
+_DIM = 1 << 14  # a 16-bit picture below a quarter of its range is nearly black to the model
 
 
 class Pictures:
     """Checks the media of one run. `sizes` holds (height, width) of the opened pictures, `seen` and `opened` count them."""
 
-    def __init__(self, settings: ImageSettings, decode: int | None, max_sizes: int = 100_000) -> None:
+    def __init__(
+        self, settings: ImageSettings, decode: int | None, max_sizes: int = 100_000, videos: VideoSettings | None = None
+    ) -> None:
+        self.videos = videos or VideoSettings(image=settings)
+        self.odd: dict[str, tuple[int, Finding]] = {}  # what is strange about pictures -> how many, the first
         self.settings, self.decode, self._max_sizes = settings, decode, max_sizes
         self.seen = self.opened = 0
         self.sizes: list[tuple[int, int]] = []
@@ -40,22 +50,49 @@ class Pictures:
         path, line = record.meta.path, record.meta.line
         images = dict.fromkeys([*record.images, *(image for one in record.candidates for image in one.images)])
         videos = dict.fromkeys([*record.videos, *(video for one in record.candidates for video in one.videos)])
-        frames = [frame for video in videos for frame in (video if isinstance(video, tuple) else (video,))]
-        for field, source in [*(("images", image) for image in images), *(("videos", frame) for frame in frames)]:
-            code = self._look_up(source)
-            if code:
-                yield Finding.of(code, path, line, field, show(source))
-            elif field == "images" and self._is_due():
-                why = self._open(source)
-                if why:
-                    yield Finding.of("media_broken", path, line, field, show(source), why=why)
+        for image in images:
+            yield from self._check("images", image, path, line)
+        for video in videos:
+            frames = video if isinstance(video, tuple) else (video,)
+            lost = [finding for frame in frames if (finding := self._missing("videos", frame, path, line))]
+            yield from lost
+            if not lost and self._is_due(counted=False):
+                yield from self._open_clip(video, path, line)
 
-    def tokens(self, source: Media) -> int:
-        """Placeholders and markers of a picture, from its header alone. Raises ValueError where it cannot be opened."""
-        label = describe("image", source, "")
-        with open_source(source, label) as stream, decode_errors(label), Image.open(stream) as image:
-            size = image.height, image.width
-        return image_tokens(size, self.settings)
+    def findings(self) -> Iterator[Finding]:
+        """What is to be said once of all pictures that were opened."""
+        for count, first in self.odd.values():
+            opened = say(f"{count:,} of {self.opened:,} opened", f"打开的 {self.opened:,} 张中有 {count:,} 张")
+            found = say("{what} ({opened})", "{what}（{opened}）", what=first.found, opened=opened)
+            yield dataclasses.replace(first, found=found)
+
+    def _missing(self, field: str, source: Media, path: str, line: int) -> Finding | None:
+        code = self._look_up(source)
+        return Finding.of(code, path, line, field, show(source)) if code else None
+
+    def _check(self, field: str, source: Media, path: str, line: int) -> Iterator[Finding]:
+        missing = self._missing(field, source, path, line)
+        if missing:
+            yield missing
+        elif self._is_due():
+            why, odd = self._open(source)
+            if why:
+                yield Finding.of("media_broken", path, line, field, show(source), why=why)
+            for code, found in odd:
+                count, first = self.odd.get(code, (0, Finding.of(code, path, line, field, f"{show(source)}: {found}")))
+                self.odd[code] = count + 1, first
+
+    def _open_clip(self, source: Media, path: str, line: int) -> Iterator[Finding]:
+        """Measure a clip: its container, its frames, its size."""
+        label = describe("video", source, "")
+        try:
+            video_grid(source, self.videos)
+        except ImportError:
+            yield Finding.of("clip_package", path, line, "videos", show(source))
+        except ValueError as error:
+            yield Finding.of(
+                "clip_broken", path, line, "videos", show(source), why=str(error).removeprefix(f"{label} ")
+            )
 
     def identity(self, media: tuple[Media, ...]) -> tuple[Media, ...]:
         """Media as rows are compared by: their names, or where all are opened their contents."""
@@ -74,31 +111,47 @@ class Pictures:
             self._known[source] = "media_remote" if "://" in local else "media_missing" if missing else ""
         return self._known[source]
 
-    def _is_due(self) -> bool:
-        self.seen += 1
+    def _is_due(self, counted: bool = True) -> bool:
+        self.seen += counted
         if self.decode is None:
             return True
         if self.decode and self.opened >= self.decode * self._step.bit_length():
             self._step *= 2
         return self.decode > 0 and self.seen % self._step == 0
 
-    def _open(self, source: Media) -> str:
-        """Decode a picture and note its size; returns what is wrong with it."""
+    def _open(self, source: Media) -> tuple[str, list[tuple[str, str]]]:
+        """Decode a picture and note its size; returns what is wrong with it, and what is strange."""
         if isinstance(source, str) and source in self._content:
-            return ""
+            return "", []
         self.opened += 1
         label = describe("image", source, "")
+        odd: list[tuple[str, str]] = []
         try:
-            image = load_image(source)  # type: ignore[arg-type]
-            self.settings.target_size(image.height, image.width)
-            if self.decode is None and isinstance(source, str):
-                with open_source(source, label) as stream:
+            with open_source(source, label) as stream:
+                picture = open_image(stream, label)
+                image = to_rgb(picture, label)
+                odd = list(_oddities(picture))
+                self.settings.target_size(image.height, image.width)
+                if self.decode is None and isinstance(source, str):
+                    stream.seek(0)
                     self._content[source] = hashlib.blake2b(stream.read(), digest_size=16).hexdigest()
         except ValueError as error:
-            return str(error).removeprefix(f"{label} ")
+            return str(error).removeprefix(f"{label} "), []
         if len(self.sizes) < self._max_sizes:
             self.sizes.append((image.height, image.width))
-        return ""
+        return "", odd
+
+
+def _oddities(picture: Image.Image) -> Iterator[tuple[str, str]]:
+    """(code, what) of a decoded picture that people see otherwise than the model."""
+    with decode_errors("image"):
+        turn = picture.getexif().get(_ORIENTATION, 1)
+    if turn in range(2, 9):
+        yield "turned", f"EXIF orientation {turn}"
+    if picture.mode.startswith("I;16"):
+        brightest = int(np.asarray(picture).max())
+        if brightest < _DIM:
+            yield "dim", f"brightest of 65,535 is {brightest:,}"
 
 
 def image_tokens(size: tuple[int, int], settings: ImageSettings) -> int:

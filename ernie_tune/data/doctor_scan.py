@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.data.batching import thinking_of
-from ernie_tune.data.chat import runs
+from ernie_tune.data.batching import ROW_TOKENS, TURN_TOKENS, thinking_of
 from ernie_tune.data.doctor import Finding, Findings, check_record
 from ernie_tune.data.doctor_compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
 from ernie_tune.data.doctor_media import Pictures
@@ -39,8 +38,6 @@ _COMPARED = 400  # pairs of nearly equal rows that are read again to make sure
 _LINE, _TAUGHT, _EVAL = np.uint64((1 << 40) - 1), np.uint64(1 << 40), np.uint64(1 << 41)  # parts of a place
 _FILE_SHIFT = np.uint64(48)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-# A text has at most as many tokens as bytes, and a template adds at most this many to a turn and to a row.
-_TURN_TOKENS, _ROW_TOKENS = 40, 64
 
 
 class DataFile:
@@ -111,7 +108,7 @@ class Scan:
     ) -> None:
         self._processor, self._media_dir = processor, media_dir
         self._max_tokens = math.inf if max_tokens is None else max_tokens
-        self._pictures, self._findings = Pictures(processor.images, decode), Findings(limit)
+        self._pictures, self._findings = Pictures(processor.images, decode, videos=processor.videos), Findings(limit)
         self._stats = Stats(processor)
         self._stats.sizes = self._pictures.sizes
         self._log = RowLog("row", "prompt", *(f"band{i}" for i in range(BANDS)), "offset", "place")
@@ -126,6 +123,8 @@ class Scan:
                 self._scan(len(self._files) - 1)
             except DataError as error:
                 self._findings.add(Finding.from_error(error))
+        for finding in self._pictures.findings():
+            self._findings.add(finding)
         near = self._compare() if self._log.rows else (0, 0, 0)
         for finding in self._stats.findings(train[0].path):
             self._findings.add(finding)
@@ -193,7 +192,7 @@ class Scan:
             found = [*check_record(record), *self._pictures.check(record)]
             facts = facts_of(record)
             if self._max_tokens < math.inf and all(finding.code != "tools" for finding in found):
-                self._measure(record)
+                self._measure(record, {finding.code for finding in found})
         except DataError as error:
             self._findings.add(Finding.from_error(error))
             return None
@@ -213,13 +212,13 @@ class Scan:
             if facts and isinstance(row, Mapping) and _most_tokens(facts) > self._max_tokens:
                 self._measure(file.record(row, line))
 
-    def _measure(self, record: Record) -> None:
-        """Complain about a row that is too long. What cannot be measured has been complained about, or is a video."""
-        tokens = count_tokens(record, self._processor, self._pictures)
+    def _measure(self, record: Record, told: Collection[str] = ()) -> None:
+        """Complain about a row that is too long. What cannot be measured has been complained about, or is a clip that needs a package."""
+        tokens = count_tokens(record, self._processor)
         where = record.meta.path, record.meta.line
         if tokens > self._max_tokens:
             self._findings.add(Finding.of("too_long", *where, "row", f"{tokens:,} tokens", limit=self._max_tokens))
-        elif record.videos:
+        elif not tokens and record.videos and not any(code.startswith(("clip_", "media_")) for code in told):
             self._findings.add(Finding.of("unmeasured", *where, "videos", f"{len(record.videos)} videos"))
 
     def _compare(self) -> tuple[int, int, int]:
@@ -325,29 +324,26 @@ def _drawn(rows_k: np.ndarray, step: int) -> np.ndarray:
 
 def _most_tokens(facts: Facts) -> int:
     """An upper bound of a plain row's tokens. Every turn but the last two ends with a line break."""
-    return sum(len(text.encode()) for text in facts[:3]) + _ROW_TOKENS + _TURN_TOKENS * (facts[0].count("\n") + 2)
+    return sum(len(text.encode()) for text in facts[:3]) + ROW_TOKENS + TURN_TOKENS * (facts[0].count("\n") + 2)
 
 
-def count_tokens(record: Record, processor: Processor, pictures: Pictures) -> int:
-    """Tokens of the longest dialogue of a record, as `Processor.encode` would make them, from the headers of its pictures; videos count 0.
+def count_tokens(record: Record, processor: Processor) -> int:
+    """Tokens of the longest dialogue of a record, as `Processor.encode` would make them, pictures and clips measured by their heads.
 
-    0 where the dialogue cannot be rendered or a picture cannot be opened.
+    0 where the dialogue cannot be rendered or a medium cannot be opened.
     """
     longest = 0
-    whole = [record.dialogue(i) for i in range(len(record.candidates))] or [(record.messages, record.images, ())]
-    for messages, images, _ in whole:
-        options = {
+    count = len(record.candidates)
+    for messages, images, videos in [record.dialogue(i) for i in range(count)] or [
+        (record.messages, record.images, record.videos)
+    ]:
+        options: dict[str, Any] = {
+            "tools": record.tools,
             "thinking": thinking_of(record, processor.template),
             "add_generation_prompt": messages[-1]["role"] != "assistant",
         }
         try:
-            pieces = processor.template.pieces(messages, tools=record.tools, **options)  # type: ignore[arg-type]
-            tokens = sum(map(pictures.tokens, images))
-        except (ValueError, OSError):
+            longest = max(longest, processor.measure(messages, images, videos, **options)[0])
+        except (ValueError, OSError, ImportError):
             return 0
-        for run in runs(pieces):
-            if run[0].kind in ("text", "token"):
-                text = "".join(piece.text for piece in run)
-                tokens += len(processor.tokenizer.encode(text, allow_special=run[0].kind == "token"))
-        longest = max(longest, tokens)
     return longest

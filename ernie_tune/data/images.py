@@ -1,7 +1,8 @@
 """Pictures -> the vision tower's patches: decode to RGB, smart resize, normalise, cut into patches. numpy and pillow only.
 
 Refuses to know: tokens, chat templates, where a data set lives, paddle, the network (an http URL is an error, never a download).
-EXIF orientation is not applied: the references only `convert` (architecture.md 7.3), and turning a photo here would shift its boxes.
+EXIF orientation is not applied: the models' own processors only `convert`, and turning a photo here would shift its boxes. (Where
+transformers is given a path it does turn the picture; `data check` names such photos.)
 Of an animated file the first frame counts; `video.py` reads the rest.
 
 Legend: F frames, H and W pixels, C colours (3) or values per patch (588), P patches.
@@ -16,16 +17,19 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import BinaryIO
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 RESIZE_RULES = ("paddle", "hf")  # they differ only for very narrow or very small images (architecture.md 7.1)
+# The formats that a picture may have, whatever its name says: pillow knows more, among them PostScript, which starts another program.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_RATIO = 200  # longest side over shortest
 _SHOWN_CHARACTERS = 80  # of a path or data URL in an error
 # What pillow raises for damaged files, found by feeding it damaged files of every common format.
@@ -132,9 +136,34 @@ def load_image(source: ImageSource, where: str = "") -> Image.Image:
     if isinstance(source, Image.Image):
         return to_rgb(source, label)
     with open_source(source, label) as stream:
-        with decode_errors(label):
-            image = Image.open(stream)
-        return to_rgb(image, label)
+        return to_rgb(open_image(stream, label), label)
+
+
+def open_image(stream: BinaryIO, label: str, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+    """The picture in a stream, its head read and no pixel decoded. Raises ValueError naming `label` unless it has one of the formats."""
+    with decode_errors(label):
+        try:
+            return Image.open(stream, formats=_built_in(tuple(formats)))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"it is none of {', '.join(formats)}") from error
+
+
+@lru_cache(maxsize=8)
+def _built_in(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those formats that this pillow was built with: it does not look them up one by one."""
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def image_size(source: ImageSource, where: str = "") -> tuple[int, int]:
+    """(height, width) of a picture from its head alone. Raises ValueError like `load_image`."""
+    label = describe("image", source, where)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, label).size[::-1]
+    if isinstance(source, Image.Image):
+        return source.size[::-1]
+    with open_source(source, label) as stream:
+        return open_image(stream, label).size[::-1]
 
 
 def describe(kind: str, source: object, where: str) -> str:

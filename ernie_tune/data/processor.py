@@ -31,10 +31,10 @@ from ernie_tune.data.chat import (
     prefix,
     runs,
 )
-from ernie_tune.data.images import Grid, ImageSettings, load_image, patchify_image
+from ernie_tune.data.images import Grid, ImageSettings, image_size, load_image, patchify_image
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
-from ernie_tune.data.video import VideoSettings, load_video, patchify_video
+from ernie_tune.data.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.models.inputs import Row, feature_count
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -278,6 +278,47 @@ class Processor:
         ends = np.cumsum([len(self.tokenizer.token_bytes(i)) for i in ids])
         bounds = np.cumsum([len(piece.text.encode()) for piece in run])
         return ids, [run[k].trained for k in np.searchsorted(bounds, ends)]
+
+    def measure(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+        add_generation_prompt: bool = False,
+        where: str = "",
+    ) -> tuple[int, int]:
+        """(tokens, tokens before the first target) of the row that `encode` would make: pictures and clips are measured by their heads, not decoded.
+
+        Raises ValueError and ImportError like `encode`.
+        """
+        pieces = self.template.pieces(
+            messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt, where=where
+        )
+        given = {"image": list(images), "video": list(videos)}
+        for kind, sources in given.items():
+            _check_counts(kind, pieces, sources, where)
+        tokens, prompt = 0, -1
+        for run in runs(pieces):
+            piece = run[0]
+            if piece.kind in given:
+                source = piece.source if piece.source is not None else given[piece.kind].pop(0)
+                tokens += len(self._placeholders(piece.kind, self.grid(piece.kind, source, where)))
+                continue
+            ids, trained = self._text(run)
+            if prompt < 0 and any(trained):
+                prompt = tokens + trained.index(True)
+            tokens += len(ids)
+        return tokens, tokens if prompt < 0 else prompt
+
+    def grid(self, kind: str, source: Any, where: str = "") -> Grid:
+        """(frames, patch rows, patch columns) of a picture or clip, by its head."""
+        if kind == "video":
+            return video_grid(source, self.videos, where)
+        height, width = self.images.target_size(*image_size(source, where))
+        return 1, height // self.images.patch_size, width // self.images.patch_size
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of an answer: without special tokens, but with the marks of thoughts and tools, for `split_reasoning`."""

@@ -16,13 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.data.batching import TRUNCATIONS, Dropped, thinking_of, truncate
+from ernie_tune.config.language import Text, say
+from ernie_tune.data.batching import (
+    OPEN_THOUGHT,
+    TRUNCATIONS,
+    Dropped,
+    check_files,
+    most_tokens,
+    place_of,
+    thinking_of,
+    truncate,
+)
 from ernie_tune.data.chat import has_open_thought
 from ernie_tune.data.corruption import corrupted
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Message, Record
 from ernie_tune.models.inputs import PackedInput, Row, pack_families
 
+_SILENT = say("an answer without a token to learn from", "回答没有可学习的 token")
 JUDGED = ("pair", "ranking", "rating", "label")
 
 
@@ -191,34 +202,24 @@ class UnitEncoder:
             )
 
     def __call__(self, record: Record, dropped: Dropped) -> Unit | None:
-        where = str(record.meta) if record.meta.path else "a row that is in no file"
-        if record.signal not in self.signals:
-            dropped.add(f"nothing learns from a {record.signal}", where)
-            return None
-        if any(has_open_thought(message) for candidate in record.candidates for message in candidate.messages):
-            dropped.add("a thought that never ends", where)
+        where = place_of(record)
+        if not self._judged(record, dropped):
             return None
         made: dict[tuple[str, int], Any] = {}
         dialogues = []
         for i in range(len(record.candidates)):
             encoded = self._dialogue(record, i, where, made)
             if not encoded.trained_L[1:].any():
-                dropped.add("an answer without a token to learn from", where)
+                dropped.add(_SILENT, where)
                 return None
             short = self._shortened(encoded, where)
             if short is None:
-                dropped.add(
-                    f"prompt longer than max_prompt_len ({self.max_prompt} tokens) or dialogue than max_seq_len ({self.max_tokens})",
-                    where,
-                )
+                dropped.add(self._too_long(), where)
                 return None
             if record.candidates[i].corruption is not None and short.row.pixel_values_PC is None:
-                dropped.add("no picture is left to corrupt", where)
+                dropped.add(say("no picture is left to corrupt", "没有可破坏的图片"), where)
                 return None
             dialogues.append(short)
-        if not dialogues:
-            dropped.add("no answer that is judged", where)
-            return None
 
         def known(name: str) -> np.ndarray:
             values = [vars(c)[name] for c in record.candidates]
@@ -238,10 +239,51 @@ class UnitEncoder:
             where,
             any(c.corruption is not None for c in record.candidates),
         )
-        if unit.signal != "label" and not unit.edges and unit.signal != "rating":
-            dropped.add("no answer is better than another", where)
-            return None
         return unit
+
+    def usable(self, record: Record, dropped: Dropped) -> bool:
+        """See `RecordEncoder`."""
+        if self.truncation != "delete" or any(one.corruption is not None for one in record.candidates):
+            return self(record, dropped) is not None  # only the tokens tell
+        if not self._judged(record, dropped):
+            return False
+        where, thinking = place_of(record), thinking_of(record, self.processor.template)
+        for i, candidate in enumerate(record.candidates):
+            if not any(turn["role"] == "assistant" and turn.get("loss", True) for turn in candidate.messages):
+                dropped.add(_SILENT, where)
+                return False
+            messages, images, videos = record.dialogue(i)
+            if most_tokens(record, i, self.processor) <= self.max_prompt:
+                check_files(images, videos, where)
+                continue
+            turns = [*_untrained(messages[: len(record.messages)]), *candidate.messages]
+            options: dict[str, Any] = {"tools": record.tools, "thinking": thinking, "where": where}
+            size, prompt = self.processor.measure(turns, images, videos, **options)
+            if prompt > self.max_prompt or size > self.max_tokens:
+                dropped.add(self._too_long(), where)
+                return False
+        return True
+
+    def _judged(self, record: Record, dropped: Dropped) -> bool:
+        """Whether a record's judgements, apart from its tokens, are something to learn from; else the reason is noted."""
+        if record.signal not in self.signals:
+            why = say(f"nothing learns from a {record.signal}", f"没有方法学习 {record.signal}")
+        elif not record.candidates:
+            why = say("no answer that is judged", "没有带评判的回答")
+        elif any(has_open_thought(message) for candidate in record.candidates for message in candidate.messages):
+            why = OPEN_THOUGHT
+        elif record.signal not in ("label", "rating") and not any(record.preferences()):
+            why = say("no answer is better than another", "没有更优的回答")
+        else:
+            return True
+        dropped.add(why, place_of(record))
+        return False
+
+    def _too_long(self) -> Text:
+        return say(
+            f"prompt longer than max_prompt_len ({self.max_prompt} tokens) or dialogue than max_seq_len ({self.max_tokens})",
+            f"提问长于 max_prompt_len（{self.max_prompt} 个 token）或对话长于 max_seq_len（{self.max_tokens}）",
+        )
 
     def collate(self, samples: Sequence[Unit]) -> UnitBatch:
         return collate_units(samples, self.processor)
@@ -249,7 +291,7 @@ class UnitEncoder:
     def _dialogue(self, record: Record, i: int, where: str, made: dict[tuple[str, int], Any]) -> Encoded:
         messages, images, videos = record.dialogue(i)
         asked = len(record.messages)
-        turns: list[Message] = [{**m, "loss": False} if m["role"] == "assistant" else m for m in messages[:asked]]
+        turns = _untrained(messages[:asked])
         encoded = self.processor.encode(
             [*turns, *messages[asked:]],
             list(images),
@@ -305,6 +347,11 @@ class UnitEncoder:
         if any(np.isin(d.row.input_ids_L[shared:], placeholders).any() for d in dialogues):
             return 0
         return shared
+
+
+def _untrained(messages: Sequence[Message]) -> list[Message]:
+    """The turns before an answer that is judged: none of them is learnt."""
+    return [{**m, "loss": False} if m["role"] == "assistant" else m for m in messages]
 
 
 def _same_media(a: Row, b: Row) -> bool:

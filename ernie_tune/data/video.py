@@ -13,9 +13,11 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import BinaryIO
+from itertools import islice
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
@@ -26,6 +28,7 @@ from ernie_tune.data.images import (
     ImageSource,
     decode_errors,
     describe,
+    image_size,
     load_image,
     open_source,
     patchify,
@@ -39,6 +42,16 @@ LIST_FPS = 2.0  # a list of pictures counts as a video of 2 frames a second (arc
 DEFAULT_FRAME_MS = 100  # browsers show an animation frame of unstated duration this long
 FONT_SCALE = 0.1  # of the shorter side; the stroke is the same share of the font
 _ANIMATIONS = ("GIF", "PNG", "WEBP")
+# An animation is decoded from its first frame on, and a few kilobytes can hold millions of frames of millions of pixels.
+MAX_ANIMATION_FRAMES = 20_000
+MAX_ANIMATION_PIXELS = 1 << 31  # of all frames together: 1,000 of 1920 x 1080
+# What a container begins with (and where) -> the one FFmpeg reader that may open it. Playlists and session descriptions, which would make it
+# open other files and addresses, are none of them.
+_CONTAINERS = (
+    (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"),
+    (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"FLV\x01", "flv"), (0, b"\0\0\x01\xba", "mpeg"),
+    (0, b"0&\xb2u\x8ef\xcf\x11", "asf"), (188, b"G", "mpegts"),
+)  # fmt: skip
 
 VideoSource = str | os.PathLike[str] | bytes | Sequence[ImageSource]
 Pick = Callable[[int, float], list[int]]  # (total frames, seconds) -> frame indices, ascending
@@ -200,6 +213,29 @@ def load_video(
     return frames
 
 
+def video_grid(source: VideoSource, settings: VideoSettings, where: str = "", target_frames: int | None = None) -> Grid:
+    """(frames, patch rows, patch columns) that a video takes, without decoding it (but WebP and PNG, whose durations lie between their frames).
+
+    Raises ValueError and ImportError like `load_video`.
+    """
+    if isinstance(source, list | tuple):
+        total, duration = len(source), len(source) / LIST_FPS
+        size = image_size(source[0], where) if source else (0, 0)
+    else:
+        label = describe("video", source, where)
+        with open_source(source, label) as stream:
+            animation = _open_animation(stream, label)
+            if animation is not None:
+                milliseconds = _durations(animation, stream, label)
+                total, duration, size = len(milliseconds), sum(milliseconds) / 1000, animation.size[::-1]
+            else:
+                with _container(stream, label) as container:
+                    total, duration, size = _measure(container, label)
+    count = len(sample_indices(total, duration, settings, target_frames))
+    height, width = settings.frame.target_size(*size)
+    return count + count % 2, height // settings.frame.patch_size, width // settings.frame.patch_size
+
+
 def _read(source: VideoSource, pick: Pick, where: str) -> TimedFrames:
     if isinstance(source, list | tuple):
         yield from _read_list(source, pick, where)
@@ -208,7 +244,7 @@ def _read(source: VideoSource, pick: Pick, where: str) -> TimedFrames:
     with open_source(source, label) as stream:
         animation = _open_animation(stream, label)
         if animation is not None:
-            yield from _read_animation(animation, pick, label)
+            yield from _read_animation(animation, stream, pick, label)
         else:
             yield from _read_container(stream, pick, label)
 
@@ -224,6 +260,7 @@ def _read_list(sources: Sequence[ImageSource], pick: Pick, where: str) -> TimedF
 
 
 def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
+    """An animation, or a still picture in one of their formats; None for anything else, which may be a container."""
     with decode_errors(label):
         try:
             return Image.open(stream, formats=_ANIMATIONS)
@@ -232,12 +269,67 @@ def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
             return None
 
 
-def _read_animation(animation: Image.Image, pick: Pick, label: str) -> TimedFrames:
-    milliseconds = []
+def _durations(animation: Image.Image, stream: BinaryIO, label: str) -> list[float]:
+    """Milliseconds of each frame. Raises ValueError for more frames or pixels than an animation may have, before any is decoded."""
+    if animation.format == "GIF":
+        with decode_errors(label):
+            delays: list[float] = list(islice(_gif_delays(stream), MAX_ANIMATION_FRAMES + 1))
+        count = max(1, len(delays))
+    else:
+        delays, count = [], int(getattr(animation, "n_frames", 1))
+    pixels = count * animation.width * animation.height
+    if count > MAX_ANIMATION_FRAMES or pixels > MAX_ANIMATION_PIXELS:
+        frames = f"more than {MAX_ANIMATION_FRAMES}" if count > MAX_ANIMATION_FRAMES else f"{count}"
+        raise ValueError(
+            f"{label} ({frames} frames of {animation.width}x{animation.height}) must have at most {MAX_ANIMATION_FRAMES} frames and "
+            f"{MAX_ANIMATION_PIXELS} pixels in all; save it as mp4, or shorten or shrink it"
+        )
+    if delays:
+        return delays
     with decode_errors(label):
         for frame in ImageSequence.Iterator(animation):
             frame.load()  # WebP knows a frame's duration only once it is decoded
-            milliseconds.append(frame.info.get("duration") or DEFAULT_FRAME_MS)
+            delays.append(frame.info.get("duration") or DEFAULT_FRAME_MS)
+    return delays
+
+
+def _gif_delays(stream: BinaryIO) -> Iterator[float]:
+    """Milliseconds of each frame of a GIF from its blocks alone. Raises EOFError for a file that is cut off."""
+    place = stream.tell()
+    stream.seek(10)
+    _skip_colours(stream, stream.read(3)[:1])
+    delay = 0
+    while (kind := stream.read(1)) in (b"!", b","):
+        if kind == b"!":
+            label, size = stream.read(1), stream.read(1)
+            block = stream.read(size[0] if size else 0)
+            if label == b"\xf9" and len(block) >= 3:
+                delay = 10 * int.from_bytes(block[1:3], "little")
+            if not size or size != b"\0":
+                _skip_blocks(stream)
+            continue
+        _skip_colours(stream, stream.read(9)[8:])
+        stream.read(1)
+        _skip_blocks(stream)
+        yield delay or DEFAULT_FRAME_MS
+        delay = 0
+    stream.seek(place)
+
+
+def _skip_colours(stream: BinaryIO, flags: bytes) -> None:
+    if flags and flags[0] & 0x80:
+        stream.seek(3 << (flags[0] & 7) + 1, os.SEEK_CUR)
+
+
+def _skip_blocks(stream: BinaryIO) -> None:
+    while (size := stream.read(1)) != b"\0":
+        if not size:
+            raise EOFError("the file ends inside a frame")
+        stream.seek(size[0], os.SEEK_CUR)
+
+
+def _read_animation(animation: Image.Image, stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
+    milliseconds = _durations(animation, stream, label)
     total, duration = len(milliseconds), sum(milliseconds) / 1000
     for index in pick(total, duration):
         with decode_errors(label):
@@ -245,38 +337,59 @@ def _read_animation(animation: Image.Image, pick: Pick, label: str) -> TimedFram
         yield index * duration / total, to_rgb(animation, label)
 
 
-def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
+@contextmanager
+def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
+    """An open container, by the one reader that its first bytes name. Raises ValueError for other files and damaged ones."""
+    stream.seek(0)
+    head = stream.read(192)
+    stream.seek(0)
+    reader = next((name for at, mark, name in _CONTAINERS if head[at : at + len(mark)] == mark), "")
+    if not reader or (reader == "mpegts" and head[:1] != b"G"):
+        raise ValueError(
+            f"{label} cannot be decoded (it is no MP4, MOV, MKV, WebM, AVI, FLV, MPEG, WMV, GIF, WebP or APNG); replace the file, or re-encode "
+            "it to mp4"
+        )
     try:
         import av
     except ImportError as error:
         raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
     # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since then has no such argument.
-    old = int(av.__version__.split(".")[0]) < 19
-    open_container = partial(av.open, stream, metadata_errors="ignore") if old else partial(av.open, stream)
-    decoded = 0
+    old = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        # Counting packets needs no decoding, and unlike the header's count it knows what an edit list discards.
-        with open_container() as container:
+        with av.open(stream, format=reader, options={"protocol_whitelist": "none"}, **old) as container:
             if not container.streams.video:
                 raise ValueError(f"{label} must have a video stream; it holds only sound or data")
-            video = container.streams.video[0]
-            total = sum(1 for packet in container.demux(video) if packet.size and not packet.is_discard)
-            rate = video.average_rate or video.guessed_rate
-        if not total or not rate:
-            raise ValueError(
-                f"{label} ({total} frames at {rate} a second) must have frames and a frame rate; re-encode it to mp4"
-            )
-        duration = float(total / rate)
-        wanted = pick(total, duration)[::-1]
-        stream.seek(0)
-        with open_container() as container:
-            for decoded, frame in enumerate(container.decode(video=0), start=1):
-                if decoded - 1 == wanted[-1]:
-                    yield wanted.pop() * duration / total, frame.to_image()
-                    if not wanted:
-                        return
+            yield container
     except av.error.FFmpegError as error:
         raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
+
+
+def _measure(container: Any, label: str) -> tuple[int, float, tuple[int, int]]:
+    """(frames, seconds, (height, width)) of a container. Counting packets needs no decoding, and unlike the header's count it knows what an edit
+    list discards."""
+    video = container.streams.video[0]
+    total = sum(1 for packet in container.demux(video) if packet.size and not packet.is_discard)
+    rate = video.average_rate or video.guessed_rate
+    if not total or not rate:
+        raise ValueError(
+            f"{label} ({total} frames at {rate} a second) must have frames and a frame rate; re-encode it to mp4"
+        )
+    size = (getattr(video, "height", 0), getattr(video, "width", 0))
+    if 0 in size:
+        raise ValueError(f"{label} must have a video stream of a known codec and size; re-encode it to mp4")
+    return total, float(total / rate), size
+
+
+def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
+    with _container(stream, label) as container:
+        total, duration, _ = _measure(container, label)
+    wanted, decoded = pick(total, duration)[::-1], 0
+    with _container(stream, label) as container:
+        for decoded, frame in enumerate(container.decode(video=0), start=1):
+            if decoded - 1 == wanted[-1]:
+                yield wanted.pop() * duration / total, frame.to_image()
+                if not wanted:
+                    return
     raise ValueError(
         f"{label} must decode to {total} frames, got {decoded}; the file is cut or damaged, re-encode it to mp4"
     )

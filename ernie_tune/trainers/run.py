@@ -15,6 +15,7 @@ from typing import Any
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.processor import Processor
+from ernie_tune.data.survey import survey
 from ernie_tune.machine.placed import Placed
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.interval import Interval
@@ -121,9 +122,9 @@ class Run:
     def rehearse(self) -> None:
         """Everything up to the first step, without a trace on the disk."""
 
-        def say(line: str) -> None:
+        def say(line: str, level: str = "INFO") -> None:
             if self.place.is_writer:
-                print(stamp(line), flush=True)
+                print(stamp(line, level), flush=True)
 
         self._announce(say)
         self._provoke_memory(say)
@@ -308,8 +309,8 @@ class Run:
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
-    def _announce(self, say: Callable[[str], None]) -> None:
-        """What is trained, and the header that users grep for."""
+    def _announce(self, say: Callable[..., None]) -> None:
+        """What is trained, the header that users grep for, and which rows can be used. Raises ValueError for a row that would stop the run later."""
         t, p = self.config.train, self.parts
         batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
         facts = RunFacts(
@@ -325,6 +326,9 @@ class Run:
         lines = [f"layout: {self.policy.describe()}"] if self.place.several else []
         for line in [*lines, *p.table, *header_lines(facts)]:
             say(line)
+        if self.place.is_writer:
+            for told, level in survey(self.stream.shard.mixture.sources, self.stream.encoder).lines():
+                say(told, level)
 
     def _announce_resume(self, checkpoint: Checkpoint) -> None:
         log, done = self.log, self.stream.epoch

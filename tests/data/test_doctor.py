@@ -357,8 +357,7 @@ def test_too_long_is_exact(tmp_path: Path) -> None:
     file = DataFile(entry)
     records = [file.record(row, i) for i, row in enumerate(rows, 1)]
     wanted = [TINY.encode(r.messages, r.images, tools=r.tools, thinking=True if r.mode == "think" else None).num_tokens for r in records]  # fmt: skip
-    pictures = Pictures(TINY.images, decode=0)
-    assert [count_tokens(record, TINY, pictures) for record in records] == wanted
+    assert [count_tokens(record, TINY) for record in records] == wanted
     for limit in (min(wanted), sorted(wanted)[3], max(wanted)):
         kept = scan(entry, max_tokens=limit).findings.kept
         assert [f.line for f in kept if f.code == "too_long"] == [i for i, n in enumerate(wanted, 1) if n > limit]
@@ -371,7 +370,8 @@ def test_candidates_are_measured_whole_and_videos_are_said(tmp_path: Path) -> No
     entry = write(
         tmp_path / "b.jsonl", [chat("<video>q", "a", videos=["v.mp4"]), chat("<image>q", "a", images=["no.png"])]
     )
-    assert scan(entry, max_tokens=64).findings.counts == {"unmeasured": 1, "media_missing": 1}
+    assert scan(entry, max_tokens=64).findings.counts == {"clip_broken": 1, "media_missing": 1}
+    assert scan(entry, max_tokens=64, decode=0).findings.counts == {"unmeasured": 1, "media_missing": 1}
 
 
 @pytest.mark.parametrize(("decode", "opened"), [(None, 64), (0, 0), (4, 4 + 4 + 4 + 4 + 1), (100, 64)])

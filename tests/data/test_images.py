@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernie_tune.data.images import ImageSettings, load_image, patchify, patchify_image, resize, smart_resize
+from ernie_tune.data.images import ImageSettings, image_size, load_image, patchify, patchify_image, resize, smart_resize
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 6177 * 28 * 28}  # the limits under which the table was measured
 
@@ -237,3 +237,18 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # pillow refuses twice as many; the picture has 1200
     with pytest.raises(ValueError, match=r"of \d+ bytes must be smaller .*exceeds limit of 1000 pixels.*; shrink"):
         load_image(encoded(noise()))
+
+
+def test_only_pictures_are_opened_whatever_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x.eps", "x.png"):
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+        with pytest.raises(ValueError, match="it is none of PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF"):
+            load_image(tmp_path / name)
+        with pytest.raises(ValueError, match="it is none of PNG"):
+            image_size(tmp_path / name)
+    for fmt in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"):
+        Image.new("RGB", (30, 20)).save(tmp_path / "a", fmt)
+        assert image_size(tmp_path / "a") == load_image(tmp_path / "a").size[::-1] == (20, 30)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a", "PSD" if "PSD" in Image.SAVE else "TGA")
+    with pytest.raises(ValueError, match="it is none of PNG"):
+        load_image(tmp_path / "a")

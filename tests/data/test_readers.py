@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ernie_tune.data.readers import FORMATS, choose, match, read, sniff
 from ernie_tune.data.readers_fields import Where
-from ernie_tune.data.records import DataError, Record, Reward, Verifier
+from ernie_tune.data.records import DataError, Record, Reward, Verifier, count_tags
 
 FORM = {form.name: form for form in FORMATS}
 WHERE = Where("data/train.jsonl", 7)
@@ -672,6 +672,6 @@ def assert_consistent(record: Record) -> None:
     for i in range(-1, len(record.candidates)):
         messages, images, videos = record.dialogue(i) if i >= 0 else (record.messages, record.images, record.videos)
         texts = "".join(message["content"] + message.get("reasoning_content", "") for message in messages)
-        assert (texts.count("<image>"), texts.count("<video>")) == (len(images), len(videos))
+        assert (count_tags(texts, "<image>"), count_tags(texts, "<video>")) == (len(images), len(videos))
         assert i < 0 or messages[-1]["role"] == "assistant"
     assert all(0 <= candidate.score <= 1 for candidate in record.candidates if candidate.score is not None)

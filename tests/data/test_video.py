@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 import wave
@@ -24,6 +25,7 @@ from ernie_tune.data.video import (
     patchify_video,
     sample_indices,
     timestamp_text,
+    video_grid,
 )
 
 WIDTH, HEIGHT = 112, 84  # multiples of 28 within SMALL's limits: no resizing
@@ -333,7 +335,8 @@ def sound_only() -> bytes:
         (container(20, "mpeg4", "mp4", 10)[:1000], "cannot be decoded"),
         (container(20, "libx264", "mp4", 10, drop_first_packet=True), "must decode to 19 frames, got 10"),
         (animation(20, "GIF", 50)[:-500], "cannot be decoded"),
-        (sound_only(), "must have a video stream"),
+        (sound_only(), "it is no MP4, MOV,"),
+        (container(20, "mpeg4", "mp4", 10).replace(b"vide", b"soun"), "must have a video stream"),
         ([], "video .a list of 0 frames."),
         ([Image.new("RGB", (50, 50)), "missing.png"], "frame 1: image 'missing.png' must exist"),
         (7, "of type int must be a path"),
@@ -359,7 +362,62 @@ def test_a_container_without_a_frame_rate_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(av, "open", lambda *_, **__: Rateless())
     with pytest.raises(ValueError, match=r"\(3 frames at 0 a second\)"):
-        load_video(b"x", SMALL)
+        load_video(b"\0\0\0\x18ftypmp42", SMALL)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXTINF:1.0,\nhttp://127.0.0.1:9/seg.ts\n",
+        "v=0\nm=video 18991 RTP/AVP 96\n",
+        "ffconcat version 1.0\nfile 'a.mp4'\n",
+    ],
+)
+def test_what_names_other_files_is_never_opened(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("FFmpeg saw it"))
+    for name in ("a.m3u8", "a.mp4", "a.sdp"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="it is no MP4"):
+            load_video(tmp_path / name, SMALL)
+        with pytest.raises(ValueError, match="it is no MP4"):
+            video_grid(tmp_path / name, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("codec", "fmt"),
+    [("mpeg4", "mp4"), ("mpeg4", "matroska"), ("mpeg4", "avi"), ("flv1", "flv"), ("mpeg2video", "mpegts")],
+)
+def test_each_container_has_its_own_reader(codec: str, fmt: str) -> None:
+    assert len(load_video(container(20, codec, fmt, 25), SMALL)) == 2
+
+
+def gif_of(frames: int, side: int) -> bytes:
+    """A GIF of one-pixel frames on a large canvas: 20 bytes each."""
+    head = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(3) + b"\xff" * 3
+    frame = b"!\xf9\x04\0\x05\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0"
+    return head + frame * frames + b";"
+
+
+@pytest.mark.parametrize(("frames", "side"), [(2000, 7000), (100, 7000), (30_000, 1)])
+def test_an_animation_bomb_is_refused_before_a_frame_is_decoded(
+    frames: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("a frame was decoded"))
+    for use in (load_video, video_grid):
+        with pytest.raises(ValueError, match="must have at most 20000 frames and 2147483648 pixels"):
+            use(gif_of(frames, side), SMALL)
+    assert video_grid(gif_of(40, 100), SMALL)[0] == 4  # 40 frames of 50 ms: 2 s
+
+
+def test_the_grid_of_a_video_is_known_without_decoding_it(tmp_path: Path) -> None:
+    sources = [
+        animation(20, "GIF", 100), animation(21, "PNG", 40), animation(20, "WEBP", 100), animation(7, "GIF", None),
+        container(20, "mpeg4", "mp4", 10), greys(5), greys(1), gif_of(1, 60),
+    ]  # fmt: skip
+    for source in sources:
+        for settings in (SMALL, VideoSettings(), dataclasses.replace(SMALL, fps=7.0)):
+            frames = load_video(source, dataclasses.replace(settings, draw_timestamps=False))
+            assert video_grid(source, settings) == patchify_video(frames, settings)[1]
 
 
 def test_without_pyav_the_extra_is_named_and_gifs_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
