@@ -22,6 +22,7 @@ from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_fl
 from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
 from ernie_tune.models.ernie import ErnieModel
@@ -87,7 +88,12 @@ class AutoModel(ErnieModel):
         check_tied_head(table, reader)
         dtype = _compute_dtype(dtype)
         print(
-            f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ({FLAVOURS[table.flavour].title}) -> {dtype}, routers {router_dtype(dtype)}"
+            say(
+                f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ("
+                f"{FLAVOURS[table.flavour].title}) -> {dtype}, routers {router_dtype(dtype)}",
+                f"ernie_tune：{folder}：{len(table.disk)} 个张量，布局 {table.flavour!r}（"
+                f"{FLAVOURS[table.flavour].title}）→ {dtype}，路由 {router_dtype(dtype)}",
+            )
             + (f"; not used: {len(unused)} ({unused[0]}, ...)" if unused else ""),
             file=sys.stderr,
             flush=True,
@@ -177,7 +183,12 @@ def _compute_dtype(dtype: str | None) -> str:
 
 def _one_of(dtype: str, known: tuple[str, ...]) -> str:
     if dtype not in known:
-        raise ValueError(f"dtype ({dtype!r}) must be one of {list(known)}; choose one of them")
+        raise ValueError(
+            say(
+                f"dtype ({dtype!r}) must be one of {list(known)}; choose one of them",
+                f"类型（{dtype!r}）须为 {list(known)} 之一；请选一种",
+            )
+        )
     return dtype
 
 
@@ -189,7 +200,11 @@ def _read_config_file(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} must hold config.json; give the folder of a whole model (an adapter folder is loaded on top of its base)"
+            say(
+                f"{folder} must hold config.json; give the folder of a whole model (an adapter folder is "
+                "loaded on top of its base)",
+                f"{folder} 中须有 config.json；请给出完整模型的文件夹（适配器须加载在其底座之上）",
+            )
         )
     try:
         return read_config(json.loads(file.read_text(encoding="utf-8")))
@@ -206,7 +221,12 @@ def check_tied_head(table: Layout, reader: TensorReader) -> None:
     (a, kind), (b, other) = ((reader.read(name), reader.entries[name].dtype) for name in (embedding, head))
     if not _same(a, kind, b, other) and not _same(a, kind, b.T, other):
         raise ValueError(
-            f"{head} must equal {embedding}, because tie_word_embeddings is true; set it to false in config.json to keep both, or delete {head}"
+            say(
+                f"{head} must equal {embedding}, because tie_word_embeddings is true; set it to false in "
+                f"config.json to keep both, or delete {head}",
+                f"tie_word_embeddings 为 true，{head} 须与 {embedding} 相同；要保留两者请在 config.json "
+                f"中设为 false，或删除 {head}",
+            )
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ernie_tune.config.language import say
 from ernie_tune.models.presets import PRESETS
 
 
@@ -48,12 +49,18 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
         return path
     if path.is_file():
         raise ValueError(
-            f"model ({name}) must be a folder, but is a file; give the folder that holds it and config.json"
+            say(
+                f"model ({name}) must be a folder, but is a file; give the folder that holds it and config.json",
+                f"模型（{name}）须为文件夹，但它是文件；请给出含有它和 config.json 的文件夹",
+            )
         )
     is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
     if not is_repository:
         raise FileNotFoundError(
-            f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}"
+            say(
+                f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}",
+                f"模型（{name!r}）须为文件夹，或 'owner/model' 形式的仓库名；{_suggest(name)}",
+            )
         )
     hub = _wanted_hub(download_hub)
     if hub is not None:
@@ -64,8 +71,15 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
     if found is not None:
         return found
     raise FileNotFoundError(
-        f"model ({name!r}) must be a folder ({path.absolute()} is not there) or in a hub's cache (it is not); nothing is downloaded unasked: "
-        f"set download_hub: huggingface, modelscope or aistudio (in the YAML file, on the command line, or as an argument) to fetch it, or name its folder; {_suggest(name)}"
+        say(
+            f"model ({name!r}) must be a folder ({path.absolute()} is not there) or in a hub's cache "
+            "(it is not); nothing is downloaded unasked: set download_hub: huggingface, modelscope "
+            "or aistudio (in the YAML file, on the command line, or as an argument) to fetch it, or "
+            f"name its folder; {_suggest(name)}",
+            f"模型（{name!r}）须为文件夹（没有 {path.absolute()}），或已在 hub "
+            "缓存中（没有）；不会擅自下载：请设 download_hub: huggingface、modelscope 或 "
+            f"aistudio（在 YAML 文件、命令行或参数中）以下载，或给出其文件夹；{_suggest(name)}",
+        )
     )
 
 
@@ -86,7 +100,12 @@ def _wanted_hub(download_hub: str | None) -> str | None:
         source = "ERNIE_TUNE_DOWNLOAD_HUB"
         download_hub = os.environ.get(source) or ("modelscope" if os.environ.get("USE_MODELSCOPE_HUB") == "1" else None)
     if download_hub is not None and download_hub not in HUBS:
-        raise ValueError(f"{source} ({download_hub!r}) must be one of {sorted(HUBS)}; choose one of them")
+        raise ValueError(
+            say(
+                f"{source} ({download_hub!r}) must be one of {sorted(HUBS)}; choose one of them",
+                f"{source}（{download_hub!r}）须为 {sorted(HUBS)} 之一；请选一种",
+            )
+        )
     return download_hub
 
 
@@ -126,15 +145,28 @@ def _download(name: str, hub: str) -> Path:
         snapshot_download = importlib.import_module(where.module).snapshot_download
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"download_hub ({hub}) must have the package {package.replace('_', '-')} ({error}); pip install {package.replace('_', '-')}, {by_hand}"
+            say(
+                f"download_hub ({hub}) must have the package {package.replace('_', '-')} ({error}); pip "
+                f"install {package.replace('_', '-')}, {by_hand}",
+                f"download_hub（{hub}）需要软件包 {package.replace('_', '-')}（{error}）；pip install "
+                f"{package.replace('_', '-')}，{by_hand}",
+            )
         ) from error
-    print(f"ernie_tune: downloading {repository} from {hub}", file=sys.stderr, flush=True)
+    print(
+        say(f"ernie_tune: downloading {repository} from {hub}", f"ernie_tune：正在从 {hub} 下载 {repository}"),
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         return Path(snapshot_download(**{where.argument: repository}))
     except _errors_of(package) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"download_hub ({hub}) must give {repository}, but says: {reason[0]}; check the name and the network, {by_hand}"
+            say(
+                f"download_hub ({hub}) must give {repository}, but says: {reason[0]}; check the name and "
+                f"the network, {by_hand}",
+                f"download_hub（{hub}）没有给出 {repository}，而是说：{reason[0]}；请检查名称和网络，{by_hand}",
+            )
         ) from error
 
 

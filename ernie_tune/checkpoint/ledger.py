@@ -149,7 +149,10 @@ class Ledger:
             )
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(
-                f"{path} must be the ledger that a run wrote ({error!r}); restore it, or choose another output_dir"
+                say(
+                    f"{path} must be the ledger that a run wrote ({error!r}); restore it, or choose another output_dir",
+                    f"{path} 须为运行写出的记录（{error!r}）；请恢复，或换一个 output_dir",
+                )
             ) from error
 
     @classmethod

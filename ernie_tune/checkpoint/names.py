@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.checkpoint.tensors import in_threads
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import ParameterSpec, parameter_specs
 
@@ -307,15 +308,24 @@ def detect_flavour(found: Shapes, config: ModelConfig) -> str:
     live = [name for name in found if _LIVE.search(name)]
     if live:
         raise ValueError(
-            f"weights ({_some(live)}) must have the names of a saved checkpoint: these are the in-memory names of a transformers model; "
-            "save it with model.save_pretrained(folder) and load that folder"
+            say(
+                f"weights ({_some(live)}) must have the names of a saved checkpoint: these are the "
+                "in-memory names of a transformers model; save it with model.save_pretrained(folder) and "
+                "load that folder",
+                f"权重（{_some(live)}）用的是 transformers 模型在内存中的名称，须为保存后的名称；请先 "
+                "model.save_pretrained(folder)，再加载该文件夹",
+            )
         )
     scores = {f: sum(found.get(name) == spec.shape for name, spec in layout(config, f).disk.items()) for f in FLAVOURS}
     best = max(scores, key=lambda flavour: scores[flavour])
     if scores[best] == 0:
         kinds = ", ".join(f"{name} ({flavour.title})" for name, flavour in FLAVOURS.items())
         raise ValueError(
-            f"weights ({_some(list(found))}) must be ERNIE-4.5 tensors in one of the layouts {kinds}; none matches config.json"
+            say(
+                f"weights ({_some(list(found))}) must be ERNIE-4.5 tensors in one of the layouts {kinds}; "
+                "none matches config.json",
+                f"权重（{_some(list(found))}）须为 {kinds} 之一布局的 ERNIE-4.5 张量；没有与 config.json 相符的",
+            )
         )
     return best
 
@@ -341,8 +351,13 @@ def check_names(expected: Layout, found: Shapes) -> list[str]:
     ]
     if problems:
         raise ValueError(
-            f"weights must be the {len(expected.disk)} tensors of config.json in layout {expected.flavour!r}: {'; '.join(problems)}; "
-            "use the config.json that came with the weights, or fetch the folder again"
+            say(
+                f"weights must be the {len(expected.disk)} tensors of config.json in layout "
+                f"{expected.flavour!r}: {'; '.join(problems)}; use the config.json that came with the "
+                "weights, or fetch the folder again",
+                f"权重须为 config.json 所述布局 {expected.flavour!r} 的 {len(expected.disk)} 个张量："
+                f"{'; '.join(problems)}；请用权重自带的 config.json，或重新下载文件夹",
+            )
         )
     return unused
 

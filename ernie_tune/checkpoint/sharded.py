@@ -20,6 +20,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader
 from ernie_tune.checkpoint.writer import write_file
+from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -271,15 +272,24 @@ class ShardedReader:
             made = content["format"]
         except FileNotFoundError as error:
             raise ValueError(
-                f"{folder} must hold {MANIFEST}: the copy was cut off; fetch the checkpoint again"
+                say(
+                    f"{folder} must hold {MANIFEST}: the copy was cut off; fetch the checkpoint again",
+                    f"{folder} 中须有 {MANIFEST}：复制中断；请重新获取检查点",
+                )
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{manifest} must be the JSON that a save wrote ({error!r}); fetch the checkpoint again"
+                say(
+                    f"{manifest} must be the JSON that a save wrote ({error!r}); fetch the checkpoint again",
+                    f"{manifest} 须为保存时写出的 JSON（{error!r}）；请重新获取检查点",
+                )
             ) from error
         if made != _FORMAT:
             raise ValueError(
-                f"{manifest} has format ({made}), which must be {_FORMAT}; read it with the version that wrote it"
+                say(
+                    f"{manifest} has format ({made}), which must be {_FORMAT}; read it with the version that wrote it",
+                    f"{manifest} 的格式为 {made}，须为 {_FORMAT}；请用写出它的版本读取",
+                )
             )
         self._check_sizes()
         self._open: dict[int, TensorReader] = {}
@@ -294,8 +304,12 @@ class ShardedReader:
                 wrong.append(f"{entry['file']} has {path.stat().st_size} of {entry['bytes']} bytes")
         if wrong:
             raise ValueError(
-                f"{self.folder} must hold the files of all {len(self.files)} ranks, but {'; '.join(wrong)}: copy them again, "
-                "or resume from an older checkpoint"
+                say(
+                    f"{self.folder} must hold the files of all {len(self.files)} ranks, but {'; '.join(wrong)}"
+                    ": copy them again, or resume from an older checkpoint",
+                    f"{self.folder} 中须有全部 {len(self.files)} 个进程的文件，但 {'; '.join(wrong)}"
+                    "：请重新复制，或从更早的检查点继续",
+                )
             )
 
     @property
@@ -315,7 +329,11 @@ class ShardedReader:
         wanted = region or Region.block(whole)
         if wanted.whole != whole:
             raise ValueError(
-                f"{name} {list(whole)} in {self.folder} must have the shape {list(wanted.whole)}; it is of another model"
+                say(
+                    f"{name} {list(whole)} in {self.folder} must have the shape {list(wanted.whole)}; it is "
+                    "of another model",
+                    f"{self.folder} 中 {name} {list(whole)} 的形状须为 {list(wanted.whole)}；它属于另一个模型",
+                )
             )
         out = np.empty(wanted.size, NUMPY_TYPES[entry["dtype"]])
         filled = 0

@@ -14,6 +14,7 @@ from paddle import Tensor
 
 from ernie_tune.checkpoint.names import Layout
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, NUMPY_TYPES, TensorReader, all_finite, cast
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, in_stages
 from ernie_tune.models.init import initial_value
@@ -97,7 +98,11 @@ class OnDisk:
         if bad:
             shown = ", ".join(bad[:10])
             raise ValueError(
-                f"weights ({len(bad)} tensors: {shown}) must be finite, but hold NaN or infinity; the file is damaged: fetch it again"
+                say(
+                    f"weights ({len(bad)} tensors: {shown}) must be finite, but hold NaN or infinity; the "
+                    "file is damaged: fetch it again",
+                    f"权重（{len(bad)} 个张量：{shown}）含有 NaN 或无穷大；文件已损坏，请重新下载",
+                )
             )
 
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
@@ -109,15 +111,23 @@ def _find_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     if index.is_file():
         if single.is_file():
             raise ValueError(
-                f"{path} must hold either {INDEX_NAME} or {SINGLE_NAME}, but holds both; delete the one that is left over from an earlier save"
+                say(
+                    f"{path} must hold either {INDEX_NAME} or {SINGLE_NAME}, but holds both; delete the one "
+                    "that is left over from an earlier save",
+                    f"{path} 中须只有 {INDEX_NAME} 或 {SINGLE_NAME} 之一，但两者都在；请删除此前保存留下的那个",
+                )
             )
         promised = _read_index(index)
         files = [path / name for name in dict.fromkeys(promised.values())]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(
-                f"{path} lacks {len(missing)} of {len(files)} shards of {INDEX_NAME}: {', '.join(missing[:10])}; "
-                "the download or copy was cut off: run it again"
+                say(
+                    f"{path} lacks {len(missing)} of {len(files)} shards of {INDEX_NAME}: "
+                    f"{', '.join(missing[:10])}; the download or copy was cut off: run it again",
+                    f"{path} 缺少 {INDEX_NAME} 的 {len(files)} 个分片中的 {len(missing)} 个："
+                    f"{', '.join(missing[:10])}；下载或复制中断，请重做",
+                )
             )
         return files, promised
     if single.is_file():
@@ -125,16 +135,28 @@ def _find_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     shards = sorted(file.name for file in path.glob("model-*.safetensors"))
     if shards:
         raise ValueError(
-            f"{path} holds {len(shards)} shards ({shards[0]}, ...) but no {INDEX_NAME}: the download or save was cut off; repeat it"
+            say(
+                f"{path} holds {len(shards)} shards ({shards[0]}, ...) but no {INDEX_NAME}: the download "
+                "or save was cut off; repeat it",
+                f"{path} 中有 {len(shards)} 个分片（{shards[0]} 等）但没有 {INDEX_NAME}：下载或保存中断；请重做",
+            )
         )
     other = sorted(file.name for file in path.glob("*.pdparams"))
     if other:
         raise FileNotFoundError(
-            f"{path} holds {other[0]} but no .safetensors: pickled weights are not read; use the safetensors files of the release, "
-            "or save with safetensors (safe_serialization) in the tool that wrote it"
+            say(
+                f"{path} holds {other[0]} but no .safetensors: pickled weights are not read; use the "
+                "safetensors files of the release, or save with safetensors (safe_serialization) in the "
+                "tool that wrote it",
+                f"{path} 中有 {other[0]} 但没有 .safetensors：不读取 pickle 权重；请用发布的 safetensors "
+                "文件，或在原工具中另存为 safetensors（safe_serialization）",
+            )
         )
     raise FileNotFoundError(
-        f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give the folder that has the weights"
+        say(
+            f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give the folder that has the weights",
+            f"{path} 中没有 {SINGLE_NAME} 也没有 {INDEX_NAME}；请给出含有权重的文件夹",
+        )
     )
 
 
@@ -142,7 +164,12 @@ def _read_index(index: Path) -> Mapping[str, str]:
     try:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} must be JSON with a weight_map ({error!r}); fetch the file again") from error
+        raise ValueError(
+            say(
+                f"{index} must be JSON with a weight_map ({error!r}); fetch the file again",
+                f"{index} 须为含 weight_map 的 JSON（{error!r}）；请重新获取",
+            )
+        ) from error
     outside = [name for name in promised.values() if Path(name).name != name]
     if outside:
         raise ValueError(
@@ -160,7 +187,12 @@ def _check_index(index: Path, promised: Mapping[str, str], entries: Mapping[str,
     ):
         if names:
             raise ValueError(
-                f"{index} {what} ({len(names)}: {', '.join(names[:10])}); index and shards are from different saves: fetch the folder again"
+                say(
+                    f"{index} {what} ({len(names)}: {', '.join(names[:10])}); index and shards are from "
+                    "different saves: fetch the folder again",
+                    f"{index} {what}（{len(names)}：{', '.join(names[:10])}"
+                    "）；索引与分片来自不同的保存：请重新获取文件夹",
+                )
             )
 
 
@@ -179,10 +211,20 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if start.startswith(b"version "):
-            raise ValueError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+            raise ValueError(
+                say(
+                    f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder",
+                    f"{file} 是 git-lfs 指针而不是权重；请在其文件夹中运行 `git lfs pull`",
+                )
+            )
         if len(start) < 8 or length > size - 8:
             raise ValueError(
-                f"{file} ({size} bytes) must hold the {length + 8} bytes that its header claims: it is cut off or no safetensors file; fetch it again"
+                say(
+                    f"{file} ({size} bytes) must hold the {length + 8} bytes that its header claims: it is "
+                    "cut off or no safetensors file; fetch it again",
+                    f"{file}（{size} 字节）须有文件头所述的 {length + 8} 字节：文件不完整或不是 "
+                    "safetensors；请重新获取",
+                )
             )
         head = stream.read(length)
     try:
@@ -192,23 +234,39 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         spans = [(entries[name].offset, 8 + length + raw[name]["data_offsets"][1], name) for name in raw]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{file} must start with a safetensors header ({error!r}); it is damaged or of another format: fetch it again"
+            say(
+                f"{file} must start with a safetensors header ({error!r}); it is damaged or of another "
+                "format: fetch it again",
+                f"{file} 须以 safetensors 文件头开始（{error!r}）；文件已损坏或格式不同，请重新获取",
+            )
         ) from error
     for name, entry in entries.items():
         if entry.dtype not in NUMPY_TYPES:
             raise ValueError(
-                f"{file} has tensor {name!r} of element type {entry.dtype}, which is not supported; use the bfloat16 release"
+                say(
+                    f"{file} has tensor {name!r} of element type {entry.dtype}, which is not supported; use "
+                    "the bfloat16 release",
+                    f"{file} 的张量 {name!r} 类型为 {entry.dtype}，不支持；请用 bfloat16 版本",
+                )
             )
     position = 8 + length
     for first, last, name in sorted(spans):
         if first != position or last - first != entries[name].nbytes:
             raise ValueError(
-                f"{file} has tensor {name!r} at bytes {first}..{last}, where {position}..{position + entries[name].nbytes} is due; fetch it again"
+                say(
+                    f"{file} has tensor {name!r} at bytes {first}..{last}, where {position}.."
+                    f"{position + entries[name].nbytes} is due; fetch it again",
+                    f"{file} 的张量 {name!r} 位于字节 {first}..{last}，应为 {position}.."
+                    f"{position + entries[name].nbytes}；请重新获取",
+                )
             )
         position = last
     if position != size:
         raise ValueError(
-            f"{file} ({size} bytes) must have {position} bytes: the download or save was cut off; fetch it again"
+            say(
+                f"{file} ({size} bytes) must have {position} bytes: the download or save was cut off; fetch it again",
+                f"{file}（{size} 字节）须有 {position} 字节：下载或保存中断；请重新获取",
+            )
         )
     return {name: entries[name] for _, _, name in sorted(spans)}, metadata
 
@@ -268,7 +326,11 @@ def cast(array: Array, source: str, target: str) -> Array:
         return array
     if not {source, target} <= {"F64", "F32", "F16", "BF16"}:
         raise ValueError(
-            f"dtype ({source}) must be a floating type to become {target}; these weights are quantised: use the bfloat16 release"
+            say(
+                f"dtype ({source}) must be a floating type to become {target}; these weights are "
+                "quantised: use the bfloat16 release",
+                f"类型（{source}）须为浮点才能转为 {target}；这些权重已量化：请用 bfloat16 版本",
+            )
         )
     wide = widen_bfloat16(array) if source == "BF16" else array
     if target != "F64":

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from ernie_tune.checkpoint.tensors import INDEX_NAME, NUMPY_TYPES, SINGLE_NAME
+from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
 Entries = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, safetensors code
@@ -60,10 +61,19 @@ def write_folder(
     """
     if max_shard_bytes < 1:
         raise ValueError(
-            f"max_shard_size ({max_shard_bytes}) must be a positive number of bytes; leave it out for {DEFAULT_SHARD_BYTES}"
+            say(
+                f"max_shard_size ({max_shard_bytes}) must be a positive number of bytes; leave it out for "
+                f"{DEFAULT_SHARD_BYTES}",
+                f"max_shard_size（{max_shard_bytes}）须为正的字节数；省略则为 {DEFAULT_SHARD_BYTES}",
+            )
         )
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, but is a file; choose another name")
+        raise ValueError(
+            say(
+                f"{folder} must be a folder, but is a file; choose another name",
+                f"{folder} 须为文件夹，但它是文件；请换一个名称",
+            )
+        )
     folder = folder.resolve()
     staged = folder.with_name(folder.name + ".tmp")
     _clear(staged)
@@ -96,7 +106,11 @@ def _clear(staged: Path) -> None:
         foreign = [path.name for path in staged.iterdir() if path.suffix not in (".safetensors", ".json")]
         if foreign:
             raise ValueError(
-                f"{staged} must be free for the unfinished save, but holds {foreign[0]!r}; move it away or save elsewhere"
+                say(
+                    f"{staged} must be free for the unfinished save, but holds {foreign[0]!r}; move it away "
+                    "or save elsewhere",
+                    f"{staged} 须留空以存放未完成的保存，其中已有 {foreign[0]!r}；请移走，或保存到别处",
+                )
             )
         shutil.rmtree(staged)
     staged.mkdir(parents=True)

@@ -56,7 +56,12 @@ def run(args: list[str]) -> int:
     for note in report["notes"]:
         print(f"note: {note}")
     print(
-        f"{len(report['sha256'])} files, {report['weight_bytes'] / 1e6:.1f} MB of weights, every check passed; serve it with\n\n{report['command']}"
+        say(
+            f"{len(report['sha256'])} files, {report['weight_bytes'] / 1000000.0:.1f} MB of weights, "
+            f"every check passed; serve it with\n\n{report['command']}",
+            f"{len(report['sha256'])} 个文件，权重 {report['weight_bytes'] / 1000000.0:.1f} "
+            f"MB，全部检查通过；部署命令：\n\n{report['command']}",
+        )
     )
     return 0
 

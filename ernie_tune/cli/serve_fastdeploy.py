@@ -22,7 +22,9 @@ READY_SECONDS = 1800.0
 def _object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise ValueError('not an object like {"image_max_pixels": 1003520}')
+        raise ValueError(
+            say('not an object like {"image_max_pixels": 1003520}', '须为形如 {"image_max_pixels": 1003520} 的对象')
+        )
     return value
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from ernie_tune.config.aliases import VALUES
 from ernie_tune.config.arguments import Setting
+from ernie_tune.config.language import say
 
 # What a file or a command line can hold: a text, a list of texts, or nothing (null).
 Raw = str | tuple[str, ...] | None
@@ -56,7 +57,12 @@ def to_raw(name: str, value: Any) -> Raw:
         return str(value)
     if isinstance(value, (list, tuple)):
         return tuple(str(to_raw(name, item)) for item in value)
-    raise ValueError(f"{name} ({type(value).__name__}) must be a number, a word, a path or a list of them / 类型不支持")
+    raise ValueError(
+        say(
+            f"{name} ({type(value).__name__}) must be a number, a word, a path or a list of them",
+            f"{name}（{type(value).__name__}）须为数字、单词、路径或它们的列表",
+        )
+    )
 
 
 def convert(setting: Setting, raw: str | tuple[str, ...]) -> Any:
@@ -66,7 +72,12 @@ def convert(setting: Setting, raw: str | tuple[str, ...]) -> Any:
         # a word that stands for nothing ("none" in report_to) leaves the list
         return tuple(_one(setting, text) for item in items if (text := _translated(setting, item)) or not item)
     if isinstance(raw, tuple):
-        raise ValueError(f"{setting.name} ({list(raw)}) must be one value, not a list / 只能是一个值")
+        raise ValueError(
+            say(
+                f"{setting.name} ({list(raw)}) must be one value, not a list",
+                f"{setting.name}（{list(raw)}）须为单个值，不能是列表",
+            )
+        )
     return _one(setting, _translated(setting, raw))
 
 
@@ -105,7 +116,9 @@ def _one(setting: Setting, text: str) -> Any:
 def _bool(setting: Setting, text: str) -> bool:
     word = text.strip().lower()
     if word not in TRUE + FALSE:
-        raise ValueError(f"{setting.name} ({text!r}) must be true or false / 必须是 true 或 false")
+        raise ValueError(
+            say(f"{setting.name} ({text!r}) must be true or false", f"{setting.name}（{text!r}）须为 true 或 false")
+        )
     return word in TRUE
 
 
@@ -116,7 +129,10 @@ def _word(setting: Setting, text: str) -> str:
     if word.removeprefix(negation) not in known:
         hint = did_you_mean(word, known, typo=0.6)
         raise ValueError(
-            f"{setting.name} ({text!r}) must be one of {', '.join(setting.choices)}{hint} / 只能取以上之一"
+            say(
+                f"{setting.name} ({text!r}) must be one of {', '.join(setting.choices)}{hint}",
+                f"{setting.name}（{text!r}）须为 {', '.join(setting.choices)} 之一{hint}",
+            )
         )
     return negation + known[word.removeprefix(negation)]
 
@@ -131,14 +147,25 @@ def _number(setting: Setting, text: str) -> int | float:
     except (ValueError, OverflowError):
         fits = False
     if not fits:
-        what, zh = ("a whole number", "整数") if whole else ("a number", "数字")
-        raise ValueError(f"{setting.name} ({text!r}) must be {what} / 必须是{zh}")
+        what = say("a whole number", "整数") if whole else say("a number", "数字")
+        raise ValueError(
+            say(
+                "{name} ({text!r}) must be {what}",
+                "{name}（{text!r}）须为{what}",
+                name=setting.name,
+                text=text,
+                what=what,
+            )
+        )
     low, high = setting.low, setting.high
     if (low is not None and number < low) or (high is not None and number > high):
-        bounds = " and ".join(
-            f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
+        least = [] if low is None else [say(f"at least {low:g}", f"不小于 {low:g}")]
+        most = [] if high is None else [say(f"at most {high:g}", f"不大于 {high:g}")]
+        english, chinese = (
+            sep.join(parts)
+            for sep, parts in ((" and ", [b.english for b in least + most]), ("且", [b.chinese for b in least + most]))
         )
-        raise ValueError(f"{setting.name} ({text}) must be {bounds} / 超出范围")
+        raise ValueError(say(f"{setting.name} ({text}) must be {english}", f"{setting.name}（{text}）须{chinese}"))
     return number
 
 

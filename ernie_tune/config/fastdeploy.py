@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ernie_tune.config.language import say
+
 MODULE = "fastdeploy.entrypoints.openai.api_server"
 # What --mm-processor-kwargs knows of ERNIE, by type: with one wrong value FastDeploy warns and ignores them all.
 MM_PROCESSOR: Mapping[str, type] = {
@@ -60,20 +62,31 @@ class FastDeployCommand:
     def __post_init__(self) -> None:
         if not 0 < self.port <= 65532:
             raise ValueError(
-                f"port ({self.port}) must be from 1 to 65532, since the three ports above it are used too; choose another"
+                say(
+                    f"port ({self.port}) must be from 1 to 65532, since the three ports above it are used "
+                    "too; choose another",
+                    f"port（{self.port}）须在 1 到 65532 之间，因为还要用其后三个端口；请换一个",
+                )
             )
         for name, value in self.mm_processor.items():
             kind = MM_PROCESSOR.get(name)
             if kind is None or type(value) is not kind:
                 wanted = f"a {kind.__name__}" if kind else f"one of {', '.join(MM_PROCESSOR)}"
                 raise ValueError(
-                    f"mm_processor {name} ({value!r}) must be {wanted}: FastDeploy ignores all of these settings otherwise; correct it"
+                    say(
+                        f"mm_processor {name} ({value!r}) must be {wanted}: FastDeploy ignores all of these "
+                        "settings otherwise; correct it",
+                        f"mm_processor 的 {name}（{value!r}）须为 {wanted}，否则 FastDeploy 会忽略这些设置；请改正",
+                    )
                 )
         least = self.mm_processor.get("video_min_frames", _DEFAULT_MIN_FRAMES)
         most = self.mm_processor.get("video_max_frames", _DEFAULT_MAX_FRAMES)
         if int(most) < int(least):
             raise ValueError(
-                f"video_max_frames ({most}) must be at least FastDeploy's video_min_frames ({least}); raise it"
+                say(
+                    f"video_max_frames ({most}) must be at least FastDeploy's video_min_frames ({least}); raise it",
+                    f"video_max_frames（{most}）不能小于 FastDeploy 的 video_min_frames（{least}）；请调大",
+                )
             )
 
     def ports(self) -> dict[str, int]:

@@ -59,7 +59,7 @@ def load_config(
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: the file must be UTF-8 / 文件须为 UTF-8") from None
+        raise ValueError(say(f"{path}:{line}: the file must be UTF-8", f"{path}:{line}：文件须为 UTF-8")) from None
     return load_text(
         text, str(path), overrides, for_training=for_training, environ=os.environ if environ is None else environ
     )
@@ -88,20 +88,29 @@ def read_yaml(text: str, name: str) -> list[Entry]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(
-            f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context} / 不是合法的 YAML"
+            say(
+                f"{name}:{(mark.line + 1 if mark else 1)}: not YAML: {error.problem or error.context}",
+                f"{name}:{(mark.line + 1 if mark else 1)}：不是合法的 YAML：{error.problem or error.context}",
+            )
         ) from None
     except yaml.reader.ReaderError as error:
         raise ValueError(
-            f"{name}:{text[: error.position].count(chr(10)) + 1}: character {error.character!r} is not allowed / 非法字符"
+            say(
+                f"{name}:{text[: error.position].count(chr(10)) + 1}: character {error.character!r} is not allowed",
+                f"{name}:{text[: error.position].count(chr(10)) + 1}：不允许字符 {error.character!r}",
+            )
         ) from None
     except (ValueError, OverflowError, RecursionError) as error:
         # what PyYAML lets through: \U escapes and version numbers too large, nesting too deep
-        raise ValueError(f"{name}:1: not YAML: {error} / 不是合法的 YAML") from None
+        raise ValueError(say(f"{name}:1: not YAML: {error}", f"{name}:1：不是合法的 YAML：{error}")) from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(
-            f"{name}:{root.start_mark.line + 1}: the file must be a list of 'key: value' lines / 须为 key: value 形式"
+            say(
+                f"{name}:{root.start_mark.line + 1}: the file must be a list of 'key: value' lines",
+                f"{name}:{root.start_mark.line + 1}：文件须由 'key: value' 形式的行组成",
+            )
         )
     entries: dict[str, Entry] = {}
     for key, value in root.value:
@@ -109,7 +118,10 @@ def read_yaml(text: str, name: str) -> list[Entry]:
         entry = Entry(word, _raw(value, name, RENAMED.get(word, word)), f"{name}:{key.start_mark.line + 1}")
         if entry.name in entries:
             raise ValueError(
-                f"{entry.where}: {entry.name} is given twice, first at {entries[entry.name].where}; keep one / 重复的键"
+                say(
+                    f"{entry.where}: {entry.name} is given twice, first at {entries[entry.name].where}; keep one",
+                    f"{entry.where}：{entry.name} 出现两次，首次在 {entries[entry.name].where}；请保留其一",
+                )
             )
         entries[entry.name] = entry
     return list(entries.values())
@@ -128,10 +140,13 @@ def _text(node: yaml.Node, name: str) -> str:
     where = f"{name}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(
-            f"{where}: a value must be a number, a word or a list of them; settings are not nested / 不支持嵌套"
+            say(
+                f"{where}: a value must be a number, a word or a list of them; settings are not nested",
+                f"{where}：值须为数字、单词或它们的列表；设置不能嵌套",
+            )
         )
     if any("\ud800" <= character <= "\udfff" for character in node.value):
-        raise ValueError(f"{where}: half a surrogate pair is not a character / 非法字符")
+        raise ValueError(say(f"{where}: half a surrogate pair is not a character", f"{where}：半个代理对不是字符"))
     return str(node.value)
 
 
@@ -254,14 +269,24 @@ def _ours(entry: Entry) -> list[tuple[str, Raw]]:
             say("{name} is not a setting here; {remedy}", "此处没有 {name}；{remedy}", name=name, remedy=remedy)
         )
     if name not in EXPANDED:
-        raise ValueError(f"unknown key {name!r}{did_you_mean(name, (*SETTINGS, *SPELLINGS))} / 未知的键")
+        raise ValueError(
+            say(
+                f"unknown key {name!r}{did_you_mean(name, (*SETTINGS, *SPELLINGS))}",
+                f"未知的键 {name!r}{did_you_mean(name, (*SETTINGS, *SPELLINGS))}",
+            )
+        )
     if entry.raw is None:
         return []
     word = str(entry.raw).strip().lower()
     for words, canonical in ((TRUE, "true"), (FALSE, "false")):
         word = canonical if word in words and canonical in EXPANDED[name] else word
     if word not in EXPANDED[name]:
-        raise ValueError(f"{name} ({entry.raw!r}) must be one of {', '.join(EXPANDED[name])} / 只能取以上之一")
+        raise ValueError(
+            say(
+                f"{name} ({entry.raw!r}) must be one of {', '.join(EXPANDED[name])}",
+                f"{name}（{entry.raw!r}）须为 {', '.join(EXPANDED[name])} 之一",
+            )
+        )
     return list(EXPANDED[name][word].items())
 
 
@@ -279,8 +304,12 @@ def _value(name: str, entries: list[tuple[Entry, Raw]], earlier: Mapping[str, An
     for (other, _), different in zip(entries[1:], values[1:], strict=True):
         if different != value:
             raise ValueError(
-                f"{other.where}: {other.name} ({_shown(different)}) contradicts {first.name} ({_shown(value)}) at {first.where}: "
-                f"both set {name}; keep one / 设置互相矛盾"
+                say(
+                    f"{other.where}: {other.name} ({_shown(different)}) contradicts {first.name} ("
+                    f"{_shown(value)}) at {first.where}: both set {name}; keep one",
+                    f"{other.where}：{other.name}（{_shown(different)}）与 {first.where} 处的 {first.name}（"
+                    f"{_shown(value)}）矛盾：两者都设置 {name}；请保留其一",
+                )
             )
     return value
 
@@ -302,8 +331,12 @@ def _frozen_parts(
             opposite = said.get(word.removeprefix("!") if word.startswith("!") else "!" + word)
             if opposite:
                 raise ValueError(
-                    f"{entry.where}: {entry.name} contradicts {opposite.name} at {opposite.where}: "
-                    f"both set {word.removeprefix('!')}; keep one / 设置互相矛盾"
+                    say(
+                        f"{entry.where}: {entry.name} contradicts {opposite.name} at {opposite.where}: both set "
+                        f"{word.removeprefix('!')}; keep one",
+                        f"{entry.where}：{entry.name} 与 {opposite.where} 处的 {opposite.name} 矛盾：两者都设置 "
+                        f"{word.removeprefix('!')}；请保留其一",
+                    )
                 )
     restart = any(entry.name == "freeze_config" for entry, _ in entries)
     before = () if restart else earlier.get("freeze_config") or ()
@@ -340,14 +373,21 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
     if values.get("sequence_parallel") and values.get("tensor_model_parallel_size", 1) == 1:
         values["sequence_parallel"] = False  # there is nothing to split over
         notes.append(
-            f"{sources['sequence_parallel'].where}: sequence_parallel has no effect with tensor_model_parallel_size 1 / 需要张量并行"
+            say(
+                f"{sources['sequence_parallel'].where}: sequence_parallel has no effect with "
+                "tensor_model_parallel_size 1",
+                f"{sources['sequence_parallel'].where}：tensor_model_parallel_size 为 1 时 sequence_parallel 无效",
+            )
         )
     longest = values.get("max_seq_len", SETTINGS["max_seq_len"].default)
     reads = SETTINGS["max_prompt_len"].read_at(stage, method)
     if reads and "max_prompt_len" not in values and longest <= SETTINGS["max_prompt_len"].default:
         fill("max_prompt_len", longest - 1, "default below max_seq_len")
         notes.append(
-            f"max_prompt_len was not given and is {longest - 1}, below max_seq_len ({longest}) / 未给出 max_prompt_len，取小于 max_seq_len 的值"
+            say(
+                f"max_prompt_len was not given and is {longest - 1}, below max_seq_len ({longest})",
+                f"未给出 max_prompt_len，取 {longest - 1}，小于 max_seq_len（{longest}）",
+            )
         )
     return notes
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.checkpoint.tensors import cast, widen_bfloat16
+from ernie_tune.config.language import say
 from ernie_tune.export import grid as grids
 from ernie_tune.export.grid import Grid
 from ernie_tune.export.scheme import Scheme, bits_of, row_parallel
@@ -138,9 +139,19 @@ class Chosen:
         moments: Mapping[Place, Moment] | None = None,
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"method ({method!r}) must be one of {METHODS}; choose one of them")
+            raise ValueError(
+                say(
+                    f"method ({method!r}) must be one of {METHODS}; choose one of them",
+                    f"method（{method!r}）须为 {METHODS} 之一；请选一种",
+                )
+            )
         if method == "gptq" and not moments:
-            raise ValueError("method (gptq) must come with calibration data; give --calib FILE, or take method clip")
+            raise ValueError(
+                say(
+                    "method (gptq) must come with calibration data; give --calib FILE, or take method clip",
+                    "method（gptq）需要校准数据；请给出 --calib FILE，或改用 clip",
+                )
+            )
         self.weights, self.scheme, self.method, self.target_tp = weights, scheme, method, target_tp
         for name, spec in parameter_specs(weights.config).items():
             if self.bits(name):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.checkpoint.tensors import narrow_bfloat16, widen_bfloat16
+from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
 LARGEST = {8: 127, 4: 7}  # -128 and -8 are never produced
@@ -53,7 +54,11 @@ def check_shards(rows: int, shards: int) -> None:
     """ValueError where the rows of a matrix cannot be shared out equally."""
     if shards < 1 or rows % shards:
         raise ValueError(
-            f"target_tp ({shards}) must divide the input width ({rows}) of every row-parallel layer; lower target_tp"
+            say(
+                f"target_tp ({shards}) must divide the input width ({rows}) of every row-parallel layer; "
+                "lower target_tp",
+                f"target_tp（{shards}）须整除每个行并行层的输入宽度（{rows}）；请调小 target_tp",
+            )
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, Encoder, MicroBatch, collate
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import load_dataset
@@ -51,7 +52,11 @@ def read_batches(path: str, processor: Processor, limit: int, parts: int = 1) ->
     samples = [s for s in found if s is not None]
     if not samples:
         raise ValueError(
-            f"{path} must hold a row that can be used: {'; '.join(dropped.lines()) or 'it is empty'}; give another file"
+            say(
+                f"{path} must hold a row that can be used: {'; '.join(dropped.lines()) or 'it is empty'}; "
+                "give another file",
+                f"{path} 中须有可用的行：{'; '.join(dropped.lines()) or 'it is empty'}；请换一个文件",
+            )
         )
     rows = max(1, min(_BATCH_ROWS, len(samples) // parts))
     return [collate(samples[i : i + rows], processor.tokens) for i in range(0, len(samples), rows)]

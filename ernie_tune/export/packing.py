@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 Array = np.ndarray[Any, Any]
 ARCHS = (70, 75, 80, 86, 89, 90)
 _TILE = 64  # rows that a kernel reads at once
@@ -23,7 +25,12 @@ _NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a 32-bit word is nibble _NIBBL
 def check_shape(rows: int, columns: int, arch: int = 80) -> None:
     """ValueError for shapes and GPUs that the operator is not made for. With K % 64 != 0 the operator itself hangs or corrupts memory."""
     if arch not in ARCHS:
-        raise ValueError(f"arch ({arch}) must be one of {ARCHS}; choose the compute capability of the GPU that serves")
+        raise ValueError(
+            say(
+                f"arch ({arch}) must be one of {ARCHS}; choose the compute capability of the GPU that serves",
+                f"arch（{arch}）须为 {ARCHS} 之一；请选部署 GPU 的计算能力",
+            )
+        )
     if rows % _TILE or not rows:
         raise ValueError(
             f"input width ({rows}) must be a multiple of {_TILE} for FastDeploy's kernels; leave the layer in bfloat16, or lower target_tp"

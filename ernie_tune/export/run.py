@@ -26,6 +26,7 @@ from ernie_tune.checkpoint.lock import locked
 from ernie_tune.checkpoint.names import FLAVOURS, layout
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, TwoBuffers, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED, TRANSFORMERS
 from ernie_tune.data.tokenizer import VIDEO
@@ -96,26 +97,58 @@ class ExportOptions:
             ("verify", self.verify, VERIFY),
         ):
             if value not in known:
-                raise ValueError(f"{name} ({value!r}) must be one of {known}; choose one of them")
+                raise ValueError(
+                    say(
+                        f"{name} ({value!r}) must be one of {known}; choose one of them",
+                        f"{name}（{value!r}）须为 {known} 之一；请选一种",
+                    )
+                )
         if self.target_tp < 1:
             raise ValueError(
-                f"target_tp ({self.target_tp}) must be at least 1; give the number of cards that will serve"
+                say(
+                    f"target_tp ({self.target_tp}) must be at least 1; give the number of cards that will serve",
+                    f"target_tp（{self.target_tp}）须至少为 1；请给出部署的卡数",
+                )
             )
         if self.quantization == "none" and self.emit != "weights":
-            raise ValueError(f"emit ({self.emit}) must go with a quantization, not none; give wint8, wint4 or mix")
+            raise ValueError(
+                say(
+                    f"emit ({self.emit}) must go with a quantization, not none; give wint8, wint4 or mix",
+                    f"emit（{self.emit}）须与量化同用，不能为 none；请给出 wint8、wint4 或 mix",
+                )
+            )
         if self.quantization != "none" and self.layout == "hf":
             raise ValueError(
-                f"quantization ({self.quantization}) must go with layout paddle or pt: transformers has no such grid; leave it out"
+                say(
+                    f"quantization ({self.quantization}) must go with layout paddle or pt: transformers has "
+                    "no such grid; leave it out",
+                    f"quantization（{self.quantization}）须与 layout paddle 或 pt 同用：transformers "
+                    "没有这种格式；请去掉",
+                )
             )
         if self.awq and (self.quantization not in ("wint4", "mix") or not self.calib):
             raise ValueError(
-                f"awq ({self.awq:g}) must go with quantization wint4 or mix and with calib; leave it out, or give them"
+                say(
+                    f"awq ({self.awq:g}) must go with quantization wint4 or mix and with calib; leave it out, "
+                    "or give them",
+                    f"awq（{self.awq:g}）须与 quantization wint4 或 mix 以及 calib 同用；请去掉，或补上它们",
+                )
             )
         if not 0 <= self.awq <= 1:
-            raise ValueError(f"awq ({self.awq:g}) must be from 0 to 1; 0.25 is a good start")
+            raise ValueError(
+                say(
+                    f"awq ({self.awq:g}) must be from 0 to 1; 0.25 is a good start",
+                    f"awq（{self.awq:g}）须在 0 到 1 之间；可从 0.25 开始",
+                )
+            )
         FastDeployCommand("", port=self.port)
         if self.method == "gptq" and not self.calib:
-            raise ValueError("method (gptq) must come with calibration data; give --calib FILE, or take method clip")
+            raise ValueError(
+                say(
+                    "method (gptq) must come with calibration data; give --calib FILE, or take method clip",
+                    "method（gptq）需要校准数据；请给出 --calib FILE，或改用 clip",
+                )
+            )
 
 
 def export(
@@ -142,7 +175,12 @@ def export(
 def sources(folders: Sequence[str | os.PathLike[str]]) -> tuple[Path, list[Path]]:
     """The base model's folder and the adapters' of a command line. ValueError for none, an unknown base, and a second model."""
     if not folders:
-        raise ValueError("folders (none) must name a model folder, or an adapter; give at least one")
+        raise ValueError(
+            say(
+                "folders (none) must name a model folder, or an adapter; give at least one",
+                "没有给出文件夹；请至少给出一个模型文件夹或适配器",
+            )
+        )
     paths = [resolve(folder) for folder in folders]
     if not is_adapter(paths[0]):
         base, adapters = paths[0], paths[1:]
@@ -152,7 +190,11 @@ def sources(folders: Sequence[str | os.PathLike[str]]) -> tuple[Path, list[Path]
     others = [str(path) for path in adapters if not is_adapter(path)]
     if others:
         raise ValueError(
-            f"{others[0]} must be an adapter (adapter_config.json or lora_config.json), since {base} is the model; give one model only"
+            say(
+                f"{others[0]} must be an adapter (adapter_config.json or lora_config.json), since {base} "
+                "is the model; give one model only",
+                f"{base} 已是模型，{others[0]} 须为适配器（adapter_config.json 或 lora_config.json）；只能给出一个模型",
+            )
         )
     return base, adapters
 
@@ -164,7 +206,12 @@ def _base_of(adapter: Path) -> Path:
         return resolve(name)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"{file}: base_model_name_or_path ({name!r}) must be a folder of weights; give it first: ernie-tune export BASE {adapter} ..."
+            say(
+                f"{file}: base_model_name_or_path ({name!r}) must be a folder of weights; give it first: "
+                f"ernie-tune export BASE {adapter} ...",
+                f"{file}：base_model_name_or_path（{name!r}）须为权重文件夹；请先给出底座：ernie-tune "
+                f"export BASE {adapter} ...",
+            )
         ) from error
 
 
@@ -193,7 +240,11 @@ class _Export:
             if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
                 return folder
         raise ValueError(
-            f"{self.base} must hold tokenizer.model: without it nothing can serve the model; copy the tokenizer files of the release there"
+            say(
+                f"{self.base} must hold tokenizer.model: without it nothing can serve the model; copy the "
+                "tokenizer files of the release there",
+                f"{self.base} 中须有 tokenizer.model，否则无法部署该模型；请将发布的分词器文件复制到那里",
+            )
         )
 
     def run(self) -> dict[str, Any]:
@@ -277,14 +328,25 @@ class _Export:
         found = distance(look(model, self.probes), merged)
         self.checks["merge"] = found
         print(
-            f"ernie_tune: merged {len(self.adapters)} adapter(s) in float32, rounded to bfloat16: largest difference of a log-probability "
-            f"{found['max_difference']:.2e}, KL {found['kl']:.2e}, same first choice {found['top1']:.2%}",
+            say(
+                f"ernie_tune: merged {len(self.adapters)} adapter(s) in float32, rounded to bfloat16: "
+                f"largest difference of a log-probability {found['max_difference']:.2e}, KL "
+                f"{found['kl']:.2e}, same first choice {found['top1']:.2%}",
+                f"ernie_tune：已在 float32 下合并 {len(self.adapters)} 个适配器并舍入为 "
+                f"bfloat16：对数概率最大差 {found['max_difference']:.2e}，KL {found['kl']:.2e}，首选一致 "
+                f"{found['top1']:.2%}",
+            ),
             file=sys.stderr,
             flush=True,
         )
         if not found["kl"] <= _MERGE_KL:
             raise ValueError(
-                f"merged model must do what base and adapter do (KL {found['kl']:.3g}, at most {_MERGE_KL:g}); nothing was written: report this"
+                say(
+                    f"merged model must do what base and adapter do (KL {found['kl']:.3g}, at most "
+                    f"{_MERGE_KL:g}); nothing was written: report this",
+                    f"合并后的模型须与底座加适配器一致（KL {found['kl']:.3g}，至多 {_MERGE_KL:g}"
+                    "）；没有写出任何文件：请报告此问题",
+                )
             )
 
     def _compare(self, model: ErnieModel, chosen: Chosen, before: Look) -> Look:
@@ -465,10 +527,19 @@ def _check_target(target: Path, base: Path, adapters: Sequence[Path]) -> None:
     """The target must be new, or an earlier export: nothing else is ever replaced."""
     inputs = [path.resolve() for path in (base, *adapters)]
     if target in inputs:
-        raise ValueError(f"output_dir ({target}) must not be one of the folders that are read; choose another")
+        raise ValueError(
+            say(
+                f"output_dir ({target}) must not be one of the folders that are read; choose another",
+                f"output_dir（{target}）不能是被读取的文件夹之一；请换一个",
+            )
+        )
     if target.exists() and not ((target / files.REPORT).is_file() or (target.is_dir() and not any(target.iterdir()))):
         raise ValueError(
-            f"output_dir ({target}) must be new, empty, or an earlier export ({files.REPORT}); choose another, or move it away"
+            say(
+                f"output_dir ({target}) must be new, empty, or an earlier export ({files.REPORT}); choose "
+                "another, or move it away",
+                f"output_dir（{target}）须为新的、空的或此前的导出（{files.REPORT}）；请换一个，或先移走",
+            )
         )
 
 
@@ -477,7 +548,12 @@ def _clear(staged: Path) -> None:
     if staged.exists():
         foreign = [path.name for path in staged.iterdir() if path.is_dir() and path.name != ".cache"]
         if foreign or not (staged / "config.json").is_file():
-            raise ValueError(f"{staged} must be free for the unfinished export, but holds something else; move it away")
+            raise ValueError(
+                say(
+                    f"{staged} must be free for the unfinished export, but holds something else; move it away",
+                    f"{staged} 须留空以存放未完成的导出，其中已有别的内容；请移走",
+                )
+            )
         shutil.rmtree(staged)
 
 

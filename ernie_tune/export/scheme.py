@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
 
@@ -46,7 +47,12 @@ CLASSES = ("attention", "dense feed-forward", "shared experts", "text experts", 
 def scheme(name: str) -> Scheme:
     """ValueError for an unknown name."""
     if name not in SCHEMES:
-        raise ValueError(f"quantization ({name!r}) must be one of {sorted(SCHEMES)}; choose one of them")
+        raise ValueError(
+            say(
+                f"quantization ({name!r}) must be one of {sorted(SCHEMES)}; choose one of them",
+                f"quantization（{name!r}）须为 {sorted(SCHEMES)} 之一；请选一种",
+            )
+        )
     return SCHEMES[name]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from ernie_tune.checkpoint.auto import AutoConfig, check_tied_head
 from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, all_finite, cast, in_threads
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
@@ -110,8 +111,12 @@ class _Changes:
         config = adapter.config
         if not isinstance(config, LoraConfig):
             raise ValueError(
-                f"{folder}: a {type(config).__name__.removesuffix('Config')} adapter must stay beside its model, only LoRA can be merged; "
-                "serve it with `ernie-tune serve`"
+                say(
+                    f"{folder}: a {type(config).__name__.removesuffix('Config')} adapter must stay beside its "
+                    "model, only LoRA can be merged; serve it with `ernie-tune serve`",
+                    f"{folder}：{type(config).__name__.removesuffix('Config')} 适配器须与模型分开存放，只有 "
+                    "LoRA 可以合并；请用 `ernie-tune serve` 部署",
+                )
             )
         for key, value in adapter.tensors.items():
             owner, _, factor = key.rpartition(".")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.export import prompts
 from ernie_tune.export.choose import Chosen
@@ -98,7 +99,10 @@ def reopen(
         done = subprocess.run(command, capture_output=True, text=True, timeout=REOPEN_SECONDS, check=False)
         if done.returncode or not result.is_file():
             raise RuntimeError(
-                f"the process that checks {folder} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+                say(
+                    f"the process that checks {folder} ended with {done.returncode}: {done.stderr.strip()[-2000:]}",
+                    f"检查 {folder} 的进程以 {done.returncode} 结束：{done.stderr.strip()[-2000:]}",
+                )
             )
         with np.load(result) as z:
             report = json.loads(str(z["report"]))
@@ -111,7 +115,11 @@ def check_opened(opened: Opened, planned: Look | None) -> dict[str, Any]:
     if opened.problems:
         shown = "\n  ".join(opened.problems[:20])
         raise ValueError(
-            f"exported folder must load as it was planned, but\n  {shown}\nnothing was written; if the inputs are sound, report this"
+            say(
+                f"exported folder must load as it was planned, but\n  {shown}\nnothing was written; if the "
+                "inputs are sound, report this",
+                f"导出的文件夹须能按计划加载，但\n  {shown}\n没有写出任何文件；若输入无误，请报告此问题",
+            )
         )
     out: dict[str, Any] = {"files_names_shapes_values": "equal", "matrices_through_weight_quantize": opened.operated}
     if planned is not None and opened.logits:
@@ -119,8 +127,13 @@ def check_opened(opened: Opened, planned: Look | None) -> dict[str, Any]:
         out["reopened_max_difference"] = max(float(np.abs(log_softmax(a) - b).max()) for a, b in pairs)
         if not out["reopened_max_difference"] <= LOGIT_TOLERANCE:
             raise ValueError(
-                f"logits of the reopened folder must equal those that were planned, but differ by {out['reopened_max_difference']:.2e} "
-                f"(tolerance {LOGIT_TOLERANCE:g}); nothing was written: report this"
+                say(
+                    "logits of the reopened folder must equal those that were planned, but differ by "
+                    f"{out['reopened_max_difference']:.2e} (tolerance {LOGIT_TOLERANCE:g}); nothing was "
+                    "written: report this",
+                    f"重新打开的文件夹与计划的 logit 相差 {out['reopened_max_difference']:.2e}（容差 "
+                    f"{LOGIT_TOLERANCE:g}）；没有写出任何文件：请报告此问题",
+                )
             )
     return out
 
@@ -167,8 +180,14 @@ def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float
         growth = ours["perplexity"] / before - 1
         if growth > limit:
             reasons.append(
-                f"perplexity ({ours['perplexity']:.4f}) must grow by at most {limit:.1%} from {before:.4f}, but grew by {growth:.1%}; "
-                "use quantization mix or wint8, method clip or gptq with --calib, or a larger target_tp"
+                say(
+                    f"perplexity ({ours['perplexity']:.4f}) must grow by at most {limit:.1%} from {before:.4f}"
+                    f", but grew by {growth:.1%}; use quantization mix or wint8, method clip or gptq with "
+                    "--calib, or a larger target_tp",
+                    f"困惑度（{ours['perplexity']:.4f}）相对 {before:.4f} 的增幅不能超过 {limit:.1%}"
+                    f"，但增加了 {growth:.1%}；请用 quantization mix 或 wint8、method clip 或带 --calib 的 "
+                    "gptq，或更大的 target_tp",
+                )
             )
         if ours["perplexity"] > max(rtn.get("perplexity", np.inf), before * _NOISE):
             reasons.append(

@@ -20,6 +20,7 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
+from ernie_tune.config.language import say
 from ernie_tune.machine.alone import Engine, Window, Work
 from ernie_tune.machine.stages import StagedModel, item_costs, pipeline_items, stages_of
 from ernie_tune.models.ernie import PLAN, ErnieModel
@@ -207,7 +208,11 @@ class DistributedEngine(Engine):
     def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
         if self.blocks is not None and work.recompute is None:
             raise ValueError(
-                "sharding stage 3 must go with recompute: true, which says when a block's parameters are needed; set it, or use stage 2"
+                say(
+                    "sharding stage 3 must go with recompute: true, which says when a block's parameters are "
+                    "needed; set it, or use stage 2",
+                    "sharding stage3 须与 recompute: true 同用，由它决定何时需要各块的参数；请设置，或用 stage2",
+                )
             )
         if self.staged is None:
             return super().forward_backward(work, window)

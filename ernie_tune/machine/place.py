@@ -13,6 +13,7 @@ from typing import Any
 
 from ernie_tune.checkpoint.source import Source
 from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.config.language import say
 from ernie_tune.machine.alone import Engine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread, unkept
 from ernie_tune.machine.placed import Placed, Whole, read_parts
@@ -32,12 +33,23 @@ def degrees_of(p: ParallelArguments, world: int) -> Degrees:
     """The settings as degrees; what is left of `world` reads other rows. Raises ValueError where the world does not divide, and as `Degrees`."""
     stage, _, more = p.sharding.removeprefix("stage").partition(" ")
     if more:
-        raise ValueError(f"sharding ({p.sharding}) must be without offload in this version; set stage{stage}")
+        raise ValueError(
+            say(
+                f"sharding ({p.sharding}) must be without offload in this version; set stage{stage}",
+                f"此版本 sharding（{p.sharding}）不支持 offload；请设为 stage{stage}",
+            )
+        )
     shards, laid = p.sharding_parallel_size, p.tensor_model_parallel_size * p.pipeline_model_parallel_size
     if world % (laid * shards):
         raise ValueError(
-            f"tensor_model_parallel_size x pipeline_model_parallel_size x sharding_parallel_size ({laid * shards}) must divide the number of processes "
-            f"({world}); start {laid * shards} or a multiple of it (--nproc), or change the degrees"
+            say(
+                "tensor_model_parallel_size x pipeline_model_parallel_size x sharding_parallel_size ("
+                f"{laid * shards}) must divide the number of processes ({world}); start {laid * shards} "
+                "or a multiple of it (--nproc), or change the degrees",
+                "tensor_model_parallel_size × pipeline_model_parallel_size × sharding_parallel_size（"
+                f"{laid * shards}）须整除进程数（{world}）；请启动 {laid * shards} "
+                "个或其倍数（--nproc），或修改并行度",
+            )
         )
     rows = world // (laid * shards)
     return Degrees(

@@ -20,6 +20,7 @@ from ernie_tune.checkpoint.names import check_names, detect_flavour, layout
 from ernie_tune.checkpoint.sharded import Region, Shards
 from ernie_tune.checkpoint.source import OnDisk, Source, Where, fill
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
+from ernie_tune.config.language import say
 from ernie_tune.machine.alone import Engine
 from ernie_tune.machine.fleet import DistributedEngine, Laid
 from ernie_tune.models.ernie import ErnieModel
@@ -164,7 +165,12 @@ class Placed:
                 whole = np.stack(parts[name]) if name in stacks else parts[name][0]
                 if whole.shape != self._whole.shapes[name]:
                     raise ValueError(
-                        f"{folder}: {name} {list(whole.shape)} must be {list(self._whole.shapes[name])}; take an adapter of the same settings"
+                        say(
+                            f"{folder}: {name} {list(whole.shape)} must be {list(self._whole.shapes[name])}; take an "
+                            "adapter of the same settings",
+                            f"{folder}：{name} {list(whole.shape)} 须为 {list(self._whole.shapes[name])}"
+                            "；请用相同设置的适配器",
+                        )
                     )
                 value.set_value(paddle.to_tensor(whole[Laid.part(value, whole.shape)]).astype(value.dtype))
 
@@ -221,5 +227,10 @@ def check_adapter(folder: Path, found: Collection[str], wanted: Collection[str])
     """ValueError unless the tensors of an adapter are those that the run trains."""
     if set(found) != set(wanted):
         raise ValueError(
-            f"adapter in {folder} must hold the tensors that this run trains, but {sorted(set(found) ^ set(wanted))[:3]} differ; take another folder"
+            say(
+                f"adapter in {folder} must hold the tensors that this run trains, but "
+                f"{sorted(set(found) ^ set(wanted))[:3]} differ; take another folder",
+                f"{folder} 中的适配器须与本次训练的张量一致，但 {sorted(set(found) ^ set(wanted))[:3]} "
+                "不同；请换一个文件夹",
+            )
         )

@@ -17,6 +17,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.machine.alone import Window, Work
 from ernie_tune.machine.tower import SharedTower, tower_parameters
 from ernie_tune.models.cache import Cache
@@ -176,8 +177,15 @@ def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
     other = [i for i, theirs in enumerate(said) if theirs != said[0]]
     if other:
         raise ValueError(
-            f"micro-batches of stage {other[0]} ({len(said[other[0]])}, tokens {[n for n, _ in said[other[0]]]}) must be those of stage 0 "
-            f"({len(said[0])}, tokens {[n for n, _ in said[0]]}); give all ranks of a pipeline the same files, seed and data settings"
+            say(
+                f"micro-batches of stage {other[0]} ({len(said[other[0]])}, tokens "
+                f"{[n for n, _ in said[other[0]]]}) must be those of stage 0 ({len(said[0])}, tokens "
+                f"{[n for n, _ in said[0]]}); give all ranks of a pipeline the same files, seed and data "
+                "settings",
+                f"流水段 {other[0]} 的微批（{len(said[other[0]])} 个，token 数 "
+                f"{[n for n, _ in said[other[0]]]}）须与段 0（{len(said[0])} 个，token 数 "
+                f"{[n for n, _ in said[0]]}）一致；同一流水线的各进程请用相同的文件、种子和数据设置",
+            )
         )
 
 
@@ -286,7 +294,12 @@ class StagedModel(StagedForward):
     def __init__(self, model: ErnieModel, cut: Cut, accumulation: int, mesh: Mesh, runs: Any = None) -> None:
         if runs is not None and cut.bounds[-2] == len(cut.items) - 1:
             raise ValueError(
-                f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with sequence_parallel; move the last cut to {len(cut.items) - 2}"
+                say(
+                    f"pp_seg_method ({list(cut.bounds)}) must leave norm and head on one stage with "
+                    f"sequence_parallel; move the last cut to {len(cut.items) - 2}",
+                    f"启用 sequence_parallel 时 pp_seg_method（{list(cut.bounds)}）须使 norm 与 head "
+                    f"在同一段；请将最后一刀移到 {len(cut.items) - 2}",
+                )
             )
         tied = ("embed_tokens", "lm_head", model.embed_tokens) if model.config.tie_word_embeddings else None
         self.pipeline = Pipeline(cut, accumulation, mesh, tied)

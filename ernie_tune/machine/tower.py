@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.parallel.balance import SharedWork
@@ -52,7 +53,12 @@ class SharedTower:
         self.patches = [0 if pack.pixel_values_PC is None else len(pack.pixel_values_PC) for pack in packs]
         frames = [frame for pack in packs for frame in _frames(pack)]
         if frames and model.config.vision is None:
-            raise ValueError("a text-only model was given images; load an ERNIE-4.5-VL model or drop the images")
+            raise ValueError(
+                say(
+                    "a text-only model was given images; load an ERNIE-4.5-VL model or drop the images",
+                    "纯文本模型收到了图片；请加载 ERNIE-4.5-VL 模型，或去掉图片",
+                )
+            )
         self.work = SharedWork([len(f.pixels_PC) for f in frames], group) if frames else None
         self.mine = [frames[i] for i in self.work.mine] if self.work else []
         self.trained = tower_parameters(model)

@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import has_values
 from ernie_tune.models.specs import MODALITIES
@@ -60,7 +61,11 @@ def _lora(model: ErnieModel, config: LoraConfig) -> Places:
             out[product] = ExpertLora(shape_of(product, model.config), model.compute_dtype, experts, product, config)
     if not out and not config.modules_to_save:
         raise ValueError(
-            f"freeze_config ({config.freeze_config}) must leave a part for the adapters; free one, or name target_modules"
+            say(
+                f"freeze_config ({config.freeze_config}) must leave a part for the adapters; free one, or "
+                "name target_modules",
+                f"freeze_config（{config.freeze_config}）须给适配器留下一部分；请放开一部分，或设置 target_modules",
+            )
         )
     return out
 
@@ -85,7 +90,10 @@ def assign(target: Tensor, values: np.ndarray, name: str) -> None:
     """Set one tensor. ValueError where the shapes differ."""
     if tuple(target.shape) != values.shape:
         raise ValueError(
-            f"tensor {name!r} {list(values.shape)} must be {target.shape}; load the adapter on its own base model"
+            say(
+                f"tensor {name!r} {list(values.shape)} must be {target.shape}; load the adapter on its own base model",
+                f"张量 {name!r} {list(values.shape)} 须为 {target.shape}；请在适配器自己的底座上加载",
+            )
         )
     target.set_value(paddle.to_tensor(values).astype(target.dtype))
 
@@ -128,7 +136,11 @@ def fill(config: PeftConfig, layers: Places, tensors: dict[str, np.ndarray]) -> 
     for name, value in mine.items():
         if value.shape != wanted[name].shape:
             raise ValueError(
-                f"tensor {name!r} {list(value.shape)} must be {list(wanted[name].shape)}; load the adapter on its own base model"
+                say(
+                    f"tensor {name!r} {list(value.shape)} must be {list(wanted[name].shape)}; load the "
+                    "adapter on its own base model",
+                    f"张量 {name!r} {list(value.shape)} 须为 {list(wanted[name].shape)}；请在适配器自己的底座上加载",
+                )
             )
     if isinstance(config, PromptConfig):
         assign(layers["embed_tokens"].prompt, mine["prompt"], "prompt")

@@ -23,6 +23,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, cast
 from ernie_tune.checkpoint.writer import write_file
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.peft import dialects
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
@@ -108,7 +109,12 @@ def _publish(
 ) -> list[Path]:
     """Everything goes to `<folder>.tmp` first. In a folder that exists the old adapter's settings go first and the new ones come last."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, but is a file; choose another name")
+        raise ValueError(
+            say(
+                f"{folder} must be a folder, but is a file; choose another name",
+                f"{folder} 须为文件夹，但它是文件；请换一个名称",
+            )
+        )
     folder = folder.resolve()
     staged = folder.with_name(folder.name + ".tmp")
     foreign = [x.name for x in staged.glob("*") if x.name not in PADDLE_FILES + PEFT_FILES]
@@ -209,16 +215,31 @@ def read_adapter(folder: Path, model: ModelConfig) -> Stored:
     found = [name for name in (PADDLE_FILES[0], PEFT_FILES[0]) if (folder / name).is_file()]
     if len(found) != 1:
         if found:
-            raise ValueError(f"{folder} must hold one adapter, but holds {' and '.join(found)}; delete one of them")
+            raise ValueError(
+                say(
+                    f"{folder} must hold one adapter, but holds {' and '.join(found)}; delete one of them",
+                    f"{folder} 中须只有一个适配器，但有 {' and '.join(found)}；请删除其一",
+                )
+            )
         raise FileNotFoundError(
-            f"{folder} must hold {PADDLE_FILES[0]} or {PEFT_FILES[0]}; a folder of model weights is loaded with AutoModel.from_pretrained"
+            say(
+                f"{folder} must hold {PADDLE_FILES[0]} or {PEFT_FILES[0]}; a folder of model weights is "
+                "loaded with AutoModel.from_pretrained",
+                f"{folder} 中须有 {PADDLE_FILES[0]} 或 {PEFT_FILES[0]}；模型权重文件夹请用 "
+                "AutoModel.from_pretrained 加载",
+            )
         )
     settings = _read_settings(folder / found[0])
     paddle = found[0] == PADDLE_FILES[0]
     weights = folder / (PADDLE_FILES[1] if paddle else PEFT_FILES[1])
     if not weights.is_file():
         raise FileNotFoundError(
-            f"{folder} must hold {weights.name} beside {found[0]}; pickled adapters (.pdparams, .bin) are not read: save as safetensors"
+            say(
+                f"{folder} must hold {weights.name} beside {found[0]}; pickled adapters (.pdparams, .bin) "
+                "are not read: save as safetensors",
+                f"{folder} 中 {found[0]} 旁须有 {weights.name}；不读取 pickle "
+                "适配器（.pdparams、.bin）：请保存为 safetensors",
+            )
         )
     reader = TensorReader(weights)
     tensors = {key: np.array(cast(reader.read(key), entry.dtype, "F32")) for key, entry in reader.entries.items()}
@@ -244,7 +265,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} must be JSON ({error}); fetch the adapter again") from error
+        raise ValueError(
+            say(
+                f"{file} must be JSON ({error}); fetch the adapter again",
+                f"{file} 须为 JSON（{error}）；请重新获取适配器",
+            )
+        ) from error
     for name, wanted in _REFUSED.items():
         if settings.get(name) not in (None, wanted):
             raise ValueError(
@@ -259,7 +285,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
         name for name in ("r", "lora_alpha") if settings.get("peft_type", "LORA") == "LORA" and name not in settings
     ]
     if absent:
-        raise ValueError(f"{file} must hold {absent[0]}; fetch the adapter again")
+        raise ValueError(
+            say(
+                f"{file} must hold {absent[0]}; fetch the adapter again", f"{file} 中须有 {absent[0]}；请重新获取适配器"
+            )
+        )
     scaling = settings.get("scaling")
     if scaling is not None and not math.isclose(scaling, _lora_config(settings, {}).scaling, rel_tol=1e-6):
         raise ValueError(
@@ -298,10 +328,18 @@ def _check_factors(tensors: dialects.Tensors, model: ModelConfig, r: int, file: 
         wanted = {"lora_A": (n_in, r), "lora_B": (r, n_out), "magnitude": (n_out,)}[factor]
         if value.shape != wanted:
             raise ValueError(
-                f"{file}: {key} {list(value.shape)} must be {list(wanted)} for rank {r}; load the adapter on its own base model"
+                say(
+                    f"{file}: {key} {list(value.shape)} must be {list(wanted)} for rank {r}; load the adapter "
+                    "on its own base model",
+                    f"{file}：秩为 {r} 时 {key} {list(value.shape)} 须为 {list(wanted)}；请在适配器自己的底座上加载",
+                )
             )
         missing = [name for name in ("lora_A", "lora_B") if f"{owner}.{name}" not in tensors]
         if missing:
             raise ValueError(
-                f"{file}: {owner} must have lora_A and lora_B, but {missing[0]} is missing; fetch the adapter again"
+                say(
+                    f"{file}: {owner} must have lora_A and lora_B, but {missing[0]} is missing; fetch the "
+                    "adapter again",
+                    f"{file}：{owner} 须有 lora_A 与 lora_B，缺少 {missing[0]}；请重新获取适配器",
+                )
             )

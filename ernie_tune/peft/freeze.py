@@ -15,6 +15,7 @@ from typing import Any
 
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import ErnieModel, Recompute
 from ernie_tune.peft.parts import PARTS, TOWERS, frozen_parts, part_of
 
@@ -41,7 +42,12 @@ class FreezeSpec:
         try:
             raw = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} must be JSON ({error}); see trainable_layers and frozen_layers") from error
+            raise ValueError(
+                say(
+                    f"{file} must be JSON ({error}); see trainable_layers and frozen_layers",
+                    f"{file} 须为 JSON（{error}）；参见 trainable_layers 与 frozen_layers",
+                )
+            ) from error
         lists = isinstance(raw, dict) and all(isinstance(raw.get(key, []), list) for key in _KEYS)
         if not lists or not raw or set(raw) - set(_KEYS):
             raise ValueError(
@@ -60,14 +66,24 @@ class FreezeSpec:
         both = [name for name in names if self.trainable and name in wanted and name in frozen]
         if both:
             raise ValueError(
-                f"trainable_layers and frozen_layers must not share parameters, but both hold {both[0]} ({len(both)} in all); take it out of one"
+                say(
+                    f"trainable_layers and frozen_layers must not share parameters, but both hold {both[0]} ("
+                    f"{len(both)} in all); take it out of one",
+                    f"trainable_layers 与 frozen_layers 不能包含相同的参数，但两者都有 {both[0]}（共 "
+                    f"{len(both)} 个）；请从其一去掉",
+                )
             )
         parts = frozen_parts(self.freeze_config)
         trained = {name for name in wanted - frozen if part_of(name) not in parts}
         if not trained:
             raise ValueError(
-                f"freeze settings (trainable_layers {list(self.trainable)}, frozen_layers {list(self.frozen)}, freeze_config {self.freeze_config!r}) "
-                "must leave something to train; free a part"
+                say(
+                    f"freeze settings (trainable_layers {list(self.trainable)}, frozen_layers "
+                    f"{list(self.frozen)}, freeze_config {self.freeze_config!r}) must leave something to "
+                    "train; free a part",
+                    f"冻结设置（trainable_layers {list(self.trainable)}、frozen_layers {list(self.frozen)}"
+                    f"、freeze_config {self.freeze_config!r}）须留下可训练的部分；请放开一部分",
+                )
             )
         total = 0
         for name, value in model.named_parameters():
@@ -86,7 +102,12 @@ def _names(items: Sequence[str | int], names: Sequence[str], field: str) -> set[
             known = [*PARTS, *TOWERS, *dict.fromkeys(name.rsplit(".", 1)[0] for name in names)]
             close = difflib.get_close_matches(str(item), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"use layer numbers, names, or {[*PARTS, *TOWERS]}"
-            raise ValueError(f"{field} ({item!r}) must match a parameter of the model; {hint}")
+            raise ValueError(
+                say(
+                    f"{field} ({item!r}) must match a parameter of the model; {hint}",
+                    f"{field}（{item!r}）须与模型的某个参数匹配；{hint}",
+                )
+            )
         found |= matched
     return found
 
@@ -104,7 +125,11 @@ def _matcher(item: str, field: str) -> Callable[[str], bool]:
         pattern = re.compile(item)
     except re.error as error:
         raise ValueError(
-            f"{field} ({item!r}) must be a name or a valid regular expression ({error}); escape its special characters"
+            say(
+                f"{field} ({item!r}) must be a name or a valid regular expression ({error}); escape its "
+                "special characters",
+                f"{field}（{item!r}）须为名称或合法的正则表达式（{error}）；请转义特殊字符",
+            )
         ) from error
     return lambda name: name.startswith(item) or pattern.fullmatch(name) is not None
 

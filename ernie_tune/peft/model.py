@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
@@ -75,10 +76,18 @@ class PeftModel(ErnieModel):
     def add_adapter(self, config: PeftConfig, name: str = "default") -> None:
         """Attach a fresh adapter and make it the active one. ValueError for a name in use and for targets that do not exist."""
         if not re.fullmatch(r"\w[\w-]*", name):
-            raise ValueError(f"adapter name ({name!r}) must be made of letters, digits, _ and -; choose another")
+            raise ValueError(
+                say(
+                    f"adapter name ({name!r}) must be made of letters, digits, _ and -; choose another",
+                    f"适配器名（{name!r}）须由字母、数字、_ 和 - 组成；请换一个",
+                )
+            )
         if name in self.adapters:
             raise ValueError(
-                f"adapter name ({name!r}) must be new, there is {sorted(self.adapters)}; delete_adapter it first"
+                say(
+                    f"adapter name ({name!r}) must be new, there is {sorted(self.adapters)}; delete_adapter it first",
+                    f"适配器名（{name!r}）不能重复，已有 {sorted(self.adapters)}；请先 delete_adapter",
+                )
             )
         adapter = Adapter(config, build.places(self, config), waiting=not all(map(has_values, self.base.parameters())))
         if isinstance(config, LoraConfig):
@@ -182,7 +191,10 @@ class PeftModel(ErnieModel):
     def _get(self, name: str) -> Adapter:
         if name not in self.adapters:
             raise ValueError(
-                f"adapter name ({name!r}) must be one of {sorted(self.adapters)}; load_adapter adds others"
+                say(
+                    f"adapter name ({name!r}) must be one of {sorted(self.adapters)}; load_adapter adds others",
+                    f"适配器名（{name!r}）须为 {sorted(self.adapters)} 之一；用 load_adapter 可添加",
+                )
             )
         return self.adapters[name]
 
@@ -266,7 +278,12 @@ class PeftModel(ErnieModel):
         """Print the active adapter's scale and what is trained, by part of the model (`report.py`)."""
         config = self.adapters[self.active].config if self.active else None
         if isinstance(config, LoraConfig):
-            print(f"LoRA {self.active!r}: r {config.r}, alpha {config.alpha:g}, scaling {config.scaling:g}")
+            print(
+                say(
+                    f"LoRA {self.active!r}: r {config.r}, alpha {config.alpha:g}, scaling {config.scaling:g}",
+                    f"LoRA {self.active!r}：r {config.r}，alpha {config.alpha:g}，缩放 {config.scaling:g}",
+                )
+            )
         print(trainable_table(self), flush=True)
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -318,7 +335,10 @@ class PeftModel(ErnieModel):
         kind = type(stored.config).__name__.removesuffix("Config")
         scale = f", scaling {stored.config.scaling:g}" if isinstance(stored.config, LoraConfig) else ""
         print(
-            f"ernie_tune: {folder}: {kind} adapter {name!r}, {len(stored.tensors)} tensors{scale}",
+            say(
+                f"ernie_tune: {folder}: {kind} adapter {name!r}, {len(stored.tensors)} tensors{scale}",
+                f"ernie_tune：{folder}：{kind} 适配器 {name!r}，{len(stored.tensors)} 个张量{scale}",
+            ),
             file=sys.stderr,
             flush=True,
         )
@@ -328,7 +348,10 @@ class PeftModel(ErnieModel):
         for key, value in rest.items():
             if key not in adapter.copies:
                 raise ValueError(
-                    f"{folder}: tensor {key!r} must belong to a layer of the adapter; fetch the adapter again"
+                    say(
+                        f"{folder}: tensor {key!r} must belong to a layer of the adapter; fetch the adapter again",
+                        f"{folder}：张量 {key!r} 须属于适配器的某层；请重新获取适配器",
+                    )
                 )
             build.assign(adapter.copies[key], value, key)
         adapter.waiting = False
@@ -351,11 +374,18 @@ class PeftModel(ErnieModel):
         adapter = self._get(self.active or "")
         if not isinstance(adapter.config, LoraConfig):
             raise ValueError(
-                f"merge must be given a LoRA adapter, not {type(adapter.config).__name__}; keep it as an adapter"
+                say(
+                    f"merge must be given a LoRA adapter, not {type(adapter.config).__name__}; keep it as an adapter",
+                    f"只有 LoRA 适配器可以合并，而不是 {type(adapter.config).__name__}；请保留为适配器",
+                )
             )
         if is_quantised(self):
             raise ValueError(
-                "merge must be given float weights, but the base is quantised; load the float model and the adapter, merge, quantise again"
+                say(
+                    "merge must be given float weights, but the base is quantised; load the float model and "
+                    "the adapter, merge, quantise again",
+                    "合并需要浮点权重，但底座已量化；请加载浮点模型和适配器，合并后再量化",
+                )
             )
         before = self._eval_logits(inputs)
         copies, layers = dict(adapter.copies), dict(self.named_sublayers())
@@ -372,7 +402,10 @@ class PeftModel(ErnieModel):
             return self.base, None
         change = float(np.abs(after - before).max())
         print(
-            f"ernie_tune: merged: largest |change of a logit| {change:.2e} on {len(before)} tokens",
+            say(
+                f"ernie_tune: merged: largest |change of a logit| {change:.2e} on {len(before)} tokens",
+                f"ernie_tune：已合并：{len(before)} 个 token 上 logit 的最大变化为 {change:.2e}",
+            ),
             file=sys.stderr,
             flush=True,
         )

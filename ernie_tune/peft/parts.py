@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ernie_tune.config.language import say
+
 # First match wins. The names of adapters start with the name of the module they sit on, so they fall into its part.
 PARTS: dict[str, str] = {
     "attention": r"layers\.\d+\.self_attn\.",
@@ -48,6 +50,11 @@ def frozen_parts(freeze_config: str | Iterable[str]) -> frozenset[str]:
     unknown = [word for word in words if word.removeprefix("freeze_") not in TOWERS or not word.startswith("freeze_")]
     if unknown:
         raise ValueError(
-            f"freeze_config ({unknown[0]!r}) must be made of {[f'freeze_{word}' for word in TOWERS]}; choose from them, separated by spaces"
+            say(
+                f"freeze_config ({unknown[0]!r}) must be made of {[f'freeze_{word}' for word in TOWERS]}; "
+                "choose from them, separated by spaces",
+                f"freeze_config（{unknown[0]!r}）须由 {[f'freeze_{word}' for word in TOWERS]} "
+                "组成；请从中选择，以空格分隔",
+            )
         )
     return frozenset(part for word in words for part in TOWERS[word.removeprefix("freeze_")])

@@ -15,6 +15,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across, has_values
 from ernie_tune.models.moe import Experts
@@ -309,7 +310,10 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(
-            f"weight_quantize_algo ({algorithm!r}) must be one of {sorted(ALGORITHMS)}; choose one of them"
+            say(
+                f"weight_quantize_algo ({algorithm!r}) must be one of {sorted(ALGORITHMS)}; choose one of them",
+                f"weight_quantize_algo（{algorithm!r}）须为 {sorted(ALGORITHMS)} 之一；请选一种",
+            )
         )
     layers = model.sublayers(include_self=True)
     for what, kind in (("adapters", Slot), ("quantised layers", QuantizedWeight)):
@@ -332,8 +336,14 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
         if chosen.embedding:
             model.embed_tokens = QuantizedEmbedding(model.embed_tokens.weight)
     print(
-        f"ernie_tune: {algorithm}: {linears} linear layers int{chosen.linear}, {stacks} expert stacks int{chosen.experts}, "
-        f"embedding {'int8' if chosen.embedding else 'as it was'}: {before / 1e6:.1f} MB -> {weight_bytes(model) / 1e6:.1f} MB",
+        say(
+            f"ernie_tune: {algorithm}: {linears} linear layers int{chosen.linear}, {stacks} expert "
+            f"stacks int{chosen.experts}, embedding {('int8' if chosen.embedding else 'as it was')}: "
+            f"{before / 1000000.0:.1f} MB -> {weight_bytes(model) / 1000000.0:.1f} MB",
+            f"ernie_tune：{algorithm}：{linears} 个线性层 int{chosen.linear}，{stacks} 组专家 int"
+            f"{chosen.experts}，词嵌入 {('int8' if chosen.embedding else 'as it was')}："
+            f"{before / 1000000.0:.1f} MB → {weight_bytes(model) / 1000000.0:.1f} MB",
+        ),
         file=sys.stderr,
         flush=True,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.peft.config import Expert, LoraConfig
 
 
@@ -47,6 +48,10 @@ def expert_range(item: str) -> list[Expert]:
     first, _, last = experts.partition("-")
     if not (layer.isdecimal() and modality in ("text", "vision") and first.isdecimal() and (last or first).isdecimal()):
         raise ValueError(
-            f"lora_expert_list ({item!r}) must look like layer:text|vision:first-last, e.g. 3:vision:0-7; correct it"
+            say(
+                f"lora_expert_list ({item!r}) must look like layer:text|vision:first-last, e.g. "
+                "3:vision:0-7; correct it",
+                f"lora_expert_list（{item!r}）须形如 layer:text|vision:first-last，例如 3:vision:0-7；请改正",
+            )
         )
     return [(int(layer), modality, e) for e in range(int(first), int(last or first) + 1)]

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES
 from ernie_tune.peft.config import Expert, LoraConfig
@@ -68,7 +69,11 @@ def _matches(item: str, name: str) -> bool:
         return re.fullmatch(item, name) is not None
     except re.error as error:
         raise ValueError(
-            f"target_modules ({item!r}) must be a name or a valid regular expression ({error}); escape its special characters"
+            say(
+                f"target_modules ({item!r}) must be a name or a valid regular expression ({error}); "
+                "escape its special characters",
+                f"target_modules（{item!r}）须为名称或合法的正则表达式（{error}）；请转义特殊字符",
+            )
         ) from error
 
 
@@ -96,7 +101,12 @@ def modules_named(items: Sequence[str], modules: Sequence[str]) -> list[str]:
             leaves = sorted({part for name in modules for part in name.split(".") if not part.isdigit()})
             close = difflib.get_close_matches(item, leaves, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {leaves}"
-            raise ValueError(f"modules_to_save ({item!r}) must name a module that has parameters; {hint}")
+            raise ValueError(
+                say(
+                    f"modules_to_save ({item!r}) must name a module that has parameters; {hint}",
+                    f"modules_to_save（{item!r}）须为有参数的模块；{hint}",
+                )
+            )
         chosen.update(matched)
     return [name for name in modules if name in chosen]
 
@@ -111,15 +121,27 @@ def expert_targets(config: LoraConfig, model: ModelConfig) -> Experts:
         if moe is None or layer not in moe.layer_indices or modality not in MODALITIES[: moe.num_modalities]:
             have = None if moe is None else (list(moe.layer_indices), list(MODALITIES[: moe.num_modalities]))
             raise ValueError(
-                f"expert_targets ({layer}, {modality!r}, {expert}) must name a sparse layer and a modality of the model ({have}); correct the list"
+                say(
+                    f"expert_targets ({layer}, {modality!r}, {expert}) must name a sparse layer and a "
+                    f"modality of the model ({have}); correct the list",
+                    f"expert_targets（{layer}、{modality!r}、{expert}）须为模型的稀疏层与模态（{have}）；请改正列表",
+                )
             )
         if not 0 <= expert < moe.num_experts:
             raise ValueError(
-                f"expert_targets ({layer}, {modality!r}, {expert}) must be below num_experts ({moe.num_experts}); correct the list"
+                say(
+                    f"expert_targets ({layer}, {modality!r}, {expert}) must be below num_experts ("
+                    f"{moe.num_experts}); correct the list",
+                    f"expert_targets（{layer}、{modality!r}、{expert}）须小于专家数（{moe.num_experts}）；请改正列表",
+                )
             )
         if f"{modality} experts" in frozen:
             raise ValueError(
-                f"expert_targets ({modality!r}) must not be frozen by freeze_config ({config.freeze_config}); drop one of the two"
+                say(
+                    f"expert_targets ({modality!r}) must not be frozen by freeze_config ("
+                    f"{config.freeze_config}); drop one of the two",
+                    f"expert_targets（{modality!r}）不能被 freeze_config（{config.freeze_config}）冻结；请去掉其一",
+                )
             )
         chosen.setdefault((layer, MODALITIES.index(modality)), set()).add(expert)
     return {key: tuple(sorted(chosen[key])) for key in sorted(chosen)}
@@ -131,7 +153,12 @@ def _expert_list(config: LoraConfig, model: ModelConfig) -> list[Expert]:
     if isinstance(config.expert_targets, str) and config.expert_targets != "shared":
         words.append(config.expert_targets)
     if words and model.moe is None:
-        raise ValueError(f"expert_targets ({words[0]!r}) must be empty for a model without experts; drop it")
+        raise ValueError(
+            say(
+                f"expert_targets ({words[0]!r}) must be empty for a model without experts; drop it",
+                f"模型没有专家，expert_targets（{words[0]!r}）须为空；请去掉",
+            )
+        )
     for word in words:
         if model.moe is not None:
             present = MODALITIES[: model.moe.num_modalities]

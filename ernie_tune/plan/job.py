@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ernie_tune.config.arguments import ADDED, RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.config.stages import STAGES
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
@@ -101,13 +102,19 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
             adapter, expert_targets="both" if lora.lora_experts == "none" else lora.lora_experts
         )
         notes.append(
-            "lora_expert_affinity is measured when training starts: counted as if all those experts had adapters"
+            say(
+                "lora_expert_affinity is measured when training starts: counted as if all those experts had adapters",
+                "lora_expert_affinity 在训练开始时才测量：此处按这些专家都有适配器计算",
+            )
         )
     if m.fine_tuning in ("Full", "Freeze") and (
         config.freeze.trainable_layers or config.freeze.frozen_layers or config.freeze.freeze_spec
     ):
         notes.append(
-            "layers named in trainable_layers, frozen_layers or freeze_spec are counted as trained: an upper bound"
+            say(
+                "layers named in trainable_layers, frozen_layers or freeze_spec are counted as trained: an upper bound",
+                "trainable_layers、frozen_layers 或 freeze_spec 中的层按参与训练计算：此为上限",
+            )
         )
     job = Job(
         model,
@@ -132,7 +139,12 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
     visual = visual_tokens if visual_tokens is not None else job.tokens // 2 if model.vision else 0
     if not 0 <= visual <= job.tokens or (visual and model.vision is None):
         raise ValueError(
-            f"visual_tokens ({visual}) must be between 0 and the tokens of a micro-batch ({job.tokens if model.vision else 0}); lower it / 视觉 token 数超出范围"
+            say(
+                f"visual_tokens ({visual}) must be between 0 and the tokens of a micro-batch ("
+                f"{(job.tokens if model.vision else 0)}); lower it",
+                f"visual_tokens（{visual}）须在 0 与微批的 token 数（{(job.tokens if model.vision else 0)}"
+                "）之间；请调小",
+            )
         )
     return job.replace(visual_tokens=visual)
 

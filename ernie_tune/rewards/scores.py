@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Gold = str | Sequence[str]
 
@@ -226,7 +228,10 @@ def confusion(predictions: Sequence[str], references: Sequence[str], labels: Seq
     for prediction, reference in zip(predictions, references, strict=True):
         if normalise_answer(reference) not in row_of:
             raise ValueError(
-                f"reference ({reference!r}) must be one of labels ({', '.join(labels)}); add it or correct the row"
+                say(
+                    f"reference ({reference!r}) must be one of labels ({', '.join(labels)}); add it or correct the row",
+                    f"参考答案（{reference!r}）须为标签（{', '.join(labels)}）之一；请补上，或改正该行",
+                )
             )
         named = match_label(prediction, labels)
         counts[row_of[normalise_answer(reference)]][labels.index(named) if named in labels else -1] += 1
@@ -257,7 +262,12 @@ def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str
         named = [match_label(prediction, labels) for prediction in predictions]
         return [float(any(exact_match(n, g) for g in gold)) for n, gold in zip(named, golds, strict=True)]
     if name not in METRICS:
-        raise ValueError(f"metric ({name!r}) must be one of {', '.join((*METRICS, CLASSIFICATION))}; correct the name")
+        raise ValueError(
+            say(
+                f"metric ({name!r}) must be one of {', '.join((*METRICS, CLASSIFICATION))}; correct the name",
+                f"指标（{name!r}）须为 {', '.join((*METRICS, CLASSIFICATION))} 之一；请改正名称",
+            )
+        )
     score = METRICS[name]
     return [max((score(p, g) for g in gold), default=0.0) for p, gold in zip(predictions, golds, strict=True)]
 
@@ -270,7 +280,12 @@ def score_answers(predictions: Sequence[str], references: Sequence[Gold], names:
     one_each = len(singles) == len(references)
     for name in names:
         if name == MACRO_F1 and not one_each:
-            raise ValueError(f"metric ({name}) must go with one gold answer a row; take {CLASSIFICATION}")
+            raise ValueError(
+                say(
+                    f"metric ({name}) must go with one gold answer a row; take {CLASSIFICATION}",
+                    f"指标（{name}）要求每行只有一个参考答案；请用 {CLASSIFICATION}",
+                )
+            )
         if name != MACRO_F1:
             rows = row_scores(predictions, references, name)
             out[name] = sum(rows) / len(rows)
@@ -313,5 +328,9 @@ def _distinct(texts: Sequence[str]) -> list[str]:
 def _check(predictions: Sequence[str], references: Sequence[Gold]) -> None:
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            f"predictions ({len(predictions)}) must be as many as references ({len(references)}) and at least one; give one a row"
+            say(
+                f"predictions ({len(predictions)}) must be as many as references ({len(references)}) and "
+                "at least one; give one a row",
+                f"预测（{len(predictions)} 个）须与参考答案（{len(references)} 个）一样多且至少一个；请每行给一个",
+            )
         )

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from ernie_tune.config.language import say
+
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -36,7 +38,12 @@ def think_format(text: str, mode: str = "think") -> float:
 def language(text: str, language: str) -> float:
     """0 where at least 0.8 of the letters outside code are of the language ("zh" or "en"), else minus what is missing. Raises ValueError for another."""
     if language not in ("zh", "en"):
-        raise ValueError(f"language ({language!r}) must be zh or en; choose one")
+        raise ValueError(
+            say(
+                f"language ({language!r}) must be zh or en; choose one",
+                f"language（{language!r}）须为 zh 或 en；请选一种",
+            )
+        )
     plain = _CODE.sub(" ", text)
     chinese, latin = len(_CJK.findall(plain)), len(_LATIN.findall(plain))
     if not chinese + latin:
@@ -58,7 +65,12 @@ def repetition(text: str | Sequence[int], n: int = 3, max_penalty: float = 1.0) 
 def soft_overlong(tokens: int, limit: int, buffer: int) -> float:
     """0 up to limit - buffer tokens, falling to -1 at the limit, -1 beyond (DAPO, arXiv 2503.14476, eq. 13). Raises ValueError where buffer > limit."""
     if not 0 <= buffer <= limit:
-        raise ValueError(f"overlong_buffer ({buffer}) must lie in [0, max_completion_length ({limit})]; lower it")
+        raise ValueError(
+            say(
+                f"overlong_buffer ({buffer}) must lie in [0, max_completion_length ({limit})]; lower it",
+                f"overlong_buffer（{buffer}）须在 [0, max_completion_length（{limit}）] 之内；请调小",
+            )
+        )
     if tokens <= limit - buffer:
         return 0.0
     return (limit - buffer - tokens) / buffer if tokens <= limit and buffer else -1.0

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.rewards.reading import MAX_TEXT, answer_span, fold, squash, without_thought
 from ernie_tune.rewards.scores import Box, iou
 
@@ -175,7 +176,12 @@ def json_schema(text: str, schema: Mapping[str, Any]) -> float:
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"schema ({error.message}) must be a JSON schema; correct it") from None
+        raise ValueError(
+            say(
+                f"schema ({error.message}) must be a JSON schema; correct it",
+                f"schema（{error.message}）须为 JSON schema；请改正",
+            )
+        ) from None
     found = read_object(text)
     return float(found is not None and jsonschema.Draft202012Validator(schema).is_valid(found))
 

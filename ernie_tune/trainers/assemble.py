@@ -17,6 +17,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import Source, fill
 from ernie_tune.config.arguments import ADDED, AddedArguments, RunConfig
 from ernie_tune.config.checks import problems
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import load_config
 from ernie_tune.config.sections_run import OptimArguments
 from ernie_tune.data.batching import BatchStream, Dropped, Encoder, Packable, RecordEncoder, Sample, collate
@@ -132,7 +133,12 @@ def hold_out(sets: list[Rows], share: float, seed: int) -> tuple[list[Rows], Row
     places = [(k, i) for k, rows in enumerate(sets) for i in range(len(rows))]
     count = round(share * len(places)) if share < 1 else int(share)
     if not 0 < count < len(places):
-        raise ValueError(f"val_size ({share:g}) must leave rows on both sides of {len(places)}; change it")
+        raise ValueError(
+            say(
+                f"val_size ({share:g}) must leave rows on both sides of {len(places)}; change it",
+                f"val_size（{share:g}）须使 {len(places)} 行的两边都有数据；请修改",
+            )
+        )
     taken = {permute(j, len(places), seed, 77) for j in range(count)}
     kept = [[i for j, (k, i) in enumerate(places) if k == source and j not in taken] for source in range(len(sets))]
     held = [
@@ -224,7 +230,11 @@ def base_of_run(arguments: Path) -> ErnieModel:
     config = load_config(arguments).config
     if not config.model.model_name_or_path:
         raise ValueError(
-            f"{arguments} must name the base model of the adapter (model_name_or_path); write it there, then try again"
+            say(
+                f"{arguments} must name the base model of the adapter (model_name_or_path); write it "
+                "there, then try again",
+                f"{arguments} 须写明适配器的底座模型（model_name_or_path）；请补上后重试",
+            )
         )
     return load_base(config)
 
@@ -262,12 +272,24 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     source: Source
     if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
         model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
-        print(f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}", file=sys.stderr)
+        print(
+            say(
+                f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}",
+                f"ernie_tune：{name}：权重由种子 {config.train.seed} 随机初始化",
+            ),
+            file=sys.stderr,
+        )
     else:
         hub = config.model.download_hub
         model, source = AutoModel.unread(name, dtype, None if hub == "none" else hub, empty=empty)
     if c.bf16 and model.compute_dtype == "float32":
-        print("ernie_tune: bf16: true: this device computes in float32 instead", file=sys.stderr)
+        print(
+            say(
+                "ernie_tune: bf16: true: this device computes in float32 instead",
+                "ernie_tune：bf16: true：此设备改用 float32 计算",
+            ),
+            file=sys.stderr,
+        )
     return model, source
 
 

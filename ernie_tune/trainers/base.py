@@ -14,6 +14,7 @@ from typing import Any
 
 from ernie_tune.checkpoint.ledger import Ledger
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -55,7 +56,12 @@ class Trainer:
         stages = self.method_class.stages
         if self.args.model.stage not in stages:
             raise ValueError(
-                f"stage ({self.args.model.stage}) must be one of {stages} with {type(self).__name__}; set it, or take another trainer"
+                say(
+                    f"stage ({self.args.model.stage}) must be one of {stages} with {type(self).__name__}; set "
+                    "it, or take another trainer",
+                    f"使用 {type(self).__name__} 时 stage（{self.args.model.stage}）须为 {stages} "
+                    "之一；请修改，或换用其他训练器",
+                )
             )
         assemble.refuse(self.args)
         assemble.check_layout(self.args, model)
@@ -64,7 +70,12 @@ class Trainer:
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
-                "processor (None) must be given for a model that was not loaded from a folder; pass Processor.bundled() or the folder's"
+                say(
+                    "processor (None) must be given for a model that was not loaded from a folder; pass "
+                    "Processor.bundled() or the folder's",
+                    "模型不是从文件夹加载时须给出 processor（现为 None）；请传入 Processor.bundled() "
+                    "或该文件夹的 processor",
+                )
             )
         self.processor = processor or assemble.load_processor(self.args, name)
         self.method = self.make_method()
@@ -132,13 +143,21 @@ class Trainer:
         self._given = {"train_dataset_path": list(sets), "eval_dataset_path": [held]}
         if not sets:
             raise ValueError(
-                "train_dataset (None) must be given, or train_dataset_path set in args; name the training rows"
+                say(
+                    "train_dataset (None) must be given, or train_dataset_path set in args; name the training rows",
+                    "须给出 train_dataset（现为 None），或在 args 中设置 train_dataset_path；请指明训练数据",
+                )
             )
         if not len(held) and c.data.val_size > 0:
             sets, held = assemble.hold_out(sets, c.data.val_size, c.train.seed)
         if not len(held) and c.eval.eval_strategy != "no":
             raise ValueError(
-                f"eval_dataset (0 rows) must have rows with eval_strategy ({c.eval.eval_strategy}); give eval_dataset or val_size"
+                say(
+                    f"eval_dataset (0 rows) must have rows with eval_strategy ({c.eval.eval_strategy}); give "
+                    "eval_dataset or val_size",
+                    f"eval_strategy（{c.eval.eval_strategy}）需要评测数据，eval_dataset 为 0 行；请给出 "
+                    "eval_dataset 或 val_size",
+                )
             )
         self.train_rows = sum(len(rows) for rows in sets)
         self.rows = RowSets(self.method.more_rows(sets), held)
@@ -247,7 +266,11 @@ class Trainer:
             parts.take_weights(start)
             if found is None:
                 print(
-                    f"ernie_tune: weights of {start.path}; optimizer, data and step count start anew", file=sys.stderr
+                    say(
+                        f"ernie_tune: weights of {start.path}; optimizer, data and step count start anew",
+                        f"ernie_tune：使用 {start.path} 的权重；优化器、数据和步数重新开始",
+                    ),
+                    file=sys.stderr,
                 )
         return found
 
@@ -260,7 +283,12 @@ class Trainer:
     def evaluate(self, answers: str | Path | None = None) -> dict[str, float]:
         """Loss on the evaluation rows and scores of generated answers, without training. `answers`: the file that takes them, one JSON object a line."""
         if not len(self.eval_rows):
-            raise ValueError("eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size")
+            raise ValueError(
+                say(
+                    "eval_dataset (0 rows) must have rows to evaluate; set eval_dataset_path or val_size",
+                    "没有评测数据（eval_dataset 为 0 行）；请设置 eval_dataset_path 或 val_size",
+                )
+            )
         with self.place.watched():
             if not self._prepared:
                 self.prepare()

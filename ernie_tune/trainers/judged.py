@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.corruption import CorruptedPairs
@@ -36,7 +37,12 @@ def check_shared_prompts(model: ErnieModel, encoder: UnitEncoder) -> None:
         config = model.adapters[model.active].config
         if isinstance(config, PromptConfig | PrefixConfig) and encoder.share:
             raise ValueError(
-                f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}: virtual tokens begin every dialogue; set it"
+                say(
+                    f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}"
+                    ": virtual tokens begin every dialogue; set it",
+                    f"使用 {type(config).__name__.removesuffix('Config')} 时每段对话以虚拟 token "
+                    "开头，prefix_sharing（true）须为 false；请设置",
+                )
             )
 
 
@@ -53,7 +59,12 @@ class SpoiltPictures:
             return sets
         if not learns_pairs:
             raise ValueError(
-                f"image_corruption ({c.image_corruption}) makes pairs and must go with a weight of the term that learns from them; raise pair in term_weights"
+                say(
+                    f"image_corruption ({c.image_corruption}) makes pairs and must go with a weight of the "
+                    "term that learns from them; raise pair in term_weights",
+                    f"image_corruption（{c.image_corruption}）会生成成对数据，须给学习它们的项设权重；请在 "
+                    "term_weights 中调大 pair",
+                )
             )
         self.rows = sum(len(rows) for rows in sets)
         how = (c.image_corruption, c.image_corruption_noise, c.image_corruption_ratio, data_seed(self.config))
@@ -61,8 +72,15 @@ class SpoiltPictures:
         self.made = sum(len(rows.chosen) for rows in made)
         if not self.made:
             raise ValueError(
-                f"image_corruption ({c.image_corruption}) must find rows with a picture and an answer known to be right, none of {self.rows} "
-                f"in {','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise image_corruption_ratio, or set none"
+                say(
+                    f"image_corruption ({c.image_corruption}) must find rows with a picture and an answer "
+                    f"known to be right, none of {self.rows} in "
+                    f"{','.join(d.train_dataset_path) or 'train_dataset'} was taken; give such rows, raise "
+                    "image_corruption_ratio, or set none",
+                    f"image_corruption（{c.image_corruption}）需要有图片且已知正确回答的数据，"
+                    f"{','.join(d.train_dataset_path) or 'train_dataset'} 的 {self.rows} "
+                    "行中没有可用的；请补充此类数据、调大 image_corruption_ratio，或设为 none",
+                )
             )
         return made
 
@@ -71,7 +89,11 @@ class SpoiltPictures:
         if self.made:
             kind = self.config.picture.image_corruption
             log.info(
-                f"image_corruption {kind}: {self.made} pairs of a true and a spoilt picture beside {self.rows} rows"
+                say(
+                    f"image_corruption {kind}: {self.made} pairs of a true and a spoilt picture beside "
+                    f"{self.rows} rows",
+                    f"image_corruption {kind}：在 {self.rows} 行之外生成 {self.made} 对真图与损坏图",
+                )
             )
 
 

@@ -110,7 +110,13 @@ class Measure:
             found = file.is_file()
             self.first = json.loads(file.read_text(encoding="utf-8")) if found else {}
             if not found:
-                log.info(f"{file} is not there: no comparison with the model before training", "WARNING")
+                log.info(
+                    say(
+                        f"{file} is not there: no comparison with the model before training",
+                        f"没有找到 {file}：无法与训练前的模型比较",
+                    ),
+                    "WARNING",
+                )
             return
         metrics, asked, given = self._measured(say("before", "训练前"), self.config.eval.report_max_samples)
         self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
@@ -220,7 +226,7 @@ class Measure:
             for path, rows in sets.items()
         }
         for line in dropped.lines():
-            log.info(f"guard sets: {line}", "WARNING")
+            log.info(say(f"guard sets: {line}", f"守护数据集：{line}"), "WARNING")
         if not self.guard_sets:
             return None
         file = self.output_dir / GUARD_FILE
@@ -228,7 +234,12 @@ class Measure:
             baseline = json.loads(file.read_text(encoding="utf-8"))
         elif resumed:
             raise ValueError(
-                f"guard_dataset_path ({', '.join(sets)}) must have been given from the start, {file} is not there; remove it, or start in another output_dir"
+                say(
+                    f"guard_dataset_path ({', '.join(sets)}) must have been given from the start, {file} is "
+                    "not there; remove it, or start in another output_dir",
+                    f"guard_dataset_path（{', '.join(sets)}）须从一开始就给出，没有找到 {file}"
+                    "；请去掉，或换一个 output_dir 重新开始",
+                )
             )
         else:
             baseline = {path: self._row_accuracy(rows) for path, rows in self.guard_sets.items()}
@@ -287,4 +298,8 @@ def write_reports(run: Described, measure: Measure, log: RunLog) -> None:
     pages = [
         name for name in ("README.md", "before_after.html", "training_loss.svg") if (run.output_dir / name).is_file()
     ]
-    log.info(f"everything is in {run.output_dir}: {', '.join(pages)}")
+    log.info(
+        say(
+            f"everything is in {run.output_dir}: {', '.join(pages)}", f"全部结果在 {run.output_dir}：{', '.join(pages)}"
+        )
+    )

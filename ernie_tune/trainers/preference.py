@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.mixing import permute
 from ernie_tune.data.records import Record
@@ -105,7 +106,12 @@ class PreferenceMethod(Method):
         if not objective.needs_reference or r.ref_mode == "none":
             if objective.needs_reference:
                 raise ValueError(
-                    f"ref_mode (none) must not go with loss_type {','.join(self.config.preference.loss_type)}, which compares with a reference; set auto, or take simpo, orpo or cpo"
+                    say(
+                        f"ref_mode (none) must not go with loss_type {','.join(self.config.preference.loss_type)}"
+                        ", which compares with a reference; set auto, or take simpo, orpo or cpo",
+                        f"loss_type {','.join(self.config.preference.loss_type)} 要与参考模型比较，不能用 "
+                        "ref_mode（none）；请设为 auto，或用 simpo、orpo、cpo",
+                    )
                 )
             return "none"
         moving = r.ref_model_update_steps > 0
@@ -113,11 +119,19 @@ class PreferenceMethod(Method):
         mode = choose_mode(r.ref_mode, model, moving or self.config.save.resume_only_model)
         if moving and mode not in ("model", "adapter_ref"):
             raise ValueError(
-                f"ref_model_update_steps ({r.ref_model_update_steps}) must not go with ref_mode {mode}; unset one"
+                say(
+                    f"ref_model_update_steps ({r.ref_model_update_steps}) must not go with ref_mode {mode}; unset one",
+                    f"ref_model_update_steps（{r.ref_model_update_steps}）不能与 ref_mode {mode} 同用；请取消其一",
+                )
             )
         if mode == "precomputed" and objective.uses_kl:
             raise ValueError(
-                "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known before; set auto, or bco or apo_zero_unpaired"
+                say(
+                    "ref_mode (precomputed) must not go with kto, whose mismatched answers are not known "
+                    "before; set auto, or bco or apo_zero_unpaired",
+                    "ref_mode（precomputed）不能与 kto 同用，其错配回答事先未知；请设为 auto，或用 "
+                    "bco、apo_zero_unpaired",
+                )
             )
         return mode
 
@@ -204,20 +218,30 @@ class PreferenceMethod(Method):
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         reference = self.prepared()
         known, words = ancestry(self.config)
-        log.info(f"policy: {words}; reference: {reference.mode}")
+        log.info(say(f"policy: {words}; reference: {reference.mode}", f"策略：{words}；参考：{reference.mode}"))
         self.pictures.tell(log)
         if self.density is not None:
             log.info(self.density.line())
         if known is False and not resumed:
-            log.info(f"{words}: preferences are learned best after SFT; train it on demonstrations first", "WARNING")
+            log.info(
+                say(
+                    f"{words}: preferences are learned best after SFT; train it on demonstrations first",
+                    f"{words}：偏好学习宜在 SFT 之后进行；请先用示范数据训练",
+                ),
+                "WARNING",
+            )
         if resumed or reference.mode == "none":
             return
         unit = next(u for u in (self.encoder(row, Dropped()) for row in rows.train[0]) if u is not None)
         gap = start_difference(self.policy.forward, self.compared([self.encoder.collate([unit])])[0])
         if gap > SAME:
             log.info(
-                f"the reference ({reference.mode}) is not the policy at the start: log-probabilities differ by {gap:.3g}; where training continues an adapter, "
-                "set ref_mode: adapter_ref",
+                say(
+                    f"the reference ({reference.mode}) is not the policy at the start: log-probabilities "
+                    f"differ by {gap:.3g}; where training continues an adapter, set ref_mode: adapter_ref",
+                    f"参考（{reference.mode}）与初始策略不一致：对数概率相差 {gap:.3g}"
+                    "；若是在已有适配器上继续训练，请设 ref_mode: adapter_ref",
+                ),
                 "WARNING",
             )
 
@@ -341,7 +365,11 @@ def pair_objective(config: RunConfig) -> PairObjective:
     names = ("sigmoid",) if p.loss_type == ("auto",) else p.loss_type
     if "kto_pair" in names:
         raise ValueError(
-            "loss_type (kto_pair) must be another: it compares with means of the whole batch; take stage KTO on labels, or bco_pair"
+            say(
+                "loss_type (kto_pair) must be another: it compares with means of the whole batch; take "
+                "stage KTO on labels, or bco_pair",
+                "loss_type（kto_pair）不可用：它要与整个批次的均值比较；请在标签数据上用 KTO 阶段，或用 bco_pair",
+            )
         )
     hyper = hyper_of(config)
     terms = {name: p.pref_loss_ratio * weight for name, weight in expand(names, p.loss_weights or None, hyper).items()}
@@ -350,7 +378,12 @@ def pair_objective(config: RunConfig) -> PairObjective:
     referenced = needs_reference(terms)
     if config.reference.reference_free and referenced:
         raise ValueError(
-            f"reference_free (true) must go with losses without a reference, not loss_type {','.join(names)}; take simpo, orpo or cpo"
+            say(
+                "reference_free (true) must go with losses without a reference, not loss_type "
+                f"{','.join(names)}; take simpo, orpo or cpo",
+                f"reference_free（true）须与不用参考模型的损失同用，不能是 loss_type {','.join(names)}"
+                "；请用 simpo、orpo 或 cpo",
+            )
         )
     return PairObjective(
         terms, hyper, Margins(p.offset_alpha, p.offset_type), referenced, RewardShift(p.reward_shift_decay)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
@@ -51,7 +52,10 @@ class RewardMethod(Method):
     def make_encoder(self) -> UnitEncoder:
         if self.config.preference.loss_type != ("auto",):
             raise ValueError(
-                f"loss_type ({','.join(self.config.preference.loss_type)}) must be auto at stage RM; remove it"
+                say(
+                    f"loss_type ({','.join(self.config.preference.loss_type)}) must be auto at stage RM; remove it",
+                    f"RM 阶段 loss_type（{','.join(self.config.preference.loss_type)}）须为 auto；请去掉",
+                )
             )
         self.pictures = SpoiltPictures(self.config)
         return unit_encoder(self.config, self.processor, self.signals)
@@ -74,7 +78,7 @@ class RewardMethod(Method):
         return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss, s.rating_levels)
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
-        log.info(f"reward head on {ancestry(self.config)[1]}")
+        log.info(say(f"reward head on {ancestry(self.config)[1]}", f"打分头接在 {ancestry(self.config)[1]} 上"))
         self.pictures.tell(log)
 
     def weights(self, policy: Placed) -> Mapping[str, Stateful]:
@@ -144,7 +148,12 @@ class RewardModel:
         folder that holds no reward model."""
         file = Path(folder) / ARGS_FILE
         if not file.is_file():
-            raise ValueError(f"{folder} must hold {ARGS_FILE}; name the output_dir of `ernie-tune reward`")
+            raise ValueError(
+                say(
+                    f"{folder} must hold {ARGS_FILE}; name the output_dir of `ernie-tune reward`",
+                    f"{folder} 中须有 {ARGS_FILE}；请给出 `ernie-tune reward` 的 output_dir",
+                )
+            )
         config = load_config(file).config
         whole = (Path(folder) / "config.json").is_file()
         model: ErnieModel = (

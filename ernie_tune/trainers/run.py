@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.survey import survey
@@ -206,7 +207,11 @@ class Run:
         verdicts: list[Verdict] = guards.after_step(record) + self.method.after_step(record)
         if guards.broken:
             raise FloatingPointError(
-                f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with another setting to go on from it"
+                say(
+                    f"{verdicts[0].message}; the last good checkpoint is kept, run the same command with "
+                    "another setting to go on from it",
+                    f"{verdicts[0].message}；最后一个正常的检查点已保留，修改设置后运行同一命令即可继续",
+                )
             )
         is_best = False
         if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
@@ -225,7 +230,12 @@ class Run:
         if asked_to_end:
             self._settle()
             how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
-            raise Interrupted(f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it")
+            raise Interrupted(
+                say(
+                    f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it",
+                    f"在第 {step} 步中断；已保存 checkpoint-{step}，{how} 可从此继续",
+                )
+            )
         return stop
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -261,7 +271,7 @@ class Run:
                 self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
                 return
             save_checkpoint(*content, texts, cut=cut, ranks=self.place)
-        self.log.info(f"saved checkpoint-{step}")
+        self.log.info(say(f"saved checkpoint-{step}", f"已保存 checkpoint-{step}"))
 
     def _save_files(self, folder: Path) -> None:
         """What opens like a model, and what only resuming needs beside the optimizer's state."""
@@ -300,7 +310,7 @@ class Run:
         pending, self._pending = self._pending, None
         if pending is not None:
             self.place.mark("waiting for a checkpoint")
-            self.log.info(f"saved checkpoint-{pending.wait().step}")
+            self.log.info(say(f"saved checkpoint-{pending.wait().step}", f"已保存 checkpoint-{pending.wait().step}"))
             self._rotate()
 
     def _rotate(self) -> None:
@@ -333,12 +343,27 @@ class Run:
     def _announce_resume(self, checkpoint: Checkpoint) -> None:
         log, done = self.log, self.stream.epoch
         log.info(
-            f"resuming from {checkpoint.path}: step {checkpoint.step} of {self.total_steps}, {done:.2f} passes over the data done"
+            say(
+                f"resuming from {checkpoint.path}: step {checkpoint.step} of {self.total_steps}, "
+                f"{done:.2f} passes over the data done",
+                f"从 {checkpoint.path} 继续：第 {checkpoint.step} / {self.total_steps} 步，已完成 {done:.2f} 遍数据",
+            )
         )
         for path in set_aside_later(self.output_dir, checkpoint.step) if self.place.is_writer else ():
-            log.info(f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course", "WARNING")
+            log.info(
+                say(
+                    f"a later checkpoint of this folder is kept as {path.name}, the run leaves its course",
+                    f"此文件夹中更晚的检查点保留为 {path.name}，本次运行另起一路",
+                ),
+                "WARNING",
+            )
         if self.guards.early.exhausted:
-            log.info("the run had stopped early: nothing is left to train; raise early_stopping_patience to go on")
+            log.info(
+                say(
+                    "the run had stopped early: nothing is left to train; raise early_stopping_patience to go on",
+                    "此运行已提前停止，没有可训练的内容；要继续请调大 early_stopping_patience",
+                )
+            )
 
     def _provoke_memory(self, say: Callable[[str], None]) -> None:
         """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
@@ -362,7 +387,12 @@ class Run:
             best = find_checkpoint(folder, str(folder / guards.best_checkpoint))
             if best is not None:
                 self.parts.take_weights(best)
-                log.info(f"finishing with {best.path}, the best by {guards.early.metric}")
+                log.info(
+                    say(
+                        f"finishing with {best.path}, the best by {guards.early.metric}",
+                        f"以 {best.path} 结束，其 {guards.early.metric} 最优",
+                    )
+                )
         self.place.mark("saving and measuring the result")
         with self.folder.result():
             self.parts.save_weights(folder)

@@ -146,8 +146,14 @@ class RunFolder:
         inside = named is not None and named.resolve().parent == self.path.resolve()
         if s.resume_only_model and (named is None or inside):
             raise ValueError(
-                f"resume_only_model (true) starts a run from the weights of another and must go with resume_from_checkpoint "
-                f"({s.resume_from_checkpoint}): a checkpoint outside output_dir ({self.path}); name it, and choose a new output_dir"
+                say(
+                    "resume_only_model (true) starts a run from the weights of another and must go with "
+                    f"resume_from_checkpoint ({s.resume_from_checkpoint}): a checkpoint outside output_dir ("
+                    f"{self.path}); name it, and choose a new output_dir",
+                    "resume_only_model（true）以另一次运行的权重开始，resume_from_checkpoint（"
+                    f"{s.resume_from_checkpoint}）须为 output_dir（{self.path}"
+                    "）之外的检查点；请写明它，并换一个新的 output_dir",
+                )
             )
 
     def _check_new(self) -> None:
@@ -177,7 +183,12 @@ class RunFolder:
         if named is not None and (not own or named.resolve().parent == self.path.resolve()):
             checkpoint = find_checkpoint(self.path, str(named))
             if checkpoint is not None and (wrong := damage(checkpoint.path)):
-                raise ValueError(f"{checkpoint.path} must hold what was written, but {'; '.join(wrong)}: {_REMEDY}")
+                raise ValueError(
+                    say(
+                        f"{checkpoint.path} must hold what was written, but {'; '.join(wrong)}: {_REMEDY}",
+                        f"{checkpoint.path} 须与写出时一致，但 {'; '.join(wrong)}：{_REMEDY}",
+                    )
+                )
             return (None, False, []) if self.config.save.resume_only_model else (checkpoint, bool(own), [])
         for checkpoint in reversed(own):
             wrong = damage(checkpoint.path)

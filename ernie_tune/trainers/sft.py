@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ernie_tune.config.language import say
 from ernie_tune.data.mixing import Mixture
 from ernie_tune.train.sft import SFTObjective, TaskBalance
 from ernie_tune.trainers import assemble
@@ -27,8 +28,12 @@ class SupervisedTuning(Method):
             mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=assemble.data_seed(self.config))
             if not any(mixture[i].domain for i in range(min(assemble.TASK_ROWS, len(mixture)))):
                 raise ValueError(
-                    f"balance ({balance}) must have rows that name their task, but none of the first {assemble.TASK_ROWS} has a domain; "
-                    "add domain to the rows, or set balance: static"
+                    say(
+                        f"balance ({balance}) must have rows that name their task, but none of the first "
+                        f"{assemble.TASK_ROWS} has a domain; add domain to the rows, or set balance: static",
+                        f"balance（{balance}）要求数据标明任务，但前 {assemble.TASK_ROWS} 行都没有 "
+                        "domain；请给数据加 domain，或设 balance: static",
+                    )
                 )
         return sets
 

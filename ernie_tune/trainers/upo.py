@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
 from ernie_tune.data.units import UnitEncoder
 from ernie_tune.objectives.unpaired import RewardShift
 from ernie_tune.objectives.upo import OFFLINE, PRESETS, UpoSettings
@@ -35,7 +36,11 @@ class UPO(PreferenceMethod):
         known, words = ancestry(self.config)
         if known is False and not self.config.signals.allow_base:
             raise ValueError(
-                f"model_name_or_path ({words}) must have been through SFT before UPO; train it on demonstrations first, or set allow_base: true"
+                say(
+                    f"model_name_or_path ({words}) must have been through SFT before UPO; train it on "
+                    "demonstrations first, or set allow_base: true",
+                    f"UPO 之前 model_name_or_path（{words}）须经过 SFT；请先用示范数据训练，或设 allow_base: true",
+                )
             )
         return super().make_encoder()
 
@@ -69,10 +74,19 @@ def upo_settings(config: RunConfig) -> UpoSettings:
     name = "upo_hetero" if p.loss_type == ("auto",) else ",".join(p.loss_type)
     if name in ONLINE_PRESETS:
         raise ValueError(
-            f"loss_type ({name}) samples answers while it learns and must be one of {', '.join(PRESETS)} here; take upo_hetero"
+            say(
+                f"loss_type ({name}) samples answers while it learns and must be one of "
+                f"{', '.join(PRESETS)} here; take upo_hetero",
+                f"loss_type（{name}）在学习时采样回答，此处须为 {', '.join(PRESETS)} 之一；请用 upo_hetero",
+            )
         )
     if name not in PRESETS:
-        raise ValueError(f"loss_type ({name}) must be one of {', '.join(PRESETS)} at stage UPO; take upo_hetero")
+        raise ValueError(
+            say(
+                f"loss_type ({name}) must be one of {', '.join(PRESETS)} at stage UPO; take upo_hetero",
+                f"UPO 阶段 loss_type（{name}）须为 {', '.join(PRESETS)} 之一；请用 upo_hetero",
+            )
+        )
     preset = PRESETS[name]
     settings = dataclasses.replace(
         preset,
@@ -93,7 +107,11 @@ def upo_settings(config: RunConfig) -> UpoSettings:
     )
     if s.bco_density and not settings.active("bin"):
         raise ValueError(
-            "bco_density (true) must go with a weight of the term that learns from labels (bin); raise bin in term_weights, or unset it"
+            say(
+                "bco_density (true) must go with a weight of the term that learns from labels (bin); "
+                "raise bin in term_weights, or unset it",
+                "bco_density（true）须给学习标签的项（bin）设权重；请在 term_weights 中调大 bin，或取消它",
+            )
         )
     return settings
 
@@ -109,7 +127,12 @@ def term_weights(given: tuple[str, ...]) -> dict[str, float]:
             weight = -1.0
         if term.strip() not in OFFLINE or not 0 <= weight < float("inf"):
             raise ValueError(
-                f"term_weights ({item!r}) must look like term=weight, term one of {', '.join(OFFLINE)}; e.g. pair=1,rank=0.5"
+                say(
+                    f"term_weights ({item!r}) must look like term=weight, term one of {', '.join(OFFLINE)}; "
+                    "e.g. pair=1,rank=0.5",
+                    f"term_weights（{item!r}）须写成 term=weight，term 为 {', '.join(OFFLINE)} 之一；例如 "
+                    "pair=1,rank=0.5",
+                )
             )
         weights[term.strip()] = weight
     return weights

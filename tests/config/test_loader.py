@@ -214,9 +214,9 @@ def test_settings_without_effect_are_said() -> None:
     loaded = load("beta: 0.2\nfine_tuning: Full\nlora_rank: 4\nnum_generations: 3\ndeepspeed: x.json\nfsdp: null")
     assert loaded.notes == (
         "run.yaml:5: deepspeed is not used here: sharding is done by Paddle Fleet; see sharding and sharding_parallel_size",
-        "run.yaml:1: beta has no effect with stage SFT / 该设置无效",
-        "run.yaml:3: lora_rank has no effect with fine_tuning Full / 该设置无效",
-        "run.yaml:4: num_generations has no effect with stage SFT / 该设置无效",
+        "run.yaml:1: beta has no effect with stage SFT",
+        "run.yaml:3: lora_rank has no effect with fine_tuning Full",
+        "run.yaml:4: num_generations has no effect with stage SFT",
     )
     assert loaded.config == load("fine_tuning: Full").config
 
@@ -225,8 +225,8 @@ TWO = "train_dataset_path: a,b\n"
 REFUSALS = [
     # names
     ("seed: 1\nlerning_rate: 3", "run.yaml:2: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
-    ("xyzzy: 3", "run.yaml:1: unknown key 'xyzzy' / "),
-    ("visual_cache: mp", "run.yaml:1: unknown key 'visual_cache' / "),
+    ("xyzzy: 3", "run.yaml:1: unknown key 'xyzzy'"),
+    ("visual_cache: mp", "run.yaml:1: unknown key 'visual_cache'"),
     ("text_dataset_path: a.jsonl", "run.yaml:1: text_dataset_path is not a setting here; list the file in train_dataset_path"),
     ("seed: 1\n\nseed: 1", "run.yaml:3: seed is given twice, first at run.yaml:1; keep one"),
     ("lr: 1e-4\nlearning_rate: 2e-4", "run.yaml:2: learning_rate (0.0002) contradicts lr (0.0001) at run.yaml:1: both set learning_rate"),
