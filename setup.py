@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ernie_tune", "ernie_tune.*"]),
-    package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*"]},
+    package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*", "serve/*.html"]},
     data_files=[
         (str(SHARE / DEMO), [str(DEMO / name) for name in ("README.md", "sft.yaml", "train.jsonl", "eval.jsonl")]),
         (
@@ -49,7 +49,14 @@ setup(
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9", "llguidance>=1.9"],
+        "serve": [
+            "fastapi>=0.121",
+            "starlette>=0.49.1",
+            "uvicorn>=0.30",
+            "h11>=0.16",
+            "pydantic>=2.9",
+            "llguidance>=1.9",
+        ],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -59,8 +66,10 @@ setup(
             "types-tqdm",
             "av>=12",
             "tensorboardX>=2.6",
-            "fastapi>=0.115",
+            "fastapi>=0.121",
+            "starlette>=0.49.1",
             "uvicorn>=0.30",
+            "h11>=0.16",
             "pydantic>=2.9",
             "llguidance>=1.9",
             "httpx>=0.27",

@@ -71,7 +71,7 @@ def run(args: list[str]) -> int:
     """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
     Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with the model of a folder, of a finished run, or
-    of an exported int8 or int4 folder. Needs: pip install fastapi uvicorn.
+    of an exported int8 or int4 folder; / is a page to talk to it. Needs: pip install "ernie-tune[serve]".
 
     names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
     keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
@@ -319,8 +319,10 @@ def _run(one: Server, sock: socket.socket, host: str, port: int) -> int:
     service = one.service
     one.on_ready = lambda address: print(
         say(
-            f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1",
-            f"ernie_tune：{', '.join(service.models)} 已在 http://{address[0]}:{address[1]}/v1 提供服务",
+            f"ernie_tune: serving {', '.join(service.models)} at http://{address[0]}:{address[1]}/v1\n"
+            f"ernie_tune: talk to it in a browser: http://{address[0]}:{address[1]}/",
+            f"ernie_tune：{', '.join(service.models)} 已在 http://{address[0]}:{address[1]}/v1 提供服务\n"
+            f"ernie_tune：在浏览器中对话：http://{address[0]}:{address[1]}/",
         ),
         file=sys.stderr,
         flush=True,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -22,6 +22,7 @@ from ernie_tune.serve import replies
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.gate import Gate
 from ernie_tune.serve.metrics import CONTENT_TYPE
+from ernie_tune.serve.page import page, page_headers
 from ernie_tune.serve.requests import R, read_request
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling, StreamOptions
 from ernie_tune.serve.service import Service, Step, Ticket
@@ -236,6 +237,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", responses=_ERRORS)
     async def model(name: str) -> Response:
         return Json(card(*service.find(name)))
+
+    @app.get("/", response_class=HTMLResponse)
+    async def root() -> Response:
+        """The page to talk to the model."""
+        return HTMLResponse(page(), headers=page_headers())
 
     @app.get("/health", responses={503: {"description": "Shutting down, or the model has failed."}})
     async def health() -> Response:

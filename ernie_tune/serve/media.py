@@ -24,11 +24,15 @@ _ANIMATIONS = ("GIF", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame, before resizing."""
+    """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame, before resizing.
+
+    `max_video_pixels` bounds containers, whose frames are counted, not decoded; data/video.py bounds animations.
+    """
 
     local_folder: Path | None = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_pixels: int = 64_000_000
+    max_video_pixels: int = 1 << 34  # of all frames of a video: some five minutes of 1920 x 1080 at 30 a second
 
 
 def read_image(url: str, policy: MediaPolicy, where: str = "", lease: Lease | None = None) -> bytes:
@@ -49,14 +53,15 @@ def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | No
         with decode_errors(label):
             size = Image.open(io.BytesIO(data), formats=_ANIMATIONS).size
     elif data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
-        size = _container_size(data, label)
+        size = _container_size(data, policy, label, lease)
     else:
         raise ValueError(f"{label} must be MP4, MOV, WebM, MKV, AVI, GIF, WebP or APNG; convert it to MP4")
     _check_size(size, policy, label)
     return data
 
 
-def _container_size(data: bytes, label: str) -> tuple[int, int]:
+def _container_size(data: bytes, policy: MediaPolicy, label: str, lease: Lease | None) -> tuple[int, int]:
+    """Of a frame. Raises ValueError where all frames together are too large, which takes no decoding to see."""
     try:
         import av
     except ImportError as error:
@@ -65,9 +70,20 @@ def _container_size(data: bytes, label: str) -> tuple[int, int]:
         with av.open(io.BytesIO(data)) as container:
             # Of a codec that FFmpeg does not know, PyAV has neither a context nor a size.
             streams = [one for one in container.streams.video if getattr(one, "codec_context", None) is not None]
-            if not streams:
+            if not streams or streams[0] != container.streams.video[0]:
                 raise ValueError(f"{label} must have a video stream of a known codec; re-encode it to mp4")
-            return streams[0].width, streams[0].height
+            width, height = streams[0].width, streams[0].height
+            left = policy.max_video_pixels
+            for packet in container.demux(streams[0]):
+                left -= width * height if packet.size else 0
+                if left < 0:
+                    raise ValueError(
+                        f"{label} ({width}x{height}) must have at most {policy.max_video_pixels} pixels in all its "
+                        "frames; shorten or shrink it"
+                    )
+                if lease is not None:
+                    lease.left()
+            return width, height
     except av.error.FFmpegError as error:
         raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
 

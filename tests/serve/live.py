@@ -73,7 +73,7 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def until(true: Callable[[], object], seconds: float = 10) -> None:
+def until(true: Callable[[], object], seconds: float = 30) -> None:
     """Wait for it; AssertionError when it takes too long."""
     end = time.monotonic() + seconds
     while not true():

