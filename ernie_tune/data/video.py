@@ -169,6 +169,18 @@ def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
         ) from error
 
 
+def font_bytes(path: str | None) -> bytes:
+    """The font file with which times are drawn: `path`, or the one inside pillow. Raises ValueError where it cannot be opened."""
+    font = _font(path, 10)
+    if isinstance(font, ImageFont.FreeTypeFont) and path is None:
+        return bytes(font.font_bytes)
+    try:
+        with open(str(path), "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise ValueError(f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file") from error
+
+
 def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = None) -> None:
     """Write the time into the top left corner of an RGB frame, in place: black, white outline (architecture.md 7.4).
 

@@ -52,6 +52,7 @@ from ernie_tune.export.prompts import vocabulary_findings
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.served import media_arguments
 from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
+from ernie_tune.export.transformers_files import write_files
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.ernie import ErnieModel
@@ -395,6 +396,8 @@ class _Export:
             print(f"ernie_tune: {change}", file=sys.stderr, flush=True)
             if o.layout != "hf":  # there it is the ordinary way of any model
                 self.notes.append(change)
+        if o.layout == "hf" and self.config.vision is not None:
+            write_files(self.staged, [*reversed(self.adapters), self.base], self.processor)
         return {"weight_bytes": size, "write_seconds": seconds}
 
     def _hf_config(self) -> ModelConfig:

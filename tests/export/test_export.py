@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from export_cases import model_folder
+from PIL import ImageFont
 from support.tiny_runs import mixed_rows, write_rows
 
 import ernie_tune
@@ -36,6 +37,7 @@ FILES = {
     "generation_config.json",
     "preprocessor_config.json",
 }
+TRANSFORMERS_FILES = ("tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TOKENIZER = {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "target_modules": ["attention", "mlp", "shared_experts", "experts"]},
@@ -143,6 +145,38 @@ def test_transformers_gets_a_placeholder_for_videos(base: Path, tmp_path: Path) 
         (own / name).write_bytes(held.replace(b"<|VIDEO_PLACEHOLDER|>", b"<|OTHER_PLACEHOLDER|>"))
     report = files_only(own, tmp_path / "out", layout="hf")
     assert "one placeholder for images and videos" in report["notes"][0]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_transformers_reads_by_keys_of_its_own(base: Path, tmp_path: Path) -> None:
+    """Token names, limits, a template and a font; tests/golden/check_readers.py asks transformers itself."""
+    own = shutil.copytree(base, tmp_path / "own")
+    settings = json.loads((own / "preprocessor_config.json").read_text())
+    (own / "preprocessor_config.json").write_text(json.dumps({**settings, "max_pixels": 12544, "max_frames": 32}))
+    files_only(own, tmp_path / "out", layout="hf")
+    read = {name: json.loads((tmp_path / "out" / name).read_text()) for name in TRANSFORMERS_FILES}
+    names = read["tokenizer_config.json"]["extra_special_tokens"]
+    assert names["image_token"] == "<|IMAGE_PLACEHOLDER|>"
+    assert names["video_end_token"] == "<|VIDEO_END|>"
+    assert len(names) == 6
+    assert read["preprocessor_config.json"]["size"] == {"shortest_edge": 3136, "longest_edge": 12544}
+    clips = read["video_preprocessor_config.json"]
+    assert (clips["max_frames"], clips["fps"], clips["draw_on_frames"]) == (32, 2.0, True)
+    assert clips["size"] == {"shortest_edge": 234416, "longest_edge": 937664}
+    font = tmp_path / "out" / clips["font"]
+    assert (
+        ImageFont.truetype(str(font), 20).getmask("time").getbbox()
+        == ImageFont.load_default(20).getmask("time").getbbox()
+    )
+    template = read["tokenizer_config.json"]["chat_template"]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    # A font that the model brings is kept, in the next export too.
+    (own / "video_preprocessor_config.json").write_text('{"font": "Mine.ttf", "more": 1}')
+    (own / "Mine.ttf").write_bytes(font.read_bytes())
+    files_only(own, tmp_path / "again", layout="hf")
+    clips = json.loads((tmp_path / "again" / "video_preprocessor_config.json").read_text())
+    assert (clips["font"], clips["more"]) == ("Mine.ttf", 1)
+    assert (tmp_path / "again" / "Mine.ttf").is_file()
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
