@@ -21,6 +21,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.machine import stages as train_pipeline
 from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.machine.stages import StagedModel, cut_of, stages_of
 from ernie_tune.machine.tower import SharedTower
@@ -36,7 +37,6 @@ from ernie_tune.peft.config import LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.quantize import quantize_base
-from ernie_tune.train import pipeline as train_pipeline
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import Schedule, adamw_maker
 from ernie_tune.train.sft import SFTObjective
