@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,6 +16,7 @@ from ernie_tune.generate.sampling import SamplingParams, likeliest, penalise
 from ernie_tune.models.cache import GROW_TOKENS, KVCache
 from ernie_tune.models.inputs import Row, next_position, pack
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("text", "image", "two_images", "video", "mixed")
 
 
@@ -50,15 +53,43 @@ def test_cached_equals_uncached_and_batch_equals_rows(golden_model, golden, name
         np.testing.assert_allclose(done.logps, alone.logps, atol=1e-5)
 
 
-def test_log_probs_are_those_of_a_training_forward(golden_model, golden) -> None:
+SETTINGS = {
+    "greedy": {"max_new_tokens": 24},
+    "t1": {"max_new_tokens": 12, "temperature": 1.0, "seed": 5, "n": 3},
+    "topp": {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 6, "n": 2},
+    "topk": {"max_new_tokens": 12, "temperature": 1.3, "top_k": 40, "seed": 7, "n": 2},
+    "pen": {
+        **{"max_new_tokens": 12, "temperature": 0.9, "seed": 8},
+        **{"repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.3},
+    },
+    "banned": {"max_new_tokens": 12, "banned_ids": tuple(range(400)), "temperature": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_of_the_last_release(name: str, golden_model) -> None:
+    """Written down once (tests/golden/generated_tokens.json): who changes a seeded draw must mean to."""
+    model, data = golden_model("tiny-b"), np.load(GOLDEN / "tiny_b.npz")
+    rows = [case_rows(data, case)[0] for case in CASES]
+    found = generate(model, rows, model.config.tokens, SamplingParams(**SETTINGS[name]))
+    want = json.loads((GOLDEN / "generated_tokens.json").read_text(encoding="utf-8"))[f"tiny-b/{name}"]
+    assert [[c.token_ids for c in some] for some in found] == want
+
+
+@pytest.mark.parametrize("case", ["text", "mixed"])
+def test_log_probs_are_those_of_a_training_forward(case: str, golden_model, golden) -> None:
+    """Over the same support: what is banned has no share on either side."""
     model, data = golden_model("tiny-b"), golden("tiny_b")
-    row, params = case_rows(data, "mixed")[0], SamplingParams(max_new_tokens=6, temperature=0.7, top_k=50, seed=3)
+    row, banned = case_rows(data, case)[0], tuple(range(100, 160))
+    params = SamplingParams(max_new_tokens=20, temperature=0.7, seed=3, banned_ids=banned)
     done = generate(model, [row], model.config.tokens, params)[0][0]
     full = Row(np.concatenate([row.input_ids_L, done.token_ids]), row.pixel_values_PC, row.grid_thw_n3)
     with paddle.no_grad():
-        scores = model.logits(model(pack([full], model.config.tokens))).numpy().astype(np.float64)[-7:-1] / 0.7
-    want = log_softmax(scores)[np.arange(6), done.token_ids]
-    np.testing.assert_allclose(done.logps, want, atol=1e-4)
+        scores = model.logits(model(pack([full], model.config.tokens))).numpy().astype(np.float64)[-21:-1] / 0.7
+    scores[:, list(banned)] = -np.inf
+    want = log_softmax(scores)[np.arange(20), done.token_ids]
+    np.testing.assert_allclose(done.sampled_logps, want, atol=1e-5)
+    assert done.sampled_logps == done.logps
 
 
 @pytest.mark.parametrize("rule", ["paddle", "hf"])
