@@ -110,6 +110,20 @@ RENAMED: dict[str, str] = {
     "max_density_ratio": "bco_density_max",
     "max_new_tokens": "max_completion_length",
     "reward_model_plugin": "reward_funcs",
+    "rollout_n": "num_generations",
+    "group_size": "num_generations",
+    "num_generations_per_prompt": "num_generations",
+    "n_samples_per_prompt": "num_generations",
+    "max_response_length": "max_completion_length",
+    "max_dec_len": "max_completion_length",
+    "rollout_max_response_len": "max_completion_length",
+    "rollout_max_prompt_len": "max_prompt_len",
+    "update_iters": "num_iterations",
+    "ppo_epochs": "num_iterations",
+    "num_ppo_epochs": "num_iterations",
+    "cliprange": "epsilon",
+    "clip_ratio_low": "epsilon",
+    "clip_ratio_high": "epsilon_high",
 }
 
 _DTYPES = {

@@ -250,8 +250,8 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level multi_objective_aggregation scale_rewards mask_truncated_completions
         top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
         max_tool_calling_iterations off_policy_mask_threshold use_bias_correction_kl normalize_advantages reward_clip_range use_vllm ppo_buffer_size
-        ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type
-        reward_adapters reward_model_revision reward_template num_ppo_epochs whiten_rewards kl_coef cliprange vf_coef cliprange_value gamma lam
+        ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type
+        reward_adapters reward_model_revision reward_template whiten_rewards kl_coef vf_coef cliprange_value gamma lam
         num_mini_batches local_rollout_forward_batch_size num_sample_generations response_length missing_eos_penalty lmbda seq_kd gkd_logits_topk
         async_generate multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env dynamic_sample max_resample_times overlong_filter
         soft_max_length soft_cache_length tau_pos tau_neg advantage_estimator kl_in_reward advantage_reweight real_tau off_policy_sequence_mask_delta

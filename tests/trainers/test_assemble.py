@@ -16,6 +16,8 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.arguments import SETTINGS, RunConfig, build
 from ernie_tune.config.checks import remarks
 from ernie_tune.data.mixing import Mixture, Shard
+from ernie_tune.machine.placed import load_weights
+from ernie_tune.models.presets import preset
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.settings import expert_range
@@ -179,7 +181,7 @@ def test_processors_of_presets_and_folders(tmp_path: Path) -> None:
     tiny = assemble.load_processor(limits, "tiny-a")
     assert (tiny.images.min_pixels, tiny.images.max_pixels, tiny.template.variant) == (3136, 6272, "ernie_vl")
     assert len(assemble.load_processor(RunConfig(), "owner/Small").tokenizer.special) >= len(tiny.tokenizer.special)
-    assert assemble.load_processor(RunConfig(), "small").tokens.image == 8000
+    assert assemble.load_processor(RunConfig(), "small").tokens.image == preset("small").tokens.image
     tiny.save_pretrained(tmp_path)
     assert assemble.load_processor(RunConfig(), tmp_path).template.variant == "ernie_vl"
     again = assemble.load_processor(build({"template": "hf", "image_max_pixels": 9999}), tmp_path)
@@ -300,7 +302,7 @@ def noisy(model: Any) -> Any:
 def test_weights_come_back_from_files(adapter: Any, tmp_path: Path) -> None:
     first, second = (fresh() if adapter is None else get_peft_model(fresh(), adapter) for _ in range(2))
     noisy(first).save_pretrained(tmp_path)
-    assemble.load_weights(second, tmp_path)
+    load_weights(second, tmp_path)
     assert trained(second) == trained(first)
     state = first.state_dict()
     for name, value in second.state_dict().items():
@@ -311,11 +313,11 @@ def test_weights_of_others_are_refused(tmp_path: Path) -> None:
     with_norm = LoraConfig(r=2, modules_to_save=["norm"])
     get_peft_model(fresh(), with_norm).save_pretrained(tmp_path / "norm")
     with pytest.raises(ValueError, match=r"must hold the tensors that this run trains, but \['norm.weight'\] differ"):
-        assemble.load_weights(get_peft_model(fresh(), LoraConfig(r=2)), tmp_path / "norm")
+        load_weights(get_peft_model(fresh(), LoraConfig(r=2)), tmp_path / "norm")
     tuned = get_peft_model(fresh(), PromptConfig(3, encoder_width=4))
     tuned.save_pretrained(tmp_path / "prompt")
     with pytest.raises(ValueError, match="must hold the encoder of a P-tuned prompt"):
-        assemble.load_weights(tuned, tmp_path / "prompt")
+        load_weights(tuned, tmp_path / "prompt")
     AutoModel.from_config("tiny-b").save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="tensor"):
-        assemble.load_weights(fresh(), tmp_path / "b")
+        load_weights(fresh(), tmp_path / "b")
