@@ -30,8 +30,8 @@ BUILT = [stage for stage in STAGES.values() if stage.built]
 def test_trainers_serve_what_the_table_says(stage: Any) -> None:
     module, _, name = stage.trainer.partition(":")
     trainer = vars(importlib.import_module(module))[name]
-    assert stage.name in trainer.stages
-    assert tuple(trainer.signals) == stage.signals
+    assert stage.name in trainer.method_class.stages
+    assert tuple(trainer.method_class.signals) == stage.signals
     import ernie_tune
 
     assert getattr(ernie_tune, name) is trainer
