@@ -182,11 +182,6 @@ class Mesh:
         return (plain + 7_919 * 1_000_003 * place) % 2**31
 
 
-def launched_world() -> int:
-    """Number of processes that the launcher started; 1 without one."""
-    return dist.get_world_size()
-
-
 def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
     """Initialise Fleet for `degrees` and name its groups. Raises ValueError when the launcher started another number of processes."""
     world = dist.get_world_size()
