@@ -1,5 +1,5 @@
-"""Tokens of one sample -> what a client sees: thought, answer and tool calls apart, cut before a stop string, never half a character; and
-the budget that ends a thought.
+"""Tokens of one sample -> what a client sees: thought, answer and tool calls apart, cut before a
+stop string, never half a character; and the budget that ends a thought.
 
 Refuses to know: the model, batches, HTTP.
 """
@@ -33,7 +33,8 @@ class Delta:
 
 
 class CallSplitter:
-    """Takes tool calls, `<tool_call>` {"name": ..., "arguments": {...}} `</tool_call>`, out of an answer that arrives in parts (architecture.md 8.3).
+    """Takes tool calls, `<tool_call>` {"name": ..., "arguments": {...}} `</tool_call>`, out of an
+    answer that arrives in parts.
 
     What is not such a call, or is cut off, stays text.
     """
@@ -93,7 +94,9 @@ class AnswerReader:
         split: bool = True,
         calls: bool = False,
     ) -> None:
-        """`opened`: the prompt ends inside a thought. `split` False: everything is content, marks included. `calls`: tool calls are taken out."""
+        """`opened`: the prompt ends inside a thought. `split` False: everything is content, marks
+        included. `calls`: tool calls are taken out.
+        """
         self._decoder = processor.stream()
         self._splitter = ReasoningSplitter(opened) if split else None
         self._calls = CallSplitter() if calls else None
@@ -146,7 +149,8 @@ class AnswerReader:
 
 
 class ThoughtBudget:
-    """A `Steer` (models/generation.py): after `limit_tokens` of thought it forces the template's closing, then lets go.
+    """A `Steer` (models/generation.py): after `limit_tokens` of thought it forces the template's
+    closing, then lets go.
 
     An answer that does not open with a thought, or ends its thought by itself, is left alone.
     """

@@ -1,8 +1,10 @@
-"""Prompts -> continuations with a key/value cache: unequal lengths, images and video, n samples per prompt, streaming.
+"""Prompts -> continuations with a key/value cache: unequal lengths, images and video, n samples per
+prompt, streaming.
 
-A batch is never padded in the prefill (rows are packed) and finished rows leave it. `RunningBatch` is one batch that prompts join at any step;
-`stream` runs one to its end and yields every new token, `generate` collects them. Legend: B live rows, T packed tokens, V vocabulary.
-Refuses to know: chat templates, files, servers, who is let in when.
+A batch is never padded in the prefill (rows are packed) and finished rows leave it. `RunningBatch`
+is one batch that prompts join at any step; `stream` runs one to its end and yields every new token,
+`generate` collects them. Legend: B live rows, T packed tokens, V vocabulary. Refuses to know: chat
+templates, files, servers, who is let in when.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Decode = Callable[[list[int]], str]
 Steer = Callable[
     [Sequence[int]], "int | None"
 ]  # a sample's tokens so far -> the token it must go on with; None: choose one
-# What the code that follows one row (a steer, a constraint, a decoder) may raise, or the sampling of that row: only that row ends.
+# What the code that follows one row (a steer, a constraint, a decoder) may raise, or the sampling
+# of that row: only that row ends.
 _ROW_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, OSError, MemoryError)
 
 
@@ -38,10 +41,14 @@ _FEW_ROWS = 256
 
 
 class Constraint(Protocol):
-    """What one sample may say: asked before each of its tokens is chosen, told of each that was, forced ones too."""
+    """What one sample may say: asked before each of its tokens is chosen, told of each that was,
+    forced ones too.
+    """
 
     def allowed(self) -> np.ndarray | None:
-        """Which tokens may come next, bool [V]; None: all that are not banned. One that allows none ends the row with an error."""
+        """Which tokens may come next, bool [V]; None: all that are not banned. One that allows none
+        ends the row with an error.
+        """
 
     def accept(self, token_id: int) -> None:
         """This token came."""
@@ -49,11 +56,14 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token as it appears: of which prompt, which of its samples, and why that sample ends here ("" while it goes on).
+    """One token as it appears: of which prompt, which of its samples, and why that sample ends here
+    ("" while it goes on).
 
-    `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn from. `logp`: under the model, `sampled_logp`: under
-    what it was drawn from, see `Choice`. `top`: the likeliest tokens of the step and their log-probabilities, `SamplingParams.top_logprobs` of them.
-    `error`: what ended the sample (finish_reason "error"); such an event has no token, its id is -1.
+    `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn
+    from. `logp`: under the model, `sampled_logp`: under what it was drawn from, see `Choice`.
+    `top`: the likeliest tokens of the step and their log-probabilities,
+    `SamplingParams.top_logprobs` of them. `error`: what ended the sample (finish_reason "error");
+    such an event has no token, its id is -1.
     """
 
     prompt: int
@@ -69,8 +79,9 @@ class TokenEvent:
 
 @dataclass
 class Completion:
-    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the last of `token_ids`; `logps`, `sampled` and
-    `sampled_logps` run parallel (see `TokenEvent`)."""
+    """One continuation. `finish_reason`: "stop" (a stop id or string) or "length". A stop id is the
+    last of `token_ids`; `logps`, `sampled` and `sampled_logps` run parallel (see `TokenEvent`).
+    """
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -89,8 +100,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds (one number or several, a round and a prompt, say);
-    `steer` and `constrain` make, for each sample, what may force its tokens and what limits the choice of them."""
+    """One row to continue. `key` names it in its events; `index` is its part of the samples' seeds
+    (one number or several, a round and a prompt, say); `steer` and `constrain` make, for each
+    sample, what may force its tokens and what limits the choice of them.
+    """
 
     row: Row
     params: SamplingParams
@@ -102,7 +115,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Partial:
-    """What one sample had come to when it was taken out; `Scheduler.resume` goes on with it, token for token as if it had never stopped."""
+    """What one sample had come to when it was taken out; `Scheduler.resume` goes on with it, token
+    for token as if it had never stopped.
+    """
 
     prompt: Prompt
     sample: int
@@ -134,9 +149,11 @@ class _Live:
 
 
 class RunningBatch:
-    """Rows that are decoded together: prompts join between two steps, rows leave as they end or when they are dropped.
+    """Rows that are decoded together: prompts join between two steps, rows leave as they end or
+    when they are dropped.
 
-    What a row gets does not depend on the others. Decoding never builds a graph; the caller puts the model into eval mode.
+    What a row gets does not depend on the others. Decoding never builds a graph; the caller puts
+    the model into eval mode.
     """
 
     def __init__(
@@ -154,8 +171,9 @@ class RunningBatch:
         return len(self._live) + sum(len(rows) for rows, _, _ in self._fresh)
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse what cannot be continued. Raises ValueError for a prompt that leaves no room below max_position_embeddings and stop strings
-        without `decode`."""
+        """Refuse what cannot be continued. Raises ValueError for a prompt that leaves no room below
+        max_position_embeddings and stop strings without `decode`.
+        """
         params, length, limit = prompt.params, len(prompt.row.input_ids_L), self.model.config.max_position_embeddings
         if params.stop_strings and self.decode is None:
             raise ValueError(
@@ -167,8 +185,10 @@ class RunningBatch:
             )
 
     def join(self, prompts: Sequence[Prompt], partials: Sequence[Partial] = ()) -> None:
-        """Prefill prompts, packed, and samples that go on; their next tokens come with the next step. Raises ValueError like `check`, for a prompt without
-        tokens, and for placeholders that do not match the features; nothing has joined then."""
+        """Prefill prompts, packed, and samples that go on; their next tokens come with the next
+        step. Raises ValueError like `check`, for a prompt without tokens, and for placeholders that
+        do not match the features; nothing has joined then.
+        """
         for prompt in (*prompts, *(one.prompt for one in partials)):
             self.check(prompt)
         # (prompt, what is prefilled for it, its samples)
@@ -256,7 +276,8 @@ class RunningBatch:
 
     def _hits_stop_string(self, row: _Live, token: int) -> bool:
         assert self.decode is not None
-        # Every token carries at least one byte, so a stop string of n bytes lies within the last n tokens; a few more settle multi-byte characters.
+        # Every token carries at least one byte, so a stop string of n bytes lies within the last n
+        # tokens; a few more settle multi-byte characters.
         tail = [*row.done.token_ids, token][-(row.prompt.params.stop_bytes + 4) :]
         text = self.decode(tail)
         return any(stop in text for stop in row.prompt.params.stop_strings)
@@ -265,7 +286,9 @@ class RunningBatch:
         return self.model.logits(hidden_TD).astype("float32").numpy()
 
     def _advance(self) -> np.ndarray:
-        """Run the rows that have a token to read, let the fresh ones in, and return all rows' scores."""
+        """Run the rows that have a token to read, let the fresh ones in, and return all rows'
+        scores.
+        """
         scores = []
         if self._live and self._cache is not None:
             few = isinstance(self._cache, SegmentCache) and len(self._live) <= _FEW_ROWS
@@ -300,9 +323,11 @@ def stream(
     decode: Decode | None = None,
     position_rule: str = "paddle",
 ) -> Iterator[TokenEvent]:
-    """Yield tokens as they are sampled, all live rows of a step in order. `decode` is needed for stop strings.
+    """Yield tokens as they are sampled, all live rows of a step in order. `decode` is needed for
+    stop strings.
 
-    Sample s of prompt i draws from a generator seeded by (seed, i, s), whatever else is in the batch. Raises ValueError like `RunningBatch.join`.
+    Sample s of prompt i draws from a generator seeded by (seed, i, s), whatever else is in the
+    batch. Raises ValueError like `RunningBatch.join`.
     """
     yield from stream_prompts(
         model, [Prompt(row, params, i, i) for i, row in enumerate(prompts)], tokens, decode, position_rule

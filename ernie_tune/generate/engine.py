@@ -1,6 +1,8 @@
-"""A model and its processor as one conversation partner: messages in, answers out, streamed or whole, thought and answer apart.
+"""A model and its processor as one conversation partner: messages in, answers out, streamed or
+whole, thought and answer apart.
 
-Refuses to know: HTTP, terminals, training. Prompts are rendered by the processor that training uses, so both see the same tokens.
+Refuses to know: HTTP, terminals, training. Prompts are rendered by the processor that training
+uses, so both see the same tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """One conversation: canonical messages, the media of its tags, whether the model is to think (None: the template's default) and for how
-    many tokens at most (None: no limit), and the tools that it may call (data/chat.py)."""
+    """One conversation: canonical messages, the media of its tags, whether the model is to think
+    (None: the template's default) and for how many tokens at most (None: no limit), and the tools
+    that it may call (data/chat.py).
+    """
 
     messages: Sequence[Message]
     images: Sequence[Any] = ()
@@ -47,7 +51,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as the model sees it. `opened`: the prompt ends inside a thought; `calls`: the answer may call tools."""
+    """A request as the model sees it. `opened`: the prompt ends inside a thought; `calls`: the
+    answer may call tools.
+    """
 
     prompt: Prompt
     num_tokens: int
@@ -56,7 +62,9 @@ class Prepared:
 
 
 class Engine:
-    """Answers requests with one model. Raises what `Processor.encode` and `Scheduler.submit` raise for bad requests."""
+    """Answers requests with one model. Raises what `Processor.encode` and `Scheduler.submit` raise
+    for bad requests.
+    """
 
     def __init__(self, model: ErnieModel, processor: Processor) -> None:
         self.model, self.processor = model, processor
@@ -71,9 +79,11 @@ class Engine:
     def prepare(
         self, request: Request, params: SamplingParams, key: int = 0, index: int = 0, max_tokens: int | None = None
     ) -> Prepared:
-        """Render and encode. `key` and `index`: see `Prompt`. `max_tokens`: RowTooLong for a longer prompt.
+        """Render and encode. `key` and `index`: see `Prompt`. `max_tokens`: RowTooLong for a longer
+        prompt.
 
-        With `continues` the prompt ends inside the last message, an assistant's, whose thought is over.
+        With `continues` the prompt ends inside the last message, an assistant's, whose thought is
+        over.
         """
         template = self.processor.template
         thinks = template.thinks(request.messages, request.thinking)
@@ -111,7 +121,9 @@ class Engine:
         return AnswerReader(self.processor, prepared.opened, stops, calls=prepared.calls)
 
     def stream(self, request: Request, params: SamplingParams) -> Iterator[Delta]:
-        """Deltas of one answer as they appear; no half characters, no thought marks, nothing from a stop string on."""
+        """Deltas of one answer as they appear; no half characters, no thought marks, nothing from a
+        stop string on.
+        """
         prepared = self.prepare(request, replace(params, n=1))
         reader, scheduler = self.reader(prepared), self.scheduler()
         scheduler.submit(prepared.prompt)
@@ -131,8 +143,9 @@ class Engine:
         capacity: Capacity | None = None,
         done: Callable[[int], object] = lambda count: None,
     ) -> list[list[Answer]]:
-        """`params.n` whole answers to each of several requests, in their order. Prompts of like length are computed together. `done` is told how many more
-        requests have their answers."""
+        """`params.n` whole answers to each of several requests, in their order. Prompts of like
+        length are computed together. `done` is told how many more requests have their answers.
+        """
         prepared = [self.prepare(request, params, i, i) for i, request in enumerate(requests)]
         scheduler = self.scheduler(capacity or Capacity(rows=max(params.n, 64)))
         by_length = sorted(prepared, key=lambda one: one.num_tokens)

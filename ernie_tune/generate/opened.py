@@ -1,4 +1,5 @@
-"""A folder -> the engine of the model in it: a checkpoint, a packed int8 or int4 export, or a finished run with its adapter.
+"""A folder -> the engine of the model in it: a checkpoint, a packed int8 or int4 export, or a
+finished run with its adapter.
 
 Refuses to know: a run's settings; the caller brings what builds its base model from them.
 """
@@ -18,9 +19,11 @@ from ernie_tune.peft.packed import is_packed, load_packed
 
 
 def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine:
-    """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it has one. Raises ValueError when there is none.
+    """The model of a folder (packed int8 or int4 too) or of a finished run, with its adapter if it
+    has one. Raises ValueError when there is none.
 
-    `base_of_run`: the file with a run's settings -> the model under its adapter (`trainers.assemble.base_of_run`).
+    `base_of_run`: the file with a run's settings -> the model under its adapter
+    (`trainers.assemble.base_of_run`).
     """
     folder = path.parent if path.is_file() else path
     processor = Processor.from_pretrained(folder)

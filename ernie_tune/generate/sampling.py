@@ -1,7 +1,9 @@
-"""Scores of one row -> its next token, on the host in float64: the same seed gives the same token on every device, whatever else is in the batch.
+"""Scores of one row -> its next token, on the host in float64: the same seed gives the same token
+on every device, whatever else is in the batch.
 
-The vocabulary is never sorted: a draw walks the sum of the weights in the order of the ids, and what top-k and top-p keep is found by selection.
-Legend: V vocabulary, n ids that are left of it. Refuses to know: the model, caches, text, other rows.
+The vocabulary is never sorted: a draw walks the sum of the weights in the order of the ids, and
+what top-k and top-p keep is found by selection. Legend: V vocabulary, n ids that are left of it.
+Refuses to know: the model, caches, text, other rows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep everything; `n` samples share the prompt's prefill."""
+    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep everything;
+    `n` samples share the prompt's prefill.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -67,8 +71,9 @@ class SamplingParams:
 class Choice:
     """A token and how likely it was.
 
-    `logp`: under softmax(scores / temperature) over what is not banned (temperature 1 when greedy), before penalties, truncation and constraints.
-    `sampled_logp`: under the distribution that it was drawn from, all of these included; equal to `logp` where there are none; 0 for a token that had
+    `logp`: under softmax(scores / temperature) over what is not banned (temperature 1 when greedy),
+    before penalties, truncation and constraints. `sampled_logp`: under the distribution that it was
+    drawn from, all of these included; equal to `logp` where there are none; 0 for a token that had
     no other choice (greedy, forced). `top`: the likeliest ids and their `logp`.
     """
 
@@ -87,10 +92,12 @@ def choose(
     allowed_V: np.ndarray | None = None,
     forced: int | None = None,
 ) -> Choice:
-    """The next token of one row. `seen`: ids of prompt and answer, for the repetition penalty; `answer`: those of the answer so far, for the other two;
-    `allowed_V`: which ids may be chosen (None: all); `forced`: the id that it has to be.
+    """The next token of one row. `seen`: ids of prompt and answer, for the repetition penalty;
+    `answer`: those of the answer so far, for the other two; `allowed_V`: which ids may be chosen
+    (None: all); `forced`: the id that it has to be.
 
-    Takes one number from `rng` unless it is greedy, forced or not. Raises ValueError where no id may be chosen.
+    Takes one number from `rng` unless it is greedy, forced or not. Raises ValueError where no id
+    may be chosen.
     """
     temperature, uniform = params.temperature or 1.0, rng.random() if params.temperature else 0.0
     scores = scores_V.astype(np.float64)
@@ -136,14 +143,18 @@ def _steered(
 
 
 def penalise(scores_V: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
-    """Repetition penalty (1909.05858): scores of ids already seen are divided by it where positive, multiplied where negative."""
+    """Repetition penalty (1909.05858): scores of ids already seen are divided by it where positive,
+    multiplied where negative.
+    """
     out, s = scores_V.copy(), scores_V[ids]
     out[ids] = np.where(s > 0, s / penalty, s * penalty)
     return out
 
 
 def discourage(scores_V: np.ndarray, answer: Sequence[int], frequency: float, presence: float) -> np.ndarray:
-    """OpenAI's penalties: an id's score less `presence`, and less `frequency` for every time that it is in the answer so far; the prompt does not count."""
+    """OpenAI's penalties: an id's score less `presence`, and less `frequency` for every time that
+    it is in the answer so far; the prompt does not count.
+    """
     out = scores_V.copy()
     ids, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
     out[ids] -= presence + frequency * counts
@@ -151,7 +162,9 @@ def discourage(scores_V: np.ndarray, answer: Sequence[int], frequency: float, pr
 
 
 def _weights(scores_V: np.ndarray, temperature: float) -> np.ndarray:
-    """exp(scores / temperature) with the largest at 1. It is subtracted first: near temperature 0 the others then become 0 instead of all of them inf."""
+    """exp(scores / temperature) with the largest at 1. It is subtracted first: near temperature 0
+    the others then become 0 instead of all of them inf.
+    """
     with np.errstate(over="ignore", under="ignore"):
         return np.exp((scores_V - scores_V.max()) / temperature)
 
@@ -163,7 +176,9 @@ def _log_share(scores_V: np.ndarray, token: int, temperature: float, total: floa
 
 
 def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tuple[int, float]:
-    """(id, log of the probability with which it is drawn): inverse transform sampling over the ids that are kept, in their order."""
+    """(id, log of the probability with which it is drawn): inverse transform sampling over the ids
+    that are kept, in their order.
+    """
     ids = kept(weights_V, params.top_k, params.top_p, params.min_p)
     weights = weights_V if ids is None else weights_V[ids]
     upto = np.cumsum(weights)
@@ -174,7 +189,8 @@ def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tupl
 
 
 def kept(weights_V: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray | None:
-    """The ids that survive min-p, then top-k, then top-p, in order; None: all. Of equal weights the lower ids survive; the heaviest always does.
+    """The ids that survive min-p, then top-k, then top-p, in order; None: all. Of equal weights the
+    lower ids survive; the heaviest always does.
 
     top-p keeps an id where the share of all heavier ones is below `top_p`.
     """
@@ -197,7 +213,8 @@ def kept(weights_V: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) ->
 
 def _nucleus(weights_n: np.ndarray, need: float, total: float) -> np.ndarray:
     """Where the weights lie above which less than `need` of `total` lies, in order."""
-    # Those lighter than the average of what may be left out are left out: together they are less than that.
+    # Those lighter than the average of what may be left out are left out: together they are less
+    # than that.
     bar, ties = _bar(weights_n[weights_n >= (total - need) / len(weights_n)], need)
     keep = weights_n > bar
     keep[np.flatnonzero(weights_n == bar)[:ties]] = True
@@ -205,9 +222,11 @@ def _nucleus(weights_n: np.ndarray, need: float, total: float) -> np.ndarray:
 
 
 def _bar(left_n: np.ndarray, need: float) -> tuple[float, int]:
-    """(the lightest weight that is needed to come to `need`, how many of that weight are): a radix selection, by the bits of the numbers.
+    """(the lightest weight that is needed to come to `need`, how many of that weight are): a radix
+    selection, by the bits of the numbers.
 
-    Positive float64 numbers lie in the order of their bits; each pass looks at those among which the bar is at 8 to 20 bits more.
+    Positive float64 numbers lie in the order of their bits; each pass looks at those among which
+    the bar is at 8 to 20 bits more.
     """
     for bits in (44, 28, 12):
         if len(left_n) <= 256:
@@ -224,7 +243,9 @@ def _bar(left_n: np.ndarray, need: float) -> tuple[float, int]:
 
 
 def likeliest(weights_V: np.ndarray, count: int, total: float | None = None) -> tuple[tuple[int, float], ...]:
-    """The `count` heaviest (id, log of its share of `total`), in order; ids that cannot be sampled are left out."""
+    """The `count` heaviest (id, log of its share of `total`), in order; ids that cannot be sampled
+    are left out.
+    """
     ids = kept(weights_V, count, 1.0)
     ids = np.arange(len(weights_V)) if ids is None else ids
     ids = ids[np.argsort(-weights_V[ids], kind="stable")]

@@ -1,8 +1,10 @@
-"""Iteration-level batching: prompts join the running batch between two tokens and leave when they are done.
+"""Iteration-level batching: prompts join the running batch between two tokens and leave when they
+are done.
 
-Each adapter has its own batch, and each step gives every batch one token, so no adapter waits for another to finish. Prompts are let in as they came;
-none overtakes. What happens follows from what was submitted and cancelled alone: no thread, no clock, the same decisions on every rank.
-Refuses to know: HTTP, threads, text.
+Each adapter has its own batch, and each step gives every batch one token, so no adapter waits for
+another to finish. Prompts are let in as they came; none overtakes. What happens follows from what
+was submitted and cancelled alone: no thread, no clock, the same decisions on every rank. Refuses to
+know: HTTP, threads, text.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 
-# What a model can raise for one batch without the process being lost: a device out of memory, a shape that slipped through.
+# What a model can raise for one batch without the process being lost: a device out of memory, a
+# shape that slipped through.
 _STEP_ERRORS = (ValueError, RuntimeError, MemoryError, IndexError, OSError)
 
 # The name under which a PeftModel answers without any of its adapters.
@@ -28,8 +31,11 @@ BASE = ""
 
 @dataclass(frozen=True)
 class Capacity:
-    """What may run at once. `cache_tokens`: what the caches of all adapters may come to hold (None: no limit): on the CPU each prompt once and the answers
-    of its samples at their longest, elsewhere rows times the longest row. `prefill_tokens`: prompts let in between two steps (at least one is)."""
+    """What may run at once. `cache_tokens`: what the caches of all adapters may come to hold (None:
+    no limit): on the CPU each prompt once and the answers of its samples at their longest,
+    elsewhere rows times the longest row. `prefill_tokens`: prompts let in between two steps (at
+    least one is).
+    """
 
     rows: int = 64
     cache_tokens: int | None = None
@@ -57,7 +63,9 @@ class _Asked:
 
 
 class Scheduler:
-    """Runs prompts in turns: `step` until nothing is left. The caller puts the model into eval mode (`eval_mode`)."""
+    """Runs prompts in turns: `step` until nothing is left. The caller puts the model into eval mode
+    (`eval_mode`).
+    """
 
     def __init__(
         self,
@@ -104,14 +112,17 @@ class Scheduler:
         self._batch().check(one.prompt)
 
     def submit(self, prompt: Prompt, adapter: str | None = None) -> None:
-        """Queue a prompt; `adapter`: with which one of a PeftModel, `BASE` with none, None as the model stands. Raises ValueError as `check`, and for a
-        key that is in use."""
+        """Queue a prompt; `adapter`: with which one of a PeftModel, `BASE` with none, None as the
+        model stands. Raises ValueError as `check`, and for a key that is in use.
+        """
         self.check(prompt)
         self._queue(_Asked(prompt, adapter, set(range(prompt.params.n))))
 
     def resume(self, partials: Sequence[Partial], adapter: str | None = None) -> None:
-        """Queue samples that were taken out; their events go on where they stopped. Raises ValueError as `submit`: samples of one prompt go on together,
-        when no other of its samples runs."""
+        """Queue samples that were taken out; their events go on where they stopped. Raises
+        ValueError as `submit`: samples of one prompt go on together, when no other of its samples
+        runs.
+        """
         by_key: dict[int, list[Partial]] = {}
         for one in partials:
             by_key.setdefault(one.prompt.key, []).append(one)
@@ -121,7 +132,9 @@ class Scheduler:
             self._queue(asked)
 
     def abort(self, keys: Collection[int]) -> list[Partial]:
-        """`cancel`, and what each sample that had not ended has come to. Fine for keys of prompts that are done."""
+        """`cancel`, and what each sample that had not ended has come to. Fine for keys of prompts
+        that are done.
+        """
         out: list[Partial] = []
         for one in self._waiting:
             if one.prompt.key in keys:
@@ -139,7 +152,9 @@ class Scheduler:
         self._waiting.append(one)
 
     def cancel(self, keys: Collection[int]) -> None:
-        """Take prompts out, wherever they are; no more events come of them. Fine for keys of prompts that are done."""
+        """Take prompts out, wherever they are; no more events come of them. Fine for keys of
+        prompts that are done.
+        """
         waiting = {one.prompt.key for one in self._waiting} & set(keys)
         self._waiting = deque(one for one in self._waiting if one.prompt.key not in waiting)
         for key in waiting:
@@ -150,7 +165,9 @@ class Scheduler:
                 self._forget(adapter, mine)
 
     def step(self) -> list[TokenEvent]:
-        """Let in what fits, then one token for every row. A prompt or a batch on which the model fails ends with events that carry the error."""
+        """Let in what fits, then one token for every row. A prompt or a batch on which the model
+        fails ends with events that carry the error.
+        """
         events: list[TokenEvent] = []
         entering = self._admit()
         for adapter in [*self._running]:
@@ -171,7 +188,7 @@ class Scheduler:
             self._batches.pop(adapter, None)
 
     def _admit(self) -> list[_Asked]:
-        """Prompts from the head of the queue, as many as fit; they count as running from here on."""
+        """Prompts from the head of the queue, as many as fit; they count as running from now on."""
         entering: list[_Asked] = []
         prefill = 0
         while self._waiting:
@@ -251,10 +268,12 @@ def _failures(some: Sequence[_Asked], error: Exception) -> list[TokenEvent]:
 def complete(
     scheduler: Scheduler, prompts: Iterable[Prompt], partials: Sequence[Partial] = ()
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """(key, completions) of prompts, as they finish, `params.n` of each; of `partials` those of the samples that go on, whole, in the order of the
-    samples. Whatever else the scheduler holds goes on with them, unreported.
+    """(key, completions) of prompts, as they finish, `params.n` of each; of `partials` those of the
+    samples that go on, whole, in the order of the samples. Whatever else the scheduler holds goes
+    on with them, unreported.
 
-    Raises ValueError as `Scheduler.submit`, and what the model raised. However it ends, none of the prompts is left in the scheduler.
+    Raises ValueError as `Scheduler.submit`, and what the model raised. However it ends, none of the
+    prompts is left in the scheduler.
     """
     found: dict[int, dict[int, Completion]] = {}
     try:

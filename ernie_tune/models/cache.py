@@ -1,8 +1,12 @@
-"""Keys and values of a batch of rows that grow by one token a step. Rows end at a common column: shorter ones are padded at the left.
+"""Keys and values of a batch of rows that grow by one token a step. Rows end at a common column:
+shorter ones are padded at the left.
 
-This is the cache of devices on which one product over all rows is best; on the CPU segments are (`cache_of`). Rows may leave (`select`) and others join (`join`) between two steps; columns that no row is left to use are given back.
+This is the cache of devices on which one product over all rows is best; on the CPU segments are
+(`cache_of`). Rows may leave (`select`) and others join (`join`) between two steps; columns that no
+row is left to use are given back.
 
-Legend: B rows, K key/value heads, C columns, H head width. Holds post-rope keys (architecture.md 10). Refuses to know: sampling, positions, tokens.
+Legend: B rows, K key/value heads, C columns, H head width. Holds keys after rope. Refuses to know:
+sampling, positions, tokens.
 """
 
 from __future__ import annotations
@@ -18,13 +22,16 @@ from ernie_tune.models import mkl
 from ernie_tune.models.attention import cached_attention
 from ernie_tune.models.segments import SegmentCache
 
-# Columns are allocated in steps, so most steps write in place; attention runs over the whole allocation with dead columns masked.
+# Columns are allocated in steps, so most steps write in place; attention runs over the whole
+# allocation with dead columns masked.
 GROW_TOKENS = 128
 _DEAD = -1e30
 
 
 class KVCache:
-    """One forward with `prefilling` True fills it; each later forward takes one token per row, then `advance()`."""
+    """One forward with `prefilling` True fills it; each later forward takes one token per row, then
+    `advance()`.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.keys: list[Tensor] = [None] * num_layers
@@ -36,7 +43,9 @@ class KVCache:
 
     @staticmethod
     def tokens(rows: Iterable[tuple[int, int, int]]) -> int:
-        """Tokens that prompts may come to hold, each (prompt tokens, samples left, tokens of one answer): rows times the longest."""
+        """Tokens that prompts may come to hold, each (prompt tokens, samples left, tokens of one
+        answer): rows times the longest.
+        """
         some = [*rows]
         return sum(samples for _, samples, _ in some) * max((a + b for a, _, b in some), default=0)
 
@@ -50,7 +59,9 @@ class KVCache:
             store[layer] = paddle.gather(table, self._source).reshape([len(offsets) - 1, heads, -1, x.shape[2]])
 
     def plan(self, offsets: tuple[int, ...], heads: int) -> None:
-        """Where each (row, head, column) comes from among the packed (token, head) rows; the padding comes from a row of zeros behind them."""
+        """Where each (row, head, column) comes from among the packed (token, head) rows; the
+        padding comes from a row of zeros behind them.
+        """
         lengths = np.diff(offsets)
         self.used = int(lengths.max())
         column = np.arange(_allocation(self.used))
@@ -74,7 +85,9 @@ class KVCache:
         return cached_attention(q_BNH, *self.append(layer, k_BKH, v_BKH), self.bias())
 
     def bias(self) -> Tensor:
-        """0 on live columns, very negative elsewhere, [B, C] float32; the column being written is live."""
+        """0 on live columns, very negative elsewhere, [B, C] float32; the column being written is
+        live.
+        """
         if self._bias.shape[1] <= self.used:
             blank = np.full((self._bias.shape[0], GROW_TOKENS), _DEAD, np.float32)
             self._bias, self._bias_tensor = np.concatenate([self._bias, blank], axis=1), None
@@ -88,7 +101,9 @@ class KVCache:
         self.used += 1
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row named twice is copied (n samples of one prompt share its prefill)."""
+        """Keep these rows, in this order; a row named twice is copied (n samples of one prompt
+        share its prefill).
+        """
         index = paddle.to_tensor(list(rows), dtype="int64")
         for store in (self.keys, self.values):
             for layer, x in enumerate(store):
@@ -98,7 +113,9 @@ class KVCache:
             self._merge((self,))
 
     def join(self, other: Any) -> None:
-        """Put the rows of `other`, which has been filled, behind these; both then end at one column. `other` is not to be used afterwards."""
+        """Put the rows of `other`, which has been filled, behind these; both then end at one
+        column. `other` is not to be used afterwards.
+        """
         self._merge((self, other))
 
     def longest(self) -> int:
@@ -111,7 +128,8 @@ class KVCache:
         for name in ("keys", "values"):
             stores = [getattr(part, name) for part in parts]
             for layer in range(len(stores[0])):
-                # One layer after the other, each given up as it is copied: the peak is both batches and one layer.
+                # One layer after the other, each given up as it is copied: the peak is both batches
+                # and one layer.
                 rows = [_moved(store[layer], part.used, used) for store, part in zip(stores, parts, strict=True)]
                 for store in stores:
                     store[layer] = None

@@ -1,10 +1,12 @@
-"""Keys and values in segments of their own: a prompt's once, however many samples go on from it, and each sample's, which grows.
+"""Keys and values in segments of their own: a prompt's once, however many samples go on from it,
+and each sample's, which grows.
 
-A row is its prompt's segment and its own one. Nothing is padded, and nothing moves when rows join or leave: a segment goes when the last row that uses
-it does. Attention reads them where they lie, by address, so this needs the math library (`mkl.usable`); elsewhere `KVCache` holds padded rows.
+A row is its prompt's segment and its own one. Nothing is padded, and nothing moves when rows join
+or leave: a segment goes when the last row that uses it does. Attention reads them where they lie,
+by address, so this needs the math library (`mkl.usable`); elsewhere `KVCache` holds padded rows.
 
-Legend: B rows, N query and K key/value heads, G = N/K, H head width, L tokens of a segment, W tokens of the longest row.
-Refuses to know: sampling, positions, tokens.
+Legend: B rows, N query and K key/value heads, G = N/K, H head width, L tokens of a segment, W
+tokens of the longest row. Refuses to know: sampling, positions, tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from paddle import Tensor
 
 from ernie_tune.models import mkl
 
-# A sample's segment begins with room for so many tokens; when it is full it moves to one of twice the room, at most so many tokens more.
+# A sample's segment begins with room for so many tokens; when it is full it moves to one of twice
+# the room, at most so many tokens more.
 FIRST_TOKENS, MOST_MORE_TOKENS = 16, 256
 _DEAD = -1e30
 
 
 class Segment:
-    """Keys and values of neighbouring tokens in all layers: memory [layers, 2, room, K, H], of which `used` tokens are written."""
+    """Keys and values of neighbouring tokens in all layers: memory [layers, 2, room, K, H], of
+    which `used` tokens are written.
+    """
 
     def __init__(self, layers: int, room: int, heads: int, width: int, kind: np.dtype) -> None:
         self.memory = np.empty((layers, 2, room, heads, width), kind)
@@ -67,7 +72,9 @@ class _Row:
 
 
 class SegmentCache:
-    """One forward with `prefilling` True fills it; each later forward takes one token per row, then `advance()`. Rows of one prompt stay neighbours."""
+    """One forward with `prefilling` True fills it; each later forward takes one token per row, then
+    `advance()`. Rows of one prompt stay neighbours.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.layers, self.prefilling = num_layers, True
@@ -76,7 +83,9 @@ class SegmentCache:
 
     @staticmethod
     def tokens(rows: Iterable[tuple[int, int, int]]) -> int:
-        """Tokens that prompts may come to hold, each (prompt tokens, samples left, tokens of one answer): each prompt once."""
+        """Tokens that prompts may come to hold, each (prompt tokens, samples left, tokens of one
+        answer): each prompt once.
+        """
         return sum(length + samples * answer for length, samples, answer in rows)
 
     def __len__(self) -> int:
@@ -135,7 +144,9 @@ class SegmentCache:
         self._step = None
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row named twice has its prompt in common with itself (n samples of one prompt)."""
+        """Keep these rows, in this order; a row named twice has its prompt in common with itself (n
+        samples of one prompt).
+        """
         old, taken = self._rows, set()
         self._rows = []
         for i in rows:
@@ -149,12 +160,16 @@ class SegmentCache:
             self._rows.append(_Row(old[i].prompt, own))
 
     def join(self, other: Any) -> None:
-        """Put the rows of `other`, which has been filled, behind these. `other` is not to be used afterwards."""
+        """Put the rows of `other`, which has been filled, behind these. `other` is not to be used
+        afterwards.
+        """
         self._rows += other._rows
 
 
 class _Step:
-    """One decode step's products, the same in every layer but for where the layer's keys and values begin."""
+    """One decode step's products, the same in every layer but for where the layer's keys and values
+    begin.
+    """
 
     def __init__(self, rows: Sequence[_Row], heads: int) -> None:
         _, _, _, kv_heads, width = rows[0].own.memory.shape
@@ -166,7 +181,8 @@ class _Step:
         self.q, self.out = np.empty((*shape, width), kind), np.empty((*shape, width), kind)
         self.scores = np.empty((*shape, longest), kind)
         self.ragged = any(row.length < longest for row in rows)
-        # (segment, tokens, first row, rows, first column): each prompt with all of its rows, then each row's own
+        # (segment, tokens, first row, rows, first column): each prompt with all of its rows, then
+        # each row's own
         pieces, at = [], 0
         for _, same in groupby(rows, key=lambda row: id(row.prompt)):
             some = list(same)

@@ -1,4 +1,5 @@
-"""The scheduler's thread: one thread runs the model, requests come from any other and get their tokens as they appear.
+"""The scheduler's thread: one thread runs the model, requests come from any other and get their
+tokens as they appear.
 
 Refuses to know: HTTP, event loops, text, who is let in when.
 """
@@ -22,12 +23,14 @@ class EngineFailure(RuntimeError):
 
 
 class EngineEnded(EngineFailure):
-    """The scheduler's thread has ended, as it was told to or through an error that nobody foresaw."""
+    """The scheduler's thread has ended, as it was told to or by an error that nobody foresaw."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One prepared request on its way. `report` gets its events, or the error that ended it, in the scheduler's thread."""
+    """One prepared request on its way. `report` gets its events, or the error that ended it, in the
+    scheduler's thread.
+    """
 
     prepared: Prepared
     adapter: str | None
@@ -108,7 +111,7 @@ class SchedulerThread:
         if self.alive:
             self._thread.join(timeout_seconds)
 
-    # --- the thread --------------------------------------------------------------------------------------------------
+    # --- the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:

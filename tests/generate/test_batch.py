@@ -1,4 +1,6 @@
-"""Cached decoding against transformers' tokens, against uncached decoding, and row against batch; sampling against closed forms."""
+"""Cached decoding against transformers' tokens, against uncached decoding, and row against batch;
+sampling against closed forms.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_of_the_last_release(name: str, golden_model) -> None:
-    """Written down once (tests/golden/generated_tokens.json): who changes a seeded draw must mean to."""
+    """Written down once (tests/golden/generated_tokens.json): who changes a seeded draw must mean
+    to.
+    """
     model, data = golden_model("tiny-b"), np.load(GOLDEN / "tiny_b.npz")
     rows = [case_rows(data, case)[0] for case in CASES]
     found = generate(model, rows, model.config.tokens, SamplingParams(**SETTINGS[name]))
@@ -95,7 +99,9 @@ def test_log_probs_are_those_of_a_training_forward(case: str, golden_model, gold
 @pytest.mark.parametrize("rule", ["paddle", "hf"])
 @pytest.mark.parametrize("text_behind", [0, 3])
 def test_text_goes_on_at_its_place_behind_a_long_clip(rule: str, text_behind: int, golden_model) -> None:
-    """A clip with more frame pairs (8) than rows and columns (1): under "hf" text goes on below the largest time coordinate."""
+    """A clip with more frame pairs (8) than rows and columns (1): under "hf" text goes on below the
+    largest time coordinate.
+    """
     model = golden_model("tiny-b")
     tokens, grid = model.config.tokens, np.array([[16, 2, 2]])
     ids = [1, 5, *[tokens.video] * 8, *range(20, 20 + text_behind)]
@@ -188,7 +194,9 @@ def test_bad_requests(golden_model) -> None:
 
 
 def run_batch(batch: RunningBatch, joins: dict[int, list[Prompt]], drops: dict[int, list[int]] | None = None):  # type: ignore[no-untyped-def]
-    """Step to the end; before step i let `joins[i]` in and take `drops[i]` out. Returns events by (prompt, sample)."""
+    """Step to the end; before step i let `joins[i]` in and take `drops[i]` out. Returns events by
+    (prompt, sample).
+    """
     out: dict[tuple[int, int], list[TokenEvent]] = {}
     at = 0
     while len(batch) or at <= max(joins):
@@ -201,7 +209,9 @@ def run_batch(batch: RunningBatch, joins: dict[int, list[Prompt]], drops: dict[i
 
 
 def test_rows_that_join_and_leave_get_what_they_get_alone(golden_model, golden) -> None:
-    """Long rows joining short ones, short ones joining long ones, a batch that runs empty, own lengths, temperatures and penalties."""
+    """Long rows joining short ones, short ones joining long ones, a batch that runs empty, own
+    lengths, temperatures and penalties.
+    """
     model, data = golden_model("tiny-b"), golden("tiny_b")
     rows = {case: case_rows(data, case)[0] for case in CASES}
     long = Row(np.resize(rows["text"].input_ids_L, 200))
@@ -297,7 +307,9 @@ def filled(lengths: list[int], seed: int, layers: int = 2) -> tuple[KVCache, lis
 
 
 def content(cache: KVCache) -> list[list[np.ndarray]]:
-    """The live columns of each layer and row, after checking that values run parallel and nothing else is live."""
+    """The live columns of each layer and row, after checking that values run parallel and nothing
+    else is live.
+    """
     out = []
     for keys, values in zip(cache.keys, cache.values, strict=True):
         k, v, live = keys.numpy(), values.numpy(), cache._bias == 0
@@ -336,7 +348,9 @@ def test_a_cache_gives_back_what_its_longest_row_took() -> None:
 
 
 def test_penalties_follow_each_answer(golden_model, golden) -> None:
-    """A strong penalty for presence forbids every token the second time, in each row for itself; without it this model repeats itself."""
+    """A strong penalty for presence forbids every token the second time, in each row for itself;
+    without it this model repeats itself.
+    """
     model = golden_model("tiny-b")
     tokens, rows = model.config.tokens, [Row(np.array([1, 5, 6])), Row(np.array([1, 7]))]
     plain = generate(model, rows, tokens, SamplingParams(max_new_tokens=12))

@@ -1,4 +1,6 @@
-"""generate/sampling.py against closed forms: what is kept, how often each token is drawn, what it is said to have been likely."""
+"""generate/sampling.py against closed forms: what is kept, how often each token is drawn, what it
+is said to have been likely.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
 def test_draws_follow_the_closed_form(params: dict[str, Any]) -> None:
-    """A regular grid of 5,000 numbers instead of chance: each token is drawn its share of them, to one in each direction."""
+    """A regular grid of 5,000 numbers instead of chance: each token is drawn its share of them, to
+    one in each direction.
+    """
     scores = np.random.default_rng(3).normal(0, 2, 24).astype(np.float32)
     want = probabilities(scores.astype(np.float64), **params)
     grid = (np.arange(5_000) + 0.5) / 5_000
@@ -92,7 +96,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [100, 103_424])
 def test_what_is_kept_of_a_whole_vocabulary(shape: str, size: int) -> None:
-    """Selection against sorting; sums of 100,000 numbers in another order may differ in the last place, so by one id."""
+    """Selection against sorting; sums of 100,000 numbers in another order may differ in the last
+    place, so by one id.
+    """
     weights = np.exp(SHAPES[shape](np.random.default_rng(0), size))
     weights[5] = 0.0  # a banned id
     order = np.argsort(-weights, kind="stable")
@@ -122,7 +128,9 @@ def test_top_p_by_hand() -> None:
 
 
 def test_the_ends_of_the_unit_interval() -> None:
-    """0 draws the first id that has weight, the largest number below 1 the last one; an id without weight is never drawn."""
+    """0 draws the first id that has weight, the largest number below 1 the last one; an id without
+    weight is never drawn.
+    """
     scores = [-np.inf, 1.0, -np.inf, 0.5, -np.inf]
     last = float(np.nextafter(1.0, 0.0))
     assert [draw(scores, u, temperature=1.0).token_id for u in (0.0, last)] == [1, 3]
@@ -152,7 +160,9 @@ def test_a_temperature_of_almost_nothing_is_greedy() -> None:
 
 
 def test_frequency_and_presence_penalties() -> None:
-    """Worked out by hand: 3 - (0.5 + 2 * 0.75) = 1 falls behind 2 - 0; what the prompt holds is not counted; `logp` is the model's own."""
+    """Worked out by hand: 3 - (0.5 + 2 * 0.75) = 1 falls behind 2 - 0; what the prompt holds is not
+    counted; `logp` is the model's own.
+    """
     scores, plain = [3.0, 2.0, 0.0], np.array([3.0, 2.0, 0.0]) - np.log(np.exp([3.0, 2.0, 0.0]).sum())
     for answer, want in (([0, 0], 1), ([1], 0)):
         choice = draw(scores, answer=answer, frequency_penalty=0.75, presence_penalty=0.5)

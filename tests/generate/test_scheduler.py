@@ -1,4 +1,6 @@
-"""generate/scheduler.py: who is let in when, answers that do not depend on it, and failures that stay with whom they belong to."""
+"""generate/scheduler.py: who is let in when, answers that do not depend on it, and failures that
+stay with whom they belong to.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_completions_do_not_depend_on_what_runs_beside_them(rows: int, prefill: 
 
 
 def test_a_prompt_counts_once_however_many_samples_it_has(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 tokens and 3 answers of 5 are 19 where segments are shared, 27 in padded rows; two such prompts wait for each other below twice that."""
+    """4 tokens and 3 answers of 5 are 19 where segments are shared, 27 in padded rows; two such
+    prompts wait for each other below twice that.
+    """
     prompts = [Prompt(WORDS, SamplingParams(max_new_tokens=5, temperature=1.0, n=3), key) for key in range(2)]
     for cache, size in ((SegmentCache, 19), (KVCache, 27)):
         monkeypatch.setattr(scheduler_module, "cache_of", lambda _, cache=cache: cache)
@@ -110,7 +114,9 @@ def test_what_cannot_be_submitted(model: Any) -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(at: int, model: Any, golden: Any) -> None:
-    """Greedy, sampled and penalised samples, forced tokens and constraints among them, with a picture; some had ended before."""
+    """Greedy, sampled and penalised samples, forced tokens and constraints among them, with a
+    picture; some had ended before.
+    """
     row = case_rows(golden("tiny_b"), "image")[0]
     made: list[Evens] = []
 
@@ -153,7 +159,9 @@ def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(at: int, model: An
 
 
 def test_seeds_of_several_parts(model: Any) -> None:
-    """(seed, round, prompt, sample) and nothing else: the same whatever the key and the neighbours are."""
+    """(seed, round, prompt, sample) and nothing else: the same whatever the key and the neighbours
+    are.
+    """
 
     def of(key: int, index: Any, **more: Any) -> list[list[int]]:
         prompt = Prompt(WORDS, SamplingParams(max_new_tokens=6, temperature=1.5, n=2, **more), key, index)

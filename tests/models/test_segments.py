@@ -1,4 +1,4 @@
-"""models/segments.py against the padded cache, by bytes, and by what is left when rows come and go."""
+"""models/segments.py against the padded cache, by bytes, by what is left as rows come and go."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(not mkl.usable("float32"), reason="needs Paddle'
 
 
 class Pair:
-    """The padded cache and the segments, given the same keys and values. Shapes: K=2, H=8, G=3, two layers."""
+    """The padded cache and the segments, given the same keys and values. Shapes: K=2, H=8, G=3, two
+    layers.
+    """
 
     def __init__(self, dtype: str) -> None:
         self.rng, self.dtype = np.random.default_rng(0), dtype
@@ -55,7 +57,9 @@ class Pair:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_attention_is_that_of_the_padded_cache(dtype: str) -> None:
-    """Rows of a prompt in common, rows that join and leave, segments that grow twice, one row alone."""
+    """Rows of a prompt in common, rows that join and leave, segments that grow twice, one row
+    alone.
+    """
     pair = Pair(dtype)
     pair.caches = pair.filled(5, 1, 40)
     for cache in pair.caches:
@@ -117,7 +121,9 @@ def test_answers_are_those_of_the_padded_cache(golden_model: Any, golden: Any, m
 
 
 def test_a_hundred_aborts_leave_nothing_behind(golden_model: Any) -> None:
-    """Prompts with samples come and are dropped at random; what is held is what lives, and in the end nothing is."""
+    """Prompts with samples come and are dropped at random; what is held is what lives, and in the
+    end nothing is.
+    """
     model, rng = golden_model("tiny-b"), np.random.default_rng(1)
     batch, alive, key, seen = RunningBatch(model, model.config.tokens), {}, 0, []
     aborts = 0

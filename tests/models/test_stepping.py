@@ -1,4 +1,6 @@
-"""Decoding with several operators at once in NumPy against the same model with one Paddle operator after the other."""
+"""Decoding with several operators at once in NumPy against the same model with one Paddle operator
+after the other.
+"""
 
 from __future__ import annotations
 

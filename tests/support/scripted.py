@@ -36,7 +36,9 @@ class Scripted:
 def script(
     monkeypatch: pytest.MonkeyPatch, answer: Callable[[Prompt], Sequence[int]], reason: str = "stop"
 ) -> list[Prompt]:
-    """From here on every engine answers with `answer`; returns the list into which the prompts go as they are asked."""
+    """From here on every engine answers with `answer`; returns the list into which the prompts go
+    as they are asked.
+    """
     prompts: list[Prompt] = []
 
     def asked(prompt: Prompt) -> Sequence[int]:
