@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ernie_tune.cli import data as data_verb
-from ernie_tune.cli.main import help_
+from ernie_tune.cli.main import help_, main
 from ernie_tune.cli.verbs import find_verb
 from ernie_tune.config.aliases import SPELLINGS
 from ernie_tune.config.arguments import SETTINGS
@@ -150,3 +153,46 @@ def test_quickstart_reports_the_run_it_was_given(tmp_path: Path) -> None:
     for wanted in ("12.5%", "93.8%", "40 s", "200 s", f"{tmp_path}/before_after.html"):
         assert wanted in done.stdout
     assert subprocess.run(["bash", "-n", ROOT / "launch" / "quickstart.sh"]).returncode == 0
+
+
+# What keeps a command short, by verb: the same road with fewer steps and rows.
+SHORT = ("max_steps=2", "eval_max_samples=2", "report_max_samples=2", "eval_steps=2", "save_steps=2")
+# What other tests run: servers, several processes, and the check of a recipe whose weights are not here.
+ELSEWHERE = ("serve", "tensor_model_parallel_size=2", "examples/28b/sft_lora.yaml")
+
+
+def runnable(words: list[str]) -> bool:
+    return words[:1] == ["ernie-tune"] and not set(ELSEWHERE) & set(words)
+
+
+def test_commands_of_the_readme_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a clone without outputs; the quickstart stands for its training line, since installing needs a network. What is left out is in ELSEWHERE."""
+    tracked = subprocess.run(["git", "ls-files", "examples"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in tracked.stdout.split("\n"):
+        if name and (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    rows = (tmp_path / "examples" / "identity" / "train.json").read_text(encoding="utf-8")
+    for name, part in (("my_train.jsonl", slice(0, 8)), ("my_eval.jsonl", slice(8, 12))):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in json.loads(rows)[part]]
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    recipe = (tmp_path / "examples" / "identity" / "sft.yaml").read_text(encoding="utf-8")
+    mine = re.sub(r"examples/identity/(train|eval).json", r"my_\1.jsonl", recipe)
+    (tmp_path / "my.yaml").write_text(mine, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
+    assert main(["train", "examples/digits/sft.yaml", *SHORT]) == 0  # launch/quickstart.sh
+    done = [["bash", "launch/quickstart.sh"]]
+    for words in commands(ENGLISH):
+        if not runnable(words):
+            continue
+        trains = words[1] in ("train", "dpo", "demo")
+        settings = [*SHORT, "output_dir=output/demo"] if words[1] == "demo" else SHORT if trains else ()
+        assert main([*words[1:], *settings]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err[-2000:]}"
+        done.append(words)
+        capsys.readouterr()
+    assert {words[1] for words in done[1:]} >= {"chat", "data", "train", "demo", "init", "validate", "eval", "plot", "dpo", "estimate", "export", "doctor", "help"}  # fmt: skip
+    assert (tmp_path / "output" / "wint4").is_dir()
+    assert (tmp_path / "output" / "digits" / "eval_answers.jsonl").is_file()
