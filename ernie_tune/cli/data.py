@@ -18,6 +18,7 @@ from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.language import counted, say, shown
 from ernie_tune.config.loader import Loaded, load_config
+from ernie_tune.config.stages import STAGES
 from ernie_tune.data.doctor_convert import WRITERS, convert_file
 from ernie_tune.data.doctor_fix import fix_file, fixed_path
 from ernie_tune.data.doctor_report import as_json, as_text, stats_text
@@ -34,7 +35,7 @@ from ernie_tune.models.presets import PRESETS
 _FLAG, _PAGE, _FOLDERS = "", "[PATH.html]", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
 _COMMON = {"format": "NAME", "template": "NAME", **_FOLDERS}
 _OPTIONS = {
-    "check": {**_COMMON, "eval": "FILE", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _PAGE},
+    "check": {**_COMMON, "eval": "FILE", "stage": "NAME", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _PAGE},
     "stats": {**_COMMON, "decode": "N|all"},
     "show": {**_COMMON, "row": "N"},
     "convert": {**_COMMON, "to": "|".join(WRITERS), "out": "FILE"},
@@ -56,7 +57,8 @@ def run(args: list[str]) -> int:
     check    says what is wrong, where, and how to repair it; exit code 1 if there are errors.
              --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes a page of rows
              with pictures, findings and statistics (FILE.check.html, or PATH.html); --json prints one object; --decode opens the first N pictures and ever fewer of the rest (default 200);
-             --limit shows N problems of a kind (default 20, 0: all).
+             --limit shows N problems of a kind (default 20, 0: all); --stage NAME also says which rows that stage cannot use.
+             A column or key whose name begins with _ is left out on purpose; \\<image> in a text is the word, not a picture.
     show     prints a row as the model sees it, the trained text marked. --row is a line number, as in messages.
     stats    prints lengths, languages, pictures, and what they say about image_max_pixels.
     convert  writes FILE.FORMAT.jsonl, or refuses a row that the format cannot express.
@@ -140,6 +142,7 @@ class _Inputs:
     evaluation: list[Entry]
     processor: Processor
     max_tokens: int | None = None
+    signals: tuple[str, ...] = ()  # what the stage learns from; empty: any
 
 
 def _inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
@@ -149,7 +152,8 @@ def _inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
         return _run_inputs(words, options)
     processor = _processor(options.get("tokenizer", ""), options.get("template"))
     evaluation = _entries([options["eval"]], form, folder) if "eval" in options else []
-    return _Inputs(_entries(words, form, folder), evaluation, processor, _number(options, "max-seq-len", None, 2))
+    limit = _number(options, "max-seq-len", None, 2)
+    return _Inputs(_entries(words, form, folder), evaluation, processor, limit, _signals(options.get("stage", "")))
 
 
 def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
@@ -177,7 +181,20 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
     with _blaming(loaded, "template" if data.template != "auto" else "model_name_or_path"):
         template = options.get("template", None if data.template == "auto" else data.template)
         processor = _processor(options.get("tokenizer", model), template, loaded.config.media.image_max_pixels)
-    return _Inputs(train, evaluation, processor, _number(options, "max-seq-len", data.max_seq_len, 2))
+    limit = _number(options, "max-seq-len", data.max_seq_len, 2)
+    return _Inputs(train, evaluation, processor, limit, _signals(options.get("stage", loaded.config.model.stage)))
+
+
+def _signals(stage: str) -> tuple[str, ...]:
+    """What a stage learns from. Raises UsageError for an unknown one."""
+    if stage and stage not in STAGES:
+        raise UsageError(
+            say(
+                f"--stage ({stage}) must be one of {', '.join(STAGES)}",
+                f"--stage（{stage}）须为 {', '.join(STAGES)} 之一",
+            )
+        )
+    return STAGES[stage].signals if stage else ()
 
 
 @contextmanager
@@ -233,6 +250,7 @@ def _scan(inputs: _Inputs, options: Mapping[str, str], limit: int) -> Report:
         decode=decode,
         max_tokens=inputs.max_tokens,
         limit=limit,
+        signals=inputs.signals,
     )
     return scan.run(inputs.train, inputs.evaluation)
 

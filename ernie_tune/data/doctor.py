@@ -29,6 +29,8 @@ class _Check(NamedTuple):
 # What the readers accept and training should not. Errors make the exit code 1; a row is only dropped by --fix where a fix says so.
 CHECKS = {
     "empty_answer": _Check("error", "an answer", "write it, or drop the row (--fix drops it)", "非空的回答", "补写回答，或删去该行（--fix 会删去）"),
+    "unanswered": _Check("error", "an answer to learn, or what judges one", "add it as the last turn or in an answer column; questions alone are for --stage RLVR or PPO", "要学习的回答，或评判回答的依据", "补上最后一轮或回答列；仅有问题的数据请加 --stage RLVR 或 PPO"),
+    "no_question": _Check("note", "a question to each picture", "nothing to do: the same question is asked of each; add a question column to ask otherwise", "每张图片都有问题", "可不处理：对每张图片提同一问题；如需其他问题请添加 question 列"),
     "mute_answer": _Check("warning", "words", "write the answer out, or drop the row", "文字", "补写回答，或删去该行"),
     "padded_answer": _Check("warning", "no space around the answer", "strip it (--fix does)", "首尾无空白的回答", "去掉首尾空白（--fix 会处理）"),
     "empty_prompt": _Check("warning", "a question or a picture", "write the question, or drop the row", "问题或图片", "补写问题，或删去该行"),

@@ -74,10 +74,16 @@ def _check(record: Record, row: dict[str, Any], form: str, target: str) -> None:
     except DataError as error:
         raise _refusal(record, form, error.field, error.found) from error
     base = os.path.dirname(target)
-    ours, theirs = (vars(_with_media(one, lambda medium: os.path.join(base, medium))) for one in (record, back))
+    ours, theirs = vars(_with_media(record, lambda medium: _joined(base, medium))), vars(back)
     for name in _COMPARED:
         if ours[name] != theirs[name]:
             raise _refusal(record, form, name, show(ours[name]))
+
+
+def _joined(base: str, medium: Media) -> Media:
+    """A medium as a reader of a file in the folder `base` resolves it."""
+    is_path = isinstance(medium, str) and "://" not in medium and not medium.startswith("data:")
+    return os.path.join(base, str(medium)) if is_path else medium
 
 
 def _refusal(record: Record, form: str, field: str, found: str) -> ValueError:

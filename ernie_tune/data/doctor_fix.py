@@ -19,9 +19,10 @@ from ernie_tune.data.doctor import CHECKS, check_record
 from ernie_tune.data.doctor_media import Pictures
 from ernie_tune.data.doctor_rows import JsonLines
 from ernie_tune.data.doctor_scan import DataFile
+from ernie_tune.data.file_rows import parse_json
 from ernie_tune.data.images import ImageSettings
 from ernie_tune.data.records import DataError, Record
-from ernie_tune.data.sources import Entry, parse_json
+from ernie_tune.data.sources import Entry
 
 _COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')  # strings are stepped over
 _TRIES, _TEXTS = 4, 20  # repairs of one row; texts of a row that may be its first question

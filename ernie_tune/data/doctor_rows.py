@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ernie_tune.data.doctor import MARKER, THOUGHT_MARK, text_of
+from ernie_tune.data.file_rows import file_kind, open_file, parse_json
 from ernie_tune.data.readers import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
 from ernie_tune.data.readers_fields import DIALOGUES, QUERIES, RESPONSES
 from ernie_tune.data.readers_unused import is_suspicious
 from ernie_tune.data.records import DataError, Media, Record
-from ernie_tune.data.sources import FileRows, ParquetRows, parse_json
 
 BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-level cache
 BATCH_ROWS = 512  # of files that are not read by blocks
@@ -101,7 +101,7 @@ class Indexed:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._rows = ParquetRows(path) if path.lower().endswith(".parquet") else FileRows(path)
+        self._rows = open_file(path)
 
     def batches(self) -> Iterator[Batch]:
         for first in range(0, len(self._rows), BATCH_ROWS):
@@ -121,10 +121,7 @@ class Indexed:
 
 def open_rows(path: str) -> JsonLines | Indexed:
     """The reader of a file's rows. Raises DataError for files that cannot be indexed, OSError."""
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(BOM).lstrip()
-    indexed = path.lower().endswith((".csv", ".tsv", ".parquet")) or head.startswith((b"[", b"\xff\xfe", b"\xfe\xff"))
-    return Indexed(path) if indexed else JsonLines(path)
+    return JsonLines(path) if file_kind(path) == "lines" else Indexed(path)
 
 
 def parse_block(block: bytes, path: str, line: int) -> list[Row]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import ROW_TOKENS, TURN_TOKENS, thinking_of
 from ernie_tune.data.doctor import Finding, Findings, check_record
 from ernie_tune.data.doctor_compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
@@ -30,7 +31,7 @@ from ernie_tune.data.readers import FORMATS, choose, read, sniff
 from ernie_tune.data.readers_media import kinds_shown
 from ernie_tune.data.readers_row import Where
 from ernie_tune.data.records import DataError, Record, show
-from ernie_tune.data.sources import Entry, rename
+from ernie_tune.data.sources import Entry, rename, signal_error
 
 DECODED = 200  # pictures that are opened unless more or fewer are asked for
 _SNIFFED_ROWS = 32
@@ -105,8 +106,9 @@ class Scan:
         decode: int | None = DECODED,
         max_tokens: int | None = None,
         limit: int = 20,
+        signals: Sequence[str] = (),
     ) -> None:
-        self._processor, self._media_dir = processor, media_dir
+        self._processor, self._media_dir, self._signals = processor, media_dir, tuple(signals)
         self._max_tokens = math.inf if max_tokens is None else max_tokens
         self._pictures, self._findings = Pictures(processor.images, decode, videos=processor.videos), Findings(limit)
         self._stats = Stats(processor)
@@ -146,6 +148,8 @@ class Scan:
         """Check a batch and remember what comparisons need of it."""
         file, rows = self._files[number], batch.rows
         found: list[Facts | None] = file.quick.facts(rows) if file.quick else [None] * len(rows)
+        if self._signals:
+            found = [facts if facts is None or facts[4] in self._signals else None for facts in found]
         slow = [i for i, facts in enumerate(found) if facts is None]
         if self._max_tokens < math.inf:
             self._measure_plain(file, batch, found)
@@ -189,7 +193,11 @@ class Scan:
                 raise row
             record = file.record(row, line)
             file.notes.add(record)
+            if self._signals and not set(self._signals) & set(record.serves):
+                raise signal_error(row, record, Where(file.path, line, self._media_dir), self._signals)
             found = [*check_record(record), *self._pictures.check(record)]
+            if record.signal == "prompt" and not self._signals:
+                found.append(Finding.of("unanswered", file.path, line, "roles", say("a question alone", "仅有问题")))
             facts = facts_of(record)
             if self._max_tokens < math.inf and all(finding.code != "tools" for finding in found):
                 self._measure(record, {finding.code for finding in found})

@@ -63,6 +63,26 @@ def read_classification(f: Fields) -> Record:
     return finish(f, "sft", turns, reward=Reward(answer, (Verifier("exact"),)))
 
 
+PICTURE_ANSWERS = ("label", "class", "category", "caption", "description", "text")
+_PICTURE_QUESTIONS = {"label": "What is this?", "class": "What is this?", "category": "What is this?"}
+_DESCRIBE = "Describe the picture."
+
+
+def read_picture(f: Fields) -> Record:
+    """A picture with its class, or with words about it: what is learnt is the answer to one question, the same for all, that the row need not have."""
+    name = f.name(*PICTURE_ANSWERS)
+    question = _PICTURE_QUESTIONS.get(name, _DESCRIBE)
+    value = f.take(name)
+    answer = value if isinstance(value, str) else show(value)
+    f.note("no_question", name, f"{name} without a question, asked as {question!r}")
+    turns = [make_turn(f, "question", "user", question), make_turn(f, name, "assistant", answer)]
+    reward = Reward(answer, (Verifier("exact"),)) if name in _PICTURE_QUESTIONS else None
+    record = finish(f, "sft", turns, reward=reward)
+    if not record.images and not record.videos:
+        raise f.missing("image", "file_name")
+    return record
+
+
 def _erniekit_turns(f: Fields, answers: Sequence[Any]) -> list[Turn]:
     """src and tgt alternate, after an optional system text."""
     questions = f.items("src")
@@ -193,7 +213,7 @@ SPECIAL_FIELDS = frozenset(
     (
         *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers",
         *(f"{side}_{name}" for side in ("chosen", "rejected") for names in MEDIA_NAMES for name in names),
-        "history", "tools", "mode", "weight", "domain", "task", "channel", "score", "scores", "rating", "ratings", "scale",
+        "class", "category", "caption", "description", "history", "tools", "mode", "weight", "domain", "task", "channel", "score", "scores", "rating", "ratings", "scale",
         "margin", "confidence", "order", "ranking", "ranks", "label", "kto_tag", "responses", "candidates", "reward",
         "reward_model", "verifiers", "evidence", "scene", "hint", "solution", "ground_truth", "signal",
         "rejected_response", "rejected_messages", "text_info", "text_list", "image_info", "video_info", "is_system", "src",
@@ -228,6 +248,7 @@ FORMATS = (
     Format("prompt_response", (QUERIES, RESPONSES), read_sft, ("alpaca",)),
     Format("classification", (("text",), ("label",)), read_classification),
     Format("prompt", (QUERIES,), read_prompt),
+    Format("pictures", ((*IMAGE_NAMES, *FILE_NAMES), PICTURE_ANSWERS), read_picture),
 )
 
 

@@ -7,28 +7,25 @@ Source: ecosystem.md 2.2 (files, sampling), 4.3 (both dialects of dataset_info.j
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
 import os
-import re
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from ernie_tune.config.language import say
+from ernie_tune.data.file_rows import MemoryRows, Rows, class_folders, open_file, parse_json
 from ernie_tune.data.readers import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
 from ernie_tune.data.readers_fields import Fields, Where
 from ernie_tune.data.readers_media import kinds_shown
 from ernie_tune.data.records import DataError, Record, show
 
 INFO_FILE = "dataset_info.json"
-_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")  # which are then refused with what to do
 _SAMPLED_ROWS = 32  # read to recognise a format
-_BOM = b"\xef\xbb\xbf"
 # LLaMA-Factory's column roles -> the field our readers know; the others keep their names (ecosystem.md 4.3).
 _COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAG_ROLES = {
@@ -36,163 +33,6 @@ _TAG_ROLES = {
     "observation_tag": ("tool", "observation"), "function_tag": ("function_call", "function_call"),
 }  # fmt: skip
 _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "script_url")
-
-
-class FileRows:
-    """The rows of one text file by number. `index_n3` holds (first byte, number of bytes, 1-based line) of each row."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._stamp = _stamp(path)
-        kind = os.path.splitext(path)[1].lower()
-        self._header: list[str] = []
-        self._delimiter = "\t" if kind == ".tsv" else ","
-        if kind in (".csv", ".tsv"):
-            spans = _csv_spans(path, self._delimiter)
-            first, size, line = next(spans, (0, 0, 1))
-            self._header = self._cells(self._bytes(first, size), line)
-            if len(set(self._header)) < len(self._header):
-                params = {"why": "give each column its own name"}
-                raise DataError(path, line, "header", show(self._header), "csv", params)
-        else:
-            spans = _json_spans(path)
-        flat = array("q")
-        for span in spans:
-            flat.extend(span)
-        self.index_n3 = np.frombuffer(flat, np.int64).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.index_n3)
-
-    def line(self, i: int) -> int:
-        return int(self.index_n3[i, 2])
-
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
-        """Row i. Raises DataError with file and line when it is no object, no UTF-8, or the file has changed since it was indexed."""
-        first, size, line = (int(v) for v in self.index_n3[i])
-        if _stamp(self.path) != self._stamp:
-            raise DataError(self.path, 0, "file", "another size or time", "changed", {})
-        raw = self._bytes(first, size)
-        if not self._header:
-            return parse_json(raw, self.path, line)
-        cells = self._cells(raw, line)
-        if len(cells) != len(self._header):
-            why = f"the header has {len(self._header)} columns; quote cells that hold the delimiter"
-            raise DataError(self.path, line, "row", f"{len(cells)} cells", "csv", {"why": why})
-        return {name: cell for name, cell in zip(self._header, cells, strict=True) if cell != ""}
-
-    def _bytes(self, first: int, size: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(first)
-            return file.read(size)
-
-    def _cells(self, raw: bytes, line: int) -> list[str]:
-        text = decode(raw.removeprefix(_BOM), self.path, line)
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter), [])
-
-
-class ParquetRows:
-    """The rows of a parquet file by number, through pyarrow; "lines" are row numbers from 1."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(path, 0, "file", "a parquet file", "package", {"name": "pyarrow"}) from error
-        self.path = path
-        self._table = pyarrow.parquet.read_table(path, memory_map=True)
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def line(self, i: int) -> int:
-        return i + 1
-
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
-        return cast("Mapping[str, Any]", self._table.slice(i, 1).to_pylist()[0])
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
-
-
-def decode(raw: bytes, path: str, line: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = f"byte {raw[error.start]:#04x} at position {error.start}"
-        raise DataError(path, line, "text", found, "utf8", {}) from error
-
-
-def parse_json(raw: bytes, path: str, line: int) -> dict[str, Any]:
-    """One JSON object. Raises DataError; half surrogates are refused too, since no tokenizer takes them."""
-    text = decode(raw, path, line)
-    try:
-        value = json.loads(text)
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise DataError(path, line, "row", show(text.strip()), "json", {"why": str(error)}) from error
-    if not isinstance(value, dict):
-        raise DataError(path, line, "row", show(value), "json", {"why": "put the fields into {...}"})
-    return value
-
-
-def _json_spans(path: str) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each row of a jsonl file; or of a json list, whatever the extension: ERNIEKit ships lists as .jsonl."""
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(_BOM).lstrip()
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(path, 1, "text", "UTF-16", "utf8", {})
-        file.seek(0)
-        if head.startswith(b"["):
-            yield from _list_spans(path, file.read())
-            return
-        first = 0
-        for line, raw in enumerate(file, 1):
-            skip = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
-            if raw[skip:].strip():
-                yield first + skip, len(raw) - skip, line
-            first += len(raw)
-
-
-def _list_spans(path: str, raw: bytes) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each element of a json list. Read as latin-1 a character is a byte, and JSON's own signs are ASCII in UTF-8."""
-    text, scan, between = raw.decode("latin-1"), json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
-    line, before, end = 1, 0, text.index("[") + 1
-    while True:
-        first = cast("re.Match[str]", between.match(text, end)).end()
-        line, before = line + text.count("\n", before, first), first
-        if text[first : first + 1] == "]":
-            if not text[first + 1 :].strip():
-                return
-            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": "end the file after ]"})
-        try:
-            end = scan(text, first)[1]
-        except (ValueError, RecursionError) as error:
-            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": str(error)}) from error
-        yield first, end - first, line
-
-
-def _csv_spans(path: str, delimiter: str) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each row of a csv file, header first; quoted cells may hold line breaks."""
-    seen = [0, 0]  # bytes and lines that the csv module has taken so far
-
-    def lines() -> Iterator[str]:
-        with open(path, "rb") as file:
-            for raw in file:
-                seen[0], seen[1] = seen[0] + len(raw), seen[1] + 1
-                yield raw.decode("latin-1")
-
-    first, line = 0, 1
-    try:
-        for cells in csv.reader(lines(), delimiter=delimiter):
-            if cells:
-                yield first, seen[0] - first, line
-            first, line = seen[0], seen[1] + 1
-    except csv.Error as error:
-        raise DataError(path, line, "row", "no table", "csv", {"why": f"{error}"}) from error
 
 
 @dataclass(frozen=True)
@@ -209,7 +49,7 @@ class Entry:
 
 
 class _Part(NamedTuple):
-    rows: FileRows | ParquetRows
+    rows: Rows
     entry: Entry
     form: Format
     others: tuple[Format, ...]
@@ -238,8 +78,7 @@ class Dataset(Sequence[Record]):
         row, extra = rename(part.rows[local], part.entry)
         record = read(row, part.form, where, part.others, extra)
         if self._signals and not set(self._signals) & set(record.serves):
-            found = f"{record.signal} (read as {part.form.name})"
-            raise DataError(where.path, where.line, "signal", found, "signal", {"options": ", ".join(self._signals)})
+            raise signal_error(row, record, where, self._signals)
         return record
 
     def select(self, indices: Sequence[int]) -> Dataset:
@@ -262,6 +101,46 @@ class Dataset(Sequence[Record]):
     def report(self) -> str:
         """One line a file: rows, format, and why this format."""
         return "\n".join(f"{part.rows.path}: {len(part.rows)} rows, {part.sniff.reason}" for part in self._parts)
+
+
+_SIGNAL_WORDS = {
+    "sft": ("an answer to learn", "要学习的回答"), "prompt": ("a question without an answer", "没有回答的问题"),
+    "pair": ("a better and a worse answer", "较优与较差的回答"), "rating": ("scored answers", "带评分的回答"),
+    "ranking": ("ranked answers", "带排序的回答"), "label": ("an answer labelled good or bad", "标注好坏的回答"),
+    "verifiable": ("what checks an answer", "可检验回答的依据"),
+}  # fmt: skip
+
+
+def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: Sequence[str]) -> DataError:
+    """The error for a row that a training cannot use, with the format in which it could, if there is one."""
+    english, chinese = _SIGNAL_WORDS[record.signal]
+    found = say(
+        f"{record.signal} (read as {record.meta.format}: {english})",
+        f"{record.signal}（按 {record.meta.format} 读取：{chinese}）",
+    )
+    wanted = [_SIGNAL_WORDS[signal] for signal in signals]
+    options = say(
+        ", ".join(f"{name} ({words[0]})" for name, words in zip(signals, wanted, strict=True)),
+        "、".join(f"{name}（{words[1]}）" for name, words in zip(signals, wanted, strict=True)),
+    )
+    name = _other_format(row, where, signals)
+    hint = say(f"set train_dataset_type: {name}, which reads it so", f"设置 train_dataset_type: {name} 即可如此读取")
+    nothing = say("add it, or use data of that kind", "补上该内容，或换用这类数据")
+    return DataError(
+        where.path, where.line, "signal", found, "signal", {"options": options, "hint": hint if name else nothing}
+    )
+
+
+def _other_format(row: Mapping[str, Any], where: Where, signals: Sequence[str]) -> str:
+    """The format that reads a row as one of these signals, or ""."""
+    keys = {str(key) for key, value in row.items() if value is not None}
+    for form in filter(lambda form: form.matches(keys), FORMATS):
+        try:
+            if set(signals) & set(read(row, form, where).serves):
+                return form.name
+        except DataError:
+            continue
+    return ""
 
 
 def rename(row: Mapping[str, Any], entry: Entry) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -296,7 +175,7 @@ def _retag(value: Any, tags: Mapping[str, str]) -> Any:
 
 
 def load_dataset(
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Mapping[str, Any]],
     format: str = "auto",
     *,
     columns: Mapping[str, str] | None = None,
@@ -308,11 +187,15 @@ def load_dataset(
     """Open files as one lazy sequence of records.
 
     `path`: a file, folder, pattern, `path#500` (500 rows drawn with `seed`, more than there are: repeated), a name in
-    `dataset_dir`/dataset_info.json, a comma list or a sequence of these. `format`: "auto", or a name of `readers.FORMATS`.
+    `dataset_dir`/dataset_info.json, a comma list or a sequence of these; or rows themselves, as dicts. `format`: "auto", or a name of `readers.FORMATS`.
     `columns`: our field -> your column. `signals`: the signals that the caller can use, others are an error (default: all).
     Raises DataError (bad file) here and on access (bad row), ValueError (unknown format).
     """
-    listed = [path] if isinstance(path, str | os.PathLike) else list(path)
+    given = in_memory(path)
+    if given is not None:
+        part = _part(MemoryRows(given), Entry("train_dataset", format, columns or {}))
+        return Dataset([part], media_dir, signals, np.arange(len(given)))
+    listed = [path] if isinstance(path, str | os.PathLike) else list(cast("Sequence[str]", path))
     names = [name for item in listed for name in split_paths(os.fspath(item))]
     entries = [entry for name in names for entry in find(name, dataset_dir)]
     parts, picks, start = [], [], 0
@@ -327,6 +210,17 @@ def load_dataset(
         start += rows
         parts += opened
     return Dataset(parts, media_dir, signals, np.concatenate(picks) if picks else np.zeros(0, np.int64))
+
+
+def in_memory(given: Any) -> Sequence[Mapping[str, Any]] | None:
+    """Rows as dicts where they were given so: a list, a `datasets.Dataset`, or anything that yields dicts; None for names of files and records."""
+    if isinstance(given, str | os.PathLike):
+        return None
+    if not isinstance(given, Sequence) and not hasattr(given, "__getitem__"):
+        given = list(given)  # a generator
+    if len(given) and isinstance(given[0], Mapping):
+        return cast("Sequence[Mapping[str, Any]]", given)
+    return None
 
 
 def split_paths(text: str) -> list[str]:
@@ -351,7 +245,7 @@ def find(name: str, dataset_dir: str) -> list[Entry]:
         return [Entry(target, samples=samples)]
     info = os.path.join(dataset_dir, INFO_FILE)
     if not os.path.exists(info):
-        raise DataError(target, 0, "path", "nothing of this name", "file", {})
+        raise DataError(target, 0, "path", _not_found(target), "file", {})
     with open(info, "rb") as file:
         table = parse_json(file.read(), info, 1)
     if target not in table:
@@ -381,21 +275,64 @@ def read_info(value: Any, name: str, info: str) -> Entry:
 
 
 def _files(path: str, must: bool = True) -> list[str]:
-    """The data files of a file name, a folder (not its subfolders) or a pattern, sorted."""
+    """The data files of a file name, a folder (of a repository: of its data folder; with one sub-folder a class: itself) or a pattern, sorted."""
     if os.path.isfile(path):
-        found = [path]
+        return [path]
+    if os.path.isdir(path):
+        found = _in_folder(path)
     else:
-        names = glob.glob(os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path, recursive=True)
-        data = (name for name in names if name.lower().endswith(_EXTENSIONS))
-        found = sorted(name for name in data if os.path.basename(name) != INFO_FILE)
+        found = [name for name in glob.glob(path, recursive=True) if name.lower().endswith(_EXTENSIONS)]
+        found = sorted(name for name in found if os.path.basename(name) != INFO_FILE)
     if must and not found:
-        raise DataError(path, 0, "path", "no data file", "file", {})
+        raise DataError(path, 0, "path", _not_found(path), "file", {})
     return found
 
 
+def _not_found(path: str) -> str:
+    """What a name that leads to no rows is, and where it was looked for."""
+    if os.path.isdir(path):
+        return say("a folder without rows or classes of pictures", "文件夹中没有数据行，也没有按类别存放的图片")
+    seen = "" if os.path.isabs(path) else os.getcwd()
+    return say(f"nothing of this name{seen and f' in {seen}'}", f"{seen and f'{seen} 中'}没有该名称")
+
+
+def _in_folder(path: str) -> list[str]:
+    """What a folder offers as rows."""
+    names = sorted(os.listdir(path))
+    if "dataset_dict.json" in names:
+        splits = [name for name in names if os.path.isfile(os.path.join(path, name, "state.json"))]
+        shown = ", ".join(os.path.join(path, name) for name in splits)
+        raise DataError(
+            path, 0, "path", f"splits {', '.join(splits)}", "split", {"names": shown or "one of its folders"}
+        )
+    if "state.json" in names:  # of datasets.save_to_disk
+        if b'"_indices_files": null' not in _small(path, "state.json") and b"_indices" in _small(path, "state.json"):
+            raise DataError(path, 0, "path", "a selection of rows", "indices", {})
+        return [os.path.join(path, name) for name in names if name.endswith(".arrow")]
+    for folder in (path, os.path.join(path, "data")):
+        inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        found = [name for name in inside if name.lower().endswith(_EXTENSIONS) and name != INFO_FILE]
+        found = found or [name for name in inside if name.lower().endswith(_COMPRESSED)]
+        if folder != path and any("train" in name.lower() for name in found):
+            found = [name for name in found if "train" in name.lower()]  # not the tests beside them
+        if found:
+            return [os.path.join(folder, name) for name in found]
+    return [path] if class_folders(path) else []
+
+
+def _small(folder: str, name: str) -> bytes:
+    with open(os.path.join(folder, name), "rb") as file:
+        return file.read(1 << 20)
+
+
 def _open(path: str, entry: Entry) -> _Part:
-    """Index a file and settle its format by the first rows that can be read; the others complain when asked for."""
-    rows = ParquetRows(path) if path.lower().endswith(".parquet") else FileRows(path)
+    """Index a file and settle its format."""
+    return _part(open_file(path), entry)
+
+
+def _part(rows: Rows, entry: Entry) -> _Part:
+    """Settle the format of rows by the first ones that can be read; the others complain when asked for."""
+    path = rows.path
     if not len(rows):
         raise DataError(path, 0, "file", "no rows", "empty", {})
     formats = choose(entry.format)

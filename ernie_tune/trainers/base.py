@@ -18,7 +18,7 @@ from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
-from ernie_tune.data.sources import load_dataset
+from ernie_tune.data.sources import in_memory, load_dataset
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
@@ -164,7 +164,11 @@ class Trainer:
         self.stream = self.method.stream(self.rows)
 
     def _rows(self, data: Any) -> Sequence[Record]:
-        return load_dataset(data, signals=self.method.signals) if isinstance(data, str | Path) else data
+        """Names of files, and rows as dicts, through the readers; records as they are."""
+        given = in_memory(data)
+        if given is None and not isinstance(data, str | Path):
+            return data
+        return load_dataset(data if given is None else given, signals=self.method.signals)
 
     def _what_defines_it(self) -> Ledger:
         t = self.args.train

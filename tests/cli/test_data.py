@@ -102,7 +102,6 @@ def test_a_run_file(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("seed: 1\n", "run.yaml:1: train_dataset_path must name the rows"),
         ("seed: 1\ntrain_dataset_path: no.jsonl\n", "run.yaml:2: train_dataset_path: no.jsonl: path: found nothing of this name"),
         ("train_dataset_path: good.jsonl\ntrain_dataset_type: x\n", "run.yaml:1: train_dataset_path: format ('x') must be one of"),
-        ("train_dataset_path: good.jsonl\ntemplate: x\n", "run.yaml:2: template: template ('x') must be one of"),
         ("train_dataset_path: good.jsonl\nsed: 1\n", "run.yaml:2: unknown key 'sed'"),
     ]:  # fmt: skip
         run.write_text(text)

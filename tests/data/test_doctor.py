@@ -153,7 +153,7 @@ def test_clean_rows_of_every_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "code"), [(b"", "empty"), (b"\n\n", "empty"), (b'{"x": 1}\n', "unknown"), (b"[{}, ", "json"), (b"\xff\xfe{}", "utf8")]
+    ("content", "code"), [(b"", "empty"), (b"\n\n", "empty"), (b'{"x": 1}\n', "unknown"), (b"[{}, ", "json"), (b"\xff\xfe{}", "foreign")]
 )  # fmt: skip
 def test_files_that_cannot_be_read(content: bytes, code: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"

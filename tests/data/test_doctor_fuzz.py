@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from ernie_tune.cli import main
 from ernie_tune.data.doctor import check_record
 from ernie_tune.data.doctor_rows import Quick, facts_of, parse_block
+from ernie_tune.data.file_rows import FileRows
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers import FORMATS, read
 from ernie_tune.data.readers_fields import Where
 from ernie_tune.data.records import DataError
-from ernie_tune.data.sources import FileRows
 
 EXAMPLES = int(os.environ.get("ERNIE_TUNE_FUZZ", "300"))
 FUZZ = settings(

@@ -108,7 +108,9 @@ def test_encodings(tmp_path) -> None:
     error = error_of(load_dataset(str(path)), 1)
     assert (error.line, error.problem) == (2, "utf8")
     assert error.found.startswith("byte 0x")
-    with pytest.raises(DataError, match="found UTF-16, expected UTF-8 text; fix: save the file as UTF-8"):
+    with pytest.raises(
+        DataError, match=r"found UTF-16LE, expected rows: .*; fix: iconv -f UTF-16 -t UTF-8 .*b.jsonl > .*b.utf8.jsonl"
+    ):
         load_dataset(write(tmp_path / "b.jsonl", LINES[0], "utf-16"))
 
 
@@ -255,7 +257,8 @@ def test_signals(tmp_path) -> None:
     error = error_of(load_dataset(path, signals=("sft", "prompt")), 0)
     assert (
         str(error)
-        == f"{path}:1: signal: found rating (read as scored), expected one of sft, prompt; fix: use other data, or set its format"
+        == f"{path}:1: signal: found rating (read as scored: scored answers), expected one of sft (an answer to learn), prompt (a question "
+        "without an answer); fix: set train_dataset_type: prompt_response, which reads it so"
     )
 
 
@@ -353,15 +356,25 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch) -> None:
 
 
 def test_parquet_rows(tmp_path, monkeypatch) -> None:
-    class Table:
-        num_rows = 3
+    read = []
 
-        def slice(self, i, n):
-            return types.SimpleNamespace(to_pylist=lambda: [row(i)][:n])
+    class File:
+        """Two row groups, of two rows and of one."""
 
-    parquet = types.SimpleNamespace(read_table=lambda path, memory_map: Table())
+        def __init__(self, path, memory_map):
+            self.num_row_groups, sizes = 2, (2, 1)
+            self.metadata = types.SimpleNamespace(row_group=lambda k: types.SimpleNamespace(num_rows=sizes[k]))
+
+        def read_row_group(self, k):
+            read.append(k)
+            return types.SimpleNamespace(
+                slice=lambda i, n: types.SimpleNamespace(to_pylist=lambda: [row(2 * k + i)][:n])
+            )
+
+    parquet = types.SimpleNamespace(ParquetFile=File)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     data = load_dataset(write(tmp_path / "a.parquet", "PAR1"))
     assert prompts(data) == ["问题 0", "问题 1", "问题 2"]
     assert data[2].meta.line == 3
+    assert read == [0, 1, 0, 1]  # one group at a time: to recognise the format, and to read
