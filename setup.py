@@ -12,6 +12,9 @@ VERSION = re.search(
 
 DEMO = Path("examples") / "digits"  # what `ernie-tune demo` trains on
 SHARE = Path("share") / "ernie_tune"
+# The floors are the first versions without known holes: pillow (writing outside of memory when PSD files are read), sentencepiece (hostile model files),
+# tqdm, starlette (denial of service), h11 (smuggled requests), fastapi (requests without a content type, which any web page can send to this machine).
+SERVER = ["fastapi>=0.132", "starlette>=0.49.1", "h11>=0.16", "uvicorn>=0.30"]
 
 setup(
     name="ernie-tune",
@@ -31,32 +34,24 @@ setup(
         ),
     ],
     install_requires=[
-        "numpy>=1.24",
+        "numpy>=1.24,<3",
         "safetensors>=0.4",
-        "sentencepiece>=0.2",
-        "pillow>=10.4",
+        "sentencepiece>=0.2.1",
+        "pillow>=12.1.1",
         "pyyaml>=6",
-        "tqdm>=4.60",
-        "jinja2>=3.1",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "cpu": ["paddlepaddle>=3.3"],
         "gpu": [
             "paddlepaddle-gpu>=3.3"
         ],  # from Paddle's own index: https://www.paddlepaddle.org.cn/packages/stable/cu126/
-        "video": ["av>=12"],
+        "video": ["av>=14.2"],
         "tensorboard": ["tensorboardX>=2.6"],
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
-        "serve": [
-            "fastapi>=0.121",
-            "starlette>=0.49.1",
-            "uvicorn>=0.30",
-            "h11>=0.16",
-            "pydantic>=2.9",
-            "llguidance>=1.9",
-        ],
+        "serve": [*SERVER, "pydantic>=2.9", "llguidance>=1.9"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -64,12 +59,10 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "types-tqdm",
-            "av>=12",
+            "av>=14.2",
             "tensorboardX>=2.6",
-            "fastapi>=0.121",
-            "starlette>=0.49.1",
-            "uvicorn>=0.30",
-            "h11>=0.16",
+            *SERVER,
+            "jinja2>=3.1.6",
             "pydantic>=2.9",
             "llguidance>=1.9",
             "httpx>=0.27",

@@ -24,7 +24,7 @@ from ernie_tune.config.cpu import available_cores, read_cpuinfo
 from ernie_tune.config.language import say
 
 _GIB = 2**30
-_CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm", "jinja2")
+_CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm")
 _OPTIONAL = (
     "paddlepaddle",
     "paddlepaddle-gpu",
