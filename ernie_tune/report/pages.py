@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -261,12 +263,12 @@ class ModelCard:
 
 def usage(folder: str, adapter: bool) -> dict[str, str]:
     """Commands for a finished run in `folder`: talk to it, score it again, repeat the run. `adapter`: the folder holds an adapter, no whole model."""
-    settings = f"{folder}/ernie_tune_args.yaml"
+    settings, again, folder = map(_word_of_shell, (f"{folder}/ernie_tune_args.yaml", f"{folder}-again", folder))
     result = "lora_path" if adapter else "model_name_or_path"
     return {
         "Talk to it": f"ernie-tune chat {folder}",
         "Score it again": f"ernie-tune eval {settings} --{result} {folder}",
-        "Repeat the run": f"ernie-tune train {settings} --output_dir {folder}-again",
+        "Repeat the run": f"ernie-tune train {settings} --output_dir {again}",
     }
 
 
@@ -281,7 +283,7 @@ def model_card(card: ModelCard) -> str:
         "---\n"
         + "".join(f"{key}: {_quoted(value)}\n" for key, value in front.items())
         + "pipeline_tag: image-text-to-text\n---",
-        f"# {_inline(card.name)}\n\n{_inline(card.method)} of `{_inline(card.base_model)}` with ernie_tune.",
+        f"# {_heading(card.name)}\n\n{_inline(card.method)} of `{_inline(card.base_model)}` with ernie_tune.",
         _section("Results on held-out rows", ("metric", "before", "after"), metrics),
         _section("Data", ("file", "rows", "sha256"), [(f.path, str(f.rows), f.sha256) for f in card.data]),
         "\n\n".join(["## Use", *(f"{_inline(what)}:\n\n```bash\n{how}\n```" for what, how in card.commands.items())]),
@@ -307,6 +309,24 @@ def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _inline(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _heading(text: str) -> str:
+    """A name as text, whatever is in it: no links, pictures or emphasis."""
+    return re.sub(r"([\\\[\]*!#])", r"\\\1", _inline(text))
+
+
+def _word_of_shell(text: str) -> str:
+    """One word of a command line that stays one word, and on one line of a block."""
+    if text.isprintable() and "`" not in text:
+        return shlex.quote(text)
+    plain = "".join(
+        c
+        if c.isprintable() and c not in "`'\\"
+        else "".join(f"\\x{b:02x}" for b in c.encode("utf-8", "surrogateescape"))
+        for c in text
+    )
+    return f"$'{plain}'"
 
 
 def _shown(value: Any) -> str:

@@ -203,3 +203,28 @@ def test_environment_imports_nothing() -> None:
     found = environment()
     assert {"python", "system", "numpy"} <= set(found)
     assert "paddlepaddle-gpu" not in found
+
+
+def test_the_name_of_a_folder_cannot_become_markdown_or_a_command(tmp_path: Path) -> None:
+    import shlex
+    import subprocess
+
+    from ernie_tune.report.pages import usage
+
+    name = "![x](http://evil) # *a* [b](c) $(touch HIT) `id`; 'q'\n```\n# owned"
+    card = ModelCard(name, "base", "SFT", [], {}, commands=usage(name, adapter=False), environment={})
+    text = model_card(card)
+    assert text.count("```") == 6, "three blocks, each opened and closed"
+    assert "\n# owned" not in text
+    assert "# \\!\\[x\\](http://evil) \\# \\*a\\*" in text
+    for how in usage(name, adapter=False).values():
+        words = subprocess.run(
+            ["bash", "-c", f'ernie-tune() {{ printf "%s\\0" "$@"; }}; {how}'],
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+        )
+        assert name in words.stdout.decode().replace("-again", "").replace("/ernie_tune_args.yaml", "").split("\0")
+    assert list(tmp_path.iterdir()) == []
+    assert usage("output/a", adapter=True)["Talk to it"] == "ernie-tune chat output/a"
+    assert shlex.split(usage("my run", adapter=True)["Talk to it"]) == ["ernie-tune", "chat", "my run"]
