@@ -22,6 +22,7 @@ from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_fl
 from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
@@ -206,8 +207,9 @@ def _read_config_file(folder: Path) -> ModelConfig:
                 f"{folder} 中须有 config.json；请给出完整模型的文件夹（适配器须加载在其底座之上）",
             )
         )
+    settings = read_json_object(file)
     try:
-        return read_config(json.loads(file.read_text(encoding="utf-8")))
+        return read_config(settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
@@ -161,19 +162,18 @@ def _find_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def _read_index(index: Path) -> Mapping[str, str]:
-    try:
-        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    promised = read_json_object(index).get("weight_map")
+    if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
         raise ValueError(
             say(
-                f"{index} must be JSON with a weight_map ({error!r}); fetch the file again",
-                f"{index} 须为含 weight_map 的 JSON（{error!r}）；请重新获取",
+                f"{index} must have a weight_map from tensors to file names; fetch the file again",
+                f"{index} 须有从张量到文件名的 weight_map；请重新获取",
             )
-        ) from error
-    outside = [name for name in promised.values() if Path(name).name != name]
+        )
+    outside = [name for name in promised.values() if Path(name).name != name or "\0" in name or len(name) > 255]
     if outside:
         raise ValueError(
-            f"{index} names the shard {outside[0]!r}, which must be a file in the same folder; fetch the file again"
+            f"{index} names the shard {outside[0][:80]!r}, which must be a file in the same folder; fetch the file again"
         )
     return dict(promised)
 
@@ -232,7 +232,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         metadata = dict(raw.pop("__metadata__", None) or {})
         entries = {name: _entry(file, item, 8 + length) for name, item in raw.items()}
         spans = [(entries[name].offset, 8 + length + raw[name]["data_offsets"][1], name) for name in raw]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(
             say(
                 f"{file} must start with a safetensors header ({error!r}); it is damaged or of another "

@@ -33,7 +33,7 @@ from ernie_tune.data.chat import (
 )
 from ernie_tune.data.images import Grid, ImageSettings, image_size, load_image, patchify_image
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
-from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, read_json, write_file
+from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json, write_file
 from ernie_tune.data.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.models.inputs import Row, feature_count
 
@@ -352,7 +352,7 @@ def media_settings(
 
     `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError for settings that do not exist.
     """
-    file = Path(path) / PREPROCESSOR_FILE
+    file = folder_with_tokenizer(Path(path)) / PREPROCESSOR_FILE
     saved = read_json({PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path))
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
+from ernie_tune.config.foreign import json_object
+from ernie_tune.config.language import say
 from ernie_tune.models.config import TokenIds
 
 ASSETS = Path(__file__).parent / "assets"
@@ -35,6 +37,7 @@ FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE, ADDED_FILE, ROLES_FILE, TEMPLATE_FI
 IMAGE, VIDEO = "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"
 IMAGE_START, IMAGE_END = "<|IMAGE_START|>", "<|IMAGE_END|>"
 VIDEO_START, VIDEO_END = "<|VIDEO_START|>", "<|VIDEO_END|>"
+_MOST_SPECIAL = 20_000  # the releases have some 1,100
 _ROLE_DEFAULTS = {
     "pad_token": "<unk>",
     "bos_token": "<s>",
@@ -98,14 +101,14 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a model folder. Raises ValueError if it holds neither tokenizer.model nor tokenizer.json, else like the constructor."""
-        folder = Path(path)
+        folder = folder_with_tokenizer(Path(path))
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         if MODEL_FILE not in files and JSON_FILE not in files:
             raise ValueError(
                 f"tokenizer folder ({folder}) must hold {MODEL_FILE} or {JSON_FILE}; give the folder of a downloaded model"
             )
         # Only the native transformers conversion has a second placeholder, and only its config.json says so.
-        config = folder / "config.json"
+        config = Path(path) / "config.json"
         native = {"config.json": config.read_bytes()} if config.is_file() else {}
         return cls(files, str(folder), separate_video="video_token_id" in read_json(native, "config.json", str(folder)))
 
@@ -228,6 +231,10 @@ class Tokenizer:
         added = read_json(self._files, ADDED_FILE, self.where)
         decoder = {entry["content"]: int(i) for i, entry in self.config.get("added_tokens_decoder", {}).items()}
         special = {**self._vocabulary.special, **decoder, **added}
+        if len(special) > _MOST_SPECIAL:
+            raise ValueError(
+                f"special tokens of {self.where} ({len(special):,}) must be at most {_MOST_SPECIAL:,}; use the tokenizer of an ERNIE-4.5-VL model"
+            )
         # A role or "additional" token may be an ordinary piece of the model file: special by declaration.
         extra = read_json(self._files, ROLES_FILE, self.where).get("additional_special_tokens", [])
         declared = [*self._roles.values(), *(_content(token) for token in extra)]
@@ -254,6 +261,17 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def folder_with_tokenizer(folder: Path) -> Path:
+    """The folder itself; of a run's checkpoint that has no tokenizer, as the first release wrote them, that of the run."""
+
+    def has(place: Path) -> bool:
+        return any((place / name).is_file() for name in (MODEL_FILE, JSON_FILE))
+
+    place = folder.absolute()
+    of_run = place.name.startswith("checkpoint-") and not has(place) and has(place.parent)
+    return folder.parent if of_run else folder
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader never sees half a file."""
     partial = path.with_name(path.name + ".tmp")
@@ -263,15 +281,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     """The object in the JSON file `name` of the folder `where`, {} if `files` lacks it. Raises ValueError naming the file."""
-    try:
-        content = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise ValueError(f"{os.path.join(where, name)} must be JSON ({error}); download the file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{os.path.join(where, name)} ({type(content).__name__}) must hold a JSON object; download the file again"
-        )
-    return content
+    return json_object(
+        files.get(name, b"{}"), os.path.join(where, name), say("download the file again", "请重新下载该文件")
+    )
 
 
 def _content(token: Any) -> str:
@@ -286,6 +298,7 @@ def _roles(config: Mapping[str, Any]) -> dict[str, str]:
 def _read_model(model: bytes, where: str) -> _Vocabulary:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor.encode("a")  # an empty file makes one that is no model
     except RuntimeError as error:
         raise ValueError(
             f"{os.path.join(where, MODEL_FILE)} ({len(model)} bytes) must be a sentencepiece model ({error}); download it again, a Git LFS pointer is not the file"

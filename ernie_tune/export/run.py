@@ -26,10 +26,11 @@ from ernie_tune.checkpoint.lock import locked
 from ernie_tune.checkpoint.names import FLAVOURS, layout
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, TwoBuffers, write_folder
 from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED, TRANSFORMERS
-from ernie_tune.data.tokenizer import VIDEO
+from ernie_tune.data.tokenizer import VIDEO, folder_with_tokenizer
 from ernie_tune.export import files, verify
 from ernie_tune.export.awq import Folded, folded_moments
 from ernie_tune.export.cache import check_caches, write_cache
@@ -202,7 +203,7 @@ def sources(folders: Sequence[str | os.PathLike[str]]) -> tuple[Path, list[Path]
 
 def _base_of(adapter: Path) -> Path:
     file = next(adapter / name for name in ("adapter_config.json", "lora_config.json") if (adapter / name).is_file())
-    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    name = read_json_object(file).get("base_model_name_or_path") or ""
     try:
         return resolve(name)
     except (FileNotFoundError, ValueError) as error:
@@ -237,7 +238,7 @@ class _Export:
 
     def _processor_folder(self) -> Path:
         """The last folder with a tokenizer: training saves one beside an adapter."""
-        for folder in (*reversed(self.adapters), self.base):
+        for folder in map(folder_with_tokenizer, (*reversed(self.adapters), self.base)):
             if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
                 return folder
         raise ValueError(

@@ -111,6 +111,13 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# Far beyond any release: larger numbers are mistakes, and would take hours to be found out.
+_LARGEST = {
+    "vocab_size": 10**7, "hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 2000,
+    "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "head_dim": 10**5,
+}  # fmt: skip
+
+
 def check_config(c: ModelConfig) -> None:
     """Refuse shapes that cannot be built, naming both values and the remedy."""
     for name in (
@@ -126,6 +133,7 @@ def check_config(c: ModelConfig) -> None:
         _require(
             isinstance(value, int) and value > 0, f"{name} ({value!r}) must be a positive integer; fix config.json"
         )
+        _require(value <= _LARGEST[name], f"{name} ({value!r}) must be at most {_LARGEST[name]:,}; fix config.json")
     _require(
         c.num_attention_heads % c.num_key_value_heads == 0,
         f"num_attention_heads ({c.num_attention_heads}) must be a multiple of num_key_value_heads ({c.num_key_value_heads}); fix config.json",

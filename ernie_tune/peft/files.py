@@ -23,6 +23,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, cast
 from ernie_tune.checkpoint.writer import write_file
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.peft import dialects
@@ -262,15 +263,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> Stored:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            say(
-                f"{file} must be JSON ({error}); fetch the adapter again",
-                f"{file} 须为 JSON（{error}）；请重新获取适配器",
-            )
-        ) from error
+    settings = read_json_object(file, say("fetch the adapter again", "请重新获取适配器"))
     for name, wanted in _REFUSED.items():
         if settings.get(name) not in (None, wanted):
             raise ValueError(

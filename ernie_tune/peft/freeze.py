@@ -41,7 +41,7 @@ class FreezeSpec:
         """{"trainable_layers": [...], "frozen_layers": [...]}. ValueError, naming the file, for other content."""
         try:
             raw = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 say(
                     f"{file} must be JSON ({error}); see trainable_layers and frozen_layers",

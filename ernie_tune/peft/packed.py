@@ -10,7 +10,6 @@ Legend: I input width, O output width, G groups, E experts of a stack. Refuses t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.config.foreign import read_json_object
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
 from ernie_tune.models.ernie import ErnieModel
@@ -40,11 +41,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON ({error}); fetch the folder again") from error
-    return dict(settings)
+    return read_json_object(file, say("fetch the folder again", "请重新获取该文件夹"))
 
 
 def matrix_name(parameter: str, expert: int | None) -> str:

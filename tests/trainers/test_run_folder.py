@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -297,3 +298,61 @@ def test_the_commands_message(tmp_path: Path, capsys: Any) -> None:
     assert main(["train", str(file), "seed=3"]) == 1
     assert "  seed: 42 -> 3\n" in capsys.readouterr().err
     assert np.isfinite([r["loss"] for r in history(tmp_path / "out")]).all()
+
+
+# --- a checkpoint is a model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", ["this", "the last"])
+def test_a_checkpoint_opens_like_a_model(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Chat, eval, export and training, also of one that has no tokenizer of its own."""
+    out = train(tmp_path, save_steps=1, max_steps=2, eval_dataset_path=rows(tmp_path, "eval.jsonl", 40, 2))
+    checkpoint = out / "checkpoint-1"
+    if release == "the last":
+        for name in (
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+            "preprocessor_config.json",
+        ):
+            (checkpoint / name).unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["chat", str(checkpoint)]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(out / "ernie_tune_args.yaml"),
+                f"model_name_or_path={checkpoint}",
+                f"output_dir={tmp_path / 'eval'}",
+            ]
+        )
+        == 0
+    )
+    assert main(["export", str(checkpoint), "--output_dir", str(tmp_path / "exported"), "--verify", "files"]) == 0, (
+        capsys.readouterr().err
+    )
+    more = train(
+        tmp_path, model_name_or_path=str(checkpoint), output_dir=tmp_path / "more", max_steps=1, learning_rate=1e-20
+    )
+    assert (more / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
+
+
+def test_an_adapters_checkpoint_opens_like_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = train(tmp_path, save_steps=1, max_steps=2, fine_tuning="LoRA")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["chat", str(out / "checkpoint-1")]) == 0
+    more = train(
+        tmp_path,
+        fine_tuning="LoRA",
+        lora_path=str(out / "checkpoint-1"),
+        output_dir=tmp_path / "more",
+        max_steps=1,
+        learning_rate=1e-20,
+    )
+    adapter = "peft_model-00001-of-00001.safetensors"
+    assert (more / adapter).read_bytes() == (out / "checkpoint-1" / adapter).read_bytes()
