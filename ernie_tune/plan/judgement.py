@@ -156,6 +156,12 @@ def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ())
             f"it is made by `ernie-tune train {maker}`; run that first",
             f"它由 `ernie-tune train {maker}` 生成；请先运行",
         )
+    elif setting == "model_name_or_path" and known_shape(path) is not None:
+        name = os.path.basename(os.path.normpath(path))
+        remedy = say(
+            f"put the weights there, or set {setting}: baidu/{name} and download_hub: huggingface, modelscope or aistudio",
+            f"请把权重放到那里，或设置 {setting}: baidu/{name} 与 download_hub: huggingface、modelscope 或 aistudio",
+        )
     elif not os.path.isabs(path) and (beside / path).exists():
         remedy = say(
             f"beside the YAML file there is one: write {beside / path}", f"YAML 文件旁有：请写 {beside / path}"

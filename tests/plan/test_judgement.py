@@ -87,6 +87,13 @@ def test_remedies(here: Path) -> None:
     assert "dataset_info.json names mine; correct it" in notes(BASE.replace("x.jsonl", "theirs"))
 
 
+def test_a_released_model_that_is_not_there_can_be_fetched(here: Path) -> None:
+    note = notes(BASE.replace("tiny-a", "./ERNIE-4.5-VL-28B-A3B-Paddle"))
+    assert (
+        "put the weights there, or set model_name_or_path: baidu/ERNIE-4.5-VL-28B-A3B-Paddle and download_hub:" in note
+    )
+
+
 def test_other_families_are_refused_by_all(here: Path) -> None:
     text = BASE.replace("tiny-a", "Qwen/Qwen2-VL-7B-Instruct")
     for training in (True, False):

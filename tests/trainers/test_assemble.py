@@ -85,6 +85,9 @@ def test_files_have_one_format_or_one_each(tmp_path: Path) -> None:
     both = assemble.eval_set(build(held), ("sft",))
     assert [len(both), both[3].messages[0]["content"]] == [4, "p"]
     assert len(assemble.eval_set(RunConfig(), ("sft",))) == 0
+    fewer = assemble.train_sets(build({"train_dataset_path": (a, b), "max_samples": 2}), ("sft",))
+    assert [len(s) for s in fewer] == [2, 1]  # never more than there are
+    assert [fewer[0][i].messages for i in range(2)] == [sets[0][i].messages for i in range(2)]
     with pytest.raises(ValueError, match=r"b\.jsonl:1: .*rejected"):  # the type is that of the second file
         assemble.eval_set(build({**held, "eval_dataset_type": ("messages", "pairs")}), ("sft",))[3]
 
