@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ernie_tune.config.language import join, say
 from ernie_tune.data.tokenizer import CONFIG_FILE, IMAGE, TEMPLATE_FILE, TEMPLATE_JSON_FILE, VIDEO, read_json
 
 TEMPLATE_KEY = "ernie_tune_template"  # in tokenizer_config.json: the variant of a template that is ours
@@ -48,10 +49,20 @@ def with_template(
     found = _read(files, config, where)
     if not found:
         return {**files, CONFIG_FILE: _dump({**config, _ENTRY: ours, TEMPLATE_KEY: variant})}, []
-    out, changes, is_ours = dict(files), [], False
+    out, changes, is_ours = dict(files), list[str](), False
     for name, held in found.items():
-        texts = [_mended(text, wanted, ours, vision) if not other else _replaced(text, ours, variant) for text in held]
-        changes += [f"chat template in {name} of {where}: {how}" for _, how in texts if how]
+        texts = [_replaced(text, ours, variant) if other else _mended(text, wanted, ours, vision) for text in held]
+        changes += [
+            say(
+                "chat template in {file} of {folder}: {how}",
+                "{folder} 的 {file} 中的对话模板：{how}",
+                file=name,
+                folder=where,
+                how=how,
+            )
+            for _, how in texts
+            if how
+        ]
         is_ours |= any(text == ours for text, _ in texts)
         if [text for text, _ in texts] != held:
             out[name] = _write(name, out, where, [text for text, _ in texts])
@@ -61,20 +72,28 @@ def with_template(
 
 
 def _mended(text: str, wanted: Placeholders, ours: str, vision: bool) -> tuple[str, str]:
-    """A template with the wanted placeholders, and what was done to it."""
+    """A template with the wanted placeholders, and what was done to it ("": nothing)."""
     done = []
     for found, right in zip(TRANSFORMERS if wanted == RELEASED else RELEASED, wanted, strict=True):
         if right not in text and found in text:
             text = text.replace(found, right)
-            done.append(f"{found} became {right}")
+            done.append(say(f"{found} became {right}", f"{found} 改为 {right}"))
     lost = [right for right in wanted if right not in text]
     if lost and vision:
-        return ours, f"it has no {lost[0]}, so that pictures or clips would be lost; replaced by ours"
-    return text, " and ".join(done)
+        return ours, say(
+            f"it has no {lost[0]}, so that pictures or clips would be lost; replaced by ours",
+            f"其中没有 {lost[0]}，图片或视频会丢失；已换成我们的模板",
+        )
+    return text, join(" and ", done) if done else ""
 
 
 def _replaced(text: str, ours: str, variant: str) -> tuple[str, str]:
-    return ours, "" if text == ours else f"replaced by that of variant {variant!r}, with which the model was trained"
+    if text == ours:
+        return ours, ""
+    return ours, say(
+        f"replaced by that of variant {variant!r}, with which the model was trained",
+        f"换成训练所用的变体 {variant!r} 的模板",
+    )
 
 
 def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import jinja2.sandbox
 import numpy as np
 import sentencepiece
 from PIL import Image
+
+from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
 CHECKED = {
@@ -160,30 +163,46 @@ class Vocabulary:
 
     def findings(self) -> list[str]:
         """What FastDeploy would never generate, and what it would send to the wrong experts. Empty: nothing."""
-        found = []
+        found: list[str] = []
         spoken = {token: i for token in _SPOKEN if (i := self.id_of(token)) is not None}
         lost = [f"{token} ({i})" for token, i in spoken.items() if i >= self.bound]
         if lost:
-            found.append(f"FastDeploy can never generate {', '.join(lost)}: tokenizer.model ends at {self.bound}")
+            tokens = ", ".join(lost)
+            found.append(
+                say(
+                    f"FastDeploy can never generate {tokens}: tokenizer.model ends at {self.bound}",
+                    f"FastDeploy 永远无法生成 {tokens}：tokenizer.model 到 {self.bound} 为止",
+                )
+            )
         fill = self.id_of(FILL)
         if fill is None:
             return found
-        seen = [f"{token} ({i})" for token, i in spoken.items() if i >= fill]
+        seen = ", ".join(f"{token} ({i})" for token, i in spoken.items() if i >= fill)
         if seen:
             found.append(
-                f"FastDeploy sends {', '.join(seen)} to the vision experts: only ids below {FILL} ({fill}) are text to it"
+                say(
+                    f"FastDeploy sends {seen} to the vision experts: only ids below {FILL} ({fill}) are text to it",
+                    f"FastDeploy 把 {seen} 送入视觉专家：它只把小于 {FILL} ({fill}) 的编号当作文本",
+                )
             )
         ids = {token: self.id_of(token) for token in MARKERS}
-        read = [f"{token} ({i})" for token, i in ids.items() if i is not None and i < fill]
+        read = ", ".join(f"{token} ({i})" for token, i in ids.items() if i is not None and i < fill)
         if read:
             found.append(
-                f"FastDeploy sends {', '.join(read)} to the text experts: only ids from {FILL} ({fill}) on are vision to it"
+                say(
+                    f"FastDeploy sends {read} to the text experts: only ids from {FILL} ({fill}) on are vision to it",
+                    f"FastDeploy 把 {read} 送入文本专家：它只把从 {FILL} ({fill}) 起的编号当作视觉",
+                )
             )
-        words = sum(
-            not (p.startswith("<") and p.endswith(">")) for p in map(self.model.id_to_piece, range(fill, self.bound))
-        )
+        pieces = map(self.model.id_to_piece, range(fill, self.bound))
+        words = sum(not (piece.startswith("<") and piece.endswith(">")) for piece in pieces)
         if words:
-            found.append(f"FastDeploy sends {words} pieces of text above {FILL} ({fill}) to the vision experts")
+            found.append(
+                say(
+                    f"FastDeploy sends {words} pieces of text above {FILL} ({fill}) to the vision experts",
+                    f"FastDeploy 把 {FILL} ({fill}) 之后的 {words} 个文本词元送入视觉专家",
+                )
+            )
         return found
 
     def answers_end(self) -> bool:
@@ -258,7 +277,7 @@ class ServedProcessor:
         rendering = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        rendering.globals["raise_exception"] = _refuse
+        rendering.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         rendering.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         self.template = rendering.from_string(template_of(folder))
 

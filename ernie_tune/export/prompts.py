@@ -137,7 +137,10 @@ def compare(folder: Path, job: Mapping[str, Any], problems: list[str]) -> list[s
     ]
     if not vocabulary.answers_end():
         problems.append("FastDeploy could never end an answer: no token that ends one lies inside tokenizer.model")
-    served = ServedProcessor(folder, flags, draw_timestamp if job["draws"] else lambda frame, seconds: None)
+    try:
+        served = ServedProcessor(folder, flags, draw_timestamp if job["draws"] else lambda frame, seconds: None)
+    except jinja2.TemplateError as error:  # another author's, with tags of a reader's own
+        return [f"prompts could not be compared: the chat template cannot be read here ({error})"]
     differences: list[str] = []
     asked = {request.name: request for request in (*TEXT, *MEDIA)}
     for one in job["prompts"]:
@@ -159,8 +162,8 @@ def _difference(served: ServedProcessor, asked: Request, ours: Mapping[str, Arra
     clips = [Clip([Image.fromarray(picture(84, 112, 7 * k)) for k in range(n)], LIST_FPS) for n in asked.clips]
     try:
         made = served(asked.messages, images, clips, asked.thinking)
-    except (ValueError, jinja2.TemplateError) as error:
-        return f"an error under FastDeploy's rules: {error}", True
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
+        return f"an error under FastDeploy's rules: {error}", bool(images or clips)
     if made.used != (len(images), len(clips)):
         return (
             f"{len(made.ids_L)} tokens under FastDeploy's rules and {len(ours['ids'])} here: {made.used[0]} of {len(images)} pictures and "

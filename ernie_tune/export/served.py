@@ -6,6 +6,7 @@ Source: FastDeploy e53f518, `--mm-processor-kwargs` (mm_model_config.py, ernie_e
 
 from __future__ import annotations
 
+from ernie_tune.config.language import say
 from ernie_tune.data.images import ImageSettings
 from ernie_tune.data.video import VideoSettings
 
@@ -24,15 +25,31 @@ def media_arguments(images: ImageSettings, videos: VideoSettings) -> tuple[dict[
         "video_fps": whole,
         "video_frames_sample": videos.sampling,
     }
-    untold = []
+    untold: list[str] = []
     if fps != whole:
         said = f"{fps:g}" if fps else "none"
-        untold.append(f"FastDeploy takes whole frames a second only: clips are sampled at {whole}, here at {said}.")
-    for what, rule in (("resizes pictures", images.rule), ("chooses frames", videos.rule)):
+        untold.append(
+            say(
+                f"FastDeploy takes whole frames a second only: clips are sampled at {whole}, here at {said}.",
+                f"FastDeploy 每秒只取整数帧：它按 {whole} 抽帧，这里按 {said}。",
+            )
+        )
+    for english, chinese, rule in (
+        ("resizes pictures", "缩放图片", images.rule),
+        ("chooses frames", "选取视频帧", videos.rule),
+    ):
         if rule != "paddle":
             untold.append(
-                f"FastDeploy {what} by the rule 'paddle', this folder by {rule!r}; narrow pictures and clips differ."
+                say(
+                    f"FastDeploy {english} by the rule 'paddle', this folder by {rule!r}; narrow pictures and clips differ.",
+                    f"FastDeploy 按规则 'paddle' {chinese}，这个文件夹按 {rule!r}；很窄的图片和视频会不同。",
+                )
             )
     if not videos.draw_timestamps:
-        untold.append("FastDeploy draws the time into every frame; this folder does not.")
+        untold.append(
+            say(
+                "FastDeploy draws the time into every frame; this folder does not.",
+                "FastDeploy 会在每一帧上写时间；这个文件夹的设置不写。",
+            )
+        )
     return told, untold

@@ -253,6 +253,15 @@ def test_another_authors_template_is_kept_and_its_wording_said(base: Path, tmp_p
     report = run.export(own, tmp_path / "out", verify="files")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == theirs
     assert any("a request (text) gives other tokens under FastDeploy's rules" in note for note in report["notes"])
+    (own / "chat_template.jinja").write_text("{% generation %}" + theirs)
+    report = run.export(own, tmp_path / "out", verify="files")
+    assert any("prompts could not be compared" in note for note in report["notes"])
+    refuses_systems = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    (own / "chat_template.jinja").write_text(refuses_systems + ChatTemplate().to_jinja(*RELEASED))
+    report = run.export(own, tmp_path / "out", verify="files")
+    assert [note for note in report["notes"] if "request" in note] == [
+        "a request (system prompt) gives an error under FastDeploy's rules: no system"
+    ]
 
 
 def test_text_models_need_no_settings_of_pictures(tmp_path: Path) -> None:
