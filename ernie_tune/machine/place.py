@@ -1,4 +1,5 @@
-"""This process's place in a run: alone, or one rank of a Fleet mesh; where its models are put, and what several ranks need to start and stop together.
+"""This process's place in a run: alone, or one rank of a Fleet mesh; where its models are put, and
+what several ranks need to start and stop together.
 
 Refuses to know: methods, data, what is logged.
 """
@@ -30,7 +31,8 @@ LIMITS = Limits(join=300.0, stuck=7200.0)
 
 
 def degrees_of(p: ParallelArguments, world: int) -> Degrees:
-    """The settings as degrees; what is left of `world` reads other rows. Raises ValueError where the world does not divide, and as `Degrees`."""
+    """The settings as degrees; what is left of `world` reads other rows. Raises ValueError where
+    the world does not divide, and as `Degrees`."""
     stage, _, more = p.sharding.removeprefix("stage").partition(" ")
     if more:
         raise ValueError(
@@ -65,8 +67,9 @@ def degrees_of(p: ParallelArguments, world: int) -> Degrees:
 
 
 class Place:
-    """This process in a run. `put` puts models on the mesh, one or several; on one process they are as they were. Raises ValueError for degrees that
-    cannot be, ConnectionError for ranks that do not come."""
+    """This process in a run. `put` puts models on the mesh, one or several; on one process they are
+    as they were. Raises ValueError for degrees that cannot be, ConnectionError for ranks that do
+    not come."""
 
     def __init__(self, parallel: ParallelArguments, accumulation: int = 1) -> None:
         world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
@@ -89,7 +92,7 @@ class Place:
         """(rank, size) among the processes that read different rows."""
         return self.mesh.batch
 
-    # --- the ranks as checkpoints see them ---------------------------------------------------------------------------
+    # --- the ranks as checkpoints see them --------------------------------------------------------
 
     @property
     def rank(self) -> int:
@@ -107,16 +110,17 @@ class Place:
         """`value` of every rank that reads different rows, on every rank, in the order of `batch`."""
         return self.mesh.group("batch").objects(value)
 
-    # --- models ------------------------------------------------------------------------------------------------------
+    # --- models -----------------------------------------------------------------------------------
 
     def put(
         self, model: ErnieModel, source: Source | None = None, *, trained: bool = True, optimizer_next: bool = False
     ) -> Placed:
-        """Put `model`, with its adapters, on the mesh, once, and read its values where it has none yet (`source`).
+        """Put `model`, with its adapters, on the mesh, once, and read its values where it has none
+        yet (`source`).
 
-        `trained`: with an engine, for an optimizer; else it is only asked. `optimizer_next`: an optimizer comes before
-        anything else, so what sharding stage 3 would then let go of is not read. ValueError, on all ranks, for values
-        that cannot be used.
+        `trained`: with an engine, for an optimizer; else it is only asked. `optimizer_next`: an
+        optimizer comes before anything else, so what sharding stage 3 would then let go of is not
+        read. ValueError, on all ranks, for values that cannot be used.
         """
         if not self.several:
             if source is not None:
@@ -135,7 +139,8 @@ class Place:
         return Placed(model, self, None, staged or model, whole)
 
     def _read(self, model: ErnieModel, source: Source, unread: frozenset[str]) -> None:
-        """This rank's parts of the values, but those of the parameters that Paddle knows under the names in `unread`."""
+        """This rank's parts of the values, but those of the parameters that Paddle knows under the
+        names in `unread`."""
         self.together(
             lambda: read_parts(model, source, lambda p, shape: None if p.name in unread else Laid.part(p, shape))
         )
@@ -144,7 +149,8 @@ class Place:
                 equalise(layer, self.mesh)
 
     def together(self, action: Callable[[], None]) -> None:
-        """`action` on all ranks. Where it raises ValueError on some, all raise the first one's, so that none waits for them."""
+        """`action` on all ranks. Where it raises ValueError on some, all raise the first one's, so
+        that none waits for them."""
         said = ""
         try:
             action()
@@ -153,7 +159,7 @@ class Place:
         if wrong := [text for text in self.gather(said) if text]:
             raise ValueError(wrong[0])
 
-    # --- together ----------------------------------------------------------------------------------------------------
+    # --- together ---------------------------------------------------------------------------------
 
     def mark(self, where: str) -> None:
         """This rank has come to `where`: the watch over the ranks knows it is alive and where."""

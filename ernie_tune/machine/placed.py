@@ -1,7 +1,8 @@
-"""One model on the mesh: what is called for it, the engine that trains it, where its parameters lie, and how its weights are written and taken back.
+"""One model on the mesh: what is called for it, the engine that trains it, where its parameters
+lie, and how its weights are written and taken back.
 
-`Place.put` makes one. Several models of a run are each placed on their own, trained or not, and know nothing of each
-other. Refuses to know: methods, data, settings, what is logged.
+`Place.put` makes one. Several models of a run are each placed on their own, trained or not, and
+know nothing of each other. Refuses to know: methods, data, settings, what is logged.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 
 class Placed:
-    """`forward` is what is called for `model`: itself, or its stages together. `engine`: None for a model that is only
-    asked. `whole`: each parameter's shape before it was split, and where an adapter's file entries come from."""
+    """`forward` is what is called for `model`: itself, or its stages together. `engine`: None for a
+    model that is only asked. `whole`: each parameter's shape before it was split, and where an
+    adapter's file entries come from."""
 
     def __init__(
         self,
@@ -65,15 +67,18 @@ class Placed:
         return ", ".join([self.place.mesh.describe(), *stages])
 
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that an optimizer moves, by canonical name; on a mesh this rank's parts of them."""
+        """The parameters that an optimizer moves, by canonical name; on a mesh this rank's parts of
+        them."""
         return {name: p for name, p in self.model.named_parameters() if not p.stop_gradient}
 
     def whole(self) -> AbstractContextManager[None]:
-        """A `with` in which this rank has every part it should, where sharding stage 3 keeps them apart."""
+        """A `with` in which this rank has every part it should, where sharding stage 3 keeps them
+        apart."""
         return nullcontext() if self._engine is None else self._engine.whole()
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> Any:
-        """What updates the trained parameters. `make` gives an optimizer of Paddle for a list of them; on a mesh it is called for each part of them."""
+        """What updates the trained parameters. `make` gives an optimizer of Paddle for a list of
+        them; on a mesh it is called for each part of them."""
         engine = self.engine
         return engine.optimizer(make) if isinstance(engine, DistributedEngine) else make(list(self.trained().values()))
 
@@ -102,7 +107,8 @@ class Placed:
         return Shards(regions, nothing)
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained` of the whole model or adapter, written by rank 0; the others hand it their parts, one tensor at a time."""
+        """`save_pretrained` of the whole model or adapter, written by rank 0; the others hand it
+        their parts, one tensor at a time."""
         model: Any = self.model
         if not self.place.several:
             model.save_pretrained(folder)
@@ -139,7 +145,8 @@ class Placed:
         model.save_pretrained(folder, tensors=arrays)
 
     def take(self, folder: Path) -> None:
-        """Put what `save` wrote back into the model, each rank its part. ValueError, on all ranks, where it is of another model or adapter."""
+        """Put what `save` wrote back into the model, each rank its part. ValueError, on all ranks,
+        where it is of another model or adapter."""
         model = self.model
         if not self.place.several:
             load_weights(model, folder)
@@ -176,8 +183,8 @@ class Placed:
 
 
 class Whole:
-    """What of a model must be known before it is split: shapes by name, and of the active adapter what each entry of its file is, (parameter, row of a
-    stack)."""
+    """What of a model must be known before it is split: shapes by name, and of the active adapter
+    what each entry of its file is, (parameter, row of a stack)."""
 
     def __init__(self, model: ErnieModel | None = None) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -190,7 +197,8 @@ class Whole:
 
 
 def read_parts(model: ErnieModel, source: Source, where: Where | None = None) -> None:
-    """Give a model its values; where it lies over ranks, `where` says which part of each is here. ValueError as `fill`."""
+    """Give a model its values; where it lies over ranks, `where` says which part of each is here.
+    ValueError as `fill`."""
     with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
         fill(model, source, where=where, takers=takers(model))
     if isinstance(model, PeftModel):
@@ -198,8 +206,8 @@ def read_parts(model: ErnieModel, source: Source, where: Where | None = None) ->
 
 
 def load_weights(model: ErnieModel, folder: Path, where: Where | None = None) -> None:
-    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`; with `where`, into a plain model that lies over ranks.
-    ValueError where they are others."""
+    """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`;
+    with `where`, into a plain model that lies over ranks. ValueError where they are others."""
     if not isinstance(model, PeftModel):
         reader = TensorReader(folder)
         table = layout(model.config, detect_flavour(reader.shapes, model.config))
@@ -214,7 +222,8 @@ def load_weights(model: ErnieModel, folder: Path, where: Where | None = None) ->
 
 
 def adapter_tensors(model: PeftModel, folder: Path) -> dict[str, np.ndarray]:
-    """The whole tensors of the active adapter as `folder` has them. ValueError for a prompt whose encoder no file has."""
+    """The whole tensors of the active adapter as `folder` has them. ValueError for a prompt whose
+    encoder no file has."""
     config = model.adapters[model.active or ""].config
     if isinstance(config, PromptConfig) and config.encoder_width:
         raise ValueError(

@@ -1,8 +1,8 @@
 """What a loop asks of a method's loss: a micro-batch in, a LossOut out, cut in two for pipelines.
 
-`outputs` turns final hidden states into what the loss is made of, on the last stage, where the head is; `loss` is
-arithmetic on them. Refuses to know: which methods there are, models' classes, where batches come from, optimizers.
-Legend: T tokens, D width, N target tokens.
+`outputs` turns final hidden states into what the loss is made of, on the last stage, where the head
+is; `loss` is arithmetic on them. Refuses to know: which methods there are, models' classes, where
+batches come from, optimizers. Legend: T tokens, D width, N target tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from paddle import Tensor
 from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.objectives.loss import LossOut
 
-# Tensors by name, each with its axes at the end of it: logp_N, entropy_N, value_N, reward_C, cut_K, state_CD. All of a
-# micro-batch's are made on the stage that has the head, and travel together to whoever asks for them without a gradient.
+# Tensors by name, each with its axes at the end of it: logp_N, entropy_N, value_N, reward_C, cut_K,
+# state_CD. All of a micro-batch's are made on the stage that has the head, and travel together to
+# whoever asks for them without a gradient.
 Outputs = Mapping[str, Tensor]
 
 
@@ -26,13 +27,16 @@ class Objective(Protocol):
     """What the loop asks of a method."""
 
     def counts(self, window: Sequence[Any]) -> dict[str, float]:
-        """What this rank's micro-batches of one window add to the divisors, by name. The loop sums them over all data ranks."""
+        """What this rank's micro-batches of one window add to the divisors, by name. The loop sums
+        them over all data ranks."""
 
     def begin(self, counts: Mapping[str, float]) -> float:
-        """Called once per window with the global counts, before its micro-batches; returns what every `loss` is divided by."""
+        """Called once per window with the global counts, before its micro-batches; returns what
+        every `loss` is divided by."""
 
     def outputs(self, model: Any, hidden_TD: Tensor, batch: Any) -> Outputs:
-        """What the loss is made of, by name, from the final hidden states. `model` offers `head_weight()`."""
+        """What the loss is made of, by name, from the final hidden states. `model` offers
+        `head_weight()`."""
 
     def loss(self, outputs: Outputs, batch: Any) -> LossOut:
         """The micro-batch's share of the window's loss. Pure but for what `begin` noted."""

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning as a loop asks for it: weighted likelihood of the target tokens, and weights that keep tasks in balance.
+"""Supervised fine-tuning as a loop asks for it: weighted likelihood of the target tokens, and
+weights that keep tasks in balance.
 
-Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file connects them to the batch.
+Refuses to know: optimizers, files, evaluation. The numbers are `objectives/`'s; this file connects
+them to the batch.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from ernie_tune.objectives.sft import sft_loss, token_coefficients
 
 
 class TaskBalance:
-    """Factors on the tasks' losses (methods.md 4.12). "static": 1. "dwa" (1803.10704): K * softmax(r_k / T), r_k the ratio of a task's mean losses in the
-    last two periods. "uncertainty" (1705.07115): sum_k exp(-s_k)/2 * L_k + s_k/2, with s_k learned by gradient steps on the host.
+    """Factors on the tasks' losses (methods.md 4.12). "static": 1. "dwa" (1803.10704): K *
+    softmax(r_k / T), r_k the ratio of a task's mean losses in the last two periods. "uncertainty"
+    (1705.07115): sum_k exp(-s_k)/2 * L_k + s_k/2, with s_k learned by gradient steps on the host.
     """
 
     def __init__(
@@ -40,7 +43,8 @@ class TaskBalance:
         self.past: list[dict[str, float]] = []
 
     def factors(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Factor of each task present in a window; `counts` are their shares of the window's divisor and sum to it."""
+        """Factor of each task present in a window; `counts` are their shares of the window's
+        divisor and sum to it."""
         if self.kind == "uncertainty":
             total = sum(counts.values())
             return {
@@ -74,7 +78,8 @@ class TaskBalance:
 
 
 def dwa(past: Sequence[Mapping[str, float]], tasks: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """Dynamic weight averaging: K * softmax(L(t-1)/L(t-2) / T) over all K tasks known, whether in this window or not; 1 until two periods are known.
+    """Dynamic weight averaging: K * softmax(L(t-1)/L(t-2) / T) over all K tasks known, whether in
+    this window or not; 1 until two periods are known.
 
     The ratio of a task that was not seen in both periods is 1.
     """

@@ -1,7 +1,8 @@
-"""What users call: a trainer puts a run together from settings, a model and rows, and hands it to `Run`. `method_class` says what it trains by.
+"""What users call: a trainer puts a run together from settings, a model and rows, and hands it to
+`Run`. `method_class` says what it trains by.
 
-A new trainer is a `Method` (method.py says how) and a few lines here. Refuses to know: what a method does, the loop and
-its decisions (run.py), how anything is computed, stored or drawn.
+A new trainer is a `Method` (method.py says how) and a few lines here. Refuses to know: what a
+method does, the loop and its decisions (run.py), how anything is computed, stored or drawn.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from ernie_tune.trainers.run_folder import RunFolder, ledger_of
 class Trainer:
     """A run of one method on `model`.
 
-    `args`: a `TrainingArguments` or `RunConfig`. `train_dataset`, `eval_dataset`: what `load_dataset` gives, a path, or a sequence of records; by default
-    the files named in `args`. `processor`: by default that of the model's folder. A plain model gets the adapters or the freezing that `args` say;
-    a `PeftModel` is trained as it is. Raises ValueError for settings and data that cannot be used, before the first step.
+    `args`: a `TrainingArguments` or `RunConfig`. `train_dataset`, `eval_dataset`: what
+    `load_dataset` gives, a path, or a sequence of records; by default the files named in `args`.
+    `processor`: by default that of the model's folder. A plain model gets the adapters or the
+    freezing that `args` say; a `PeftModel` is trained as it is. Raises ValueError for settings and
+    data that cannot be used, before the first step.
     """
 
     method_class: type[Method] = Method
@@ -99,7 +102,7 @@ class Trainer:
         self._whole_seen = self._prepared = False
         self.run: Run | None = None
 
-    # --- what users and notebooks look at ----------------------------------------------------------------------------
+    # --- what users and notebooks look at ---------------------------------------------------------
 
     @property
     def encoder(self) -> RecordEncoder:
@@ -130,7 +133,7 @@ class Trainer:
             raise AssertionError("train() opens the log")
         return self.run.log
 
-    # --- assembling --------------------------------------------------------------------------------------------------
+    # --- assembling -------------------------------------------------------------------------------
 
     def make_method(self) -> Method:
         """The method of the run; a trainer that takes more than rows and settings hands it on here."""
@@ -190,7 +193,8 @@ class Trainer:
         return t.max_steps if t.max_steps > 0 else by_epochs, per_epoch
 
     def put(self, optimizer_next: bool = False) -> Placed:
-        """Put the model on the mesh, once it has all its layers; what is trained is counted before. `optimizer_next`: as `Place.put` has it."""
+        """Put the model on the mesh, once it has all its layers; what is trained is counted before.
+        `optimizer_next`: as `Place.put` has it."""
         if not self._whole_seen:
             self._table = trainable_table(self.model).splitlines()
             self._trainable = sum(int(p.size) for p in self.model.parameters() if not p.stop_gradient)
@@ -206,7 +210,8 @@ class Trainer:
         self._prepared = True
 
     def build_loop(self, length: tuple[int, float] | None = None) -> Loop:
-        """A loop for a new run, with the method's objective and an optimizer that has made no step. `length`: what `total_steps` gave, where it is known."""
+        """A loop for a new run, with the method's objective and an optimizer that has made no step.
+        `length`: what `total_steps` gave, where it is known."""
         total, per_epoch = length or self.total_steps()
         self.method.objective_now = self.method.objective(total, per_epoch)
         return assemble.loop_of(self.args, self.put(optimizer_next=True), self.method.objective_now, total)
@@ -229,13 +234,15 @@ class Trainer:
             passes,
         )
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def train(self, dry_run: bool = False) -> dict[str, float]:
-        """Run to the end, or go on where an earlier run in `output_dir` stopped; returns the final metrics. `dry_run`: stop after the heaviest batch.
+        """Run to the end, or go on where an earlier run in `output_dir` stopped; returns the final
+        metrics. `dry_run`: stop after the heaviest batch.
 
-        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number raises FloatingPointError; the weights and checkpoints
-        are then those before it. A disk that is full raises OSError. Of several processes all end together.
+        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. A loss that is no number
+        raises FloatingPointError; the weights and checkpoints are then those before it. A disk that
+        is full raises OSError. Of several processes all end together.
         """
         with self.place.watched(), self.folder.held(dry_run):
             return self._train(dry_run)
@@ -261,8 +268,9 @@ class Trainer:
         return run.train(checkpoint)
 
     def _starting_point(self, parts: Assembled) -> Checkpoint | None:
-        """The checkpoint to go on from, if any. With resume_only_model the weights of the one that the settings name are taken at once, and None returned;
-        a run that goes on, and compares with what it started from, takes them too."""
+        """The checkpoint to go on from, if any. With resume_only_model the weights of the one that
+        the settings name are taken at once, and None returned; a run that goes on, and compares
+        with what it started from, takes them too."""
         found, s = self.folder.checkpoint, self.args.save
         if s.resume_only_model and (found is None or self.method.compares_with_start):
             start = find_checkpoint(self.output_dir, s.resume_from_checkpoint)
@@ -285,7 +293,8 @@ class Trainer:
             self.processor.save_pretrained(folder)
 
     def evaluate(self, answers: str | Path | None = None) -> dict[str, float]:
-        """Loss on the evaluation rows and scores of generated answers, without training. `answers`: the file that takes them, one JSON object a line."""
+        """Loss on the evaluation rows and scores of generated answers, without training. `answers`:
+        the file that takes them, one JSON object a line."""
         if not len(self.eval_rows):
             raise ValueError(
                 say(

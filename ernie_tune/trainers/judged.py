@@ -1,4 +1,5 @@
-"""What methods on judged answers share: units for rows, pairs of true and spoilt pictures, and what is known of where a policy comes from.
+"""What methods on judged answers share: units for rows, pairs of true and spoilt pictures, and what
+is known of where a policy comes from.
 
 Refuses to know: formulas, references, the run.
 """
@@ -32,7 +33,8 @@ def unit_encoder(config: RunConfig, processor: Processor, learned: tuple[str, ..
 
 
 def check_shared_prompts(model: ErnieModel, encoder: UnitEncoder) -> None:
-    """ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to be computed once."""
+    """ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to
+    be computed once."""
     if isinstance(model, PeftModel) and model.active is not None:
         config = model.adapters[model.active].config
         if isinstance(config, PromptConfig | PrefixConfig) and encoder.share:
@@ -47,13 +49,15 @@ def check_shared_prompts(model: ErnieModel, encoder: UnitEncoder) -> None:
 
 
 class SpoiltPictures:
-    """Pairs whose worse side is the right answer to a spoilt picture, where `image_corruption` asks for them."""
+    """Pairs whose worse side is the right answer to a spoilt picture, where `image_corruption` asks
+    for them."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.made, self.rows = config, 0, 0
 
     def beside(self, sets: Sequence[Rows], learns_pairs: bool) -> Sequence[Rows]:
-        """Each set with the pairs that its pictures make. Raises ValueError where there are none, or where nothing would learn from them."""
+        """Each set with the pairs that its pictures make. Raises ValueError where there are none,
+        or where nothing would learn from them."""
         c, d = self.config.picture, self.config.data
         if c.image_corruption == "none":
             return sets
@@ -116,8 +120,9 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def ancestry(config: RunConfig) -> tuple[bool | None, str]:
-    """(whether the policy has been through SFT, None where nothing says so; what is known of it). Read from the arguments that our runs leave beside
-    their weights, and from the names of presets and base models."""
+    """(whether the policy has been through SFT, None where nothing says so; what is known of it).
+    Read from the arguments that our runs leave beside their weights, and from the names of presets
+    and base models."""
     m = config.model
     for folder in (config.lora.lora_path, m.model_name_or_path):
         file = Path(folder) / ARGS_FILE

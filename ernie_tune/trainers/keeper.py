@@ -1,4 +1,5 @@
-"""What a run keeps: named parts, all saved into a checkpoint and put back from one in the same way, whatever they are.
+"""What a run keeps: named parts, all saved into a checkpoint and put back from one in the same way,
+whatever they are.
 
 Refuses to know: what the parts mean, when is saved, where checkpoints lie.
 """
@@ -35,7 +36,8 @@ class Keeper:
             on_all_ranks(self.place, lambda part=part: part.save(folder))  # type: ignore[misc]
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Put every part back. Raises ValueError naming the part that the checkpoint does not have, or that is another run's."""
+        """Put every part back. Raises ValueError naming the part that the checkpoint does not have,
+        or that is another run's."""
         for name, part in self.parts.items():
             try:
                 part.load(checkpoint.path)
@@ -61,8 +63,8 @@ class JsonPart:
 
 
 class StreamPart:
-    """Where the rows stand: one JSON file for each rank that reads different rows; under another number of such ranks, what all had still to read is
-    dealt out again."""
+    """Where the rows stand: one JSON file for each rank that reads different rows; under another
+    number of such ranks, what all had still to read is dealt out again."""
 
     def __init__(self, place: Place, stream: BatchStream, file: str = "data_state.json") -> None:
         self.place, self.stream, self.file = place, stream, file

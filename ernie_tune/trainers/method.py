@@ -1,19 +1,21 @@
-"""What a run asks of a method, with the answers of one that learns from rows as they are; and what can be kept.
+"""What a run asks of a method, with the answers of one that learns from rows as they are; and what
+can be kept.
 
 A new trainer is one file:
 
-    class Cloze(Method):                                # what differs from a plain run, and nothing else
+    class Cloze(Method):          # what differs from a plain run, and nothing else
         stages, signals = ("CLOZE",), ("sft",)
 
         def objective(self, total_steps, steps_per_pass):
             return ClozeObjective(self.config.train.loss_norm)
 
-    class ClozeTrainer(Trainer):                        # what users call
+    class ClozeTrainer(Trainer):  # what users call
         method_class = Cloze
 
-and its line in the table of verbs. Whatever makes windows (rollouts, a queue) is an iterator behind `windows`; whatever
-must survive a restart is one of `parts`; what belongs to the finished model is one of `weights`. `windows` changes no
-counter that anyone reads: a window may be made and never trained on. Counting is the objective's, in `end`, once a step.
+and its line in the table of verbs. Whatever makes windows (rollouts, a queue) is an iterator behind
+`windows`; whatever must survive a restart is one of `parts`; what belongs to the finished model is
+one of `weights`. `windows` changes no counter that anyone reads: a window may be made and never
+trained on. Counting is the objective's, in `end`, once a step.
 
 Refuses to know: the loop, when is measured or saved, the layout.
 """
@@ -44,13 +46,15 @@ Window = Sequence[Any]  # the micro-batches of one optimizer step, on this rank
 
 
 class Stateful(Protocol):
-    """Something that a run keeps: a reference, a critic, a head, a sampler, guards, an objective, a stream. All ranks call both, in one order."""
+    """Something that a run keeps: a reference, a critic, a head, a sampler, guards, an objective, a
+    stream. All ranks call both, in one order."""
 
     def save(self, folder: Path) -> None:
         """Write what is needed to go on, under names of its own. Raises OSError."""
 
     def load(self, folder: Path) -> None:
-        """Put back what `save` wrote, under any layout. Raises ValueError for what cannot be used, by name."""
+        """Put back what `save` wrote, under any layout. Raises ValueError for what cannot be used,
+        by name."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class RowSets:
 
 
 class Method:
-    """One method of one run. What it keeps from call to call is its own affair; `objective_now` is the run's objective, once there is one."""
+    """One method of one run. What it keeps from call to call is its own affair; `objective_now` is
+    the run's objective, once there is one."""
 
     stages: tuple[str, ...] = ()  # of the settings that the method serves
     signals: tuple[str, ...] = ()  # of the rows that it learns from
@@ -74,14 +79,15 @@ class Method:
         self.objective_now: Objective | None = None
         self.encoder = self.make_encoder()
 
-    # --- before the run ----------------------------------------------------------------------------------------------
+    # --- before the run ---------------------------------------------------------------------------
 
     def make_encoder(self) -> RecordEncoder:
         """What makes samples and micro-batches of the rows."""
         return assemble.encoder_of(self.config, self.processor)
 
     def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
-        """The training rows, each set with those that the method makes of them. Raises ValueError where it can make none of what is asked for."""
+        """The training rows, each set with those that the method makes of them. Raises ValueError
+        where it can make none of what is asked for."""
         return sets
 
     def stream(self, rows: RowSets) -> BatchStream:
@@ -89,33 +95,39 @@ class Method:
         return assemble.stream_of(self.config, rows.train, self.encoder, *self.place.batch)
 
     def steps_per_pass(self, rows: RowSets) -> float:
-        """Optimizer steps in which every row is read once. Raises ValueError where no row can be used."""
+        """Optimizer steps in which every row is read once. Raises ValueError where no row can be
+        used."""
         return steps_per_epoch(lambda: self.stream(rows))
 
     def attach(self, model: ErnieModel) -> None:
-        """Give the model what the method trains beside it. Raises ValueError for a model that the method cannot train."""
+        """Give the model what the method trains beside it. Raises ValueError for a model that the
+        method cannot train."""
 
     def before_put(self, model: ErnieModel) -> None:
-        """Called while the model is still whole on each rank, before it goes on the mesh: the last look at all of it."""
+        """Called while the model is still whole on each rank, before it goes on the mesh: the last
+        look at all of it."""
 
     def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
         """The method's loss, new for a run of so many steps."""
         raise NotImplementedError
 
     def prepare(self, policy: Placed, rows: RowSets, dry_run: bool) -> None:
-        """Called once, while the policy is what it was given as: take a reference, measure with it. `dry_run`: leave no trace on the disk."""
+        """Called once, while the policy is what it was given as: take a reference, measure with it.
+        `dry_run`: leave no trace on the disk."""
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         """What the method has to say once the log is open."""
 
     def window(self, given: Window) -> Window:
-        """A window with what the objective needs beside the rows, such as a reference's answers. All ranks call it."""
+        """A window with what the objective needs beside the rows, such as a reference's answers.
+        All ranks call it."""
         return given
 
     def heaviest(self, stream: BatchStream) -> Window | None:
-        """The window that needs most memory, for a forward and backward before the first step; None where that cannot be known."""
+        """The window that needs most memory, for a forward and backward before the first step; None
+        where that cannot be known."""
         samples = assemble.longest(stream)
         return [self.encoder.collate(samples)] if samples else None
 
@@ -136,17 +148,18 @@ class Method:
         encoder = assemble.encoder_of(self.config, self.processor)
         return Measure(self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
 
-    # --- what is kept ------------------------------------------------------------------------------------------------
+    # --- what is kept -----------------------------------------------------------------------------
 
     def parts(self) -> Mapping[str, Stateful]:
-        """What the method needs to go on from a checkpoint, by name, beside model, optimizer, objective and stream."""
+        """What the method needs to go on from a checkpoint, by name, beside model, optimizer,
+        objective and stream."""
         return {}
 
     def weights(self, policy: Placed) -> Mapping[str, Stateful]:
         """What of the result lies beside the model's own files, by name."""
         return {}
 
-    # --- for those that learn with it --------------------------------------------------------------------------------
+    # --- for those that learn with it -------------------------------------------------------------
 
     def present_objective(self) -> Objective:
         """The objective of the run, or one like it where no run has begun."""

@@ -1,8 +1,9 @@
-"""One run from its first step to the model card: the loop, and every decision of it as a visible `if`.
+"""One run from its first step to the model card: the loop, and every decision of it as a visible
+`if`.
 
-What is trained and how is the method's; what must survive a restart lies with the keeper. Refuses to know: which method
-it is, how a run is put together (base.py), how anything is computed (models, objectives), stored (checkpoint) or drawn
-(report).
+What is trained and how is the method's; what must survive a restart lies with the keeper. Refuses
+to know: which method it is, how a run is put together (base.py), how anything is computed (models,
+objectives), stored (checkpoint) or drawn (report).
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ SCHEDULE_FILE = "scheduler.json"
 
 @dataclasses.dataclass
 class Assembled:
-    """All that a run is made of, once the model is on the mesh. `described`: the settings as the run really is; `base_model`: what the card calls its
-    start; `table`, `trainable`: what is trained, counted while the model was whole; `passes`: over the data, of the whole run."""
+    """All that a run is made of, once the model is on the mesh. `described`: the settings as the
+    run really is; `base_model`: what the card calls its start; `table`, `trainable`: what is
+    trained, counted while the model was whole; `passes`: over the data, of the whole run."""
 
     config: RunConfig
     described: RunConfig
@@ -72,12 +74,14 @@ class Assembled:
         return self.folder.path
 
     def save_weights(self, folder: Path) -> None:
-        """Model or adapter, and what else of the result is weights. All processes call it, one writes."""
+        """Model or adapter, and what else of the result is weights. All processes call it, one
+        writes."""
         self.policy.save(folder)
         Keeper(self.policy.place, self.method.weights(self.policy)).save(folder)
 
     def take_weights(self, checkpoint: Checkpoint) -> None:
-        """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit where the checkpoint has them so."""
+        """The weights of a checkpoint, without what resuming needs; those of adapters bit for bit
+        where the checkpoint has them so."""
         policy = self.policy
         with policy.whole():
             exact = isinstance(policy.model, PeftModel) or policy.place.several
@@ -105,7 +109,8 @@ class _Steps:
 
 
 class Run:
-    """`Run(parts, loop).train(checkpoint)` -> the final metrics; `rehearse` goes as far as the first step and leaves no trace."""
+    """`Run(parts, loop).train(checkpoint)` -> the final metrics; `rehearse` goes as far as the
+    first step and leaves no trace."""
 
     log: RunLog
 
@@ -177,7 +182,7 @@ class Run:
             writers=open_writers(names, Path(c.logging_dir or folder / "runs"), self.parts.described.flat()),
         )
 
-    # --- a step ------------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord, progress: Progress) -> None:
         """Show the step, and log it where a line is due."""
@@ -198,7 +203,8 @@ class Run:
         self.log.log(record.step, values, self.stream.epoch, silent=progress.is_bar)
 
     def _stop_now(self, record: StepRecord, interrupted: list[int]) -> bool:
-        """Evaluate and save when it is time; whether the run ends here. Order: measure, judge, save, so that a checkpoint knows its verdicts."""
+        """Evaluate and save when it is time; whether the run ends here. Order: measure, judge,
+        save, so that a checkpoint knows its verdicts."""
         e, s, step, last = self.config.eval, self.config.save, record.step, record.step == self.total_steps
         guards, log = self.guards, self.log
         asked_to_end = self.policy.engine.stopped(bool(interrupted))
@@ -238,10 +244,11 @@ class Run:
             )
         return stop
 
-    # --- states ------------------------------------------------------------------------------------------------------
+    # --- states -----------------------------------------------------------------------------------
 
     def _keeper(self, stream: bool = True) -> Keeper:
-        """All that a checkpoint holds beside weights and optimizer; the rows' place only where it is wanted."""
+        """All that a checkpoint holds beside weights and optimizer; the rows' place only where it
+        is wanted."""
         place = self.place
         return Keeper(
             place,
@@ -317,10 +324,11 @@ class Run:
         if self.place.is_writer:
             rotate(self.output_dir, self.config.save.save_total_limit, self.output_dir / self.guards.best_checkpoint)
 
-    # --- start and end -----------------------------------------------------------------------------------------------
+    # --- start and end ----------------------------------------------------------------------------
 
     def _announce(self, say: Callable[..., None]) -> None:
-        """What is trained, the header that users grep for, and which rows can be used. Raises ValueError for a row that would stop the run later."""
+        """What is trained, the header that users grep for, and which rows can be used. Raises
+        ValueError for a row that would stop the run later."""
         t, p = self.config.train, self.parts
         batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * self.place.batch[1]
         facts = RunFacts(
@@ -366,7 +374,8 @@ class Run:
             )
 
     def _provoke_memory(self, say: Callable[[str], None]) -> None:
-        """Forward and backward of the heaviest batch before the first step: if memory is short, it is short now."""
+        """Forward and backward of the heaviest batch before the first step: if memory is short, it
+        is short now."""
         heaviest = self.method.heaviest(self.stream)
         if heaviest is None:
             return
@@ -411,7 +420,8 @@ class Run:
         return metrics
 
     def _summary(self) -> dict[str, float]:
-        """What train_results.json says. Times are those of the training steps, of all processes that made them, without measuring and saving."""
+        """What train_results.json says. Times are those of the training steps, of all processes
+        that made them, without measuring and saving."""
         loop = self.loop
         speed = 1 / loop.seconds if loop.seconds else 0.0
         return {
