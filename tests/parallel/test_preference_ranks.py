@@ -69,4 +69,5 @@ def test_runs_on_judged_answers_are_those_of_one_process(
             values, others = load_file(mine / file), load_file(theirs / file)
             assert set(values) == set(others)
             for name, value in values.items():
-                np.testing.assert_allclose(value, others[name], atol=1e-5, rtol=0, err_msg=f"{case}: {name}")
+                # AdamW makes a step of a tiny gradient's rounding: where one is, an element is off by a small part of a step
+                np.testing.assert_allclose(value, others[name], atol=1e-4, rtol=0, err_msg=f"{case}: {name}")
