@@ -115,9 +115,14 @@ def choose(
     else:
         own = weights if steered is scores else _weights(steered, temperature)
         token, drawn_logp = _draw(own, uniform, params)
-    top = likeliest(weights, params.top_logprobs, total) if params.top_logprobs else ()
+    top = heaviest(weights, params.top_logprobs) if params.top_logprobs else []
     logp = _log_share(scores, token, temperature, total)
-    return Choice(token, logp, logp if _plain(params, steered is scores, forced) else drawn_logp, top)
+    return Choice(
+        token,
+        logp,
+        logp if _plain(params, steered is scores, forced) else drawn_logp,
+        tuple((i, _log_share(scores, i, temperature, total)) for i in top),
+    )
 
 
 def _plain(params: SamplingParams, untouched: bool, forced: int | None) -> bool:
@@ -242,12 +247,9 @@ def _bar(left_n: np.ndarray, need: float) -> tuple[float, int]:
     return float(left_n[count - 1]), int((left_n[:count] == left_n[count - 1]).sum())
 
 
-def likeliest(weights_V: np.ndarray, count: int, total: float | None = None) -> tuple[tuple[int, float], ...]:
-    """The `count` heaviest (id, log of its share of `total`), in order; ids that cannot be sampled
-    are left out.
-    """
+def heaviest(weights_V: np.ndarray, count: int) -> list[int]:
+    """The `count` ids of most weight, in order; ids that cannot be sampled are left out."""
     ids = kept(weights_V, count, 1.0)
     ids = np.arange(len(weights_V)) if ids is None else ids
-    ids = ids[np.argsort(-weights_V[ids], kind="stable")]
-    total = weights_V.sum() if total is None else total
-    return tuple((int(i), float(np.log(weights_V[i] / total))) for i in ids[:count] if weights_V[i] > 0)
+    ids = ids[np.argsort(-weights_V[ids], kind="stable")][:count]
+    return [int(i) for i in ids if weights_V[i] > 0]

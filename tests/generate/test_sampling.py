@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_tune.generate.sampling import SamplingParams, choose, kept, likeliest
+from ernie_tune.generate.sampling import SamplingParams, choose, heaviest, kept
 
 
 class Given:
@@ -114,7 +114,7 @@ def test_what_is_kept_of_a_whole_vocabulary(shape: str, size: int) -> None:
         assert np.array_equal(kept(weights, top_k, 1.0), np.sort(order[:top_k]))
     assert kept(weights, size, 1.0) is None
     assert kept(weights, 0, 1.0) is None
-    assert [i for i, _ in likeliest(weights, 9)] == order[:9].tolist()
+    assert heaviest(weights, 9) == order[:9].tolist()
 
 
 def test_top_p_by_hand() -> None:
@@ -125,6 +125,18 @@ def test_top_p_by_hand() -> None:
     assert kept(weights, 0, 1.0, 0.5).tolist() == [1, 2, 3]  # type: ignore[union-attr]
     assert draw(np.log(weights), temperature=1.0, top_p=0.65).sampled_logp == pytest.approx(np.log(4 / 7))
     assert draw(np.log(weights), temperature=1.0, top_p=0.65).logp == pytest.approx(np.log(0.4))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_the_chosen_one_has_one_log_probability(temperature: float) -> None:
+    """Bit for bit the same among the likeliest as by itself, in order, without what is banned."""
+    for seed in range(20):
+        scores = np.random.default_rng(seed).normal(0, 3, 300)
+        choice = draw(scores, 0.4, temperature=temperature, top_logprobs=300, banned_ids=(3, 9))
+        assert dict(choice.top)[choice.token_id] == choice.logp
+        assert len(choice.top) == 298
+        assert [p for _, p in choice.top] == sorted((p for _, p in choice.top), reverse=True)
+        assert np.exp([p for _, p in choice.top]).sum() == pytest.approx(1.0)
 
 
 def test_the_ends_of_the_unit_interval() -> None:
