@@ -264,7 +264,12 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
+            raise ValueError(
+                say(
+                    f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'",
+                    f"truncation_strategy（{self.truncation!r}）须为 {TRUNCATIONS} 之一；可用 'delete'",
+                )
+            )
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
         where = place_of(record)
@@ -281,7 +286,12 @@ class Encoder:
         if encoded.num_tokens > self.max_tokens:
             if self.truncation == "error":
                 raise ValueError(
-                    f"{where}: row ({encoded.num_tokens} tokens) must have at most max_seq_len ({self.max_tokens}); raise it or shorten the row"
+                    say(
+                        f"{where}: row ({encoded.num_tokens} tokens) must have at most max_seq_len ("
+                        f"{self.max_tokens}); raise it or shorten the row",
+                        f"{where}：该行（{encoded.num_tokens} 个 token）不能超过 max_seq_len（{self.max_tokens}"
+                        "）；请调大，或缩短该行",
+                    )
                 )
             if self.truncation == "delete":
                 dropped.add(_too_long(self.max_tokens), where)
@@ -445,7 +455,11 @@ class BatchStream:
             sample = self.encoder(self.shard.mixture[position + self.shard.rank], Dropped())
             if sample is None:
                 raise ValueError(
-                    f"row at position {position} must be usable as in the saved run; restore max_seq_len and the data, or start without the data state"
+                    say(
+                        f"row at position {position} must be usable as in the saved run; restore max_seq_len and "
+                        "the data, or start without the data state",
+                        f"位置 {position} 的行须像保存时一样可用；请恢复 max_seq_len 和数据，或不带数据状态重新开始",
+                    )
                 )
             self._waiting.append((position, sample))
         for position in state.get("unread", ()):  # `dealt_again`

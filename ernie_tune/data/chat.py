@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.data.records import TAG, plain_words
 from ernie_tune.data.tokenizer import ASSETS, IMAGE, IMAGE_END, IMAGE_START, VIDEO, VIDEO_END, VIDEO_START
 
@@ -77,7 +78,10 @@ class ChatTemplate:
         """`vocabulary`: special tokens of the tokenizer; the `OPTIONAL_TOKENS` not in it become text. Raises ValueError for an unknown variant."""
         if variant not in THOUGHT_STYLES:
             raise ValueError(
-                f"template ({variant!r}) must be one of {sorted(THOUGHT_STYLES)}; use 'hf' for released models"
+                say(
+                    f"template ({variant!r}) must be one of {sorted(THOUGHT_STYLES)}; use 'hf' for released models",
+                    f"template（{variant!r}）须为 {sorted(THOUGHT_STYLES)} 之一；已发布的模型请用 'hf'",
+                )
             )
         self.variant = variant
         self.style = THOUGHT_STYLES[variant]
@@ -263,7 +267,12 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     roles = [message.get("role") for message in messages]
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
-        raise ValueError(f"{prefix(where)}role ({unknown[0]!r}) must be one of {ROLES}; rename it")
+        raise ValueError(
+            say(
+                f"{prefix(where)}role ({unknown[0]!r}) must be one of {ROLES}; rename it",
+                f"{prefix(where)}role（{unknown[0]!r}）须为 {ROLES} 之一；请改名",
+            )
+        )
     turns = roles[1:] if roles[:1] == ["system"] else roles
     follows: dict[str | None, tuple[str, ...]] = {
         None: ("user",),
@@ -275,7 +284,12 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     for before, role in zip([None, *turns], turns, strict=False):
         if role not in follows[before]:
             raise ValueError(
-                f"{prefix(where)}roles ({', '.join(map(str, roles))}) must be an optional system, then user (or tool) and assistant in turn; merge or drop turns"
+                say(
+                    f"{prefix(where)}roles ({', '.join(map(str, roles))}) must be an optional system, then "
+                    "user (or tool) and assistant in turn; merge or drop turns",
+                    f"{prefix(where)}role（{', '.join(map(str, roles))}）须为可选的 system，然后 user（或 "
+                    "tool）与 assistant 交替；请合并或删去多余轮次",
+                )
             )
     if not turns or (turns[-1] == "assistant") == add_generation_prompt:
         wanted = "user or tool" if add_generation_prompt else "assistant"
@@ -286,7 +300,11 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     for i, message in enumerate(messages):
         if not isinstance(message.get("loss", True), bool):
             raise ValueError(
-                f"{prefix(where)}messages[{i}].loss ({message['loss']!r}) must be true or false; drop it to train on the turn"
+                say(
+                    f"{prefix(where)}messages[{i}].loss ({message['loss']!r}) must be true or false; drop it "
+                    "to train on the turn",
+                    f"{prefix(where)}messages[{i}].loss（{message['loss']!r}）须为 true 或 false；去掉则训练该轮",
+                )
             )
 
 
@@ -349,7 +367,10 @@ def _segments(content: Any, where: str) -> list[tuple[str, str, Any]]:
         ]
     if not isinstance(content, list | tuple):
         raise ValueError(
-            f"{prefix(where)}content ({type(content).__name__}) must be a string or a list of parts; convert it"
+            say(
+                f"{prefix(where)}content ({type(content).__name__}) must be a string or a list of parts; convert it",
+                f"{prefix(where)}content（{type(content).__name__}）须为字符串或由部分组成的列表；请转换",
+            )
         )
     segments: list[tuple[str, str, Any]] = []
     for i, part in enumerate(content):
@@ -397,13 +418,21 @@ def _call_text(call: Message, where: str) -> str:
     function = call.get("function") or call
     name, arguments = function.get("name"), function.get("arguments", {})
     if not isinstance(name, str):
-        raise ValueError(f"{prefix(where)}tool call name ({name!r}) must be a string; fix or drop the call")
+        raise ValueError(
+            say(
+                f"{prefix(where)}tool call name ({name!r}) must be a string; fix or drop the call",
+                f"{prefix(where)}工具调用的名称（{name!r}）须为字符串；请改正或去掉该调用",
+            )
+        )
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     try:
         json.loads(arguments)
     except ValueError as error:
         raise ValueError(
-            f"{prefix(where)}tool call arguments ({arguments!r}) must be JSON ({error}); fix or drop the call"
+            say(
+                f"{prefix(where)}tool call arguments ({arguments!r}) must be JSON ({error}); fix or drop the call",
+                f"{prefix(where)}工具调用的参数（{arguments!r}）须为 JSON（{error}）；请改正或去掉该调用",
+            )
         ) from error
     return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.mixing import hash_of
 from ernie_tune.data.records import Candidate, Corruption, Record
 
@@ -29,10 +30,19 @@ def corrupted(pixels_PC: np.ndarray, how: Corruption) -> np.ndarray:
     if how.kind == "mask":
         return masked(pixels_PC)
     if how.kind != "noise":
-        raise ValueError(f"image_corruption ({how.kind!r}) must be mask or noise; use 'mask'")
+        raise ValueError(
+            say(
+                f"image_corruption ({how.kind!r}) must be mask or noise; use 'mask'",
+                f"image_corruption（{how.kind!r}）须为 mask 或 noise；可用 'mask'",
+            )
+        )
     if not 0 < how.noise <= 1:
         raise ValueError(
-            f"image_corruption_noise ({how.noise}) must be above 0 and at most 1, where nothing of the picture is left; use 0.99"
+            say(
+                f"image_corruption_noise ({how.noise}) must be above 0 and at most 1, where nothing of "
+                "the picture is left; use 0.99",
+                f"image_corruption_noise（{how.noise}）须大于 0 且不超过 1（此时图片全部丢失）；可用 0.99",
+            )
         )
     fresh_PC = np.random.default_rng(how.seed).standard_normal(pixels_PC.shape, np.float32)
     return (np.sqrt(1 - how.noise**2) * pixels_PC + how.noise * fresh_PC).astype(pixels_PC.dtype)

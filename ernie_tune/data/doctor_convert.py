@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.data.readers import match, read
 from ernie_tune.data.readers_fields import Where
 from ernie_tune.data.records import Candidate, DataError, Media, Message, Record, show
@@ -29,9 +30,19 @@ def convert_file(records: Iterable[Record], form: str, target: str) -> int:
     Raises DataError for a bad row, ValueError for one that the format cannot express, an unknown format, or an existing file.
     """
     if form not in WRITERS:
-        raise ValueError(f"format ({form!r}) must be one of {', '.join(WRITERS)}; choose one / 未知的格式")
+        raise ValueError(
+            say(
+                f"format ({form!r}) must be one of {', '.join(WRITERS)}; choose one",
+                f"格式（{form!r}）须为 {', '.join(WRITERS)} 之一；请选一种",
+            )
+        )
     if os.path.exists(target):
-        raise ValueError(f"{target} exists and is not overwritten; remove or rename it / 文件已存在")
+        raise ValueError(
+            say(
+                f"{target} exists and is not overwritten; remove or rename it",
+                f"{target} 已存在，不会覆盖；请删除或改名",
+            )
+        )
     count = 0
     try:
         with open(target + ".tmp", "w", encoding="utf-8", newline="\n") as out:
@@ -88,8 +99,11 @@ def _joined(base: str, medium: Media) -> Media:
 
 def _refusal(record: Record, form: str, field: str, found: str) -> ValueError:
     return ValueError(
-        f"{record.meta}: {field} ({found}) must be something that {form} can express; convert to another format, or drop the row"
-        f" / {form} 格式无法表达该内容"
+        say(
+            f"{record.meta}: {field} ({found}) must be something that {form} can express; "
+            "convert to another format, or drop the row",
+            f"{record.meta}：{form} 格式无法表达 {field}（{found}）；请转换为其他格式，或删去该行",
+        )
     )
 
 

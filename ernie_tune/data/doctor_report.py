@@ -52,7 +52,7 @@ def facts_lines(stats: Stats) -> Iterator[Text]:
     tokens, mean = stats.text.total * stats.tokens_per_byte, stats.text.mean * stats.tokens_per_byte
     yield say(
         f"text: about {tokens:,.0f} tokens, {mean:,.1f} a row, by the tokenizer of {stats.processor.tokenizer.where}",
-        f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个",
+        f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个（分词器：{stats.processor.tokenizer.where}）",
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.languages().items())
     yield say(f"letters: {shares}", f"文字：{shares}")

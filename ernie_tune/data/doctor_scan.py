@@ -53,7 +53,7 @@ class DataFile:
         rows = (row for batch in self.source.batches() for row in batch.rows if row is not None)
         first = next(rows, None)
         if first is None:
-            raise DataError(entry.path, 0, "file", "no rows", "empty", {})
+            raise DataError(entry.path, 0, "file", say("no rows", "没有数据行"), "empty", {})
         self.form, self._others, self.reason = formats[0], formats[1:] and formats, f"{formats[0].name}, as told"
         readable = (row for row in chain([first], rows) if not isinstance(row, DataError))
         sampled = [self._renamed(row)[0] for row in islice(readable, _SNIFFED_ROWS)]

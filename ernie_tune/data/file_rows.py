@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.readers_media import IMAGE_SUFFIXES
 from ernie_tune.data.records import DataError, show
 
@@ -150,7 +151,7 @@ class FileRows:
         """Row i. Raises DataError with file and line when it is no object, no UTF-8, or the file has changed since it was indexed."""
         first, size, line = (int(v) for v in self.index_n3[i])
         if _stamp(self.path) != self._stamp:
-            raise DataError(self.path, 0, "file", "another size or time", "changed", {})
+            raise DataError(self.path, 0, "file", say("another size or time", "大小或时间已变"), "changed", {})
         raw = self._bytes(first, size)
         if not self._header:
             return parse_json(raw, self.path, line)
@@ -178,7 +179,9 @@ class ParquetRows:
         try:
             import pyarrow.parquet
         except ImportError as error:
-            raise DataError(path, 0, "file", "a parquet file", "package", {"name": "pyarrow"}) from error
+            raise DataError(
+                path, 0, "file", say("a parquet file", "parquet 文件"), "package", {"name": "pyarrow"}
+            ) from error
         self.path = path
         try:
             self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
@@ -383,4 +386,4 @@ def _csv_spans(path: str, delimiter: str) -> Iterator[tuple[int, int, int]]:
                 yield first, seen[0] - first, line
             first, line = seen[0], seen[1] + 1
     except csv.Error as error:
-        raise DataError(path, line, "row", "no table", "csv", {"why": f"{error}"}) from error
+        raise DataError(path, line, "row", say("no table", "没有表格"), "csv", {"why": f"{error}"}) from error

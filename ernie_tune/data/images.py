@@ -27,6 +27,8 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ernie_tune.config.language import say
+
 RESIZE_RULES = ("paddle", "hf")  # they differ only for very narrow or very small images (architecture.md 7.1)
 # The formats that a picture may have, whatever its name says: pillow knows more, among them PostScript, which starts another program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -54,7 +56,11 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels ({self.min_pixels}) must be at least 1 and at most max_pixels ({self.max_pixels}); swap or correct them"
+                say(
+                    f"min_pixels ({self.min_pixels}) must be at least 1 and at most max_pixels ("
+                    f"{self.max_pixels}); swap or correct them",
+                    f"min_pixels（{self.min_pixels}）须至少为 1 且不超过 max_pixels（{self.max_pixels}）；请对调或改正",
+                )
             )
         if self.patch_size < 1 or self.merge_size < 1:
             raise ValueError(
@@ -79,7 +85,12 @@ class ImageSettings:
 
 def _check_rule(rule: str) -> None:
     if rule not in RESIZE_RULES:
-        raise ValueError(f"rule ({rule!r}) must be one of {RESIZE_RULES}; use 'paddle'")
+        raise ValueError(
+            say(
+                f"rule ({rule!r}) must be one of {RESIZE_RULES}; use 'paddle'",
+                f"规则（{rule!r}）须为 {RESIZE_RULES} 之一；可用 'paddle'",
+            )
+        )
 
 
 def smart_resize(
@@ -92,12 +103,21 @@ def smart_resize(
     """
     _check_rule(rule)
     if height < 1 or width < 1:
-        raise ValueError(f"image size ({height}x{width}) must be at least 1x1 pixels; drop this image")
+        raise ValueError(
+            say(
+                f"image size ({height}x{width}) must be at least 1x1 pixels; drop this image",
+                f"图片（{height}x{width}）至少要有 1x1 像素；请去掉该图片",
+            )
+        )
     paddle = rule == "paddle"
     if max(height, width) / min(height, width) > MAX_RATIO:
         if not paddle:
             raise ValueError(
-                f"image size ({height}x{width}) must have a side ratio of at most {MAX_RATIO} under rule 'hf'; crop it or use rule 'paddle'"
+                say(
+                    f"image size ({height}x{width}) must have a side ratio of at most {MAX_RATIO} under rule "
+                    "'hf'; crop it or use rule 'paddle'",
+                    f"规则 'hf' 下图片（{height}x{width}）的长宽比不能超过 {MAX_RATIO}；请裁剪，或用规则 'paddle'",
+                )
             )
         height, width = _clamp_ratio(height, width, factor)
     # "hf" keeps a side that rounds to 0; the area is then below the minimum and grows again, to another shape than "paddle"'s.
@@ -112,8 +132,13 @@ def smart_resize(
         new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
     if paddle and not min_pixels <= new_height * new_width <= max_pixels:
         raise ValueError(
-            f"image size ({height}x{width}) must fit multiples of {factor} within min_pixels ({min_pixels}) and max_pixels ({max_pixels}), "
-            f"got {new_height}x{new_width}; widen the limits or crop the image"
+            say(
+                f"image size ({height}x{width}) must fit multiples of {factor} within min_pixels ("
+                f"{min_pixels}) and max_pixels ({max_pixels}), got {new_height}x{new_width}; widen the "
+                "limits or crop the image",
+                f"图片（{height}x{width}）须能在 min_pixels（{min_pixels}）与 max_pixels（{max_pixels}"
+                f"）之间缩放为 {factor} 的倍数，得到 {new_height}x{new_width}；请放宽限制或裁剪图片",
+            )
         )
     return new_height, new_width
 
@@ -183,35 +208,66 @@ def open_source(source: object, label: str) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"{label} must be a path, URL, bytes or decoded image; convert it first")
+        raise ValueError(
+            say(
+                f"{label} must be a path, URL, bytes or decoded image; convert it first",
+                f"{label} 须为路径、URL、字节或已解码的图片；请先转换",
+            )
+        )
     path = os.fspath(source)
     if path.startswith("data:"):
         return io.BytesIO(_decode_data_url(path, label))
     if path.startswith("file://"):
         if not path.startswith("file:///"):
-            raise ValueError(f"{label} must be file:/// and an absolute path, three slashes; or give the plain path")
+            raise ValueError(
+                say(
+                    f"{label} must be file:/// and an absolute path, three slashes; or give the plain path",
+                    f"{label} 须为 file:///（三个斜杠）加绝对路径；或直接写路径",
+                )
+            )
         path = url2pathname(path.removeprefix("file://"))
     elif "://" in path:
-        raise ValueError(f"{label} must be a local file; download it first and put the path into the data")
+        raise ValueError(
+            say(
+                f"{label} must be a local file; download it first and put the path into the data",
+                f"{label} 须为本地文件；请先下载，再在数据中填写路径",
+            )
+        )
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{label} must exist, no such file; correct the path, relative ones start at the current folder"
+            say(
+                f"{label} must exist, no such file; correct the path, relative ones start at the current folder",
+                f"{label} 不存在；请改正路径（相对路径从当前文件夹算起）",
+            )
         ) from error
     except (OSError, ValueError) as error:  # a folder, no permission, a name too long, a zero byte in the name
-        raise ValueError(f"{label} must be a readable file ({error}); correct the path or its permissions") from error
+        raise ValueError(
+            say(
+                f"{label} must be a readable file ({error}); correct the path or its permissions",
+                f"{label} 须为可读文件（{error}）；请改正路径或权限",
+            )
+        ) from error
 
 
 def _decode_data_url(url: str, label: str) -> bytes:
     head, comma, payload = url.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise ValueError(f"{label} must look like data:image/png;base64,...; encode it with base64")
+        raise ValueError(
+            say(
+                f"{label} must look like data:image/png;base64,...; encode it with base64",
+                f"{label} 须形如 data:image/png;base64,...；请用 base64 编码",
+            )
+        )
     try:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
         raise ValueError(
-            f"{label} must hold valid base64 ({error}); encode the file again, without line breaks"
+            say(
+                f"{label} must hold valid base64 ({error}); encode the file again, without line breaks",
+                f"{label} 须为合法的 base64（{error}）；请重新编码，不要换行",
+            )
         ) from error
 
 
@@ -221,10 +277,18 @@ def decode_errors(label: str) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{label} must be smaller ({error}); shrink the picture before training") from error
+        raise ValueError(
+            say(
+                f"{label} must be smaller ({error}); shrink the picture before training",
+                f"{label} 过大（{error}）；请在训练前缩小图片",
+            )
+        ) from error
     except _DECODE_ERRORS as error:
         raise ValueError(
-            f"{label} cannot be decoded ({error}); replace the file, or save it again as PNG or JPEG"
+            say(
+                f"{label} cannot be decoded ({error}); replace the file, or save it again as PNG or JPEG",
+                f"{label} 无法解码（{error}）；请替换该文件，或另存为 PNG 或 JPEG",
+            )
         ) from error
 
 
@@ -241,10 +305,19 @@ def _from_array(array: np.ndarray, label: str) -> Image.Image:
 def to_rgb(image: Image.Image, label: str) -> Image.Image:
     """A new 8-bit RGB image: white behind transparency, upper byte of 16-bit grey. Raises ValueError naming `label`."""
     if 0 in image.size:
-        raise ValueError(f"{label} (size {image.width}x{image.height}) must have at least one pixel; drop it")
+        raise ValueError(
+            say(
+                f"{label} (size {image.width}x{image.height}) must have at least one pixel; drop it",
+                f"{label}（{image.width}x{image.height}）至少要有一个像素；请去掉",
+            )
+        )
     if image.mode in ("I", "F"):  # pillow would clip these to 0..255 without a word
         raise ValueError(
-            f"{label} (32-bit values, pillow mode {image.mode!r}) must have 8 or 16 bits a channel; rescale it to 8 bits first"
+            say(
+                f"{label} (32-bit values, pillow mode {image.mode!r}) must have 8 or 16 bits a channel; "
+                "rescale it to 8 bits first",
+                f"{label}（32 位，pillow 模式 {image.mode!r}）每通道须为 8 或 16 位；请先转为 8 位",
+            )
         )
     with decode_errors(label):
         if image.mode.startswith("I;16"):

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
+from ernie_tune.config.language import say
+
 STRATEGIES = ("concat", "random", "interleave_under", "interleave_over")
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # of the Feistel network; 4 suffice in theory, small domains like more
@@ -50,9 +52,19 @@ def parse_probs(value: str | Sequence[float] | None, n: int) -> list[float]:
     """ "0.8,0.2" or numbers -> n weights that sum to 1 (None: equal). Raises ValueError."""
     given = [1.0] * n if value is None else [float(p) for p in (value.split(",") if isinstance(value, str) else value)]
     if len(given) != n:
-        raise ValueError(f"probs ({value!r}) must have one number for each of the {n} data sets; add or remove numbers")
+        raise ValueError(
+            say(
+                f"probs ({value!r}) must have one number for each of the {n} data sets; add or remove numbers",
+                f"权重（{value!r}）须与 {n} 个数据集一一对应；请增减",
+            )
+        )
     if not all(p > 0 and math.isfinite(p) for p in given):
-        raise ValueError(f"probs ({value!r}) must be above 0; drop data sets that you do not want")
+        raise ValueError(
+            say(
+                f"probs ({value!r}) must be above 0; drop data sets that you do not want",
+                f"权重（{value!r}）须大于 0；不需要的数据集请去掉",
+            )
+        )
     return [p / sum(given) for p in given]
 
 
@@ -63,12 +75,26 @@ def quotas(strategy: str, lengths: Sequence[int], probs: Sequence[float], sample
     interleave_over: the fewest that miss no row. Raises ValueError.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"mix_strategy ({strategy!r}) must be one of {', '.join(STRATEGIES)}; use 'concat'")
+        raise ValueError(
+            say(
+                f"mix_strategy ({strategy!r}) must be one of {', '.join(STRATEGIES)}; use 'concat'",
+                f"mix_strategy（{strategy!r}）须为 {', '.join(STRATEGIES)} 之一；可用 'concat'",
+            )
+        )
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"data sets ({list(lengths)} rows) must have at least one row each; drop the empty ones")
+        raise ValueError(
+            say(
+                f"data sets ({list(lengths)} rows) must have at least one row each; drop the empty ones",
+                f"每个数据集（{list(lengths)} 行）至少要有一行；请去掉空的",
+            )
+        )
     if samples is not None and (strategy != "random" or samples < 1):
         raise ValueError(
-            f"num_samples_each_epoch ({samples}) must be above 0 and go with mix_strategy random, not {strategy}; drop it"
+            say(
+                f"num_samples_each_epoch ({samples}) must be above 0 and go with mix_strategy random, not "
+                f"{strategy}; drop it",
+                f"num_samples_each_epoch（{samples}）须大于 0 且与 mix_strategy random 同用，而不是 {strategy}；请去掉",
+            )
         )
     if strategy == "concat":
         return list(lengths)
@@ -167,6 +193,10 @@ class Shard(Generic[T]):
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{key} ({now[key]}) must be that of the saved run ({state.get(key)}); restore it, or start without the data state"
+                say(
+                    f"{key} ({now[key]}) must be that of the saved run ({state.get(key)}); restore it, or "
+                    "start without the data state",
+                    f"{key}（{now[key]}）须与保存时（{state.get(key)}）一致；请恢复，或不带数据状态重新开始",
+                )
             )
         self.position = int(state["position"])

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.chat import (
     END,
     OPTIONAL_TOKENS,
@@ -259,7 +260,12 @@ class Processor:
             trained += [False] * len(new)
         if max_tokens is not None and len(ids) > max_tokens:
             raise RowTooLong(
-                f"{prefix(where)}row ({len(ids)} tokens) must have at most max_tokens ({max_tokens}); raise it, lower max_pixels, or drop the row"
+                say(
+                    f"{prefix(where)}row ({len(ids)} tokens) must have at most max_tokens ({max_tokens}); "
+                    "raise it, lower max_pixels, or drop the row",
+                    f"{prefix(where)}该行（{len(ids)} 个 token）不能超过 max_tokens（{max_tokens}"
+                    "）；请调大、减小 max_pixels，或去掉该行",
+                )
             )
         row = Row(
             np.asarray(ids, np.int64),
@@ -337,7 +343,11 @@ class Processor:
         start, placeholder, end = self._media_ids[kind]
         if start is None or placeholder is None or end is None:
             raise ValueError(
-                f"vocabulary of {self.tokenizer.where} must have the {kind} markers and placeholder; use the tokenizer of a vision-language model"
+                say(
+                    f"vocabulary of {self.tokenizer.where} must have the {kind} markers and placeholder; use "
+                    "the tokenizer of a vision-language model",
+                    f"{self.tokenizer.where} 的词表中须有 {kind} 的标记和占位符；请用视觉语言模型的分词器",
+                )
             )
         return [start, *[placeholder] * feature_count(grid), end]
 
@@ -378,6 +388,10 @@ def _check_counts(kind: str, pieces: Sequence[Piece], sources: Sequence[Any], wh
     open_slots = sum(piece.kind == kind and piece.source is None for piece in pieces)
     if open_slots != len(sources):
         raise ValueError(
-            f"{prefix(where)}number of <{kind}> tags and {kind} parts without a source ({open_slots}) must equal the number of {kind}s given ({len(sources)}); "
-            f"add or remove tags or {kind}s"
+            say(
+                f"{prefix(where)}number of <{kind}> tags and {kind} parts without a source ({open_slots}) "
+                f"must equal the number of {kind}s given ({len(sources)}); add or remove tags or {kind}s",
+                f"{prefix(where)}<{kind}> 标记与没有来源的 {kind} 部分（{open_slots} 个）须与给出的 {kind}"
+                f"（{len(sources)} 个）相等；请增减标记或 {kind}",
+            )
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from ernie_tune.config.language import say
 from ernie_tune.data.readers_fields import (
     DIALOGUES,
     QUERIES,
@@ -166,7 +167,7 @@ def read_erniekit_vl(f: Fields) -> Record:
             raise f.error("system", "is_system", ", ".join(roles))
         turns = [turns[0]._replace(message=cast(Message, {**turns[0].message, "role": "system"})), *turns[2:]]
     if not turns or turns[-1].message["role"] != "assistant":
-        raise f.error("choice", "text_info[-1].tag", "mask" if turns else "no text", options="no_mask")
+        raise f.error("choice", "text_info[-1].tag", "mask" if turns else say("no text", "没有文本"), options="no_mask")
     return finish(f, "sft", turns)
 
 
@@ -268,7 +269,12 @@ def choose(name: str) -> tuple[Format, ...]:
     chosen = tuple(form for form in FORMATS if name in ("auto", form.name, *form.families))
     if not chosen:
         names = ", ".join(dict.fromkeys(["auto", *(form.name for form in FORMATS)]))
-        raise ValueError(f"format ({name!r}) must be one of {names}; use 'auto' to have it recognised")
+        raise ValueError(
+            say(
+                f"format ({name!r}) must be one of {names}; use 'auto' to have it recognised",
+                f"格式（{name!r}）须为 {names} 之一；用 'auto' 可自动识别",
+            )
+        )
     return chosen
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
+from ernie_tune.config.language import say
 from ernie_tune.data.readers_media import (
     KIND_NAMES,
     MEDIA_NAMES,
@@ -114,7 +115,7 @@ def read_answers(f: Fields) -> list[Turn]:
             else f.typed(f"answers[{i}]", value, str)
         )
     if not texts:
-        raise f.error("missing", "answers", "an empty list", names="at least one answer")
+        raise f.error("missing", "answers", say("an empty list", "空列表"), names="at least one answer")
     if len(set(texts)) > 1:
         f.note("answers", "answers", f"{len(set(texts))} different answers")
     return [make_turn(f, "answers", "assistant", Counter(texts).most_common(1)[0][0])]
@@ -140,7 +141,7 @@ def read_turns(f: Fields, field: str, value: Any) -> list[Turn]:
         value = read_json(f, field, value)
     turns = [_read_turn(f, f"{field}[{i}]", item) for i, item in enumerate(f.typed(field, value, list))]
     if not turns:
-        raise f.error("turnless", field, "no messages")
+        raise f.error("turnless", field, say("no messages", "没有对话"))
     return turns
 
 
@@ -279,7 +280,7 @@ def read_json(f: Fields, field: str, text: Any) -> Any:
 def check_dialogue(f: Fields, turns: Sequence[Turn], ends: Sequence[str]) -> None:
     """An optional system turn, then user (or tool results) and assistant in turn; the last role as the signal needs it. Raises DataError."""
     if not turns:  # ERNIEKit's src and tgt, both empty
-        raise f.error("turnless", "messages", "no messages")
+        raise f.error("turnless", "messages", say("no messages", "没有对话"))
     roles = [turn.message["role"] for turn in turns]
     talk = roles[1:] if roles[0] == "system" else roles
     if talk[:1] != ["user"] or any(after not in _FOLLOWS.get(role, ()) for role, after in pairwise(talk)):

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.data.readers_fields import (
     DIALOGUES,
     QUERIES,
@@ -87,7 +88,7 @@ def share_prompt(f: Fields, context: list[Turn], answers: list[list[Turn]]) -> t
     shared = next(differs, min(map(len, whole)))
     prompt, _ = split_answer(f, [*whole[0][:shared], _ANSWER])
     if not prompt or (context and context not in (prompt[: len(context)], prompt[-len(context) :])):
-        raise f.error("prompt", "prompt", f"{len(prompt)} common turns")
+        raise f.error("prompt", "prompt", say(f"{len(prompt)} common turns", f"{len(prompt)} 轮相同"))
     return prompt, [dialogue[len(prompt) :] for dialogue in whole]
 
 
@@ -126,7 +127,7 @@ def read_responses(f: Fields, wanted: str = "") -> Record:
         turns, answer = split_answer(f, read_answered(f))
         names, drafts = ["A"], [Draft(answer)]
     if not drafts:
-        raise f.error("missing", "responses", "an empty list", names="at least one response")
+        raise f.error("missing", "responses", say("an empty list", "空列表"), names="at least one response")
     prompt, tails = share_prompt(f, turns, [draft.turns for draft in drafts])
     drafts = [dataclasses.replace(draft, turns=tail) for draft, tail in zip(drafts, tails, strict=True)]
     drafts = _judge(f, drafts, names)
@@ -283,7 +284,7 @@ def read_canonical(f: Fields) -> Record:
     inner = {key: value for key, value in signal.row.items() if key != "type"}
     doubled = [key for key in inner if f.has(key)]
     if doubled:
-        raise f.error("choice", doubled[0], "two values", options=f"{doubled[0]} or signal.{doubled[0]}")
+        raise f.error("choice", doubled[0], say("two values", "两个值"), options=f"{doubled[0]} or signal.{doubled[0]}")
     signal.use(*inner)
     f.row = {**{key: value for key, value in f.row.items() if key != "signal"}, **inner}
     return _CANONICAL[kind](f)

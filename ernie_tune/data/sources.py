@@ -334,7 +334,7 @@ def _part(rows: Rows, entry: Entry) -> _Part:
     """Settle the format of rows by the first ones that can be read; the others complain when asked for."""
     path = rows.path
     if not len(rows):
-        raise DataError(path, 0, "file", "no rows", "empty", {})
+        raise DataError(path, 0, "file", say("no rows", "没有数据行"), "empty", {})
     formats = choose(entry.format)
     sampled, errors = [], []
     for i in range(min(len(rows), _SAMPLED_ROWS)):

@@ -94,8 +94,13 @@ class Tokenizer:
         back = self.decode(self.encode(_PROBE))
         if back != _PROBE:
             raise ValueError(
-                f"tokenizer in {where} must give text back unchanged, but {_PROBE!r} came back as {back!r}; "
-                "train it with byte_fallback, without dummy prefix and with normalization_rule_name 'identity'"
+                say(
+                    f"tokenizer in {where} must give text back unchanged, but {_PROBE!r} came back as {back!r}"
+                    "; train it with byte_fallback, without dummy prefix and with normalization_rule_name "
+                    "'identity'",
+                    f"{where} 的分词器须能原样还原文本，但 {_PROBE!r} 变成了 {back!r}；训练时请用 "
+                    "byte_fallback、不加前缀空格、normalization_rule_name 为 'identity'",
+                )
             )
 
     @classmethod
@@ -105,7 +110,11 @@ class Tokenizer:
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         if MODEL_FILE not in files and JSON_FILE not in files:
             raise ValueError(
-                f"tokenizer folder ({folder}) must hold {MODEL_FILE} or {JSON_FILE}; give the folder of a downloaded model"
+                say(
+                    f"tokenizer folder ({folder}) must hold {MODEL_FILE} or {JSON_FILE}; give the folder of a "
+                    "downloaded model",
+                    f"分词器文件夹（{folder}）中须有 {MODEL_FILE} 或 {JSON_FILE}；请给出已下载模型的文件夹",
+                )
             )
         # Only the native transformers conversion has a second placeholder, and only its config.json says so.
         config = Path(path) / "config.json"
@@ -119,7 +128,10 @@ class Tokenizer:
         """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets (600), made by `vocabulary.py`. Raises ValueError for other names."""
         if name not in BUNDLED:
             raise ValueError(
-                f"bundled tokenizer ({name!r}) must be one of {BUNDLED}; use from_folder for a model's own"
+                say(
+                    f"bundled tokenizer ({name!r}) must be one of {BUNDLED}; use from_folder for a model's own",
+                    f"内置分词器（{name!r}）须为 {BUNDLED} 之一；模型自带的请用 from_folder",
+                )
             )
         return cls.from_folder(ASSETS / name)
 
@@ -142,7 +154,11 @@ class Tokenizer:
         """Id of one token, special or not. Raises ValueError if the vocabulary lacks it."""
         if token not in self._id_of:
             raise ValueError(
-                f"token ({token!r}) must be in the vocabulary of {self.where}; use the tokenizer of an ERNIE-4.5-VL model"
+                say(
+                    f"token ({token!r}) must be in the vocabulary of {self.where}; use the tokenizer of an "
+                    "ERNIE-4.5-VL model",
+                    f"{self.where} 的词表中须有 {token!r}；请用 ERNIE-4.5-VL 模型的分词器",
+                )
             )
         return self._id_of[token]
 
@@ -169,7 +185,11 @@ class Tokenizer:
         bad = _SURROGATE.search(text)
         if bad:
             raise ValueError(
-                f"text must be valid Unicode, but character {bad.start()} is a lone surrogate ({bad.group()!r}); repair the source file"
+                say(
+                    f"text must be valid Unicode, but character {bad.start()} is a lone surrogate ("
+                    f"{bad.group()!r}); repair the source file",
+                    f"文本须为合法的 Unicode，但第 {bad.start()} 个字符是孤立的代理项（{bad.group()!r}）；请修复源文件",
+                )
             )
         if not allow_special:
             return self._encode_ordinary(text)
@@ -301,7 +321,12 @@ def _read_model(model: bytes, where: str) -> _Vocabulary:
         processor.encode("a")  # an empty file makes one that is no model
     except RuntimeError as error:
         raise ValueError(
-            f"{os.path.join(where, MODEL_FILE)} ({len(model)} bytes) must be a sentencepiece model ({error}); download it again, a Git LFS pointer is not the file"
+            say(
+                f"{os.path.join(where, MODEL_FILE)} ({len(model)} bytes) must be a sentencepiece model ("
+                f"{error}); download it again, a Git LFS pointer is not the file",
+                f"{os.path.join(where, MODEL_FILE)}（{len(model)} 字节）须为 sentencepiece 模型（{error}"
+                "）；请重新下载，Git LFS 指针不是文件本身",
+            )
         ) from error
     pieces = list(model_pieces(model))
     # Vocabularies also use the user-defined kind for runs of spaces and the like, which are ordinary text.
@@ -366,7 +391,12 @@ def _read_hf(spec: bytes, where: str) -> _Vocabulary:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            f"{os.path.join(where, JSON_FILE)} needs the package tokenizers; pip install tokenizers, or put {MODEL_FILE} beside it"
+            say(
+                f"{os.path.join(where, JSON_FILE)} needs the package tokenizers; pip install tokenizers, "
+                f"or put {MODEL_FILE} beside it",
+                f"{os.path.join(where, JSON_FILE)} 需要软件包 tokenizers；请 pip install "
+                f"tokenizers，或在旁边放置 {MODEL_FILE}",
+            )
         ) from error
     backend = tokenizers.Tokenizer.from_str(spec.decode())
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}

@@ -195,10 +195,20 @@ class UnitEncoder:
 
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'")
+            raise ValueError(
+                say(
+                    f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'",
+                    f"truncation_strategy（{self.truncation!r}）须为 {TRUNCATIONS} 之一；可用 'delete'",
+                )
+            )
         if not 0 < self.max_prompt < self.max_tokens:
             raise ValueError(
-                f"max_prompt_len ({self.max_prompt}) must be below max_seq_len ({self.max_tokens}); lower it, answers need room"
+                say(
+                    f"max_prompt_len ({self.max_prompt}) must be below max_seq_len ({self.max_tokens}); lower "
+                    "it, answers need room",
+                    f"max_prompt_len（{self.max_prompt}）须小于 max_seq_len（{self.max_tokens}"
+                    "）；请调小，给回答留出空间",
+                )
             )
 
     def __call__(self, record: Record, dropped: Dropped) -> Unit | None:
@@ -315,8 +325,13 @@ class UnitEncoder:
             return encoded
         if self.truncation == "error":
             raise ValueError(
-                f"{where}: prompt ({prompt} tokens) and dialogue ({size}) must have at most max_prompt_len ({self.max_prompt}) and max_seq_len "
-                f"({self.max_tokens}) tokens; raise them or shorten the row"
+                say(
+                    f"{where}: prompt ({prompt} tokens) and dialogue ({size}) must have at most "
+                    f"max_prompt_len ({self.max_prompt}) and max_seq_len ({self.max_tokens}) tokens; raise "
+                    "them or shorten the row",
+                    f"{where}：提问（{prompt} 个 token）与对话（{size} 个）不能超过 max_prompt_len（"
+                    f"{self.max_prompt}）和 max_seq_len（{self.max_tokens}）；请调大，或缩短该行",
+                )
             )
         tokens = self.processor.tokens
         answer = encoded.row.input_ids_L[prompt:]

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
 
+from ernie_tune.config.language import say
 from ernie_tune.data.images import (
     Grid,
     ImageSettings,
@@ -78,12 +79,26 @@ class VideoSettings:
             raise ValueError(f"fps ({self.fps}) must be above 0; use 2, or None together with target_frames")
         if not 1 <= self.min_frames <= self.max_frames:
             raise ValueError(
-                f"min_frames ({self.min_frames}) must be at least 1 and at most max_frames ({self.max_frames}); swap or correct them"
+                say(
+                    f"min_frames ({self.min_frames}) must be at least 1 and at most max_frames ("
+                    f"{self.max_frames}); swap or correct them",
+                    f"min_frames（{self.min_frames}）须至少为 1 且不超过 max_frames（{self.max_frames}）；请对调或改正",
+                )
             )
         if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling ({self.sampling!r}) must be one of {SAMPLINGS}; use 'middle'")
+            raise ValueError(
+                say(
+                    f"sampling ({self.sampling!r}) must be one of {SAMPLINGS}; use 'middle'",
+                    f"采样方式（{self.sampling!r}）须为 {SAMPLINGS} 之一；可用 'middle'",
+                )
+            )
         if self.rule not in FRAME_RULES:
-            raise ValueError(f"rule ({self.rule!r}) must be one of {FRAME_RULES}; use 'paddle'")
+            raise ValueError(
+                say(
+                    f"rule ({self.rule!r}) must be one of {FRAME_RULES}; use 'paddle'",
+                    f"规则（{self.rule!r}）须为 {FRAME_RULES} 之一；可用 'paddle'",
+                )
+            )
         _ = self.frame  # refuses impossible pixel limits
 
     @property
@@ -108,18 +123,32 @@ def sample_indices(
         raise ValueError(f"total_frames ({total_frames}) must be at least 1; drop the empty video")
     if not (math.isfinite(duration_seconds) and duration_seconds > 0):
         raise ValueError(
-            f"duration_seconds ({duration_seconds}) must be above 0; re-encode the video so that its length is stored"
+            say(
+                f"duration_seconds ({duration_seconds}) must be above 0; re-encode the video so that its "
+                "length is stored",
+                f"视频时长（{duration_seconds} 秒）须大于 0；请重新编码，使时长写入文件",
+            )
         )
     if target_frames is not None and settings.fps is not None:
         raise ValueError(
-            f"target_frames ({target_frames}) must not be combined with fps ({settings.fps}); set fps=None or drop target_frames"
+            say(
+                f"target_frames ({target_frames}) must not be combined with fps ({settings.fps}); set "
+                "fps=None or drop target_frames",
+                f"target_frames（{target_frames}）不能与 fps（{settings.fps}）同用；请设 fps=None，或去掉 "
+                "target_frames",
+            )
         )
     if settings.rule == "hf":
         return _sample_hf(total_frames, duration_seconds, settings, target_frames)
     if target_frames is not None:
         wanted = target_frames
         if wanted < 1:
-            raise ValueError(f"target_frames ({target_frames}) must be at least 1; drop it to sample by fps")
+            raise ValueError(
+                say(
+                    f"target_frames ({target_frames}) must be at least 1; drop it to sample by fps",
+                    f"target_frames（{target_frames}）须至少为 1；去掉则按 fps 采样",
+                )
+            )
     elif settings.fps is not None:
         wanted = min(max(int(duration_seconds * settings.fps), settings.min_frames), settings.max_frames)
     else:
@@ -165,7 +194,10 @@ def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
         return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
     except (OSError, ImportError) as error:  # ImportError: a pillow built without FreeType
         raise ValueError(
-            f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file, or set draw_timestamps to false"
+            say(
+                f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file, or set draw_timestamps to false",
+                f"无法打开 font_path（{path!r}）：{error}；请给出 .ttf 文件，或设 draw_timestamps 为 false",
+            )
         ) from error
 
 
@@ -364,16 +396,31 @@ def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
     try:
         import av
     except ImportError as error:
-        raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
+        raise ImportError(
+            say(
+                f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"',
+                f'解码 {label} 需要 PyAV；pip install "ernie-tune[video]"',
+            )
+        ) from error
     # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since then has no such argument.
     old = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         with av.open(stream, format=reader, options={"protocol_whitelist": "none"}, **old) as container:
             if not container.streams.video:
-                raise ValueError(f"{label} must have a video stream; it holds only sound or data")
+                raise ValueError(
+                    say(
+                        f"{label} must have a video stream; it holds only sound or data",
+                        f"{label} 须有视频流；其中只有声音或数据",
+                    )
+                )
             yield container
     except av.error.FFmpegError as error:
-        raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
+        raise ValueError(
+            say(
+                f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4",
+                f"{label} 无法解码（{error}）；请替换该文件，或重新编码为 mp4",
+            )
+        ) from error
 
 
 def _measure(container: Any, label: str) -> tuple[int, float, tuple[int, int]]:
@@ -384,7 +431,10 @@ def _measure(container: Any, label: str) -> tuple[int, float, tuple[int, int]]:
     rate = video.average_rate or video.guessed_rate
     if not total or not rate:
         raise ValueError(
-            f"{label} ({total} frames at {rate} a second) must have frames and a frame rate; re-encode it to mp4"
+            say(
+                f"{label} ({total} frames at {rate} a second) must have frames and a frame rate; re-encode it to mp4",
+                f"{label}（{total} 帧，每秒 {rate} 帧）须有画面和帧率；请重新编码为 mp4",
+            )
         )
     size = (getattr(video, "height", 0), getattr(video, "width", 0))
     if 0 in size:
@@ -403,7 +453,10 @@ def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
                 if not wanted:
                     return
     raise ValueError(
-        f"{label} must decode to {total} frames, got {decoded}; the file is cut or damaged, re-encode it to mp4"
+        say(
+            f"{label} must decode to {total} frames, got {decoded}; the file is cut or damaged, re-encode it to mp4",
+            f"{label} 应解码出 {total} 帧，得到 {decoded} 帧；文件不完整或已损坏，请重新编码为 mp4",
+        )
     )
 
 

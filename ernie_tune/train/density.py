@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
@@ -66,7 +67,11 @@ class PromptDensity:
         for (key, good), where in zip(_labelled(batch), [u.where for u in batch.units for _ in u.keys], strict=True):
             if good is False and key not in self.weights:
                 raise ValueError(
-                    f"{where}: row must be among those that bco_density has measured before training; data must not change in a run, start again"
+                    say(
+                        f"{where}: row must be among those that bco_density has measured before training; data "
+                        "must not change in a run, start again",
+                        f"{where}：该行须在训练前经 bco_density 测量；运行中数据不能改变，请重新开始",
+                    )
                 )
             weights.append(1.0 if good is not False else self.weights[key])
         return batch.with_columns(density_C=np.array(weights))

@@ -11,6 +11,7 @@ from typing import Any
 
 import paddle
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
@@ -34,7 +35,10 @@ def question(record: Record) -> Question:
     last = record.messages[-1]
     if last["role"] != "assistant":
         raise ValueError(
-            f"{record.meta}: last role ({last['role']}) must be assistant to evaluate; add the reference answer"
+            say(
+                f"{record.meta}: last role ({last['role']}) must be assistant to evaluate; add the reference answer",
+                f"{record.meta}：要评测，最后一轮（{last['role']}）须为 assistant；请补上参考答案",
+            )
         )
     prompt = record.messages[:-1]
     text = "".join(m["content"] for m in prompt)
@@ -87,7 +91,12 @@ def evaluation_loss(
         model.train()
     if not used:
         raise ValueError(
-            f"evaluation rows must hold one that can be measured: {'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them"
+            say(
+                "evaluation rows must hold one that can be measured: "
+                f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
+                f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 "
+                "max_seq_len，或更换数据",
+            )
         )
     out = {"loss": total / tokens, "token_acc": correct / tokens, "rows": used}
     return {**out, "dropped_rows": float(sum(dropped.count.values()))} if dropped.count else out

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.machine.stages import outputs_of
@@ -25,7 +26,12 @@ def judged_batches(records: Iterable[Any], encoder: UnitEncoder, rows: int) -> t
     units = [unit for unit in (encoder(record, dropped) for record in records) if unit is not None]
     if not units:
         raise ValueError(
-            f"evaluation rows must hold one that can be measured: {'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them"
+            say(
+                "evaluation rows must hold one that can be measured: "
+                f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
+                f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 "
+                "max_seq_len，或更换数据",
+            )
         )
     return [encoder.collate(units[i : i + rows]) for i in range(0, len(units), rows)], dropped
 

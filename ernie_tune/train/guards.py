@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -58,18 +60,32 @@ class ForgettingGuard:
     ) -> None:
         for name, scores in baseline.items():
             if not scores:
-                raise ValueError(f"guard set {name} (0 rows) must have at least one row; add rows or drop the set")
+                raise ValueError(
+                    say(
+                        f"guard set {name} (0 rows) must have at least one row; add rows or drop the set",
+                        f"守护数据集 {name}（0 行）至少要有一行；请补充，或去掉它",
+                    )
+                )
         self.baseline = {name: list(map(float, scores)) for name, scores in baseline.items()}
         self.tolerance, self.bootstrap, self.stop, self.seed = tolerance, bootstrap, stop, seed
 
     def look(self, name: str, scores: Sequence[float]) -> tuple[GuardScore, Verdict | None]:
         """Judge the present scores of one set, in the rows' order."""
         if name not in self.baseline:
-            raise ValueError(f"guard set {name} must be one of {', '.join(self.baseline)}; score it before training")
+            raise ValueError(
+                say(
+                    f"guard set {name} must be one of {', '.join(self.baseline)}; score it before training",
+                    f"守护数据集 {name} 须为 {', '.join(self.baseline)} 之一；请在训练前打分",
+                )
+            )
         before_R = np.array(self.baseline[name])
         if len(scores) != len(before_R):
             raise ValueError(
-                f"guard set {name} ({len(scores)} rows) must have the baseline's {len(before_R)} rows; score all of them"
+                say(
+                    f"guard set {name} ({len(scores)} rows) must have the baseline's {len(before_R)} rows; "
+                    "score all of them",
+                    f"守护数据集 {name}（{len(scores)} 行）须与基线的 {len(before_R)} 行一致；请全部打分",
+                )
             )
         change_R = np.asarray(scores, np.float64) - before_R
         # A fresh generator each time: the verdict depends on the scores alone, not on how often one has looked.
@@ -79,7 +95,10 @@ class ForgettingGuard:
         alarm = bool(change_R.mean() < -self.tolerance and high < 0)
         seen = GuardScore(name, float(before_R.mean()), float(np.mean(scores)), float(low), float(high), alarm)
         advice = "mix in general data, lower the learning rate, or train fewer parameters"
-        return seen, Verdict(f"the model is forgetting: {seen.message}; {advice}", self.stop) if alarm else None
+        return seen, Verdict(
+            say(f"the model is forgetting: {seen.message}; {advice}", f"模型正在遗忘：{seen.message}；{advice}"),
+            self.stop,
+        ) if alarm else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
@@ -112,7 +131,12 @@ class EarlyStopping:
         """(whether this is the best so far, the verdict). Raises ValueError if the metric was not measured."""
         if self.metric not in metrics:
             known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
-            raise ValueError(f"metric_for_best_model ({self.metric}) must be one of {known}; correct the name")
+            raise ValueError(
+                say(
+                    f"metric_for_best_model ({self.metric}) must be one of {known}; correct the name",
+                    f"metric_for_best_model（{self.metric}）须为 {known} 之一；请改正名称",
+                )
+            )
         value = float(metrics[self.metric])
         gain = math.inf if self.best is None else (value - self.best) * (1 if self.greater else -1)
         if gain > self.min_delta and not math.isnan(value):
@@ -123,7 +147,11 @@ class EarlyStopping:
             return False, None
         best = "never a number" if self.best is None else f"best {self.best:.6g} at step {self.best_step}"
         return False, Verdict(
-            f"early stop at step {step}: {self.metric} has not improved in {self.waited} evaluations ({best})", True
+            say(
+                f"early stop at step {step}: {self.metric} has not improved in {self.waited} evaluations ({best})",
+                f"第 {step} 步提前停止：{self.metric} 在 {self.waited} 次评测中没有改善（{best}）",
+            ),
+            True,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,7 +177,13 @@ class DivergenceGuard:
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 how = "lower learning_rate, or set bf16 instead of fp16; resume from the last checkpoint"
-                return Verdict(f"{name} is {value} at step {step}; stopped before it spoils the weights: {how}", True)
+                return Verdict(
+                    say(
+                        f"{name} is {value} at step {step}; stopped before it spoils the weights: {how}",
+                        f"第 {step} 步 {name} 为 {value}；已在破坏权重之前停止：{how}",
+                    ),
+                    True,
+                )
         usual = median(self.recent) if len(self.recent) >= self.patience else 0.0
         if usual > 0 and loss > self.factor * usual:
             self.above += 1
@@ -157,7 +191,12 @@ class DivergenceGuard:
                 words = (
                     f"loss {loss:.4g} is above {self.factor:g} times its median ({usual:.4g}) for {self.above} steps"
                 )
-                return Verdict(f"the run is diverging at step {step}: {words}; lower learning_rate or add warmup_steps")
+                return Verdict(
+                    say(
+                        f"the run is diverging at step {step}: {words}; lower learning_rate or add warmup_steps",
+                        f"训练在第 {step} 步发散：{words}；请调小 learning_rate，或增加 warmup_steps",
+                    )
+                )
             return None
         self.above = 0
         self.recent = [*self.recent, loss][-self.window :]
@@ -211,7 +250,14 @@ class LearningWatch:
             self.streak[sign.metric] = self.streak.get(sign.metric, 0) + 1 if sign.wrong(now, before) else 0
             if self.streak[sign.metric] >= sign.steps and sign.metric not in self.told:
                 self.told.append(sign.metric)
-                out.append(Verdict(f"step {step}: {sign.message} ({sign.metric}: {now:g} for {sign.steps} records)"))
+                out.append(
+                    Verdict(
+                        say(
+                            f"step {step}: {sign.message} ({sign.metric}: {now:g} for {sign.steps} records)",
+                            f"第 {step} 步：{sign.message}（{sign.metric}：连续 {sign.steps} 条记录为 {now:g}）",
+                        )
+                    )
+                )
         return out
 
     def state_dict(self) -> dict[str, Any]:

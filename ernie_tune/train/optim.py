@@ -13,6 +13,8 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
+from ernie_tune.config.language import say
+
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -31,14 +33,27 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.shape not in SCHEDULES:
-            raise ValueError(f"lr_scheduler_type ({self.shape!r}) must be one of {SCHEDULES}; use 'cosine'")
+            raise ValueError(
+                say(
+                    f"lr_scheduler_type ({self.shape!r}) must be one of {SCHEDULES}; use 'cosine'",
+                    f"lr_scheduler_type（{self.shape!r}）须为 {SCHEDULES} 之一；可用 'cosine'",
+                )
+            )
         if self.warmup_steps > self.total_steps:
             raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must not exceed the steps of the run ({self.total_steps}); lower it"
+                say(
+                    f"warmup_steps ({self.warmup_steps}) must not exceed the steps of the run ("
+                    f"{self.total_steps}); lower it",
+                    f"warmup_steps（{self.warmup_steps}）不能超过总步数（{self.total_steps}）；请调小",
+                )
             )
         if self.shape.startswith("constant") and self.floor > 0:
             raise ValueError(
-                f"min_lr ({self.floor}) must be 0 with lr_scheduler_type {self.shape}, which never falls; remove it"
+                say(
+                    f"min_lr ({self.floor}) must be 0 with lr_scheduler_type {self.shape}, which never falls; "
+                    "remove it",
+                    f"lr_scheduler_type {self.shape} 从不下降，min_lr（{self.floor}）须为 0；请去掉",
+                )
             )
 
     def at(self, step: int) -> float:
@@ -88,7 +103,12 @@ def build_adamw(
         if not parameter.stop_gradient:
             groups.setdefault((ratio(name), 0.0 if no_decay(name, parameter) else weight_decay), []).append(parameter)
     if not groups:
-        raise ValueError("trainable parameters (0) must be at least 1; the freeze settings leave nothing to train")
+        raise ValueError(
+            say(
+                "trainable parameters (0) must be at least 1; the freeze settings leave nothing to train",
+                "没有可训练的参数；冻结设置把全部参数都冻住了",
+            )
+        )
     return paddle.optimizer.AdamW(
         learning_rate=1.0,
         beta1=beta1,

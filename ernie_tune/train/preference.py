@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.data.units import Unit, UnitBatch
 from ernie_tune.objectives.listwise import Units, score_margins
 from ernie_tune.objectives.loss import LossOut, combine
@@ -69,7 +70,12 @@ def _offset(unit: Unit, better: int, worse: int, margins: Margins) -> float:
         return 0.0
     if not scores[0] > scores[1]:
         raise ValueError(
-            f"{unit.where}: score of the better answer ({scores[0]:g}) must be above that of the worse ({scores[1]:g}) with offset_alpha; correct the row"
+            say(
+                f"{unit.where}: score of the better answer ({scores[0]:g}) must be above that of the "
+                f"worse ({scores[1]:g}) with offset_alpha; correct the row",
+                f"{unit.where}：使用 offset_alpha 时较优回答的分数（{scores[0]:g}）须高于较差的（"
+                f"{scores[1]:g}）；请改正该行",
+            )
         )
     return float(score_margins(scores[:1], scores[1:], margins.kind, margins.alpha)[0])
 
@@ -277,8 +283,14 @@ class UpoObjective(JudgedObjective):
     def begin(self, counts: Mapping[str, float]) -> float:
         if not any(n for name, n in counts.items() if name not in _BESIDE):
             raise ValueError(
-                f"rows of a window must have a judgement that a term with a weight ({', '.join(k for k, w in self.settings.weights.items() if w)}) "
-                "can learn from; give such rows or weights"
+                say(
+                    "rows of a window must have a judgement that a term with a weight ("
+                    f"{', '.join((k for k, w in self.settings.weights.items() if w))}) can learn from; give "
+                    "such rows or weights",
+                    "一个窗口内须有带权重的项（"
+                    f"{', '.join((k for k, w in self.settings.weights.items() if w))}"
+                    "）可学习的评判；请补充此类数据，或调整权重",
+                )
             )
         self._labels = counts.get("good", 0.0), counts.get("bad", 0.0)
         return super().begin(counts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.train.guards import Verdict
 
 # A batch's mean says little: both ends of a comparison are means over this many records (fewer while the run is young).
@@ -45,7 +46,12 @@ class DisplacementGuard:
             else "anchor them: loss_type [sigmoid, sft] or rpo (adds their NLL), or dpop"
         )
         return Verdict(
-            f"step {step}: chosen answers became less probable: logps/chosen {before:.4g} to {now:.4g} within {step - self.seen[0][0]} steps; {how}"
+            say(
+                f"step {step}: chosen answers became less probable: logps/chosen {before:.4g} to {now:.4g}"
+                f" within {step - self.seen[0][0]} steps; {how}",
+                f"第 {step} 步：更优回答的概率在下降：logps/chosen 在 {step - self.seen[0][0]} 步内由 "
+                f"{before:.4g} 变为 {now:.4g}；{how}",
+            )
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,8 +100,14 @@ class SaturationGuard(_MeanGuard):
         if share is None:
             return None
         return Verdict(
-            f"step {step}: {share:.0%} of the pairs have a reward margin beyond 10, where the loss has no slope left: the policy is far from the reference; "
-            "end sooner, lower learning_rate or beta, or take ipo, whose target is finite"
+            say(
+                f"step {step}: {share:.0%} of the pairs have a reward margin beyond 10, where the loss "
+                "has no slope left: the policy is far from the reference; end sooner, lower "
+                "learning_rate or beta, or take ipo, whose target is finite",
+                f"第 {step} 步：{share:.0%} 的样本对奖励差超过 "
+                "10，损失已无梯度：策略远离参考模型；请提早结束、调小 learning_rate 或 "
+                "beta，或改用目标有限的 ipo",
+            )
         )
 
 
@@ -112,8 +124,13 @@ class LengthGuard(_MeanGuard):
         if excess is None:
             return None
         return Verdict(
-            f"step {step}: the rewards prefer the longer answer in {excess:.0%} more of the pairs than the labels do: length is learned in place of quality; "
-            "take sigmoid_norm, simpo or ld_alpha, or balance the lengths of chosen and rejected"
+            say(
+                f"step {step}: the rewards prefer the longer answer in {excess:.0%} more of the pairs "
+                "than the labels do: length is learned in place of quality; take sigmoid_norm, simpo or "
+                "ld_alpha, or balance the lengths of chosen and rejected",
+                f"第 {step} 步：奖励偏好更长回答的比例比标注高出 {excess:.0%}：学到的是长度而非质量；请用 "
+                "sigmoid_norm、simpo 或 ld_alpha，或平衡 chosen 与 rejected 的长度",
+            )
         )
 
 

@@ -21,6 +21,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import WHOLE, Region, Shards
+from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import StagedForward, frozen_outputs
@@ -46,10 +47,20 @@ def choose_mode(mode: str, model: ErnieModel, moving: bool = False) -> str:
     the reference is to move. Raises ValueError for adapter modes without an adapter."""
     peft = isinstance(model, PeftModel) and model.active is not None
     if mode.startswith("adapter") and not peft:
-        raise ValueError(f"ref_mode ({mode}) must go with a model that has an adapter; set model or precomputed")
+        raise ValueError(
+            say(
+                f"ref_mode ({mode}) must go with a model that has an adapter; set model or precomputed",
+                f"ref_mode（{mode}）要求模型带有适配器；请设 model 或 precomputed",
+            )
+        )
     if mode == "model" and peft:
         raise ValueError(
-            "ref_mode (model) must go with a model that is trained itself; with an adapter set adapter_off or adapter_ref, which need no second model"
+            say(
+                "ref_mode (model) must go with a model that is trained itself; with an adapter set "
+                "adapter_off or adapter_ref, which need no second model",
+                "ref_mode（model）须用于训练模型本身的情形；使用适配器时请设 adapter_off 或 "
+                "adapter_ref，无需第二个模型",
+            )
         )
     if mode != "auto":
         return mode
@@ -148,8 +159,14 @@ class LogpCache:
             ]
             if differ:
                 raise ValueError(
-                    f"{path}: reference was computed with another {' and '.join(differ)} ({identity.get(differ[0])}) and must be of this run's "
-                    f"({self.identity.get(differ[0])}); delete the file to compute it again, or restore what it was computed with"
+                    say(
+                        f"{path}: reference was computed with another {' and '.join(differ)} ("
+                        f"{identity.get(differ[0])}) and must be of this run's ({self.identity.get(differ[0])}); "
+                        "delete the file to compute it again, or restore what it was computed with",
+                        f"{path}：参考结果由另一个 {' and '.join(differ)}（{identity.get(differ[0])}"
+                        f"）算得，须与本次运行（{self.identity.get(differ[0])}"
+                        "）一致；请删除该文件重新计算，或恢复当时的设置",
+                    )
                 )
             parts = np.split(stored["values"], np.cumsum(stored["lengths"])[:-1]) if len(stored["lengths"]) else []
             self.values.update({key.decode(): part for key, part in zip(stored["keys"].tolist(), parts, strict=True)})
@@ -255,7 +272,11 @@ class Reference:
             if self.sealed:
                 at = next((u.where for u in batch.units if self.cache.lookup(u.keys) is None), "a row of another rank")
                 raise ValueError(
-                    f"{at}: row must be in the precomputed reference; data must not change in a run, start again in another output_dir"
+                    say(
+                        f"{at}: row must be in the precomputed reference; data must not change in a run, start "
+                        "again in another output_dir",
+                        f"{at}：该行须在预先计算的参考中；运行中数据不能改变，请换一个 output_dir 重新开始",
+                    )
                 )
             self.cache.add(keys, batch.length_C.tolist(), self.compute(batch))
         return self._with(batch, keys)

@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.checkpoint.writer import write_folder
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.corruption import masked
 from ernie_tune.data.units import UnitBatch, UnitEncoder
@@ -98,7 +99,11 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
     place = Path(folder) / HEAD_FOLDER
     if not place.is_dir():
         raise ValueError(
-            f"{folder} must hold {HEAD_FOLDER}/; train a reward model with `ernie-tune reward`, or name its output_dir"
+            say(
+                f"{folder} must hold {HEAD_FOLDER}/; train a reward model with `ernie-tune reward`, or "
+                "name its output_dir",
+                f"{folder} 中须有 {HEAD_FOLDER}/；请用 `ernie-tune reward` 训练奖励模型，或给出其 output_dir",
+            )
         )
     reader = TensorReader(place)
     found = {name.removeprefix(_PREFIX): np.array(reader.read(name)) for name in reader.shapes}
@@ -108,12 +113,21 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
         return
     if found["weight"].shape != tuple(head.weight.shape):
         raise ValueError(
-            f"{place}: head {list(found['weight'].shape)} must be {list(head.weight.shape)} for this model; load it on its own model"
+            say(
+                f"{place}: head {list(found['weight'].shape)} must be {list(head.weight.shape)} for this "
+                "model; load it on its own model",
+                f"{place}：打分头 {list(found['weight'].shape)} 须为该模型的 {list(head.weight.shape)}"
+                "；请在它自己的模型上加载",
+            )
         )
     mine = 0 if head.thresholds is None else int(head.thresholds.size) + 1
     if levels != mine:
         raise ValueError(
-            f"{place}: head with {levels} levels of ratings must have {mine}, as rating_loss and rating_levels say; set them to those it was trained with"
+            say(
+                f"{place}: head with {levels} levels of ratings must have {mine}, as rating_loss and "
+                "rating_levels say; set them to those it was trained with",
+                f"{place}：打分头有 {levels} 个评分等级，按 rating_loss 与 rating_levels 应为 {mine}；请设为训练时的值",
+            )
         )
     for name, parameter in head.named_parameters():
         parameter.set_value(paddle.to_tensor(found[name]))
@@ -161,7 +175,12 @@ class RewardObjective:
     def begin(self, counts: Mapping[str, float]) -> float:
         if not any(counts.values()):
             raise ValueError(
-                "rows of a window must compare at least two answers; add pairs, rankings or ratings of several answers, or set rating_loss: regression"
+                say(
+                    "rows of a window must compare at least two answers; add pairs, rankings or ratings of "
+                    "several answers, or set rating_loss: regression",
+                    "一个窗口内的数据至少要比较两个回答；请补充成对、排序或多回答评分的数据，或设 "
+                    "rating_loss: regression",
+                )
             )
         self._counts = dict(counts)
         return 1.0  # each term has its own divisor

@@ -75,18 +75,36 @@ class RolloutSettings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}; correct the name"
+                    say(
+                        f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}; correct the name",
+                        f"{name}（{getattr(self, name)!r}）须为 {', '.join(known)} 之一；请改正名称",
+                    )
                 )
         grouped = self.advantage_estimator in ("grpo", "rloo", "max_rl", "reinforce_plus_plus_baseline")
         if self.num_generations < 2 and grouped:
             raise ValueError(
-                f"num_generations ({self.num_generations}) must be at least 2 for advantage_estimator {self.advantage_estimator}, which compares the answers to one prompt; raise it"
+                say(
+                    f"num_generations ({self.num_generations}) must be at least 2 for advantage_estimator "
+                    f"{self.advantage_estimator}, which compares the answers to one prompt; raise it",
+                    f"advantage_estimator {self.advantage_estimator} "
+                    f"要比较同一提问的多个回答，num_generations（{self.num_generations}）须至少为 2；请调大",
+                )
             )
         if self.temperature <= 0:
-            raise ValueError(f"temperature ({self.temperature:g}) must be above 0 to sample; 1 is usual")
+            raise ValueError(
+                say(
+                    f"temperature ({self.temperature:g}) must be above 0 to sample; 1 is usual",
+                    f"采样时 temperature（{self.temperature:g}）须大于 0；通常为 1",
+                )
+            )
         if self.top_p != 1 or self.top_k:
             raise ValueError(
-                f"top_p ({self.top_p:g}) and top_k ({self.top_k}) must be 1 and 0 when learning: training would have to know which tokens were left out; leave them out"
+                say(
+                    f"top_p ({self.top_p:g}) and top_k ({self.top_k}) must be 1 and 0 when learning: training "
+                    "would have to know which tokens were left out; leave them out",
+                    f"学习时 top_p（{self.top_p:g}）与 top_k（{self.top_k}）须为 1 和 0，否则训练须知道哪些 "
+                    "token 被排除；请去掉",
+                )
             )
 
 
@@ -154,7 +172,12 @@ class Rollouts:
         ] = []  # windows of the present round that have not been trained: window -> micro-batch -> groups
         if settings.prompts % self.ranks.size:
             raise ValueError(
-                f"prompts of a round ({settings.prompts}) must be a multiple of the processes that read different rows ({self.ranks.size}); change the batch size"
+                say(
+                    f"prompts of a round ({settings.prompts}) must be a multiple of the processes that read "
+                    f"different rows ({self.ranks.size}); change the batch size",
+                    f"每轮的提问数（{settings.prompts}）须为读取不同数据的进程数（{self.ranks.size}"
+                    "）的倍数；请修改批大小",
+                )
             )
 
     # --- windows -----------------------------------------------------------------------------------------------------
@@ -382,7 +405,10 @@ class Rollouts:
         lacking = [g for g in groups if "ref_logp_N" not in g.columns]
         if lacking:
             raise ValueError(
-                f"kl_coef ({self.settings.kl_coef:g}) must go with a reference; set ref_mode, or kl_coef: 0"
+                say(
+                    f"kl_coef ({self.settings.kl_coef:g}) must go with a reference; set ref_mode, or kl_coef: 0",
+                    f"kl_coef（{self.settings.kl_coef:g}）须与参考模型同用；请设 ref_mode，或 kl_coef: 0",
+                )
             )
         return np.concatenate([*(g.columns["old_logp_N"] - g.columns["ref_logp_N"] for g in groups), np.zeros(0)])
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.objective import Outputs, logp_outputs
@@ -30,7 +31,12 @@ class TaskBalance:
         self, kind: str = "static", period_steps: int = 1, temperature: float = 2.0, uncertainty_lr: float = 0.01
     ) -> None:
         if kind not in ("static", "dwa", "uncertainty"):
-            raise ValueError(f"balance ({kind!r}) must be static, dwa or uncertainty; use 'static'")
+            raise ValueError(
+                say(
+                    f"balance ({kind!r}) must be static, dwa or uncertainty; use 'static'",
+                    f"balance（{kind!r}）须为 static、dwa 或 uncertainty；可用 'static'",
+                )
+            )
         self.kind, self.period_steps, self.temperature, self.uncertainty_lr = (
             kind,
             max(1, period_steps),

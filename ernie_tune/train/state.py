@@ -34,6 +34,7 @@ from ernie_tune.checkpoint.sharded import (
 )
 from ernie_tune.checkpoint.tensors import cast
 from ernie_tune.checkpoint.whole import FILES_FILE, files_text
+from ernie_tune.config.language import say
 from ernie_tune.train.optim import load_optimizer_arrays, optimizer_arrays
 
 SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
@@ -79,7 +80,11 @@ class Checkpoint:
             return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{self.path / name} must be what the save wrote ({error!r}); copy the checkpoint again, or resume from an older one"
+                say(
+                    f"{self.path / name} must be what the save wrote ({error!r}); copy the checkpoint again, "
+                    "or resume from an older one",
+                    f"{self.path / name} 须与保存时一致（{error!r}）；请重新复制检查点，或从更早的继续",
+                )
             ) from error
 
 
@@ -104,7 +109,12 @@ def find_checkpoint(output_dir: Path, resume: str) -> Checkpoint | None:
     match = _NAME.fullmatch(path.name)
     if not match or not (path / SIGNAL).is_file():
         raise ValueError(
-            f"resume_from_checkpoint ({resume}) must be a complete checkpoint-N folder with {SIGNAL}; set auto or no, or another folder"
+            say(
+                f"resume_from_checkpoint ({resume}) must be a complete checkpoint-N folder with {SIGNAL}; "
+                "set auto or no, or another folder",
+                f"resume_from_checkpoint（{resume}）须为带有 {SIGNAL} 的完整 checkpoint-N 文件夹；请设 "
+                "auto、no 或其他文件夹",
+            )
         )
     return Checkpoint(path, int(match[1]))
 
@@ -302,13 +312,23 @@ def load_values(
     folder = checkpoint.path / OPTIMIZER
     if not folder.is_dir():
         raise ValueError(
-            f"{checkpoint.path} must hold {OPTIMIZER}/ to resume, but was saved with save_only_model; to start anew from its weights set "
-            f"resume_only_model: true, resume_from_checkpoint: {checkpoint.path} and another output_dir"
+            say(
+                f"{checkpoint.path} must hold {OPTIMIZER}/ to resume, but was saved with save_only_model; "
+                "to start anew from its weights set resume_only_model: true, resume_from_checkpoint: "
+                f"{checkpoint.path} and another output_dir",
+                f"{checkpoint.path} 以 save_only_model 保存，没有 {OPTIMIZER}"
+                "/，无法继续；要以其权重重新开始，请设 resume_only_model: true、resume_from_checkpoint: "
+                f"{checkpoint.path} 和另一个 output_dir",
+            )
         )
     reader = ShardedReader(folder)
     if damaged := [name for names in ranks.gather(reader.damaged(ranks.rank, ranks.size)) for name in names]:
         raise ValueError(
-            f"{folder} must hold what was written, but {', '.join(damaged)} changed since: copy it again, or resume from an older checkpoint"
+            say(
+                f"{folder} must hold what was written, but {', '.join(damaged)} changed since: copy it "
+                "again, or resume from an older checkpoint",
+                f"{folder} 须与写出时一致，但 {', '.join(damaged)} 已改变：请重新复制，或从更早的检查点继续",
+            )
         )
     mine = {name: cut.of(name, p).whole for name, p in named.items()}
     wanted = {name: shape for part in ranks.gather(mine) for name, shape in part.items()}
@@ -316,8 +336,14 @@ def load_values(
     differ = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))
     if differ:
         raise ValueError(
-            f"parameters that {checkpoint.path} holds ({len(saved)}) must be those that this run trains ({len(wanted)}), in the same shapes; "
-            f"{len(differ)} differ, first {differ[0]}: resume with the settings of the saved run, or choose another output_dir"
+            say(
+                f"parameters that {checkpoint.path} holds ({len(saved)}) must be those that this run "
+                f"trains ({len(wanted)}), in the same shapes; {len(differ)} differ, first {differ[0]}: "
+                "resume with the settings of the saved run, or choose another output_dir",
+                f"{checkpoint.path} 中的参数（{len(saved)} 个）须与本次训练的参数（{len(wanted)} "
+                f"个）及形状一致；有 {len(differ)} 个不同，首个为 {differ[0]}"
+                "：请用保存时的设置继续，或换一个 output_dir",
+            )
         )
     for name, parameter in named.items():
         array = reader.read(name + _VALUE, cut.of(name, parameter))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ernie_tune.config.language import say
 from ernie_tune.data.batching import BatchStream, dealt_again
 from ernie_tune.machine.place import Place
 from ernie_tune.train.state import Checkpoint, on_all_ranks, write_json
@@ -43,8 +44,14 @@ class Keeper:
                 part.load(checkpoint.path)
             except FileNotFoundError as error:
                 raise ValueError(
-                    f"{checkpoint.path} must hold {Path(error.filename or name).name} for {name}; it was saved by another release or stage, "
-                    "start anew from its weights: resume_only_model: true and another output_dir"
+                    say(
+                        f"{checkpoint.path} must hold {Path(error.filename or name).name} for {name}; it was "
+                        "saved by another release or stage, start anew from its weights: resume_only_model: true "
+                        "and another output_dir",
+                        f"{checkpoint.path} 中须有 {name} 的 {Path(error.filename or name).name}"
+                        "；它由其他版本或阶段保存，请以其权重重新开始：resume_only_model: true，并换一个 "
+                        "output_dir",
+                    )
                 ) from error
 
 

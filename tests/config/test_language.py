@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +101,89 @@ def test_command_line_speaks_the_language_that_it_is_told(
     monkeypatch.setenv("ERNIE_TUNE_LANG", "en")
     assert main(["trian"]) == 2
     assert not any("\u4e00" <= sign <= "\u9fff" for sign in capsys.readouterr().err)
+
+
+PACKAGE = Path(__file__).parents[2] / "ernie_tune"
+CHINESE = re.compile("[\u4e00-\u9fff]")
+# Packages whose every refusal and line a user can meet: none may be in English only. Others are called from Python, or answer programs.
+WHOLE = ("cli", "config", "plan", "report", "trainers")
+
+
+def literal(node: ast.expr) -> str | None:
+    """The text of a string or f-string, its values as {expression}; None for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    return "".join(
+        v.value if isinstance(v, ast.Constant) else ast.unparse(ast.JoinedStr([v]))[2:-1] for v in node.values
+    )
+
+
+def values_of(node: ast.expr) -> set[str]:
+    """The names of what an f-string, or a text that `say` fills, shows beside its words."""
+    if isinstance(node, ast.JoinedStr):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return set(re.findall(r"(?<!\{)\{(\w+)[^{}]*\}(?!\})", literal(node) or ""))
+
+
+def calls(path: Path, name: str) -> list[ast.Call]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name]
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Names that stand for an English word or its number, which Chinese does without or says itself.
+GRAMMAR = {"counted", "what", "verb", "count", "len", "map", "str", "english"}
+
+
+def test_every_message_is_whole_in_both_languages() -> None:
+    """English without Chinese, Chinese with it, and the same values in both, though `say` is called with texts only."""
+    count, wrong = 0, []
+    for path in FILES:
+        for call in calls(path, "say"):
+            english, chinese = (literal(arg) for arg in call.args[:2]) if len(call.args) == 2 else (None, None)
+            if english is None or chinese is None:  # passed on
+                continue
+            count += 1
+            place = f"{path.relative_to(PACKAGE)}:{call.lineno}"
+            words = re.search(
+                "[A-Za-z]{3}", re.sub(r"\{[^}]*\}|\w+_\w+", "", english)
+            )  # beside values and names of settings
+            if CHINESE.search(english) or (words and not CHINESE.search(chinese)):
+                wrong.append(f"{place}: {english!r} / {chinese!r}")
+            missing = values_of(call.args[0]) - values_of(call.args[1]) - GRAMMAR
+            if missing:
+                wrong.append(f"{place}: the Chinese lacks {missing}")
+    assert count > 500
+    assert wrong == []
+
+
+def test_no_text_holds_both_languages() -> None:
+    """What was `english / 中文` is a call of `say`."""
+    old = re.compile("[a-z)] / [^/]*[\u4e00-\u9fff]")
+    wrong = []
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        spoken = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "say"]
+        said = {id(n) for call in spoken for n in ast.walk(call)}
+        for node in ast.walk(tree):
+            text = literal(node) if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in said else None
+            if text and "\n" not in text and old.search(text) and path.name != "language.py":
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {text[:80]}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", WHOLE)
+def test_nothing_is_refused_in_english_only(package: str) -> None:
+    wrong = []
+    for path in sorted((PACKAGE / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            raised = node.exc if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
+            if raised is None or ast.unparse(raised.func) in ("AssertionError", "TypeError", "AttributeError"):
+                continue
+            for arg in raised.args:
+                words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\{[^}]*\}", "", literal(arg) or ""))
+                if len(words) > 2:
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {literal(arg)!r}")
+    assert wrong == []
