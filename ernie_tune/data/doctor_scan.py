@@ -59,6 +59,7 @@ class DataFile:
         sampled = [self._renamed(row)[0] for row in islice(readable, _SNIFFED_ROWS)]
         self._media = kinds_shown(sampled)
         if self._others:
+            self.reason = say("of no known format, since no row could be read", "格式未知：没有一行可读取")
             found = sniff(sampled, formats, entry.path) if sampled else None
             if found:
                 self.form, self.reason = next(form for form in FORMATS if form.name == found.name), found.reason

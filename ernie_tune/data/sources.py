@@ -92,10 +92,11 @@ class Dataset(Sequence[Record]):
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        """Each file with the number of its rows that are taken."""
+        """Each file with the number of its rows that are taken; rows in memory and folders of classes are none."""
         part_n = np.searchsorted(self._starts, self._picks_n, "right") - 1
         taken = np.bincount(part_n, minlength=len(self._parts))
-        return [(part.rows.path, int(count)) for part, count in zip(self._parts, taken, strict=True)]
+        found = [(part.rows.path, int(count)) for part, count in zip(self._parts, taken, strict=True)]
+        return [(path, count) for path, count in found if os.path.isfile(path)]
 
     @property
     def report(self) -> str:

@@ -129,6 +129,7 @@ def test_a_folder_with_one_sub_folder_a_class(tmp_path: Path) -> None:
     data = load_dataset(str(tmp_path))
     assert [record.messages[-1]["content"] for record in data] == ["cat", "cat", "dog", "dog"]
     assert data[2].images == (str(tmp_path / "dog" / "0.png"),)
+    assert data.files == []  # no file that a ledger could hash
     report = Scan(TINY).run([Entry(str(tmp_path))])
     assert (report.exit_code, report.pictures.opened) == (0, 4)
 
@@ -163,6 +164,7 @@ def test_rows_in_memory(tmp_path: Path) -> None:
         assert [record.messages[-1]["content"] for record in data] == ["b", "b"]
         assert data[1].images == (picture,)
         assert TINY.encode(data[1].messages, data[1].images).num_images == 1
+    assert load_dataset(rows).files == []
     with pytest.raises(DataError, match="train_dataset:2: foto"):
         _ = load_dataset([ROW, {**ROW, "foto": "a.png"}])[1]
 
@@ -225,3 +227,9 @@ def test_check_knows_what_a_stage_learns_from(tmp_path: Path, capsys: pytest.Cap
     assert main.main(["data", "check", str(run)]) == 1
     assert main.main(["data", "check", str(path), "--stage", "nonsense"]) != 0
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_file_of_which_no_row_can_be_read_has_no_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gbk.jsonl").write_bytes(json.dumps(ROW, ensure_ascii=False).replace("a", "你").encode("gbk"))
+    assert main.main(["data", "check", str(tmp_path / "gbk.jsonl")]) == 1
+    assert "of no known format, since no row could be read" in capsys.readouterr().out

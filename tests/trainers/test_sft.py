@@ -484,7 +484,8 @@ def test_router_and_tower_learn_at_their_own_rates(tmp_path: Path) -> None:
 def test_rows_may_be_passed_in_every_form(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", mixed_rows(4))
     turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    for data in (path, Path(path), [Record("sft", turns)]):  # type: ignore[arg-type]
+    dicts = [{"messages": list(turns)}]
+    for data in (path, Path(path), [Record("sft", turns)], dicts, iter(dicts)):  # type: ignore[arg-type]
         trainer = SFTTrainer(
             model=AutoModel.from_config("tiny-a"), train_dataset=data, args=settings(tmp_path, train_dataset_path=())
         )
