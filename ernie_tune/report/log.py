@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ernie_tune.checkpoint.writer import naming
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import columns, padded, say, shown
 from ernie_tune.report.direction import better, gain
 from ernie_tune.report.writers import Writer
@@ -278,7 +279,10 @@ class RunLog:
         if not self.is_main:
             return
         everything = self.output_dir / "all_results.json"
-        known = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+        try:
+            known = read_json_object(everything) if everything.exists() else {}
+        except ValueError:  # damaged; it is made anew
+            known = {}
         write_atomically(self.output_dir / f"{split}_results.json", _json_text(values))
         write_atomically(everything, _json_text({**known, **values}))
         for line in comparison_table(split, before, measured) if before else metrics_table(split, values):

@@ -257,6 +257,7 @@ class ModelCard:
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
+    changed: Sequence[tuple[int, str]] = ()  # (after which step, what) of a run that went on under other settings
     environment: Mapping[str, str] = field(default_factory=environment)
     licence: str = "apache-2.0"
 
@@ -289,6 +290,7 @@ def model_card(card: ModelCard) -> str:
         "\n\n".join(["## Use", *(f"{_inline(what)}:\n\n```bash\n{how}\n```" for what, how in card.commands.items())]),
         _section("Arguments", ("name", "value"), [(k, _shown(v)) for k, v in card.arguments.items()])
         + ("\n\nAll others have their defaults; `ernie_tune_args.yaml` holds every one." if card.arguments else ""),
+        _section("Changed on the way", ("after step", "setting"), [(str(step), text) for step, text in card.changed]),
         _section("Environment", ("", "version"), list(card.environment.items())),
         "## Licence\n\n"
         f"These weights derive from `{_inline(card.base_model)}` and stay under its licence, here stated as {_inline(card.licence)}; "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import Text, say
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
@@ -107,13 +108,15 @@ class Measure:
         if not len(self.rows):
             return
         if resumed:
-            found = file.is_file()
-            self.first = json.loads(file.read_text(encoding="utf-8")) if found else {}
-            if not found:
+            why = say("{f} is not there", "没有找到 {f}", f=file)
+            try:
+                self.first = read_json_object(file) if file.is_file() else {}
+            except ValueError as error:  # cut off, or another's
+                self.first, why = {}, say("{error}", "{error}", error=error)
+            if not self.first:
                 log.info(
                     say(
-                        f"{file} is not there: no comparison with the model before training",
-                        f"没有找到 {file}：无法与训练前的模型比较",
+                        "{why}: no comparison with the model before training", "{why}：无法与训练前的模型比较", why=why
                     ),
                     "WARNING",
                 )
@@ -231,7 +234,9 @@ class Measure:
             return None
         file = self.output_dir / GUARD_FILE
         if resumed and file.is_file():
-            baseline = json.loads(file.read_text(encoding="utf-8"))
+            baseline = read_json_object(
+                file, say("restore it, or start in another output_dir", "请恢复该文件或换一个 output_dir")
+            )
         elif resumed:
             raise ValueError(
                 say(
@@ -271,8 +276,8 @@ class Described(Protocol):
     def output_dir(self) -> Path: ...
 
 
-def write_reports(run: Described, measure: Measure, log: RunLog) -> None:
-    """The model card."""
+def write_reports(run: Described, measure: Measure, log: RunLog, changed: Sequence[tuple[int, str]] = ()) -> None:
+    """The model card. `changed`: (after which step, what) where the run went on under other settings."""
     c, model = run.described, run.policy.model
     adapter = model.adapters[model.active or ""].config if isinstance(model, PeftModel) else None
     files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]
@@ -293,6 +298,7 @@ def write_reports(run: Described, measure: Measure, log: RunLog) -> None:
         before=first,
         after=measure.last.get("metrics", {}),
         commands=usage(str(run.output_dir), adapter is not None),
+        changed=changed,
     )
     write_model_card(run.output_dir / "README.md", card)
     pages = [

@@ -414,7 +414,7 @@ class Run:
         write_loss_svg(log.history, folder / "training_loss.svg")
         if self.config.log.plot_loss:
             write_loss_png(log.history, folder / "training_loss.png")
-        write_reports(self.parts, self.measure, log)
+        write_reports(self.parts, self.measure, log, self.folder.ledger.changed)
         over = self.loop.step >= self.total_steps or guards.early.exhausted
         self.folder.finish(self.parts.described, self.loop.step, self.total_steps, over=over)
         return metrics

@@ -131,6 +131,7 @@ def test_a_longer_run_under_another_rate_goes_on_and_says_so(tmp_path: Path, cap
     assert ledger is not None
     assert ledger.finished == (6, 6)
     assert sorted(ledger.changed) == [(4, "learning_rate: 0.001 -> 0.0001"), (4, "max_steps: 4 -> 6")]
+    assert "| 4 | learning_rate: 0.001 -> 0.0001 |" in (out / "README.md").read_text(encoding="utf-8")
     assert "learning_rate: 0.0001" in (out / "ernie_tune_args.yaml").read_text(encoding="utf-8")
 
 
@@ -251,6 +252,18 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path, capsys: Any) -> No
         train(tmp_path, save_steps=1, max_steps=5)
     with pytest.raises(ValueError, match=r"checkpoint-1 must hold what was written, but loop_state.json has 1 of"):
         train(tmp_path, save_steps=1, max_steps=5, resume_from_checkpoint=str(out / "checkpoint-1"))
+
+
+def test_damaged_measurements_do_not_stop_a_run(tmp_path: Path, capsys: Any) -> None:
+    out = train(tmp_path, save_steps=1, max_steps=2, eval_dataset_path=rows(tmp_path, "eval.jsonl", 30, 3))
+    (out / "before.json").write_bytes(b'{"metrics": {"eval_lo')
+    (out / "all_results.json").write_bytes(b"")
+    capsys.readouterr()
+    train(tmp_path, max_steps=3, eval_dataset_path=str(tmp_path / "eval.jsonl"))
+    said = capsys.readouterr().out
+    assert f"{out}/before.json must be JSON (" in said
+    assert "no comparison with the model before training" in said
+    assert json.loads((out / "all_results.json").read_text(encoding="utf-8"))["global_step"] == 3
 
 
 # --- one at a time ---------------------------------------------------------------------------------------------------
