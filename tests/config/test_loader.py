@@ -431,3 +431,11 @@ def test_any_text_gives_a_config_or_a_place(lines: list[tuple[str, str]], at: in
                 assert 1 <= int(line_number) <= case.count("\n") + 2
         else:
             assert load_text(dump_config(config), "again").config == config
+
+
+def test_a_file_full_of_unknown_keys_is_refused_without_comparing_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ernie_tune.config.loader.did_you_mean", lambda name, known: asked.append(name) or "")
+    with pytest.raises(ValueError, match="unknown key 'key_4999'"):
+        load_text("".join(f"key_{i}: 1\n" for i in range(5000)), "run.yaml")
+    assert len(asked) == 20
