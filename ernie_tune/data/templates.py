@@ -1,4 +1,5 @@
-"""Which chat template a folder gets: the one it has, with the placeholders that its readers search for; ours where it has none.
+"""Which chat template a folder gets: the one it has, with the placeholders that its readers search
+for; ours where it has none.
 
 FastDeploy, PaddleFormers, vLLM and the code beside the released weights render the template, search
 the text for `<|image@placeholder|>` and `<|video@placeholder|>`, and put the tokens of a picture
@@ -38,7 +39,8 @@ TRANSFORMERS = Placeholders(IMAGE, VIDEO)
 def with_template(
     files: Mapping[str, bytes], where: str, wanted: Placeholders, ours: str, variant: str, vision: bool
 ) -> tuple[dict[str, bytes], list[str]]:
-    """(a folder's tokenizer files with templates that hold `wanted`, what was changed: one line each).
+    """(a folder's tokenizer files with templates that hold `wanted`, what was changed: one line
+    each).
 
     `ours`: our template of `variant`, with `wanted`. It takes the place of templates of another
     variant than the folder's, and of those without a placeholder for a medium where the model sees

@@ -1,9 +1,11 @@
-"""Makes tokenizers that every server of ERNIE-4.5-VL can serve: sentencepiece pieces, then text tokens, then the tokens of pictures.
+"""Makes tokenizers that every server of ERNIE-4.5-VL can serve: sentencepiece pieces, then text
+tokens, then the tokens of pictures.
 
-FastDeploy reads a vocabulary by two rules that a folder does not show. It gives no probability to ids
-from `len(tokenizer.model)` on, so a token that only a JSON file names is never generated; and it sends
-every id from the image placeholder's on to the vision experts. So all special tokens lie inside the
-model file, those of text below the placeholder, the markers of pictures and clips above it.
+FastDeploy reads a vocabulary by two rules that a folder does not show. It gives no probability to
+ids from `len(tokenizer.model)` on, so a token that only a JSON file names is never generated; and
+it sends every id from the image placeholder's on to the vision experts. So all special tokens lie
+inside the model file, those of text below the placeholder, the markers of pictures and clips above
+it.
 
     files = tokenizer_files(with_special_tokens(train_pieces(lines, 8000)))
     for name, content in files.items():
@@ -54,11 +56,13 @@ _PIECE, _TEXT, _SCORE, _KIND = 1, 1, 2, 3  # fields of sentencepiece's ModelProt
 
 
 def train_pieces(lines: Iterable[str], pieces: int, **options: Any) -> bytes:
-    """A sentencepiece model (BPE) of `pieces` pieces, ids 0 `<unk>`, 1 `<s>`, 2 `</s>`, then bytes, then text.
+    """A sentencepiece model (BPE) of `pieces` pieces, ids 0 `<unk>`, 1 `<s>`, 2 `</s>`, then bytes,
+    then text.
 
-    It gives every string back unchanged: bytes for unknown characters, single digits, no dummy prefix,
-    no normalisation. `options`: sentencepiece's own, over these. One thread, no sampling: the same
-    bytes each time. Raises RuntimeError (sentencepiece) where the text has too few different pieces.
+    It gives every string back unchanged: bytes for unknown characters, single digits, no dummy
+    prefix, no normalisation. `options`: sentencepiece's own, over these. One thread, no sampling:
+    the same bytes each time. Raises RuntimeError (sentencepiece) where the text has too few
+    different pieces.
     """
     model = io.BytesIO()
     settings = {
@@ -83,11 +87,13 @@ def train_pieces(lines: Iterable[str], pieces: int, **options: Any) -> bytes:
 
 
 def with_special_tokens(model: bytes, text: Sequence[str] = TEXT_TOKENS, media: Sequence[str] = MEDIA_TOKENS) -> bytes:
-    """A sentencepiece model with special tokens behind its pieces: those of `text`, then those of `media`.
+    """A sentencepiece model with special tokens behind its pieces: those of `text`, then those of
+    `media`.
 
-    `media` starts with the image placeholder, from whose id on FastDeploy routes to the vision experts.
-    The pieces keep their ids. More text tokens (tool marks, say) go into `text`. Raises ValueError for
-    a token that the model already has, and for `media` that do not start with the image placeholder.
+    `media` starts with the image placeholder, from whose id on FastDeploy routes to the vision
+    experts. The pieces keep their ids. More text tokens (tool marks, say) go into `text`. Raises
+    ValueError for a token that the model already has, and for `media` that do not start with the
+    image placeholder.
     """
     tokens = [*text, *media]
     held = {piece for piece, _ in model_pieces(model)}
@@ -99,12 +105,14 @@ def with_special_tokens(model: bytes, text: Sequence[str] = TEXT_TOKENS, media: 
             f"media ({list(media)[:1]}) must start with {IMAGE}: FastDeploy takes every id from its on for vision; "
             "put it first"
         )
-    # Repeated fields of a serialised message may lie anywhere, so pieces are added by appending them.
+    # Repeated fields of a serialised message may lie anywhere, so pieces are added by appending
+    # them.
     return model + b"".join(_field(_PIECE, _piece(token)) for token in tokens)
 
 
 def tokenizer_files(model: bytes, max_tokens: int = 4096) -> dict[str, bytes]:
-    """All files of a tokenizer's folder by name, for a model with special tokens: `Tokenizer(files, "")` reads them.
+    """All files of a tokenizer's folder by name, for a model with special tokens: `Tokenizer(files,
+    "")` reads them.
 
     `max_tokens`: the longest prompt that other tools are told of.
     """

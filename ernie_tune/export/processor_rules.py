@@ -1,17 +1,19 @@
-"""What FastDeploy's processors make of a request to a folder, written down a second time from its own side.
+"""What FastDeploy's processors make of a request to a folder, written down a second time from its
+own side.
 
 The command line gives limits and frames (the folder's are not read); the chat template is rendered,
 the text is searched for `<|image@placeholder|>` and `<|video@placeholder|>` and cut there, every
-stretch between is tokenised, every medium becomes its run of placeholders, and three positions count
-on. Ids from the image placeholder's on are sent to the vision experts, ids from `len(tokenizer.model)`
-on get no probability. What has no placeholder in the text is dropped without a word.
+stretch between is tokenised, every medium becomes its run of placeholders, and three positions
+count on. Ids from the image placeholder's on are sent to the vision experts, ids from
+`len(tokenizer.model)` on get no probability. What has no placeholder in the text is dropped without
+a word.
 
-It shares nothing with `data/`, so that a mistake there is found here. PaddleFormers 1.2.0 works alike
-but for its defaults, and splits at a placeholder between its markers.
-Legend: L tokens of a prompt, P patches, C values per patch. Refuses to know: our model and processor,
-how folders are written, weights, file formats of clips, GPUs.
-Source, read at the commits of `CHECKED`: mm_model_config.py, ernie_encoding.py, process.py,
-adaptive_processor.py, chat_utils.py, ernie4_5_tokenizer.py, args_utils.py.
+It shares nothing with `data/`, so that a mistake there is found here. PaddleFormers 1.2.0 works
+alike but for its defaults, and splits at a placeholder between its markers.
+Legend: L tokens of a prompt, P patches, C values per patch. Refuses to know: our model and
+processor, how folders are written, weights, file formats of clips, GPUs. Source, read at the
+commits of `CHECKED`: mm_model_config.py, ernie_encoding.py, process.py, adaptive_processor.py,
+chat_utils.py, ernie4_5_tokenizer.py, args_utils.py.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ MARKERS = ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>
 ENDS = ("</s>", "<|end_of_sentence|>")  # either may end an answer
 _SPOKEN = (*ENDS, "<|begin_of_sentence|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
 _PIXEL = 28 * 28
-# What is served where --mm-processor-kwargs says nothing, and the key of preprocessor_config.json that says the same to us.
+# What is served where --mm-processor-kwargs says nothing, and the key of preprocessor_config.json
+# that says the same to us.
 DEFAULTS: Mapping[str, tuple[int | str, str]] = {
     "image_min_pixels": (4 * _PIXEL, "min_pixels"),
     "image_max_pixels": (6177 * _PIXEL, "max_pixels"),
@@ -63,11 +66,13 @@ DEFAULTS: Mapping[str, tuple[int | str, str]] = {
 LIMITS = {"image": 1, "video": 1}  # --limit-mm-per-prompt
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def read_script(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(flag -> value, exported variables) of a folder's serve.sh. Raises OSError where there is none."""
+    """(flag -> value, exported variables) of a folder's serve.sh. Raises OSError where there is
+    none.
+    """
     lines = (folder / "serve.sh").read_text(encoding="utf-8").replace("\\\n", " ").split("\n")
     exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
     words = next((shlex.split(line) for line in lines if line.startswith("exec ")), [])
@@ -76,7 +81,9 @@ def read_script(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def served_settings(flags: Mapping[str, str]) -> dict[str, int | str]:
-    """Limits and frames that requests get: a value of another type than the default's makes FastDeploy ignore them all."""
+    """Limits and frames that requests get: a value of another type than the default's makes
+    FastDeploy ignore them all.
+    """
     told = json.loads(flags.get("--mm-processor-kwargs", "{}"))
     default = {name: value for name, (value, _) in DEFAULTS.items()}
     if any(name in default and type(value) is not type(default[name]) for name, value in told.items()):
@@ -114,11 +121,13 @@ def command_problems(folder: Path, flags: Mapping[str, str], exported: Mapping[s
     return problems
 
 
-# --- the vocabulary ------------------------------------------------------------------------------------------------------
+# --- the vocabulary -------------------------------------------------------------------------------
 
 
 class Vocabulary:
-    """A folder's tokens as FastDeploy's tokenizer has them: pieces of the model file, and added tokens that are cut out first."""
+    """A folder's tokens as FastDeploy's tokenizer has them: pieces of the model file, and added
+    tokens that are cut out first.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError where tokenizer.model is missing or JSON cannot be read."""
@@ -162,7 +171,9 @@ class Vocabulary:
         return ids
 
     def findings(self) -> list[str]:
-        """What FastDeploy would never generate, and what it would send to the wrong experts. Empty: nothing."""
+        """What FastDeploy would never generate, and what it would send to the wrong experts. Empty:
+        nothing.
+        """
         found: list[str] = []
         spoken = {token: i for token in _SPOKEN if (i := self.id_of(token)) is not None}
         lost = [f"{token} ({i})" for token, i in spoken.items() if i >= self.bound]
@@ -222,7 +233,7 @@ def _strings(values: Any) -> Iterator[str]:
             yield text
 
 
-# --- a request -----------------------------------------------------------------------------------------------------------
+# --- a request ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -288,7 +299,9 @@ class ServedProcessor:
         clips: Sequence[Clip] = (),
         thinking: bool | None = None,
     ) -> Prompted:
-        """`thinking`: what the client asks; a silent one is thought for. ValueError where FastDeploy answers with an error."""
+        """`thinking`: what the client asks; a silent one is thought for. ValueError where
+        FastDeploy answers with an error.
+        """
         for kind, media in (("image", images), ("video", clips)):
             if len(media) > self.limits[kind]:
                 raise ValueError(
@@ -351,7 +364,9 @@ class ServedProcessor:
         return frames + frames[-1:] if len(frames) % 2 else frames
 
     def _patches(self, frames: Sequence[Image.Image], kind: str) -> tuple[Array, tuple[int, int, int]]:
-        """Patches [P, C], those of one merged square next to each other, and their grid. All frames get the first one's size."""
+        """Patches [P, C], those of one merged square next to each other, and their grid. All frames
+        get the first one's size.
+        """
         height, width = resized(
             frames[0].height,
             frames[0].width,
@@ -368,7 +383,9 @@ class ServedProcessor:
 
 
 def resized(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """(height, width): multiples of `factor`, within `least` and `most` pixels, the shape kept as well as may be."""
+    """(height, width): multiples of `factor`, within `least` and `most` pixels, the shape kept as
+    well as may be.
+    """
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > most:
         shrink = (height * width / most) ** 0.5
@@ -380,7 +397,9 @@ def resized(height: int, width: int, factor: int, least: int, most: int) -> tupl
 
 
 def frame_indices(total: int, fps: float, settings: Mapping[str, int | str]) -> list[int]:
-    """Which frames of a clip are looked at. Where the rate alone gives a number within the limits, they follow the rate."""
+    """Which frames of a clip are looked at. Where the rate alone gives a number within the limits,
+    they follow the rate.
+    """
     rate, sample = int(settings["video_fps"]), settings["video_frames_sample"]
     least, most = int(settings["video_min_frames"]), int(settings["video_max_frames"])
     wanted = int(total / fps * rate)

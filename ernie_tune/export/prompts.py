@@ -1,9 +1,10 @@
-"""Do FastDeploy's rules make of a folder the prompts that the model was trained on? Requests of every kind, asked both ways.
+"""Do FastDeploy's rules make of a folder the prompts that the model was trained on? Requests of
+every kind, asked both ways.
 
 What our processor makes of each is written down before a folder is checked (`written`); the process
 that opens the folder asks the same by the rules of `processor_rules.py` (`compare`). A prompt that
-loses a picture is a problem of the folder, and so is any difference where the chat template is ours;
-another author's template may word a prompt otherwise, which is said.
+loses a picture is a problem of the folder, and so is any difference where the chat template is
+ours; another author's template may word a prompt otherwise, which is said.
 
 Refuses to know: weights, how the folder was written.
 """
@@ -40,7 +41,9 @@ _CLIP_FRAMES = 4
 
 @dataclass(frozen=True)
 class Request:
-    """One request as a client sends it; `images` are [H, W, 3] in sizes (H, W), `clips` numbers of frames."""
+    """One request as a client sends it; `images` are [H, W, 3] in sizes (H, W), `clips` numbers of
+    frames.
+    """
 
     name: str
     messages: Sequence[Mapping[str, Any]]
@@ -89,7 +92,9 @@ def picture(height: int, width: int, shift: int = 0) -> Array:
 
 
 def written(processor: Processor, vision: bool, place: Path) -> list[dict[str, Any]]:
-    """What our processor makes of every request, for another process: arrays in `place`, the rest as JSON."""
+    """What our processor makes of every request, for another process: arrays in `place`, the rest
+    as JSON.
+    """
     jobs = []
     for i, asked in enumerate(requests(vision)):
         images = [picture(*size) for size in asked.images]
@@ -127,7 +132,9 @@ def job(processor: Processor, source: Path, folder: Path, vision: bool, place: P
 
 
 def compare(folder: Path, job: Mapping[str, Any], problems: list[str]) -> list[str]:
-    """Ask the folder every request of `job` by FastDeploy's rules. Problems are added, other differences returned, one line each."""
+    """Ask the folder every request of `job` by FastDeploy's rules. Problems are added, other
+    differences returned, one line each.
+    """
     flags, exported = read_script(folder)
     problems += command_problems(folder, flags, exported)
     vocabulary = Vocabulary(folder)
@@ -189,5 +196,7 @@ def _unequal(made: Prompted, ours: Mapping[str, Array], masks: bool) -> str:
 
 
 def vocabulary_findings(folder: Path) -> list[str]:
-    """What FastDeploy would not generate or would route wrongly, of any folder's tokenizer; nothing for one without a model file."""
+    """What FastDeploy would not generate or would route wrongly, of any folder's tokenizer; nothing
+    for one without a model file.
+    """
     return Vocabulary(folder).findings() if (folder / "tokenizer.model").is_file() else []

@@ -1,4 +1,5 @@
-"""What a server is told of a folder's pictures and clips. FastDeploy takes limits, frames and rates from its command line alone.
+"""What a server is told of a folder's pictures and clips. FastDeploy takes limits, frames and rates
+from its command line alone.
 
 Refuses to know: weights, tokens, how a command is run.
 Source: FastDeploy e53f518, `--mm-processor-kwargs` (mm_model_config.py, ernie_encoding.py).
@@ -12,7 +13,9 @@ from ernie_tune.data.video import VideoSettings
 
 
 def media_arguments(images: ImageSettings, videos: VideoSettings) -> tuple[dict[str, int | str], list[str]]:
-    """(FastDeploy's --mm-processor-kwargs for these settings, what FastDeploy cannot be told: one line each)."""
+    """(FastDeploy's --mm-processor-kwargs for these settings, what FastDeploy cannot be told: one
+    line each).
+    """
     fps = videos.fps or 0.0
     whole = max(1, round(fps or 2))
     told: dict[str, int | str] = {

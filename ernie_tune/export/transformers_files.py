@@ -1,8 +1,9 @@
-"""What transformers 5 reads beside the weights of layout hf: names of the special tokens, limits by its own keys, settings of clips with a font.
+"""What transformers 5 reads beside the weights of layout hf: names of the special tokens, limits by
+its own keys, settings of clips with a font.
 
-Its processor asks the tokenizer for `image_token` and five more by name, its image and video processors
-take limits from `size` alone, and its video processor opens a font file to draw times with, which
-must lie in the folder.
+Its processor asks the tokenizer for `image_token` and five more by name, its image and video
+processors take limits from `size` alone, and its video processor opens a font file to draw times
+with, which must lie in the folder.
 Refuses to know: weights, templates, what the other layouts' readers want.
 Source: transformers 5.23, `ernie4_5_vl_moe` (processing, image and video processing).
 """
@@ -40,10 +41,11 @@ _TOKENS = {
 
 
 def write_files(target: Path, folders: Sequence[Path], processor: Processor) -> None:
-    """Complete the tokenizer's and processor's files in `target`. A font that one of `folders` brings is kept.
+    """Complete the tokenizer's and processor's files in `target`. A font that one of `folders`
+    brings is kept.
 
-    A vocabulary without a placeholder for clips gives them that of pictures: transformers then takes
-    them for pictures, which the export says.
+    A vocabulary without a placeholder for clips gives them that of pictures: transformers then
+    takes them for pictures, which the export says.
     """
     special = processor.tokenizer.special
     held = _read(target / CONFIG_FILE)

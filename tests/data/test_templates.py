@@ -1,4 +1,6 @@
-"""Chat templates of folders: kept where their readers understand them, mended where not, ours where there is none."""
+"""Chat templates of folders: kept where their readers understand them, mended where not, ours where
+there is none.
+"""
 
 from __future__ import annotations
 

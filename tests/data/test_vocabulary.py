@@ -1,4 +1,6 @@
-"""data/vocabulary.py: tokenizers whose special tokens FastDeploy can generate and routes rightly; and that older ones still load."""
+"""data/vocabulary.py: tokenizers whose special tokens FastDeploy can generate and routes rightly;
+and that older ones still load.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def test_special_tokens_lie_in_the_model_text_below_the_placeholder_markers_abov
     assert sorted(tokenizer.token_id(t) for t in MEDIA_TOKENS) == [*range(image, image + 6)]
     assert all(i < image for token, i in tokenizer.special.items() if token not in MEDIA_TOKENS)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 64
-    # sentencepiece alone, as FastDeploy loads it, finds them in a text; in a user's words ours never does
+    # sentencepiece alone, as FastDeploy loads it, finds them in a text; in a user's words ours
+    # never does
     prompt = "<think>a red circle</think><|IMAGE_START|>"
     wanted = [tokenizer.token_id(token) for token in ("<think>", "</think>", "<|IMAGE_START|>")]
     assert [i for i in model.encode(prompt) if i >= count] == wanted

@@ -1,4 +1,6 @@
-"""FastDeploy's processors, written a second time: their prompts are ours, and folders or commands that would lose something are refused."""
+"""FastDeploy's processors, written a second time: their prompts are ours, and folders or commands
+that would lose something are refused.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def test_prompts_under_fastdeploys_rules_are_ours(
 
 @pytest.mark.parametrize("count", [40, 400])
 def test_a_clip_with_more_frames_than_are_looked_at(exported: dict[str, Path], count: int) -> None:
-    """4 and 40 seconds at 10 frames a second: at least 16, at most 20 frames, the middle one of each stretch, the time drawn into them."""
+    """4 and 40 seconds at 10 frames a second: at least 16, at most 20 frames, the middle one of
+    each stretch, the time drawn into them.
+    """
     frames = [Image.fromarray(prompts.picture(56, 84, 3 * k)) for k in range(count)]
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=100)
@@ -112,7 +116,9 @@ def test_a_clip_with_more_frames_than_are_looked_at(exported: dict[str, Path], c
 
 
 def test_where_the_rate_alone_decides_fastdeploy_looks_at_other_frames() -> None:
-    """Known, and said in the table of readers: between the limits it counts in seconds, PaddleFormers and we in equal stretches."""
+    """Known, and said in the table of readers: between the limits it counts in seconds,
+    PaddleFormers and we in equal stretches.
+    """
     settings = rules.served_settings({"--mm-processor-kwargs": '{"video_frames_sample": "middle"}'})
     ours = VideoSettings()
     for total in (40, 190, 4600):  # below, at and above the limits: the same
@@ -138,7 +144,7 @@ def test_the_report_says_what_was_checked_against_which_version(exported: dict[s
     assert report["notes"] == []
 
 
-# --- folders and commands that are refused -------------------------------------------------------------------------------
+# --- folders and commands that are refused
 
 
 def edit(name: str, pattern: str, new: str) -> Callable[[Path], None]:

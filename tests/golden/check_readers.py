@@ -4,10 +4,11 @@
     python tests/golden/check_readers.py paddleformers FOLDER   # pip install paddlepaddle==3.3.1 paddleformers==1.2.0 "pyarrow<26" pillow==13.0.0
     python tests/golden/check_readers.py transformers FOLDER    # pip install torch torchvision transformers==5.23.0 pillow==13.0.0
 
-Requests: text, thinking, a system prompt, Chinese, a history, one and two pictures, a picture in the history (`export/prompts.py`).
-PaddleFormers reads layout pt: its processor by AutoProcessor, its positions, its model. It has no CPU kernels for three things, for
-which plain code stands in here, over its own gates and expert modules: dispatch to experts, attention of the tower, offloading.
-Pillow's version matters: bicubic of 11.3 and 13.0 differ in some values by a level.
+Requests: text, thinking, a system prompt, Chinese, a history, one and two pictures, a picture in
+the history (`export/prompts.py`). PaddleFormers reads layout pt: its processor by AutoProcessor,
+its positions, its model. It has no CPU kernels for three things, for which plain code stands in
+here, over its own gates and expert modules: dispatch to experts, attention of the tower,
+offloading. Pillow's version matters: bicubic of 11.3 and 13.0 differ in some values by a level.
 Legend: L tokens, P patches, C values per patch, V vocabulary.
 """
 
@@ -26,7 +27,9 @@ PIXELS = 12544  # the folder's upper limit, far below every reader's default
 
 
 def write(folder: Path) -> None:
-    """With ernie_tune: a model with fresh weights in both layouts, and per request the messages, pictures, ids, positions, pixels and logits."""
+    """With ernie_tune: a model with fresh weights in both layouts, and per request the messages,
+    pictures, ids, positions, pixels and logits.
+    """
     import paddle
     from PIL import Image
 
@@ -107,7 +110,9 @@ def transformers(folder: Path) -> None:
 
 
 def paddleformers(folder: Path) -> None:
-    """Layout pt: AutoProcessor's ids, positions (and `get_rope_index`'s) and pixels, and what PaddleFormers' model makes of them."""
+    """Layout pt: AutoProcessor's ids, positions (and `get_rope_index`'s) and pixels, and what
+    PaddleFormers' model makes of them.
+    """
     import paddle
     from paddleformers.transformers import AutoProcessor
 
