@@ -14,6 +14,8 @@ from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry
 from ernie_tune.data.processor import PREPROCESSOR_FILE, media_settings
+from ernie_tune.data.templates import RELEASED
+from ernie_tune.export.processor_rules import template_of, vocabulary_findings
 from ernie_tune.export.served import media_arguments
 
 READY_SECONDS = 1800.0
@@ -85,10 +87,33 @@ def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeploy
                     f"{entry.name}（{entry.raw!r}）无法读取：{error}",
                 )
             ) from error
+    if fields["vision"] and Path(model).is_dir():
+        _check_prompts(Path(model))
     fields["mm_processor"] = {**_settings(Path(model)), **fields.get("mm_processor", {})}
     if not fields["mm_processor"]:  # a name that FastDeploy is to download: the published example's
         del fields["mm_processor"]
     return dataclasses.replace(FastDeployCommand(model), **fields), only_print, ready
+
+
+def _check_prompts(folder: Path) -> None:
+    """Say what FastDeploy would not generate or would route wrongly. ValueError where it would lose
+    every picture: folders of earlier versions have another reader's placeholders.
+    """
+    for line in vocabulary_findings(folder):
+        print(f"ernie_tune: {line}", file=sys.stderr, flush=True)
+    try:
+        text = template_of(folder)
+    except ValueError:  # none: FastDeploy stops there and says so
+        return
+    if RELEASED.image not in text:
+        raise ValueError(
+            say(
+                f"chat template of {folder} must hold {RELEASED.image}: FastDeploy would drop every picture "
+                f"without an error; export the folder, which mends it (ernie-tune export {folder})",
+                f"{folder} 的对话模板须含 {RELEASED.image}：否则 FastDeploy 会不声不响地丢掉所有图片；请先导出，"
+                f"导出时会修好（ernie-tune export {folder}）",
+            )
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

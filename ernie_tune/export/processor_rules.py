@@ -221,6 +221,13 @@ class Vocabulary:
         return any((i := self.id_of(token)) is not None and i < self.bound for token in ENDS)
 
 
+def vocabulary_findings(folder: Path) -> list[str]:
+    """What FastDeploy would not generate or would route wrongly, of any folder's tokenizer; nothing
+    for one without a model file.
+    """
+    return Vocabulary(folder).findings() if (folder / "tokenizer.model").is_file() else []
+
+
 def _json(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 

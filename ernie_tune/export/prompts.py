@@ -31,6 +31,7 @@ from ernie_tune.export.processor_rules import (
     command_problems,
     read_script,
     template_of,
+    vocabulary_findings,
 )
 from ernie_tune.models.inputs import position_ids
 
@@ -193,10 +194,3 @@ def _unequal(made: Prompted, ours: Mapping[str, Array], masks: bool) -> str:
         if not apart <= PIXEL_TOLERANCE:
             return f"other pixels under FastDeploy's rules than here (largest difference {apart:.2g})"
     return ""
-
-
-def vocabulary_findings(folder: Path) -> list[str]:
-    """What FastDeploy would not generate or would route wrongly, of any folder's tokenizer; nothing
-    for one without a model file.
-    """
-    return Vocabulary(folder).findings() if (folder / "tokenizer.model").is_file() else []

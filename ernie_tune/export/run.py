@@ -48,8 +48,7 @@ from ernie_tune.export.measure import (
     set_weights,
 )
 from ernie_tune.export.packed import write_packed
-from ernie_tune.export.processor_rules import CHECKED
-from ernie_tune.export.prompts import vocabulary_findings
+from ernie_tune.export.processor_rules import CHECKED, vocabulary_findings
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.served import media_arguments
 from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter

@@ -16,7 +16,10 @@ from ernie_tune.cli.main import main
 from ernie_tune.cli.serve_fastdeploy import fastdeploy_command
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.loader import split_overrides
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.templates import TRANSFORMERS
 
+OLD = Path(__file__).parents[1] / "golden" / "tokenizer_old"
 STAND_IN = """
 import argparse, http.server, os, sys, time
 flags = argparse.ArgumentParser()
@@ -110,6 +113,18 @@ def test_the_folders_limits_are_passed_and_the_command_line_wins(
         "video_frames_sample": "leading",
     }
     assert "whole frames a second only: clips are sampled at 2, here at 1.5" in capsys.readouterr().err
+
+
+def test_a_folder_that_would_lose_pictures_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Output of earlier versions, served before it is exported."""
+    processor = Processor.from_pretrained(OLD)
+    processor.sees = True
+    processor.save_pretrained(folder)
+    fastdeploy_command(str(folder), [])
+    assert "can never generate" in capsys.readouterr().err
+    processor.save_pretrained(folder, TRANSFORMERS)
+    with pytest.raises(ValueError, match=r"must hold <\|image@placeholder\|>: FastDeploy would drop every picture"):
+        fastdeploy_command(str(folder), [])
 
 
 def test_what_fastdeploy_cannot_take_is_refused(
