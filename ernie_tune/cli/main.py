@@ -113,13 +113,24 @@ def _overview() -> str:
     lines = [f"  {names[verb.name]:<{width}}  {verb.help}" for verb in VERBS]
     return "\n".join(
         [
-            "ernie-tune: fine-tune ERNIE-4.5-VL with PaddlePaddle",
+            str(say("ernie-tune: fine-tune ERNIE-4.5-VL with PaddlePaddle", "ernie-tune：用飞桨微调 ERNIE-4.5-VL")),
             "",
-            "usage: ernie-tune VERB [FILE] [key=value | --key value …] [--debug]",
+            str(
+                say(
+                    "usage: ernie-tune VERB [FILE] [key=value | --key value …] [--debug] [--lang en|zh|both]",
+                    "用法：ernie-tune 命令 [文件] [key=value | --key value …] [--debug] [--lang en|zh|both]",
+                )
+            ),
             "",
             *lines,
             "",
-            "`ernie-tune VERB --help` explains a verb, `ernie-tune help learning_rate` a setting, `ernie-tune help --all` all of them.",
+            str(
+                say(
+                    "`ernie-tune VERB --help` explains a verb, `ernie-tune help learning_rate` a setting, "
+                    "`ernie-tune help --all` all of them.",
+                    "`ernie-tune 命令 --help` 解释命令，`ernie-tune help learning_rate` 解释设置，`ernie-tune help --all` 列出全部设置。",
+                )
+            ),
         ]
     )
 

@@ -31,7 +31,7 @@ def did_you_mean(word: str, known: Iterable[str], typo: float = 0.8) -> str:
     max_samples is not eval_max_samples. `typo`: least likeness of the whole, from 0 to 1."""
     rated = [(_likeness(word.lower(), name.lower()), name) for name in known]
     best, name = max(rated, default=(0.0, ""))
-    return f"; did you mean {name!r}?" if best >= typo else ""
+    return say(f"; did you mean {name!r}?", f"；是否想写 {name!r}？") if best >= typo else ""
 
 
 def _likeness(a: str, b: str) -> float:
