@@ -6,6 +6,7 @@ Refuses to know: training, how requests are answered.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import sys
@@ -327,6 +328,8 @@ def _run(one: Server, sock: socket.socket, host: str, port: int) -> int:
         file=sys.stderr,
         flush=True,
     )
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again and again would stop all answers each time
     try:
         one.run(sockets=[sock])
     except OSError as error:

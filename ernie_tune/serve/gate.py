@@ -40,7 +40,8 @@ class Gate:
         self.app, self.options, self.metrics = app, options, metrics
         self.inside = 0
         self.bytes_inside = 0  # of all bodies that are read or being read
-        self.draining = False
+        self.draining = self.given_up = False
+        self._tasks: set[asyncio.Task[Any]] = set()  # of the requests inside
         self.empty = asyncio.Event()
         self.empty.set()
 
@@ -80,7 +81,9 @@ class Gate:
         started = time.monotonic()
         self.inside += 1
         self.empty.clear()
-        body = _Body(receive, self)
+        body, task = _Body(receive, self), asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         reply.on_first_part = lambda: self.metrics.first_token.observe(time.monotonic() - started)
         try:
             work = self.app(scope, body.receive, reply.send)
@@ -93,12 +96,25 @@ class Gate:
                 "timeout_error",
                 "timeout",
             ) from None
+        except asyncio.CancelledError:
+            if not self.given_up:
+                raise
+            raise ApiError(
+                503, "the server has ended before the answer; ask another one", "server_error", "shutting_down"
+            ) from None
         finally:
+            self._tasks.discard(task)
             self.inside -= 1
             self.bytes_inside -= body.seen
             if not self.inside:
                 self.empty.set()
             self.metrics.whole.observe(time.monotonic() - started)
+
+    def give_up(self) -> None:
+        """End what is inside: its clients are told."""
+        self.given_up = True
+        for task in self._tasks:
+            task.cancel()
 
     def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
         """Under a foreign name a page of the web would read answers as its own: names can be led to any address."""

@@ -288,6 +288,13 @@ class Tool(_Cached):
     type: Literal["function"]
     function: Function
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the prompt shows of it."""
+        function = self.function
+        values = {"name": function.name, "description": function.description, "parameters": function.parameters}
+        return {"type": "function", "function": {k: v for k, v in values.items() if v is not None}}
+
 
 def in_order_of_calls(messages: list[Any]) -> Iterator[Any]:
     """The messages, results after the calls that they belong to, in their order. Raises for results that fit no call, and none."""

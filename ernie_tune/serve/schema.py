@@ -374,9 +374,7 @@ class ChatRequest(Sampling):
     def callable_tools(self) -> list[dict[str, Any]]:
         """The tools that the prompt shows, as the template takes them."""
         wanted = [] if self.tool_choice == "none" else self.tools or []
-        hidden = {"cache_control": True, "prompt_cache_breakpoint": True}
-        drop: Any = {**hidden, "function": {**hidden, "strict": True}}
-        return [tool.model_dump(exclude_none=True, exclude=drop) for tool in wanted]
+        return [tool.shown for tool in wanted]
 
     @property
     def thinking(self) -> bool | None:

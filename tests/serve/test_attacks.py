@@ -315,6 +315,26 @@ def test_media_have_a_size_together(engine: Engine) -> None:
         assert "must have at most 1000 bytes together" in said
 
 
+def test_the_end_does_not_wait_for_pictures(engine: Engine) -> None:
+    with trickle("header") as host, live(engine, media=LOCAL, shutdown_timeout_seconds=0.3, preparing=1) as one:
+        part = {"type": "image_url", "image_url": {"url": host.url}}
+        held = [send(one, {"messages": [{"role": "user", "content": [part]}]}) for _ in range(3)]
+        until(lambda: one.server.gate.inside == 3)
+        until(lambda: host.open == 1)
+        one.drain()
+        for sock in held:
+            answer = b""
+            while b"the server has ended before the answer" not in answer:
+                more = sock.recv(5000)
+                assert more, answer
+                answer += more
+            assert b" 503 " in answer[:20]
+            sock.close()
+        one.thread.join(30)
+        assert not one.thread.is_alive()
+        until(lambda: host.open == 0)
+
+
 def test_work_that_hangs_does_not_keep_the_process() -> None:
     code = (
         "import asyncio, time; from ernie_tune.serve.pool import Pool\n"
