@@ -32,7 +32,7 @@ from ernie_tune.serve.requests import BodyLimits, read_request, text_bytes
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest
 
 WHY = [{"role": "user", "content": "why"}]
-ASK = {"messages": WHY, "max_tokens": 2}
+ASK = {"messages": WHY, "max_tokens": 2, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
 LIMITS = BodyLimits(2**20, 4096, 64)
 LOCAL = MediaPolicy(fetch=FetchPolicy(allowed_hosts=frozenset({"127.0.0.1"})))
@@ -70,7 +70,7 @@ def test_half_a_surrogate_fails_its_own_request_alone(
 ) -> None:
     slow(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(post, running, {**ASK, "max_tokens": 30}) for _ in range(3)]
+        others = [pool.submit(post, running, {**ASK, "max_tokens": 60}) for _ in range(3)]
         until(lambda: running.service.scheduler.load().running == 3)
         body = {"prompt": [9], "max_tokens": 3, place: "\ud800"}
         assert "surrogates not allowed" in told(post(running, body, "/v1/completions"))
