@@ -36,9 +36,9 @@ class Seen:
             self.rows.append(len(batch))
             return step(batch)
 
-        def joining(batch: RunningBatch, prompts: Any) -> None:
+        def joining(batch: RunningBatch, prompts: Any, *more: Any) -> None:
             self.joined.append([p.key for p in prompts])
-            join(batch, prompts)
+            join(batch, prompts, *more)
 
         monkeypatch.setattr(RunningBatch, "step", stepping)
         monkeypatch.setattr(RunningBatch, "join", joining)
