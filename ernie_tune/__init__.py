@@ -24,11 +24,14 @@ _PUBLIC = {
     "AutoProcessor": "ernie_tune.data.processor",
     "AutoTokenizer": "ernie_tune.data.tokenizer",
     "DPOTrainer": "ernie_tune.trainers.preference",
+    "GRPOConfig": "ernie_tune.config.training_arguments",
+    "GRPOTrainer": "ernie_tune.trainers.online",
     "KTOTrainer": "ernie_tune.trainers.preference",
     "LoraConfig": "ernie_tune.peft.config",
     "ModelConfig": "ernie_tune.models.config",
     "PaddleTrainer": "ernie_tune.trainers.sft",
     "PeftModel": "ernie_tune.peft.model",
+    "RLVRTrainer": "ernie_tune.trainers.online",
     "RewardModel": "ernie_tune.trainers.reward",
     "RewardTrainer": "ernie_tune.trainers.reward",
     "SFTTrainer": "ernie_tune.trainers.sft",
@@ -48,11 +51,14 @@ __all__ = [
     "AutoProcessor",
     "AutoTokenizer",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOTrainer",
     "LoraConfig",
     "ModelConfig",
     "PaddleTrainer",
     "PeftModel",
+    "RLVRTrainer",
     "RewardModel",
     "RewardTrainer",
     "SFTTrainer",
@@ -71,7 +77,7 @@ if TYPE_CHECKING:
     from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
-    from ernie_tune.config.training_arguments import TrainingArguments
+    from ernie_tune.config.training_arguments import GRPOConfig, TrainingArguments
     from ernie_tune.data.processor import AutoProcessor
     from ernie_tune.data.sources import load_dataset
     from ernie_tune.data.tokenizer import AutoTokenizer
@@ -80,6 +86,7 @@ if TYPE_CHECKING:
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
     from ernie_tune.plan.estimate import estimate
+    from ernie_tune.trainers.online import GRPOTrainer, RLVRTrainer
     from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
     from ernie_tune.trainers.reward import RewardModel, RewardTrainer
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer

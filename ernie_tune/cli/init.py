@@ -183,7 +183,8 @@ def _fresh_recipe(stage: str, method: str) -> dict[str, str]:
     recipe = {
         "max_seq_len": "512",
         "num_train_epochs": "20",
-        "per_device_train_batch_size": "4",
+        "per_device_train_batch_size": "8" if STAGES[stage].samples else "4",
+        **({"num_generations": "4", "max_completion_length": "16"} if STAGES[stage].samples else {}),
         "learning_rate": "2.0e-4" if STAGES[stage].compares else "2.0e-3",
         "warmup_ratio": "0.05",
         "weight_decay": "0.01",
@@ -246,6 +247,8 @@ def _sample_rows(stage: str) -> list[dict[str, Any]]:
             elif stage == "KTO":
                 for answer, good in ((right, "good"), (wrong, "bad")):
                     rows.append({**question, "signal": {"type": "label", "response": answer, "label": good}})
+            elif stage == "RLVR":
+                rows.append({**question, "signal": {"type": "verifiable", "answer": colour}})
             elif stage == "UPO":
                 rows += [{**question, "signal": signal} for signal in _signals(right, wrong, colour)]
             else:

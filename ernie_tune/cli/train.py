@@ -74,6 +74,14 @@ def reward(args: list[str]) -> int:
     return _train(args, "RM")
 
 
+def rlvr(args: list[str]) -> int:
+    """ernie-tune rlvr FILE [key=value | --key value ...] [--dry-run]
+
+    Samples answers, judges them and learns from what was better than expected, as `ernie-tune train` with stage=RLVR. loss_type: dapo, grpo, gspo, ...
+    """
+    return _train(args, "RLVR")
+
+
 def _train(args: list[str], stage: str = "") -> int:
     words, nproc = workers.split_nproc([*args, *([f"stage={stage}"] if stage else [])])
     dry_run = "--dry-run" in words

@@ -52,6 +52,12 @@ VERBS = (
         say("learn from pairs, rankings, ratings and labels together", "从成对、排序、评分和标签中一起学习"),
     ),
     Verb("reward", "ernie_tune.cli.train:reward", say("train a reward model", "训练奖励模型"), ("rm",)),
+    Verb(
+        "rlvr",
+        "ernie_tune.cli.train:rlvr",
+        say("sample answers and learn from rewards that can be checked", "采样回答，从可验证的奖励中学习"),
+        ("grpo",),
+    ),
     Verb("score", "ernie_tune.cli.score:run", say("score answers with a reward model", "用奖励模型给回答打分")),
     Verb(
         "eval",

@@ -16,7 +16,6 @@ from ernie_tune.config.sections_methods import (
     PictureArguments,
     PreferenceArguments,
     ReferenceArguments,
-    RolloutArguments,
     SignalArguments,
 )
 from ernie_tune.config.sections_model import (
@@ -28,6 +27,7 @@ from ernie_tune.config.sections_model import (
     MediaArguments,
     ModelArguments,
 )
+from ernie_tune.config.sections_online import CriticArguments, PolicyArguments, RolloutArguments
 from ernie_tune.config.sections_run import (
     ComputeArguments,
     EvalArguments,
@@ -53,7 +53,13 @@ __all__ = [
     "shapes_weights",
 ]
 
-VARYING = ("learning_rate", "per_device_train_batch_size", "prefix_sharing")  # defaults that `default_for` decides
+VARYING = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "prefix_sharing",
+    "beta",
+    "metric_for_best_model",
+)  # defaults that `default_for` decides
 # Sections whose settings belong together at every stage that compares answers: there, one that the stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
 
@@ -80,6 +86,8 @@ class RunConfig:
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)
     signals: SignalArguments = field(default_factory=SignalArguments)
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
+    policy: PolicyArguments = field(default_factory=PolicyArguments)
+    critic: CriticArguments = field(default_factory=CriticArguments)
 
     def applies(self, section: str) -> bool:
         """Whether settings of `section` have an effect at this stage and method."""
@@ -116,7 +124,13 @@ def default_for(name: str, stage: str, method: str) -> Any:
     if name == "learning_rate":
         return STAGES[stage].rates[method not in ("Full", "Freeze")]
     if name == "per_device_train_batch_size":
+        if STAGES[stage].samples:
+            return 8  # answers: one group of the usual size
         return 2 if stage == "KTO" else 1  # its baseline compares the answers of a step with one another
+    if name == "metric_for_best_model":
+        return "reward" if STAGES[stage].samples else SETTINGS[name].default
+    if name == "beta":
+        return 0.0 if STAGES[stage].samples else SETTINGS[name].default
     if name == "prefix_sharing":  # virtual tokens begin every dialogue
         return method not in ("Prompt", "PTuning", "Prefix")
     return SETTINGS[name].default

@@ -131,7 +131,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         count_trained_tokens metrics_output_path output_signal_dir record_optimizer_stat enable_global_training_logs log_global_grad_norm
         global_logging_interval internal_medicine_monitors internal_medicine_monitor_interval moe_logging autotuner_benchmark sft_benchmark
         dpo_benchmark print_param_status ray_scope wandb_project wandb_entity wandb_watch wandb_name wandb_log_model enable_channel_loss log_entropy
-        log_completions log_multimodal num_completions_to_print log_unique_prompts wandb_log_unique_prompts log_completions_hub_repo
+        log_multimodal log_unique_prompts wandb_log_unique_prompts log_completions_hub_repo
         log_rollout_offpolicy_metrics logging_token_usage use_wandb""",
     ),
     (
@@ -142,7 +142,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         compute_accuracy eval_iters minimum_eval_times max_evaluate_steps eval_on_each_dataset eval_with_do_generation eval_metric eval_use_evalscope
         eval_dataset_args eval_limit eval_generation_config extra_eval_args eval_packing acc_strategy save_generation_output do_sample num_beams
         length_penalty skip_special_tokens min_tokens frequency_penalty presence_penalty stream stream_options stop_words logprobs top_logprobs
-        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs repetition_penalty top_k min_p
+        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs repetition_penalty min_p
         eval_sample_packing eval_table_size max_predict_samples""",
     ),
     (
@@ -246,15 +246,15 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
     (
         "it belongs to stages that sample answers, or to a method that is not named here",
         "属于采样回答的阶段，或未启用的方法",
-        """num_generations_eval generation_batch_size steps_per_generation shuffle_dataset delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos
-        vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level multi_objective_aggregation scale_rewards mask_truncated_completions
-        top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
-        max_tool_calling_iterations off_policy_mask_threshold use_bias_correction_kl normalize_advantages reward_clip_range use_vllm ppo_buffer_size
-        ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type
-        reward_adapters reward_model_revision reward_template whiten_rewards kl_coef vf_coef cliprange_value gamma lam
-        num_mini_batches local_rollout_forward_batch_size num_sample_generations response_length missing_eos_penalty lmbda seq_kd gkd_logits_topk
-        async_generate multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env dynamic_sample max_resample_times overlong_filter
-        soft_max_length soft_cache_length tau_pos tau_neg advantage_estimator kl_in_reward advantage_reweight real_tau off_policy_sequence_mask_delta
+        """num_generations_eval generation_batch_size steps_per_generation shuffle_dataset vespo_k_pos
+        vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level
+        top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta
+        max_tool_calling_iterations use_bias_correction_kl normalize_advantages reward_clip_range use_vllm ppo_buffer_size
+        ppo_score_norm ppo_target ppo_whiten_rewards reward_model_adapters reward_model_quantization_bit reward_model_type
+        reward_adapters reward_model_revision reward_template
+        local_rollout_forward_batch_size num_sample_generations response_length lmbda seq_kd gkd_logits_topk
+        async_generate multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env
+        soft_max_length kl_in_reward advantage_reweight real_tau
         repetition_n_grams repetition_max_penalty loss_scale_type num_nodes discopop_tau adapter_act adapter_length asft_alpha eaft_alpha module_dropout
         pissa_iter pissa_convert loraplus_lr_embedding loraga lora_use_mixer use_quick_lora adapter_folder lorapro_x_mode lorapro_scaling_factor
         lokr_path lokr_dim prefix_path ssa_group_size_ratio rope_scaling_factor strategy_type strategy_name rlsd_lambda dropout_warmup_steps

@@ -34,18 +34,21 @@ _RM = ("RM",)
 _PAIRS = ("DPO", "UPO")
 _SCORED = ("DPO", "RM")
 _REFERRED = ("DPO", "KTO", "UPO")
+_COMPARED = (*_REFERRED, "RLVR", "PPO")
 _LABELS = ("KTO", "UPO")
 _PICTURES = ("DPO", "UPO", "RM")
 _JUDGED = ("DPO", "KTO", "UPO", "RM")
 _PROMPTED = (*_JUDGED, "RLVR", "PPO")
-_SAMPLED = ("UPO", "RLVR", "PPO")
+_SAMPLED = ("RLVR", "PPO")
 
 
 @dataclass(frozen=True)
 class PreferenceArguments:
     """Objectives that compare answers. Every stage but SFT and PT."""
 
-    beta: float = arg(0.1, "weight of the distance to the reference", "与参考距离的权重", low=0, stages=_REFERRED)
+    beta: float = arg(
+        0.1, "weight of the distance to the reference", "与参考距离的权重", low=0, stages=(*_REFERRED, *_SAMPLED)
+    )
     loss_type: tuple[str, ...] = arg(
         ("auto",),
         "objective, or several, comma separated; auto: that of the stage",
@@ -173,7 +176,7 @@ class ReferenceArguments:
     reference_free: bool = arg(
         False, "no reference model; only with losses that need none", "无参考模型；仅用于不需要参考的损失", stages=_DPO
     )
-    ref_mode: str = arg("auto", "where the reference comes from", "参考从何而来", REF_MODES, stages=_REFERRED)
+    ref_mode: str = arg("auto", "where the reference comes from", "参考从何而来", REF_MODES, stages=_COMPARED)
     ref_logps_path: str = arg(
         "",
         "file of the precomputed reference; empty: output_dir/reference_logps.npz",
@@ -331,25 +334,3 @@ class SignalArguments:
         stages=_UPO,
         shapes=False,
     )
-
-
-@dataclass(frozen=True)
-class RolloutArguments:
-    """Sampled answers and their rewards. Stages UPO, RLVR, PPO."""
-
-    num_generations: int = arg(8, "answers sampled a prompt", "每个提示采样的回答数", low=1, stages=_SAMPLED)
-    max_completion_length: int = arg(
-        512, "tokens sampled an answer, at most", "每个采样回答最多的 token 数", low=1, stages=_SAMPLED
-    )
-    temperature: float = arg(1.0, "sampling temperature", "采样温度", low=0.01, stages=_SAMPLED)
-    top_p: float = arg(1.0, "nucleus that is sampled from", "核采样的概率和", low=0.01, high=1, stages=_SAMPLED)
-    epsilon: float = arg(0.2, "lower clip of the probability ratio", "概率比的下裁剪", low=0, stages=_SAMPLED)
-    epsilon_high: float = arg(0.2, "upper clip of the probability ratio", "概率比的上裁剪", low=0, stages=_SAMPLED)
-    reward_funcs: tuple[str, ...] = arg(
-        (),
-        "rewards, comma separated; empty: what each row names",
-        "奖励，逗号分隔；空表示由每行指定",
-        stages=_SAMPLED,
-    )
-    reward_weights: tuple[float, ...] = arg((), "one weight a reward", "每个奖励一个权重", stages=_SAMPLED)
-    num_iterations: int = arg(1, "updates from one batch of answers", "一批回答上的更新次数", low=1, stages=_SAMPLED)

@@ -51,6 +51,25 @@ EDGE_LOSSES = PAIR_LOSSES[: PAIR_LOSSES.index("sft")]
 # Those that compare with no reference policy.
 UNREFERENCED = ("simpo", "odds", "cpo_sigmoid", "orpo", "cpo")
 LABEL_LOSSES = ("kto", "bco", "apo_zero_unpaired")
+# Names of the policy's losses; `objectives/policy.py` computes them.
+POLICY_LOSSES = (
+    *(
+        "grpo",
+        "dapo",
+        "bnpo",
+        "dr_grpo",
+        "ppo",
+        "gspo",
+        "gspo_token",
+        "luspo",
+        "cispo",
+        "sapo",
+        "gmpo",
+        "rloo",
+        "reinforce",
+        "vespo",
+    ),
+)
 UPO_PRESETS = ("upo_hetero", "mpo")
 ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")  # that sample answers while they learn
 UPO_TERMS = ("pair", "bco_pair", "rank", "rate", "bin", "nll")  # that rows can feed
@@ -105,12 +124,14 @@ _ALL = (
     ),
     Stage(
         "RLVR",
-        "",
-        ("verifiable",),
+        f"{_TRAINERS}.online:RLVRTrainer",
+        ("verifiable", "prompt"),
         samples=True,
         reference=True,
         help="sample answers and learn from rewards that can be checked",
         help_zh="采样回答，从可验证的奖励学习",
+        losses=POLICY_LOSSES,
+        verb="rlvr",
     ),
     Stage(
         "PT",

@@ -35,3 +35,10 @@ class TrainingArguments(RunConfig):
         if name not in SETTINGS:
             raise AttributeError(f"TrainingArguments has no setting {name!r}{did_you_mean(name, SETTINGS)}")
         return self.flat()[name]
+
+
+class GRPOConfig(TrainingArguments):
+    """TRL's name for the settings of a run that samples answers: stage RLVR, all weights trained unless `fine_tuning` says otherwise."""
+
+    def __init__(self, output_dir: str | Path | None = None, **settings: Any) -> None:
+        super().__init__(output_dir, **{"stage": "RLVR", "fine_tuning": "Full", **settings})

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ernie_tune.config.language import Text, counted, join, say
-from ernie_tune.data.batching import Dropped, RecordEncoder
+from ernie_tune.data.batching import Dropped
 from ernie_tune.data.notes import FileNotes
 from ernie_tune.data.records import Record
 
@@ -48,7 +49,14 @@ class Survey:
         )
 
 
-def survey(sets: Sequence[Sequence[Record]], encoder: RecordEncoder, limit: int = SURVEYED_ROWS) -> Survey:
+class KnowsRows(Protocol):
+    """What tells whether a row can be used, such as a `RecordEncoder`."""
+
+    def usable(self, record: Record, dropped: Dropped) -> bool:
+        """Whether it can, a reason noted where not."""
+
+
+def survey(sets: Sequence[Sequence[Record]], encoder: KnowsRows, limit: int = SURVEYED_ROWS) -> Survey:
     """Look at the rows of all sets (`limit` of them at most). Raises DataError and ValueError for a row that would stop the run, and where no row
     can be used."""
     found = Survey(rows=sum(map(len, sets)))

@@ -61,13 +61,18 @@ class Targets(Protocol):
     def target_N(self) -> np.ndarray: ...
 
 
-def target_logp(model: Any, hidden_TD: Tensor, batch: Targets) -> Tensor:
-    """Log-probability of each target, [N] float32; the head runs on target positions only."""
+def target_logp(
+    model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
+) -> Tensor:
+    """Log-probability of each target, [N] float32; the head runs on target positions only. `temperature` and `banned`: see `token_logp`."""
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
-    return token_logp(hidden_ND, weight, paddle.to_tensor(batch.target_N), transposed=transposed)
+    target_N = paddle.to_tensor(batch.target_N)
+    return token_logp(hidden_ND, weight, target_N, transposed=transposed, temperature=temperature, banned=banned)
 
 
-def logp_outputs(model: Any, hidden_TD: Tensor, batch: Targets) -> Outputs:
+def logp_outputs(
+    model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
+) -> Outputs:
     """`target_logp` as an objective's outputs: logp_N."""
-    return {"logp_N": target_logp(model, hidden_TD, batch)}
+    return {"logp_N": target_logp(model, hidden_TD, batch, temperature, banned)}

@@ -66,11 +66,11 @@ class PolicyObjective:
         return 1.0  # each term has its own divisor
 
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
-        """logp_N, and entropy_N where it is rewarded or logged."""
+        """logp_N, and entropy_N where something rewards or logs it."""
         weight, transposed = model.head_weight()
         hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
         target_N = paddle.to_tensor(batch.target_N)
-        how = {"transposed": transposed, "temperature": self.temperature, "banned": self.banned}
+        how: dict[str, Any] = {"transposed": transposed, "temperature": self.temperature, "banned": self.banned}
         if not (self.rewards_entropy or self.log_entropy):
             return {"logp_N": token_logp(hidden_ND, weight, target_N, **how)}
         logp_N, entropy_N = token_logp_and_entropy(hidden_ND, weight, target_N, **how)
@@ -81,12 +81,12 @@ class PolicyObjective:
         terms = policy_terms(sampled, self.hyper, kl=self.beta > 0, entropy=self.rewards_entropy)
         weights = {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
         out = combine(terms, weights, self._counts, "policy/{}_loss")
-        return LossOut(out.total, out.count, {**out.metrics, **self._mismatch(sampled, batch)})
+        named = {k: v for k, v in out.metrics.items() if len(terms) > 1 or k != "policy/pg_loss"}
+        return LossOut(out.total, out.count, {**named, **self._mismatch(sampled, batch)})
 
     def sampled(self, outputs: Outputs, batch: UnitBatch) -> Sampled:
         """The batch's answers as the objectives take them."""
         columns = batch.columns
-        logp_N, entropy_N = outputs["logp_N"], outputs.get("entropy_N")
         weight_N = np.ones(len(batch.target_N))
         if self.rollout_is != "none":
             weight_N = correction(
@@ -95,7 +95,7 @@ class PolicyObjective:
         if "entropy_keep_N" in columns:
             weight_N = weight_N * columns["entropy_keep_N"]
         return Sampled(
-            logp_N,
+            outputs["logp_N"],
             columns["advantage_N"],
             batch.candidate_N,
             batch.length_C,
@@ -103,7 +103,7 @@ class PolicyObjective:
             columns.get("ref_logp_N"),
             weight_N,
             kept_answers(batch),
-            entropy_N,
+            outputs.get("entropy_N"),
         )
 
     def _mismatch(self, sampled: Sampled, batch: UnitBatch) -> dict[str, tuple[float, float]]:

@@ -26,7 +26,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import StagedForward, frozen_outputs
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.objectives.objective import logp_outputs
+from ernie_tune.objectives.objective import Outputs, logp_outputs
 from ernie_tune.objectives.preference import mixed_reference
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
@@ -225,7 +225,8 @@ class Reference:
     """Log-probabilities under the policy that training started from, or under what has become of it (TR-DPO).
 
     On a mesh every rank makes one, and the calls of `lacks`, `attached` and `compute` with it together. `asked`: what is called for the policy, where
-    that is not the model itself; `lay`: puts a model beside it on the mesh and returns what is called for that.
+    that is not the model itself; `lay`: puts a model beside it on the mesh and returns what is called for that; `outputs`: what log-probabilities are
+    (of answers that were sampled: over what could be sampled).
     """
 
     def __init__(
@@ -235,9 +236,10 @@ class Reference:
         identity: Mapping[str, str] | None = None,
         asked: Asked | None = None,
         lay: Lay = lambda model: model,
+        outputs: Callable[..., Outputs] = logp_outputs,
     ) -> None:
         """Takes its copy now, so make it before the policy changes. `mode`: one that `choose_mode` gives."""
-        self.policy, self.mode = policy, mode
+        self.policy, self.mode, self.outputs = policy, mode, outputs
         self.asked: Asked = policy if asked is None else asked
         self.cache = LogpCache(identity or {})
         self.model: ErnieModel | None = None
@@ -289,7 +291,7 @@ class Reference:
     def compute(self, batch: UnitBatch) -> np.ndarray:
         """Log-probabilities [N] by the reference, without gradients and dropout."""
         with self._acting() as model:
-            return frozen_logp(model, batch)
+            return frozen_outputs(model, self.outputs, batch)["logp_N"]
 
     def update(self, share: float) -> None:
         """TR-DPO: move the reference towards the policy (share 1: copy it). On a mesh each rank moves its part."""

@@ -9,7 +9,6 @@ Refuses to know: losses, optimizers, which engine samples, what judges ask.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +65,7 @@ class RolloutSettings:
     lam: float = 0.95
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
+    prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -194,7 +194,7 @@ class Rollouts:
         groups = self._kept(*self._sampled())
         self._attach(groups)
         self._advantages(groups)
-        self.metrics = self._measured(groups)
+        self.metrics = self._measured()
         self.sink(self.round, groups)
         self.round += 1
         return groups
@@ -204,7 +204,7 @@ class Rollouts:
         batch = collate_units([group.unit for group in groups], self.processor)
         names = set.intersection(*(set(group.columns) for group in groups))
         columns = {name: np.concatenate([group.columns[name] for group in groups]) for name in sorted(names)}
-        return dataclasses.replace(batch, columns={**batch.columns, **columns})
+        return batch.with_columns(**columns)
 
     def _dealt(self, groups: list[Rolled]) -> list[list[list[Rolled]]]:
         """The round as windows of micro-batches, shuffled anew in each pass. Every rank makes equally many."""
@@ -248,7 +248,7 @@ class Rollouts:
         if self.settings.dynamic_sample:
             for group in fill:
                 group.counts_G = np.zeros_like(group.counts_G)
-        self._seen = (live[:wanted] + fill, len(live) + len(flat), len(flat), attempts)
+        self._seen = (live + flat, len(flat), attempts)
         return live[:wanted] + fill
 
     def _tell_stream(self, groups: Sequence[Rolled]) -> None:
@@ -343,7 +343,7 @@ class Rollouts:
             dialogues.append(dialogue)
         nothing = np.full(len(answers), np.nan)
         record = self.records[number]
-        shared = prompt.num_tokens if len(dialogues) > 1 else 0
+        shared = prompt.num_tokens if s.prefix_sharing and len(dialogues) > 1 else 0
         unit = Unit(
             tuple(dialogues),
             shared,
@@ -440,21 +440,24 @@ class Rollouts:
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
-    def _measured(self, groups: Sequence[Rolled]) -> dict[str, float]:
-        """Means over all ranks, under TRL's names."""
-        kept, sampled, flat, attempts = self._seen
+    def _measured(self) -> dict[str, float]:
+        """Means over all ranks and all that was sampled, also what was replaced, under TRL's names."""
+        groups, flat, attempts = self._seen
         answers = [a for g in groups for a in g.answers]
         reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
         length_C = np.array([len(a.token_ids) for a in answers], np.float64)
         ended_C = np.array([a.finished for a in answers], np.float64)
         columns = {"reward": reward_C, "completions/mean_length": length_C, "completions/clipped_ratio": 1 - ended_C}
-        for name in self.rubric.names:
-            columns[f"rewards/{name}/mean"] = np.array([_number(one.parts[name]) for g in groups for one in g.scored])
-        for name in sorted({n for g in groups for one in g.scored for n in one.details}):
-            values = [_number(one.details.get(name)) for g in groups for one in g.scored]
-            columns[f"rewards/{name}/mean"] = np.array(values)
-        columns["reward_std"] = np.array([np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in kept])
-        solved = [(g.reward_G >= 1).all() for g in kept]
+        scored = [one for g in groups for one in g.scored]
+        details = sorted({name for one in scored for name in one.details})
+        for name in self.rubric.names if len(self.rubric.names) > 1 or not details else ():
+            columns[f"rewards/{name}/mean"] = np.array([_number(one.parts[name]) for one in scored])
+        for name in details:
+            columns[f"rewards/{name}/mean"] = np.array([_number(one.details.get(name)) for one in scored])
+        columns["reward_std"] = np.array(
+            [np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in groups]
+        )
+        solved = [(g.reward_G >= 1).all() for g in groups]
         columns["frac_groups_all_right"] = np.array(solved, np.float64)
         sums: dict[str, tuple[float, float]] = {}
         names = sorted({name for said in self.ranks.gather(sorted(columns)) for name in said})
@@ -464,7 +467,7 @@ class Rollouts:
             both = self.ranks.total(np.array([known.sum(), len(known)], np.float64))
             sums[name] = (float(both[0]), float(both[1]))
         out = {name: total / count for name, (total, count) in sums.items() if count}
-        all_flat, all_sampled = self.ranks.total(np.array([flat, sampled], np.float64))
+        all_flat, all_sampled = self.ranks.total(np.array([flat, len(groups)], np.float64))
         out["frac_reward_zero_std"] = float(all_flat / max(all_sampled, 1.0))
         lengths = self.ranks.gather((float(length_C.min(initial=np.inf)), float(length_C.max(initial=0))))
         out["completions/min_length"] = min(low for low, _ in lengths)

@@ -32,12 +32,12 @@ def unit_encoder(config: RunConfig, processor: Processor, learned: tuple[str, ..
     return UnitEncoder(processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, learned)
 
 
-def check_shared_prompts(model: ErnieModel, encoder: UnitEncoder) -> None:
+def check_shared_prompts(model: ErnieModel, share: bool) -> None:
     """ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to
     be computed once."""
     if isinstance(model, PeftModel) and model.active is not None:
         config = model.adapters[model.active].config
-        if isinstance(config, PromptConfig | PrefixConfig) and encoder.share:
+        if isinstance(config, PromptConfig | PrefixConfig) and share:
             raise ValueError(
                 say(
                     f"prefix_sharing (true) must be false with {type(config).__name__.removesuffix('Config')}"

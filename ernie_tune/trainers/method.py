@@ -31,6 +31,7 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.data.batching import BatchStream, RecordEncoder, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
+from ernie_tune.data.survey import Survey, survey
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
@@ -124,6 +125,10 @@ class Method:
         """A window with what the objective needs beside the rows, such as a reference's answers.
         All ranks call it."""
         return given
+
+    def surveyed(self, stream: BatchStream) -> Survey:
+        """Which rows can be used, and why others cannot. Raises ValueError for a row that would stop the run later, and where none can be used."""
+        return survey(stream.shard.mixture.sources, stream.encoder)
 
     def heaviest(self, stream: BatchStream) -> Window | None:
         """The window that needs most memory, for a forward and backward before the first step; None

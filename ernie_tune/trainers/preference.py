@@ -90,7 +90,7 @@ class PreferenceMethod(Method):
         return self.pictures.beside(sets, self.learns_pairs())
 
     def attach(self, model: ErnieModel) -> None:
-        check_shared_prompts(model, self.encoder)
+        check_shared_prompts(model, self.encoder.share)
 
     # --- the reference -----------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class RewardMethod(Method):
 
     def attach(self, model: ErnieModel) -> None:
         c, s = self.config, self.config.signals
-        check_shared_prompts(model, self.encoder)
+        check_shared_prompts(model, self.encoder.share)
         attach_head(model, c.train.seed, s.rating_levels if s.rating_loss == "ordinal" else 0)
         for folder in (c.lora.lora_path, c.model.model_name_or_path):
             if folder and (Path(folder) / HEAD_FOLDER).is_dir():  # a reward model that is trained further

@@ -17,7 +17,6 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.survey import survey
 from ernie_tune.machine.placed import Placed
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.interval import Interval
@@ -345,7 +344,7 @@ class Run:
         for line in [*lines, *p.table, *header_lines(facts)]:
             say(line)
         if self.place.is_writer:
-            for told, level in survey(self.stream.shard.mixture.sources, self.stream.encoder).lines():
+            for told, level in self.method.surveyed(self.stream).lines():
                 say(told, level)
 
     def _announce_resume(self, checkpoint: Checkpoint) -> None:

@@ -120,7 +120,7 @@ WRONG = [
     ({"stage": "KTO"}, "per_device_train_batch_size (1) must be at least 2 at stage KTO"),
     ({"stage": "DPO", "fine_tuning": "Prompt"}, "prefix_sharing (true) must be false with fine_tuning Prompt"),
     ({"fine_tuning": "Freeze"}, "fine_tuning (Freeze) must come with trainable_layers"),
-    ({"stage": "RLVR"}, "stage (RLVR) cannot be trained in this version"),
+    ({"stage": "PPO"}, "stage (PPO) cannot be trained in this version"),
     ({"sharding": "stage2 offload"}, "sharding (stage2 offload) must be without offload in this version; set stage2"),
     ({"fp16": True}, "fp16 (true) has no effect in this version, must be left at false; set bf16: true"),
     ({"max_steps": 5, "warmup_steps": 6}, "warmup_steps (6) must not exceed max_steps (5)"),
@@ -151,10 +151,10 @@ def test_what_has_no_effect_is_a_note(text: str, name: str, words: str) -> None:
 
 
 def test_stages_that_are_not_built_are_notes_for_who_only_counts() -> None:
-    notes = load_text("stage: RLVR", "run.yaml").notes
-    assert notes[0].startswith("run.yaml:1: stage (RLVR) cannot be trained in this version")
-    with pytest.raises(ValueError, match=r"run.yaml:1: stage \(RLVR\) cannot be trained"):
-        load_text("stage: RLVR\nmodel: tiny-a\ndataset: a", "run.yaml", for_training=True)
+    notes = load_text("stage: PPO", "run.yaml").notes
+    assert notes[0].startswith("run.yaml:1: stage (PPO) cannot be trained in this version")
+    with pytest.raises(ValueError, match=r"run.yaml:1: stage \(PPO\) cannot be trained"):
+        load_text("stage: PPO\nmodel: tiny-a\ndataset: a", "run.yaml", for_training=True)
 
 
 def test_warm_up_is_rounded_as_transformers_does() -> None:

@@ -140,10 +140,10 @@ def test_verbs_say_the_same(here: Path, verb: str, capsys: pytest.CaptureFixture
 
 
 def test_estimate_and_data_check_tell_what_cannot_be_trained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("run.yaml").write_text(BASE + "stage: RLVR\ndataloader_num_workers: 4\nmax_seq_len: 64\n")
+    Path("run.yaml").write_text(BASE + "stage: PPO\ndataloader_num_workers: 4\nmax_seq_len: 64\n")
     assert main.main(["estimate", "run.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "stage (RLVR) cannot be trained in this version" in out
+    assert "stage (PPO) cannot be trained in this version" in out
     assert "dataloader_num_workers (4) has no effect" in out
     main.main(["data", "check", "run.yaml"])
-    assert "stage (RLVR) cannot be trained in this version" in capsys.readouterr().err
+    assert "stage (PPO) cannot be trained in this version" in capsys.readouterr().err

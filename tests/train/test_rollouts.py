@@ -277,7 +277,7 @@ def test_what_is_attached_stays_with_its_tokens(model: ErnieModel) -> None:
 
     def attach(batch: UnitBatch) -> UnitBatch:
         more = {"ref_logp_N": batch.columns["old_logp_N"] - 0.5, "value_N": batch.target_N / 1000.0}
-        return dataclasses.replace(batch, columns={**batch.columns, **more})
+        return batch.with_columns(**more)
 
     settings = dataclasses.replace(S, advantage_estimator="gae", kl_coef=0.1, num_mini_batches=2, lam=1.0)
     for window in itertools.islice(rollouts(model, settings, attach=[attach]).windows(), 2):

@@ -1,0 +1,253 @@
+"""Settings of methods that sample answers while they learn: rollouts, rewards, the policy's loss, the critic. Sections of at most 20 fields.
+
+Names are TRL's where it has them. Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together
+(checks.py), paddle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernie_tune.config.field import arg
+
+_RL = ("RLVR", "PPO")
+_RLVR = ("RLVR",)
+_PPO = ("PPO",)
+ESTIMATORS = {
+    "auto": ("grpo, or gae with a critic", "grpo；有价值网络时为 gae"),
+    "grpo": ("relative to the answers of the same prompt", "相对同一提示的其他回答"),
+    "rloo": ("relative to the other answers of the prompt", "相对该提示的其余回答"),
+    "max_rl": ("relative to the prompt's mean reward", "相对该提示的平均奖励"),
+    "reinforce_plus_plus": ("returns whitened over the batch", "整批白化的回报"),
+    "reinforce_plus_plus_baseline": ("less the prompt's mean, whitened over the batch", "减去提示均值后整批白化"),
+    "gae": ("against a critic", "相对价值网络"),
+}
+CORRECTIONS = {
+    "none": ("no correction", "不修正"),
+    "tis_token": ("ratios cut above", "截断比率"),
+    "icepop": ("tokens outside the bounds are left out", "去除越界 token"),
+    "tis_sequence": ("answers' ratios cut above", "截断整个回答的比率"),
+    "mask_sequence": ("answers above are left out", "去除越界回答"),
+    "geometric": ("answers whose mean ratio is outside are left out", "去除平均比率越界的回答"),
+}
+
+
+@dataclass(frozen=True)
+class RolloutArguments:
+    """Sampled answers and their rewards. Stages RLVR and PPO."""
+
+    num_generations: int = arg(8, "answers sampled a prompt", "每个提示采样的回答数", low=1, stages=_RL)
+    max_completion_length: int = arg(
+        512, "tokens sampled an answer, at most", "每个采样回答最多的 token 数", low=1, stages=_RL
+    )
+    temperature: float = arg(1.0, "sampling temperature", "采样温度", low=0.01, stages=_RL)
+    top_p: float = arg(
+        1.0,
+        "nucleus that is sampled from; only 1 while learning",
+        "核采样的概率和；学习时只能为 1",
+        low=0.01,
+        high=1,
+        stages=_RL,
+    )
+    top_k: int = arg(
+        0,
+        "likeliest tokens that are sampled from; only 0 (all) while learning",
+        "只从最可能的若干 token 采样；学习时只能为 0（全部）",
+        low=0,
+        stages=_RL,
+    )
+    num_iterations: int = arg(1, "passes over one round of answers", "对一轮回答训练的遍数", low=1, stages=_RL)
+    num_mini_batches: int = arg(1, "optimizer steps a pass", "每遍的优化步数", low=1, stages=_RL)
+    dynamic_sample: bool = arg(
+        True,
+        "replace prompts whose answers all earn the same",
+        "替换所有回答奖励相同的提示",
+        stages=_RLVR,
+    )
+    max_resample_times: int = arg(3, "how often, at most", "最多替换次数", low=0, stages=_RLVR)
+    difficulty_sampler: bool = arg(
+        False, "draw prompts that are neither solved nor hopeless more often", "更常抽取难度适中的提示", stages=_RL
+    )
+    reward_funcs: tuple[str, ...] = arg(
+        (),
+        "rewards, comma separated: names of checkers, file.py:function, or folders of reward models; empty: what each row names",
+        "奖励，逗号分隔：检查器名、file.py:function 或奖励模型目录；空表示由每行指定",
+        stages=_RL,
+    )
+    reward_weights: tuple[float, ...] = arg((), "one weight a reward", "每个奖励一个权重", stages=_RL)
+    reward_aggregation: str = arg(
+        "sum_then_normalize",
+        "how several rewards become one",
+        "多个奖励如何合并",
+        {
+            "sum_then_normalize": ("summed, then compared", "先求和再比较"),
+            "normalize_then_sum": ("each compared, then summed (GDPO)", "各自比较后求和（GDPO）"),
+        },
+        stages=_RLVR,
+    )
+    reward_error: str = arg(
+        "raise",
+        "what an error in a reward function does",
+        "奖励函数出错时的处理",
+        {"raise": ("ends the run", "结束运行"), "none": ("leaves the answers out, counted", "忽略这些回答并计数")},
+        stages=_RL,
+    )
+    reward_check: bool = arg(
+        True,
+        "ask each reward function twice at the start, to find chance",
+        "开始时对奖励函数询问两次，以发现随机性",
+        stages=_RL,
+        shapes=False,
+    )
+    reward_timeout_seconds: float = arg(
+        60.0, "time of an async reward function", "异步奖励函数的时限（秒）", low=0.01, stages=_RL
+    )
+    log_completions: bool = arg(
+        True,
+        "write every answer with its rewards to rollouts.jsonl",
+        "把每个回答及其奖励写入 rollouts.jsonl",
+        stages=_RL,
+        shapes=False,
+    )
+    num_completions_to_print: int = arg(
+        2, "answers shown in the log at each logged step", "每次记录时显示的回答数", low=0, stages=_RL, shapes=False
+    )
+
+
+@dataclass(frozen=True)
+class PolicyArguments:
+    """The policy's loss. Stages RLVR and PPO."""
+
+    advantage_estimator: str = arg("auto", "what answers are compared with", "回答与什么比较", ESTIMATORS, stages=_RL)
+    scale_rewards: str = arg(
+        "group",
+        "what rewards are divided by",
+        "奖励除以什么",
+        {
+            "group": ("the spread of the prompt's answers", "该提示回答的标准差"),
+            "batch": ("the spread of the batch", "整批的标准差"),
+            "none": ("nothing (Dr.GRPO)", "不除（Dr.GRPO）"),
+        },
+        stages=_RLVR,
+    )
+    loss_agg: str = arg(
+        "auto",
+        "how tokens become one loss; auto: as the loss's paper",
+        "token 如何合成损失；auto：按论文",
+        {
+            "auto": ("as the loss's paper", "按论文"),
+            "seq_mean": ("mean over answers of their mean", "回答均值的均值"),
+            "token": ("mean over tokens", "token 均值"),
+            "fixed": ("over answers times max_completion_length", "除以回答数乘 max_completion_length"),
+            "seq_sum": ("mean over answers of their sum", "回答之和的均值"),
+        },
+        stages=_RL,
+    )
+    epsilon: float | None = arg(
+        None,
+        "lower clip of the probability ratio; null: 0.2, 3e-4 for gspo",
+        "概率比的下裁剪；null：0.2，gspo 为 3e-4",
+        low=1e-9,
+        stages=_RL,
+    )
+    epsilon_high: float | None = arg(
+        None,
+        "upper clip; null: 0.28 (0.2 for ppo), 4e-4 for gspo",
+        "上裁剪；null：0.28（ppo 为 0.2），gspo 为 4e-4",
+        low=1e-9,
+        stages=_RL,
+    )
+    delta: float | None = arg(None, "cap of the unclipped ratio", "未裁剪比率的上限", low=1, stages=_RL)
+    dual_clip: float | None = arg(None, "bound of the loss of bad answers", "差回答损失的界", low=1, stages=_RL)
+    cispo_cap: float = arg(
+        5.0,
+        "bound of CISPO's weight, the ratio itself",
+        "CISPO 权重（比率本身）的上限",
+        low=0.01,
+        stages=_RL,
+        losses=("cispo",),
+    )
+    sapo_temperature_pos: float = arg(
+        1.0, "SAPO's temperature of good answers", "SAPO 对好回答的温度", low=0.01, stages=_RL, losses=("sapo",)
+    )
+    sapo_temperature_neg: float = arg(
+        1.05, "SAPO's temperature of bad answers", "SAPO 对差回答的温度", low=0.01, stages=_RL, losses=("sapo",)
+    )
+    off_policy_mask_threshold: float | None = arg(
+        None,
+        "leave out bad answers that became less likely by more nats a token",
+        "去除每 token 概率降低超过此值（nat）的差回答",
+        low=0,
+        stages=_RL,
+    )
+    kl_type: str = arg(
+        "k3_is",
+        "estimator of the distance to the reference",
+        "与参考距离的估计",
+        {
+            "k1": ("log-ratio; as a loss it teaches nothing", "对数比；作为损失不起作用"),
+            "k2": ("half its square", "其平方的一半"),
+            "k3": ("never negative", "恒非负"),
+            "k3_is": ("k3 times the ratio: the gradient of the KL", "k3 乘比率：KL 的梯度"),
+        },
+        stages=_RL,
+    )
+    kl_coef: float | None = arg(
+        None,
+        "KL penalty in the reward; null: 0 (0.05 at stage PPO)",
+        "奖励中的 KL 惩罚；null：0（PPO 为 0.05）",
+        low=0,
+        stages=_RL,
+    )
+    mask_truncated_completions: bool = arg(
+        False, "leave answers that were cut off out of the loss", "损失中去除被截断的回答", stages=_RL
+    )
+    overlong_buffer: int = arg(
+        0,
+        "tokens before the limit from which length is punished",
+        "接近上限时开始惩罚长度的 token 数",
+        low=0,
+        stages=_RL,
+    )
+    overlong_penalty: float = arg(1.0, "the whole of that punishment", "该惩罚的总量", low=0, stages=_RL)
+    entropy_coef: float = arg(0.0, "reward of uncertainty", "对不确定性的奖励", low=0, stages=_RL)
+    use_adaptive_entropy: bool = arg(
+        False, "move entropy_coef towards entropy_target", "使 entropy_coef 趋向 entropy_target", stages=_RL
+    )
+    entropy_target: float = arg(0.2, "entropy to keep, nats a token", "保持的熵（每 token nat）", low=0, stages=_RL)
+    rollout_is: str = arg(
+        "none",
+        "correction of what sampling and training see differently",
+        "采样与训练差异的修正",
+        CORRECTIONS,
+        stages=_RL,
+    )
+
+
+@dataclass(frozen=True)
+class CriticArguments:
+    """The critic, its returns and the reward model. Stage PPO."""
+
+    reward_model: str = arg("", "folder of a reward model that scores answers", "给回答打分的奖励模型目录", stages=_PPO)
+    gamma: float = arg(1.0, "discount of later rewards", "后续奖励的折扣", low=0, high=1, stages=_PPO)
+    lam: float = arg(0.95, "lambda of generalised advantages", "广义优势估计的 lambda", low=0, high=1, stages=_PPO)
+    vf_coef: float = arg(0.1, "weight of the critic's loss", "价值损失的权重", low=0, stages=_PPO)
+    cliprange_value: float = arg(
+        0.2, "how far values may move from before", "价值相对之前的最大变化", low=0.0001, stages=_PPO
+    )
+    whiten_rewards: bool = arg(False, "scale rewards to unit spread", "把奖励缩放到单位方差", stages=_PPO)
+    missing_eos_penalty: float | None = arg(
+        None, "taken from answers that do not end", "未结束的回答扣除的奖励", low=0, stages=_PPO
+    )
+    kl_target: float | None = arg(
+        None, "KL that kl_coef is steered to; null: fixed", "kl_coef 调节的目标 KL；null：固定", low=0.0001, stages=_PPO
+    )
+    kl_horizon: int = arg(10_000, "answers over which it is steered", "调节的回答数", low=1, stages=_PPO)
+    critic_warmup: int = arg(0, "steps in which the critic alone learns", "只训练价值网络的步数", low=0, stages=_PPO)
+    value_learning_rate: float | None = arg(
+        None,
+        "the critic's rate; null: 10 times learning_rate",
+        "价值网络学习率；null：learning_rate 的 10 倍",
+        low=0,
+        stages=_PPO,
+    )

@@ -1,0 +1,550 @@
+"""`RLVRTrainer`: learn from answers that the policy samples itself, judged by checkers, functions or models.
+
+A rollout is another iterator of windows: everything else is the run that other methods have.
+Refuses to know: formulas (objectives), how answers are sampled (generate) and judged (rewards), how a round is made (train/rollouts.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
+from ernie_tune.data.batching import THINKING, Dropped
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.prompts import Difficulty, PromptStream
+from ernie_tune.data.records import Record, Reward, Verifier
+from ernie_tune.data.survey import Survey, survey
+from ernie_tune.data.units import UnitBatch
+from ernie_tune.generate.batch import Completion, Prompt
+from ernie_tune.generate.engine import Engine
+from ernie_tune.generate.scheduler import Capacity, complete
+from ernie_tune.machine.place import Place
+from ernie_tune.machine.placed import Placed
+from ernie_tune.objectives.objective import logp_outputs
+from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
+from ernie_tune.rewards.attacks import reference_answer
+from ernie_tune.rewards.rubric import Answered, Function, Judge, RowVerifiers, Rubric, load_function
+from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
+from ernie_tune.train.evaluate import Question, question
+from ernie_tune.train.policy import PolicyObjective
+from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
+from ernie_tune.train.rollouts import Ranks, Rolled, Rollouts, RolloutSettings
+from ernie_tune.trainers import assemble
+from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.judged import check_shared_prompts
+from ernie_tune.trainers.measure import Measure
+from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+
+COMPLETIONS_FILE = "rollouts.jsonl"
+STREAM_FOLDER = "rollouts"
+_ROWS = 64  # answers computed at once
+
+
+class _DataRanks(Ranks):
+    """The processes that hold different prompts."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.rank, self.size = place.batch
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.place.gather_batch(value)
+
+    def total(self, sums: np.ndarray) -> np.ndarray:
+        return np.sum(self.place.gather_batch(sums), axis=0)
+
+
+class RolloutStream:
+    """Prompts in the place of a data stream: how far they are. Windows come from rounds of answers to them."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        seed: int,
+        windows_per_round: int,
+        prompts_per_round: int,
+        by_difficulty: bool,
+    ) -> None:
+        self.records = records
+        self.prompts = PromptStream(len(records), seed, Difficulty() if by_difficulty else None)
+        self.windows_per_round, self.prompts_per_round = windows_per_round, prompts_per_round
+        self.dropped = Dropped()
+
+    @property
+    def epoch(self) -> float:
+        """How often every prompt was drawn, on average."""
+        return self.prompts.passes
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far; what is needed to go on is the rounds' own part."""
+        return {"drawn": self.prompts.drawn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The rounds' part says it all."""
+
+
+class _Prompts:
+    """Which prompts can be answered: those that are not too long (they are never cut, a cut could part a picture)."""
+
+    def __init__(self, processor: Processor, max_tokens: int) -> None:
+        self.processor, self.max_tokens = processor, max_tokens
+
+    def usable(self, record: Record, dropped: Dropped) -> bool:
+        """Whether it can, a reason noted where not."""
+        thinking, where = THINKING.get(record.mode), str(record.meta)
+        tokens, _ = self.processor.measure(
+            record.prompt,
+            record.images,
+            record.videos,
+            tools=record.tools,
+            thinking=thinking,
+            add_generation_prompt=True,
+            where=where,
+        )
+        if tokens > self.max_tokens:
+            dropped.add(
+                say(
+                    f"prompt longer than max_prompt_len ({self.max_tokens} tokens)",
+                    f"提示超过 max_prompt_len（{self.max_tokens} 个 token）",
+                ),
+                where,
+            )
+        return tokens <= self.max_tokens
+
+
+class RolloutsPart:
+    """Where the prompts stand and what is left of a round: one folder for each rank that holds other prompts."""
+
+    def __init__(self, place: Place, rollouts: Rollouts) -> None:
+        self.place, self.rollouts = place, rollouts
+
+    def save(self, folder: Path) -> None:
+        rank = self.place.batch[0]
+        first = min(process for process, part in self.place.gather((self.place.rank, rank)) if part == rank)
+        if self.place.rank == first:  # others that hold these prompts hold the same answers
+            self.rollouts.save(folder / self._name(rank))
+
+    def load(self, folder: Path) -> None:
+        rank, size = self.place.batch
+        found = len(list(folder.glob(f"{STREAM_FOLDER}*")))
+        if found != size:
+            raise ValueError(
+                say(
+                    f"{folder} must hold the rollouts of {size} data ranks and holds those of {found}; go on with as many as it was made with",
+                    f"{folder} 须含 {size} 个数据进程的采样，而现有 {found} 个；请用相同的进程数继续",
+                )
+            )
+        self.rollouts.load(folder / self._name(rank))
+
+    def _name(self, rank: int) -> str:
+        return f"{STREAM_FOLDER}_{rank}" if rank else STREAM_FOLDER
+
+
+class SampledAnswers(Method):
+    """Answers are sampled from the policy, judged, and compared within their group (or, with a critic, with what was expected)."""
+
+    stages = ("RLVR",)
+    signals = ("verifiable", "prompt")
+
+    def __init__(self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric) -> None:
+        self.settings = rollout_settings(config, place.batch[1])
+        self.rubric = rubric
+        super().__init__(config, place, processor)
+        self.reference: Reference | None = None
+        self._mode = ""  # of the reference, once it is chosen
+        self._fresh = False  # whether room was made for a copy of the adapter
+        self._rollouts: Rollouts | None = None
+        self._prompts: RolloutStream  # the run's, once its rows are known
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The rounds of the run."""
+        if self._rollouts is None:
+            raise AssertionError("prepare() makes the rollouts")
+        return self._rollouts
+
+    # --- before the run ----------------------------------------------------------------------------------------------
+
+    def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
+        """The rows as they are. Raises ValueError, naming the row, where nothing could check an answer to it, and for settings that need answers in rows."""
+        affinity = self.config.lora.lora_expert_affinity
+        if affinity > 0:
+            raise ValueError(
+                say(
+                    f"lora_expert_affinity ({affinity:g}) must be 0 at stage {self.config.model.stage}, whose rows hold no answers to measure experts by; train SFT with it first",
+                    f"阶段 {self.config.model.stage} 的数据没有可用于度量专家的回答，lora_expert_affinity（{affinity:g}）须为 0；请先用 SFT 训练",
+                )
+            )
+        for judge in self.rubric.judges:
+            if isinstance(judge, RowVerifiers):
+                for rows in sets:
+                    for i in range(len(rows)):
+                        judge.check(rows[i])
+        return sets
+
+    def stream(self, rows: RowSets) -> Any:
+        s = self.settings
+        records = [some[i] for some in rows.train for i in range(len(some))]
+        windows, by_difficulty = s.num_iterations * s.num_mini_batches, self.config.rollout.difficulty_sampler
+        self._prompts = RolloutStream(records, self.config.train.seed, windows, s.prompts, by_difficulty)
+        return self._prompts
+
+    def steps_per_pass(self, rows: RowSets) -> float:
+        s = self.settings
+        return sum(map(len, rows.train)) / s.prompts * s.num_iterations * s.num_mini_batches
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.preference.beta > 0 or self.settings.kl_coef > 0
+
+    @property
+    def compares_with_start(self) -> bool:  # type: ignore[override]
+        return self.needs_reference
+
+    def attach(self, model: Any) -> None:
+        """Raises ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to be computed once."""
+        check_shared_prompts(model, self.settings.prefix_sharing)
+
+    def before_put(self, model: Any) -> None:
+        """Choose the reference while the whole adapter can be seen, and make room for its copy. Raises ValueError for settings that do not go together."""
+        r, beta = self.config.reference.ref_mode, self.config.preference.beta
+        if self.needs_reference and r in ("none", "precomputed"):
+            raise ValueError(
+                say(
+                    f"ref_mode ({r}) must give a reference for answers that nobody knows before, with beta ({beta:g}) and kl_coef ({self.settings.kl_coef:g}); take auto, or set both to 0",
+                    f"beta（{beta:g}）与 kl_coef（{self.settings.kl_coef:g}）需要能给新回答打分的参考，ref_mode（{r}）不行；请用 auto，或将两者设为 0",
+                )
+            )
+        resumed = self.config.save.resume_only_model
+        self._mode = choose_mode(r, model, resumed) if self.needs_reference else "none"
+        self._fresh = self._mode == "adapter_ref" and make_room(model)
+
+    def objective(self, total_steps: int, steps_per_pass: float) -> PolicyObjective:
+        p = self.config.policy
+        return PolicyObjective(
+            policy_hyper(self.config),
+            self.banned,
+            self.settings.temperature,
+            self.config.preference.beta,
+            EntropyControl(p.entropy_coef, p.use_adaptive_entropy, p.entropy_target),
+            p.rollout_is,
+            log_entropy=True,
+        )
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Ids that sampling leaves out, and therefore training too."""
+        tokens = self.processor.tokens
+        return tokens.placeholders() + tokens.markers()
+
+    def prepare(self, policy: Placed, rows: RowSets, dry_run: bool) -> None:
+        self.policy, self.output_dir = policy, Path(self.config.save.output_dir)
+        if self._fresh:
+            take_copy(policy.model)
+            self._fresh = False
+        attach: list[Callable[[UnitBatch], UnitBatch]] = []
+        if self._mode != "none":
+            support = functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
+            with policy.whole():
+                self.reference = Reference(
+                    policy.model,
+                    self._mode,
+                    {},
+                    policy.forward,
+                    lambda model: self.place.put(model, trained=False).forward,
+                    support,
+                )
+            attach.append(self._with_reference)
+        self._rollouts = Rollouts(
+            self.settings,
+            self._prompts.records,
+            self.processor,
+            self.sample,
+            self.rubric,
+            attach,
+            self._prompts.prompts,
+            _DataRanks(self.place),
+            self._tell,
+        )
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def surveyed(self, stream: Any) -> Survey:
+        return survey([stream.records], _Prompts(self.processor, self.settings.max_prompt_length))
+
+    def heaviest(self, stream: Any) -> None:
+        """Nobody knows the longest answer beforehand."""
+
+    def windows(self, stream: Any) -> Iterator[Sequence[Any]]:
+        return self.rollouts.windows()
+
+    def metrics(self) -> Mapping[str, float]:
+        return self.rollouts.metrics
+
+    def sample(self, prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
+        """Answers to the prompts by the weights as they are now."""
+        engine = Engine(self.policy.forward, self.processor)
+        scheduler = engine.scheduler(Capacity(rows=max(_ROWS, self.settings.num_generations)))
+        return dict(complete(scheduler, sorted(prompts, key=lambda p: len(p.row.input_ids_L))))
+
+    def _with_reference(self, batch: UnitBatch) -> UnitBatch:
+        assert self.reference is not None
+        return batch.with_columns(ref_logp_N=self.reference.compute(batch))
+
+    def _tell(self, number: int, groups: Sequence[Rolled]) -> None:
+        """Every answer of a round with its rewards, for the eye and for later: one JSON object a line, written by one process."""
+        if not self.config.rollout.log_completions:
+            return
+        everybody = self.place.gather_batch([row for group in groups for row in _told(number, group)])
+        if self.place.is_writer:
+            lines = [json.dumps(row, ensure_ascii=False) for part in everybody for row in part]
+            with (self.output_dir / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+
+    def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
+        encoder = assemble.encoder_of(self.config, self.processor)
+        given = (self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
+        return OnlineMeasure(*given, rubric=self.rubric)
+
+    def parts(self) -> Mapping[str, Stateful]:
+        return {"rollouts": RolloutsPart(self.place, self.rollouts)}
+
+
+class RLVRTrainer(Trainer):
+    """Sample answers, judge them, and learn from what was better than expected.
+
+    `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers, "file.py:function", or a list of these, with
+    `reward_weights`; by default what each row names, or what its gold answer asks for. `processing_class`: TRL's name of `processor`. Arguments and errors as
+    `Trainer`'s. Also ValueError for rows that nothing can check, batch sizes that do not hold whole groups, and settings under which training would not see
+    what was sampled.
+    """
+
+    method_class = SampledAnswers
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: RunConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processor: Any = None,
+        *,
+        reward_funcs: Any = None,
+        reward_weights: Sequence[float] | None = None,
+        processing_class: Any = None,
+    ) -> None:
+        config = RunConfig() if args is None else args
+        self.rubric = rubric_of(config, reward_funcs, reward_weights)
+        super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class)
+
+    def make_method(self) -> Method:
+        return self.method_class(self.args, self.place, self.processor, self.rubric)
+
+
+class OnlineMeasure(Measure):
+    """Held-out prompts are answered greedily and judged as in training; there is no loss on answers that nobody wrote."""
+
+    def __init__(self, *args: Any, rubric: Rubric) -> None:
+        super().__init__(*args)
+        self.rubric = rubric
+
+    def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
+        done(len(rows))
+        return {}
+
+    def _measured(self, title: str, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
+        """Without answers there would be nothing to measure."""
+        return super()._measured(title, limit or max(1, self.config.eval.report_max_samples))
+
+    def _questions(self, limit: int) -> list[Question]:
+        count = min(limit, len(self.rows))
+        return [_asked(self.rows[i * len(self.rows) // count]) for i in range(count)]
+
+    def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
+        scores, given = super()._answers(asked, done)
+        if not asked:
+            return scores, given
+        judged = self.rubric([(q.record, [Answered(text)]) for q, text in zip(asked, given, strict=True)])
+        for name in self.rubric.names:
+            known = [value for one in judged if (value := one[0].parts[name]) is not None]
+            if known:
+                scores[f"reward/{name}"] = float(np.mean(known))
+        totals = [
+            sum(w * (one[0].parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
+            for one in judged
+        ]
+        return {"reward": float(np.mean(totals)), **scores}, given
+
+
+def _asked(record: Record) -> Question:
+    """A held-out prompt with its gold answer, or a dialogue cut before its last answer."""
+    if record.messages[-1]["role"] == "assistant":
+        return question(record)
+    gold = record.reward.answer if record.reward else None
+    answer = "" if gold is None else reference_answer(gold)
+    whole = dataclasses.replace(record, messages=(*record.messages, {"role": "assistant", "content": answer}))
+    return dataclasses.replace(question(whole), record=whole)
+
+
+def _told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
+    first = 0
+    advantage_N = group.columns["advantage_N"]
+    for i, (answer, scored, length) in enumerate(
+        zip(group.answers, group.scored, group.length_G.tolist(), strict=True)
+    ):
+        own = advantage_N[first : first + length]
+        first += length
+        yield {
+            "round": number,
+            "prompt": group.number,
+            "row": str(group.record.meta),
+            "sample": i,
+            "text": answer.text,
+            "tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "reward": None if np.isnan(group.reward_G[i]) else float(group.reward_G[i]),
+            "rewards": {**scored.parts, **{k: v for k, v in scored.details.items() if k not in scored.parts}},
+            "advantage": float(own.mean()) if length else 0.0,
+        }
+
+
+# --- from settings -----------------------------------------------------------------------------------------------------
+
+
+def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
+    """The settings of a round. `per_device_train_batch_size` counts answers, as TRL's does; raises ValueError where a step does not hold whole groups."""
+    r, p, t, c = config.rollout, config.policy, config.train, config.critic
+    ppo = config.model.stage == "PPO"
+    answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
+    if answers % r.num_generations:
+        near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
+        raise ValueError(
+            say(
+                f"per_device_train_batch_size x gradient_accumulation_steps ({answers} answers) must be a multiple of num_generations ({r.num_generations}); take one of {near}",
+                f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 num_generations（{r.num_generations}）的倍数；可取 {near}",
+            )
+        )
+    estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
+    kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
+    return RolloutSettings(
+        prompts=answers // r.num_generations * r.num_mini_batches * data_ranks,
+        num_generations=r.num_generations,
+        max_completion_length=r.max_completion_length,
+        max_prompt_length=config.preference.max_prompt_len,
+        temperature=r.temperature,
+        top_p=r.top_p,
+        top_k=r.top_k,
+        seed=t.seed,
+        num_iterations=r.num_iterations,
+        num_mini_batches=r.num_mini_batches,
+        groups_per_batch=max(1, t.per_device_train_batch_size // r.num_generations),
+        dynamic_sample=r.dynamic_sample and estimator != "gae" and r.num_generations > 1,
+        max_resample_times=r.max_resample_times,
+        advantage_estimator=estimator,
+        scale_rewards=p.scale_rewards,
+        reward_aggregation=r.reward_aggregation,
+        kl_coef=kl_coef,
+        mask_truncated_completions=p.mask_truncated_completions,
+        overlong_buffer=p.overlong_buffer,
+        overlong_penalty=p.overlong_penalty,
+        gamma=c.gamma,
+        lam=c.lam,
+        whiten_rewards=c.whiten_rewards,
+        missing_eos_penalty=c.missing_eos_penalty,
+        prefix_sharing=config.preference.prefix_sharing,
+    )
+
+
+def policy_hyper(config: RunConfig) -> PolicyHyper:
+    """What the settings say of the policy's loss. "auto" is dapo, or ppo with a critic. Raises ValueError as `PolicyHyper`, and for several losses."""
+    p = config.policy
+    names = config.preference.loss_type
+    if len(names) != 1:
+        raise ValueError(
+            say(
+                f"loss_type ({', '.join(names)}) must be one loss where answers are sampled; choose one",
+                f"采样回答时 loss_type（{', '.join(names)}）只能是一个；请选其一",
+            )
+        )
+    name = names[0] if names[0] != "auto" else "ppo" if config.model.stage == "PPO" else "dapo"
+    narrow = name in ("gspo", "gspo_token")
+    usual = (3e-4, 4e-4) if narrow else (0.2, 0.2) if name == "ppo" else (0.4, 0.4) if name == "gmpo" else (0.2, 0.28)
+    return PolicyHyper(
+        loss_type=name,
+        loss_agg=None if p.loss_agg == "auto" else p.loss_agg,
+        epsilon=usual[0] if p.epsilon is None else p.epsilon,
+        epsilon_high=usual[1] if p.epsilon_high is None else p.epsilon_high,
+        delta=p.delta,
+        dual_clip=p.dual_clip,
+        cispo_cap=p.cispo_cap,
+        sapo_temperature_pos=p.sapo_temperature_pos,
+        sapo_temperature_neg=p.sapo_temperature_neg,
+        off_policy_mask_threshold=p.off_policy_mask_threshold,
+        kl_type=p.kl_type,
+        max_completion_length=config.rollout.max_completion_length,
+    )
+
+
+def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None) -> Rubric:
+    """The judges of a run: `functions` given as objects, else those that the settings name, else what rows name."""
+    r = config.rollout
+    given = functions if functions is not None else r.reward_funcs
+    listed = list(given) if isinstance(given, list | tuple) else [given]
+    judges = [_judge(config, one) for one in listed if one is not None and one != ""]
+    return Rubric(
+        judges,
+        tuple(weights if weights is not None else r.reward_weights),
+        r.max_completion_length,
+        r.reward_check,
+    )
+
+
+class _Named:
+    """A checker by name, for rows that give its gold answer."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name, self.rows = name, RowVerifiers(limit)
+
+    def __call__(self, groups: Sequence[Any]) -> Any:
+        mine = []
+        for record, answers in groups:
+            reward = record.reward or Reward()
+            mine.append(
+                (
+                    dataclasses.replace(record, reward=dataclasses.replace(reward, verifiers=(Verifier(self.name),))),
+                    answers,
+                )
+            )
+        return self.rows(mine)
+
+
+def _judge(config: RunConfig, given: Any) -> Judge:
+    r = config.rollout
+    if callable(given):
+        return (
+            given
+            if hasattr(given, "name") and not hasattr(given, "__name__")
+            else Function(given, "", r.reward_error, r.reward_timeout_seconds)
+        )
+    text = str(given)
+    if text in VERIFIERS:
+        return _Named(text, r.max_completion_length)
+    if ".py:" in text:
+        return Function(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
+    raise ValueError(
+        say(
+            f"reward_funcs ({text}) must be the name of a checker ({', '.join(n for n in VERIFIERS if n not in SHAPING)}), or file.py:function; correct it",
+            f"reward_funcs（{text}）须为检查器名（{', '.join(n for n in VERIFIERS if n not in SHAPING)}）或 file.py:function；请改正",
+        )
+    )
+
+
+GRPOTrainer = RLVRTrainer  # TRL's name
