@@ -105,6 +105,12 @@ def test_top_level_is_closed() -> None:
     assert not {n for n in names if not n.startswith(".")} - TOP_LEVEL
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by bare name: two of one name end the whole suite before its first test."""
+    names = sorted(p.name for p in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
+
+
 def test_every_package_has_a_level() -> None:
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert packages <= set(LEVEL)
