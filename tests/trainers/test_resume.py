@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
 from ernie_tune.train import state
 from ernie_tune.trainers.run import Run
+from ernie_tune.trainers.run_folder import RunFolder
 from ernie_tune.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -276,14 +279,15 @@ def test_a_result_that_cannot_be_saved_says_where_and_what_is_left(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     file, out = run_file(tmp_path, save_strategy=strategy), tmp_path / "out"
-    save = SFTTrainer.save_model
+    real = RunFolder.result
 
-    def on_full_disk(self: SFTTrainer, folder: Path) -> None:
-        with monkeypatch.context() as patch:
+    @contextlib.contextmanager
+    def on_full_disk(self: RunFolder) -> Iterator[None]:
+        with monkeypatch.context() as patch, real(self):
             patch.setattr(writer._Sink, "write", full_disk)
-            save(self, folder)
+            yield
 
-    monkeypatch.setattr(SFTTrainer, "save_model", on_full_disk)
+    monkeypatch.setattr(RunFolder, "result", on_full_disk)
     assert main(["train", file]) == 1
     left = (
         f"the last steps are in {out}/checkpoint-4: free some space"
