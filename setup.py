@@ -70,6 +70,7 @@ setup(
             "schemathesis>=4",
             "math-verify>=0.8",
             "jsonschema>=4.20",
+            "pyarrow>=16",
         ],
     },
     entry_points={"console_scripts": ["ernie-tune = ernie_tune.cli.main:main"]},
