@@ -34,7 +34,7 @@ setup(
         ),
     ],
     install_requires=[
-        "numpy>=1.24,<3",
+        "numpy>=1.24",
         "safetensors>=0.4",
         "sentencepiece>=0.2.1",
         "pillow>=12.1.1",
