@@ -313,21 +313,49 @@ def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
             return None
 
 
-def _durations(animation: Image.Image, stream: BinaryIO, label: str) -> list[float]:
-    """Milliseconds of each frame. Raises ValueError for more frames or pixels than an animation may have, before any is decoded."""
+def check_animation(source: bytes, label: str, max_pixels: int) -> None:
+    """Raises ValueError for more than `max_pixels` in all frames of an animation together, without decoding any."""
+    with open_source(source, label) as stream:
+        animation = _open_animation(stream, label)
+        if animation is not None:
+            _stored_delays(animation, stream, label, max_pixels)
+
+
+def _stored_delays(
+    animation: Image.Image, stream: BinaryIO, label: str, max_pixels: int = MAX_ANIMATION_PIXELS
+) -> list[float]:
+    """Milliseconds of each frame of a GIF; of the other kinds, which tell them when they are decoded, none.
+
+    Raises ValueError for more frames or pixels than an animation may have, before any is decoded, and for frames that
+    are larger than the picture, which pillow would let grow.
+    """
+    delays: list[float] = []
+    count = int(getattr(animation, "n_frames", 1)) if animation.format != "GIF" else 1
     if animation.format == "GIF":
+        width, height = animation.size
         with decode_errors(label):
-            delays: list[float] = list(islice(_gif_delays(stream), MAX_ANIMATION_FRAMES + 1))
+            for delay, right, bottom in islice(_gif_frames(stream), MAX_ANIMATION_FRAMES + 1):
+                delays.append(delay)
+                width, height = max(width, right), max(height, bottom)
         count = max(1, len(delays))
-    else:
-        delays, count = [], int(getattr(animation, "n_frames", 1))
+        if (width, height) != animation.size:
+            raise ValueError(
+                f"{label} ({animation.width}x{animation.height}) must have no frames that reach beyond it ({width}x"
+                f"{height}); save it as mp4"
+            )
     pixels = count * animation.width * animation.height
-    if count > MAX_ANIMATION_FRAMES or pixels > MAX_ANIMATION_PIXELS:
+    if count > MAX_ANIMATION_FRAMES or pixels > max_pixels:
         frames = f"more than {MAX_ANIMATION_FRAMES}" if count > MAX_ANIMATION_FRAMES else f"{count}"
         raise ValueError(
             f"{label} ({frames} frames of {animation.width}x{animation.height}) must have at most {MAX_ANIMATION_FRAMES} frames and "
-            f"{MAX_ANIMATION_PIXELS} pixels in all; save it as mp4, or shorten or shrink it"
+            f"{max_pixels} pixels in all; save it as mp4, or shorten or shrink it"
         )
+    return delays
+
+
+def _durations(animation: Image.Image, stream: BinaryIO, label: str) -> list[float]:
+    """Milliseconds of each frame. Raises ValueError like `_stored_delays`."""
+    delays = _stored_delays(animation, stream, label)
     if delays:
         return delays
     with decode_errors(label):
@@ -337,8 +365,8 @@ def _durations(animation: Image.Image, stream: BinaryIO, label: str) -> list[flo
     return delays
 
 
-def _gif_delays(stream: BinaryIO) -> Iterator[float]:
-    """Milliseconds of each frame of a GIF from its blocks alone. Raises EOFError for a file that is cut off."""
+def _gif_frames(stream: BinaryIO) -> Iterator[tuple[float, int, int]]:
+    """(milliseconds, right edge, lower edge) of each frame of a GIF from its blocks alone. Raises EOFError for a file that is cut off."""
     place = stream.tell()
     stream.seek(10)
     _skip_colours(stream, stream.read(3)[:1])
@@ -352,10 +380,12 @@ def _gif_delays(stream: BinaryIO) -> Iterator[float]:
             if not size or size != b"\0":
                 _skip_blocks(stream)
             continue
-        _skip_colours(stream, stream.read(9)[8:])
+        place_of_frame = stream.read(9)
+        left, top, width, height = (int.from_bytes(place_of_frame[i : i + 2], "little") for i in (0, 2, 4, 6))
+        _skip_colours(stream, place_of_frame[8:])
         stream.read(1)
         _skip_blocks(stream)
-        yield delay or DEFAULT_FRAME_MS
+        yield delay or DEFAULT_FRAME_MS, left + width, top + height
         delay = 0
     stream.seek(place)
 

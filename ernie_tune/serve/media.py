@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from ernie_tune.data.images import decode_errors, describe, open_source
+from ernie_tune.data.video import check_animation
 from ernie_tune.serve.fetch import FetchPolicy, fetch
 from ernie_tune.serve.pool import Lease
 
@@ -26,13 +27,15 @@ _ANIMATIONS = ("GIF", "PNG", "WEBP")
 class MediaPolicy:
     """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame, before resizing.
 
-    `max_video_pixels` bounds containers, whose frames are counted, not decoded; data/video.py bounds animations.
+    `max_video_pixels` and `max_animation_pixels` are of all frames, which are counted, not decoded. Animations are
+    decoded whole and slowly: 2^29 pixels are some 10 seconds.
     """
 
     local_folder: Path | None = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_pixels: int = 64_000_000
-    max_video_pixels: int = 1 << 34  # of all frames of a video: some five minutes of 1920 x 1080 at 30 a second
+    max_video_pixels: int = 1 << 34  # of a container: some five minutes of 1920 x 1080 at 30 a second
+    max_animation_pixels: int = 1 << 29  # of a GIF, APNG or WebP: 2,000 frames of 500 x 500
 
 
 def read_image(url: str, policy: MediaPolicy, where: str = "", lease: Lease | None = None) -> bytes:
@@ -52,6 +55,7 @@ def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | No
     if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         with decode_errors(label):
             size = Image.open(io.BytesIO(data), formats=_ANIMATIONS).size
+        check_animation(data, label, policy.max_animation_pixels)
     elif data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
         size = _container_size(data, policy, label, lease)
     else:

@@ -391,11 +391,15 @@ def test_each_container_has_its_own_reader(codec: str, fmt: str) -> None:
     assert len(load_video(container(20, codec, fmt, 25), SMALL)) == 2
 
 
-def gif_of(frames: int, side: int) -> bytes:
-    """A GIF of one-pixel frames on a large canvas: 20 bytes each."""
+def gif_of(frames: int, side: int, *more: tuple[int, int]) -> bytes:
+    """A GIF of one-pixel frames on a large canvas: 20 bytes each; then `more`, by their offset and side."""
     head = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(3) + b"\xff" * 3
-    frame = b"!\xf9\x04\0\x05\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0"
-    return head + frame * frames + b";"
+    written = [(0, 1)] * frames + list(more)
+    blocks = [
+        b"!\xf9\x04\0\x05\0\0\0," + at.to_bytes(2, "little") * 2 + size.to_bytes(2, "little") * 2 + b"\0\x02\x02D\x01\0"
+        for at, size in written
+    ]
+    return head + b"".join(blocks) + b";"
 
 
 @pytest.mark.parametrize(("frames", "side"), [(2000, 7000), (100, 7000), (30_000, 1)])
@@ -407,6 +411,18 @@ def test_an_animation_bomb_is_refused_before_a_frame_is_decoded(
         with pytest.raises(ValueError, match="must have at most 20000 frames and 2147483648 pixels"):
             use(gif_of(frames, side), SMALL)
     assert video_grid(gif_of(40, 100), SMALL)[0] == 4  # 40 frames of 50 ms: 2 s
+
+
+@pytest.mark.parametrize("frame", [(0, 5000), (5000, 1), (60, 1)])
+def test_frames_larger_than_their_animation_are_refused(
+    frame: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow would let the picture grow after its size has been looked at."""
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("a frame was decoded"))
+    for use in (load_video, video_grid):
+        with pytest.raises(ValueError, match=r"\(60x60\) must have no frames that reach beyond it \(\d+x\d+\); save"):
+            use(gif_of(2, 60, frame), SMALL)
+    assert video_grid(gif_of(2, 60, (59, 1), (0, 60)), SMALL)[0] == 2  # four of 50 ms
 
 
 def test_the_grid_of_a_video_is_known_without_decoding_it(tmp_path: Path) -> None:

@@ -346,6 +346,11 @@ def test_videos(monkeypatch: pytest.MonkeyPatch) -> None:
         assert read_video(data_url(data, "video/x"), MediaPolicy()) == data
         with pytest.raises(ValueError, match=r"\(32x32\) must have"):
             read_video(data_url(data, "video/x"), MediaPolicy(max_pixels=1000))
+    for kind in ("GIF", "WEBP", "PNG"):
+        with pytest.raises(
+            ValueError, match=r"frames of 32x32\) must have at most 20000 frames and 2047 pixels in all"
+        ):
+            read_video(data_url(clip(kind), "video/x"), MediaPolicy(max_animation_pixels=2 * 32 * 32 - 1))
     playlist = b"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:10.0,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
     for data in (playlist, b"ffconcat version 1.0\nfile /etc/passwd\n", b"", b"RIFF1234WAVE", b"\x00" * 100):
         with pytest.raises(ValueError, match="must be MP4, MOV, WebM"):
