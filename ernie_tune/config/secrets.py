@@ -18,18 +18,38 @@ from pathlib import Path
 # The process that has the whole environment, for workers whose launcher was started without the secrets.
 PARENT_VARIABLE = "ERNIE_TUNE_STARTED_BY"
 _NAME = re.compile(
-    r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|(^|_)PASS(_|$)|_PWD|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|BEARER|JWT|SIGNATURE|WEBHOOK|DSN|CONNECTION_STRING|(^|_)(PAT|SAS|AK|SK)(_|$)",
+    r"HEADERS|LOGIN|SESSION|TOKEN|KEY|SECRET|PASSW|PASSPHRASE|(^|_)PASS(_|$)|_PWD|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|BEARER|JWT|SIGNATURE|WEBHOOK|DSN|CONNECTION_STRING|(^|_)(PAT|SAS|AK|SK|OTP|PIN|SALT)(_|$)|_API$",
     re.IGNORECASE,
 )
 _IN_ADDRESS = re.compile(
     r"[a-z][a-z0-9+.-]*://[^/\s@]+:[^/\s@]*@|://[^/\s@:]{16,}@", re.IGNORECASE
 )  # user:password@host
+# What tokens, keys and headers look like, whatever the variable is called.
+_LOOKS = re.compile(
+    r"-----BEGIN |\b(bearer|basic)\s+\S"
+    r"|(?<![/\w.\-])(hf_|sk-|rk_|pk_live_|gh[a-z]_|github_pat_|glpat-|npm_|pypi-|xox[a-z]-|AKIA|ASIA|AIza|ya29\.|dckr_pat_)[\w.\-]{8,}"
+    r"|\beyJ[\w\-]{6,}\.[\w\-]+"
+    r"|\w*(token|key|secret|passw\w*|pwd|signature|sig|credential|auth\w*)[\"']?\s*[=:]\s*[\"']?[^\s\"']"
+    r"|://hooks\.",
+    re.IGNORECASE,
+)
+# A word of letters and digits that says nothing, as random keys are.
+_OPAQUE = re.compile(r"(?=[^\d]*\d)(?=[^a-zA-Z]*[a-zA-Z])[\w+=\-]{24,}")
+# What processes need to start and find each other, where values are not looked at.
+_SETTINGS = re.compile(
+    r"(PADDLE|FLAGS|NCCL|CUDA|OMP|MKL|LD|PYTHON|ERNIE_TUNE|POD|HOST)(_|$)|HOSTNAME$|.*(PATH|HOME|TMPDIR|VISIBLE_DEVICES)$"
+)
 _BACKUP = "PADDLE_BACKUP_ENV_PATH"  # of the file from which Paddle reads what it did not find in the environment
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a variable may hold a secret: by its name, or as an address with a password in it. Rather one too many: workers get them all the same."""
-    return bool(_NAME.search(name) or _IN_ADDRESS.search(value))
+    """Whether a variable may hold a secret: by its name, as an address with a password in it, or because it looks like one.
+
+    Rather one too many: workers get them all the same.
+    """
+    if _NAME.search(name) or _IN_ADDRESS.search(value):
+        return True
+    return not _SETTINGS.match(name) and bool(_LOOKS.search(value) or _OPAQUE.fullmatch(value))
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:

@@ -18,13 +18,22 @@ SECRETS = {
     "AISTUDIO_ACCESS_TOKEN": "x", "MODELSCOPE_API_TOKEN": "x", "MYSQL_PWD": "x", "PGPASSWORD": "x", "DB_PASS": "x",
     "GOOGLE_APPLICATION_CREDENTIALS": "x", "REGISTRY_AUTH": "x", "GITHUB_PAT": "x", "QINIU_AK": "x", "SLACK_WEBHOOK": "x",
     "SENTRY_DSN": "x", "ssh_passphrase": "x", "HTTP_PROXY": "http://me:pw@proxy:3128", "PIP_INDEX_URL": "https://u:p@h/simple",
-    "DATABASE_URL": "postgres://u:p@h/d",
+    "DATABASE_URL": "postgres://u:p@h/d", "OTEL_EXPORTER_OTLP_HEADERS": "x", "DOCKER_LOGIN": "x", "AWS_SESSION": "x", "SWANLAB_API": "x",
+    # by what they hold
+    "GH": "ghp_abcdefghijklmnopqrstuvwxyz01", "LLM": "sk-proj-abcdef0123456789", "HUB": "hf_abcdefghijklmnop", "LAB": "glpat-abcdefgh12",
+    "CLOUD": "AKIAIOSFODNN7EXAMPLE", "MAPS": "AIzaSyA1234567890abcdefghijklm", "BEARER": "Bearer abc", "ID_FILE": "-----BEGIN OPENSSH",
+    "GIT_CONFIG_PARAMETERS": "'http.extraheader=Authorization: Basic abc'", "FEED_URL": "https://h/s?token=abcdefgh",
+    "S3_URL": "https://b.s3/x?X-Amz-Signature=abc", "SLACK_URL": "https://hooks.slack.com/services/T0/B0/x",
+    "KAGGLE_JSON": '{"username":"a","key":"abc"}', "DB": "Server=h;Uid=a;Pwd=abc;", "NOTEBOOK": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIx.abc",
+    "WANDB": "0123456789abcdef0123456789abcdef01234567",
 }  # fmt: skip
 PLAIN = {
     "PATH": "/bin", "HOME": "/h", "PWD": "/w", "OLDPWD": "/o", "LANG": "C", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "0",
     "PADDLE_TRAINER_ID": "0", "PADDLE_TRAINER_ENDPOINTS": "127.0.0.1:1,127.0.0.1:2", "FLAGS_selected_gpus": "0", "POD_NAME": "a",
     "HTTPS_PROXY": "http://proxy:3128", "NCCL_SOCKET_IFNAME": "eth0", "SSL_CERT_FILE": "/c", "PYTHONPATH": "/a", "COMPASS": "n",
-    "ERNIE_TUNE_LANG": "en", "MKL_DEBUG_CPU_TYPE": "5", "HF_HOME": "/hf",
+    "ERNIE_TUNE_LANG": "en", "MKL_DEBUG_CPU_TYPE": "5", "HF_HOME": "/hf", "LD_LIBRARY_PATH": "/opt/hf_environment/lib:/usr/lib",
+    "PADDLE_JOB_ID": "0123456789abcdef0123456789abcdef", "HOSTNAME": "job-7f9c8d5b6c-abcdefghijklmnop1", "CONDA_PREFIX": "/opt/hf_environment",
+    "TERM": "xterm-256color", "LS_COLORS": "rs=0:di=01;34:ln=01;36", "NO_PROXY": "localhost,127.0.0.1", "LC_ALL": "zh_CN.UTF-8",
 }  # fmt: skip
 
 
