@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ernie_tune.checkpoint.ledger import sample_of
+from ernie_tune.checkpoint.ledger import LEDGER_FILE, sample_of
 
 FILES_FILE = "checkpoint_files.json"
 # What a checkpoint that can be resumed from has held in every release.
@@ -32,7 +32,9 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one text a file; empty where nothing is."""
     listed = folder / FILES_FILE
     if not listed.is_file():
-        return _visible_damage(folder)
+        # Releases without a list had no ledger either: here the list is lost, and what it would say of the rest.
+        lost = (folder / LEDGER_FILE).is_file()
+        return [f"{FILES_FILE} is missing"] if lost else _visible_damage(folder)
     try:
         content = json.loads(listed.read_text(encoding="utf-8"))
         files = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in content["files"].items()}
