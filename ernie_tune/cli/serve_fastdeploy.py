@@ -11,11 +11,12 @@ from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry
 from ernie_tune.data.processor import PREPROCESSOR_FILE, media_settings
 from ernie_tune.data.templates import RELEASED
-from ernie_tune.export.processor_rules import template_of, vocabulary_findings
+from ernie_tune.export.processor_rules import NoTemplate, template_of, vocabulary_findings
 from ernie_tune.export.served import media_arguments
 
 READY_SECONDS = 1800.0
@@ -89,6 +90,7 @@ def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeploy
             ) from error
     if fields["vision"] and Path(model).is_dir():
         _check_prompts(Path(model))
+    fields.setdefault("max_model_len", _context(Path(model)))
     fields["mm_processor"] = {**_settings(Path(model)), **fields.get("mm_processor", {})}
     if not fields["mm_processor"]:  # a name that FastDeploy is to download: the published example's
         del fields["mm_processor"]
@@ -97,23 +99,27 @@ def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeploy
 
 def _check_prompts(folder: Path) -> None:
     """Say what FastDeploy would not generate or would route wrongly. ValueError where it would lose
-    every picture: folders of earlier versions have another reader's placeholders.
+    every picture or clip: folders of earlier versions have another reader's placeholders.
     """
     for line in vocabulary_findings(folder):
         print(f"ernie_tune: {line}", file=sys.stderr, flush=True)
     try:
         text = template_of(folder)
-    except ValueError:  # none: FastDeploy stops there and says so
+    except NoTemplate:  # FastDeploy stops there and says so
         return
-    if RELEASED.image not in text:
-        raise ValueError(
-            say(
-                f"chat template of {folder} must hold {RELEASED.image}: FastDeploy would drop every picture "
-                f"without an error; export the folder, which mends it (ernie-tune export {folder})",
-                f"{folder} 的对话模板须含 {RELEASED.image}：否则 FastDeploy 会不声不响地丢掉所有图片；请先导出，"
-                f"导出时会修好（ernie-tune export {folder}）",
+    for placeholder, media, chinese in (
+        (RELEASED.image, "picture", "图片"),
+        (RELEASED.video, "clip", "视频"),
+    ):
+        if placeholder not in text:
+            raise ValueError(
+                say(
+                    f"chat template of {folder} must hold {placeholder}: FastDeploy would drop every {media} "
+                    f"without an error; export the folder, which mends it (ernie-tune export {folder})",
+                    f"{folder} 的对话模板须含 {placeholder}：否则 FastDeploy 会不声不响地丢掉所有{chinese}；请先"
+                    f"导出，导出时会修好（ernie-tune export {folder}）",
+                )
             )
-        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -125,6 +131,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     for line in untold:
         print(f"ernie_tune: {line}", file=sys.stderr, flush=True)
     return told
+
+
+def _context(folder: Path) -> int:
+    """Tokens that prompt and answer may have: FastDeploy's command has one number for all models."""
+    file, most = folder / "config.json", FastDeployCommand.max_model_len
+    told = read_json_object(file).get("max_position_embeddings") if file.is_file() else None
+    return min(most, told) if type(told) is int and told > 0 else most
 
 
 def _has_vision(folder: Path) -> bool:
@@ -140,8 +153,7 @@ def _has_vision(folder: Path) -> bool:
                 f"FastDeploy 需要 {folder} 中有 config.json；适配器和训练结果请先合并导出（ernie-tune export）",
             )
         )
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    return "vision_config" in settings
+    return "vision_config" in read_json_object(file)
 
 
 def run_fastdeploy(model: str, entries: Sequence[Entry]) -> int:

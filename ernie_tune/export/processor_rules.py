@@ -33,6 +33,7 @@ import numpy as np
 import sentencepiece
 from PIL import Image
 
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 
 Array = np.ndarray[Any, Any]
@@ -130,7 +131,7 @@ class Vocabulary:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError where tokenizer.model is missing or JSON cannot be read."""
+        """Raises ValueError where tokenizer.model is missing or spoilt, or JSON cannot be read."""
         names = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
         file = next((folder / name for name in names if (folder / name).is_file()), None)
         if file is None:
@@ -138,7 +139,12 @@ class Vocabulary:
                 f"{folder} must hold {names[0]}: FastDeploy has no tokenizer otherwise; copy the release's"
             )
         self.model = sentencepiece.SentencePieceProcessor()
-        self.model.Load(str(file))
+        try:
+            self.model.Load(str(file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"{file} must be a sentencepiece model ({error}); copy the release's, a Git LFS pointer is not the file"
+            ) from error
         self.bound: int = self.model.get_piece_size()  # --ori_vocab_size: ids from here on are never generated
         config = _json(folder / "tokenizer_config.json")
         roles = _json(folder / "special_tokens_map.json")
@@ -229,7 +235,7 @@ def vocabulary_findings(folder: Path) -> list[str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _strings(values: Any) -> Iterator[str]:
@@ -263,8 +269,12 @@ class Prompted:
     used: tuple[int, int]
 
 
+class NoTemplate(ValueError):
+    """A folder without a chat template."""
+
+
 def template_of(folder: Path) -> str:
-    """The chat template that is rendered. ValueError where the folder has none."""
+    """The chat template that is rendered. Raises NoTemplate, and ValueError for JSON that cannot be read."""
     file = folder / "chat_template.jinja"
     held: Any = file.read_text(encoding="utf-8") if file.is_file() else None
     held = held or _json(folder / "chat_template.json").get("chat_template")
@@ -272,7 +282,7 @@ def template_of(folder: Path) -> str:
     if isinstance(held, list):
         held = next((entry["template"] for entry in held if entry["name"] == "default"), None)
     if not held:
-        raise ValueError(f"{folder} must have a chat template; export it again")
+        raise NoTemplate(f"{folder} must have a chat template; export it again")
     return str(held)
 
 

@@ -16,8 +16,9 @@ from ernie_tune.cli.main import main
 from ernie_tune.cli.serve_fastdeploy import fastdeploy_command
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.loader import split_overrides
+from ernie_tune.data.chat import ChatTemplate
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.templates import TRANSFORMERS
+from ernie_tune.data.templates import RELEASED, TRANSFORMERS
 
 OLD = Path(__file__).parents[1] / "golden" / "tokenizer_old"
 STAND_IN = """
@@ -125,6 +126,37 @@ def test_a_folder_that_would_lose_pictures_is_refused(folder: Path, capsys: pyte
     processor.save_pretrained(folder, TRANSFORMERS)
     with pytest.raises(ValueError, match=r"must hold <\|image@placeholder\|>: FastDeploy would drop every picture"):
         fastdeploy_command(str(folder), [])
+    for name, text in {
+        "chat_template.jinja": ChatTemplate().to_jinja(RELEASED.image, TRANSFORMERS.video),
+        "chat_template.json": json.dumps({"chat_template": ChatTemplate().to_jinja(RELEASED.image, "<|v|>")}),
+    }.items():  # either is read before tokenizer_config.json
+        processor.save_pretrained(folder)
+        (folder / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"must hold <\|video@placeholder\|>: FastDeploy would drop every clip"):
+            fastdeploy_command(str(folder), [])
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(("context", "told"), [(4096, 4096), (131_072, 32_768)])
+def test_no_more_tokens_are_served_than_the_model_has_positions(folder: Path, context: int, told: int) -> None:
+    config = {"vision_config": {}, "max_position_embeddings": context}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert fastdeploy_command(str(folder), [])[0].max_model_len == told
+    words = split_overrides(["--max_model_len", "512"])[1]
+    assert fastdeploy_command(str(folder), words)[0].max_model_len == 512
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "", "[" * 100_000 + "]" * 100_000], ids=lambda text: text[:3])
+def test_a_spoilt_folder_is_told_of_by_its_file(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Processor.bundled("tiny").save_pretrained(folder)
+    names = ("config.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.model")
+    for name in (*names, "chat_template.json", "preprocessor_config.json"):
+        file = folder / name
+        kept = file.read_bytes() if file.is_file() else b""
+        file.write_text(text, encoding="utf-8")
+        assert main(["serve", str(folder), "--engine", "fastdeploy", "--print"]) == 1
+        assert name in capsys.readouterr().err
+        file.write_bytes(kept or b"{}")
 
 
 def test_what_fastdeploy_cannot_take_is_refused(
