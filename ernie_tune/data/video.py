@@ -219,10 +219,7 @@ def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = N
     Raises ValueError if the font cannot be opened or the frame is under 10 pixels.
     """
     font_size = int(min(frame.size) * FONT_SCALE)
-    if font_size < 1:
-        raise ValueError(
-            f"frame size ({frame.height}x{frame.width}) must be at least 10x10 to draw a timestamp; set draw_timestamps to false"
-        )
+    _check_drawable(frame.height, frame.width, "video")
     ImageDraw.Draw(frame).text(
         (0, 0),
         timestamp_text(seconds),
@@ -231,6 +228,18 @@ def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = N
         stroke_width=int(font_size * FONT_SCALE),
         stroke_fill=(255, 255, 255),
     )
+
+
+def _check_drawable(height: int, width: int, label: str) -> None:
+    """Raises ValueError for frames that have no room for their time."""
+    if int(min(height, width) * FONT_SCALE) < 1:
+        raise ValueError(
+            say(
+                f"{label} ({height}x{width} pixels) must be at least 10x10, since the time is written on each frame; "
+                "enlarge it, or give its frames as images",
+                f"{label}（{height}x{width} 像素）须至少 10x10，因为每帧都要写上时间；请放大，或改为图片",
+            )
+        )
 
 
 def load_video(
@@ -248,6 +257,7 @@ def load_video(
     size: tuple[int, int] | None = None
     for seconds, frame in _read(source, pick, where):
         if settings.draw_timestamps:
+            _check_drawable(frame.height, frame.width, describe("video", source, where))
             draw_timestamp(frame, seconds, settings.font_path)
         size = size or settings.frame.target_size(frame.height, frame.width)
         # Now, not in patchify_video: 180 frames of 4K are 4.5 GB, of max_pixels 0.5 GB.
@@ -276,6 +286,8 @@ def video_grid(source: VideoSource, settings: VideoSettings, where: str = "", ta
                 with _container(stream, label) as container:
                     total, duration, size = _measure(container, label)
     count = len(sample_indices(total, duration, settings, target_frames))
+    if settings.draw_timestamps:
+        _check_drawable(*size, describe("video", source, where))
     height, width = settings.frame.target_size(*size)
     return count + count % 2, height // settings.frame.patch_size, width // settings.frame.patch_size
 

@@ -1,0 +1,61 @@
+"""data/doctor_media.py: pictures that people see otherwise than the model, clips that training cannot use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from ernie_tune.data.doctor_scan import Report, Scan
+from ernie_tune.data.images import load_image
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.sources import Entry
+from ernie_tune.data.video import load_video
+
+TINY = Processor.bundled("tiny")
+_ORIENTATION = 0x0112
+
+
+def check(folder: Path, **row: Any) -> Report:
+    path = folder / "x.jsonl"
+    path.write_text(json.dumps({"question": "what?", "answer": "x", **row}) + "\n")
+    return Scan(TINY).run([Entry(str(path))])
+
+
+@pytest.mark.parametrize(("turn", "told"), [(1, False), (3, True), (6, True), (9, False)])
+def test_a_turned_photo_is_told(turn: int, told: bool, tmp_path: Path) -> None:
+    path, exif = tmp_path / "phone.jpg", Image.Exif()
+    exif[_ORIENTATION] = turn
+    Image.new("RGB", (96, 48), (9, 9, 9)).save(path, exif=exif)
+    report = check(tmp_path, image="phone.jpg")
+    assert dict(report.findings.counts) == ({"turned": 1} if told else {})
+    assert report.exit_code == 0
+    assert load_image(str(path)).size == (96, 48)  # as it is stored, whatever a viewer shows
+    assert (ImageOps.exif_transpose(Image.open(path)).size == (48, 96)) == (turn == 6)
+    if told:
+        assert f"'{path}': EXIF orientation {turn} (1 of 1 opened)" in report.findings.kept[0].english
+
+
+@pytest.mark.parametrize(("bits", "told"), [(12, True), (16, False)])
+def test_a_scan_that_uses_part_of_its_range_is_told(bits: int, told: bool, tmp_path: Path) -> None:
+    grey = np.tile(np.arange(0, 1 << bits, 1 << (bits - 6), dtype=np.uint16), (48, 1))
+    Image.fromarray(grey).save(tmp_path / "scan.png")
+    report = check(tmp_path, image="scan.png")
+    assert dict(report.findings.counts) == ({"dim": 1} if told else {})
+    brightest = int(np.asarray(load_image(str(tmp_path / "scan.png"))).max())
+    assert brightest == int(grey.max()) >> 8  # 15 of 255 for 12 bits: nearly black
+    if told:
+        assert "brightest of 65,535 is 4,032" in report.findings.kept[0].english
+
+
+def test_frames_without_room_for_their_time_are_an_error(tmp_path: Path) -> None:
+    for side, found in ((9, {"clip_broken": 1}), (10, {})):
+        Image.new("RGB", (30, side)).save(tmp_path / "a.png")
+        assert dict(check(tmp_path, videos=[["a.png", "a.png"]]).findings.counts) == found
+    Image.new("RGB", (30, 9)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"x.jsonl:1: video .* \(9x30 pixels\) must be at least 10x10, since the time"):
+        load_video([str(tmp_path / "a.png")], TINY.videos, where="x.jsonl:1")
