@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ernie_tune.config.language import Text, in_language, say
-from ernie_tune.data.chat import ChatTemplate, has_open_thought, split_reasoning
+from ernie_tune.data.chat import THINK, THINK_END, ChatTemplate, has_open_thought, split_reasoning
 from ernie_tune.data.records import DataError, Message, Record, show
 
 
@@ -55,6 +55,7 @@ CHECKS = {
     "near_overlap": _Check("warning", "a row that differs more from what training sees ({other})", "drop it from one of the files", "与训练数据差异更大的行（{other}）", "从其中一个文件删去"),
     "length_bias": _Check("warning", "chosen answers about as long as rejected ones, at most 1.3 times", "add pairs whose better answer is the shorter one", "chosen 与 rejected 长度相近，至多 1.3 倍", "增加“更短者更优”的样本"),
     "imbalance": _Check("warning", "classes within a factor of ten", "add rows of the rare class, or drop some of the frequent one", "各类数量相差不超过十倍", "补充少数类，或减少多数类"),
+    "one_kind": _Check("warning", "good answers and bad ones", "add rows of the other label: {kind} answers alone show no difference to learn; to imitate good ones take --stage SFT", "好回答与坏回答都有", "补充另一种标签的行：只有一种标签学不到差别；若只想模仿好回答，请用 --stage SFT"),
     "constant": _Check("warning", "answers that depend on the question", "add rows with other answers", "随问题变化的回答", "补充其他回答的样本"),
     "unused": _Check("warning", "names that readers know", "rename what should be trained ({hint}), or drop it: it is kept and not used", "可识别的名称", "需要训练的请改名（{hint}），或删去：这些内容会保留但不会使用"),
     "bookkeeping": _Check("note", "names that readers know", "nothing to do: it is kept and not used", "可识别的名称", "可不处理：会保留但不会使用"),
@@ -76,8 +77,13 @@ _SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
 # Markers of ours in a text are only text, and those of other tools never become pictures: both mean that the row says something else than meant.
 MARKER = re.compile(r"<\|\w+\|>|<image[ _]?\d+>|<ImageHere>|<img>")
 _TEMPLATE = ChatTemplate("hf")
-# Marks around a thought, ours and those of other models.
-THOUGHT_MARK = re.compile(r"</?(think|thinking|thoughts?|reasoning|reason|reflection)>", re.IGNORECASE)
+# Marks around a thought, ours and those of other models: <seed:think>, <|begin_of_thought|>, [THINK] (Mistral), Kimi's.
+_THOUGHTS = "think|thinking|thoughts?|reasoning|reason|reflection|scratchpad|analysis"
+THOUGHT_MARK = re.compile(
+    rf"</?\s*(?:\w+:)?({_THOUGHTS})\s*>|<\|/?(?:(?:begin|end|start)_of_)?({_THOUGHTS})(?:_(?:start|end|begin))?\|>"
+    r"|\[/?THINK\]|◁/?think▷",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -192,13 +198,25 @@ def check_record(record: Record) -> Iterator[Finding]:
         if turn["role"] == "user" and not turn["content"].strip():
             yield found("empty_prompt", f"messages[{i}]", show(turn["content"]))
     turns = [*record.messages, *(turn for candidate in record.candidates for turn in candidate.messages)]
-    marker = next((hit for turn in turns if (hit := MARKER.search(turn["content"]))), None)
+    marker = next(
+        (hit for turn in turns if (hit := MARKER.search(turn["content"])) and not _is_thought(turn, hit)), None
+    )
     if marker:
         yield found("placeholder", "content", marker.group())
     if record.candidates:
         yield from _check_order(record)
     if record.tools or any("tool_calls" in turn for turn in turns):
         yield from _check_tools(record)
+
+
+def may_hold_marks(text: str) -> bool:
+    """Whether `THOUGHT_MARK` is worth a search."""
+    return "<" in text or "[THINK]" in text or "◁" in text
+
+
+def _is_thought(turn: Message, hit: re.Match[str]) -> bool:
+    """Whether a marker in an answer stands around a thought, which `_check_thought` tells."""
+    return turn["role"] == "assistant" and THOUGHT_MARK.fullmatch(hit[0]) is not None
 
 
 def _said(message: Message) -> str:
@@ -213,16 +231,18 @@ def _said(message: Message) -> str:
 def _check_thought(record: Record, name: str, turn: Message) -> Iterator[Finding]:
     """Whether the marks in an answer make the thought that they seem to."""
     where, content = (record.meta.path, record.meta.line), turn["content"]
-    if "<" not in content:
+    if not may_hold_marks(content):
         return
     if has_open_thought(turn):
         yield Finding.of("thought_open", *where, name, show(content))
         return
     rest = _said(turn)
     mark = THOUGHT_MARK.search(rest)
-    if mark and mark[1].lower() == "think":
+    if mark and mark[0].lower() in (THINK, THINK_END):
         yield Finding.of("thought_late", *where, name, show(rest[max(0, mark.start() - 20) :]))
-    elif mark and not rest[: mark.start()].strip() and not turn.get("reasoning_content"):
+    elif THINK in content.lstrip()[len(THINK) : len(content) - len(rest)]:
+        yield Finding.of("thought_late", *where, name, show(content))
+    elif mark and not turn.get("reasoning_content") and (mark[0][:2] == "<|" or not rest[: mark.start()].strip()):
         yield Finding.of("thought_foreign", *where, name, mark[0])
 
 

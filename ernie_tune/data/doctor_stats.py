@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.doctor import Finding
 from ernie_tune.data.doctor_media import image_tokens
 from ernie_tune.data.doctor_rows import Columns
@@ -180,6 +181,17 @@ class Stats:
         good, bad = self.signals["label:good"], self.signals["label:bad"]
         classes = Counter({"good": good, "bad": bad}) if good + bad else self._classes
         total = good + bad or self._answered
+        if good + bad > 1 and not (good and bad):
+            kind = say("good", "好") if good else say("bad", "坏")
+            yield Finding.of(
+                "one_kind",
+                path,
+                0,
+                "label",
+                say(f"{total:,} {kind.english} answers and no other", f"{total:,} 个回答均为“{kind.chinese}”"),
+                kind=kind,
+            )
+            return
         if not classes or total < MIN_ANSWERS:
             return
         most, least = max(classes.values()), min(classes.values())

@@ -102,6 +102,10 @@ def test_labels(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i >= 4} for i in range(60)]
     assert counts(scan(tmp_path, rows)) == {"constant": 1}
     assert counts(scan(tmp_path, [{**row, "label": i >= 10} for i, row in enumerate(rows)])) == {}
+    for labels, said in ((True, "4 good answers and no other"), (False, "4 bad answers and no other")):
+        report = scan(tmp_path, [{**row, "label": labels} for row in rows[:4]])
+        assert dict(report.findings.counts) == {"one_kind": 1}
+        assert said in report.findings.kept[0].english
     stats = scan(tmp_path, rows).stats
     assert stats.signals == {"label:good": 56, "label:bad": 4}
 

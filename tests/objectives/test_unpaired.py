@@ -51,7 +51,8 @@ def test_ktos_baseline_is_no_less_than_zero_and_has_no_gradient() -> None:
 
 def test_kto_balance() -> None:
     assert kto_balance(100, 100) is None
-    assert kto_balance(0, 10) is None
+    assert "are bad: without good ones" in str(kto_balance(0, 10))
+    assert "are good: without bad ones" in str(kto_balance(3, 0, 2.0))
     words = kto_balance(300, 100)
     assert words is not None
     assert "is 3;" in words

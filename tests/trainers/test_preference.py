@@ -382,6 +382,9 @@ def test_kto_says_how_to_balance_its_labels(tmp_path: Path, capsys: pytest.Captu
     assert "set desirable_weight between 0.333 and 0.444" in capsys.readouterr().out
     run(tmp_path, KTOTrainer, output_dir=str(tmp_path / "balanced"), desirable_weight=0.4, **more)
     assert "set desirable_weight" not in capsys.readouterr().out
+    write_rows(tmp_path / "judged_train.jsonl", [label(i) for i in (0, 2, 4, 6)])
+    run(tmp_path, KTOTrainer, output_dir=str(tmp_path / "good"), **more)
+    assert "all answers so far are good: without bad ones nothing teaches the difference" in capsys.readouterr().out
 
 
 def test_rows_from_which_no_term_learns_are_dropped(tmp_path: Path) -> None:
