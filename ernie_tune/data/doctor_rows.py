@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.data.doctor import MARKER, THOUGHT_MARK, text_of
+from ernie_tune.data.doctor import MARKER, THOUGHT_MARK, may_hold_marks, text_of
 from ernie_tune.data.file_rows import file_kind, open_file, parse_json
 from ernie_tune.data.readers import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
 from ernie_tune.data.readers_fields import DIALOGUES, QUERIES, RESPONSES
@@ -244,7 +244,13 @@ def _is_idle(value: object) -> bool:
     if type(value) is str:
         end = value[-6:]
         named = end[-1:].isalnum() and "." in end
-        return not named and "://" not in value[:10] and value[:5].lower() != "data:" and len(value) < 200
+        return (
+            not named
+            and value[:1] != "["
+            and "://" not in value[:10]
+            and value[:5].lower() != "data:"
+            and len(value) < 200
+        )
     return value is None or type(value) in (int, float, bool)
 
 
@@ -314,7 +320,7 @@ def _plain(text: str) -> bool:
 def _plain_answer(text: str) -> bool:
     """Words without space around them, tags or markers. Raises like `_plain`."""
     words = text[:1].isalnum() or (not text[:1].isspace() and any(map(str.isalnum, text)))
-    return words and not text[-1:].isspace() and ("<" not in text or _unmarked(text))
+    return words and not text[-1:].isspace() and (not may_hold_marks(text) or _unmarked(text))
 
 
 def _unmarked(text: str) -> bool:

@@ -21,7 +21,7 @@ from ernie_tune.data.readers_media import (
     settle_media,
     turn_media,
 )
-from ernie_tune.data.readers_row import KINDS, Draft, Fields, Turn, Where
+from ernie_tune.data.readers_row import KINDS, Draft, Fields, Turn, Where, read_list
 from ernie_tune.data.records import MODES, Candidate, DataError, Media, Message, Record, Reward, as_words, show
 
 __all__ = ("DIALOGUES", "QUERIES", "RESPONSES", "Draft", "Fields", "Turn", "Where")
@@ -88,7 +88,9 @@ def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
     if isinstance(value, bool | int | float):
         value = json.dumps(value)
     if isinstance(value, str):
-        return [make_turn(f, field, "assistant", value)]
+        turn = make_turn(f, field, "assistant", value)
+        _take_unopened(f, turn.message)
+        return [turn]
     if isinstance(value, list) and value and isinstance(value[0], str):
         raise f.error("answers", field, f"{len(value)} texts")
     return read_turns(f, field, [value] if isinstance(value, dict) else value)
@@ -97,6 +99,7 @@ def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
 def read_answers(f: Fields) -> list[Turn]:
     """Several right answers to one question, as VQA has them: the most frequent is learnt, of equally frequent ones the first."""
     values = f.take("answers")
+    values = values if (items := read_list(values)) is None else items
     if isinstance(values, dict):  # SQuAD: {"text": [...], "answer_start": [...]}
         row = f.nested("answers", values)
         row.use("answer_start")
@@ -203,13 +206,21 @@ def take_thought(f: Fields, message: Message) -> None:
                 names=f"the thought in content and {field or 'reasoning_content'}",
             )
         message["content"] = rest.lstrip("\n")
-    elif not opened and "<think>" not in content and content.count("</think>") == 1:
-        before, after = content.split("</think>")
-        if not thought and before.strip() and (after[:1] in ("\n", "") or before.endswith("\n")):
-            f.note("thought_unopened", "content", "</think> alone")
-            thought, message["content"] = before.strip("\n"), after.lstrip("\n")
     if thought:
         message["reasoning_content"] = thought
+    else:
+        _take_unopened(f, message)
+
+
+def _take_unopened(f: Fields, message: Message) -> None:
+    """Take the text before a closing mark that was never opened as the thought, where the mark ends a line or begins one."""
+    content = message["content"]
+    if "<think>" in content or content.count("</think>") != 1:
+        return
+    before, after = content.split("</think>")
+    if before.strip() and (after[:1] in ("\n", "") or before.endswith("\n")):
+        f.note("thought_unopened", "content", "</think> alone")
+        message["reasoning_content"], message["content"] = before.strip("\n"), after.lstrip("\n")
 
 
 def make_turn(f: Fields, field: str, role: str, content: Any) -> Turn:
@@ -251,7 +262,7 @@ def _read_part(
     if _PARTS[kind] == "text":
         return as_words(row.text("text", kind))
     number = KIND_NAMES.index(_PARTS[kind])
-    value = row.take(kind, "url", "path", "image", "video", *MEDIA_NAMES[number])
+    value = row.take(kind, "url", "path", "image", "video", "source", *MEDIA_NAMES[number])
     medium = None if value is None else read_medium(row, number, kind, value)
     media[number].append(medium)
     return TAGS[number]

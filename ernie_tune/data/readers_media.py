@@ -12,7 +12,7 @@ from pathlib import PureWindowsPath
 from typing import Any, cast
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_row import Draft, Fields, Turn, Where
+from ernie_tune.data.readers_row import Draft, Fields, Turn, Where, read_list
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Media, as_words, count_tags, show
 
 # The names that people give to a column, or to a key of a turn, with pictures or clips; the first is ours.
@@ -60,6 +60,7 @@ def is_base64_picture(text: str) -> bool:
 
 def suffix_kind(text: str) -> int | None:
     """0 for the name of a picture, 1 for that of a clip, by its end; None for any other text."""
+    text = text.rstrip()
     name = text.split("?")[0].split("#")[0].lower() if "://" in text else text.lower()
     return next((kind for kind, ends in enumerate(SUFFIXES) if name.endswith(ends)), None)
 
@@ -97,8 +98,9 @@ def base_name(medium: Any) -> Any:
 
 
 def read_media(f: Fields, kind: int, *names: str) -> tuple[Media, ...]:
-    """A column of media: absent, one, or a list. Inside a list of videos, a list is the frames of one video."""
+    """A column of media: absent, one, or a list, which in a table is text. Inside a list of videos, a list is the frames of one video."""
     value = f.take(*names)
+    value = value if (items := read_list(value)) is None else items
     if value is None or (isinstance(value, str) and value == ""):
         return ()
     name = next(name for name in names if f.has(name))
@@ -109,11 +111,15 @@ def read_medium(f: Fields, kind: int, field: str, value: Any) -> Media:
     """One picture or clip: a path, URL, bytes, bare base64, an object that holds one of these, a decoded picture; or the frames of a clip."""
     if isinstance(value, dict):
         row = f.nested(field, value)
-        value = row.take("bytes", "url", "path", "image", "video")
-        row.use("bytes", "url", "path")
+        value = row.take("bytes", "data", "url", "path", "image", "video")
+        row.use(
+            "bytes", "url", "path", "type", "media_type"
+        )  # the last two: Anthropic's {"type": "base64", "media_type", "data"}
         if value is None:
             raise row.missing("path", "url", "bytes")
-        if isinstance(value, str) and row.has("bytes"):  # JSON has no bytes, so they come as base64
+        if (
+            isinstance(value, str) and row.has("bytes", "data") and value[:5] != "data:"
+        ):  # JSON has no bytes, so they come as base64
             return f"data:application/octet-stream;base64,{value}"
     if kind == 1 and isinstance(value, list):
         return tuple(cast(str, read_medium(f, 0, field, frame)) for frame in value)

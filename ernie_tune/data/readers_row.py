@@ -5,7 +5,9 @@ Refuses to know: what fields mean, which format a row has, how files are stored.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,20 @@ from ernie_tune.data.records import DataError, Media, Message, Note, show
 T = TypeVar("T")
 
 KINDS = {str: "a string", list: "a list", dict: "an object", float: "a number", bool: "true or false"}
+
+
+def read_list(value: object) -> list[Any] | None:
+    """The list that a cell of a table holds as text, in JSON's spelling or in Python's (pandas writes ['a.png']); None for any other value."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[" or value.rstrip()[-1:] != "]":
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            items = parse(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(items, list):
+            return items
+    return None
 
 
 class Where(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from ernie_tune.data.readers_fields import THOUGHTS
 from ernie_tune.data.readers_media import KIND_NAMES, base_name, is_base64_picture, suffix_kind
-from ernie_tune.data.readers_row import Fields
+from ernie_tune.data.readers_row import Fields, read_list
 from ernie_tune.data.records import Media, Record, show
 
 # Names of what describes a row and teaches nothing.
@@ -50,6 +50,7 @@ _MASK_WORDS = frozenset(
         "untrained", "supervise", "supervised", "ignore", "ignored", "learn", "learned", "learnable", "skip", "skipped",
     )
 )  # fmt: skip
+_LEFT_OUT_WORDS = frozenset(("exclude", "excluded", "freeze", "frozen", "grad", "backprop"))  # of a turn, not of a row
 _THOUGHT = re.compile(
     r"(^|_)(reasoning|thinking|thoughts?|think|rationales?|cot|chain_of_thoughts?|deliberation|scratchpad)"
     r"(_(content|text|trace|traces|process|steps|details|chain|summary))?$"
@@ -76,6 +77,8 @@ def check_unused(f: Fields, record: Record) -> tuple[str, ...]:
 
 def _refuse(part: Fields, key: str, value: object, record: Record) -> None:
     """The error for a value that training would miss. What only repeats something that was read is none."""
+    if part.prefix and not _words(key).isdisjoint(_LEFT_OUT_WORDS) and _is_flags(value):
+        raise part.error("unread_mask", key, show(value), name=key)
     for kind, at, what in _missed(key, value):
         repeats = _is_shown(what, record) if kind in KIND_NAMES else kind == _THOUGHTS and part.took(*THOUGHTS)
         if not repeats:
@@ -94,6 +97,7 @@ def is_suspicious(key: str) -> bool:
 def _missed(key: str, value: object, depth: int = 0, at: str = "") -> Iterator[tuple[str, str, object]]:
     """(kind of what would be missed, where, the value) of a field and of what is inside it."""
     at = at or key
+    value = value if (items := read_list(value)) is None else items
     kind = _kind(key, value)
     if kind:
         yield kind, at, value
@@ -187,7 +191,7 @@ def _is_shown(value: object, record: Record) -> bool:
 
 
 def _snake(key: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s\-.]+", "_", key.strip()).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s\-.]+", "_", key.strip().replace("CoT", "Cot")).lower()
 
 
 def _words(key: str) -> set[str]:

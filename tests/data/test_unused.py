@@ -98,6 +98,26 @@ def test_pictures_of_two_turns_keep_their_order() -> None:
     assert [turn["content"] for turn in record.messages[::2]] == ["<image>Which?"] * 2
 
 
+def test_a_cell_of_a_table_may_hold_a_list() -> None:
+    for text in ('["a.png", "b.png"]', "['a.png', 'b.png']"):
+        assert load({"question": "q", "answer": "a", "images": text}).images == ("a.png", "b.png")
+    assert load({"question": "q", "answer": "a", "image": "[1] a.png"}).images == ("[1] a.png",)
+    assert load({"question": "q", "answers": "['a', 'b', 'b']"}).messages[-1]["content"] == "b"
+    assert load({"question": "q", "answer": "['a']"}).messages[-1]["content"] == "['a']"  # one answer, as it stands
+
+
+def test_a_picture_in_the_source_of_a_part_is_read() -> None:
+    for source, image in (
+        (
+            {"type": "base64", "media_type": "image/png", "data": BASE64},
+            f"data:application/octet-stream;base64,{BASE64}",
+        ),
+        ({"type": "url", "url": "a.png"}, "a.png"),
+    ):
+        record = load(asked(content=[{"type": "image", "source": source}, {"type": "text", "text": "q"}]))
+        assert (record.images, record.meta.unused) == ((image,), ())
+
+
 def test_two_columns_agree_or_are_refused() -> None:
     row = {"question": "q", "answer": "a", "images": ["a.png"], "image": "nosuch.png"}
     error = refusal(row)
@@ -117,6 +137,9 @@ UNREAD = [
     ("unread_picture", "image_link", "https://example.org/200"),
     ("unread_picture", "link", "https://example.org/a.png?size=2"),
     ("unread_picture", "metadata", {"deep": [{"shot": "x/a.webp"}]}),
+    ("unread_picture", "shots", '["a.png", "b.png"]'),
+    ("unread_picture", "shots", "['a.png']"),
+    ("unread_picture", "shot", "a.png "),
     ("unread_picture", "pixels", np.zeros((2, 2, 3), np.uint8)),
     ("unread_clip", "recording", "a.mp4"),
     ("unread_clip", "cell", b"\0\0\0\x18ftypmp42"),
@@ -126,6 +149,7 @@ UNREAD = [
     ("unread_mask", "train_mask", "false"),
     ("unread_thought", "chain_of_thought", "two and two"),
     ("unread_thought", "modelReasoning", "two and two"),
+    ("unread_thought", "Complex_CoT", "two and two"),
     ("unread_thought", "rationales", ["two and two"]),
 ]
 
@@ -218,6 +242,11 @@ def test_marks_that_may_mean_either_are_refused() -> None:
     assert refusal(turns(ignore=True)).problem == "unread_mask"
     assert refusal(turns(train_detail=[{"begin_offset": 0, "end_offset": 2, "train": False}])).problem == "unread_mask"
     assert refusal(turns(train=False, weight=1)).problem == "twice"
+    assert refusal(turns(exclude=True)).problem == "unread_mask"
+    assert refusal(turns(requires_grad=False)).problem == "unread_mask"
+    assert load({"question": "q", "answer": "a", "excluded": False}).meta.unused == (
+        "excluded",
+    )  # says nothing of a turn
     assert refusal(turns(loss_scale=0.5)).problem == "type"
     assert trained(load(turns(train=False, weight=0))) == ["GOOD</s>"]
 
@@ -266,6 +295,8 @@ def test_a_thought_without_its_opening_mark_is_one_and_told(tmp_path: Path) -> N
     row = answer("hm\n</think>\n\n4")
     assert trained(load(row)) == [THOUGHT]
     assert check(tmp_path, row).findings.counts == {"thought_unopened": 1}
+    pair = load({"prompt": "2+2?", "chosen": "hm\n</think>\n\n4", "rejected": "5"})
+    assert trained(pair) == [THOUGHT + "\n\n</think>\n\n5</s>"]
     words = answer("The mark </think> ends a thought.")
     assert trained(load(words)) == ["The mark </think> ends a thought.</s>"]
     assert check(tmp_path, words).findings.counts == {"thought_late": 1}
@@ -278,6 +309,14 @@ def test_a_thought_without_its_opening_mark_is_one_and_told(tmp_path: Path) -> N
         ("<think>a</think>b<think>c</think>d", "thought_late"),
         ("<thinking>hm</thinking>4", "thought_foreign"),
         ("<reasoning>hm</reasoning>4", "thought_foreign"),
+        ("<think>a<think>b</think>4", "thought_late"),
+        ("< think >hm</ think >4", "thought_foreign"),
+        ("<seed:think>hm</seed:think>4", "thought_foreign"),
+        ("<|begin_of_thought|>hm<|end_of_thought|>4", "thought_foreign"),
+        ("[THINK]hm[/THINK]4", "thought_foreign"),
+        ("◁think▷hm◁/think▷4", "thought_foreign"),
+        ("<scratchpad>hm</scratchpad>4", "thought_foreign"),
+        ("<|endoftext|>4", "placeholder"),
         ("<think>hm</think>", "empty_answer"),
     ],
 )
