@@ -34,17 +34,22 @@ from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.rubric import Answered, Function, Judge, RowVerifiers, Rubric, load_function
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
 from ernie_tune.train.evaluate import Question, question
+from ernie_tune.train.guards import Verdict
+from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
+from ernie_tune.train.rollout_guards import RolloutWatch
 from ernie_tune.train.rollouts import Ranks, Rolled, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
+from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 COMPLETIONS_FILE = "rollouts.jsonl"
 STREAM_FOLDER = "rollouts"
+WATCH_FILE = "watch_state.json"
 _ROWS = 64  # answers computed at once
 
 
@@ -159,6 +164,7 @@ class SampledAnswers(Method):
         self.rubric = rubric
         super().__init__(config, place, processor)
         self.reference: Reference | None = None
+        self.watch = RolloutWatch()
         self._mode = ""  # of the reference, once it is chosen
         self._fresh = False  # whether room was made for a copy of the adapter
         self._rollouts: Rollouts | None = None
@@ -312,10 +318,14 @@ class SampledAnswers(Method):
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         encoder = assemble.encoder_of(self.config, self.processor)
         given = (self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
-        return OnlineMeasure(*given, rubric=self.rubric)
+        return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch)
+
+    def after_step(self, record: StepRecord) -> list[Verdict]:
+        return self.watch.look(record.step, record.metrics)
 
     def parts(self) -> Mapping[str, Stateful]:
-        return {"rollouts": RolloutsPart(self.place, self.rollouts)}
+        watch = JsonPart(self.place, WATCH_FILE, self.watch)
+        return {"rollouts": RolloutsPart(self.place, self.rollouts), "rollout watch": watch}
 
 
 class RLVRTrainer(Trainer):
@@ -352,9 +362,15 @@ class RLVRTrainer(Trainer):
 class OnlineMeasure(Measure):
     """Held-out prompts are answered greedily and judged as in training; there is no loss on answers that nobody wrote."""
 
-    def __init__(self, *args: Any, rubric: Rubric) -> None:
+    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch) -> None:
         super().__init__(*args)
-        self.rubric = rubric
+        self.rubric, self.watch = rubric, watch
+
+    def during(self, *args: Any, **more: Any) -> dict[str, float]:
+        """As any method's; the watch hears of it."""
+        metrics = super().during(*args, **more)
+        self.watch.measured(metrics)
+        return metrics
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         done(len(rows))
@@ -381,7 +397,8 @@ class OnlineMeasure(Measure):
             sum(w * (one[0].parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
             for one in judged
         ]
-        return {"reward": float(np.mean(totals)), **scores}, given
+        scores = {"reward": float(np.mean(totals)), **scores}
+        return scores, given
 
 
 def _asked(record: Record) -> Question:

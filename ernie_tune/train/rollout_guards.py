@@ -1,0 +1,147 @@
+"""Watchers of learning from sampled answers: rewards that teach nothing, answers that are cut off, entropy that collapses, rewards that
+rise while held-out answers get worse.
+
+They read the logged means under TRL's names and answer with verdicts; each speaks once in a run. Refuses to know: models,
+data, losses, files. State is JSON, so a resumed run judges as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.config.language import Text, say
+from ernie_tune.train.guards import Verdict
+
+ROUNDS = 3  # that must look alike before anything is said
+WINDOW = 20  # steps of what is called now, and of what is called the beginning
+_SAME = 1e-8
+_CUT_OFF, _ALIKE, _COLLAPSED = 0.3, 0.8, 0.1
+
+
+class RolloutWatch:
+    """`look` after each step, `measured` after each evaluation. State: the means seen, what was said."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {}
+        self.held: list[float] = []
+        self.told: set[str] = set()
+
+    def look(self, step: int, values: Mapping[str, float]) -> list[Verdict]:
+        """What a step's numbers give reason to say."""
+        for name in (
+            "reward",
+            "reward_std",
+            "frac_reward_zero_std",
+            "frac_groups_all_right",
+            "completions/clipped_ratio",
+            "entropy",
+        ):
+            if name in values and np.isfinite(values[name]):
+                self.seen.setdefault(name, []).append(float(values[name]))
+        found = {
+            "unjudged": self._unjudged(values),
+            "constant": self._constant(),
+            "alike": self._alike(),
+            "cut_off": self._cut_off(),
+            "entropy": self._entropy(),
+            "hacking": self._hacking(),
+        }
+        return self._say(step, found)
+
+    def measured(self, metrics: Mapping[str, float]) -> None:
+        """Take in an evaluation; what it gives reason to say comes with the next step."""
+        if "eval_reward" in metrics:
+            self.held.append(float(metrics["eval_reward"]))
+
+    def _hacking(self) -> Text | None:
+        """Held-out answers twice in a row below the best by more than .02, while the reward of sampled ones rose."""
+        rewards = self.seen.get("reward", [])
+        falls = len(self.held) >= 3 and max(self.held[-2:]) < max(self.held[:-2]) - 0.02
+        half = len(rewards) // 2
+        if not (falls and half >= 2 and np.mean(rewards[half:]) > np.mean(rewards[:half])):
+            return None
+        best = max(self.held)
+        return say(
+            f"the reward of sampled answers rises while held-out answers fell from {best:.3f} to {self.held[-1]:.3f}: "
+            "what is rewarded is no longer what is meant; lower learning_rate, set beta, or take the best checkpoint "
+            "(load_best_model_at_end)",
+            f"采样回答的奖励在上升，而评测回答由 {best:.3f} 降到 {self.held[-1]:.3f}：奖励已偏离目标；"
+            "请调低 learning_rate、设置 beta，或取最佳检查点（load_best_model_at_end）",
+        )
+
+    def _say(self, step: int, found: Mapping[str, Text | None]) -> list[Verdict]:
+        out = []
+        for name, words in found.items():
+            if words is not None and name not in self.told:
+                self.told.add(name)
+                out.append(Verdict(say("step {step}: {words}", "第 {step} 步：{words}", step=step, words=words)))
+        return out
+
+    def _last(self, name: str, count: int = ROUNDS) -> list[float]:
+        values = self.seen.get(name, [])
+        return values[-count:] if len(values) >= count else []
+
+    def _unjudged(self, values: Mapping[str, float]) -> Text | None:
+        if "completions/mean_length" not in values or "reward" in values:
+            return None
+        return say(
+            "no answer of this round got a reward, every function said None; look at rollouts.jsonl, and at what the rows name",
+            "本轮没有回答得到奖励，所有函数均返回 None；请查看 rollouts.jsonl 及各行指定的检查器",
+        )
+
+    def _constant(self) -> Text | None:
+        spreads, rewards = self._last("reward_std"), self._last("reward")
+        if not spreads or not rewards or max(spreads) > _SAME:
+            return None
+        return say(
+            f"all answers of {ROUNDS} rounds earned the same ({rewards[-1]:g}), nothing is learned; look at rollouts.jsonl: what do the answers look like, and what does the checker want?",
+            f"{ROUNDS} 轮的所有回答奖励相同（{rewards[-1]:g}），学不到东西；请查看 rollouts.jsonl：回答是什么样，检查器要求什么？",
+        )
+
+    def _alike(self) -> Text | None:
+        alike = self._last("frac_reward_zero_std", WINDOW)
+        if not alike or np.mean(alike) <= _ALIKE or "constant" in self.told:
+            return None
+        right = float(np.mean(self._last("frac_groups_all_right", WINDOW) or [0.0]))
+        easy = right > 0.5 * float(np.mean(alike))
+        share = f"{np.mean(alike):.0%}"
+        if easy:
+            return say(
+                f"{share} of the prompts are always answered right, the rest must carry the step; give harder data, or set difficulty_sampler: true",
+                f"{share} 的提示总是答对，只剩其余提示可学；请给更难的数据，或设置 difficulty_sampler: true",
+            )
+        return say(
+            f"{share} of the prompts are never answered right, the rest must carry the step; give easier data or more demonstrations first, or set difficulty_sampler: true",
+            f"{share} 的提示总是答错，只剩其余提示可学；请先给更容易的数据或更多示范，或设置 difficulty_sampler: true",
+        )
+
+    def _cut_off(self) -> Text | None:
+        cut = self._last("completions/clipped_ratio")
+        if not cut or min(cut) <= _CUT_OFF:
+            return None
+        return say(
+            f"{np.mean(cut):.0%} of the answers are cut off; raise max_completion_length, or set mask_truncated_completions: true",
+            f"{np.mean(cut):.0%} 的回答被截断；请调大 max_completion_length，或设置 mask_truncated_completions: true",
+        )
+
+    def _entropy(self) -> Text | None:
+        values = self.seen.get("entropy", [])
+        if len(values) < 2 * WINDOW:
+            return None
+        first, now = float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:]))
+        if now >= _COLLAPSED * first:
+            return None
+        return say(
+            f"entropy collapsed from {first:.3f} to {now:.3f} nats a token, answers hardly differ; raise entropy_coef or temperature, or lower learning_rate",
+            f"熵由每 token {first:.3f} 降到 {now:.3f} nat，回答几乎不再变化；请调大 entropy_coef 或 temperature，或调低 learning_rate",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": {k: list(v) for k, v in self.seen.items()}, "held": list(self.held), "told": sorted(self.told)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = {k: list(v) for k, v in state["seen"].items()}
+        self.held, self.told = list(state["held"]), set(state["told"])

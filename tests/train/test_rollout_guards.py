@@ -1,0 +1,81 @@
+"""Watchers of sampled answers: each speaks once, at the step where there is reason, and not before; also after a resume."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ernie_tune.train.rollout_guards import ROUNDS, WINDOW, RolloutWatch
+
+HEALTHY = {
+    "reward": 0.5,
+    "reward_std": 0.4,
+    "frac_reward_zero_std": 0.4,
+    "frac_groups_all_right": 0.2,
+    "completions/clipped_ratio": 0.1,
+    "completions/mean_length": 4.0,
+    "entropy": 1.0,
+}
+
+
+def spoken(steps: int, change: Any = lambda step: {}, watch: RolloutWatch | None = None) -> list[tuple[int, str]]:
+    watch = watch or RolloutWatch()
+    return [(s, str(v.message)) for s in range(1, steps + 1) for v in watch.look(s, {**HEALTHY, **change(s)})]
+
+
+def test_a_healthy_run_is_left_alone() -> None:
+    assert spoken(60) == []
+
+
+def test_constant_rewards() -> None:
+    ((step, words),) = spoken(30, lambda s: {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
+    assert step == ROUNDS
+    assert "all answers of 3 rounds earned the same (0)" in words
+
+
+def test_rewards_that_are_none() -> None:
+    watch = RolloutWatch()
+    verdicts = watch.look(1, {"completions/mean_length": 3.0})
+    assert "every function said None" in str(verdicts[0].message)
+    assert watch.look(2, {"completions/mean_length": 3.0}) == []
+
+
+def test_prompts_that_are_too_easy_or_too_hard() -> None:
+    ((step, easy),) = spoken(30, lambda s: {"frac_reward_zero_std": 0.9, "frac_groups_all_right": 0.85})
+    assert step == WINDOW
+    assert "always answered right" in easy
+    ((_, hard),) = spoken(30, lambda s: {"frac_reward_zero_std": 0.9, "frac_groups_all_right": 0.0})
+    assert "never answered right" in hard
+
+
+def test_answers_that_are_cut_off() -> None:
+    ((step, words),) = spoken(9, lambda s: {"completions/clipped_ratio": 0.5})
+    assert (step, "raise max_completion_length" in words) == (ROUNDS, True)
+
+
+def test_entropy_that_collapses() -> None:
+    ((step, words),) = spoken(60, lambda s: {"entropy": 1.0 if s <= WINDOW else 0.05})
+    assert step >= 2 * WINDOW
+    assert "entropy collapsed from 1.000" in words
+
+
+def test_rewards_up_and_held_out_down() -> None:
+    for slope, said in ((0.01, 1), (-0.01, 0)):
+        watch = RolloutWatch()
+        spoken(40, lambda s, slope=slope: {"reward": 0.5 + s * slope}, watch)
+        for held in (0.86, 0.83, 0.81):
+            watch.measured({"eval_reward": held})
+        verdicts = watch.look(41, {**HEALTHY, "reward": 0.5 + 41 * slope})
+        assert len(verdicts) == said
+        assert not said or "held-out answers fell from 0.860 to 0.810" in str(verdicts[0].message)
+
+
+def test_a_resumed_watch_goes_on() -> None:
+    whole, part = RolloutWatch(), RolloutWatch()
+    collapse = lambda s: {"entropy": 1.0 if s <= WINDOW else 0.01, "completions/clipped_ratio": 0.5}  # noqa: E731
+    straight = spoken(60, collapse, whole)
+    before = spoken(25, collapse, part)
+    again = RolloutWatch()
+    again.load_state_dict(json.loads(json.dumps(part.state_dict())))
+    after = [(s, str(v.message)) for s in range(26, 61) for v in again.look(s, {**HEALTHY, **collapse(s)})]
+    assert before + after == straight
