@@ -215,7 +215,7 @@ def test_auto_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config.json"):
         AutoConfig.from_pretrained(tmp_path)
     for text, message in (
-        ("{", "config.json: Expecting"),
+        ("{", r"config.json must be JSON \(Expecting"),
         ('{"model_type": "llama"}', "config.json: model_type .'llama'."),
     ):
         (tmp_path / "config.json").write_text(text)

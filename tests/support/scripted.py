@@ -29,6 +29,10 @@ class Scripted:
         self.left = [(key, ids) for key, ids in self.left if ids]
         return events
 
+    def resume(self, partials: Sequence[Any]) -> None:
+        """Nothing was ever taken out of a script."""
+        assert not partials
+
     def cancel(self, keys: Any) -> None:
         self.left = [one for one in self.left if one[0] not in keys]
 
