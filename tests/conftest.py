@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import cache
 from pathlib import Path
 
 # numpy's own BLAS, before it loads: two threads that share a core with another process wait for each other, in small products ten times as long
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["ERNIE_TUNE_LANG"] = "en"  # what tests expect does not depend on the machine's language
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell lets what it starts in the background ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
