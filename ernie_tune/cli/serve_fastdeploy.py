@@ -107,16 +107,16 @@ def _check_prompts(folder: Path) -> None:
         text = template_of(folder)
     except NoTemplate:  # FastDeploy stops there and says so
         return
-    for placeholder, media, chinese in (
-        (RELEASED.image, "picture", "图片"),
-        (RELEASED.video, "clip", "视频"),
+    for placeholder, media in (
+        (RELEASED.image, say("picture", "图片")),
+        (RELEASED.video, say("clip", "视频")),
     ):
         if placeholder not in text:
             raise ValueError(
                 say(
                     f"chat template of {folder} must hold {placeholder}: FastDeploy would drop every {media} "
                     f"without an error; export the folder, which mends it (ernie-tune export {folder})",
-                    f"{folder} 的对话模板须含 {placeholder}：否则 FastDeploy 会不声不响地丢掉所有{chinese}；请先"
+                    f"{folder} 的对话模板须含 {placeholder}：否则 FastDeploy 会不声不响地丢掉所有{media}；请先"
                     f"导出，导出时会修好（ernie-tune export {folder}）",
                 )
             )

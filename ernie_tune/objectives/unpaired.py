@@ -138,11 +138,12 @@ def kto_loss(
 def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:
     """What to change where lambda_D n_D / (lambda_U n_U) leaves [1, 4/3] (2402.01306 eq. 8), or one kind is absent; None where it does not."""
     if not good or not bad:
-        kind, other = ("good", "bad") if good else ("bad", "good")
+        kinds = say("good", "好"), say("bad", "坏")
+        kind, other = kinds if good else kinds[::-1]
         return say(
             f"all answers so far are {kind}: without {other} ones nothing teaches the difference; check the labels, add "
             f"{other} answers, or to imitate good ones take stage SFT",
-            f"至今的回答均为{'好' if good else '坏'}回答：缺少另一种就学不到差别；请检查标签、补充另一种回答；若只想模仿好回答，请用 stage SFT",
+            f"至今的回答均为{kind}回答：缺少{other}回答就学不到差别；请检查标签、补充{other}回答；若只想模仿好回答，请用 stage SFT",
         )
     ratio = desirable_weight * good / (undesirable_weight * bad)
     if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:
