@@ -226,28 +226,11 @@ class PolicyArguments:
 
 @dataclass(frozen=True)
 class CriticArguments:
-    """The critic, its returns and the reward model. Stage PPO."""
+    """What a critic would learn from: returns of answers. Stage PPO."""
 
-    reward_model: str = arg("", "folder of a reward model that scores answers", "给回答打分的奖励模型目录", stages=_PPO)
     gamma: float = arg(1.0, "discount of later rewards", "后续奖励的折扣", low=0, high=1, stages=_PPO)
     lam: float = arg(0.95, "lambda of generalised advantages", "广义优势估计的 lambda", low=0, high=1, stages=_PPO)
-    vf_coef: float = arg(0.1, "weight of the critic's loss", "价值损失的权重", low=0, stages=_PPO)
-    cliprange_value: float = arg(
-        0.2, "how far values may move from before", "价值相对之前的最大变化", low=0.0001, stages=_PPO
-    )
     whiten_rewards: bool = arg(False, "scale rewards to unit spread", "把奖励缩放到单位方差", stages=_PPO)
     missing_eos_penalty: float | None = arg(
         None, "taken from answers that do not end", "未结束的回答扣除的奖励", low=0, stages=_PPO
-    )
-    kl_target: float | None = arg(
-        None, "KL that kl_coef is steered to; null: fixed", "kl_coef 调节的目标 KL；null：固定", low=0.0001, stages=_PPO
-    )
-    kl_horizon: int = arg(10_000, "answers over which it is steered", "调节的回答数", low=1, stages=_PPO)
-    critic_warmup: int = arg(0, "steps in which the critic alone learns", "只训练价值网络的步数", low=0, stages=_PPO)
-    value_learning_rate: float | None = arg(
-        None,
-        "the critic's rate; null: 10 times learning_rate",
-        "价值网络学习率；null：learning_rate 的 10 倍",
-        low=0,
-        stages=_PPO,
     )
