@@ -469,7 +469,7 @@ def test_what_a_run_measures_and_leaves(tmp_path: Path, sft: Path) -> None:
     ids=str,
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: type[Trainer], changes: dict[str, Any]
 ) -> None:
     rows = mixture(9) if trainer is UPOTrainer else pairs(5)
     write_rows(tmp_path / "judged_train.jsonl", rows)
@@ -477,13 +477,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole = run(tmp_path, trainer, output_dir=str(tmp_path / "whole"), **more)
     cut = tmp_path / "cut"
     stopped = trainer(args=judged_settings(tmp_path, output_dir=str(cut), **more))
-    stopped_at_three = stopped._stop_now
-
-    def stop(record: Any, *rest: Any) -> bool:
-        return stopped_at_three(record, *rest) or record.step == 3
-
-    stopped._stop_now = stop  # type: ignore[method-assign]
-    stopped.train()
+    go_on = Run._stop_now
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_stop_now", lambda run, record, *rest: go_on(run, record, *rest) or record.step == 3)
+        stopped.train()
     for file in cut.glob("*.json"):
         file.unlink()
     run(tmp_path, trainer, output_dir=str(cut), **more)
