@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -166,18 +165,15 @@ def test_wrong_command_lines(args: list[str], code: int, message: str, capsys: p
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_quick_and_without_paddle() -> None:
-    """Half a second for the verb's own work, on a machine that may be busy; the imports of paddle or numpy alone take longer."""
+def test_loads_neither_paddle_nor_numpy() -> None:
+    """The imports of either take longer than the verb's own work; how long that takes is for a benchmark."""
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from ernie_tune.cli.main import main\n"
         f"assert main(['estimate', '{B424}', 'cards=8']) == 0\n"
-        "print(time.process_time() - start, [m for m in ('paddle', 'numpy') if m in sys.modules])"
+        "print([m for m in ('paddle', 'numpy') if m in sys.modules])"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
     )
-    seconds, _, loaded = done.stdout.splitlines()[-1].partition(" ")
-    assert loaded == "[]"
-    assert float(seconds) < 0.5, f"{seconds} s of CPU, {time.perf_counter() - start:.1f} s in all"
+    assert done.stdout.splitlines()[-1] == "[]"
