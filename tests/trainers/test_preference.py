@@ -576,9 +576,9 @@ def test_the_verbs(tmp_path: Path, sft: Path, capsys: pytest.CaptureFixture[str]
         assert (out / "model.safetensors").is_file()
         assert f"stage: {verb.upper()}" in (out / "ernie_tune_args.yaml").read_text(encoding="utf-8")
     capsys.readouterr()
-    assert main(["train", str(tmp_path / "dpo.yaml"), "stage=RLVR"]) == 1
+    assert main(["train", str(tmp_path / "dpo.yaml"), "stage=PPO"]) == 1
     assert (
-        "stage (RLVR) cannot be trained in this version, it must be one of SFT, DPO, KTO, UPO, PT, RM"
+        "stage (PPO) cannot be trained in this version, it must be one of SFT, DPO, KTO, UPO, RLVR, PT, RM"
         in capsys.readouterr().err
     )
 
