@@ -28,6 +28,7 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.rewards.rubric import Answered, Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
+from ernie_tune.train.state import ALONE, Ranks
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
@@ -132,18 +133,6 @@ class Rolled:
         return np.array([int(d.trained_L.sum()) for d in self.unit.dialogues])
 
 
-class Ranks:
-    """How rounds of several processes agree; this is one process alone. `total` adds arrays up over the ranks that hold different prompts."""
-
-    rank, size = 0, 1
-
-    def total(self, sums: np.ndarray) -> np.ndarray:
-        return sums
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
 class Rollouts:
     """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N, advantage_N (and ref_logp_N, value_N, return_N where
     attached). `metrics` are those of the newest round; `sink` gets every judged group once. Raises ValueError where no prompt fits."""
@@ -157,13 +146,13 @@ class Rollouts:
         rubric: Rubric,
         attach: Sequence[Attach] = (),
         prompts: PromptStream | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         sink: Callable[[int, Sequence[Rolled]], None] = lambda round_number, groups: None,
     ) -> None:
         self.settings, self.records, self.processor = settings, records, processor
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self.round = 0
         self.metrics: dict[str, float] = {}
         self.too_long: set[int] = set()  # prompts above max_prompt_length
@@ -374,6 +363,10 @@ class Rollouts:
                 for group, own in zip(part, np.split(values, ends), strict=True):
                     group.columns[name] = own
 
+    def _total(self, sums: np.ndarray) -> np.ndarray:
+        """Added up over the ranks that hold different prompts."""
+        return np.sum(self.ranks.gather(sums), axis=0)
+
     def _advantages(self, groups: Sequence[Rolled]) -> None:
         """The columns advantage_N and keep_N, and for a critic return_N."""
         s = self.settings
@@ -387,13 +380,13 @@ class Rollouts:
             advantage_N = self._with_critic(groups, reward_C, candidate_N, kl_N)
         elif s.advantage_estimator == "reinforce_plus_plus":
             reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
-            advantage_N = adv.whiten(adv.returns_to_go(reward_N, candidate_N), self.ranks.total)
+            advantage_N = adv.whiten(adv.returns_to_go(reward_N, candidate_N), self._total)
         else:
             if kl_N is not None:
                 reward_C = reward_C - s.kl_coef * np.bincount(candidate_N, kl_N, minlength=len(length_C))
             advantage_N = self._of_answers(groups, reward_C, group_C)[candidate_N]
             if s.advantage_estimator == "reinforce_plus_plus_baseline":
-                advantage_N = adv.whiten(advantage_N, self.ranks.total)
+                advantage_N = adv.whiten(advantage_N, self._total)
         keep_N = np.concatenate([*(g.counts_G for g in groups), np.zeros(0)])[candidate_N]
         for group, part, keep in _parts(groups, advantage_N, keep_N):
             group.columns["advantage_N"], group.columns["keep_N"] = part, keep
@@ -417,13 +410,13 @@ class Rollouts:
         if s.reward_aggregation == "normalize_then_sum":
             parts = [[_number(one.parts[n]) for n in self.rubric.names] for g in groups for one in g.scored]
             matrix_CF = np.array(parts).reshape(len(reward_C), len(self.rubric.names))
-            return adv.normalise_then_sum(matrix_CF, np.array(self.rubric.weights), group_C, total=self.ranks.total)
+            return adv.normalise_then_sum(matrix_CF, np.array(self.rubric.weights), group_C, total=self._total)
         if s.advantage_estimator == "rloo":
             return adv.leave_one_out(reward_C, group_C)
         if s.advantage_estimator == "max_rl":
             return adv.mean_relative(reward_C, group_C)
         scale = "none" if s.advantage_estimator == "reinforce_plus_plus_baseline" else s.scale_rewards
-        return adv.group_relative(reward_C, group_C, scale, total=self.ranks.total)
+        return adv.group_relative(reward_C, group_C, scale, total=self._total)
 
     def _with_critic(
         self, groups: Sequence[Rolled], reward_C: np.ndarray, candidate_N: np.ndarray, kl_N: np.ndarray | None
@@ -432,11 +425,11 @@ class Rollouts:
         value_N = np.concatenate([*(g.columns["value_N"] for g in groups), np.zeros(0)])
         reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
         if s.whiten_rewards:
-            reward_N = adv.whiten(reward_N, self.ranks.total, keep_mean=True)
+            reward_N = adv.whiten(reward_N, self._total, keep_mean=True)
         advantage_N, return_N = adv.gae(reward_N, value_N, candidate_N, s.gamma, s.lam)
         for group, part, _ in _parts(groups, return_N, return_N):
             group.columns["return_N"] = part
-        return adv.whiten(advantage_N, self.ranks.total)
+        return adv.whiten(advantage_N, self._total)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -464,10 +457,10 @@ class Rollouts:
         for name in names:
             known = columns.get(name, np.zeros(0))
             known = known[~np.isnan(known)]
-            both = self.ranks.total(np.array([known.sum(), len(known)], np.float64))
+            both = self._total(np.array([known.sum(), len(known)], np.float64))
             sums[name] = (float(both[0]), float(both[1]))
         out = {name: total / count for name, (total, count) in sums.items() if count}
-        all_flat, all_sampled = self.ranks.total(np.array([flat, len(groups)], np.float64))
+        all_flat, all_sampled = self._total(np.array([flat, len(groups)], np.float64))
         out["frac_reward_zero_std"] = float(all_flat / max(all_sampled, 1.0))
         lengths = self.ranks.gather((float(length_C.min(initial=np.inf)), float(length_C.max(initial=0))))
         out["completions/min_length"] = min(low for low, _ in lengths)

@@ -45,7 +45,7 @@ _CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16",
 
 
 class Ranks(Protocol):
-    """The processes that save and load together."""
+    """The processes that do something together: those that save and load, or those that hold different prompts."""
 
     @property
     def rank(self) -> int: ...

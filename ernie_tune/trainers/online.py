@@ -39,7 +39,7 @@ from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
 from ernie_tune.train.rollout_guards import RolloutWatch
-from ernie_tune.train.rollouts import Ranks, Rolled, Rollouts, RolloutSettings
+from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
@@ -53,7 +53,7 @@ WATCH_FILE = "watch_state.json"
 _ROWS = 64  # answers computed at once
 
 
-class _DataRanks(Ranks):
+class _DataRanks:
     """The processes that hold different prompts."""
 
     def __init__(self, place: Place) -> None:
@@ -62,9 +62,6 @@ class _DataRanks(Ranks):
 
     def gather(self, value: Any) -> list[Any]:
         return self.place.gather_batch(value)
-
-    def total(self, sums: np.ndarray) -> np.ndarray:
-        return np.sum(self.place.gather_batch(sums), axis=0)
 
 
 class RolloutStream:

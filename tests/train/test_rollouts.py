@@ -24,7 +24,8 @@ from ernie_tune.models.presets import preset
 from ernie_tune.objectives.policy import PolicyHyper
 from ernie_tune.rewards.rubric import Function, Rubric
 from ernie_tune.train.policy import PolicyObjective, kept_answers
-from ernie_tune.train.rollouts import Ranks, Rolled, Rollouts, RolloutSettings
+from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
+from ernie_tune.train.state import Ranks
 
 PROCESSOR = processor()
 S = RolloutSettings(prompts=2, num_generations=3, max_completion_length=4, groups_per_batch=1)
@@ -129,7 +130,7 @@ def test_the_same_answers_whatever_runs_beside_them(model: ErnieModel) -> None:
     assert told[0] == told[1]
 
 
-class Two(Ranks):
+class Two:
     """One of two ranks whose exchanges are played back: every rank sees what both said."""
 
     size = 2
@@ -143,9 +144,6 @@ class Two(Ranks):
         if known is None:
             raise Waiting(value)
         return known
-
-    def total(self, sums: np.ndarray) -> np.ndarray:
-        return np.sum(self.gather(sums), axis=0)
 
 
 class Waiting(Exception):
