@@ -91,6 +91,17 @@ def steps_logged(folder: Path) -> list[int]:
     return [r["step"] for r in history(folder) if "loss" in r]
 
 
+# Of a run stopped and gone on with: paths, clocks, the ledger of its processes, and the stop in its schedule.
+NOT_ALIKE_WHEN_CUT = (
+    "trainer_state.json",
+    "loop_state.json",
+    "ernie_tune_args.yaml",
+    "checkpoint_files.json",
+    "ledger.json",
+    "scheduler.json",
+)
+
+
 def same_bytes(a: Path, b: Path, but: Sequence[str] = ()) -> list[str]:
     """The names of all files under `a`, after checking that `b` has the same with the same bytes, those in `but` aside."""
     names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
