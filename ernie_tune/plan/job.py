@@ -20,6 +20,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.settings import lora_config
 
 PAIRED = ("DPO", "RM")  # stages whose rows are two answers
+ROLLOUT_ROWS = 64  # answers that one process samples side by side, at most
 
 
 def model_shape(name: str) -> ModelConfig:
@@ -45,7 +46,9 @@ class Job:
     """One step of a run. Sizes are upper bounds: rows are taken to be as long as allowed, every text token to be a target.
 
     `rows`: rows of a micro-batch; `visual_tokens`: tokens of a micro-batch that are pictures. `element_bytes`: of the compute format. `reference`: "none",
-    "adapter" (switched off), or "copy" (a second frozen model). `sequences`, `sequence_tokens`: what the key/value cache holds while answers of `completion_tokens` are sampled.
+    "adapter" (switched off), or "copy" (a second frozen model). While answers are sampled the
+    key/value cache holds `sequences` of them, of `completion_tokens` each, and once each of the
+    `sequence_prompts` prompts that they share; prompt and answer take `sequence_tokens`.
     `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes that store them otherwise.
     """
 
@@ -65,6 +68,7 @@ class Job:
     visual_tokens: int = 0
     reference: str = "none"
     sequences: int = 0
+    sequence_prompts: int = 0
     sequence_tokens: int = 0
     completion_tokens: int = 0
     moment_bytes: int = 4
@@ -85,6 +89,13 @@ class Job:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
+def _answers_at_once(config: RunConfig) -> int:
+    """Answers that one process samples side by side: those of a round, as many as fit the engine."""
+    t, r = config.train, config.rollout
+    answers = t.per_device_train_batch_size * t.gradient_accumulation_steps * r.num_mini_batches
+    return min(answers, max(ROLLOUT_ROWS, r.num_generations))
+
+
 def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visual_tokens: int | None = None) -> Job:
     """The job that the settings describe. `visual_tokens` of a micro-batch, where known; else half of its tokens for a model with a vision tower.
 
@@ -96,6 +107,7 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
     longest = config.data.max_seq_len
     if sampled:
         longest = min(longest, config.preference.max_prompt_len + config.rollout.max_completion_length)
+    sequences = _answers_at_once(config) if sampled else 0
     adapter = lora_config(config) if m.fine_tuning == "LoRA" else None
     if lora.lora_expert_affinity > 0 and adapter is not None and not lora.lora_expert_list:
         adapter = dataclasses.replace(
@@ -131,7 +143,8 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
         longest,
         t.gradient_accumulation_steps,
         reference=_reference(config),
-        sequences=t.per_device_train_batch_size * config.rollout.num_generations if sampled else 0,
+        sequences=sequences,
+        sequence_prompts=-(-sequences // config.rollout.num_generations),
         sequence_tokens=longest if sampled else 0,
         completion_tokens=config.rollout.max_completion_length if sampled else 0,
         notes=tuple(notes),

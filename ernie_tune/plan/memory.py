@@ -273,10 +273,12 @@ class _Activations:
         return rope + saved * v.depth + block + features
 
     def cache(self) -> float:
-        """Keys and values of all sequences that are sampled together (parallel.md 4.1)."""
+        """Keys and values of all answers that are sampled together, of a shared prompt once."""
         m = self.job.model
         a_token = self.wide * 2 * m.num_key_value_heads * m.head_dim * self.share * len(self.layers)
-        return a_token * self.job.sequences * self.job.sequence_tokens
+        prompt_tokens = self.job.sequence_tokens - self.job.completion_tokens
+        tokens = self.job.sequence_prompts * prompt_tokens
+        return a_token * (tokens + self.job.sequences * self.job.completion_tokens)
 
 
 def rows(items: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:

@@ -95,7 +95,6 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
             rows=1,
             accumulation=job.accumulation * job.rows,
             visual_tokens=job.visual_tokens // job.rows,
-            sequences=job.sequences // job.rows,
         )
         yield Change(text, smaller, cards, offload)
     if job.full and job.model.vision is not None and "freeze_vision" not in job.freeze:

@@ -12,6 +12,7 @@ from ernie_tune.models.presets import PRESETS, preset
 from ernie_tune.models.specs import parameter_count, parameter_specs
 from ernie_tune.plan import memory as counted
 from ernie_tune.plan.cards import GB, card
+from ernie_tune.plan.job import ROLLOUT_ROWS
 from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.memory import memory, stage_layers
 from ernie_tune.plan.weights import EXPERT, TENSOR, WHOLE, active_values, base_bytes, cut_of, held, trained_values
@@ -32,9 +33,11 @@ def test_every_parameter_is_cut_as_the_table_says() -> None:
 def test_constants_are_those_of_the_code() -> None:
     from ernie_tune.models import attention
     from ernie_tune.objectives import logprobs
+    from ernie_tune.trainers import online
 
     assert counted.LOSS_KEEP_BYTES == logprobs.KEEP_BYTES
     assert counted.LOSS_CHUNK_BYTES == logprobs.CHUNK_BYTES
+    assert ROLLOUT_ROWS == online._ROWS
     assert counted.PROBS_KEEP_BYTES == attention.KEEP_PROBS_BYTES
     assert counted.ATTENTION_BLOCK == attention.BLOCK_TOKENS
 
@@ -161,9 +164,20 @@ def test_pairs_references_and_sampling() -> None:
     assert "reference model" not in free
     reward = memory(job(B28, stage="RM", **ATTENTION), Layout(), CARD).items
     assert "loss" not in reward
-    sampled = job(B28, stage="RLVR", max_prompt_len=3584, max_completion_length=512, num_generations=8, **ATTENTION)
-    cache = memory(sampled, Layout(), CARD).items["key/value cache"]
-    assert cache == 57_344 * 8 * 4096, "parallel.md 4.1: 57,344 bytes a token"
+
+
+def test_sampled_answers_hold_their_prompt_once() -> None:
+    """57,344 bytes a token: 28 layers x keys and values of 4 heads of 128, two bytes each."""
+    rollout = {"stage": "RLVR", "max_prompt_len": 3584, "max_completion_length": 512, "num_generations": 8, **ATTENTION}
+
+    def cache(**given: int) -> float:
+        return memory(job(B28, **rollout, **given), Layout(), CARD).items["key/value cache"]
+
+    step = cache(per_device_train_batch_size=8)
+    assert step == 57_344 * (4 * 3584 + 32 * 512), "four micro-batches, each the eight answers to one prompt"
+    assert cache(per_device_train_batch_size=4) == step / 2
+    assert cache(per_device_train_batch_size=2, num_mini_batches=4) == step
+    assert cache(per_device_train_batch_size=64) == 2 * step, "no more answers at once than the engine takes"
 
 
 def test_gradients_take_the_place_of_activations_in_one_process() -> None:
