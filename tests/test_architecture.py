@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,34 +12,33 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ernie_tune"
 
-# A package imports only packages of a smaller number; equal numbers do not know each other.
-LEVEL = {
-    "config": 0,
-    "models": 1,
-    "parallel": 1,
-    "checkpoint": 2,
-    "objectives": 2,
-    "data": 2,
-    "rewards": 2,
-    "peft": 2,
-    "plan": 2,
-    "generate": 3,
-    "machine": 3,
-    "report": 3,
-    "export": 3,
-    "train": 4,
-    "serve": 4,
-    "evaluate": 5,
-    "trainers": 6,
-    "ui": 7,
-    "cli": 8,
-}
-# `peft` reads and writes adapter files, so it alone of its row may use `checkpoint` (its tensors, never its models); `plan` counts the adapters that a run
-# would train with the rules of `peft` (its files without paddle); `rewards` judge the records of `data`.
-ALLOWED = {("peft", "checkpoint"), ("plan", "peft"), ("rewards", "data")}
-NO_PADDLE = {"config", "data", "plan", "rewards", "report", "ui", "cli"}
+PAGE = (PACKAGE / "README.md").read_text(encoding="utf-8")
+
+
+def rows_of_the_page() -> tuple[dict[str, int], set[tuple[str, str]]]:
+    """The row of each room, and who of one row may import whom, as the picture has them."""
+    (picture,) = re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^(\d+)  (.+)$", picture, re.MULTILINE)
+    level = {room: int(row) for row, rooms in rows for room in rooms.split()}
+    allowed = re.findall(r"^   (\w+) -> (\w+)$", picture, re.MULTILINE)
+    assert len(rows) + len(allowed) == picture.count("\n"), "a line of the picture is neither a row nor an arrow"
+    assert [int(row) for row, _ in rows] == sorted((int(row) for row, _ in rows), reverse=True)
+    assert sum(len(rooms.split()) for _, rooms in rows) == len(level), "a room stands in two rows"
+    return level, {(a, b) for a, b in allowed}
+
+
+def rooms_of_the_page() -> dict[str, tuple[bool, bool]]:
+    """Room -> whether it loads without paddle, whether it never imports paddle.distributed."""
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
+    assert all(mark.strip() in ("", "yes") for _, *marks in table for mark in marks)
+    return {room: (bool(light.strip()), bool(alone.strip())) for room, light, alone in table}
+
+
+# A package imports only packages of a smaller number; equal numbers do not know each other, but for ALLOWED.
+LEVEL, ALLOWED = rows_of_the_page()
+NO_PADDLE = {room for room, (light, _) in rooms_of_the_page().items() if light}
+NO_DISTRIBUTED = {room for room, (_, alone) in rooms_of_the_page().items() if alone}
 LIGHT_MODEL_FILES = {"config", "config_dialects", "presets", "inputs", "specs"}
-NO_DISTRIBUTED = {"models", "data", "config", "plan", "rewards"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "ernie_tune", "examples", "tests", "launch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -111,6 +111,34 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
 
 
-def test_every_package_has_a_level() -> None:
+def test_the_page_names_every_room_and_no_other() -> None:
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert packages <= set(LEVEL)
+    assert packages == set(LEVEL) == set(rooms_of_the_page())
+
+
+def test_what_the_rows_must_say() -> None:
+    """The page may move rooms; not these."""
+    assert min(LEVEL, key=lambda room: LEVEL[room]) == "config"
+    assert max(LEVEL, key=lambda room: LEVEL[room]) == "cli"
+    assert all(LEVEL[a] == LEVEL[b] for a, b in ALLOWED), "an arrow to a lower row needs no line"
+    assert not any((b, a) in ALLOWED for a, b in ALLOWED)
+    assert LEVEL["serve"] <= LEVEL["train"], "a server knows no training"
+    assert {"config", "data", "plan", "rewards", "report", "cli"} <= NO_PADDLE
+    assert {"models", "data", "config", "plan", "rewards"} <= NO_DISTRIBUTED
+
+
+def test_the_page_is_one_page() -> None:
+    assert PAGE.count("\n") <= 120
+
+
+def test_the_page_names_its_files_and_their_tables() -> None:
+    """What "where a new thing goes" promises: each file, and each name in capitals in one of the files of its row."""
+    table = PAGE.partition("## Where a new thing goes")[2].partition("\n## ")[0]
+    for line in re.findall(r"^\| (?:a|an) .*$", table, re.MULTILINE):
+        files = [PACKAGE / target for target in re.findall(r"\]\(([^)]+)\)", line)]
+        assert files
+        assert all(file.is_file() for file in files), line
+        text = "".join(file.read_text(encoding="utf-8") for file in files)
+        assert not [
+            name for name in re.findall(r"`([A-Z_]+)`", line) if not re.search(rf"^{name}\b", text, re.MULTILINE)
+        ]

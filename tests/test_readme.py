@@ -23,7 +23,7 @@ from ernie_tune.config.loader import load_config, load_text, split_overrides
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "examples" / "README.zh.md"
-PAGES = [ENGLISH, *sorted((ROOT / "examples").glob("**/*.md"))]
+PAGES = [ENGLISH, ROOT / "ernie_tune" / "README.md", *sorted((ROOT / "examples").glob("**/*.md"))]
 # What the reader makes: outputs of commands shown, and rows of their own.
 MADE = re.compile(r"(output|my_run)/|(my\w*)\.(jsonl|yaml|png)$|output/\w+$")
 

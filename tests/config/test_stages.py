@@ -17,6 +17,7 @@ from ernie_tune.config.stages import (
     EDGE_LOSSES,
     LABEL_LOSSES,
     PAIR_LOSSES,
+    POLICY_LOSSES,
     STAGES,
     UNREFERENCED,
     UPO_PRESETS,
@@ -38,9 +39,10 @@ def test_trainers_serve_what_the_table_says(stage: Any) -> None:
 
 
 def test_names_of_losses_are_those_that_are_computed() -> None:
-    from ernie_tune.objectives import pairwise, unpaired, upo
+    from ernie_tune.objectives import pairwise, policy, unpaired, upo
 
     assert PAIR_LOSSES == pairwise.NAMES
+    assert tuple(policy.SURROGATES) == POLICY_LOSSES
     assert tuple(upo.PRESETS) == UPO_PRESETS
     assert upo.OFFLINE == UPO_TERMS
     assert set(LABEL_LOSSES) == set(SETTINGS["bin_loss"].choices)
