@@ -1,4 +1,6 @@
-"""Package metadata. paddle comes through extras: `paddlepaddle` and `paddlepaddle-gpu` exclude each other, a hard dependency would overwrite one."""
+"""Package metadata. paddle comes through extras: `paddlepaddle` and `paddlepaddle-gpu` exclude each
+other, a hard dependency would overwrite one.
+"""
 
 import re
 from pathlib import Path
@@ -12,8 +14,10 @@ VERSION = re.search(
 
 DEMO = Path("examples") / "digits"  # what `ernie-tune demo` trains on
 SHARE = Path("share") / "ernie_tune"
-# The floors are the first versions without known holes: pillow (writing outside of memory when PSD files are read), sentencepiece (hostile model files),
-# tqdm, starlette (denial of service), h11 (smuggled requests), fastapi (requests without a content type, which any web page can send to this machine).
+# The floors are the first versions without known holes: pillow (writing outside of memory when PSD
+# files are read), sentencepiece (hostile model files), tqdm, starlette (denial of service), h11
+# (smuggled requests), fastapi (requests without a content type, which any web page can send to this
+# machine).
 SERVER = ["fastapi>=0.132", "starlette>=0.49.1", "h11>=0.16", "uvicorn>=0.30"]
 
 setup(

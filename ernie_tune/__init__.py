@@ -1,7 +1,8 @@
 """ernie_tune: fine-tune ERNIE-4.5-VL with PaddlePaddle.
 
-Importing this module is cheap and does not import paddle: every public name is resolved on first use (PEP 562). It does set the environment
-variables that make paddle's CPU products fast (`config/cpu.py`), since they count only before paddle loads; what the user has set stays.
+Importing this module is cheap and does not import paddle: every public name is resolved on first
+use (PEP 562). It does set the environment variables that make paddle's CPU products fast
+(`config/cpu.py`), since they count only before paddle loads; what the user has set stays.
 """
 
 import importlib

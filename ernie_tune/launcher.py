@@ -1,4 +1,5 @@
-"""The file that `python -m paddle.distributed.launch [options] ernie_tune/launcher.py train run.yaml` runs: the launcher takes a path, no module.
+"""The file that `python -m paddle.distributed.launch [options] ernie_tune/launcher.py train
+run.yaml` runs: the launcher takes a path, no module.
 
 Refuses to know anything but where the package is.
 """
@@ -7,7 +8,8 @@ if __name__ == "__main__":
     import os
     import sys
 
-    # Python puts this file's folder first on the path, where `data` or `models` would hide other packages of those names.
+    # Python puts this file's folder first on the path, where `data` or `models` would hide other
+    # packages of those names.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]
     if os.path.dirname(here) not in map(os.path.abspath, sys.path):

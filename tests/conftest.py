@@ -7,10 +7,12 @@ import signal
 from functools import cache
 from pathlib import Path
 
-# numpy's own BLAS, before it loads: two threads that share a core with another process wait for each other, in small products ten times as long
+# numpy's own BLAS, before it loads: two threads that share a core with another process wait for
+# each other, in small products ten times as long
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["ERNIE_TUNE_LANG"] = "en"  # what tests expect does not depend on the machine's language
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell lets what it starts in the background ignore Ctrl-C
+# a shell lets what it starts in the background ignore Ctrl-C
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
@@ -37,7 +39,9 @@ def _golden_model(name: str, dtype: str):  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def golden_model():  # type: ignore[no-untyped-def]
-    """name, dtype -> the preset with `golden_weights`, without gradients, in eval mode; shared by tests, so leave its weights alone."""
+    """name, dtype -> the preset with `golden_weights`, without gradients, in eval mode; shared by
+    tests, so leave its weights alone.
+    """
 
     def get(name: str, dtype: str = "float32"):  # type: ignore[no-untyped-def]
         model = _golden_model(name, dtype)

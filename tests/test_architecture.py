@@ -1,4 +1,6 @@
-"""The layout contract, read by a machine: import directions, what may load paddle, sizes, forbidden habits, the closed top level."""
+"""The layout contract, read by a machine: import directions, what may load paddle, sizes,
+forbidden habits, the closed top level.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def rooms_of_the_page() -> dict[str, tuple[bool, bool]]:
     return {room: (bool(light.strip()), bool(alone.strip())) for room, light, alone in table}
 
 
-# A package imports only packages of a smaller number; equal numbers do not know each other, but for ALLOWED.
+# A package imports only packages of a smaller number; equal numbers do not know each other, but for
+# ALLOWED.
 LEVEL, ALLOWED = rows_of_the_page()
 NO_PADDLE = {room for room, (light, _) in rooms_of_the_page().items() if light}
 NO_DISTRIBUTED = {room for room, (_, alone) in rooms_of_the_page().items() if alone}
@@ -106,7 +109,9 @@ def test_top_level_is_closed() -> None:
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:
-    """pytest imports them by bare name: two of one name end the whole suite before its first test."""
+    """pytest imports them by bare name: two of one name end the whole suite before its first
+    test.
+    """
     names = sorted(p.name for p in (ROOT / "tests").rglob("test_*.py"))
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
 
@@ -132,7 +137,9 @@ def test_the_page_is_one_page() -> None:
 
 
 def test_the_page_names_its_files_and_their_tables() -> None:
-    """What "where a new thing goes" promises: each file, and each name in capitals in one of the files of its row."""
+    """What "where a new thing goes" promises: each file, and each name in capitals in one of the
+    files of its row.
+    """
     table = PAGE.partition("## Where a new thing goes")[2].partition("\n## ")[0]
     for line in re.findall(r"^\| (?:a|an) .*$", table, re.MULTILINE):
         files = [PACKAGE / target for target in re.findall(r"\]\(([^)]+)\)", line)]

@@ -1,7 +1,9 @@
-"""Every shipped YAML file loads, names files that exist and only rows that fit; every notebook runs from its first cell to its last.
+"""Every shipped YAML file loads, names files that exist and only rows that fit; every notebook runs
+from its first cell to its last.
 
-Notebooks run in a child process with their step counts lowered: the last expression of a cell is evaluated as a notebook does, and
-IPython.display, which only a notebook has, is a stand-in that reads the files it is given. No notebook package is needed.
+Notebooks run in a child process with their step counts lowered: the last expression of a cell is
+evaluated as a notebook does, and IPython.display, which only a notebook has, is a stand-in that
+reads the files it is given. No notebook package is needed.
 """
 
 from __future__ import annotations
@@ -74,7 +76,10 @@ def test_recipe(path: Path, root: Path) -> None:
         return
     processor = Processor.bundled("small" if preset(c.model.model_name_or_path).vocab_size >= 8192 else "tiny")
     processor = processor.with_videos(max_frames=c.media.video_max_frames, max_pixels=c.media.video_max_pixels)
-    for file, kind in ((c.data.train_dataset_path, c.data.train_dataset_type), (c.data.eval_dataset_path, c.data.eval_dataset_type)):  # fmt: skip
+    for file, kind in (
+        (c.data.train_dataset_path, c.data.train_dataset_type),
+        (c.data.eval_dataset_path, c.data.eval_dataset_type),
+    ):
         rows = load_dataset(list(file), kind[0], signals=("sft",))
         for i in range(0, len(rows), max(1, len(rows) // 40)):
             row = rows[i]

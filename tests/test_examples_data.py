@@ -1,7 +1,9 @@
-"""The data under examples/ is what its pages say: whole, legible to a program, split without leaks, and what its scripts write.
+"""The data under examples/ is what its pages say: whole, legible to a program, split without leaks,
+and what its scripts write.
 
-Knows files only, not ernie_tune: a reader's bug must not hide a bug in the data. Outside facts: the first digit and the class counts
-as scikit-learn documents the set, CSS colour names, and numerals written out by hand.
+Knows files only, not ernie_tune: a reader's bug must not hide a bug in the data. Outside facts: the
+first digit and the class counts as scikit-learn documents the set, CSS colour names, and numerals
+written out by hand.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def constant_accuracy(train: list[Row], evaluation: list[Row]) -> float:
 
 
 def blind_accuracy(train: list[Row], evaluation: list[Row]) -> float:
-    """Accuracy of giving the most frequent train answer to the same words, without looking at the picture."""
+    """Accuracy of giving the most frequent train answer to the same words, without looking at the
+    picture.
+    """
     by_question: dict[str, Counter[str]] = {}
     for row in train:
         by_question.setdefault(asked(row)[0], Counter())[asked(row)[1]] += 1
@@ -471,7 +475,9 @@ def test_multitask_refuses_more_rows_than_there_are_inputs(tmp_path: Path) -> No
 
 
 def test_the_judge_of_preferences_likes_right_and_short_answers() -> None:
-    """Against the digits' own labels: what is preferred is right, and among the right ones short."""
+    """Against the digits' own labels: what is preferred is right, and among the right ones
+    short.
+    """
     folder = EXAMPLES / "preferences"
     digits = {}
     for split in ("train", "eval"):

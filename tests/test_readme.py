@@ -1,4 +1,6 @@
-"""What the pages promise exists: verbs, settings, flags and files of every shown command, links, and the Python of the README runs."""
+"""What the pages promise exists: verbs, settings, flags and files of every shown command, links,
+and the Python of the README runs.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,15 @@ PeftModel.from_pretrained(AutoModel.from_pretrained("output/digits"), "./my_erni
 """
     (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True, encoding="utf-8", timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "trainable" in done.stdout
     assert (tmp_path / "my_ernie_vl_lora_adapter" / "lora_config.json").is_file()
@@ -136,7 +146,9 @@ PeftModel.from_pretrained(AutoModel.from_pretrained("output/digits"), "./my_erni
 
 
 def test_quickstart_reports_the_run_it_was_given(tmp_path: Path) -> None:
-    """The summary at the end of the script, on the files of a finished run; installing and training need a fresh clone."""
+    """The summary at the end of the script, on the files of a finished run; installing and training
+    need a fresh clone.
+    """
     script = (ROOT / "launch" / "quickstart.sh").read_text(encoding="utf-8")
     summary = re.search(r"<<'EOF'\n(.*?)^EOF$", script, re.MULTILINE | re.DOTALL)
     assert summary is not None
@@ -157,7 +169,8 @@ def test_quickstart_reports_the_run_it_was_given(tmp_path: Path) -> None:
 
 # What keeps a command short, by verb: the same road with fewer steps and rows.
 SHORT = ("max_steps=2", "eval_max_samples=2", "report_max_samples=2", "eval_steps=2", "save_steps=2")
-# What other tests run: servers, several processes, and the check of a recipe whose weights are not here.
+# What other tests run: servers, several processes, and the check of a recipe whose weights are not
+# here.
 ELSEWHERE = ("serve", "tensor_model_parallel_size=2", "examples/28b/sft_lora.yaml")
 
 
@@ -168,7 +181,9 @@ def runnable(words: list[str]) -> bool:
 def test_commands_of_the_readme_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a clone without outputs; the quickstart stands for its training line, since installing needs a network. What is left out is in ELSEWHERE."""
+    """In a clone without outputs; the quickstart stands for its training line, since installing
+    needs a network. What is left out is in ELSEWHERE.
+    """
     tracked = subprocess.run(["git", "ls-files", "examples"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in tracked.stdout.split("\n"):
         if name and (ROOT / name).is_file():
@@ -193,6 +208,20 @@ def test_commands_of_the_readme_run_in_their_order(
         assert main([*words[1:], *settings]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err[-2000:]}"
         done.append(words)
         capsys.readouterr()
-    assert {words[1] for words in done[1:]} >= {"chat", "data", "train", "demo", "init", "validate", "eval", "plot", "dpo", "estimate", "export", "doctor", "help"}  # fmt: skip
+    assert {words[1] for words in done[1:]} >= {
+        "chat",
+        "data",
+        "train",
+        "demo",
+        "init",
+        "validate",
+        "eval",
+        "plot",
+        "dpo",
+        "estimate",
+        "export",
+        "doctor",
+        "help",
+    }
     assert (tmp_path / "output" / "wint4").is_dir()
     assert (tmp_path / "output" / "digits" / "eval_answers.jsonl").is_file()

@@ -1,4 +1,6 @@
-"""setup.py: nothing is required that is never imported, and nothing is allowed that is known to be unsafe."""
+"""setup.py: nothing is required that is never imported, and nothing is allowed that is known to be
+unsafe.
+"""
 
 from __future__ import annotations
 

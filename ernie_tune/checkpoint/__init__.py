@@ -1,1 +1,3 @@
-"""One bijective table between canonical parameter names and every on-disk scheme; reading and writing safetensors folders."""
+"""One bijective table between canonical parameter names and every on-disk scheme; reading and
+writing safetensors folders.
+"""

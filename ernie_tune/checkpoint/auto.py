@@ -1,6 +1,7 @@
 """`AutoConfig` and `AutoModel`: a folder of weights in any layout -> a model, and back.
 
-Tensors go one at a time from the mapped file into the parameters, so that loading needs little more memory than the model itself.
+Tensors go one at a time from the mapped file into the parameters, so that loading needs little more
+memory than the model itself.
 Refuses to know: training, adapters, distribution, tokenizers.
 """
 
@@ -30,7 +31,8 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
 
 Array = np.ndarray[Any, Any]
-# Lays an empty model out and says which part of its whole value a parameter holds, so that a process never has more than its own.
+# Lays an empty model out and says which part of its whole value a parameter holds, so that a
+# process never has more than its own.
 Lay = Callable[[ErnieModel], Where]
 _CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 _FILE_DTYPES = ("float32", "bfloat16")
@@ -43,7 +45,9 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(name_or_path: str | os.PathLike[str], download_hub: str | None = None) -> ModelConfig:
-        """The shape of the model in a folder or repository. FileNotFoundError without `config.json`, ValueError (naming the file) for a bad one."""
+        """The shape of the model in a folder or repository. FileNotFoundError without
+        `config.json`, ValueError (naming the file) for a bad one.
+        """
         return _read_config_file(resolve(name_or_path, download_hub))
 
 
@@ -59,13 +63,17 @@ class AutoModel(ErnieModel):
         stages: Collection[str] | None = None,
         lay: Lay | None = None,
     ) -> AutoModel:
-        """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found out and printed.
+        """The model in a folder or repository (`hub.resolve`), whatever its layout, which is found
+        out and printed.
 
-        `dtype`: "float32", "bfloat16" or "float64", for everything but the routers and their biases, which are float32 beside bfloat16; by default
-        float32 on the CPU and bfloat16 on an accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and shapes, but no memory, until `keep`
-        drops them: adapters and freezing can be set as on the whole model. `lay`: what lays the empty model out over processes and says which part of each value it holds.
-        Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or a tied
-        head that differs from the embedding.
+        `dtype`: "float32", "bfloat16" or "float64", for everything but the routers and their
+        biases, which are float32 beside bfloat16; by default float32 on the CPU and bfloat16 on an
+        accelerator. `stages`: read only these (`ErnieModel.keep`); the others have names and
+        shapes, but no memory, until `keep` drops them: adapters and freezing can be set as on the
+        whole model. `lay`: what lays the empty model out over processes and says which part of each
+        value it holds.
+        Raises ValueError for tensors that are missing, unexpected, of a wrong shape, not finite, or
+        a tied head that differs from the embedding.
         """
         model, source = cls.unread(name_or_path, dtype, download_hub, empty=stages is not None or lay is not None)
         fill(model, source, stages=stages, where=lay(model) if lay else None)
@@ -79,8 +87,11 @@ class AutoModel(ErnieModel):
         download_hub: str | None = None,
         empty: bool = True,
     ) -> tuple[AutoModel, OnDisk]:
-        """The model of `from_pretrained` before its values, with names and shapes but (`empty`) no memory, and what `fill` can read them from: adapters,
-        freezing, quantisation and a layout may come between the two. Raises ValueError as `from_pretrained`, for what names and shapes tell."""
+        """The model of `from_pretrained` before its values, with names and shapes but (`empty`) no
+        memory, and what `fill` can read them from: adapters, freezing, quantisation and a layout
+        may come between the two. Raises ValueError as `from_pretrained`, for what names and shapes
+        tell.
+        """
         folder = resolve(name_or_path, download_hub)
         config = _read_config_file(folder)
         reader = TensorReader(folder)
@@ -112,8 +123,9 @@ class AutoModel(ErnieModel):
         stages: Collection[str] | None = None,
         lay: Lay | None = None,
     ) -> AutoModel:
-        """A model with fresh weights (models/init.py); `config` may be the name of a preset. The same seed gives the same weights. `stages`: as in
-        `from_pretrained`."""
+        """A model with fresh weights (models/init.py); `config` may be the name of a preset. The
+        same seed gives the same weights. `stages`: as in `from_pretrained`.
+        """
         model, source = cls.undrawn(config, seed, dtype, empty=stages is not None or lay is not None)
         fill(model, source, stages=stages, where=lay(model) if lay else None)
         return model
@@ -130,7 +142,9 @@ class AutoModel(ErnieModel):
 
     @classmethod
     def _skeleton(cls, config: ModelConfig, dtype: str, empty: bool) -> AutoModel:
-        """The model before its weights: zeros, or nothing at all where only a part of them will be read."""
+        """The model before its weights: zeros, or nothing at all where only a part of them will be
+        read.
+        """
         with paddle.LazyGuard() if empty else nullcontext():
             return cls(config, dtype)
 
@@ -142,11 +156,14 @@ class AutoModel(ErnieModel):
         max_shard_size: int = DEFAULT_SHARD_BYTES,
         whole: Callable[[str], tuple[Array, str]] | None = None,
     ) -> list[Path]:
-        """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths. `max_shard_size` in bytes.
+        """Write `config.json` and the weights in one of `names.FLAVOURS`; returns the paths.
+        `max_shard_size` in bytes.
 
-        `dtype` ("float32", "bfloat16"; default: the model's own, float32 for a float64 model: no reader of these files knows more) is for everything but
-        routers and their biases, which are written in float32.
-        `whole(name)` gives a tensor and its type where the model's own are parts. The folder is complete or absent; other files in it are left alone.
+        `dtype` ("float32", "bfloat16"; default: the model's own, float32 for a float64 model: no
+        reader of these files knows more) is for everything but routers and their biases, which are
+        written in float32.
+        `whole(name)` gives a tensor and its type where the model's own are parts. The folder is
+        complete or absent; other files in it are left alone.
         """
         table = layout(self.config, flavour)
         dtype = _file_dtype(self.compute_dtype if dtype is None else _one_of(dtype, _FILE_DTYPES))
@@ -215,7 +232,9 @@ def _read_config_file(folder: Path) -> ModelConfig:
 
 
 def check_tied_head(table: Layout, reader: TensorReader) -> None:
-    """A tied model has one matrix; a file that holds two different ones contradicts its config (architecture.md 9.6)."""
+    """A tied model has one matrix; a file that holds two different ones contradicts its config
+    (architecture.md 9.6).
+    """
     head = table.head_copy
     if head is None or head not in reader.entries:
         return
@@ -233,7 +252,9 @@ def check_tied_head(table: Layout, reader: TensorReader) -> None:
 
 
 def _same(a: Array, kind: str, b: Array, other: str) -> bool:
-    """Whether two matrices of these element types hold the same numbers; compared piece by piece."""
+    """Whether two matrices of these element types hold the same numbers; compared piece by
+    piece.
+    """
     pieces = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(a), _COMPARED_ROWS))
     return a.shape == b.shape and all(
         np.array_equal(cast(a[rows], kind, "F32"), cast(b[rows], other, "F32")) for rows in pieces

@@ -1,6 +1,8 @@
-"""From a name to a folder on this machine: a local path, a hub's cache, or, only when asked, a download.
+"""From a name to a folder on this machine: a local path, a hub's cache, or, only when asked, a
+download.
 
-The hubs' packages are optional and imported when a download was asked for, never before: their import errors must not reach anybody else.
+The hubs' packages are optional and imported when a download was asked for, never before: their
+import errors must not reach anybody else.
 Refuses to know: what is in the folder, paddle.
 """
 
@@ -20,7 +22,9 @@ from ernie_tune.models.presets import PRESETS
 
 @dataclass(frozen=True)
 class Hub:
-    """Where `snapshot_download` lives, what it calls the repository, and who owns the ERNIE releases there."""
+    """Where `snapshot_download` lives, what it calls the repository, and who owns the ERNIE
+    releases there.
+    """
 
     module: str
     argument: str
@@ -38,10 +42,13 @@ _OWNERS = {hub.owner for hub in HUBS.values()}
 
 
 def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = None) -> Path:
-    """The folder that `name_or_path` means: a local folder, else a download from `download_hub` if one is given, else the hubs' caches.
+    """The folder that `name_or_path` means: a local folder, else a download from `download_hub` if
+    one is given, else the hubs' caches.
 
-    `download_hub` ("huggingface", "modelscope", "aistudio") may also come from ERNIE_TUNE_DOWNLOAD_HUB, or USE_MODELSCOPE_HUB=1; without it the
-    network is not touched. Raises FileNotFoundError for what is not there, ValueError for a bad hub, a missing package and a failed download.
+    `download_hub` ("huggingface", "modelscope", "aistudio") may also come from
+    ERNIE_TUNE_DOWNLOAD_HUB, or USE_MODELSCOPE_HUB=1; without it the network is not touched. Raises
+    FileNotFoundError for what is not there, ValueError for a bad hub, a missing package and a
+    failed download.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -65,8 +72,11 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
     hub = _wanted_hub(download_hub)
     if hub is not None:
         return _download(
-            name, hub
-        )  # even if cached: the hub's package knows whether its snapshot is complete, and resumes it
+            name,
+            hub,
+            # even if cached: the hub's package knows whether its snapshot is complete, and resumes
+            # it
+        )
     found = cached(name)
     if found is not None:
         return found
@@ -84,7 +94,9 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
 
 
 def cached(name: str) -> Path | None:
-    """The folder of a repository in a hub's cache, None where none has it. The network is not touched."""
+    """The folder of a repository in a hub's cache, None where none has it. The network is not
+    touched.
+    """
     return next((folder for folder in _cached(name) if (folder / "config.json").is_file()), None)
 
 
@@ -116,7 +128,9 @@ def _owned(name: str, hub: str) -> str:
 
 
 def _cached(name: str) -> Iterator[Path]:
-    """Folders in which the hubs' packages would have left this repository, newest layout of each first."""
+    """Folders in which the hubs' packages would have left this repository, newest layout of each
+    first.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     owner, model = _owned(name, "huggingface").split("/")
     home = os.environ.get("HF_HOME") or cache / "huggingface"
@@ -137,7 +151,9 @@ def _cached(name: str) -> Iterator[Path]:
 
 
 def _download(name: str, hub: str) -> Path:
-    """All files of the repository, through the hub's own resumable snapshot. Raises ValueError for a missing package and for what the hub says."""
+    """All files of the repository, through the hub's own resumable snapshot. Raises ValueError for
+    a missing package and for what the hub says.
+    """
     where, repository = HUBS[hub], _owned(name, hub)
     package = where.module.split(".")[0]
     by_hand = f"or download {repository} by other means and name its folder as model_name_or_path"
@@ -171,7 +187,9 @@ def _download(name: str, hub: str) -> Path:
 
 
 def _errors_of(package: str) -> tuple[type[Exception], ...]:
-    """What a download may raise: the exceptions that a hub's package defines are not all OSError or ValueError."""
+    """What a download may raise: the exceptions that a hub's package defines are not all OSError or
+    ValueError.
+    """
     found: list[type[Exception]] = [OSError, ValueError, RuntimeError]
     for name in (f"{package}.errors", f"{package}.hub.errors", f"{package}.exceptions"):
         try:

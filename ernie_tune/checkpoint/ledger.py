@@ -1,8 +1,12 @@
-"""The ledger of a run: what defines it, written beside what it makes, and compared when the same folder is started in again.
+"""The ledger of a run: what defines it, written beside what it makes, and compared when the same
+folder is started in again.
 
-What defines a run: every setting that shapes loss or weights (config/resuming.py), the rows of a step, and what the named files hold: data by the SHA-256 of
-all their bytes, models by that of their small files and of blocks drawn evenly from the large ones (`fingerprint`). Pictures that rows name are not looked at.
-Refuses to know: how a run is made, where rows come from, locks, what is done about a difference beyond saying it.
+What defines a run: every setting that shapes loss or weights (config/resuming.py), the rows of a
+step, and what the named files hold: data by the SHA-256 of all their bytes, models by that of their
+small files and of blocks drawn evenly from the large ones (`fingerprint`). Pictures that rows name
+are not looked at.
+Refuses to know: how a run is made, where rows come from, locks, what is done about a difference
+beyond saying it.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ _MODEL_FILES = (
 
 @dataclass(frozen=True)
 class Content:
-    """What one setting names: as it was written, the SHA-256 (or fingerprint) of what that holds, and its number of rows. "" and 0: not known."""
+    """What one setting names: as it was written, the SHA-256 (or fingerprint) of what that holds,
+    and its number of rows. "" and 0: not known.
+    """
 
     name: str
     sha256: str = ""
@@ -58,7 +64,9 @@ Contents = tuple[Content, ...]
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting with the value that a folder was made with, and that of this start. `kind`: of config/resuming.py."""
+    """A setting with the value that a folder was made with, and that of this start. `kind`: of
+    config/resuming.py.
+    """
 
     name: str
     saved: Any
@@ -71,9 +79,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What defines a run. `contents`: by setting, what the files it names hold. `rows_per_step`: 0 where not known.
+    """What defines a run. `contents`: by setting, what the files it names hold. `rows_per_step`: 0
+    where not known.
 
-    `changed`: (step, difference) of earlier starts that went on under other settings. `finished`: (last step, steps planned) of a run that has ended.
+    `changed`: (step, difference) of earlier starts that went on under other settings. `finished`:
+    (last step, steps planned) of a run that has ended.
     """
 
     settings: Mapping[str, Any]
@@ -84,15 +94,19 @@ class Ledger:
 
     @classmethod
     def of(cls, config: RunConfig, contents: Mapping[str, Sequence[Content]], rows_per_step: int = 0) -> Ledger:
-        """The ledger of a run under `config`. `contents` of what was given as objects go under the name of the setting that they replace; settings
-        that name files and are missing there are known by their names alone."""
+        """The ledger of a run under `config`. `contents` of what was given as objects go under the
+        name of the setting that they replace; settings that name files and are missing there are
+        known by their names alone.
+        """
         flat = config.flat()
         settings = {name: _plain(flat[name]) for name in flat if _counts(config, name)}
         named = {name: tuple(Content(path) for path in _paths(flat[name])) for name in CONTENT if _counts(config, name)}
         return cls(settings, {**named, **{k: tuple(v) for k, v in contents.items()}}, rows_per_step)
 
     def compare(self, saved: Ledger) -> list[Difference]:
-        """What differs between `saved` and this start, what is refused first. A setting that `saved` does not know had its default."""
+        """What differs between `saved` and this start, what is refused first. A setting that
+        `saved` does not know had its default.
+        """
         found = []
         for name in dict.fromkeys([*saved.settings, *self.settings]):
             if name in CONTENT or name not in SETTINGS:
@@ -131,7 +145,9 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> Ledger | None:
-        """The ledger of a file; None where there is no file. Raises ValueError naming a file that is damaged or of a later release."""
+        """The ledger of a file; None where there is no file. Raises ValueError naming a file that
+        is damaged or of a later release.
+        """
         if not path.is_file():
             return None
         try:
@@ -157,7 +173,9 @@ class Ledger:
 
     @classmethod
     def of_settings_file(cls, path: Path) -> Ledger | None:
-        """What an earlier release wrote down of a run, its settings; None where there is no file. Settings that are no more are left out."""
+        """What an earlier release wrote down of a run, its settings; None where there is no file.
+        Settings that are no more are left out.
+        """
         if not path.is_file():
             return None
         settings = {}
@@ -188,8 +206,10 @@ def _shown(value: Any) -> str:
 
 
 def refusal(differences: Sequence[Difference], folder: Path, *, finished: bool) -> Text | None:
-    """Why a start in `folder` cannot be: what differs and must not, with the ways out; None where it can. Of a finished run nothing may differ but
-    what is free: nothing would be trained under the new values."""
+    """Why a start in `folder` cannot be: what differs and must not, with the ways out; None where
+    it can. Of a finished run nothing may differ but what is free: nothing would be trained under
+    the new values.
+    """
     refused = [d for d in differences if d.kind == FIXED or (finished and d.kind == COURSE)]
     if not refused:
         return None
@@ -207,7 +227,7 @@ def refusal(differences: Sequence[Difference], folder: Path, *, finished: bool) 
     )
 
 
-# --- what files hold -------------------------------------------------------------------------------------------------
+# --- what files hold ------------------------------------------------------------------------------
 
 
 def sha256_of(path: Path) -> str:
@@ -220,8 +240,10 @@ def sha256_of(path: Path) -> str:
 
 
 def sample_of(path: Path) -> str:
-    """SHA-256 of a file up to 64 MiB; of a larger one, of its size, its beginning and end, and blocks drawn evenly from it: 1 MiB in all. Training
-    changes nearly every block of weights; an edit of a few numbers may go unseen."""
+    """SHA-256 of a file up to 64 MiB; of a larger one, of its size, its beginning and end, and
+    blocks drawn evenly from it: 1 MiB in all. Training changes nearly every block of weights; an
+    edit of a few numbers may go unseen.
+    """
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return sha256_of(path)
@@ -234,7 +256,9 @@ def sample_of(path: Path) -> str:
 
 
 def fingerprint(path: Path, patterns: Sequence[str] = _MODEL_FILES) -> str:
-    """Of a file, or of the files of a model folder: their names and what `sample_of` gives. "" for what is not there."""
+    """Of a file, or of the files of a model folder: their names and what `sample_of` gives. "" for
+    what is not there.
+    """
     if path.is_file():
         return sample_of(path)
     files = sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})

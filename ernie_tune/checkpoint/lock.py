@@ -1,8 +1,10 @@
 """One writer a folder: a lock with the name of its holder, for the life of a run or of an export.
 
-It is `flock` on a small file, so it ends with the process that holds it, however that ends: what a dead process has left never stands in the way. On NFS
-the kernel turns it into a lock of the server's, so that other machines see it, unless the mount says `nolock` or `local_lock`: then each machine sees
-only its own. Where a file system knows no locks at all, a line says so and nothing is guarded.
+It is `flock` on a small file, so it ends with the process that holds it, however that ends: what a
+dead process has left never stands in the way. On NFS the kernel turns it into a lock of the
+server's, so that other machines see it, unless the mount says `nolock` or `local_lock`: then each
+machine sees only its own. Where a file system knows no locks at all, a line says so and nothing is
+guarded.
 Refuses to know: what is written, ranks (the one that writes takes the lock).
 """
 
@@ -31,9 +33,11 @@ class FolderTaken(ValueError):
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str = "run", *, file: Path | None = None) -> Iterator[None]:
-    """Hold `folder` (made where it is not there) while the block runs. `file`: the lock's, by default `folder`/.lock; it is gone afterwards.
+    """Hold `folder` (made where it is not there) while the block runs. `file`: the lock's, by
+    default `folder`/.lock; it is gone afterwards.
 
-    Raises FolderTaken naming the holder's process and machine; OSError where the file cannot be made.
+    Raises FolderTaken naming the holder's process and machine; OSError where the file cannot be
+    made.
     """
     file = file or folder / LOCK_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +46,8 @@ def locked(folder: Path, what: str = "run", *, file: Path | None = None) -> Iter
         yield
     finally:
         if handle is not None:
-            file.unlink(missing_ok=True)  # before it is let go: the next one finds no file, or one that is nobody's
+            # before it is let go: the next one finds no file, or one that is nobody's
+            file.unlink(missing_ok=True)
             os.close(handle)
 
 
@@ -90,7 +95,9 @@ def _take(file: Path, folder: Path, what: str) -> int | None:
 
 
 def _flock(handle: int) -> bool:
-    """Whether nobody else had it. Raises OSError where there are no locks. Windows has none of this kind: nothing is guarded there."""
+    """Whether nobody else had it. Raises OSError where there are no locks. Windows has none of this
+    kind: nothing is guarded there.
+    """
     try:
         import fcntl
     except ImportError:
@@ -119,7 +126,9 @@ def _taken(holder: Mapping[str, Any], folder: Path, what: str) -> Text:
 
 
 def _holder(file: Path) -> dict[str, Any]:
-    """Who has it; nothing where its name is not there, or is that of a process of this machine that has died."""
+    """Who has it; nothing where its name is not there, or is that of a process of this machine that
+    has died.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,11 @@
-"""One bijective table: canonical parameter <-> tensor on disk, for every layout that ERNIE-4.5 weights come in (architecture.md 9.1).
+"""One bijective table: canonical parameter <-> tensor on disk, for every layout that ERNIE-4.5
+weights come in (architecture.md 9.1).
 
-A `Row` says which canonical parameters make up which disk tensors; `Layout` expands the rows for one config into `Link`s. A link ties one
-block of one disk tensor to one block of one canonical parameter, and both directions follow the same links: there is no hand-written inverse.
-Legend: H hidden, E experts of one modality, I expert width, V vocabulary; "columns" are positions on the output axis, the last canonical one.
+A `Row` says which canonical parameters make up which disk tensors; `Layout` expands the rows for
+one config into `Link`s. A link ties one block of one disk tensor to one block of one canonical
+parameter, and both directions follow the same links: there is no hand-written inverse.
+Legend: H hidden, E experts of one modality, I expert width, V vocabulary; "columns" are positions
+on the output axis, the last canonical one.
 Refuses to know: files, element types, paddle.
 """
 
@@ -26,11 +29,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Row:
-    """The canonical parameters, side by side on the output axis, are the disk tensors side by side on the output axis.
+    """The canonical parameters, side by side on the output axis, are the disk tensors side by side
+    on the output axis.
 
     `{n}` stands for any one part of a dotted name. An empty `disk` means: under the same names.
-    `kind` "linear" is [out, in] in torch layouts; "router" is so only for text-only models (their converter transposes it, the VL one does not);
-    "plain" never is. `modality`: stacked experts; the disk has one tensor for each, numbered `{e}` from modality * E.
+    `kind` "linear" is [out, in] in torch layouts; "router" is so only for text-only models (their
+    converter transposes it, the VL one does not); "plain" never is. `modality`: stacked experts;
+    the disk has one tensor for each, numbered `{e}` from modality * E.
     """
 
     canonical: tuple[str, ...]
@@ -41,7 +46,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Flavour:
-    """One way of writing a checkpoint. `torch`: linear weights are [out, in]; `fused`: q|k|v and gate|up are one tensor each."""
+    """One way of writing a checkpoint. `torch`: linear weights are [out, in]; `fused`: q|k|v and
+    gate|up are one tensor each.
+    """
 
     title: str
     decoder: str  # prefix of decoder and resampler names
@@ -113,7 +120,8 @@ FUSED: tuple[Row, ...] = (
     *(Row((f"{x}.up_gate_proj",), (f"{_MLP}.experts.{{e}}.up_gate_proj.weight",), "linear", m) for x, m in _EXPERTS),
 )
 
-# in some folders, of no use for training: multi-token prediction of the text-only releases, PaddleFormers' counters, rotary tables
+# in some folders, of no use for training: multi-token prediction of the text-only releases,
+# PaddleFormers' counters, rotary tables
 UNUSED = re.compile(r"\.mtp_|\.expert_usage$|\.inv_freq$")
 # names that exist only in the memory of a running transformers model
 _LIVE = re.compile(r"language_model\.|vision_tower\.|\.(text|vision)_moe\.|\.experts\.(gate_up_proj|down_proj)$")
@@ -123,7 +131,9 @@ _TILE = (256, 512)  # elements that are turned at once
 
 @dataclass(frozen=True)
 class Link:
-    """`canonical[expert][..., first:last]` is `disk[..., disk_first:disk_last]`, the disk tensor being transposed before if `transpose`."""
+    """`canonical[expert][..., first:last]` is `disk[..., disk_first:disk_last]`, the disk tensor
+    being transposed before if `transpose`.
+    """
 
     canonical: str
     disk: str
@@ -133,7 +143,9 @@ class Link:
     transpose: bool
 
     def of_canonical(self, array: Array) -> Array:
-        """The block, as a view of one expert's matrix (or of the whole parameter where it is not stacked)."""
+        """The block, as a view of one expert's matrix (or of the whole parameter where it is not
+        stacked).
+        """
         return array[..., slice(*self.columns)]
 
     def of_disk(self, array: Array) -> Array:
@@ -142,9 +154,11 @@ class Link:
 
 
 def _assign(target: Array, block: Array, transpose: bool) -> None:
-    """target[...] = block; where one of them is a transposed view by way of tiles, which is several times faster.
+    """target[...] = block; where one of them is a transposed view by way of tiles, which is several
+    times faster.
 
-    A tile is copied to where its rows are no power of two apart: else they take each other's place in the cache while columns are read.
+    A tile is copied to where its rows are no power of two apart: else they take each other's place
+    in the cache while columns are read.
     """
     if not transpose or target.ndim != 2:
         target[...] = block
@@ -166,7 +180,9 @@ def _assign(target: Array, block: Array, transpose: bool) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """All tensors of one config in one flavour. `canonical` and `disk`: name -> shape and float32 flag; `head_copy`: see `check_names`."""
+    """All tensors of one config in one flavour. `canonical` and `disk`: name -> shape and float32
+    flag; `head_copy`: see `check_names`.
+    """
 
     flavour: str
     canonical: dict[str, ParameterSpec]
@@ -176,7 +192,8 @@ class Layout:
     head_copy: str | None  # tied models: a head that a file may hold too
 
     def to_canonical(self, name: str, read: Callable[[str], Array], expert: int | None = None) -> Array:
-        """One canonical parameter from the disk tensors that `read` gives by name, one at a time; with `expert`, that matrix of a stack alone.
+        """One canonical parameter from the disk tensors that `read` gives by name, one at a time;
+        with `expert`, that matrix of a stack alone.
 
         May be a view of what was read.
         """
@@ -200,9 +217,11 @@ class Layout:
         read: Callable[[str, int | None], Array],
         empty: Callable[[tuple[int, ...], Any], Array] = np.empty,
     ) -> Array:
-        """One disk tensor, C-contiguous; `read(canonical name, expert)` gives a whole parameter, or one expert's matrix of a stacked one.
+        """One disk tensor, C-contiguous; `read(canonical name, expert)` gives a whole parameter, or
+        one expert's matrix of a stacked one.
 
-        May be what was read, where nothing is to be done; else it lies in what `empty(shape, dtype)` gives.
+        May be what was read, where nothing is to be done; else it lies in what
+        `empty(shape, dtype)` gives.
         """
         out: Array | None = None
         links = self.links_from[name]
@@ -218,7 +237,9 @@ class Layout:
 
 
 def layout(config: ModelConfig, flavour: str) -> Layout:
-    """The table expanded for one config. Disk tensors come in canonical order. ValueError for an unknown flavour."""
+    """The table expanded for one config. Disk tensors come in canonical order. ValueError for an
+    unknown flavour.
+    """
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour ({flavour!r}) must be one of {sorted(FLAVOURS)}; choose one of them")
     style, specs = FLAVOURS[flavour], parameter_specs(config)
@@ -285,7 +306,9 @@ def _disk_name(name: str, style: Flavour) -> str:
 
 
 def _overlaps(widths: list[int], disk_widths: list[int]) -> Iterator[tuple[int, tuple[int, int], int, tuple[int, int]]]:
-    """Cut the same total width in two ways: (i, columns within part i, j, columns within disk part j) of every piece."""
+    """Cut the same total width in two ways: (i, columns within part i, j, columns within disk part
+    j) of every piece.
+    """
     start = 0
     for i, width in enumerate(widths):
         disk_start = 0
@@ -297,13 +320,15 @@ def _overlaps(widths: list[int], disk_widths: list[int]) -> Iterator[tuple[int, 
         start += width
 
 
-# --- which flavour is it, and is all of it there? --------------------------------------------------------------------
+# --- which flavour is it, and is all of it there? -------------------------------------------------
 
 
 def detect_flavour(found: Shapes, config: ModelConfig) -> str:
-    """The flavour whose names and shapes match the most of `found` (the first of `FLAVOURS` where they are equal, as for text-only "hf_saved").
+    """The flavour whose names and shapes match the most of `found` (the first of `FLAVOURS` where
+    they are equal, as for text-only "hf_saved").
 
-    Names alone cannot tell "hf" from "paddleformers"; the orientation of the matrices does. ValueError if nothing matches.
+    Names alone cannot tell "hf" from "paddleformers"; the orientation of the matrices does.
+    ValueError if nothing matches.
     """
     live = [name for name in found if _LIVE.search(name)]
     if live:
@@ -331,9 +356,11 @@ def detect_flavour(found: Shapes, config: ModelConfig) -> str:
 
 
 def check_names(expected: Layout, found: Shapes) -> list[str]:
-    """The names in `found` that are known and not needed. ValueError if anything is missing, unexpected or of another shape.
+    """The names in `found` that are known and not needed. ValueError if anything is missing,
+    unexpected or of another shape.
 
-    A tied model's file may hold the head too (`head_copy`, in either orientation): the caller compares its values with the embedding.
+    A tied model's file may hold the head too (`head_copy`, in either orientation): the caller
+    compares its values with the embedding.
     """
     unused = [name for name in found if name not in expected.disk and UNUSED.search(name)]
     known = {*expected.disk, *unused, expected.head_copy}

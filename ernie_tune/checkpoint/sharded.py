@@ -1,9 +1,12 @@
-"""Tensors cut over ranks, on the disk: every rank writes the slices it owns, and any later layout reads just the parts that it needs.
+"""Tensors cut over ranks, on the disk: every rank writes the slices it owns, and any later layout
+reads just the parts that it needs.
 
-A folder holds one `rank-NNNNN.safetensors` a rank and `manifest.json`, written last, with each file's size and hash and each tensor's slices by global
-name. A slice is a run of elements, in row-major order, of a rectangular block of a tensor: rows, columns and expert stacks are whole blocks, the flat
-pieces of a sharded optimizer are runs. Pickle is never used (parallel.md 6.1).
-Refuses to know: paddle, process groups, models, optimizers; `gather` and the rank come from the caller.
+A folder holds one `rank-NNNNN.safetensors` a rank and `manifest.json`, written last, with each
+file's size and hash and each tensor's slices by global name. A slice is a run of elements, in
+row-major order, of a rectangular block of a tensor: rows, columns and expert stacks are whole
+blocks, the flat pieces of a sharded optimizer are runs. Pickle is never used (parallel.md 6.1).
+Refuses to know: paddle, process groups, models, optimizers; `gather` and the rank come from the
+caller.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ _CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Region:
-    """Elements [start, start + size) in row-major order of the block of `shape` at `offset` in a tensor of shape `whole`."""
+    """Elements [start, start + size) in row-major order of the block of `shape` at `offset` in a
+    tensor of shape `whole`.
+    """
 
     whole: Shape
     offset: Shape
@@ -41,7 +46,9 @@ class Region:
 
     @classmethod
     def block(cls, whole: Shape, offset: Shape | None = None, shape: Shape | None = None) -> Region:
-        """All of a block; by default all of the tensor. Raises ValueError for a block that is not inside it."""
+        """All of a block; by default all of the tensor. Raises ValueError for a block that is not
+        inside it.
+        """
         offset, shape = offset or (0,) * len(whole), whole if shape is None else shape
         inside = len(offset) == len(shape) == len(whole) and all(
             o >= 0 and o + n <= w for o, n, w in zip(offset, shape, whole, strict=True)
@@ -53,7 +60,9 @@ class Region:
         return cls(tuple(whole), tuple(offset), tuple(shape), 0, math.prod(shape))
 
     def run(self, start: int, size: int) -> Region:
-        """Elements [start, start + size) of this block. Raises ValueError for a run that leaves it."""
+        """Elements [start, start + size) of this block. Raises ValueError for a run that leaves
+        it.
+        """
         if not 0 <= start <= start + size <= math.prod(self.shape):
             raise ValueError(
                 f"run ({start} to {start + size}) must lie inside its block {self.shape}; fix the sharding"
@@ -65,7 +74,9 @@ class Region:
         return self.size == math.prod(self.whole)
 
     def boxes(self) -> Iterator[tuple[Shape, Shape, int]]:
-        """The run as rectangles of the whole tensor: (offset, shape, position of its first element in the run). Each is contiguous in the run."""
+        """The run as rectangles of the whole tensor: (offset, shape, position of its first element
+        in the run). Each is contiguous in the run.
+        """
         at = 0
         for offset, shape in _boxes(self.shape, self.start, self.start + self.size):
             yield tuple(a + b for a, b in zip(self.offset, offset, strict=True)), shape, at
@@ -81,7 +92,8 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class Shards:
-    """Where this rank's tensors lie in the whole ones: by canonical name, of parameters; and of what its optimizer updates, where that is less.
+    """Where this rank's tensors lie in the whole ones: by canonical name, of parameters; and of
+    what its optimizer updates, where that is less.
 
     Names that are left out are whole here.
     """
@@ -100,7 +112,9 @@ WHOLE = Shards()
 
 
 def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
-    """The fewest rectangles that are elements [start, stop) of a block in row-major order: a part of a row, whole rows, a part of a row."""
+    """The fewest rectangles that are elements [start, stop) of a block in row-major order: a part
+    of a row, whole rows, a part of a row.
+    """
     if start >= stop:
         return
     if (start, stop) == (0, math.prod(shape)):
@@ -128,7 +142,9 @@ def _row(shape: Shape, row: int, start: int, stop: int) -> Iterator[tuple[Shape,
 
 @dataclass(frozen=True)
 class Slice:
-    """What this rank holds of one tensor. `read()` gives its elements as an array of any shape, when its turn to be written comes."""
+    """What this rank holds of one tensor. `read()` gives its elements as an array of any shape,
+    when its turn to be written comes.
+    """
 
     name: str
     region: Region
@@ -148,7 +164,8 @@ class Slice:
         return self.region.size * NUMPY_TYPES[self.dtype].itemsize
 
 
-Description = list[Any]  # name, safetensors code, whole, offset, shape, start, size: JSON, as ranks exchange it
+# name, safetensors code, whole, offset, shape, start, size: JSON, as ranks exchange it
+Description = list[Any]
 
 
 def describe(slices: Sequence[Slice]) -> list[Description]:
@@ -158,9 +175,11 @@ def describe(slices: Sequence[Slice]) -> list[Description]:
 
 
 def owned(held: Sequence[Sequence[Description]], rank: int) -> set[int]:
-    """Which of its slices `rank` writes: each distinct one is written once, by the holder that has the fewest bytes so far.
+    """Which of its slices `rank` writes: each distinct one is written once, by the holder that has
+    the fewest bytes so far.
 
-    `held[r]` is `describe` of rank r; every rank comes to the same division. Raises ValueError where slices overlap or leave gaps.
+    `held[r]` is `describe` of rank r; every rank comes to the same division. Raises ValueError
+    where slices overlap or leave gaps.
     """
     holders: dict[str, list[tuple[int, int]]] = {}
     for r, descriptions in enumerate(held):
@@ -210,7 +229,8 @@ class RankFile:
 
 def write_rank(folder: Path, rank: int, slices: Sequence[Slice]) -> RankFile:
     """Write the slices of one rank, one in memory at a time, flushed to the disk."""
-    ordered = sorted(slices, key=lambda s: -NUMPY_TYPES[s.dtype].itemsize)  # wide types first keep every tensor aligned
+    # wide types first keep every tensor aligned
+    ordered = sorted(slices, key=lambda s: -NUMPY_TYPES[s.dtype].itemsize)
     by_key = {s.key: s for s in ordered}
     if len(by_key) != len(ordered):
         raise ValueError(
@@ -257,9 +277,11 @@ def write_manifest(folder: Path, files: Sequence[RankFile]) -> Path:
 
 
 class ShardedReader:
-    """The tensors of a folder, whatever layout wrote it. Files are opened when a slice of theirs is needed, and only the pages of that slice are read.
+    """The tensors of a folder, whatever layout wrote it. Files are opened when a slice of theirs is
+    needed, and only the pages of that slice are read.
 
-    Raises ValueError naming every rank file that is missing or of another size, and for a manifest that is damaged.
+    Raises ValueError naming every rank file that is missing or of another size, and for a manifest
+    that is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -321,9 +343,11 @@ class ShardedReader:
         return str(self.tensors[name]["dtype"])
 
     def read(self, name: str, region: Region | None = None) -> Array:
-        """The elements of a region (by default all) in an array of its block's shape, or a flat one for a run; BF16 as uint16 bits.
+        """The elements of a region (by default all) in an array of its block's shape, or a flat one
+        for a run; BF16 as uint16 bits.
 
-        Raises KeyError for a name that is not there, ValueError for a region of another tensor or that the files do not cover.
+        Raises KeyError for a name that is not there, ValueError for a region of another tensor or
+        that the files do not cover.
         """
         entry, whole = self.tensors[name], self.shapes[name]
         wanted = region or Region.block(whole)
@@ -347,7 +371,9 @@ class ShardedReader:
         return out.reshape(wanted.shape) if _whole_block(wanted) else out
 
     def _copy(self, number: int, stored: Slice, wanted: Region, out: Array) -> int:
-        """Copy what a stored slice shares with the wanted region; returns the number of elements."""
+        """Copy what a stored slice shares with the wanted region; returns the number of
+        elements.
+        """
         copied = 0
         for target_offset, target_shape, target_at in wanted.boxes():
             target = out[target_at : target_at + math.prod(target_shape)].reshape(target_shape)
@@ -369,7 +395,9 @@ class ShardedReader:
         return self._open[number]
 
     def damaged(self, rank: int = 0, size: int = 1) -> list[str]:
-        """Names of files whose content is not what was written, of every `size`-th file from `rank` on: the ranks share the reading."""
+        """Names of files whose content is not what was written, of every `size`-th file from `rank`
+        on: the ranks share the reading.
+        """
         return [e["file"] for e in self.files[rank::size] if _hash(self.folder / e["file"]) != e["sha256"]]
 
 

@@ -1,7 +1,10 @@
-"""Where a model's values come from, one parameter or a part of one at a time: the tensors of a folder, or fresh draws; and `fill`, which puts them in.
+"""Where a model's values come from, one parameter or a part of one at a time: the tensors of a
+folder, or fresh draws; and `fill`, which puts them in.
 
-What a process does not keep is not copied: of a mapped file only the pages of its part are read, of a stack of experts only its experts.
-Refuses to know: how parts are chosen, adapters, quantisation (it hands matrices to what asks for them), distribution.
+What a process does not keep is not copied: of a mapped file only the pages of its part are read, of
+a stack of experts only its experts.
+Refuses to know: how parts are chosen, adapters, quantisation (it hands matrices to what asks for
+them), distribution.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from ernie_tune.models.init import initial_value
 from ernie_tune.models.specs import ParameterSpec, parameter_specs
 
 Array = np.ndarray[Any, Any]
-Index = tuple[Any, ...]  # of slices and lists, one an axis, from the first on; axes that are left out are whole
-# A parameter and the shape of its whole value -> which of it the parameter is to hold; None: nothing yet.
+# of slices and lists, one an axis, from the first on; axes that are left out are whole
+Index = tuple[Any, ...]
+# A parameter and the shape of its whole value -> which of it the parameter is to hold; None:
+# nothing yet.
 Where = Callable[[Tensor, tuple[int, ...]], Index | None]
-# Takes float32 matrices as `read(expert)` gives them: one expert of a stack by its number in the whole, or the whole parameter for None.
+# Takes float32 matrices as `read(expert)` gives them: one expert of a stack by its number in the
+# whole, or the whole parameter for None.
 Taker = Callable[[Callable[[int | None], Array]], None]
 
 
@@ -35,14 +41,18 @@ class Source(Protocol):
     def specs(self) -> Mapping[str, ParameterSpec]: ...
 
     def read(self, name: str, code: str, index: Index = (), expert: int | None = None) -> Array:
-        """The part `index` of a parameter, or of one expert's matrix of a stack, in an element type (a safetensors code; BF16 as uint16 bits)."""
+        """The part `index` of a parameter, or of one expert's matrix of a stack, in an element type
+        (a safetensors code; BF16 as uint16 bits).
+        """
 
     def check(self) -> None:
         """ValueError where something that was read cannot be used."""
 
 
 class Drawn:
-    """Fresh values by name and seed (models/init.py): each is drawn whole, so that it is the same on every layout."""
+    """Fresh values by name and seed (models/init.py): each is drawn whole, so that it is the same
+    on every layout.
+    """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed, self.specs = config, seed, parameter_specs(config)
@@ -82,7 +92,8 @@ class OnDisk:
                 out[i] = matrix
             return out
         kinds = [self.reader.entries[link.disk].dtype for link in links]
-        # Blocks of one type are cut as they lie in the file; the part alone is copied and converted.
+        # Blocks of one type are cut as they lie in the file; the part alone is copied and
+        # converted.
         raw = len(set(kinds)) == 1
         part = self.table.to_canonical(name, self.reader.read if raw else self._converted(code), expert)[index]
         if not all_finite(part, kinds[0] if raw else code):
@@ -119,8 +130,10 @@ def fill(
     where: Where | None = None,
     takers: Mapping[str, Taker] | None = None,
 ) -> None:
-    """Set every parameter of `model`, or of these stages, from `source`. `takers`: what else a parameter has become, by its name: it is given
-    the matrices. With `where`, what nobody has here is not read. Raises ValueError as `source.check`."""
+    """Set every parameter of `model`, or of these stages, from `source`. `takers`: what else a
+    parameter has become, by its name: it is given the matrices. With `where`, what nobody has here
+    is not read. Raises ValueError as `source.check`.
+    """
     parameters, takers = model.state_dict(), takers or {}
     for name, spec in source.specs.items():
         if stages is not None and not in_stages(model.config, stages, name):

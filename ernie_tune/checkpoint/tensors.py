@@ -1,7 +1,8 @@
 """Read safetensors files one tensor at a time, and convert element types, with numpy alone.
 
-Arrays here carry bfloat16 as its raw bits in uint16, the way paddle does: numpy has no such type. Headers are parsed by hand so that a cut-off
-download, a missing shard or a contradictory index is an error that names the file and the remedy.
+Arrays here carry bfloat16 as its raw bits in uint16, the way paddle does: numpy has no such type.
+Headers are parsed by hand so that a cut-off download, a missing shard or a contradictory index is
+an error that names the file and the remedy.
 Refuses to know: parameter names, models, paddle.
 """
 
@@ -67,9 +68,11 @@ class Entry:
 
 
 class TensorReader:
-    """The tensors of one .safetensors file, or of a folder with `model.safetensors` or shards and their index. Nothing is read ahead.
+    """The tensors of one .safetensors file, or of a folder with `model.safetensors` or shards and
+    their index. Nothing is read ahead.
 
-    Raises ValueError (FileNotFoundError for no weights at all): cut-off or foreign file, missing shard, index and shards that disagree.
+    Raises ValueError (FileNotFoundError for no weights at all): cut-off or foreign file, missing
+    shard, index and shards that disagree.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +98,9 @@ class TensorReader:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str) -> Array:
-        """The tensor as a read-only view of the mapped file (BF16 as uint16 bits): pages are loaded when touched."""
+        """The tensor as a read-only view of the mapped file (BF16 as uint16 bits): pages are loaded
+        when touched.
+        """
         entry = self.entries[name]
         kind = NUMPY_TYPES[entry.dtype]
         if entry.nbytes == 0:
@@ -205,7 +210,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries in file order, and metadata. ValueError if the file is not a complete, well-formed safetensors file."""
+    """Entries in file order, and metadata. ValueError if the file is not a complete, well-formed
+    safetensors file.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -279,7 +286,9 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 def in_threads(work: Callable[[T], object], pieces: Iterable[T]) -> None:
-    """`work` on every piece, some at once: numpy lets others run while it works. An error is raised here."""
+    """`work` on every piece, some at once: numpy lets others run while it works. An error is raised
+    here.
+    """
     pieces = list(pieces)
     if len(pieces) == 1 or _THREADS == 1:
         deque(map(work, pieces), 0)
@@ -288,7 +297,7 @@ def in_threads(work: Callable[[T], object], pieces: Iterable[T]) -> None:
         deque(threads.map(work, pieces), 0)
 
 
-# --- element types -------------------------------------------------------------------------------------------------
+# --- element types --------------------------------------------------------------------------------
 
 
 _PIECE = 128 * 1024  # elements worked on at once: they stay in the processor's cache
@@ -321,7 +330,9 @@ def narrow_bfloat16(values: Array) -> Array:
 
 
 def cast(array: Array, source: str, target: str) -> Array:
-    """Between floating safetensors codes; the same array if nothing changes. ValueError for other element types."""
+    """Between floating safetensors codes; the same array if nothing changes. ValueError for other
+    element types.
+    """
     if source == target:
         return array
     if not {source, target} <= {"F64", "F32", "F16", "BF16"}:
@@ -351,7 +362,8 @@ def all_finite(array: Array, dtype: str) -> bool:
     step = max(1, _PIECE // max(1, math.prod(array.shape[1:])))
     for a in range(0, len(array), step):  # pieces that stay in the cache between the two looks
         piece = array[a : a + step]
-        # exponents of ones lie at the upper end of the positive numbers, and of the negative ones, whose sign bit is set
+        # exponents of ones lie at the upper end of the positive numbers, and of the negative ones,
+        # whose sign bit is set
         if int(piece.view(np.int16).max()) >= 0x7F80 or int(piece.max()) >= 0xFF80:
             return False
     return True

@@ -1,7 +1,9 @@
-"""Whether a checkpoint still holds what was written: the list of its files with their sizes and hashes, and what is wrong with a folder.
+"""Whether a checkpoint still holds what was written: the list of its files with their sizes and
+hashes, and what is wrong with a folder.
 
-Files beyond 64 MiB are known by their size and samples (`ledger.sample_of`) but for the ranks' tensors, whose full hashes the optimizer's manifest has and
-whoever reads them checks. Checkpoints of releases that wrote no list are looked at for what can be seen without one.
+Files beyond 64 MiB are known by their size and samples (`ledger.sample_of`) but for the ranks'
+tensors, whose full hashes the optimizer's manifest has and whoever reads them checks. Checkpoints
+of releases that wrote no list are looked at for what can be seen without one.
 Refuses to know: what the files mean, which checkpoint is wanted.
 """
 
@@ -32,7 +34,8 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one text a file; empty where nothing is."""
     listed = folder / FILES_FILE
     if not listed.is_file():
-        # Releases without a list had no ledger either: here the list is lost, and what it would say of the rest.
+        # Releases without a list had no ledger either: here the list is lost, and what it would say
+        # of the rest.
         lost = (folder / LEDGER_FILE).is_file()
         return [f"{FILES_FILE} is missing"] if lost else _visible_damage(folder)
     try:

@@ -1,10 +1,11 @@
 """Write safetensors folders: sharded, tensor by tensor, and complete or not there at all.
 
-While one tensor is written the next is made: two are in memory, never more. What is written goes on to the disk meanwhile: left to the end, that
-alone took twice as long as writing.
+While one tensor is written the next is made: two are in memory, never more. What is written goes on
+to the disk meanwhile: left to the end, that alone took twice as long as writing.
 
-Everything is written into `<folder>.tmp` first. A new folder then appears by one rename; into an existing one the files move with the index (or
-the single file) last, after the old index is gone, so that a reader never takes a mixture of two saves for a checkpoint.
+Everything is written into `<folder>.tmp` first. A new folder then appears by one rename; into an
+existing one the files move with the index (or the single file) last, after the old index is gone,
+so that a reader never takes a mixture of two saves for a checkpoint.
 Refuses to know: parameter names, models, paddle.
 """
 
@@ -34,7 +35,9 @@ _FLUSH_BYTES = 1 << 26
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names `path` where it names no file: those of writing, such as of a full disk, do not by themselves."""
+    """An OSError of the block names `path` where it names no file: those of writing, such as of a
+    full disk, do not by themselves.
+    """
     try:
         yield
     except OSError as error:
@@ -52,12 +55,15 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write weights (and text `files` such as config.json) to `folder`; returns the paths written, weights first.
+    """Write weights (and text `files` such as config.json) to `folder`; returns the paths written,
+    weights first.
 
-    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits); it is done with when `produce` is called the time after
-    the next. One file if everything fits into
-    `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and the index. Other files in `folder` stay; older weights are replaced.
-    Raises ValueError for a bad shard size, a folder that is a file, a foreign `<folder>.tmp`, and an array that is not what its entry says.
+    `produce(name)` gives the array of one entry when its turn comes (BF16 as uint16 bits); it is
+    done with when `produce` is called the time after the next. One file if everything fits into
+    `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and the index. Other files in
+    `folder` stay; older weights are replaced.
+    Raises ValueError for a bad shard size, a folder that is a file, a foreign `<folder>.tmp`, and
+    an array that is not what its entry says.
     """
     if max_shard_bytes < 1:
         raise ValueError(
@@ -101,7 +107,9 @@ def write_folder(
 
 
 def _clear(staged: Path) -> None:
-    """An empty staging folder. What an interrupted save left there goes; anything else is somebody's and stays."""
+    """An empty staging folder. What an interrupted save left there goes; anything else is
+    somebody's and stays.
+    """
     if staged.exists():
         foreign = [path.name for path in staged.iterdir() if path.suffix not in (".safetensors", ".json")]
         if foreign:
@@ -121,7 +129,9 @@ def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
-    """Cut the entries, in their order, into shards; within a shard wide element types come first, which keeps every tensor aligned."""
+    """Cut the entries, in their order, into shards; within a shard wide element types come first,
+    which keeps every tensor aligned.
+    """
     shards: list[list[str]] = [[]]
     used = 0
     for name, entry in entries.items():
@@ -135,13 +145,17 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
 
 
 class TwoBuffers:
-    """Memory for arrays that `write_folder` asks for, used again: fresh pages for every tensor cost more than what is done with them."""
+    """Memory for arrays that `write_folder` asks for, used again: fresh pages for every tensor cost
+    more than what is done with them.
+    """
 
     def __init__(self) -> None:
         self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array that is one's own until the call after the next: by then the tensor before the last one is on its way to the disk."""
+        """An array that is one's own until the call after the next: by then the tensor before the
+        last one is on its way to the disk.
+        """
         kind, count = np.dtype(dtype), math.prod(shape)
         self._held.reverse()
         if self._held[0].size < count * kind.itemsize:
@@ -165,7 +179,9 @@ class _Sink:
         self._flush: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
-        """In pieces as cp makes them: for a larger one Linux looks for as large a page, which took a virtual machine up to five times as long."""
+        """In pieces as cp makes them: for a larger one Linux looks for as large a page, which took
+        a virtual machine up to five times as long.
+        """
         for a in range(0, len(data), _PIECE_BYTES):
             piece = data[a : a + _PIECE_BYTES]
             if self.digest:
@@ -195,7 +211,9 @@ def write_file(
     metadata: dict[str, str],
     digest: Digest | None = None,
 ) -> None:
-    """One safetensors file, in the order of `entries`, flushed to the disk. The caller gives it a temporary name and renames it. `digest` sees its bytes."""
+    """One safetensors file, in the order of `entries`, flushed to the disk. The caller gives it a
+    temporary name and renames it. `digest` sees its bytes.
+    """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, (shape, dtype) in entries.items():
@@ -212,7 +230,9 @@ def write_file(
 
 
 def _write_tensors(sink: _Sink, entries: Entries, produce: Callable[[str], Array]) -> None:
-    """Tensors are made here, in the caller's thread, and written in another: `produce` may talk to other ranks."""
+    """Tensors are made here, in the caller's thread, and written in another: `produce` may talk to
+    other ranks.
+    """
     with ThreadPoolExecutor(1, "write") as writer:
         unwritten: Future[None] | None = None
         for name, (shape, dtype) in entries.items():
@@ -230,7 +250,9 @@ def _write_tensors(sink: _Sink, entries: Entries, produce: Callable[[str], Array
 
 
 def _publish(staged: Path, folder: Path, order: list[str]) -> None:
-    """Move the finished files to their place: by one rename, or one by one with what makes the folder readable last."""
+    """Move the finished files to their place: by one rename, or one by one with what makes the
+    folder readable last.
+    """
     if not folder.exists():
         os.replace(staged, folder)
         return

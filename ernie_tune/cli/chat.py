@@ -32,10 +32,13 @@ HELP = say(
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune chat FOLDER_OR_YAML [--temperature 0.7] [--top_p 0.9] [--max_new_tokens 256] [--seed 0]
+    """ernie-tune chat FOLDER_OR_YAML [--temperature 0.7] [--top_p 0.9] [--max_new_tokens 256]
+    [--seed 0]
 
-    Talks to a model folder, or to the result of a run (its output folder, or its ernie_tune_args.yaml). In the conversation:
-    /image PATH adds an image to the next question, /new forgets, /think on or off, /exit leaves. Ctrl-C stops an answer.
+    Talks to a model folder, or to the result of a run (its output folder, or its
+    ernie_tune_args.yaml). In the conversation:
+    /image PATH adds an image to the next question, /new forgets, /think on or off, /exit leaves.
+    Ctrl-C stops an answer.
     """
     words, entries = split_overrides(args)
     if len(words) != 1:
@@ -84,7 +87,9 @@ def run(args: list[str]) -> int:
 
 
 def typed() -> Iterator[str]:
-    """Lines as a person types them: with a prompt, line editing and a history of this session. Ctrl-C drops the line, Ctrl-D ends."""
+    """Lines as a person types them: with a prompt, line editing and a history of this session.
+    Ctrl-C drops the line, Ctrl-D ends.
+    """
     with contextlib.suppress(ImportError):  # not on every system
         importlib.import_module("readline")
     while True:
@@ -108,7 +113,9 @@ class _Conversation:
 
 
 def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options: dict[str, Any]) -> int:
-    """The conversation itself: one line in, one streamed answer out. What cannot be answered is not remembered."""
+    """The conversation itself: one line in, one streamed answer out. What cannot be answered is not
+    remembered.
+    """
     params = engine.params(**{"max_new_tokens": 256, **options})
     said = _Conversation()
     for raw in lines:
@@ -153,7 +160,9 @@ def _add_image(said: _Conversation, typed_path: str, write: Callable[..., None])
 
 
 def unquoted(text: str) -> str:
-    """A path as a person types or drops it: quoted, with escaped blanks, from ~, or as it is, blanks included."""
+    """A path as a person types or drops it: quoted, with escaped blanks, from ~, or as it is,
+    blanks included.
+    """
     if os.path.exists(text):
         return text
     if text[:1] in ("'", '"') or "\\" in text:

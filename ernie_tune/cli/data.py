@@ -45,21 +45,26 @@ _YAML = (".yaml", ".yml")
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html [PATH.html]] [--max-seq-len N] [--decode N|all] [--limit N]
+    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html [PATH.html]]
+                          [--max-seq-len N] [--decode N|all] [--limit N]
     ernie-tune data show FILE [--row N]
     ernie-tune data stats FILE… [--decode N|all]
     ernie-tune data convert FILE… --to messages|sharegpt|alpaca|pairs [--out NEW.jsonl]
-
-    A FILE is jsonl, json, csv, tsv or parquet, a folder, a pattern, a name in dataset_info.json, or for check and stats a
-    run.yaml, whose evaluation files, formats and max_seq_len are then used too. Everywhere: --format NAME, --media-dir FOLDER,
-    --dataset-dir FOLDER, --tokenizer FOLDER (default: the bundled small one), --template hf|ernie_vl|ernie_vl_nothink.
+    A FILE is jsonl, json, csv, tsv or parquet, a folder, a pattern, a name in dataset_info.json, or
+    for check and stats a run.yaml, whose evaluation files, formats and max_seq_len are then used
+    too. Everywhere: --format NAME, --media-dir FOLDER, --dataset-dir FOLDER, --tokenizer FOLDER
+    (default: the bundled small one), --template hf|ernie_vl|ernie_vl_nothink.
 
     check    says what is wrong, where, and how to repair it; exit code 1 if there are errors.
-             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html writes a page of rows
-             with pictures, findings and statistics (FILE.check.html, or PATH.html); --json prints one object; --decode opens the first N pictures and ever fewer of the rest (default 200);
-             --limit shows N problems of a kind (default 20, 0: all); --stage NAME also says which rows that stage cannot use.
-             A column or key whose name begins with _ is left out on purpose; \\<image> in a text is the word, not a picture.
-    show     prints a row as the model sees it, the trained text marked. --row is a line number, as in messages.
+             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html
+             writes a page of rows with pictures, findings and statistics (FILE.check.html, or
+             PATH.html); --json prints one object; --decode opens the first N pictures and ever
+             fewer of the rest (default 200); --limit shows N problems of a kind (default 20, 0:
+             all); --stage NAME also says which rows that stage cannot use.
+             A column or key whose name begins with _ is left out on purpose; \\<image> in a text is
+             the word, not a picture.
+    show     prints a row as the model sees it, the trained text marked. --row is a line number, as
+             in messages.
     stats    prints lengths, languages, pictures, and what they say about image_max_pixels.
     convert  writes FILE.FORMAT.jsonl, or refuses a row that the format cannot express.
     """
@@ -314,7 +319,8 @@ def _show(words: list[str], options: Mapping[str, str]) -> int:
             say(f"data show takes one file, got {' '.join(words)}", f"data show 只接受一个文件，得到 {' '.join(words)}")
         )
     name, _, after = words[0].rpartition(":")
-    if name and after.isdecimal() and not os.path.exists(words[0]):  # as in messages: train.jsonl:17
+    # as in messages: train.jsonl:17
+    if name and after.isdecimal() and not os.path.exists(words[0]):
         words, options = [name], {"row": after, **options}
     inputs, wanted = _inputs(words, options), _number(options, "row", None, 1)
     file = DataFile(inputs.train[0], options.get("media-dir", ""))

@@ -56,9 +56,11 @@ _TOKENS = {
 def run(args: list[str]) -> int:
     """ernie-tune doctor [--dist [--nproc N]]
 
-    Prints versions, processor, memory, disk, cards, ports and hub tokens (yes or no), then what looks wrong and how to
-    mend it. Made to be pasted into an issue. --dist: starts one process a card (or N, on a CPU too; on each of several machines with
-    NNODES, RANK, MASTER_ADDR, MASTER_PORT) and measures how they talk; a rank that is missing or does not answer is named within 60 s.
+    Prints versions, processor, memory, disk, cards, ports and hub tokens (yes or no), then what
+    looks wrong and how to mend it. Made to be pasted into an issue. --dist: starts one process a
+    card (or N, on a CPU too; on each of several machines with NNODES, RANK, MASTER_ADDR,
+    MASTER_PORT) and measures how they talk; a rank that is missing or does not answer is named
+    within 60 s.
     """
     words, nproc = workers.split_nproc(args)
     if words == ["--dist"]:
@@ -97,7 +99,9 @@ def describe(versions: Mapping[str, str], cards: list[str], environ: Mapping[str
 def diagnose(
     versions: Mapping[str, str], cards: list[str], environ: Mapping[str, str], shared_bytes: int | None
 ) -> list[str]:
-    """What looks wrong, with the repair. `cards`: lines of nvidia-smi; `shared_bytes`: size of /dev/shm, None if there is none."""
+    """What looks wrong, with the repair. `cards`: lines of nvidia-smi; `shared_bytes`: size of
+    /dev/shm, None if there is none.
+    """
     cpu, gpu = "paddlepaddle" in versions, "paddlepaddle-gpu" in versions
     found: list[str] = []
     if absent := [name for name in _CORE if name not in versions]:

@@ -26,10 +26,13 @@ _OWN = {
 def run(args: list[str]) -> int:
     """ernie-tune estimate MODEL|FILE.yaml [key=value | --key value ...] [--json]
 
-    What a run needs on each card, item by item, and how long a step takes; which layout is best, and what would have to
-    change where it does not fit. MODEL: a hub name, a preset or a folder; its layout is searched for. FILE: as it says.
-    Every setting of a YAML file, and: cards=8  card=h800-80g|a100-40g|80g|cpu-16g  visual_tokens=4096 (of a micro-batch)
-    row_tokens=600 (longest row, where below max_seq_len). --json: numbers. `ernie-tune estimate --table`: the table of launch/README.md.
+    What a run needs on each card, item by item, and how long a step takes; which layout is best,
+    and what would have to change where it does not fit. MODEL: a hub name, a preset or a folder;
+    its layout is searched for. FILE: as it says.
+    Every setting of a YAML file, and: cards=8  card=h800-80g|a100-40g|80g|cpu-16g
+                                                visual_tokens=4096 (of a micro-batch)
+    row_tokens=600 (longest row, where below max_seq_len). --json: numbers.
+    `ernie-tune estimate --table`: the table of launch/README.md.
     """
     if args == ["--table"]:
         print(markdown())

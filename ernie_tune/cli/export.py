@@ -1,6 +1,7 @@
 """`ernie-tune export`: merge, convert, quantise, check, and say how to serve.
 
-Refuses to know how any of it is done; it adds the task's score, which needs the parts that training measures with.
+Refuses to know how any of it is done; it adds the task's score, which needs the parts that training
+measures with.
 """
 
 from __future__ import annotations
@@ -27,19 +28,26 @@ _ALIASES = {
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune export FOLDER [ADAPTER …] --output_dir OUT [--layout paddle] [--quantization wint4] [--calib rows.jsonl] …
+    """ernie-tune export FOLDER [ADAPTER …] --output_dir OUT [--layout paddle] [--quantization
+    wint4] [--calib rows.jsonl] …
 
-    Writes a model folder, with the adapters merged into it, complete and checked: weights, tokenizer, model card, serve.sh, export_report.json.
+    Writes a model folder, with the adapters merged into it, complete and checked: weights,
+    tokenizer, model card, serve.sh, export_report.json.
     One adapter alone brings its base model from its settings.
 
-    --layout paddle|pt|hf      Paddle's layout for FastDeploy (default), that of the -PT releases, that of transformers 5
-    --quantization none|wint8|wint4|mix    what FastDeploy will quantise to; wint4: experts int4, the rest int8; mix: vision experts int8 too
-    --method rtn|clip|gptq     how int4 codes are chosen (default clip); with --calib FILE by what the layers see
+    --layout paddle|pt|hf      Paddle's layout for FastDeploy (default), that of the -PT releases,
+                               that of transformers 5
+    --quantization none|wint8|wint4|mix    what FastDeploy will quantise to; wint4: experts int4,
+                                           the rest int8; mix: vision experts int8 too
+    --method rtn|clip|gptq     how int4 codes are chosen (default clip); with --calib FILE by what
+                               the layers see
     --calib FILE, --calib_rows 128, --eval FILE    rows to choose by, and rows to check and score on
     --target_tp N              cards that will serve together: each has scales of its own
-    --emit weights|cache|packed    weights (default); with a load cache for FastDeploy beside them; or packed codes for `ernie-tune serve`
+    --emit weights|cache|packed    weights (default); with a load cache for FastDeploy beside them;
+                                   or packed codes for `ernie-tune serve`
     --awq 0.25                 fold activation-aware scales into the weights first (needs --calib)
-    --max_shard_size 5GB, --port 8180, --verify full|files, --eval_max_samples 200, --eval_max_new_tokens 32
+    --max_shard_size 5GB, --port 8180, --verify full|files, --eval_max_samples 200,
+    --eval_max_new_tokens 32
     """
     words, entries = split_overrides(args)
     if not words:
@@ -115,7 +123,9 @@ def shard_bytes(text: str) -> int:
 
 
 def task_score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any], Mapping[str, float]]:
-    """Scores of greedy answers to the rows of a file that end in an answer, by the metrics that fit their references."""
+    """Scores of greedy answers to the rows of a file that end in an answer, by the metrics that fit
+    their references.
+    """
 
     def score(model: Any, processor: Any) -> Mapping[str, float]:
         from ernie_tune.data.sources import load_dataset

@@ -1,7 +1,9 @@
-"""`ernie-tune init`: a commented YAML file, and a few rows to start from, that train as they are on this machine.
+"""`ernie-tune init`: a commented YAML file, and a few rows to start from, that train as they are on
+this machine.
 
-Where no model is named and the released one is not on this machine, a small preset with fresh weights and its own learning
-rate stands in. Refuses to know: paddle, the readers of data (the rows are in the two plainest formats).
+Where no model is named and the released one is not on this machine, a small preset with fresh
+weights and its own learning rate stands in. Refuses to know: paddle, the readers of data (the rows
+are in the two plainest formats).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _QUESTIONS = ("What colour is the picture?", "Name the colour.", "Which colour d
 _RELEASED = "baidu/ERNIE-4.5-VL-28B-A3B-Paddle"
 _SMALL = 200_000_000  # parameters: a preset below it trains on any machine
 
-# The usual headings of ERNIEKit's files, and under each the settings worth seeing. Settings without effect at the chosen stage and method are left out.
+# The usual headings of ERNIEKit's files, and under each the settings worth seeing. Settings without
+# effect at the chosen stage and method are left out.
 _LAYOUT: dict[str, tuple[str, ...]] = {
     "### data": (
         "train_dataset_path",
@@ -81,10 +84,12 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
 def run(args: list[str]) -> int:
     """ernie-tune init [FOLDER] [key=value | --key value …]
 
-    Writes FOLDER/run.yaml (default: this folder), every line with a comment, for the stage, model and method given, e.g.
-    `ernie-tune init my_run stage=DPO fine_tuning=Full model=./my_model`. It trains as it is, with a tenth of the rows held
-    out. Unless train_dataset_path is given, also FOLDER/data/train.jsonl with a few sample rows and pictures. Without a model
-    on this machine: model=tiny-a, a preset with fresh weights (others: small, tiny-b, tiny-c). Overwrites nothing.
+    Writes FOLDER/run.yaml (default: this folder), every line with a comment, for the stage, model
+    and method given, e.g.
+    `ernie-tune init my_run stage=DPO fine_tuning=Full model=./my_model`. It trains as it is, with a
+    tenth of the rows held out. Unless train_dataset_path is given, also FOLDER/data/train.jsonl
+    with a few sample rows and pictures. Without a model on this machine: model=tiny-a, a preset
+    with fresh weights (others: small, tiny-b, tiny-c). Overwrites nothing.
     """
     words, given = split_overrides(args)
     if len(words) > 1:
@@ -140,7 +145,9 @@ def _tell(loaded: Loaded, given: list[Entry], folder: Path) -> None:
 
 
 def _start(folder: Path, rows: Path, given: list[Entry]) -> list[Entry]:
-    """What init writes where nothing is given: the recipe of ERNIEKit's 28B files, or, for a small preset, that of fresh weights on any machine."""
+    """What init writes where nothing is given: the recipe of ERNIEKit's 28B files, or, for a small
+    preset, that of fresh weights on any machine.
+    """
     some = Entry("freeze_config", "freeze_vision", _RECIPE)  # without which Freeze is refused
     asked = resolve([[some], given], "command line").config
     name = asked.model.model_name_or_path or (_RELEASED if cached(_RELEASED) else "tiny-a")
@@ -179,7 +186,9 @@ def _released_recipe(method: str) -> dict[str, str]:
 
 
 def _fresh_recipe(stage: str, method: str) -> dict[str, str]:
-    """Fresh weights learn at a rate of their own, router and tower as fast as the rest (examples/digits)."""
+    """Fresh weights learn at a rate of their own, router and tower as fast as the rest
+    (examples/digits).
+    """
     recipe = {
         "max_seq_len": "512",
         "num_train_epochs": "20",
@@ -203,7 +212,9 @@ def _fresh_recipe(stage: str, method: str) -> dict[str, str]:
 
 
 def render(loaded: Loaded) -> str:
-    """The YAML text of a configuration: the settings of the layout and all that were given, each with its help as comment."""
+    """The YAML text of a configuration: the settings of the layout and all that were given, each
+    with its help as comment.
+    """
     config, flat = loaded.config, loaded.config.flat()
     shown = {name for names in _LAYOUT.values() for name in names}
     further = tuple(

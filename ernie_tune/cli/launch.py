@@ -1,4 +1,5 @@
-"""`ernie_tune.launch(config)`: training from a notebook, in a child process, so that its memory is free again when it ends.
+"""`ernie_tune.launch(config)`: training from a notebook, in a child process, so that its memory is
+free again when it ends.
 
 Refuses to know: what is trained; the child runs `python -m ernie_tune train`.
 """
@@ -23,10 +24,12 @@ TAIL_LINES = 20
 
 
 def launch(config: RunConfig | Mapping[str, Any] | str | Path, **settings: Any) -> Path:
-    """Train in a child process and return the output folder. `config`: a YAML file, settings by name, or a resolved configuration; `settings` go over it.
+    """Train in a child process and return the output folder. `config`: a YAML file, settings by
+    name, or a resolved configuration; `settings` go over it.
 
-    The child's lines are printed as they come. Raises RuntimeError with its last lines when it fails. An interrupt of the notebook is passed on: the
-    child finishes its step and saves, then KeyboardInterrupt goes on.
+    The child's lines are printed as they come. Raises RuntimeError with its last lines when it
+    fails. An interrupt of the notebook is passed on: the child finishes its step and saves, then
+    KeyboardInterrupt goes on.
     """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(config, str | Path):

@@ -1,6 +1,7 @@
 """`ernie-tune VERB …`: finds the verb, runs it, turns errors into one clean message.
 
-Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141 nobody reads the output. `--debug` shows the traceback and what is known of the processor,
+Exit codes: 0 done; 1 wrong settings, data or files; 2 wrong command line; 130 interrupted; 141
+nobody reads the output. `--debug` shows the traceback and what is known of the processor,
 `--lang en|zh|both` says in which language to speak.
 Refuses to know what verbs do.
 """
@@ -22,7 +23,9 @@ _HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (without the program's name; default `sys.argv`) and return its exit code."""
+    """Run one command line (without the program's name; default `sys.argv`) and return its exit
+    code.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if debug:
@@ -31,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ignore", message="No ccache found"
     )  # Paddle tells everybody what concerns builders of operators
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Chinese must not end a run
+        # a terminal without Chinese must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(_without_language([word for word in words if word != "--debug"]))
     except KeyboardInterrupt:
         print(say("interrupted", "已中断"), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `ernie-tune … | head`: the reader has gone, and so must what Python would flush at exit
+    except BrokenPipeError:
+        # `ernie-tune … | head`: the reader has gone, and so must what Python would flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
@@ -59,7 +64,9 @@ def _run(args: list[str]) -> int:
 
 
 def _without_language(words: list[str]) -> list[str]:
-    """The words without `--lang LANGUAGE`, which is obeyed. Raises UsageError for a language that is not spoken."""
+    """The words without `--lang LANGUAGE`, which is obeyed. Raises UsageError for a language that
+    is not spoken.
+    """
     rest = []
     left = iter(words)
     for word in left:
@@ -92,8 +99,8 @@ def version(args: list[str]) -> int:
 def help_(args: list[str]) -> int:
     """ernie-tune help [VERB | SETTING | STAGE | --all [--html[=PATH.html]]]
 
-    Explains a verb, a stage, or a setting with its values, defaults and other spellings. --all: every setting; --html: as a
-    page, ernie_tune_settings.html. Alone: lists the verbs.
+    Explains a verb, a stage, or a setting with its values, defaults and other spellings. --all:
+    every setting; --html: as a page, ernie_tune_settings.html. Alone: lists the verbs.
     """
     from ernie_tune.cli import settings_help
 

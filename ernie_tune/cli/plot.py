@@ -17,7 +17,8 @@ from ernie_tune.config.loader import split_overrides
 def run(args: list[str]) -> int:
     """ernie-tune plot RUN_FOLDER... [--name loss] [--svg FILE]
 
-    Draws a logged value of one or several runs in the terminal, on one chart; --svg writes all curves of all runs to a file.
+    Draws a logged value of one or several runs in the terminal, on one chart; --svg writes all
+    curves of all runs to a file.
     """
     from ernie_tune.report.log import LOG_FILE, read_log, write_atomically
     from ernie_tune.report.plot import curves_svg, short_names, terminal_plot

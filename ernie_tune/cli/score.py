@@ -17,9 +17,11 @@ from ernie_tune.config.language import say
 def run(args: list[str]) -> int:
     """ernie-tune score FOLDER ROWS [OUT.jsonl]
 
-    Gives every judged answer of ROWS (any format with pairs, rankings, ratings or labels) a reward by the model in FOLDER, the output_dir of
-    `ernie-tune reward`. One line a row: id, rewards in the order of the row's answers (null: too long), best; of a model that was trained with
-    rating_loss: ordinal also the ratings to expect, from 1 to rating_levels. Written to OUT, or printed.
+    Gives every judged answer of ROWS (any format with pairs, rankings, ratings or labels) a reward
+    by the model in FOLDER, the output_dir of `ernie-tune reward`. One line a row: id, rewards in
+    the order of the row's answers (null: too long), best; of a model that was trained with
+    rating_loss: ordinal also the ratings to expect, from 1 to rating_levels. Written to OUT, or
+    printed.
     """
     if len(args) not in (2, 3):
         raise UsageError(

@@ -1,4 +1,5 @@
-"""`ernie-tune serve`: an OpenAI-compatible server over the in-process engine, or FastDeploy's own where it is installed.
+"""`ernie-tune serve`: an OpenAI-compatible server over the in-process engine, or FastDeploy's own
+where it is installed.
 
 Refuses to know: training, how requests are answered.
 """
@@ -69,23 +70,31 @@ _OPTIONS: Mapping[str, Callable[[str], Any]] = {
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
+    """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters
+    NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
-    Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with the model of a folder, of a finished run, or
-    of an exported int8 or int4 folder; / is a page to talk to it. Needs: pip install "ernie-tune[serve]".
+    Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with
+    the model of a folder, of a finished run, or of an exported int8 or int4 folder; / is a page to
+    talk to it. Needs: pip install "ernie-tune[serve]".
 
-    names     --served_model_name NAME   what requests call the model (default: its folder's name); adapters go by the names in --adapters
+    names     --served_model_name NAME what requests call the model (default: its folder's name);
+              adapters go by the names in --adapters
     keys      --api_key KEY,KEY, or the variable ERNIE_TUNE_API_KEY; none: everyone may ask
-    hosts     --allow_hosts NAME,NAME   names by which clients call the server, beside localhost (and, where --host is
+    hosts     --allow_hosts NAME,NAME names by which clients call the server, beside localhost (and,
+              where --host is
               not of this machine alone, its addresses and its own name)
-    limits    --max_model_len, --default_max_tokens 1024, --max_num_seqs 64 (answers at once), --max_concurrency 256 (requests; beyond it 429),
-              --cache_tokens 262144, --prefill_tokens 8192, --images 10, --videos 3, --max_body_mb 64, --request_timeout 600, --shutdown_timeout 60,
-              --max_connections 2048, --media_timeout 60
+    limits    --max_model_len, --default_max_tokens 1024, --max_num_seqs 64 (answers at once),
+              --max_concurrency 256 (requests; beyond it 429),
+              --cache_tokens 262144, --prefill_tokens 8192, --images 10, --videos 3, --max_body_mb
+              64, --request_timeout 600, --shutdown_timeout 60, --max_connections 2048,
+              --media_timeout 60
     log       --log_requests   one line for each request
-    media     --allow_local_media FOLDER (file:/// URLs inside it), --allow_media_hosts HOST,HOST (may be private), --allow_private_media
+    media     --allow_local_media FOLDER (file:/// URLs inside it), --allow_media_hosts HOST,HOST
+              (may be private), --allow_private_media
 
-    ernie-tune serve FOLDER --engine fastdeploy [--tensor_parallel_size 8 --quantization wint4 …] [--print] starts FastDeploy's own server where
-    it is installed and waits until it is healthy; --print only shows the command.
+    ernie-tune serve FOLDER --engine fastdeploy [--tensor_parallel_size 8 --quantization wint4 …]
+    [--print] starts FastDeploy's own server where it is installed and waits until it is healthy;
+    --print only shows the command.
     """
     flags = {f"--{flag}".replace("_", sign) for flag in _FLAGS for sign in "_-"}
     words, entries = split_overrides([f"{word}=true" if word in flags else word for word in args])
@@ -192,7 +201,9 @@ def serve_options(settings: Mapping[str, Any]) -> Any:
 
 
 def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of the option, else of the variable. Raises ValueError where one is set and names no key: it would open the server."""
+    """Of the option, else of the variable. Raises ValueError where one is set and names no key: it
+    would open the server.
+    """
     if "api_key" in settings:
         source, keys = "api_key", settings["api_key"]
     elif API_KEY_VARIABLE in os.environ:
@@ -261,7 +272,8 @@ def open_service(path: Path, settings: Mapping[str, Any]) -> Any:
     engine = open_engine(path, base_of_run)
     name = settings.get("served_model_name") or (path.parent if path.is_file() else path).resolve().name
     models: dict[str, str | None] = {name: None}
-    if isinstance(engine.model, PeftModel):  # a finished run's adapter has the run's name; its base answers to its own
+    # a finished run's adapter has the run's name; its base answers to its own
+    if isinstance(engine.model, PeftModel):
         base = Path(engine.model.name_or_path).name or "base"
         models = {name: engine.model.active, f"{base}-base" if base == name else base: None}
     elif adapters:
@@ -329,7 +341,8 @@ def _run(one: Server, sock: socket.socket, host: str, port: int) -> int:
         flush=True,
     )
     gc.collect()
-    gc.freeze()  # what is loaded stays: looking through it again and again would stop all answers each time
+    # what is loaded stays: looking through it again and again would stop all answers each time
+    gc.freeze()
     try:
         one.run(sockets=[sock])
     except OSError as error:

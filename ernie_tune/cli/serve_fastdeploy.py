@@ -1,4 +1,6 @@
-"""`ernie-tune serve --engine fastdeploy`: words of the command line -> FastDeploy's command. Refuses to know: how it is run."""
+"""`ernie-tune serve --engine fastdeploy`: words of the command line -> FastDeploy's command.
+Refuses to know: how it is run.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def fastdeploy_command(model: str, entries: Sequence[Entry]) -> tuple[FastDeployCommand, bool, float]:
-    """(the command, whether only to print it, seconds to wait for health). Raises UsageError for options that it does not have."""
+    """(the command, whether only to print it, seconds to wait for health). Raises UsageError for
+    options that it does not have.
+    """
     from ernie_tune.config.convert import did_you_mean
 
     fields: dict[str, Any] = {"vision": _has_vision(Path(model))}
@@ -134,14 +138,18 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _context(folder: Path) -> int:
-    """Tokens that prompt and answer may have: FastDeploy's command has one number for all models."""
+    """Tokens that prompt and answer may have: FastDeploy's command has one number for all
+    models.
+    """
     file, most = folder / "config.json", FastDeployCommand.max_model_len
     told = read_json_object(file).get("max_position_embeddings") if file.is_file() else None
     return min(most, told) if type(told) is int and told > 0 else most
 
 
 def _has_vision(folder: Path) -> bool:
-    """Whether images are served; True for a name that FastDeploy is to download. Raises ValueError for a folder without a model."""
+    """Whether images are served; True for a name that FastDeploy is to download. Raises ValueError
+    for a folder without a model.
+    """
     if not folder.is_dir():
         return True
     file = folder / "config.json"

@@ -1,4 +1,5 @@
-"""`ernie-tune help NAME` and `help --all [--html]`: all that is known of settings, from what stands beside their fields.
+"""`ernie-tune help NAME` and `help --all [--html]`: all that is known of settings, from what stands
+beside their fields.
 
 Refuses to know: verbs, files but the page it is told to write, what a setting does.
 """
@@ -47,7 +48,9 @@ PAGE = "ernie_tune_settings.html"
 
 
 def run(words: list[str]) -> int:
-    """`help --all [--html[=PATH.html]]`: every setting, as text, or as a page. Raises UsageError for other words."""
+    """`help --all [--html[=PATH.html]]`: every setting, as text, or as a page. Raises UsageError
+    for other words.
+    """
     pages = [word for word in words if word.split("=")[0] == "--html"]
     if len(words) > len(pages) + 1 or len(pages) > 1:
         raise UsageError(say("help --all takes --html or nothing more", "help --all 之后只能是 --html"))
@@ -63,7 +66,9 @@ def run(words: list[str]) -> int:
 
 
 def about(word: str) -> str:
-    """What is known of a setting, of another tool's name, or of a stage or method. Raises UsageError for a word that is none of these."""
+    """What is known of a setting, of another tool's name, or of a stage or method. Raises
+    UsageError for a word that is none of these.
+    """
     name = word.replace("-", "_")
     ours = RENAMED.get(name, name)
     if ours in SETTINGS:
@@ -89,7 +94,9 @@ def about(word: str) -> str:
 
 
 def everything() -> str:
-    """All settings by section: the methods first, then every setting with values, defaults and other spellings."""
+    """All settings by section: the methods first, then every setting with values, defaults and
+    other spellings.
+    """
     out = [str(say("stages of training:", "训练阶段："))]
     for stage in STAGES.values():
         later = "" if stage.built else say(" (not in this version)", "（此版本尚无）")

@@ -1,6 +1,7 @@
 """The verbs that train and measure: train, eval, demo.
 
-Refuses to know how training works; paddle loads when a verb runs, after the settings are known to be right.
+Refuses to know how training works; paddle loads when a verb runs, after the settings are known to
+be right.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ DIGITS = (
 def run(args: list[str]) -> int:
     """ernie-tune train FILE [key=value | --key value ...] [--dry-run] [--nproc N]
 
-    Fine-tunes as the YAML file says; its stage names the method. The same command again goes on where the run stopped. --dry-run: settings, data,
-    and one forward and backward of the heaviest batch, then stop. Where several cards are visible, or the degrees ask for it, one process a card is
-    started; --nproc N: so many processes on this machine, on a CPU too. Several machines: NNODES, RANK, MASTER_ADDR, MASTER_PORT.
+    Fine-tunes as the YAML file says; its stage names the method. The same command again goes on
+    where the run stopped. --dry-run: settings, data, and one forward and backward of the heaviest
+    batch, then stop. Where several cards are visible, or the degrees ask for it, one process a card
+    is started; --nproc N: so many processes on this machine, on a CPU too. Several machines:
+    NNODES, RANK, MASTER_ADDR, MASTER_PORT.
     """
     return _train(args)
 
@@ -45,7 +48,8 @@ def run(args: list[str]) -> int:
 def dpo(args: list[str]) -> int:
     """ernie-tune dpo FILE [key=value | --key value ...] [--dry-run]
 
-    Learns from pairs of answers, rankings and ratings, as `ernie-tune train` with stage=DPO. loss_type: sigmoid, ipo, simpo, orpo, ...
+    Learns from pairs of answers, rankings and ratings, as `ernie-tune train` with stage=DPO.
+    loss_type: sigmoid, ipo, simpo, orpo, ...
     """
     return _train(args, "DPO")
 
@@ -53,7 +57,8 @@ def dpo(args: list[str]) -> int:
 def kto(args: list[str]) -> int:
     """ernie-tune kto FILE [key=value | --key value ...] [--dry-run]
 
-    Learns from single answers called good or bad, as `ernie-tune train` with stage=KTO. loss_type: kto, bco, apo_zero_unpaired.
+    Learns from single answers called good or bad, as `ernie-tune train` with stage=KTO. loss_type:
+    kto, bco, apo_zero_unpaired.
     """
     return _train(args, "KTO")
 
@@ -61,7 +66,8 @@ def kto(args: list[str]) -> int:
 def upo(args: list[str]) -> int:
     """ernie-tune upo FILE [key=value | --key value ...] [--dry-run]
 
-    Learns from pairs, rankings, ratings and labels together, as `ernie-tune train` with stage=UPO. loss_type: upo_hetero, mpo.
+    Learns from pairs, rankings, ratings and labels together, as `ernie-tune train` with stage=UPO.
+    loss_type: upo_hetero, mpo.
     """
     return _train(args, "UPO")
 
@@ -69,7 +75,8 @@ def upo(args: list[str]) -> int:
 def reward(args: list[str]) -> int:
     """ernie-tune reward FILE [key=value | --key value ...] [--dry-run]
 
-    Trains a reward model on pairs, rankings and ratings, as `ernie-tune train` with stage=RM. `ernie-tune score` applies it.
+    Trains a reward model on pairs, rankings and ratings, as `ernie-tune train` with stage=RM.
+    `ernie-tune score` applies it.
     """
     return _train(args, "RM")
 
@@ -77,7 +84,8 @@ def reward(args: list[str]) -> int:
 def rlvr(args: list[str]) -> int:
     """ernie-tune rlvr FILE [key=value | --key value ...] [--dry-run]
 
-    Samples answers, judges them and learns from what was better than expected, as `ernie-tune train` with stage=RLVR. loss_type: dapo, grpo, gspo, ...
+    Samples answers, judges them and learns from what was better than expected, as
+    `ernie-tune train` with stage=RLVR. loss_type: dapo, grpo, gspo, ...
     """
     return _train(args, "RLVR")
 
@@ -90,7 +98,8 @@ def _train(args: list[str], stage: str = "") -> int:
     start = workers.wanted(config.parallel, nproc, cards, os.environ)
     if start is not None:
         if not dry_run:
-            check_free(Path(config.save.output_dir))  # before the log folder of the run that is there is touched
+            # before the log folder of the run that is there is touched
+            check_free(Path(config.save.output_dir))
         return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
     with while_paddle_loads():
         from ernie_tune.trainers.interrupts import Interrupted
@@ -106,8 +115,10 @@ def _train(args: list[str], stage: str = "") -> int:
 def evaluate(args: list[str]) -> int:
     """ernie-tune eval FOLDER | FILE [key=value | --key value ...]
 
-    Loss and scores of generated answers on the evaluation rows. FOLDER: the output_dir of a run, whose result is measured.
-    FILE: a YAML file; the model that it names is measured. The answers are written to eval_answers.jsonl in output_dir.
+    Loss and scores of generated answers on the evaluation rows. FOLDER: the output_dir of a run,
+    whose result is measured.
+    FILE: a YAML file; the model that it names is measured. The answers are written to
+    eval_answers.jsonl in output_dir.
     """
     config = _config([*args, *_result_of(args)])
     from ernie_tune.report.log import metrics_table
@@ -121,7 +132,9 @@ def evaluate(args: list[str]) -> int:
 
 
 def _result_of(args: list[str]) -> list[str]:
-    """The settings that name what a run left in the folder in `args`: a whole model, or an adapter; nothing for a file, or where they are given."""
+    """The settings that name what a run left in the folder in `args`: a whole model, or an adapter;
+    nothing for a file, or where they are given.
+    """
     words, entries = split_overrides(args)
     folder = words[0] if len(words) == 1 and Path(words[0]).is_dir() else ""
     given = {entry.name for entry in entries}
@@ -134,7 +147,8 @@ def _result_of(args: list[str]) -> list[str]:
 def demo(args: list[str]) -> int:
     """ernie-tune demo [key=value | --key value ...]
 
-    A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on the CPU, in a few minutes.
+    A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on
+    the CPU, in a few minutes.
     """
     folder = next((folder for folder in DIGITS if (folder / "sft.yaml").is_file()), None)
     if folder is None:

@@ -1,4 +1,5 @@
-"""`ernie-tune validate`: what a YAML file means, where each value comes from, and what is not there yet.
+"""`ernie-tune validate`: what a YAML file means, where each value comes from, and what is not there
+yet.
 
 Refuses to know: paddle, rules (config/checks.py, plan/judgement.py).
 """
@@ -14,9 +15,10 @@ from ernie_tune.plan.judgement import judged
 def run(args: list[str]) -> int:
     """ernie-tune validate run.yaml [key=value | --key value …]
 
-    Checks names, types, choices, ranges and combinations without loading paddle, whether this version can train what is
-    asked, whether the model can be cut as the degrees of parallelism say, and tells of files that are not there yet; prints
-    every setting that has an effect with the place that set it. The output is itself a YAML file that repeats the run.
+    Checks names, types, choices, ranges and combinations without loading paddle, whether this
+    version can train what is asked, whether the model can be cut as the degrees of parallelism say,
+    and tells of files that are not there yet; prints every setting that has an effect with the
+    place that set it. The output is itself a YAML file that repeats the run.
     """
     path, settings = file_and_settings(args)
     loaded = load_config(path, settings, for_training=True)

@@ -1,4 +1,5 @@
-"""The table of verbs (ecosystem.md 4.4) and what verbs share. A new verb is one line here and one function.
+"""The table of verbs (ecosystem.md 4.4) and what verbs share. A new verb is one line here and one
+function.
 
 Refuses to know what a verb does: its module is imported when the verb runs.
 """
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
 
 
 class UsageError(ValueError):
-    """The command line itself is wrong: exit code 2. Wrong settings and data are plain ValueErrors: exit code 1."""
+    """The command line itself is wrong: exit code 2. Wrong settings and data are plain ValueErrors:
+    exit code 1.
+    """
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A word of the command line. `target`: "module:function", a function of the remaining words that returns the exit code; its docstring is the
-    verb's help."""
+    """A word of the command line. `target`: "module:function", a function of the remaining words
+    that returns the exit code; its docstring is the verb's help.
+    """
 
     name: str
     target: str
@@ -138,8 +142,9 @@ def find_verb(word: str) -> Verb:
 
 
 def file_and_settings(args: Sequence[str]) -> tuple[str, list[Entry]]:
-    """The one file that `args` must name, and the settings beside it; of the folder of a run, its settings file. Raises UsageError for none or several
-    files, and for a folder of something else."""
+    """The one file that `args` must name, and the settings beside it; of the folder of a run, its
+    settings file. Raises UsageError for none or several files, and for a folder of something else.
+    """
     from ernie_tune.config.loader import ARGS_FILE, split_overrides
 
     words, entries = split_overrides(args)

@@ -1,7 +1,9 @@
-"""Starting `paddle.distributed.launch` when a run needs several processes: on several visible cards, on several machines, or on a CPU as asked.
+"""Starting `paddle.distributed.launch` when a run needs several processes: on several visible
+cards, on several machines, or on a CPU as asked.
 
-Variables as ERNIEKit's (ecosystem.md 4.4): NNODES, RANK, MASTER_ADDR, MASTER_PORT, CUDA_VISIBLE_DEVICES, ERNIEKIT_DIST_LOG. Inside a worker that a launcher
-has started nothing is started again. Refuses to know: paddle, what the workers do, degrees beyond their product.
+Variables as ERNIEKit's (ecosystem.md 4.4): NNODES, RANK, MASTER_ADDR, MASTER_PORT,
+CUDA_VISIBLE_DEVICES, ERNIEKIT_DIST_LOG. Inside a worker that a launcher has started nothing is
+started again. Refuses to know: paddle, what the workers do, degrees beyond their product.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _NOT_FOR_WORKERS = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "RANK")
 
 @dataclass(frozen=True)
 class Start:
-    """How many workers here, on which cards (none on a CPU), and this machine's place among several."""
+    """How many workers here, on which cards (none on a CPU), and this machine's place among
+    several.
+    """
 
     workers: int
     cards: tuple[str, ...] = ()
@@ -70,9 +74,11 @@ class Start:
 def wanted(
     degrees: ParallelArguments, nproc: int | None, cards: Sequence[str], environ: Mapping[str, str]
 ) -> Start | None:
-    """What is to be started; None where this process is the run itself. `cards`: those that paddle can use. `nproc`: as asked on the command line.
+    """What is to be started; None where this process is the run itself. `cards`: those that paddle
+    can use. `nproc`: as asked on the command line.
 
-    Raises UsageError for variables that are no numbers, several machines without a meeting point, and more processes than cards.
+    Raises UsageError for variables that are no numbers, several machines without a meeting point,
+    and more processes than cards.
     """
     if "PADDLE_TRAINER_ID" in environ:
         return None
@@ -107,7 +113,9 @@ def wanted(
 
 
 def split_nproc(args: Sequence[str]) -> tuple[list[str], int | None]:
-    """The words without `--nproc N`, and N. Raises UsageError for an N that is no positive number."""
+    """The words without `--nproc N`, and N. Raises UsageError for an N that is no positive
+    number.
+    """
     words = list(args)
     if "--nproc" not in words:
         return words, None
@@ -124,7 +132,9 @@ def split_nproc(args: Sequence[str]) -> tuple[list[str], int | None]:
 
 
 def meet(what: Start, limits: Limits | None = None) -> None:
-    """Wait for the other machines at the address that the launcher will use next. Raises ConnectionError naming those that do not come."""
+    """Wait for the other machines at the address that the launcher will use next. Raises
+    ConnectionError naming those that do not come.
+    """
     host, _, port = what.master.rpartition(":")
 
     def late(text: str) -> None:
@@ -150,7 +160,9 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def visible_cards(environ: Mapping[str, str], gpu_build: bool) -> list[str]:
-    """Numbers of the cards that the workers would use; none without the build of paddle for them."""
+    """Numbers of the cards that the workers would use; none without the build of paddle for
+    them.
+    """
     if not gpu_build:
         return []
     if environ.get("CUDA_VISIBLE_DEVICES"):
@@ -163,9 +175,11 @@ def visible_cards(environ: Mapping[str, str], gpu_build: bool) -> list[str]:
 
 
 def worker_environ(environ: Mapping[str, str], ours: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that the launcher starts with: those of this process, without secrets, which it would write down (its workers ask this process for
-    them), and without what belongs to it alone. An empty CUDA_VISIBLE_DEVICES breaks the launcher, and each worker divides the cores itself: `ours` is
-    what this process has set for itself."""
+    """The variables that the launcher starts with: those of this process, without secrets, which it
+    would write down (its workers ask this process for them), and without what belongs to it alone.
+    An empty CUDA_VISIBLE_DEVICES breaks the launcher, and each worker divides the cores itself:
+    `ours` is what this process has set for itself.
+    """
     ours = dict(CPU_PLAN.settings) if ours is None else ours
     drop = {*_NOT_FOR_WORKERS, *(name for name, value in ours.items() if environ.get(name) == value)}
     drop |= {"CUDA_VISIBLE_DEVICES"} if environ.get("CUDA_VISIBLE_DEVICES") == "" else set()
@@ -182,11 +196,14 @@ def log_folder(environ: Mapping[str, str], output_dir: str) -> Path:
 def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     """Run the launcher to its end and return its exit code; the lines of rank 0 appear here.
 
-    Ctrl-C, SIGTERM and the SIGHUP of a closed terminal are passed on to the workers, which finish their step and save; the second one ends them at once. The launcher itself does not see
-    the first: it would kill its workers after half a minute.
+    Ctrl-C, SIGTERM and the SIGHUP of a closed terminal are passed on to the workers, which finish
+    their step and save; the second one ends them at once. The launcher itself does not see the
+    first: it would kill its workers after half a minute.
     """
-    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # the launcher's own files are for nobody else
-    for old in log_dir.glob("workerlog.*[0-9]"):  # or the launcher would show an earlier run's lines again
+    # the launcher's own files are for nobody else
+    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # or the launcher would show an earlier run's lines again
+    for old in log_dir.glob("workerlog.*[0-9]"):
         old.replace(old.with_name(f"{old.name}.old"))
     print(
         say(

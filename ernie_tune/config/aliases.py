@@ -1,4 +1,5 @@
-"""The one table of other spellings: PaddleFormers, PaddleNLP, ERNIEKit, HF, TRL, LLaMA-Factory, ms-swift, axolotl -> ours.
+"""The one table of other spellings: PaddleFormers, PaddleNLP, ERNIEKit, HF, TRL, LLaMA-Factory,
+ms-swift, axolotl -> ours.
 
 Refuses to know: files, types and defaults, names that mean nothing here (peers.py).
 """
@@ -159,7 +160,8 @@ def _freeze(*words: str) -> dict[str, dict[str, str]]:
     return {"true": {"freeze_config": " ".join(words)}, "false": {"freeze_config": " ".join("!" + w for w in words)}}
 
 
-# A name whose words each mean settings of ours. In freeze_config, !word says that the part is not frozen.
+# A name whose words each mean settings of ours. In freeze_config, !word says that the part is not
+# frozen.
 EXPANDED: dict[str, dict[str, dict[str, str]]] = {
     "lora": _LORA,
     "only_optimize_lora": _LORA,

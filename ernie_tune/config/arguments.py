@@ -1,6 +1,8 @@
-"""Every setting of a run: frozen sections composed in `RunConfig`, and one flat table of all settings with what is known of each.
+"""Every setting of a run: frozen sections composed in `RunConfig`, and one flat table of all
+settings with what is known of each.
 
-Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together (checks.py), paddle.
+Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values
+fit together (checks.py), paddle.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ VARYING = (
     "beta",
     "metric_for_best_model",
 )  # defaults that `default_for` decides
-# Sections whose settings belong together at every stage that compares answers: there, one that the stage does not read is a mistake to point at.
+# Sections whose settings belong together at every stage that compares answers: there, one that the
+# stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
 
 
@@ -113,9 +116,11 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def shapes_weights(name: str) -> bool:
-    """Whether another value of the setting can give another loss or other trained weights, beyond rounding. Degrees of parallelism, what is saved, logged
-    and measured, and what trades time for memory cannot; rows, lengths, seeds, the method and its rates can, and so does what ends a run or
-    chooses its checkpoint. KeyError for a name that is no setting."""
+    """Whether another value of the setting can give another loss or other trained weights, beyond
+    rounding. Degrees of parallelism, what is saved, logged and measured, and what trades time for
+    memory cannot; rows, lengths, seeds, the method and its rates can, and so does what ends a run
+    or chooses its checkpoint. KeyError for a name that is no setting.
+    """
     return SETTINGS[name].about.shapes
 
 
@@ -126,7 +131,8 @@ def default_for(name: str, stage: str, method: str) -> Any:
     if name == "per_device_train_batch_size":
         if STAGES[stage].samples:
             return 8  # answers: one group of the usual size
-        return 2 if stage == "KTO" else 1  # its baseline compares the answers of a step with one another
+        # its baseline compares the answers of a step with one another
+        return 2 if stage == "KTO" else 1
     if name == "metric_for_best_model":
         return "reward" if STAGES[stage].samples else SETTINGS[name].default
     if name == "beta":
@@ -137,7 +143,9 @@ def default_for(name: str, stage: str, method: str) -> Any:
 
 
 def build(values: dict[str, Any]) -> RunConfig:
-    """The configuration with these settings; the others, and those of sections without effect, at their defaults. Values are converted, names ours."""
+    """The configuration with these settings; the others, and those of sections without effect, at
+    their defaults. Values are converted, names ours.
+    """
     classes = typing.get_type_hints(RunConfig)
     chosen: dict[str, dict[str, Any]] = {section: {} for section in classes}
     for name, value in values.items():

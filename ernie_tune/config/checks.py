@@ -1,7 +1,9 @@
-"""The one judgement of settings: which fit together, which this version cannot honour, which have no effect. A rule yields the setting to point at, and
-what is wrong. Pure: every verb and every trainer asks the same.
+"""The one judgement of settings: which fit together, which this version cannot honour, which have
+no effect. A rule yields the setting to point at, and what is wrong. Pure: every verb and every
+trainer asks the same.
 
-Refuses to know: where settings were written, how to convert them, whether paths exist (plan/judgement.py).
+Refuses to know: where settings were written, how to convert them, whether paths exist
+(plan/judgement.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from ernie_tune.config.stages import STAGES
 
 
 class Problem(NamedTuple):
-    """`setting`: the one to point at. `unbuilt`: right in itself, but this version cannot train it; who only counts or looks may go on."""
+    """`setting`: the one to point at. `unbuilt`: right in itself, but this version cannot train it;
+    who only counts or looks may go on.
+    """
 
     setting: str
     message: str
@@ -111,7 +115,9 @@ def _idle(c: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def missing(c: RunConfig) -> list[Problem]:
-    """What a run from a file must name, and a call from Python passes as objects: the model and the rows."""
+    """What a run from a file must name, and a call from Python passes as objects: the model and the
+    rows.
+    """
     return [Problem(*p) for p in _missing(c)]
 
 
@@ -427,7 +433,9 @@ def _parallel(c: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unbuilt(c: RunConfig) -> Iterator[tuple[str, str]]:
-    """What may be written, but not trained yet: refused, since leaving it out would change the result."""
+    """What may be written, but not trained yet: refused, since leaving it out would change the
+    result.
+    """
     flat = c.flat()
     if not STAGES[c.model.stage].built:
         built = ", ".join(name for name, stage in STAGES.items() if stage.built)

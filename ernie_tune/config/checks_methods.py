@@ -1,4 +1,5 @@
-"""What a method asks of the settings: its losses, its pairs, its reference, its rows. The rules that `checks.problems` applies beside the general ones.
+"""What a method asks of the settings: its losses, its pairs, its reference, its rows. The rules
+that `checks.problems` applies beside the general ones.
 
 Refuses to know: where settings were written, how to convert them, whether paths exist.
 """
@@ -45,7 +46,9 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _kto_rows(c: RunConfig) -> Iterator[tuple[str, str]]:
-    """KTO's baseline compares the answers of a step with one another's prompts (2402.01306): one row alone has no other."""
+    """KTO's baseline compares the answers of a step with one another's prompts (2402.01306): one
+    row alone has no other.
+    """
     t, name = c.train, "per_device_train_batch_size"
     learned = c.preference.loss_type[0] in ("auto", "kto")
     rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * c.parallel.sharding_parallel_size
@@ -77,7 +80,9 @@ def _kto_rows(c: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _losses(c: RunConfig) -> Iterator[tuple[str, str]]:
-    """Names in `loss_type` and `edge_loss` (`objectives` computes them), and the reference that they need."""
+    """Names in `loss_type` and `edge_loss` (`objectives` computes them), and the reference that
+    they need.
+    """
     stage, names = STAGES[c.model.stage], c.preference.loss_type
     if not stage.compares:
         return

@@ -1,5 +1,6 @@
-"""From the text of a value to the type of its setting, and back. The setting's type decides, not the look of the text: `3e-4` is a number where
-a number is wanted, and `off` a word where a word is wanted (ecosystem.md 4.2, traps).
+"""From the text of a value to the type of its setting, and back. The setting's type decides, not
+the look of the text: `3e-4` is a number where a number is wanted, and `off` a word where a word is
+wanted (ecosystem.md 4.2, traps).
 
 Refuses to know: where a text stands, other names of a setting, how settings fit together.
 """
@@ -27,15 +28,19 @@ _PLAIN = re.compile(r"[\w./][\w./-]*")
 
 
 def did_you_mean(word: str, known: Iterable[str], typo: float = 0.8) -> str:
-    """`; did you mean 'x'?` where `word` is a known word mistyped: nearly the same letters, part by part. Nothing for one that merely resembles it:
-    max_samples is not eval_max_samples. `typo`: least likeness of the whole, from 0 to 1."""
+    """`; did you mean 'x'?` where `word` is a known word mistyped: nearly the same letters, part by
+    part. Nothing for one that merely resembles it:
+    max_samples is not eval_max_samples. `typo`: least likeness of the whole, from 0 to 1.
+    """
     rated = [(_likeness(word.lower(), name.lower()), name) for name in known]
     best, name = max(rated, default=(0.0, ""))
     return say(f"; did you mean {name!r}?", f"；是否想写 {name!r}？") if best >= typo else ""
 
 
 def _likeness(a: str, b: str) -> float:
-    """Of two names, 0 unless each part of one (between underscores) has its partner in the other."""
+    """Of two names, 0 unless each part of one (between underscores) has its partner in the
+    other.
+    """
     parts, others = re.split(r"[_-]", a), re.split(r"[_-]", b)
     whole = _ratio("".join(parts), "".join(others))
     if len(parts) != len(others):  # an underscore too many or too few, or a short word left out
@@ -66,7 +71,9 @@ def to_raw(name: str, value: Any) -> Raw:
 
 
 def convert(setting: Setting, raw: str | tuple[str, ...]) -> Any:
-    """The value of `setting` that `raw` spells. Raises ValueError (no place in it) for wrong type, word or range."""
+    """The value of `setting` that `raw` spells. Raises ValueError (no place in it) for wrong type,
+    word or range.
+    """
     if setting.many:
         items = raw if isinstance(raw, tuple) else _split(setting, raw)
         # a word that stands for nothing ("none" in report_to) leaves the list
@@ -86,7 +93,9 @@ def _translated(setting: Setting, text: str) -> str:
 
 
 def _split(setting: Setting, text: str) -> Sequence[str]:
-    """The items of a text: a list as YAML writes it, or words between commas (and blanks, where the words are a closed set)."""
+    """The items of a text: a list as YAML writes it, or words between commas (and blanks, where the
+    words are a closed set).
+    """
     listed = _yaml_list(text.strip()) if text.strip().startswith("[") and text.strip().endswith("]") else None
     if listed is not None:
         return listed
@@ -170,14 +179,17 @@ def _number(setting: Setting, text: str) -> int | float:
 
 
 def to_yaml(value: Any) -> str:
-    """`value` as one line of YAML that `convert`, and every other YAML reader, takes back unchanged."""
+    """`value` as one line of YAML that `convert`, and every other YAML reader, takes back
+    unchanged.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
-        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent  # YAML 1.1 wants the dot
+        # YAML 1.1 wants the dot
+        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
     if isinstance(value, tuple):
         return f"[{', '.join(to_yaml(v) for v in value)}]"
     if isinstance(value, str) and not (_PLAIN.fullmatch(value) and yaml.safe_load(value) == value):

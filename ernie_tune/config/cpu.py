@@ -1,7 +1,8 @@
-"""Environment variables that make paddle's matrix products fast on a CPU (design.md, "Speed on the CPU"); to be set before paddle loads. And what
-paddle says of them while it loads.
+"""Environment variables that make paddle's matrix products fast on a CPU (design.md, "Speed on the
+CPU"); to be set before paddle loads. And what paddle says of them while it loads.
 
-Refuses to know: paddle (whether the product really is fast is measured elsewhere), what the run computes.
+Refuses to know: paddle (whether the product really is fast is measured elsewhere), what the run
+computes.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}  # what MKL's AVX-512 kernels use
+# what MKL's AVX-512 kernels use
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _REMARKS = ("WARNING: OMP_NUM_THREADS set to", "PLEASE USE OMP_NUM_THREADS WISELY")
 
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """Variables to set, and one line that says so. `too_late`: paddle is loaded, setting them now changes nothing."""
+    """Variables to set, and one line that says so. `too_late`: paddle is loaded, setting them now
+    changes nothing.
+    """
 
     settings: tuple[tuple[str, str], ...]
     line: str
@@ -31,10 +35,11 @@ class CpuPlan:
 
 
 def plan_cpu(cpuinfo: str, environ: Mapping[str, str], cores: int, workers: int, paddle_loaded: bool) -> CpuPlan:
-    """Decide from the text of /proc/cpuinfo, the environment, the cores this process may use, and the workers that share them.
+    """Decide from the text of /proc/cpuinfo, the environment, the cores this process may use, and
+    the workers that share them.
 
-    Old MKL takes its slow path on AMD unless MKL_DEBUG_CPU_TYPE names the instruction set: 7 AVX-512, 5 AVX2. What the user has set stays; either
-    thread variable speaks for both.
+    Old MKL takes its slow path on AMD unless MKL_DEBUG_CPU_TYPE names the instruction set: 7
+    AVX-512, 5 AVX2. What the user has set stays; either thread variable speaks for both.
     """
     settings: dict[str, str] = {}
     kind = _mkl_type(cpuinfo)
@@ -65,13 +70,17 @@ def _mkl_type(cpuinfo: str) -> str | None:
 
 
 def _by_user(name: str, environ: Mapping[str, str]) -> bool:
-    """Whether the user set `name`. Loading paddle sets OMP_NUM_THREADS=1, and a launcher, which loads it, hands that on to its workers."""
+    """Whether the user set `name`. Loading paddle sets OMP_NUM_THREADS=1, and a launcher, which
+    loads it, hands that on to its workers.
+    """
     inherited = name == "OMP_NUM_THREADS" and environ.get(name) == "1" and "PADDLE_TRAINER_ID" in environ
     return name in environ and not inherited
 
 
 def workers_here(environ: Mapping[str, str]) -> int:
-    """Worker processes on this machine as `paddle.distributed.launch` tells them; 1 without a launcher."""
+    """Worker processes on this machine as `paddle.distributed.launch` tells them; 1 without a
+    launcher.
+    """
     for name in ("PADDLE_LOCAL_SIZE", "PADDLE_TRAINERS_NUM"):
         if environ.get(name, "").isdecimal():
             return max(1, int(environ[name]))
@@ -96,7 +105,9 @@ def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def prepare_cpu() -> CpuPlan:
-    """Set what `plan_cpu` decides for this process, unless paddle is loaded already. The caller prints the line."""
+    """Set what `plan_cpu` decides for this process, unless paddle is loaded already. The caller
+    prints the line.
+    """
     plan = plan_cpu(read_cpuinfo(), os.environ, available_cores(), workers_here(os.environ), "paddle" in sys.modules)
     if not plan.too_late:
         os.environ.update(plan.settings)
@@ -105,8 +116,10 @@ def prepare_cpu() -> CpuPlan:
 
 @contextmanager
 def while_paddle_loads() -> Iterator[None]:
-    """Keep two remarks of paddle's from the user: that OMP_NUM_THREADS, which `prepare_cpu` sets, is not 1, and that no ccache is installed (nothing is
-    compiled here). Whatever else is said is passed on when loading ends."""
+    """Keep two remarks of paddle's from the user: that OMP_NUM_THREADS, which `prepare_cpu` sets,
+    is not 1, and that no ccache is installed (nothing is compiled here). Whatever else is said is
+    passed on when loading ends.
+    """
     heard = io.StringIO()
     try:
         with warnings.catch_warnings(), redirect_stderr(heard):

@@ -1,6 +1,8 @@
-"""The command that starts FastDeploy 2.x on a folder, with ports that do not collide (fastdeploy.md 5.1). Words only: nothing is run or looked up.
+"""The command that starts FastDeploy 2.x on a folder, with ports that do not collide (fastdeploy.md
+5.1). Words only: nothing is run or looked up.
 
-The published example gives one port to the metrics and to the cache queue; here every service has its own, counted up from the HTTP port.
+The published example gives one port to the metrics and to the cache queue; here every service has
+its own, counted up from the HTTP port.
 Refuses to know: folders, models, whether FastDeploy is installed.
 """
 
@@ -14,7 +16,8 @@ from dataclasses import dataclass, field
 from ernie_tune.config.language import say
 
 MODULE = "fastdeploy.entrypoints.openai.api_server"
-# What --mm-processor-kwargs knows of ERNIE, by type: with one wrong value FastDeploy warns and ignores them all.
+# What --mm-processor-kwargs knows of ERNIE, by type: with one wrong value FastDeploy warns and
+# ignores them all.
 MM_PROCESSOR: Mapping[str, type] = {
     "spatial_conv_size": int,
     "temporal_conv_size": int,
@@ -41,10 +44,12 @@ def _limits() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class FastDeployCommand:
-    """What FastDeploy is told. `quantization`: "", "wint8", "wint4" or its JSON form; `vision`: whether images are served.
+    """What FastDeploy is told. `quantization`: "", "wint8", "wint4" or its JSON form; `vision`:
+    whether images are served.
 
-    `mm_processor`: the pixel and frame settings, which FastDeploy takes from the command line alone, never from the folder. Raises ValueError for
-    ports that do not exist, and for settings of pictures and clips that FastDeploy would refuse or ignore.
+    `mm_processor`: the pixel and frame settings, which FastDeploy takes from the command line
+    alone, never from the folder. Raises ValueError for ports that do not exist, and for settings of
+    pictures and clips that FastDeploy would refuse or ignore.
     """
 
     model: str
@@ -95,7 +100,9 @@ class FastDeployCommand:
         return {name: self.port + i for i, name in enumerate(names)}
 
     def environment(self) -> dict[str, str]:
-        """Variables that must be set. A cache holds the plain layout of dense weights, which Hopper's Machete kernels do not read."""
+        """Variables that must be set. A cache holds the plain layout of dense weights, which
+        Hopper's Machete kernels do not read.
+        """
         return {"FD_ENABLE_MODEL_LOAD_CACHE": "1", "FD_USE_MACHETE": "0"} if self.cached else {}
 
     def words(self, python: str = "python") -> list[str]:

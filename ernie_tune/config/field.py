@@ -1,6 +1,8 @@
-"""What is known of a setting beside its value: meaning in two languages, range, who reads it, and whether it shapes the weights.
+"""What is known of a setting beside its value: meaning in two languages, range, who reads it, and
+whether it shapes the weights.
 
-One function, `arg`, writes this beside the default of a dataclass field; `Setting` is the same as everybody reads it.
+One function, `arg`, writes this beside the default of a dataclass field; `Setting` is the same as
+everybody reads it.
 Refuses to know: which settings there are, files, other spellings.
 """
 
@@ -13,7 +15,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any
 
-# A word that a setting takes -> what it means, in English and Chinese; or the words alone where they speak for themselves.
+# A word that a setting takes -> what it means, in English and Chinese; or the words alone where
+# they speak for themselves.
 Choices = Mapping[str, tuple[str, str]] | tuple[str, ...]
 
 
@@ -21,10 +24,12 @@ Choices = Mapping[str, tuple[str, str]] | tuple[str, ...]
 class About:
     """What `arg` is told of a setting.
 
-    `low`, `high`: inclusive range. `stages`, `methods`: where it is read; empty: everywhere. `losses`: only these losses read it. `needs`: another
-    setting, and its values with which this one is read. `shapes`: whether it can change the loss or the trained weights by more than rounding.
-    `unread`: why it has no effect in this version (harmless: a note). `unbuilt`: what to write instead of a value that this version cannot
-    honour (it would change the result: refused).
+    `low`, `high`: inclusive range. `stages`, `methods`: where it is read; empty: everywhere.
+    `losses`: only these losses read it. `needs`: another setting, and its values with which this
+    one is read. `shapes`: whether it can change the loss or the trained weights by more than
+    rounding.
+    `unread`: why it has no effect in this version (harmless: a note). `unbuilt`: what to write
+    instead of a value that this version cannot honour (it would change the result: refused).
     """
 
     help: str
@@ -51,7 +56,9 @@ def arg(default: Any, help: str, help_zh: str, choices: Choices = (), **more: An
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name, section, default and what `About` says. `kind` is the type of a value, or of each value if `many`."""
+    """One setting: its name, section, default and what `About` says. `kind` is the type of a value,
+    or of each value if `many`.
+    """
 
     name: str
     section: str

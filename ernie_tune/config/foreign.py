@@ -1,4 +1,6 @@
-"""JSON that somebody else wrote, of model folders and hubs: an object, or an error that names the file. Refuses to know: what is in it."""
+"""JSON that somebody else wrote, of model folders and hubs: an object, or an error that names the
+file. Refuses to know: what is in it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _AGAIN = say("fetch the file again", "请重新获取该文件")
 
 
 def json_object(content: bytes | str, file: str | os.PathLike[str], remedy: Text = _AGAIN) -> dict[str, Any]:
-    """The object in the text of `file`. Raises ValueError for what is no JSON, nested too deep for Python, no UTF-8, or no object."""
+    """The object in the text of `file`. Raises ValueError for what is no JSON, nested too deep for
+    Python, no UTF-8, or no object.
+    """
     name = os.fspath(file)
     try:
         found = json.loads(content)

@@ -1,15 +1,19 @@
-"""In which language people are spoken to: English or Chinese, one on each line, chosen once for the whole run.
+"""In which language people are spoken to: English or Chinese, one on each line, chosen once for the
+whole run.
 
     raise ValueError(say(f"rank ({r}) must be above 0; raise it", f"rank（{r}）须大于 0；请调大"))
     log.info(say(f"saved {name}", f"已保存 {name}"))
 
-`say` takes the whole message in both languages: a reader sees one of them only, so each must be complete. A part that is
-itself a message is given by name, `say("not read: {why}", "无法读取：{why}", why=error)`, and appears in the language of
-the rest. What comes back is a `str` that shows itself in the language that is wanted when it is shown; pages that offer
-both (HTML with a switch) read `.english` and `.chinese`. Names of settings, files, verbs and code stay as they are.
+`say` takes the whole message in both languages: a reader sees one of them only, so each must be
+complete. A part that is itself a message is given by name,
+`say("not read: {why}", "无法读取：{why}", why=error)`, and appears in the language of the rest.
+What comes back is a `str` that shows itself in the language that is wanted when it is shown; pages
+that offer both (HTML with a switch) read `.english` and `.chinese`. Names of settings, files, verbs
+and code stay as they are.
 
-ERNIE_TUNE_LANG says `en`, `zh` or `both` (English, then Chinese); `ernie-tune --lang zh …` sets it, for started workers
-too. Without it the system decides: LC_ALL, LC_MESSAGES or LANG beginning with zh mean Chinese, everything else English.
+ERNIE_TUNE_LANG says `en`, `zh` or `both` (English, then Chinese); `ernie-tune --lang zh …` sets it,
+for started workers too. Without it the system decides: LC_ALL, LC_MESSAGES or LANG beginning with
+zh mean Chinese, everything else English.
 What is written for machines (JSON, logs, YAML keys, metric names) does not depend on it.
 
 Refuses to know: what is said, where it is shown.
@@ -37,14 +41,18 @@ def language(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def choose_language(wanted: str) -> None:
-    """Speak `wanted` from now on, in processes started from here too. Raises ValueError for another word than LANGUAGES."""
+    """Speak `wanted` from now on, in processes started from here too. Raises ValueError for another
+    word than LANGUAGES.
+    """
     if wanted not in LANGUAGES:
         raise ValueError(say("lang ({w}) must be en, zh or both", "lang（{w}）须为 en、zh 或 both", w=wanted))
     os.environ[VARIABLE] = wanted
 
 
 class Text(str):
-    """A message in both languages. Printed, formatted and `str()`ed it is in the present language; as a plain string, in that of its making."""
+    """A message in both languages. Printed, formatted and `str()`ed it is in the present language;
+    as a plain string, in that of its making.
+    """
 
     __slots__ = ("chinese", "english")
     english: str
@@ -61,12 +69,15 @@ class Text(str):
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
 
-    def __reduce__(self) -> tuple[type[Text], tuple[str, str]]:  # copies and pickles are made of both
+    # copies and pickles are made of both
+    def __reduce__(self) -> tuple[type[Text], tuple[str, str]]:
         return Text, (self.english, self.chinese)
 
 
 def say(english: str, chinese: str, /, **parts: object) -> Text:
-    """One message in both languages. `parts` fill `{name}` in both; one that is a `Text`, or an error made of one, in the language around it."""
+    """One message in both languages. `parts` fill `{name}` in both; one that is a `Text`, or an
+    error made of one, in the language around it.
+    """
     if not parts:
         return Text(english, chinese)
     return Text(
@@ -106,7 +117,9 @@ def join(separator: str, parts: list[Text]) -> Text:
 
 
 def shown(message: object) -> str:
-    """A message as a person sees it. One that still carries both languages in one text (`english / 中文`) is cut to the wanted one."""
+    """A message as a person sees it. One that still carries both languages in one text
+    (`english / 中文`) is cut to the wanted one.
+    """
     text, wanted = str(message), language()
     if wanted == "both" or isinstance(message, Text) or not _CHINESE.search(text):
         return text

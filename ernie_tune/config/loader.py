@@ -1,4 +1,5 @@
-"""From a flat YAML file and command-line words to one `RunConfig`, with the place of every value kept for messages; and back to YAML.
+"""From a flat YAML file and command-line words to one `RunConfig`, with the place of every value
+kept for messages; and back to YAML.
 
 Refuses to know: which verb asks, what a setting is for, paddle.
 """
@@ -22,7 +23,8 @@ from ernie_tune.config.convert import FALSE, TRUE, Raw, convert, did_you_mean, t
 from ernie_tune.config.language import say
 from ernie_tune.config.sections_model import TEMPLATES
 
-ARGS_FILE = "ernie_tune_args.yaml"  # name of the resolved configuration in output_dir (ecosystem.md 4.5)
+# name of the resolved configuration in output_dir (ecosystem.md 4.5)
+ARGS_FILE = "ernie_tune_args.yaml"
 COMMAND_LINE = "command line"
 _SUGGESTIONS = 20  # unknown keys that are compared with all known ones
 
@@ -38,7 +40,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, where each given setting was written, and the lines that the user must see."""
+    """A configuration, where each given setting was written, and the lines that the user must
+    see.
+    """
 
     config: RunConfig
     sources: Mapping[str, Entry]  # by canonical name; settings that nobody wrote are absent
@@ -52,9 +56,11 @@ def load_config(
     for_training: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Read a YAML file, then `overrides` (from `split_overrides`) over it. `for_training`: model and rows must be named too.
+    """Read a YAML file, then `overrides` (from `split_overrides`) over it. `for_training`: model
+    and rows must be named too.
 
-    Raises ValueError, each line of it beginning with file:line or "command line"; OSError if the file cannot be read.
+    Raises ValueError, each line of it beginning with file:line or "command line"; OSError if the
+    file cannot be read.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -83,7 +89,9 @@ def load_text(
 
 
 def read_yaml(text: str, name: str) -> list[Entry]:
-    """Keys and values of a flat YAML mapping with their lines. Values stay text: only the setting knows its type."""
+    """Keys and values of a flat YAML mapping with their lines. Values stay text: only the setting
+    knows its type.
+    """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -129,7 +137,8 @@ def read_yaml(text: str, name: str) -> list[Entry]:
 
 
 def _raw(node: yaml.Node, name: str, setting: str) -> Raw:
-    if isinstance(node, yaml.MappingNode) and setting not in SETTINGS:  # of a name that may be another tool's
+    # of a name that may be another tool's
+    if isinstance(node, yaml.MappingNode) and setting not in SETTINGS:
         return "{…}" if node.value else "{}"
     if isinstance(node, yaml.SequenceNode):
         return tuple(_text(item, name) for item in node.value)
@@ -152,7 +161,9 @@ def _text(node: yaml.Node, name: str) -> str:
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[Entry]]:
-    """Words of a command line that are not settings, and the settings: `key=value`, `--key=value`, `--key value`, `--flag`."""
+    """Words of a command line that are not settings, and the settings: `key=value`, `--key=value`,
+    `--key value`, `--flag`.
+    """
     words: list[str] = []
     entries: list[Entry] = []
     rest = list(args)
@@ -178,9 +189,11 @@ def _is_flag(name: str) -> bool:
 
 
 def resolve(layers: Sequence[Sequence[Entry]], where: str, *, for_training: bool = False) -> Loaded:
-    """Merge layers of settings, later ones over earlier ones whatever their spelling. `where` stands for settings that nobody wrote.
+    """Merge layers of settings, later ones over earlier ones whatever their spelling. `where`
+    stands for settings that nobody wrote.
 
-    Raises ValueError with one line for every mistake: unknown name, wrong value, two spellings that disagree, settings that do not fit.
+    Raises ValueError with one line for every mistake: unknown name, wrong value, two spellings that
+    disagree, settings that do not fit.
     """
     values: dict[str, Any] = {}
     sources: dict[str, Entry] = {}
@@ -209,7 +222,9 @@ def resolve(layers: Sequence[Sequence[Entry]], where: str, *, for_training: bool
 
 
 def _by_setting(layer: Sequence[Entry], notes: list[str], errors: list[str]) -> dict[str, list[tuple[Entry, Raw]]]:
-    """The entries of one layer under our names. What is ignored goes to `notes`, what is unknown or refused to `errors`."""
+    """The entries of one layer under our names. What is ignored goes to `notes`, what is unknown or
+    refused to `errors`.
+    """
     found: dict[str, list[tuple[Entry, Raw]]] = {}
     unused: dict[str, list[Entry]] = {}
     for entry in layer:
@@ -260,7 +275,9 @@ def _together(entries: Sequence[Entry], why: str) -> str:
 
 
 def _ours(entry: Entry, suggest: bool = True) -> list[tuple[str, Raw]]:
-    """What `entry` means in our names. Raises ValueError if nothing, with the likeliest name if `suggest`: that takes a tenth of a second."""
+    """What `entry` means in our names. Raises ValueError if nothing, with the likeliest name if
+    `suggest`: that takes a tenth of a second.
+    """
     name = RENAMED.get(entry.name, entry.name)
     if name in SETTINGS:
         return [(name, entry.raw)]
@@ -318,7 +335,9 @@ def _shown(value: Any) -> str:
 def _frozen_parts(
     entries: list[tuple[Entry, Raw]], values: list[Any], earlier: Mapping[str, Any]
 ) -> tuple[str, ...] | None:
-    """Spellings of freeze_config add up: each names a part (`word`) or frees it (`!word`). Only freeze_config itself forgets earlier layers."""
+    """Spellings of freeze_config add up: each names a part (`word`) or frees it (`!word`). Only
+    freeze_config itself forgets earlier layers.
+    """
     if values == [None]:
         return None
     said: dict[str, Entry] = {}
@@ -341,7 +360,9 @@ def _frozen_parts(
 
 
 def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
-    """Defaults that depend on other settings become values, so that the resolved configuration says them. Returns what to tell of that."""
+    """Defaults that depend on other settings become values, so that the resolved configuration says
+    them. Returns what to tell of that.
+    """
     stage, method = values.get("stage", "SFT"), values.get("fine_tuning", "LoRA")
     notes = []
 
@@ -390,7 +411,9 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
 
 
 def _remarks(config: RunConfig, sources: Mapping[str, Entry]) -> list[str]:
-    """Lines about settings that have no effect, and about those that nobody wrote in the file or the command."""
+    """Lines about settings that have no effect, and about those that nobody wrote in the file or
+    the command.
+    """
     flat, written = config.flat(), {name: entry for name, entry in sources.items() if entry.raw is not None}
     lines = [f"{sources[name].where}: {line}" for name, line in checks.remarks(config, written)]
     for name, entry in written.items():
@@ -400,7 +423,9 @@ def _remarks(config: RunConfig, sources: Mapping[str, Entry]) -> list[str]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The text of `ernie_tune_args.yaml`: every setting that has an effect. `load_text` of it gives `config` again, and `train` on it the run."""
+    """The text of `ernie_tune_args.yaml`: every setting that has an effect. `load_text` of it gives
+    `config` again, and `train` on it the run.
+    """
     flat = config.flat()
     lines = ["# resolved by ernie-tune; `ernie-tune train` on this file repeats the run"]
     for section in dataclasses.fields(RunConfig):

@@ -1,8 +1,10 @@
-"""The names of other tools' settings that mean nothing here: why each is not used, or what to write instead.
+"""The names of other tools' settings that mean nothing here: why each is not used, or what to write
+instead.
 
-Taken from the dataclasses of transformers 5.24, TRL 1.16, LLaMA-Factory 0.9.5, ms-swift 4.6, PaddleFormers 1.2 and ERNIEKit 1.3 and from files that
-their users share. A name is noted where leaving it out changes no result or is decided elsewhere; it is refused where leaving it out would change
-the result, unless its value asks for nothing.
+Taken from the dataclasses of transformers 5.24, TRL 1.16, LLaMA-Factory 0.9.5, ms-swift 4.6,
+PaddleFormers 1.2 and ERNIEKit 1.3 and from files that their users share. A name is noted where
+leaving it out changes no result or is decided elsewhere; it is refused where leaving it out would
+change the result, unless its value asks for nothing.
 Refuses to know: our own settings and their other spellings (aliases.py), files.
 """
 
@@ -12,7 +14,8 @@ from ernie_tune.config.language import Text, say
 
 # Values that ask for nothing, whatever the name.
 _NOTHING = ("", "none", "null", "auto", "[]", "{}")
-_NO = ("false", "no", "off", "0", "0.0", "-1", "default")  # … and of names whose row does not say which values do
+# … and of names whose row does not say which values do
+_NO = ("false", "no", "off", "0", "0.0", "-1", "default")
 
 # (why, in English and Chinese; names)
 _NOTED: tuple[tuple[str, str, str], ...] = (
@@ -285,7 +288,8 @@ _FAMILIES: tuple[tuple[str, str, str], ...] = (
     ("use_fp8_ fp8_", "weight_quantize_algo decides", "由 weight_quantize_algo 决定"),
 )
 
-# (what to write instead, in English and Chinese; names, each with further values that ask for nothing)
+# (what to write instead, in English and Chinese; names, each with further values that ask for
+# nothing)
 _REFUSED: tuple[tuple[str, str, str], ...] = (
     (
         "list the file in train_dataset_path",
@@ -362,7 +366,9 @@ REFUSED: dict[str, tuple[Text, tuple[str, ...]]] = _spread(_REFUSED)
 
 
 def reason(name: str) -> Text | None:
-    """Why a setting of another tool is not used here; None for a name that is not known, or that is refused where it asks for something."""
+    """Why a setting of another tool is not used here; None for a name that is not known, or that is
+    refused where it asks for something.
+    """
     if name in IGNORED:
         return IGNORED[name]
     for beginnings, english, chinese in _FAMILIES:

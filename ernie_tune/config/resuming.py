@@ -1,7 +1,8 @@
-"""What may differ between two starts of one run: for each setting, what becomes of a run that is started again with another value.
+"""What may differ between two starts of one run: for each setting, what becomes of a run that is
+started again with another value.
 
-A setting that is named nowhere here and is not known to shape nothing (`shapes_weights`, beside its field) makes another run
-with another value. So a new setting is safe until somebody says more.
+A setting that is named nowhere here and is not known to shape nothing (`shapes_weights`, beside its
+field) makes another run with another value. So a new setting is safe until somebody says more.
 Refuses to know: what a value does, files, how values are compared.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 from ernie_tune.config.arguments import shapes_weights
 
-# Whether a difference is refused, changes the course of what is still to come, or changes neither loss nor weights.
+# Whether a difference is refused, changes the course of what is still to come, or changes neither
+# loss nor weights.
 FIXED, COURSE, FREE = "fixed", "course", "free"
 
 # How this start is made; says nothing about the run.

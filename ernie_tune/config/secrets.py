@@ -1,7 +1,8 @@
 """Which variables of the environment are secrets, and how they are kept out of files.
 
-Paddle's launcher writes its environment, and that of each worker, into the log folder, which lies in output_dir, which people upload. So the launcher is
-started without secrets, and the workers read them from the process that started it, where the system lets them (/proc); where somebody else has
+Paddle's launcher writes its environment, and that of each worker, into the log folder, which lies
+in output_dir, which people upload. So the launcher is started without secrets, and the workers read
+them from the process that started it, where the system lets them (/proc); where somebody else has
 started the launcher, the workers remove what it has written as soon as they run.
 Refuses to know: what a secret is for, how workers are started.
 """
@@ -15,7 +16,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-# The process that has the whole environment, for workers whose launcher was started without the secrets.
+# The process that has the whole environment, for workers whose launcher was started without the
+# secrets.
 PARENT_VARIABLE = "ERNIE_TUNE_STARTED_BY"
 _NAME = re.compile(
     r"HEADERS|LOGIN|SESSION|TOKEN|KEY|SECRET|PASSW|PASSPHRASE|(^|_)PASS(_|$)|_PWD|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|BEARER|JWT|SIGNATURE|WEBHOOK|DSN|CONNECTION_STRING|(^|_)(PAT|SAS|AK|SK|OTP|PIN|SALT)(_|$)|_API$",
@@ -39,11 +41,13 @@ _OPAQUE = re.compile(r"(?=[^\d]*\d)(?=[^a-zA-Z]*[a-zA-Z])[\w+=\-]{24,}")
 _SETTINGS = re.compile(
     r"(PADDLE|FLAGS|NCCL|CUDA|OMP|MKL|LD|PYTHON|ERNIE_TUNE|POD|HOST)(_|$)|HOSTNAME$|.*(PATH|HOME|TMPDIR|VISIBLE_DEVICES)$"
 )
-_BACKUP = "PADDLE_BACKUP_ENV_PATH"  # of the file from which Paddle reads what it did not find in the environment
+# of the file from which Paddle reads what it did not find in the environment
+_BACKUP = "PADDLE_BACKUP_ENV_PATH"
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a variable may hold a secret: by its name, as an address with a password in it, or because it looks like one.
+    """Whether a variable may hold a secret: by its name, as an address with a password in it, or
+    because it looks like one.
 
     Rather one too many: workers get them all the same.
     """
@@ -58,7 +62,9 @@ def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def take_secrets(environ: MutableMapping[str, str]) -> None:
-    """Put what the launcher was not given into a worker's environment; what is set stays. Nothing where the system does not show it."""
+    """Put what the launcher was not given into a worker's environment; what is set stays. Nothing
+    where the system does not show it.
+    """
     parent = environ.get(PARENT_VARIABLE, "")
     if not parent.isdecimal():
         return
@@ -73,7 +79,9 @@ def take_secrets(environ: MutableMapping[str, str]) -> None:
 
 
 def clean_launcher_files(environ: Mapping[str, str]) -> None:
-    """In a worker: take the secrets out of what its launcher has written before it started it. What cannot be written is left: another rank's."""
+    """In a worker: take the secrets out of what its launcher has written before it started it. What
+    cannot be written is left: another rank's.
+    """
     backup = environ.get(_BACKUP)
     if not backup:
         return

@@ -1,6 +1,8 @@
-"""Settings of methods that learn from judged or sampled answers: objectives, references, kinds of judgement, rollouts. Sections of at most 20 fields.
+"""Settings of methods that learn from judged or sampled answers: objectives, references, kinds of
+judgement, rollouts. Sections of at most 20 fields.
 
-Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together (checks.py), paddle.
+Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values
+fit together (checks.py), paddle.
 """
 
 from __future__ import annotations
@@ -140,7 +142,9 @@ class PreferenceArguments:
 
 @dataclass(frozen=True)
 class PictureArguments:
-    """Pairs made of a row's own picture: the right answer to the true one over the same answer to a spoilt one. Stages DPO, UPO and RM."""
+    """Pairs made of a row's own picture: the right answer to the true one over the same answer to a
+    spoilt one. Stages DPO, UPO and RM.
+    """
 
     image_corruption: str = arg(
         "none",

@@ -1,6 +1,8 @@
-"""Settings of what is trained on what: rows, pictures, the model, its adapters and what stays frozen. Frozen sections of at most 20 fields.
+"""Settings of what is trained on what: rows, pictures, the model, its adapters and what stays
+frozen. Frozen sections of at most 20 fields.
 
-Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together (checks.py), paddle.
+Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values
+fit together (checks.py), paddle.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 from ernie_tune.config.field import arg
 from ernie_tune.config.stages import STAGES
 
-ADDED = ("Adapter", "Prompt", "PTuning", "Prefix")  # methods that put new layers or tokens beside the frozen model
+# methods that put new layers or tokens beside the frozen model
+ADDED = ("Adapter", "Prompt", "PTuning", "Prefix")
 METHODS = {
     "LoRA": ("low-rank adapters beside the frozen weights", "在冻结权重旁训练低秩适配器"),
     "Full": ("all weights, but for freeze_config", "训练全部权重（freeze_config 除外）"),
@@ -223,7 +226,9 @@ class LoraArguments:
 
     @property
     def scaling(self) -> float:
-        """What multiplies B·A: alpha/rank (2106.09685), or alpha/sqrt(rank) with rsLoRA (2312.03732)."""
+        """What multiplies B·A: alpha/rank (2106.09685), or alpha/sqrt(rank) with rsLoRA
+        (2312.03732).
+        """
         return self.effective_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
 

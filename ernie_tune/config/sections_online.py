@@ -1,7 +1,8 @@
-"""Settings of methods that sample answers while they learn: rollouts, rewards, the policy's loss, the critic. Sections of at most 20 fields.
+"""Settings of methods that sample answers while they learn: rollouts, rewards, the policy's loss,
+the critic. Sections of at most 20 fields.
 
-Names are TRL's where it has them. Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together
-(checks.py), paddle.
+Names are TRL's where it has them. Refuses to know: other spellings (aliases.py), where a value was
+written (loader.py), which values fit together (checks.py), paddle.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Settings of how a run goes: length, loss, optimizer, number format, measuring, saving, logging, ranks. Frozen sections of at most 20 fields.
+"""Settings of how a run goes: length, loss, optimizer, number format, measuring, saving, logging,
+ranks. Frozen sections of at most 20 fields.
 
-Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values fit together (checks.py), paddle.
+Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values
+fit together (checks.py), paddle.
 """
 
 from __future__ import annotations

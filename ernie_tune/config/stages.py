@@ -1,7 +1,10 @@
-"""The one table of methods: what each stage of training learns from, which class trains it, what its losses are called, how fast it learns.
+"""The one table of methods: what each stage of training learns from, which class trains it, what
+its losses are called, how fast it learns.
 
-The command line, the settings' choices and rules, the planner and the public names derive from it: a new method is one row here and its trainer.
-Refuses to know: settings, how anything is computed, paddle. `trainer` is a name; who needs the class imports it.
+The command line, the settings' choices and rules, the planner and the public names derive from it:
+a new method is one row here and its trainer.
+Refuses to know: settings, how anything is computed, paddle. `trainer` is a name; who needs the
+class imports it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from dataclasses import dataclass
 class Stage:
     """One method of training.
 
-    `trainer`: "module:class", "" while this version cannot train it. `signals`: kinds of judgement that its rows may carry. `samples`: it samples answers
-    while it learns. `reference`: it compares with another policy. `losses`: names that `loss_type` takes beside "auto"; empty: it takes none.
-    `rates`: default peak learning rate of full tuning, and of adapters. `verb`: its own word on the command line, beside `train`.
+    `trainer`: "module:class", "" while this version cannot train it. `signals`: kinds of judgement
+    that its rows may carry. `samples`: it samples answers while it learns. `reference`: it compares
+    with another policy. `losses`: names that `loss_type` takes beside "auto"; empty: it takes none.
+    `rates`: default peak learning rate of full tuning, and of adapters. `verb`: its own word on the
+    command line, beside `train`.
     """
 
     name: str
@@ -71,7 +76,8 @@ POLICY_LOSSES = (
     ),
 )
 UPO_PRESETS = ("upo_hetero", "mpo")
-ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")  # that sample answers while they learn
+# that sample answers while they learn
+ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")
 UPO_TERMS = ("pair", "bco_pair", "rank", "rate", "bin", "nll")  # that rows can feed
 _TRAINERS = "ernie_tune.trainers"
 # Published recipes of ERNIEKit: demonstrations, and answers that are compared.

@@ -17,10 +17,13 @@ _PLACE = "TrainingArguments"
 
 
 class TrainingArguments(RunConfig):
-    """Settings from Python under the names that HF, PaddleNLP and the other tools use (ecosystem.md 4.1).
+    """Settings from Python under the names that HF, PaddleNLP and the other tools use (ecosystem.md
+    4.1).
 
-    `TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=2e-4, num_train_epochs=3)`. It is a `RunConfig`;
-    every setting can also be read flat: `args.learning_rate`. Raises ValueError for an unknown name, a wrong value, or settings that do not fit.
+    `TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps=4,
+    learning_rate=2e-4, num_train_epochs=3)`. It is a `RunConfig`; every setting can also be read
+    flat: `args.learning_rate`. Raises ValueError for an unknown name, a wrong value, or settings
+    that do not fit.
     """
 
     def __init__(self, output_dir: str | Path | None = None, **settings: Any) -> None:
@@ -38,7 +41,9 @@ class TrainingArguments(RunConfig):
 
 
 class GRPOConfig(TrainingArguments):
-    """TRL's name for the settings of a run that samples answers: stage RLVR, all weights trained unless `fine_tuning` says otherwise."""
+    """TRL's name for the settings of a run that samples answers: stage RLVR, all weights trained
+    unless `fine_tuning` says otherwise.
+    """
 
     def __init__(self, output_dir: str | Path | None = None, **settings: Any) -> None:
         super().__init__(output_dir, **{"stage": "RLVR", "fine_tuning": "Full", **settings})

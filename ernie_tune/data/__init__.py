@@ -1,1 +1,3 @@
-"""Everything between a user's files and the model's arrays: tokenizer, chat template, images, video. numpy only, never paddle."""
+"""Everything between a user's files and the model's arrays: tokenizer, chat template, images,
+video. numpy only, never paddle.
+"""

@@ -1,6 +1,8 @@
-"""Records -> encoded rows -> micro-batches -> windows of one optimizer step: truncation, packing, targets, a state that resumes exactly.
+"""Records -> encoded rows -> micro-batches -> windows of one optimizer step: truncation, packing,
+targets, a state that resumes exactly.
 
-Refuses to know: file formats, models' weights, losses beyond a weight per target token, processes (a rank is two integers), paddle.
+Refuses to know: file formats, models' weights, losses beyond a weight per target token, processes
+(a rank is two integers), paddle.
 Legend: T tokens of a micro-batch, N its target tokens, R its rows, L tokens of one row.
 """
 
@@ -28,13 +30,16 @@ TRUNCATIONS = ("delete", "left", "right", "error")
 THINKING = {"think": True, "nothink": False}  # by a record's mode; "auto": as its answer does
 # Rows looked ahead when packing best-fit: enough to fill gaps, few enough to keep order and memory.
 WINDOW_ROWS = 64
-_PATIENCE = 64  # passes without a usable row after which a rank gives up, though other ranks have some
+# passes without a usable row after which a rank gives up, though other ranks have some
+_PATIENCE = 64
 
 
 def thinking_of(record: Record, template: ChatTemplate) -> bool | None:
-    """Whether a row's answers think, decided once for all of them: candidates of one prompt must have one prompt. None: the template decides.
+    """Whether a row's answers think, decided once for all of them: candidates of one prompt must
+    have one prompt. None: the template decides.
 
-    As the row's `mode` says; else candidates think where any of them does, and those without a thought then answer after an empty one.
+    As the row's `mode` says; else candidates think where any of them does, and those without a
+    thought then answer after an empty one.
     """
     asked = THINKING.get(record.mode)
     if asked is not None or not record.candidates:
@@ -72,7 +77,9 @@ class Packable(Protocol):
 
 
 class RecordEncoder(Protocol):
-    """How a method turns records into samples and samples into micro-batches. `max_tokens`: of a pack."""
+    """How a method turns records into samples and samples into micro-batches. `max_tokens`: of a
+    pack.
+    """
 
     @property
     def max_tokens(self) -> int: ...
@@ -81,7 +88,9 @@ class RecordEncoder(Protocol):
         """A `Packable`, or None with a reason noted; the same record always gives the same."""
 
     def usable(self, record: Record, dropped: Dropped) -> bool:
-        """Whether `__call__` would give a sample, a reason noted where not; media are measured by their heads, and only where they may matter."""
+        """Whether `__call__` would give a sample, a reason noted where not; media are measured by
+        their heads, and only where they may matter.
+        """
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """One micro-batch of them, with `inputs` and `num_rows`."""
@@ -89,7 +98,9 @@ class RecordEncoder(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward. Token `source_N[i]` of the pack predicts id `target_N[i]` with weight `weight_N[i]`; it belongs to row `row_N[i]`."""
+    """One forward. Token `source_N[i]` of the pack predicts id `target_N[i]` with weight
+    `weight_N[i]`; it belongs to row `row_N[i]`.
+    """
 
     inputs: PackedInput
     source_N: np.ndarray
@@ -105,7 +116,9 @@ class MicroBatch:
 
 
 def collate(samples: Sequence[Sample], tokens: TokenIds, position_rule: str = "paddle") -> MicroBatch:
-    """Samples side by side, no padding. The first token of a row is never a target: nothing precedes it."""
+    """Samples side by side, no padding. The first token of a row is never a target: nothing
+    precedes it.
+    """
     inputs = pack([s.row for s in samples], tokens, position_rule)
     source, target, weight, row = [], [], [], []
     for i, s in enumerate(samples):
@@ -128,8 +141,10 @@ def collate(samples: Sequence[Sample], tokens: TokenIds, position_rule: str = "p
 def truncate(
     encoded: Encoded, max_tokens: int, side: str, placeholders: tuple[int, ...], markers: tuple[int, ...]
 ) -> Encoded:
-    """Cut a row to `max_tokens` at the "left" (keep the end) or the "right" (keep the start). An image or video is kept whole or goes whole, with
-    its patches and its start and end markers, so the result may be shorter."""
+    """Cut a row to `max_tokens` at the "left" (keep the end) or the "right" (keep the start). An
+    image or video is kept whole or goes whole, with its patches and its start and end markers, so
+    the result may be shorter.
+    """
     ids = encoded.row.input_ids_L
     if len(ids) <= max_tokens:
         return encoded
@@ -162,7 +177,8 @@ def truncate(
 
 
 _NOWHERE = "a row that is in no file"
-_REMEMBERED_ROWS = 100_000  # rows of one reason that are told apart; beyond that a row counts once a pass
+# rows of one reason that are told apart; beyond that a row counts once a pass
+_REMEMBERED_ROWS = 100_000
 
 
 def place_of(record: Record) -> str:
@@ -180,11 +196,14 @@ def _too_long(max_tokens: int) -> Text:
 
 @dataclass
 class Dropped:
-    """Rows that could not be used, by reason, each row once, with the first place of each: printed, never silent."""
+    """Rows that could not be used, by reason, each row once, with the first place of each: printed,
+    never silent.
+    """
 
     count: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, set[int]] = field(default_factory=dict)  # of each reason, a number for each place
+    # of each reason, a number for each place
+    rows: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, reason: str, where: str) -> None:
         known, row = self.rows.setdefault(reason, set()), _number(where)
@@ -222,12 +241,15 @@ def _number(where: str) -> int:
     return int.from_bytes(hashlib.blake2b(where.encode(errors="surrogatepass"), digest_size=6).digest(), "little")
 
 
-# A text has at most as many tokens as bytes, and a template adds at most this many to a turn, a medium and a row.
+# A text has at most as many tokens as bytes, and a template adds at most this many to a turn, a
+# medium and a row.
 TURN_TOKENS, MEDIUM_TOKENS, ROW_TOKENS = 40, 16, 64
 
 
 def most_tokens(record: Record, index: int | None, processor: Processor) -> int:
-    """An upper bound of the tokens of a record, or of the dialogue that ends with candidate `index`, nothing opened or tokenised."""
+    """An upper bound of the tokens of a record, or of the dialogue that ends with candidate
+    `index`, nothing opened or tokenised.
+    """
     messages, images, videos = (
         (record.messages, record.images, record.videos) if index is None else record.dialogue(index)
     )
@@ -254,7 +276,9 @@ def check_files(images: Sequence[Any], videos: Sequence[Any], where: str) -> Non
 
 @dataclass(frozen=True)
 class Encoder:
-    """Record -> sample, or None with a reason noted. Deterministic: the same record always gives the same sample."""
+    """Record -> sample, or None with a reason noted. Deterministic: the same record always gives
+    the same sample.
+    """
 
     processor: Processor
     max_tokens: int
@@ -308,7 +332,8 @@ class Encoder:
         """See `RecordEncoder`."""
         where = place_of(record)
         if self.truncation != "delete" or 0 in (record.weight, self.thought_weight, self.answer_weight):
-            return self(record, dropped) is not None  # what is cut or weighs nothing only the tokens tell
+            # what is cut or weighs nothing only the tokens tell
+            return self(record, dropped) is not None
         if self._is_cut(record, dropped):
             return False
         if not any(message["role"] == "assistant" and message.get("loss", True) for message in record.messages):
@@ -334,7 +359,9 @@ class Encoder:
         return collate(samples, self.processor.tokens)
 
     def _weights(self, encoded: Encoded, weight: float) -> np.ndarray:
-        """Tokens of a turn up to and including the end of its thought weigh `thought_weight`, the others `answer_weight`."""
+        """Tokens of a turn up to and including the end of its thought weigh `thought_weight`, the
+        others `answer_weight`.
+        """
         out = np.full(encoded.num_tokens, weight * self.answer_weight, np.float32)
         end = self.processor.tokenizer.special.get("</think>")
         if end is None or self.thought_weight == self.answer_weight:
@@ -346,10 +373,12 @@ class Encoder:
 
 
 class BatchStream:
-    """Endless windows of `accumulation` micro-batches of `rows` rows each (with packing: of `rows * max_tokens` tokens each).
+    """Endless windows of `accumulation` micro-batches of `rows` rows each (with packing: of
+    `rows * max_tokens` tokens each).
 
-    `shard` gives records in an order that its position alone decides; rows read but not yet used are remembered by position, so the state is a few
-    integers and a resumed stream continues with the very next window.
+    `shard` gives records in an order that its position alone decides; rows read but not yet used
+    are remembered by position, so the state is a few integers and a resumed stream continues with
+    the very next window.
     """
 
     def __init__(
@@ -374,7 +403,9 @@ class BatchStream:
 
     @property
     def taken(self) -> int:
-        """Rows that all ranks have used or dropped so far; those that wait in the packing window are not counted."""
+        """Rows that all ranks have used or dropped so far; those that wait in the packing window
+        are not counted.
+        """
         return self.shard.position - len(self._waiting) * self.shard.size
 
     @property
@@ -401,7 +432,8 @@ class BatchStream:
             if sample is not None:
                 return position, sample
             missed += 1
-            # Two shuffled passes may put 2n - 2 unusable rows side by side, and of several ranks one may long wait for a row that others get.
+            # Two shuffled passes may put 2n - 2 unusable rows side by side, and of several ranks
+            # one may long wait for a row that others get.
             if missed > _PATIENCE * rows or (missed > rows and not self._looked and not self._any_usable()):
                 raise ValueError(
                     say(
@@ -412,14 +444,18 @@ class BatchStream:
                 )
 
     def _any_usable(self) -> bool:
-        """Whether any row of the data can be used at all. Looks at each once, and remembers that there is one."""
+        """Whether any row of the data can be used at all. Looks at each once, and remembers that
+        there is one.
+        """
         sources = self.shard.mixture.sources
         every = (self.encoder(rows[i], self.dropped) is not None for rows in sources for i in range(len(rows)))
         self._looked = any(every)
         return self._looked
 
     def _pack(self) -> list[Packable]:
-        """One sequence of at most max_tokens: rows in reading order, or the best fit among the next WINDOW_ROWS."""
+        """One sequence of at most max_tokens: rows in reading order, or the best fit among the next
+        WINDOW_ROWS.
+        """
         first = self._next()
         chosen, room = [first[1]], self.encoder.max_tokens - first[1].num_tokens
         while True:
@@ -447,7 +483,9 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken. Raises ValueError when the data are no longer the same."""
+        """Continue where the state was taken. Raises ValueError when the data are no longer the
+        same.
+        """
         self.shard.load_state_dict(state["shard"])
         self.dropped = Dropped.of(state)
         self._waiting = []
@@ -469,10 +507,12 @@ class BatchStream:
 
 
 def dealt_again(states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
-    """The state of `rank` among `size` from the states of all ranks of a run that had another number of them: every row is used once, as before.
+    """The state of `rank` among `size` from the states of all ranks of a run that had another
+    number of them: every row is used once, as before.
 
-    Where packs or dropped rows let some ranks read further than others, the new ones begin where the furthest stood; what others had not read by then,
-    and what waited, is dealt out in turn, in reading order.
+    Where packs or dropped rows let some ranks read further than others, the new ones begin where
+    the furthest stood; what others had not read by then, and what waited, is dealt out in turn, in
+    reading order.
     """
     ends = [int(state["shard"]["position"]) for state in states]
     start, old = max(ends), len(states)
@@ -499,8 +539,10 @@ def _merged(one: Dropped, other: Dropped) -> Dropped:
 
 
 def steps_per_epoch(stream_of: Callable[[], BatchStream], sample_rows: int = 256) -> float:
-    """Optimizer steps that one pass over the data takes, measured on the first `sample_rows` rows: rows that are dropped make it shorter, and packs
-    hold what they hold. Exact where no row is dropped or packed. Raises ValueError where no row can be used."""
+    """Optimizer steps that one pass over the data takes, measured on the first `sample_rows` rows:
+    rows that are dropped make it shorter, and packs hold what they hold. Exact where no row is
+    dropped or packed. Raises ValueError where no row can be used.
+    """
     stream = stream_of()
     total, windows = len(stream.shard.mixture), 0
     for _ in stream:

@@ -1,9 +1,12 @@
-"""Messages -> the prompt format of ERNIE-4.5-VL, as pieces (text, special tokens, media) that say which of them are training targets.
+"""Messages -> the prompt format of ERNIE-4.5-VL, as pieces (text, special tokens, media) that say
+which of them are training targets.
 
-One object renders training, rollout and serving, so their bytes cannot differ; `to_jinja` writes the same format for other tools.
+One object renders training, rollout and serving, so their bytes cannot differ; `to_jinja` writes
+the same format for other tools.
 Refuses to know: token ids, pixels, files. Sources of media pass through untouched.
 
-Source: architecture.md 8.2 (format), 8.3 (thinking, tools); methods.md 2.6 (variants, empty thought).
+Source: architecture.md 8.2 (format), 8.3 (thinking, tools); methods.md 2.6 (variants, empty
+thought).
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ THINK, THINK_END = "<think>", "</think>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 TOOL_MARKS = ("<tool_list>", "</tool_list>", CALL, CALL_END, "<tool_output>", "</tool_output>")
 PROMPT_TOKENS = (BEGIN, SEPARATOR, END)  # every vocabulary must have them
-OPTIONAL_TOKENS = (THINK, THINK_END, *TOOL_MARKS)  # tokens where the vocabulary has them, else text; answers show them
+# tokens where the vocabulary has them, else text; answers show them
+OPTIONAL_TOKENS = (THINK, THINK_END, *TOOL_MARKS)
 ROLES = ("system", "user", "assistant", "tool")
 _MARKS = {"image": ("Picture", IMAGE_START, IMAGE, IMAGE_END), "video": ("Video", VIDEO_START, VIDEO, VIDEO_END)}
 _PART_KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
@@ -50,7 +54,9 @@ THOUGHT_STYLES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt. Text is encoded together with the pieces that join it (`runs`): where runs part, tokens part."""
+    """A stretch of the prompt. Text is encoded together with the pieces that join it (`runs`):
+    where runs part, tokens part.
+    """
 
     kind: str  # "text", "token", "image" or "video"
     text: str  # the text or the token's string; for media, the markers with one placeholder
@@ -72,10 +78,14 @@ def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 class ChatTemplate:
-    """The renderer of one variant: "hf" (the models' own template), or PaddleFormers' "ernie_vl" and "ernie_vl_nothink"."""
+    """The renderer of one variant: "hf" (the models' own template), or PaddleFormers' "ernie_vl"
+    and "ernie_vl_nothink".
+    """
 
     def __init__(self, variant: str = "hf", vocabulary: Collection[str] = OPTIONAL_TOKENS) -> None:
-        """`vocabulary`: special tokens of the tokenizer; the `OPTIONAL_TOKENS` not in it become text. Raises ValueError for an unknown variant."""
+        """`vocabulary`: special tokens of the tokenizer; the `OPTIONAL_TOKENS` not in it become
+        text. Raises ValueError for an unknown variant.
+        """
         if variant not in THOUGHT_STYLES:
             raise ValueError(
                 say(
@@ -88,14 +98,18 @@ class ChatTemplate:
         self._tokens = [token for token in OPTIONAL_TOKENS if token in vocabulary]
 
     def thinks(self, messages: Sequence[Message], thinking: bool | None = None) -> bool:
-        """Whether the answer to the last question thinks: as asked, else as its turns in `messages` do, else the variant's default."""
+        """Whether the answer to the last question thinks: as asked, else as its turns in `messages`
+        do, else the variant's default.
+        """
         if thinking is not None:
             return thinking
         own = messages[last_question(messages) + 1 :]
         return self.style.default or any(m["role"] == "assistant" and bool(_read_answer(m, "")[0]) for m in own)
 
     def opens_thought(self, thinking: bool) -> bool:
-        """Whether a generated answer starts inside a thought, so that `split_reasoning` must be told."""
+        """Whether a generated answer starts inside a thought, so that `split_reasoning` must be
+        told.
+        """
         return thinking and bool(self.style.prefill)
 
     def pieces(
@@ -107,9 +121,11 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         where: str = "",
     ) -> list[Piece]:
-        """Render a dialogue. Targets are the assistant turns with their closing token, unless `loss` is false.
+        """Render a dialogue. Targets are the assistant turns with their closing token, unless
+        `loss` is false.
 
-        With `add_generation_prompt` the dialogue ends where an answer begins. Raises ValueError, opened by `where`, for malformed messages.
+        With `add_generation_prompt` the dialogue ends where an answer begins. Raises ValueError,
+        opened by `where`, for malformed messages.
         """
         check_messages(messages, add_generation_prompt, where)
         think = self.thinks(messages, thinking)
@@ -138,11 +154,15 @@ class ChatTemplate:
         return out.pieces
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """The same as one string, a single placeholder for each medium. Options and errors as for `pieces`."""
+        """The same as one string, a single placeholder for each medium. Options and errors as for
+        `pieces`.
+        """
         return "".join(piece.text for piece in self.pieces(messages, **options))
 
     def to_jinja(self, image: str = IMAGE, video: str = VIDEO) -> str:
-        """A `chat_template` for tokenizer_config.json that renders the bytes of `render`, with these placeholders (`templates.py` says whose)."""
+        """A `chat_template` for tokenizer_config.json that renders the bytes of `render`, with
+        these placeholders (`templates.py` says whose).
+        """
         style = {"open": self.style.open, "close": self.style.close, "prefill": self.style.prefill}
         values = {**style, "image_token": image, "video_token": video}
         head = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()]
@@ -154,7 +174,9 @@ class ChatTemplate:
         out.own(self.style.prefill if think else self.style.open + self.style.close)
 
     def _write_answer(self, out: _Writer, message: Message, last: bool, think: bool, current: bool, where: str) -> None:
-        """One answer. Thoughts since the last question stay (`current`: a tool is called on the way to its answer), earlier ones are dropped."""
+        """One answer. Thoughts since the last question stay (`current`: a tool is called on the way
+        to its answer), earlier ones are dropped.
+        """
         trained = message.get("loss", True)
         reasoning, segments = _read_answer(message, where)
         begins = last or (think and current and bool(reasoning))
@@ -178,7 +200,8 @@ class ChatTemplate:
 
 
 class ReasoningSplitter:
-    """Splits an answer that arrives in parts into its thought and the rest, without the line breaks that the templates put between.
+    """Splits an answer that arrives in parts into its thought and the rest, without the line breaks
+    that the templates put between.
 
     `opened`: the prompt already held the opening mark. A thought that never ends stays a thought.
     """
@@ -186,7 +209,8 @@ class ReasoningSplitter:
     def __init__(self, opened: bool = False) -> None:
         self._state = "thought" if opened else "start"
         self._buffer = ""
-        self._breaks = 1 if opened else 0  # line breaks that may still be skipped at the start of this state
+        # line breaks that may still be skipped at the start of this state
+        self._breaks = 1 if opened else 0
 
     @property
     def thinking(self) -> bool:
@@ -238,7 +262,9 @@ class ReasoningSplitter:
 
 
 def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
-    """(reasoning, content) of a whole answer; reasoning "" where it has none. See `ReasoningSplitter`."""
+    """(reasoning, content) of a whole answer; reasoning "" where it has none. See
+    `ReasoningSplitter`.
+    """
     splitter = ReasoningSplitter(opened)
     pushed, rest = splitter.push(text), splitter.flush()
     return pushed[0] + rest[0], pushed[1] + rest[1]
@@ -253,7 +279,9 @@ def has_open_thought(message: Message) -> bool:
 
 
 def last_question(messages: Sequence[Message]) -> int:
-    """The number of the last turn by the user; -1 where there is none. The turns after it answer one question, with or without tools."""
+    """The number of the last turn by the user; -1 where there is none. The turns after it answer
+    one question, with or without tools.
+    """
     return max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
 
 
@@ -263,7 +291,9 @@ def prefix(where: str) -> str:
 
 
 def check_messages(messages: Sequence[Message], add_generation_prompt: bool = False, where: str = "") -> None:
-    """Refuse dialogues that the format cannot express: an optional system turn, then user (or tool) and assistant in turn. Raises ValueError."""
+    """Refuse dialogues that the format cannot express: an optional system turn, then user (or tool)
+    and assistant in turn. Raises ValueError.
+    """
     roles = [message.get("role") for message in messages]
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
@@ -309,7 +339,9 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
 
 
 class _Writer:
-    """Collects pieces; joins text as long as nothing parts it, because tokens may span what the reader sees as two strings."""
+    """Collects pieces; joins text as long as nothing parts it, because tokens may span what the
+    reader sees as two strings.
+    """
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.pieces: list[Piece] = []
@@ -354,8 +386,9 @@ class _Writer:
 
 
 def _segments(content: Any, where: str) -> list[tuple[str, str, Any]]:
-    """(kind, text, source) of a message's content. In a string, tags mark media and `\\<image>` is the word; in a list, parts mark media and their
-    text is literal."""
+    """(kind, text, source) of a message's content. In a string, tags mark media and `\\<image>` is
+    the word; in a list, parts mark media and their text is literal.
+    """
     if content is None:
         return []
     if isinstance(content, str):
@@ -384,7 +417,9 @@ def _segments(content: Any, where: str) -> list[tuple[str, str, Any]]:
 
 
 def _source(part: Message, kind: str) -> Any:
-    """The medium in a part: {"image": x}, {"url": x}, {"path": x} or OpenAI's {"image_url": {"url": x}}; None where it is listed elsewhere."""
+    """The medium in a part: {"image": x}, {"url": x}, {"path": x} or OpenAI's {"image_url": {"url":
+    x}}; None where it is listed elsewhere.
+    """
     for key in (kind, f"{kind}_url", "url", "path"):
         value = part.get(key)
         if value is not None:
@@ -393,7 +428,9 @@ def _source(part: Message, kind: str) -> Any:
 
 
 def _read_answer(message: Message, where: str) -> tuple[str, list[tuple[str, str, Any]]]:
-    """(reasoning, segments of the rest). The thought is the field, or else what the marks at the start of the text enclose."""
+    """(reasoning, segments of the rest). The thought is the field, or else what the marks at the
+    start of the text enclose.
+    """
     content, reasoning = message.get("content"), message.get("reasoning_content") or ""
     if not reasoning and isinstance(content, str):
         reasoning, content = split_reasoning(content)

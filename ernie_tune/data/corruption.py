@@ -1,6 +1,8 @@
-"""Pairs made of a row's own picture: its right answer to the true picture over the same answer to a spoilt one (mDPO 2406.11839, eq. 4).
+"""Pairs made of a row's own picture: its right answer to the true picture over the same answer to a
+spoilt one (mDPO 2406.11839, eq. 4).
 
-What is spoilt are the patches: grey, or under noise. Tokens and answers stay, so only what is seen can tell the two sides apart.
+What is spoilt are the patches: grey, or under noise. Tokens and answers stay, so only what is seen
+can tell the two sides apart.
 Refuses to know: files, tokens, losses, paddle. Legend: P patches, C values per patch.
 """
 
@@ -25,8 +27,11 @@ def masked(pixels_PC: np.ndarray) -> np.ndarray:
 
 
 def corrupted(pixels_PC: np.ndarray, how: Corruption) -> np.ndarray:
-    """The patches spoilt: `masked`, or sqrt(1 - s^2) x + s e with e ~ N(0, 1), which keeps the variance of normalised values (the noise of diffusion
-    models, 2006.11239 eq. 4, that VCD 2311.16922 puts on pictures). The same `how` gives the same noise. Raises ValueError for another kind or strength."""
+    """The patches spoilt: `masked`, or sqrt(1 - s^2) x + s e with e ~ N(0, 1), which keeps the
+    variance of normalised values (the noise of diffusion models, 2006.11239 eq. 4, that VCD
+    2311.16922 puts on pictures). The same `how` gives the same noise. Raises ValueError for another
+    kind or strength.
+    """
     if how.kind == "mask":
         return masked(pixels_PC)
     if how.kind != "noise":
@@ -49,7 +54,9 @@ def corrupted(pixels_PC: np.ndarray, how: Corruption) -> np.ndarray:
 
 
 def corrupted_pair(record: Record, how: Corruption) -> Record | None:
-    """The pair (right answer, same answer with its pictures spoilt); None for a row without pictures, or of which no answer is known to be right."""
+    """The pair (right answer, same answer with its pictures spoilt); None for a row without
+    pictures, or of which no answer is known to be right.
+    """
     if not record.best:
         return None
     right = record.candidates[record.best[0]]
@@ -64,8 +71,10 @@ def corrupted_pair(record: Record, how: Corruption) -> Record | None:
 
 
 class CorruptedPairs(Sequence[Record]):
-    """The rows of a data set, and after them a pair for each of a share of those that can have one. Which rows, and their noise, are decided by `key` and
-    the row's number alone: every process, and a run that goes on, sees the same."""
+    """The rows of a data set, and after them a pair for each of a share of those that can have one.
+    Which rows, and their noise, are decided by `key` and the row's number alone: every process, and
+    a run that goes on, sees the same.
+    """
 
     def __init__(self, rows: Sequence[Record], kind: str, noise: float, share: float, *key: int) -> None:
         self.rows, self.kind, self.noise, self.key = rows, kind, noise, key

@@ -1,6 +1,8 @@
-"""What the data doctor can find: the table of checks in two languages, the finding, the bounded list of them, and the checks of one record.
+"""What the data doctor can find: the table of checks in two languages, the finding, the bounded
+list of them, and the checks of one record.
 
-Refuses to know: files, pictures (`doctor_media.py`), other rows (`doctor_compare.py`), how findings are printed (`doctor_report.py`).
+Refuses to know: files, pictures (`doctor_media.py`), other rows (`doctor_compare.py`), how findings
+are printed (`doctor_report.py`).
 Source: methods.md 9 (linter); ecosystem.md 2.2, 5.2 rows 8-17.
 """
 
@@ -26,7 +28,8 @@ class _Check(NamedTuple):
     fix_zh: str
 
 
-# What the readers accept and training should not. Errors make the exit code 1; a row is only dropped by --fix where a fix says so.
+# What the readers accept and training should not. Errors make the exit code 1; a row is only
+# dropped by --fix where a fix says so.
 CHECKS = {
     "empty_answer": _Check("error", "an answer", "write it, or drop the row (--fix drops it)", "非空的回答", "补写回答，或删去该行（--fix 会删去）"),
     "unanswered": _Check("error", "an answer to learn, or what judges one", "add it as the last turn or in an answer column; questions alone are for --stage RLVR or PPO", "要学习的回答，或评判回答的依据", "补上最后一轮或回答列；仅有问题的数据请加 --stage RLVR 或 PPO"),
@@ -74,10 +77,12 @@ CHECKS = {
 }  # fmt: skip
 _SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
 
-# Markers of ours in a text are only text, and those of other tools never become pictures: both mean that the row says something else than meant.
+# Markers of ours in a text are only text, and those of other tools never become pictures: both mean
+# that the row says something else than meant.
 MARKER = re.compile(r"<\|\w+\|>|<image[ _]?\d+>|<ImageHere>|<img>")
 _TEMPLATE = ChatTemplate("hf")
-# Marks around a thought, ours and those of other models: <seed:think>, <|begin_of_thought|>, [THINK] (Mistral), Kimi's.
+# Marks around a thought, ours and those of other models: <seed:think>, <|begin_of_thought|>,
+# [THINK] (Mistral), Kimi's.
 _THOUGHTS = "think|thinking|thoughts?|reasoning|reason|reflection|scratchpad|analysis"
 THOUGHT_MARK = re.compile(
     rf"</?\s*(?:\w+:)?({_THOUGHTS})\s*>|<\|/?(?:(?:begin|end|start)_of_)?({_THOUGHTS})(?:_(?:start|end|begin))?\|>"
@@ -88,7 +93,9 @@ THOUGHT_MARK = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or worth a look, with its place and its repair in English and Chinese. Line 0: the whole file."""
+    """One thing that is wrong, or worth a look, with its place and its repair in English and
+    Chinese. Line 0: the whole file.
+    """
 
     path: str
     line: int
@@ -116,7 +123,9 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """file:line, for editors and terminals that open it with a click; what concerns a whole file is said of its first line."""
+        """file:line, for editors and terminals that open it with a click; what concerns a whole
+        file is said of its first line.
+        """
         return f"{self.path}:{self.line or 1}"
 
     def __str__(self) -> str:
@@ -148,7 +157,9 @@ def one_line(text: str) -> str:
 
 @dataclass
 class Findings:
-    """How often each thing was found, and the first `limit` findings of each: memory does not grow with the number of mistakes."""
+    """How often each thing was found, and the first `limit` findings of each: memory does not grow
+    with the number of mistakes.
+    """
 
     limit: int = 20
     kept: list[Finding] = field(default_factory=list)
@@ -260,7 +271,9 @@ def _answers(record: Record) -> Iterator[tuple[str, Message]]:
 
 
 def _check_order(record: Record) -> Iterator[Finding]:
-    """Whether the judgements of a record's candidates agree with each other and can teach something."""
+    """Whether the judgements of a record's candidates agree with each other and can teach
+    something.
+    """
     where = record.meta.path, record.meta.line
     order = list(record.preferences())
     if record.signal in ("ranking", "rating") and len(record.candidates) > 1 and not order:

@@ -1,8 +1,12 @@
-"""Which rows repeat each other: hashes of every row in temporary files, groups of equal ones, and MinHash sketches for nearly equal ones.
+"""Which rows repeat each other: hashes of every row in temporary files, groups of equal ones, and
+MinHash sketches for nearly equal ones.
 
-Refuses to know: formats, what a repetition means (train, eval, answers that differ: `doctor_scan.py` decides), where rows are.
-Memory: some 10 MiB however many rows there are; 56 bytes a row in the folder for temporary files, and only from 16,000 rows on.
-MinHash: Broder 1997; bands: a pair of similarity s shares one with probability 1 - (1 - s^4)^3, 96 % at 0.9, 8 % at 0.4.
+Refuses to know: formats, what a repetition means (train, eval, answers that differ:
+`doctor_scan.py` decides), where rows are.
+Memory: some 10 MiB however many rows there are; 56 bytes a row in the folder for temporary files,
+    and only from 16,000 rows on.
+MinHash: Broder 1997; bands: a pair of similarity s shares one with probability 1 - (1 - s^4)^3, 96
+    % at 0.9, 8 % at 0.4.
 Legend: n rows of a batch, B bytes of its texts, S sampled shingles, H hash functions.
 """
 
@@ -35,7 +39,9 @@ def hashes(values: Sequence[Any]) -> np.ndarray:
 
 
 def join_texts(columns: Columns) -> tuple[bytes, np.ndarray]:
-    """The texts of all rows, each of the three closed by a zero byte, and where each row ends: (bytes, ends_n)."""
+    """The texts of all rows, each of the three closed by a zero byte, and where each row ends:
+    (bytes, ends_n).
+    """
     texts = list(chain.from_iterable(zip(*columns[:3], strict=True)))
     joined = ("\0".join(texts) + "\0").encode()
     zeros = np.flatnonzero(np.frombuffer(joined, np.uint8) == 0)
@@ -46,7 +52,9 @@ def join_texts(columns: Columns) -> tuple[bytes, np.ndarray]:
 
 
 def sketch(joined: bytes, ends_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(bands [BANDS, n] uint64, known_n): rows that share a band are probably alike; rows too short to tell are not known."""
+    """(bands [BANDS, n] uint64, known_n): rows that share a band are probably alike; rows too short
+    to tell are not known.
+    """
     padded = joined + bytes(SHINGLE_BYTES)
     shingles_B = np.ndarray((len(joined),), "<u8", padded, 0, (1,)) * _MIX
     # A shingle that reaches into the next row would depend on the neighbour.
@@ -102,7 +110,9 @@ class RowLog:
         return out
 
     def groups(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows, values) of all rows whose value is not alone, a share of the values at a time, equal values together in row order."""
+        """(rows, values) of all rows whose value is not alone, a share of the values at a time,
+        equal values together in row order.
+        """
         parts = 1 << (self.rows // _PART_ROWS).bit_length()
         for part in range(parts):
             picked = []

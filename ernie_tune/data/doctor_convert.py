@@ -1,6 +1,8 @@
-"""Records -> rows of a common format, written to a new file; whatever the format cannot say is refused with its place.
+"""Records -> rows of a common format, written to a new file; whatever the format cannot say is
+refused with its place.
 
-What a format cannot say is not listed anywhere: each row is read back, and anything but the same record is a refusal.
+What a format cannot say is not listed anywhere: each row is read back, and anything but the same
+record is a refusal.
 Refuses to know: tokens, pixels. Source of the formats: methods.md 1.2 (F1-F6); ecosystem.md 2.2.
 """
 
@@ -25,9 +27,11 @@ _COMPARED = ("signal", "messages", "candidates", "margin", "confidence", *_COMMO
 
 
 def convert_file(records: Iterable[Record], form: str, target: str) -> int:
-    """Write the records as rows of a format of `WRITERS`; returns how many. Relative paths of media become relative to the new file.
+    """Write the records as rows of a format of `WRITERS`; returns how many. Relative paths of media
+    become relative to the new file.
 
-    Raises DataError for a bad row, ValueError for one that the format cannot express, an unknown format, or an existing file.
+    Raises DataError for a bad row, ValueError for one that the format cannot express, an unknown
+    format, or an existing file.
     """
     if form not in WRITERS:
         raise ValueError(
@@ -58,7 +62,9 @@ def convert_file(records: Iterable[Record], form: str, target: str) -> int:
 
 
 def convert(record: Record, form: str, target: str) -> Iterator[dict[str, Any]]:
-    """The rows that say the same as a record: one, or for `pairs` one for every preference. Raises ValueError where there is none."""
+    """The rows that say the same as a record: one, or for `pairs` one for every preference. Raises
+    ValueError where there is none.
+    """
     base = os.path.dirname(os.path.abspath(target))
     parts = list(_pairs(record)) if form == "pairs" else [record]
     if not parts:
@@ -75,7 +81,9 @@ def convert(record: Record, form: str, target: str) -> Iterator[dict[str, Any]]:
 
 
 def _check(record: Record, row: dict[str, Any], form: str, target: str) -> None:
-    """Refuse a row that does not read back as the record. The exact-match reward that a label implies may go (methods.md 1.2 F7)."""
+    """Refuse a row that does not read back as the record. The exact-match reward that a label
+    implies may go (methods.md 1.2 F7).
+    """
     plain = json.loads(json.dumps(row, default=_as_text))
     found = match(plain)
     if found is None:
@@ -120,7 +128,9 @@ def _with_media(record: Record, change: Callable[[Any], Media]) -> Record:
 
 
 def _moved(medium: str | bytes, source: str, base: str) -> str:
-    """A medium as a file in the folder `base` names it: relative, unless its own file gave an absolute path or a URL."""
+    """A medium as a file in the folder `base` names it: relative, unless its own file gave an
+    absolute path or a URL.
+    """
     if isinstance(medium, bytes):
         return f"data:application/octet-stream;base64,{base64.b64encode(medium).decode()}"
     folder = os.path.dirname(os.path.abspath(source))

@@ -1,6 +1,8 @@
-"""A repaired copy of a data file, never the file itself: what can be mended without guessing is, everything else is kept and said.
+"""A repaired copy of a data file, never the file itself: what can be mended without guessing is,
+everything else is kept and said.
 
-Refuses to know: pictures (a missing one is only looked up where rows may be dropped), other files, command lines.
+Refuses to know: pictures (a missing one is only looked up where rows may be dropped), other files,
+command lines.
 Every repair is believed only if the readers then accept the row.
 """
 
@@ -56,9 +58,11 @@ def fixed_path(path: str) -> str:
 
 
 def fix_file(entry: Entry, media_dir: str = "", drop: bool = False) -> Iterator[Change]:
-    """Write FILE.fixed.jsonl beside a file while the changes are taken. With `drop`, rows that stay wrong are left out.
+    """Write FILE.fixed.jsonl beside a file while the changes are taken. With `drop`, rows that stay
+    wrong are left out.
 
-    Raises DataError for files that cannot be read, ValueError where the copy exists already or the file is no text.
+    Raises DataError for files that cannot be read, ValueError where the copy exists already or the
+    file is no text.
     """
     if entry.path.lower().endswith(".parquet"):
         raise ValueError(
@@ -157,7 +161,9 @@ class _Fixer:
         return row, "several mistakes"
 
     def _add_tags(self, line: int, row: dict[str, Any], error: DataError) -> dict[str, Any] | None:
-        """The row with the media tags that it lacks before its first question, or None where that is not what is wrong."""
+        """The row with the media tags that it lacks before its first question, or None where that
+        is not what is wrong.
+        """
         tag = {"images": "<image>", "videos": "<video>"}.get(error.field)
         wanted = error.args[5].get("n")
         if error.problem != "count" or tag is None or not isinstance(wanted, int) or int(error.found) <= wanted:
@@ -188,7 +194,8 @@ class _Fixer:
 
     def _give_up(self, line: int, offset: int, row: Mapping[str, Any] | DataError, why: str) -> bytes | None:
         lines = isinstance(self._file.source, JsonLines)
-        if self._drop or (isinstance(row, DataError) and not lines):  # a broken csv row has no place in a jsonl file
+        # a broken csv row has no place in a jsonl file
+        if self._drop or (isinstance(row, DataError) and not lines):
             self._say(line, "dropped", why=why)
             return None
         self._changes = [change for change in self._changes if change.line != line]

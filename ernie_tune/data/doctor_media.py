@@ -1,7 +1,9 @@
-"""Pictures and videos of records: do they exist, can they be decoded, how many tokens do they take, and what makes two of them the same.
+"""Pictures and videos of records: do they exist, can they be decoded, how many tokens do they take,
+and what makes two of them the same.
 
-Existence is checked for all. Opening costs milliseconds, so without `decode=None` (all) only the first `decode` pictures and clips are opened, and
-of the rest every second, fourth, eighth, … one, the step doubling after each further `decode`. Clips are measured, not decoded.
+Existence is checked for all. Opening costs milliseconds, so without `decode=None` (all) only the
+first `decode` pictures and clips are opened, and of the rest every second, fourth, eighth, … one,
+the step doubling after each further `decode`. Clips are measured, not decoded.
 
 Refuses to know: texts, what is printed. Memory: names of at most 100,000 files.
 """
@@ -31,13 +33,16 @@ _DIM = 1 << 14  # a 16-bit picture below a quarter of its range is nearly black 
 
 
 class Pictures:
-    """Checks the media of one run. `sizes` holds (height, width) of the opened pictures, `seen` and `opened` count them."""
+    """Checks the media of one run. `sizes` holds (height, width) of the opened pictures, `seen` and
+    `opened` count them.
+    """
 
     def __init__(
         self, settings: ImageSettings, decode: int | None, max_sizes: int = 100_000, videos: VideoSettings | None = None
     ) -> None:
         self.videos = videos or VideoSettings(image=settings)
-        self.odd: dict[str, tuple[int, Finding]] = {}  # what is strange about pictures -> how many, the first
+        # what is strange about pictures -> how many, the first
+        self.odd: dict[str, tuple[int, Finding]] = {}
         self.settings, self.decode, self._max_sizes = settings, decode, max_sizes
         self.seen = self.opened = 0
         self.sizes: list[tuple[int, int]] = []
@@ -120,7 +125,9 @@ class Pictures:
         return self.decode > 0 and self.seen % self._step == 0
 
     def _open(self, source: Media) -> tuple[str, list[tuple[str, str]]]:
-        """Decode a picture and note its size; returns what is wrong with it, and what is strange."""
+        """Decode a picture and note its size; returns what is wrong with it, and what is
+        strange.
+        """
         if isinstance(source, str) and source in self._content:
             return "", []
         self.opened += 1
@@ -155,6 +162,8 @@ def _oddities(picture: Image.Image) -> Iterator[tuple[str, str]]:
 
 
 def image_tokens(size: tuple[int, int], settings: ImageSettings) -> int:
-    """Tokens of a picture of this (height, width), markers included. Raises ValueError for shapes without patches."""
+    """Tokens of a picture of this (height, width), markers included. Raises ValueError for shapes
+    without patches.
+    """
     height, width = settings.target_size(*size)
     return feature_count((1, height // settings.patch_size, width // settings.patch_size)) + _MARKER_TOKENS

@@ -1,4 +1,5 @@
-"""A check, as text for a terminal in the chosen language, and as JSON for machines, which holds both.
+"""A check, as text for a terminal in the chosen language, and as JSON for machines, which holds
+both.
 
 Refuses to know: how things were found, pages (`report/check_page.py`).
 """

@@ -1,9 +1,12 @@
-"""Files -> batches of rows with their places, and rows -> the facts that statistics and comparisons need: the fast road of the doctor.
+"""Files -> batches of rows with their places, and rows -> the facts that statistics and comparisons
+need: the fast road of the doctor.
 
-A plain text row takes about 2 microseconds here and 60 through the readers. `Quick` speaks only for rows that the readers would accept and
-`doctor.check_record` would not mention; it says None for all others, and they take the slow road.
+A plain text row takes about 2 microseconds here and 60 through the readers. `Quick` speaks only for
+rows that the readers would accept and `doctor.check_record` would not mention; it says None for all
+others, and they take the slow road.
 
-Refuses to know: what is wrong with a row (that is for the slow road), pictures, statistics. Memory: one block of the file.
+Refuses to know: what is wrong with a row (that is for the slow road), pictures, statistics. Memory:
+one block of the file.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-l
 BATCH_ROWS = 512  # of files that are not read by blocks
 BOM = b"\xef\xbb\xbf"
 _SURROGATE, _PAIR = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
-# Between rows of a block that is parsed as one list: a number that no file can foresee, so that no row can pretend to be two.
+# Between rows of a block that is parsed as one list: a number that no file can foresee, so that no
+# row can pretend to be two.
 _GLUE = secrets.randbelow(900_000) + 100_000
 
-# prompt, answer, the other answers joined, media, signal (labels as "label:good" and "label:bad"), domain. A plain tuple: a class costs 0.2 us.
+# prompt, answer, the other answers joined, media, signal (labels as "label:good" and "label:bad"),
+# domain. A plain tuple: a class costs 0.2 us.
 Facts = tuple[str, str, str, tuple[Media, ...], str, str]
 TAUGHT = frozenset(("sft", "verifiable"))  # signals of rows that have one right answer
 Row = Mapping[str, Any] | DataError | None  # None: a blank line
@@ -140,7 +145,9 @@ def parse_block(block: bytes, path: str, line: int) -> list[Row]:
 
 
 def _has_half_pair(body: bytes) -> bool:
-    """Whether an escape may be half a surrogate pair, which readers refuse. An escaped backslash makes it hard to tell, so it counts."""
+    """Whether an escape may be half a surrogate pair, which readers refuse. An escaped backslash
+    makes it hard to tell, so it counts.
+    """
     return b"\\\\u" in body or _SURROGATE.search(_PAIR.sub(b"", body)) is not None
 
 
@@ -182,7 +189,8 @@ class Quick:
 
     def __init__(self, form: Format, others: Sequence[Format]) -> None:
         self._form, self._others = form, others
-        self.unused: Counter[str] = Counter()  # names that no reader takes -> rows of the fast road that have them
+        # names that no reader takes -> rows of the fast road that have them
+        self.unused: Counter[str] = Counter()
         self._readers: dict[tuple[str, ...], _Reader | None] = {}
         self._orders: set[tuple[str, ...]] = set()
 
@@ -194,17 +202,21 @@ class Quick:
                 keys = tuple(row)  # type: ignore[arg-type]
                 reader = readers[keys] if keys in readers else self._new_reader(keys)
                 out.append(reader(row) if reader else None)
-            except (TypeError, LookupError, ValueError, AttributeError):  # whatever such a row is, it is not plain
+            except (TypeError, LookupError, ValueError, AttributeError):
+                # whatever such a row is, it is not plain
                 out.append(None)
         return out
 
     def learn(self, row: Mapping[str, Any], facts: Facts) -> None:
-        """Believe a sequence of roles from now on, if the fast road finds in this accepted row what the readers found."""
+        """Believe a sequence of roles from now on, if the fast road finds in this accepted row what
+        the readers found.
+        """
         turns = next((row[name] for name in DIALOGUES if name in row), None)
         if not isinstance(turns, list) or len(self._orders) >= _MAX_SHAPES:
             return
         roles = tuple(str(turn.get("role", turn.get("from"))) for turn in turns if isinstance(turn, dict))
-        if roles not in self._orders and len(set(roles[-1:0:-2])) == 1:  # every second turn an answer, so no tools
+        # every second turn an answer, so no tools
+        if roles not in self._orders and len(set(roles[-1:0:-2])) == 1:
             self._orders.add(roles)
             unused = self.unused.copy()
             if self.facts([row]) != [facts]:
@@ -227,7 +239,9 @@ class Quick:
         return reader
 
     def _counting(self, reader: _Reader, names: Sequence[str]) -> _Reader:
-        """The reader of rows that have these fields too, which nothing takes: plain values are counted, others are for the slow road."""
+        """The reader of rows that have these fields too, which nothing takes: plain values are
+        counted, others are for the slow road.
+        """
 
         def read(row: Any) -> Facts | None:
             facts = reader(row)
@@ -296,7 +310,9 @@ def _dialogue_reader(field: str, orders: set[tuple[str, ...]]) -> _Reader:
 
 
 def _text_reader(query: str, addition: str, response: str, rejected: str) -> _Reader:
-    """Rows of texts: a question, perhaps more of it in a second field, an answer, perhaps a worse one."""
+    """Rows of texts: a question, perhaps more of it in a second field, an answer, perhaps a worse
+    one.
+    """
 
     def read(row: Any) -> Facts | None:
         prompt, answer = row[query], row[response]
@@ -313,7 +329,9 @@ def _text_reader(query: str, addition: str, response: str, rejected: str) -> _Re
 
 
 def _plain(text: str) -> bool:
-    """A text that is not blank and has no tags or markers. Raises TypeError or AttributeError for other values."""
+    """A text that is not blank and has no tags or markers. Raises TypeError or AttributeError for
+    other values.
+    """
     return (text[:1].isalnum() or bool(text.strip())) and ("<" not in text or _unmarked(text))
 
 

@@ -1,7 +1,10 @@
-"""The check of whole data sets: every row once, by the fast road where it can, then all rows against each other.
+"""The check of whole data sets: every row once, by the fast road where it can, then all rows
+against each other.
 
-Refuses to know: command lines, how findings and numbers are printed. Source: methods.md 9 (linter); ecosystem.md 2.2, 5.2.
-Memory: one block of a file, one table of file names, bounded lists of findings; see `doctor_compare.py` for the rest.
+Refuses to know: command lines, how findings and numbers are printed. Source: methods.md 9 (linter);
+ecosystem.md 2.2, 5.2.
+Memory: one block of a file, one table of file names, bounded lists of findings; see
+    `doctor_compare.py` for the rest.
 Legend: n rows of a batch, k rows of a comparison.
 """
 
@@ -36,13 +39,16 @@ from ernie_tune.data.sources import Entry, rename, signal_error
 DECODED = 200  # pictures that are opened unless more or fewer are asked for
 _SNIFFED_ROWS = 32
 _COMPARED = 400  # pairs of nearly equal rows that are read again to make sure
-_LINE, _TAUGHT, _EVAL = np.uint64((1 << 40) - 1), np.uint64(1 << 40), np.uint64(1 << 41)  # parts of a place
+# parts of a place
+_LINE, _TAUGHT, _EVAL = np.uint64((1 << 40) - 1), np.uint64(1 << 40), np.uint64(1 << 41)
 _FILE_SHIFT = np.uint64(48)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 class DataFile:
-    """One file of rows: its format, and how a row becomes a record. Raises DataError for files without rows or of no known format."""
+    """One file of rows: its format, and how a row becomes a record. Raises DataError for files
+    without rows or of no known format.
+    """
 
     def __init__(self, entry: Entry, media_dir: str = "", evaluation: bool = False) -> None:
         self.path, self.evaluation, self.rows = entry.path, evaluation, 0
@@ -82,7 +88,9 @@ class DataFile:
 
 @dataclass
 class Report:
-    """All that a check found. `near`: pairs of rows that look alike, how many of them were compared, how many are."""
+    """All that a check found. `near`: pairs of rows that look alike, how many of them were
+    compared, how many are.
+    """
 
     findings: Findings
     stats: Stats
@@ -97,7 +105,9 @@ class Report:
 
 
 class Scan:
-    """One check. `max_tokens`: rows above it are errors. `decode`: see `Pictures`. `limit`: findings of one kind that are kept."""
+    """One check. `max_tokens`: rows above it are errors. `decode`: see `Pictures`. `limit`:
+    findings of one kind that are kept.
+    """
 
     def __init__(
         self,
@@ -118,7 +128,9 @@ class Scan:
         self._files: list[DataFile] = []
 
     def run(self, train: Sequence[Entry], evaluation: Sequence[Entry] = ()) -> Report:
-        """Check these files, and whether `evaluation` repeats what is in `train`. Raises OSError, ValueError for an unknown format."""
+        """Check these files, and whether `evaluation` repeats what is in `train`. Raises OSError,
+        ValueError for an unknown format.
+        """
         started = time.perf_counter()
         for entry, held_out in [*((entry, False) for entry in train), *((entry, True) for entry in evaluation)]:
             try:
@@ -222,7 +234,9 @@ class Scan:
                 self._measure(file.record(row, line))
 
     def _measure(self, record: Record, told: Collection[str] = ()) -> None:
-        """Complain about a row that is too long. What cannot be measured has been complained about, or is a clip that needs a package."""
+        """Complain about a row that is too long. What cannot be measured has been complained about,
+        or is a clip that needs a package.
+        """
         tokens = count_tokens(record, self._processor)
         where = record.meta.path, record.meta.line
         if tokens > self._max_tokens:
@@ -231,7 +245,9 @@ class Scan:
             self._findings.add(Finding.of("unmeasured", *where, "videos", f"{len(record.videos)} videos"))
 
     def _compare(self) -> tuple[int, int, int]:
-        """Rows against rows: equal ones, equal questions, nearly equal ones. Returns what `Report.near` says."""
+        """Rows against rows: equal ones, equal questions, nearly equal ones. Returns what
+        `Report.near` says.
+        """
         done_n = np.zeros(self._log.rows, bool)
         for first_k, later_k in self._log.pairs("row"):
             held_out_k = self._crosses(first_k, later_k)
@@ -248,7 +264,9 @@ class Scan:
         return self._compare_near(done_n)
 
     def _pairs(self, name: str, done_n: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of different rows that agree in this column, without later rows that have been reported."""
+        """Pairs of different rows that agree in this column, without later rows that have been
+        reported.
+        """
         for first_k, later_k in self._log.pairs(name):
             new_k = ~done_n[later_k]
             first_k, later_k = first_k[new_k], later_k[new_k]
@@ -316,7 +334,9 @@ class Scan:
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """Parsing makes millions of short-lived objects and no cycles; looking for cycles would double its time."""
+    """Parsing makes millions of short-lived objects and no cycles; looking for cycles would double
+    its time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -327,17 +347,22 @@ def _collector_off() -> Iterator[None]:
 
 
 def _drawn(rows_k: np.ndarray, step: int) -> np.ndarray:
-    """Whether each row belongs to a sample of one in `step` (a power of two); a larger step draws from the same rows."""
+    """Whether each row belongs to a sample of one in `step` (a power of two); a larger step draws
+    from the same rows.
+    """
     return (rows_k.astype(np.uint64) * _MIX >> np.uint64(40)) & np.uint64(step - 1) == 0
 
 
 def _most_tokens(facts: Facts) -> int:
-    """An upper bound of a plain row's tokens. Every turn but the last two ends with a line break."""
+    """An upper bound of a plain row's tokens. Every turn but the last two ends with a line
+    break.
+    """
     return sum(len(text.encode()) for text in facts[:3]) + ROW_TOKENS + TURN_TOKENS * (facts[0].count("\n") + 2)
 
 
 def count_tokens(record: Record, processor: Processor) -> int:
-    """Tokens of the longest dialogue of a record, as `Processor.encode` would make them, pictures and clips measured by their heads.
+    """Tokens of the longest dialogue of a record, as `Processor.encode` would make them, pictures
+    and clips measured by their heads.
 
     0 where the dialogue cannot be rendered or a medium cannot be opened.
     """

@@ -1,6 +1,8 @@
-"""One record as the model will see it: the rendered text with the trained tokens marked and pictures told in numbers.
+"""One record as the model will see it: the rendered text with the trained tokens marked and
+pictures told in numbers.
 
-Refuses to know: files, terminals (a style says how trained text is marked). What is shown is what `Processor.encode` gives the trainers.
+Refuses to know: files, terminals (a style says how trained text is marked). What is shown is what
+`Processor.encode` gives the trainers.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ COLOUR = Style(("\x1b[1;32m", "\x1b[0m"), ("\x1b[36m", "\x1b[0m"))
 
 
 def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> Iterator[str]:
-    """The dialogues of a record, each with a heading and a line of counts. Raises ValueError for media that cannot be read."""
+    """The dialogues of a record, each with a heading and a line of counts. Raises ValueError for
+    media that cannot be read.
+    """
     count = len(record.candidates)
     dialogues = [record.dialogue(i) for i in range(count)] or [(record.messages, record.images, record.videos)]
     pair = record.signal == "pair"
@@ -65,7 +69,9 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
 
 
 def render(encoded: Encoded, processor: Processor, style: Style) -> str:
-    """The text of a row: trained stretches marked, a picture as `<image 34x46 patches = 391 tokens>`."""
+    """The text of a row: trained stretches marked, a picture as
+    `<image 34x46 patches = 391 tokens>`.
+    """
     placeholders = processor.tokens.placeholders()
     grids = iter([] if encoded.row.grid_thw_n3 is None else encoded.row.grid_thw_n3.tolist())
     tokens = zip(encoded.row.input_ids_L.tolist(), encoded.trained_L.tolist(), strict=True)

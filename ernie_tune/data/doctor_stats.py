@@ -1,8 +1,10 @@
-"""What a data set looks like in numbers: lengths, languages, answers, pictures, domains, and what follows for the size of pictures.
+"""What a data set looks like in numbers: lengths, languages, answers, pictures, domains, and what
+follows for the size of pictures.
 
-Refuses to know: files, what is wrong with rows, how numbers are drawn (`doctor_report.py`). Memory does not grow with the rows.
-Lengths are UTF-8 bytes, which tokens follow closely in every language (a Chinese character has three); one factor, measured on the first
-rows with a tokenizer, turns them into tokens.
+Refuses to know: files, what is wrong with rows, how numbers are drawn (`doctor_report.py`). Memory
+does not grow with the rows.
+Lengths are UTF-8 bytes, which tokens follow closely in every language (a Chinese character has
+three); one factor, measured on the first rows with a tokenizer, turns them into tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Histogram:
         return self.total / max(1, int(self.counts.sum()))
 
     def bars(self, scale: float = 1.0) -> list[tuple[str, int]]:
-        """(range, count) for the occupied octaves and those between them; `scale` converts the values."""
+        """(range, count) for the occupied octaves and those between them; `scale` converts the
+        values.
+        """
         octaves = self.counts.reshape(-1, _STEPS).sum(1)
         used = np.flatnonzero(octaves)
         if not len(used):
@@ -88,7 +92,9 @@ class Stats:
         self._probed_bytes = self._probed_tokens = 0
 
     def add(self, columns: Columns, joined: bytes, ends_n: np.ndarray, answer_hash_n: np.ndarray) -> None:
-        """A batch of rows, their joined texts and where each ends in them (`doctor_compare.join_texts`)."""
+        """A batch of rows, their joined texts and where each ends in them
+        (`doctor_compare.join_texts`).
+        """
         self.rows += len(ends_n)
         self.signals.update(columns.signal)
         self.media.update(map(len, columns.media) if any(columns.media) else {0: len(ends_n)})
@@ -114,7 +120,9 @@ class Stats:
             self._probed_tokens += len(self.processor.tokenizer.encode(text))
 
     def _add_classes(self, answer_hash_n: np.ndarray) -> None:
-        """Answers as classes. Where there are too many to count, the frequent ones survive (lossy counting)."""
+        """Answers as classes. Where there are too many to count, the frequent ones survive (lossy
+        counting).
+        """
         self._answered += len(answer_hash_n)
         self._classes.update(answer_hash_n.tolist())
         if len(self._classes) > _CLASSES:
@@ -122,7 +130,9 @@ class Stats:
             self._classes = Counter({key: count - 1 for key, count in self._classes.items() if count > 1})
 
     def _count_letters(self, bytes_B: np.ndarray) -> None:
-        """Letters by script, from the first bytes of their UTF-8; of large data every eighth batch stands for all."""
+        """Letters by script, from the first bytes of their UTF-8; of large data every eighth batch
+        stands for all.
+        """
         self._batches += 1
         weight = 1 if self.text.total < _COUNTED_BYTES else 8
         if self._batches % weight:
@@ -147,7 +157,9 @@ class Stats:
         return {name: self.letters[name] / max(1, total) for name in ("zh", "en", "other")}
 
     def image_tokens(self, settings: ImageSettings) -> np.ndarray:
-        """Tokens of each opened picture under these settings; the most they allow where its shape does not fit them."""
+        """Tokens of each opened picture under these settings; the most they allow where its shape
+        does not fit them.
+        """
         most = settings.max_pixels // settings.factor**2
 
         def tokens(size: tuple[int, int]) -> int:
@@ -159,7 +171,9 @@ class Stats:
         return np.array([tokens(size) for size in self.sizes], np.int64)
 
     def budgets(self) -> list[tuple[int, float, float]]:
-        """(max_pixels, mean tokens a picture, share of pictures that it shrinks) for usual limits, up to the first that shrinks none."""
+        """(max_pixels, mean tokens a picture, share of pictures that it shrinks) for usual limits,
+        up to the first that shrinks none.
+        """
         ours = self.processor.images
         pixels_n = np.array([height * width for height, width in self.sizes])
         out: list[tuple[int, float, float]] = []
@@ -170,7 +184,9 @@ class Stats:
         return out
 
     def advice(self) -> int | None:
-        """The smallest usual image_max_pixels that leaves nearly all pictures as they are; None without pictures."""
+        """The smallest usual image_max_pixels that leaves nearly all pictures as they are; None
+        without pictures.
+        """
         return min((limit for limit, _, shrunk in self.budgets() if shrunk <= SHRUNK_SHARE), default=None)
 
     def findings(self, path: str) -> Iterator[Finding]:

@@ -1,7 +1,10 @@
-"""The rows of one file by number: jsonl, json, csv, tsv, parquet, arrow, a folder with one sub-folder a class, rows in memory.
+"""The rows of one file by number: jsonl, json, csv, tsv, parquet, arrow, a folder with one
+sub-folder a class, rows in memory.
 
-What a file is its first bytes say, not its name. Refuses to know: what a row means, how files are listed, the network.
-Memory: 24 bytes a row for the index, and one row group of a parquet file; a row is read from disk when it is asked for.
+What a file is its first bytes say, not its name. Refuses to know: what a row means, how files are
+listed, the network.
+Memory: 24 bytes a row for the index, and one row group of a parquet file; a row is read from disk
+when it is asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Rows(Protocol):
 
 
 def file_kind(path: str) -> str:
-    """ "lines", "list", "objects", "table", "parquet", "arrow" or "classes", by the first bytes of a file. Raises DataError for what holds no rows."""
+    """ "lines", "list", "objects", "table", "parquet", "arrow" or "classes", by the first bytes of
+    a file. Raises DataError for what holds no rows.
+    """
     if os.path.isdir(path):
         return "classes"
     with open(path, "rb") as file:
@@ -119,7 +124,9 @@ def open_file(path: str) -> Rows:
 
 
 class FileRows:
-    """The rows of one text file by number. `index_n3` holds (first byte, number of bytes, 1-based line) of each row."""
+    """The rows of one text file by number. `index_n3` holds (first byte, number of bytes, 1-based
+    line) of each row.
+    """
 
     def __init__(self, path: str, kind: str = "") -> None:
         self.path = path
@@ -148,7 +155,9 @@ class FileRows:
         return int(self.index_n3[i, 2])
 
     def __getitem__(self, i: int) -> Mapping[str, Any]:
-        """Row i. Raises DataError with file and line when it is no object, no UTF-8, or the file has changed since it was indexed."""
+        """Row i. Raises DataError with file and line when it is no object, no UTF-8, or the file
+        has changed since it was indexed.
+        """
         first, size, line = (int(v) for v in self.index_n3[i])
         if _stamp(self.path) != self._stamp:
             raise DataError(self.path, 0, "file", say("another size or time", "大小或时间已变"), "changed", {})
@@ -173,7 +182,9 @@ class FileRows:
 
 
 class ParquetRows:
-    """The rows of a parquet file by number, through pyarrow; "lines" are row numbers from 1. One row group is kept in memory."""
+    """The rows of a parquet file by number, through pyarrow; "lines" are row numbers from 1. One
+    row group is kept in memory.
+    """
 
     def __init__(self, path: str) -> None:
         try:
@@ -233,7 +244,9 @@ class ArrowRows:
 
 
 class ClassRows:
-    """A folder with one sub-folder a class, pictures in each: the rows {"image", "label"} in the order of names."""
+    """A folder with one sub-folder a class, pictures in each: the rows {"image", "label"} in the
+    order of names.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -293,7 +306,9 @@ def decode(raw: bytes, path: str, line: int) -> str:
 
 
 def parse_json(raw: bytes, path: str, line: int) -> dict[str, Any]:
-    """One JSON object. Raises DataError; half surrogates are refused too, since no tokenizer takes them."""
+    """One JSON object. Raises DataError; half surrogates are refused too, since no tokenizer takes
+    them.
+    """
     text = decode(raw, path, line)
     try:
         value = json.loads(text)
@@ -307,7 +322,9 @@ def parse_json(raw: bytes, path: str, line: int) -> dict[str, Any]:
 
 
 def _json_spans(path: str, kind: str) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each row of a jsonl file; of a json list, whatever the extension (ERNIEKit ships lists as .jsonl); of objects over several lines."""
+    """Bytes of each row of a jsonl file; of a json list, whatever the extension (ERNIEKit ships
+    lists as .jsonl); of objects over several lines.
+    """
     with open(path, "rb") as file:
         if kind in ("list", "objects"):
             raw = file.read()
@@ -322,7 +339,9 @@ def _json_spans(path: str, kind: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _object_spans(path: str, raw: bytes) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each of the objects that stand in a file one after the other; of one object with a list of objects in it, of the list's."""
+    """Bytes of each of the objects that stand in a file one after the other; of one object with a
+    list of objects in it, of the list's.
+    """
     text, scan = raw.decode("latin-1"), json.JSONDecoder().raw_decode
     spans, first, end = [], len(_BOM) if raw.startswith(_BOM) else 0, 0
     while (first := first + len(text[first:]) - len(text[first:].lstrip(" \t\r\n,"))) < len(text):
@@ -351,7 +370,9 @@ def _object_spans(path: str, raw: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _list_spans(path: str, raw: bytes, at: int, whole: bool = True) -> Iterator[tuple[int, int, int]]:
-    """Bytes of each element of the json list that begins at byte `at`, which must be all of the file if `whole`. Read as latin-1 a character is a byte, and JSON's own signs are ASCII in UTF-8."""
+    """Bytes of each element of the json list that begins at byte `at`, which must be all of the
+    file if `whole`. Read as latin-1 a character is a byte, and JSON's own signs are ASCII in UTF-8.
+    """
     text, scan, between = raw.decode("latin-1"), json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
     line, before, end = 1, 0, at + 1
     while True:

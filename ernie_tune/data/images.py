@@ -1,12 +1,15 @@
-"""Pictures -> the vision tower's patches: decode to RGB, smart resize, normalise, cut into patches. numpy and pillow only.
+"""Pictures -> the vision tower's patches: decode to RGB, smart resize, normalise, cut into patches.
+numpy and pillow only.
 
-Refuses to know: tokens, chat templates, where a data set lives, paddle, the network (an http URL is an error, never a download).
-EXIF orientation is not applied: the models' own processors only `convert`, and turning a photo here would shift its boxes. (Where
-transformers is given a path it does turn the picture; `data check` names such photos.)
-Of an animated file the first frame counts; `video.py` reads the rest.
+Refuses to know: tokens, chat templates, where a data set lives, paddle, the network (an http URL is
+an error, never a download).
+EXIF orientation is not applied: the models' own processors only `convert`, and turning a photo here
+would shift its boxes. (Where transformers is given a path it does turn the picture; `data check`
+names such photos.) Of an animated file the first frame counts; `video.py` reads the rest.
 
 Legend: F frames, H and W pixels, C colours (3) or values per patch (588), P patches.
-Source of the rules: architecture.md 4.1 (patch order), 7.1 (smart resize), 7.2 (limits), 7.3 (colours, normalisation).
+Source of the rules: architecture.md 4.1 (patch order), 7.1 (smart resize), 7.2 (limits), 7.3
+(colours, normalisation).
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from PIL import Image, UnidentifiedImageError
 
 from ernie_tune.config.language import say
 
-RESIZE_RULES = ("paddle", "hf")  # they differ only for very narrow or very small images (architecture.md 7.1)
-# The formats that a picture may have, whatever its name says: pillow knows more, among them PostScript, which starts another program.
+# they differ only for very narrow or very small images (architecture.md 7.1)
+RESIZE_RULES = ("paddle", "hf")
+# The formats that a picture may have, whatever its name says: pillow knows more, among them
+# PostScript, which starts another program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_RATIO = 200  # longest side over shortest
 _SHOWN_CHARACTERS = 80  # of a path or data URL in an error
@@ -43,7 +48,9 @@ Grid = tuple[int, int, int]  # frames, patch rows, patch columns
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes patches. Limits are in pixels after resizing; the defaults are those of `preprocessor_config.json`."""
+    """How a picture becomes patches. Limits are in pixels after resizing; the defaults are those of
+    `preprocessor_config.json`.
+    """
 
     min_pixels: int = 3136  # 56 * 56
     max_pixels: int = 4_816_896  # 6144 tokens * 28 * 28
@@ -96,10 +103,11 @@ def _check_rule(rule: str) -> None:
 def smart_resize(
     height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28, rule: str = "paddle"
 ) -> tuple[int, int]:
-    """(height, width): multiples of `factor` near the given shape, area within [min_pixels, max_pixels] (architecture.md 7.1).
+    """(height, width): multiples of `factor` near the given shape, area within [min_pixels,
+    max_pixels] (architecture.md 7.1).
 
-    "paddle" flattens ratios above 200 to 200 and raises ValueError where no such shape exists; "hf" (transformers 5.23) raises above 200
-    and may leave the limits. Halves round to even.
+    "paddle" flattens ratios above 200 to 200 and raises ValueError where no such shape exists; "hf"
+    (transformers 5.23) raises above 200 and may leave the limits. Halves round to even.
     """
     _check_rule(rule)
     if height < 1 or width < 1:
@@ -120,7 +128,8 @@ def smart_resize(
                 )
             )
         height, width = _clamp_ratio(height, width, factor)
-    # "hf" keeps a side that rounds to 0; the area is then below the minimum and grows again, to another shape than "paddle"'s.
+    # "hf" keeps a side that rounds to 0; the area is then below the minimum and grows again, to
+    # another shape than "paddle"'s.
     floor = factor if paddle else 0
     new_height, new_width = (max(floor, round(side / factor) * factor) for side in (height, width))
     if new_height * new_width > max_pixels:
@@ -150,10 +159,13 @@ def _clamp_ratio(height: int, width: int, factor: int) -> tuple[int, int]:
 
 
 def load_image(source: ImageSource, where: str = "") -> Image.Image:
-    """Decode a path, `file:///` or `data:` URL, bytes, pillow image or uint8 array [H,W], [H,W,3|4] into a new RGB image.
+    """Decode a path, `file:///` or `data:` URL, bytes, pillow image or uint8 array [H,W], [H,W,3|4]
+    into a new RGB image.
 
-    Transparent pixels become white, 16-bit grey keeps its upper byte (architecture.md 7.3). `where` ("train.jsonl:17") opens every error.
-    Raises ValueError when the source is missing, remote, damaged, empty, a decompression bomb, or has no 8- or 16-bit values.
+    Transparent pixels become white, 16-bit grey keeps its upper byte (architecture.md 7.3). `where`
+    ("train.jsonl:17") opens every error.
+    Raises ValueError when the source is missing, remote, damaged, empty, a decompression bomb, or
+    has no 8- or 16-bit values.
     """
     label = describe("image", source, where)
     if isinstance(source, np.ndarray):
@@ -165,7 +177,9 @@ def load_image(source: ImageSource, where: str = "") -> Image.Image:
 
 
 def open_image(stream: BinaryIO, label: str, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
-    """The picture in a stream, its head read and no pixel decoded. Raises ValueError naming `label` unless it has one of the formats."""
+    """The picture in a stream, its head read and no pixel decoded. Raises ValueError naming `label`
+    unless it has one of the formats.
+    """
     with decode_errors(label):
         try:
             return Image.open(stream, formats=_built_in(tuple(formats)))
@@ -204,7 +218,9 @@ def describe(kind: str, source: object, where: str) -> str:
 
 
 def open_source(source: object, label: str) -> BinaryIO:
-    """A readable, seekable stream of a path, `file:///` or `data:` URL, or bytes. Raises ValueError naming `label`."""
+    """A readable, seekable stream of a path, `file:///` or `data:` URL, or bytes. Raises ValueError
+    naming `label`.
+    """
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
@@ -242,7 +258,8 @@ def open_source(source: object, label: str) -> BinaryIO:
                 f"{label} 不存在；请改正路径（相对路径从当前文件夹算起）",
             )
         ) from error
-    except (OSError, ValueError) as error:  # a folder, no permission, a name too long, a zero byte in the name
+    except (OSError, ValueError) as error:
+        # a folder, no permission, a name too long, a zero byte in the name
         raise ValueError(
             say(
                 f"{label} must be a readable file ({error}); correct the path or its permissions",
@@ -273,7 +290,9 @@ def _decode_data_url(url: str, label: str) -> bytes:
 
 @contextmanager
 def decode_errors(label: str) -> Iterator[None]:
-    """Turn what pillow raises for damaged or dangerous files into ValueErrors naming `label`. Only pillow calls belong inside."""
+    """Turn what pillow raises for damaged or dangerous files into ValueErrors naming `label`. Only
+    pillow calls belong inside.
+    """
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -303,7 +322,9 @@ def _from_array(array: np.ndarray, label: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, label: str) -> Image.Image:
-    """A new 8-bit RGB image: white behind transparency, upper byte of 16-bit grey. Raises ValueError naming `label`."""
+    """A new 8-bit RGB image: white behind transparency, upper byte of 16-bit grey. Raises
+    ValueError naming `label`.
+    """
     if 0 in image.size:
         raise ValueError(
             say(
@@ -332,9 +353,11 @@ def to_rgb(image: Image.Image, label: str) -> Image.Image:
 
 
 def patchify(frames_FHWC: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """Frames of values 0..255, already resized -> (pixel_values_PC float32, (F, patch rows, patch columns)).
+    """Frames of values 0..255, already resized -> (pixel_values_PC float32, (F, patch rows, patch
+    columns)).
 
-    Patches: frames in order, inside a frame 2x2 blocks in row order, inside a block row order (architecture.md 4.1).
+    Patches: frames in order, inside a frame 2x2 blocks in row order, inside a block row order
+    (architecture.md 4.1).
     Values of a patch: (channel, row, column). Raises ValueError for another shape.
     """
     p, m = settings.patch_size, settings.merge_size
@@ -366,6 +389,8 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def patchify_image(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """One RGB image -> (pixel_values_PC float32, (1, patch rows, patch columns)). Raises ValueError like `smart_resize`."""
+    """One RGB image -> (pixel_values_PC float32, (1, patch rows, patch columns)). Raises ValueError
+    like `smart_resize`.
+    """
     resized = resize(image, settings.target_size(image.height, image.width))
     return patchify(np.asarray(resized)[None], settings)

@@ -1,8 +1,12 @@
-"""Several data sets -> one endless, shuffled sequence in given proportions: the same on every machine, resumable, shardable.
+"""Several data sets -> one endless, shuffled sequence in given proportions: the same on every
+machine, resumable, shardable.
 
-Refuses to know: what the rows are, batches, processes (a rank is two integers). Python integers only.
-Everything is arithmetic on a position: no permutation is stored, so any position costs the same, and resuming costs nothing.
-Strategies: ERNIEKit and LLaMA-Factory's names (ecosystem.md 4.1). Proportions are exact quotas, not draws.
+Refuses to know: what the rows are, batches, processes (a rank is two integers). Python integers
+only.
+Everything is arithmetic on a position: no permutation is stored, so any position costs the same,
+and resuming costs nothing.
+Strategies: ERNIEKit and LLaMA-Factory's names (ecosystem.md 4.1). Proportions are exact quotas, not
+draws.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ def hash_of(*numbers: int) -> int:
 
 
 def permute(i: int, n: int, *key: int) -> int:
-    """Where a shuffle of range(n) named `key` puts i: a Feistel network on the next power of four, walked until it falls below n."""
+    """Where a shuffle of range(n) named `key` puts i: a Feistel network on the next power of four,
+    walked until it falls below n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, seed = (1 << half) - 1, hash_of(*key)
     while True:
@@ -71,7 +77,8 @@ def parse_probs(value: str | Sequence[float] | None, n: int) -> list[float]:
 def quotas(strategy: str, lengths: Sequence[int], probs: Sequence[float], samples: int | None = None) -> list[int]:
     """Rows an epoch takes from each data set.
 
-    concat: all. random: `samples` (default: as many as there are) shared by probs. interleave_under: the most that repeats no row;
+    concat: all. random: `samples` (default: as many as there are) shared by probs.
+        interleave_under: the most that repeats no row;
     interleave_over: the fewest that miss no row. Raises ValueError.
     """
     if strategy not in STRATEGIES:
@@ -109,10 +116,12 @@ def quotas(strategy: str, lengths: Sequence[int], probs: Sequence[float], sample
 
 
 class Mixture(Generic[T]):
-    """An endless sequence over `sources`: position p lies in epoch p // len(mixture). Raises ValueError for what makes no mixture.
+    """An endless sequence over `sources`: position p lies in epoch p // len(mixture). Raises
+    ValueError for what makes no mixture.
 
-    Each source is a stream of shuffles of its rows; an epoch takes its quota where the last one stopped, so rows that one epoch
-    left out come first in the next. Without `shuffle` rows and sources keep their order.
+    Each source is a stream of shuffles of its rows; an epoch takes its quota where the last one
+    stopped, so rows that one epoch left out come first in the next. Without `shuffle` rows and
+    sources keep their order.
     """
 
     def __init__(
@@ -160,9 +169,11 @@ class Mixture(Generic[T]):
 
 
 class Shard(Generic[T]):
-    """The endless share of one of `size` data-parallel ranks, which advance in step: rank r takes positions r, r + size, ...
+    """The endless share of one of `size` data-parallel ranks, which advance in step: rank r takes
+    positions r, r + size, ...
 
-    No row is dropped or repeated at the end of an epoch. The state counts rows of all ranks, so a run may resume on another `size`.
+    No row is dropped or repeated at the end of an epoch. The state counts rows of all ranks, so a
+    run may resume on another `size`.
     """
 
     def __init__(self, mixture: Mixture[T], rank: int = 0, size: int = 1) -> None:
@@ -187,7 +198,9 @@ class Shard(Generic[T]):
         return {"position": self.position, **self.mixture.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken. Raises ValueError when data, proportions or seed differ."""
+        """Go on where the state was taken. Raises ValueError when data, proportions or seed
+        differ.
+        """
         now = self.mixture.fingerprint
         changed = [key for key in now if state.get(key) != now[key]]
         if changed:

@@ -1,6 +1,8 @@
-"""What is to be said once for a file of rows: names that no reader took, tags taken as words, thoughts that are not trained.
+"""What is to be said once for a file of rows: names that no reader took, tags taken as words,
+thoughts that are not trained.
 
-The doctor and the trainers say the same, each in its place. Refuses to know: how rows are read, what else is wrong with them.
+The doctor and the trainers say the same, each in its place. Refuses to know: how rows are read,
+what else is wrong with them.
 """
 
 from __future__ import annotations

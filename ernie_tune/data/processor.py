@@ -1,7 +1,9 @@
-"""Messages and media -> one row of model input with its targets: chat template + tokenizer + patches in one object.
+"""Messages and media -> one row of model input with its targets: chat template + tokenizer +
+patches in one object.
 
-Training, rollout and serving all call `Processor.encode`: the ids of (prompt, then sampled answer) and of the finished dialogue agree. Earlier
-answers are encoded with the text around them, as FastDeploy and PaddleFormers encode the history that they are handed.
+Training, rollout and serving all call `Processor.encode`: the ids of (prompt, then sampled answer)
+and of the finished dialogue agree. Earlier answers are encoded with the text around them, as
+FastDeploy and PaddleFormers encode the history that they are handed.
 Refuses to know: data set formats, batching, packing, models, paddle.
 
 Legend: L tokens of a row, P patches, C values per patch (588), n images and videos.
@@ -39,7 +41,8 @@ from ernie_tune.data.video import VideoSettings, load_video, patchify_video, vid
 from ernie_tune.models.inputs import Row, feature_count
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-# Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is local to a machine and never written.
+# Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is
+# local to a machine and never written.
 _IMAGE_KEYS = {
     "min_pixels": "min_pixels",
     "max_pixels": "max_pixels",
@@ -59,7 +62,8 @@ _VIDEO_KEYS = {
     "rule": "frames_rule",
     "draw_timestamps": "draw_timestamps",
 }
-# The classes of the readers that search for either placeholders: PaddleFormers' (without them its AutoProcessor gives a tokenizer), and transformers'.
+# The classes of the readers that search for either placeholders: PaddleFormers' (without them its
+# AutoProcessor gives a tokenizer), and transformers'.
 _CLASSES = {
     RELEASED: {"processor_class": "Ernie4_5_VLProcessor", "image_processor_type": "Ernie4_5_VLImageProcessor"},
     TRANSFORMERS: {
@@ -78,7 +82,9 @@ _PREPROCESSOR = {
 
 
 class RowTooLong(ValueError):
-    """A row above max_tokens. It is never cut, a cut could part an image: drop the row and count it, or raise the limit."""
+    """A row above max_tokens. It is never cut, a cut could part an image: drop the row and count
+    it, or raise the limit.
+    """
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ class Encoded:
     def extended(self, answer_ids: Sequence[int], trained: bool = True) -> Encoded:
         """The same row with sampled ids behind it, as targets or not.
 
-        They stay as they were sampled, and are not what the text of the answer gives as history: there
-        the space before an answer and its first word may be one token, here they are two.
+        They stay as they were sampled, and are not what the text of the answer gives as history:
+        there the space before an answer and its first word may be one token, here they are two.
         """
         ids_L = np.concatenate([self.row.input_ids_L, np.asarray(answer_ids, np.int64)])
         trained_L = np.concatenate([self.trained_L, np.full(len(answer_ids), trained)])
@@ -120,7 +126,8 @@ class Processor:
         videos: VideoSettings | None = None,
         preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
-        """`template`: a variant of `ChatTemplate`. `preprocessor`: a preprocessor_config.json whose other keys `save_pretrained` keeps.
+        """`template`: a variant of `ChatTemplate`. `preprocessor`: a preprocessor_config.json whose
+        other keys `save_pretrained` keeps.
 
         Raises ValueError for an unknown variant or a vocabulary without the tokens of every prompt.
         """
@@ -132,7 +139,8 @@ class Processor:
         ids = {token: tokenizer.token_id(token) for token in PROMPT_TOKENS}
         self.stop_ids = (ids[END], ids[SEPARATOR])  # either may end an answer (architecture.md 10)
         self._preprocessor = dict(_PREPROCESSOR if preprocessor is None else preprocessor)
-        self.sees = preprocessor is not None  # whether the folder's model has pictures, as far as the folder says
+        # whether the folder's model has pictures, as far as the folder says
+        self.sees = preprocessor is not None
         self._media_ids = {
             "image": (self.tokens.image_start, self.tokens.image, self.tokens.image_end),
             "video": (self.tokens.video_start, self.tokens.video, self.tokens.video_end),
@@ -147,9 +155,11 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Processor:
-        """Read a model folder: tokenizer, pixel and frame settings, and the template variant if ernie_tune wrote the folder (else "hf").
+        """Read a model folder: tokenizer, pixel and frame settings, and the template variant if
+        ernie_tune wrote the folder (else "hf").
 
-        `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError like `Tokenizer.from_folder` and the settings.
+        `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError like
+        `Tokenizer.from_folder` and the settings.
         """
         tokenizer = Tokenizer.from_folder(path)
         saved, images, videos = media_settings(path, min_pixels, max_pixels)
@@ -169,13 +179,17 @@ class Processor:
         min_pixels: int = ImageSettings.min_pixels,
         max_pixels: int = ImageSettings.max_pixels,
     ) -> Processor:
-        """The processor for a model built from a preset, with the shipped tokenizer `name` ("small" or "tiny")."""
+        """The processor for a model built from a preset, with the shipped tokenizer `name` ("small"
+        or "tiny").
+        """
         return cls(Tokenizer.bundled(name), template, ImageSettings(min_pixels, max_pixels))
 
     def with_videos(
         self, *, fps: float | None = None, max_frames: int | None = None, max_pixels: int | None = None
     ) -> Processor:
-        """The same processor with other limits for videos; None keeps a value. Lower limits give way to a smaller upper one."""
+        """The same processor with other limits for videos; None keeps a value. Lower limits give
+        way to a smaller upper one.
+        """
         v = self.videos
         frames = v.max_frames if max_frames is None else max_frames
         pixels = v.max_pixels if max_pixels is None else max_pixels
@@ -192,10 +206,11 @@ class Processor:
         return made
 
     def save_pretrained(self, folder: str | os.PathLike[str], placeholders: Placeholders = RELEASED) -> list[str]:
-        """Write all that another tool needs to make the same rows: tokenizer files with the chat template, and pixel settings.
+        """Write all that another tool needs to make the same rows: tokenizer files with the chat
+        template, and pixel settings.
 
-        `placeholders`: those that the folder's readers search for. Returns what had to be changed in
-        the templates that the tokenizer came with, one line each (`templates.py`).
+        `placeholders`: those that the folder's readers search for. Returns what had to be changed
+        in the templates that the tokenizer came with, one line each (`templates.py`).
         """
         ours = self.template.to_jinja(*placeholders)
         files, changes = with_template(
@@ -224,11 +239,13 @@ class Processor:
         where: str = "",
         made: dict[tuple[str, int], tuple[np.ndarray, Grid]] | None = None,
     ) -> Encoded:
-        """One dialogue as a row. `images` and `videos` fill, in order, the tags and parts that carry no source of their own.
+        """One dialogue as a row. `images` and `videos` fill, in order, the tags and parts that
+        carry no source of their own.
 
-        A medium is whatever `load_image` or `load_video` takes. `where` ("train.jsonl:17") opens errors. `made`: patches by kind and id of the source,
-        read and added to, so that dialogues about one picture cut it once. Raises ValueError when tags and
-        media differ in number, for malformed messages and unreadable media, and its subclass RowTooLong above `max_tokens`.
+        A medium is whatever `load_image` or `load_video` takes. `where` ("train.jsonl:17") opens
+        errors. `made`: patches by kind and id of the source, read and added to, so that dialogues
+        about one picture cut it once. Raises ValueError when tags and media differ in number, for
+        malformed messages and unreadable media, and its subclass RowTooLong above `max_tokens`.
         """
         pieces = self.template.pieces(
             messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt, where=where
@@ -277,7 +294,9 @@ class Processor:
         return Encoded(row, np.asarray(trained, bool), kinds.count("image"), kinds.count("video"))
 
     def _text(self, run: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Ids of one run of text, and whether each is a target: as the piece says in which the token ends."""
+        """Ids of one run of text, and whether each is a target: as the piece says in which the
+        token ends.
+        """
         ids = self.tokenizer.encode("".join(piece.text for piece in run), allow_special=run[0].kind == "token")
         if len(run) == 1:
             return ids, [run[0].trained] * len(ids)
@@ -296,7 +315,8 @@ class Processor:
         add_generation_prompt: bool = False,
         where: str = "",
     ) -> tuple[int, int]:
-        """(tokens, tokens before the first target) of the row that `encode` would make: pictures and clips are measured by their heads, not decoded.
+        """(tokens, tokens before the first target) of the row that `encode` would make: pictures
+        and clips are measured by their heads, not decoded.
 
         Raises ValueError and ImportError like `encode`.
         """
@@ -327,7 +347,9 @@ class Processor:
         return 1, height // self.images.patch_size, width // self.images.patch_size
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of an answer: without special tokens, but with the marks of thoughts and tools, for `split_reasoning`."""
+        """Text of an answer: without special tokens, but with the marks of thoughts and tools, for
+        `split_reasoning`.
+        """
         return self.tokenizer.decode(ids, skip_special=True, keep=OPTIONAL_TOKENS)
 
     def stream(self) -> StreamDecoder:
@@ -358,9 +380,11 @@ AutoProcessor = Processor  # the name users of other libraries look for
 def media_settings(
     path: str | os.PathLike[str], min_pixels: int | None = None, max_pixels: int | None = None
 ) -> tuple[dict[str, Any], ImageSettings, VideoSettings]:
-    """(a folder's preprocessor_config.json, its settings of pictures, of clips): {} and defaults where it has none.
+    """(a folder's preprocessor_config.json, its settings of pictures, of clips): {} and defaults
+    where it has none.
 
-    `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError for settings that do not exist.
+    `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError for settings
+    that do not exist.
     """
     file = folder_with_tokenizer(Path(path)) / PREPROCESSOR_FILE
     saved = read_json({PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path))
@@ -371,7 +395,9 @@ def media_settings(
 
 
 def _named(preprocessor: Mapping[str, Any], placeholders: Placeholders) -> dict[str, Any]:
-    """preprocessor_config.json with the classes by which its readers' Auto classes find theirs. Names of a third party are kept."""
+    """preprocessor_config.json with the classes by which its readers' Auto classes find theirs.
+    Names of a third party are kept.
+    """
     wanted = _CLASSES[placeholders]
     others = [classes[key] for classes in _CLASSES.values() for key in classes]
     kept = {key: value for key, value in preprocessor.items() if not (key in wanted and value in others)}

@@ -1,8 +1,11 @@
-"""Which prompts are answered next: shuffled passes, or prompts drawn by how hard they are for the policy as it is now.
+"""Which prompts are answered next: shuffled passes, or prompts drawn by how hard they are for the
+policy as it is now.
 
-Every process draws the same numbers; which of them are its own is the caller's business. What was seen of a prompt comes back through `saw`.
+Every process draws the same numbers; which of them are its own is the caller's business. What was
+seen of a prompt comes back through `saw`.
 Refuses to know: what a prompt is, models, rewards beyond "how often was the answer right".
-Source of the difficulty rules: Reinforce-Rej and curricula as in arXiv 2504.03380; weights p (1 - p) are the variance of a coin.
+Source of the difficulty rules: Reinforce-Rej and curricula as in arXiv 2504.03380; weights p (1 -
+p) are the variance of a coin.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from typing import Any
 import numpy as np
 
 _FLOOR = 0.02  # weight of a prompt that is always or never solved
-BUCKETS = {"easy": (0.75, 1.01), "medium": (0.25, 0.75), "hard": (-0.01, 0.25)}  # by the share of right answers
+# by the share of right answers
+BUCKETS = {"easy": (0.75, 1.01), "medium": (0.25, 0.75), "hard": (-0.01, 0.25)}
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """`decay`: of the running share of right answers. `quotas`: which part of a round each bucket gives, while it has prompts. `retire_after`: visits in a
-    row at which every answer was right, after which a prompt rests."""
+    """`decay`: of the running share of right answers. `quotas`: which part of a round each bucket
+    gives, while it has prompts. `retire_after`: visits in a row at which every answer was right,
+    after which a prompt rests.
+    """
 
     decay: float = 0.5
     quotas: Mapping[str, float] = field(default_factory=lambda: {"easy": 0.2, "medium": 0.6, "hard": 0.2})
@@ -36,8 +42,10 @@ class Difficulty:
 
 
 class PromptStream:
-    """Numbers below `size`, drawn without end. With `difficulty` by weight p (1 - p) + 0.02 inside buckets, p the running share of right answers (one half
-    until a prompt was seen); else each once a pass, shuffled by (seed, pass)."""
+    """Numbers below `size`, drawn without end. With `difficulty` by weight p (1 - p) + 0.02 inside
+    buckets, p the running share of right answers (one half until a prompt was seen); else each once
+    a pass, shuffled by (seed, pass).
+    """
 
     def __init__(self, size: int, seed: int, difficulty: Difficulty | None = None) -> None:
         if size < 1:
@@ -87,7 +95,9 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another stream over the same prompts stopped. Raises ValueError for another number of prompts or another seed."""
+        """Go on where another stream over the same prompts stopped. Raises ValueError for another
+        number of prompts or another seed.
+        """
         for name in ("size", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -108,7 +118,8 @@ class PromptStream:
     def _resting(self) -> np.ndarray:
         assert self.difficulty is not None
         resting = self.streak >= self.difficulty.retire_after
-        return resting if not resting.all() else np.zeros(self.size, bool)  # all solved: go on with all
+        # all solved: go on with all
+        return resting if not resting.all() else np.zeros(self.size, bool)
 
     def _by_difficulty(self, count: int) -> list[int]:
         assert self.difficulty is not None

@@ -1,6 +1,8 @@
-"""One row of any known format -> one `Record`: the table of formats, their recognition, and the readers of demonstrations.
+"""One row of any known format -> one `Record`: the table of formats, their recognition, and the
+readers of demonstrations.
 
-Refuses to know: how files are stored, tokens, pixels. Judged answers are read in `readers_preference.py`.
+Refuses to know: how files are stored, tokens, pixels. Judged answers are read in
+`readers_preference.py`.
 Source: methods.md 1.2 (F1-F11), 9; ecosystem.md 2.2, 4.3.
 """
 
@@ -46,7 +48,9 @@ from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Ve
 
 
 def read_sft(f: Fields) -> Record:
-    """A demonstration: a query with a response column, or messages; messages that end before an answer are a prompt."""
+    """A demonstration: a query with a response column, or messages; messages that end before an
+    answer are a prompt.
+    """
     turns = read_answered(f)
     return finish(f, "sft" if turns[-1].message["role"] == "assistant" else "prompt", turns)
 
@@ -57,7 +61,9 @@ def read_prompt(f: Fields) -> Record:
 
 
 def read_classification(f: Fields) -> Record:
-    """text + label: the label is the answer to learn, and a reward by exact match for verifiable training."""
+    """text + label: the label is the answer to learn, and a reward by exact match for verifiable
+    training.
+    """
     label = f.take(f.name("label"))
     answer = label if isinstance(label, str) else show(label)
     turns = [make_turn(f, "text", "user", f.text("text")), make_turn(f, "label", "assistant", answer)]
@@ -70,7 +76,9 @@ _DESCRIBE = "Describe the picture."
 
 
 def read_picture(f: Fields) -> Record:
-    """A picture with its class, or with words about it: what is learnt is the answer to one question, the same for all, that the row need not have."""
+    """A picture with its class, or with words about it: what is learnt is the answer to one
+    question, the same for all, that the row need not have.
+    """
     name = f.name(*PICTURE_ANSWERS)
     question = _PICTURE_QUESTIONS.get(name, _DESCRIBE)
     value = f.take(name)
@@ -112,7 +120,9 @@ def read_erniekit(f: Fields) -> Record:
 
 
 def read_erniekit_dpo(f: Fields) -> Record:
-    """ERNIEKit preference: src[], tgt[] one shorter, response[][], sort[] (higher is better). Beyond two responses: a ranking."""
+    """ERNIEKit preference: src[], tgt[] one shorter, response[][], sort[] (higher is better).
+    Beyond two responses: a ranking.
+    """
     history, responses, sort = f.items("tgt") if f.has("tgt") else [], f.items("response"), f.items("sort")
     f.same_length("tgt", history, len(f.items("src")) - 1, "src but the last")
     f.same_length("response", responses, max(2, len(responses)), "of the sides compared, two or more")
@@ -133,10 +143,12 @@ def read_erniekit_dpo(f: Fields) -> Record:
 
 
 def read_erniekit_vl(f: Fields) -> Record:
-    """ERNIEKit multimodal: text_info [{text, tag mask|no_mask}], image_info and video_info [{matched_text_index, *_url}].
+    """ERNIEKit multimodal: text_info [{text, tag mask|no_mask}], image_info and video_info
+    [{matched_text_index, *_url}].
 
-    Neighbours with one tag form one turn; turns alternate from mask to no_mask. Media stand before the text they match. With
-    is_system the first turn is the system's and the no_mask turn after it, which only keeps the alternation, is left out.
+    Neighbours with one tag form one turn; turns alternate from mask to no_mask. Media stand before
+    the text they match. With is_system the first turn is the system's and the no_mask turn after
+    it, which only keeps the alternation, is left out.
     """
     infos = [f.nested(f"text_info[{i}]", item) for i, item in enumerate(f.items("text_info", "text_list"))]
     images, videos = _matched(f, "image_info", len(infos)), _matched(f, "video_info", len(infos))
@@ -195,7 +207,9 @@ def _join(first: Turn, second: Turn) -> Turn:
 
 
 class Format(NamedTuple):
-    """A format: each group of `needs` must have a field in the row ("a.b": field b in the objects of a)."""
+    """A format: each group of `needs` must have a field in the row ("a.b": field b in the objects
+    of a).
+    """
 
     name: str
     needs: tuple[tuple[str, ...], ...]
@@ -262,7 +276,8 @@ class Sniff:
 
 
 def choose(name: str) -> tuple[Format, ...]:
-    """The formats that a `format` setting allows: "auto" all, a family ("erniekit", "alpaca", "sharegpt") its members, a name that one.
+    """The formats that a `format` setting allows: "auto" all, a family ("erniekit", "alpaca",
+    "sharegpt") its members, a name that one.
 
     Raises ValueError for any other name.
     """
@@ -288,7 +303,9 @@ def _spelt_otherwise(keys: tuple[str, ...]) -> dict[str, str] | None:
 
 
 def spelt_otherwise(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """Columns that are ours but for capitals, blanks and hyphens (`Image`, `Image Path`, `imagePath`) -> our names; None: there are none."""
+    """Columns that are ours but for capitals, blanks and hyphens (`Image`, `Image Path`,
+    `imagePath`) -> our names; None: there are none.
+    """
     try:
         return _spelt_otherwise(tuple(row))
     except (TypeError, AttributeError):  # keys that are no text, in rows made in Python

@@ -1,4 +1,5 @@
-"""What all readers share: the fields of one row, dialogues in every spelling, media and their tags, the finished record.
+"""What all readers share: the fields of one row, dialogues in every spelling, media and their tags,
+the finished record.
 
 Refuses to know: which format a row has, how files are stored, whether a picture exists.
 Source: ecosystem.md 2.2, 4.3 (column aliases, roles, content parts); methods.md 9.
@@ -31,7 +32,8 @@ QUERIES = ("prompt", "query", "question", "problem", "instruction", "input")
 RESPONSES = ("response", "completion", "output", "answer", "target", "targets", "text", "content", "answers")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 SYSTEMS = ("system", "system_prompt", "developer")
-# What a turn says of being learnt, 1 or true for yes: OpenAI and ours; axolotl; verl; ms-swift. (`mask` may mean either.)
+# What a turn says of being learnt, 1 or true for yes: OpenAI and ours; axolotl; verl; ms-swift.
+# (`mask` may mean either.)
 LEARNT = ("loss", "weight", "train", "training", "trainable", "is_trainable", "loss_mask", "loss_scale", "loss_weight")
 SWITCHES = ("enable_thinking", "thinking", "think")  # of a whole row, true or false
 
@@ -53,7 +55,9 @@ _FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("too
 
 
 def read_dialogue(f: Fields) -> list[Turn]:
-    """The turns of a row before any answer column: a message list, or a query with instruction, input, history and system joined."""
+    """The turns of a row before any answer column: a message list, or a query with instruction,
+    input, history and system joined.
+    """
     name = f.name(*DIALOGUES, *QUERIES)
     value = f.take(name)
     if isinstance(value, list) or name in DIALOGUES:
@@ -82,7 +86,9 @@ def read_dialogue(f: Fields) -> list[Turn]:
 
 
 def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
-    """An answer: a string or number, one message, or a list of messages; a list of one text counts as that text."""
+    """An answer: a string or number, one message, or a list of messages; a list of one text counts
+    as that text.
+    """
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):
         value = value[0]
     if isinstance(value, bool | int | float):
@@ -97,7 +103,9 @@ def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
 
 
 def read_answers(f: Fields) -> list[Turn]:
-    """Several right answers to one question, as VQA has them: the most frequent is learnt, of equally frequent ones the first."""
+    """Several right answers to one question, as VQA has them: the most frequent is learnt, of
+    equally frequent ones the first.
+    """
     values = f.take("answers")
     values = values if (items := read_list(values)) is None else items
     if isinstance(values, dict):  # SQuAD: {"text": [...], "answer_start": [...]}
@@ -106,7 +114,8 @@ def read_answers(f: Fields) -> list[Turn]:
         values = row.take("text", "answer", "answers")
     texts = []
     for i, value in enumerate(values if isinstance(values, list) else [values]):
-        if isinstance(value, dict):  # VQA v2: {"answer": ..., "answer_confidence": ..., "answer_id": ...}
+        # VQA v2: {"answer": ..., "answer_confidence": ..., "answer_id": ...}
+        if isinstance(value, dict):
             row = f.nested(f"answers[{i}]", value)
             row.use("answer_confidence", "answer_id", "raw_answer")
             value = row.take(row.name("answer", "text"))
@@ -125,7 +134,9 @@ def read_answers(f: Fields) -> list[Turn]:
 
 
 def read_answered(f: Fields) -> list[Turn]:
-    """The dialogue with its answer: the last message's, or a response column's, which only message lists may lack."""
+    """The dialogue with its answer: the last message's, or a response column's, which only message
+    lists may lack.
+    """
     turns = read_dialogue(f)
     if turns[-1].message["role"] == "assistant" or (f.has(*DIALOGUES) and not f.has(*RESPONSES)):
         return turns
@@ -185,7 +196,9 @@ def _is_kept(row: Fields, key: str) -> bool:
 
 
 def take_thought(f: Fields, message: Message) -> None:
-    """The thought of an answer from its own field, or from the text before a closing mark that was never opened. Raises DataError for two thoughts."""
+    """The thought of an answer from its own field, or from the text before a closing mark that was
+    never opened. Raises DataError for two thoughts.
+    """
     field, thought = "", message.get("reasoning_content", "")
     for name in THOUGHTS:
         if not f.has(name) or not isinstance(f.row[name], str | list | dict):
@@ -213,7 +226,9 @@ def take_thought(f: Fields, message: Message) -> None:
 
 
 def _take_unopened(f: Fields, message: Message) -> None:
-    """Take the text before a closing mark that was never opened as the thought, where the mark ends a line or begins one."""
+    """Take the text before a closing mark that was never opened as the thought, where the mark ends
+    a line or begins one.
+    """
     content = message["content"]
     if "<think>" in content or content.count("</think>") != 1:
         return
@@ -238,7 +253,9 @@ def make_turn(f: Fields, field: str, role: str, content: Any) -> Turn:
 
 
 def _is_parts(content: Any, role: str) -> bool:
-    """Whether a content is a list of parts; of a tool, whose content may be any list of objects, only if they say what they are."""
+    """Whether a content is a list of parts; of a tool, whose content may be any list of objects,
+    only if they say what they are.
+    """
     if not isinstance(content, list):
         return False
     typed = all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
@@ -248,7 +265,9 @@ def _is_parts(content: Any, role: str) -> bool:
 def _read_part(
     f: Fields, field: str, part: Any, media: tuple[list[Media | None], list[Media | None]], thoughts: list[str]
 ) -> str:
-    """The text of one content part, in which tags are words; its medium or thought goes to the lists."""
+    """The text of one content part, in which tags are words; its medium or thought goes to the
+    lists.
+    """
     if isinstance(part, str):
         return as_words(part)
     row = f.nested(field, part)
@@ -289,7 +308,9 @@ def read_json(f: Fields, field: str, text: Any) -> Any:
 
 
 def check_dialogue(f: Fields, turns: Sequence[Turn], ends: Sequence[str]) -> None:
-    """An optional system turn, then user (or tool results) and assistant in turn; the last role as the signal needs it. Raises DataError."""
+    """An optional system turn, then user (or tool results) and assistant in turn; the last role as
+    the signal needs it. Raises DataError.
+    """
     if not turns:  # ERNIEKit's src and tgt, both empty
         raise f.error("turnless", "messages", say("no messages", "没有对话"))
     roles = [turn.message["role"] for turn in turns]
@@ -309,7 +330,9 @@ def finish(
     margin: float | None = None,
     confidence: float = 1.0,
 ) -> Record:
-    """Check turns and media, take the fields every format may have (tools, domain, mode, weight, id), and build the record."""
+    """Check turns and media, take the fields every format may have (tools, domain, mode, weight,
+    id), and build the record.
+    """
     check_dialogue(f, turns, ("assistant",) if signal == "sft" else ("user", "tool"))
     for draft in drafts:
         check_dialogue(f, turns + draft.turns, ("assistant",))

@@ -1,4 +1,5 @@
-"""Pictures and clips of a row: the columns and keys they stand in, their tags in the text, and where relative paths start.
+"""Pictures and clips of a row: the columns and keys they stand in, their tags in the text, and
+where relative paths start.
 
 Refuses to know: formats of rows, whether a file exists as a picture, pixels.
 """
@@ -15,7 +16,8 @@ from ernie_tune.config.language import say
 from ernie_tune.data.readers_row import Draft, Fields, Turn, Where, read_list
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Media, as_words, count_tags, show
 
-# The names that people give to a column, or to a key of a turn, with pictures or clips; the first is ours.
+# The names that people give to a column, or to a key of a turn, with pictures or clips; the first
+# is ours.
 IMAGE_NAMES = (
     "images", "image", "image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files",
     "image_bytes", "image_base64", "img", "imgs", "img_path", "img_paths", "img_url", "img_urls", "picture",
@@ -72,7 +74,9 @@ def kinds_shown(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def read_columns(f: Fields, kind: int, names: Sequence[str] = ()) -> tuple[Media, ...]:
-    """The media of a kind in whatever column the row keeps them. Raises DataError where two columns name different ones."""
+    """The media of a kind in whatever column the row keeps them. Raises DataError where two columns
+    name different ones.
+    """
     taken = [(name, read_media(f, kind, name)) for name in names or MEDIA_NAMES[kind] if f.has(name)]
     found = [(name, media) for name, media in taken if media]
     for name, media in found[1:]:
@@ -88,7 +92,9 @@ def read_columns(f: Fields, kind: int, names: Sequence[str] = ()) -> tuple[Media
 
 
 def _same(one: tuple[Media, ...], other: tuple[Media, ...]) -> bool:
-    """Whether two columns name the same media: equal ones, or files of one name in folders told otherwise."""
+    """Whether two columns name the same media: equal ones, or files of one name in folders told
+    otherwise.
+    """
     return one == other or (len(one) == len(other) and [*map(base_name, one)] == [*map(base_name, other)] != [])
 
 
@@ -98,7 +104,9 @@ def base_name(medium: Any) -> Any:
 
 
 def read_media(f: Fields, kind: int, *names: str) -> tuple[Media, ...]:
-    """A column of media: absent, one, or a list, which in a table is text. Inside a list of videos, a list is the frames of one video."""
+    """A column of media: absent, one, or a list, which in a table is text. Inside a list of videos,
+    a list is the frames of one video.
+    """
     value = f.take(*names)
     value = value if (items := read_list(value)) is None else items
     if value is None or (isinstance(value, str) and value == ""):
@@ -108,7 +116,9 @@ def read_media(f: Fields, kind: int, *names: str) -> tuple[Media, ...]:
 
 
 def read_medium(f: Fields, kind: int, field: str, value: Any) -> Media:
-    """One picture or clip: a path, URL, bytes, bare base64, an object that holds one of these, a decoded picture; or the frames of a clip."""
+    """One picture or clip: a path, URL, bytes, bare base64, an object that holds one of these, a
+    decoded picture; or the frames of a clip.
+    """
     if isinstance(value, dict):
         row = f.nested(field, value)
         value = row.take("bytes", "data", "url", "path", "image", "video")
@@ -125,13 +135,16 @@ def read_medium(f: Fields, kind: int, field: str, value: Any) -> Media:
         return tuple(cast(str, read_medium(f, 0, field, frame)) for frame in value)
     if isinstance(value, str) and is_base64_picture(value):
         return f"data:application/octet-stream;base64,{''.join(value.split())}"
-    if isinstance(value, bytes) or hasattr(value, "__array_interface__"):  # pictures of Pillow and arrays of numpy too
+    # pictures of Pillow and arrays of numpy too
+    if isinstance(value, bytes) or hasattr(value, "__array_interface__"):
         return cast("Media", value)
     return cast(str, f.typed(field, value, str))
 
 
 def turn_media(f: Fields, turn: Turn) -> Turn:
-    """The turn with the media that its own keys name: one for each tag in its text, or all before it where it has no tags."""
+    """The turn with the media that its own keys name: one for each tag in its text, or all before
+    it where it has no tags.
+    """
     media = list(turn.media)
     for kind, tag in enumerate(TAGS):
         own = [medium for name in MEDIA_NAMES[kind] if f.has(name) for medium in read_columns(f, kind, (name,))]
@@ -154,9 +167,10 @@ def settle_media(
 ) -> tuple[tuple[Media, ...], list[tuple[Media, ...]]]:
     """One medium for each tag, in reading order: first the messages', then each candidate's.
 
-    Media without any tag get tags before the first user turn, the convention of LLaVA and LLaMA-Factory; tags without any medium
-    are words. A candidate's own list holds either all media of its dialogue or only those of the answer. Returns the messages'
-    media, and each candidate's (empty where they are the messages').
+    Media without any tag get tags before the first user turn, the convention of LLaVA and
+    LLaMA-Factory; tags without any medium are words. A candidate's own list holds either all media
+    of its dialogue or only those of the answer. Returns the messages' media, and each candidate's
+    (empty where they are the messages').
     """
     name, tag = MEDIA_NAMES[kind][0], TAGS[kind]
     column = _merge_parts(f, kind, read_columns(f, kind), turns)
@@ -189,8 +203,10 @@ def _hint(tag: str) -> str:
 
 
 def _is_announced(f: Fields, kind: int, turns: Sequence[Turn]) -> bool:
-    """Whether media of this kind are missing, so that tags are no words: a column that is empty here, a part without source, other rows of the
-    file that have some, or a tag where all tools put it, at the start or end of a question or on a line of its own."""
+    """Whether media of this kind are missing, so that tags are no words: a column that is empty
+    here, a part without source, other rows of the file that have some, or a tag where all tools put
+    it, at the start or end of a question or on a line of its own.
+    """
     tag = TAGS[kind]
     return (
         KIND_NAMES[kind] in f.where.media

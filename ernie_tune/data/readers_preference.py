@@ -1,7 +1,9 @@
-"""Rows that judge answers: pairs, ratings, rankings, good/bad labels, checkable answers, and our own form that holds any of them.
+"""Rows that judge answers: pairs, ratings, rankings, good/bad labels, checkable answers, and our
+own form that holds any of them.
 
 Refuses to know: how files are stored, which loss will use the judgement, how an answer is checked.
-Source: methods.md 1.2 (F2, F8, F10, F11), 9 (signals); ecosystem.md 2.2 (spellings of pairs and labels).
+Source: methods.md 1.2 (F2, F8, F10, F11), 9 (signals); ecosystem.md 2.2 (spellings of pairs and
+labels).
 """
 
 from __future__ import annotations
@@ -34,11 +36,14 @@ _LABELS = {
 }
 # ecosystem.md 4.3 -> methods.md 6.1
 _REWARD_TYPES = {"choice": "mcq", "number": "numeric", "bbox": "box_iou", "ocr": "ocr_ned"}
-_JUDGEMENTS = {"ranking": "rank", "rating": "score", "label": "label"}  # signal -> what each candidate must have
+# signal -> what each candidate must have
+_JUDGEMENTS = {"ranking": "rank", "rating": "score", "label": "label"}
 
 
 def read_pair(f: Fields) -> Record:
-    """chosen and rejected, as text, messages, or whole dialogues; ms-swift's messages with rejected_response or rejected_messages."""
+    """chosen and rejected, as text, messages, or whole dialogues; ms-swift's messages with
+    rejected_response or rejected_messages.
+    """
     rejected_name = f.name("rejected", "rejected_response", "rejected_messages")
     rejected = read_answer(f, rejected_name, f.take(rejected_name))
     if f.has("chosen"):
@@ -78,7 +83,9 @@ def split_answer(f: Fields, turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
 
 
 def share_prompt(f: Fields, context: list[Turn], answers: list[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
-    """The prompt and each answer's own turns. Answers that repeat the dialogue before them are cut where they stop being equal."""
+    """The prompt and each answer's own turns. Answers that repeat the dialogue before them are cut
+    where they stop being equal.
+    """
     if all(answer[0].message["role"] == "assistant" for answer in answers):
         if not context:
             raise f.missing(*QUERIES, *DIALOGUES)
@@ -113,11 +120,14 @@ def to_unit(f: Fields, field: str, value: Any, scale: tuple[float, float]) -> fl
 
 
 def read_responses(f: Fields, wanted: str = "") -> Record:
-    """Any number of judged answers: an order or ranks (ranking), scores (rating), or labels. `wanted`: only this signal will do."""
+    """Any number of judged answers: an order or ranks (ranking), scores (rating), or labels.
+    `wanted`: only this signal will do.
+    """
     if f.has("responses", "candidates"):
         turns = read_dialogue(f)
         name = f.name("responses", "candidates")
-        if isinstance(f.row[name], dict):  # {"A": ..., "B": ...}: the keys are the names that the order uses
+        # {"A": ..., "B": ...}: the keys are the names that the order uses
+        if isinstance(f.row[name], dict):
             names, items = list(f.row[name]), list(f.take(name).values())
         else:
             items = f.items(name)
@@ -139,7 +149,9 @@ def read_responses(f: Fields, wanted: str = "") -> Record:
 
 
 def _read_candidate(f: Fields, field: str, item: Any) -> Draft:
-    """One response: text, or an object with text or messages and its own score, rank, label and images."""
+    """One response: text, or an object with text or messages and its own score, rank, label and
+    images.
+    """
     if isinstance(item, str):
         return Draft(read_answer(f, field, item))
     row = f.nested(field, item)
@@ -180,7 +192,9 @@ def read_ranks(f: Fields, n: int) -> list[float]:
 
 
 def read_order(f: Fields, order: Any, names: list[str]) -> list[float]:
-    """The rank of each response from "B>A=C>D" (A is the first response) or tiers of 0-based indices, [[1], [0, 2], [3]]."""
+    """The rank of each response from "B>A=C>D" (A is the first response) or tiers of 0-based
+    indices, [[1], [0, 2], [3]].
+    """
     if isinstance(order, str):
         tiers: list[Any] = [re.split(r"\s*[=＝]\s*", tier) for tier in re.split(r"\s*[>＞]\s*", order.strip())]
         tiers = [[names.index(name) if name in names else name for name in tier] for tier in tiers]
@@ -212,14 +226,18 @@ def read_labelled(f: Fields) -> Record:
 
 
 def read_verifiable(f: Fields) -> Record:
-    """A prompt and what checks its answers. A dialogue that ends with an answer is a demonstration too, and serves both trainings."""
+    """A prompt and what checks its answers. A dialogue that ends with an answer is a demonstration
+    too, and serves both trainings.
+    """
     turns = read_dialogue(f)
     demonstrated = turns[-1].message["role"] == "assistant"
     return finish(f, "sft" if demonstrated else "verifiable", turns, reward=read_reward(f))
 
 
 def read_reward(f: Fields) -> Reward:
-    """answer or solution, verifiers, evidence, scene and hint, on the row or inside `reward`; verl's reward_model."""
+    """answer or solution, verifiers, evidence, scene and hint, on the row or inside `reward`;
+    verl's reward_model.
+    """
     value = f.take("reward", "reward_model")
     inner = f.nested("reward", {"type": value} if isinstance(value, str) else {} if value is None else value)
 
@@ -252,7 +270,9 @@ def _read_verifier(f: Fields, i: int, item: Any) -> Verifier:
 
 
 def read_sft_signal(f: Fields) -> Record:
-    """Our own form of a demonstration: messages and exactly one response, or messages that end with the answer."""
+    """Our own form of a demonstration: messages and exactly one response, or messages that end with
+    the answer.
+    """
     turns = read_dialogue(f)
     if f.has("responses"):
         responses = f.items("responses")
@@ -273,7 +293,9 @@ _CANONICAL = {
 
 
 def read_canonical(f: Fields) -> Record:
-    """methods.md 9: messages + signal {type, ...}; ecosystem.md 4.3: messages + candidates. The signal's fields join the row's."""
+    """methods.md 9: messages + signal {type, ...}; ecosystem.md 4.3: messages + candidates. The
+    signal's fields join the row's.
+    """
     if not f.has("signal"):
         record = read_responses(f)
         return dataclasses.replace(record, reward=read_reward(f)) if f.has("reward") else record

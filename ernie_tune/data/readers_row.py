@@ -1,4 +1,5 @@
-"""One row while it is read: its fields, what has been taken of them, its place, and the turns and candidates that come out.
+"""One row while it is read: its fields, what has been taken of them, its place, and the turns and
+candidates that come out.
 
 Refuses to know: what fields mean, which format a row has, how files are stored.
 """
@@ -21,7 +22,9 @@ KINDS = {str: "a string", list: "a list", dict: "an object", float: "a number", 
 
 
 def read_list(value: object) -> list[Any] | None:
-    """The list that a cell of a table holds as text, in JSON's spelling or in Python's (pandas writes ['a.png']); None for any other value."""
+    """The list that a cell of a table holds as text, in JSON's spelling or in Python's (pandas
+    writes ['a.png']); None for any other value.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] != "[" or value.rstrip()[-1:] != "]":
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -35,8 +38,10 @@ def read_list(value: object) -> list[Any] | None:
 
 
 class Where(NamedTuple):
-    """The place of a row. Relative media paths start in `media_dir`, or, where it has no such file, beside the data file.
-    `media`: the kinds ("image", "video") that other rows of the file show."""
+    """The place of a row. Relative media paths start in `media_dir`, or, where it has no such file,
+    beside the data file.
+    `media`: the kinds ("image", "video") that other rows of the file show.
+    """
 
     path: str = "<rows>"
     line: int = 0
@@ -45,7 +50,9 @@ class Where(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A message and the media its content parts brought along (None: a bare {"type": "image"}, filled from the row's column)."""
+    """A message and the media its content parts brought along (None: a bare {"type": "image"},
+    filled from the row's column).
+    """
 
     message: Message
     media: tuple[tuple[Media | None, ...], tuple[Media | None, ...]] = ((), ())  # images, videos
@@ -53,7 +60,9 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Draft:
-    """A candidate before its media are settled. `media` holds images and videos of its own columns, such as `rejected_images`."""
+    """A candidate before its media are settled. `media` holds images and videos of its own columns,
+    such as `rejected_images`.
+    """
 
     turns: list[Turn]
     media: tuple[tuple[Media, ...], tuple[Media, ...]] = ((), ())
@@ -63,12 +72,15 @@ class Draft:
 
 
 class Fields:
-    """A row that remembers which fields were taken. null counts as absent. Every complaint is a DataError with file, line and field."""
+    """A row that remembers which fields were taken. null counts as absent. Every complaint is a
+    DataError with file, line and field.
+    """
 
     def __init__(self, row: Mapping[str, Any], where: Where, prefix: str = "", root: Fields | None = None) -> None:
         self.row, self.where, self.prefix = row, where, prefix
         self.root = self if root is None else root
-        self.parts: list[Fields] = []  # of the root: the fields of every object inside the row that was looked into
+        # of the root: the fields of every object inside the row that was looked into
+        self.parts: list[Fields] = []
         self.notes: list[Note] = []  # of the root
         self._taken: set[str] = set()
 

@@ -1,9 +1,12 @@
-"""What readers left in a row: its names, to be told once for the file, and an error where it looks like something that training would miss.
+"""What readers left in a row: its names, to be told once for the file, and an error where it looks
+like something that training would miss.
 
-A picture, a clip, a sound, a mask of the loss or a thought that no reader took would be lost without a word: the model would learn an answer
-about a picture that it never saw, or the very turn that was marked as bad. A name that begins with `_` is left out on purpose.
+A picture, a clip, a sound, a mask of the loss or a thought that no reader took would be lost
+without a word: the model would learn an answer about a picture that it never saw, or the very turn
+that was marked as bad. A name that begins with `_` is left out on purpose.
 
-Refuses to know: formats, which names readers take (`Fields` says what they took), how names are told.
+Refuses to know: formats, which names readers take (`Fields` says what they took), how names are
+told.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ _MASK_WORDS = frozenset(
         "untrained", "supervise", "supervised", "ignore", "ignored", "learn", "learned", "learnable", "skip", "skipped",
     )
 )  # fmt: skip
-_LEFT_OUT_WORDS = frozenset(("exclude", "excluded", "freeze", "frozen", "grad", "backprop"))  # of a turn, not of a row
+# of a turn, not of a row
+_LEFT_OUT_WORDS = frozenset(("exclude", "excluded", "freeze", "frozen", "grad", "backprop"))
 _THOUGHT = re.compile(
     r"(^|_)(reasoning|thinking|thoughts?|think|rationales?|cot|chain_of_thoughts?|deliberation|scratchpad)"
     r"(_(content|text|trace|traces|process|steps|details|chain|summary))?$"
@@ -63,7 +67,9 @@ _DEPTH, _WIDTH = 4, 16  # of values that are looked into
 
 
 def check_unused(f: Fields, record: Record) -> tuple[str, ...]:
-    """Names of all that no reader took, indices left out: ("source", "messages[].name"). Raises DataError for what training would miss."""
+    """Names of all that no reader took, indices left out: ("source", "messages[].name"). Raises
+    DataError for what training would miss.
+    """
     found: dict[str, None] = {}
     for part in (f, *f.parts):
         for key, value in part.extra().items():
@@ -76,7 +82,9 @@ def check_unused(f: Fields, record: Record) -> tuple[str, ...]:
 
 
 def _refuse(part: Fields, key: str, value: object, record: Record) -> None:
-    """The error for a value that training would miss. What only repeats something that was read is none."""
+    """The error for a value that training would miss. What only repeats something that was read is
+    none.
+    """
     if part.prefix and not _words(key).isdisjoint(_LEFT_OUT_WORDS) and _is_flags(value):
         raise part.error("unread_mask", key, show(value), name=key)
     for kind, at, what in _missed(key, value):
@@ -164,7 +172,9 @@ def _text_medium(key: str, text: str) -> str:
 
 
 def _is_flags(value: object) -> bool:
-    """Whether a value may say what to learn: true or false, 0 or 1, a list of these, or objects with such a field."""
+    """Whether a value may say what to learn: true or false, 0 or 1, a list of these, or objects
+    with such a field.
+    """
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return True
     if isinstance(value, str):

@@ -1,6 +1,8 @@
-"""The one record that every reader makes and every trainer takes, and the one error that bad data raises.
+"""The one record that every reader makes and every trainer takes, and the one error that bad data
+raises.
 
-Refuses to know: file formats, column names, tokens, pixels. Readers check rows; building a `Record` in code checks nothing.
+Refuses to know: file formats, column names, tokens, pixels. Readers check rows; building a `Record`
+in code checks nothing.
 Source: ecosystem.md 4.3 (messages, media, candidates), methods.md 9 (signals, rewards).
 """
 
@@ -13,19 +15,23 @@ from typing import Any, NamedTuple, TypedDict
 
 from ernie_tune.config.language import in_language, say
 
-# sft: messages end with the answer. prompt, verifiable: they end before it. The others: candidates continue the messages.
+# sft: messages end with the answer. prompt, verifiable: they end before it. The others: candidates
+# continue the messages.
 SIGNALS = ("sft", "prompt", "pair", "rating", "ranking", "label", "verifiable")
 MODES = ("auto", "think", "nothink")
 ROLES = ("system", "user", "assistant", "tool")
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 _SHOWN_CHARACTERS = 80
-# A tag of a medium; behind a backslash it is the words themselves, as in a text about HTML's \\<video>.
+# A tag of a medium; behind a backslash it is the words themselves, as in a text about HTML's
+# \\<video>.
 TAG = re.compile(r"(?<!\\)<(image|video)>")
 _WORDS = re.compile(r"\\(<(?:image|video)>)")
 
 
 def as_words(text: str, tag: str = "") -> str:
-    """A text whose tags (or only this one) mean themselves, as a message holds it: `<image>` becomes `\\<image>`."""
+    """A text whose tags (or only this one) mean themselves, as a message holds it: `<image>`
+    becomes `\\<image>`.
+    """
     return (
         TAG.sub(lambda found: found[0] if tag and tag != found[0] else "\\" + found[0], text) if "<" in text else text
     )
@@ -43,11 +49,14 @@ def count_tags(text: str, tag: str) -> int:
 
 Note = tuple[str, str, str]  # a key of doctor.CHECKS, the field, what was found there
 
-Media = str | bytes | tuple[str, ...]  # a path, URL or data URL; encoded bytes; for a video also its frames
+# a path, URL or data URL; encoded bytes; for a video also its frames
+Media = str | bytes | tuple[str, ...]
 
 
 class Message(TypedDict, total=False):
-    """One turn. `content` holds a tag for each image and video (`\\<image>` is the word); `loss` False keeps an assistant turn out of the loss."""
+    """One turn. `content` holds a tag for each image and video (`\\<image>` is the word); `loss`
+    False keeps an assistant turn out of the loss.
+    """
 
     role: str
     content: str
@@ -58,7 +67,9 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to pictures (data/corruption.py): "mask", or "noise" of this strength, drawn from `seed`."""
+    """What is done to pictures (data/corruption.py): "mask", or "noise" of this strength, drawn
+    from `seed`.
+    """
 
     kind: str
     noise: float = 0.99
@@ -67,12 +78,15 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One judged answer: turns that continue the record's messages, and what is known about them."""
+    """One judged answer: turns that continue the record's messages, and what is known about
+    them.
+    """
 
     messages: tuple[Message, ...]
     images: tuple[
         Media, ...
-    ] = ()  # all that messages + answer show, where it differs from the record's; empty: the record's
+        # all that messages + answer show, where it differs from the record's; empty: the record's
+    ] = ()
     videos: tuple[Media, ...] = ()
     score: float | None = None  # on [0, 1], whatever scale the file used
     rank: float | None = None  # lowest is best, equal ranks are ties
@@ -91,12 +105,15 @@ class Verifier:
 
 @dataclass(frozen=True)
 class Reward:
-    """What makes an answer checkable. No verifiers: the trainer chooses by the kind of the answer."""
+    """What makes an answer checkable. No verifiers: the trainer chooses by the kind of the
+    answer.
+    """
 
     answer: Any = None
     verifiers: tuple[Verifier, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)  # {"required": [claim, ...]}
-    scene: Mapping[str, Any] = field(default_factory=dict)  # annotation of the picture: objects, ocr, chart
+    # annotation of the picture: objects, ocr, chart
+    scene: Mapping[str, Any] = field(default_factory=dict)
     hint: str = ""
 
 
@@ -108,7 +125,8 @@ class Meta:
     line: int = 0  # 1-based; the row number in formats without lines; 0: not from a file
     format: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()  # names of all that no reader took, such as "source" or "messages[].name"
+    # names of all that no reader took, such as "source" or "messages[].name"
+    unused: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()  # what the reader had to decide
 
     def __str__(self) -> str:
@@ -117,7 +135,9 @@ class Meta:
 
 @dataclass(frozen=True)
 class Record:
-    """One training unit: a dialogue, its media in the order of their tags, and the signal to learn from."""
+    """One training unit: a dialogue, its media in the order of their tags, and the signal to learn
+    from.
+    """
 
     signal: str
     messages: tuple[Message, ...]
@@ -144,7 +164,9 @@ class Record:
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """The signals this record can be used as: its own, and verifiable where a reward is known (methods.md 9, F7)."""
+        """The signals this record can be used as: its own, and verifiable where a reward is known
+        (methods.md 9, F7).
+        """
         return (self.signal,) if self.reward is None or self.signal == "verifiable" else (self.signal, "verifiable")
 
     def dialogue(self, index: int) -> tuple[tuple[Message, ...], tuple[Media, ...], tuple[Media, ...]]:
@@ -153,7 +175,9 @@ class Record:
         return self.messages + candidate.messages, candidate.images or self.images, candidate.videos or self.videos
 
     def preferences(self) -> Iterator[tuple[int, int]]:
-        """(better, worse) candidate indices, by rank or else by score; ties give none. K strictly ordered answers give K(K-1)/2."""
+        """(better, worse) candidate indices, by rank or else by score; ties give none. K strictly
+        ordered answers give K(K-1)/2.
+        """
         values = [-c.rank if c.rank is not None else c.score for c in self.candidates]
         for i, a in enumerate(values):
             for j, b in enumerate(values):
@@ -162,7 +186,9 @@ class Record:
 
     @property
     def best(self) -> tuple[int, ...]:
-        """The candidates known to be right: those that are better than another and that none is better than, and good ones."""
+        """The candidates known to be right: those that are better than another and that none is
+        better than, and good ones.
+        """
         edges = list(self.preferences())
         right = {better for better, _ in edges} - {worse for _, worse in edges}
         return tuple(sorted(right | {i for i, c in enumerate(self.candidates) if c.label}))
@@ -175,7 +201,8 @@ class _Problem(NamedTuple):
     fix_zh: str
 
 
-# Everything that can be wrong with data. Braces are filled by the reader; the doctor groups by the key.
+# Everything that can be wrong with data. Braces are filled by the reader; the doctor groups by the
+# key.
 PROBLEMS = {
     "missing": _Problem("{names}", "add it, or rename yours{hint}", "{names}", "补上该字段，或改名{hint}"),
     "type": _Problem("{kind}", "write {field} as {kind}", "类型 {kind}", "将 {field} 写成 {kind}"),
@@ -215,7 +242,9 @@ PROBLEMS = {
 
 
 def show(value: object) -> str:
-    """A value for an error message: short, on one line, with its kind where the value alone would not tell."""
+    """A value for an error message: short, on one line, with its kind where the value alone would
+    not tell.
+    """
     if isinstance(value, dict):
         return f"an object with {', '.join(map(str, value)) or 'no fields'}"[:_SHOWN_CHARACTERS]
     text = repr(value)
@@ -227,9 +256,11 @@ def _one_line(text: str) -> str:
 
 
 class DataError(ValueError):
-    """A row, file or list of files that cannot be used. `str()` is one line in the language that is wanted, `english` and `chinese` are both.
+    """A row, file or list of files that cannot be used. `str()` is one line in the language that is
+    wanted, `english` and `chinese` are both.
 
-    `problem` is a key of PROBLEMS, `params` fill its braces. Line 0 means the whole file. Instances pickle, so workers can raise them.
+    `problem` is a key of PROBLEMS, `params` fill its braces. Line 0 means the whole file. Instances
+    pickle, so workers can raise them.
     """
 
     def __init__(

@@ -1,7 +1,10 @@
-"""Files of rows -> a lazy, indexable sequence of records: jsonl, json, csv, tsv, parquet; folders, patterns, `path#500`, dataset_info.json.
+"""Files of rows -> a lazy, indexable sequence of records: jsonl, json, csv, tsv, parquet; folders,
+patterns, `path#500`, dataset_info.json.
 
-Refuses to know: what a row means (`readers.py`), tokens, pixels, how data sets are mixed, the network.
-Memory: 24 bytes a row for the index, whatever the rows hold; a row is read from disk when it is asked for. Nothing is ever written.
+Refuses to know: what a row means (`readers.py`), tokens, pixels, how data sets are mixed, the
+network.
+Memory: 24 bytes a row for the index, whatever the rows hold; a row is read from disk when it is
+    asked for. Nothing is ever written.
 Source: ecosystem.md 2.2 (files, sampling), 4.3 (both dialects of dataset_info.json).
 """
 
@@ -24,9 +27,11 @@ from ernie_tune.data.records import DataError, Record, show
 
 INFO_FILE = "dataset_info.json"
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")  # which are then refused with what to do
+# which are then refused with what to do
+_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")
 _SAMPLED_ROWS = 32  # read to recognise a format
-# LLaMA-Factory's column roles -> the field our readers know; the others keep their names (ecosystem.md 4.3).
+# LLaMA-Factory's column roles -> the field our readers know; the others keep their names
+# (ecosystem.md 4.3).
 _COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAG_ROLES = {
     "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt"), "system_tag": ("system", "system"),
@@ -37,11 +42,14 @@ _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "script_ur
 
 @dataclass(frozen=True)
 class Entry:
-    """What to read: one file, folder or pattern, and how. `prob` is a mixing weight that dataset_info.json suggests."""
+    """What to read: one file, folder or pattern, and how. `prob` is a mixing weight that
+    dataset_info.json suggests.
+    """
 
     path: str
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)  # field of our readers -> column of the file
+    # field of our readers -> column of the file
+    columns: Mapping[str, str] = field(default_factory=dict)
     only_columns: bool = False  # the other columns are not for the readers
     tags: Mapping[str, str] = field(default_factory=dict)
     samples: int | None = None
@@ -58,7 +66,9 @@ class _Part(NamedTuple):
 
 
 class Dataset(Sequence[Record]):
-    """Records of one or more files, read when asked for. `data[i]` raises DataError for a bad row; iterate over `range(len(data))` to go on."""
+    """Records of one or more files, read when asked for. `data[i]` raises DataError for a bad row;
+    iterate over `range(len(data))` to go on.
+    """
 
     def __init__(self, parts: Sequence[_Part], media_dir: str, signals: Sequence[str], picks_n: np.ndarray) -> None:
         self._parts, self._media_dir, self._signals, self._picks_n = list(parts), media_dir, tuple(signals), picks_n
@@ -92,7 +102,9 @@ class Dataset(Sequence[Record]):
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        """Each file with the number of its rows that are taken; rows in memory and folders of classes are none."""
+        """Each file with the number of its rows that are taken; rows in memory and folders of
+        classes are none.
+        """
         part_n = np.searchsorted(self._starts, self._picks_n, "right") - 1
         taken = np.bincount(part_n, minlength=len(self._parts))
         found = [(part.rows.path, int(count)) for part, count in zip(self._parts, taken, strict=True)]
@@ -113,7 +125,9 @@ _SIGNAL_WORDS = {
 
 
 def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: Sequence[str]) -> DataError:
-    """The error for a row that a training cannot use, with the format in which it could, if there is one."""
+    """The error for a row that a training cannot use, with the format in which it could, if there
+    is one.
+    """
     english, chinese = _SIGNAL_WORDS[record.signal]
     found = say(
         f"{record.signal} (read as {record.meta.format}: {english})",
@@ -187,9 +201,11 @@ def load_dataset(
 ) -> Dataset:
     """Open files as one lazy sequence of records.
 
-    `path`: a file, folder, pattern, `path#500` (500 rows drawn with `seed`, more than there are: repeated), a name in
-    `dataset_dir`/dataset_info.json, a comma list or a sequence of these; or rows themselves, as dicts. `format`: "auto", or a name of `readers.FORMATS`.
-    `columns`: our field -> your column. `signals`: the signals that the caller can use, others are an error (default: all).
+    `path`: a file, folder, pattern, `path#500` (500 rows drawn with `seed`, more than there are:
+    repeated), a name in `dataset_dir`/dataset_info.json, a comma list or a sequence of these; or
+    rows themselves, as dicts. `format`: "auto", or a name of `readers.FORMATS`.
+    `columns`: our field -> your column. `signals`: the signals that the caller can use, others are
+    an error (default: all).
     Raises DataError (bad file) here and on access (bad row), ValueError (unknown format).
     """
     given = in_memory(path)
@@ -214,7 +230,9 @@ def load_dataset(
 
 
 def in_memory(given: Any) -> Sequence[Mapping[str, Any]] | None:
-    """Rows as dicts where they were given so: a list, a `datasets.Dataset`, or anything that yields dicts; None for names of files and records."""
+    """Rows as dicts where they were given so: a list, a `datasets.Dataset`, or anything that yields
+    dicts; None for names of files and records.
+    """
     if isinstance(given, str | os.PathLike):
         return None
     if not isinstance(given, Sequence) and not hasattr(given, "__getitem__"):
@@ -230,7 +248,9 @@ def split_paths(text: str) -> list[str]:
 
 
 def sample(rows: int, wanted: int | None, seed: int) -> np.ndarray:
-    """Row numbers in file order: all, or `wanted` of them drawn without repetition until every row was drawn equally often."""
+    """Row numbers in file order: all, or `wanted` of them drawn without repetition until every row
+    was drawn equally often.
+    """
     if wanted is None or rows == 0:
         return np.arange(rows)
     drawn = np.random.RandomState(seed).permutation(rows)[: wanted % rows]
@@ -238,7 +258,9 @@ def sample(rows: int, wanted: int | None, seed: int) -> np.ndarray:
 
 
 def find(name: str, dataset_dir: str) -> list[Entry]:
-    """The entry for a path, pattern or data-set name, with its #count. Raises DataError where nothing has this name."""
+    """The entry for a path, pattern or data-set name, with its #count. Raises DataError where
+    nothing has this name.
+    """
     base, _, count = name.rpartition("#")
     samples = int(count) if base and count.isdecimal() and not os.path.exists(name) else None
     target = name if samples is None else base
@@ -257,13 +279,16 @@ def find(name: str, dataset_dir: str) -> list[Entry]:
 
 
 def read_info(value: Any, name: str, info: str) -> Entry:
-    """One entry of dataset_info.json: LLaMA-Factory's (file_name, formatting, columns, tags, num_samples) or ERNIEKit's (path, type, prob)."""
+    """One entry of dataset_info.json: LLaMA-Factory's (file_name, formatting, columns, tags,
+    num_samples) or ERNIEKit's (path, type, prob).
+    """
     f = Fields({name: value}, Where(info)).nested(name, value)
     if not f.has("path", "file_name"):
         raise f.error("hub", "file_name", ", ".join(hub for hub in _HUBS if f.has(hub)) or show(value))
     file = f.text("path", "file_name")
     beside = os.path.join(os.path.dirname(info), file)
-    path = beside if _files(beside, must=False) else file  # ERNIEKit writes paths from the working folder
+    # ERNIEKit writes paths from the working folder
+    path = beside if _files(beside, must=False) else file
     if f.has("path"):
         kind = f.text("type") if f.has("type") else "auto"
         return Entry(path, kind, prob=f.number_or(None, "prob", 0.0))
@@ -276,7 +301,9 @@ def read_info(value: Any, name: str, info: str) -> Entry:
 
 
 def _files(path: str, must: bool = True) -> list[str]:
-    """The data files of a file name, a folder (of a repository: of its data folder; with one sub-folder a class: itself) or a pattern, sorted."""
+    """The data files of a file name, a folder (of a repository: of its data folder; with one
+    sub-folder a class: itself) or a pattern, sorted.
+    """
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
@@ -332,7 +359,9 @@ def _open(path: str, entry: Entry) -> _Part:
 
 
 def _part(rows: Rows, entry: Entry) -> _Part:
-    """Settle the format of rows by the first ones that can be read; the others complain when asked for."""
+    """Settle the format of rows by the first ones that can be read; the others complain when asked
+    for.
+    """
     path = rows.path
     if not len(rows):
         raise DataError(path, 0, "file", say("no rows", "没有数据行"), "empty", {})

@@ -1,6 +1,8 @@
-"""Count before training: which rows can be used, why others cannot, what readers had to decide. Each row is looked at once, before the first step.
+"""Count before training: which rows can be used, why others cannot, what readers had to decide.
+Each row is looked at once, before the first step.
 
-A row costs some 0.1 ms: pictures are measured by their heads, and only where the row may be too long for its limit.
+A row costs some 0.1 ms: pictures are measured by their heads, and only where the row may be too
+long for its limit.
 Refuses to know: files, models, who prints the lines.
 """
 
@@ -57,8 +59,9 @@ class KnowsRows(Protocol):
 
 
 def survey(sets: Sequence[Sequence[Record]], encoder: KnowsRows, limit: int = SURVEYED_ROWS) -> Survey:
-    """Look at the rows of all sets (`limit` of them at most). Raises DataError and ValueError for a row that would stop the run, and where no row
-    can be used."""
+    """Look at the rows of all sets (`limit` of them at most). Raises DataError and ValueError for a
+    row that would stop the run, and where no row can be used.
+    """
     found = Survey(rows=sum(map(len, sets)))
     for rows in sets:
         for i in range(min(len(rows), limit - found.seen)):

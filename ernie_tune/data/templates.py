@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from ernie_tune.config.language import join, say
 from ernie_tune.data.tokenizer import CONFIG_FILE, IMAGE, TEMPLATE_FILE, TEMPLATE_JSON_FILE, VIDEO, read_json
 
-TEMPLATE_KEY = "ernie_tune_template"  # in tokenizer_config.json: the variant of a template that is ours
+# in tokenizer_config.json: the variant of a template that is ours
+TEMPLATE_KEY = "ernie_tune_template"
 _ENTRY = "chat_template"
 
 

@@ -1,9 +1,12 @@
-"""Text <-> token ids: `tokenizer.model` (sentencepiece) or `tokenizer.json` (byte-fallback BPE, optional package `tokenizers`).
+"""Text <-> token ids: `tokenizer.model` (sentencepiece) or `tokenizer.json` (byte-fallback BPE,
+optional package `tokenizers`).
 
-Special tokens are looked up in the folder's files, never assumed. Their strings inside ordinary text stay ordinary text, so no user can
-forge a marker. Every string comes back unchanged: decode(encode(x)) == x.
+Special tokens are looked up in the folder's files, never assumed. Their strings inside ordinary
+text stay ordinary text, so no user can forge a marker. Every string comes back unchanged:
+decode(encode(x)) == x.
 
-Refuses to know: chat formats, images, models, the network (a hub name must be downloaded first), paddle.
+Refuses to know: chat formats, images, models, the network (a hub name must be downloaded first),
+paddle.
 Source: architecture.md 8.1.
 """
 
@@ -29,11 +32,13 @@ BUNDLED = ("small", "tiny")  # vocabularies of the presets "small" and "tiny-*"
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ADDED_FILE, ROLES_FILE = "added_tokens.json", "special_tokens_map.json"
-# Where a chat template may lie besides tokenizer_config.json: as text, and as an object's "chat_template".
+# Where a chat template may lie besides tokenizer_config.json: as text, and as an object's
+# "chat_template".
 TEMPLATE_FILE, TEMPLATE_JSON_FILE = "chat_template.jinja", "chat_template.json"
 FILES = (MODEL_FILE, JSON_FILE, CONFIG_FILE, ADDED_FILE, ROLES_FILE, TEMPLATE_FILE, TEMPLATE_JSON_FILE)
 
-# Names of the released vocabularies; a folder's special_tokens_map.json may give a role to another token.
+# Names of the released vocabularies; a folder's special_tokens_map.json may give a role to another
+# token.
 IMAGE, VIDEO = "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"
 IMAGE_START, IMAGE_END = "<|IMAGE_START|>", "<|IMAGE_END|>"
 VIDEO_START, VIDEO_END = "<|VIDEO_START|>", "<|VIDEO_END|>"
@@ -69,12 +74,16 @@ class _Vocabulary(NamedTuple):
 
 
 class Tokenizer:
-    """Text <-> ids of one vocabulary. Make one with `from_folder` or `bundled`; it keeps the folder's files so that `save` copies them."""
+    """Text <-> ids of one vocabulary. Make one with `from_folder` or `bundled`; it keeps the
+    folder's files so that `save` copies them.
+    """
 
     def __init__(self, files: Mapping[str, bytes], where: str, separate_video: bool = False) -> None:
-        """`files`: contents by name, `where`: their folder, for messages. `separate_video`: videos have a placeholder of their own.
+        """`files`: contents by name, `where`: their folder, for messages. `separate_video`: videos
+        have a placeholder of their own.
 
-        Raises ValueError for broken files or a vocabulary that does not give text back, ImportError where `tokenizers` is needed.
+        Raises ValueError for broken files or a vocabulary that does not give text back, ImportError
+        where `tokenizers` is needed.
         """
         self.where = where
         self._files = dict(files)
@@ -105,7 +114,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a model folder. Raises ValueError if it holds neither tokenizer.model nor tokenizer.json, else like the constructor."""
+        """Read a model folder. Raises ValueError if it holds neither tokenizer.model nor
+        tokenizer.json, else like the constructor.
+        """
         folder = folder_with_tokenizer(Path(path))
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         if MODEL_FILE not in files and JSON_FILE not in files:
@@ -116,7 +127,8 @@ class Tokenizer:
                     f"分词器文件夹（{folder}）中须有 {MODEL_FILE} 或 {JSON_FILE}；请给出已下载模型的文件夹",
                 )
             )
-        # Only the native transformers conversion has a second placeholder, and only its config.json says so.
+        # Only the native transformers conversion has a second placeholder, and only its config.json
+        # says so.
         config = Path(path) / "config.json"
         native = {"config.json": config.read_bytes()} if config.is_file() else {}
         return cls(files, str(folder), separate_video="video_token_id" in read_json(native, "config.json", str(folder)))
@@ -125,7 +137,9 @@ class Tokenizer:
 
     @classmethod
     def bundled(cls, name: str = "small") -> Tokenizer:
-        """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets (600), made by `vocabulary.py`. Raises ValueError for other names."""
+        """The tokenizer shipped for the preset "small" (8000 zh/en pieces) or the "tiny-*" presets
+        (600), made by `vocabulary.py`. Raises ValueError for other names.
+        """
         if name not in BUNDLED:
             raise ValueError(
                 say(
@@ -178,7 +192,8 @@ class Tokenizer:
         )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. Strings of special tokens become their ids only with `allow_special`, for text that no user wrote.
+        """Ids of `text`. Strings of special tokens become their ids only with `allow_special`, for
+        text that no user wrote.
 
         Raises ValueError for a lone surrogate, which no byte sequence can express.
         """
@@ -199,7 +214,8 @@ class Tokenizer:
         return ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        # A cut behind the first character of every special string: neither format can then see one whole.
+        # A cut behind the first character of every special string: neither format can then see one
+        # whole.
         cuts = [0, *(found.start() + 1 for found in self._find_special.finditer(text)), len(text)]
         ids: list[int] = []
         for first, last in pairwise(cuts):
@@ -211,14 +227,17 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, keep: Collection[str] = ()) -> str:
-        """Text of `ids`. `skip_special` leaves out special tokens except those in `keep`; an id without a token reads as U+FFFD.
+        """Text of `ids`. `skip_special` leaves out special tokens except those in `keep`; an id
+        without a token reads as U+FFFD.
 
         Raises ValueError for a negative id.
         """
         return b"".join(self.token_bytes(i, skip_special, keep) for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self, i: int, skip_special: bool = False, keep: Collection[str] = ()) -> bytes:
-        """What id `i` adds to the text, in UTF-8; possibly a part of a character. Raises ValueError if negative."""
+        """What id `i` adds to the text, in UTF-8; possibly a part of a character. Raises ValueError
+        if negative.
+        """
         if i < 0:
             raise ValueError(f"token id ({i}) must not be negative; drop padding and ignored labels before decoding")
         if i in self._vocabulary.byte_of:
@@ -238,7 +257,9 @@ class Tokenizer:
         return self._files
 
     def save(self, folder: str | os.PathLike[str], files: Mapping[str, bytes] | None = None, **config: Any) -> None:
-        """Copy the tokenizer's files (`files` in their place) to `folder`, each under a temporary name first. `config` entries go to tokenizer_config.json."""
+        """Copy the tokenizer's files (`files` in their place) to `folder`, each under a temporary
+        name first. `config` entries go to tokenizer_config.json.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         files = dict(self._files if files is None else files)
@@ -255,7 +276,8 @@ class Tokenizer:
             raise ValueError(
                 f"special tokens of {self.where} ({len(special):,}) must be at most {_MOST_SPECIAL:,}; use the tokenizer of an ERNIE-4.5-VL model"
             )
-        # A role or "additional" token may be an ordinary piece of the model file: special by declaration.
+        # A role or "additional" token may be an ordinary piece of the model file: special by
+        # declaration.
         extra = read_json(self._files, ROLES_FILE, self.where).get("additional_special_tokens", [])
         declared = [*self._roles.values(), *(_content(token) for token in extra)]
         pieces = {piece: i for i, piece in self._vocabulary.pieces.items()}
@@ -266,14 +288,18 @@ AutoTokenizer = Tokenizer  # the name users of other libraries look for
 
 
 class StreamDecoder:
-    """Ids one by one -> text, never half a character. What was pushed, joined, equals `Tokenizer.decode` of the same ids."""
+    """Ids one by one -> text, never half a character. What was pushed, joined, equals
+    `Tokenizer.decode` of the same ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, keep: Collection[str] = ()) -> None:
         self._tokenizer, self._skip, self._keep = tokenizer, skip_special, keep
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes; "" while a character is unfinished. Raises ValueError for a negative id."""
+        """The text that id `i` completes; "" while a character is unfinished. Raises ValueError for
+        a negative id.
+        """
         return self._utf8.decode(self._tokenizer.token_bytes(i, self._skip, self._keep))
 
     def flush(self) -> str:
@@ -282,7 +308,9 @@ class StreamDecoder:
 
 
 def folder_with_tokenizer(folder: Path) -> Path:
-    """The folder itself; of a run's checkpoint that has no tokenizer, as the first release wrote them, that of the run."""
+    """The folder itself; of a run's checkpoint that has no tokenizer, as the first release wrote
+    them, that of the run.
+    """
 
     def has(place: Path) -> bool:
         return any((place / name).is_file() for name in (MODEL_FILE, JSON_FILE))
@@ -300,7 +328,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
-    """The object in the JSON file `name` of the folder `where`, {} if `files` lacks it. Raises ValueError naming the file."""
+    """The object in the JSON file `name` of the folder `where`, {} if `files` lacks it. Raises
+    ValueError naming the file.
+    """
     return json_object(
         files.get(name, b"{}"), os.path.join(where, name), say("download the file again", "请重新下载该文件")
     )
@@ -329,7 +359,8 @@ def _read_model(model: bytes, where: str) -> _Vocabulary:
             )
         ) from error
     pieces = list(model_pieces(model))
-    # Vocabularies also use the user-defined kind for runs of spaces and the like, which are ordinary text.
+    # Vocabularies also use the user-defined kind for runs of spaces and the like, which are
+    # ordinary text.
     special = {
         piece: i
         for i, (piece, kind) in enumerate(pieces)
@@ -345,7 +376,9 @@ def _read_model(model: bytes, where: str) -> _Vocabulary:
 
 
 def model_pieces(model: bytes) -> Iterator[tuple[str, int]]:
-    """(piece, kind) of each id. sentencepiece's Python interface does not tell user-defined pieces from ordinary ones."""
+    """(piece, kind) of each id. sentencepiece's Python interface does not tell user-defined pieces
+    from ordinary ones.
+    """
     for number, piece in _fields(model):
         if number == 1:
             fields = dict(_fields(piece))
@@ -379,7 +412,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _read_hf(spec: bytes, where: str) -> _Vocabulary:
-    """tokenizer.json through the optional package. Only the kind that ERNIE uses: BPE with byte fallback."""
+    """tokenizer.json through the optional package. Only the kind that ERNIE uses: BPE with byte
+    fallback.
+    """
     content = read_json({JSON_FILE: spec}, JSON_FILE, where)
     model = content.get("model") or {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):

@@ -1,8 +1,11 @@
-"""Judged answers -> units -> micro-batches: a prompt with its candidates, what is known of each, and where their target tokens lie in the pack.
+"""Judged answers -> units -> micro-batches: a prompt with its candidates, what is known of each,
+and where their target tokens lie in the pack.
 
-A unit is never parted: all answers to one prompt are in one micro-batch. Where all show the same media, their common beginning is packed once.
+A unit is never parted: all answers to one prompt are in one micro-batch. Where all show the same
+media, their common beginning is packed once.
 Refuses to know: files, weights, references, losses, paddle.
-Legend: T tokens of a pack, N target tokens, C candidates, U units, P pairs, L tokens of one dialogue.
+Legend: T tokens of a pack, N target tokens, C candidates, U units, P pairs, L tokens of one
+dialogue.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ JUDGED = ("pair", "ranking", "rating", "label")
 class Unit:
     """One prompt with its encoded candidates. Judgements that a row does not give are nan."""
 
-    dialogues: tuple[Encoded, ...]  # prompt and answer of each candidate; only its own turns are targets
-    shared: int  # leading tokens that all have in common and that are packed once; 0: each dialogue on its own
+    # prompt and answer of each candidate; only its own turns are targets
+    dialogues: tuple[Encoded, ...]
+    # leading tokens that all have in common and that are packed once; 0: each dialogue on its own
+    shared: int
     signal: str
     score_C: np.ndarray  # on [0, 1]
     rank_C: np.ndarray  # lowest is best
@@ -71,7 +76,9 @@ class Unit:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """For each candidate what names its log-probabilities: a hash of tokens, targets and pixels."""
+        """For each candidate what names its log-probabilities: a hash of tokens, targets and
+        pixels.
+        """
         return tuple(_key(d) for d in self.dialogues)
 
     @cached_property
@@ -83,7 +90,9 @@ class Unit:
 
     @property
     def best(self) -> list[int]:
-        """The candidates worth imitating: those that no other is better than, where any is worse; labelled ones if they are good."""
+        """The candidates worth imitating: those that no other is better than, where any is worse;
+        labelled ones if they are good.
+        """
         if self.signal == "label":
             return np.flatnonzero(self.label_C == 1).tolist()
         worse = {b for _, b in self.edges}
@@ -98,7 +107,8 @@ def _key(dialogue: Encoded) -> str:
     return digest.hexdigest()
 
 
-# What a batch may carry beside its rows; the last letter is the axis: N targets, C candidates, S (sum, count).
+# What a batch may carry beside its rows; the last letter is the axis: N targets, C candidates, S
+# (sum, count).
 COLUMNS = {
     "ref_logp_N": "log-probabilities under the reference",
     "old_logp_N": "under the policy when the answers were sampled, as the trainer computes it",
@@ -115,8 +125,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class UnitBatch:
-    """One forward over whole units. Token `source_N[i]` of the pack predicts id `target_N[i]` of candidate `candidate_N[i]`; a candidate's targets are
-    neighbours, in their order. `columns`: what else is known, by the names of COLUMNS. Raises ValueError for other names and lengths."""
+    """One forward over whole units. Token `source_N[i]` of the pack predicts id `target_N[i]` of
+    candidate `candidate_N[i]`; a candidate's targets are neighbours, in their order. `columns`:
+    what else is known, by the names of COLUMNS. Raises ValueError for other names and lengths.
+    """
 
     inputs: PackedInput
     units: tuple[Unit, ...]
@@ -139,7 +151,9 @@ class UnitBatch:
                 )
 
     def with_columns(self, **columns: np.ndarray) -> UnitBatch:
-        """The batch with more columns, or others. Raises ValueError for unknown names and other lengths."""
+        """The batch with more columns, or others. Raises ValueError for unknown names and other
+        lengths.
+        """
         return dataclasses.replace(self, columns={**self.columns, **columns})
 
     @property
@@ -180,10 +194,12 @@ def collate_units(units: Sequence[Unit], processor: Processor) -> UnitBatch:
 
 @dataclass(frozen=True)
 class UnitEncoder:
-    """Record -> unit, or None with a reason noted. `max_tokens` bounds each dialogue, `max_prompt` the tokens before its first target.
+    """Record -> unit, or None with a reason noted. `max_tokens` bounds each dialogue, `max_prompt`
+    the tokens before its first target.
 
-    `truncation` "left" and "right" cut prompts at that side to `max_prompt` (media go whole or stay whole) and answers at their end. `share` False
-    packs whole dialogues. `signals`: the kinds of judgement that something learns from.
+    `truncation` "left" and "right" cut prompts at that side to `max_prompt` (media go whole or stay
+    whole) and answers at their end. `share` False packs whole dialogues. `signals`: the kinds of
+    judgement that something learns from.
     """
 
     processor: Processor
@@ -275,7 +291,9 @@ class UnitEncoder:
         return True
 
     def _judged(self, record: Record, dropped: Dropped) -> bool:
-        """Whether a record's judgements, apart from its tokens, are something to learn from; else the reason is noted."""
+        """Whether a record's judgements, apart from its tokens, are something to learn from; else
+        the reason is noted.
+        """
         if record.signal not in self.signals:
             why = say(f"nothing learns from a {record.signal}", f"没有方法学习 {record.signal}")
         elif not record.candidates:
@@ -404,8 +422,9 @@ def mismatched(units: Sequence[Unit], answers: Sequence[Answer]) -> list[Unit]:
 
 
 def following(answers: Sequence[Sequence[Answer]], rank: int) -> list[Answer]:
-    """The answer of the row after each of this rank's rows (after the last: of the first), in the order in which one process would read them: row by row,
-    and of each the ranks in turn. Empty where there is one row in all.
+    """The answer of the row after each of this rank's rows (after the last: of the first), in the
+    order in which one process would read them: row by row, and of each the ranks in turn. Empty
+    where there is one row in all.
 
     `answers`: `first_answer` of each rank's rows.
     """

@@ -1,10 +1,14 @@
-"""Videos -> frames -> patches: which frames, their timestamps drawn into the picture, one size for all. numpy and pillow; PyAV for mp4 and the like.
+"""Videos -> frames -> patches: which frames, their timestamps drawn into the picture, one size for
+all. numpy and pillow; PyAV for mp4 and the like.
 
-Refuses to know: tokens, chat templates, sound, paddle, the network. Display rotation stored in a file is not applied, like EXIF in `images.py`.
+Refuses to know: tokens, chat templates, sound, paddle, the network. Display rotation stored in a
+file is not applied, like EXIF in `images.py`.
 
-Readers yield (seconds, RGB frame) for the chosen frames only, so memory holds those and one frame in flight, never the whole video.
+Readers yield (seconds, RGB frame) for the chosen frames only, so memory holds those and one frame
+in flight, never the whole video.
 Legend: P patches, C values per patch (588), T frames.
-Source of the rules: architecture.md 7.2 (limits), 7.4 (sampling, timestamps, odd counts), 11.17 (a missing font must be an error).
+Source of the rules: architecture.md 7.2 (limits), 7.4 (sampling, timestamps, odd counts), 11.17 (a
+missing font must be an error).
 """
 
 from __future__ import annotations
@@ -43,11 +47,12 @@ LIST_FPS = 2.0  # a list of pictures counts as a video of 2 frames a second (arc
 DEFAULT_FRAME_MS = 100  # browsers show an animation frame of unstated duration this long
 FONT_SCALE = 0.1  # of the shorter side; the stroke is the same share of the font
 _ANIMATIONS = ("GIF", "PNG", "WEBP")
-# An animation is decoded from its first frame on, and a few kilobytes can hold millions of frames of millions of pixels.
+# An animation is decoded from its first frame on, and a few kilobytes can hold millions of frames
+# of millions of pixels.
 MAX_ANIMATION_FRAMES = 20_000
 MAX_ANIMATION_PIXELS = 1 << 31  # of all frames together: 1,000 of 1920 x 1080
-# What a container begins with (and where) -> the one FFmpeg reader that may open it. Playlists and session descriptions, which would make it
-# open other files and addresses, are none of them.
+# What a container begins with (and where) -> the one FFmpeg reader that may open it. Playlists and
+# session descriptions, which would make it open other files and addresses, are none of them.
 _CONTAINERS = (
     (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"),
     (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"FLV\x01", "flv"), (0, b"\0\0\x01\xba", "mpeg"),
@@ -61,9 +66,12 @@ TimedFrames = Iterator[tuple[float, Image.Image]]
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """How a video becomes frames and patches. `min_pixels` and `max_pixels` are per frame and replace those of `image`."""
+    """How a video becomes frames and patches. `min_pixels` and `max_pixels` are per frame and
+    replace those of `image`.
+    """
 
-    fps: float | None = 2.0  # frames taken per second; None where target_frames or all frames are wanted
+    # frames taken per second; None where target_frames or all frames are wanted
+    fps: float | None = 2.0
     min_frames: int = 16
     max_frames: int = 180
     sampling: str = "middle"  # of each interval, rule "paddle"; "hf" always takes the first
@@ -71,7 +79,8 @@ class VideoSettings:
     min_pixels: int = 234_416  # 299 * 28 * 28
     max_pixels: int = 937_664  # 1196 * 28 * 28
     draw_timestamps: bool = True
-    font_path: str | None = None  # None: the font inside pillow; pixel parity needs the reference's own file
+    # None: the font inside pillow; pixel parity needs the reference's own file
+    font_path: str | None = None
     image: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self) -> None:
@@ -107,7 +116,8 @@ class VideoSettings:
         return dataclasses.replace(self.image, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
-# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames (architecture.md 7.2, 7.4).
+# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames
+# (architecture.md 7.2, 7.4).
 TRAINING_PLUGIN = VideoSettings(min_frames=1, min_pixels=ImageSettings.min_pixels, max_pixels=ImageSettings.max_pixels)
 
 
@@ -116,8 +126,9 @@ def sample_indices(
 ) -> list[int]:
     """Which frames to take, ascending, each at most once (architecture.md 7.4).
 
-    "paddle": int(duration * fps) frames, or `target_frames`, from equal intervals. "hf" (transformers 5.23): evenly spaced first frames;
-    with neither fps nor `target_frames`, all of them up to max_frames. Raises ValueError for contradicting or impossible requests.
+    "paddle": int(duration * fps) frames, or `target_frames`, from equal intervals. "hf"
+    (transformers 5.23): evenly spaced first frames; with neither fps nor `target_frames`, all of
+    them up to max_frames. Raises ValueError for contradicting or impossible requests.
     """
     if total_frames < 1:
         raise ValueError(f"total_frames ({total_frames}) must be at least 1; drop the empty video")
@@ -177,7 +188,8 @@ def _sample_hf(total: int, duration_seconds: float, settings: VideoSettings, tar
 
 
 def timestamp_text(seconds: float) -> str:
-    """ "time: HH:MM:SS.ss", hours unlimited (architecture.md 7.4). The seconds round on their own: 59.996 reads 00:00:60.00.
+    """ "time: HH:MM:SS.ss", hours unlimited (architecture.md 7.4). The seconds round on their own:
+    59.996 reads 00:00:60.00.
 
     Raises ValueError for a negative or infinite time.
     """
@@ -202,7 +214,9 @@ def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
 
 
 def font_bytes(path: str | None) -> bytes:
-    """The font file with which times are drawn: `path`, or the one inside pillow. Raises ValueError where it cannot be opened."""
+    """The font file with which times are drawn: `path`, or the one inside pillow. Raises ValueError
+    where it cannot be opened.
+    """
     font = _font(path, 10)
     if isinstance(font, ImageFont.FreeTypeFont) and path is None:
         return bytes(font.font_bytes)
@@ -214,7 +228,8 @@ def font_bytes(path: str | None) -> bytes:
 
 
 def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = None) -> None:
-    """Write the time into the top left corner of an RGB frame, in place: black, white outline (architecture.md 7.4).
+    """Write the time into the top left corner of an RGB frame, in place: black, white outline
+    (architecture.md 7.4).
 
     Raises ValueError if the font cannot be opened or the frame is under 10 pixels.
     """
@@ -245,12 +260,15 @@ def _check_drawable(height: int, width: int, label: str) -> None:
 def load_video(
     source: VideoSource, settings: VideoSettings, where: str = "", target_frames: int | None = None
 ) -> list[Image.Image]:
-    """The chosen frames, timestamps drawn, then resized to the first frame's `smart_resize`: an even number of RGB images of one size.
+    """The chosen frames, timestamps drawn, then resized to the first frame's `smart_resize`: an
+    even number of RGB images of one size.
 
-    `source`: a path, `file:///` or `data:` URL or bytes of a GIF, APNG, animated WebP, or of anything PyAV decodes; or a list of pictures
-    (whatever `load_image` takes), counted as 2 a second. A still picture is a video of one frame. An odd count repeats the last frame as drawn.
+    `source`: a path, `file:///` or `data:` URL or bytes of a GIF, APNG, animated WebP, or of
+    anything PyAV decodes; or a list of pictures (whatever `load_image` takes), counted as 2 a
+    second. A still picture is a video of one frame. An odd count repeats the last frame as drawn.
     `where` ("train.jsonl:17") opens every error about a file.
-    Raises ValueError for missing, damaged, empty or too short files; ImportError, naming the extra, if PyAV is needed and missing.
+    Raises ValueError for missing, damaged, empty or too short files; ImportError, naming the extra,
+    if PyAV is needed and missing.
     """
     pick = partial(sample_indices, settings=settings, target_frames=target_frames)
     frames: list[Image.Image] = []
@@ -268,7 +286,8 @@ def load_video(
 
 
 def video_grid(source: VideoSource, settings: VideoSettings, where: str = "", target_frames: int | None = None) -> Grid:
-    """(frames, patch rows, patch columns) that a video takes, without decoding it (but WebP and PNG, whose durations lie between their frames).
+    """(frames, patch rows, patch columns) that a video takes, without decoding it (but WebP and
+    PNG, whose durations lie between their frames).
 
     Raises ValueError and ImportError like `load_video`.
     """
@@ -316,7 +335,9 @@ def _read_list(sources: Sequence[ImageSource], pick: Pick, where: str) -> TimedF
 
 
 def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
-    """An animation, or a still picture in one of their formats; None for anything else, which may be a container."""
+    """An animation, or a still picture in one of their formats; None for anything else, which may
+    be a container.
+    """
     with decode_errors(label):
         try:
             return Image.open(stream, formats=_ANIMATIONS)
@@ -326,7 +347,9 @@ def _open_animation(stream: BinaryIO, label: str) -> Image.Image | None:
 
 
 def check_animation(source: bytes, label: str, max_pixels: int) -> None:
-    """Raises ValueError for more than `max_pixels` in all frames of an animation together, without decoding any."""
+    """Raises ValueError for more than `max_pixels` in all frames of an animation together, without
+    decoding any.
+    """
     with open_source(source, label) as stream:
         animation = _open_animation(stream, label)
         if animation is not None:
@@ -336,10 +359,11 @@ def check_animation(source: bytes, label: str, max_pixels: int) -> None:
 def _stored_delays(
     animation: Image.Image, stream: BinaryIO, label: str, max_pixels: int = MAX_ANIMATION_PIXELS
 ) -> list[float]:
-    """Milliseconds of each frame of a GIF; of the other kinds, which tell them when they are decoded, none.
+    """Milliseconds of each frame of a GIF; of the other kinds, which tell them when they are
+    decoded, none.
 
-    Raises ValueError for more frames or pixels than an animation may have, before any is decoded, and for frames that
-    are larger than the picture, which pillow would let grow.
+    Raises ValueError for more frames or pixels than an animation may have, before any is decoded,
+    and for frames that are larger than the picture, which pillow would let grow.
     """
     delays: list[float] = []
     count = int(getattr(animation, "n_frames", 1)) if animation.format != "GIF" else 1
@@ -378,7 +402,9 @@ def _durations(animation: Image.Image, stream: BinaryIO, label: str) -> list[flo
 
 
 def _gif_frames(stream: BinaryIO) -> Iterator[tuple[float, int, int]]:
-    """(milliseconds, right edge, lower edge) of each frame of a GIF from its blocks alone. Raises EOFError for a file that is cut off."""
+    """(milliseconds, right edge, lower edge) of each frame of a GIF from its blocks alone. Raises
+    EOFError for a file that is cut off.
+    """
     place = stream.tell()
     stream.seek(10)
     _skip_colours(stream, stream.read(3)[:1])
@@ -425,7 +451,9 @@ def _read_animation(animation: Image.Image, stream: BinaryIO, pick: Pick, label:
 
 @contextmanager
 def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
-    """An open container, by the one reader that its first bytes name. Raises ValueError for other files and damaged ones."""
+    """An open container, by the one reader that its first bytes name. Raises ValueError for other
+    files and damaged ones.
+    """
     stream.seek(0)
     head = stream.read(192)
     stream.seek(0)
@@ -444,7 +472,8 @@ def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
                 f'解码 {label} 需要 PyAV；pip install "ernie-tune[video]"',
             )
         ) from error
-    # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since then has no such argument.
+    # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since
+    # then has no such argument.
     old = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         with av.open(stream, format=reader, options={"protocol_whitelist": "none"}, **old) as container:
@@ -466,8 +495,9 @@ def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
 
 
 def _measure(container: Any, label: str) -> tuple[int, float, tuple[int, int]]:
-    """(frames, seconds, (height, width)) of a container. Counting packets needs no decoding, and unlike the header's count it knows what an edit
-    list discards."""
+    """(frames, seconds, (height, width)) of a container. Counting packets needs no decoding, and
+    unlike the header's count it knows what an edit list discards.
+    """
     video = container.streams.video[0]
     total = sum(1 for packet in container.demux(video) if packet.size and not packet.is_discard)
     rate = video.average_rate or video.guessed_rate
@@ -503,7 +533,8 @@ def _read_container(stream: BinaryIO, pick: Pick, label: str) -> TimedFrames:
 
 
 def patchify_video(frames: Sequence[Image.Image], settings: VideoSettings) -> tuple[np.ndarray, Grid]:
-    """RGB frames, an even number -> (pixel_values_PC float32, (T, patch rows, patch columns)); all get the first frame's size.
+    """RGB frames, an even number -> (pixel_values_PC float32, (T, patch rows, patch columns)); all
+    get the first frame's size.
 
     Raises ValueError for an odd or empty list, or like `smart_resize`.
     """

@@ -1,7 +1,8 @@
-"""From a trained model to a folder that serves: merge, quantise, FastDeploy and Hugging Face layouts, verification.
+"""From a trained model to a folder that serves: merge, quantise, FastDeploy and Hugging Face
+layouts, verification.
 
-The package can be called: `ernie_tune.export(folders, output_dir, ...)` is `run.export`. The public name and the package's are one word, so either
-import order must give something that works.
+The package can be called: `ernie_tune.export(folders, output_dir, ...)` is `run.export`. The public
+name and the package's are one word, so either import order must give something that works.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Activation-aware scaling folded into the weights (2306.00978), by powers of two, so that before quantisation nothing changes, to the last bit.
+"""Activation-aware scaling folded into the weights (2306.00978), by powers of two, so that before
+quantisation nothing changes, to the last bit.
 
-Two places of a layer feed int4 matrices. The norm before the experts: its weight is divided by a vector, the rows of every matrix that reads its
-output (both families' and the shared experts' gate and up, both routers) are multiplied. An expert's hidden units: column k of its up half is divided,
-row k of its down matrix multiplied; the gate half goes through a function and stays. Rows with large inputs so get finer codes.
+Two places of a layer feed int4 matrices. The norm before the experts: its weight is divided by a
+vector, the rows of every matrix that reads its output (both families' and the shared experts' gate
+and up, both routers) are multiplied. An expert's hidden units: column k of its up half is divided,
+row k of its down matrix multiplied; the gate half goes through a function and stays. Rows with
+large inputs so get finer codes.
 Legend: D width, I expert width. Refuses to know: how codes are chosen.
 """
 
@@ -31,7 +34,9 @@ _DOWN = re.compile(r"(layers\.\d+\.mlp\.(text|vision)_experts)\.down_proj")
 
 
 def powers(mean_square: Array, exponent: float) -> Array:
-    """2 ^ round(exponent * log2(rms / geometric mean of rms)), float32: how much more each input row weighs. All ones where nothing was seen."""
+    """2 ^ round(exponent * log2(rms / geometric mean of rms)), float32: how much more each input
+    row weighs. All ones where nothing was seen.
+    """
     rms = np.sqrt(mean_square)
     seen = rms > 0
     if not seen.any():
@@ -48,7 +53,9 @@ def _mean_square(moment: Moment) -> Array:
 
 @dataclass(frozen=True)
 class Folded:
-    """`Weights` with the vectors folded in: `norms` by layer name ("layers.3"), `hidden` by place of a down matrix."""
+    """`Weights` with the vectors folded in: `norms` by layer name ("layers.3"), `hidden` by place
+    of a down matrix.
+    """
 
     weights: Weights
     norms: Mapping[str, Array]
@@ -56,7 +63,9 @@ class Folded:
 
     @classmethod
     def of(cls, weights: Weights, moments: Mapping[Place, Moment], exponent: float) -> Folded:
-        """Vectors from calibration. The norm's comes from all tokens of both families together: they share it."""
+        """Vectors from calibration. The norm's comes from all tokens of both families together:
+        they share it.
+        """
         norms: dict[str, list[Array]] = {}
         hidden: dict[Place, Array] = {}
         for (name, expert), moment in moments.items():

@@ -1,7 +1,10 @@
-"""FastDeploy's model-load cache: `<model>/.cache/<md5>/rank<r>/`, from which it starts without quantising (fastdeploy.md 4.3, route B).
+"""FastDeploy's model-load cache: `<model>/.cache/<md5>/rank<r>/`, from which it starts without
+quantising (fastdeploy.md 4.3, route B).
 
-Each rank's file holds every runtime parameter under its runtime name: codes packed for sm75 to sm90 after sharing out, scales in bfloat16, the rest as it
-is. FastDeploy loads by name with an exact check of shapes and never misses a name, so all must be there. `fastdeploy_rules.share` says what a rank holds.
+Each rank's file holds every runtime parameter under its runtime name: codes packed for sm75 to sm90
+after sharing out, scales in bfloat16, the rest as it is. FastDeploy loads by name with an exact
+check of shapes and never misses a name, so all must be there. `fastdeploy_rules.share` says what a
+rank holds.
 Legend: K input rows, N output columns, E experts. Refuses to know: how codes are chosen.
 """
 
@@ -29,7 +32,9 @@ PROTOCOLS = (4, 5)  # pickle's default: 4 up to Python 3.13, 5 from 3.14; the ha
 
 
 def cache_hash(model_type: str, quantization: str, tp: int, ep: int, protocol: int) -> str:
-    """The name of the cache folder for one configuration. `quantization`: FastDeploy's own word, "mix_quant" for wint4 on ERNIE."""
+    """The name of the cache folder for one configuration. `quantization`: FastDeploy's own word,
+    "mix_quant" for wint4 on ERNIE.
+    """
     key = f"{model_type}_{quantization}_{tp}_{ep}"
     return hashlib.md5(pickle.dumps(key, protocol=protocol)).hexdigest()
 
@@ -45,7 +50,9 @@ class Cache:
     """The cache of one rank: what its file holds and how it is made."""
 
     def __init__(self, config: Mapping[str, Any], chosen: Chosen, rank: int = 0) -> None:
-        """`config`: the exported config.json. ValueError for shapes that ranks cannot share out or FastDeploy's kernels cannot take."""
+        """`config`: the exported config.json. ValueError for shapes that ranks cannot share out or
+        FastDeploy's kernels cannot take.
+        """
         self.config, self.chosen, self.written = config, chosen, Written(chosen)
         self.rank, self.tp = rank, chosen.target_tp
         rules.check_ranks(config, self.tp)
@@ -86,7 +93,8 @@ class Cache:
             whole = self._join([self.written.read(p, e, self.entries[name][1]) for p, e in places], parameter)
             return np.ascontiguousarray(self._share(parameter, whole))
         bits, grids = self._bits(parameter), (self.chosen.grid(p, e) for p, e in places)
-        if len(parameter.shape) == 2:  # a linear layer, perhaps fused: columns are quantised each for itself
+        # a linear layer, perhaps fused: columns are quantised each for itself
+        if len(parameter.shape) == 2:
             made = list(grids)
             scale_SN = np.concatenate([g.scale_SN for g in made], 1)
             one = Grid(np.concatenate([g.codes_KN for g in made], 1), scale_SN, bits)
@@ -98,7 +106,9 @@ class Cache:
         return out
 
     def _mine(self, parameter: rules.Parameter, grid: Grid, what: str) -> Array:
-        """This rank's codes or scales of one matrix: row shares have scales of their own, columns bring theirs along."""
+        """This rank's codes or scales of one matrix: row shares have scales of their own, columns
+        bring theirs along.
+        """
         if what == "codes":
             return pack(np.ascontiguousarray(self._share(parameter, grid.codes_KN)), grid.bits)
         by_rows = rules.shared_by(parameter.name) == "rows"
@@ -125,7 +135,9 @@ def _places(parameter: rules.Parameter, config: Mapping[str, Any]) -> list[Place
 
 
 def write_cache(folder: Path, chosen: Chosen, protocols: tuple[int, ...] = PROTOCOLS) -> list[Path]:
-    """Add the cache to an exported folder; one copy for each pickle protocol, hard-linked where the disk can. Returns the rank folders."""
+    """Add the cache to an exported folder; one copy for each pickle protocol, hard-linked where the
+    disk can. Returns the rank folders.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     word, tp = quantization_word(chosen.scheme.argument), chosen.target_tp
     trees = [folder / ".cache" / cache_hash(config["model_type"], word, tp, 1, protocol) for protocol in protocols]
@@ -155,7 +167,9 @@ def check_caches(folder: Path, chosen: Chosen) -> list[str]:
 
 
 def check_cache(rank: Path, cache: Cache) -> list[str]:
-    """What FastDeploy's cache loader would stop at (shapes) or pass over (names), and codes that do not unpack to the plan."""
+    """What FastDeploy's cache loader would stop at (shapes) or pass over (names), and codes that do
+    not unpack to the plan.
+    """
     reader, problems = TensorReader(rank), []
     problems += [f"cache: {name} is missing" for name in cache.entries if name not in reader.entries]
     problems += [

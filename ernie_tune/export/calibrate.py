@@ -1,7 +1,10 @@
-"""What the quantised layers of a model see: second moments of their inputs to choose codes by, and samples of inputs to measure errors on.
+"""What the quantised layers of a model see: second moments of their inputs to choose codes by, and
+samples of inputs to measure errors on.
 
-Each family of experts sees the tokens of its own modality, as the model routes them: text experts text, vision experts placeholders and markers.
-Legend: T tokens, K input width, M rows sorted by expert. Refuses to know: how codes are chosen, data files.
+Each family of experts sees the tokens of its own modality, as the model routes them: text experts
+text, vision experts placeholders and markers.
+Legend: T tokens, K input width, M rows sorted by expert. Refuses to know: how codes are chosen,
+data files.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from ernie_tune.models.inputs import PackedInput
 
 Array = np.ndarray[Any, Any]
 FULL_MOMENT_ROWS = (
-    1024  # above it the diagonal: full moments of a released model's experts would take more memory than the model
+    # above it the diagonal: full moments of a released model's experts would take more memory than
+    # the model
+    1024
 )
 SAMPLE_ROWS = 256
 See = Callable[[Place, Array], None]
@@ -29,7 +34,9 @@ See = Callable[[Place, Array], None]
 
 @contextmanager
 def _watched(model: ErnieModel, names: Iterable[str], see: See) -> Iterator[None]:
-    """Call `see(place, inputs [T, K])` for every product of the parameters `names`, for the length of a `with`."""
+    """Call `see(place, inputs [T, K])` for every product of the parameters `names`, for the length
+    of a `with`.
+    """
     layers, hooks = dict(model.named_sublayers()), []
 
     def linear(name: str) -> Callable[[nn.Layer, tuple[Any, ...]], None]:
@@ -67,7 +74,9 @@ def _run(model: ErnieModel, inputs: Sequence[PackedInput]) -> None:
 def moments(
     model: ErnieModel, inputs: Sequence[PackedInput], names: Sequence[str], full: bool = False
 ) -> dict[Place, Moment]:
-    """Second moments of the inputs of the parameters `names`; `full`: of wide layers too. Experts that no token reached are left out."""
+    """Second moments of the inputs of the parameters `names`; `full`: of wide layers too. Experts
+    that no token reached are left out.
+    """
     totals: dict[Place, Array] = {}
     tokens: dict[Place, int] = {}
 

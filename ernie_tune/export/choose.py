@@ -1,10 +1,15 @@
-"""Which codes each matrix gets: rounding to nearest, a search for better scales, and GPTQ, all on FastDeploy's own grid.
+"""Which codes each matrix gets: rounding to nearest, a search for better scales, and GPTQ, all on
+FastDeploy's own grid.
 
-rtn: what FastDeploy does by itself. clip: for each column (and rank's share of rows) the scale, among 40 from 0.35 to 1 times rtn's, with the least
-error of the layer's output, sum_kj e_k M_kj e_j, where e is the error of a column and M the mean of x x^T over calibration tokens. gptq: clip's scales,
-and rounding errors of one row made good in the rows after it (2210.17323). Only int4 is chosen so: int8 codes cannot be carried in bfloat16 weights.
-Whatever the method, a column keeps rtn's codes where nothing was better, so no column gets worse in the measure it was chosen by.
-Legend: K input rows, N output columns, S shards of rows. Refuses to know: models, calibration data, files.
+rtn: what FastDeploy does by itself. clip: for each column (and rank's share of rows) the scale,
+among 40 from 0.35 to 1 times rtn's, with the least error of the layer's output, sum_kj e_k M_kj
+e_j, where e is the error of a column and M the mean of x x^T over calibration tokens. gptq: clip's
+scales, and rounding errors of one row made good in the rows after it (2210.17323). Only int4 is
+chosen so: int8 codes cannot be carried in bfloat16 weights.
+Whatever the method, a column keeps rtn's codes where nothing was better, so no column gets worse in
+the measure it was chosen by.
+Legend: K input rows, N output columns, S shards of rows. Refuses to know: models, calibration data,
+files.
 """
 
 from __future__ import annotations
@@ -34,13 +39,17 @@ _BLOCK_BYTES = 1 << 20  # of float32: columns worked on at once stay in the proc
 
 @dataclass(frozen=True)
 class Moment:
-    """Second moment of a layer's inputs over `tokens` tokens: sum of x x^T [K, K], or its diagonal [K] where a full one would be too large."""
+    """Second moment of a layer's inputs over `tokens` tokens: sum of x x^T [K, K], or its diagonal
+    [K] where a full one would be too large.
+    """
 
     total: Array
     tokens: int
 
     def weights(self) -> Array:
-        """The mean, drawn towards a plain one (every input row alike) as if K more tokens had been seen: few tokens say little about K rows."""
+        """The mean, drawn towards a plain one (every input row alike) as if K more tokens had been
+        seen: few tokens say little about K rows.
+        """
         rows = self.total.shape[0]
         diagonal = self.total if self.total.ndim == 1 else np.diagonal(self.total)
         level = np.float32(diagonal.mean() / max(1, self.tokens)) or np.float32(1)
@@ -60,7 +69,9 @@ def _loss(error_KN: Array, weights: Array | None) -> Array:
 
 
 def clip(bits_KN: Array, weights: Array | None, shards: int = 1) -> Grid:
-    """The best scale for each column and shard. `weights`: None for the plain error, [K] or [K, K] for the output's. Never worse than rtn in it."""
+    """The best scale for each column and shard. `weights`: None for the plain error, [K] or [K, K]
+    for the output's. Never worse than rtn in it.
+    """
     scale = grids.column_scales(bits_KN, 4, shards)
     rows = len(bits_KN) // shards
     step = max(16, _BLOCK_BYTES // (4 * rows))
@@ -74,14 +85,17 @@ def clip(bits_KN: Array, weights: Array | None, shards: int = 1) -> Grid:
 
 
 def _best_scales(wide_KN: Array, start_N: Array, weights: Array | None) -> Array:
-    """rtn's scales, or better ones. A smaller scale keeps a code of +-7 in every column, so that each is found again by FastDeploy."""
+    """rtn's scales, or better ones. A smaller scale keeps a code of +-7 in every column, so that
+    each is found again by FastDeploy.
+    """
     best_N = np.where(start_N == 0, np.float32(1), start_N)
     tried_RN = np.concatenate([best_N[None], grids.settle(best_N * _RATIOS[:, None])])
     least_N = np.full(best_N.shape, np.inf, np.float32)
     error_KN = np.empty_like(wide_KN)
     for scale_N in tried_RN:
         np.divide(wide_KN, scale_N, out=error_KN)
-        grids.round_in_place(error_KN)  # as the codes will be: where rows are correlated, exact halves matter
+        # as the codes will be: where rows are correlated, exact halves matter
+        grids.round_in_place(error_KN)
         np.clip(error_KN, -7, 7, out=error_KN)
         error_KN *= scale_N
         error_KN -= wide_KN
@@ -92,7 +106,9 @@ def _best_scales(wide_KN: Array, start_N: Array, weights: Array | None) -> Array
 
 
 def gptq(bits_KN: Array, weights_KK: Array, shards: int = 1) -> Grid:
-    """GPTQ with clip's scales. Columns that it does not improve, or that lose their code of +-7, keep clip's codes."""
+    """GPTQ with clip's scales. Columns that it does not improve, or that lose their code of +-7,
+    keep clip's codes.
+    """
     first = clip(bits_KN, weights_KK, shards)
     wide = widen_bfloat16(bits_KN)
     rows, share = len(wide), len(wide) // shards
@@ -124,10 +140,12 @@ def _better_columns(first: Grid, second: Grid, wide: Array, weights_KK: Array) -
 
 
 class Chosen:
-    """The grid of every quantised matrix of `weights`, made when asked for. Scales that were searched for are kept, of GPTQ the codes too.
+    """The grid of every quantised matrix of `weights`, made when asked for. Scales that were
+    searched for are kept, of GPTQ the codes too.
 
-    `moments`: what calibration saw, by place; without it clip takes the plain error. Raises ValueError for unknown methods, gptq without full
-    moments, and a `target_tp` that does not divide the rows.
+    `moments`: what calibration saw, by place; without it clip takes the plain error. Raises
+    ValueError for unknown methods, gptq without full moments, and a `target_tp` that does not
+    divide the rows.
     """
 
     def __init__(
@@ -195,7 +213,9 @@ class Chosen:
 
 
 class Written:
-    """`Weights` as they are stored for FastDeploy to quantise itself (route A of fastdeploy.md 4.4): int4 matrices on their grid, the rest untouched."""
+    """`Weights` as they are stored for FastDeploy to quantise itself (route A of fastdeploy.md
+    4.4): int4 matrices on their grid, the rest untouched.
+    """
 
     def __init__(self, chosen: Chosen) -> None:
         self.chosen = chosen
@@ -209,7 +229,9 @@ class Written:
 
 
 class Served:
-    """`Weights` as a server multiplies with them: codes times scales, in float32. `plain`: as if FastDeploy rounded for itself."""
+    """`Weights` as a server multiplies with them: codes times scales, in float32. `plain`: as if
+    FastDeploy rounded for itself.
+    """
 
     def __init__(self, chosen: Chosen, plain: bool = False) -> None:
         self.chosen, self.plain, self.unquantised = chosen, plain, Rounded(chosen.weights)

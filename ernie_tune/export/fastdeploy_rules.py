@@ -1,9 +1,12 @@
-"""How FastDeploy 2.x reads a folder of ERNIE-4.5, written down a second time from its own side: file finder, format switch, quantisation table,
-names and shapes of its runtime parameters, and what it does silently (fastdeploy.md 1 and 2, architecture.md 9.1).
+"""How FastDeploy 2.x reads a folder of ERNIE-4.5, written down a second time from its own side:
+file finder, format switch, quantisation table, names and shapes of its runtime parameters, and what
+it does silently (fastdeploy.md 1 and 2, architecture.md 9.1).
 
-It shares nothing with `checkpoint/names.py`, so that a mistake there is found here. Unknown tensors are skipped and plain weights of a wrong shape
-are reshaped, as FastDeploy does; both are written down in `Folder.silent`, and verification refuses them.
-Legend: H width, V vocabulary, E experts of one modality, I inner width. Refuses to know: our model's classes, how folders are written, GPUs.
+It shares nothing with `checkpoint/names.py`, so that a mistake there is found here. Unknown tensors
+are skipped and plain weights of a wrong shape are reshaped, as FastDeploy does; both are written
+down in `Folder.silent`, and verification refuses them.
+Legend: H width, V vocabulary, E experts of one modality, I inner width. Refuses to know: our
+model's classes, how folders are written, GPUs.
 """
 
 from __future__ import annotations
@@ -33,11 +36,13 @@ VISION_TOKENS = (
 )
 
 
-# --- which files, which format, which quantisation ------------------------------------------------------------------------
+# --- which files, which format, which quantisation ------------------------------------------------
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files FastDeploy reads. ValueError for pickled weights beside them (they would be read instead), names it cannot parse, lost shards."""
+    """The files FastDeploy reads. ValueError for pickled weights beside them (they would be read
+    instead), names it cannot parse, lost shards.
+    """
     pickled = sorted(p.name for p in folder.glob("*.pdparams") if p.name != "scheduler.pdparams")
     if pickled:
         raise ValueError(
@@ -72,7 +77,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_format(config: Mapping[str, Any]) -> str:
-    """ "paddle" ([in, out]) for a config with `dtype`, "torch" ([out, in]) for one with `torch_dtype`. ValueError for both or neither."""
+    """ "paddle" ([in, out]) for a config with `dtype`, "torch" ([out, in]) for one with
+    `torch_dtype`. ValueError for both or neither.
+    """
     both = [key for key in ("dtype", "torch_dtype") if key in config]
     if len(both) != 1:
         raise ValueError(
@@ -88,7 +95,9 @@ def _taken_for_quantised(about: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What FastDeploy does to weights. Types are "wint8", "wint4" or ""; `on_disk`: it takes the files for quantised already."""
+    """What FastDeploy does to weights. Types are "wint8", "wint4" or ""; `on_disk`: it takes the
+    files for quantised already.
+    """
 
     dense: str = ""
     text_experts: str = ""
@@ -97,7 +106,9 @@ class Quantisation:
 
 
 def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
-    """The decision table. `argument`: the value of --quantization, "" for none. The config's own `quantization_config` wins over it."""
+    """The decision table. `argument`: the value of --quantization, "" for none. The config's own
+    `quantization_config` wins over it.
+    """
     about = config.get("quantization_config")
     on_disk = False
     if about is not None:
@@ -129,12 +140,14 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
     )
 
 
-# --- runtime parameters -------------------------------------------------------------------------------------------------
+# --- runtime parameters ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor on disk and where it goes in a runtime parameter: `expert` of a stack, columns from `first`. `names`: accepted spellings."""
+    """One tensor on disk and where it goes in a runtime parameter: `expert` of a stack, columns
+    from `first`. `names`: accepted spellings.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]  # on disk
@@ -145,18 +158,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One runtime parameter (one rank, tensor parallel size 1). `fused`: its loader checks shapes; others reshape what does not fit."""
+    """One runtime parameter (one rank, tensor parallel size 1). `fused`: its loader checks shapes;
+    others reshape what does not fit.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     fused: bool = False
     float32: bool = False
-    group: str = ""  # "dense", "text_experts", "vision_experts": what the quantisation table decides about
+    # "dense", "text_experts", "vision_experts": what the quantisation table decides about
+    group: str = ""
 
 
 def parameters(config: Mapping[str, Any]) -> list[Parameter]:
-    """All runtime parameters of a folder's config.json. ValueError for an architecture that FastDeploy does not register."""
+    """All runtime parameters of a folder's config.json. ValueError for an architecture that
+    FastDeploy does not register.
+    """
     named = (config.get("architectures") or ["none"])[0]
     if named not in ARCHITECTURES:
         raise ValueError(f"architectures ({named}) must be one of {ARCHITECTURES}; write config.json again")
@@ -246,7 +264,9 @@ class _Names:
         yield self.linear(f"{run}.down_proj.weight", f"{disk}.down_proj.weight", inner, width, "dense")
 
     def experts(self, run: str, disk: str) -> Iterator[Parameter]:
-        """Vision experts follow the text experts in one numbering. Routers are [H, E] in float32 and not transposed in either layout."""
+        """Vision experts follow the text experts in one numbering. Routers are [H, E] in float32
+        and not transposed in either layout.
+        """
         c, kinds = self.c, ("text", "image") if self.vision else ("",)
         width, count = c["hidden_size"], _at(c["moe_num_experts"], 0)
         for m, kind in enumerate(kinds):
@@ -329,10 +349,11 @@ def _at(value: Any, modality: int) -> int:
     return int(value[modality] if isinstance(value, list | tuple) else value)
 
 
-# --- what one rank of several holds ------------------------------------------------------------------------------------------
+# --- what one rank of several holds ---------------------------------------------------------------
 
 _VOCABULARY_STEP = 64  # rows that the embedding is padded to
-# its columns lie in blocks, each of which is shared out for itself; or its rows are shared out; all others are whole on every rank
+# its columns lie in blocks, each of which is shared out for itself; or its rows are shared out; all
+# others are whole on every rank
 _BY_COLUMNS = re.compile(
     r"ernie\.layers\..*\.(qkv_proj\.weight|up_gate_proj[._]weight)|lm_head\.linear\.weight"
     r"|vision_model\.blocks\.\d+\.(attn\.qkv|mlp\.fc1)\.(weight|bias)"
@@ -344,7 +365,9 @@ _BY_ROWS = re.compile(
 
 
 def check_ranks(config: Mapping[str, Any], tp: int) -> None:
-    """ValueError where `tp` ranks cannot share the model out, or FastDeploy pads the vocabulary, which not all versions do alike."""
+    """ValueError where `tp` ranks cannot share the model out, or FastDeploy pads the vocabulary,
+    which not all versions do alike.
+    """
     vision = config.get("vision_config") or {"num_heads": tp}
     kv = _kv_heads(config)
     for what, ok, rule in (
@@ -371,7 +394,9 @@ def shared_by(name: str) -> str:
 
 
 def share(name: str, array: Array, config: Mapping[str, Any], rank: int, tp: int) -> Array:
-    """What one rank holds of a whole runtime parameter, or of something with the same columns (a view, or columns put together)."""
+    """What one rank holds of a whole runtime parameter, or of something with the same columns (a
+    view, or columns put together).
+    """
     by = shared_by(name)
     if tp == 1 or not by:
         return array
@@ -381,7 +406,8 @@ def share(name: str, array: Array, config: Mapping[str, Any], rank: int, tp: int
     parts = []
     for block, ranks in _blocks(name, array, config, tp):
         width = block.shape[-1] // ranks
-        mine = rank * ranks // tp  # heads of keys and values that are fewer than ranks are held by several
+        # heads of keys and values that are fewer than ranks are held by several
+        mine = rank * ranks // tp
         parts.append(block[..., mine * width : (mine + 1) * width])
     return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
 
@@ -398,12 +424,13 @@ def _blocks(name: str, array: Array, config: Mapping[str, Any], tp: int) -> Iter
     yield from ((block, tp) for block in np.split(array, count, axis=-1))
 
 
-# --- loading --------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Folder:
-    """A folder as FastDeploy would load it. `shapes` and `read(name)` come from whatever reads the files; BF16 arrives as raw bits.
+    """A folder as FastDeploy would load it. `shapes` and `read(name)` come from whatever reads the
+    files; BF16 arrives as raw bits.
 
     `silent`: what FastDeploy would pass over without a word, filled while loading.
     """
@@ -414,7 +441,9 @@ class Folder:
     silent: list[str] = field(default_factory=list)
 
     def check_names(self) -> None:
-        """Note missing tensors, unknown ones and those whose shape would be bent; ValueError where FastDeploy itself would stop."""
+        """Note missing tensors, unknown ones and those whose shape would be bent; ValueError where
+        FastDeploy itself would stop.
+        """
         known = set()
         for parameter in parameters(self.config):
             for piece in parameter.pieces:
@@ -457,7 +486,9 @@ class Folder:
 
 
 def canonical_parts(name: str, array: Array, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None, Array]]:
-    """A runtime parameter as parts of ours: (canonical name, expert, [in, out] or vector). Nothing for a head that is the embedding."""
+    """A runtime parameter as parts of ours: (canonical name, expert, [in, out] or vector). Nothing
+    for a head that is the embedding.
+    """
     name = name.removeprefix("ernie.").replace("embed_tokens.embeddings.", "embed_tokens.")
     if name == "lm_head.linear.weight":
         if not config.get("tie_word_embeddings", True):

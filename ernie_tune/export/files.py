@@ -1,4 +1,5 @@
-"""Everything in an exported folder but the weights: config.json, tokenizer and processor files, the model card, and `serve.sh`.
+"""Everything in an exported folder but the weights: config.json, tokenizer and processor files, the
+model card, and `serve.sh`.
 
 Refuses to know: tensors, how weights were made.
 """
@@ -45,14 +46,16 @@ CARD, SCRIPT, REPORT = "README.md", "serve.sh", "export_report.json"
 def copy_files(
     folders: Sequence[Path], target: Path, processor: Processor, placeholders: Placeholders = RELEASED
 ) -> list[str]:
-    """Tokenizer and processor files to `target`, and those of `COPIED` that one of `folders` (the first that has it) holds.
+    """Tokenizer and processor files to `target`, and those of `COPIED` that one of `folders` (the
+    first that has it) holds.
 
     `placeholders`: those that the layout's readers search for. Returns what was changed in chat
     templates, one line each.
     """
     changes = processor.save_pretrained(target, placeholders)
     ours, variant = processor.template.to_jinja(*placeholders), processor.template.variant
-    for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE):  # of the base model, where an adapter's folder has none
+    # of the base model, where an adapter's folder has none
+    for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE):
         folder = next((folder for folder in folders if (folder / name).is_file()), None)
         if folder and not (target / name).is_file():
             held = {name: (folder / name).read_bytes()}
@@ -71,7 +74,9 @@ def copy_files(
 
 
 def serve_script(command: FastDeployCommand | None) -> str:
-    """A shell script that serves the folder it lies in: with FastDeploy, or (None) with our own server. PORT and PYTHON may be set from outside."""
+    """A shell script that serves the folder it lies in: with FastDeploy, or (None) with our own
+    server. PORT and PYTHON may be set from outside.
+    """
     head = "#!/usr/bin/env bash\n# Serves the model in this folder. PORT: the HTTP port"
     if command is None:
         return (

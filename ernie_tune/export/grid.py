@@ -1,8 +1,11 @@
-"""FastDeploy's weight-only grid in numpy: one bfloat16 scale for each output column (and each rank's share of rows), codes symmetric around zero.
+"""FastDeploy's weight-only grid in numpy: one bfloat16 scale for each output column (and each
+rank's share of rows), codes symmetric around zero.
 
-`quantize` makes the codes that `paddle.nn.quant.weight_quantize` makes, on the CPU bit for bit; `snap` writes weights on which that operator finds
-given int4 codes again (fastdeploy.md 3.1 and 3.5). bfloat16 arrays are their raw bits in uint16.
-Legend: K input rows, N output columns, S shards of rows, each with its own scales. Refuses to know: byte layouts, how good scales are found, files.
+`quantize` makes the codes that `paddle.nn.quant.weight_quantize` makes, on the CPU bit for bit;
+`snap` writes weights on which that operator finds given int4 codes again (fastdeploy.md 3.1 and
+3.5). bfloat16 arrays are their raw bits in uint16.
+Legend: K input rows, N output columns, S shards of rows, each with its own scales. Refuses to know:
+byte layouts, how good scales are found, files.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ ROUNDINGS = ("cpu", "gpu")
 
 @dataclass(frozen=True)
 class Grid:
-    """One quantised matrix: codes int8 [K, N], scales [S, N] in float32 whose values are bfloat16's; row k belongs to shard k * S // K."""
+    """One quantised matrix: codes int8 [K, N], scales [S, N] in float32 whose values are
+    bfloat16's; row k belongs to shard k * S // K.
+    """
 
     codes_KN: Array
     scale_SN: Array
@@ -40,7 +45,9 @@ class Grid:
 
 
 def round_half_away(x: Array) -> Array:
-    """Nearest integers as int8, halves away from zero, exactly: 0.49999997 stays below a half, and 0.5 plus the number below it is 1."""
+    """Nearest integers as int8, halves away from zero, exactly: 0.49999997 stays below a half, and
+    0.5 plus the number below it is 1.
+    """
     return (x + np.copysign(_BELOW_HALF, x)).astype(np.int8)
 
 
@@ -63,7 +70,9 @@ def check_shards(rows: int, shards: int) -> None:
 
 
 def absmax(bits_KN: Array, shards: int = 1) -> Array:
-    """Largest magnitude of each column and shard, float32 [S, N]. Bits of magnitudes are ordered as magnitudes are."""
+    """Largest magnitude of each column and shard, float32 [S, N]. Bits of magnitudes are ordered as
+    magnitudes are.
+    """
     check_shards(len(bits_KN), shards)
     parts = bits_KN.reshape(shards, len(bits_KN) // shards, bits_KN.shape[1])
     return widen_bfloat16(_largest(parts))
@@ -91,10 +100,12 @@ def round_bfloat16(values: Array) -> Array:
 
 
 def quantize(bits_KN: Array, bits: int, shards: int = 1, rounding: str = "cpu") -> Grid:
-    """Round a bfloat16 matrix (raw bits) to the operator's grid; each shard of rows is quantised for itself, as each rank does.
+    """Round a bfloat16 matrix (raw bits) to the operator's grid; each shard of rows is quantised
+    for itself, as each rank does.
 
-    `rounding`: "cpu" divides by the rounded scale, "gpu" (compute capability 7.5 to 9.0) by the unrounded maximum; they differ by at most one code,
-    seldom. A column of zeros has scale 0 and codes 0; its codes mean nothing, and the operator leaves others there.
+    `rounding`: "cpu" divides by the rounded scale, "gpu" (compute capability 7.5 to 9.0) by the
+    unrounded maximum; they differ by at most one code, seldom. A column of zeros has scale 0 and
+    codes 0; its codes mean nothing, and the operator leaves others there.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding ({rounding!r}) must be one of {ROUNDINGS}; choose one of them")
@@ -137,16 +148,20 @@ def _blocks(shape: tuple[int, ...], shards: int) -> Iterator[tuple[int, slice]]:
             yield s, slice(a, min(a + step, (s + 1) * share))
 
 
-# --- weights on which the operator finds given codes again --------------------------------------------------------------
+# --- weights on which the operator finds given codes again ----------------------------------------
 
 
 def _found_again(scale: Array) -> Array:
-    """The scale that the operator finds on a column snapped with `scale`: its largest weight is bf16(7 s)."""
+    """The scale that the operator finds on a column snapped with `scale`: its largest weight is
+    bf16(7 s).
+    """
     return round_bfloat16(round_bfloat16(scale * np.float32(7)) / np.float32(7))
 
 
 def settle(scale: Array) -> Array:
-    """The nearest scales that the operator finds again exactly: fixed points of s -> bf16(bf16(7 s) / 7), seldom more than one bit away."""
+    """The nearest scales that the operator finds again exactly: fixed points of s -> bf16(bf16(7 s)
+    / 7), seldom more than one bit away.
+    """
     scale = round_bfloat16(scale)
     bits = narrow_bfloat16(scale)
     best, done = scale.copy(), _found_again(scale) == scale
@@ -159,9 +174,11 @@ def settle(scale: Array) -> Array:
 
 
 def snap(grid: Grid, original_KN: Array | None = None) -> Array:
-    """bf16(scale * code) as raw bits [K, N]. For int4 with settled scales and a code of +-7 in each column and shard, `quantize` returns this very grid.
+    """bf16(scale * code) as raw bits [K, N]. For int4 with settled scales and a code of +-7 in each
+    column and shard, `quantize` returns this very grid.
 
-    Columns (of a shard) whose grid is what `quantize` makes of `original_KN` (raw bits) anyway are left as they are there.
+    Columns (of a shard) whose grid is what `quantize` makes of `original_KN` (raw bits) anyway are
+    left as they are there.
     """
     snapped = np.empty(grid.codes_KN.shape, np.uint16)
     for shard, rows in _blocks(snapped.shape, len(grid.scale_SN)):
@@ -180,7 +197,9 @@ def snap(grid: Grid, original_KN: Array | None = None) -> Array:
 
 
 def lost_columns(grid: Grid) -> int:
-    """Number of (shard, column) pairs that are not zero and have no code of the largest magnitude: those would be found with another scale."""
+    """Number of (shard, column) pairs that are not zero and have no code of the largest magnitude:
+    those would be found with another scale.
+    """
     shards = len(grid.scale_SN)
     parts = np.abs(grid.codes_KN.reshape(shards, -1, grid.codes_KN.shape[1]))
     top = parts.max(1)

@@ -1,4 +1,5 @@
-"""What a model does on some inputs, and how far two models are apart there: logits, perplexity, choices of the routers.
+"""What a model does on some inputs, and how far two models are apart there: logits, perplexity,
+choices of the routers.
 
 Refuses to know: which models are compared and why, files of weights.
 Legend: T tokens of an input, N positions looked at, V vocabulary, k choices of a router.
@@ -32,7 +33,9 @@ _MAX_TOKENS = 4096  # longer rows are left out
 
 @dataclass(frozen=True)
 class Probe:
-    """One input and where to look: predictions at `rows_N`, of ids `target_N` where the input has targets."""
+    """One input and where to look: predictions at `rows_N`, of ids `target_N` where the input has
+    targets.
+    """
 
     inputs: PackedInput
     rows_N: Array
@@ -44,7 +47,9 @@ def probes_of(batches: Sequence[MicroBatch]) -> list[Probe]:
 
 
 def read_batches(path: str, processor: Processor, limit: int, parts: int = 1) -> list[MicroBatch]:
-    """At most `limit` rows of a data file, spread over it, in small batches, at least `parts` of them where there are rows. ValueError for no row."""
+    """At most `limit` rows of a data file, spread over it, in small batches, at least `parts` of
+    them where there are rows. ValueError for no row.
+    """
     records, dropped = load_dataset(path), Dropped()
     encoder = Encoder(processor, _MAX_TOKENS)
     count = min(limit, len(records))
@@ -63,7 +68,9 @@ def read_batches(path: str, processor: Processor, limit: int, parts: int = 1) ->
 
 
 def made_up_probes(processor: Processor, vision: bool) -> list[Probe]:
-    """Inputs for a comparison of logits where no data are given: some sentences and two small pictures of waves. Nothing can be scored on them."""
+    """Inputs for a comparison of logits where no data are given: some sentences and two small
+    pictures of waves. Nothing can be scored on them.
+    """
     texts = (
         "What is 7 times 8?",
         "用一句话介绍北京。",
@@ -112,7 +119,9 @@ def load_inputs(file: Path) -> tuple[PackedInput, Array]:
 
 
 def model_of(weights: Weights) -> ErnieModel:
-    """A float32 model with these weights: bfloat16 values widened, quantised ones expanded by whoever `weights` is."""
+    """A float32 model with these weights: bfloat16 values widened, quantised ones expanded by
+    whoever `weights` is.
+    """
     model = ErnieModel(weights.config)
     set_weights(model, weights)
     model.eval()
@@ -131,7 +140,9 @@ def set_weights(model: ErnieModel, weights: Weights) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What one model did: log-probabilities [N, V] of each probe, the summed nll of all targets and their number, and every router's choices."""
+    """What one model did: log-probabilities [N, V] of each probe, the summed nll of all targets and
+    their number, and every router's choices.
+    """
 
     logp: list[Array]
     nll: float
@@ -167,8 +178,10 @@ def log_softmax(logits: Array) -> Array:
 
 
 def distance(reference: Look, other: Look) -> dict[str, float]:
-    """KL(reference || other) in nats (mean over positions), share of equal first choices, largest |difference of a log-probability|, share of expert
-    choices that are the same, and both perplexities where there are targets. Routers: which experts a token gets, whatever their order."""
+    """KL(reference || other) in nats (mean over positions), share of equal first choices, largest
+    |difference of a log-probability|, share of expert choices that are the same, and both
+    perplexities where there are targets. Routers: which experts a token gets, whatever their order.
+    """
     kl = top = positions = 0.0
     largest = 0.0
     for a, b in zip(reference.logp, other.logp, strict=True):

@@ -1,4 +1,5 @@
-"""Writes packed folders, the form that `peft/packed.py` describes and loads: codes and scales as they are, for our own server and for archives.
+"""Writes packed folders, the form that `peft/packed.py` describes and loads: codes and scales as
+they are, for our own server and for archives.
 
 Refuses to know: how grids are found, tokenizers.
 """
@@ -32,8 +33,9 @@ def write_packed(
     grid: Callable[[str, int | None], Grid],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
-    """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows; `grid(name, expert)`: the codes, asked for
-    twice, since scales and codes lie apart in the file. Returns the paths.
+    """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows;
+    `grid(name, expert)`: the codes, asked for twice, since scales and codes lie apart in the file.
+    Returns the paths.
 
     ValueError for an odd input width with 4 bits.
     """

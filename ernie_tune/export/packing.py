@@ -1,7 +1,9 @@
-"""Codes <-> the bytes that `paddle.nn.quant.weight_quantize` returns, for the GPUs that its kernels are written for (fastdeploy.md 3.2, 3.3).
+"""Codes <-> the bytes that `paddle.nn.quant.weight_quantize` returns, for the GPUs that its kernels
+are written for (fastdeploy.md 3.2, 3.3).
 
-sm75, 80, 86, 89 and 90 share one layout, sm70 has its own. int8 is [N, K] bytes, int4 [N/2, K]; the shapes are labels only, the bytes are no plain
-transpose: rows of the packed array (columns N) may be sliced in twos (int8) or fours (int4), its last axis must not be.
+sm75, 80, 86, 89 and 90 share one layout, sm70 has its own. int8 is [N, K] bytes, int4 [N/2, K]; the
+shapes are labels only, the bytes are no plain transpose: rows of the packed array (columns N) may
+be sliced in twos (int8) or fours (int4), its last axis must not be.
 Legend: K input rows, N output columns. Refuses to know: scales, rounding, files.
 """
 
@@ -19,11 +21,14 @@ _TILE = 64  # rows that a kernel reads at once
 # row within 16 (int8), byte of two rows within 16 (int4) -> its place
 _PLACE8 = (0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)
 _PLACE4 = (0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
-_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a 32-bit word is nibble _NIBBLE[i] of the plain word
+# nibble i of a 32-bit word is nibble _NIBBLE[i] of the plain word
+_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def check_shape(rows: int, columns: int, arch: int = 80) -> None:
-    """ValueError for shapes and GPUs that the operator is not made for. With K % 64 != 0 the operator itself hangs or corrupts memory."""
+    """ValueError for shapes and GPUs that the operator is not made for. With K % 64 != 0 the
+    operator itself hangs or corrupts memory.
+    """
     if arch not in ARCHS:
         raise ValueError(
             say(
@@ -42,7 +47,9 @@ def check_shape(rows: int, columns: int, arch: int = 80) -> None:
 
 
 def pack(codes_KN: Array, bits: int, arch: int = 80) -> Array:
-    """int8 codes [K, N] in +-127 (8 bits) or +-7 (4 bits) -> packed int8 [N, K] or [N/2, K]. Raises ValueError like `check_shape`."""
+    """int8 codes [K, N] in +-127 (8 bits) or +-7 (4 bits) -> packed int8 [N, K] or [N/2, K]. Raises
+    ValueError like `check_shape`.
+    """
     rows, columns = codes_KN.shape
     check_shape(rows, columns, arch)
     if arch == 70:
@@ -104,7 +111,9 @@ def _move_nibbles(words: Array, source: tuple[int, ...]) -> Array:
 
 
 def _pack_rows(codes_KN: Array, bits: int) -> Array:
-    """sm70: row-major; int8 swaps bytes 1 and 2 of every 4, int4 puts two neighbouring columns into a byte and moves nibbles."""
+    """sm70: row-major; int8 swaps bytes 1 and 2 of every 4, int4 puts two neighbouring columns into
+    a byte and moves nibbles.
+    """
     rows, columns = codes_KN.shape
     if bits == 8:
         biased = (codes_KN.view(np.uint8) + np.uint8(128)).reshape(-1, 4)[:, [0, 2, 1, 3]]

@@ -93,7 +93,9 @@ def served_settings(flags: Mapping[str, str]) -> dict[str, int | str]:
 
 
 def command_problems(folder: Path, flags: Mapping[str, str], exported: Mapping[str, str]) -> list[str]:
-    """What the folder's command forgets. Quantisation is judged by `fastdeploy_rules.quantisation`."""
+    """What the folder's command forgets. Quantisation is judged by
+    `fastdeploy_rules.quantisation`.
+    """
     problems = []
     if flags.get("--load-choices") != "default_v1":
         problems.append(
@@ -145,7 +147,8 @@ class Vocabulary:
             raise ValueError(
                 f"{file} must be a sentencepiece model ({error}); copy the release's, a Git LFS pointer is not the file"
             ) from error
-        self.bound: int = self.model.get_piece_size()  # --ori_vocab_size: ids from here on are never generated
+        # --ori_vocab_size: ids from here on are never generated
+        self.bound: int = self.model.get_piece_size()
         config = _json(folder / "tokenizer_config.json")
         roles = _json(folder / "special_tokens_map.json")
         named = [*_strings(config.values()), *_strings(roles.values())]
@@ -274,7 +277,9 @@ class NoTemplate(ValueError):
 
 
 def template_of(folder: Path) -> str:
-    """The chat template that is rendered. Raises NoTemplate, and ValueError for JSON that cannot be read."""
+    """The chat template that is rendered. Raises NoTemplate, and ValueError for JSON that cannot be
+    read.
+    """
     file = folder / "chat_template.jinja"
     held: Any = file.read_text(encoding="utf-8") if file.is_file() else None
     held = held or _json(folder / "chat_template.json").get("chat_template")
@@ -372,7 +377,9 @@ class ServedProcessor:
                     yield at + t, at + h, at + w
 
     def _frames(self, clip: Clip) -> list[Image.Image]:
-        """The frames that are looked at, the time drawn into each; an odd number repeats the last."""
+        """The frames that are looked at, the time drawn into each; an odd number repeats the
+        last.
+        """
         frames = []
         for i in frame_indices(len(clip.frames), clip.fps, self.settings):
             frame = clip.frames[i].copy()

@@ -1,8 +1,12 @@
-"""Opens an exported folder as a stranger would, in a process of its own: `python -m ernie_tune.export.reopen JOB.json RESULT.npz`.
+"""Opens an exported folder as a stranger would, in a process of its own:
+`python -m ernie_tune.export.reopen JOB.json RESULT.npz`.
 
-Reads the folder by FastDeploy's rules (or as transformers or our server would), checks files, names, shapes, types and every value, lets Paddle's own
-operator quantise the experts, and computes logits for the job's inputs. What it finds wrong are lines of text in the result, never an exception.
-Refuses to know: how the folder was written; of our code it shares the model and the grid, not the table of names.
+Reads the folder by FastDeploy's rules (or as transformers or our server would), checks files,
+names, shapes, types and every value, lets Paddle's own operator quantise the experts, and computes
+logits for the job's inputs. What it finds wrong are lines of text in the result, never an
+exception.
+Refuses to know: how the folder was written; of our code it shares the model and the grid, not the
+table of names.
 """
 
 from __future__ import annotations
@@ -76,7 +80,9 @@ def check_files(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def open_by_rules(folder: Path, job: dict[str, Any], problems: list[str]) -> Iterator[Part]:
-    """The folder as FastDeploy reads it: (canonical name, expert, stored values). Problems are added while it is read."""
+    """The folder as FastDeploy reads it: (canonical name, expert, stored values). Problems are
+    added while it is read.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     problems += check_files(folder, config)
     reader = _Reader(rules.weight_files(folder))
@@ -122,7 +128,9 @@ def open_packed(folder: Path, job: dict[str, Any], problems: list[str]) -> Any:
 
 
 def operator_codes(bits_KN: Array, bits: int, shards: int) -> tuple[Array, Array]:
-    """Codes and scales from `paddle.nn.quant.weight_quantize`, shard by shard. Rows of zeros fill K up to a multiple of 64: they change no scale."""
+    """Codes and scales from `paddle.nn.quant.weight_quantize`, shard by shard. Rows of zeros fill K
+    up to a multiple of 64: they change no scale.
+    """
     from paddle.nn.quant import weight_quantize
 
     share = len(bits_KN) // shards
@@ -139,7 +147,9 @@ def operator_codes(bits_KN: Array, bits: int, shards: int) -> tuple[Array, Array
 
 
 class _Check:
-    """Compares every part with the digests of the job, and experts with the planned codes through Paddle's operator."""
+    """Compares every part with the digests of the job, and experts with the planned codes through
+    Paddle's operator.
+    """
 
     def __init__(self, job: dict[str, Any], problems: list[str]) -> None:
         self.job, self.problems = job, problems

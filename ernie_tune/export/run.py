@@ -1,7 +1,9 @@
-"""`export`: from a model folder and its adapters to a folder that serves, checked before it gets its name.
+"""`export`: from a model folder and its adapters to a folder that serves, checked before it gets
+its name.
 
-The steps, in order: read lazily (`source`), measure on calibration rows (`calibrate`), choose codes (`choose`), write beside the target (`checkpoint/
-writer`), check (`verify`), describe (`files`), rename. Nothing is held but two tensors, unless data are given or the checks compare whole models.
+The steps, in order: read lazily (`source`), measure on calibration rows (`calibrate`), choose codes
+(`choose`), write beside the target (`checkpoint/ writer`), check (`verify`), describe (`files`),
+rename. Nothing is held but two tensors, unless data are given or the checks compare whole models.
 Refuses to know: training, servers.
 """
 
@@ -68,12 +70,15 @@ _MERGE_KL = 0.02  # what rounding to bfloat16 may cost, in nats; a wrong merge c
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. `layout`: "paddle" (-Paddle releases, FastDeploy), "pt" (-PT releases, FastDeploy and vLLM), "hf" (transformers 5).
+    """How to export. `layout`: "paddle" (-Paddle releases, FastDeploy), "pt" (-PT releases,
+    FastDeploy and vLLM), "hf" (transformers 5).
 
-    `quantization`: "none", "wint8", "wint4", "mix" (`scheme.py`); `method`: "rtn", "clip", "gptq" (`choose.py`); `calib`: rows that activations come from,
-    a quarter of them kept for the checks unless `eval` names others. `emit`: "weights" that FastDeploy quantises itself, those and a load "cache"
-    beside them, or "packed" codes for our own server. `awq`: exponent of the activation-aware scaling, 0 for none. `verify`: "full", or "files" without
-    comparing models in memory. Raises ValueError for values that do not exist or contradict each other.
+    `quantization`: "none", "wint8", "wint4", "mix" (`scheme.py`); `method`: "rtn", "clip", "gptq"
+    (`choose.py`); `calib`: rows that activations come from, a quarter of them kept for the checks
+    unless `eval` names others. `emit`: "weights" that FastDeploy quantises itself, those and a load
+    "cache" beside them, or "packed" codes for our own server. `awq`: exponent of the
+    activation-aware scaling, 0 for none. `verify`: "full", or "files" without comparing models in
+    memory. Raises ValueError for values that do not exist or contradict each other.
     """
 
     layout: str = "paddle"
@@ -159,11 +164,13 @@ def export(
     score: Score | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the model in `folders` (a model folder, then adapters; or one adapter, whose base is named in its settings) to `output_dir`.
+    """Write the model in `folders` (a model folder, then adapters; or one adapter, whose base is
+    named in its settings) to `output_dir`.
 
-    `options`: the fields of `ExportOptions`. `score(model, processor)`: scores of a task, taken before and after quantisation. Returns what
-    export_report.json holds. Raises ValueError where an input is wrong or a check fails (the folder is then not written), FileNotFoundError for
-    folders that are not there.
+    `options`: the fields of `ExportOptions`. `score(model, processor)`: scores of a task, taken
+    before and after quantisation. Returns what export_report.json holds. Raises ValueError where an
+    input is wrong or a check fails (the folder is then not written), FileNotFoundError for folders
+    that are not there.
     """
     return _Export(
         [folders] if isinstance(folders, str | os.PathLike) else folders,
@@ -174,7 +181,9 @@ def export(
 
 
 def sources(folders: Sequence[str | os.PathLike[str]]) -> tuple[Path, list[Path]]:
-    """The base model's folder and the adapters' of a command line. ValueError for none, an unknown base, and a second model."""
+    """The base model's folder and the adapters' of a command line. ValueError for none, an unknown
+    base, and a second model.
+    """
     if not folders:
         raise ValueError(
             say(
@@ -267,7 +276,7 @@ class _Export:
                 shutil.rmtree(folder, ignore_errors=True)
         return report
 
-    # --- choosing ----------------------------------------------------------------------------------------------------
+    # --- choosing ---------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[Weights, Chosen | None, Look | None]:
         """The weights to quantise, their codes, and what the served model does on the probes."""
@@ -309,7 +318,9 @@ class _Export:
             )
 
     def _data(self) -> tuple[list[Any], list[Probe]]:
-        """Calibration batches, and held-out probes: rows of `eval`, else every fourth batch of `calib`, else made-up inputs that nothing is scored on."""
+        """Calibration batches, and held-out probes: rows of `eval`, else every fourth batch of
+        `calib`, else made-up inputs that nothing is scored on.
+        """
         o = self.o
         calib = read_batches(o.calib, self.processor, o.calib_rows, parts=8) if o.calib else []
         if o.eval:
@@ -376,7 +387,7 @@ class _Export:
             )
         return looks[1]
 
-    # --- writing and checking ----------------------------------------------------------------------------------------
+    # --- writing and checking ---------------------------------------------------------------------
 
     def _write(self, weights: Weights, chosen: Chosen | None) -> dict[str, float]:
         start, o = time.monotonic(), self.o
@@ -401,7 +412,9 @@ class _Export:
         return {"weight_bytes": size, "write_seconds": seconds}
 
     def _hf_config(self) -> ModelConfig:
-        """The config that transformers needs: it tells videos from images by the id of the placeholder."""
+        """The config that transformers needs: it tells videos from images by the id of the
+        placeholder.
+        """
         config, tokens = self.config, self.config.tokens
         video = self.processor.tokenizer.special.get(VIDEO)
         if config.vision is None or (video is None and tokens.video != tokens.image):
@@ -432,7 +445,9 @@ class _Export:
         self.checks |= verify.check_opened(opened, planned)
 
     def _write_script(self) -> str:
-        """serve.sh, into the staged folder, and what cannot be told a server into the notes. Returns the command."""
+        """serve.sh, into the staged folder, and what cannot be told a server into the notes.
+        Returns the command.
+        """
         o, command = self.o, None
         if o.emit != "packed" and o.layout != "hf":
             for found in vocabulary_findings(self._processor_folder()):
@@ -507,12 +522,14 @@ def write_layout(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     config: ModelConfig | None = None,
 ) -> list[Path]:
-    """Weights, bfloat16 but for routers and their biases, and config.json (of `config`, else of the weights) in one of `names.FLAVOURS`.
+    """Weights, bfloat16 but for routers and their biases, and config.json (of `config`, else of the
+    weights) in one of `names.FLAVOURS`.
 
     Two tensors are in memory: one that is made, one that is being written. Returns the paths.
     """
     buffers = TwoBuffers()
-    read = functools.lru_cache(1)(weights.read)  # halves of one matrix follow each other: it is made once
+    # halves of one matrix follow each other: it is made once
+    read = functools.lru_cache(1)(weights.read)
     table = layout(weights.config, flavour)
     codes = {name: "F32" if spec.float32 else EXPORT_CODE for name, spec in table.disk.items()}
     settings = write_config((config or weights.config).replace(dtype="bfloat16"), FLAVOURS[flavour].dialect)
@@ -547,7 +564,9 @@ def _check_target(target: Path, base: Path, adapters: Sequence[Path]) -> None:
 
 
 def _clear(staged: Path) -> None:
-    """Remove what an interrupted export left; a folder with subfolders that are not its own is somebody's and stays."""
+    """Remove what an interrupted export left; a folder with subfolders that are not its own is
+    somebody's and stays.
+    """
     if staged.exists():
         foreign = [path.name for path in staged.iterdir() if path.is_dir() and path.name != ".cache"]
         if foreign or not (staged / "config.json").is_file():

@@ -1,7 +1,9 @@
-"""What `--quantization` means: how many bits each matrix of a model gets, as FastDeploy 2.x decides it for ERNIE (fastdeploy.md 2.1, 2.2).
+"""What `--quantization` means: how many bits each matrix of a model gets, as FastDeploy 2.x decides
+it for ERNIE (fastdeploy.md 2.1, 2.2).
 
-"wint4" is int8 for attention, dense and shared feed-forward and int4 for routed experts: FastDeploy rewrites the word so. "wint8" is int8 for all
-of them. "mix" is wint4 with int8 vision experts, which are smaller and see outliers. Towers, routers, norms, embedding and head stay as they are.
+"wint4" is int8 for attention, dense and shared feed-forward and int4 for routed experts: FastDeploy
+rewrites the word so. "wint8" is int8 for all of them. "mix" is wint4 with int8 vision experts,
+which are smaller and see outliers. Towers, routers, norms, embedding and head stay as they are.
 Refuses to know: how codes are chosen, files, paddle.
 """
 
@@ -18,7 +20,9 @@ from ernie_tune.models.specs import parameter_specs
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of dense matrices and of each modality's experts; `argument`: the value of FastDeploy's --quantization, "" for none."""
+    """Bits of dense matrices and of each modality's experts; `argument`: the value of FastDeploy's
+    --quantization, "" for none.
+    """
 
     dense: int
     experts: tuple[int, int]
@@ -30,7 +34,8 @@ _MIX = {
     "dense_quant_type": "wint8",
     "moe_quant_type": "wint4",
     "image_moe_quant_type": "wint8",
-    "is_quantized": False,  # without it FastDeploy takes the weights of a JSON of several keys for quantised
+    # without it FastDeploy takes the weights of a JSON of several keys for quantised
+    "is_quantized": False,
 }
 SCHEMES: dict[str, Scheme] = {
     "none": Scheme(0, (0, 0), ""),
@@ -65,7 +70,9 @@ def bits_of(name: str, chosen: Scheme) -> int:
 
 
 def row_parallel(name: str) -> bool:
-    """Whether tensor parallelism shares out the input rows, so that every rank has scales of its own."""
+    """Whether tensor parallelism shares out the input rows, so that every rank has scales of its
+    own.
+    """
     return _ROW_PARALLEL.fullmatch(name) is not None
 
 
@@ -85,7 +92,9 @@ def quantised_names(config: ModelConfig, chosen: Scheme) -> list[str]:
 
 
 def kernel_problems(config: ModelConfig, chosen: Scheme, tp: int) -> list[str]:
-    """The shapes [K, N] on one rank that FastDeploy's kernels cannot multiply with, which need K % 64 = N % 16 = 0. Empty: they can."""
+    """The shapes [K, N] on one rank that FastDeploy's kernels cannot multiply with, which need K %
+    64 = N % 16 = 0. Empty: they can.
+    """
     found: dict[str, None] = {}
     for name in quantised_names(config, chosen):
         rows, columns = parameter_specs(config)[name].shape[-2:]

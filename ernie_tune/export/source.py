@@ -1,7 +1,9 @@
-"""The weights to export, read from disk one matrix at a time: a model folder in any layout, with LoRA adapters merged into it on the way.
+"""The weights to export, read from disk one matrix at a time: a model folder in any layout, with
+LoRA adapters merged into it on the way.
 
-Merging is W + scaling * A B in float32, with the columns rescaled for DoRA, and modules trained in full put in their place; the sum is rounded to
-bfloat16 once. Nothing is kept. Legend: I input width, O output width, r rank. Refuses to know: what is written, models in memory, paddle layers.
+Merging is W + scaling * A B in float32, with the columns rescaled for DoRA, and modules trained in
+full put in their place; the sum is rounded to bfloat16 once. Nothing is kept. Legend: I input
+width, O output width, r rank. Refuses to know: what is written, models in memory, paddle layers.
 """
 
 from __future__ import annotations
@@ -26,19 +28,24 @@ from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
 EXPORT_CODE = "BF16"
-_BLOCK_BYTES = 1 << 21  # of float32: with smaller ones threads wait for the interpreter, larger ones leave the cache
+# of float32: with smaller ones threads wait for the interpreter, larger ones leave the cache
+_BLOCK_BYTES = 1 << 21
 _UNSHARED = 1 << 18  # multiplications; OpenBLAS takes several threads above it
 
 
 class Weights(Protocol):
-    """All parameters of one model, by canonical name. What quantises or rescales weights wraps another `Weights`."""
+    """All parameters of one model, by canonical name. What quantises or rescales weights wraps
+    another `Weights`.
+    """
 
     @property
     def config(self) -> ModelConfig:
         """Their shapes."""
 
     def read(self, name: str, expert: int | None, code: str) -> Array:
-        """A parameter (of a stack: one expert's matrix) in a safetensors type; BF16 as raw bits. May be a view: do not write to it."""
+        """A parameter (of a stack: one expert's matrix) in a safetensors type; BF16 as raw bits.
+        May be a view: do not write to it.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,18 @@ class _Factors:
 
 
 def _multiply(a_RK: Array, b_KO: Array, out_RO: Array) -> None:
-    """out = a b, in products so small that BLAS does not share them out: its threads wait for each other, and where another job has a core, long."""
+    """out = a b, in products so small that BLAS does not share them out: its threads wait for each
+    other, and where another job has a core, long.
+    """
     columns = max(16, _UNSHARED // a_RK.size)
     for j in range(0, b_KO.shape[1], columns):
         np.matmul(a_RK, b_KO[:, j : j + columns], out=out_RO[:, j : j + columns])
 
 
 class _Merged:
-    """A matrix and what adapters make of it, in order, in float32 and block by block: the whole matrix is never there in float32."""
+    """A matrix and what adapters make of it, in order, in float32 and block by block: the whole
+    matrix is never there in float32.
+    """
 
     def __init__(self, raw_IO: Array, own: str, factors: Sequence[_Factors]) -> None:
         self._raw, self._own, self._factors = raw_IO, own, factors
@@ -138,8 +149,9 @@ class _Changes:
 class Source:
     """`Weights` of a folder, with the adapters in `adapters` merged in their order.
 
-    Raises ValueError for tensors that are missing, unexpected, misshapen or (when read) not finite, for adapters that do not fit or cannot be
-    merged, and for a tied head that differs from the embedding.
+    Raises ValueError for tensors that are missing, unexpected, misshapen or (when read) not finite,
+    for adapters that do not fit or cannot be merged, and for a tied head that differs from the
+    embedding.
     """
 
     def __init__(self, folder: Path, adapters: Sequence[Path] = ()) -> None:
@@ -187,7 +199,9 @@ class Source:
 
 
 class Rounded:
-    """`Weights` with the values they have once stored: rounded to bfloat16 but for what stays float32."""
+    """`Weights` with the values they have once stored: rounded to bfloat16 but for what stays
+    float32.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.config = weights, weights.config

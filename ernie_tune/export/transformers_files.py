@@ -50,7 +50,8 @@ def write_files(target: Path, folders: Sequence[Path], processor: Processor) -> 
     special = processor.tokenizer.special
     held = _read(target / CONFIG_FILE)
     if isinstance(held.get("chat_template"), str) and not (target / TEMPLATE_FILE).is_file():
-        write_file(target / TEMPLATE_FILE, held["chat_template"].encode())  # its processor reads no other
+        # its processor reads no other
+        write_file(target / TEMPLATE_FILE, held["chat_template"].encode())
     names = {name: token if token in special else IMAGE for name, token in _TOKENS.items()}
     _write(target / CONFIG_FILE, {**held, "extra_special_tokens": {**_named(held), **names}})
     images, videos = processor.images, processor.videos

@@ -1,8 +1,10 @@
-"""The checks that an export must pass before its folder gets its name (fastdeploy.md 10): V0 structure and values, V1 and V2 codes, V3 outputs of
-layers, V4 logits and routers, V5 perplexity and scores.
+"""The checks that an export must pass before its folder gets its name (fastdeploy.md 10): V0
+structure and values, V1 and V2 codes, V3 outputs of layers, V4 logits and routers, V5 perplexity
+and scores.
 
-V0 to V2 run in a fresh process on the files (`reopen.py`), which also computes logits there; V3 to V5 compare three models here: the weights before
-quantisation, FastDeploy's own rounding of them, and ours. Refuses to know: how weights were made, where the folder will lie.
+V0 to V2 run in a fresh process on the files (`reopen.py`), which also computes logits there; V3 to
+V5 compare three models here: the weights before quantisation, FastDeploy's own rounding of them,
+and ours. Refuses to know: how weights were made, where the folder will lie.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from ernie_tune.models.specs import parameter_count
 
 Array = np.ndarray[Any, Any]
 REOPEN_SECONDS = 3 * 3600
-LOGIT_TOLERANCE = 1e-3  # the same weights in the same float32 code; sums may be taken in another order
+# the same weights in the same float32 code; sums may be taken in another order
+LOGIT_TOLERANCE = 1e-3
 # largest growth of perplexity: of wint8 and of anything with int4 (fastdeploy.md 10, V5)
 PERPLEXITY_GATE = {8: 0.005, 4: 0.03}
 _NOISE = 1.005  # a perplexity this close to the unquantised one is not called worse than rtn's
@@ -38,12 +41,15 @@ _NOISE = 1.005  # a perplexity this close to the unquantised one is not called w
 
 @dataclass(frozen=True)
 class Opened:
-    """What the fresh process said of a folder: problems, how many matrices went through Paddle's operator, logits of each probe."""
+    """What the fresh process said of a folder: problems, how many matrices went through Paddle's
+    operator, logits of each probe.
+    """
 
     problems: list[str]
     operated: int
     logits: list[Array]
-    differences: list[str] = field(default_factory=list)  # of prompts, where the template is another author's
+    # of prompts, where the template is another author's
+    differences: list[str] = field(default_factory=list)
 
 
 def reopen(
@@ -58,9 +64,11 @@ def reopen(
     processor: Processor | None = None,
     source: Path | None = None,
 ) -> Opened:
-    """Open `folder` in a process of its own and compare it with `weights`, what was to be written. `reader`: "fastdeploy", "transformers", "packed".
+    """Open `folder` in a process of its own and compare it with `weights`, what was to be written.
+    `reader`: "fastdeploy", "transformers", "packed".
 
-    `processor`, with which the model was trained, and `source`, the folder of its files: prompts are compared too, where FastDeploy reads the folder.
+    `processor`, with which the model was trained, and `source`, the folder of its files: prompts
+    are compared too, where FastDeploy reads the folder.
     Raises RuntimeError where that process dies: Paddle's operator is known to bring processes down.
     """
     s = chosen.scheme if chosen else None
@@ -140,7 +148,9 @@ def check_opened(opened: Opened, planned: Look | None) -> dict[str, Any]:
 
 @dataclass
 class LayerErrors:
-    """V3: squared errors of outputs x (W - W'), summed over all matrices of a class, over the squared outputs. `layers`: (ours, rtn) by parameter."""
+    """V3: squared errors of outputs x (W - W'), summed over all matrices of a class, over the
+    squared outputs. `layers`: (ours, rtn) by parameter.
+    """
 
     ours: dict[str, float] = field(default_factory=dict)
     rtn: dict[str, float] = field(default_factory=dict)
@@ -151,7 +161,9 @@ class LayerErrors:
 
 
 def layer_errors(chosen: Chosen, inputs: Mapping[Place, Array]) -> LayerErrors:
-    """Relative output error of each class of layers on held-out inputs, for the chosen codes and for rtn's."""
+    """Relative output error of each class of layers on held-out inputs, for the chosen codes and
+    for rtn's.
+    """
     sums = {name: np.zeros(3) for name in CLASSES}
     layers: dict[str, Array] = {}
     for (name, expert), x_TK in inputs.items():
@@ -170,7 +182,9 @@ def layer_errors(chosen: Chosen, inputs: Mapping[Place, Array]) -> LayerErrors:
 
 
 def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float], lowest_bits: int) -> list[str]:
-    """Why an export must not be used; empty: it may. V3: no class worse than rtn. V5: perplexity within the gate, and not worse than rtn's."""
+    """Why an export must not be used; empty: it may. V3: no class worse than rtn. V5: perplexity
+    within the gate, and not worse than rtn's.
+    """
     reasons = [
         f"output error of {name} ({errors.ours[name]:.3e}) must not exceed rtn's ({errors.rtn[name]:.3e}); give more calibration rows, or use method rtn"
         for name in errors.worse()
@@ -197,8 +211,10 @@ def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float
 
 
 def score_notes(scores: Sequence[Mapping[str, float]]) -> list[str]:
-    """What to know of scores before, by rtn, and by the chosen codes: those by which rtn answers better. On a few hundred rows one answer decides that,
-    so it refuses nothing, as the logits' error does."""
+    """What to know of scores before, by rtn, and by the chosen codes: those by which rtn answers
+    better. On a few hundred rows one answer decides that, so it refuses nothing, as the logits'
+    error does.
+    """
     _, plain, after = scores
     return [
         f"{name} is {after[name]:.4f}, rtn's is {plain[name]:.4f}: rounding to nearest answered these rows better, perhaps by chance. Score more rows "
@@ -211,7 +227,9 @@ def score_notes(scores: Sequence[Mapping[str, float]]) -> list[str]:
 def table(
     errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float], scores: Sequence[Mapping[str, float]]
 ) -> str:
-    """What the checks measured, for people: one line a class of layers and a number, rtn beside it."""
+    """What the checks measured, for people: one line a class of layers and a number, rtn beside
+    it.
+    """
     lines = [f"{'relative output error':<28}{'ours':>12}{'rtn':>12}"]
     lines += [f"  {name:<26}{errors.ours[name]:>12.3e}{errors.rtn[name]:>12.3e}" for name in errors.ours]
     words = {

@@ -99,7 +99,8 @@ class Engine:
             where=request.where,
         )
         row, length = encoded.row, encoded.num_tokens
-        if request.continues:  # the token that closes the answer is what the model may go on without
+        # the token that closes the answer is what the model may go on without
+        if request.continues:
             length -= 1
             row = replace(row, input_ids_L=row.input_ids_L[:length])
         limit = request.max_thought_tokens

@@ -27,11 +27,13 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0  # ids below this share of the likeliest one's probability are never sampled
     repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0  # times how often a token was sampled so far, taken from its score
+    # times how often a token was sampled so far, taken from its score
+    frequency_penalty: float = 0.0
     presence_penalty: float = 0.0  # taken from the score of a token that was sampled so far
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    banned_ids: tuple[int, ...] = ()  # never sampled: image placeholders and markers cannot be answered
+    # never sampled: image placeholders and markers cannot be answered
+    banned_ids: tuple[int, ...] = ()
     n: int = 1
     seed: int = 0
     top_logprobs: int = 0  # how many of the likeliest tokens to tell beside the chosen one

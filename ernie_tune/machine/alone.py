@@ -1,19 +1,27 @@
-"""What the loop asks of the machine it runs on: one process here, a Fleet mesh in `fleet.py`. The loop is the same for both.
+"""What the loop asks of the machine it runs on: one process here, a Fleet mesh in `fleet.py`. The
+loop is the same for both.
 
 A step calls, in this order, and every rank of a mesh makes the same calls:
 
     seed                    Paddle's generator, by (run, step) and this rank's place
-    counts                  the window's divisor shares, summed over the ranks that read different rows
-    forward_backward        every micro-batch; leaves this rank's share of the window's gradient in `parameter.grad`
-    synchronise             gradients become the whole window's: data, sharding, partial sums of tensor ranks, experts
-    norm, clip              Euclidean norm of all gradients, each parameter counted once; scaled in place
+    counts                  the window's divisor shares, summed over the ranks that read different
+                            rows
+    forward_backward        every micro-batch; leaves this rank's share of the window's gradient in
+                            `parameter.grad`
+    synchronise             gradients become the whole window's: data, sharding, partial sums of
+                            tensor ranks, experts
+    norm, clip              Euclidean norm of all gradients, each parameter counted once; scaled in
+                            place
     step                    the optimizer
     update_router_bias      with the experts' usage of all ranks
-    totals                  loss, metrics, tokens and rows of the whole window, the same on every rank
+    totals                  loss, metrics, tokens and rows of the whole window, the same on every
+                            rank
 
-Scale of gradients: `forward_backward` is given the global divisor. A rank's gradient is `Engine.gradient_scale` times its share of the whole window's
-gradient, and `synchronise` averages over ranks, as Fleet's engines do. A pipeline overrides `forward_backward` (and `totals`): the loss and the metrics
-are known on its last stage only, the other stages return 0.0 and {} and are told by `totals`.
+Scale of gradients: `forward_backward` is given the global divisor. A rank's gradient is
+`Engine.gradient_scale` times its share of the whole window's gradient, and `synchronise` averages
+over ranks, as Fleet's engines do. A pipeline overrides `forward_backward` (and `totals`): the loss
+and the metrics are known on its last stage only, the other stages return 0.0 and {} and are told by
+`totals`.
 Refuses to know: objectives' arithmetic, learning rates, files.
 """
 
@@ -40,7 +48,9 @@ Sums = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Work:
-    """What a window is computed with. `divisor`: the window's global divisor. `count_usage`: routers count, for the bias update."""
+    """What a window is computed with. `divisor`: the window's global divisor. `count_usage`:
+    routers count, for the bias update.
+    """
 
     model: Any
     objective: Objective
@@ -50,8 +60,10 @@ class Work:
     recompute: Callable[..., Tensor] | None = None
 
     def tap(self, micro_batches: int, scale: float = 1.0) -> RouterTap | None:
-        """The routers' instructions for one of so many micro-batches: their losses are means over the window. `scale`: the engine's gradient scale
-        over the number of ranks that read different rows."""
+        """The routers' instructions for one of so many micro-batches: their losses are means over
+        the window. `scale`: the engine's gradient scale over the number of ranks that read
+        different rows.
+        """
         if not self.router and not self.count_usage:
             return None
         return RouterTap(self.router, scale=scale / micro_batches, count_usage=self.count_usage)
@@ -59,7 +71,9 @@ class Work:
 
 @dataclass
 class Window:
-    """What one window amounts to, on this rank or, after `totals`, everywhere. `loss` is divided already, `metrics` are (sum, count)."""
+    """What one window amounts to, on this rank or, after `totals`, everywhere. `loss` is divided
+    already, `metrics` are (sum, count).
+    """
 
     loss: float = 0.0
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -103,7 +117,8 @@ class Engine:
     """One process: every sum over ranks is the value itself."""
 
     gradient_scale = 1.0
-    # Whether this process writes what a run writes once, and (rank, size) among those that read different rows.
+    # Whether this process writes what a run writes once, and (rank, size) among those that read
+    # different rows.
     is_writer = True
     batch: tuple[int, int] = (0, 1)
 
@@ -116,14 +131,17 @@ class Engine:
         return dict(counts)
 
     def forward_backward(self, work: Work, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        """Forward and backward of every micro-batch of this rank's window: its share of the loss, and its summed metrics."""
+        """Forward and backward of every micro-batch of this rank's window: its share of the loss,
+        and its summed metrics.
+        """
         done = Window()
         for batch in window:
             out = forward_loss(work.objective, work.model, batch, work.tap(len(window)), work.recompute)
             scaled = out.total / work.divisor
             (scaled if self.gradient_scale == 1.0 else scaled * self.gradient_scale).backward()
             done.add(float(scaled), out.metrics)
-            # What a PyLayer noted on its context lives as long as the graph: without this, through the next micro-batch's forward too.
+            # What a PyLayer noted on its context lives as long as the graph: without this, through
+            # the next micro-batch's forward too.
             del out, scaled
             self.after_micro_batch()
         return done.loss, done.metrics
@@ -132,11 +150,15 @@ class Engine:
         """Called when the backward of a micro-batch is over."""
 
     def whole(self) -> AbstractContextManager[None]:
-        """A `with` in which every parameter is whole on this rank up to its placement: needed to save, where stage 3 keeps them apart."""
+        """A `with` in which every parameter is whole on this rank up to its placement: needed to
+        save, where stage 3 keeps them apart.
+        """
         return nullcontext()
 
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
-        """Make this rank's gradients the whole window's. `parameters`: the trainable ones, in the model's order."""
+        """Make this rank's gradients the whole window's. `parameters`: the trainable ones, in the
+        model's order.
+        """
 
     def norm(self, parameters: Sequence[Tensor]) -> float:
         """Euclidean norm of all gradients of the whole model, the same number on every rank."""
@@ -149,7 +171,8 @@ class Engine:
     def step(self, optimizer: Any, rate: float) -> None:
         """One step of the optimizer at this learning rate."""
         optimizer.set_lr(rate)
-        # Paddle numbers an optimizer's tensors by a global counter; in a scope of its own each has the same name in every run.
+        # Paddle numbers an optimizer's tensors by a global counter; in a scope of its own each has
+        # the same name in every run.
         with unique_name.guard():
             optimizer.step()
 
@@ -171,4 +194,6 @@ class Engine:
         return interrupted
 
     def after_first_step(self, model: Any) -> None:
-        """Called once, after the first optimizer step: the place for a check of the layout. Raises RuntimeError where it is wrong."""
+        """Called once, after the first optimizer step: the place for a check of the layout. Raises
+        RuntimeError where it is wrong.
+        """

@@ -1,8 +1,10 @@
 """The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them.
 
     mesh = init_mesh(Degrees(tensor=2, pipe=2), accumulation=8)
-    engine = DistributedEngine.lay(model, mesh, accumulation=8)     # model: with its adapters on, not yet split
-    optimizer = engine.optimizer(make)                              # make(parameters) -> an optimizer of Paddle
+    engine = DistributedEngine.lay(model, mesh, accumulation=8)     # model: with its adapters on,
+                                                                    not yet split
+    optimizer = engine.optimizer(make)                              # make(parameters) -> an
+                                                                    optimizer of Paddle
     loop = Loop(model, objective, optimizer, schedule, settings, engine)
 
 Refuses to know: objectives' arithmetic, settings' names, files.
@@ -42,7 +44,9 @@ from ernie_tune.peft.slots import ADAPTER_PLAN
 
 @dataclass(frozen=True)
 class Laid:
-    """What `spread` found out: the token runs of sequence parallelism, and where a pipeline is cut."""
+    """What `spread` found out: the token runs of sequence parallelism, and where a pipeline is
+    cut.
+    """
 
     runs: TokenRuns | None = None
     cut: Cut | None = None
@@ -59,12 +63,12 @@ class Laid:
 
 
 def spread(model: ErnieModel, mesh: Mesh, bounds: Sequence[int] = ()) -> Laid:
-    """Lay `model`, with its adapters on, over `mesh` in place. It may have no values yet (`AutoModel.from_pretrained(..., lay=...)`): then only this
-    rank's parts are ever read:
+    """Lay `model`, with its adapters on, over `mesh` in place. It may have no values yet
+    (`AutoModel.from_pretrained(..., lay=...)`): then only this rank's parts are ever read:
 
         laid: list[Laid] = []
-        model = AutoModel.from_pretrained(folder, lay=lambda empty: laid.append(spread(empty, mesh)) or Laid.part)
-        engine = DistributedEngine.over(model, mesh, laid[0])
+        model = AutoModel.from_pretrained(folder, lay=lambda empty: laid.append(spread(empty, mesh))
+        or Laid.part) engine = DistributedEngine.over(model, mesh, laid[0])
     """
     cut = None
     if mesh.size("pipe") > 1:
@@ -81,7 +85,9 @@ def spread(model: ErnieModel, mesh: Mesh, bounds: Sequence[int] = ()) -> Laid:
 
 
 def _split_alternatives(model: PeftModel) -> None:
-    """A parameter that an adapter trains in full has other values for when the adapter is off: they are split as it is."""
+    """A parameter that an adapter trains in full has other values for when the adapter is off: they
+    are split as it is.
+    """
     current = dict(model.named_parameters())
     for values in (model.originals, *(adapter.copies for adapter in model.adapters.values())):
         for name, value in values.items():
@@ -95,8 +101,10 @@ _BLOCKS = "layers"  # what stage 3 keeps apart, block by block
 
 
 def unkept(model: ErnieModel, mesh: Mesh) -> frozenset[str]:
-    """Paddle's names of the parameters that this rank will not keep under sharding stage 3, once the optimizer is made: a model that has no values yet
-    need not read them. None of them where an adapter starts from the layers' values, which it must then see."""
+    """Paddle's names of the parameters that this rank will not keep under sharding stage 3, once
+    the optimizer is made: a model that has no values yet need not read them. None of them where an
+    adapter starts from the layers' values, which it must then see.
+    """
     starts = isinstance(model, PeftModel) and any(
         a.waiting and (a.copies or _norms(a.config)) for a in model.adapters.values()
     )
@@ -113,7 +121,9 @@ def _norms(config: Any) -> bool:
 
 
 class DistributedEngine(Engine):
-    """See the module's docstring. `self_check`: compare replicas after the first step, and look whether everything moved."""
+    """See the module's docstring. `self_check`: compare replicas after the first step, and look
+    whether everything moved.
+    """
 
     def __init__(
         self,
@@ -146,9 +156,11 @@ class DistributedEngine(Engine):
         bounds: Sequence[int] = (),
         self_check: bool = True,
     ) -> DistributedEngine:
-        """Lay `model` over `mesh` in place, and the engine for it. With a pipeline: `accumulation` micro-batches a window, and where its stages begin
-        among `pipeline_items` (`bounds`, by default balanced by cost); `callable` then stands for the model where it is called. ValueError for layouts
-        that cannot be."""
+        """Lay `model` over `mesh` in place, and the engine for it. With a pipeline: `accumulation`
+        micro-batches a window, and where its stages begin among `pipeline_items` (`bounds`, by
+        default balanced by cost); `callable` then stands for the model where it is called.
+        ValueError for layouts that cannot be.
+        """
         return cls.over(model, mesh, spread(model, mesh, bounds), accumulation=accumulation, self_check=self_check)
 
     @classmethod
@@ -165,7 +177,9 @@ class DistributedEngine(Engine):
         return self.staged or self.model
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> MeshOptimizer:
-        """The mesh's optimizer: `make` is called once for the dense parameters and once for Fleet's experts, with plain lists."""
+        """The mesh's optimizer: `make` is called once for the dense parameters and once for Fleet's
+        experts, with plain lists.
+        """
         self._optimizer = MeshOptimizer(list(self.named.values()), self.mesh, make)
         self.owner_of = self._optimizer.owner_of
         if self.mesh.degrees.sharding_stage == 3:
@@ -239,7 +253,8 @@ class DistributedEngine(Engine):
         if self.self_check and not self.before:
             with self.whole():
                 self.before = fingerprints(self.named)
-            # A step can be lost to rounding where it is tiny, or where bfloat16 values have a float32 master: those say nothing.
+            # A step can be lost to rounding where it is tiny, or where bfloat16 values have a
+            # float32 master: those say nothing.
             told = {n: p for n, p in self.named.items() if rate >= 1e-6 and p.dtype in (paddle.float32, paddle.float64)}
             self.touched = {name for name, p in told.items() if p.grad is not None and _any(p.grad)}
         optimizer.set_lr(rate)
@@ -247,7 +262,9 @@ class DistributedEngine(Engine):
             optimizer.step()
 
     def update_router_bias(self, model: Any, coefficient: float) -> None:
-        """Usage is counted where tokens are routed: on the batch ranks, and with sequence parallelism on the tensor ranks too."""
+        """Usage is counted where tokens are routed: on the batch ranks, and with sequence
+        parallelism on the tensor ranks too.
+        """
         axes = ["batch"] + ["tensor"] * (self.runs is not None)
         for layer in model.sublayers():
             if isinstance(layer, MoELayer):

@@ -107,7 +107,9 @@ class Place:
         return self.mesh.group("world").objects(value)
 
     def gather_batch(self, value: Any) -> list[Any]:
-        """`value` of every rank that reads different rows, on every rank, in the order of `batch`."""
+        """`value` of every rank that reads different rows, on every rank, in the order of
+        `batch`.
+        """
         return self.mesh.group("batch").objects(value)
 
     # --- models -----------------------------------------------------------------------------------

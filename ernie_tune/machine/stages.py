@@ -1,6 +1,8 @@
-"""A window through a pipeline of the model's stages: the vision tower shared out before it, the objective on its last stage.
+"""A window through a pipeline of the model's stages: the vision tower shared out before it, the
+objective on its last stage.
 
-Knows the model's stage list and the objective; `parallel/pipeline.py` knows Fleet. Refuses to know: optimizers, norms, other axes.
+Knows the model's stage list and the objective; `parallel/pipeline.py` knows Fleet. Refuses to know:
+optimizers, norms, other axes.
 Legend: T tokens, D width, P patches, W tower width, V vocabulary.
 """
 
@@ -29,17 +31,21 @@ from ernie_tune.objectives.objective import Outputs
 from ernie_tune.parallel.mesh import Degrees, Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 
-# --- the model as items ----------------------------------------------------------------------------------------------
+# --- the model as items ---------------------------------------------------------------------------
 
 
 def pipeline_items(config: ModelConfig) -> list[str]:
-    """Names of the pipeline's items: the model's stages, and the head also where it is tied (57 for 54 layers, 31 for 28)."""
+    """Names of the pipeline's items: the model's stages, and the head also where it is tied (57 for
+    54 layers, 31 for 28).
+    """
     names = [name for name, _ in stages(config)]
     return names if names[-1] == "lm_head" else [*names, "lm_head"]
 
 
 def item_costs(config: ModelConfig) -> list[float]:
-    """Products of one text token in each item, in units of parameters met; what a balanced cut is balanced by (parallel.md 5.3)."""
+    """Products of one text token in each item, in units of parameters met; what a balanced cut is
+    balanced by (parallel.md 5.3).
+    """
     c, moe = config, config.moe
     head_width = c.head_dim
     attention = c.hidden_size * head_width * 2 * (c.num_attention_heads + c.num_key_value_heads)
@@ -54,24 +60,30 @@ def item_costs(config: ModelConfig) -> list[float]:
 
 
 def stages_of(cut: Cut, stage: int) -> frozenset[str]:
-    """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the resampler on the first."""
+    """What the model keeps on one stage (`ErnieModel.keep`): its items, the tower everywhere, the
+    resampler on the first.
+    """
     return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
 
 
 def cut_of(config: ModelConfig, degrees: Degrees, bounds: Sequence[int] = ()) -> Cut:
-    """Where the pipeline is cut: at `bounds` among `pipeline_items`, or balanced by `item_costs`. ValueError for cuts that cannot be."""
+    """Where the pipeline is cut: at `bounds` among `pipeline_items`, or balanced by `item_costs`.
+    ValueError for cuts that cannot be.
+    """
     items = pipeline_items(config)
     if bounds:
         return cut_at(items, bounds, degrees.pipe, degrees.virtual_pipe)
     return cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
 
 
-# --- one pack through this rank's stages -------------------------------------------------------------------------------
+# --- one pack through this rank's stages ----------------------------------------------------------
 
 
 @dataclass
 class Passage:
-    """One pack on its way through the stages of this rank. `rows_PW`: the tower's outputs, on the first stage."""
+    """One pack on its way through the stages of this rank. `rows_PW`: the tower's outputs, on the
+    first stage.
+    """
 
     model: ErnieModel
     pack: PackedInput
@@ -101,7 +113,8 @@ class Passage:
             raise AssertionError("only the first item starts from nothing")
         if item == "norm":
             return self.model.norm(hidden)
-        if item == "lm_head":  # a place in the list; the objective applies the matrix where it needs it
+        # a place in the list; the objective applies the matrix where it needs it
+        if item == "lm_head":
             return hidden
         if self.ctx is None:
             self.ctx = self.model.context(self.pack, self.tap, self.cache, self.recompute)
@@ -112,15 +125,18 @@ class Passage:
         features = None
         if self.rows_PW is not None:
             features = self.model.resampler_model(self.rows_PW, self.pack.grid_thw_n3)
-        # Trap p: its output needs a gradient (`parallelize`), for below a boundary something must, or the stages wait for each other for ever.
+        # Trap p: its output needs a gradient (`parallelize`), for below a boundary something must,
+        # or the stages wait for each other for ever.
         return self.model.embed(self.pack, features)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class WindowProgram:
-    """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are fillers: the last one again, counting nothing."""
+    """What this rank's stages do on the micro-batches of one window. Micro-batches past its end are
+    fillers: the last one again, counting nothing.
+    """
 
     def __init__(
         self,
@@ -171,7 +187,9 @@ def _known_rows(hidden: Tensor, real_T: np.ndarray | None) -> Tensor:
 
 
 def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
-    """Trap u: stages that count other micro-batches, or cut off other rows, wait for each other for ever."""
+    """Trap u: stages that count other micro-batches, or cut off other rows, wait for each other for
+    ever.
+    """
     mine = [(pack.num_tokens, zlib.crc32(pack.input_ids_T.tobytes())) for pack in packs]
     said = pipeline.group.objects(mine)
     other = [i for i, theirs in enumerate(said) if theirs != said[0]]
@@ -189,16 +207,19 @@ def _check_same(packs: Sequence[PackedInput], pipeline: Pipeline) -> None:
         )
 
 
-# --- the model, spread over stages -----------------------------------------------------------------------------------
+# --- the model, spread over stages ----------------------------------------------------------------
 
 
-Compute = Callable[[Any, Tensor, Any], Outputs]  # as `Objective.outputs`: (model, hidden_TD, batch) -> tensors by name
+# as `Objective.outputs`: (model, hidden_TD, batch) -> tensors by name
+Compute = Callable[[Any, Tensor, Any], Outputs]
 
 
 class StagedForward:
-    """A model whose stages are on the ranks of a pipeline, called without a gradient (evaluation, generation, a reference): all ranks call it with the same
-    packs, and all get the result; stages take turns, boundaries are broadcast. `model` has kept the stages of this rank (`ErnieModel.keep`). `runs`: what
-    `parallelize` returned."""
+    """A model whose stages are on the ranks of a pipeline, called without a gradient (evaluation,
+    generation, a reference): all ranks call it with the same packs, and all get the result; stages
+    take turns, boundaries are broadcast. `model` has kept the stages of this rank
+    (`ErnieModel.keep`). `runs`: what `parallelize` returned.
+    """
 
     def __init__(self, model: ErnieModel, cut: Cut, group: Group, runs: Any = None) -> None:
         self.model, self.config, self.cut, self.group, self.runs = model, model.config, cut, group, runs
@@ -224,7 +245,9 @@ class StagedForward:
 
     @paddle.no_grad()
     def __call__(self, inputs: PackedInput, *, tap: RouterTap | None = None, cache: Cache | None = None) -> Tensor:
-        """Final hidden states [T, D], as `ErnieModel.forward` gives them; what routers decided (`tap`), of all stages."""
+        """Final hidden states [T, D], as `ErnieModel.forward` gives them; what routers decided
+        (`tap`), of all stages.
+        """
         decoding = cache is not None and not cache.prefilling
         pack, real_T = self.model.prepared(inputs, decoding)
         if cache is not None and not decoding and not self.own_layers():
@@ -269,7 +292,9 @@ class StagedForward:
 
 @paddle.no_grad()
 def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> Outputs:
-    """`Objective.outputs` of one micro-batch without a gradient, of a model that is here or over a pipeline."""
+    """`Objective.outputs` of one micro-batch without a gradient, of a model that is here or over a
+    pipeline.
+    """
     if isinstance(model, StagedForward):
         return model.outputs(compute, batch)
     return compute(model, model(batch.inputs), batch)
@@ -286,7 +311,8 @@ def frozen_outputs(model: ErnieModel | StagedForward, compute: Compute, batch: A
 
 
 class StagedModel(StagedForward):
-    """The same, trained: `forward_backward` goes through Fleet's schedule. `accumulation`: micro-batches of a window.
+    """The same, trained: `forward_backward` goes through Fleet's schedule. `accumulation`:
+    micro-batches of a window.
 
     Raises ValueError for cuts and schedules that cannot work.
     """
@@ -309,10 +335,12 @@ class StagedModel(StagedForward):
             parameter.is_firstly_shared = self.pipeline.stage == 0
 
     def forward_backward(self, work: Work, window: Sequence[Any], scale: float = 1.0, data_ranks: int = 1) -> Window:
-        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all ranks of the pipeline.
+        """Leaves the window's gradient in the parameters; the last stage's loss and metrics, on all
+        ranks of the pipeline.
 
-        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over which router losses are means. ValueError where the
-        ranks of the pipeline were not given the same window.
+        `scale`: the engine's gradient scale; `data_ranks`: ranks that read different rows, over
+        which router losses are means. ValueError where the ranks of the pipeline were not given the
+        same window.
         """
         packs = [batch.inputs for batch in window]
         _check_same(packs, self.pipeline)

@@ -1,7 +1,9 @@
-"""The vision tower outside the pipeline: all frames of a window dealt out over the pipeline's ranks, their outputs brought to the first stage, and for
-a trained tower a second pass on the gradients that came back (parallel.md 1.6).
+"""The vision tower outside the pipeline: all frames of a window dealt out over the pipeline's
+ranks, their outputs brought to the first stage, and for a trained tower a second pass on the
+gradients that came back (parallel.md 1.6).
 
-Every rank of a pipeline reads the same rows, so no pixels travel. Refuses to know: the decoder, schedules, objectives.
+Every rank of a pipeline reads the same rows, so no pixels travel. Refuses to know: the decoder,
+schedules, objectives.
 Legend: P patches, C values of a patch, W tower width.
 """
 
@@ -42,8 +44,9 @@ class _Frame:
 class SharedTower:
     """The tower over all frames of some packs.
 
-    `features` runs it without a graph; for a trained tower, `backward` runs it again after the pipeline, with one, on the gradients that the first
-    stage has collected, and sums the parameters' gradients over the pipeline.
+    `features` runs it without a graph; for a trained tower, `backward` runs it again after the
+    pipeline, with one, on the gradients that the first stage has collected, and sums the
+    parameters' gradients over the pipeline.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class SharedTower:
         self.leaves: list[Tensor | None] = []
 
     def features(self) -> list[Tensor | None]:
-        """Tower outputs [P, W] of each micro-batch on the first stage; None for those without images, and on other stages."""
+        """Tower outputs [P, W] of each micro-batch on the first stage; None for those without
+        images, and on other stages.
+        """
         self.leaves = [None] * len(self.patches)
         if self.work is None:
             return self.leaves

@@ -1,8 +1,11 @@
-"""Attention over packed segments: every segment attends to itself and to the prefix that it continues, at the cost of the segments, not of the pack.
+"""Attention over packed segments: every segment attends to itself and to the prefix that it
+continues, at the cost of the segments, not of the pack.
 
-Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal segments in a row of length L, S = L + length of their
-prefixes (0 without), B rows, C cache columns.
-Refuses to know: rope, projections, who calls it. On the CPU neighbouring segments of one length share one product; on a GPU the varlen flash kernel runs.
+Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal
+segments in a row of length L, S = L + length of their prefixes (0 without), B rows, C cache
+columns.
+Refuses to know: rope, projections, who calls it. On the CPU neighbouring segments of one length
+share one product; on a GPU the varlen flash kernel runs.
 """
 
 from __future__ import annotations
@@ -21,16 +24,20 @@ from paddle.autograd import PyLayer
 from ernie_tune.models import mkl
 from ernie_tune.models.layers import row_sum, scale_rows, where_needed
 
-# Probabilities are kept for the backward while they are smaller than this; above it they are made again from queries and keys.
+# Probabilities are kept for the backward while they are smaller than this; above it they are made
+# again from queries and keys.
 KEEP_PROBS_BYTES = 256 * 2**20
-# Query rows per product: later rows see more keys, so a causal segment cut in blocks skips most of its upper triangle.
+# Query rows per product: later rows see more keys, so a causal segment cut in blocks skips most of
+# its upper triangle.
 BLOCK_TOKENS = 128
 _FAR = 1e30
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring segments of one length (with parents: whose prefixes have one length too), which share one product."""
+    """Neighbouring segments of one length (with parents: whose prefixes have one length too), which
+    share one product.
+    """
 
     start: int  # first token
     count: int
@@ -45,7 +52,9 @@ class Run:
 
 
 def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[Run]:
-    """The runs of a pack, in order. `parents`: for each segment the number of the one that it continues, -1 for none."""
+    """The runs of a pack, in order. `parents`: for each segment the number of the one that it
+    continues, -1 for none.
+    """
     lengths = [b - a for a, b in pairwise(offsets)]
     parents = parents or (-1,) * len(lengths)
     prefixes = [lengths[p] if p >= 0 else 0 for p in parents]
@@ -60,9 +69,11 @@ def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> It
 
 
 class AttentionPlan:
-    """What one forward's attention layers share: row orders of each run. Lives as long as the forward and its backward.
+    """What one forward's attention layers share: row orders of each run. Lives as long as the
+    forward and its backward.
 
-    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a transposed view.
+    Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a
+    transposed view.
     """
 
     def __init__(self, offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> None:
@@ -72,7 +83,9 @@ class AttentionPlan:
         self._uses: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def heads_first(self, x_TNH: Tensor, run: Run, kv_heads: int, keys: bool = False) -> Tensor:
-        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by position. `keys`: [n, K, S, H], prefixes before."""
+        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by
+        position. `keys`: [n, K, S, H], prefixes before.
+        """
         tokens, heads, width = x_TNH.shape
         length = run.keys if keys else run.length
         order = self._order(run, heads, kv_heads, keys and run.prefix > 0)
@@ -90,7 +103,9 @@ class AttentionPlan:
         return rows.reshape([run.count * run.length, heads, width])
 
     def key_gradients(self, gradients: list[Tensor], kv_heads: int) -> Tensor:
-        """Gradients [n, K, S, H] of each run's keys -> [T, K, H]: what the continuations of a prefix ask of it is added to its own."""
+        """Gradients [n, K, S, H] of each run's keys -> [T, K, H]: what the continuations of a
+        prefix ask of it is added to its own.
+        """
         if not self.shared:
             return _join([self.tokens_first(x, run, kv_heads) for x, run in zip(gradients, self.runs, strict=True)], 0)
         width = gradients[0].shape[-1]
@@ -112,12 +127,14 @@ class AttentionPlan:
         return self._kept[key]
 
     def _slots(self, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
-        """Where the key gradients of each (token, head) lie among the rows of all runs: its own, then one index per further use as a prefix; the
-        row after the last is blank."""
+        """Where the key gradients of each (token, head) lie among the rows of all runs: its own,
+        then one index per further use as a prefix; the row after the last is blank.
+        """
         if kv_heads in self._uses:
             return self._uses[kv_heads]
         own, base = [], 0
-        uses: dict[int, list[np.ndarray]] = {}  # first token of a parent -> rows of each use, [prefix, K]
+        # first token of a parent -> rows of each use, [prefix, K]
+        uses: dict[int, list[np.ndarray]] = {}
         for run in self.runs:
             rows = base + np.arange(run.count * kv_heads * run.keys).reshape(run.count, kv_heads, run.keys)
             rows = rows.transpose(0, 2, 1)
@@ -142,7 +159,9 @@ class AttentionPlan:
 
 
 def _head_rows(token_nL: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
-    """(token, head) rows of these tokens in the order segment, key/value head, token, query head of the group."""
+    """(token, head) rows of these tokens in the order segment, key/value head, token, query head of
+    the group.
+    """
     rows = token_nL[:, :, None] * heads + np.arange(heads)
     return rows.reshape(*token_nL.shape, kv_heads, heads // kv_heads).transpose(0, 2, 1, 3).reshape(-1)
 
@@ -179,7 +198,8 @@ class _SegmentAttention(PyLayer):
         for run, (q, k, v, parts) in zip(plan.runs, ctx.kept, strict=True):
             kv_heads = k.shape[1]
             g, pull = (plan.heads_first(x, run, kv_heads) for x in (grad_TNH, pull_TN1))
-            # The row sum that softmax's backward subtracts rides along as one more column of the product grad @ v^T.
+            # The row sum that softmax's backward subtracts rides along as one more column of the
+            # product grad @ v^T.
             v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
             dq, dk, dv = [], None, None
             for block, kept in reversed(list(zip(plan.blocks(run), parts, strict=True))):
@@ -234,12 +254,16 @@ def _softmax_parts(
 
 @lru_cache(maxsize=64)
 def _triangle(queries: int, group: int) -> np.ndarray:
-    """1 where a query sees a key of its own block, 0 where the key comes after it, [queries * group, queries]."""
+    """1 where a query sees a key of its own block, 0 where the key comes after it, [queries *
+    group, queries].
+    """
     return np.repeat(np.tri(queries, dtype=np.float32), group, axis=0)
 
 
 def _hide_later(e: Tensor, queries: int, group: int, scores: bool = False) -> None:
-    """Zero (as scores: push far down), in place, what the last `queries` keys are to queries before them. All earlier keys are seen by all."""
+    """Zero (as scores: push far down), in place, what the last `queries` keys are to queries before
+    them. All earlier keys are seen by all.
+    """
     live = _triangle(queries, group)
     if mkl.ready(e):  # a view of a part costs Paddle's CPU operators a copy
         own = mkl.view(e)[..., e.shape[-1] - queries :]
@@ -256,7 +280,9 @@ def _hide_later(e: Tensor, queries: int, group: int, scores: bool = False) -> No
 
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v inside each segment and its prefix; query head j reads key/value head j // (N/K). Returns [T, N, H]."""
+    """softmax(q k^T / sqrt(H)) v inside each segment and its prefix; query head j reads key/value
+    head j // (N/K). Returns [T, N, H].
+    """
     if not plan.shared and q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
         bounds = paddle.to_tensor(plan.offsets, dtype="int32")
         longest = max(run.length for run in plan.runs)
@@ -267,7 +293,9 @@ def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: Attenti
 
 
 def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Tensor) -> Tensor:
-    """One new token per row against that row's cache; `bias_BC` is 0 on live columns and very negative on the padding at the left. Returns [B, N, H]."""
+    """One new token per row against that row's cache; `bias_BC` is 0 on live columns and very
+    negative on the padding at the left. Returns [B, N, H].
+    """
     rows, heads, width = q_BNH.shape
     kv_heads = k_BKCH.shape[1]
     q = q_BNH.reshape([rows, kv_heads, heads // kv_heads, width]) * width**-0.5

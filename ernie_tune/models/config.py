@@ -1,4 +1,5 @@
-"""The shape of a model, as frozen data: the canonical form of every dialect of `config.json` (read and written in `config_dialects.py`).
+"""The shape of a model, as frozen data: the canonical form of every dialect of `config.json` (read
+and written in `config_dialects.py`).
 
 Refuses to know: files, weights, training settings, paddle.
 """
@@ -12,7 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (architecture.md 4). Widths in channels; `layer_norm_eps` is hard 1e-6 in every release."""
+    """The vision tower (architecture.md 4). Widths in channels; `layer_norm_eps` is hard 1e-6 in
+    every release.
+    """
 
     depth: int
     hidden_size: int
@@ -33,7 +36,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts (architecture.md 3). Index 0 of `intermediate_size` is text, index 1 vision; text-only models have one entry."""
+    """The mixture of experts (architecture.md 3). Index 0 of `intermediate_size` is text, index 1
+    vision; text-only models have one entry.
+    """
 
     num_experts: int  # per modality
     intermediate_size: tuple[int, ...]
@@ -48,13 +53,17 @@ class MoEConfig:
 
     @property
     def shared_intermediate_size(self) -> int:
-        """The shared expert is one SwiGLU of the *text* expert width times the count (architecture.md 11.26)."""
+        """The shared expert is one SwiGLU of the *text* expert width times the count
+        (architecture.md 11.26).
+        """
         return self.intermediate_size[0] * self.num_shared_experts
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens that the model treats specially. None: the folder's config does not say; look it up in the tokenizer."""
+    """Ids of the tokens that the model treats specially. None: the folder's config does not say;
+    look it up in the tokenizer.
+    """
 
     pad: int | None = 0
     bos: int | None = 1
@@ -62,7 +71,8 @@ class TokenIds:
     image: int | None = None
     image_start: int | None = None
     image_end: int | None = None
-    video: int | None = None  # equal to `image` in Paddle folders, a token of its own in native transformers ones
+    # equal to `image` in Paddle folders, a token of its own in native transformers ones
+    video: int | None = None
     video_start: int | None = None
     video_end: int | None = None
 

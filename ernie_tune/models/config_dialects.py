@@ -1,8 +1,10 @@
 """Every dialect of `config.json` <-> `ModelConfig` (architecture.md 1.1 to 1.3).
 
-legacy: the -PT releases (`ernie4_5_moe_vl`, flat, `torch_dtype`); paddle: the -Paddle releases (same keys, `dtype`); native: transformers 5
-(`ernie4_5_vl_moe`, nested). The text-only siblings (`ernie4_5`, `ernie4_5_moe`) are flat in all three.
-Refuses to know: files, weights, paddle. A key that would change the numbers is refused, never ignored.
+legacy: the -PT releases (`ernie4_5_moe_vl`, flat, `torch_dtype`); paddle: the -Paddle releases
+(same keys, `dtype`); native: transformers 5 (`ernie4_5_vl_moe`, nested). The text-only siblings
+(`ernie4_5`, `ernie4_5_moe`) are flat in all three.
+Refuses to know: files, weights, paddle. A key that would change the numbers is refused, never
+ignored.
 """
 
 from __future__ import annotations
@@ -65,14 +67,14 @@ _FIXED_VL: dict[str, Any] = {
 _REQUIRED = object()
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The shape that a parsed `config.json` describes, in whichever dialect it is written.
 
-    Raises ValueError naming the key, its value and the remedy: unknown `model_type`, missing or contradictory keys, shapes and options
-    that this library does not implement.
+    Raises ValueError naming the key, its value and the remedy: unknown `model_type`, missing or
+    contradictory keys, shapes and options that this library does not implement.
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -112,7 +114,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of keys: the top level wins over `text_config`, since transformers ignores the latter's tie flag (architecture.md 9.6)."""
+    """One level of keys: the top level wins over `text_config`, since transformers ignores the
+    latter's tie flag (architecture.md 9.6).
+    """
     text = dict(raw.get("text_config") or {})
     text.pop("tie_word_embeddings", None)
     flat = {**text, **{k: v for k, v in raw.items() if k != "text_config"}}
@@ -235,7 +239,9 @@ def _rope_theta(flat: Mapping[str, Any]) -> float:
 
 
 def _freq_allocation(flat: Mapping[str, Any], head_dim: int) -> int:
-    """Frequencies of the time axis: `freq_allocation`, or the last entry of `mrope_section` [height, width, time] (architecture.md 2.2)."""
+    """Frequencies of the time axis: `freq_allocation`, or the last entry of `mrope_section`
+    [height, width, time] (architecture.md 2.2).
+    """
     section = next((s["mrope_section"] for s in _rope_sections(flat) if s.get("mrope_section") is not None), None)
     if section is None:
         return _integer(flat, "freq_allocation", 20)
@@ -310,7 +316,8 @@ def _sparse_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tupl
             )
         layers = tuple(i for i, t in enumerate(types) if t == "sparse")
     elif flat["model_type"] == _NATIVE and flat.get("moe_layer_start_index") is None:
-        layers = tuple(range(1, depth))  # transformers' default: the first layer dense, the rest sparse
+        # transformers' default: the first layer dense, the rest sparse
+        layers = tuple(range(1, depth))
     else:
         layers = _indexed_layers(flat, depth, modalities)
     if not layers:
@@ -321,7 +328,9 @@ def _sparse_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tupl
 
 
 def _indexed_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tuple[int, ...]:
-    """Layers start..end (inclusive, clipped to the depth) whose 1-based number is a multiple of the interval (architecture.md 1.2)."""
+    """Layers start..end (inclusive, clipped to the depth) whose 1-based number is a multiple of the
+    interval (architecture.md 1.2).
+    """
     starts = _per_modality(flat, "moe_layer_start_index", modalities)
     ends = tuple(
         depth - 1 if end == -1 else min(end, depth - 1)
@@ -360,20 +369,23 @@ def _read_tokens(flat: Mapping[str, Any], has_vision: bool) -> TokenIds:
         image=image,
         image_start=special("image_start_token_id", None),
         image_end=special("image_end_token_id", None),
-        video=special("video_token_id", image),  # one placeholder for both, except in transformers' conversion
+        # one placeholder for both, except in transformers' conversion
+        video=special("video_token_id", image),
         video_start=special("video_start_token_id", None),
         video_end=special("video_end_token_id", None),
     )
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_config(config: ModelConfig, dialect: str) -> dict[str, Any]:
     """The `config.json` of `config` in one of `DIALECTS`; `read_config` gives `config` back.
 
-    Exactly one of `dtype` (paddle, native) and `torch_dtype` (legacy) is written: FastDeploy takes it for the weight layout (fastdeploy.md 1.2).
-    Raises ValueError for an unknown dialect, and for sparse layers that the flat dialects cannot express.
+    Exactly one of `dtype` (paddle, native) and `torch_dtype` (legacy) is written: FastDeploy takes
+    it for the weight layout (fastdeploy.md 1.2).
+    Raises ValueError for an unknown dialect, and for sparse layers that the flat dialects cannot
+    express.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect ({dialect!r}) must be one of {list(DIALECTS)}; choose one of them")
@@ -456,8 +468,8 @@ def _write_flat_vl(c: ModelConfig, v: VisionConfig, paddle: bool) -> dict[str, A
         "video_start": t.video_start,
         "video_end": t.video_end,
     }
-    # PaddleFormers' positions and vLLM's routing read the `_token_id` names, in every layout; the code
-    # beside the -PT releases reads the short ones.
+    # PaddleFormers' positions and vLLM's routing read the `_token_id` names, in every layout; the
+    # code beside the -PT releases reads the short ones.
     tokens = _present(
         {
             "im_patch_id": t.image,
@@ -520,7 +532,8 @@ def _write_flat_vl_moe(c: ModelConfig) -> dict[str, Any]:
         "moe_use_hard_gate": True,
         "moe_capacity": [2 * c.moe.num_experts]
         * 3,  # an expert can take every token: nothing is dropped (architecture.md 3.4)
-        "moe_multimodal_dispatch_use_allgather": "v2-alltoall-unpad-text",  # without it PaddleFormers routes wrongly (architecture.md 11.8)
+        # without it PaddleFormers routes wrongly (architecture.md 11.8)
+        "moe_multimodal_dispatch_use_allgather": "v2-alltoall-unpad-text",
     }
 
 

@@ -1,8 +1,11 @@
-"""ERNIE-4.5-VL as single-device code: an ordered list of named stages over flat, packed tokens, and the table that says how to shard it.
+"""ERNIE-4.5-VL as single-device code: an ordered list of named stages over flat, packed tokens, and
+the table that says how to shard it.
 
-Legend: T tokens of the pack, D width, N/K query and key/value heads, H head width, V vocabulary, F feature rows.
-Refuses to know: files, losses, optimisers, distribution. Head counts are inferred from the tensors, so a layer whose columns were
-split from outside works unchanged. Checked against architecture.md sections 2-6.
+Legend: T tokens of the pack, D width, N/K query and key/value heads, H head width, V vocabulary, F
+feature rows.
+Refuses to know: files, losses, optimisers, distribution. Head counts are inferred from the tensors,
+so a layer whose columns were split from outside works unchanged. Checked against architecture.md
+sections 2-6.
 """
 
 from __future__ import annotations
@@ -128,14 +131,18 @@ class DecoderLayer(nn.Layer):
 
 
 class Lookup(nn.Layer):
-    """Rows of a table, as a layer without parameters: where the table is split, another one steps in."""
+    """Rows of a table, as a layer without parameters: where the table is split, another one steps
+    in.
+    """
 
     def forward(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         return F.embedding(ids_T, weight_VD)
 
 
 class Scores(nn.Layer):
-    """Hidden states times the output matrix, as a layer without parameters: where the matrix is split, another one steps in."""
+    """Hidden states times the output matrix, as a layer without parameters: where the matrix is
+    split, another one steps in.
+    """
 
     def forward(self, hidden_TD: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
@@ -171,7 +178,9 @@ class Head(nn.Layer):
 
 
 def stages(c: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Layer]]]:
-    """The decoder as an ordered list of named builders; a pipeline is a partition of it. The tower runs before the first stage, outside the list."""
+    """The decoder as an ordered list of named builders; a pipeline is a partition of it. The tower
+    runs before the first stage, outside the list.
+    """
     yield "embed_tokens", lambda: Embedding(c)
     for i in range(c.num_hidden_layers):
         yield f"layers.{i}", lambda i=i: DecoderLayer(c, i)  # type: ignore[misc]
@@ -198,16 +207,20 @@ def default_dtype(dtype: str) -> Iterator[None]:
 
 
 class Elsewhere(nn.Layer):
-    """Stands where a layer would be that another pipeline stage has, so that the names of the others stay."""
+    """Stands where a layer would be that another pipeline stage has, so that the names of the
+    others stay.
+    """
 
     def forward(self, *_: object, **__: object) -> Tensor:
         raise ValueError("this rank holds a part of the model (pipeline); run it through the pipeline, or on one stage")
 
 
 class ErnieModel(nn.Layer):
-    """The whole model on one device. Parameters start at zero (norms at one): `AutoModel` gives them values, fresh ones or those of a checkpoint.
+    """The whole model on one device. Parameters start at zero (norms at one): `AutoModel` gives
+    them values, fresh ones or those of a checkpoint.
 
-    Raises ValueError when features and placeholders do not match, or when a text-only model is given images.
+    Raises ValueError when features and placeholders do not match, or when a text-only model is
+    given images.
     """
 
     name_or_path: str = ""  # where the weights came from: a folder, or the name of a preset
@@ -215,7 +228,8 @@ class ErnieModel(nn.Layer):
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
         super().__init__()
         line = prepare_device()
-        if line and (CPU_PLAN.too_late or os.environ.get(DEBUG_VARIABLE)):  # news only where it is slow, or looked for
+        # news only where it is slow, or looked for
+        if line and (CPU_PLAN.too_late or os.environ.get(DEBUG_VARIABLE)):
             print(line, file=sys.stderr)
         self.config, self.compute_dtype = config, dtype
         with default_dtype(dtype):
@@ -231,10 +245,11 @@ class ErnieModel(nn.Layer):
                 self.resampler_model = Resampler(config.vision, config.hidden_size, config.rms_norm_eps)
 
     def keep(self, names: Collection[str]) -> None:
-        """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"): what is left of the model on one pipeline stage.
+        """Drop the stages that are not in `names` (`stages`, "vision_model", "resampler_model"):
+        what is left of the model on one pipeline stage.
 
-        "lm_head" stands for a tied head, too, which needs the embedding's matrix. What somebody has put on the model beside its stages (a reward's
-        head) stays where the last one is.
+        "lm_head" stands for a tied head, too, which needs the embedding's matrix. What somebody has
+        put on the model beside its stages (a reward's head) stays where the last one is.
         """
         own = {*(name for name, _ in stages(self.config)), "layers", "scores", "vision_model", "resampler_model"}
         for name in [name for name in self._sub_layers if name not in own and "lm_head" not in names]:
@@ -261,7 +276,9 @@ class ErnieModel(nn.Layer):
         return self.resampler_model(self.vision_model(pixels, inputs.grid_thw_n3, recompute), inputs.grid_thw_n3)
 
     def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
-        """The pack as the layers are to see it, and the rows of it that the caller knows (None: all). `decoding`: a cache holds what came before."""
+        """The pack as the layers are to see it, and the rows of it that the caller knows (None:
+        all). `decoding`: a cache holds what came before.
+        """
         return inputs, None
 
     def context(
@@ -271,7 +288,9 @@ class ErnieModel(nn.Layer):
         cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> SequenceContext:
-        """What the decoder layers need to know of the pack. ValueError for shared prefixes with a cache."""
+        """What the decoder layers need to know of the pack. ValueError for shared prefixes with a
+        cache.
+        """
         if cache is not None and inputs.parents is not None:
             raise ValueError("parents must be None with a cache, whose rows are whole; pack whole rows")
         if tap is not None:
@@ -280,7 +299,9 @@ class ErnieModel(nn.Layer):
             return SequenceContext.of(inputs, self.config, tap, cache)
 
     def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
-        """Input of the first decoder layer [T, D]. ValueError where features and placeholders do not match."""
+        """Input of the first decoder layer [T, D]. ValueError where features and placeholders do
+        not match.
+        """
         index = np.flatnonzero(inputs.placeholder_T)
         have = 0 if features_FD is None else features_FD.shape[0]
         if have != len(index):
@@ -299,7 +320,9 @@ class ErnieModel(nn.Layer):
         cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> Tensor:
-        """Final hidden states [T, D], after the last norm; `logits` turns them into scores. `recompute(layer, *args)` reruns a layer in its backward."""
+        """Final hidden states [T, D], after the last norm; `logits` turns them into scores.
+        `recompute(layer, *args)` reruns a layer in its backward.
+        """
         features = self.features(inputs, recompute)
         x_TD = self.embed(inputs, features)
         ctx = self.context(inputs, tap, cache, recompute)
@@ -308,7 +331,9 @@ class ErnieModel(nn.Layer):
         return self.norm(x_TD)
 
     def head_weight(self) -> tuple[Tensor, bool]:
-        """(matrix, transposed): [V, D] and True when tied to the embedding, else [D, V] and False."""
+        """(matrix, transposed): [V, D] and True when tied to the embedding, else [D, V] and
+        False.
+        """
         if self.config.tie_word_embeddings:
             return self.embed_tokens.weight, True
         return self.lm_head.weight, False

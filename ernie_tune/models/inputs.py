@@ -1,7 +1,10 @@
-"""Rows of tokens and images -> one packed, flat model input: 3-D positions, routing types, segment bounds. numpy only, never paddle.
+"""Rows of tokens and images -> one packed, flat model input: 3-D positions, routing types, segment
+bounds. numpy only, never paddle.
 
-Legend: T tokens of the whole pack, L tokens of one row, P patches, C values per patch (588), n images and videos.
-Source of the rules: architecture.md 2.3 (positions), 3.2 (token -> modality), 4.1 (patches), 6 (placeholders).
+Legend: T tokens of the whole pack, L tokens of one row, P patches, C values per patch (588), n
+images and videos.
+Source of the rules: architecture.md 2.3 (positions), 3.2 (token -> modality), 4.1 (patches), 6
+(placeholders).
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from ernie_tune.models.config import TokenIds
 POSITION_RULES = (
     "paddle",
     "hf",
-)  # they differ only where a video has more frame pairs than rows and columns (architecture.md 11.1)
+    # they differ only where a video has more frame pairs than rows and columns (architecture.md
+    # 11.1)
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence before packing. `grid_thw` rows are in order of appearance, images and videos together; so are the patches."""
+    """One sequence before packing. `grid_thw` rows are in order of appearance, images and videos
+    together; so are the patches.
+    """
 
     input_ids_L: np.ndarray  # int64
     pixel_values_PC: np.ndarray | None = None  # float32, normalised, block-major patch order
@@ -31,7 +38,9 @@ class Row:
 
 @dataclass(frozen=True)
 class PackedInput:
-    """What the model's forward takes. Segment i owns tokens [offsets[i], offsets[i+1]); attention never leaves its segment and the one it continues."""
+    """What the model's forward takes. Segment i owns tokens [offsets[i], offsets[i+1]); attention
+    never leaves its segment and the one it continues.
+    """
 
     input_ids_T: np.ndarray  # int64
     position_ids_T3: np.ndarray  # int64 (time, height, width), restarting in each segment
@@ -54,7 +63,9 @@ class PackedInput:
 
 
 def feature_count(grid_thw: Sequence[int]) -> int:
-    """Resampler rows for one image or video: Hp*Wp/4 for an image, T*Hp*Wp/8 for a video of T frames."""
+    """Resampler rows for one image or video: Hp*Wp/4 for an image, T*Hp*Wp/8 for a video of T
+    frames.
+    """
     t, h, w = (int(v) for v in grid_thw)
     return (1 if t == 1 else t // 2) * (h // 2) * (w // 2)
 
@@ -77,7 +88,8 @@ def position_ids(
 ) -> np.ndarray:
     """3-D positions [L, 3] (time, height, width) of one row without padding (architecture.md 2.3).
 
-    `rule` "paddle" continues after the largest coordinate used so far, "hf" (transformers 5.23) after max(height, width) only.
+    `rule` "paddle" continues after the largest coordinate used so far, "hf" (transformers 5.23)
+    after max(height, width) only.
     Raises ValueError when placeholders and grids do not match.
     """
     if rule not in POSITION_RULES:
@@ -113,14 +125,17 @@ def position_ids(
 
 
 def next_position(row: Row, tokens: TokenIds, rule: str = "paddle") -> int:
-    """The position, on all three axes, that a text token behind the row has: not always one more than the largest, since under rule "hf" text goes on
-    below the time coordinates of a long clip."""
+    """The position, on all three axes, that a text token behind the row has: not always one more
+    than the largest, since under rule "hf" text goes on below the time coordinates of a long clip.
+    """
     text = next(i for i in range(len(tokens.placeholders()) + 1) if i not in tokens.placeholders())
     return int(position_ids(np.append(row.input_ids_L, text), row.grid_thw_n3, tokens, rule)[-1, 0])
 
 
 def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedInput:
-    """Concatenate rows into one flat input. No padding exists; each row is one segment. Raises ValueError for an empty row or a mismatch."""
+    """Concatenate rows into one flat input. No padding exists; each row is one segment. Raises
+    ValueError for an empty row or a mismatch.
+    """
     if not rows:
         raise ValueError("rows (0) must be at least 1; pass one or more rows to pack")
     for i, row in enumerate(rows):
@@ -133,10 +148,12 @@ def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedI
 def pack_families(
     families: Sequence[tuple[Sequence[Row], int]], tokens: TokenIds, rule: str = "paddle"
 ) -> tuple[PackedInput, list[list[np.ndarray]]]:
-    """Pack families of rows; those of one share their first `shared` tokens, images included, which are packed once: a segment that the rest of each row
-    continues. `shared` 0: each row is a segment of its own. Also returns, for each row of each family, where its tokens lie in the pack.
+    """Pack families of rows; those of one share their first `shared` tokens, images included, which
+    are packed once: a segment that the rest of each row continues. `shared` 0: each row is a
+    segment of its own. Also returns, for each row of each family, where its tokens lie in the pack.
 
-    Segments of one length lie side by side, since these share products. Raises ValueError as `pack`, and for rows that do not share what they should.
+    Segments of one length lie side by side, since these share products. Raises ValueError as
+    `pack`, and for rows that do not share what they should.
     """
     segments: list[_Segment] = []
     for number, (rows, shared) in enumerate(families):

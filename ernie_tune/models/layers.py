@@ -1,9 +1,12 @@
-"""The small layers that every tower shares: norms, gated and plain MLPs, rotary tables. Single device, flat tokens.
+"""The small layers that every tower shares: norms, gated and plain MLPs, rotary tables. Single
+device, flat tokens.
 
-Legend: T tokens, D width, N heads, H head width, I inner width, P patches. Refuses to know: segments, caches, experts, distribution.
+Legend: T tokens, D width, N heads, H head width, I inner width, P patches. Refuses to know:
+segments, caches, experts, distribution.
 
-The functions with a hand-written backward (`rms_norm`, `swiglu`) exist for the CPU: Paddle's composed backward of the same formulas spends
-most of a step in strided reductions there. They compute the same numbers in fewer passes, on every device.
+The functions with a hand-written backward (`rms_norm`, `swiglu`) exist for the CPU: Paddle's
+composed backward of the same formulas spends most of a step in strided reductions there. They
+compute the same numbers in fewer passes, on every device.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ _FEW = 2**14
 
 
 def has_values(parameter: Tensor) -> bool:
-    """False for a parameter of a pipeline stage that another rank holds: it has a name and a shape, but no memory (`AutoModel.from_pretrained`)."""
+    """False for a parameter of a pipeline stage that another rank holds: it has a name and a shape,
+    but no memory (`AutoModel.from_pretrained`).
+    """
     return bool(parameter._is_initialized())
 
 
@@ -32,12 +37,16 @@ def _ones(rows: int, columns: int, dtype: paddle.dtype) -> Tensor:
 
 
 def row_sum(x_TD: Tensor) -> Tensor:
-    """Sum over the last axis, kept as [T, 1]. A product with ones is several times faster than Paddle's CPU reduction and equal in float32 to rounding."""
+    """Sum over the last axis, kept as [T, 1]. A product with ones is several times faster than
+    Paddle's CPU reduction and equal in float32 to rounding.
+    """
     return paddle.matmul(x_TD, _ones(x_TD.shape[-1], 1, x_TD.dtype))
 
 
 def _by_product(x: Tensor) -> bool:
-    """Whether a product with ones beats a broadcast: on the CPU, where it is exact and twice as fast."""
+    """Whether a product with ones beats a broadcast: on the CPU, where it is exact and twice as
+    fast.
+    """
     return x.place.is_cpu_place() and x.dtype in (paddle.float32, paddle.float64)
 
 
@@ -70,11 +79,14 @@ def _normalise(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tens
     inv_T1 = paddle.rsqrt(row_sum(wide * wide).scale_(1 / wide.shape[1], eps))
     if wide is x_TD:
         return _outer(inv_T1, weight_D).multiply_(wide), inv_T1
-    return (wide * inv_T1).astype(x_TD.dtype) * weight_D, inv_T1  # cast before the weight: architecture.md 2.1
+    # cast before the weight: architecture.md 2.1
+    return (wide * inv_T1).astype(x_TD.dtype) * weight_D, inv_T1
 
 
 def where_needed(frozen: tuple[bool, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """What a PyLayer's backward must return: None for the inputs that need no gradient, which are frozen layers' outputs beside trained ones."""
+    """What a PyLayer's backward must return: None for the inputs that need no gradient, which are
+    frozen layers' outputs beside trained ones.
+    """
     return tuple(None if skip else grad for skip, grad in zip(frozen, grads, strict=True))
 
 
@@ -99,7 +111,9 @@ class _RmsNorm(PyLayer):
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md 2.1)."""
+    """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md
+    2.1).
+    """
     if mkl.is_stepping():
         x = x_TD.numpy()
         inv_T = 1.0 / np.sqrt(np.einsum("td,td->t", x, x) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
@@ -160,7 +174,9 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Without bias, and without the flags that `nn.Linear` looks up by name in every call: on the CPU they cost more than a small product."""
+    """Without bias, and without the flags that `nn.Linear` looks up by name in every call: on the
+    CPU they cost more than a small product.
+    """
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias_attr=False)
@@ -183,7 +199,8 @@ class GatedMLP(nn.Layer):
 
 
 def text_angles(position_ids_T3: np.ndarray, head_dim: int, freq_allocation: int, theta: float) -> np.ndarray:
-    """Angles [T, head_dim/2] of the 3-D rope (architecture.md 2.2): even low frequencies take height, odd ones width, the last ones time.
+    """Angles [T, head_dim/2] of the 3-D rope (architecture.md 2.2): even low frequencies take
+    height, odd ones width, the last ones time.
 
     float64: at position 1e5 a float32 angle is already wrong by up to a few 1e-3 rad.
     """
@@ -194,7 +211,9 @@ def text_angles(position_ids_T3: np.ndarray, head_dim: int, freq_allocation: int
 
 
 def vision_angles(grid_thw_n3: np.ndarray, head_dim: int, theta: float, merge: int = 2) -> np.ndarray:
-    """Angles [P, head_dim/2] of the 2-D rope (architecture.md 4.3): rows, then columns, restarting in every frame, patches in 2x2-block order."""
+    """Angles [P, head_dim/2] of the 2-D rope (architecture.md 4.3): rows, then columns, restarting
+    in every frame, patches in 2x2-block order.
+    """
     freq = theta ** (-2.0 * np.arange(head_dim // 4) / (head_dim // 2))
     out = []
     for t, h, w in np.asarray(grid_thw_n3).tolist():
@@ -208,7 +227,9 @@ def vision_angles(grid_thw_n3: np.ndarray, head_dim: int, theta: float, merge: i
 
 
 def rotate_pairs(x_TNH: Tensor, turn_TNh: Tensor) -> Tensor:
-    """Rotate adjacent pairs (x[2i], x[2i+1]) by complex factors [T, N, H/2], in float32, cast back."""
+    """Rotate adjacent pairs (x[2i], x[2i+1]) by complex factors [T, N, H/2], in float32, cast
+    back.
+    """
     tokens, heads, width = x_TNH.shape
     if mkl.is_stepping():
         x, turn = x_TNH.numpy(), turn_TNh.numpy()
@@ -218,7 +239,9 @@ def rotate_pairs(x_TNH: Tensor, turn_TNh: Tensor) -> Tensor:
 
 
 def rotate_halves(x_PNH: Tensor, cos_PNH: Tensor, sin_PNH: Tensor) -> Tensor:
-    """x*cos + rotate_half(x)*sin, in float32, cast back; cos and sin are repeated over both halves."""
+    """x*cos + rotate_half(x)*sin, in float32, cast back; cos and sin are repeated over both
+    halves.
+    """
     x = x_PNH.astype(cos_PNH.dtype)
     a, b = paddle.split(x, 2, axis=-1)
     return (x * cos_PNH + paddle.concat([-b, a], axis=-1) * sin_PNH).astype(x_PNH.dtype)
@@ -229,6 +252,8 @@ def _real(x: Tensor) -> paddle.dtype:
 
 
 def turn_factors(angles_Th: np.ndarray, heads: int, dtype: str) -> Tensor:
-    """e^(i angle) repeated over heads, complex [T, heads, h]: Paddle's CPU broadcast is ten times slower than the repeated tensor, built once per forward."""
+    """e^(i angle) repeated over heads, complex [T, heads, h]: Paddle's CPU broadcast is ten times
+    slower than the repeated tensor, built once per forward.
+    """
     turns = np.exp(1j * angles_Th).astype(np.complex128 if dtype == "float64" else np.complex64)
     return paddle.to_tensor(np.repeat(turns[:, None, :], heads, axis=1))

@@ -1,8 +1,11 @@
-"""The math library that Paddle ships for x86, called directly for what Paddle's CPU operators do on one core: exp, tanh, products of many sizes.
+"""The math library that Paddle ships for x86, called directly for what Paddle's CPU operators do on
+one core: exp, tanh, products of many sizes.
 
-Measured on two AVX-512 cores against Paddle's operators: exp 8 times faster, tanh 2.6 times, the products of a stack of experts 1.3 times.
-Plain functions without autograd: for the inside of a PyLayer or under no_grad. Refuses to know: models. Where `ready` is False (a GPU, another
-processor, bfloat16) the in-place functions are Paddle's operators, and the callers multiply expert by expert.
+Measured on two AVX-512 cores against Paddle's operators: exp 8 times faster, tanh 2.6 times, the
+products of a stack of experts 1.3 times.
+Plain functions without autograd: for the inside of a PyLayer or under no_grad. Refuses to know:
+models. Where `ready` is False (a GPU, another processor, bfloat16) the in-place functions are
+Paddle's operators, and the callers multiply expert by expert.
 Legend: M rows sorted by expert, E experts, D and I widths.
 """
 
@@ -22,7 +25,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-# The vector functions: high accuracy (below one unit in the last place), denormals are zero, no error reports.
+# The vector functions: high accuracy (below one unit in the last place), denormals are zero, no
+# error reports.
 _MODE = ctypes.c_longlong(0x2 | 0x280000 | 0x100)
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _LETTER = {paddle.float32: "s", paddle.float64: "d"}
@@ -51,7 +55,9 @@ def _function(name: str) -> Callable[..., object]:
 
 
 def ready(*tensors: Tensor) -> bool:
-    """Whether the library can work on these together: all float32 or all float64, on the CPU, not huge, and it is there."""
+    """Whether the library can work on these together: all float32 or all float64, on the CPU, not
+    huge, and it is there.
+    """
     first = tensors[0].dtype
     return (
         first in _LETTER
@@ -66,7 +72,9 @@ def numel(x: Tensor) -> int:
 
 
 def view(x: Tensor) -> np.ndarray:
-    """The tensor's own memory as an array that can be written (older NumPy's `from_dlpack` cannot); not to be kept."""
+    """The tensor's own memory as an array that can be written (older NumPy's `from_dlpack` cannot);
+    not to be kept.
+    """
     kind = _NUMPY[x.dtype]
     memory: Any = (ctypes.c_char * (numel(x) * kind.itemsize)).from_address(_address(x))
     return np.frombuffer(memory, kind).reshape(x.shape)
@@ -90,7 +98,9 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def near_zero(x: Tensor) -> bool:
-    """Whether exp of every element is far from the ends of the numbers, so that a softmax needs no shift: nearly always, and quickly seen."""
+    """Whether exp of every element is far from the ends of the numbers, so that a softmax needs no
+    shift: nearly always, and quickly seen.
+    """
     if not ready(x):
         return False
     limit, values = 0.75 * _EXP_LIMIT[x.dtype], view(x)
@@ -107,7 +117,9 @@ def below_zero_(x: Tensor) -> Tensor:
 
 
 def exp_(x: Tensor, far: bool) -> Tensor:
-    """exp in place; `far`, not `near_zero`: below -80 (-700 in float64) it stays at exp(-80), which is nothing beside a softmax's largest."""
+    """exp in place; `far`, not `near_zero`: below -80 (-700 in float64) it stays at exp(-80), which
+    is nothing beside a softmax's largest.
+    """
     if not ready(x):
         return x.exp_()
     limit = _EXP_LIMIT[x.dtype]
@@ -133,7 +145,9 @@ def rows_by_matrices(x_MD: Tensor, weight_EDI: Tensor, counts: Sequence[int], tr
 
 
 def rows_by_rows(x_MD: Tensor, grad_MI: Tensor, counts: Sequence[int]) -> Tensor:
-    """x^T grad over each expert's rows, [E, D, I]: the gradient of its matrix, zero where it has no rows."""
+    """x^T grad over each expert's rows, [E, D, I]: the gradient of its matrix, zero where it has no
+    rows.
+    """
     x_MD, grad_MI = x_MD.contiguous(), grad_MI.contiguous()
     depth, inner = x_MD.shape[1], grad_MI.shape[1]
     _check(counts, len(counts), x_MD, depth)
@@ -172,14 +186,17 @@ def _products(
     right: tuple[Tensor, np.ndarray, int, bool],
     out: tuple[Tensor, np.ndarray, int],
 ) -> None:
-    """One `cblas_?gemm_batch`: product i has `sizes` (rows, columns, depth) and operands (tensor, element where it begins, row length, transposed)."""
+    """One `cblas_?gemm_batch`: product i has `sizes` (rows, columns, depth) and operands (tensor,
+    element where it begins, row length, transposed).
+    """
     kind, flags = _NUMPY[dtype], (left[3], right[3])
     products = Products(kind, len(out[1]), sizes, (left[2], right[2], out[2]), flags)
     products.run(*(begin * kind.itemsize + _address(tensor) for tensor, begin, *_ in (left, right, out)))
 
 
 class Products:
-    """Many products out = factor * left @ right (+ out, with `add`), in one call of `cblas_?gemm_batch`: prepared once, run on any memory.
+    """Many products out = factor * left @ right (+ out, with `add`), in one call of
+    `cblas_?gemm_batch`: prepared once, run on any memory.
 
     The library believes what it is told: the caller answers for sizes and addresses.
     """
@@ -194,7 +211,9 @@ class Products:
         factor: float = 1.0,
         add: bool = False,
     ) -> None:
-        """`sizes`: (rows, columns, depth) of each product; `steps`: from row to row, in elements, of left, right and out."""
+        """`sizes`: (rows, columns, depth) of each product; `steps`: from row to row, in elements,
+        of left, right and out.
+        """
         self.count = count
         self._ints, self._factors = np.empty((9, count), np.int32), np.empty((2, count), kind)
         flags = tuple(_TRANSPOSED if flag else _PLAIN for flag in transposed)
@@ -225,8 +244,11 @@ _STEPPING = _Stepping()
 
 @contextlib.contextmanager
 def stepping() -> Iterator[None]:
-    """For a forward of a few tokens without a gradient, one of each row, where the library is `usable`: Paddle's operators then take longer to get going
-    than to compute, and layers that ask `is_stepping` do several at once in NumPy. The same formulas; float32 may differ in the last place."""
+    """For a forward of a few tokens without a gradient, one of each row, where the library is
+    `usable`: Paddle's operators then take longer to get going than to compute, and layers that ask
+    `is_stepping` do several at once in NumPy. The same formulas; float32 may differ in the last
+    place.
+    """
     before, _STEPPING.on = _STEPPING.on, True
     try:
         yield

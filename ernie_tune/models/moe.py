@@ -1,8 +1,11 @@
-"""The heterogeneous mixture of experts: one router and one expert family per modality, a shared expert for everyone (architecture.md 3).
+"""The heterogeneous mixture of experts: one router and one expert family per modality, a shared
+expert for everyone (architecture.md 3).
 
-Dropless: every chosen (token, expert) pair is computed. Tokens are sorted by expert, each non-empty expert does one product on a contiguous
-slice, empty experts do none. Legend: T tokens of one modality, D width, E experts, k choices per token, M = T*k pairs sorted by expert, I inner.
-Refuses to know: losses' weights in the total (see `RouterTap`), which tokens share a sequence, distribution.
+Dropless: every chosen (token, expert) pair is computed. Tokens are sorted by expert, each non-empty
+expert does one product on a contiguous slice, empty experts do none. Legend: T tokens of one
+modality, D width, E experts, k choices per token, M = T*k pairs sorted by expert, I inner.
+Refuses to know: losses' weights in the total (see `RouterTap`), which tokens share a sequence,
+distribution.
 """
 
 from __future__ import annotations
@@ -42,18 +45,23 @@ class RouterRecord:
 
 @dataclass
 class RouterTap:
-    """What the caller wants from the routers of one forward. `weights`: add router losses to the gradient, times `scale`; `records`: keep decisions."""
+    """What the caller wants from the routers of one forward. `weights`: add router losses to the
+    gradient, times `scale`; `records`: keep decisions.
+    """
 
     weights: RouterLossWeights | None = None
     scale: float = 1.0
     keep: bool = False
     records: list[RouterRecord] = field(default_factory=list)
     count_usage: bool = False  # add to each layer's expert_usage, for `update_correction_bias`
-    recomputed: bool = False  # layers run twice, first without a graph: only that first pass is counted and kept
+    # layers run twice, first without a graph: only that first pass is counted and kept
+    recomputed: bool = False
 
 
 class _AddLoss(PyLayer):
-    """Identity on x; the backward also hands `loss` a gradient of `scale`. So a layer's own loss enters the gradient wherever the layer runs."""
+    """Identity on x; the backward also hands `loss` a gradient of `scale`. So a layer's own loss
+    enters the gradient wherever the layer runs.
+    """
 
     @staticmethod
     def forward(ctx, x, loss, scale):  # type: ignore[no-untyped-def]
@@ -68,7 +76,9 @@ class _AddLoss(PyLayer):
 
 
 class _Dispatch(PyLayer):
-    """x[token_of]: copies of tokens in expert order. The backward gathers too, since the inverse order is known: deterministic, no scatter."""
+    """x[token_of]: copies of tokens in expert order. The backward gathers too, since the inverse
+    order is known: deterministic, no scatter.
+    """
 
     @staticmethod
     def forward(ctx, x_TD, token_of_M, slot_of_Tk):  # type: ignore[no-untyped-def]
@@ -169,21 +179,27 @@ def _slices(counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def grouped_matmul(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Rows sorted by expert times that expert's matrix: [M, D] x [E, D, I] -> [M, I]; `counts[e]` rows belong to expert e."""
+    """Rows sorted by expert times that expert's matrix: [M, D] x [E, D, I] -> [M, I]; `counts[e]`
+    rows belong to expert e.
+    """
     if paddle.is_grad_enabled():
         return _GroupedMatmul.apply(x_MD, weight_EDI, counts)
     return _grouped(x_MD, weight_EDI, counts)
 
 
 class GroupedProduct(nn.Layer):
-    """`grouped_matmul` as a layer without parameters: a place where an adapter can be attached, or a quantised stack can step in."""
+    """`grouped_matmul` as a layer without parameters: a place where an adapter can be attached, or
+    a quantised stack can step in.
+    """
 
     def forward(self, x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
         return grouped_matmul(x_MD, weight_EDI, counts)
 
 
 class Experts(nn.Layer):
-    """E gated MLPs, stacked: `up_gate_proj` [E, D, 2I] (gate half first) and `down_proj` [E, I, D]."""
+    """E gated MLPs, stacked: `up_gate_proj` [E, D, 2I] (gate half first) and `down_proj` [E, I,
+    D].
+    """
 
     def __init__(self, num_experts: int, width: int, inner: int) -> None:
         super().__init__()
@@ -200,7 +216,9 @@ class Experts(nn.Layer):
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """One family's part of one layer: the experts, and the rows for them, sorted by expert, `counts[e]` for expert e. No rows: None."""
+    """One family's part of one layer: the experts, and the rows for them, sorted by expert,
+    `counts[e]` for expert e. No rows: None.
+    """
 
     experts: Experts
     rows_MD: Tensor | None
@@ -208,22 +226,27 @@ class ExpertWork:
 
 
 class ExpertRows(nn.Layer):
-    """Each family's rows through its experts, as a layer without parameters: where the experts live elsewhere, another one steps in."""
+    """Each family's rows through its experts, as a layer without parameters: where the experts live
+    elsewhere, another one steps in.
+    """
 
     def forward(self, work: list[ExpertWork]) -> list[Tensor | None]:
         return [None if w.rows_MD is None else w.experts(w.rows_MD, w.counts) for w in work]
 
 
 class Tallies(nn.Layer):
-    """The `tally` of each modality's router [modalities, E + 2] over the whole pack, as a layer without parameters: where its tokens lie on several ranks,
-    another one steps in and adds theirs."""
+    """The `tally` of each modality's router [modalities, E + 2] over the whole pack, as a layer
+    without parameters: where its tokens lie on several ranks, another one steps in and adds theirs.
+    """
 
     def forward(self, tally_mE: Tensor) -> Tensor:
         return tally_mE
 
 
 class _Halves(PyLayer):
-    """Split the last axis in two. Paddle's slice backward adds two zero-filled copies instead of concatenating."""
+    """Split the last axis in two. Paddle's slice backward adds two zero-filled copies instead of
+    concatenating.
+    """
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -235,7 +258,9 @@ class _Halves(PyLayer):
 
 
 def _split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Halves of each row, by gathering rows of half width: much faster on the CPU than copying two strided slices."""
+    """Halves of each row, by gathering rows of half width: much faster on the CPU than copying two
+    strided slices.
+    """
     rows, half = x.shape[0], x.shape[1] // 2
     x = x.reshape([2 * rows, half])
     even, odd = _every_other(rows)
@@ -244,7 +269,9 @@ def _split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def _every_other(rows: int) -> tuple[Tensor, Tensor]:
-    """Even and odd numbers below 2 * rows. (`paddle.arange` takes ten times as long to get going.)"""
+    """Even and odd numbers below 2 * rows. (`paddle.arange` takes ten times as long to get
+    going.)
+    """
     even = np.arange(0, 2 * rows, 2)
     return paddle.to_tensor(even), paddle.to_tensor(even + 1)
 
@@ -263,7 +290,9 @@ class Routing:
 
 
 def route(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float = 1e-12) -> Routing:
-    """Choose by softmax + bias, weigh by softmax alone, renormalise (architecture.md 3.3). Everything in the router's float32 (float64 stays)."""
+    """Choose by softmax + bias, weigh by softmax alone, renormalise (architecture.md 3.3).
+    Everything in the router's float32 (float64 stays).
+    """
     logits = paddle.matmul(x_TD.astype(weight_DE.dtype), weight_DE)
     probs = F.softmax(logits, axis=-1)
     chosen = paddle.topk(probs.detach() + bias_E, top_k, axis=-1)[1]
@@ -323,7 +352,9 @@ def _sort_few(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_
 
 
 class _Gate(nn.Layer):
-    """Router matrices, named as in the checkpoints: `weight` is text, `weight_1` vision; float32 in a model of any other dtype."""
+    """Router matrices, named as in the checkpoints: `weight` is text, `weight_1` vision; float32 in
+    a model of any other dtype.
+    """
 
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -351,7 +382,9 @@ class _Statics(nn.Layer):
 
 
 class MoELayer(nn.Layer):
-    """Routes each modality's tokens through its own experts and adds the shared expert once, to everyone."""
+    """Routes each modality's tokens through its own experts and adds the shared expert once, to
+    everyone.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -371,7 +404,9 @@ class MoELayer(nn.Layer):
     def forward(
         self, x_TD: Tensor, text_index: Tensor | None, vision_index: Tensor | None, tap: RouterTap | None = None
     ) -> Tensor:
-        """`text_index`/`vision_index`: positions of each modality's tokens; both None: every token is text."""
+        """`text_index`/`vision_index`: positions of each modality's tokens; both None: every token
+        is text.
+        """
         indices = (text_index, vision_index)
         if vision_index is None:
             parts = {0: self._sort(x_TD, 0, tap)}
@@ -423,7 +458,9 @@ class MoELayer(nn.Layer):
         return _Sorted(x_MD, tuple(counts_E.tolist()), r, order_M, token_of_M, slot_of_Tk)
 
     def _losses(self, parts: dict[int, _Sorted | _SortedFew], tap: RouterTap | None) -> list[Tensor]:
-        """The routers' own losses. A frozen router gets none: its gradient would only reach the layers below it (architecture.md 3.6)."""
+        """The routers' own losses. A frozen router gets none: its gradient would only reach the
+        layers below it (architecture.md 3.6).
+        """
         trained = [m for m in range(self.moe.num_modalities) if not self.gate.of(m).stop_gradient]
         if tap is None or not tap.weights or not trained or not paddle.is_grad_enabled():
             return []
@@ -443,9 +480,11 @@ class MoELayer(nn.Layer):
 
 
 def update_correction_bias(model: nn.Layer, coefficient: float) -> None:
-    """Aux-loss-free balancing (architecture.md 3.6): bias += coefficient * sign(mean usage - usage) per layer and modality, then usage := 0.
+    """Aux-loss-free balancing (architecture.md 3.6): bias += coefficient * sign(mean usage - usage)
+    per layer and modality, then usage := 0.
 
-    The row of a frozen router stays as it is. Under data parallelism the caller sums `expert_usage` over ranks first.
+    The row of a frozen router stays as it is. Under data parallelism the caller sums `expert_usage`
+    over ranks first.
     """
     with paddle.no_grad():
         for layer in model.sublayers():

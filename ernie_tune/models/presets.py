@@ -1,6 +1,8 @@
-"""Named model shapes: the released models (architecture.md 1.1, 1.3), the tiny ones of its section 12, and "small". Shapes only, no paddle.
+"""Named model shapes: the released models (architecture.md 1.1, 1.3), the tiny ones of its section
+12, and "small". Shapes only, no paddle.
 
-Refuses to know where weights are: a preset is built with fresh weights, `AutoModel.from_pretrained` reads released ones.
+Refuses to know where weights are: a preset is built with fresh weights, `AutoModel.from_pretrained`
+reads released ones.
 """
 
 from __future__ import annotations
@@ -133,7 +135,9 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The shape called `name` (case and `_`/`-` do not matter, an owner prefix and -PT/-Paddle/-Base suffixes are dropped). ValueError with a suggestion."""
+    """The shape called `name` (case and `_`/`-` do not matter, an owner prefix and
+    -PT/-Paddle/-Base suffixes are dropped). ValueError with a suggestion.
+    """
     key = name.rsplit("/", 1)[-1].lower().replace("_", "-")
     for suffix in ("-pt", "-paddle", "-base", "-thinking"):
         key = key.removesuffix(suffix)

@@ -1,6 +1,8 @@
-"""The router's own losses as pure functions of its logits and matrix (architecture.md 3.6, methods.md 4.10).
+"""The router's own losses as pure functions of its logits and matrix (architecture.md 3.6,
+methods.md 4.10).
 
-Legend: T tokens of one modality, E its experts, D width. Refuses to know: layers, which tokens are text, how losses enter the gradient.
+Legend: T tokens of one modality, E its experts, D width. Refuses to know: layers, which tokens are
+text, how losses enter the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from paddle import Tensor
 
 @dataclass(frozen=True)
 class RouterLossWeights:
-    """Coefficients, one number for both modalities or (text, vision). ERNIEKit's VL fine-tuning sets all three to 0."""
+    """Coefficients, one number for both modalities or (text, vision). ERNIEKit's VL fine-tuning
+    sets all three to 0.
+    """
 
     balance: float | tuple[float, float] = 0.0
     orthogonal: float | tuple[float, float] = 0.0
@@ -28,17 +32,21 @@ class RouterLossWeights:
 
 
 def tally(probs_TE: Tensor, top_k: int) -> Tensor:
-    """[E + 2]: how many tokens pick each expert, by p without the bias; how many tokens there are; and 1. Summed over the ranks that have tokens of a pack
-    it is the pack's, and the last number says how many ranks those are. Without a gradient."""
+    """[E + 2]: how many tokens pick each expert, by p without the bias; how many tokens there are;
+    and 1. Summed over the ranks that have tokens of a pack it is the pack's, and the last number
+    says how many ranks those are. Without a gradient.
+    """
     chosen = paddle.topk(probs_TE.detach(), top_k, axis=-1)[1]
     counts_E = paddle.bincount(chosen.reshape([-1]), minlength=probs_TE.shape[1]).astype(probs_TE.dtype)
     return paddle.concat([counts_E, paddle.to_tensor([float(probs_TE.shape[0]), 1.0], dtype=probs_TE.dtype)])
 
 
 def balance_loss(probs_TE: Tensor, top_k: int, whole: Tensor | None = None) -> Tensor:
-    """E * sum_e (share of tokens that pick e, by p without the bias) * (mean p_e). Perfect balance gives top_k. Counts carry no gradient.
+    """E * sum_e (share of tokens that pick e, by p without the bias) * (mean p_e). Perfect balance
+    gives top_k. Counts carry no gradient.
 
-    `whole`: the `tally` of the pack where only some of its tokens are here; what the ranks get adds up to the pack's loss.
+    `whole`: the `tally` of the pack where only some of its tokens are here; what the ranks get adds
+    up to the pack's loss.
     """
     whole = tally(probs_TE, top_k) if whole is None else whole
     counts_E, tokens = whole[:-2], whole[-2].clip(min=1e-6)
@@ -66,8 +74,9 @@ def router_loss(
     modality: int,
     whole: Tensor | None = None,
 ) -> Tensor | None:
-    """Weighted sum of one router's losses; None where every coefficient is 0. `whole`: as in `balance_loss`; the matrix's own loss is shared by the ranks
-    that have tokens."""
+    """Weighted sum of one router's losses; None where every coefficient is 0. `whole`: as in
+    `balance_loss`; the matrix's own loss is shared by the ranks that have tokens.
+    """
     balance, orthogonal, z = weights.of(modality)
     terms = []
     if balance:
@@ -81,5 +90,7 @@ def router_loss(
 
 
 def pooled_balance_loss(logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """transformers' number: tokens of all layers and both modalities in one histogram, so text expert e and vision expert e share a bin. A monitor."""
+    """transformers' number: tokens of all layers and both modalities in one histogram, so text
+    expert e and vision expert e share a bin. A monitor.
+    """
     return balance_loss(F.softmax(paddle.concat(list(logits)).astype("float32"), axis=-1), top_k)

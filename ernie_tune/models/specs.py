@@ -1,7 +1,10 @@
-"""Every parameter of a model as (canonical name, shape), from its config alone: counts without allocation, loading without guessing.
+"""Every parameter of a model as (canonical name, shape), from its config alone: counts without
+allocation, loading without guessing.
 
-The names are the ones `ErnieModel.state_dict()` has; a test holds the two together. Linear weights are [in, out] (Paddle's layout).
-Legend: V vocabulary, H hidden, E experts of one modality, I expert width, D vision width. Refuses to know: paddle, files, other schemes.
+The names are the ones `ErnieModel.state_dict()` has; a test holds the two together. Linear weights
+are [in, out] (Paddle's layout).
+Legend: V vocabulary, H hidden, E experts of one modality, I expert width, D vision width. Refuses
+to know: paddle, files, other schemes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ MODALITIES = ("text", "vision")
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Shape of one parameter. `float32`: kept in float32 whatever the model's dtype (routers and their biases, architecture.md 9.4)."""
+    """Shape of one parameter. `float32`: kept in float32 whatever the model's dtype (routers and
+    their biases, architecture.md 9.4).
+    """
 
     shape: tuple[int, ...]
     float32: bool = False
@@ -59,7 +64,8 @@ def _moe(name: str, c: ModelConfig) -> Named:
         ParameterSpec((m.num_modalities, m.num_experts), float32=True, trainable=False),
     )
     for modality, inner in zip(MODALITIES, m.intermediate_size, strict=False):
-        yield f"{name}.{modality}_experts.up_gate_proj", ParameterSpec((m.num_experts, h, 2 * inner))  # gate half first
+        # gate half first
+        yield f"{name}.{modality}_experts.up_gate_proj", ParameterSpec((m.num_experts, h, 2 * inner))
         yield f"{name}.{modality}_experts.down_proj", ParameterSpec((m.num_experts, inner, h))
     if m.num_shared_experts:
         yield from _swiglu(f"{name}.shared_experts", h, m.shared_intermediate_size)
@@ -122,5 +128,7 @@ def parameter_specs(c: ModelConfig) -> dict[str, ParameterSpec]:
 
 
 def parameter_count(c: ModelConfig, prefix: str = "") -> int:
-    """Number of parameters whose canonical name starts with `prefix`; correction biases included, as in the published totals."""
+    """Number of parameters whose canonical name starts with `prefix`; correction biases included,
+    as in the published totals.
+    """
     return sum(spec.size for name, spec in parameter_specs(c).items() if name.startswith(prefix))

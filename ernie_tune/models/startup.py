@@ -1,6 +1,8 @@
-"""Once per process, on the CPU: keep big buffers between steps, check that the fast matrix product is also right, and say so in one line.
+"""Once per process, on the CPU: keep big buffers between steps, check that the fast matrix product
+is also right, and say so in one line.
 
-Refuses to know: models, training. The environment variables themselves are `config/cpu.py`'s, set when the package is imported.
+Refuses to know: models, training. The environment variables themselves are `config/cpu.py`'s, set
+when the package is imported.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ _checked: list[str] = []
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to hold on to freed blocks up to 1 GiB. Otherwise each buffer above 32 MiB is mapped and zeroed anew every step: half the time of an
-    elementwise pass over it. False where the C library has no mallopt."""
+    """Ask glibc to hold on to freed blocks up to 1 GiB. Otherwise each buffer above 32 MiB is
+    mapped and zeroed anew every step: half the time of an elementwise pass over it. False where the
+    C library has no mallopt.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if ctypes.util.find_library("c") else None
     return bool(mallopt and mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def prefer_huge_pages(size: int = 2**30 - 2**20) -> bool:
-    """Grow the heap by `size` bytes that nobody touches yet, and let Linux back them with 2 MiB pages as they are used: a step walks through more
-    memory than the processor keeps small pages' addresses for (2-4 %). False where that is not to be had."""
+    """Grow the heap by `size` bytes that nobody touches yet, and let Linux back them with 2 MiB
+    pages as they are used: a step walks through more memory than the processor keeps small pages'
+    addresses for (2-4 %). False where that is not to be had.
+    """
     libc = ctypes.CDLL(None)
     if not all(hasattr(libc, name) for name in ("malloc", "madvise", "free")):
         return False
@@ -60,7 +66,9 @@ def check_product(size: int = _SIZE) -> tuple[float, float]:
 
 
 def prepare_device() -> str:
-    """Run the checks once and return the line to print; "" on a GPU and on later calls. Raises RuntimeError when the product is wrong."""
+    """Run the checks once and return the line to print; "" on a GPU and on later calls. Raises
+    RuntimeError when the product is wrong.
+    """
     if _checked or not paddle.get_device().startswith("cpu"):
         return ""
     if keep_freed_memory():

@@ -1,6 +1,8 @@
-"""The vision tower and the variable-resolution resampler (architecture.md 4 and 5): packed patches in, one feature row per placeholder out.
+"""The vision tower and the variable-resolution resampler (architecture.md 4 and 5): packed patches
+in, one feature row per placeholder out.
 
-Legend: P patches, C values of a patch (588), D tower width, N heads, H head width, F feature rows. Refuses to know: text, files, pixels before normalisation.
+Legend: P patches, C values of a patch (588), D tower width, N heads, H head width, F feature rows.
+Refuses to know: text, files, pixels before normalisation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """With a frozen weight, Paddle's CPU kernel (3.3.1) leaves the weight out of the input's gradient; a copy that asks for a gradient keeps it in."""
+    """With a frozen weight, Paddle's CPU kernel (3.3.1) leaves the weight out of the input's
+    gradient; a copy that asks for a gradient keeps it in.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -127,7 +131,9 @@ def frame_offsets(grid_thw_n3: np.ndarray) -> tuple[int, ...]:
 
 
 def frame_pairs(grid_thw_n3: np.ndarray, merge: int = 2) -> np.ndarray:
-    """Rows [2, F] of merged patches that the temporal layer joins: a video's frames 2i and 2i+1, an image with itself."""
+    """Rows [2, F] of merged patches that the temporal layer joins: a video's frames 2i and 2i+1, an
+    image with itself.
+    """
     first, second, start = [], [], 0
     for t, h, w in np.asarray(grid_thw_n3).tolist():
         size = h * w // merge**2

@@ -1,9 +1,13 @@
-"""How much better an answer was than expected: advantages from rewards, one function a paper. Numbers in, numbers out, no paddle.
+"""How much better an answer was than expected: advantages from rewards, one function a paper.
+Numbers in, numbers out, no paddle.
 
 Legend: C answers of a round, N their trained tokens (an answer's tokens are neighbours, in order),
-F reward functions. `group_C` names the prompt of each answer, `candidate_N` the answer of each token.
-A reward of nan says "not applicable": such an answer leaves mean, spread and loss, its advantage is 0.
-What spans ranks goes through `total`, which adds arrays up over them: the result does not depend on the layout.
+F reward functions. `group_C` names the prompt of each answer, `candidate_N` the answer of each
+token.
+A reward of nan says "not applicable": such an answer leaves mean, spread and loss, its advantage is
+0.
+What spans ranks goes through `total`, which adds arrays up over them: the result does not depend on
+the layout.
 Refuses to know: where rewards come from, models, how advantages are used.
 """
 
@@ -40,7 +44,9 @@ def _spread(centred_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
 
 
 def no_spread(reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
-    """Whether all known rewards of an answer's group are the same, [C]: nothing is to be learned there, exactly."""
+    """Whether all known rewards of an answer's group are the same, [C]: nothing is to be learned
+    there, exactly.
+    """
     _, at_C = np.unique(group_C, return_inverse=True)
     known_C = ~np.isnan(reward_C)
     low_G, high_G = np.full(at_C.max(initial=-1) + 1, np.inf), np.full(at_C.max(initial=-1) + 1, -np.inf)
@@ -54,8 +60,9 @@ def group_relative(
 ) -> np.ndarray:
     """(R - mean of its group) / (std + epsilon), [C].
 
-    scale: "group" (GRPO, arXiv 2402.03300), "batch" (one std over all answers of all ranks), "none" (Dr.GRPO, 2503.20783). Standard deviations
-    divide by n - 1. A group whose rewards are all the same gets exactly 0. Raises ValueError for another scale.
+    scale: "group" (GRPO, arXiv 2402.03300), "batch" (one std over all answers of all ranks), "none"
+    (Dr.GRPO, 2503.20783). Standard deviations divide by n - 1. A group whose rewards are all the
+    same gets exactly 0. Raises ValueError for another scale.
     """
     if scale not in SCALES:
         raise ValueError(f"scale_rewards ({scale!r}) must be one of {', '.join(SCALES)}; use 'group'")
@@ -70,7 +77,9 @@ def group_relative(
 
 
 def leave_one_out(reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
-    """R - mean of the *other* answers of its group (RLOO, arXiv 2402.14740), [C]; an answer without others gets 0."""
+    """R - mean of the *other* answers of its group (RLOO, arXiv 2402.14740), [C]; an answer without
+    others gets 0.
+    """
     sum_C, count_C = group_sums(reward_C, group_C)
     out_C = reward_C - (sum_C - reward_C) / np.maximum(count_C - 1, 1)
     out_C[no_spread(reward_C, group_C) | (count_C < 2)] = 0.0
@@ -78,7 +87,9 @@ def leave_one_out(reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
 
 
 def mean_relative(reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
-    """(R - mean) / mean of its group (MaxRL, arXiv 2602.02710), [C]; 0 where the mean is not positive."""
+    """(R - mean) / mean of its group (MaxRL, arXiv 2602.02710), [C]; 0 where the mean is not
+    positive.
+    """
     sum_C, count_C = group_sums(reward_C, group_C)
     mean_C = sum_C / np.maximum(count_C, 1)
     out_C = np.where(mean_C > 0, (reward_C - mean_C) / np.where(mean_C > 0, mean_C, 1.0), 0.0)
@@ -89,7 +100,9 @@ def mean_relative(reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
 def normalise_then_sum(
     reward_CF: np.ndarray, weight_F: np.ndarray, group_C: np.ndarray, epsilon: float = EPSILON, total: Total = alone
 ) -> np.ndarray:
-    """Each reward made relative to its group first, then summed by weight, then normalised over the batch (GDPO, arXiv 2601.05242), [C]."""
+    """Each reward made relative to its group first, then summed by weight, then normalised over the
+    batch (GDPO, arXiv 2601.05242), [C].
+    """
     each_CF = np.stack([group_relative(column_C, group_C, epsilon=epsilon) for column_C in reward_CF.T], axis=1)
     sum_C = np.where(np.isnan(reward_CF).all(axis=1), np.nan, each_CF @ weight_F)
     mean, deviation = _mean(sum_C, total), _deviation(sum_C, total)
@@ -105,7 +118,9 @@ def weighted_sum(reward_CF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:
 def token_rewards(
     reward_C: np.ndarray, candidate_N: np.ndarray, kl_N: np.ndarray | None = None, kl_coef: float = 0.0
 ) -> np.ndarray:
-    """-kl_coef * kl of each token, and the answer's reward on its last token, [N] (arXiv 2203.02155). An unknown reward counts 0 here."""
+    """-kl_coef * kl of each token, and the answer's reward on its last token, [N] (arXiv
+    2203.02155). An unknown reward counts 0 here.
+    """
     reward_N = np.zeros(len(candidate_N)) if kl_N is None else -kl_coef * kl_N
     last_N = np.append(candidate_N[1:] != candidate_N[:-1], True) if len(candidate_N) else np.zeros(0, bool)
     reward_N[last_N] += np.nan_to_num(reward_C, nan=0.0)[candidate_N[last_N]]
@@ -113,7 +128,9 @@ def token_rewards(
 
 
 def returns_to_go(reward_N: np.ndarray, candidate_N: np.ndarray) -> np.ndarray:
-    """What is still to come of an answer's rewards from each token on, undiscounted, [N] (REINFORCE++, arXiv 2501.03262)."""
+    """What is still to come of an answer's rewards from each token on, undiscounted, [N]
+    (REINFORCE++, arXiv 2501.03262).
+    """
     if not len(reward_N):
         return reward_N.copy()
     suffix_N = np.cumsum(reward_N[::-1])[::-1]
@@ -126,7 +143,8 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(advantage, return) of each token (GAE, arXiv 1506.02438), [N] each.
 
-    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token; A_t = delta_t + gamma lam A_{t+1}; return = A + V.
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token; A_t = delta_t + gamma lam
+    A_{t+1}; return = A + V.
     """
     advantage_N = np.zeros(len(reward_N))
     follows_N = np.append(candidate_N[1:] == candidate_N[:-1], False) if len(candidate_N) else np.zeros(0, bool)
@@ -140,7 +158,9 @@ def gae(
 
 
 def whiten(value_N: np.ndarray, total: Total = alone, keep_mean: bool = False) -> np.ndarray:
-    """(x - mean) / sqrt(var + 1e-8) over the tokens of all ranks, [N]; var divides by n - 1. `keep_mean`: the mean is added again."""
+    """(x - mean) / sqrt(var + 1e-8) over the tokens of all ranks, [N]; var divides by n - 1.
+    `keep_mean`: the mean is added again.
+    """
     count, summed = total(np.array([len(value_N), value_N.sum()], np.float64))
     mean = summed / max(count, 1.0)
     (square,) = total(np.array([((value_N - mean) ** 2).sum()]))

@@ -1,10 +1,13 @@
-"""Rollout and training see one policy through two forwards: weights that correct for the difference, and numbers that tell how large it is.
+"""Rollout and training see one policy through two forwards: weights that correct for the
+difference, and numbers that tell how large it is.
 
-Legend: N trained tokens (an answer's are neighbours, in order), C answers. rho = exp(old - sampled), old: the trainer's
-log-probabilities when the answers were made, sampled: what the rollout engine reported. Numpy only.
+Legend: N trained tokens (an answer's are neighbours, in order), C answers. rho = exp(old -
+sampled), old: the trainer's log-probabilities when the answers were made, sampled: what the rollout
+engine reported. Numpy only.
 Refuses to know: engines, models, the loss that takes the weights.
-Sources: TIS and MIS (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"),
-IcePop (Ling team 2025), geometric masks (Liu et al. 2025, "When speed kills stability"); metrics as verl names them.
+Sources: TIS and MIS (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+RL training"), IcePop (Ling team 2025), geometric masks (Liu et al. 2025, "When speed kills
+stability"); metrics as verl names them.
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ def correction(
 ) -> np.ndarray:
     """The weight of each token's loss, [N].
 
-    tis_token: min(rho, high). icepop: rho inside [low, high], else 0. tis_sequence, mask_sequence: the answer's product of rho, cut at `high` or
-    0 above it (and below `low`). geometric: the answer's geometric mean of rho inside [low, high], else 0. Bounds that are None are the
-    defaults of `MODES`. Raises ValueError for another mode, and for bounds in the wrong order.
+    tis_token: min(rho, high). icepop: rho inside [low, high], else 0. tis_sequence, mask_sequence:
+    the answer's product of rho, cut at `high` or 0 above it (and below `low`). geometric: the
+    answer's geometric mean of rho inside [low, high], else 0. Bounds that are None are the defaults
+    of `MODES`. Raises ValueError for another mode, and for bounds in the wrong order.
     """
     if mode not in MODES:
         raise ValueError(f"rollout_is ({mode!r}) must be one of {', '.join(MODES)}; use 'none'")
@@ -64,7 +68,9 @@ def _per_answer(value_N: np.ndarray, candidate_N: np.ndarray, mean: bool) -> np.
 
 
 def mismatch_sums(old_N: np.ndarray, sampled_N: np.ndarray, candidate_N: np.ndarray) -> dict[str, float]:
-    """Sums over this rank's tokens and answers, to be added over ranks (all but `max_abs`, whose largest counts) and read by `mismatch_metrics`."""
+    """Sums over this rank's tokens and answers, to be added over ranks (all but `max_abs`, whose
+    largest counts) and read by `mismatch_metrics`.
+    """
     log_N = sampled_N - old_N
     rho_N = np.exp(np.clip(-log_N, -_MAX_EXPONENT, _MAX_EXPONENT))
     _, first, count_C = np.unique(candidate_N, return_index=True, return_counts=True)
@@ -91,8 +97,10 @@ def mismatch_sums(old_N: np.ndarray, sampled_N: np.ndarray, candidate_N: np.ndar
 
 
 def mismatch_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """verl's names under "mismatch/": KL(rollout || training) and its k3 form per token, perplexities, chi-square of tokens and answers, and the
-    share of an effective sample size that the weights leave (`ess`)."""
+    """verl's names under "mismatch/": KL(rollout || training) and its k3 form per token,
+    perplexities, chi-square of tokens and answers, and the share of an effective sample size that
+    the weights leave (`ess`).
+    """
     tokens, answers = max(sums["tokens"], 1.0), max(sums["answers"], 1.0)
     mean = sums["rho"] / tokens
     return {

@@ -1,7 +1,9 @@
-"""How much likelier a prompt is among good answers than among bad ones: a logistic regression on what the prompts look like (BCO 2404.04656, its
-matching of the underlying distributions). numpy only, so that a few thousand rows need no other package.
+"""How much likelier a prompt is among good answers than among bad ones: a logistic regression on
+what the prompts look like (BCO 2404.04656, its matching of the underlying distributions). numpy
+only, so that a few thousand rows need no other package.
 
-Legend: N answers, D features, R rank of the features. Refuses to know: where features come from, models, paddle.
+Legend: N answers, D features, R rank of the features. Refuses to know: where features come from,
+models, paddle.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ _GRADIENT = 1e-10  # of the objective over N
 
 
 def fit_logistic(x_ND: np.ndarray, good_N: np.ndarray, penalty: float = 1.0) -> tuple[np.ndarray, float]:
-    """(w, b) that minimise sum_i s_i log(1 + exp(-y_i (w x_i + b))) + penalty/2 |w|^2, y_i = 1 for good and -1 for bad, s_i = N / (2 N_kind): both kinds
-    weigh alike, however many there are (scikit-learn's class_weight "balanced", its C is 1 / penalty). The bias is free of the penalty.
+    """(w, b) that minimise sum_i s_i log(1 + exp(-y_i (w x_i + b))) + penalty/2 |w|^2, y_i = 1 for
+    good and -1 for bad, s_i = N / (2 N_kind): both kinds weigh alike, however many there are
+    (scikit-learn's class_weight "balanced", its C is 1 / penalty). The bias is free of the penalty.
 
-    Newton's method, with shorter steps where a full one would not descend, in the space that the rows span. Raises ValueError where a kind is missing.
+    Newton's method, with shorter steps where a full one would not descend, in the space that the
+    rows span. Raises ValueError where a kind is missing.
     """
     good_N = np.asarray(good_N, bool)
     count, good = len(good_N), int(good_N.sum())
@@ -55,8 +59,10 @@ def fit_logistic(x_ND: np.ndarray, good_N: np.ndarray, penalty: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class PromptClassifier:
-    """Tells prompts of good answers from prompts of bad ones. Features are moved to mean 0 and scaled to a mean squared length of 1: the states of a
-    language model all point much the same way, and the penalty is made for lengths about 1."""
+    """Tells prompts of good answers from prompts of bad ones. Features are moved to mean 0 and
+    scaled to a mean squared length of 1: the states of a language model all point much the same
+    way, and the penalty is made for lengths about 1.
+    """
 
     mean_D: np.ndarray
     scale: float
@@ -79,7 +85,9 @@ class PromptClassifier:
 
 
 def density_ratio(logit_N: np.ndarray, low: float = 0.5, high: float = 10.0) -> np.ndarray:
-    """p / (1 - p) within [low, high]: the weight of a bad answer. Raises ValueError for bounds that are none."""
+    """p / (1 - p) within [low, high]: the weight of a bad answer. Raises ValueError for bounds that
+    are none.
+    """
     if not 0 <= low <= high:
         raise ValueError(f"bco_density_min ({low:g}) must be at most bco_density_max ({high:g}); swap them")
     return np.clip(np.exp(np.minimum(logit_N, 500.0)), low, high)

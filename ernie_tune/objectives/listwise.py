@@ -1,7 +1,10 @@
-"""Several answers of one prompt, ordered in tiers or rated: Plackett-Luce, LiPO-lambda, InfoNCA, and the edges that make pairs of them (methods.md 4.4).
+"""Several answers of one prompt, ordered in tiers or rated: Plackett-Luce, LiPO-lambda, InfoNCA,
+and the edges that make pairs of them (methods.md 4.4).
 
-Legend: C candidate answers of a micro-batch, M of them in units (one prompt and its signal), U units, K the largest unit's answers, P edges.
-Refuses to know: where rewards come from (implicit, r = beta log-ratio, or a head's), how losses are divided.
+Legend: C candidate answers of a micro-batch, M of them in units (one prompt and its signal), U
+units, K the largest unit's answers, P edges.
+Refuses to know: where rewards come from (implicit, r = beta log-ratio, or a head's), how losses are
+divided.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ ABSENT = -1e30
 
 @dataclass(frozen=True)
 class Units:
-    """Candidate `index_M` belongs to unit `unit_M` and has `value_M` there: a tier (0 the best, equal numbers tie) or a score (higher is better)."""
+    """Candidate `index_M` belongs to unit `unit_M` and has `value_M` there: a tier (0 the best,
+    equal numbers tie) or a score (higher is better).
+    """
 
     index_M: np.ndarray
     unit_M: np.ndarray
@@ -60,7 +65,9 @@ class Units:
         return np.bincount(self.unit_M, minlength=len(self.weight_U))
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(position in M of each unit's answers, M where a unit has no more; whether there is one), [U, K] each."""
+        """(position in M of each unit's answers, M where a unit has no more; whether there is one),
+        [U, K] each.
+        """
         at_UK = padded_index(self.unit_M, len(self.weight_U))
         return at_UK, at_UK < len(self.unit_M)
 
@@ -74,9 +81,11 @@ class Units:
 def unit_edges(
     units: Units, *, higher_is_better: bool, ties: bool = False, edge_weight: str = "unit"
 ) -> tuple[Pairs, np.ndarray]:
-    """Every comparison inside each unit, as pairs of candidates, and [P, 2] their values (better, worse).
+    """Every comparison inside each unit, as pairs of candidates, and [P, 2] their values (better,
+    worse).
 
-    edge_weight "unit": the edges of one unit share its weight, so a ranking counts as one pair does; "edge": each has the unit's weight (methods.md 7.1).
+    edge_weight "unit": the edges of one unit share its weight, so a ranking counts as one pair
+    does; "edge": each has the unit's weight (methods.md 7.1).
     `ties` keeps pairs of equal value, in the order given. Units of one answer have no edges.
     """
     if edge_weight not in ("unit", "edge"):
@@ -103,7 +112,8 @@ def tier_edges(tiers: Units, edge_weight: str = "unit") -> Pairs:
 
 
 def score_margins(better: np.ndarray, worse: np.ndarray, kind: str, alpha: float) -> np.ndarray:
-    """What a difference of scores asks of the rewards: "linear" alpha (s_w - s_l), "log" alpha log(s_w - s_l) (ODPO 2402.10571), "none" 0.
+    """What a difference of scores asks of the rewards: "linear" alpha (s_w - s_l), "log" alpha
+    log(s_w - s_l) (ODPO 2402.10571), "none" 0.
 
     Raises ValueError for "log" of a difference that is not positive.
     """
@@ -129,7 +139,9 @@ def rating_edges(ratings: Units, margin: str = "none", alpha: float = 0.0, edge_
 
 
 def soft_edges(ratings: Units, tau: float = 1.0, edge_weight: str = "unit", *, ties: bool = True) -> Pairs:
-    """Soft Bradley-Terry: pairs of every two answers, right with probability sigma((s_i - s_j) / tau); ties pull rewards together."""
+    """Soft Bradley-Terry: pairs of every two answers, right with probability sigma((s_i - s_j) /
+    tau); ties pull rewards together.
+    """
     if tau <= 0:
         raise ValueError(f"tau ({tau}) must be positive; use hard pairs for its limit 0")
     pairs, score_P2 = unit_edges(ratings, higher_is_better=True, ties=ties, edge_weight=edge_weight)
@@ -138,7 +150,9 @@ def soft_edges(ratings: Units, tau: float = 1.0, edge_weight: str = "unit", *, t
 
 
 def edge_loss(r_C: Tensor, pairs: Pairs) -> LossOut:
-    """-p log sigma(r_w - r_l - m) - (1 - p) log sigma(-(r_w - r_l - m)) on rewards, whatever made them (methods.md 7.1)."""
+    """-p log sigma(r_w - r_l - m) - (1 - p) log sigma(-(r_w - r_l - m)) on rewards, whatever made
+    them (methods.md 7.1).
+    """
     if not len(pairs):
         return LossOut(r_C.sum() * 0.0, 0.0)
     u_P = take(r_C, pairs.better_P) - take(r_C, pairs.worse_P)
@@ -149,7 +163,9 @@ def edge_loss(r_C: Tensor, pairs: Pairs) -> LossOut:
 
 
 def bernoulli_kl_loss(r_C: Tensor, ratings: Units, eta: float = 1.0, edge_weight: str = "unit") -> LossOut:
-    """Reward-aware preference optimisation (2502.00203): KL(sigma(eta (s_i - s_j)) || sigma(r_i - r_j)) over answers with different scores."""
+    """Reward-aware preference optimisation (2502.00203): KL(sigma(eta (s_i - s_j)) || sigma(r_i -
+    r_j)) over answers with different scores.
+    """
     pairs = soft_edges(ratings, 1 / eta, edge_weight, ties=False)
     out = edge_loss(r_C, pairs)
     p_P = np.clip(pairs.p_P, 1e-300, 1.0)
@@ -159,10 +175,12 @@ def bernoulli_kl_loss(r_C: Tensor, ratings: Units, eta: float = 1.0, edge_weight
 
 
 def plackett_luce_loss(r_C: Tensor, tiers: Units, top_k: int | None = None, scale: str = "pair") -> LossOut:
-    """-sum over answers of [r_i - log(e^{r_i} + sum of e^{r_j} over lower tiers)] per unit (2305.18290 appendix; ties: methods.md 4.4).
+    """-sum over answers of [r_i - log(e^{r_i} + sum of e^{r_j} over lower tiers)] per unit
+    (2305.18290 appendix; ties: methods.md 4.4).
 
-    Members of one tier never compete. top_k: only the k best tiers choose. scale "pair" divides a unit by K - 1, which keeps the size of one pair; "sum"
-    does not. Units in which nothing competes are not counted.
+    Members of one tier never compete. top_k: only the k best tiers choose. scale "pair" divides a
+    unit by K - 1, which keeps the size of one pair; "sum" does not. Units in which nothing competes
+    are not counted.
     """
     if scale not in ("pair", "sum"):
         raise ValueError(f"scale ({scale!r}) must be pair or sum; use 'pair'")
@@ -192,7 +210,8 @@ def _dense_tiers(value_UK: np.ndarray, real_UK: np.ndarray) -> np.ndarray:
 
 
 def lipo_lambda_loss(r_C: Tensor, ratings: Units) -> LossOut:
-    """LiPO-lambda (2402.01878): sum over s_i > s_j of |G_i - G_j| |D_i - D_j| (-log sigma(r_i - r_j)) per unit; G = 2^s - 1, D = 1 / log2(1 + rank by r).
+    """LiPO-lambda (2402.01878): sum over s_i > s_j of |G_i - G_j| |D_i - D_j| (-log sigma(r_i -
+    r_j)) per unit; G = 2^s - 1, D = 1 / log2(1 + rank by r).
 
     Ranks are of the present rewards and carry no gradient; ties of r keep the order given.
     """
@@ -211,7 +230,9 @@ def lipo_lambda_loss(r_C: Tensor, ratings: Units) -> LossOut:
 
 
 def infonca_loss(r_C: Tensor, ratings: Units, alpha: float = 1.0) -> LossOut:
-    """InfoNCA (2402.05369): -sum_i q_i log softmax(r)_i with q = softmax(s / alpha) per unit; its minimum is q's entropy. Units of one are not counted."""
+    """InfoNCA (2402.05369): -sum_i q_i log softmax(r)_i with q = softmax(s / alpha) per unit; its
+    minimum is q's entropy. Units of one are not counted.
+    """
     if alpha <= 0:
         raise ValueError(f"alpha ({alpha}) must be positive; it is the temperature of the scores")
     at_UK, real_UK = ratings.table()

@@ -1,6 +1,8 @@
-"""Hidden states -> log-probability of each target token, without ever holding all scores: the seam between the model and every objective.
+"""Hidden states -> log-probability of each target token, without ever holding all scores: the seam
+between the model and every objective.
 
-Legend: T tokens, D width, V vocabulary. Refuses to know: which tokens count, how they are averaged, what is done with them.
+Legend: T tokens, D width, V vocabulary. Refuses to know: which tokens count, how they are averaged,
+what is done with them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from ernie_tune.parallel.placement import placement_of
 
 # Scores are made and consumed in chunks that stay in the processor's cache.
 CHUNK_BYTES = 16 * 2**20
-# Exponentials of scores are kept for the backward while they are smaller than this; above it they are computed again.
+# Exponentials of scores are kept for the backward while they are smaller than this; above it they
+# are computed again.
 KEEP_BYTES = 512 * 2**20
 _LOWEST = -1e30
 
 
 class _Slice:
-    """This rank's run of a vocabulary that is split over a group: which targets are its own, and sums over the group."""
+    """This rank's run of a vocabulary that is split over a group: which targets are its own, and
+    sums over the group.
+    """
 
     def __init__(self, group: Group, target_T: Tensor, own_vocab: int) -> None:
         local = target_T.numpy() - group.rank * own_vocab
@@ -73,7 +78,8 @@ class _TokenLogp(PyLayer):
         hidden_TD, weight, target_T = ctx.saved_tensor()
         how, part = ctx.how, ctx.how.part
         vocab = weight.shape[0 if how.transposed else 1]
-        # d logp / d scores = onehot - e / z: the exponentials go through two products as they are, rows of the small side are scaled by grad / z.
+        # d logp / d scores = onehot - e / z: the exponentials go through two products as they are,
+        # rows of the small side are scaled by grad / z.
         # d entropy / d scores = -p (log p + entropy): with it the exponentials are weighed first.
         grad_T1 = (grad_T / how.temperature).unsqueeze(1)
         dh, dw = [], None
@@ -108,7 +114,9 @@ class _TokenLogp(PyLayer):
 
 @dataclass(frozen=True)
 class _How:
-    """How scores are made of hidden states: the weight's layout, the temperature, ids that cannot be chosen (of this rank's run), the split."""
+    """How scores are made of hidden states: the weight's layout, the temperature, ids that cannot
+    be chosen (of this rank's run), the split.
+    """
 
     transposed: bool
     temperature: float
@@ -119,7 +127,9 @@ class _How:
 def _scored(
     hidden_TD: Tensor, weight: Tensor, target_T: Tensor, chunk: tuple[int, int], how: _How
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability of the target [n, 1], e [n, V], z [n, 1]) of one chunk; its softmax is e / z. V is this rank's run where the vocabulary is split."""
+    """(log-probability of the target [n, 1], e [n, V], z [n, 1]) of one chunk; its softmax is e /
+    z. V is this rank's run where the vocabulary is split.
+    """
     (a, b), part = chunk, how.part
     target = target_T[a:b]
     scores = paddle.matmul(hidden_TD[a:b], weight, transpose_y=how.transposed)
@@ -132,7 +142,8 @@ def _scored(
     if part is not None:
         far = part.any(far)
     if far:
-        _fill_(scores, how.banned, _LOWEST)  # else a banned maximum would push all others below what exp tells apart
+        # else a banned maximum would push all others below what exp tells apart
+        _fill_(scores, how.banned, _LOWEST)
         if part is not None:
             scores = scores - part.group.reduce_(scores.max(-1, keepdim=True), MAX)
         else:
@@ -164,7 +175,9 @@ def _log(e: Tensor) -> Tensor:
 
 
 def _entropy(e: Tensor, z: Tensor, part: _Slice | None) -> Tensor:
-    """log z - sum e log e / z, [n, 1]: the entropy of e / z, whatever the scores were shifted by."""
+    """log z - sum e log e / z, [n, 1]: the entropy of e / z, whatever the scores were shifted
+    by.
+    """
     own_n1 = row_sum(e * _log(e))
     return paddle.log(z) - (own_n1 if part is None else part.group.sum_(own_n1)) / z
 
@@ -184,12 +197,15 @@ def token_logp(
     group: Group | None = None,
     banned: Sequence[int] = (),
 ) -> Tensor:
-    """log softmax(hidden @ W / temperature)[target] for each token, [T], in float32 (float64 stays).
+    """log softmax(hidden @ W / temperature)[target] for each token, [T], in float32 (float64
+    stays).
 
-    `weight` is [V, D] with `transposed`, else [D, V] (`ErnieModel.head_weight()` gives both). Targets must be valid ids everywhere; pass only the rows whose
-    log-probability is used. `banned`: ids that could not be chosen, so that the rest shares their probability, as sampling has it; no target may be one of
-    them. `group`: the ranks that the vocabulary is split over, by default those that the weight itself names; every one of them must call, with equal
-    hidden states and targets, and gets equal values and the whole gradient of the hidden states.
+    `weight` is [V, D] with `transposed`, else [D, V] (`ErnieModel.head_weight()` gives both).
+    Targets must be valid ids everywhere; pass only the rows whose log-probability is used.
+    `banned`: ids that could not be chosen, so that the rest shares their probability, as sampling
+    has it; no target may be one of them. `group`: the ranks that the vocabulary is split over, by
+    default those that the weight itself names; every one of them must call, with equal hidden
+    states and targets, and gets equal values and the whole gradient of the hidden states.
     """
     target_T, how = _prepared(weight, target_T, transposed, temperature, group, banned)
     return _TokenLogp.apply(hidden_TD, weight, target_T, how, False)
@@ -205,7 +221,9 @@ def token_logp_and_entropy(
     group: Group | None = None,
     banned: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`token_logp`, and the entropy in nats of each token's whole distribution, [T] each; both with a gradient."""
+    """`token_logp`, and the entropy in nats of each token's whole distribution, [T] each; both with
+    a gradient.
+    """
     target_T, how = _prepared(weight, target_T, transposed, temperature, group, banned)
     logp_T, entropy_T = _TokenLogp.apply(hidden_TD, weight, target_T, how, True)
     return logp_T, entropy_T

@@ -1,4 +1,6 @@
-"""What every objective returns: a sum and what it is to be divided by. Division happens once, over all ranks and the whole accumulation window."""
+"""What every objective returns: a sum and what it is to be divided by. Division happens once, over
+all ranks and the whole accumulation window.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ from paddle import Tensor
 
 @dataclass(frozen=True)
 class LossOut:
-    """`total` is a sum over this micro-batch (a scalar with a graph), `count` this micro-batch's share of the divisor, `metrics` sums to be reported
-    after division by their own counts: name -> (sum, count)."""
+    """`total` is a sum over this micro-batch (a scalar with a graph), `count` this micro-batch's
+    share of the divisor, `metrics` sums to be reported after division by their own counts: name ->
+    (sum, count).
+    """
 
     total: Tensor
     count: float
@@ -21,10 +25,12 @@ class LossOut:
 def combine(
     terms: Mapping[str, LossOut], weights: Mapping[str, float], counts: Mapping[str, float], label: str = "loss/{}"
 ) -> LossOut:
-    """This micro-batch's share of sum_k weight_k * total_k / count_k; `counts` are each term's *global* divisor, so the result's own divisor is 1.
+    """This micro-batch's share of sum_k weight_k * total_k / count_k; `counts` are each term's
+    *global* divisor, so the result's own divisor is 1.
 
-    A term whose global count is 0 is absent and adds 0 (with a graph, so that a rank without it still walks backward). Metrics: each term's own, and
-    `label` with the term's name. Raises ValueError for a term that has units here and no global count, and for one without a weight.
+    A term whose global count is 0 is absent and adds 0 (with a graph, so that a rank without it
+    still walks backward). Metrics: each term's own, and `label` with the term's name. Raises
+    ValueError for a term that has units here and no global count, and for one without a weight.
     """
     if not terms:
         raise ValueError("terms (0) must name at least one loss; give loss_type a name")

@@ -64,7 +64,9 @@ class Targets(Protocol):
 def target_logp(
     model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
 ) -> Tensor:
-    """Log-probability of each target, [N] float32; the head runs on target positions only. `temperature` and `banned`: see `token_logp`."""
+    """Log-probability of each target, [N] float32; the head runs on target positions only.
+    `temperature` and `banned`: see `token_logp`.
+    """
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
     target_N = paddle.to_tensor(batch.target_N)

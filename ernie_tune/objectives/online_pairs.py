@@ -1,4 +1,5 @@
-"""Pairs among several answers to one prompt by their rewards: rejection sampling inside the step (methods.md 7.2). Numbers in, pairs out.
+"""Pairs among several answers to one prompt by their rewards: rejection sampling inside the step
+(methods.md 7.2). Numbers in, pairs out.
 
 Legend: G answers of one prompt, P pairs. Refuses to know: who wrote the answers, what rewards mean.
 """
@@ -17,9 +18,12 @@ MODES = ("best_worst", "best_vs_worsts", "all_pairs", "correct_vs_wrong")
 
 @dataclass(frozen=True)
 class PairRule:
-    """mode: best_worst (one pair), best_vs_worsts (the best against every answer of the lowest reward), all_pairs, correct_vs_wrong (rewards of at least
-    `correct` against at most `wrong`). min_gap: the least difference of rewards. max_length_ratio: bound on the longer over the shorter. max_pairs a
-    prompt. alpha: margin per difference of rewards. tau: temperature of the certainty sigma(gap / tau), None: certain."""
+    """mode: best_worst (one pair), best_vs_worsts (the best against every answer of the lowest
+    reward), all_pairs, correct_vs_wrong (rewards of at least `correct` against at most `wrong`).
+    min_gap: the least difference of rewards. max_length_ratio: bound on the longer over the
+    shorter. max_pairs a prompt. alpha: margin per difference of rewards. tau: temperature of the
+    certainty sigma(gap / tau), None: certain.
+    """
 
     mode: str = "best_worst"
     min_gap: float = 0.25
@@ -60,10 +64,12 @@ def online_pairs(
     length_G: np.ndarray | None = None,
     answer_G: Sequence[Hashable] | None = None,
 ) -> Pairs:
-    """Pairs of one prompt's answers; they share weight 1. May be empty: such a prompt is not counted.
+    """Pairs of one prompt's answers; they share weight 1. May be empty: such a prompt is not
+    counted.
 
-    `may_win_G`: complete and well formed, so that it may be a better answer. `answer_G`: what makes two answers the same (token ids). Where there are more
-    than `max_pairs`, the largest gaps stay, then the most alike in length, then the first.
+    `may_win_G`: complete and well formed, so that it may be a better answer. `answer_G`: what makes
+    two answers the same (token ids). Where there are more than `max_pairs`, the largest gaps stay,
+    then the most alike in length, then the first.
     """
     reward_G = np.asarray(reward_G, np.float64)
     size = len(reward_G)

@@ -1,7 +1,9 @@
-"""The DPO family: one function per loss on the scores of a better and a worse answer, under TRL's names (methods.md 4.2). Pure arithmetic.
+"""The DPO family: one function per loss on the scores of a better and a worse answer, under TRL's
+names (methods.md 4.2). Pure arithmetic.
 
-Legend: C candidate answers of a micro-batch, P its pairs. A score is log pi(y) - log pi_ref(y), or what a loss puts in its place (the table below);
-u = beta (score of the better - score of the worse). Refuses to know: the model, the reference, how losses are divided.
+Legend: C candidate answers of a micro-batch, P its pairs. A score is log pi(y) - log pi_ref(y), or
+what a loss puts in its place (the table below); u = beta (score of the better - score of the
+worse). Refuses to know: the model, the reference, how losses are divided.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from ernie_tune.objectives.preference import (
 
 @dataclass(frozen=True)
 class Baselines:
-    """What a loss compares with besides the pair; the caller keeps it over steps. delta: BCO's reward shift. kl_chosen, kl_rejected: KTO-pair's means
-    of the log-ratios over the batch, 0 at least. z0: KTO's baseline for single answers."""
+    """What a loss compares with besides the pair; the caller keeps it over steps. delta: BCO's
+    reward shift. kl_chosen, kl_rejected: KTO-pair's means of the log-ratios over the batch, 0 at
+    least. z0: KTO's baseline for single answers.
+    """
 
     delta: float = 0.0
     z0: float = 0.0
@@ -41,7 +45,9 @@ class Baselines:
 
 @dataclass(frozen=True)
 class _Side:
-    """The scores of one order of each pair, [P]: the better first, or for label noise the other way round."""
+    """The scores of one order of each pair, [P]: the better first, or for label noise the other way
+    round.
+    """
 
     better: Tensor
     worse: Tensor
@@ -86,7 +92,9 @@ def _simpo(s: _Side, h: PreferenceHyper, _: Baselines) -> Tensor:
 
 
 def _odds(s: _Side, _h: PreferenceHyper, _: Baselines) -> Tensor:
-    """-log sigma(log-odds of the better - of the worse), eq. 7 of 2403.07691; odds of the geometric mean probability of a token."""
+    """-log sigma(log-odds of the better - of the worse), eq. 7 of 2403.07691; odds of the geometric
+    mean probability of a token.
+    """
     return -F.log_sigmoid(_log_odds(s.better) - _log_odds(s.worse) - s.margin)
 
 
@@ -96,7 +104,9 @@ def _log_odds(mean_logp: Tensor) -> Tensor:
 
 
 def _dpop(s: _Side, h: PreferenceHyper, _: Baselines) -> Tensor:
-    """Eq. 3 of 2402.13228: the penalty for a less probable better answer lies inside the sigmoid."""
+    """Eq. 3 of 2402.13228: the penalty for a less probable better answer lies inside the
+    sigmoid.
+    """
     return -F.log_sigmoid(s.u(h) - h.beta * h.dpop_lambda * F.relu(-s.better))
 
 
@@ -140,15 +150,18 @@ def _apo_down(s: _Side, h: PreferenceHyper, _: Baselines) -> Tensor:
 
 
 def _kto_pair(s: _Side, h: PreferenceHyper, b: Baselines) -> Tensor:
-    """KTO's value function on pairs, each side against the other's mean log-ratio (PaddleFormers' kto_pair)."""
+    """KTO's value function on pairs, each side against the other's mean log-ratio (PaddleFormers'
+    kto_pair).
+    """
     better = 1 - F.sigmoid(h.beta * (s.better - b.kl_rejected))
     return 0.5 * (better + 1 - F.sigmoid(h.beta * (b.kl_chosen - s.worse)))
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """`value` of a pair; scores are divided by |y|^kappa; whether they have a reference, may take a margin, and may be another f-divergence's;
-    with which power a score enters."""
+    """`value` of a pair; scores are divided by |y|^kappa; whether they have a reference, may take a
+    margin, and may be another f-divergence's; with which power a score enters.
+    """
 
     value: Callable[[_Side, PreferenceHyper, Baselines], Tensor]
     kappa: int = 0
@@ -165,7 +178,8 @@ LOSSES: Mapping[str, _Loss] = {
     "cdpo": _Loss(_cdpo, margin=True, divergence=True),
     "robust": _Loss(_robust, margin=True, divergence=True),
     "hinge": _Loss(_hinge, margin=True, divergence=True),
-    "ipo": _Loss(_ipo, kappa=1, divergence=True, power=2),  # TRL and the paper's experiments: token means
+    # TRL and the paper's experiments: token means
+    "ipo": _Loss(_ipo, kappa=1, divergence=True, power=2),
     "ipo_sum": _Loss(_ipo, divergence=True, power=2),  # the paper's formula, PaddleFormers
     "simpo": _Loss(_simpo, kappa=1, reference=False, margin=True),
     "odds": _Loss(_odds, kappa=1, reference=False, margin=True),
@@ -181,16 +195,19 @@ LOSSES: Mapping[str, _Loss] = {
     "kto_pair": _Loss(_kto_pair),
 }
 COMPOSED = ("rpo", "mpo", "orpo", "cpo")
-# kto_pair is a function and no name to train by: its baselines are means over a batch, so a window's loss would depend on how it is cut.
+# kto_pair is a function and no name to train by: its baselines are means over a batch, so a
+# window's loss would depend on how it is cut.
 NAMES = (*(name for name in LOSSES if name != "kto_pair"), "sft", *COMPOSED)
 
 
 def expand(names: Sequence[str], weights: Sequence[float] | None, hyper: PreferenceHyper) -> dict[str, float]:
-    """A list of losses with weights (default 1 each) as atomic terms: name -> weight. "sft" is the NLL of the better answers.
+    """A list of losses with weights (default 1 each) as atomic terms: name -> weight. "sft" is the
+    NLL of the better answers.
 
-    Composed: rpo = sigmoid + rpo_alpha sft (2404.19733); mpo = 0.8 sigmoid + 0.2 bco_pair + sft (2411.10442); orpo = sft + orpo_lambda odds;
-    cpo = cpo_sigmoid + cpo_alpha sft. Raises ValueError for unknown names, another number of weights, and a mixture of losses with and without
-    reference.
+    Composed: rpo = sigmoid + rpo_alpha sft (2404.19733); mpo = 0.8 sigmoid + 0.2 bco_pair + sft
+    (2411.10442); orpo = sft + orpo_lambda odds; cpo = cpo_sigmoid + cpo_alpha sft. Raises
+    ValueError for unknown names, another number of weights, and a mixture of losses with and
+    without reference.
     """
     if weights is not None and len(weights) != len(names):
         raise ValueError(
@@ -222,7 +239,9 @@ def needs_reference(terms: Mapping[str, float]) -> bool:
 
 
 def reward_kappa(terms: Mapping[str, float]) -> float:
-    """The exponent of |y| in the reported rewards: as TRL has it, 0 with a reference, the loss's own without."""
+    """The exponent of |y| in the reported rewards: as TRL has it, 0 with a reference, the loss's
+    own without.
+    """
     return max((LOSSES[name].kappa for name in terms if name in LOSSES and not LOSSES[name].reference), default=0.0)
 
 
@@ -233,9 +252,11 @@ def pair_loss(
     hyper: PreferenceHyper | None = None,
     baselines: Baselines | None = None,
 ) -> LossOut:
-    """One atomic loss (a name of LOSSES): sum of weight * loss over pairs, divided by the sum of weights.
+    """One atomic loss (a name of LOSSES): sum of weight * loss over pairs, divided by the sum of
+    weights.
 
-    A pair that is right with probability p costs p loss(better, worse) + (1 - p) loss(worse, better); for sigmoid that is the cross-entropy with p.
+    A pair that is right with probability p costs p loss(better, worse) + (1 - p) loss(worse,
+    better); for sigmoid that is the cross-entropy with p.
     """
     hyper, baselines = hyper or PreferenceHyper(), baselines or Baselines()
     loss = LOSSES[name]
@@ -274,7 +295,9 @@ def _side(loss: _Loss, candidates: Candidates, pairs: Pairs, hyper: PreferenceHy
 def nll_loss(
     candidates: Candidates, index_M: np.ndarray, weight_M: np.ndarray | None = None, norm: str = "token"
 ) -> LossOut:
-    """Negative log-likelihood of the candidates `index_M`. token: sum of w * nll over sum of w * |y|. seq: sum of w * nll / |y| over sum of w."""
+    """Negative log-likelihood of the candidates `index_M`. token: sum of w * nll over sum of w *
+    |y|. seq: sum of w * nll / |y| over sum of w.
+    """
     weight_M = np.ones(len(index_M)) if weight_M is None else weight_M
     if not len(index_M):
         return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
@@ -303,6 +326,8 @@ def pair_terms(
 def pair_counts(
     terms: Mapping[str, float], pairs: Pairs, length_C: np.ndarray, hyper: PreferenceHyper
 ) -> dict[str, float]:
-    """What this micro-batch adds to each term's divisor, before any forward: the `count` that `pair_terms` will give."""
+    """What this micro-batch adds to each term's divisor, before any forward: the `count` that
+    `pair_terms` will give.
+    """
     tokens_P = length_C[pairs.better_P] if hyper.nll_norm == "token" else np.ones(len(pairs))
     return {name: float((pairs.weight_P * tokens_P).sum() if name == "sft" else pairs.weight_P.sum()) for name in terms}

@@ -1,10 +1,14 @@
-"""Learning from answers that the policy itself sampled: surrogates of the policy gradient, the penalty for leaving a reference, the entropy.
+"""Learning from answers that the policy itself sampled: surrogates of the policy gradient, the
+penalty for leaving a reference, the entropy.
 
-A surrogate makes a loss of every token; how tokens become one number is a setting of its own (`AGGREGATIONS`), with its divisor counted before any
-forward and summed over ranks and the whole window. So a loss of a window is the same however the window is cut.
-Legend: N trained tokens of a micro-batch (an answer's are neighbours, in order), C its answers. Tokens that the policy did not choose (forced
-thoughts, tool results) are none of the N: they are in no sum and no ratio.
-Refuses to know: models, engines, rewards, how advantages were made, how counts travel between ranks.
+A surrogate makes a loss of every token; how tokens become one number is a setting of its own
+(`AGGREGATIONS`), with its divisor counted before any forward and summed over ranks and the whole
+window. So a loss of a window is the same however the window is cut.
+Legend: N trained tokens of a micro-batch (an answer's are neighbours, in order), C its answers.
+Tokens that the policy did not choose (forced thoughts, tool results) are none of the N: they are in
+no sum and no ratio.
+Refuses to know: models, engines, rewards, how advantages were made, how counts travel between
+ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from paddle import Tensor
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import segment_sum, take, vector
 
-# What the sum over tokens is divided by: "seq_mean" the answers, each token first by its answer's length; "token" the tokens; "fixed" the answers
-# times the longest allowed answer; "seq_sum" the answers.
+# What the sum over tokens is divided by: "seq_mean" the answers, each token first by its answer's
+# length; "token" the tokens; "fixed" the answers times the longest allowed answer; "seq_sum" the
+# answers.
 AGGREGATIONS = ("seq_mean", "token", "fixed", "seq_sum")
 KL_TYPES = ("k1", "k2", "k3", "k3_is")
 MAX_LOG_RATIO = 20.0
@@ -32,10 +37,13 @@ MAX_KL_LOG_RATIO = 10.0  # of the reference, as verl holds it: exp() in k3 would
 class PolicyHyper:
     """Settings of the policy's loss, named as TRL's GRPOConfig names them where it has them.
 
-    loss_type: a name of SURROGATES. loss_agg: None takes the surrogate's own. epsilon, epsilon_high: the ratio's range is [1 - epsilon, 1 + epsilon_high]
-    (gmpo: of the log-ratio). delta: the unclipped ratio's cap (INTELLECT-2, arXiv 2505.07291). dual_clip: bound of the loss of bad answers
-    (1912.09729). cispo_cap: CISPO's bound of the weight itself. sapo_temperature_pos, _neg: SAPO's. off_policy_mask_threshold: bad answers whose tokens
-    have become less likely by more than this on average are left out (DeepSeek-V3.2, 2512.02556). kl_type: the estimator of the penalty.
+    loss_type: a name of SURROGATES. loss_agg: None takes the surrogate's own. epsilon,
+    epsilon_high: the ratio's range is [1 - epsilon, 1 + epsilon_high] (gmpo: of the log-ratio).
+    delta: the unclipped ratio's cap (INTELLECT-2, arXiv 2505.07291). dual_clip: bound of the loss
+    of bad answers (1912.09729). cispo_cap: CISPO's bound of the weight itself.
+    sapo_temperature_pos, _neg: SAPO's. off_policy_mask_threshold: bad answers whose tokens have
+    become less likely by more than this on average are left out (DeepSeek-V3.2, 2512.02556).
+    kl_type: the estimator of the penalty.
     max_completion_length: divisor of "fixed".
     """
 
@@ -81,10 +89,13 @@ class PolicyHyper:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A micro-batch of sampled answers. `logp_N` under the policy being trained, with a graph; `old_logp_N` when they were sampled (None: the policy has
-    not moved since, the ratio is 1 with a gradient); `advantage_N`; `ref_logp_N` where a penalty asks for it. `weight_N`: correction of a rollout
-    engine's mismatch, or what else scales a token's loss without a gradient. `keep_C`: answers that count at all (neither cut off nor unjudged).
-    `length_C`: trained tokens of each. `entropy_N`: of the policy's whole distribution, with a graph where entropy is rewarded.
+    """A micro-batch of sampled answers. `logp_N` under the policy being trained, with a graph;
+    `old_logp_N` when they were sampled (None: the policy has not moved since, the ratio is 1 with a
+    gradient); `advantage_N`; `ref_logp_N` where a penalty asks for it. `weight_N`: correction of a
+    rollout engine's mismatch, or what else scales a token's loss without a gradient. `keep_C`:
+    answers that count at all (neither cut off nor unjudged).
+    `length_C`: trained tokens of each. `entropy_N`: of the policy's whole distribution, with a
+    graph where entropy is rewarded.
     """
 
     logp_N: Tensor
@@ -119,7 +130,9 @@ class Sampled:
 
 @dataclass(frozen=True)
 class View:
-    """What a surrogate sees: tensors [N] of the micro-batch and the way from tokens to answers and back."""
+    """What a surrogate sees: tensors [N] of the micro-batch and the way from tokens to answers and
+    back.
+    """
 
     logp: Tensor
     log_ratio: Tensor
@@ -152,7 +165,9 @@ def _clipped(ratio_N: Tensor, view: View, h: PolicyHyper) -> Tensor:
 
 
 def _token(view: View, h: PolicyHyper) -> Tensor:
-    """One ratio a token: PPO (arXiv 1707.06347), GRPO (2402.03300), DAPO (2503.14476), Dr.GRPO (2503.20783), REINFORCE++ (2501.03262)."""
+    """One ratio a token: PPO (arXiv 1707.06347), GRPO (2402.03300), DAPO (2503.14476), Dr.GRPO
+    (2503.20783), REINFORCE++ (2501.03262).
+    """
     return _clipped(_ratio(view.log_ratio), view, h)
 
 
@@ -168,7 +183,9 @@ def _gspo_token(view: View, h: PolicyHyper) -> Tensor:
 
 
 def _cispo(view: View, h: PolicyHyper) -> Tensor:
-    """-sg(min(rho, cap)) A log pi: no token's gradient is dropped (MiniMax-M1, arXiv 2506.13585)."""
+    """-sg(min(rho, cap)) A log pi: no token's gradient is dropped (MiniMax-M1, arXiv
+    2506.13585).
+    """
     return -paddle.clip(_ratio(view.log_ratio), max=h.cispo_cap).detach() * view.advantage * view.logp
 
 
@@ -180,7 +197,9 @@ def _sapo(view: View, h: PolicyHyper) -> Tensor:
 
 
 def _gmpo(view: View, h: PolicyHyper) -> Tensor:
-    """The answer's geometric mean of ratios whose logarithms are clipped token by token, on the side that would gain (arXiv 2507.20673)."""
+    """The answer's geometric mean of ratios whose logarithms are clipped token by token, on the
+    side that would gain (arXiv 2507.20673).
+    """
     clipped_N = paddle.clip(view.log_ratio, -h.epsilon, h.epsilon_high)
     good_N = view.advantage >= 0
     used_N = paddle.where(good_N, paddle.minimum(view.log_ratio, clipped_N), paddle.maximum(view.log_ratio, clipped_N))
@@ -198,7 +217,9 @@ def _reinforce(view: View, _: PolicyHyper) -> Tensor:
 
 
 def _vespo(view: View, _: PolicyHyper) -> Tensor:
-    """-sg(phi(w)) A log pi, phi(w) = e^lam w^k e^(-lam w) of the answer's ratio w; (k, lam) = (2, 3) for good answers, (3, 2) for bad (2602.10693)."""
+    """-sg(phi(w)) A log pi, phi(w) = e^lam w^k e^(-lam w) of the answer's ratio w; (k, lam) = (2,
+    3) for good answers, (3, 2) for bad (2602.10693).
+    """
     log_w_N = paddle.clip(view.per_answer(view.log_ratio, mean=False), float(np.log(1e-8)), MAX_LOG_RATIO)
     good_N = (view.advantage >= 0).astype(view.logp.dtype)
     k_N, lam_N = 3 - good_N, 2 + good_N
@@ -208,7 +229,9 @@ def _vespo(view: View, _: PolicyHyper) -> Tensor:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """`loss` of each token; which aggregation the paper takes; whether one ratio stands for a whole answer."""
+    """`loss` of each token; which aggregation the paper takes; whether one ratio stands for a whole
+    answer.
+    """
 
     loss: Callable[[View, PolicyHyper], Tensor]
     aggregation: str
@@ -223,7 +246,8 @@ SURROGATES: Mapping[str, Surrogate] = {
     "ppo": Surrogate(_token, "token"),
     "gspo": Surrogate(_gspo, "seq_mean", whole_answer=True),
     "gspo_token": Surrogate(_gspo_token, "seq_mean", whole_answer=True),
-    "luspo": Surrogate(_gspo, "seq_sum", whole_answer=True),  # GSPO times the length, arXiv 2602.05261
+    # GSPO times the length, arXiv 2602.05261
+    "luspo": Surrogate(_gspo, "seq_sum", whole_answer=True),
     "cispo": Surrogate(_cispo, "token"),
     "sapo": Surrogate(_sapo, "seq_mean"),
     "gmpo": Surrogate(_gmpo, "seq_mean", whole_answer=True),
@@ -253,8 +277,10 @@ def _aggregated(value_N: Tensor, sampled: Sampled, hyper: PolicyHyper) -> LossOu
 
 
 def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, kind: str, ratio_N: Tensor | None = None) -> Tensor:
-    """KL(policy || reference) of each sampled token, [N] (Schulman 2020): k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d with d = log pi - log pi_ref; k3_is = k3
-    times the ratio to the sampling policy, whose gradient is that of the KL (DeepSeek-V3.2). Raises ValueError for another kind."""
+    """KL(policy || reference) of each sampled token, [N] (Schulman 2020): k1 = d, k2 = d^2 / 2, k3
+    = e^-d - 1 + d with d = log pi - log pi_ref; k3_is = k3 times the ratio to the sampling policy,
+    whose gradient is that of the KL (DeepSeek-V3.2). Raises ValueError for another kind.
+    """
     if kind not in KL_TYPES:
         raise ValueError(f"kl_type ({kind!r}) must be one of {', '.join(KL_TYPES)}; use 'k3_is'")
     d_N = logp_N - ref_logp_N
@@ -268,15 +294,19 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, kind: str, ratio_N: Tensor |
 
 
 def _off_policy_kept(view: View, sampled: Sampled, threshold: float) -> np.ndarray:
-    """1 for tokens of answers that are kept, [N]: good ones, and bad ones that the policy has not yet left behind."""
+    """1 for tokens of answers that are kept, [N]: good ones, and bad ones that the policy has not
+    yet left behind.
+    """
     gone_N = view.per_answer(-view.log_ratio.detach(), mean=True).numpy()
     return ((sampled.advantage_N >= 0) | (gone_N <= threshold)).astype(np.float64)
 
 
 def policy_terms(sampled: Sampled, hyper: PolicyHyper, kl: bool = False, entropy: bool = False) -> dict[str, LossOut]:
-    """ "pg", and with `kl` and `entropy` "kl" and "ent" (minus the entropy): sums to be divided by the global `policy_counts`.
+    """ "pg", and with `kl` and `entropy` "kl" and "ent" (minus the entropy): sums to be divided by
+    the global `policy_counts`.
 
-    Metrics under TRL's names: clip_ratio/low_mean, high_mean, region_mean (of tokens), kl, entropy, approx_kl (half the mean squared log-ratio).
+    Metrics under TRL's names: clip_ratio/low_mean, high_mean, region_mean (of tokens), kl, entropy,
+    approx_kl (half the mean squared log-ratio).
     Raises ValueError where the reference or the entropy is missing.
     """
     logp_N = sampled.logp_N
@@ -313,7 +343,9 @@ def _token_metric(value_N: Tensor, sampled: Sampled) -> tuple[float, float]:
 
 
 def _clip_metrics(view: View, sampled: Sampled, h: PolicyHyper) -> dict[str, tuple[float, float]]:
-    """Shares of tokens whose ratio left the range on the side where the clip bites, and how far the policy has moved."""
+    """Shares of tokens whose ratio left the range on the side where the clip bites, and how far the
+    policy has moved.
+    """
     kept_N = sampled.kept_C[sampled.candidate_N]
     count = float(kept_N.sum())
     log_ratio_N = view.log_ratio.detach()
@@ -337,8 +369,10 @@ def _clip_metrics(view: View, sampled: Sampled, h: PolicyHyper) -> dict[str, tup
 
 @dataclass
 class EntropyControl:
-    """The entropy bonus's coefficient, raised while the entropy is below `target` and lowered above it, by `delta` a step within [low, high]
-    (Skywork-OR1, arXiv 2505.22312). `adaptive` False leaves it as it is."""
+    """The entropy bonus's coefficient, raised while the entropy is below `target` and lowered above
+    it, by `delta` a step within [low, high] (Skywork-OR1, arXiv 2505.22312). `adaptive` False
+    leaves it as it is.
+    """
 
     coef: float = 0.0
     adaptive: bool = False
@@ -357,7 +391,9 @@ class EntropyControl:
 
 @dataclass
 class KlControl:
-    """The penalty's coefficient, moved towards a target KL (arXiv 1909.08593, section 2.2): coef *= 1 + clip(kl / target - 1, +-0.2) n / horizon."""
+    """The penalty's coefficient, moved towards a target KL (arXiv 1909.08593, section 2.2): coef *=
+    1 + clip(kl / target - 1, +-0.2) n / horizon.
+    """
 
     coef: float
     target: float | None = None
@@ -365,15 +401,18 @@ class KlControl:
     history: list[float] = field(default_factory=list)
 
     def step(self, kl: float, answers: int) -> float:
-        """Move after a step of `answers` answers whose mean KL was this; returns the new coefficient."""
+        """Move after a step of `answers` answers whose mean KL was this; returns the new
+        coefficient.
+        """
         if self.target is not None:
             self.coef *= 1 + float(np.clip(kl / self.target - 1, -0.2, 0.2)) * answers / self.horizon
         return self.coef
 
 
 def high_entropy(entropy_N: np.ndarray, quantile: float) -> np.ndarray:
-    """The tokens that a share `quantile` of most uncertain ones holds, [N] of 0 and 1 (arXiv 2506.01939); 1 keeps all. Raises ValueError for a quantile
-    outside (0, 1]."""
+    """The tokens that a share `quantile` of most uncertain ones holds, [N] of 0 and 1 (arXiv
+    2506.01939); 1 keeps all. Raises ValueError for a quantile outside (0, 1].
+    """
     if not 0 < quantile <= 1:
         raise ValueError(f"top_entropy_quantile ({quantile:g}) must lie in (0, 1]; 0.2 keeps the most uncertain fifth")
     if quantile == 1 or not len(entropy_N):

@@ -1,7 +1,9 @@
-"""What learning from preferences is made of: answers with their log-probabilities, and which of two is better by how much.
+"""What learning from preferences is made of: answers with their log-probabilities, and which of two
+is better by how much.
 
 Legend: N target tokens of a micro-batch, C its candidate answers, P its pairs.
-Refuses to know: the model, where the reference comes from, files, which loss is taken. Sources: methods.md 3, 4.2, 7.1.
+Refuses to know: the model, where the reference comes from, files, which loss is taken. Sources:
+methods.md 3, 4.2, 7.1.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ MAX_EXPONENT = 80.0
 
 @dataclass(frozen=True)
 class Candidates:
-    """Answers of a micro-batch. `logp_C`: summed log-probability of each one's target tokens (with a graph); `length_C`: how many tokens.
+    """Answers of a micro-batch. `logp_C`: summed log-probability of each one's target tokens (with
+    a graph); `length_C`: how many tokens.
 
-    `ref_logp_C`: the same under the reference; None where there is none. Only LD-DPO needs tokens: `logp_N`, `ref_logp_N`, and `candidate_N`, the
-    candidate of each token, in the order of the answer. Only WPO's alignment needs `log_sum_square_C`: sum over tokens of log sum_v p(v)^2.
+    `ref_logp_C`: the same under the reference; None where there is none. Only LD-DPO needs tokens:
+    `logp_N`, `ref_logp_N`, and `candidate_N`, the candidate of each token, in the order of the
+    answer. Only WPO's alignment needs `log_sum_square_C`: sum over tokens of log sum_v p(v)^2.
     """
 
     logp_C: Tensor
@@ -49,8 +53,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Candidate `better_P` is preferred to `worse_P`. `weight_P`: its share in the mean. `margin_P`: what the rewards should differ by at least.
-    `p_P`: the probability that the preference is right (1: certain, one half: a tie)."""
+    """Candidate `better_P` is preferred to `worse_P`. `weight_P`: its share in the mean.
+    `margin_P`: what the rewards should differ by at least.
+    `p_P`: the probability that the preference is right (1: certain, one half: a tie).
+    """
 
     better_P: np.ndarray
     worse_P: np.ndarray
@@ -92,10 +98,13 @@ class Pairs:
 class PreferenceHyper:
     """Settings of the pairwise family, named as TRL names them where it has them.
 
-    beta: scale of the implicit reward; larger keeps the policy closer to the reference. label_smoothing: share of wrong labels (cdpo, robust, exo_pair).
-    simpo_gamma: SimPO's target margin. orpo_lambda: weight of ORPO's odds term. rpo_alpha, cpo_alpha: weight of the NLL. dpop_lambda: weight of DPOP's
-    penalty. ld_alpha: weight of tokens beyond the shorter answer's length (None: 1). f_divergence_type, f_alpha_divergence_coef: what replaces the
-    log-ratio. use_weighting: WPO. nll_norm: "token" (mean over tokens) or "seq" (mean over answers of their token means).
+    beta: scale of the implicit reward; larger keeps the policy closer to the reference.
+        label_smoothing: share of wrong labels (cdpo, robust, exo_pair).
+    simpo_gamma: SimPO's target margin. orpo_lambda: weight of ORPO's odds term. rpo_alpha,
+        cpo_alpha: weight of the NLL. dpop_lambda: weight of DPOP's
+    penalty. ld_alpha: weight of tokens beyond the shorter answer's length (None: 1).
+    f_divergence_type, f_alpha_divergence_coef: what replaces the log-ratio. use_weighting: WPO.
+    nll_norm: "token" (mean over tokens) or "seq" (mean over answers of their token means).
     """
 
     beta: float = 0.1
@@ -151,7 +160,9 @@ def padded(values_N: Tensor, index_SL: np.ndarray, fill: float) -> Tensor:
 
 
 def segment_sum(values_N: Tensor, segment_N: np.ndarray, segments: int) -> Tensor:
-    """Sum of each segment's values, [S]; 0 for an empty one. Gathered and added in a fixed order, so the same on every device and run."""
+    """Sum of each segment's values, [S]; 0 for an empty one. Gathered and added in a fixed order,
+    so the same on every device and run.
+    """
     return padded(values_N, padded_index(segment_N, segments), 0.0).sum(axis=1)
 
 
@@ -165,10 +176,13 @@ def vector(values: np.ndarray, like: Tensor) -> Tensor:
 
 
 def f_score(log_ratio: Tensor, kind: str, alpha: float = 0.5, power: int = 1) -> Tensor:
-    """f'(ratio) of an f-divergence, without its constant where it cancels (2309.16240): what takes the log-ratio's place in DPO.
+    """f'(ratio) of an f-divergence, without its constant where it cancels (2309.16240): what takes
+    the log-ratio's place in DPO.
 
-    forward_kl: 1 - 1/t. js_divergence: log 2t/(t+1). alpha_divergence: (t^(alpha-1) - 1)/(alpha-1), whose limit at 1 is log t.
-    A score is held within exp(MAX_EXPONENT / power), so that its `power`-th power, and that power's gradient, are float32 numbers.
+    forward_kl: 1 - 1/t. js_divergence: log 2t/(t+1). alpha_divergence: (t^(alpha-1) - 1)/(alpha-1),
+    whose limit at 1 is log t.
+    A score is held within exp(MAX_EXPONENT / power), so that its `power`-th power, and that power's
+    gradient, are float32 numbers.
     """
     bound = MAX_EXPONENT / power
     if kind == "forward_kl":
@@ -182,10 +196,11 @@ def f_score(log_ratio: Tensor, kind: str, alpha: float = 0.5, power: int = 1) ->
 
 
 def log_ratios(candidates: Candidates, pairs: Pairs, ld_alpha: float | None, reference: bool) -> tuple[Tensor, Tensor]:
-    """(better, worse): log pi(y) - log pi_ref(y) of each pair, or log pi(y) without `reference`, [P] each.
+    """(better, worse): log pi(y) - log pi_ref(y) of each pair, or log pi(y) without `reference`,
+    [P] each.
 
-    With `ld_alpha` tokens beyond the length of the pair's shorter answer count that much (LD-DPO 2409.06411). Raises ValueError where the reference, or
-    for LD-DPO the tokens, are missing.
+    With `ld_alpha` tokens beyond the length of the pair's shorter answer count that much (LD-DPO
+    2409.06411). Raises ValueError where the reference, or for LD-DPO the tokens, are missing.
     """
     if ld_alpha is None or ld_alpha == 1:
         score_C = candidates.logp_C
@@ -218,7 +233,9 @@ def _reference(values: Tensor | None, name: str) -> Tensor:
 
 
 def implicit_rewards(candidates: Candidates, beta: float, kappa: float = 0.0, *, reference: bool = True) -> Tensor:
-    """r_C = beta (log pi - log pi_ref) / |y|^kappa (methods.md 7.1); without `reference` the second log-probability is left out."""
+    """r_C = beta (log pi - log pi_ref) / |y|^kappa (methods.md 7.1); without `reference` the second
+    log-probability is left out.
+    """
     score_C = candidates.logp_C
     if reference:
         score_C = score_C - _reference(candidates.ref_logp_C, "ref_logp_C").detach()
@@ -226,16 +243,21 @@ def implicit_rewards(candidates: Candidates, beta: float, kappa: float = 0.0, *,
 
 
 def wpo_factors(candidates: Candidates, pairs: Pairs) -> Tensor:
-    """WPO (2406.11827): how probable both answers are for the policy, exp of their token means, without gradient, [P]. It does not enter the divisor."""
+    """WPO (2406.11827): how probable both answers are for the policy, exp of their token means,
+    without gradient, [P]. It does not enter the divisor.
+    """
     logp_C = candidates.logp_C.detach()
-    if candidates.log_sum_square_C is not None:  # the paper's alignment: relative to a token drawn from the policy
+    # the paper's alignment: relative to a token drawn from the policy
+    if candidates.log_sum_square_C is not None:
         logp_C = logp_C - candidates.log_sum_square_C.detach()
     weight_C = paddle.exp(logp_C / vector(candidates.length_C, logp_C))
     return take(weight_C, pairs.better_P) * take(weight_C, pairs.worse_P)
 
 
 def mixed_reference(reference: Tensor, policy: Tensor, alpha: float = 0.6) -> Tensor:
-    """TR-DPO (2404.09656): a reference weight after an update, alpha * policy + (1 - alpha) * reference; alpha 1 copies."""
+    """TR-DPO (2404.09656): a reference weight after an update, alpha * policy + (1 - alpha) *
+    reference; alpha 1 copies.
+    """
     if not 0 < alpha <= 1:
         raise ValueError(f"ref_model_mixup_alpha ({alpha}) must lie in (0, 1]; 0.6 mixes, 1 copies")
     return policy.detach() * alpha + reference.detach() * (1 - alpha)
@@ -244,10 +266,13 @@ def mixed_reference(reference: Tensor, policy: Tensor, alpha: float = 0.6) -> Te
 def preference_metrics(
     candidates: Candidates, pairs: Pairs, beta: float, kappa: float = 0.0
 ) -> dict[str, tuple[float, float]]:
-    """TRL's names, name -> (sum over pairs, pairs). Without a reference the rewards are beta log pi(y) / |y|^kappa.
+    """TRL's names, name -> (sum over pairs, pairs). Without a reference the rewards are beta log
+    pi(y) / |y|^kappa.
 
-    `rewards/saturated` counts pairs whose margin is beyond 10 either way: there the sigmoid has no gradient left, or a hopeless one. Over the pairs of
-    different length: `length/longer_chosen`, how often the labels prefer the longer answer, and `rewards/longer_preferred`, how often the rewards do.
+    `rewards/saturated` counts pairs whose margin is beyond 10 either way: there the sigmoid has no
+    gradient left, or a hopeless one. Over the pairs of different length: `length/longer_chosen`,
+    how often the labels prefer the longer answer, and `rewards/longer_preferred`, how often the
+    rewards do.
     """
     r_C = implicit_rewards(candidates, beta, kappa, reference=candidates.ref_logp_C is not None)
     r_C, logp_C = (x.detach().numpy().astype(np.float64) for x in (r_C, candidates.logp_C))

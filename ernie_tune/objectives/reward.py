@@ -1,6 +1,8 @@
-"""Losses of a reward model: scalar rewards of answers against pairs, rankings and ratings (methods.md 4.5). Pure arithmetic.
+"""Losses of a reward model: scalar rewards of answers against pairs, rankings and ratings
+(methods.md 4.5). Pure arithmetic.
 
-Legend: C answers of a micro-batch with one reward each, P pairs, M rated answers, K cuts between K + 1 levels of a rating.
+Legend: C answers of a micro-batch with one reward each, P pairs, M rated answers, K cuts between K
++ 1 levels of a rating.
 Refuses to know: the head, the model, images.
 """
 
@@ -18,9 +20,11 @@ from ernie_tune.objectives.unpaired import Labels
 
 
 def reward_pair_loss(reward_C: Tensor, pairs: Pairs, center: float = 0.01) -> LossOut:
-    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2: Bradley-Terry with margins (2307.09288) and rewards centred at 0 (2312.09244).
+    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2: Bradley-Terry with margins (2307.09288) and
+    rewards centred at 0 (2312.09244).
 
-    For K ranked answers give `listwise.tier_edges`: the mean over K(K-1)/2 pairs of one prompt (2203.02155), all in this micro-batch.
+    For K ranked answers give `listwise.tier_edges`: the mean over K(K-1)/2 pairs of one prompt
+    (2203.02155), all in this micro-batch.
     """
     if center < 0:
         raise ValueError(f"center_rewards_coefficient ({center}) must not be negative; 0.01 is usual, 0 leaves it out")
@@ -41,19 +45,25 @@ def reward_regression_loss(reward_C: Tensor, ratings: Labels) -> LossOut:
 
 
 def ordered_cuts(free_K: Tensor) -> Tensor:
-    """Cuts that rise whatever the free numbers are: the first as it is, each other a softplus above the one before."""
+    """Cuts that rise whatever the free numbers are: the first as it is, each other a softplus above
+    the one before.
+    """
     return paddle.concat([free_K[:1], F.softplus(free_K[1:])]).cumsum()
 
 
 def even_cuts(levels: int) -> np.ndarray:
-    """The free numbers of cuts under which a reward of 0 gives every level the same probability, [levels - 1]."""
+    """The free numbers of cuts under which a reward of 0 gives every level the same probability,
+    [levels - 1].
+    """
     share_K = np.arange(1, levels) / levels
     cut_K = np.log(share_K / (1 - share_K))
     return np.concatenate([cut_K[:1], np.log(np.expm1(np.diff(cut_K)))])
 
 
 def levels_of(rating_M: np.ndarray, levels: int, where: str = "") -> np.ndarray:
-    """The level, from 0, of ratings on [0, 1]. Raises ValueError for one between two levels; `where` opens it."""
+    """The level, from 0, of ratings on [0, 1]. Raises ValueError for one between two levels;
+    `where` opens it.
+    """
     exact_M = np.asarray(rating_M, np.float64) * (levels - 1)
     level_M = np.round(exact_M).astype(np.int64)
     off = np.flatnonzero(np.abs(exact_M - level_M) > 1e-3)
@@ -65,8 +75,10 @@ def levels_of(rating_M: np.ndarray, levels: int, where: str = "") -> np.ndarray:
 
 
 def reward_ordinal_loss(reward_C: Tensor, cut_K: Tensor, ratings: Labels) -> LossOut:
-    """-log [sigma(t_k - s) - sigma(t_{k-1} - s)] of level k, t_0 = -inf and the last inf: proportional odds (McCullagh 1980). The difference is
-    sigma(b) sigma(-a) (1 - e^(a-b)), of which each factor has a logarithm that does not cancel."""
+    """-log [sigma(t_k - s) - sigma(t_{k-1} - s)] of level k, t_0 = -inf and the last inf:
+    proportional odds (McCullagh 1980). The difference is sigma(b) sigma(-a) (1 - e^(a-b)), of which
+    each factor has a logarithm that does not cancel.
+    """
     if not len(ratings):
         return LossOut(
             (reward_C.sum() + cut_K.sum()) * 0.0, 0.0
@@ -78,7 +90,8 @@ def reward_ordinal_loss(reward_C: Tensor, cut_K: Tensor, ratings: Labels) -> Los
     below_M = take(cut_K, np.maximum(level_M - 1, 0)) - s_M
     first_M, last_M = (vector(at, s_M) for at in (level_M == 0, level_M == cuts))
     inner_M = (1 - first_M) * (1 - last_M)
-    gap_M = inner_M * (above_M - below_M) + (1 - inner_M)  # 1 where there is one cut: any number with a logarithm
+    # 1 where there is one cut: any number with a logarithm
+    gap_M = inner_M * (above_M - below_M) + (1 - inner_M)
     logp_M = (1 - last_M) * F.log_sigmoid(above_M) + (1 - first_M) * F.log_sigmoid(-below_M)
     logp_M = logp_M + inner_M * paddle.log(-paddle.expm1(-gap_M))
     return LossOut(-(logp_M * vector(ratings.weight_M, logp_M)).sum(), float(ratings.weight_M.sum()))

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning: weighted negative log-likelihood under three ways of averaging (methods.md 4.1). Pure arithmetic.
+"""Supervised fine-tuning: weighted negative log-likelihood under three ways of averaging
+(methods.md 4.1). Pure arithmetic.
 
-Legend: N target tokens of a micro-batch, R its rows. Refuses to know: the model, the data, how gradients are divided.
+Legend: N target tokens of a micro-batch, R its rows. Refuses to know: the model, the data, how
+gradients are divided.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ def token_coefficients(
 ) -> tuple[np.ndarray, float]:
     """What multiplies each token's loss, and this micro-batch's share of the divisor.
 
-    token: mean over target tokens (their weights count). seq: mean over rows of each row's token mean. token_balanced (ERNIE, methods.md 2.2):
+    token: mean over target tokens (their weights count). seq: mean over rows of each row's token
+    mean. token_balanced (ERNIE, methods.md 2.2):
     mean over rows of the row's sum over its whole length, prompt included.
     """
     if norm not in NORMS:
@@ -31,6 +34,8 @@ def token_coefficients(
 
 
 def sft_loss(logp_N: Tensor, coefficient_N: np.ndarray, count: float = 1.0) -> LossOut:
-    """-sum coefficient * logp. Metrics: the plain nll over target tokens, whatever the coefficients."""
+    """-sum coefficient * logp. Metrics: the plain nll over target tokens, whatever the
+    coefficients.
+    """
     total = -(logp_N * paddle.to_tensor(coefficient_N, dtype=logp_N.dtype)).sum()
     return LossOut(total, count, {"nll": (-float(logp_N.detach().sum()), float(logp_N.shape[0]))})

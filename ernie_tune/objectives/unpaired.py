@@ -1,7 +1,10 @@
-"""Single answers called good or bad, or rated: KTO, BCO and APO-zero without pairs, and the running numbers they compare with (methods.md 4.3, 4.4).
+"""Single answers called good or bad, or rated: KTO, BCO and APO-zero without pairs, and the running
+numbers they compare with (methods.md 4.3, 4.4).
 
-Legend: C candidate answers of a micro-batch, M those with a label. r = beta (log pi(y) - log pi_ref(y)).
-Refuses to know: where mismatched answers for KTO's baseline come from, how sums travel between ranks.
+Legend: C candidate answers of a micro-batch, M those with a label. r = beta (log pi(y) - log
+pi_ref(y)).
+Refuses to know: where mismatched answers for KTO's baseline come from, how sums travel between
+ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from ernie_tune.objectives.preference import Candidates, implicit_rewards, take,
 
 @dataclass(frozen=True)
 class Labels:
-    """Candidate `index_M` is good with probability `good_M` (1 good, 0 bad, between: a rating on [0, 1]); `weight_M`: its share in the mean. `ratio_M`: what
-    BCO multiplies the loss of a bad one by (`density.density_ratio`), which is in no divisor; None: nothing."""
+    """Candidate `index_M` is good with probability `good_M` (1 good, 0 bad, between: a rating on
+    [0, 1]); `weight_M`: its share in the mean. `ratio_M`: what BCO multiplies the loss of a bad one
+    by (`density.density_ratio`), which is in no divisor; None: nothing.
+    """
 
     index_M: np.ndarray
     good_M: np.ndarray
@@ -56,8 +61,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class RewardShift:
-    """BCO's delta = (E[r | good] + E[r | bad]) / 2 as state that goes in and comes out. `decay` None: means over all seen; else of the exponential
-    moving averages, whose first value is the first batch's. A kind never seen counts as 0."""
+    """BCO's delta = (E[r | good] + E[r | bad]) / 2 as state that goes in and comes out. `decay`
+    None: means over all seen; else of the exponential moving averages, whose first value is the
+    first batch's. A kind never seen counts as 0.
+    """
 
     decay: float | None = None
     good: float = 0.0
@@ -74,7 +81,9 @@ class RewardShift:
         return (self.good + self.bad) / 2
 
     def updated(self, good: tuple[float, float], bad: tuple[float, float]) -> RewardShift:
-        """After a step: global (sum of rewards, answers) of both kinds, as the metrics `rewards/chosen` and `rewards/rejected` hold them."""
+        """After a step: global (sum of rewards, answers) of both kinds, as the metrics
+        `rewards/chosen` and `rewards/rejected` hold them.
+        """
         mean_good, num_good = self._moved(self.good, self.num_good, good)
         mean_bad, num_bad = self._moved(self.bad, self.num_bad, bad)
         return replace(self, good=mean_good, bad=mean_bad, num_good=num_good, num_bad=num_bad)
@@ -95,13 +104,17 @@ class RewardShift:
 
 
 def kl_sum(mismatched: Candidates) -> tuple[float, float]:
-    """This micro-batch's share of KTO's baseline: (sum of log-ratios of answers put to prompts that are not theirs, answers). Without gradient."""
+    """This micro-batch's share of KTO's baseline: (sum of log-ratios of answers put to prompts that
+    are not theirs, answers). Without gradient.
+    """
     ratio_C = implicit_rewards(mismatched, 1.0).detach()
     return float(ratio_C.sum()), float(ratio_C.shape[0])
 
 
 def kl_baseline(total: float, count: float) -> float:
-    """z0 = max(0, mean log-ratio) of the global `kl_sum` (2402.01306, section 4.1). Raises ValueError without answers."""
+    """z0 = max(0, mean log-ratio) of the global `kl_sum` (2402.01306, section 4.1). Raises
+    ValueError without answers.
+    """
     if count <= 0:
         raise ValueError(
             f"mismatched answers ({count:g}) must be at least 1 for KTO's baseline; put two or more rows in a micro-batch, or take apo_zero_unpaired"
@@ -127,7 +140,9 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> LossOut:
-    """Good: lambda_D (1 - sigma(r - beta z0)); bad: lambda_U (1 - sigma(beta z0 - r)) (2402.01306 eq. 7). The lambdas do not enter the divisor."""
+    """Good: lambda_D (1 - sigma(r - beta z0)); bad: lambda_U (1 - sigma(beta z0 - r)) (2402.01306
+    eq. 7). The lambdas do not enter the divisor.
+    """
     if not len(labels):
         return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
     r_M, good_M = _sides(candidates, labels, beta)
@@ -136,7 +151,9 @@ def kto_loss(
 
 
 def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:
-    """What to change where lambda_D n_D / (lambda_U n_U) leaves [1, 4/3] (2402.01306 eq. 8), or one kind is absent; None where it does not."""
+    """What to change where lambda_D n_D / (lambda_U n_U) leaves [1, 4/3] (2402.01306 eq. 8), or one
+    kind is absent; None where it does not.
+    """
     if not good or not bad:
         kinds = say("good", "好"), say("bad", "坏")
         kind, other = kinds if good else kinds[::-1]
@@ -156,8 +173,9 @@ def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesira
 
 
 def bco_loss(candidates: Candidates, labels: Labels, delta: float, beta: float = 0.1) -> LossOut:
-    """-q log sigma(r - delta) - rho (1 - q) log sigma(delta - r) (2404.04656); rho: `ratio_M`. With q between 0 and 1: one rated answer alone
-    (methods.md 4.4)."""
+    """-q log sigma(r - delta) - rho (1 - q) log sigma(delta - r) (2404.04656); rho: `ratio_M`. With
+    q between 0 and 1: one rated answer alone (methods.md 4.4).
+    """
     if not len(labels):
         return LossOut(candidates.logp_C.sum() * 0.0, 0.0)
     r_M, good_M = _sides(candidates, labels, beta)
@@ -174,7 +192,9 @@ def apo_zero_unpaired_loss(candidates: Candidates, labels: Labels, beta: float =
 
 
 def label_metrics(candidates: Candidates, labels: Labels, beta: float) -> dict[str, tuple[float, float]]:
-    """rewards/chosen and rejected, logps/chosen and rejected as (sum, answers) of the good (above one half) and the bad."""
+    """rewards/chosen and rejected, logps/chosen and rejected as (sum, answers) of the good (above
+    one half) and the bad.
+    """
     if not len(labels):
         return {}
     r_C = implicit_rewards(candidates, beta).detach().numpy().astype(np.float64)

@@ -1,10 +1,13 @@
-"""Every kind of signal in one loss: a weighted sum of terms, each divided by its own global count (methods.md 7). Pure arithmetic.
+"""Every kind of signal in one loss: a weighted sum of terms, each divided by its own global count
+(methods.md 7). Pure arithmetic.
 
-What is known of ERNIE's UPO is a sentence: a pairwise preference loss beside PPO. The sum here contains that and is ours; it does not claim to be theirs.
+What is known of ERNIE's UPO is a sentence: a pairwise preference loss beside PPO. The sum here
+contains that and is ours; it does not claim to be theirs.
 
-Legend: C candidate answers of a micro-batch, P pairs, U units (a prompt with its signal), M labelled answers.
-Refuses to know: the model, rollouts, how counts travel between ranks. The terms of online learning (pg, kl, ent) and the routers' (moe) are made elsewhere and
-join as LossOuts under their names.
+Legend: C candidate answers of a micro-batch, P pairs, U units (a prompt with its signal), M
+labelled answers.
+Refuses to know: the model, rollouts, how counts travel between ranks. The terms of online learning
+(pg, kl, ent) and the routers' (moe) are made elsewhere and join as LossOuts under their names.
 """
 
 from __future__ import annotations
@@ -42,10 +45,13 @@ BIN = ("kto", "bco", "apo_zero_unpaired")
 
 @dataclass(frozen=True)
 class UpoSettings:
-    """weights: term -> lambda; a term without one is not computed. hyper: beta and what edge losses take. reference, kappa: the implicit reward
-    r = beta (log pi - log pi_ref) / |y|^kappa. edge_loss: "sigmoid" on r, or another name of `pairwise.LOSSES`, which brings its own r.
-    rank, rate, bin: how rankings, ratings and labels are learned. rate_margin, rate_alpha: margins of "margin"; rate_alpha is InfoNCA's temperature too.
-    rate_tau: softness of soft_bt and bernoulli_kl. edge_weight: "unit" shares a unit's weight among its edges. top_k: stages of Plackett-Luce.
+    """weights: term -> lambda; a term without one is not computed. hyper: beta and what edge losses
+    take. reference, kappa: the implicit reward r = beta (log pi - log pi_ref) / |y|^kappa.
+    edge_loss: "sigmoid" on r, or another name of `pairwise.LOSSES`, which brings its own r.
+    rank, rate, bin: how rankings, ratings and labels are learned. rate_margin, rate_alpha: margins
+    of "margin"; rate_alpha is InfoNCA's temperature too.
+    rate_tau: softness of soft_bt and bernoulli_kl. edge_weight: "unit" shares a unit's weight among
+    its edges. top_k: stages of Plackett-Luce.
     """
 
     weights: Mapping[str, float] = field(
@@ -98,7 +104,9 @@ class UpoSettings:
 
 @dataclass(frozen=True)
 class Signals:
-    """What is known of a micro-batch's candidates; every part may be empty. Tiers count from 0 (best); scores are on [0, 1], higher is better."""
+    """What is known of a micro-batch's candidates; every part may be empty. Tiers count from 0
+    (best); scores are on [0, 1], higher is better.
+    """
 
     pairs: Pairs = field(default_factory=lambda: Pairs.of([], []))
     tiers: Units = field(default_factory=lambda: Units.of([], [], []))
@@ -106,7 +114,8 @@ class Signals:
     labels: Labels = field(default_factory=lambda: Labels.of([], []))
 
     def best(self) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates that the nll term raises, and their weights: the better of pairs, the first tier, the highest rated of several, the good.
+        """Candidates that the nll term raises, and their weights: the better of pairs, the first
+        tier, the highest rated of several, the good.
 
         A unit's weight is shared among its best.
         """
@@ -199,7 +208,9 @@ def _bin(settings: UpoSettings, candidates: Candidates, labels: Labels, baseline
 def upo_terms(
     settings: UpoSettings, candidates: Candidates, signals: Signals, baselines: Baselines | None = None
 ) -> dict[str, LossOut]:
-    """The offline terms that have a weight. A term without units here is 0 with a graph and counts 0."""
+    """The offline terms that have a weight. A term without units here is 0 with a graph and counts
+    0.
+    """
     b = baselines or Baselines()
     build = {
         "pair": lambda: _edges(settings, candidates, signals.pairs, b),
@@ -213,7 +224,9 @@ def upo_terms(
 
 
 def upo_counts(settings: UpoSettings, signals: Signals, length_C: np.ndarray) -> dict[str, float]:
-    """What this micro-batch adds to each offline term's divisor, before any forward. Every active term is there, so all ranks sum the same names."""
+    """What this micro-batch adds to each offline term's divisor, before any forward. Every active
+    term is there, so all ranks sum the same names.
+    """
     several = _pick(signals.ratings, signals.ratings.size_U > 1)
     if settings.rate == "infonca":
         rated = float(several.weight_U.sum())
@@ -240,10 +253,13 @@ def upo_loss(
     baselines: Baselines | None = None,
     online: Mapping[str, LossOut] | None = None,
 ) -> LossOut:
-    """The whole: offline terms of `signals`, `online` terms as they come, each over its global count; to be divided by 1.
+    """The whole: offline terms of `signals`, `online` terms as they come, each over its global
+    count; to be divided by 1.
 
-    Metrics: TRL's names (chosen and rejected of pairs and labels together), upo/<term>/loss, upo/<term>/grad_share (of the L1 norm of the gradient by the
-    answers' log-probabilities; offline terms), upo/rank/accuracies and upo/rate/accuracies (share of comparisons that the rewards have right).
+    Metrics: TRL's names (chosen and rejected of pairs and labels together), upo/<term>/loss,
+    upo/<term>/grad_share (of the L1 norm of the gradient by the answers' log-probabilities; offline
+    terms), upo/rank/accuracies and upo/rate/accuracies (share of comparisons that the rewards have
+    right).
     """
     terms = upo_terms(settings, candidates, signals, baselines)
     extra = {name: out for name, out in (online or {}).items() if settings.active(name)}
@@ -261,7 +277,9 @@ def _grad_shares(
     counts: Mapping[str, float],
     baselines: Baselines | None,
 ) -> dict[str, tuple[float, float]]:
-    """Each term's part of sum over answers of |d term / d log pi(y)|, as (part, sum); sums over micro-batches and ranks keep their meaning."""
+    """Each term's part of sum over answers of |d term / d log pi(y)|, as (part, sum); sums over
+    micro-batches and ranks keep their meaning.
+    """
     if candidates.logp_C.stop_gradient:
         return {}
     leaf_C = candidates.logp_C.detach()
@@ -269,7 +287,8 @@ def _grad_shares(
     norms = {}
     for name, out in upo_terms(settings, replace(candidates, logp_C=leaf_C), signals, baselines).items():
         if out.count and not out.total.stop_gradient:
-            grad_C = paddle.grad(out.total, leaf_C, allow_unused=True)[0]  # LD-DPO reads the tokens instead
+            # LD-DPO reads the tokens instead
+            grad_C = paddle.grad(out.total, leaf_C, allow_unused=True)[0]
             if grad_C is not None:
                 norms[name] = settings.weights[name] / counts[name] * float(grad_C.abs().sum())
     return {f"upo/{name}/grad_share": (norm, sum(norms.values())) for name, norm in norms.items()}
@@ -294,7 +313,9 @@ def _metrics(settings: UpoSettings, candidates: Candidates, signals: Signals) ->
 
 
 def pair_weight(beta: float, share: float = 0.2) -> float:
-    """lambda_pair that makes the pair term's gradient `share` of a group-relative policy gradient's at the reference (methods.md 7.3)."""
+    """lambda_pair that makes the pair term's gradient `share` of a group-relative policy gradient's
+    at the reference (methods.md 7.3).
+    """
     return share / (2 * beta)
 
 

@@ -1,4 +1,5 @@
-"""The critic's loss: squared error of predicted returns, clipped around what the critic said when the answers were sampled.
+"""The critic's loss: squared error of predicted returns, clipped around what the critic said when
+the answers were sampled.
 
 Legend: N trained tokens. Refuses to know: models, rewards, how returns were made.
 """
@@ -16,10 +17,12 @@ from ernie_tune.objectives.preference import vector
 def value_loss(
     value_N: Tensor, old_value_N: np.ndarray, return_N: np.ndarray, weight_N: np.ndarray, cliprange: float | None
 ) -> LossOut:
-    """Sum over tokens of w / 2 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2) over the sum of w (arXiv 1707.06347 as OpenAI's baselines clip it).
+    """Sum over tokens of w / 2 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2) over the sum of
+    w (arXiv 1707.06347 as OpenAI's baselines clip it).
 
-    Metrics: critic/vf_clipfrac (tokens where the clipped error is the larger), critic/values_mean, critic/returns_mean, and critic/vf_error and
-    critic/return_variance, whose quotient from 1 is the explained variance. Raises ValueError for a cliprange that is not positive.
+    Metrics: critic/vf_clipfrac (tokens where the clipped error is the larger), critic/values_mean,
+    critic/returns_mean, and critic/vf_error and critic/return_variance, whose quotient from 1 is
+    the explained variance. Raises ValueError for a cliprange that is not positive.
     """
     if cliprange is not None and cliprange <= 0:
         raise ValueError(f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual")
@@ -45,8 +48,9 @@ def value_loss(
 
 
 def explained_variance(value_N: np.ndarray, return_N: np.ndarray) -> float:
-    """1 - var(R - V) / var(R): 1 for a perfect critic, 0 for one that knows the mean alone, below for a harmful one; nan for fewer than two tokens or
-    returns without spread."""
+    """1 - var(R - V) / var(R): 1 for a perfect critic, 0 for one that knows the mean alone, below
+    for a harmful one; nan for fewer than two tokens or returns without spread.
+    """
     if len(return_N) < 2 or np.var(return_N) == 0:
         return float("nan")
     return float(1 - np.var(return_N - value_N, ddof=1) / np.var(return_N, ddof=1))

@@ -1,6 +1,8 @@
-"""Work outside the pipeline, shared by its ranks: pieces dealt out by size, their rows brought to the first stage, gradients brought back.
+"""Work outside the pipeline, shared by its ranks: pieces dealt out by size, their rows brought to
+the first stage, gradients brought back.
 
-Every rank has all inputs, so only result rows [rows, D] travel. Refuses to know: what is computed. (parallel.md 1.6)
+Every rank has all inputs, so only result rows [rows, D] travel. Refuses to know: what is computed.
+(parallel.md 1.6)
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from ernie_tune.parallel.mesh import Group
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """The pieces of each rank, largest first to the rank with least so far (ties: lower rank): loads differ by at most the largest piece."""
-    loads, hands = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[int]]]
+    """The pieces of each rank, largest first to the rank with least so far (ties: lower rank):
+    loads differ by at most the largest piece.
+    """
+    loads = [0] * ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
     for piece in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         rank = min(range(ranks), key=lambda r: (loads[r], r))
         loads[rank] += sizes[piece]
@@ -26,7 +31,9 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 class SharedWork:
-    """Pieces of given sizes (rows) on the ranks of one group: what this rank computes, and the two exchanges."""
+    """Pieces of given sizes (rows) on the ranks of one group: what this rank computes, and the two
+    exchanges.
+    """
 
     def __init__(self, sizes: Sequence[int], group: Group) -> None:
         self.sizes, self.group = list(sizes), group
@@ -35,7 +42,9 @@ class SharedWork:
         self.rows_of_rank = [sum(sizes[i] for i in hand) for hand in self.hands]
 
     def to_first(self, rows_RD: Tensor) -> Tensor | None:
-        """This rank's pieces, in the order of `mine` -> on the group's first rank all pieces in their own order; None elsewhere."""
+        """This rank's pieces, in the order of `mine` -> on the group's first rank all pieces in
+        their own order; None elsewhere.
+        """
         first = self.group.rank == 0
         send = [rows_RD.shape[0], *[0] * (self.group.size - 1)]
         receive = self.rows_of_rank if first else [0] * self.group.size
@@ -43,7 +52,9 @@ class SharedWork:
         return paddle.gather(out, paddle.to_tensor(np.argsort(self._dealt_rows()))) if first else None
 
     def from_first(self, rows_RD: Tensor | None, like_D: Tensor) -> Tensor:
-        """The inverse, for gradients: all pieces on the first rank -> this rank's. `like_D` gives width and type where nothing is held."""
+        """The inverse, for gradients: all pieces on the first rank -> this rank's. `like_D` gives
+        width and type where nothing is held.
+        """
         if rows_RD is None:
             rows_RD = paddle.zeros([0, like_D.shape[-1]], like_D.dtype)
         else:

@@ -1,9 +1,13 @@
-"""Stage 3 of sharding: the parameters of a block are on their owners alone, but for the time the block is in use.
+"""Stage 3 of sharding: the parameters of a block are on their owners alone, but for the time the
+block is in use.
 
-Recompute gives the order: a block runs without a graph (gather, run, release), and once more inside the backward (gather, run, backward). When the next
-block is asked for, or the backward is over, the former one is done: its gradients are complete, go to their owners, and the parameters are let go. All
-ranks run the same blocks in the same order whatever their rows hold, so no collective waits for a picture that another rank does not have.
-What lies outside blocks (embedding, norms, head, vision tower) stays whole. Refuses to know: models' classes, optimizers' arithmetic.
+Recompute gives the order: a block runs without a graph (gather, run, release), and once more inside
+the backward (gather, run, backward). When the next block is asked for, or the backward is over, the
+former one is done: its gradients are complete, go to their owners, and the parameters are let go.
+All ranks run the same blocks in the same order whatever their rows hold, so no collective waits for
+a picture that another rank does not have.
+What lies outside blocks (embedding, norms, head, vision tower) stays whole. Refuses to know:
+models' classes, optimizers' arithmetic.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ class _Held:
 def _dealt(
     model: nn.Layer, mesh: Mesh, owner_of: Mapping[str, int], pattern: str
 ) -> Iterator[tuple[str, nn.Layer, list[tuple[Tensor, Group, int]]]]:
-    """(name, block, its parameters with the ranks that share them and the number of the one that keeps it). What nobody trains goes to whoever has least."""
+    """(name, block, its parameters with the ranks that share them and the number of the one that
+    keeps it). What nobody trains goes to whoever has least.
+    """
     loads: dict[int, int] = {}
     for name, block in model.named_sublayers():
         if name.rpartition(".")[0] != pattern:
@@ -71,13 +77,17 @@ def _dealt(
 
 
 def kept_elsewhere(model: nn.Layer, mesh: Mesh, owner_of: Mapping[str, int], pattern: str) -> frozenset[str]:
-    """Paddle's names of the parameters that `Blocks` will let go of on this rank: they need not be read."""
+    """Paddle's names of the parameters that `Blocks` will let go of on this rank: they need not be
+    read.
+    """
     every = (each for _, _, owned in _dealt(model, mesh, owner_of, pattern) for each in owned)
     return frozenset(value.name for value, group, owner in every if group.rank != owner)
 
 
 class Blocks:
-    """The blocks of a model. `fold(prefix)` is called when a block's gradients of this micro-batch are complete."""
+    """The blocks of a model. `fold(prefix)` is called when a block's gradients of this micro-batch
+    are complete.
+    """
 
     def __init__(
         self, model: nn.Layer, mesh: Mesh, owner_of: Mapping[str, int], pattern: str, fold: Callable[[str], None]
@@ -131,7 +141,9 @@ class Blocks:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """All parameters on all ranks, for the length of the outermost `with`: to save or to compare them."""
+        """All parameters on all ranks, for the length of the outermost `with`: to save or to
+        compare them.
+        """
         if self.pinned:
             yield
             return

@@ -1,9 +1,13 @@
-"""Collectives with a gradient, over one group: what goes around a block whose weights are split, and how tokens are spread over tensor ranks.
+"""Collectives with a gradient, over one group: what goes around a block whose weights are split,
+and how tokens are spread over tensor ranks.
 
-Tensor parallel: `enter` is identity forward and a sum backward, `leave` a sum forward and identity backward (1909.08053, operators f and g; Fleet's own).
-Sequence parallel: `enter` gathers tokens and scatters the summed gradient, `leave` the reverse (2205.05198). A pack of T tokens is cut into n runs that
-differ by at most one token, so no length has to be divisible and no padding exists: only the messages are padded, to equal size.
-Legend: T tokens of the pack, t tokens of this rank, n ranks, D width, M rows. Refuses to know: layers, models.
+Tensor parallel: `enter` is identity forward and a sum backward, `leave` a sum forward and identity
+backward (1909.08053, operators f and g; Fleet's own).
+Sequence parallel: `enter` gathers tokens and scatters the summed gradient, `leave` the reverse
+(2205.05198). A pack of T tokens is cut into n runs that differ by at most one token, so no length
+has to be divisible and no padding exists: only the messages are padded, to equal size.
+Legend: T tokens of the pack, t tokens of this rank, n ranks, D width, M rows. Refuses to know:
+layers, models.
 """
 
 from __future__ import annotations
@@ -117,7 +121,9 @@ class _Join(PyLayer):
 
 
 class TokenRuns:
-    """Sequence parallelism of one model: how long the pack in work is, and this rank's part of it. `total` is set by whoever sees a whole pack."""
+    """Sequence parallelism of one model: how long the pack in work is, and this rank's part of it.
+    `total` is set by whoever sees a whole pack.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group, self.total = group, 0
@@ -156,7 +162,9 @@ def leave(x: Tensor, group: Group, runs: TokenRuns | None) -> Tensor:
 
 
 def exchange_rows(x_MD: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """All-to-all: `send[j]` rows go to rank j, `receive[j]` come from it; any of them may be 0. Without a gradient."""
+    """All-to-all: `send[j]` rows go to rank j, `receive[j]` come from it; any of them may be 0.
+    Without a gradient.
+    """
     out = paddle.empty([sum(receive), *x_MD.shape[1:]], x_MD.dtype)
     dist.stream.alltoall_single(
         out, x_MD.contiguous(), out_split_sizes=receive, in_split_sizes=send, group=group.fleet, sync_op=True

@@ -1,10 +1,13 @@
-"""Expert parallelism: each rank keeps a run of every family's experts; one all-to-all takes rows to their experts, another brings the results back.
+"""Expert parallelism: each rank keeps a run of every family's experts; one all-to-all takes rows to
+their experts, another brings the results back.
 
-All families of a layer travel in one exchange, so that every rank makes the same calls whether or not its tokens need a family (a rank may hold no
-picture). A family that receives nothing computes on one row of zeros: its weights get a zero gradient, and no product sees an empty matrix.
-Legend: F families, E experts of each, e experts here, n ranks, M rows sent (by family, then expert), D width. Refuses to know: routers, models' classes.
-What it asks of the model: a routing layer calls `expert_rows(work)`, work being a list of (experts, rows_MD or None, counts), one a family, before its
-`shared_experts`.
+All families of a layer travel in one exchange, so that every rank makes the same calls whether or
+not its tokens need a family (a rank may hold no picture). A family that receives nothing computes
+on one row of zeros: its weights get a zero gradient, and no product sees an empty matrix.
+Legend: F families, E experts of each, e experts here, n ranks, M rows sent (by family, then
+expert), D width. Refuses to know: routers, models' classes.
+What it asks of the model: a routing layer calls `expert_rows(work)`, work being a list of (experts,
+rows_MD or None, counts), one a family, before its `shared_experts`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ BESIDE = "shared_experts"
 
 @dataclass(frozen=True)
 class Route:
-    """Where rows go. `to_send` orders mine by destination; `arrived` orders what comes by family and expert; `rows_F` of them for each family."""
+    """Where rows go. `to_send` orders mine by destination; `arrived` orders what comes by family
+    and expert; `rows_F` of them for each family.
+    """
 
     send: list[int]
     receive: list[int]
@@ -114,8 +119,10 @@ class _ComeBack(PyLayer):
 
 
 class _After(PyLayer):
-    """x, but its backward comes before the backward of `other`. The branches of a routing layer are independent, so autograd may run their collectives
-    in another order on a rank whose graph looks different; with this between them there is one order."""
+    """x, but its backward comes before the backward of `other`. The branches of a routing layer are
+    independent, so autograd may run their collectives in another order on a rank whose graph looks
+    different; with this between them there is one order.
+    """
 
     @staticmethod
     def forward(ctx, x, other):  # type: ignore[no-untyped-def]
@@ -134,7 +141,8 @@ class ExchangedRows(nn.Layer):
         super().__init__()
         self.group, self.orders = group, beside is not None
         self.last: Tensor | None = None
-        self.used: dict[nn.Layer, bool] = {}  # experts here -> whether any row reached them since `drop_unused`
+        # experts here -> whether any row reached them since `drop_unused`
+        self.used: dict[nn.Layer, bool] = {}
         if beside is not None:
             beside.register_forward_pre_hook(self.then)
 
@@ -144,7 +152,9 @@ class ExchangedRows(nn.Layer):
         return args if last is None else (_After.apply(args[0], last), *args[1:])
 
     def drop_unused(self) -> None:
-        """Take back the zero gradients of experts that no row reached: on one process they would have none, and AdamW would leave them alone."""
+        """Take back the zero gradients of experts that no row reached: on one process they would
+        have none, and AdamW would leave them alone.
+        """
         for experts, reached in self.used.items():
             for parameter in experts.parameters() if not reached else ():
                 parameter.clear_gradient(False)
@@ -171,7 +181,9 @@ class ExchangedRows(nn.Layer):
 
 
 def apply_experts(model: nn.Layer, plan: Mapping[str, str], group: Group) -> None:
-    """Keep this rank's experts of every stack and send rows to where the others are. Raises ValueError where they do not divide."""
+    """Keep this rank's experts of every stack and send rows to where the others are. Raises
+    ValueError where they do not divide.
+    """
     if group.size == 1:
         return
     layers = dict(model.named_sublayers())

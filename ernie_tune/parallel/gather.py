@@ -1,6 +1,8 @@
-"""The tensors of a model that lies over ranks, whole on rank 0, one at a time: each distinct part travels once, from one of its holders.
+"""The tensors of a model that lies over ranks, whole on rank 0, one at a time: each distinct part
+travels once, from one of its holders.
 
-Every rank calls `get` with the same names in the same order; or rank 0 leads (`leading`, `ask`) and the others `follow`.
+Every rank calls `get` with the same names in the same order; or rank 0 leads (`leading`, `ask`) and
+the others `follow`.
 Refuses to know: names' meaning, files, which parts there are (the caller says where each lies).
 """
 
@@ -36,7 +38,9 @@ class Block(Protocol):
 
 
 class Gathered:
-    """`held`: this rank's parameters by global name, and the block that each is. A collective: all ranks make one together."""
+    """`held`: this rank's parameters by global name, and the block that each is. A collective: all
+    ranks make one together.
+    """
 
     def __init__(self, held: Mapping[str, tuple[Block, Tensor]], group: Group) -> None:
         self.held, self.group = held, group
@@ -52,7 +56,9 @@ class Gathered:
         self._last: dict[str, np.ndarray] = {}
 
     def get(self, name: str) -> np.ndarray | None:
-        """The whole tensor on rank 0, None elsewhere; bfloat16 as its bits. Raises KeyError for a name that no rank has."""
+        """The whole tensor on rank 0, None elsewhere; bfloat16 as its bits. Raises KeyError for a
+        name that no rank has.
+        """
         first = self.group.rank == 0
         out: np.ndarray | None = None
         for rank, (whole, offset, shape, dtype) in self.sources[name]:
@@ -86,7 +92,9 @@ class Gathered:
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """Rank 0's side: inside, `ask` for what is needed; whatever happens, the others are told the end."""
+        """Rank 0's side: inside, `ask` for what is needed; whatever happens, the others are told
+        the end.
+        """
         try:
             yield
         finally:

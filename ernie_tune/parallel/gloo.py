@@ -1,9 +1,12 @@
-"""What Paddle's Gloo backend lacks, so that every mode of Fleet runs on a CPU. `install()` does nothing where a GPU build of Paddle is used.
+"""What Paddle's Gloo backend lacks, so that every mode of Fleet runs on a CPU. `install()` does
+nothing where a GPU build of Paddle is used.
 
-Stock `ProcessGroupGloo` (paddle 3.3.1) has no all-to-all, no reduce-scatter, no average, no partial or coalesced sends; it gives up after 30 s of
-skew between ranks, returns inf for float16 sums, blocks two ranks that send to each other at once, and cannot make several groups of three or more
-ranks. Here groups get another process group, over a mesh of TCP links whose reader threads take in whatever comes: a send never waits for its
-receive, so no order of calls can dead-lock, and a further group costs nothing. Sums run in rank order, so the replicas of a sum are equal to the bit.
+Stock `ProcessGroupGloo` (paddle 3.3.1) has no all-to-all, no reduce-scatter, no average, no partial
+or coalesced sends; it gives up after 30 s of skew between ranks, returns inf for float16 sums,
+blocks two ranks that send to each other at once, and cannot make several groups of three or more
+ranks. Here groups get another process group, over a mesh of TCP links whose reader threads take in
+whatever comes: a send never waits for its receive, so no order of calls can dead-lock, and a
+further group costs nothing. Sums run in rank order, so the replicas of a sum are equal to the bit.
 Refuses to know: models, optimizers, which axis a group belongs to.
 """
 
@@ -34,7 +37,8 @@ from paddle.distributed import collective
 from paddle.distributed.communication.group import _GroupManager
 
 TESTED_WITH = ("3.3.1",)
-# A rank that waits longer than this for another one gives up. Skew between ranks is normal (data, evaluation, saving), silence is not.
+# A rank that waits longer than this for another one gives up. Skew between ranks is normal (data,
+# evaluation, saving), silence is not.
 TIMEOUT_S = float(os.environ.get("ERNIE_TUNE_COMM_TIMEOUT_S", "1800"))
 # Up to this size everybody sends everything to everybody: one exchange instead of two.
 _SMALL_BYTES = 1 << 16
@@ -60,11 +64,13 @@ _REDUCE = {
 _installed: list[bool] = []
 
 
-# --- transport -----------------------------------------------------------------------------------------------------
+# --- transport ------------------------------------------------------------------------------------
 
 
 class _Links:
-    """Directed TCP links between all ranks, opened when first used. Received messages wait in queues by (source, group, stream)."""
+    """Directed TCP links between all ranks, opened when first used. Received messages wait in
+    queues by (source, group, stream).
+    """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -88,7 +94,9 @@ class _Links:
         thread.start()
 
     def close(self) -> None:
-        """End the readers before the interpreter ends. One that wakes up later, when its peer ends, finds its own state gone: the process crashes."""
+        """End the readers before the interpreter ends. One that wakes up later, when its peer ends,
+        finds its own state gone: the process crashes.
+        """
         for link, thread in list(self.readers):
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
@@ -125,7 +133,9 @@ class _Links:
         return self.out[to]
 
     def _alive(self, rank: int) -> bool:
-        """Whether a rank's process is there, as far as our link to it tells; one is opened to find out."""
+        """Whether a rank's process is there, as far as our link to it tells; one is opened to find
+        out.
+        """
         if rank == self.rank or rank in self.closed:
             return rank == self.rank
         try:
@@ -146,14 +156,17 @@ class _Links:
             link.sendall(data)
 
     def receive(self, source: int, group: int, stream: int) -> bytearray:
-        """The next message. Raises ConnectionError when its sender has ended, TimeoutError after `TIMEOUT_S`."""
+        """The next message. Raises ConnectionError when its sender has ended, TimeoutError after
+        `TIMEOUT_S`.
+        """
         end, waiting = time.monotonic() + TIMEOUT_S, self._queue((source, group, stream))
         try:  # nearly always soon, and then nobody has to be asked whether the sender lives
             return waiting.get(timeout=0.5)
         except queue.Empty:
             pass
         while time.monotonic() < end:
-            ended = not self._alive(source)  # asked before looking: what it sent while alive still counts
+            # asked before looking: what it sent while alive still counts
+            ended = not self._alive(source)
             try:
                 return waiting.get(timeout=0.5)
             except queue.Empty:
@@ -224,7 +237,7 @@ class _Done:
         return None
 
 
-# --- collectives ---------------------------------------------------------------------------------------------------
+# --- collectives ----------------------------------------------------------------------------------
 
 
 def _exchange(pg: Any, pieces: Sequence[memoryview]) -> list[memoryview | bytearray]:
@@ -239,7 +252,9 @@ def _exchange(pg: Any, pieces: Sequence[memoryview]) -> list[memoryview | bytear
 
 
 def _reduced(pg: Any, x: Tensor, op: Any, scatter: bool) -> np.ndarray:
-    """The reduction over members of a contiguous tensor of a NumPy type, flat; with `scatter` only this member's part of equal parts."""
+    """The reduction over members of a contiguous tensor of a NumPy type, flat; with `scatter` only
+    this member's part of equal parts.
+    """
     kind, n = _NUMPY[x.dtype], pg.size()
     me = pg.members.index(_mesh().rank)
     flat: np.ndarray = np.frombuffer(_bytes(x), kind)
@@ -342,11 +357,13 @@ def _barrier(pg: Any, *_: Any) -> _Done:
     return _Done()
 
 
-# --- point to point ------------------------------------------------------------------------------------------------
+# --- point to point -------------------------------------------------------------------------------
 
 
 class _Receive:
-    """A receive that was posted. Those from one source complete in the order of posting, whoever is waited for first."""
+    """A receive that was posted. Those from one source complete in the order of posting, whoever is
+    waited for first.
+    """
 
     posted: ClassVar[dict[tuple[int, int], list[_Receive]]] = {}
 
@@ -448,12 +465,14 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- the process group of Fleet's groups ---------------------------------------------------------------------------
+# --- the process group of Fleet's groups ----------------------------------------------------------
 
 
 class _Ranks:
-    """What a group of Fleet holds instead of a `ProcessGroupGloo`: the methods above. The stock one opens two contexts with a thread each and a store
-    with another, takes half a second for it, and mixes up the addresses of groups of three and more; none of which these methods use."""
+    """What a group of Fleet holds instead of a `ProcessGroupGloo`: the methods above. The stock one
+    opens two contexts with a thread each and a store with another, takes half a second for it, and
+    mixes up the addresses of groups of three and more; none of which these methods use.
+    """
 
     def __init__(self, rank: int, size: int, group_id: int) -> None:
         self._rank, self._size, self.group_id = rank, size, group_id
@@ -482,7 +501,7 @@ def _create(_store: Any, rank: int, world_size: int, group_id: int = 0, *_: Any)
     return _Ranks(rank, world_size, group_id)
 
 
-# --- operators without a CPU kernel, or with a wrong one --------------------------------------------------------------------------------
+# --- operators without a CPU kernel, or with a wrong one ------------------------------------------
 
 
 def _of_ring(ring_id: int) -> Any:
@@ -512,7 +531,9 @@ _stock_embedding = paddle._C_ops.c_embedding
 
 
 def _embedding(table_VD: Tensor, ids_T: Tensor, first: int, *more: Any) -> Tensor:
-    """Rows of a part of a table that begins at row `first`, zeros for ids of other parts. The stock kernel clears, in float64, half of its gradient's memory."""
+    """Rows of a part of a table that begins at row `first`, zeros for ids of other parts. The stock
+    kernel clears, in float64, half of its gradient's memory.
+    """
     if table_VD.dtype != paddle.float64:
         return _stock_embedding(table_VD, ids_T, first, *more)
     own_T = ids_T - first
@@ -531,7 +552,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def untested(version: str) -> str:
-    """The line to print for a version of Paddle that this file was not tested with; "" for the others."""
+    """The line to print for a version of Paddle that this file was not tested with; "" for the
+    others.
+    """
     plain = version.split("+")[0]
     if plain in TESTED_WITH:
         return ""
@@ -540,7 +563,9 @@ def untested(version: str) -> str:
 
 
 def install() -> bool:
-    """Complete Gloo in this process; True where it did. Call before `fleet.init`. Prints a line for a version of Paddle it was not tested with."""
+    """Complete Gloo in this process; True where it did. Call before `fleet.init`. Prints a line for
+    a version of Paddle it was not tested with.
+    """
     if paddle.is_compiled_with_cuda() or paddle.is_compiled_with_xpu():
         return False
     if _installed:
@@ -559,7 +584,8 @@ def install() -> bool:
     reduce_module.is_avg_reduce_op_supported = lambda: True
     tensor_fusion_helper.alignment["cpu"] = 256
     tensor_fusion_helper.get_current_device_type = lambda: "cpu"
-    # Every rank of a tensor group reads the same rows itself (machine/alone.py), so the wrappers have nothing to hand on.
+    # Every rank of a tensor group reads the same rows itself (machine/alone.py), so the wrappers
+    # have nothing to hand on.
     hybrid_parallel_util.broadcast_input_data = lambda hcg, *inputs, **kwargs: (inputs, kwargs)
     _installed.append(True)
     return True

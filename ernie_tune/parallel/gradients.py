@@ -1,7 +1,9 @@
-"""A window's gradients over the mesh: what each rank adds, who averages with whom, the norm that counts every parameter once, the clip.
+"""A window's gradients over the mesh: what each rank adds, who averages with whom, the norm that
+counts every parameter once, the clip.
 
-Fleet's convention: a rank computes the gradient of (number of `batch` ranks) x its share of the loss, and ranks average. An expert of Fleet's topology
-sees the tokens of all expert ranks and is averaged over `expert_data` only, so its gradient is scaled by tensor / expert (parallel.md 2.4).
+Fleet's convention: a rank computes the gradient of (number of `batch` ranks) x its share of the
+loss, and ranks average. An expert of Fleet's topology sees the tokens of all expert ranks and is
+averaged over `expert_data` only, so its gradient is scaled by tensor / expert (parallel.md 2.4).
 Refuses to know: models, losses, which parameters are trained and why.
 """
 
@@ -37,8 +39,10 @@ def all_reduce_(parameters: Sequence[Tensor], group: Any, scale: float) -> None:
 
 
 class Presence:
-    """Which parameters have a gradient anywhere on the mesh. A picture or an expert may be missing on one rank: it then adds zeros, and a parameter
-    that no rank touched keeps no gradient, as on one process."""
+    """Which parameters have a gradient anywhere on the mesh. A picture or an expert may be missing
+    on one rank: it then adds zeros, and a parameter that no rank touched keeps no gradient, as on
+    one process.
+    """
 
     def __init__(self, trainable: Mapping[str, Tensor], mesh: Mesh) -> None:
         self.group = mesh.group("stage")
@@ -46,7 +50,9 @@ class Presence:
         self.names = sorted({name for part in names for name in part})
 
     def complete(self, trainable: Mapping[str, Tensor], prefix: str = "") -> None:
-        """Give every parameter (whose name starts with `prefix`) that has a gradient on some rank one on this."""
+        """Give every parameter (whose name starts with `prefix`) that has a gradient on some rank
+        one on this.
+        """
         names = [name for name in self.names if name.startswith(prefix)]
         if not names:
             return
@@ -58,7 +64,9 @@ class Presence:
 
 
 def sum_partial_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
-    """Add up the gradients of whole parameters that each tensor rank knows in part (traps m, n, o of parallel.md 1.5)."""
+    """Add up the gradients of whole parameters that each tensor rank knows in part (traps m, n, o
+    of parallel.md 1.5).
+    """
     if mesh.size("tensor") > 1:
         all_reduce_([p for p in parameters if placement_of(p).partial], mesh.group("tensor").fleet, 1.0)
 
@@ -73,9 +81,11 @@ def scale_experts_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
 
 
 def counted_here(parameter: Tensor, mesh: Mesh, owner: int | None) -> bool:
-    """Whether this rank is the one that counts its copy in the norm. `owner`: the number of the rank in its sharding group that alone has the summed
-    gradient, None without sharding."""
-    if not getattr(parameter, "is_firstly_shared", True):  # another stage holds it too, and counts it (traps d, w)
+    """Whether this rank is the one that counts its copy in the norm. `owner`: the number of the
+    rank in its sharding group that alone has the summed gradient, None without sharding.
+    """
+    # another stage holds it too, and counts it (traps d, w)
+    if not getattr(parameter, "is_firstly_shared", True):
         return False
     axes = owners(parameter)
     if owner is None:
@@ -88,13 +98,17 @@ def counted_here(parameter: Tensor, mesh: Mesh, owner: int | None) -> bool:
 
 
 def square_sum(x: Tensor) -> float:
-    """Sum of squares. Paddle's own of its clip: `paddle.dot` adds float32 one by one and is off by 0.3 % on 4 million values (3.3.1, CPU)."""
+    """Sum of squares. Paddle's own of its clip: `paddle.dot` adds float32 one by one and is off by
+    0.3 % on 4 million values (3.3.1, CPU).
+    """
     wide = x.astype("float32") if x.dtype in (paddle.bfloat16, paddle.float16) else x
     return float(paddle._C_ops.squared_l2_norm(wide).item())
 
 
 def global_norm(parameters: Sequence[Tensor], mesh: Mesh, owner_of: Mapping[str, int]) -> float:
-    """Euclidean norm over the whole model: every rank adds the squares that it alone counts, in float64. One collective, entered by all."""
+    """Euclidean norm over the whole model: every rank adds the squares that it alone counts, in
+    float64. One collective, entered by all.
+    """
     squares = [
         square_sum(p.grad) for p in parameters if p.grad is not None and counted_here(p, mesh, owner_of.get(p.name))
     ]

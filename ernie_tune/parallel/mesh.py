@@ -1,9 +1,13 @@
-"""Degrees -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a single process has the same mesh with one rank.
+"""Degrees -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a
+single process has the same mesh with one rank.
 
-Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (data x sharding: the ranks that read different rows), `expert_data`
-(the ranks that hold the same experts and see other tokens), `stage` (all ranks of one pipeline stage), `world`. Every rank makes every group, in one order (a rank that skips one hangs the others).
-Two ways to spread experts (parallel.md 2): over the tensor group, as the official recipes do (`expert` == `tensor`), or over Fleet's own expert
-topology, where they are spread over tensor and sharding ranks together and `data` is folded into `sharding`.
+Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (data x sharding: the
+ranks that read different rows), `expert_data` (the ranks that hold the same experts and see other
+tokens), `stage` (all ranks of one pipeline stage), `world`. Every rank makes every group, in one
+order (a rank that skips one hangs the others).
+Two ways to spread experts (parallel.md 2): over the tensor group, as the official recipes do
+(`expert` == `tensor`), or over Fleet's own expert topology, where they are spread over tensor and
+sharding ranks together and `data` is folded into `sharding`.
 Refuses to know: models, optimizers, the settings' names in a YAML.
 """
 
@@ -28,7 +32,9 @@ _ORDER = ("sharding", "moe_sharding", "pp", "sep", "cp", "dp", "ep", "mp")
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks each axis has. `sharding_stage` 0 shards nothing. Raises ValueError for what Fleet cannot lay out."""
+    """How many ranks each axis has. `sharding_stage` 0 shards nothing. Raises ValueError for what
+    Fleet cannot lay out.
+    """
 
     tensor: int = 1
     pipe: int = 1
@@ -85,7 +91,9 @@ class Degrees:
         return self.expert > 1 and not self.experts_over_tensor
 
     def fleet_degrees(self) -> dict[str, int]:
-        """The degrees as `fleet` names them. Its expert topology has no data axis: those ranks join the sharding axis, sharded or not."""
+        """The degrees as `fleet` names them. Its expert topology has no data axis: those ranks join
+        the sharding axis, sharded or not.
+        """
         folded = self.sharding * self.data if self.fleet_experts else self.sharding
         return {
             "dp_degree": 1 if self.fleet_experts else self.data,
@@ -130,7 +138,9 @@ class Group:
 
 
 class Mesh:
-    """This process's place in the layout. `Mesh()` is a single process: every group has one rank, nothing is initialised."""
+    """This process's place in the layout. `Mesh()` is a single process: every group has one rank,
+    nothing is initialised.
+    """
 
     def __init__(self, degrees: Degrees | None = None, groups: dict[str, Group] | None = None, rank: int = 0) -> None:
         self.degrees = degrees or Degrees()
@@ -154,7 +164,9 @@ class Mesh:
 
     @cached_property
     def batch(self) -> tuple[int, int]:
-        """(rank, size) for the data: ranks with other numbers read other rows; the tensor and pipeline ranks of one number read the same."""
+        """(rank, size) for the data: ranks with other numbers read other rows; the tensor and
+        pipeline ranks of one number read the same.
+        """
         return self.rank_in("batch"), self.size("batch")
 
     @property
@@ -175,15 +187,19 @@ class Mesh:
         return ", ".join([f"{self.world} process(es)", *used, *extra])
 
     def seed(self, base: int, step: int) -> int:
-        """Seed of one step for Paddle's global generator: the same over the tensor group, another for every data rank and stage, so that no two rows
-        share a dropout mask; on one process it is the loop's own."""
+        """Seed of one step for Paddle's global generator: the same over the tensor group, another
+        for every data rank and stage, so that no two rows share a dropout mask; on one process it
+        is the loop's own.
+        """
         plain = base * 1_000_003 + step
         place = self.rank_in("batch") + self.size("batch") * self.rank_in("pipe")
         return (plain + 7_919 * 1_000_003 * place) % 2**31
 
 
 def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
-    """Initialise Fleet for `degrees` and name its groups. Raises ValueError when the launcher started another number of processes."""
+    """Initialise Fleet for `degrees` and name its groups. Raises ValueError when the launcher
+    started another number of processes.
+    """
     world = dist.get_world_size()
     if degrees.world != world:
         raise ValueError(
@@ -198,13 +214,15 @@ def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
 
     if topology._HYBRID_PARALLEL_GROUP is not None:
         raise ValueError("degrees must be given once in a process, but Fleet is laid out already; start new processes")
-    with warnings.catch_warnings():  # Fleet meets every group on every rank, and warns of those that the rank is not in
+    # Fleet meets every group on every rank, and warns of those that the rank is not in
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Current global rank")
         fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation), log_level="WARNING")
     mesh = Mesh(degrees, rank=dist.get_rank())
     mesh.hcg = fleet.get_hybrid_communicate_group()
     mesh._groups = _named_groups(degrees, mesh.hcg)
-    mesh.group("world").objects(None)  # everybody knows everybody from here on, so a rank that ends is noticed
+    # everybody knows everybody from here on, so a rank that ends is noticed
+    mesh.group("world").objects(None)
     return mesh
 
 
@@ -215,7 +233,8 @@ def _strategy(degrees: Degrees, accumulation: int) -> Any:
     if degrees.fleet_experts:
         strategy.hybrid_parallel_order = list(_ORDER)
     strategy.hybrid_configs = degrees.fleet_degrees()
-    # Packs differ in length, and under sequence parallelism a stage boundary is not the same on all tensor ranks (traps q, r of parallel.md 1.5).
+    # Packs differ in length, and under sequence parallelism a stage boundary is not the same on all
+    # tensor ranks (traps q, r of parallel.md 1.5).
     strategy.pipeline_configs = {
         "accumulate_steps": accumulation,
         "micro_batch_size": 1,
@@ -275,7 +294,9 @@ def _named_groups(d: Degrees, hcg: Any) -> dict[str, Group]:
 
 
 def _place(hcg: Any, rank: int) -> dict[str, int]:
-    """Coordinates of any rank on the dense axes; Fleet's expert topology cuts its sharding axis in two, which are joined again."""
+    """Coordinates of any rank on the dense axes; Fleet's expert topology cuts its sharding axis in
+    two, which are joined again.
+    """
     at = hcg.topology().get_coord(rank)._asdict()
     if "dense_sharding" in at:
         dense = hcg.topology().get_dim("dense_sharding")

@@ -2,12 +2,15 @@
 
     experts       each rank keeps a run of every expert stack; rows travel (expert.py)
     tensor        weights are sliced by the table; blocks are entered and left (tensor.py)
-    sequence      tokens are spread between the first and the last module; whole parameters there get partial gradients
-    open          the first module's output asks for a gradient, so that every rank makes the same calls in the backward
+    sequence      tokens are spread between the first and the last module; whole parameters there
+                  get partial gradients
+    open          the first module's output asks for a gradient, so that every rank makes the same
+                  calls in the backward
     equal         replicas get the values of their group's first rank
 
-The optimizer comes after (sharding.py), for the slices do not exist before. Recompute wraps layers from outside, in the forward. On one process nothing is
-touched. Refuses to know: the model's classes, optimizers, data.
+The optimizer comes after (sharding.py), for the slices do not exist before. Recompute wraps layers
+from outside, in the forward. On one process nothing is touched. Refuses to know: the model's
+classes, optimizers, data.
 """
 
 from __future__ import annotations
@@ -34,10 +37,13 @@ def parallelize(
     adapters: AdapterPlan | None = None,
     ends: tuple[str, str] = ("embed_tokens", "norm"),
 ) -> TokenRuns | None:
-    """Lay `model`, with its adapters on, over `mesh`, in place. `plan`: parameter pattern -> column, row, vocab or expert; others stay whole. `ends`:
-    the modules that first and last hold the pack's tokens. Returns what sequence parallelism knows of the pack, None without it.
+    """Lay `model`, with its adapters on, over `mesh`, in place. `plan`: parameter pattern ->
+    column, row, vocab or expert; others stay whole. `ends`:
+    the modules that first and last hold the pack's tokens. Returns what sequence parallelism knows
+    of the pack, None without it.
 
-    Parameters keep their identity and their names; each carries its `placement`. Raises ValueError where a dimension does not divide.
+    Parameters keep their identity and their names; each carries its `placement`. Raises ValueError
+    where a dimension does not divide.
     """
     if mesh.world == 1:
         return None
@@ -54,7 +60,9 @@ def parallelize(
 
 
 def _open(model: nn.Layer, first: str) -> None:
-    """With experts or stages elsewhere, a rank whose rows need no gradient below would skip collectives that the others wait in (traps p, u)."""
+    """With experts or stages elsewhere, a rank whose rows need no gradient below would skip
+    collectives that the others wait in (traps p, u).
+    """
 
     def hook(_layer: nn.Layer, _args: tuple[Any, ...], x_TD: Tensor) -> Tensor:
         if x_TD.stop_gradient and paddle.is_grad_enabled():
@@ -68,7 +76,9 @@ def _open(model: nn.Layer, first: str) -> None:
 
 
 def equalise(model: nn.Layer, mesh: Mesh) -> None:
-    """Give every replica the values of the first of its ranks: fresh adapters, quantisation and files may differ by a bit between machines."""
+    """Give every replica the values of the first of its ranks: fresh adapters, quantisation and
+    files may differ by a bit between machines.
+    """
     with paddle.no_grad():
         for value in model.parameters():
             if not value._is_initialized():  # read later, by all from the same file

@@ -1,9 +1,13 @@
-"""Pipeline parallelism: an ordered list of named items, cut into parts, run by Fleet's 1F1B and interleaved schedules.
+"""Pipeline parallelism: an ordered list of named items, cut into parts, run by Fleet's 1F1B and
+interleaved schedules.
 
-Every rank of a pipeline reads the same rows, so only hidden states [rows, D] cross a boundary; positions, segments and images come from each
-rank's own copy. Within a window all boundary tensors have one shape: shorter micro-batches are filled up with rows of zeros that the receiver cuts
-off again, so micro-batches may differ in length under every schedule, and no shape is negotiated while the pipeline runs.
-Refuses to know: what an item computes, models, batches, losses: a `Program` does. Traps of Fleet are named as in parallel.md 1.5.
+Every rank of a pipeline reads the same rows, so only hidden states [rows, D] cross a boundary;
+positions, segments and images come from each rank's own copy. Within a window all boundary tensors
+have one shape: shorter micro-batches are filled up with rows of zeros that the receiver cuts off
+again, so micro-batches may differ in length under every schedule, and no shape is negotiated while
+the pipeline runs.
+Refuses to know: what an item computes, models, batches, losses: a `Program` does. Traps of Fleet
+are named as in parallel.md 1.5.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ from ernie_tune.parallel.mesh import Mesh
 
 
 class Program(Protocol):
-    """What the items do on the micro-batches of one window. Called on the ranks that own the item, micro-batch by micro-batch.
+    """What the items do on the micro-batches of one window. Called on the ranks that own the item,
+    micro-batch by micro-batch.
 
-    Where a schedule needs more micro-batches than the window has, `micro` runs on past the end: such fillers must run, in any shape, and count nothing.
+    Where a schedule needs more micro-batches than the window has, `micro` runs on past the end:
+    such fillers must run, in any shape, and count nothing.
     """
 
     def rows(self, micro: int) -> int:
@@ -40,18 +46,24 @@ class Program(Protocol):
         """Hidden states after one item, from those before it (None for the first item)."""
 
     def leave(self, micro: int) -> None:
-        """This rank has run all its items on the micro-batch; what its backward needs is held by the graph."""
+        """This rank has run all its items on the micro-batch; what its backward needs is held by
+        the graph.
+        """
 
     def finish(self, micro: int, hidden: Tensor) -> Tensor:
-        """After the last item: the scalar whose gradient is wanted. The window's gradient is that of the sum over its micro-batches."""
+        """After the last item: the scalar whose gradient is wanted. The window's gradient is that
+        of the sum over its micro-batches.
+        """
 
 
-# --- the cut ---------------------------------------------------------------------------------------------------------
+# --- the cut --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Part i owns items [bounds[i], bounds[i+1]); part i runs on stage i mod `stages`, so that a rank has len(parts)/stages chunks."""
+    """Part i owns items [bounds[i], bounds[i+1]); part i runs on stage i mod `stages`, so that a
+    rank has len(parts)/stages chunks.
+    """
 
     items: tuple[str, ...]
     bounds: tuple[int, ...]
@@ -69,7 +81,8 @@ class Cut:
 
 
 def cut_balanced(items: Sequence[str], costs: Sequence[float], stages: int, chunks: int = 1) -> Cut:
-    """The cut whose most expensive part costs least; of equals, the one with the cheapest first parts (they hold most activations).
+    """The cut whose most expensive part costs least; of equals, the one with the cheapest first
+    parts (they hold most activations).
 
     Raises ValueError where there are fewer items than parts.
     """
@@ -95,7 +108,8 @@ def cut_balanced(items: Sequence[str], costs: Sequence[float], stages: int, chun
 
 
 def cut_at(items: Sequence[str], bounds: Sequence[int], stages: int, chunks: int = 1) -> Cut:
-    """A cut given as a list of first items, with or without the end: [0, 13, 31] or [0, 13] for two stages of 31 items.
+    """A cut given as a list of first items, with or without the end: [0, 13, 31] or [0, 13] for two
+    stages of 31 items.
 
     Raises ValueError for a list that is no cut into stages * chunks parts.
     """
@@ -121,7 +135,9 @@ def _check_parts(items: int, stages: int, chunks: int) -> None:
 
 
 def check_schedule(stages: int, chunks: int, accumulation: int) -> None:
-    """Refuse what Fleet's engines cannot run (trap s). Raises ValueError naming the nearest settings that work."""
+    """Refuse what Fleet's engines cannot run (trap s). Raises ValueError naming the nearest
+    settings that work.
+    """
     if chunks == 1:
         return
     if stages <= 2:
@@ -136,7 +152,7 @@ def check_schedule(stages: int, chunks: int, accumulation: int) -> None:
         )
 
 
-# --- Fleet's container ------------------------------------------------------------------------------------------------
+# --- Fleet's container ----------------------------------------------------------------------------
 
 
 class Inside(nn.Layer):
@@ -144,7 +160,9 @@ class Inside(nn.Layer):
 
 
 class PartEnd(nn.Layer):
-    """A name for Fleet's segmenting: the item ends a part. `layer:PartEnd` with one of them a part is any cut, for every schedule."""
+    """A name for Fleet's segmenting: the item ends a part. `layer:PartEnd` with one of them a part
+    is any cut, for every schedule.
+    """
 
 
 class _Item:
@@ -164,7 +182,9 @@ class _Item:
 
 
 class _TiedItem(SharedLayerDesc):
-    """An item whose layer holds the tied weight: first and last stage get the layer that the model on this rank already has."""
+    """An item whose layer holds the tied weight: first and last stage get the layer that the model
+    on this rank already has.
+    """
 
     def __init__(self, item: _Item, mark: type[nn.Layer], owner: nn.Layer) -> None:
         super().__init__("tied", mark, forward_func=item, shared_weight_attr="weight")
@@ -175,7 +195,9 @@ class _TiedItem(SharedLayerDesc):
 
 
 class _Container(PipelineLayer):
-    """Fleet's pipeline container around a `Program`: it counts micro-batches and fills boundary tensors up to the window's shape."""
+    """Fleet's pipeline container around a `Program`: it counts micro-batches and fills boundary
+    tensors up to the window's shape.
+    """
 
     shared_comm: dict[str, dict[str, Any]]  # the base's
 
@@ -199,7 +221,8 @@ class _Container(PipelineLayer):
         for item in made:
             item.container = self
         self.cut, self.stage = cut, self._stage_id
-        # Trap d: Fleet compares a parameter's name with an attribute's name, so both copies would count in the norm.
+        # Trap d: Fleet compares a parameter's name with an attribute's name, so both copies would
+        # count in the norm.
         for comm in self.shared_comm.values():
             comm["layer"].weight.is_firstly_shared = self.global_rank == min(comm["ranks"])
         self.start(None, 0)
@@ -212,7 +235,9 @@ class _Container(PipelineLayer):
         self.full_rows = max((program.rows(m) for m in range(micros)), default=0) if program else 0
 
     def forward(self, input: Tensor | None, chunk_id: int | None = None) -> Tensor:
-        """One part on the next micro-batch of its chunk: each chunk sees the window in order, under every schedule."""
+        """One part on the next micro-batch of its chunk: each chunk sees the window in order, under
+        every schedule.
+        """
         program, chunk = self._window(), chunk_id or 0
         self.micro, self.seen[chunk] = self.seen[chunk], self.seen[chunk] + 1
         rows = program.rows(self.micro)
@@ -225,7 +250,9 @@ class _Container(PipelineLayer):
         return self.filled(out)
 
     def filled(self, hidden: Tensor) -> Tensor:
-        """Rows of zeros up to the window's shape. A copy in any case: Fleet frees what it has sent, and the last operation may need its output."""
+        """Rows of zeros up to the window's shape. A copy in any case: Fleet frees what it has sent,
+        and the last operation may need its output.
+        """
         missing = self.full_rows - hidden.shape[0]
         blank = paddle.zeros([missing, hidden.shape[1]], hidden.dtype)
         return paddle.concat([hidden, blank]) if missing else hidden.clone()
@@ -242,21 +269,25 @@ class _Container(PipelineLayer):
         return self.program
 
     def allreduce_shared_weight_gradients(self) -> None:
-        """Add up the two gradients of a tied weight; Fleet would make gradients of zeros for a frozen one."""
+        """Add up the two gradients of a tied weight; Fleet would make gradients of zeros for a
+        frozen one.
+        """
         trained = {k: c for k, c in self.shared_comm.items() if not c["layer"].weight.stop_gradient}
         every, self.shared_comm = self.shared_comm, trained
         super().allreduce_shared_weight_gradients()
         self.shared_comm = every
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
+# --- the engine -----------------------------------------------------------------------------------
 
 
 class Pipeline:
     """This rank's stages with Fleet's engine around them.
 
-    `tied`: (first item, last item, the layer whose `weight` both use), None for untied heads. `accumulation`: micro-batches of a window; shorter windows are
-    possible, and with chunks are filled up with micro-batches that count nothing. Raises ValueError for what `check_schedule` refuses.
+    `tied`: (first item, last item, the layer whose `weight` both use), None for untied heads.
+    `accumulation`: micro-batches of a window; shorter windows are possible, and with chunks are
+    filled up with micro-batches that count nothing. Raises ValueError for what `check_schedule`
+    refuses.
     """
 
     def __init__(self, cut: Cut, accumulation: int, mesh: Mesh, tied: tuple[str, str, nn.Layer] | None = None) -> None:
@@ -276,7 +307,9 @@ class Pipeline:
         self.engine = kind(self.container, mesh.hcg, _engine_strategy(fleet.fleet._user_defined_strategy, accumulation))
 
     def train(self, program: Program, micros: int) -> None:
-        """Forward and backward of a window of `micros` micro-batches; gradients stay in the parameters. All ranks of the pipeline call it."""
+        """Forward and backward of a window of `micros` micro-batches; gradients stay in the
+        parameters. All ranks of the pipeline call it.
+        """
         self._open(program, micros)
         self.engine.set_virtual_pipeline_rank(0)
         self.engine.user_hooks_enabled = True
@@ -313,8 +346,10 @@ def _engine_strategy(strategy: Any, accumulation: int) -> Any:
     own.pipeline_configs = {
         "accumulate_steps": accumulation,
         "micro_batch_size": 1,
-        "enable_partial_send_recv": False,  # trap r: it takes boundary tensors for replicated over the tensor ranks
+        # trap r: it takes boundary tensors for replicated over the tensor ranks
+        "enable_partial_send_recv": False,
     }
-    # Trap t: Fleet would average over micro-batches; `Program.finish` gives shares of one sum, divided once by the global count.
+    # Trap t: Fleet would average over micro-batches; `Program.finish` gives shares of one sum,
+    # divided once by the global count.
     own.hybrid_configs = {"pp_configs": {"delay_scale_loss": True, "enable_dynamic_shape": False}}
     return own

@@ -1,7 +1,9 @@
-"""How one parameter lies over the mesh: whole or split, over which group, and what its gradient is before the ranks have talked.
+"""How one parameter lies over the mesh: whole or split, over which group, and what its gradient is
+before the ranks have talked.
 
-The note rides on the parameter itself (`parameter.placement`), so it survives wrappers, pipelines and adapters; a parameter without one is whole
-everywhere. Fleet's own attribute `is_distributed` is set along. Refuses to know: models, names, collectives.
+The note rides on the parameter itself (`parameter.placement`), so it survives wrappers, pipelines
+and adapters; a parameter without one is whole everywhere. Fleet's own attribute `is_distributed` is
+set along. Refuses to know: models, names, collectives.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from ernie_tune.parallel.mesh import Group
 
 @dataclass(frozen=True)
 class Placement:
-    """`axis`: the dimension that is cut into equal parts over `group` ("tensor" or "expert"); None: whole. `partial`: each tensor rank computes a part of
-    its gradient, to be added up. `expert`: its replicas are the `expert_data` group, not the `batch` group. `handle`: the group it is cut over. `kept`: which indices of the whole axis
-    are here, where the parts are not equal (adapters of some experts); `indices` answers for both."""
+    """`axis`: the dimension that is cut into equal parts over `group` ("tensor" or "expert"); None:
+    whole. `partial`: each tensor rank computes a part of its gradient, to be added up. `expert`:
+    its replicas are the `expert_data` group, not the `batch` group. `handle`: the group it is cut
+    over. `kept`: which indices of the whole axis are here, where the parts are not equal (adapters
+    of some experts); `indices` answers for both.
+    """
 
     axis: int | None = None
     group: str = ""
@@ -59,7 +64,9 @@ def part(x: Tensor, axis: int, group: Group) -> Tensor:
 
 
 def shrink_(parameter: Tensor, values: Tensor) -> None:
-    """Give a parameter other values of another shape and keep its identity: adapters and optimizers that hold it go on holding it."""
+    """Give a parameter other values of another shape and keep its identity: adapters and optimizers
+    that hold it go on holding it.
+    """
     values = values.detach().contiguous().clone()
     values._share_buffer_to(parameter)
     parameter.get_tensor()._set_dims(values.shape)
@@ -82,7 +89,9 @@ def split_(parameter: Tensor, axis: int, group: Group, *, partial: bool = False,
 
 
 def owners(parameter: Tensor) -> tuple[str, ...]:
-    """Axes over which a rank's copy is one of several equal ones; of these, the ranks with number 0 count it in a norm."""
+    """Axes over which a rank's copy is one of several equal ones; of these, the ranks with number 0
+    count it in a norm.
+    """
     placement = placement_of(parameter)
     if placement.expert:
         return ("expert_data",)

@@ -1,6 +1,8 @@
-"""How the ranks of a launcher talk: is a sum right, does an exchange arrive, how fast is each pair. Run by `ernie-tune doctor --dist` on every rank.
+"""How the ranks of a launcher talk: is a sum right, does an exchange arrive, how fast is each pair.
+Run by `ernie-tune doctor --dist` on every rank.
 
-A rank that is missing, dies or does not answer is named by the watch (watch.py) within a minute. Refuses to know: models, layouts.
+A rank that is missing, dies or does not answer is named by the watch (watch.py) within a minute.
+Refuses to know: models, layouts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _ROUNDS = 5
 
 
 def probe(say: Callable[[str], Any], limits: Limits | None = None) -> None:
-    """Every rank calls it; rank 0 says the lines. Raises RuntimeError where a collective gives wrong numbers."""
+    """Every rank calls it; rank 0 says the lines. Raises RuntimeError where a collective gives
+    wrong numbers.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     address = launched_address(os.environ)
     if address is None:

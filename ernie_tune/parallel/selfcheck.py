@@ -1,4 +1,5 @@
-"""After the first optimizer step: are replicas still equal to the bit, and did every trained parameter move? A wrong layout is told before an hour is lost.
+"""After the first optimizer step: are replicas still equal to the bit, and did every trained
+parameter move? A wrong layout is told before an hour is lost.
 
 Refuses to know: models, how a layout came about.
 """
@@ -46,7 +47,9 @@ def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh) -> None:
 
 
 def check_moved(before: Mapping[str, int], parameters: Mapping[str, Tensor], touched: set[str], mesh: Mesh) -> None:
-    """RuntimeError naming a parameter that had a gradient anywhere (`touched`) and did not change on any rank that holds a part of it."""
+    """RuntimeError naming a parameter that had a gradient anywhere (`touched`) and did not change
+    on any rank that holds a part of it.
+    """
     names = sorted(touched)
     if not names:
         return

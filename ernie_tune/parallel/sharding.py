@@ -1,11 +1,16 @@
-"""Optimizer states, gradients and parameters shared among ranks (1910.02054, stages 1 to 3), once for the dense parameters and once for Fleet's experts.
+"""Optimizer states, gradients and parameters shared among ranks (1910.02054, stages 1 to 3), once
+for the dense parameters and once for Fleet's experts.
 
-Fleet's first version is used, which gives whole parameters to ranks: its second cuts across them, loses gradients without `main_grad` and lets replicas
-diverge beside data parallelism (traps b, c of parallel.md 1.5), and a checkpoint of whole parameters can be read under any layout. Over experts the
-first version goes wrong only because it takes one group for all parameters (trap g): here the experts have an engine over their own group.
-Stages 2 and 3 keep that engine and its owners. Fleet's own group_sharded layers wait, inside the backward, for a gradient of every parameter in every
-micro-batch, or gather layers in the order of the first step: a picture on one rank alone stops them. Here gradients go to their owners after each
-micro-batch, and with recompute after each block, in one order on all ranks (`fold_`); stage 3 also lets go of the blocks' parameters (`blocks.py`).
+Fleet's first version is used, which gives whole parameters to ranks: its second cuts across them,
+loses gradients without `main_grad` and lets replicas diverge beside data parallelism (traps b, c of
+parallel.md 1.5), and a checkpoint of whole parameters can be read under any layout. Over experts
+the first version goes wrong only because it takes one group for all parameters (trap g): here the
+experts have an engine over their own group.
+Stages 2 and 3 keep that engine and its owners. Fleet's own group_sharded layers wait, inside the
+backward, for a gradient of every parameter in every micro-batch, or gather layers in the order of
+the first step: a picture on one rank alone stops them. Here gradients go to their owners after each
+micro-batch, and with recompute after each block, in one order on all ranks (`fold_`); stage 3 also
+lets go of the blocks' parameters (`blocks.py`).
 Refuses to know: models, learning-rate schedules, files.
 """
 
@@ -44,7 +49,9 @@ def _engine(inner: Any, over: _Over) -> Any:
     from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
     class Owners(DygraphShardingOptimizer):
-        """Fleet's engine, told which parameters have changed: from stage 2 on only their owners hold the gradients that it would ask."""
+        """Fleet's engine, told which parameters have changed: from stage 2 on only their owners
+        hold the gradients that it would ask.
+        """
 
         changed: set[str] | None = None
         released: frozenset[str] = frozenset()
@@ -63,7 +70,9 @@ def _engine(inner: Any, over: _Over) -> Any:
 
 
 class _Part:
-    """Some of the parameters, and the group over which they are averaged and, with stage 1 on, their optimizer states are shared."""
+    """Some of the parameters, and the group over which they are averaged and, with stage 1 on,
+    their optimizer states are shared.
+    """
 
     def __init__(self, parameters: list[Tensor], group: Group, make: MakeOptimizer, shard: bool) -> None:
         self.parameters, self.group = parameters, group
@@ -77,7 +86,8 @@ class _Part:
     def average_(self, parameters: Sequence[Tensor]) -> None:
         held = [p for p in parameters if p.grad is not None]
         if self.sharded is not None:
-            # Only those with a gradient: the engine would invent zeros for the others, and AdamW would decay them.
+            # Only those with a gradient: the engine would invent zeros for the others, and AdamW
+            # would decay them.
             self.sharded.reduce_gradients(held, self.over)
         elif self.group.size > 1:
             all_reduce_(held, self.group.fleet, 1.0 / self.group.size)
@@ -93,8 +103,10 @@ class _Part:
 
 
 class MeshOptimizer:
-    """The optimizer of a mesh: `make` builds one for a list of parameters. Behaves as Paddle's for set_lr, step, state_dict and set_state_dict; the
-    states are those of the parameters that this rank owns."""
+    """The optimizer of a mesh: `make` builds one for a list of parameters. Behaves as Paddle's for
+    set_lr, step, state_dict and set_state_dict; the states are those of the parameters that this
+    rank owns.
+    """
 
     def __init__(self, trainable: Sequence[Tensor], mesh: Mesh, make: MakeOptimizer) -> None:
         experts = [p for p in trainable if is_fleet_expert(p, mesh)]
@@ -106,11 +118,14 @@ class MeshOptimizer:
         self.dense = dense
         self.owner_of = {name: rank for part in self.parts for name, rank in part.owners().items()}
         self.mesh = mesh
-        self.folded: dict[str, Tensor] = {}  # of the window so far, from stage 2 on: the gradients that this rank owns
+        # of the window so far, from stage 2 on: the gradients that this rank owns
+        self.folded: dict[str, Tensor] = {}
         self.changed: set[str] = set()
 
     def average_(self, only: set[str] | None = None) -> None:
-        """Average gradients over the ranks that saw other rows; with sharding only the owner of a parameter has the result. `only`: of these."""
+        """Average gradients over the ranks that saw other rows; with sharding only the owner of a
+        parameter has the result. `only`: of these.
+        """
         chosen = [(part, [p for p in part.parameters if only is None or p.name in only]) for part in self.parts]
         if self.data.size > 1:
             dense = [p for p in self.dense if only is None or p.name in only]
@@ -119,7 +134,9 @@ class MeshOptimizer:
             part.average_(parameters)
 
     def fold_(self, parameters: Sequence[Tensor]) -> None:
-        """Stages 2 and 3: hand these gradients to their owners, who add them up over the window, and drop them. The same call on every rank."""
+        """Stages 2 and 3: hand these gradients to their owners, who add them up over the window,
+        and drop them. The same call on every rank.
+        """
         self.average_({p.name for p in parameters})
         with paddle.no_grad():
             for part in self.parts:

@@ -1,10 +1,13 @@
-"""Tensor and sequence parallelism of a plain model by its sharding table: slice weights in place, put the collectives around blocks as hooks.
+"""Tensor and sequence parallelism of a plain model by its sharding table: slice weights in place,
+put the collectives around blocks as hooks.
 
-A block is the parent of a layer split by rows: its input enters, the row layer's output leaves; the layers split by columns inside run unchanged on
-their slice. So a layer keeps its class, its fast products and its adapters. Legend: T tokens, V vocabulary, D width.
-Refuses to know: the model's classes (names come from the table), optimizers, other axes. What it asks of the model, all by attribute: an embedding has
-`lookup(ids, weight)`, a model has `scores(hidden, weight, transposed)`, a routing layer `tallies(tally)`, a block whose second argument has `plan.offsets` sees a whole pack, a quantised
-layer has `quant.cut(axis, rank, size)`.
+A block is the parent of a layer split by rows: its input enters, the row layer's output leaves; the
+layers split by columns inside run unchanged on their slice. So a layer keeps its class, its fast
+products and its adapters. Legend: T tokens, V vocabulary, D width.
+Refuses to know: the model's classes (names come from the table), optimizers, other axes. What it
+asks of the model, all by attribute: an embedding has `lookup(ids, weight)`, a model has
+`scores(hidden, weight, transposed)`, a routing layer `tallies(tally)`, a block whose second
+argument has `plan.offsets` sees a whole pack, a quantised layer has `quant.cut(axis, rank, size)`.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ from ernie_tune.parallel.collectives import TokenRuns, enter, leave
 from ernie_tune.parallel.mesh import Group
 from ernie_tune.parallel.placement import Placement, place, split_
 
-# Adapter tensors beside a split layer: kind of the layer -> leaf -> (axis, whether the gradient of a whole one is a partial sum).
+# Adapter tensors beside a split layer: kind of the layer -> leaf -> (axis, whether the gradient of
+# a whole one is a partial sum).
 AdapterPlan = Mapping[str, Mapping[str, tuple[int | None, bool]]]
 
 
 def layers_of(model: nn.Layer, plan: Mapping[str, str], kind: str) -> Iterator[tuple[str, nn.Layer, str]]:
-    """(name of the layer, layer, leaf) of every parameter that the table gives this kind. A quantised layer has lost the parameter, not its place."""
+    """(name of the layer, layer, leaf) of every parameter that the table gives this kind. A
+    quantised layer has lost the parameter, not its place.
+    """
     patterns = [pattern.rpartition(".") for pattern, found in plan.items() if found == kind]
     for name, layer in model.named_sublayers():
         for owner, _, leaf in patterns:
@@ -35,7 +41,9 @@ def layers_of(model: nn.Layer, plan: Mapping[str, str], kind: str) -> Iterator[t
 
 
 def _has(layer: nn.Layer, leaf: str) -> bool:
-    """Whether it holds this parameter, or did before it was quantised; without making the dense matrix of a quantised one."""
+    """Whether it holds this parameter, or did before it was quantised; without making the dense
+    matrix of a quantised one.
+    """
     return leaf in layer._parameters or leaf in vars(layer) or isinstance(getattr(type(layer), leaf, None), property)
 
 
@@ -108,9 +116,11 @@ def _entering(group: Group, runs: TokenRuns | None) -> Any:
 
 
 def apply_sequence(model: nn.Layer, plan: Mapping[str, str], ends: tuple[str, str], runs: TokenRuns) -> None:
-    """Spread tokens after the first of `ends`, join them after the last, and tell routers which of the pack's tokens are here. Every whole parameter in
-    between sees this rank's tokens alone, so its gradient is a partial sum (trap m of parallel.md 1.5). In eval mode every rank has all tokens: a step of
-    generation may have fewer of them than there are ranks."""
+    """Spread tokens after the first of `ends`, join them after the last, and tell routers which of
+    the pack's tokens are here. Every whole parameter in between sees this rank's tokens alone, so
+    its gradient is a partial sum (trap m of parallel.md 1.5). In eval mode every rank has all
+    tokens: a step of generation may have fewer of them than there are ranks.
+    """
     for name, layer in model.named_sublayers():
         if name == ends[0]:
             layer.register_forward_post_hook(lambda at, _args, out: runs.spread(out) if at.training else out)
@@ -127,7 +137,9 @@ def apply_sequence(model: nn.Layer, plan: Mapping[str, str], ends: tuple[str, st
 
 
 class _Localise:
-    """Pre-hook of a routing layer (x, text_index, vision_index, ...): the pack's positions become this rank's."""
+    """Pre-hook of a routing layer (x, text_index, vision_index, ...): the pack's positions become
+    this rank's.
+    """
 
     def __init__(self, runs: TokenRuns) -> None:
         self.runs = runs
@@ -147,8 +159,10 @@ class _Localise:
 
 
 class SummedTallies(nn.Layer):
-    """What the routers' own losses must know of a pack whose tokens lie on several ranks: the sum of what each knows. Without a gradient: a rank's loss is
-    then its share of the pack's, and so is its gradient."""
+    """What the routers' own losses must know of a pack whose tokens lie on several ranks: the sum
+    of what each knows. Without a gradient: a rank's loss is then its share of the pack's, and so is
+    its gradient.
+    """
 
     def __init__(self, group: Group) -> None:
         super().__init__()
@@ -176,7 +190,9 @@ class VocabLookup(nn.Layer):
 
 
 class VocabScores(nn.Layer):
-    """Scores over the whole vocabulary from a split output matrix, for sampling; losses go through the log-probabilities of targets instead."""
+    """Scores over the whole vocabulary from a split output matrix, for sampling; losses go through
+    the log-probabilities of targets instead.
+    """
 
     def __init__(self, group: Group) -> None:
         super().__init__()

@@ -1,8 +1,11 @@
-"""Nobody waits for ever: a rank that died, hangs or does not answer ends the run on all ranks within a bounded time, with a line of who waited where.
+"""Nobody waits for ever: a rank that died, hangs or does not answer ends the run on all ranks
+within a bounded time, with a line of who waited where.
 
-Every rank holds a connection to rank 0 and sends a beat over it: what it does, and whether its main thread computes. A killed process is noticed by its
-connection, a stopped one by its silence, a deadlock by all main threads standing still. Rank 0 then asks all for their stacks and tells them to end;
-a rank whose connection to rank 0 breaks ends by itself. Plain sockets and JSON, beside whatever the training itself uses.
+Every rank holds a connection to rank 0 and sends a beat over it: what it does, and whether its main
+thread computes. A killed process is noticed by its connection, a stopped one by its silence, a
+deadlock by all main threads standing still. Rank 0 then asks all for their stacks and tells them to
+end; a rank whose connection to rank 0 breaks ends by itself. Plain sockets and JSON, beside
+whatever the training itself uses.
 Refuses to know: paddle, what is computed, how ranks exchange tensors.
 """
 
@@ -29,7 +32,9 @@ _FRAMES = 4  # innermost frames of a stack in the line of a rank
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. `idle`: no main thread has computed anything; None where that cannot be told. `stuck`: nobody has come to a new mark, though some compute."""
+    """Seconds. `idle`: no main thread has computed anything; None where that cannot be told.
+    `stuck`: nobody has come to a new mark, though some compute.
+    """
 
     beat: float = 2.0
     join: float = 60.0
@@ -40,10 +45,13 @@ class Limits:
 
 
 class Watch:
-    """One rank's end of it. `mark` where the main thread is; leave with `close`, or with `failed` first.
+    """One rank's end of it. `mark` where the main thread is; leave with `close`, or with `failed`
+    first.
 
-    `address`: where rank 0 listens, the same on every rank. `end(text)`: what happens to this rank when the run is over for all; by default stacks
-    of all threads go to the error stream and the process exits with EXIT_LOST, whatever its main thread waits for. `what` is what messages call a rank.
+    `address`: where rank 0 listens, the same on every rank. `end(text)`: what happens to this rank
+    when the run is over for all; by default stacks of all threads go to the error stream and the
+    process exits with EXIT_LOST, whatever its main thread waits for. `what` is what messages call a
+    rank.
     `all_here` is set once every rank has come. Raises ConnectionError when rank 0 does not.
     """
 
@@ -83,7 +91,9 @@ class Watch:
                 time.sleep(0.2)
 
     def wait_for_all(self) -> None:
-        """Until every rank has come. Paddle's store waits for them too, but so that rank 0 can name nobody: it holds the interpreter of its process."""
+        """Until every rank has come. Paddle's store waits for them too, but so that rank 0 can name
+        nobody: it holds the interpreter of its process.
+        """
         self.mark("waiting for the other ranks to start")
         self.all_here.wait()
 
@@ -97,8 +107,9 @@ class Watch:
         self._send(failed=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """This rank is done. Rank 0 waits until all others are, or have been told to end. No thread is left: one that woke up while the interpreter
-        ends would crash it."""
+        """This rank is done. Rank 0 waits until all others are, or have been told to end. No thread
+        is left: one that woke up while the interpreter ends would crash it.
+        """
         self.over = True
         self._left.set()
         self._send(bye=True)
@@ -109,7 +120,7 @@ class Watch:
         for thread in self._threads:
             thread.join(1.0)
 
-    # --- threads -----------------------------------------------------------------------------------------------------
+    # --- threads ----------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self.over:
@@ -168,7 +179,9 @@ def stack_line(thread: threading.Thread) -> str:
 
 
 def _work(thread: threading.Thread) -> float | None:
-    """What grows while a thread computes or waits for a disk: its seconds of CPU; None where the system does not tell."""
+    """What grows while a thread computes or waits for a disk: its seconds of CPU; None where the
+    system does not tell.
+    """
     try:
         text = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
     except OSError:
@@ -179,7 +192,7 @@ def _work(thread: threading.Thread) -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# --- rank 0's side ---------------------------------------------------------------------------------------------------
+# --- rank 0's side --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -243,7 +256,8 @@ class _Hub:
                     member = _Member(connection, str(message["place"]), now, now, now)
                     self.members[int(message["hello"])] = member
                     if len(self.members) == self.size:
-                        # Rank 0, this process, last: next it may wait for the others in Paddle's store, and no thread of it runs meanwhile
+                        # Rank 0, this process, last: next it may wait for the others in Paddle's
+                        # store, and no thread of it runs meanwhile
                         for _, each in sorted(self.members.items(), reverse=True):
                             _tell(each, all_here=True)
                 self._note(member, message, now)
@@ -334,7 +348,9 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def launched_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Where rank 0 may listen: the launcher reserves a port for every worker and the training uses none of them. None outside a launcher."""
+    """Where rank 0 may listen: the launcher reserves a port for every worker and the training uses
+    none of them. None outside a launcher.
+    """
     first = environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
     host, _, port = first.rpartition(":")
     return (host, int(port)) if host and int(environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 else None

@@ -1,6 +1,8 @@
-"""Which experts a task uses: a table from a few calibration batches, and the smallest set that carries a given share (2407.01906, ESFT).
+"""Which experts a task uses: a table from a few calibration batches, and the smallest set that
+carries a given share (2407.01906, ESFT).
 
-Legend: T tokens of one modality, E experts, k choices per token. Refuses to know: adapters, data formats.
+Legend: T tokens of one modality, E experts, k choices per token. Refuses to know: adapters, data
+formats.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from ernie_tune.models.specs import MODALITIES
 from ernie_tune.peft.config import Expert
 
 MEASURES = ("gate", "token")
-Affinity = dict[tuple[int, str], np.ndarray]  # (layer, modality) -> share of each expert [E], float64, sum 1
+# (layer, modality) -> share of each expert [E], float64, sum 1
+Affinity = dict[tuple[int, str], np.ndarray]
 
 
 def affinity(model: ErnieModel, batches: Iterable[PackedInput], measure: str = "gate") -> Affinity:
-    """Mean over all tokens of the weight an expert gets ("gate"), or its share of the (token, choice) pairs ("token").
+    """Mean over all tokens of the weight an expert gets ("gate"), or its share of the (token,
+    choice) pairs ("token").
 
-    Modalities without tokens are absent. Raises ValueError for another measure, no batches, or a model without experts.
+    Modalities without tokens are absent. Raises ValueError for another measure, no batches, or a
+    model without experts.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure ({measure!r}) must be one of {MEASURES}; 'gate' weighs choices, 'token' counts them")
@@ -61,7 +66,9 @@ def _shares(record: RouterRecord, measure: str) -> np.ndarray:
 
 
 def select_experts(table: Affinity, share: float) -> tuple[Expert, ...]:
-    """For every layer and modality the fewest experts whose affinities add up to `share` (ESFT: 0.1 to 0.2), as `LoraConfig.expert_targets`."""
+    """For every layer and modality the fewest experts whose affinities add up to `share` (ESFT: 0.1
+    to 0.2), as `LoraConfig.expert_targets`.
+    """
     if not 0 < share <= 1:
         raise ValueError(f"share ({share}) must be in (0, 1]; 0.1 to 0.2 is usual")
     chosen: list[Expert] = []

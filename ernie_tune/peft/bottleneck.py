@@ -1,4 +1,5 @@
-"""Bottleneck adapters: h + W_up gelu(W_down h) on the output of the attention or the feed-forward, before the residual sum (1902.00751).
+"""Bottleneck adapters: h + W_up gelu(W_down h) on the output of the attention or the feed-forward,
+before the residual sum (1902.00751).
 
 Legend: T tokens, D width, w bottleneck width. Refuses to know: which layers get one, files.
 """
@@ -16,7 +17,9 @@ from ernie_tune.peft.lora import draw_factor, parameter
 
 
 class Bottleneck(nn.Layer):
-    """`down` [D, w] and `up` [w, D], without biases; `up` is zero at the start, so the model is unchanged."""
+    """`down` [D, w] and `up` [w, D], without biases; `up` is zero at the start, so the model is
+    unchanged.
+    """
 
     def __init__(self, width: int, inner: int, dtype: str, name: str, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""From a method's settings to its layers on a model, and between those layers and arrays: what each method adds, in one place.
+"""From a method's settings to its layers on a model, and between those layers and arrays: what each
+method adds, in one place.
 
 Refuses to know: files, which adapter is active.
 """
@@ -30,7 +31,9 @@ Places = dict[str, nn.Layer]  # name of a module -> the adapter to attach to it
 
 
 def places(model: ErnieModel, config: PeftConfig) -> Places:
-    """Fresh adapter layers by the module they go on. Raises ValueError for targets that do not exist."""
+    """Fresh adapter layers by the module they go on. Raises ValueError for targets that do not
+    exist.
+    """
     if isinstance(config, LoraConfig):
         return _lora(model, config)
     layers, width = range(model.config.num_hidden_layers), model.config.hidden_size
@@ -71,7 +74,9 @@ def _lora(model: ErnieModel, config: LoraConfig) -> Places:
 
 
 def connect(model: ErnieModel, config: PeftConfig) -> list[Any]:
-    """Hooks that a method needs besides its layers, to be removed with it: prefixes must know the sequence that their rows belong to."""
+    """Hooks that a method needs besides its layers, to be removed with it: prefixes must know the
+    sequence that their rows belong to.
+    """
     if not isinstance(config, PrefixConfig):
         return []
     return [layer.self_attn.register_forward_pre_hook(note_sequence) for layer in model.layers]
@@ -99,14 +104,18 @@ def assign(target: Tensor, values: np.ndarray, name: str) -> None:
 
 
 def exported_config(config: PeftConfig, base: str) -> PeftConfig:
-    """The settings that describe what `export` gives: a P-tuned prompt is the plain prompt that it makes; LoRA names its base model."""
+    """The settings that describe what `export` gives: a P-tuned prompt is the plain prompt that it
+    makes; LoRA names its base model.
+    """
     if isinstance(config, LoraConfig):
         return dataclasses.replace(config, base_model_name_or_path=config.base_model_name_or_path or base)
     return PromptConfig(config.num_virtual_tokens) if isinstance(config, PromptConfig) else config
 
 
 def export(config: PeftConfig, layers: Places) -> dict[str, np.ndarray]:
-    """The float32 arrays of an adapter under the names of `dialects.py`; "prompt" [k, D]; "prefix" [layers, 2, K, k, H]."""
+    """The float32 arrays of an adapter under the names of `dialects.py`; "prompt" [k, D]; "prefix"
+    [layers, 2, K, k, H].
+    """
     if isinstance(config, PromptConfig):
         with paddle.no_grad():
             return {"prompt": _array(layers["embed_tokens"].tokens())}
@@ -117,7 +126,9 @@ def export(config: PeftConfig, layers: Places) -> dict[str, np.ndarray]:
 
 
 def entries(layers: Places) -> Iterator[tuple[str, Tensor, int | None]]:
-    """(name in `dialects.py`, parameter, its row where the name stands for one expert) of layers whose parameters are stored as they are."""
+    """(name in `dialects.py`, parameter, its row where the name stands for one expert) of layers
+    whose parameters are stored as they are.
+    """
     for module, layer in layers.items():
         for leaf, value in layer.named_parameters():
             if isinstance(layer, ExpertLora):
@@ -127,7 +138,9 @@ def entries(layers: Places) -> Iterator[tuple[str, Tensor, int | None]]:
 
 
 def fill(config: PeftConfig, layers: Places, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverse of `export`: set the layers' parameters; returns the tensors that belong to none of them. ValueError for a missing or misshapen one."""
+    """Inverse of `export`: set the layers' parameters; returns the tensors that belong to none of
+    them. ValueError for a missing or misshapen one.
+    """
     rest, wanted = dict(tensors), export(config, layers)
     missing = [name for name in wanted if name not in rest]
     if missing:

@@ -1,4 +1,5 @@
-"""What to add to a model: one frozen dataclass a method, with the names that users of other libraries know (ecosystem.md 4.1, methods.md 4.13).
+"""What to add to a model: one frozen dataclass a method, with the names that users of other
+libraries know (ecosystem.md 4.1, methods.md 4.13).
 
 Refuses to know: paddle, models, files.
 """
@@ -27,13 +28,18 @@ def _tuple(value: str | Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """h = W x + scaling * B A x, B zero at the start (2106.09685). Raises ValueError for values that cannot be meant.
+    """h = W x + scaling * B A x, B zero at the start (2106.09685). Raises ValueError for values
+    that cannot be meant.
 
-    `lora_alpha` -1: twice the rank, or 4 with `rslora`. `target_modules`: see `targets.py`; empty, with no `expert_targets` either: attention and
-    dense and shared feed-forward of the decoder, and every linear layer of the towers that `freeze_config` leaves open. `expert_targets`:
-    "text", "vision", "both", "shared" (the shared experts only), or (layer, "text" | "vision", expert) triples, as `select_experts` gives.
-    `lora_plus_scale`: learning rate of B over that of A (2402.12354). `use_dora`: train column magnitudes too (2402.09353).
-    `modules_to_save`: modules (or suffixes of their names) that are trained in full, in a copy, and saved with the adapter.
+    `lora_alpha` -1: twice the rank, or 4 with `rslora`. `target_modules`: see `targets.py`; empty,
+    with no `expert_targets` either: attention and dense and shared feed-forward of the decoder, and
+    every linear layer of the towers that `freeze_config` leaves open. `expert_targets`:
+    "text", "vision", "both", "shared" (the shared experts only), or (layer, "text" | "vision",
+    expert) triples, as `select_experts` gives.
+    `lora_plus_scale`: learning rate of B over that of A (2402.12354). `use_dora`: train column
+        magnitudes too (2402.09353).
+    `modules_to_save`: modules (or suffixes of their names) that are trained in full, in a copy, and
+        saved with the adapter.
     """
 
     r: int = 8
@@ -93,7 +99,9 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class BottleneckConfig:
-    """h + W_up gelu(W_down h) after the attention and/or the feed-forward of every decoder layer, W_up zero at the start (1902.00751)."""
+    """h + W_up gelu(W_down h) after the attention and/or the feed-forward of every decoder layer,
+    W_up zero at the start (1902.00751).
+    """
 
     width: int = 64
     after: Sequence[str] | str = ("attention", "mlp")
@@ -111,9 +119,11 @@ class BottleneckConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """k learned embeddings before every row (2104.08691). `encoder_width` above 0: P-tuning, the embeddings come from a small MLP of that width.
+    """k learned embeddings before every row (2104.08691). `encoder_width` above 0: P-tuning, the
+    embeddings come from a small MLP of that width.
 
-    `init_ids`: start from the embeddings of these tokens instead of random ones; as many as `num_virtual_tokens`.
+    `init_ids`: start from the embeddings of these tokens instead of random ones; as many as
+    `num_virtual_tokens`.
     """
 
     num_virtual_tokens: int = 20
@@ -133,7 +143,9 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """k learned keys and values before every row, in every decoder layer (2101.00190, 2110.07602). The keys are not rotated, no position shifts."""
+    """k learned keys and values before every row, in every decoder layer (2101.00190, 2110.07602).
+    The keys are not rotated, no position shifts.
+    """
 
     num_virtual_tokens: int = 20
     seed: int = 0

@@ -1,7 +1,10 @@
-"""LoRA tensors as other libraries name and lay them out (ecosystem.md 4.5): PEFT on transformers, and PaddleNLP. Names and arrays only.
+"""LoRA tensors as other libraries name and lay them out (ecosystem.md 4.5): PEFT on transformers,
+and PaddleNLP. Names and arrays only.
 
-Ours: `<module>.lora_A` [I, r], `<module>.lora_B` [r, O], `<module>.magnitude` [O]; of an expert `<product>.<expert>.lora_A`; parameters trained in full
-under their own name. Legend: I input, O output width, r rank, E experts of one modality. Refuses to know: files, paddle, settings but the rank.
+Ours: `<module>.lora_A` [I, r], `<module>.lora_B` [r, O], `<module>.magnitude` [O]; of an expert
+`<product>.<expert>.lora_A`; parameters trained in full under their own name. Legend: I input, O
+output width, r rank, E experts of one modality. Refuses to know: files, paddle, settings but the
+rank.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ _PEFT_PREFIX = "base_model.model."
 _PEFT_FACTORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _EXPERT = re.compile(r"(layers\.(\d+)\.mlp\.(\w+)_experts\.\w+_product)\.(\d+)\.(lora_[AB])")
 
-_ROUTED = re.compile(r"\.mlp\.(gate|moe_statics|text_experts|vision_experts)\.")  # kept in another form by transformers
+# kept in another form by transformers
+_ROUTED = re.compile(r"\.mlp\.(gate|moe_statics|text_experts|vision_experts)\.")
 
 _NO_LINEAR = re.compile(r"embed_tokens\.|lm_head\.|layers\.\d+\.mlp\.gate\.")
 
 
 def modules(config: ModelConfig) -> list[str]:
-    """Every module that can have a LoRA adapter: linear layers, and the two products of each expert stack."""
+    """Every module that can have a LoRA adapter: linear layers, and the two products of each expert
+    stack.
+    """
     names = []
     for name, spec in parameter_specs(config).items():
         if len(spec.shape) == 3:
@@ -53,11 +59,13 @@ def split_expert(key: str) -> tuple[str, int, str, int, str] | None:
     return (match[1], int(match[2]), match[3], int(match[4]), match[5]) if match else None
 
 
-# --- PEFT on transformers --------------------------------------------------------------------------------------------
+# --- PEFT on transformers -------------------------------------------------------------------------
 
 
 def hf_name(name: str, config: ModelConfig) -> str:
-    """The live transformers name of a module or parameter of ours; an expert product gives the fused parameter."""
+    """The live transformers name of a module or parameter of ours; an expert product gives the
+    fused parameter.
+    """
     decoder = "model.language_model." if config.vision else "model."
     renames = (
         (r"^vision_model\.", "model.vision_tower."),
@@ -89,9 +97,11 @@ def hf_targets(tensors: Tensors, config: ModelConfig) -> tuple[list[str], list[s
 
 
 def to_peft(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """Keys of `adapter_model.safetensors`: torch's [out, in]; the experts of a stack side by side, those without an adapter as zeros.
+    """Keys of `adapter_model.safetensors`: torch's [out, in]; the experts of a stack side by side,
+    those without an adapter as zeros.
 
-    PEFT wraps the parameters of a module in their order there: where both of a stack are adapted, gate_up_proj is inside and has one `base_layer` more.
+    PEFT wraps the parameters of a module in their order there: where both of a stack are adapted,
+    gate_up_proj is inside and has one `base_layer` more.
     """
     out: Tensors = {}
     stacks: dict[str, dict[tuple[int, str], Array]] = {}
@@ -114,7 +124,9 @@ def to_peft(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 
 def _torch_layout(name: str, value: Array) -> Array:
-    """Ours <-> torch's, for a parameter trained in full. ValueError for those that transformers holds in another form."""
+    """Ours <-> torch's, for a parameter trained in full. ValueError for those that transformers
+    holds in another form.
+    """
     if _ROUTED.search(name):
         raise ValueError(
             f"modules_to_save ({name}) must be a plain layer in the peft dialect; save with dialect='paddlenlp'"
@@ -137,7 +149,9 @@ def _stack(factors: Mapping[tuple[int, str], Array], config: ModelConfig) -> tup
 
 
 def from_peft(found: Tensors, config: ModelConfig, r: int, target_parameters: list[str]) -> Tensors:
-    """Our tensors from PEFT's. Experts with A = B = 0 are dropped: no gradient ever reaches them. ValueError for a key that has no counterpart."""
+    """Our tensors from PEFT's. Experts with A = B = 0 are dropped: no gradient ever reaches them.
+    ValueError for a key that has no counterpart.
+    """
     products: dict[str, str] = {}
     owners: dict[str, str] = {}
     for module in modules(config):
@@ -170,8 +184,9 @@ def without_blank(tensors: Tensors) -> Tensors:
 
 
 def with_both_products(tensors: Tensors, config: ModelConfig, r: int) -> Tensors:
-    """An expert that is adapted in one of its two products gets A = B = 0 in the other: no gradient ever reaches those, so that the product trains on
-    as if it had no adapter."""
+    """An expert that is adapted in one of its two products gets A = B = 0 in the other: no gradient
+    ever reaches those, so that the product trains on as if it had no adapter.
+    """
     out = dict(tensors)
     for key in tensors:
         expert = split_expert(key)
@@ -191,7 +206,9 @@ def _partner(key: str) -> str:
 
 
 def _wrapped_stacks(products: Mapping[str, str], target_parameters: list[str]) -> dict[str, str]:
-    """Module name in PEFT, with its `base_layer`s -> our product: parameters are wrapped in their order, the last one outermost."""
+    """Module name in PEFT, with its `base_layer`s -> our product: parameters are wrapped in their
+    order, the last one outermost.
+    """
     targeted: dict[str, list[str]] = {}
     for name in products:
         if any(name == target or name.endswith("." + target) for target in target_parameters):
@@ -213,7 +230,7 @@ def _unstack(product: str, factor: str, value: Array, config: ModelConfig, r: in
     return {f"{product}.{e}.{factor}": matrix for e, matrix in enumerate(stack)}
 
 
-# --- PaddleNLP -------------------------------------------------------------------------------------------------------
+# --- PaddleNLP ------------------------------------------------------------------------------------
 
 _ROOT = re.compile(r"(?:^|\.)((?:layers|vision_model|resampler_model|embed_tokens|norm|lm_head)\b.*)")
 _PADDLE_EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.(\d+)\.(up_gate|down)_proj\.(lora_[AB])")
@@ -227,7 +244,9 @@ def paddle_name(name: str) -> str:
 
 
 def to_paddle(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """PaddleNLP keys: no `.weight` after a factor, [in, out]; experts are numbered through both modalities."""
+    """PaddleNLP keys: no `.weight` after a factor, [in, out]; experts are numbered through both
+    modalities.
+    """
     out: Tensors = {}
     for key, value in tensors.items():
         expert = split_expert(key)
@@ -243,7 +262,9 @@ def to_paddle(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 
 def from_paddle(found: Tensors, config: ModelConfig) -> Tensors:
-    """Our tensors from PaddleNLP's, whatever prefix the base model has there. A fused layer is split: A is shared, B is cut by columns."""
+    """Our tensors from PaddleNLP's, whatever prefix the base model has there. A fused layer is
+    split: A is shared, B is cut by columns.
+    """
     known, parameters = set(modules(config)), parameter_specs(config)
     out: Tensors = {}
     for key, value in found.items():

@@ -1,7 +1,10 @@
-"""Adapter folders: written complete or not at all, in PaddleNLP's or PEFT's form, and read in either (ecosystem.md 4.5).
+"""Adapter folders: written complete or not at all, in PaddleNLP's or PEFT's form, and read in
+either (ecosystem.md 4.5).
 
-paddlenlp: `lora_config.json`, `peft_model-00001-of-00001.safetensors`, `peft_model.safetensors.index.json`; LoRA without DoRA only.
-peft: `adapter_config.json`, `adapter_model.safetensors`; LoRA as the PEFT library reads it, prompts, and two kinds of our own.
+paddlenlp: `lora_config.json`, `peft_model-00001-of-00001.safetensors`,
+    `peft_model.safetensors.index.json`; LoRA without DoRA only.
+peft: `adapter_config.json`, `adapter_model.safetensors`; LoRA as the PEFT library reads it,
+    prompts, and two kinds of our own.
 Refuses to know: layers, the model's weights, paddle.
 """
 
@@ -71,9 +74,11 @@ class Stored:
 
 
 def write_adapter(folder: Path, adapter: Stored, model: ModelConfig, dialect: str, code: str) -> list[Path]:
-    """Write one adapter, tensors as safetensors type `code`; "auto" takes paddlenlp for what it can express. Returns the paths.
+    """Write one adapter, tensors as safetensors type `code`; "auto" takes paddlenlp for what it can
+    express. Returns the paths.
 
-    Raises ValueError for a dialect that is unknown or cannot hold this adapter, or a folder that is a file.
+    Raises ValueError for a dialect that is unknown or cannot hold this adapter, or a folder that is
+    a file.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect ({dialect!r}) must be one of {DIALECTS}; choose one of them")
@@ -108,7 +113,9 @@ def _publish(
     code: str,
     metadata: dict[str, str],
 ) -> list[Path]:
-    """Everything goes to `<folder>.tmp` first. In a folder that exists the old adapter's settings go first and the new ones come last."""
+    """Everything goes to `<folder>.tmp` first. In a folder that exists the old adapter's settings
+    go first and the new ones come last.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             say(
@@ -205,13 +212,15 @@ def _own_settings(config: PeftConfig) -> dict[str, Any]:
     return {"peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, **dataclasses.asdict(config)}
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> Stored:
-    """The adapter in a folder, whose dialect is found out. Which layers it has follows from its tensors, not from the patterns in its settings.
+    """The adapter in a folder, whose dialect is found out. Which layers it has follows from its
+    tensors, not from the patterns in its settings.
 
-    Raises FileNotFoundError where there is none, ValueError (naming the file) for settings we cannot honour and tensors that do not fit the model.
+    Raises FileNotFoundError where there is none, ValueError (naming the file) for settings we
+    cannot honour and tensors that do not fit the model.
     """
     found = [name for name in (PADDLE_FILES[0], PEFT_FILES[0]) if (folder / name).is_file()]
     if len(found) != 1:

@@ -1,4 +1,5 @@
-"""Partial fine-tuning: which parameters of the model itself are trained, by layer, by part, or by pattern (methods.md 1.1 C14, C15).
+"""Partial fine-tuning: which parameters of the model itself are trained, by layer, by part, or by
+pattern (methods.md 1.1 C14, C15).
 
 Refuses to know: adapters, optimizers.
 """
@@ -25,11 +26,12 @@ _KEYS = ("trainable_layers", "frozen_layers")
 
 @dataclass(frozen=True)
 class FreezeSpec:
-    """What is trained. An item is a decoder layer (3, "3", "layers.3", "0-5"), a part ("attention", "router", "vision experts", or "llm",
-    "vision", "aligner"), the start of a parameter's name, or a regular expression of whole names. Empty: everything is trained (full fine-tuning).
+    """What is trained. An item is a decoder layer (3, "3", "layers.3", "0-5"), a part ("attention",
+    "router", "vision experts", or "llm", "vision", "aligner"), the start of a parameter's name, or
+    a regular expression of whole names. Empty: everything is trained (full fine-tuning).
 
-    With `trainable` only these are trained, else all but `frozen`; the two must not overlap. `freeze_config` ("freeze_vision freeze_aligner ...")
-    is taken away from either.
+    With `trainable` only these are trained, else all but `frozen`; the two must not overlap.
+    `freeze_config` ("freeze_vision freeze_aligner ...") is taken away from either.
     """
 
     trainable: Sequence[str | int] = ()
@@ -38,7 +40,9 @@ class FreezeSpec:
 
     @classmethod
     def from_json(cls, file: str | Path) -> FreezeSpec:
-        """{"trainable_layers": [...], "frozen_layers": [...]}. ValueError, naming the file, for other content."""
+        """{"trainable_layers": [...], "frozen_layers": [...]}. ValueError, naming the file, for
+        other content.
+        """
         try:
             raw = json.loads(Path(file).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -56,9 +60,11 @@ class FreezeSpec:
         return cls(tuple(raw.get(_KEYS[0], ())), tuple(raw.get(_KEYS[1], ())))
 
     def apply(self, model: ErnieModel) -> int:
-        """Set every parameter to trained or frozen; returns the number of trained values. Correction biases are moved by their own rule and never trained.
+        """Set every parameter to trained or frozen; returns the number of trained values.
+        Correction biases are moved by their own rule and never trained.
 
-        Raises ValueError for an item that matches nothing or a name that is in both lists, and where nothing would be trained.
+        Raises ValueError for an item that matches nothing or a name that is in both lists, and
+        where nothing would be trained.
         """
         names = [name for name, _ in model.named_parameters() if "e_score_correction_bias" not in name]
         wanted = _names(self.trainable, names, "trainable_layers") if self.trainable else set(names)
@@ -137,8 +143,9 @@ def _matcher(item: str, field: str) -> Callable[[str], bool]:
 def opened(recompute: Recompute) -> Recompute:
     """`recompute` for a model whose lower layers are frozen.
 
-    It returns a detached output where its input needs no gradient, and then nothing in that layer trains (parallel.md 1.5 p). So the input of a
-    layer with trained parameters is made to need one, and a frozen layer below the first of these runs without being recomputed.
+    It returns a detached output where its input needs no gradient, and then nothing in that layer
+    trains (parallel.md 1.5 p). So the input of a layer with trained parameters is made to need one,
+    and a frozen layer below the first of these runs without being recomputed.
     """
 
     def run(layer: nn.Layer, x: Tensor, *rest: Any) -> Tensor:

@@ -1,7 +1,9 @@
-"""Low-rank adapters of linear layers and of stacked experts: y + scaling * (x A) B, with rsLoRA, LoRA+, DoRA and dropout (methods.md 4.13).
+"""Low-rank adapters of linear layers and of stacked experts: y + scaling * (x A) B, with rsLoRA,
+LoRA+, DoRA and dropout (methods.md 4.13).
 
-Legend: T tokens, M (token, expert) pairs sorted by expert, I input width, O output width, r rank, n adapted experts. Refuses to know: which
-modules get an adapter, files. Under tensor parallelism a factor is split as its weight is (`slots.ADAPTER_PLAN`) and `sum_over` adds up over ranks.
+Legend: T tokens, M (token, expert) pairs sorted by expert, I input width, O output width, r rank, n
+adapted experts. Refuses to know: which modules get an adapter, files. Under tensor parallelism a
+factor is split as its weight is (`slots.ADAPTER_PLAN`) and `sum_over` adds up over ranks.
 """
 
 from __future__ import annotations
@@ -23,14 +25,18 @@ _TALL_ROWS = 512
 
 
 def draw_factor(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """The fresh A [I, r] of one module: uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5), the same on every layout because it is drawn by name."""
+    """The fresh A [I, r] of one module: uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5), the same
+    on every layout because it is drawn by name.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
     bound = np.float32(shape[0] ** -0.5)
     return (rng.random(shape, np.float32) * 2 - 1) * bound
 
 
 def tall_product(a_TI: Tensor, b_TO: Tensor) -> Tensor:
-    """a^T b for many rows and few columns. The CPU's library splits only over columns; cut into blocks of rows it is three times faster."""
+    """a^T b for many rows and few columns. The CPU's library splits only over columns; cut into
+    blocks of rows it is three times faster.
+    """
     blocks = a_TI.shape[0] // _TALL_ROWS
     if blocks < 2 or not a_TI.place.is_cpu_place():
         return paddle.matmul(a_TI, b_TO, transpose_x=True)
@@ -41,7 +47,9 @@ def tall_product(a_TI: Tensor, b_TO: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Inverted dropout. On the CPU numpy draws the mask, four times faster; its seed comes from Paddle's generator, so recompute draws it again."""
+    """Inverted dropout. On the CPU numpy draws the mask, four times faster; its seed comes from
+    Paddle's generator, so recompute draws it again.
+    """
     if rate == 0 or not training:
         return x
     if not x.place.is_cpu_place():
@@ -97,7 +105,9 @@ def _add_product(out_TO: Tensor, u_Tr: Tensor, b_rO: Tensor) -> Tensor:
 
 
 class _ScaleColumns(PyLayer):
-    """x * s for s [O]: like the broadcast product, with the reduction of its backward as a matrix product."""
+    """x * s for s [O]: like the broadcast product, with the reduction of its backward as a matrix
+    product.
+    """
 
     @staticmethod
     def forward(ctx, x_TO, s_O):  # type: ignore[no-untyped-def]
@@ -113,7 +123,9 @@ class _ScaleColumns(PyLayer):
 
 
 class LinearLora(nn.Layer):
-    """The adapter of one linear layer: `lora_A` [I, r], `lora_B` [r, O] and, for DoRA, `magnitude` [O]."""
+    """The adapter of one linear layer: `lora_A` [I, r], `lora_B` [r, O] and, for DoRA, `magnitude`
+    [O].
+    """
 
     def __init__(self, linear: nn.Layer, name: str, config: LoraConfig) -> None:
         super().__init__()
@@ -130,7 +142,8 @@ class LinearLora(nn.Layer):
             if known:
                 self.settle(linear)
 
-    # Adds up over the ranks that hold the other rows of the weight; set from outside where it is split by rows.
+    # Adds up over the ranks that hold the other rows of the weight; set from outside where it is
+    # split by rows.
     sum_over: Callable[[Tensor], Tensor] | None = None
 
     def settle(self, linear: nn.Layer) -> None:
@@ -144,7 +157,9 @@ class LinearLora(nn.Layer):
         return _project(dropout(x_TI, self.rate, self.training), self.lora_A, self.scaling)
 
     def forward(self, linear: nn.Layer, args: tuple[Any, ...], out_TO: Tensor) -> Tensor:
-        """DoRA scales the columns of (W + scaling A B) to `magnitude`; their norm carries no gradient (2402.09353, 4.3). The bias is not scaled."""
+        """DoRA scales the columns of (W + scaling A B) to `magnitude`; their norm carries no
+        gradient (2402.09353, 4.3). The bias is not scaled.
+        """
         if "magnitude" not in self._parameters:
             return _add_product(out_TO, self.project(args[0]), self.lora_B)
         bare = out_TO if linear.bias is None else out_TO - linear.bias
@@ -164,7 +179,9 @@ class LinearLora(nn.Layer):
 
 
 class ExpertLora(nn.Layer):
-    """The adapters of some experts of one stack: `lora_A` [n, I, r] and `lora_B` [n, r, O] of `experts`, and nothing for the others."""
+    """The adapters of some experts of one stack: `lora_A` [n, I, r] and `lora_B` [n, r, O] of
+    `experts`, and nothing for the others.
+    """
 
     def __init__(
         self, shape: tuple[int, int], dtype: str, experts: tuple[int, ...], name: str, config: LoraConfig
@@ -177,8 +194,9 @@ class ExpertLora(nn.Layer):
         self.lora_B = parameter(self, np.zeros((len(experts), config.r, n_out), np.float32), dtype)
 
     def cut(self, rank: int, size: int, total: int) -> tuple[int, ...]:
-        """Keep the adapters of the rank's run of all `total` experts, which are numbered from 0 there; returns which adapters those are. Without any
-        the layer passes its input on."""
+        """Keep the adapters of the rank's run of all `total` experts, which are numbered from 0
+        there; returns which adapters those are. Without any the layer passes its input on.
+        """
         first, per = rank * (total // size), total // size
         kept = [j for j, e in enumerate(self.experts) if first <= e < first + per]
         self.experts = tuple(self.experts[j] - first for j in kept)
@@ -205,7 +223,9 @@ class ExpertLora(nn.Layer):
 
 
 class _AddExpertProducts(PyLayer):
-    """out + scale * (x A_j) B_j on the rows of span j = (adapter, first row, end row); the other rows pass untouched, forward and backward."""
+    """out + scale * (x A_j) B_j on the rows of span j = (adapter, first row, end row); the other
+    rows pass untouched, forward and backward.
+    """
 
     @staticmethod
     def forward(ctx, out_MO, x_MI, a_nIr, b_nrO, spans, scale):  # type: ignore[no-untyped-def]
@@ -255,14 +275,18 @@ def _fill_gaps(parts: list[Tensor], spans: tuple[tuple[int, int, int], ...], gap
 
 
 def column_norms(weight_IO: Tensor, sum_over: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """L2 norm of each column, [O], computed in float32 at least. `sum_over`: adds up over the ranks that hold the other rows."""
+    """L2 norm of each column, [O], computed in float32 at least. `sum_over`: adds up over the ranks
+    that hold the other rows.
+    """
     wide = weight_IO if weight_IO.dtype == paddle.float64 else weight_IO.astype("float32")
     squares_O = column_sum(wide * wide)
     return paddle.sqrt(squares_O if sum_over is None else sum_over(squares_O)).astype(weight_IO.dtype)
 
 
 def column_sum(x_IO: Tensor) -> Tensor:
-    """Sum of each column, [O], as a product: several times faster on the CPU than Paddle's reduction."""
+    """Sum of each column, [O], as a product: several times faster on the CPU than Paddle's
+    reduction.
+    """
     return paddle.matmul(paddle.ones([1, x_IO.shape[0]], x_IO.dtype), x_IO).reshape([-1])
 
 

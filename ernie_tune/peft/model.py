@@ -1,8 +1,11 @@
-"""`PeftModel`: an ErnieModel with adapters on it. It shares every layer with the model it is made from and behaves like it in every call.
+"""`PeftModel`: an ErnieModel with adapters on it. It shares every layer with the model it is made
+from and behaves like it in every call.
 
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query_key_value"], lora_dropout=0.05, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32,
+    target_modules=["query_key_value"], lora_dropout=0.05, task_type="CAUSAL_LM"))
 
-Canonical parameter names stay; adapters add `<module>.adapters.<adapter>.<tensor>`. Refuses to know: data, losses, optimizers, distribution.
+Canonical parameter names stay; adapters add `<module>.adapters.<adapter>.<tensor>`. Refuses to
+know: data, losses, optimizers, distribution.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ from ernie_tune.peft.virtual_tokens import LengthenedInput, Prompt, with_virtual
 
 @dataclass
 class Adapter:
-    """One adapter on the model: its layers by module name, and its copies of parameters trained in full by their name."""
+    """One adapter on the model: its layers by module name, and its copies of parameters trained in
+    full by their name.
+    """
 
     config: PeftConfig
     places: Places
@@ -54,7 +59,9 @@ class Adapter:
 
 
 class PeftModel(ErnieModel):
-    """See the module's docstring. All parameters of the model are frozen; those of the active adapter are trained."""
+    """See the module's docstring. All parameters of the model are frozen; those of the active
+    adapter are trained.
+    """
 
     def __init__(self, base: ErnieModel, config: PeftConfig | None = None, adapter_name: str = "default") -> None:
         nn.Layer.__init__(self)  # not ErnieModel's: the layers exist
@@ -71,10 +78,12 @@ class PeftModel(ErnieModel):
         if config is not None:
             self.add_adapter(config, adapter_name)
 
-    # --- adapters by name --------------------------------------------------------------------------------------------
+    # --- adapters by name -------------------------------------------------------------------------
 
     def add_adapter(self, config: PeftConfig, name: str = "default") -> None:
-        """Attach a fresh adapter and make it the active one. ValueError for a name in use and for targets that do not exist."""
+        """Attach a fresh adapter and make it the active one. ValueError for a name in use and for
+        targets that do not exist.
+        """
         if not re.fullmatch(r"\w[\w-]*", name):
             raise ValueError(
                 say(
@@ -120,7 +129,9 @@ class PeftModel(ErnieModel):
         return copies
 
     def settle(self) -> None:
-        """Let adapters that were attached before the model had its values take what they start from. The model may lie over ranks: all call it."""
+        """Let adapters that were attached before the model had its values take what they start
+        from. The model may lie over ranks: all call it.
+        """
         layers = dict(self.named_sublayers())
         for adapter in self.adapters.values():
             if not adapter.waiting:
@@ -154,13 +165,17 @@ class PeftModel(ErnieModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The model as it was before any adapter, bit for bit, for the length of a `with`: the reference policy."""
+        """The model as it was before any adapter, bit for bit, for the length of a `with`: the
+        reference policy.
+        """
         with self.acting(None):
             yield
 
     @contextlib.contextmanager
     def acting(self, name: str | None) -> Iterator[None]:
-        """Let another adapter act (None: none) for the length of a `with`, without a change of what is trained."""
+        """Let another adapter act (None: none) for the length of a `with`, without a change of what
+        is trained.
+        """
         if name is not None:
             self._get(name)
         before = self.active
@@ -176,14 +191,18 @@ class PeftModel(ErnieModel):
         self.mix_adapter(source, name, 1.0)
 
     def add_like(self, source: str, name: str) -> None:
-        """A frozen adapter under a new name with places for the values of `source`, and none of them; the active one stays active."""
+        """A frozen adapter under a new name with places for the values of `source`, and none of
+        them; the active one stays active.
+        """
         before, config = self.active, self._get(source).config
         self.add_adapter(config, name)
         if before is not None:
             self.set_adapter(before)
 
     def mix_adapter(self, source: str, name: str, share: float) -> None:
-        """Move the tensors of adapter `name` towards those of `source`: share * source + (1 - share) * name."""
+        """Move the tensors of adapter `name` towards those of `source`: share * source + (1 -
+        share) * name.
+        """
         with paddle.no_grad():
             for mine, other in zip(self._get(name).parameters(), self._get(source).parameters(), strict=True):
                 mine.set_value(other * share + mine * (1 - share) if share < 1 else other.clone())
@@ -209,7 +228,7 @@ class PeftModel(ErnieModel):
             module, _, leaf = parameter.rpartition(".")
             layers[module]._parameters[leaf] = copies.get(parameter, original)
 
-    # --- the model ---------------------------------------------------------------------------------------------------
+    # --- the model --------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -219,14 +238,18 @@ class PeftModel(ErnieModel):
         cache: Cache | None = None,
         recompute: Recompute | None = None,
     ) -> Tensor:
-        """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added before and dropped after."""
+        """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added
+        before and dropped after.
+        """
         longer, real_T = self.prepared(inputs, decoding=cache is not None and not cache.prefilling)
         again = opened(recompute) if recompute else None
         hidden = super().forward(longer, tap=tap, cache=cache, recompute=again)
         return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
 
     def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:
-        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix, which a cache holds already when decoding."""
+        """As `ErnieModel.prepared`: with the virtual tokens of an active prompt or prefix, which a
+        cache holds already when decoding.
+        """
         config = self.adapters[self.active].config if self.active else None
         if not isinstance(config, PromptConfig | PrefixConfig):
             return inputs, None
@@ -269,13 +292,17 @@ class PeftModel(ErnieModel):
         self.originals = {key: value for key, value in self.originals.items() if kept(key)}
 
     def learning_rate_scale(self, name: str) -> float:
-        """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the optimizer's groups."""
+        """Learning rate of one parameter over the run's: LoRA+ gives B a higher one than A. For the
+        optimizer's groups.
+        """
         _, found, own = name.partition(f".{slots.NAME}.")
         config = self.adapters[own.split(".")[0]].config if found else None
         return config.lora_plus_scale if isinstance(config, LoraConfig) and own.endswith(".lora_B") else 1.0
 
     def print_trainable_parameters(self) -> None:
-        """Print the active adapter's scale and what is trained, by part of the model (`report.py`)."""
+        """Print the active adapter's scale and what is trained, by part of the model
+        (`report.py`).
+        """
         config = self.adapters[self.active].config if self.active else None
         if isinstance(config, LoraConfig):
             print(
@@ -286,10 +313,12 @@ class PeftModel(ErnieModel):
             )
         print(trainable_table(self), flush=True)
 
-    # --- files -------------------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def adapter_entries(self) -> list[tuple[str, Tensor, int | None]]:
-        """(name in the file, parameter, its row there or None) of the active adapter and its copies: where `exported` comes from."""
+        """(name in the file, parameter, its row there or None) of the active adapter and its
+        copies: where `exported` comes from.
+        """
         adapter = self._get(self.active or "")
         return [*build.entries(adapter.places), *((key, value, None) for key, value in adapter.copies.items())]
 
@@ -305,8 +334,9 @@ class PeftModel(ErnieModel):
         adapter_name: str | None = None,
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> list[Path]:
-        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (`files.py`); returns the paths. `tensors`: its values where
-        not all of them are here."""
+        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft"
+        (`files.py`); returns the paths. `tensors`: its values where not all of them are here.
+        """
         name = adapter_name or self.active
         if name is None:
             raise ValueError(
@@ -322,7 +352,9 @@ class PeftModel(ErnieModel):
         return write_adapter(Path(folder), stored, self.config, dialect, code)
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:
-        """Add the adapter in a folder, of either dialect, under `name`, and make it the active one. Errors: `read_adapter`, `add_adapter`."""
+        """Add the adapter in a folder, of either dialect, under `name`, and make it the active one.
+        Errors: `read_adapter`, `add_adapter`.
+        """
         stored = read_adapter(Path(folder), self.config)
         before = self.active
         self.add_adapter(stored.config, name)
@@ -366,10 +398,12 @@ class PeftModel(ErnieModel):
         return made
 
     def merge(self, inputs: PackedInput | None = None) -> tuple[ErnieModel, float | None]:
-        """Add the active LoRA adapter into the weights, drop all adapters, and return the plain model (still frozen) with its canonical names.
+        """Add the active LoRA adapter into the weights, drop all adapters, and return the plain
+        model (still frozen) with its canonical names.
 
-        With `inputs`, also the largest |change of a logit| on them, which is printed. Raises ValueError for adapters that are no LoRA and for a
-        quantised base: merge into the float weights, then quantise again.
+        With `inputs`, also the largest |change of a logit| on them, which is printed. Raises
+        ValueError for adapters that are no LoRA and for a quantised base: merge into the float
+        weights, then quantise again.
         """
         adapter = self._get(self.active or "")
         if not isinstance(adapter.config, LoraConfig):
@@ -439,7 +473,9 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def get_peft_model(model: ErnieModel, config: PeftConfig, adapter_name: str = "default") -> PeftModel:
-    """`model` with a fresh adapter; its own parameters are frozen. ValueError for a model that has adapters already (use `add_adapter`)."""
+    """`model` with a fresh adapter; its own parameters are frozen. ValueError for a model that has
+    adapters already (use `add_adapter`).
+    """
     if isinstance(model, PeftModel):
         raise ValueError("model must not be a PeftModel already; call model.add_adapter(config, name)")
     return PeftModel(model, config, adapter_name)

@@ -1,11 +1,17 @@
-"""Packed folders: a model whose linear layers and experts lie on disk as int8 or int4 codes, ready to run, without rounding again.
+"""Packed folders: a model whose linear layers and experts lie on disk as int8 or int4 codes, ready
+to run, without rounding again.
 
-`config.json` is the model's, with `quantization_config = {"quant_method": "ernie_tune_packed", "version": 1}`, which every other loader refuses.
-Tensors have canonical names. A quantised matrix `<name>` is two tensors, `<name>.codes` and `<name>.scale`, where `<name>` is the module of a linear
-layer (`layers.0.self_attn.q_proj`) or one expert (`layers.1.mlp.text_experts.3.up_gate_proj`):
-    int8: codes I8 [I, O] in +-127;  int4: codes U8 [I/2, O] as `quantize.pack_halves` packs them;  scale [G, O], one for each of G groups of input rows.
-W' = codes * scale. All other tensors are the float parameters themselves. Which matrices are quantised, and to how many bits, follows from the tensors.
-Legend: I input width, O output width, G groups, E experts of a stack. Refuses to know: how codes were chosen, inference kernels, tokenizers.
+`config.json` is the model's, with `quantization_config = {"quant_method": "ernie_tune_packed",
+"version": 1}`, which every other loader refuses.
+Tensors have canonical names. A quantised matrix `<name>` is two tensors, `<name>.codes` and
+`<name>.scale`, where `<name>` is the module of a linear layer (`layers.0.self_attn.q_proj`) or one
+expert (`layers.1.mlp.text_experts.3.up_gate_proj`):
+    int8: codes I8 [I, O] in +-127;  int4: codes U8 [I/2, O] as `quantize.pack_halves` packs them;
+                                     scale [G, O], one for each of G groups of input rows.
+W' = codes * scale. All other tensors are the float parameters themselves. Which matrices are
+quantised, and to how many bits, follows from the tensors.
+Legend: I input width, O output width, G groups, E experts of a stack. Refuses to know: how codes
+were chosen, inference kernels, tokenizers.
 """
 
 from __future__ import annotations
@@ -45,7 +51,9 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def matrix_name(parameter: str, expert: int | None) -> str:
-    """`<name>` of the module's docstring for a canonical parameter: one expert's number goes before the last part, `.weight` goes away."""
+    """`<name>` of the module's docstring for a canonical parameter: one expert's number goes before
+    the last part, `.weight` goes away.
+    """
     if expert is None:
         return parameter.removesuffix(".weight")
     stack, _, leaf = parameter.rpartition(".")
@@ -53,10 +61,12 @@ def matrix_name(parameter: str, expert: int | None) -> str:
 
 
 def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
-    """The model of a packed folder, frozen, with `QuantizedLinear` layers and quantised expert stacks: an adapter can be put on it.
+    """The model of a packed folder, frozen, with `QuantizedLinear` layers and quantised expert
+    stacks: an adapter can be put on it.
 
-    `dtype`: of activations, "float32" or "bfloat16"; by default float32 on the CPU. Raises FileNotFoundError where there is no such folder, and
-    ValueError for one that is not packed or of another version, and for tensors that are missing, unexpected, misshapen or not finite.
+    `dtype`: of activations, "float32" or "bfloat16"; by default float32 on the CPU. Raises
+    FileNotFoundError where there is no such folder, and ValueError for one that is not packed or of
+    another version, and for tensors that are missing, unexpected, misshapen or not finite.
     """
     file = folder / "config.json"
     if not file.is_file():

@@ -1,4 +1,5 @@
-"""The parts that users speak of (attention, vision experts, router, ...), as patterns of canonical names: one table for freezing and for reports.
+"""The parts that users speak of (attention, vision experts, router, ...), as patterns of canonical
+names: one table for freezing and for reports.
 
 Refuses to know: paddle, which method trains a part.
 """
@@ -10,7 +11,8 @@ from collections.abc import Iterable
 
 from ernie_tune.config.language import say
 
-# First match wins. The names of adapters start with the name of the module they sit on, so they fall into its part.
+# First match wins. The names of adapters start with the name of the module they sit on, so they
+# fall into its part.
 PARTS: dict[str, str] = {
     "attention": r"layers\.\d+\.self_attn\.",
     "shared experts": r"layers\.\d+\.mlp\.shared_experts\.",
@@ -45,7 +47,9 @@ def part_of(name: str) -> str:
 
 
 def frozen_parts(freeze_config: str | Iterable[str]) -> frozenset[str]:
-    """The parts named by "freeze_vision freeze_aligner ..." (or a list of these words). ValueError for an unknown word."""
+    """The parts named by "freeze_vision freeze_aligner ..." (or a list of these words). ValueError
+    for an unknown word.
+    """
     words = freeze_config.split() if isinstance(freeze_config, str) else list(freeze_config)
     unknown = [word for word in words if word.removeprefix("freeze_") not in TOWERS or not word.startswith("freeze_")]
     if unknown:

@@ -1,8 +1,11 @@
-"""Weight-only quantisation of a frozen base: int8 per output column, int4 in groups of 64 input rows, expanded again in every product.
+"""Weight-only quantisation of a frozen base: int8 per output column, int4 in groups of 64 input
+rows, expanded again in every product.
 
-A quantised layer computes x W' and, backward, g W'^T with the rounded weight W': exact gradients of the rounded model, so that adapters on top
-train (2305.14314). Norms, routers, biases and an untied head stay as they are. Works on every device; it saves memory, not time.
-Legend: I input width, O output width, G groups of input rows, E experts, M rows sorted by expert, T tokens, V vocabulary, D width, F features. Refuses to know: adapters, files, inference kernels.
+A quantised layer computes x W' and, backward, g W'^T with the rounded weight W': exact gradients of
+the rounded model, so that adapters on top train (2305.14314). Norms, routers, biases and an untied
+head stay as they are. Works on every device; it saves memory, not time.
+Legend: I input width, O output width, G groups of input rows, E experts, M rows sorted by expert, T
+tokens, V vocabulary, D width, F features. Refuses to know: adapters, files, inference kernels.
 """
 
 from __future__ import annotations
@@ -22,13 +25,16 @@ from ernie_tune.models.moe import Experts
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
 
-_WIDTHS = {paddle.float64: 8, paddle.float32: 4, paddle.bfloat16: 2, paddle.float16: 2}  # bytes of a scale
+# bytes of a scale
+_WIDTHS = {paddle.float64: 8, paddle.float32: 4, paddle.bfloat16: 2, paddle.float16: 2}
 # Takes float32 matrices as `read(expert)` gives them (checkpoint/source.py).
 Taker = Callable[[Callable[[int | None], np.ndarray]], None]
 
 
 def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127. int4: codes in +-7, packed by `pack_halves`."""
+    """Codes and scales [G, O], symmetric: |w - code * scale| <= scale / 2. int8: [I, O] in +-127.
+    int4: codes in +-7, packed by `pack_halves`.
+    """
     n_in, n_out = weight_IO.shape
     largest = 2 ** (bits - 1) - 1
     groups = num_groups(n_in, bits)
@@ -43,7 +49,9 @@ def quantize(weight_IO: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_halves(codes_IO: np.ndarray) -> np.ndarray:
-    """int4 codes in [-8, 7] plus 8, two to a byte: byte [i, o] of [I/2, O] holds row i in its low half and row i + I/2 in its high half."""
+    """int4 codes in [-8, 7] plus 8, two to a byte: byte [i, o] of [I/2, O] holds row i in its low
+    half and row i + I/2 in its high half.
+    """
     low, high = np.split((codes_IO + 8).astype(np.uint8), 2, axis=-2)
     return low | high << 4
 
@@ -58,14 +66,18 @@ def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
 
 
 def _columns(weight_IO: np.ndarray, cuts: Sequence[tuple[int | None, int, int]]) -> np.ndarray:
-    """The columns that the cuts leave; each has scales of its own, so they are cut before rounding."""
+    """The columns that the cuts leave; each has scales of its own, so they are cut before
+    rounding.
+    """
     for axis, rank, size in cuts:
         weight_IO = _part(weight_IO, 1, rank, size) if axis == 1 else weight_IO
     return weight_IO
 
 
 class QuantizedWeight(nn.Layer):
-    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O]) in the form of `quantize`. Both None: not yet known."""
+    """One matrix [I, O], or a stack of them [E, I, O], as `codes` and `scale` ([G, O] or [E, G, O])
+    in the form of `quantize`. Both None: not yet known.
+    """
 
     codes: Tensor | None
     scale: Tensor | None
@@ -89,7 +101,9 @@ class QuantizedWeight(nn.Layer):
 
     @classmethod
     def rounded(cls, weight: Tensor, bits: int) -> QuantizedWeight:
-        """`weight` rounded to the nearest code; without values where the parameter has none yet. ValueError for an odd input width with 4 bits."""
+        """`weight` rounded to the nearest code; without values where the parameter has none yet.
+        ValueError for an odd input width with 4 bits.
+        """
         if bits == 4 and weight.shape[-2] % 2:
             raise ValueError(f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8")
         made = cls.__new__(cls)
@@ -114,8 +128,10 @@ class QuantizedWeight(nn.Layer):
         return int(np.prod(stack, dtype=np.int64)) * columns * each
 
     def take(self, read: Callable[[int | None], np.ndarray]) -> None:
-        """Round the float32 matrices that `read` gives, one at a time: the whole one for None, one expert by its number in the whole stack. Cuts that
-        were made before decide what is asked for and what is kept: the codes are those of cutting afterwards."""
+        """Round the float32 matrices that `read` gives, one at a time: the whole one for None, one
+        expert by its number in the whole stack. Cuts that were made before decide what is asked for
+        and what is kept: the codes are those of cutting afterwards.
+        """
         cuts = self._cuts
         experts: Sequence[int | None] = [None]
         if len(self.shape) == 3:
@@ -129,7 +145,8 @@ class QuantizedWeight(nn.Layer):
         self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
 
     def cut(self, axis: int | None, rank: int, size: int) -> None:
-        """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts (None). The kept codes and scales stay as they are.
+        """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts
+        (None). The kept codes and scales stay as they are.
 
         Raises ValueError where the part would cut a group of 4-bit rows, or does not divide.
         """
@@ -229,7 +246,9 @@ class QuantizedLinear(nn.Layer):
 
 
 class QuantizedProduct(nn.Layer):
-    """Stands in for `GroupedProduct` and holds the stack itself; the parameter that `Experts` had is gone."""
+    """Stands in for `GroupedProduct` and holds the stack itself; the parameter that `Experts` had
+    is gone.
+    """
 
     def __init__(self, weight_EIO: QuantizedWeight) -> None:
         super().__init__()
@@ -240,7 +259,9 @@ class QuantizedProduct(nn.Layer):
 
 
 class QuantizedEmbedding(nn.Layer):
-    """Stands in for `Embedding`: int8, one scale a token. `weight` gives the rounded table for a tied head, made anew each time."""
+    """Stands in for `Embedding`: int8, one scale a token. `weight` gives the rounded table for a
+    tied head, made anew each time.
+    """
 
     codes: Tensor | None
     scale: Tensor | None
@@ -302,11 +323,13 @@ def is_quantised(model: nn.Layer) -> bool:
 
 
 def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
-    """Swap every linear layer and expert stack of `model` for a quantised one, in place, and say in one line what it saved. Where the model has no values
-    yet, they are rounded as they come (`takers`): it is never whole in its own type.
+    """Swap every linear layer and expert stack of `model` for a quantised one, in place, and say in
+    one line what it saved. Where the model has no values yet, they are rounded as they come
+    (`takers`): it is never whole in its own type.
 
-    "weight_only_int8", "weight_only_int4" (both with an int8 embedding), or "weight_only_mix": experts int4, other linear layers int8. Raises ValueError for another
-    name, for a model that has adapters already (quantise first), and for one that is quantised already.
+    "weight_only_int8", "weight_only_int4" (both with an int8 embedding), or "weight_only_mix":
+    experts int4, other linear layers int8. Raises ValueError for another name, for a model that has
+    adapters already (quantise first), and for one that is quantised already.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(
@@ -351,7 +374,9 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
 
 
 def takers(model: nn.Layer) -> dict[str, Taker]:
-    """Canonical name of every parameter that was swapped -> what rounds its matrices when they are read."""
+    """Canonical name of every parameter that was swapped -> what rounds its matrices when they are
+    read.
+    """
     out: dict[str, Taker] = {}
     for name, layer in model.named_sublayers():
         if isinstance(layer, QuantizedLinear):
@@ -369,7 +394,9 @@ def _quantize_experts(experts: Experts, bits: int) -> None:
 
 
 def swap_stack(experts: Experts, name: str, weight_EIO: QuantizedWeight) -> None:
-    """Put a quantised stack in the place of the parameter `<name>_proj` ("up_gate" or "down") of `experts`."""
+    """Put a quantised stack in the place of the parameter `<name>_proj` ("up_gate" or "down") of
+    `experts`.
+    """
     experts._parameters.pop(f"{name}_proj")
     setattr(experts, f"{name}_proj", None)
     setattr(experts, f"{name}_product", QuantizedProduct(weight_EIO))

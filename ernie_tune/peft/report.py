@@ -1,4 +1,5 @@
-"""What is trained, in a table by part of the model: printed before the first step, so that nothing is frozen unnoticed (ecosystem.md 5, row 25).
+"""What is trained, in a table by part of the model: printed before the first step, so that nothing
+is frozen unnoticed (ecosystem.md 5, row 25).
 
 Refuses to know: why a parameter is trained.
 """
@@ -28,7 +29,9 @@ class PartCount:
 
 
 def count_parameters(model: ErnieModel) -> dict[str, PartCount]:
-    """Parts that the model has -> their counts. The model's own values are counted from its shape, so a quantised base counts in full."""
+    """Parts that the model has -> their counts. The model's own values are counted from its shape,
+    so a quantised base counts in full.
+    """
     counts = {part: PartCount() for part in PARTS}
     for name, spec in parameter_specs(model.config).items():
         counts[part_of(name)].base += spec.size
@@ -42,7 +45,9 @@ def count_parameters(model: ErnieModel) -> dict[str, PartCount]:
 
 
 def trainable_table(model: ErnieModel) -> str:
-    """The line of the PEFT library, then one row a part: trained, total, share of that part, and whether it is frozen."""
+    """The line of the PEFT library, then one row a part: trained, total, share of that part, and
+    whether it is frozen.
+    """
     counts = count_parameters(model)
     trained, total = sum(c.trained for c in counts.values()), sum(c.total for c in counts.values())
     lines = [f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"]

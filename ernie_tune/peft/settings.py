@@ -1,6 +1,8 @@
-"""From the settings of a run to the `LoraConfig` that they mean, so that who trains and who plans memory read them alike.
+"""From the settings of a run to the `LoraConfig` that they mean, so that who trains and who plans
+memory read them alike.
 
-Refuses to know: paddle, models, which experts a measurement of affinity picks (the caller passes them).
+Refuses to know: paddle, models, which experts a measurement of affinity picks (the caller passes
+them).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from ernie_tune.peft.config import Expert, LoraConfig
 
 
 def lora_config(config: RunConfig, picked: list[Expert] | None = None) -> LoraConfig:
-    """The LoRA settings of a run. `picked`: the experts that `lora_expert_affinity` chose. ValueError for a `lora_expert_list` of another form."""
+    """The LoRA settings of a run. `picked`: the experts that `lora_expert_affinity` chose.
+    ValueError for a `lora_expert_list` of another form.
+    """
     c = config.lora
     experts: Any = () if c.lora_experts == "none" else c.lora_experts
     if c.lora_expert_list:
@@ -42,7 +46,9 @@ def _towers_frozen_by_default(targets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def expert_range(item: str) -> list[Expert]:
-    """ "3:vision:0-7" -> its (layer, modality, expert) triples. Raises ValueError for another form."""
+    """ "3:vision:0-7" -> its (layer, modality, expert) triples. Raises ValueError for another
+    form.
+    """
     layer, _, rest = item.partition(":")
     modality, _, experts = rest.partition(":")
     first, _, last = experts.partition("-")

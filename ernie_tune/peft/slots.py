@@ -1,7 +1,9 @@
-"""Where adapters sit: a `Slot` is a sublayer of the module it changes, holds that module's adapters by name, and lets the active one act.
+"""Where adapters sit: a `Slot` is a sublayer of the module it changes, holds that module's adapters
+by name, and lets the active one act.
 
-A module keeps its class, its parameters and their names; the slot acts through a forward hook, so it does not matter whether the module is a plain,
-a quantised or a parallel layer. Parameters are called `<module>.adapters.<adapter>.<tensor>`. Refuses to know: what an adapter computes.
+A module keeps its class, its parameters and their names; the slot acts through a forward hook, so
+it does not matter whether the module is a plain, a quantised or a parallel layer. Parameters are
+called `<module>.adapters.<adapter>.<tensor>`. Refuses to know: what an adapter computes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from paddle import Tensor, nn
 
 NAME = "adapters"
 
-# How a sharding table cuts the adapters of a layer that it cuts by columns or rows: tensor -> (axis; whether the gradient of a whole one is a partial sum).
+# How a sharding table cuts the adapters of a layer that it cuts by columns or rows: tensor ->
+# (axis; whether the gradient of a whole one is a partial sum).
 ADAPTER_PLAN: dict[str, dict[str, tuple[int | None, bool]]] = {
     "column": {"lora_A": (None, True), "lora_B": (1, False), "magnitude": (0, False), "prefix": (0, False)},
     "row": {"lora_A": (0, False), "lora_B": (None, True), "magnitude": (None, True)},
@@ -20,7 +23,9 @@ ADAPTER_PLAN: dict[str, dict[str, tuple[int | None, bool]]] = {
 
 
 class Slot(nn.Layer):
-    """The adapters of one module. An adapter is called with the module, its arguments and its output, and returns the new output."""
+    """The adapters of one module. An adapter is called with the module, its arguments and its
+    output, and returns the new output.
+    """
 
     def __init__(self) -> None:
         super().__init__()

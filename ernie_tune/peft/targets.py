@@ -1,4 +1,5 @@
-"""From what users write (`query_key_value`, `q_proj`, `.*q_proj.*`, `all-linear`, `text_experts`) to the modules that get an adapter.
+"""From what users write (`query_key_value`, `q_proj`, `.*q_proj.*`, `all-linear`, `text_experts`)
+to the modules that get an adapter.
 
 Works on names alone. Refuses to know: paddle, what is done with the modules.
 """
@@ -16,7 +17,8 @@ from ernie_tune.peft.config import Expert, LoraConfig
 from ernie_tune.peft.parts import frozen_parts, part_of
 
 _L = r"layers\.\d+\."
-# Words for groups of linear layers. "query_key_value", "qkv_proj" and "up_gate_proj" are the fused layers of other ports of this model.
+# Words for groups of linear layers. "query_key_value", "qkv_proj" and "up_gate_proj" are the fused
+# layers of other ports of this model.
 WORDS: dict[str, str] = {
     "query_key_value": _L + r"self_attn\.[qkv]_proj",
     "qkv_proj": _L + r"self_attn\.[qkv]_proj",
@@ -37,9 +39,11 @@ Experts = dict[tuple[int, int], tuple[int, ...]]  # (layer, modality index) -> e
 
 
 def linear_targets(config: LoraConfig, linears: Sequence[str]) -> list[str]:
-    """The names in `linears`, in their order, that `config` targets: words of `WORDS`, names, their last parts, or regular expressions of whole names.
+    """The names in `linears`, in their order, that `config` targets: words of `WORDS`, names, their
+    last parts, or regular expressions of whole names.
 
-    Parts frozen by `freeze_config` are left out. ValueError for an item that matches nothing, or only frozen parts.
+    Parts frozen by `freeze_config` are left out. ValueError for an item that matches nothing, or
+    only frozen parts.
     """
     frozen = frozen_parts(config.freeze_config)
     items = [item for item in config.target_modules if item not in EXPERT_TARGETS]
@@ -93,7 +97,9 @@ def _nothing(item: str, frozen_matches: Sequence[str], names: Collection[str]) -
 
 
 def modules_named(items: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """The modules whose name is one of `items`, ends with it, or lies inside it. ValueError for an item that matches none."""
+    """The modules whose name is one of `items`, ends with it, or lies inside it. ValueError for an
+    item that matches none.
+    """
     chosen: set[str] = set()
     for item in items:
         matched = [n for n in modules if n == item or n.endswith("." + item) or n.startswith(item + ".")]
@@ -112,7 +118,9 @@ def modules_named(items: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def expert_targets(config: LoraConfig, model: ModelConfig) -> Experts:
-    """The experts that get adapters, by (layer, modality). ValueError for experts that the model does not have or `freeze_config` freezes."""
+    """The experts that get adapters, by (layer, modality). ValueError for experts that the model
+    does not have or `freeze_config` freezes.
+    """
     wanted = _expert_list(config, model)
     moe = model.moe
     chosen: dict[tuple[int, int], set[int]] = {}

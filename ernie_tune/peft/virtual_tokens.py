@@ -1,9 +1,13 @@
-"""Prompt tuning, P-tuning and prefix tuning by one means: k virtual tokens before every packed row, which the caller never sees.
+"""Prompt tuning, P-tuning and prefix tuning by one means: k virtual tokens before every packed row,
+which the caller never sees.
 
-`with_virtual_tokens` lengthens the pack, `PeftModel` drops their rows from the output, and the adapters here overwrite what the virtual rows carry:
-a prompt their embeddings (the row's positions move by k), a prefix their keys and values in every layer (positions stay; the virtual rows sit at
-position 0, where the rotation is the identity, so prefix keys are not rotated). Both are text for the routers, and both land in the key/value cache.
-Legend: T tokens, k virtual tokens, S segments, D width, K key/value heads, H head width. Refuses to know: files, losses.
+`with_virtual_tokens` lengthens the pack, `PeftModel` drops their rows from the output, and the
+adapters here overwrite what the virtual rows carry:
+a prompt their embeddings (the row's positions move by k), a prefix their keys and values in every
+layer (positions stay; the virtual rows sit at position 0, where the rotation is the identity, so
+prefix keys are not rotated). Both are text for the routers, and both land in the key/value cache.
+Legend: T tokens, k virtual tokens, S segments, D width, K key/value heads, H head width. Refuses to
+know: files, losses.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ class LengthenedInput(PackedInput):
 
 
 def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[LengthenedInput, np.ndarray]:
-    """The pack with `count` text tokens (id 0) before every segment, and the rows of the real tokens in it.
+    """The pack with `count` text tokens (id 0) before every segment, and the rows of the real
+    tokens in it.
 
-    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0, else all at 0. Raises ValueError for shared prefixes.
+    The real tokens' positions move by `shift`; the virtual ones are at 0, 1, ... if it is not 0,
+    else all at 0. Raises ValueError for shared prefixes.
     """
     if inputs.parents is not None:
         raise ValueError(
@@ -83,8 +89,10 @@ class _SetRows(PyLayer):
 
 
 class Prompt(nn.Layer):
-    """Adapter of the embedding: `prompt` [k, D], or with an encoder prompt + MLP(prompt) of an inner width (P-tuning). It starts from `embedding`: the
-    table [V, D], or where that has no values, from zeros of its shape."""
+    """Adapter of the embedding: `prompt` [k, D], or with an encoder prompt + MLP(prompt) of an
+    inner width (P-tuning). It starts from `embedding`: the table [V, D], or where that has no
+    values, from zeros of its shape.
+    """
 
     def __init__(self, embedding: Any, config: PromptConfig) -> None:
         super().__init__()
@@ -104,7 +112,9 @@ class Prompt(nn.Layer):
             self.encoder_B = parameter(self, draw_factor("prompt.encoder_B", (inner, width), config.seed), dtype)
 
     def claim(self, offsets: tuple[int, ...] | None) -> None:
-        """Say which lengthened pack the next lookups embed; None: they have no virtual tokens. The lookup itself sees ids alone."""
+        """Say which lengthened pack the next lookups embed; None: they have no virtual tokens. The
+        lookup itself sees ids alone.
+        """
         self.rows = None if offsets is None else paddle.to_tensor(virtual_rows(offsets, self.count))
 
     def tokens(self) -> Tensor:
@@ -136,7 +146,9 @@ class Prefix(nn.Layer):
 
 
 def note_sequence(attention: Attention, args: tuple[Any, ...]) -> None:
-    """Pre-hook of an attention layer with prefixes: its projections see only rows, so tell them which sequence the rows belong to."""
+    """Pre-hook of an attention layer with prefixes: its projections see only rows, so tell them
+    which sequence the rows belong to.
+    """
     attention.k_proj.sequence = attention.v_proj.sequence = args[1]
 
 

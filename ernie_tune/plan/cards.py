@@ -1,4 +1,6 @@
-"""Accelerators as numbers: memory, peak arithmetic, links. Published figures, decimal units. Refuses to know: what is installed here."""
+"""Accelerators as numbers: memory, peak arithmetic, links. Published figures, decimal units.
+Refuses to know: what is installed here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Card:
-    """One accelerator. `peak_flops`: dense bfloat16 products (float32 on a CPU), a second; bandwidths in bytes a second, of one card, as usable.
+    """One accelerator. `peak_flops`: dense bfloat16 products (float32 on a CPU), a second;
+    bandwidths in bytes a second, of one card, as usable.
 
     `bf16`: whether it has bfloat16. `local_cards`: cards of one machine, which share the fast link.
     """
@@ -33,7 +36,8 @@ def _card(name: str, gb: float, tflops: float, link: float, host: float, memory:
     return Card(name, gb * GB, tflops * 1e12, link * GB, 40 * GB, host * GB, memory * GB, bf16)
 
 
-# Links: parallel.md 5.4 for the H800 (160 GB/s usable of NVLink's 400); others in proportion to their published links. The network is one 400 Gbit/s port a card.
+# Links: parallel.md 5.4 for the H800 (160 GB/s usable of NVLink's 400); others in proportion to
+# their published links. The network is one 400 Gbit/s port a card.
 CARDS: dict[str, Card] = {
     c.name: c
     for c in (
@@ -56,8 +60,10 @@ DEFAULT = "h800-80g"
 
 
 def card(name: str) -> Card:
-    """The card called `name` ("h800-80g", or its beginning, "h800"); "80g" is any card of that memory with the default's speed; "cpu" or "cpu-16g" is
-    main memory, whose speed is not known here (0). ValueError with a suggestion."""
+    """The card called `name` ("h800-80g", or its beginning, "h800"); "80g" is any card of that
+    memory with the default's speed; "cpu" or "cpu-16g" is main memory, whose speed is not known
+    here (0). ValueError with a suggestion.
+    """
     key = name.lower().replace("_", "-").replace(" ", "-").replace("gb", "g")
     if key.split("-")[0] == "cpu":
         size = key.partition("-")[2] or "16g"

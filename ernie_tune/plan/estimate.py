@@ -1,4 +1,5 @@
-"""`ernie_tune.estimate(...)`: what a run needs on each card and how long a step takes, as an object that prints itself as a table.
+"""`ernie_tune.estimate(...)`: what a run needs on each card and how long a step takes, as an object
+that prints itself as a table.
 
 Joins settings, model, card, layout and search. Refuses to know: paddle, the command line.
 """
@@ -24,14 +25,17 @@ from ernie_tune.plan.weights import base_bytes, trained_values
 
 _SMALL_MODEL = 200_000_000  # parameters: below it the CPU is meant unless a card is named
 _PLACE = "estimate"
-# What a model that is named without a file is trained with: what its size asks for. Given settings go over it.
+# What a model that is named without a file is trained with: what its size asks for. Given settings
+# go over it.
 _DEFAULTS = "bf16: true\nrecompute: true\ngradient_accumulation_steps: 4\nlora_rank: 16\n"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer. `plan`: the layout asked for, or the best one; `better`: a faster layout on as many cards, if there is one; `changes`: where it does not
-    fit, sets of settings with which it would."""
+    """The answer. `plan`: the layout asked for, or the best one; `better`: a faster layout on as
+    many cards, if there is one; `changes`: where it does not fit, sets of settings with which it
+    would.
+    """
 
     job: Job
     card: Card
@@ -90,10 +94,13 @@ def estimate(
 ) -> Estimate:
     """Memory and time of a run, without paddle and without a GPU.
 
-    `model`: a YAML file, a resolved configuration, or the name of a model. `cards`: how many; by default what the layout needs, or the fewest where it
-    fits. `card`: "h800-80g", "a100-40g", "80g", "cpu-16g"; by default h800-80g, for small models this machine's main memory. `visual_tokens`: of a micro-batch;
-    by default half of it. `row_tokens`: the longest row, where shorter than max_seq_len. `settings` and `overrides` go over the file's.
-    Raises ValueError for a setting, model or card that does not exist and for layouts that the model cannot have; OSError for a file that cannot be read.
+    `model`: a YAML file, a resolved configuration, or the name of a model. `cards`: how many; by
+    default what the layout needs, or the fewest where it fits. `card`: "h800-80g", "a100-40g",
+    "80g", "cpu-16g"; by default h800-80g, for small models this machine's main memory.
+    `visual_tokens`: of a micro-batch; by default half of it. `row_tokens`: the longest row, where
+    shorter than max_seq_len. `settings` and `overrides` go over the file's.
+    Raises ValueError for a setting, model or card that does not exist and for layouts that the
+    model cannot have; OSError for a file that cannot be read.
     """
     config, named, told = _settings(model, [*overrides, *(Entry(k, to_raw(k, v), _PLACE) for k, v in settings.items())])
     shape = model_shape(config.model.model_name_or_path)
@@ -119,7 +126,9 @@ def estimate(
 
 
 def _settings(model: str | Path | RunConfig, entries: list[Entry]) -> tuple[RunConfig, bool, tuple[str, ...]]:
-    """(settings, whether only a model was named, so that the layout is ours to choose, what to tell of the settings)."""
+    """(settings, whether only a model was named, so that the layout is ours to choose, what to tell
+    of the settings).
+    """
     if isinstance(model, RunConfig):
         return model, False, ()
     if str(model).endswith((".yaml", ".yml")):
@@ -156,7 +165,9 @@ def _this_machine(card: Card) -> Card:
 
 
 def _better(job: Job, card: Card, chosen: Plan) -> Plan | None:
-    """A layout on as many cards that fits where the chosen one does not, or is faster by a tenth."""
+    """A layout on as many cards that fits where the chosen one does not, or is faster by a
+    tenth.
+    """
     if card.is_cpu:
         return None
     other = best(job, card, chosen.layout.world)

@@ -1,6 +1,8 @@
-"""What a run computes, reduced to what costs memory and time: the model's shape, what is trained, in which format, on how many tokens.
+"""What a run computes, reduced to what costs memory and time: the model's shape, what is trained,
+in which format, on how many tokens.
 
-Refuses to know: the layout (layouts.py), the card (cards.py), files but a model folder's config.json.
+Refuses to know: the layout (layouts.py), the card (cards.py), files but a model folder's
+config.json.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ ROLLOUT_ROWS = 64  # answers that one process samples side by side, at most
 
 
 def model_shape(name: str) -> ModelConfig:
-    """The shape of a model folder (its config.json), of a released model by its hub name, or of a preset. ValueError or OSError where there is none."""
+    """The shape of a model folder (its config.json), of a released model by its hub name, or of a
+    preset. ValueError or OSError where there is none.
+    """
     file = Path(name) / "config.json"
     if file.is_file():
         return read_config(json.loads(file.read_text(encoding="utf-8")))
@@ -32,7 +36,9 @@ def model_shape(name: str) -> ModelConfig:
 
 
 def known_shape(name: str) -> ModelConfig | None:
-    """`model_shape`, None for a model that is neither here nor known by name. A folder's config.json that cannot be read still raises ValueError."""
+    """`model_shape`, None for a model that is neither here nor known by name. A folder's
+    config.json that cannot be read still raises ValueError.
+    """
     if (Path(name) / "config.json").is_file():
         return model_shape(name)
     try:
@@ -43,13 +49,16 @@ def known_shape(name: str) -> ModelConfig | None:
 
 @dataclass(frozen=True)
 class Job:
-    """One step of a run. Sizes are upper bounds: rows are taken to be as long as allowed, every text token to be a target.
+    """One step of a run. Sizes are upper bounds: rows are taken to be as long as allowed, every
+    text token to be a target.
 
-    `rows`: rows of a micro-batch; `visual_tokens`: tokens of a micro-batch that are pictures. `element_bytes`: of the compute format. `reference`: "none",
-    "adapter" (switched off), or "copy" (a second frozen model). While answers are sampled the
-    key/value cache holds `sequences` of them, of `completion_tokens` each, and once each of the
-    `sequence_prompts` prompts that they share; prompt and answer take `sequence_tokens`.
-    `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes that store them otherwise.
+    `rows`: rows of a micro-batch; `visual_tokens`: tokens of a micro-batch that are pictures.
+    `element_bytes`: of the compute format. `reference`: "none", "adapter" (switched off), or "copy"
+    (a second frozen model). While answers are sampled the key/value cache holds `sequences` of
+    them, of `completion_tokens` each, and once each of the `sequence_prompts` prompts that they
+    share; prompt and answer take `sequence_tokens`.
+    `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes
+    that store them otherwise.
     """
 
     model: ModelConfig
@@ -90,14 +99,17 @@ class Job:
 
 
 def _answers_at_once(config: RunConfig) -> int:
-    """Answers that one process samples side by side: those of a round, as many as fit the engine."""
+    """Answers that one process samples side by side: those of a round, as many as fit the
+    engine.
+    """
     t, r = config.train, config.rollout
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps * r.num_mini_batches
     return min(answers, max(ROLLOUT_ROWS, r.num_generations))
 
 
 def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visual_tokens: int | None = None) -> Job:
-    """The job that the settings describe. `visual_tokens` of a micro-batch, where known; else half of its tokens for a model with a vision tower.
+    """The job that the settings describe. `visual_tokens` of a micro-batch, where known; else half
+    of its tokens for a model with a vision tower.
 
     On a CPU everything is computed in float32.
     """
@@ -163,7 +175,9 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
 
 
 def _added_width(config: RunConfig) -> int:
-    """Trained values per decoder layer and hidden channel of the added parts, roughly: they are small."""
+    """Trained values per decoder layer and hidden channel of the added parts, roughly: they are
+    small.
+    """
     a = config.added
     if config.model.fine_tuning not in ADDED:
         return 0

@@ -1,8 +1,11 @@
-"""What every verb asks of a run before it starts: whether the model can be cut as the settings say, and whether model and rows are there.
+"""What every verb asks of a run before it starts: whether the model can be cut as the settings say,
+and whether model and rows are there.
 
-`config/checks.py` judges settings alone; here they meet the files and the model's shape. Nothing is loaded but a config.json and, where something is
-missing, the output_dir of recipes nearby, to say who makes it.
-Refuses to know: paddle, the hubs' caches (checkpoint/hub.py looks there), what is in the rows (data/).
+`config/checks.py` judges settings alone; here they meet the files and the model's shape. Nothing is
+loaded but a config.json and, where something is missing, the output_dir of recipes nearby, to say
+who makes it.
+Refuses to know: paddle, the hubs' caches (checkpoint/hub.py looks there), what is in the rows
+(data/).
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ _OUTPUT = re.compile(r"^output_dir:\s*[\"']?([^\"'#]+?)[\"']?\s*(?:#.*)?$", re.M
 
 
 class Lack(NamedTuple):
-    """Something that a setting names and that is not there. `certain`: no other place is left where it could be."""
+    """Something that a setting names and that is not there. `certain`: no other place is left where
+    it could be.
+    """
 
     setting: str
     message: Text
@@ -40,9 +45,11 @@ class Lack(NamedTuple):
 
 
 def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
-    """What to tell of a run beside `loaded.notes`: lines, each with its place. `where` stands for settings that nobody wrote.
+    """What to tell of a run beside `loaded.notes`: lines, each with its place. `where` stands for
+    settings that nobody wrote.
 
-    Raises ValueError, one line a mistake, for a model that is not ours or cannot be cut as the degrees say, and, if `training`, for what is not there.
+    Raises ValueError, one line a mistake, for a model that is not ours or cannot be cut as the
+    degrees say, and, if `training`, for what is not there.
     """
     config = loaded.config
 
@@ -84,7 +91,9 @@ def foreign(config: RunConfig) -> Iterator[tuple[str, Text]]:
 
 
 def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
-    """What the settings name and is not on this machine. `beside`: the folder of the YAML file, for remedies."""
+    """What the settings name and is not on this machine. `beside`: the folder of the YAML file, for
+    remedies.
+    """
     d = config.data
     yield from _model(config, beside)
     for setting, paths in (
@@ -149,7 +158,9 @@ def _named_sets(file: Path) -> tuple[str, ...]:
 
 
 def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ()) -> Text:
-    """That `path` is not there, and the best remedy known: its recipe, the same path beside the YAML file, names of data sets."""
+    """That `path` is not there, and the best remedy known: its recipe, the same path beside the
+    YAML file, names of data sets.
+    """
     maker = recipe_that_makes(path, beside)
     if maker is not None:
         remedy = say(
@@ -181,7 +192,9 @@ def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ())
 
 
 def recipe_that_makes(path: str, beside: Path = Path()) -> Path | None:
-    """The YAML file nearby whose output_dir is `path` or holds it: beside the run's file, in its sister folders, here."""
+    """The YAML file nearby whose output_dir is `path` or holds it: beside the run's file, in its
+    sister folders, here.
+    """
     wanted = os.path.normpath(path)
     for folder in (beside, beside.parent, Path()):
         for pattern in ("*.yaml", "*/*.yaml"):

@@ -1,6 +1,8 @@
-"""Which degrees of parallelism a model can be cut into (parallel.md 2.5), said before anything is loaded, with the nearest ones that work.
+"""Which degrees of parallelism a model can be cut into (parallel.md 2.5), said before anything is
+loaded, with the nearest ones that work.
 
-Axes, outermost first: data x sharding x pipeline x tensor; experts are cut over the tensor ranks, or over those and some of the sharding ranks.
+Axes, outermost first: data x sharding x pipeline x tensor; experts are cut over the tensor ranks,
+or over those and some of the sharding ranks.
 Refuses to know: bytes and seconds (memory.py, time.py), process groups.
 """
 
@@ -28,9 +30,13 @@ _TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal to `tensor` is the official layout (parallel.md 2.2),
-    1 puts all of them on every rank. `stage`: what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too. `offload`:
-    optimizer states in main memory. `segments`: where the pipeline is cut, as the setting pp_seg_method says it."""
+    """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal
+    to `tensor` is the official layout (parallel.md 2.2), 1 puts all of them on every rank. `stage`:
+    what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
+    `offload`:
+    optimizer states in main memory. `segments`: where the pipeline is cut, as the setting
+    pp_seg_method says it.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -55,7 +61,9 @@ class Layout:
 
     @property
     def expert_sharding(self) -> int:
-        """Ranks that hold the same experts and share their optimizer states: Fleet's moe_sharding, tensor * sharding / expert, beyond the tensor ranks."""
+        """Ranks that hold the same experts and share their optimizer states: Fleet's moe_sharding,
+        tensor * sharding / expert, beyond the tensor ranks.
+        """
         return self.sharding if self.expert in (1, self.tensor) else max(1, self.tensor * self.sharding // self.expert)
 
     def __str__(self) -> str:
@@ -85,7 +93,9 @@ class Layout:
 
 
 def layout_of(config: RunConfig, world: int | None = None) -> Layout:
-    """The layout that the settings ask for. `world`: ranks that will run; what the degrees leave over are data replicas. None: just enough ranks."""
+    """The layout that the settings ask for. `world`: ranks that will run; what the degrees leave
+    over are data replicas. None: just enough ranks.
+    """
     p = config.parallel
     expert, shared = p.expert_model_parallel_size, p.sharding_parallel_size
     layout = Layout(
@@ -110,7 +120,9 @@ def problems(
     world: int | None = None,
     accumulation: int | None = None,
 ) -> list[Problem]:
-    """Why `model` cannot be cut like this; empty if it can. `world`: processes, `accumulation`: micro-batches a step, where known."""
+    """Why `model` cannot be cut like this; empty if it can. `world`: processes, `accumulation`:
+    micro-batches a step, where known.
+    """
     rules = (
         *_tensor(model, layout),
         *_experts(model, layout),
@@ -194,7 +206,8 @@ def _experts(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
 
 def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> Iterator[Problem]:
     p, v = layout.pipeline, layout.virtual
-    items = model.num_hidden_layers + 2 + int(not model.tie_word_embeddings)  # embedding, layers, norm, head
+    # embedding, layers, norm, head
+    items = model.num_hidden_layers + 2 + int(not model.tie_word_embeddings)
     if p * v > items:
         yield (
             _PIPELINE,
@@ -294,7 +307,9 @@ def _world(layout: Layout, world: int | None) -> Iterator[Problem]:
 
 
 def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = None) -> list[Layout]:
-    """Every legal layout on `world` ranks without virtual stages: data replicas share optimizer states (sharding stage 1)."""
+    """Every legal layout on `world` ranks without virtual stages: data replicas share optimizer
+    states (sharding stage 1).
+    """
     found = []
     for tensor in _divisors(world):
         if list(_uneven(model, tensor)):
@@ -319,7 +334,9 @@ def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = 
 def nearest(
     model: ModelConfig, layout: Layout, world: int, count: int = 3, accumulation: int | None = None
 ) -> list[Layout]:
-    """The legal layouts on `world` ranks that differ least from `layout`, in powers of two of its degrees; the tensor degree counts most."""
+    """The legal layouts on `world` ranks that differ least from `layout`, in powers of two of its
+    degrees; the tensor degree counts most.
+    """
 
     def distance(other: Layout) -> float:
         pairs = (
@@ -334,9 +351,11 @@ def nearest(
 
 
 def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -> None:
-    """Refuse settings whose layout `model` cannot have. `world`: processes that run, None where that is not known yet.
+    """Refuse settings whose layout `model` cannot have. `world`: processes that run, None where
+    that is not known yet.
 
-    Raises ValueError: one line for every broken rule, then the nearest legal layouts on as many ranks.
+    Raises ValueError: one line for every broken rule, then the nearest legal layouts on as many
+    ranks.
     """
     found = run_problems(config, model, world)
     if found:
@@ -344,7 +363,9 @@ def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -
 
 
 def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None) -> list[Problem]:
-    """What `check_run` refuses, each with the setting to point at; the last one also names the nearest legal layouts."""
+    """What `check_run` refuses, each with the setting to point at; the last one also names the
+    nearest legal layouts.
+    """
     layout = layout_of(config, world)
     steps = config.train.gradient_accumulation_steps
     found = list(_unbuilt(config)) + problems(model, layout, world=world, accumulation=steps)

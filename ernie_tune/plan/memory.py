@@ -1,6 +1,8 @@
-"""Bytes of one card, item by item, for the rank that needs most (parallel.md 4.2). Counts of weights are exact, activations are counted from what the layers keep.
+"""Bytes of one card, item by item, for the rank that needs most (parallel.md 4.2). Counts of
+weights are exact, activations are counted from what the layers keep.
 
-Legend: D hidden, N/K query/key-value channels, I expert width, V vocabulary; `share` = 1 / tensor degree. Refuses to know: seconds, which layout is best.
+Legend: D hidden, N/K query/key-value channels, I expert width, V vocabulary; `share` = 1 / tensor
+degree. Refuses to know: seconds, which layout is best.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.segments import bounds_of
 from ernie_tune.plan.weights import EXPERT, TENSOR, Held, held
 
-# What the code keeps, in its own constants (a test holds them together): exponentials of scores for the backward of the loss, and attention
-# probabilities (CPU only; the flash kernel keeps none), while they are smaller; scores are made in chunks.
+# What the code keeps, in its own constants (a test holds them together): exponentials of scores for
+# the backward of the loss, and attention probabilities (CPU only; the flash kernel keeps none),
+# while they are smaller; scores are made in chunks.
 LOSS_KEEP_BYTES = 512 * 2**20
 LOSS_CHUNK_BYTES = 16 * 2**20
 PROBS_KEEP_BYTES = 256 * 2**20
@@ -26,8 +29,9 @@ IMBALANCE = 1.3
 # CUDA context and communicators; what the allocator loses (parallel.md 4.2).
 CONTEXT_BYTES = 4 * GB
 FRAGMENTATION = 0.05
-# Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the share of activations that glibc's heap loses in holes, into
-# which gradients then fit; and the share of the loss's memory that the layers' backward uses again.
+# Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the
+# share of activations that glibc's heap loses in holes, into which gradients then fit; and the
+# share of the loss's memory that the layers' backward uses again.
 PROCESS_BYTES = 0.37 * GB
 CPU_FRAGMENTATION = 0.26
 CPU_REUSE = 0.5
@@ -53,7 +57,9 @@ ITEMS = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by item (names of `ITEMS`) of the rank that needs most: one of pipeline stage `stage`; and of main memory, for offloaded states, a machine."""
+    """Bytes by item (names of `ITEMS`) of the rank that needs most: one of pipeline stage `stage`;
+    and of main memory, for offloaded states, a machine.
+    """
 
     items: Mapping[str, float]
     stage: int = 0
@@ -75,7 +81,9 @@ def memory(job: Job, layout: Layout, card: Card) -> Memory:
 
 
 def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
-    """The decoder layers of each pipeline stage: equal runs unless the layout says where to cut, dealt out in turn when a rank holds several."""
+    """The decoder layers of each pipeline stage: equal runs unless the layout says where to cut,
+    dealt out in turn when a rank holds several.
+    """
     chunks = layout.pipeline * layout.virtual
     bounds = [chunk * layers // chunks for chunk in range(chunks + 1)]
     if layout.segments and layout.pipeline > 1:  # among items, of which the embedding is the first
@@ -87,7 +95,9 @@ def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
 
 
 def _places(job: Job, layout: Layout, stage: int) -> set[str]:
-    """What a rank of this stage holds. The tower is on every rank (parallel.md 1.6); a tied embedding on the first and the last stage."""
+    """What a rank of this stage holds. The tower is on every rank (parallel.md 1.6); a tied
+    embedding on the first and the last stage.
+    """
     places = {f"layers.{i}" for i in stage_layers(job.model.num_hidden_layers, layout)[stage]} | {"vision_model"}
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
@@ -128,9 +138,12 @@ def _of_stage(job: Job, layout: Layout, card: Card, stage: int) -> tuple[dict[st
 
 
 def _states(items: dict[str, float], mine: list[Held], job: Job, layout: Layout, card: Card) -> float:
-    """Weights, gradients and optimizer states of one rank; returns the bytes that go to main memory instead."""
+    """Weights, gradients and optimizer states of one rank; returns the bytes that go to main memory
+    instead.
+    """
     wide = job.element_bytes
-    # Fleet accumulates in float32 beside the weights; one process accumulates in the weights' own format.
+    # Fleet accumulates in float32 beside the weights; one process accumulates in the weights' own
+    # format.
     gradient = job.gradient_bytes or (4 if layout.world > 1 else wide)
     offloaded = 0.0
     for h in mine:
@@ -163,14 +176,17 @@ class _Activations:
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
         self.wide = job.element_bytes
         self.share = 1 / layout.tensor
-        # Tokens whose hidden states a rank holds: its slice under sequence parallelism, else all of the micro-batch.
+        # Tokens whose hidden states a rank holds: its slice under sequence parallelism, else all of
+        # the micro-batch.
         self.local = job.tokens * (self.share if layout.sequence_parallel else 1)
         self.in_flight: float = min(job.accumulation, layout.pipeline - stage)
         if layout.virtual > 1:
             self.in_flight *= 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual)
 
     def attention(self) -> float:
-        """Input and normed input; rotated pairs in float32; queries, keys and values as attention keeps them; its output."""
+        """Input and normed input; rotated pairs in float32; queries, keys and values as attention
+        keeps them; its output.
+        """
         m, tokens = self.job.model, self.job.tokens
         query, key = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
         hidden = 2 * self.local * m.hidden_size + self._gathered()
@@ -178,11 +194,15 @@ class _Activations:
         return self.wide * (hidden + heads) + 4 * tokens * self.share * (query + key) + self._probabilities()
 
     def _gathered(self) -> float:
-        """Values of hidden states that sequence parallelism gathers before a column layer and before the sum after a row layer."""
+        """Values of hidden states that sequence parallelism gathers before a column layer and
+        before the sum after a row layer.
+        """
         return 2 * self.job.tokens * self.job.model.hidden_size if self.layout.sequence_parallel else 0.0
 
     def _probabilities(self) -> float:
-        """Blocks of the causal half of attention's exponentials, kept on a CPU while they are small."""
+        """Blocks of the causal half of attention's exponentials, kept on a CPU while they are
+        small.
+        """
         if not self.card.is_cpu:
             return 0.0
         rows, length = self.job.tokens / self.job.row_tokens, self.job.row_tokens
@@ -198,20 +218,24 @@ class _Activations:
         )
 
     def mlp(self, layer: int) -> float:
-        """Input and normed input; then gate, up, their product and what the product needs, of the dense, shared and chosen experts' layers."""
+        """Input and normed input; then gate, up, their product and what the product needs, of the
+        dense, shared and chosen experts' layers.
+        """
         m, moe = self.job.model, self.job.model.moe
         hidden = 2 * self.local * m.hidden_size
         if moe is None or not m.is_moe_layer(layer):
             return self.wide * (hidden + self._gathered() + 4 * self.job.tokens * self.share * m.intermediate_size)
         shared = 4 * self.job.tokens * self.share * moe.shared_intermediate_size
-        exchanged = 2 if self.layout.expert > 1 else 0  # dispatched rows arrive in buffers of their own, and go back so
+        # dispatched rows arrive in buffers of their own, and go back so
+        exchanged = 2 if self.layout.expert > 1 else 0
         uneven = IMBALANCE if self.layout.expert > 1 else 1.0
         visual = self.job.visual_tokens
         routed = 0.0
         for tokens, inner in zip((self.job.tokens - visual, visual), (*moe.intermediate_size, 0), strict=False):
             rows = uneven * moe.top_k * tokens * self.share
             routed += rows * ((2 + exchanged) * m.hidden_size + 4 * inner)
-        router = 4 * 5 * self.local * moe.num_experts  # logits, probabilities and their gradients, float32
+        # logits, probabilities and their gradients, float32
+        router = 4 * 5 * self.local * moe.num_experts
         return self.wide * (hidden + shared + routed) + router
 
     def kept(self) -> float:
@@ -230,7 +254,9 @@ class _Activations:
         return saved * self.in_flight + rope
 
     def working(self) -> float:
-        """The layer that is recomputed: kept parts of both halves, and the gradients of the larger (parallel.md 4.2). Without recompute only the latter."""
+        """The layer that is recomputed: kept parts of both halves, and the gradients of the larger
+        (parallel.md 4.2). Without recompute only the latter.
+        """
         if not self.layers:
             return 0.0
         halves = [(self.attention(), self.mlp(i)) for i in {self.layers[0], self.layers[-1]}]
@@ -239,7 +265,9 @@ class _Activations:
         return max(max(pair) for pair in halves)
 
     def loss(self) -> float:
-        """Exponentials kept for the backward, a chunk of scores, hidden states and their gradient, and the head's gradient in float32."""
+        """Exponentials kept for the backward, a chunk of scores, hidden states and their gradient,
+        and the head's gradient in float32.
+        """
         if not self.last or self.job.stage == "RM":
             return 0.0
         m, targets = self.job.model, self.job.tokens - self.job.visual_tokens
@@ -253,12 +281,15 @@ class _Activations:
         return kept + 2 * LOSS_CHUNK_BYTES + targets * m.hidden_size * (2 * self.wide + 4) + head
 
     def vision(self) -> float:
-        """The tower on this rank's share of the pictures (balanced over pipeline ranks, parallel.md 1.6), and the features on the first stage."""
+        """The tower on this rank's share of the pictures (balanced over pipeline ranks, parallel.md
+        1.6), and the features on the first stage.
+        """
         v = self.job.model.vision
         if v is None or not self.job.visual_tokens:
             return 0.0
         mine = self.job.visual_tokens * v.spatial_merge_size**2 / self.layout.pipeline
-        # Two norms with their inputs, queries, keys and values twice, attention's output, three of the MLP's width; rotation in float32.
+        # Two norms with their inputs, queries, keys and values twice, attention's output, three of
+        # the MLP's width; rotation in float32.
         block = mine * (self.wide * (8 * v.hidden_size + 3 * v.intermediate_size) + 4 * 4 * v.hidden_size)
         probabilities = mine * PICTURE_PATCHES * v.num_heads * self.wide if self.card.is_cpu else 0.0
         block += probabilities if probabilities <= PROBS_KEEP_BYTES else 0.0
@@ -268,7 +299,8 @@ class _Activations:
             self.job.visual_tokens * self.wide * (12 * merged + 2 * self.job.model.hidden_size) if self.first else 0.0
         )
         if not self.job.full or "freeze_vision" in self.job.freeze:
-            return rope + block / 2 + features  # without a graph about half of a block lives at once
+            # without a graph about half of a block lives at once
+            return rope + block / 2 + features
         saved = mine * self.wide * v.hidden_size if self.job.recompute else block
         return rope + saved * v.depth + block + features
 

@@ -1,4 +1,5 @@
-"""The fastest layout that fits on given cards; and where none fits, the smallest changes of the settings with which one would.
+"""The fastest layout that fits on given cards; and where none fits, the smallest changes of the
+settings with which one would.
 
 Refuses to know: how memory and time are counted, how results are shown.
 """
@@ -49,7 +50,9 @@ def plan(job: Job, layout: Layout, card: Card, products: float | None = None) ->
 
 
 def plans(job: Job, card: Card, cards: int, *, offload: bool = False) -> list[Plan]:
-    """Every legal layout on `cards` cards: those that fit with room first, then by speed; those that do not fit by how much they lack."""
+    """Every legal layout on `cards` cards: those that fit with room first, then by speed; those
+    that do not fit by how much they lack.
+    """
     layouts = legal_layouts(job.model, cards, accumulation=job.accumulation)
     found = [plan(job, replace(layout, offload=offload), card) for layout in layouts]
     return sorted(
@@ -64,7 +67,9 @@ def best(job: Job, card: Card, cards: int) -> Plan:
 
 
 def smallest(job: Job, card: Card) -> Plan:
-    """`best` on the fewest cards, a power of two, where something fits; on the most, where nothing does."""
+    """`best` on the fewest cards, a power of two, where something fits; on the most, where nothing
+    does.
+    """
     last = None
     for cards in CARD_COUNTS[: 1 if card.is_cpu else None]:
         last = best(job, card, cards)
@@ -118,7 +123,9 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
 
 
 def changes_that_fit(job: Job, card: Card, cards: int, offload: bool = False, count: int = 3) -> list[tuple[str, ...]]:
-    """Up to `count` sets of at most three changes with which the job fits some layout, smaller sets first, none containing another."""
+    """Up to `count` sets of at most three changes with which the job fits some layout, smaller sets
+    first, none containing another.
+    """
     found: list[tuple[str, ...]] = []
     one = [c.text for c in _changes(job, cards, offload)]
     # Layouts that lack least stand for all where several changes are combined.

@@ -1,5 +1,7 @@
-"""Where a pipeline is cut, as users write it (`pp_seg_method`) -> the first item of every part. Items are counted as in the official recipes: embedding,
-decoder layers, norm, head; 31 for 28 layers, 57 for 54. Refuses to know: paddle, what an item costs (the default, a balanced cut, is not made here).
+"""Where a pipeline is cut, as users write it (`pp_seg_method`) -> the first item of every part.
+Items are counted as in the official recipes: embedding, decoder layers, norm, head; 31 for 28
+layers, 57 for 54. Refuses to know: paddle, what an item costs (the default, a balanced cut, is not
+made here).
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from collections.abc import Sequence
 
 from ernie_tune.config.language import say
 
-_LAYER = "DecoderLayer"  # in the class names of all ports: Ernie4_5_DecoderLayer, Ernie4_5_VLMoeDecoderLayer, ...
+# in the class names of all ports: Ernie4_5_DecoderLayer, Ernie4_5_VLMoeDecoderLayer, ...
+_LAYER = "DecoderLayer"
 
 
 def bounds_of(method: Sequence[str], layers: int, parts: int) -> tuple[int, ...]:
     """First items of the parts and the number of items, or () for a cut balanced by cost.
 
-    `method`: empty; `uniform` (as many items each; the last ones have one more where it does not divide); `layer:...DecoderLayer...` (as many decoder
-    layers each); first items from 0 on, with or without the end ([0, 13, 31]); or numbers of decoder layers ([12, 16]). Raises ValueError for others.
+    `method`: empty; `uniform` (as many items each; the last ones have one more where it does not
+    divide); `layer:...DecoderLayer...` (as many decoder layers each); first items from 0 on, with
+    or without the end ([0, 13, 31]); or numbers of decoder layers ([12, 16]). Raises ValueError for
+    others.
     """
     words = [word.strip(" []") for word in method]
     items = layers + 3
@@ -97,5 +102,7 @@ def _near(layers: int, parts: int) -> list[int]:
 
 
 def _after(counts: Sequence[int], items: int) -> tuple[int, ...]:
-    """Bounds from numbers of layers: the embedding goes with the first, norm and head with the last."""
+    """Bounds from numbers of layers: the embedding goes with the first, norm and head with the
+    last.
+    """
     return (0, *(1 + n for n in itertools.accumulate(counts[:-1])), items)

@@ -1,4 +1,5 @@
-"""The table of launch/README.md: what the two released models need on 8 to 64 cards of 80 GB, beside what their makers ask for.
+"""The table of launch/README.md: what the two released models need on 8 to 64 cards of 80 GB,
+beside what their makers ask for.
 
 Refuses to know: how anything is counted. A test compares the file with what this prints.
 """

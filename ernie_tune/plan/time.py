@@ -1,6 +1,8 @@
-"""Seconds of a step: arithmetic, communication, pipeline bubble, optimizer (parallel.md 5). No overlap is assumed, text and pictures as the job says.
+"""Seconds of a step: arithmetic, communication, pipeline bubble, optimizer (parallel.md 5). No
+overlap is assumed, text and pictures as the job says.
 
-A prediction from published speeds, not a measurement; parallel.md 5.4 expects 60 to 75 % of such figures until kernels are fused.
+A prediction from published speeds, not a measurement; parallel.md 5.4 expects 60 to 75 % of such
+figures until kernels are fused.
 Refuses to know: which layout is best (search.py).
 """
 
@@ -22,8 +24,10 @@ _LATENCY_SHARE = 0.2  # of a pipeline transfer that is not hidden behind the nex
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step and what they are made of. `compute`, `communication`: of one micro-batch on one rank. `flops`: of the model for the
-    tokens of a step, 6 a parameter and token, whatever is recomputed; `mfu`: their share of the cards' peak."""
+    """Seconds of one optimizer step and what they are made of. `compute`, `communication`: of one
+    micro-batch on one rank. `flops`: of the model for the tokens of a step, 6 a parameter and
+    token, whatever is recomputed; `mfu`: their share of the cards' peak.
+    """
 
     seconds: float
     compute: float
@@ -40,7 +44,9 @@ class StepTime:
 
 
 def flops_per_token(job: Job, *, visual: bool = False) -> float:
-    """Of forward and backward, by the 6 N + 6 s N_q L rule (parallel.md 5.1; causal attention is half). The head works on text tokens."""
+    """Of forward and backward, by the 6 N + 6 s N_q L rule (parallel.md 5.1; causal attention is
+    half). The head works on text tokens.
+    """
     m = job.model
     head = 0 if visual else m.vocab_size * m.hidden_size
     attention = 6 * job.row_tokens * m.num_attention_heads * m.head_dim * m.num_hidden_layers
@@ -48,20 +54,25 @@ def flops_per_token(job: Job, *, visual: bool = False) -> float:
 
 
 def efficiency(job: Job, layout: Layout) -> float:
-    """Share of the peak that products reach: 0.45 for experts 1536 wide and 8,192 tokens, more for wider experts and longer micro-batches (parallel.md 5.4)."""
+    """Share of the peak that products reach: 0.45 for experts 1536 wide and 8,192 tokens, more for
+    wider experts and longer micro-batches (parallel.md 5.4).
+    """
     width = job.model.moe.intermediate_size[0] if job.model.moe else job.model.intermediate_size
     grown = 0.45 + 0.05 * math.log(job.tokens / 8192, 4) + 0.082 * math.log2(width / 1536)
     return min(0.62, max(0.2, grown))
 
 
 def step_time(job: Job, layout: Layout, card: Card, products: float | None = None) -> StepTime | None:
-    """Predicted time of one optimizer step; None for a card whose speed is not known. `products`: share of the peak that products reach."""
+    """Predicted time of one optimizer step; None for a card whose speed is not known. `products`:
+    share of the peak that products reach.
+    """
     if not card.peak_flops:
         return None
     share = job.visual_tokens / job.tokens
     model_flops = (1 - share) * flops_per_token(job) + share * flops_per_token(job, visual=True)
     rate = card.peak_flops * (efficiency(job, layout) if products is None else products)
-    # Passes over the weights, in forwards: 3 for training, one more for recompute, one less where the weights themselves get no gradient.
+    # Passes over the weights, in forwards: 3 for training, one more for recompute, one less where
+    # the weights themselves get no gradient.
     passes = 2 + int(job.full) + int(job.recompute)
     reference = 1 if job.reference != "none" else 0
     compute = job.tokens * model_flops / 3 * (passes + reference) / (layout.tensor * layout.pipeline) / rate
@@ -101,7 +112,9 @@ def _link(ranks: int, card: Card) -> float:
 
 
 def _communication(job: Job, layout: Layout, card: Card, passes: int) -> float:
-    """Of one micro-batch on one rank (parallel.md 5.2): gathers and scatters around attention, experts' all-to-all, pipeline transfers."""
+    """Of one micro-batch on one rank (parallel.md 5.2): gathers and scatters around attention,
+    experts' all-to-all, pipeline transfers.
+    """
     m, t, e = job.model, layout.tensor, layout.expert
     layers = m.num_hidden_layers / layout.pipeline
     hidden = job.tokens * m.hidden_size * _WIRE_BYTES
@@ -116,12 +129,15 @@ def _expanding(job: Job, layout: Layout, card: Card) -> float:
     """Of one pass: quantised experts become plain ones and are read again."""
     if job.quantize == "none" or job.model.moe is None:
         return 0.0
-    values = parameter_count(job.model, "layers.") - job.model.num_hidden_layers  # nearly all of them experts'
+    # nearly all of them experts'
+    values = parameter_count(job.model, "layers.") - job.model.num_hidden_layers
     return values / (layout.pipeline * layout.expert) * 2.5 / card.memory_rate
 
 
 def _vision_flops(job: Job) -> float:
-    """Of the tower on a micro-batch's pictures, of usual size: a forward; trained, one more without a graph and a backward (parallel.md 1.6)."""
+    """Of the tower on a micro-batch's pictures, of usual size: a forward; trained, one more without
+    a graph and a backward (parallel.md 1.6).
+    """
     v = job.model.vision
     if v is None:
         return 0.0
@@ -138,7 +154,9 @@ def _trained_here(job: Job, layout: Layout) -> float:
 
 
 def _replicas(job: Job, layout: Layout, card: Card) -> float:
-    """Gradients in float32 are reduced over the replicas and new weights gathered: 6 bytes a value."""
+    """Gradients in float32 are reduced over the replicas and new weights gathered: 6 bytes a
+    value.
+    """
     n = layout.replicas
     if n == 1:
         return 0.0

@@ -1,6 +1,8 @@
-"""What each place of a model (embedding, a decoder layer, ..., the vision tower) holds, summed by how tensor and expert parallelism cut it.
+"""What each place of a model (embedding, a decoder layer, ..., the vision tower) holds, summed by
+how tensor and expert parallelism cut it.
 
-Counted from `parameter_specs`, so exactly. Refuses to know: stages of a pipeline, optimizers (memory.py).
+Counted from `parameter_specs`, so exactly. Refuses to know: stages of a pipeline, optimizers
+(memory.py).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ WHOLE, TENSOR, EXPERT = (
     "tensor",
     "expert",
 )  # on every rank; cut over tensor ranks; over the ranks of the experts
-# What `models.ernie.PLAN` cuts, by the kind of cut that a matrix [in, out] gets. A test holds the two together.
+# What `models.ernie.PLAN` cuts, by the kind of cut that a matrix [in, out] gets. A test holds the
+# two together.
 _COLUMN = re.compile(r"layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(shared_experts\.)?(gate|up)_proj)")
 _ROW = re.compile(r"layers\.\d+\.(self_attn\.o_proj|mlp\.(shared_experts\.)?down_proj)")
 _EXPERTS = re.compile(r"layers\.\d+\.mlp\.(text|vision)_experts\.")
@@ -34,7 +37,9 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Held:
-    """One place and one kind of cut: bytes of the base's weights, values that are trained in it, those of adapters, those of them with a master copy."""
+    """One place and one kind of cut: bytes of the base's weights, values that are trained in it,
+    those of adapters, those of them with a master copy.
+    """
 
     place: str  # "embed_tokens", "layers.7", "norm", "lm_head", "vision_model", "resampler_model"
     cut: str
@@ -74,7 +79,9 @@ def held(job: Job) -> tuple[Held, ...]:
 
 
 def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
-    """Bytes of one parameter as the job stores it, scales of a quantised one included. ValueError for a format that does not exist."""
+    """Bytes of one parameter as the job stores it, scales of a quantised one included. ValueError
+    for a format that does not exist.
+    """
     plain = spec.size * (4 if spec.float32 else job.element_bytes)
     if job.quantize == "none":
         return plain
@@ -110,7 +117,9 @@ def adapters(job: Job) -> Iterator[tuple[str, str, int]]:
 
 
 def _lora(job: Job) -> Iterator[tuple[str, str, int]]:
-    """Low-rank factors A [in, r] and B [r, out]: in a column layer B is cut and A whole, in a row layer the other way round (parallel.md 4.2)."""
+    """Low-rank factors A [in, r] and B [r, out]: in a column layer B is cut and A whole, in a row
+    layer the other way round (parallel.md 4.2).
+    """
     lora, specs = job.lora, parameter_specs(job.model)
     if lora is None:
         return
@@ -144,7 +153,9 @@ def base_bytes(job: Job) -> float:
 
 @lru_cache(maxsize=16)
 def active_values(model: ModelConfig, visual: bool) -> int:
-    """Parameters that one token passes through: the decoder with the chosen experts of its modality, without embedding, head and towers (parallel.md 5.1)."""
+    """Parameters that one token passes through: the decoder with the chosen experts of its
+    modality, without embedding, head and towers (parallel.md 5.1).
+    """
     total = 0.0
     own = MODALITIES[int(visual)]
     for name, spec in parameter_specs(model).items():

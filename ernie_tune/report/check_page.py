@@ -1,4 +1,5 @@
-"""The page of `data check`: what was found, rows with their pictures, and how the data are spread. One file, of `html.py`'s kit.
+"""The page of `data check`: what was found, rows with their pictures, and how the data are spread.
+One file, of `html.py`'s kit.
 
 Refuses to know: how things were found, terminals, paddle.
 """
@@ -19,7 +20,8 @@ from ernie_tune.data.records import DataError, Message, Record
 from ernie_tune.report import html
 from ernie_tune.report.pages import without_tags
 
-SAMPLED_ROWS, HELD_OUT_ROWS = 12, 4  # rows shown of all training files together, and of those held out
+# rows shown of all training files together, and of those held out
+SAMPLED_ROWS, HELD_OUT_ROWS = 12, 4
 _FLAGGED_ROWS = 3  # findings of one kind that are shown with their row
 _ROLES = {
     "system": say("System", "系统"),
@@ -33,7 +35,9 @@ _SEVERITY = {"error": say("error", "错误"), "warning": say("warning", "警告"
 
 @dataclass
 class _Rows:
-    """Rows that the page shows: some drawn evenly from each file, and those that something was found in."""
+    """Rows that the page shows: some drawn evenly from each file, and those that something was
+    found in.
+    """
 
     sampled: list[tuple[DataFile, Record]]
     flagged: dict[tuple[str, int], Record | DataError | Mapping[str, Any]]

@@ -1,13 +1,15 @@
 """Which way is better for each number that a run measures: one table for pages, tables and colours.
 
-Refuses to know: values, where they are shown. A number that is not in the table is neither good nor bad news.
+Refuses to know: values, where they are shown. A number that is not in the table is neither good nor
+bad news.
 """
 
 from __future__ import annotations
 
 _MORE = 1
 _LESS = -1
-# Full names win over the part before their first slash: `rewards/rejected` over `rewards`, `accuracy` for `accuracy/charts`.
+# Full names win over the part before their first slash: `rewards/rejected` over `rewards`,
+# `accuracy` for `accuracy/charts`.
 BETTER = {
     **dict.fromkeys(
         (
@@ -28,7 +30,9 @@ BETTER = {
 
 
 def better(name: str) -> int:
-    """1 where more is better, -1 where less is, 0 where neither can be said. `eval_` and `train_` before a name, and a part after it, do not count."""
+    """1 where more is better, -1 where less is, 0 where neither can be said. `eval_` and `train_`
+    before a name, and a part after it, do not count.
+    """
     for prefix in ("eval_", "train_"):
         name = name.removeprefix(prefix)
     found = BETTER.get(name, BETTER.get(name.partition("/")[0], 0))
@@ -36,7 +40,9 @@ def better(name: str) -> int:
 
 
 def gain(name: str, before: float | None, after: float | None, digits: int = 4) -> int:
-    """1 where the step from `before` to `after` is good news, -1 where bad, 0 where it is none: equal to `digits` decimals, unknown, or neutral."""
+    """1 where the step from `before` to `after` is good news, -1 where bad, 0 where it is none:
+    equal to `digits` decimals, unknown, or neutral.
+    """
     if before is None or after is None:
         return 0
     change = round(after - before, digits)

@@ -1,7 +1,10 @@
-"""The kit of all pages: one frame with its colours (light and dark, as the system asks), a switch between English and Chinese, tables, pictures, clips.
+"""The kit of all pages: one frame with its colours (light and dark, as the system asks), a switch
+between English and Chinese, tables, pictures, clips.
 
-A page needs no network and no script library, and stays readable without scripts. Everything lies in one element with its own class, so that a page shown
-inside a notebook leaves the notebook's style alone. Everything that comes from data is escaped. Refuses to know: what a page tells, models, paddle.
+A page needs no network and no script library, and stays readable without scripts. Everything lies
+in one element with its own class, so that a page shown inside a notebook leaves the notebook's
+style alone. Everything that comes from data is escaped. Refuses to know: what a page tells, models,
+paddle.
 """
 
 from __future__ import annotations
@@ -82,7 +85,9 @@ def _cell(cell: str | Cell) -> str:
 
 
 def bars(counts: Sequence[tuple[str, int]]) -> str:
-    """A horizontal bar for each count, its label before and its number behind it; as wide as the screen lets it."""
+    """A horizontal bar for each count, its label before and its number behind it; as wide as the
+    screen lets it.
+    """
     highest = max((count for _, count in counts), default=0) or 1
     rows = "".join(
         f'<div class=bar><span title="{escape(label)}">{escape(label)}</span>'
@@ -94,13 +99,17 @@ def bars(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def media(pictures: Sequence[Picture], clips: Sequence[Clip], files: Path | None, small: bool = False) -> str:
-    """Pictures, then clips. `files`: the folder beside the page to which large pictures are copied; None, or `small`: they are drawn smaller instead."""
+    """Pictures, then clips. `files`: the folder beside the page to which large pictures are copied;
+    None, or `small`: they are drawn smaller instead.
+    """
     shown = [picture(p, files, small) for p in pictures]
     return "".join([*shown, *(clip(c, files, small) for c in clips)])
 
 
 def picture(source: Picture, files: Path | None, small: bool = False) -> str:
-    """An <img>, or a box with the name of what cannot be shown: missing files, videos, web addresses."""
+    """An <img>, or a box with the name of what cannot be shown: missing files, videos, web
+    addresses.
+    """
     if isinstance(source, str) and source.startswith("data:image/"):
         return _image(source)
     file = Path(source) if isinstance(source, str | Path) else None
@@ -122,7 +131,9 @@ def picture(source: Picture, files: Path | None, small: bool = False) -> str:
 
 
 def clip(source: Clip, files: Path | None, small: bool = False) -> str:
-    """A small animation moves; of other clips the first, the middle and the last frame are shown side by side, of what cannot be opened the name."""
+    """A small animation moves; of other clips the first, the middle and the last frame are shown
+    side by side, of what cannot be opened the name.
+    """
     if isinstance(source, tuple):
         chosen = [source[i] for i in _spread(len(source))]
         return f"<div class=clip>{''.join(picture(frame, files, small) for frame in chosen)}</div>" if chosen else ""

@@ -12,7 +12,9 @@ _SEEN = ("steps", "num_tokens", "seconds")
 
 
 class Interval:
-    """`add` each step, `take` a line's values; also the mean loss of the whole run. States go into a checkpoint, so that a resumed run says the same."""
+    """`add` each step, `take` a line's values; also the mean loss of the whole run. States go into
+    a checkpoint, so that a resumed run says the same.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}  # name -> [total, steps that had it]
@@ -30,7 +32,9 @@ class Interval:
         self._run = [self._run[0] + loss, self._run[1] + 1]
 
     def take(self) -> dict[str, float]:
-        """Mean loss and metrics a step, `tokens_per_second` and `interval_runtime` (seconds) since the last call."""
+        """Mean loss and metrics a step, `tokens_per_second` and `interval_runtime` (seconds) since
+        the last call.
+        """
         means = {name: total / count for name, (total, count) in self._sums.items()}
         seconds = self._seen["seconds"]
         speed = self._seen["num_tokens"] / seconds if seconds else 0.0

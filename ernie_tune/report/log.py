@@ -1,8 +1,11 @@
-"""What a run writes down while it goes: trainer_log.jsonl, metrics.csv, trainer_state.json, *_results.json, and the lines of the console.
+"""What a run writes down while it goes: trainer_log.jsonl, metrics.csv, trainer_state.json,
+*_results.json, and the lines of the console.
 
-A record is one flat JSON object with `step` and `epoch`; the list of all records is HF's `log_history`. The jsonl is the source: it is appended to
-and flushed record by record, so a killed run loses at most the line it was writing; the csv and the state are made from it.
-Numbers that JSON cannot hold (nan, inf) are written as null. Refuses to know: what the numbers mean, bars, plots, paddle.
+A record is one flat JSON object with `step` and `epoch`; the list of all records is HF's
+`log_history`. The jsonl is the source: it is appended to and flushed record by record, so a killed
+run loses at most the line it was writing; the csv and the state are made from it.
+Numbers that JSON cannot hold (nan, inf) are written as null. Refuses to know: what the numbers
+mean, bars, plots, paddle.
 Sources: ecosystem.md 4.5 (files), 4.6 (lines).
 """
 
@@ -34,7 +37,9 @@ _FOR_FILES = ("interval_runtime", "max_memory_gib", "remaining_time")  # a bar o
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed. Raises OSError with the file's name; nothing is left then."""
+    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed. Raises
+    OSError with the file's name; nothing is left then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
     try:
@@ -47,7 +52,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON: numpy scalars become Python numbers, nan and inf None, paths text. Raises ValueError for anything else, e.g. a tensor."""
+    """A value as strict JSON: numpy scalars become Python numbers, nan and inf None, paths text.
+    Raises ValueError for anything else, e.g. a tensor.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -73,7 +80,9 @@ def stamp(message: str, level: str = "INFO", now: datetime | None = None) -> str
 
 
 def number(name: str, value: Any) -> str:
-    """Rates with four digits, counts whole, the rest with four decimals; small numbers keep their digits."""
+    """Rates with four digits, counts whole, the rest with four decimals; small numbers keep their
+    digits.
+    """
     value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
@@ -85,7 +94,9 @@ def number(name: str, value: Any) -> str:
 
 
 def console_line(step: int, values: Mapping[str, Any], epoch: float) -> str:
-    """`loss: …, learning_rate: …, global_step: …, …, progress_or_epoch: …`, the line that users grep for."""
+    """`loss: …, learning_rate: …, global_step: …, …, progress_or_epoch: …`, the line that users
+    grep for.
+    """
     head = [name for name in ("loss", "learning_rate") if name in values]
     ordered = {name: values[name] for name in head} | {"global_step": step} | dict(values)
     ordered["progress_or_epoch"] = float(epoch)
@@ -129,8 +140,9 @@ def metrics_table(split: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """`***** eval metrics *****` and a line a number: before training, after it, and the change, in the order of measuring. What says the same as a line
-    above it is left out."""
+    """`***** eval metrics *****` and a line a number: before training, after it, and the change, in
+    the order of measuring. What says the same as a line above it is left out.
+    """
     lines: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for name, value in after.items():
         old = before.get(name)
@@ -138,7 +150,8 @@ def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, 
         mark = {1: "+", -1: "-", 0: " "}[gain(name, old, value)] if change is not None else " "
         moved = "" if change is None else f"{round(change, 4) + 0.0:+.4f}"
         cells = (name, "" if old is None else number(name, old), number(name, value), moved, mark)
-        # two scores that agree before and after are one to the reader; a first value that nothing repeats is kept
+        # two scores that agree before and after are one to the reader; a first value that nothing
+        # repeats is kept
         lines.setdefault((old, value, better(name)) if change is not None else (name,), cells)
     rows = list(lines.values())
     heads = ("", str(say("before", "训练前")), str(say("after", "训练后")), str(say("change", "变化")))
@@ -161,7 +174,8 @@ def _is_number(value: Any) -> bool:
 
 
 def read_log(path: Path) -> tuple[History, int]:
-    """The records of a trainer_log.jsonl and the number of bytes they fill: a last line that a kill cut short is left out of both.
+    """The records of a trainer_log.jsonl and the number of bytes they fill: a last line that a kill
+    cut short is left out of both.
 
     Raises ValueError for a broken line elsewhere.
     """
@@ -183,10 +197,12 @@ def read_log(path: Path) -> tuple[History, int]:
 
 
 class RunLog:
-    """The records of one run and the files made of them. Ranks other than the main one keep the records and write nothing.
+    """The records of one run and the files made of them. Ranks other than the main one keep the
+    records and write nothing.
 
-    `resume_step` None starts anew: an older log in the folder is kept under another name. Otherwise the records up to that step stay and later
-    ones, which the resumed run will make again, go. `history` is the checkpoint's log_history, used where the folder has no log.
+    `resume_step` None starts anew: an older log in the folder is kept under another name. Otherwise
+    the records up to that step stay and later ones, which the resumed run will make again, go.
+    `history` is the checkpoint's log_history, used where the folder has no log.
     """
 
     def __init__(
@@ -216,8 +232,10 @@ class RunLog:
             self._rewrite_csv()
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float, silent: bool = False) -> dict[str, Any]:
-        """Add a record, write it to both files and print its line, but for what only files need; returns the record. Names in `values` are HF's: loss,
-        learning_rate, eval_loss… `silent`: print nothing, since a bar shows it."""
+        """Add a record, write it to both files and print its line, but for what only files need;
+        returns the record. Names in `values` are HF's: loss, learning_rate, eval_loss… `silent`:
+        print nothing, since a bar shows it.
+        """
         record = {"epoch": round(float(epoch), 6), "step": int(step), **plain(values)}
         self.history.append(record)
         if self.is_main:
@@ -230,8 +248,9 @@ class RunLog:
         return record
 
     def _add(self, name: str, add: Callable[[], None], rewrite: Callable[[], None]) -> None:
-        """Write a record to a file. A file that cannot be written is told of once and does not end the training; when it can be, it gets all that it has
-        missed."""
+        """Write a record to a file. A file that cannot be written is told of once and does not end
+        the training; when it can be, it gets all that it has missed.
+        """
         try:
             (rewrite if name in self._behind else add)()
         except OSError as error:
@@ -272,8 +291,9 @@ class RunLog:
     def results(
         self, split: str, values: Mapping[str, Any], epoch: float, before: Mapping[str, Any] | None = None
     ) -> None:
-        """Write `<split>_results.json`, add the values to `all_results.json` and print their table, beside what they were `before`. `epoch` appears under
-        HF's and Paddle's name."""
+        """Write `<split>_results.json`, add the values to `all_results.json` and print their table,
+        beside what they were `before`. `epoch` appears under HF's and Paddle's name.
+        """
         measured = values
         values = {"epoch": float(epoch), "progress_or_epoch": float(epoch), **values}
         if not self.is_main:
@@ -289,7 +309,8 @@ class RunLog:
             self.info(line)
 
     def state(self, step: int, epoch: float, **fields: Any) -> dict[str, Any]:
-        """The content of trainer_state.json: HF's field names, those given in `fields` (max_steps, best_metric…) and the full log_history.
+        """The content of trainer_state.json: HF's field names, those given in `fields` (max_steps,
+        best_metric…) and the full log_history.
 
         Raises ValueError for a name that HF's file does not have.
         """

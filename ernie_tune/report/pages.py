@@ -1,6 +1,8 @@
-"""What a run shows afterwards: a page of held-out rows before and after training, and the model card.
+"""What a run shows afterwards: a page of held-out rows before and after training, and the model
+card.
 
-The page is of `html.py`'s kit: small pictures are inside it, large ones are copied beside it. Refuses to know: models, how answers were made or scored, paddle.
+The page is of `html.py`'s kit: small pictures are inside it, large ones are copied beside it.
+Refuses to know: models, how answers were made or scored, paddle.
 Sources: ecosystem.md 4.5 (README.md), 5 row 26 (before/after on the same rows).
 """
 
@@ -28,7 +30,9 @@ _PACKAGES = ("ernie-tune", "paddlepaddle", "paddlepaddle-gpu", "numpy", "safeten
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One held-out row. Scores are in [0, 1]: 1 right, 0 wrong, between: partly; None where nothing scored it."""
+    """One held-out row. Scores are in [0, 1]: 1 right, 0 wrong, between: partly; None where nothing
+    scored it.
+    """
 
     question: str
     reference: str
@@ -42,7 +46,9 @@ class ReportRow:
 
     @property
     def change(self) -> str:
-        """fixed, broken, right, wrong, or other where a score is missing or the answers are partly right alike."""
+        """fixed, broken, right, wrong, or other where a score is missing or the answers are partly
+        right alike.
+        """
         if self.before_score is None or self.after_score is None:
             return "other"
         if self.before_score == self.after_score:
@@ -94,8 +100,10 @@ def write_before_after(
     facts: Sequence[tuple[Text, str]] = (),
     links: Mapping[str, Text] | None = None,
 ) -> None:
-    """Write the page to `path`, large pictures to `<stem>_files/` beside it. `confusions`: "before" and "after", where the rows have classes. `facts`: what
-    the run was, in words; `links`: files beside the page that say more."""
+    """Write the page to `path`, large pictures to `<stem>_files/` beside it. `confusions`: "before"
+    and "after", where the rows have classes. `facts`: what the run was, in words; `links`: files
+    beside the page that say more.
+    """
     order = ("broken", "fixed", "wrong", "other", "right")
     counts = {change: sum(row.change == change for row in rows) for change in order}
     radio = '<label class="{0}"><input type="radio" name="f" value="{0}"{1}>{2} <b>{3}</b></label>'
@@ -153,7 +161,9 @@ def _hero(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The table of all scores; what says the same as a line above it is left out. Colours tell good from bad news where that can be told."""
+    """The table of all scores; what says the same as a line above it is left out. Colours tell good
+    from bad news where that can be told.
+    """
     lines: dict[Any, list[str]] = {}
     for name in dict.fromkeys([*before, *after]):
         a, b = before.get(name), after.get(name)
@@ -174,7 +184,9 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 def _confusion(key: str, classes: Confusion) -> str:
-    """Both tables of the classes, in the order a reader looks for them: numbers by size, words by the alphabet."""
+    """Both tables of the classes, in the order a reader looks for them: numbers by size, words by
+    the alphabet.
+    """
     order = sorted(range(len(classes.labels)), key=lambda i: _natural(classes.labels[i]))
     top = max(max(row) for row in classes.counts) or 1
     head = [html.both(_WORDS["gold"]), *(escape(classes.labels[i]) for i in order), html.both(_WORDS["none"])]
@@ -235,7 +247,9 @@ def describe_file(path: Path, rows: int) -> DataFile:
 
 
 def environment() -> dict[str, str]:
-    """Versions that a run depends on: Python, system, packages. Packages that are not installed are left out; nothing is imported."""
+    """Versions that a run depends on: Python, system, packages. Packages that are not installed are
+    left out; nothing is imported.
+    """
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _PACKAGES:
         try:
@@ -247,7 +261,9 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What README.md tells. `arguments` are those that were not left at their defaults; `commands`: purpose -> what to type, in the order of use."""
+    """What README.md tells. `arguments` are those that were not left at their defaults; `commands`:
+    purpose -> what to type, in the order of use.
+    """
 
     name: str
     base_model: str
@@ -257,13 +273,16 @@ class ModelCard:
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
-    changed: Sequence[tuple[int, str]] = ()  # (after which step, what) of a run that went on under other settings
+    # (after which step, what) of a run that went on under other settings
+    changed: Sequence[tuple[int, str]] = ()
     environment: Mapping[str, str] = field(default_factory=environment)
     licence: str = "apache-2.0"
 
 
 def usage(folder: str, adapter: bool) -> dict[str, str]:
-    """Commands for a finished run in `folder`: talk to it, score it again, repeat the run. `adapter`: the folder holds an adapter, no whole model."""
+    """Commands for a finished run in `folder`: talk to it, score it again, repeat the run.
+    `adapter`: the folder holds an adapter, no whole model.
+    """
     settings, again, folder = map(_word_of_shell, (f"{folder}/ernie_tune_args.yaml", f"{folder}-again", folder))
     result = "lora_path" if adapter else "model_name_or_path"
     return {
@@ -274,7 +293,9 @@ def usage(folder: str, adapter: bool) -> dict[str, str]:
 
 
 def model_card(card: ModelCard) -> str:
-    """README.md with the metadata block that model hubs read. Values from data cannot break its tables."""
+    """README.md with the metadata block that model hubs read. Values from data cannot break its
+    tables.
+    """
     front = {"base_model": card.base_model, "library_name": "ernie_tune", "license": card.licence}
     metrics = [
         (name, _number(card.before.get(name)), _number(card.after.get(name)))

@@ -1,6 +1,8 @@
-"""Curves of runs: an SVG page of our own making, a picture through matplotlib where it is installed, a plot in the terminal.
+"""Curves of runs: an SVG page of our own making, a picture through matplotlib where it is
+installed, a plot in the terminal.
 
-Input is `log_history` as `log.py` keeps it: records with `step` and numbers by name. Several runs are drawn over each other.
+Input is `log_history` as `log.py` keeps it: records with `step` and numbers by name. Several runs
+are drawn over each other.
 Refuses to know: files of a run, what a metric means beyond its name, notebooks, paddle.
 """
 
@@ -35,13 +37,16 @@ _HIDDEN_ENDS = (
 _FONT = (
     "system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans','Noto Sans SC','PingFang SC','Microsoft YaHei',sans-serif"
 )
-_WIDTH, _GAP, _TALL, _LOW = 960, 16, 380, 220  # pixels: page, between panels, first panel, the others
+# pixels: page, between panels, first panel, the others
+_WIDTH, _GAP, _TALL, _LOW = 960, 16, 380, 220
 _MOST_POINTS, _FEW = 480, 24
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line. `raw`: the unsmoothed points drawn faintly behind; `marks`: a dot at every point."""
+    """One line. `raw`: the unsmoothed points drawn faintly behind; `marks`: a dot at every
+    point.
+    """
 
     name: str
     points: Sequence[Point]
@@ -64,7 +69,9 @@ def points_of(history: History, name: str) -> list[Point]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Local straight lines through a twenty-fifth of the points to either side (triangular weights): no lag, none at the ends either. 24 points or fewer stay."""
+    """Local straight lines through a twenty-fifth of the points to either side (triangular
+    weights): no lag, none at the ends either. 24 points or fewer stay.
+    """
     if len(points) <= _FEW:
         return list(points)
     half = len(points) // 25 + 2
@@ -78,7 +85,9 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
-    """At most `most` points that look the same: the lowest and highest of each stretch, in order, and both ends."""
+    """At most `most` points that look the same: the lowest and highest of each stretch, in order,
+    and both ends.
+    """
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / (most - 2))
@@ -90,7 +99,9 @@ def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of them."""
+    """Round values (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of
+    them.
+    """
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -108,7 +119,8 @@ def tick_label(value: float) -> str:
 
 
 def panels(runs: Mapping[str, History]) -> list[Panel]:
-    """The loss of all runs first; then, for one run, a panel a family of metrics (`eval_…`, `rewards/…`, or alone), for several, a panel a metric.
+    """The loss of all runs first; then, for one run, a panel a family of metrics (`eval_…`,
+    `rewards/…`, or alone), for several, a panel a metric.
 
     One run: a colour a metric. Several: a colour a run, eval losses dashed.
     """
@@ -229,7 +241,9 @@ def _drawn(curve: Curve, frame: _Frame) -> list[str]:
 
 
 def _labels(curves: Sequence[Curve], room: float) -> list[tuple[str, float]]:
-    """(text, width) of the legend's entries: with the last values if they fit into `room` pixels."""
+    """(text, width) of the legend's entries: with the last values if they fit into `room`
+    pixels.
+    """
     last = [tick_label(float(f"{curve.points[-1][1]:.4g}")) for curve in curves]
     full = [f"{curve.name} {value}".strip() for curve, value in zip(curves, last, strict=True)]
     for texts in (full, [curve.name for curve in curves]):
@@ -241,7 +255,9 @@ def _labels(curves: Sequence[Curve], room: float) -> list[tuple[str, float]]:
 
 
 def _legend(panel: Panel, box: Box) -> tuple[list[str], float]:
-    """The legend beside the title, or under it in as many lines as it needs. Also the height of the head."""
+    """The legend beside the title, or under it in as many lines as it needs. Also the height of the
+    head.
+    """
     left, top, width, height = box
     beside = width - 50 - 8.6 * len(panel.title)
     entries = _labels(panel.curves, beside)
@@ -259,7 +275,8 @@ def _legend(panel: Panel, box: Box) -> tuple[list[str], float]:
             out.append(f'<path d="M{x:.1f},{y - 4:.1f} h14" class="key" stroke="{curve.colour}"/>')
         out.append(_text(x + 20, y, text, "legend"))
         x, room = x + size, room - size
-    return out, min(46 + (20 + 18 * (rows - 1)) * below, height * 0.62)  # the curves keep their place
+    # the curves keep their place
+    return out, min(46 + (20 + 18 * (rows - 1)) * below, height * 0.62)
 
 
 def _panel(panel: Panel, box: Box) -> str:
@@ -283,7 +300,9 @@ _STYLE = f"""text{{font-family:{_FONT}}}
 
 
 def curves_svg(runs: Mapping[str, History], title: str = "") -> str:
-    """A page of panels: the first across the page, the others two or three beside each other. Without numbers: a page that says so."""
+    """A page of panels: the first across the page, the others two or three beside each other.
+    Without numbers: a page that says so.
+    """
     shown = panels(runs)
     top = 44.0 if title else 12.0
     columns = 2 if len(shown) in (2, 3, 5) else 3
@@ -319,7 +338,9 @@ def write_loss_svg(log_history: History, path: Path, title: str = "") -> None:
 
 
 def write_loss_png(log_history: History, path: Path) -> bool:
-    """The first panel as a PNG through matplotlib; False, and no file, where that is not installed."""
+    """The first panel as a PNG through matplotlib; False, and no file, where that is not
+    installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure  # without pyplot: seconds faster, and no global state
@@ -343,7 +364,9 @@ def write_loss_png(log_history: History, path: Path) -> bool:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The course of some numbers in `width` characters at most, e.g. ▇▆▅▃▂▁▁; each character is the mean of its stretch."""
+    """The course of some numbers in `width` characters at most, e.g. ▇▆▅▃▂▁▁; each character is the
+    mean of its stretch.
+    """
     finite = [v for v in values if math.isfinite(v)]
     cells = min(width, len(finite))
     cuts = [len(finite) * i // cells for i in range(cells + 1)] if cells else [0]
@@ -355,8 +378,10 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 def terminal_plot(
     runs: Mapping[str, History], name: str = "loss", width: int = 72, height: int = 14, colour: bool = False
 ) -> str:
-    """One metric of all runs on one chart of text, two braille dots across and four down a character. Several runs have a colour each, or where the terminal
-    has none, a letter each after the first."""
+    """One metric of all runs on one chart of text, two braille dots across and four down a
+    character. Several runs have a colour each, or where the terminal has none, a letter each after
+    the first.
+    """
     curves = {run: smooth(points_of(history, name)) for run, history in runs.items()}
     drawn = [Curve(run, points, "") for run, points in curves.items() if points]
     if not drawn:
@@ -375,7 +400,8 @@ def terminal_plot(
     lines = [f"{'':11}{name}  {'   '.join(reversed(heads))}".rstrip()]
     for r, row_signs in enumerate(rows):
         value = frame.y[1] - (frame.y[1] - frame.y[0]) * r / (height - 1)
-        value = 0.0 if abs(value) < 1e-9 * (frame.y[1] - frame.y[0]) else value  # what arithmetic leaves of nothing
+        # what arithmetic leaves of nothing
+        value = 0.0 if abs(value) < 1e-9 * (frame.y[1] - frame.y[0]) else value
         label = tick_label(float(f"{value:.3g}")) if r % 4 == 0 or r == height - 1 else ""
         lines.append(f"{label:>9} │{''.join(row_signs)}")
     lines += [" " * 10 + "└" + "─" * width, f"{'':11}{low}{'step':^{width - len(low) - len(high)}}{high}"]
@@ -432,7 +458,9 @@ def _pixels(points: Sequence[Point]) -> list[tuple[int, int]]:
 
 
 def mini_svg(points: Sequence[Point], width: int = 620, height: int = 90) -> str:
-    """One smoothed curve over its raw points, without axes, for a notebook's bar; "" for fewer than two finite points."""
+    """One smoothed curve over its raw points, without axes, for a notebook's bar; "" for fewer than
+    two finite points.
+    """
     finite = [p for p in points if math.isfinite(p[1])]
     if len(finite) < 2:
         return ""

@@ -1,7 +1,9 @@
-"""How far a run is, shown where it runs: a tqdm bar in a terminal, an HTML bar with a small loss curve in a notebook, plain lines in a pipe or a worker.
+"""How far a run is, shown where it runs: a tqdm bar in a terminal, an HTML bar with a small loss
+curve in a notebook, plain lines in a pipe or a worker.
 
-The HTML bar is replaced in place through IPython's display handle, which needs no ipywidgets (ecosystem.md 6.4). Refuses to know: log files, what the
-numbers mean, GPUs (the caller passes their memory), paddle.
+The HTML bar is replaced in place through IPython's display handle, which needs no ipywidgets
+(ecosystem.md 6.4). Refuses to know: log files, what the numbers mean, GPUs (the caller passes their
+memory), paddle.
 """
 
 from __future__ import annotations
@@ -28,14 +30,18 @@ _GIB = 2.0**30
 
 
 def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel. IPython is asked only if something has already loaded it."""
+    """Whether this process is a Jupyter kernel. IPython is asked only if something has already
+    loaded it.
+    """
     if "IPython" not in sys.modules:
         return False
     return type(sys.modules["IPython"].get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 def choose_mode(stream: TextIO, environ: Mapping[str, str], disable_tqdm: bool = False) -> str:
-    """ "notebook" in a kernel, "terminal" where `stream` is one, else "plain": pipes, launched workers, and `disable_tqdm`."""
+    """ "notebook" in a kernel, "terminal" where `stream` is one, else "plain": pipes, launched
+    workers, and `disable_tqdm`.
+    """
     if disable_tqdm or "PADDLE_TRAINER_ID" in environ:
         return "plain"
     if in_notebook():
@@ -44,7 +50,9 @@ def choose_mode(stream: TextIO, environ: Mapping[str, str], disable_tqdm: bool =
 
 
 def resident_gib(peak: bool = False, status: Path = Path("/proc/self/status")) -> float:
-    """Main memory this process holds, or held at most, in GiB; where the system does not tell the present value, the peak; nan where neither."""
+    """Main memory this process holds, or held at most, in GiB; where the system does not tell the
+    present value, the peak; nan where neither.
+    """
     key = "VmHWM:" if peak else "VmRSS:"
     if status.exists():
         lines = status.read_text(encoding="utf-8").splitlines()
@@ -68,14 +76,16 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress(300, title="train") as p: p.update(step, loss=0.4, tokens_per_second=900.0, memory_gib=5.1)`.
+    """`with Progress(300, title="train") as p: p.update(step, loss=0.4, tokens_per_second=900.0,
+    memory_gib=5.1)`.
 
-    `start_step`: steps done before (a resumed run's speed counts only its own). `every`: steps between plain lines; 0 none, for runs whose
-    `RunLog` prints a line each (pass `echo=p.write`). `mode`: one of MODES; empty: `choose_mode`. The bar goes to stderr, lines to stdout; `stream` takes
-    both. Ranks other than the main one show nothing. Raises ValueError for another mode.
+    `start_step`: steps done before (a resumed run's speed counts only its own). `every`: steps
+    between plain lines; 0 none, for runs whose `RunLog` prints a line each (pass `echo=p.write`).
+    `mode`: one of MODES; empty: `choose_mode`. The bar goes to stderr, lines to stdout; `stream`
+    takes both. Ranks other than the main one show nothing. Raises ValueError for another mode.
 
-    `inner`: a bar for something that a run does beside its steps, such as evaluating: `advance(rows)` counts on; it goes when it ends, and plain
-    lines come at most every ten seconds.
+    `inner`: a bar for something that a run does beside its steps, such as evaluating:
+    `advance(rows)` counts on; it goes when it ends, and plain lines come at most every ten seconds.
     """
 
     def __init__(
@@ -137,7 +147,9 @@ class Progress:
         remaining: float | None = None,
         **more: Any,
     ) -> None:
-        """Show that `step` steps are done. `remaining`: seconds; None: `remaining_seconds`. Other names are shown as they are."""
+        """Show that `step` steps are done. `remaining`: seconds; None: `remaining_seconds`. Other
+        names are shown as they are.
+        """
         self.step = step
         if self._view is None:
             return

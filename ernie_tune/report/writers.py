@@ -1,6 +1,8 @@
-"""`report_to`: the run's numbers for the loggers that people already have open. The files of log.py never depend on them.
+"""`report_to`: the run's numbers for the loggers that people already have open. The files of log.py
+never depend on them.
 
-A package is imported only when a setting names it. Refuses to know: what the numbers mean, the run's own files, paddle.
+A package is imported only when a setting names it. Refuses to know: what the numbers mean, the
+run's own files, paddle.
 Source: ecosystem.md 4.1 (names), 5.3 (VisualDL: scalars only, one writer a process).
 """
 
@@ -33,13 +35,17 @@ class Writer:
         self._write, self.close = write, close
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """The record's numbers, true and false as 1 and 0; texts, lists and nothing (a loss that is no number) are left out."""
+        """The record's numbers, true and false as 1 and 0; texts, lists and nothing (a loss that is
+        no number) are left out.
+        """
         values = {k: float(v) for k, v in record.items() if isinstance(v, bool | int | float) and k != "step"}
         self._write(values, step)
 
 
 def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Writer]:
-    """The loggers that `report_to` names, writing below `folder`; "all": those whose package is installed. Raises ValueError for one whose package is not."""
+    """The loggers that `report_to` names, writing below `folder`; "all": those whose package is
+    installed. Raises ValueError for one whose package is not.
+    """
     wanted = [n for n in PACKAGES if importlib.util.find_spec(PACKAGES[n][0])] if "all" in names else list(names)
     return [_open(name, folder, settings) for name in wanted]
 

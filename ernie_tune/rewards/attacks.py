@@ -1,4 +1,5 @@
-"""What a policy would try instead of the task: texts made from a row's own gold, none of which may earn more than saying nothing.
+"""What a policy would try instead of the task: texts made from a row's own gold, none of which may
+earn more than saying nothing.
 
 Refuses to know: which checkers or functions judge them.
 """
@@ -14,7 +15,8 @@ from ernie_tune.rewards.reading import read_quantity
 
 _CIRCLED = str.maketrans("0123456789", "⓪①②③④⑤⑥⑦⑧⑨")
 _LONG = 1 << 20
-# What an attack may earn at most; others nothing. The whole picture overlaps any box a little, and IoU says how much.
+# What an attack may earn at most; others nothing. The whole picture overlaps any box a little, and
+# IoU says how much.
 ALLOWED = {"whole_picture": 0.1}
 
 
@@ -28,7 +30,9 @@ def reference_answer(gold: Any) -> str:
 
 
 def attacks(record: Record) -> dict[str, str]:
-    """name -> text. Empty for a row without a gold answer. `honest_repeats` alone is right: the same box said twice."""
+    """name -> text. Empty for a row without a gold answer. `honest_repeats` alone is right: the
+    same box said twice.
+    """
     gold = record.reward.answer if record.reward else None
     if gold is None:
         return {}

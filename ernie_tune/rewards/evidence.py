@@ -1,8 +1,11 @@
-"""Whether an answer rests on the picture: claims with boxes, edited twins, dependence on the picture, zooming, drawing it again.
+"""Whether an answer rests on the picture: claims with boxes, edited twins, dependence on the
+picture, zooming, drawing it again.
 
-Numbers, strings and annotations in, scores on [0, 1] out. Evidence never pays for what is not there: claims repeated or
-in surplus earn nothing, a box much larger than its object earns nothing, no evidence at all is 0.
-Legend: verdicts are +1 supported, -1 contradicted, 0 cannot be told. Refuses to know: models, pixels of files, how scores are weighed.
+Numbers, strings and annotations in, scores on [0, 1] out. Evidence never pays for what is not
+there: claims repeated or in surplus earn nothing, a box much larger than its object earns nothing,
+no evidence at all is 0.
+Legend: verdicts are +1 supported, -1 contradicted, 0 cannot be told. Refuses to know: models,
+    pixels of files, how scores are weighed.
 Sources: DeFacto (arXiv 2509.20912), PAPO (2507.06448), DeepEyes (2505.14362).
 """
 
@@ -44,7 +47,9 @@ class Claim:
 
 
 def read_claims(text: str) -> list[Claim] | None:
-    """The claims of the only <evidence>[…]</evidence> block; None where there is none, several, or no list of objects in it."""
+    """The claims of the only <evidence>[…]</evidence> block; None where there is none, several, or
+    no list of objects in it.
+    """
     if len(text) > MAX_TEXT or text.count(_OPEN) != 1 or text.count(_CLOSE) != 1:
         return None
     block = text.partition(_OPEN)[2].partition(_CLOSE)[0]
@@ -69,15 +74,16 @@ def _claim(item: Mapping[str, Any]) -> Claim:
     return Claim(text("type"), text("subj", "subject"), value, text("obj", "object", "other"), box)
 
 
-# --- against an annotated scene ------------------------------------------------------------------------------------------
-# scene: {"objects": [{"name", "colour", "shape", "box", …}], "chart": {label: number}, "ocr": [{"text", "box"}]}
+# --- against an annotated scene -------------------------------------------------------------------
+# scene: {"objects": [{"name", "colour", "shape", "box", …}], "chart": {label: number}, "ocr":
+# [{"text", "box"}]}
 
 
 def judge_claim(claim: Claim, scene: Mapping[str, Any]) -> tuple[int, float]:
     """(verdict, quality of its box) of one claim by the picture's annotation.
 
-    The quality is the IoU with the annotated box of what is spoken of, 1 for claims without a place, 0 for a box that is missing or more than
-    LARGEST_BOX times too large.
+    The quality is the IoU with the annotated box of what is spoken of, 1 for claims without a
+    place, 0 for a box that is missing or more than LARGEST_BOX times too large.
     """
     if claim.type not in TYPES:
         return 0, 0.0
@@ -104,7 +110,9 @@ def judge_claim(claim: Claim, scene: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _is_called(thing: Mapping[str, Any], name: str, kind: str) -> bool:
-    """Whether the words of `name` are all among what the annotation says of the thing: "red circle" of {colour: red, shape: circle}."""
+    """Whether the words of `name` are all among what the annotation says of the thing: "red circle"
+    of {colour: red, shape: circle}.
+    """
     if kind == "ocr":
         return squash(fold(str(thing.get("text", "")))) == squash(fold(name))
     words = {word for key, value in thing.items() if key != "box" for word in str(value).casefold().split()}
@@ -157,12 +165,14 @@ def _relation_verdict(relation: str, named: Sequence[Mapping[str, Any]], others:
     return 1 if any((middle(a) < middle(b)) == before and middle(a) != middle(b) for a in named for b in others) else -1
 
 
-# --- D1: grounded claims -----------------------------------------------------------------------------------------------
+# --- D1: grounded claims --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grounded:
-    """`score` E of the claims, the share of them that the picture contradicts, and E's two halves."""
+    """`score` E of the claims, the share of them that the picture contradicts, and E's two
+    halves.
+    """
 
     score: float
     contradicted: float
@@ -171,9 +181,11 @@ class Grounded:
 
 
 def grounded(verdicts: Sequence[tuple[int, float]], required: int, claims: Sequence[Claim] = ()) -> Grounded:
-    """E = 2 p q / (p + q): p = sum of box qualities of supported claims over supported + contradicted ones, q = the same sum over `required` (at most 1).
+    """E = 2 p q / (p + q): p = sum of box qualities of supported claims over supported +
+    contradicted ones, q = the same sum over `required` (at most 1).
 
-    With `claims` only distinct ones count, at most 2 required + SPARE; the surplus cannot be told. No claims: 0.
+    With `claims` only distinct ones count, at most 2 required + SPARE; the surplus cannot be told.
+    No claims: 0.
     """
     kept: list[tuple[int, float]] = []
     seen: set[tuple[str, ...]] = set()
@@ -192,8 +204,10 @@ def grounded(verdicts: Sequence[tuple[int, float]], required: int, claims: Seque
 
 
 def follows(claims: Sequence[Claim], rule: str, answer: str) -> bool:
-    """Whether the answer is what `rule` gives of the *stated* claims: "argmax(chart_value)", "argmin(chart_value)", "count(exists)". Raises ValueError for
-    another rule: a right answer for a wrong reason earns no evidence."""
+    """Whether the answer is what `rule` gives of the *stated* claims: "argmax(chart_value)",
+    "argmin(chart_value)", "count(exists)". Raises ValueError for another rule: a right answer for a
+    wrong reason earns no evidence.
+    """
     values = {c.subject: float(c.value) for c in claims if c.type == "chart_value" and _equal(0, c.value)}
     if rule in ("argmax(chart_value)", "argmin(chart_value)"):
         pick = max if "max" in rule else min
@@ -205,17 +219,21 @@ def follows(claims: Sequence[Claim], rule: str, answer: str) -> bool:
     )
 
 
-# --- D2 to D6 ------------------------------------------------------------------------------------------------------------
+# --- D2 to D6 -------------------------------------------------------------------------------------
 
 
 def twin_rewards(scores: Sequence[float], twin_scores: Sequence[float], share: float = 0.5) -> list[float]:
-    """a (share + (1 - share) mean of the twin's scores) for each answer to the picture: who does not look is right on one of the two only."""
+    """a (share + (1 - share) mean of the twin's scores) for each answer to the picture: who does
+    not look is right on one of the two only.
+    """
     mean = float(np.mean(twin_scores)) if len(twin_scores) else 0.0
     return [score * (share + (1 - share) * mean) for score in scores]
 
 
 def blind_ceiling(golds: Sequence[Any], twin_golds: Sequence[Any], share: float = 0.5) -> float:
-    """The best mean reward on pairs of twins of a policy that sees no picture: one constant answer, right on one twin of a pair at most."""
+    """The best mean reward on pairs of twins of a policy that sees no picture: one constant answer,
+    right on one twin of a pair at most.
+    """
     pairs = list(zip(map(str, golds), map(str, twin_golds), strict=True))
     if not pairs:
         return 0.0
@@ -233,15 +251,19 @@ def blind_ceiling(golds: Sequence[Any], twin_golds: Sequence[Any], share: float 
 
 
 def dependence(logp_seen: Sequence[float], logp_blind: Sequence[float], scale: float = 2.0) -> float:
-    """clip(mean over the answer's tokens of log p(with picture) - log p(without), 0, scale) / scale, in nats."""
+    """clip(mean over the answer's tokens of log p(with picture) - log p(without), 0, scale) /
+    scale, in nats.
+    """
     return float(np.clip(np.mean(np.subtract(logp_seen, logp_blind)) / scale, 0, 1)) if len(logp_seen) else 0.0
 
 
 def box_evidence(
     full: float, without_box: float, only_box: float, area: float, scale: float = 2.0, largest: float = 0.5
 ) -> float:
-    """How much a cited box is what the answer needs: (need) (enough) (tight) from the answer's mean log-probability with the whole picture, without the box
-    and with the box alone; `area`: the box's share of the picture, free up to .05, worthless at `largest`."""
+    """How much a cited box is what the answer needs: (need) (enough) (tight) from the answer's mean
+    log-probability with the whole picture, without the box and with the box alone; `area`: the
+    box's share of the picture, free up to .05, worthless at `largest`.
+    """
     need = np.clip((full - without_box) / scale, 0, 1)
     enough = 1 - np.clip((full - only_box) / scale, 0, 1)
     tight = np.clip(1 - max(0.0, area - 0.05) / (largest - 0.05), 0, 1)
@@ -257,12 +279,16 @@ def cover(crop: Box, target: Box) -> float:
 def zoom_reward(
     right: float, form: float, crops: Sequence[Box], target: Box, picture_area: float, least: float = 0.9
 ) -> float:
-    """.8 right + .1 form + .1 where the answer is right and some crop shows the target without being half of the picture. A call alone earns nothing."""
+    """.8 right + .1 form + .1 where the answer is right and some crop shows the target without
+    being half of the picture. A call alone earns nothing.
+    """
     seen = any(cover(crop, target) >= least and _area(crop) <= 0.5 * picture_area for crop in crops)
     return 0.8 * right + 0.1 * form + 0.1 * float(right == 1 and seen)
 
 
 def redrawn(picture: np.ndarray, drawing: np.ndarray, background: np.ndarray | float = 0.0) -> float:
-    """1 - sum |I - D| / sum max(|I - bg|, |D - bg|): 1 for the same picture, 0 for an empty drawing. Arrays of one shape."""
+    """1 - sum |I - D| / sum max(|I - bg|, |D - bg|): 1 for the same picture, 0 for an empty
+    drawing. Arrays of one shape.
+    """
     scale = np.maximum(np.abs(picture - background), np.abs(drawing - background)).sum()
     return float(1 - np.abs(picture - drawing).sum() / scale) if scale else 1.0

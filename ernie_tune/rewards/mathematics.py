@@ -1,7 +1,8 @@
 """Whether two texts are mathematically equal, by the package math-verify in a process of its own.
 
-An answer such as 9^{9^{9^9}} would keep sympy busy for ever, and its own time limit works in a main thread alone: so one
-worker process does the asking, and is ended and replaced when an answer takes longer than SECONDS.
+An answer such as 9^{9^{9^9}} would keep sympy busy for ever, and its own time limit works in a main
+thread alone: so one worker process does the asking, and is ended and replaced when an answer takes
+longer than SECONDS.
 Refuses to know: completions, where an answer's span lies.
 """
 
@@ -24,7 +25,9 @@ def available() -> bool:
 
 
 def equal(gold: str, answer: str, seconds: float = SECONDS) -> float | None:
-    """1 or 0; None where the gold cannot be read as mathematics. An answer that takes longer than `seconds` is 0."""
+    """1 or 0; None where the gold cannot be read as mathematics. An answer that takes longer than
+    `seconds` is 0.
+    """
     global _worker
     if _worker is None or not _worker[0].is_alive():
         _worker = _start()
@@ -79,7 +82,8 @@ def _answer(asked: Connection) -> None:
         except (EOFError, OSError):
             return
         wanted = parse(f"${gold}$", parsing_timeout=None, raise_on_error=False)
-        if all(isinstance(part, str) for part in wanted):  # what it could not read, it gives back as text
+        # what it could not read, it gives back as text
+        if all(isinstance(part, str) for part in wanted):
             asked.send(None)
             continue
         got = parse(f"${answer}$", parsing_timeout=None, raise_on_error=False)

@@ -1,7 +1,9 @@
-"""What an answer says: the span that counts, and the number, unit or letter in it. Strings in, plain values out.
+"""What an answer says: the span that counts, and the number, unit or letter in it. Strings in,
+plain values out.
 
-Everything is bounded: a text longer than MAX_TEXT has no answer, a span longer than MAX_SPAN is none, and no pattern here
-can take more than linear time, since what is read was written by a model that is paid for finding holes.
+Everything is bounded: a text longer than MAX_TEXT has no answer, a span longer than MAX_SPAN is
+none, and no pattern here can take more than linear time, since what is read was written by a model
+that is paid for finding holes.
 Refuses to know: gold answers, scores, models.
 """
 
@@ -17,7 +19,8 @@ MAX_TEXT, MAX_SPAN = 1 << 20, 256
 STYLES = ("auto", "boxed", "tag")
 _END_MARKS = ".。,，;；!！"
 
-# Full width and every decimal digit become ASCII, dashes "-", what is invisible goes. Not NFKC, which makes 102 of 10².
+# Full width and every decimal digit become ASCII, dashes "-", what is invisible goes. Not NFKC,
+# which makes 102 of 10².
 _FOLD: dict[int, str | None] = {
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
     **{code: str(digit) for code in range(0x110000) if (digit := unicodedata.decimal(chr(code), None)) is not None},
@@ -42,7 +45,9 @@ def squash(text: str) -> str:
 
 
 def without_thought(text: str) -> str | None:
-    """What follows the thought; None where a thought was opened and never closed, or a second one follows."""
+    """What follows the thought; None where a thought was opened and never closed, or a second one
+    follows.
+    """
     if "<think>" not in text and "</think>" not in text:
         return text
     _, closed, rest = text.rpartition("</think>")
@@ -50,7 +55,9 @@ def without_thought(text: str) -> str | None:
 
 
 def boxed(text: str) -> tuple[list[str], str]:
-    r"""The contents of every `\boxed{…}` with balanced braces, and the text up to one that is never closed (all of it where there is none)."""
+    r"""The contents of every `\boxed{…}` with balanced braces, and the text up to one that is never
+    closed (all of it where there is none).
+    """
     found: list[str] = []
     at = text.find("\\boxed{")
     while at >= 0:
@@ -80,10 +87,12 @@ def _tagged(text: str) -> list[str]:
 
 
 def answer_span(text: str, style: str = "auto") -> str | None:
-    r"""The part of a completion that is its answer, or None. Thoughts never count; two different answers of one kind are none.
+    r"""The part of a completion that is its answer, or None. Thoughts never count; two different
+    answers of one kind are none.
 
-    In turn: every `\boxed{…}` (all the same), the only <answer>…</answer>, what follows "the answer is", "答案是" and the like (all the same), a text
-    of one line. `style` "boxed" or "tag" accepts that form alone. Raises ValueError for another style.
+    In turn: every `\boxed{…}` (all the same), the only <answer>…</answer>, what follows "the answer
+    is", "答案是" and the like (all the same), a text of one line. `style` "boxed" or "tag" accepts
+    that form alone. Raises ValueError for another style.
     """
     if style not in STYLES:
         raise ValueError(f"answer_style ({style!r}) must be one of {', '.join(STYLES)}; use 'auto'")
@@ -110,7 +119,7 @@ def _only(spans: list[str]) -> str | None:
     return spans[-1] if spans and spans[-1] and len(set(map(squash, spans))) == 1 else None
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 _CHINESE = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 _POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
@@ -142,7 +151,8 @@ _ENGLISH = {
         ]
     )
 }
-# unit -> (dimension, how many of the dimension's base): length, mass, time, currency, angle, number, share
+# unit -> (dimension, how many of the dimension's base): length, mass, time, currency, angle,
+# number, share
 UNITS: dict[str, tuple[str, float]] = {
     "mm": ("length", 0.001), "毫米": ("length", 0.001), "cm": ("length", 0.01), "厘米": ("length", 0.01),
     "m": ("length", 1.0), "米": ("length", 1.0), "km": ("length", 1000.0), "千米": ("length", 1000.0), "公里": ("length", 1000.0),
@@ -223,7 +233,9 @@ def _value_and_rest(text: str) -> tuple[float, str] | None:
 
 
 def read_quantity(span: str) -> Quantity | None:
-    """The quantity that the whole of a span is, with a unit of UNITS or none; None for anything else: words around it, ranges, two numbers, no number."""
+    """The quantity that the whole of a span is, with a unit of UNITS or none; None for anything
+    else: words around it, ranges, two numbers, no number.
+    """
     if len(span) > MAX_SPAN:
         return None
     text = fold(span).strip().strip("$").strip().rstrip(_END_MARKS)

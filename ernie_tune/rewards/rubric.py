@@ -1,8 +1,10 @@
-"""What answers to a prompt are worth: the checkers that a row names, and functions of the user, asked and checked in one place.
+"""What answers to a prompt are worth: the checkers that a row names, and functions of the user,
+asked and checked in one place.
 
-A reward function is anybody's: TRL's signature (keywords, one number an answer), verl's (`data_source, solution_str,
-ground_truth`, one answer at a time), EasyR1's (one object or a list of them), ms-swift's (a class whose instances take
-`completions` as text). What comes back is checked: as many numbers as answers, finite or None ("not applicable").
+A reward function is anybody's: TRL's signature (keywords, one number an answer), verl's
+(`data_source, solution_str, ground_truth`, one answer at a time), EasyR1's (one object or a list of
+them), ms-swift's (a class whose instances take `completions` as text). What comes back is checked:
+as many numbers as answers, finite or None ("not applicable").
 Refuses to know: how answers were made, what becomes of the rewards, paddle.
 """
 
@@ -44,8 +46,9 @@ _USERS = (
 
 @dataclass(frozen=True)
 class Answered:
-    """One sampled answer: all of its text, thought included, the ids of its tokens and, where known, their log-probabilities, and why it ended
-    ("stop", "length", "abort")."""
+    """One sampled answer: all of its text, thought included, the ids of its tokens and, where
+    known, their log-probabilities, and why it ended ("stop", "length", "abort").
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -62,7 +65,9 @@ Scores = list[list["float | None"]]  # one list a group, one number an answer
 
 
 class Judge(Protocol):
-    """Anything that scores groups of answers: a reward model, a remote judge, a user's function behind `Function`."""
+    """Anything that scores groups of answers: a reward model, a remote judge, a user's function
+    behind `Function`.
+    """
 
     name: str
 
@@ -71,14 +76,18 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Scored:
-    """`parts`: what each function of the rubric gave, in its order, None where it does not apply. `details`: what each checker of the row gave."""
+    """`parts`: what each function of the rubric gave, in its order, None where it does not apply.
+    `details`: what each checker of the row gave.
+    """
 
     parts: Mapping[str, float | None]
     details: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def reward(text: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: `text` hands `completions` to a TRL-like function as strings instead of lists of messages."""
+    """Decorator: `text` hands `completions` to a TRL-like function as strings instead of lists of
+    messages.
+    """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         function.reads_text = text  # type: ignore[attr-defined]
@@ -88,9 +97,11 @@ def reward(text: bool = False) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 class RowVerifiers:
-    """The checkers that each row names, weighted; where it names none, the one that its gold answer asks for (`verifier_for`).
+    """The checkers that each row names, weighted; where it names none, the one that its gold answer
+    asks for (`verifier_for`).
 
-    What a checker wants and the row does not give is filled in: the gold answer, the answer's length in tokens and its bound, the row's mode.
+    What a checker wants and the row does not give is filled in: the gold answer, the answer's
+    length in tokens and its bound, the row's mode.
     """
 
     name = ROW
@@ -105,7 +116,9 @@ class RowVerifiers:
         return [[_weighted(found, weight) for found in row] for row, weight in zip(self.details, weights, strict=True)]
 
     def check(self, record: Record) -> None:
-        """Raises ValueError, naming the row, where it names an unknown checker, or nothing but how an answer should look."""
+        """Raises ValueError, naming the row, where it names an unknown checker, or nothing but how
+        an answer should look.
+        """
         names = [name for name, _, _ in self._checks(record)]
         if names and all(name in SHAPING for name in names):
             raise ValueError(
@@ -116,7 +129,9 @@ class RowVerifiers:
             )
 
     def _checks(self, record: Record) -> list[tuple[str, float, dict[str, Any]]]:
-        """(name, weight, spec) of each checker of a row. Raises ValueError for an unknown name and for a row with nothing to check by."""
+        """(name, weight, spec) of each checker of a row. Raises ValueError for an unknown name and
+        for a row with nothing to check by.
+        """
         found = record.reward
         if found is None:
             return []
@@ -164,12 +179,14 @@ def _weighted(found: Mapping[str, float | None], weights: Mapping[str, float]) -
     return sum(weights[name] * value for name, value in known.items()) if known else None
 
 
-# --- functions of the user ---------------------------------------------------------------------------------------------
+# --- functions of the user ------------------------------------------------------------------------
 
 
 @dataclass
 class Asked:
-    """What functions reported beside their numbers: timeouts, errors and own metrics, since it was last emptied."""
+    """What functions reported beside their numbers: timeouts, errors and own metrics, since it was
+    last emptied.
+    """
 
     timeouts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
@@ -217,7 +234,9 @@ class Function:
         return [[next(numbers) for _ in answers] for _, answers in groups]
 
     def _checked(self, values: Any, flat: Sequence[tuple[Record, Answered, int]]) -> list[float | None]:
-        """One finite number or None an answer. Raises ValueError naming the function, the row and the answer."""
+        """One finite number or None an answer. Raises ValueError naming the function, the row and
+        the answer.
+        """
         if not hasattr(values, "__len__") or len(values) != len(flat):
             given = len(values) if hasattr(values, "__len__") else type(values).__name__
             raise ValueError(
@@ -416,7 +435,8 @@ def load_function(place: str) -> Callable[..., Any]:
 class Rubric:
     """All judges of a run with their weights: a batch of groups in, what each answer is worth out.
 
-    `check` True asks every function twice about the first group and refuses one that does not answer the same.
+    `check` True asks every function twice about the first group and refuses one that does not
+    answer the same.
     """
 
     def __init__(

@@ -4,8 +4,8 @@ A reference is one gold answer or several; the best one counts. Texts are compar
 `normalise_answer` writes them, Chinese and English alike; `squad_*` and `anls` are the published
 scorers to the letter, for numbers that stand beside published ones.
 Refuses to know: models, tokens, files, where an answer came from (cut the thought off before).
-Sources: SQuAD v2.0's evaluate script (arXiv 1806.03822), DocVQA's ANLS (arXiv 2007.00398), ChartQA's
-relaxed accuracy (arXiv 2203.10244).
+Sources: SQuAD v2.0's evaluate script (arXiv 1806.03822), DocVQA's ANLS (arXiv 2007.00398),
+ChartQA's relaxed accuracy (arXiv 2203.10244).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 _HAS_CJK = re.compile(f"[{_CJK}]")
 _TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _SPACE_AT_CJK = re.compile(rf"(?<=[{_CJK}])\s+|\s+(?=[{_CJK}])")
-_ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=\w\w)", re.IGNORECASE)  # "A" and "A, B" are options, not articles
+# "A" and "A, B" are options, not articles
+_ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=\w\w)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?(?!\.?\d)", re.IGNORECASE)
 _FOUR = r"[\s,\])>}(\[<{]+".join([r"(-?\d+(?:\.\d+)?)"] * 4)
@@ -51,9 +52,11 @@ def _keeps(text: str, i: int) -> bool:
 
 
 def normalise_answer(text: str) -> str:
-    """The form in which answers are equal: width and case folded (NFKC), punctuation outside numbers dropped, English articles dropped, spaces single.
+    """The form in which answers are equal: width and case folded (NFKC), punctuation outside
+    numbers dropped, English articles dropped, spaces single.
 
-    Full stops, apostrophes and signs of a currency vanish ("U.S." = "us", "$5" = "5"), other marks part words. Other symbols (+ = < > ^ | ~) stay:
+    Full stops, apostrophes and signs of a currency vanish ("U.S." = "us", "$5" = "5"), other marks
+    part words. Other symbols (+ = < > ^ | ~) stay:
     "x > 3" is not "x < 3". Spaces beside Chinese characters do not count.
     """
     text = _THOUSANDS.sub("", _plain(text).casefold())
@@ -78,7 +81,9 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the tokens of both (SQuAD); two empty texts agree."""
+    """Harmonic mean of precision and recall over the tokens of both (SQuAD); two empty texts
+    agree.
+    """
     got, want = answer_tokens(prediction), answer_tokens(reference)
     if not got or not want:
         return float(got == want)
@@ -86,7 +91,9 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def squad_form(text: str) -> str:
-    """SQuAD's normalised answer: lower case, ASCII punctuation removed, English articles removed, spaces single."""
+    """SQuAD's normalised answer: lower case, ASCII punctuation removed, English articles removed,
+    spaces single.
+    """
     kept = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -97,7 +104,9 @@ def squad_exact_match(prediction: str, reference: str) -> float:
 
 
 def squad_f1(prediction: str, reference: str) -> float:
-    """SQuAD v2.0's token F1: words at spaces, so a Chinese sentence is one word; `token_f1` counts its characters."""
+    """SQuAD v2.0's token F1: words at spaces, so a Chinese sentence is one word; `token_f1` counts
+    its characters.
+    """
     got, want = squad_form(prediction).split(), squad_form(reference).split()
     if not got or not want:
         return float(got == want)
@@ -114,7 +123,8 @@ def edit_distance(a: str, b: str) -> int:
     for i, char in enumerate(a, 1):
         change_B = np.minimum(row_B[:-1] + (codes_B != ord(char)), row_B[1:] + 1)
         row_B = np.concatenate(([i], change_B))
-        row_B = np.minimum.accumulate(row_B - index_B) + index_B  # insertions: the best start to the left
+        # insertions: the best start to the left
+        row_B = np.minimum.accumulate(row_B - index_B) + index_B
     return int(row_B[-1])
 
 
@@ -125,9 +135,11 @@ def edit_similarity(prediction: str, reference: str) -> float:
 
 
 def anls(prediction: str, reference: str) -> float:
-    """DocVQA's score of one answer: 1 - edit distance over the longer length, 0 below one half (exactly one half counts).
+    """DocVQA's score of one answer: 1 - edit distance over the longer length, 0 below one half
+    (exactly one half counts).
 
-    As its scorer has it, the distance is that of the lower-cased texts with single spaces, the length that of the texts as they were given.
+    As its scorer has it, the distance is that of the lower-cased texts with single spaces, the
+    length that of the texts as they were given.
     """
     got, want = (" ".join(text.strip().lower().split()) for text in (prediction, reference))
     length = max(len(prediction.upper()), len(reference.upper()))
@@ -136,13 +148,17 @@ def anls(prediction: str, reference: str) -> float:
 
 
 def parse_number(text: str) -> float | None:
-    """The one number in a text, whatever the unit around it; None for none, for several, and for names such as Q3."""
+    """The one number in a text, whatever the unit around it; None for none, for several, and for
+    names such as Q3.
+    """
     found = _NUMBER.findall(_THOUSANDS.sub("", _plain(text)))
     return float(found[0]) if len(found) == 1 else None
 
 
 def relaxed_match(prediction: str, reference: str, tolerance: float = 0.05) -> float:
-    """1 within `tolerance` of a gold number (ChartQA), else by exact match. Bare years (1900 to 2100) and texts must match exactly."""
+    """1 within `tolerance` of a gold number (ChartQA), else by exact match. Bare years (1900 to
+    2100) and texts must match exactly.
+    """
     gold, answer = parse_number(reference), parse_number(prediction)
     year = re.fullmatch(r"19\d\d|20\d\d|2100", _plain(reference))
     if gold is None or answer is None or year:
@@ -151,7 +167,9 @@ def relaxed_match(prediction: str, reference: str, tolerance: float = 0.05) -> f
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """Every box written as [x1, y1, x2, y2] or (x1,y1),(x2,y2), in order; in the units of the text."""
+    """Every box written as [x1, y1, x2, y2] or (x1,y1),(x2,y2), in order; in the units of the
+    text.
+    """
     return [(float(a), float(b), float(c), float(d)) for a, b, c, d in _BOX.findall(_plain(text))]
 
 
@@ -165,7 +183,9 @@ def iou(a: Box, b: Box) -> float:
 
 
 def box_iou(prediction: str, reference: str) -> float:
-    """IoU of the boxes in two texts, matched one to one from the best pair down, over the larger count: a box too many or repeated costs."""
+    """IoU of the boxes in two texts, matched one to one from the best pair down, over the larger
+    count: a box too many or repeated costs.
+    """
     got, want = parse_boxes(prediction), parse_boxes(reference)
     pairs = sorted(((iou(a, b), i, j) for i, a in enumerate(got) for j, b in enumerate(want)), reverse=True)
     total, used = 0.0, (set[int](), set[int]())
@@ -178,7 +198,9 @@ def box_iou(prediction: str, reference: str) -> float:
 
 
 def match_label(answer: str, labels: Sequence[str]) -> str:
-    """The label that an answer means: the one it equals, else the only one it contains as whole words; else OTHER. "A or B" means neither."""
+    """The label that an answer means: the one it equals, else the only one it contains as whole
+    words; else OTHER. "A or B" means neither.
+    """
     normal = {normalise_answer(label): label for label in labels}
     text = normalise_answer(answer)
     if text in normal:
@@ -192,7 +214,9 @@ def match_label(answer: str, labels: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Confusion:
-    """`counts[i][j]`: answers of gold class `labels[i]` that named `labels[j]`; the last column counts those that named none."""
+    """`counts[i][j]`: answers of gold class `labels[i]` that named `labels[j]`; the last column
+    counts those that named none.
+    """
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -217,7 +241,8 @@ class Confusion:
 
 
 def confusion(predictions: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()) -> Confusion:
-    """Which class was named for which. `labels`: the classes in order; empty: those of the references, as they appear.
+    """Which class was named for which. `labels`: the classes in order; empty: those of the
+    references, as they appear.
 
     Raises ValueError for unequal or empty lists, and for a reference that is not one of `labels`.
     """
@@ -251,7 +276,8 @@ CLASSIFICATION, MACRO_F1 = "accuracy", "macro_f1"
 
 
 def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str) -> list[float]:
-    """One score a row, the best over its gold answers. "accuracy" asks for the label of `match_label` among all references.
+    """One score a row, the best over its gold answers. "accuracy" asks for the label of
+    `match_label` among all references.
 
     Raises ValueError for unequal or empty lists, and for an unknown name.
     """
@@ -273,8 +299,9 @@ def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[Gold], names: Sequence[str]) -> dict[str, float]:
-    """name -> mean score over the rows; "accuracy" brings "macro_f1" where each row has one gold answer. Raises as `row_scores` does, and for "macro_f1" of
-    rows with several gold answers."""
+    """name -> mean score over the rows; "accuracy" brings "macro_f1" where each row has one gold
+    answer. Raises as `row_scores` does, and for "macro_f1" of rows with several gold answers.
+    """
     out = {}
     singles = [r for r in references if isinstance(r, str)]
     one_each = len(singles) == len(references)
@@ -295,8 +322,10 @@ def score_answers(predictions: Sequence[str], references: Sequence[Gold], names:
 
 
 def fitting_metrics(references: Sequence[Gold]) -> tuple[str, str]:
-    """The two names that say most about these gold answers, the first one for each row: exact match, and beside it the mean F1 of classes, the tolerant
-    match of numbers, or the tokens that are right; the overlap of boxes first. All others must be asked for."""
+    """The two names that say most about these gold answers, the first one for each row: exact
+    match, and beside it the mean F1 of classes, the tolerant match of numbers, or the tokens that
+    are right; the overlap of boxes first. All others must be asked for.
+    """
     flat = _flat(references)
     if all(parse_boxes(gold) for gold in flat):
         return "iou", "exact_match"
@@ -307,7 +336,9 @@ def fitting_metrics(references: Sequence[Gold]) -> tuple[str, str]:
 
 
 def has_classes(references: Sequence[Gold]) -> bool:
-    """Whether the gold answers are few names that come again and again: 2 to 50, each twice on average; boxes never are."""
+    """Whether the gold answers are few names that come again and again: 2 to 50, each twice on
+    average; boxes never are.
+    """
     flat = _flat(references)
     few = 2 <= len(_distinct(flat)) <= min(_MOST_LABELS, len(references) // 2)
     return few and not all(parse_boxes(gold) for gold in flat)

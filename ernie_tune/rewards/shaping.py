@@ -1,6 +1,8 @@
-"""How an answer looks, apart from whether it is right: its grammar of thought and answer, its language, repetition and length.
+"""How an answer looks, apart from whether it is right: its grammar of thought and answer, its
+language, repetition and length.
 
-Scores are 0 or 1 (format) or penalties on [-1, 0]; length alone may also praise. Refuses to know: gold answers.
+Scores are 0 or 1 (format) or penalties on [-1, 0]; length alone may also praise. Refuses to know:
+gold answers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _SHARE = 0.8
 
 
 def think_format(text: str, mode: str = "think") -> float:
-    """1 where the whole text follows the grammar. think: one thought, then an answer, neither empty, nothing before. nothink: no marks of a thought.
+    """1 where the whole text follows the grammar. think: one thought, then an answer, neither
+    empty, nothing before. nothink: no marks of a thought.
 
     Raises ValueError for another mode.
     """
@@ -36,7 +39,9 @@ def think_format(text: str, mode: str = "think") -> float:
 
 
 def language(text: str, language: str) -> float:
-    """0 where at least 0.8 of the letters outside code are of the language ("zh" or "en"), else minus what is missing. Raises ValueError for another."""
+    """0 where at least 0.8 of the letters outside code are of the language ("zh" or "en"), else
+    minus what is missing. Raises ValueError for another.
+    """
     if language not in ("zh", "en"):
         raise ValueError(
             say(
@@ -53,8 +58,9 @@ def language(text: str, language: str) -> float:
 
 
 def repetition(text: str | Sequence[int], n: int = 3, max_penalty: float = 1.0) -> float:
-    """-max_penalty (1 - distinct n-grams / n-grams) of words (Chinese characters count as words) or of token ids (arXiv 2502.03373); 0 for less than n of
-    them. Raises ValueError for n below 1."""
+    """-max_penalty (1 - distinct n-grams / n-grams) of words (Chinese characters count as words) or
+    of token ids (arXiv 2502.03373); 0 for less than n of them. Raises ValueError for n below 1.
+    """
     if n < 1:
         raise ValueError(f"n ({n}) must be at least 1; 3 is usual")
     parts: Sequence[object] = _WORD.findall(text.casefold()) if isinstance(text, str) else text
@@ -63,7 +69,9 @@ def repetition(text: str | Sequence[int], n: int = 3, max_penalty: float = 1.0) 
 
 
 def soft_overlong(tokens: int, limit: int, buffer: int) -> float:
-    """0 up to limit - buffer tokens, falling to -1 at the limit, -1 beyond (DAPO, arXiv 2503.14476, eq. 13). Raises ValueError where buffer > limit."""
+    """0 up to limit - buffer tokens, falling to -1 at the limit, -1 beyond (DAPO, arXiv 2503.14476,
+    eq. 13). Raises ValueError where buffer > limit.
+    """
     if not 0 <= buffer <= limit:
         raise ValueError(
             say(
@@ -79,7 +87,9 @@ def soft_overlong(tokens: int, limit: int, buffer: int) -> float:
 def cosine_length(
     tokens: int, limit: int, right: bool, bounds: tuple[float, float, float, float] = (1.0, 0.5, -1.0, -0.5)
 ) -> float:
-    """Short right answers earn most, long wrong ones lose least (arXiv 2502.03373): from bounds[0] to bounds[1] for right, [2] to [3] for wrong ones."""
+    """Short right answers earn most, long wrong ones lose least (arXiv 2502.03373): from bounds[0]
+    to bounds[1] for right, [2] to [3] for wrong ones.
+    """
     start, end = bounds[:2] if right else bounds[2:]
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(tokens, limit) / limit))
 

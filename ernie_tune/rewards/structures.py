@@ -1,6 +1,8 @@
-"""Checkers of answers with a structure: boxes, objects, tables, dates. Completion and gold in, a score on [0, 1] out.
+"""Checkers of answers with a structure: boxes, objects, tables, dates. Completion and gold in, a
+score on [0, 1] out.
 
-Refuses to know: records, pictures, how scores are weighed. Surplus never pays: every part of an answer counts at most once, and parts too many cost.
+Refuses to know: records, pictures, how scores are weighed. Surplus never pays: every part of an
+answer counts at most once, and parts too many cost.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ _MONTHS = {
 
 
 def _boxes_in(span: str, frame: float | None, size: Sequence[int] | None) -> list[Box]:
-    """Every box of a span, in pixels: [x1,y1,x2,y2] or (x1,y1),(x2,y2). `frame` 1000 or 1 with the picture's `size` (width, height): relative ones."""
+    """Every box of a span, in pixels: [x1,y1,x2,y2] or (x1,y1),(x2,y2). `frame` 1000 or 1 with the
+    picture's `size` (width, height): relative ones.
+    """
     found = [[float(n) for n in parts if n] for parts in _BOX.findall(span)]
     if frame and size:
         found = [[x / frame * side for x, side in zip(box, (*size[:2], *size[:2]), strict=True)] for box in found]
@@ -60,7 +64,9 @@ def box(
     threshold: float | None = None,
     style: str = "auto",
 ) -> float:
-    """IoU of the only box that the answer states with `gold` (pixels); 1 or 0 by a `threshold`. Several boxes, or corners in the wrong order, are 0."""
+    """IoU of the only box that the answer states with `gold` (pixels); 1 or 0 by a `threshold`.
+    Several boxes, or corners in the wrong order, are 0.
+    """
     span = answer_span(text, style)
     found = _boxes_in(span, frame, size) if span is not None else []
     if len(found) != 1:
@@ -76,8 +82,9 @@ def boxes(
     size: Sequence[int] | None = None,
     threshold: float = 0.5,
 ) -> float:
-    """F1 of the answer's boxes matched one to one with the golds at IoU >= threshold, as many pairs as there can be. Repeats are surplus; more than
-    4 golds + 8 boxes are 0."""
+    """F1 of the answer's boxes matched one to one with the golds at IoU >= threshold, as many pairs
+    as there can be. Repeats are surplus; more than 4 golds + 8 boxes are 0.
+    """
     after = without_thought(text) if len(text) <= MAX_OBJECT else None
     if after is not None and ("\\boxed{" in after or "<answer>" in after):
         after = answer_span(after)
@@ -91,7 +98,9 @@ def boxes(
 
 
 def _matched(near: Sequence[Sequence[int]]) -> int:
-    """The largest number of pairs, each side used once: `near[i]` are the partners that i may take (augmenting paths)."""
+    """The largest number of pairs, each side used once: `near[i]` are the partners that i may take
+    (augmenting paths).
+    """
     owner: dict[int, int] = {}
 
     def take(i: int, tried: set[int]) -> bool:
@@ -107,7 +116,9 @@ def _matched(near: Sequence[Sequence[int]]) -> int:
 
 
 def read_object(text: str) -> dict[str, Any] | None:
-    """The one JSON object that an answer is, fenced or not; None for none, two, equal keys twice, NaN, or more than MAX_DEPTH levels."""
+    """The one JSON object that an answer is, fenced or not; None for none, two, equal keys twice,
+    NaN, or more than MAX_DEPTH levels.
+    """
     after = without_thought(text) if len(text) <= MAX_TEXT else None
     if after is None or len(after) > MAX_OBJECT:
         return None
@@ -133,7 +144,9 @@ def read_object(text: str) -> dict[str, Any] | None:
 
 
 def _depth(text: str) -> int:
-    """How deep braces and brackets nest at most, those in strings counted too: a bound, not a parse."""
+    """How deep braces and brackets nest at most, those in strings counted too: a bound, not a
+    parse.
+    """
     depth = deepest = 0
     for char in text:
         if char in "{[":
@@ -155,7 +168,9 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], str
 
 
 def kie(text: str, gold: Mapping[str, Any]) -> float:
-    """F1 over (path, value) of the answer's JSON object (key information extraction); values are compared as `reading.squash` writes them."""
+    """F1 over (path, value) of the answer's JSON object (key information extraction); values are
+    compared as `reading.squash` writes them.
+    """
     found = read_object(text)
     if found is None:
         return 0.0
@@ -165,8 +180,10 @@ def kie(text: str, gold: Mapping[str, Any]) -> float:
 
 
 def json_schema(text: str, schema: Mapping[str, Any]) -> float:
-    """1 where the answer's JSON object is valid against the schema (package jsonschema). Raises ImportError without the package, ValueError for a schema
-    that is none or holds a pattern, which could take for ever."""
+    """1 where the answer's JSON object is valid against the schema (package jsonschema). Raises
+    ImportError without the package, ValueError for a schema that is none or holds a pattern, which
+    could take for ever.
+    """
     import jsonschema
 
     if '"pattern' in json.dumps(schema):
@@ -226,7 +243,9 @@ def read_table(text: str) -> list[list[str]]:
 
 
 def _cells(rows: Sequence[Sequence[Any]]) -> Counter[tuple[str, str, str]]:
-    """(row's first cell, column's head, value) of each cell below the head and right of the first column."""
+    """(row's first cell, column's head, value) of each cell below the head and right of the first
+    column.
+    """
     if not rows:
         return Counter()
     form = lambda value: squash(fold(str(value)))  # noqa: E731
@@ -240,7 +259,9 @@ def _cells(rows: Sequence[Sequence[Any]]) -> Counter[tuple[str, str, str]]:
 
 
 def table(text: str, gold: Sequence[Sequence[Any]]) -> float:
-    """F1 over (row, column, value) of an HTML or Markdown table, each cell counted once. `gold`: rows of cells, heads first."""
+    """F1 over (row, column, value) of an HTML or Markdown table, each cell counted once. `gold`:
+    rows of cells, heads first.
+    """
     got, want = _cells(read_table(text)), _cells(gold)
     if not got.total() + want.total():
         return 0.0
@@ -248,8 +269,10 @@ def table(text: str, gold: Sequence[Sequence[Any]]) -> float:
 
 
 def date(text: str, gold: str, dayfirst: bool | None = None, style: str = "auto") -> float:
-    """1 where the answer is the day `gold` (ISO): 2024-03-05, 2024年3月5日, 5 March 2024, March 5, 2024. 03/05/2024 counts only where `dayfirst` says how it
-    is meant. Raises ValueError for a gold that is no date."""
+    """1 where the answer is the day `gold` (ISO): 2024-03-05, 2024年3月5日, 5 March 2024, March 5,
+    2024. 03/05/2024 counts only where `dayfirst` says how it is meant. Raises ValueError for a gold
+    that is no date.
+    """
     try:
         wanted = datetime.date.fromisoformat(gold)
     except ValueError:

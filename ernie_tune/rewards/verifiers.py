@@ -1,8 +1,10 @@
-"""Checkers of answers: a completion and what is right -> a score on [0, 1], or None where the check does not apply.
+"""Checkers of answers: a completion and what is right -> a score on [0, 1], or None where the check
+does not apply.
 
-Each is a pure function of strings and numbers, named in VERIFIERS as data files name it. What is checked is the answer's
-span (`reading.answer_span`), never the thought. A checker prefers 0 to doubt: a range around the gold, two answers, or the
-gold among other words earn nothing, or a policy learns to write those.
+Each is a pure function of strings and numbers, named in VERIFIERS as data files name it. What is
+checked is the answer's span (`reading.answer_span`), never the thought. A checker prefers 0 to
+doubt: a range around the gold, two answers, or the gold among other words earn nothing, or a policy
+learns to write those.
 Refuses to know: records, files, pictures, how scores are weighed.
 """
 
@@ -36,9 +38,11 @@ def numeric(
     percent: bool = False,
     style: str = "auto",
 ) -> float:
-    """1 where the answer is one number within max(tol, rel |gold|) of `gold`, in `unit` or a unit of its dimension.
+    """1 where the answer is one number within max(tol, rel |gold|) of `gold`, in `unit` or a unit
+    of its dimension.
 
-    Without `unit` only a bare number or a counted one (3个) will do. `percent`: 50% means 0.5. Raises ValueError for an unknown unit.
+    Without `unit` only a bare number or a counted one (3个) will do. `percent`: 50% means 0.5.
+    Raises ValueError for an unknown unit.
     """
     if unit is not None and unit not in UNITS:
         raise ValueError(f"unit ({unit!r}) must be one of {', '.join(UNITS)}; leave it out for a bare number")
@@ -62,7 +66,9 @@ def numeric(
 
 
 def choice(text: str, gold: str, options: Mapping[str, str] | None = None, style: str = "auto") -> float:
-    """1 where the answer is the letter `gold`, alone or with its own option's text, or that text alone. "A or B" is no answer."""
+    """1 where the answer is the letter `gold`, alone or with its own option's text, or that text
+    alone. "A or B" is no answer.
+    """
     span = answer_span(text, style)
     if span is None:
         return 0.0
@@ -78,7 +84,9 @@ def choice(text: str, gold: str, options: Mapping[str, str] | None = None, style
 
 
 def count(text: str, gold: int, style: str = "auto") -> float:
-    """1 where the answer is the whole number `gold`: 3, 三, three, 3.0, 3个; none and 没有 are 0."""
+    """1 where the answer is the whole number `gold`: 3, 三, three, 3.0, 3个; none and 没有 are
+    0.
+    """
     span = answer_span(text, style)
     if span is None:
         return 0.0
@@ -97,7 +105,9 @@ def exact(text: str, golds: Sequence[str] | str, style: str = "auto") -> float:
 
 
 def anls(text: str, golds: Sequence[str] | str, tau: float = 0.5, style: str = "auto") -> float:
-    """1 - edit distance over the longer length to the nearest gold, 0 unless above 1 - tau. Width, case and runs of spaces do not count."""
+    """1 - edit distance over the longer length to the nearest gold, 0 unless above 1 - tau. Width,
+    case and runs of spaces do not count.
+    """
     span = answer_span(text, style)
     if span is None:
         return 0.0
@@ -116,7 +126,9 @@ def _nearness(span: str, gold: str) -> float:
 
 
 def chart(text: str, gold: str | float, rel: float = 0.05, year: bool = False, style: str = "auto") -> float:
-    """1 within `rel` of a gold number (ChartQA, arXiv 2203.10244); a share needs its % on both sides, a gold of 0, a year (`year`) and words are exact."""
+    """1 within `rel` of a gold number (ChartQA, arXiv 2203.10244); a share needs its % on both
+    sides, a gold of 0, a year (`year`) and words are exact.
+    """
     span = answer_span(text, style)
     if span is None:
         return 0.0
@@ -132,7 +144,8 @@ def chart(text: str, gold: str | float, rel: float = 0.05, year: bool = False, s
 
 
 def math(text: str, gold: str | float, style: str = "auto") -> float | None:
-    """1 where the answer is mathematically the gold, by the package math-verify where it is installed, else as a number or the same text.
+    """1 where the answer is mathematically the gold, by the package math-verify where it is
+    installed, else as a number or the same text.
 
     None where the gold itself cannot be read.
     """
@@ -169,15 +182,18 @@ VERIFIERS: Mapping[str, Verify] = {
     "repetition": repetition,
     "length": length,
 }
-# What says how an answer should look, and not whether it is right: alone it would be learned instead of the task.
+# What says how an answer should look, and not whether it is right: alone it would be learned
+# instead of the task.
 SHAPING = ("format", "language", "repetition", "length")
 
 
 def verifier_for(answer: Any) -> tuple[str, dict[str, Any]]:
-    """(name, spec) of the checker that a gold answer of this kind asks for, where a row names none. Raises ValueError for no answer.
+    """(name, spec) of the checker that a gold answer of this kind asks for, where a row names none.
+    Raises ValueError for no answer.
 
-    A list of four numbers is a box, of such lists boxes; a list of texts is any of them; an object is key information; a letter is a choice; a whole
-    number or its digits a count; another number numeric; other text exact.
+    A list of four numbers is a box, of such lists boxes; a list of texts is any of them; an object
+    is key information; a letter is a choice; a whole number or its digits a count; another number
+    numeric; other text exact.
     """
     if isinstance(answer, Mapping):
         return "kie", {"gold": dict(answer)}
@@ -203,7 +219,8 @@ def _for_text(answer: str) -> tuple[str, dict[str, Any]]:
         return "choice", {"gold": answer}
     if re.fullmatch(r"0|[1-9]\d{0,14}", answer):
         return "count", {"gold": int(answer)}
-    number = None if re.fullmatch(r"0\d+", answer) else read_quantity(answer)  # 0042 is a name, not a number
+    # 0042 is a name, not a number
+    number = None if re.fullmatch(r"0\d+", answer) else read_quantity(answer)
     if number is not None and number.unit in (None, "%"):
         return "numeric", {"gold": number.value, **({"unit": "%"} if number.unit else {})}
     return "exact", {"golds": [answer]}

@@ -1,4 +1,6 @@
-"""The routes of the API and its errors, all in OpenAI's shape. Needs the extra `serve`. Refuses to know: models, sockets, signals."""
+"""The routes of the API and its errors, all in OpenAI's shape. Needs the extra `serve`. Refuses to
+know: models, sockets, signals.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from ernie_tune.serve.service import Service, Step, Ticket
 
 T = TypeVar("T")
 
-_READ_AT_ONCE_BYTES = 50_000  # a larger body is read in a thread: the event loop has others to serve
+# a larger body is read in a thread: the event loop has others to serve
+_READ_AT_ONCE_BYTES = 50_000
 
 _ERROR = {
     "description": "What was wrong, in OpenAI's shape.",
@@ -86,7 +89,9 @@ class _Events(StreamingResponse):
 
 
 def build(service: Service) -> FastAPI:
-    """The application of one service; its lifespan starts and ends the model's thread. `app.state.gate` is the gate that all requests pass."""
+    """The application of one service; its lifespan starts and ends the model's thread.
+    `app.state.gate` is the gate that all requests pass.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -191,7 +196,8 @@ async def _events(service: Service, ticket: Ticket, reply: replies.Writer, with_
 
 
 async def _while_connected(request: Request, work: Awaitable[T], undo: Callable[[T], None]) -> T:
-    """The result of `work`, which is cancelled when the client goes; a result that comes too late is undone.
+    """The result of `work`, which is cancelled when the client goes; a result that comes too late
+    is undone.
 
     Raises ApiError 408, which nobody will read, then.
     """

@@ -1,8 +1,8 @@
-"""The connections of a server: how many may be open, how long each may be silent, and how long it may leave its answer
-unread. Needs the extra `serve`.
+"""The connections of a server: how many may be open, how long each may be silent, and how long it
+may leave its answer unread. Needs the extra `serve`.
 
-A full house lets go of the connection that has been silent for longest, so nobody who only holds connections open can
-keep others out. Refuses to know: requests.
+A full house lets go of the connection that has been silent for longest, so nobody who only holds
+connections open can keep others out. Refuses to know: requests.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ _REPEAT_SECONDS = 60.0
 
 
 class Connections:
-    """All open connections of one server, and the silent ones in the order in which they fell silent."""
+    """All open connections of one server, and the silent ones in the order in which they fell
+    silent.
+    """
 
     def __init__(self, most: int, head_seconds: float, write_seconds: float) -> None:
-        """`head_seconds`: for the head of a request to arrive. `write_seconds`: until what waits for a client is read."""
+        """`head_seconds`: for the head of a request to arrive. `write_seconds`: until what waits
+        for a client is read.
+        """
         self.most, self.head_seconds, self.write_seconds = most, head_seconds, write_seconds
         self._open: set[Connection] = set()
         self._silent: dict[Connection, None] = {}
@@ -131,7 +135,9 @@ class Connection(H11Protocol):
 
 
 def open_files() -> int | None:
-    """How many files the process may hold open, after raising that as far as it is allowed to; None where nobody says."""
+    """How many files the process may hold open, after raising that as far as it is allowed to; None
+    where nobody says.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -151,7 +157,9 @@ def open_files() -> int | None:
 def log_seldom(
     write: Callable[[str], None] | None = None,
 ) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """A handler of an event loop's errors that tells of a failing accept() once a minute; asyncio would thousands of times."""
+    """A handler of an event loop's errors that tells of a failing accept() once a minute; asyncio
+    would thousands of times.
+    """
     last = [-_REPEAT_SECONDS]
 
     def say(text: str) -> None:

@@ -1,4 +1,5 @@
-"""FastDeploy's own server as a child process: started, watched until it is healthy, ended with us (fastdeploy.md 5).
+"""FastDeploy's own server as a child process: started, watched until it is healthy, ended with us
+(fastdeploy.md 5).
 
 Refuses to know: which flags (config/fastdeploy.py), this library's own server.
 """
@@ -28,9 +29,11 @@ def installed() -> bool:
 
 
 def run(command: FastDeployCommand, ready_seconds: float) -> int:
-    """Start it, say when it is healthy, and wait for its end; its exit code. Our SIGINT and SIGTERM are its own.
+    """Start it, say when it is healthy, and wait for its end; its exit code. Our SIGINT and SIGTERM
+    are its own.
 
-    Raises ValueError where FastDeploy is not installed, and where it ends or stays silent instead of becoming healthy.
+    Raises ValueError where FastDeploy is not installed, and where it ends or stays silent instead
+    of becoming healthy.
     """
     if not installed():
         raise ValueError(
@@ -54,7 +57,9 @@ def run(command: FastDeployCommand, ready_seconds: float) -> int:
 
 
 def wait_healthy(child: subprocess.Popen[bytes], port: int, limit_seconds: float) -> float:
-    """Seconds until /health answered 200. Raises ValueError when the child ends first or the time is over."""
+    """Seconds until /health answered 200. Raises ValueError when the child ends first or the time
+    is over.
+    """
     started = time.monotonic()
     while (passed := time.monotonic() - started) < limit_seconds:
         if child.poll() is not None:

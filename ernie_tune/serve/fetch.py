@@ -1,9 +1,10 @@
-"""Downloads for a server that strangers talk to: http(s) only, public addresses only, bounded in size, time and redirects.
+"""Downloads for a server that strangers talk to: http(s) only, public addresses only, bounded in
+size, time and redirects.
 
-A name is resolved once, every address it has is checked, and the connection goes to the checked address itself, so a
-name cannot change its mind in between. Each redirect is checked like the first URL. The time that is left is set anew
-before every read, headers and chunk lines included: a host that trickles gains nothing. Refuses to know: pictures, the
-API.
+A name is resolved once, every address it has is checked, and the connection goes to the checked
+address itself, so a name cannot change its mind in between. Each redirect is checked like the first
+URL. The time that is left is set anew before every read, headers and chunk lines included: a host
+that trickles gains nothing. Refuses to know: pictures, the API.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """`allowed_hosts`: names and addresses that may be private (an image server of one's own); `allow_private`: all may."""
+    """`allowed_hosts`: names and addresses that may be private (an image server of one's own);
+    `allow_private`: all may.
+    """
 
     allow_private: bool = False
     allowed_hosts: frozenset[str] = frozenset()
@@ -46,12 +49,15 @@ def _resolve(host: str, port: int) -> Sequence[Address]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
-# A resolver cannot be interrupted, so names are looked up in threads that may be left behind, this many at most.
+# A resolver cannot be interrupted, so names are looked up in threads that may be left behind, this
+# many at most.
 _RESOLVING = threading.BoundedSemaphore(32)
 
 
 def _resolve_within(resolve: Resolve, host: str, port: int, seconds: float) -> Sequence[Address]:
-    """What `resolve` gives or raises. Raises TimeoutError when it takes longer, and when too many do already."""
+    """What `resolve` gives or raises. Raises TimeoutError when it takes longer, and when too many
+    do already.
+    """
     if not _RESOLVING.acquire(blocking=False):
         raise TimeoutError("too many names are being looked up")
     found: queue.SimpleQueue[Sequence[Address] | OSError | ValueError] = queue.SimpleQueue()
@@ -116,11 +122,15 @@ class _TimedSocket:
         self._sock.sendall(data)
 
     def close(self) -> None:
-        """Left to the one who opened it: `http.client` lets go of a socket while its answer is still read."""
+        """Left to the one who opened it: `http.client` lets go of a socket while its answer is
+        still read.
+        """
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open Internet, seen through the IPv6 forms that wrap an IPv4 address."""
+    """Whether an IP address is one of the open Internet, seen through the IPv6 forms that wrap an
+    IPv4 address.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
@@ -133,8 +143,9 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, policy: FetchPolicy, label: str, resolve: Resolve = _resolve, lease: Lease | None = None) -> bytes:
-    """The body behind `url`. Raises ValueError, opened by `label`, for everything that is not a complete answer 200 within the
-    policy, and where the `lease` ends or is given up."""
+    """The body behind `url`. Raises ValueError, opened by `label`, for everything that is not a
+    complete answer 200 within the policy, and where the `lease` ends or is given up.
+    """
     clock = _Clock(policy.timeout_seconds, lease := lease or Lease(policy.timeout_seconds))
     for _ in range(policy.max_redirects + 1):
         target = _split(url, label)

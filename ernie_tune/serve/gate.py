@@ -1,7 +1,8 @@
-"""What every request passes before the application sees it: the name by which it calls the server, shutdown, key, number
-of requests in the house, kind, size and speed of the body, total time.
+"""What every request passes before the application sees it: the name by which it calls the server,
+shutdown, key, number of requests in the house, kind, size and speed of the body, total time.
 
-Refuses before anything of the body is read. An ASGI middleware; refuses to know: what requests mean.
+Refuses before anything of the body is read. An ASGI middleware; refuses to know: what requests
+mean.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ class Gate:
             task.cancel()
 
     def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
-        """Under a foreign name a page of the web would read answers as its own: names can be led to any address."""
+        """Under a foreign name a page of the web would read answers as its own: names can be led to
+        any address.
+        """
         given = headers.get(b"host")
         name = None if given is None else _host_name(given.decode("latin-1"))
         if name is None or name in self.options.host_names or _is_loopback(name):
@@ -144,7 +147,8 @@ class Gate:
             )
 
     def _check_body(self, headers: Mapping[bytes, bytes]) -> None:
-        # Any other kind, or none, a page of the web may send to a server of its reader's machine unasked.
+        # Any other kind, or none, a page of the web may send to a server of its reader's machine
+        # unasked.
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
             raise ApiError(400, "the header Content-Type must be application/json; send it with the body")
@@ -246,7 +250,9 @@ class _Reply:
         await self._send(message)
 
     async def refuse(self, problem: ApiError) -> None:
-        """An answer where none has begun; in a stream, its last event; else the connection just ends."""
+        """An answer where none has begun; in a stream, its last event; else the connection just
+        ends.
+        """
         if self._over:
             return
         try:

@@ -1,7 +1,9 @@
-"""What an answer may say, token by token: JSON of a schema, one of some strings, a regular expression, calls of tools.
+"""What an answer may say, token by token: JSON of a schema, one of some strings, a regular
+expression, calls of tools.
 
-Grammars are followed by `llguidance` over the bytes of our own vocabulary, byte-fallback pieces and all. A thought that
-comes before is free. Needs the extra `serve`. Refuses to know: HTTP, models, how tokens are chosen.
+Grammars are followed by `llguidance` over the bytes of our own vocabulary, byte-fallback pieces and
+all. A thought that comes before is free. Needs the extra `serve`. Refuses to know: HTTP, models,
+how tokens are chosen.
 
 Source: llguidance 1.x, docs/syntax.md; the written form of calls is that of data/chat.py.
 """
@@ -24,7 +26,8 @@ from ernie_tune.generate.batch import Constraint
 MAX_GRAMMAR_BYTES = 2**17
 # As the template writes JSON; white space without end would be JSON, too.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_TAIL = max(len(CALL), len(THINK_END)) - 1  # characters that may belong to a mark whose end is to come
+# characters that may belong to a mark whose end is to come
+_TAIL = max(len(CALL), len(THINK_END)) - 1
 _STEP_ITEMS, _STEP_FUEL = 20_000, 100_000  # some milliseconds a token: others wait for it
 
 
@@ -38,7 +41,9 @@ class Guide:
 
 @dataclass(frozen=True)
 class CallRule:
-    """Which tools may be called. `needed`: the answer is calls and nothing else; `several`: more than one may follow."""
+    """Which tools may be called. `needed`: the answer is calls and nothing else; `several`: more
+    than one may follow.
+    """
 
     tools: Sequence[Mapping[str, Any]]
     needed: bool
@@ -57,11 +62,12 @@ class Grammars:
     def follow(
         self, guide: Guide | None, calls: CallRule | None, *, thinks: bool = False, opened: bool = False
     ) -> Callable[[], Constraint]:
-        """What makes the constraint of each sample. `thinks`: the answer begins with a thought; `opened`: inside it.
+        """What makes the constraint of each sample. `thinks`: the answer begins with a thought;
+        `opened`: inside it.
 
-        With a guide and calls that are not needed, the answer is the one or the others; with such calls alone it is
-        free, and each call that it opens follows its tool's schema. Raises ValueError for a rule that cannot be
-        followed, ImportError where llguidance is missing.
+        With a guide and calls that are not needed, the answer is the one or the others; with such
+        calls alone it is free, and each call that it opens follows its tool's schema. Raises
+        ValueError for a rule that cannot be followed, ImportError where llguidance is missing.
         """
         free = guide is None and calls is not None and not calls.needed
         matcher = self._matcher(_grammar(guide, calls, self.processor, free))
@@ -98,8 +104,9 @@ class Grammars:
 
 
 class _Guided:
-    """Follows one sample (a `Constraint` of generate/batch.py): an opening that is due, a thought, then the grammar; or,
-    where the answer is `free`, text with calls in it, each by the grammar."""
+    """Follows one sample (a `Constraint` of generate/batch.py): an opening that is due, a thought,
+    then the grammar; or, where the answer is `free`, text with calls in it, each by the grammar.
+    """
 
     def __init__(self, grammars: Grammars, matcher: Any, lead: Sequence[int], thinks: bool, free: bool) -> None:
         self._grammars, self._compiled, self._free = grammars, matcher, free

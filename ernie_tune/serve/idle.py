@@ -1,11 +1,11 @@
-"""Fields of the requests of OpenAI, vLLM, SGLang and FastDeploy that have no effect here: the values of each that ask
-for nothing, and what to do instead of the others.
+"""Fields of the requests of OpenAI, vLLM, SGLang and FastDeploy that have no effect here: the
+values of each that ask for nothing, and what to do instead of the others.
 
-What asks for nothing is taken, since clients send their defaults; what would be ignored is refused, since somebody
-wants it. Refuses to know: the fields that have an effect.
+What asks for nothing is taken, since clients send their defaults; what would be ignored is refused,
+since somebody wants it. Refuses to know: the fields that have an effect.
 
-Source: the OpenAI API's request types (package openai 3.57), and the documented extra parameters of vLLM, SGLang and
-FastDeploy.
+Source: the OpenAI API's request types (package openai 3.57), and the documented extra parameters of
+vLLM, SGLang and FastDeploy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _LOGPROBS = "use logprobs and top_logprobs, which tell them of answers"
 
 @dataclass(frozen=True)
 class Idle:
-    """One such field. `nothing`: its values that ask for nothing, null aside. `instead`: what a client that wants more does."""
+    """One such field. `nothing`: its values that ask for nothing, null aside. `instead`: what a
+    client that wants more does.
+    """
 
     instead: str
     nothing: tuple[Any, ...] = ()

@@ -1,7 +1,8 @@
 """URLs of pictures and videos in a request -> bytes that the processor may decode, under a policy.
 
-Local files need an allowed folder, remote ones a public address (`fetch.py`). Formats are a closed list: a playlist posing as a video would make
-the decoder open other files and addresses, a PostScript file would start a program. Refuses to know: messages, tokens, the API.
+Local files need an allowed folder, remote ones a public address (`fetch.py`). Formats are a closed
+list: a playlist posing as a video would make the decoder open other files and addresses, a
+PostScript file would start a program. Refuses to know: messages, tokens, the API.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ _ANIMATIONS = ("GIF", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame, before resizing.
+    """`local_folder`: file:/// URLs inside it are allowed. `max_pixels`: of one picture or frame,
+    before resizing.
 
-    `max_video_pixels` and `max_animation_pixels` are of all frames, which are counted, not decoded. Animations are
-    decoded whole and slowly: 2^29 pixels are some 10 seconds.
+    `max_video_pixels` and `max_animation_pixels` are of all frames, which are counted, not decoded.
+    Animations are decoded whole and slowly: 2^29 pixels are some 10 seconds.
     """
 
     local_folder: Path | None = None
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     max_pixels: int = 64_000_000
-    max_video_pixels: int = 1 << 34  # of a container: some five minutes of 1920 x 1080 at 30 a second
+    # of a container: some five minutes of 1920 x 1080 at 30 a second
+    max_video_pixels: int = 1 << 34
     max_animation_pixels: int = 1 << 29  # of a GIF, APNG or WebP: 2,000 frames of 500 x 500
 
 
@@ -43,13 +46,16 @@ def read_image(url: str, policy: MediaPolicy, where: str = "", lease: Lease | No
     label = describe("image", url, where)
     data = read(url, policy, label, lease)
     with decode_errors(label):
-        size = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size  # the head alone; no pixel is decoded
+        # the head alone; no pixel is decoded
+        size = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size
     _check_size(size, policy, label)
     return data
 
 
 def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | None = None) -> bytes:
-    """The bytes of a video whose format and frame size are fine. Raises ValueError; ImportError where PyAV is needed and missing."""
+    """The bytes of a video whose format and frame size are fine. Raises ValueError; ImportError
+    where PyAV is needed and missing.
+    """
     label = describe("video", url, where)
     data = read(url, policy, label, lease)
     if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
@@ -65,7 +71,9 @@ def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | No
 
 
 def _container_size(data: bytes, policy: MediaPolicy, label: str, lease: Lease | None) -> tuple[int, int]:
-    """Of a frame. Raises ValueError where all frames together are too large, which takes no decoding to see."""
+    """Of a frame. Raises ValueError where all frames together are too large, which takes no
+    decoding to see.
+    """
     try:
         import av
     except ImportError as error:
@@ -93,7 +101,9 @@ def _container_size(data: bytes, policy: MediaPolicy, label: str, lease: Lease |
 
 
 def read(url: str, policy: MediaPolicy, label: str, lease: Lease | None = None) -> bytes:
-    """The bytes behind a data:, file:/// or http(s) URL; a `lease` bounds a download. Raises ValueError."""
+    """The bytes behind a data:, file:/// or http(s) URL; a `lease` bounds a download. Raises
+    ValueError.
+    """
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         # The scheme is case-insensitive; `open_source` knows it in lower case.

@@ -1,4 +1,5 @@
-"""The messages of a dialogue and the tools that it offers, as OpenAI's API has them, and how mistakes in them are named.
+"""The messages of a dialogue and the tools that it offers, as OpenAI's API has them, and how
+mistakes in them are named.
 
 Refuses to know: sampling, the model, bytes.
 """
@@ -69,7 +70,9 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _what_is_asked(cls, value: Any) -> Any:
-        """Without nulls, and without what asks for nothing; the first field that would be ignored is refused."""
+        """Without nulls, and without what asks for nothing; the first field that would be ignored
+        is refused.
+        """
         if not isinstance(value, dict):
             return value
         names = {field.alias or name for name, field in cls.model_fields.items()}
@@ -125,7 +128,8 @@ class ImageURL(Strict):
     idle = idle.IMAGE_URL
 
     url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high", "original"] | None = None  # a hint; pictures keep the model's own limits
+    # a hint; pictures keep the model's own limits
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class VideoURL(Strict):
@@ -211,7 +215,9 @@ class Call(Strict):
 
 
 class AssistantMessage(_Message):
-    """An answer before, as we or others gave it; what the official client makes of one is taken back."""
+    """An answer before, as we or others gave it; what the official client makes of one is taken
+    back.
+    """
 
     idle = idle.ASSISTANT
 
@@ -224,7 +230,9 @@ class AssistantMessage(_Message):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_we_add(cls, value: Any) -> Any:
-        """Ids of tokens and what the client parsed repeat the content; other servers call the thought `reasoning`."""
+        """Ids of tokens and what the client parsed repeat the content; other servers call the
+        thought `reasoning`.
+        """
         if not isinstance(value, dict):
             return value
         repeated = ("prompt_token_ids", "completion_token_ids", "prompt_tokens", "completion_tokens", "parsed")
@@ -297,7 +305,9 @@ class Tool(_Cached):
 
 
 def in_order_of_calls(messages: list[Any]) -> Iterator[Any]:
-    """The messages, results after the calls that they belong to, in their order. Raises for results that fit no call, and none."""
+    """The messages, results after the calls that they belong to, in their order. Raises for results
+    that fit no call, and none.
+    """
     due: list[str] = []
     results: dict[str, Any] = {}
     for i, message in enumerate(messages):

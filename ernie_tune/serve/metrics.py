@@ -1,4 +1,6 @@
-"""Counters of a server in Prometheus' text format (version 0.0.4). Refuses to know: what is counted, HTTP."""
+"""Counters of a server in Prometheus' text format (version 0.0.4). Refuses to know: what is
+counted, HTTP.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ class ServeOptions:
     default_max_tokens: int = 1024  # of an answer whose request names no limit
     max_num_seqs: int = 64  # answers computed at once
     max_concurrency: int = 256  # requests in the house, waiting ones included; beyond it 429
-    cache_tokens: int = 262_144  # key/value cache: answers at once times the longest of them, over all adapters
+    # key/value cache: answers at once times the longest of them, over all adapters
+    cache_tokens: int = 262_144
     prefill_tokens: int = 8192  # prompts computed between two steps of the others
     images: int = 10
     videos: int = 3
@@ -25,16 +26,20 @@ class ServeOptions:
     )
     max_pending_bytes: int = 2**30  # all bodies together; beyond it 429
     body_timeout_seconds: float = 30.0  # between two parts of a body
-    head_timeout_seconds: float = 15.0  # from the first byte of a request, or the connection, to the end of its head
+    # from the first byte of a request, or the connection, to the end of its head
+    head_timeout_seconds: float = 15.0
     idle_timeout_seconds: float = 30.0  # of a connection between two requests
-    write_timeout_seconds: float = 30.0  # until a client has read what waits for it; then it is gone
-    media_timeout_seconds: float = 60.0  # to download and decode the pictures and videos of a request
+    # until a client has read what waits for it; then it is gone
+    write_timeout_seconds: float = 30.0
+    # to download and decode the pictures and videos of a request
+    media_timeout_seconds: float = 60.0
     max_connections: int = 2048  # beyond it the one that is silent for longest is closed
     request_timeout_seconds: float = 600.0
     shutdown_timeout_seconds: float = 60.0
     preparing: int = 4  # threads that encode text, and as many that download and decode
     api_keys: tuple[str, ...] = ()  # none: everyone may ask
-    host_names: tuple[str, ...] = ()  # by which clients may call the server, beside those of the loopback
+    # by which clients may call the server, beside those of the loopback
+    host_names: tuple[str, ...] = ()
     any_address: bool = False  # also by any IP address: it listens to other machines
     log_requests: bool = False
     media: MediaPolicy = field(default_factory=MediaPolicy)

@@ -1,7 +1,8 @@
-"""The page at `/`: talk to the model in a browser, with pictures. One file, nothing from elsewhere, no key inside.
+"""The page at `/`: talk to the model in a browser, with pictures. One file, nothing from elsewhere,
+no key inside.
 
-The browser is told to run the page's own script and style alone, so that no text could become either, and that no other
-page may show it in a frame. Refuses to know: the model, requests.
+The browser is told to run the page's own script and style alone, so that no text could become
+either, and that no other page may show it in a frame. Refuses to know: the model, requests.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def page_headers() -> dict[str, str]:
 
 
 def _hash(text: str, element: str) -> str:
-    """The Content-Security-Policy source of the one such element: the digest of what stands in it."""
+    """The Content-Security-Policy source of the one such element: the digest of what stands in
+    it.
+    """
     (inside,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.DOTALL)
     digest = hashlib.sha256(inside.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

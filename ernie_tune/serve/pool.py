@@ -1,4 +1,5 @@
-"""Threads that an ending process does not wait for, and the lease under which work in them goes on: a time, and somebody who wants its result.
+"""Threads that an ending process does not wait for, and the lease under which work in them goes on:
+a time, and somebody who wants its result.
 
 Refuses to know: what the work is.
 """
@@ -20,10 +21,11 @@ T = TypeVar("T")
 
 
 class Lease:
-    """How long one piece of work may go on. `seconds` count from `begin`; `give_up` ends it from any thread.
+    """How long one piece of work may go on. `seconds` count from `begin`; `give_up` ends it from
+    any thread.
 
-    Work asks `left` before everything that may take long, and holds its sockets through `holding`, so that
-    giving up also wakes a thread that waits for one.
+    Work asks `left` before everything that may take long, and holds its sockets through `holding`,
+    so that giving up also wakes a thread that waits for one.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -37,7 +39,9 @@ class Lease:
         self._deadline = time.monotonic() + self._seconds
 
     def left(self) -> float:
-        """Seconds that are left, above 0. Raises TimeoutError when there are none, or nobody waits any more."""
+        """Seconds that are left, above 0. Raises TimeoutError when there are none, or nobody waits
+        any more.
+        """
         if self._deadline is None:
             self.begin()
         assert self._deadline is not None
@@ -70,12 +74,15 @@ class Lease:
 
 def _wake(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # not connected yet, or gone already
-        # The plain method: a TLS socket's own would take its session from under the thread that reads.
+        # The plain method: a TLS socket's own would take its session from under the thread that
+        # reads.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class Pool:
-    """A few threads that take work in the order in which it came. Daemons: what hangs in one cannot keep a process alive."""
+    """A few threads that take work in the order in which it came. Daemons: what hangs in one cannot
+    keep a process alive.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -84,7 +91,9 @@ class Pool:
             threading.Thread(target=self._serve, name=f"{name}-{i}", daemon=True).start()
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises. Cancelled before a thread has taken it up, it is never called."""
+        """What `call` returns or raises. Cancelled before a thread has taken it up, it is never
+        called.
+        """
         future: Future[T] = Future()
         self._work.put((future, call))
         return await asyncio.wrap_future(future)

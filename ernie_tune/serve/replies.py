@@ -1,4 +1,6 @@
-"""Tokens and texts -> the JSON of the API: whole answers, chunks of a stream, errors (fastdeploy.md 5.4). Refuses to know: how they are sent."""
+"""Tokens and texts -> the JSON of the API: whole answers, chunks of a stream, errors (fastdeploy.md
+5.4). Refuses to know: how they are sent.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 def dumps(value: Any) -> bytes:
-    """JSON in UTF-8. Half a surrogate pair, which only a client's own words can hold, stays an escape."""
+    """JSON in UTF-8. Half a surrogate pair, which only a client's own words can hold, stays an
+    escape.
+    """
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
@@ -45,7 +49,9 @@ def _token(processor: Processor, i: int, logp: float) -> dict[str, Any]:
 
 
 def logprobs(processor: Processor, events: Iterable[TokenEvent]) -> dict[str, Any]:
-    """One entry a token, the one that ends the answer included: log-probabilities at the request's temperature (1 when greedy)."""
+    """One entry a token, the one that ends the answer included: log-probabilities at the request's
+    temperature (1 when greedy).
+    """
     content = [
         {
             **_token(processor, event.token_id, event.logp),

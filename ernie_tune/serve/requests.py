@@ -1,7 +1,8 @@
-"""Bytes of a request's body -> a checked request, in time and memory that grow with the body and no faster.
+"""Bytes of a request's body -> a checked request, in time and memory that grow with the body and no
+faster.
 
-Text and media are bounded apart, before anything is parsed: an empty list of two bytes takes 60 as an object. Refuses
-to know: what fields mean, sockets, the model.
+Text and media are bounded apart, before anything is parsed: an empty list of two bytes takes 60 as
+an object. Refuses to know: what fields mean, sockets, the model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ R = TypeVar("R", bound=Sampling)
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """`text_bytes`: all but data: URLs. `prompt_tokens`: of a prompt of token ids. `prompts`: of one request."""
+    """`text_bytes`: all but data: URLs. `prompt_tokens`: of a prompt of token ids. `prompts`: of
+    one request.
+    """
 
     text_bytes: int
     prompt_tokens: int
@@ -35,7 +38,9 @@ class BodyLimits:
 
 
 def read_request(raw: bytes, kind: type[R], limits: BodyLimits) -> R:
-    """Raises ApiError: 413 for too much text, 400 for what is no such request; it names the first mistake."""
+    """Raises ApiError: 413 for too much text, 400 for what is no such request; it names the first
+    mistake.
+    """
     if text_bytes(raw, limits.text_bytes) > limits.text_bytes:
         raise ApiError(
             413,
@@ -93,7 +98,9 @@ def _constant(name: str) -> Any:
 
 
 def _check_tree(value: Any) -> None:
-    """Refuse depth, and half surrogate pairs, which no text in UTF-8 can hold. Raises RecursionError, ValueError."""
+    """Refuse depth, and half surrogate pairs, which no text in UTF-8 can hold. Raises
+    RecursionError, ValueError.
+    """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
@@ -144,7 +151,9 @@ def _told(found: ValidationError) -> ApiError:
 
 
 def place_of(loc: Sequence[int | str], field: str = "") -> str:
-    """messages[0].content[1].image_url.detail. Members of unions, which are tagged <like this>, are no part of it."""
+    """messages[0].content[1].image_url.detail. Members of unions, which are tagged <like this>, are
+    no part of it.
+    """
     out = ""
     for one in (*loc, *([field] if field else [])):
         if isinstance(one, int):

@@ -1,7 +1,9 @@
-"""The requests of the API: OpenAI's fields, and those of FastDeploy, vLLM and SGLang, as far as they have an effect here.
+"""The requests of the API: OpenAI's fields, and those of FastDeploy, vLLM and SGLang, as far as
+they have an effect here.
 
-A field that would be ignored is refused, unless its value asks for nothing (idle.py). Validation ends at the first
-mistake of a list and names the field of the type that was meant. Refuses to know: the model, replies, bytes.
+A field that would be ignored is refused, unless its value asks for nothing (idle.py). Validation
+ends at the first mistake of a list and names the field of the type that was meant. Refuses to know:
+the model, replies, bytes.
 """
 
 from __future__ import annotations
@@ -170,7 +172,8 @@ class Sampling(Strict):
     return_token_ids: bool = False
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    # Rules that the answer follows; the first is OpenAI's, then come vLLM's, FastDeploy's and SGLang's names.
+    # Rules that the answer follows; the first is OpenAI's, then come vLLM's, FastDeploy's and
+    # SGLang's names.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -330,7 +333,9 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _check_results(self) -> ChatRequest:
-        """Results come in any order and are put into that of the calls: the template does not say which is whose."""
+        """Results come in any order and are put into that of the calls: the template does not say
+        which is whose.
+        """
         self.messages = list(in_order_of_calls(self.messages))
         return self
 
@@ -363,7 +368,9 @@ class ChatRequest(Sampling):
 
     @property
     def ruled_tools(self) -> list[dict[str, Any]] | None:
-        """The tools whose calls follow their schema; None: calls are what the model makes of them."""
+        """The tools whose calls follow their schema; None: calls are what the model makes of
+        them.
+        """
         chosen, tools = self._chosen, self.callable_tools
         strict = any(tool.function.strict for tool in self.tools or ())
         if not tools or not (strict or self.needs_call or self.rule or chosen):
@@ -395,7 +402,9 @@ _Ids = Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_PROMPT_TO
 
 
 class CompletionRequest(Sampling):
-    """POST /v1/completions: prompts as they are, without a template; special tokens in a text count as such."""
+    """POST /v1/completions: prompts as they are, without a template; special tokens in a text count
+    as such.
+    """
 
     idle = idle.COMPLETION
 

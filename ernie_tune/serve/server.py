@@ -1,4 +1,6 @@
-"""The process around the application: a socket, signals, and an end that loses no answer. Needs the extra `serve`."""
+"""The process around the application: a socket, signals, and an end that loses no answer. Needs the
+extra `serve`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from ernie_tune.serve.gate import Gate
 from ernie_tune.serve.service import Service
 
 _FIRST_WORDS_SECONDS, _LAST_WORDS_SECONDS = 0.5, 5.0
-# A thread that parses or encodes holds Python's lock for this long before the model's turn comes, at each of the many
-# small steps of the model; with the usual 5 ms one large body would slow all answers tenfold.
+# A thread that parses or encodes holds Python's lock for this long before the model's turn comes,
+# at each of the many small steps of the model; with the usual 5 ms one large body would slow all
+# answers tenfold.
 _SWITCH_SECONDS = 0.0005
 
 
 class Server(uvicorn.Server):
-    """On the first signal: refuse what is new (503, /health too), finish what is inside, then stop. On the second: stop at once."""
+    """On the first signal: refuse what is new (503, /health too), finish what is inside, then stop.
+    On the second: stop at once.
+    """
 
     def __init__(self, config: uvicorn.Config, gate: Gate, service: Service, house: Connections) -> None:
         super().__init__(config)
@@ -59,7 +64,8 @@ class Server(uvicorn.Server):
                 file=sys.stderr,
                 flush=True,
             )
-            # Their clients are told (503) before the connections go: first those that wait for the model, then the others.
+            # Their clients are told (503) before the connections go: first those that wait for the
+            # model, then the others.
             await asyncio.to_thread(self.service.scheduler.close, _LAST_WORDS_SECONDS)
             await self._emptied(_FIRST_WORDS_SECONDS)
             self.gate.give_up()

@@ -1,4 +1,5 @@
-"""From a checked request to its tokens: names to adapters, URLs to pictures, messages to prompts, prompts to jobs, and events back to an event loop.
+"""From a checked request to its tokens: names to adapters, URLs to pictures, messages to prompts,
+prompts to jobs, and events back to an event loop.
 
 Refuses to know: paths, headers, the shape of replies.
 """
@@ -92,7 +93,8 @@ class Service:
     """A model that answers requests of the API, on one event loop."""
 
     def __init__(self, engine: Engine, models: dict[str, str | None], options: ServeOptions) -> None:
-        """`models`: served name -> adapter, None for the base; the first one answers requests that name none.
+        """`models`: served name -> adapter, None for the base; the first one answers requests that
+        name none.
 
         Raises ValueError for a max_model_len above the model's.
         """
@@ -194,7 +196,9 @@ class Service:
         return await self._queue(name, adapter, request, prepare, reader)
 
     async def steps(self, ticket: Ticket) -> AsyncIterator[list[Step]]:
-        """What each step of the model adds, until every choice is done. Raises ApiError 500 or 503 when the model fails or ends; leaves the queue however it ends."""
+        """What each step of the model adds, until every choice is done. Raises ApiError 500 or 503
+        when the model fails or ends; leaves the queue however it ends.
+        """
         first = {one.prompt.key: i * one.prompt.params.n for i, one in enumerate(ticket.prepared)}
         try:
             while any(not choice.finish_reason for choice in ticket.choices):
@@ -237,7 +241,7 @@ class Service:
             }
         )
 
-    # --- one request -------------------------------------------------------------------------------------------------
+    # --- one request ------------------------------------------------------------------------------
 
     async def _queue(
         self,
@@ -250,7 +254,8 @@ class Service:
     ) -> Ticket:
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as undo:
-            # What waits for a place is small: text, or the pictures of the few that are read at a time.
+            # What waits for a place is small: text, or the pictures of the few that are read at a
+            # time.
             prepared: list[Prepared] = []
             if lease is not None:
                 await self._wait(self._media_places)
@@ -277,7 +282,8 @@ class Service:
 
             def report(job: Job, news: list[TokenEvent] | EngineFailure) -> None:
                 last = isinstance(news, EngineFailure) or not job.rows_left
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                # the loop is closed: nobody is left to tell
+                with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(told, news, last)
 
             jobs = [_job(one, adapter, report) for one in prepared]
@@ -305,7 +311,9 @@ class Service:
     async def _prepare(
         self, pool: Pool, prepare: Callable[[], list[Prepared]], lease: Lease | None = None
     ) -> list[Prepared]:
-        """In a thread of the pool. Nobody waits any more: the lease is given up, and with it downloads and decoding."""
+        """In a thread of the pool. Nobody waits any more: the lease is given up, and with it
+        downloads and decoding.
+        """
         try:
             with _refusals():
                 return await pool.run(prepare)
@@ -314,7 +322,8 @@ class Service:
                 lease.give_up()
 
     def _params(self, request: Sampling, limit: int | None, logprobs: bool, top: int | None) -> SamplingParams:
-        # A request without a seed must differ from the next one; the seed's sign is of no use to the generator.
+        # A request without a seed must differ from the next one; the seed's sign is of no use to
+        # the generator.
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         with _refusals():
             params = self.engine.params(
@@ -335,7 +344,9 @@ class Service:
         return replace(params, stop_ids=(() if request.ignore_eos else params.stop_ids) + more)
 
     def _guided(self, prepared: Prepared, request: Sampling, thinks: bool = False) -> Prepared:
-        """With the rule that the answer is to follow, if any. Raises ValueError for one that cannot be followed."""
+        """With the rule that the answer is to follow, if any. Raises ValueError for one that cannot
+        be followed.
+        """
         guide = None if request.rule is None else Guide(*request.rule)
         calls = None
         if isinstance(request, ChatRequest) and (tools := request.ruled_tools):
@@ -346,7 +357,9 @@ class Service:
         return replace(prepared, prompt=replace(prepared.prompt, constrain=follow))
 
     def _fit(self, prepared: Prepared, request: Sampling) -> Prepared:
-        """With the default limit where the request names none. Raises ValueError where prompt and answer exceed max_model_len."""
+        """With the default limit where the request names none. Raises ValueError where prompt and
+        answer exceed max_model_len.
+        """
         room = self.max_model_len - prepared.num_tokens
         limit = request.limit or min(self.options.default_max_tokens, room)
         if limit < 1 or limit > room:
@@ -369,7 +382,9 @@ class Service:
         return any(part.type in ("image_url", "video_url") for part in parts)
 
     def _check_length(self, texts: Sequence[str]) -> None:
-        """Refuse text that cannot fit however it is cut into tokens, before it is: cutting megabytes takes long. Raises RowTooLong."""
+        """Refuse text that cannot fit however it is cut into tokens, before it is: cutting
+        megabytes takes long. Raises RowTooLong.
+        """
         least = sum(len(text.encode("utf-8", "replace")) for text in texts) // self._longest_token_bytes
         if least > self.max_model_len:
             raise RowTooLong(

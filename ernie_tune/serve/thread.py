@@ -117,7 +117,8 @@ class SchedulerThread:
         try:
             while self._turn():
                 pass
-        finally:  # also when an error nobody foresaw ends the thread: whoever waits must learn of it
+        finally:
+            # also when an error nobody foresaw ends the thread: whoever waits must learn of it
             with self._changed:
                 self._closing = True
                 left = [*self._jobs.values(), *self._entering]

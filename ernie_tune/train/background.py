@@ -1,7 +1,9 @@
-"""A checkpoint that is written while training goes on: complete or absent like any other, and visible when all ranks have written their part.
+"""A checkpoint that is written while training goes on: complete or absent like any other, and
+visible when all ranks have written their part.
 
-What is to be written is copied first (on a CPU a tensor's array is its own memory), then each rank has a thread. Threads share no collectives, which would
-cross those of the training: a rank leaves a note beside the staged folder, and rank 0 waits for all notes. Errors come out in `wait`.
+What is to be written is copied first (on a CPU a tensor's array is its own memory), then each rank
+has a thread. Threads share no collectives, which would cross those of the training: a rank leaves a
+note beside the staged folder, and rank 0 waits for all notes. Errors come out in `wait`.
 Refuses to know: what is saved, when.
 """
 
@@ -26,7 +28,9 @@ PATIENCE_SECONDS = 600.0
 
 
 class Pending:
-    """One checkpoint on its way. `wait` is a collective: every rank calls it, before the next save and at the end."""
+    """One checkpoint on its way. `wait` is a collective: every rank calls it, before the next save
+    and at the end.
+    """
 
     def __init__(self, writing: Writing, ranks: Ranks, slices: list[Slice], files: Mapping[str, str]) -> None:
         self.writing, self.ranks, self.slices, self.files = writing, ranks, slices, files
@@ -66,7 +70,9 @@ class Pending:
             self._failed(error)
 
     def _others(self) -> list[RankFile]:
-        """What all ranks have written, when all have tried. Raises OSError where one could not, or does not come."""
+        """What all ranks have written, when all have tried. Raises OSError where one could not, or
+        does not come.
+        """
         last = time.monotonic() + PATIENCE_SECONDS
         for rank in range(self.ranks.size):
             while not self._note(rank).is_file():
@@ -100,8 +106,10 @@ def save_in_background(
     cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> Pending:
-    """As `save_checkpoint`, but what only resuming needs is written by threads; the model's files are there when this returns. Raises OSError as that does,
-    for what happens before the threads start."""
+    """As `save_checkpoint`, but what only resuming needs is written by threads; the model's files
+    are there when this returns. Raises OSError as that does, for what happens before the threads
+    start.
+    """
     writing = Writing(output_dir, step)
     stage_model(writing, save_model, ranks)
     mine = [Slice(s.name, s.region, s.dtype, _copied(s)) for s in prepare(optimizer, named, cut, ranks)]

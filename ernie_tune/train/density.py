@@ -1,7 +1,9 @@
-"""Weights of bad answers by their prompts, for BCO: what the policy makes of each prompt before training, a classifier on it, a weight by the answer's key.
+"""Weights of bad answers by their prompts, for BCO: what the policy makes of each prompt before
+training, a classifier on it, a weight by the answer's key.
 
-TRL asks an embedding model of its own; here the state of the prompt's last token, after the model's last norm, is what the prompt looks like, pictures and
-all. Refuses to know: the classifier's arithmetic and the loss (objectives), which rows there are. Legend: C candidates, D width.
+TRL asks an embedding model of its own; here the state of the prompt's last token, after the model's
+last norm, is what the prompt looks like, pictures and all. Refuses to know: the classifier's
+arithmetic and the loss (objectives), which rows there are. Legend: C candidates, D width.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
 from ernie_tune.objectives.objective import Outputs
 
-FITTED = 1024  # answers of each kind that the classifier learns from, at most (TRL's prompt_sample_size)
+# answers of each kind that the classifier learns from, at most (TRL's prompt_sample_size)
+FITTED = 1024
 
 
 class PromptDensity:
-    """`fit` on some rows, `measure` all that will be seen, both while the policy is what training starts from; then `attached`."""
+    """`fit` on some rows, `measure` all that will be seen, both while the policy is what training
+    starts from; then `attached`.
+    """
 
     def __init__(self, asked: Any, low: float, high: float) -> None:
         self.asked, self.low, self.high = asked, low, high
@@ -32,7 +37,9 @@ class PromptDensity:
         self._classifier: PromptClassifier | None = None
 
     def fit(self, batches: Iterable[UnitBatch]) -> None:
-        """Learn to tell prompts of good answers from those of bad ones. Raises ValueError where one kind is missing."""
+        """Learn to tell prompts of good answers from those of bad ones. Raises ValueError where one
+        kind is missing.
+        """
         states: dict[bool, list[np.ndarray]] = {True: [], False: []}
         for batch in batches:
             if all(good is None for _, good in _labelled(batch)):
@@ -62,7 +69,9 @@ class PromptDensity:
         return frozen_outputs(self.asked, prompt_states, batch)["state_CD"].astype(np.float64)
 
     def attached(self, batch: UnitBatch) -> UnitBatch:
-        """The batch with column density_C. Raises ValueError for a bad answer that was not measured: the policy it would be measured with is gone."""
+        """The batch with column density_C. Raises ValueError for a bad answer that was not
+        measured: the policy it would be measured with is gone.
+        """
         weights = []
         for (key, good), where in zip(_labelled(batch), [u.where for u in batch.units for _ in u.keys], strict=True):
             if good is False and key not in self.weights:
@@ -96,6 +105,8 @@ def _labelled(batch: UnitBatch) -> list[tuple[str, bool | None]]:
 
 
 def prompt_states(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
-    """state_CD: the state before each candidate's first target, [C, D]: that of its prompt's last token."""
+    """state_CD: the state before each candidate's first target, [C, D]: that of its prompt's last
+    token.
+    """
     first_C = np.searchsorted(batch.candidate_N, np.arange(len(batch.length_C)))
     return {"state_CD": paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N[first_C])).astype("float32")}

@@ -22,7 +22,9 @@ from ernie_tune.generate.scheduler import Capacity
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row cut before its last answer: what is asked, with its media, and the reference without its thought."""
+    """A held-out row cut before its last answer: what is asked, with its media, and the reference
+    without its thought.
+    """
 
     record: Record
     images: tuple[Any, ...]
@@ -54,7 +56,8 @@ def evaluation_loss(
     rows: int,
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
-    """Mean nll per target token, the share of targets that are the most probable token, and the number of rows. Rows that do not fit are counted.
+    """Mean nll per target token, the share of targets that are the most probable token, and the
+    number of rows. Rows that do not fit are counted.
     `done` is told how many more rows have been measured.
 
     Raises ValueError where none fits: their mean would be a number about nothing.
@@ -111,8 +114,10 @@ def answers(
     rows: int,
     done: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its reference does. `rows`: answers computed at once.
-    `done` is told how many more questions have their answers."""
+    """Greedy answers, in the order of the questions, thoughts cut off; an answer thinks where its
+    reference does. `rows`: answers computed at once.
+    `done` is told how many more questions have their answers.
+    """
     engine, requests = Engine(model, processor), []
     for q in questions:
         thinks = processor.template.thinks(q.record.messages, THINKING.get(q.record.mode))

@@ -1,4 +1,5 @@
-"""Measuring a model on held-out judgements: the method's loss and metrics, and how often the model itself prefers the better answer.
+"""Measuring a model on held-out judgements: the method's loss and metrics, and how often the model
+itself prefers the better answer.
 
 Refuses to know: when evaluation happens, where results go, which method it is.
 """
@@ -45,8 +46,11 @@ def judged_evaluation(
     ready: Ready,
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
-    """The objective over all rows as one window, its metrics, `preference_accuracy` (the share of comparisons in which the model gives the better answer
-    the higher probability; also by domain, where rows name one), and the number of rows. `done` is told how many more rows have been measured."""
+    """The objective over all rows as one window, its metrics, `preference_accuracy` (the share of
+    comparisons in which the model gives the better answer the higher probability; also by domain,
+    where rows name one), and the number of rows. `done` is told how many more rows have been
+    measured.
+    """
     batches, dropped = judged_batches(records, encoder, rows)
     window = ready(batches)
     divisor = objective.begin(objective.counts(window))
@@ -78,7 +82,9 @@ def judged_evaluation(
 
 
 def preferred(value_N: np.ndarray, batch: UnitBatch) -> dict[str, tuple[float, float]]:
-    """How many comparisons the values get right: log-probabilities of tokens, summed over each answer, or one reward for each answer."""
+    """How many comparisons the values get right: log-probabilities of tokens, summed over each
+    answer, or one reward for each answer.
+    """
     count = len(batch.length_C)
     value_C = value_N if len(value_N) == count else np.bincount(batch.candidate_N, weights=value_N, minlength=count)
     out: dict[str, tuple[float, float]] = {}

@@ -1,7 +1,9 @@
-"""Watchers of a run: forgetting, no more progress, divergence, and signs that nothing is learned. They look at numbers and answer with a verdict.
+"""Watchers of a run: forgetting, no more progress, divergence, and signs that nothing is learned.
+They look at numbers and answer with a verdict.
 
-Every watcher has state_dict and load_state_dict (JSON), so a resumed run judges as an uninterrupted one. Refuses to know: models, data, files; the
-caller prints the message and stops, or not. Sources: methods.md 4.12 (regression monitor), 7.7; ecosystem.md 5 (rows 17, 26, 27), 9 S8.
+Every watcher has state_dict and load_state_dict (JSON), so a resumed run judges as an uninterrupted
+one. Refuses to know: models, data, files; the caller prints the message and stops, or not. Sources:
+methods.md 4.12 (regression monitor), 7.7; ecosystem.md 5 (rows 17, 26, 27), 9 S8.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GuardScore:
-    """One look at a guard set. `low`, `high`: the interval of the change. `alarm`: the score fell by more than the tolerance, and not by chance."""
+    """One look at a guard set. `low`, `high`: the interval of the change. `alarm`: the score fell
+    by more than the tolerance, and not by chance.
+    """
 
     name: str
     baseline: float
@@ -43,10 +47,12 @@ class GuardScore:
 
 
 class ForgettingGuard:
-    """Compares rows that training should leave alone with what the model scored on them before: baseline[set] holds one score a row.
+    """Compares rows that training should leave alone with what the model scored on them before:
+    baseline[set] holds one score a row.
 
-    Alarm: the mean fell by more than `tolerance` and the 95 % interval of the change, from `bootstrap` resamples of the rows (before and after
-    together), lies below zero. Raises ValueError for sets without rows, unknown sets, and row counts that differ from the baseline's.
+    Alarm: the mean fell by more than `tolerance` and the 95 % interval of the change, from
+    `bootstrap` resamples of the rows (before and after together), lies below zero. Raises
+    ValueError for sets without rows, unknown sets, and row counts that differ from the baseline's.
     """
 
     def __init__(
@@ -88,7 +94,8 @@ class ForgettingGuard:
                 )
             )
         change_R = np.asarray(scores, np.float64) - before_R
-        # A fresh generator each time: the verdict depends on the scores alone, not on how often one has looked.
+        # A fresh generator each time: the verdict depends on the scores alone, not on how often one
+        # has looked.
         generator, rows = np.random.default_rng(self.seed), len(change_R)
         means_B = [change_R[generator.integers(0, rows, rows)].mean() for _ in range(self.bootstrap)]
         low, high = np.percentile(means_B, [2.5, 97.5])
@@ -108,9 +115,11 @@ class ForgettingGuard:
 
 
 class EarlyStopping:
-    """Stops after `patience` evaluations in a row that did not better the best by more than `min_delta`; 0 never stops, but still knows the best.
+    """Stops after `patience` evaluations in a row that did not better the best by more than
+    `min_delta`; 0 never stops, but still knows the best.
 
-    `metric` with or without "eval_". `greater_is_better` None: no for losses, yes for others. A value that is no number is no progress.
+    `metric` with or without "eval_". `greater_is_better` None: no for losses, yes for others. A
+    value that is no number is no progress.
     """
 
     def __init__(
@@ -128,7 +137,9 @@ class EarlyStopping:
         return 0 < self.patience <= self.waited
 
     def look(self, step: int, metrics: Mapping[str, float]) -> tuple[bool, Verdict | None]:
-        """(whether this is the best so far, the verdict). Raises ValueError if the metric was not measured."""
+        """(whether this is the best so far, the verdict). Raises ValueError if the metric was not
+        measured.
+        """
         if self.metric not in metrics:
             known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
             raise ValueError(
@@ -162,10 +173,12 @@ class EarlyStopping:
 
 
 class DivergenceGuard:
-    """Stops at a loss or gradient that is no number; warns once when the loss stays above `factor` times its running median for `patience` steps.
+    """Stops at a loss or gradient that is no number; warns once when the loss stays above `factor`
+    times its running median for `patience` steps.
 
-    The median is over the last `window` losses that were not above, so that a diverging run does not raise its own bar; it counts from `patience`
-    losses on and only while positive (preference and policy losses may be negative).
+    The median is over the last `window` losses that were not above, so that a diverging run does
+    not raise its own bar; it counts from `patience` losses on and only while positive (preference
+    and policy losses may be negative).
     """
 
     def __init__(self, factor: float = 4.0, patience: int = 10, window: int = 100) -> None:
@@ -211,7 +224,9 @@ class DivergenceGuard:
 
 @dataclass(frozen=True)
 class _Sign:
-    """`metric` has looked wrong for `steps` records in a row. `wrong` sees its present and former value (nan at first)."""
+    """`metric` has looked wrong for `steps` records in a row. `wrong` sees its present and former
+    value (nan at first).
+    """
 
     metric: str
     steps: int
@@ -232,7 +247,9 @@ _SIGNS = (
 
 
 class LearningWatch:
-    """Signs in the logged numbers that a run learns nothing. Each warning is given once in a run."""
+    """Signs in the logged numbers that a run learns nothing. Each warning is given once in a
+    run.
+    """
 
     def __init__(self) -> None:
         self.streak: dict[str, int] = {}

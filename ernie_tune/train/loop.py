@@ -1,8 +1,11 @@
-"""THE loop: windows of micro-batches in, one record per optimizer step out. Saving, evaluating and logging are the caller's `if`s.
+"""THE loop: windows of micro-batches in, one record per optimizer step out. Saving, evaluating and
+logging are the caller's `if`s.
 
-What changes a gradient happens in `_step`, in this order: seed, forward and backward of each micro-batch, one division by the window's global
-count, the sum over ranks, clipping, AdamW, the router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last
-good ones. Refuses to know: the method (an `Objective`), how many processes there are (an `Engine`), the data's origin, files.
+What changes a gradient happens in `_step`, in this order: seed, forward and backward of each
+micro-batch, one division by the window's global count, the sum over ranks, clipping, AdamW, the
+router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last
+good ones. Refuses to know: the method (an `Objective`), how many processes there are (an `Engine`),
+the data's origin, files.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from ernie_tune.train.optim import Schedule
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `loss` is the objective over the window, without router losses; `metrics` are means; `seconds` include reading the window."""
+    """One optimizer step. `loss` is the objective over the window, without router losses; `metrics`
+    are means; `seconds` include reading the window.
+    """
 
     step: int  # 1-based: steps done so far
     loss: float
@@ -48,7 +53,9 @@ class LoopSettings:
 
 
 class Loop:
-    """`for record in loop.steps(windows): ...` Each step is seeded by (seed, step), so a run that resumes needs no generator state."""
+    """`for record in loop.steps(windows): ...` Each step is seeded by (seed, step), so a run that
+    resumes needs no generator state.
+    """
 
     def __init__(
         self,
@@ -120,7 +127,9 @@ class Loop:
         return StepRecord(self.step, done.loss, rate, norm, done.num_tokens, done.num_rows, seconds, means)
 
     def accumulate(self, window: Sequence[Any]) -> tuple[float, dict[str, tuple[float, float]]]:
-        """Forward and backward of every micro-batch, leaving this rank's share of the window's gradient in the parameters; its loss and summed metrics."""
+        """Forward and backward of every micro-batch, leaving this rank's share of the window's
+        gradient in the parameters; its loss and summed metrics.
+        """
         s = self.settings
         divisor = self.objective.begin(self.engine.counts(self.objective.counts(window)))
         work = Work(self.model, self.objective, divisor, s.router, bool(s.bias_update), s.recompute)

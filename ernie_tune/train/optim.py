@@ -1,6 +1,7 @@
 """AdamW groups, learning-rate schedules, and what of an optimizer is saved.
 
-Refuses to know: models' classes, batches, distribution (under Fleet the optimizer is wrapped from outside).
+Refuses to know: models' classes, batches, distribution (under Fleet the optimizer is wrapped from
+outside).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape. It would reach `floor` at step `total_steps`, the first that is
-    no longer made, as in other trainers. "constant" has no warm-up, as in transformers, "constant_with_warmup" has. The first step of a warm-up has
-    peak / warmup_steps, where transformers gives it 0 and so makes it without effect: a warm-up here is one step ahead of theirs, and
-    equal from its end on."""
+    """Learning rate by step, 0-based: linear warm-up to `peak`, then the named shape. It would
+    reach `floor` at step `total_steps`, the first that is no longer made, as in other trainers.
+    "constant" has no warm-up, as in transformers, "constant_with_warmup" has. The first step of a
+    warm-up has peak / warmup_steps, where transformers gives it 0 and so makes it without effect: a
+    warm-up here is one step ahead of theirs, and equal from its end on.
+    """
 
     peak: float
     total_steps: int
@@ -97,7 +100,9 @@ def build_adamw(
     beta2: float,
     epsilon: float,
 ) -> paddle.optimizer.AdamW:
-    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when nothing is trainable."""
+    """AdamW over the trainable parameters, one group per (ratio, decay). Raises ValueError when
+    nothing is trainable.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in named:
         if not parameter.stop_gradient:
@@ -129,7 +134,9 @@ def adamw_maker(
     beta2: float,
     epsilon: float,
 ) -> Callable[[list[Tensor]], paddle.optimizer.Optimizer]:
-    """`build_adamw` for engines that take a plain list of parameters, and some of them at a time: the same steps, with ratios noted on the parameters."""
+    """`build_adamw` for engines that take a plain list of parameters, and some of them at a time:
+    the same steps, with ratios noted on the parameters.
+    """
     undecayed = {p.name for name, p in named if no_decay(name, p)}
     for name, parameter in named:
         parameter.optimize_attr = {"learning_rate": ratio(name)}
@@ -150,7 +157,9 @@ def adamw_maker(
 
 
 def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold counters that change from run to run."""
+    """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold
+    counters that change from run to run.
+    """
     by_paddle_name = {p.name: name for name, p in named.items()}
     out: dict[str, Tensor] = {}
     state = optimizer.state_dict()
@@ -170,7 +179,9 @@ def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, 
 def load_optimizer_arrays(
     optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_arrays`, on an optimizer that has made no step. Raises ValueError for arrays of parameters that the model does not train."""
+    """Inverse of `optimizer_arrays`, on an optimizer that has made no step. Raises ValueError for
+    arrays of parameters that the model does not train.
+    """
     unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
     if unknown:
         raise ValueError(
@@ -188,8 +199,9 @@ def load_optimizer_arrays(
     if masters:
         state["master_weights"] = masters
     optimizer.set_state_dict(state)
-    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run had not yet reached. What the optimizer updates may
-    # be a flat slice of a parameter, with its name.
+    # Made now, not at their first gradient: Paddle would then refuse a parameter that the saved run
+    # had not yet reached. What the optimizer updates may be a flat slice of a parameter, with its
+    # name.
     own = {p.name: p for p in updated_by(optimizer)}
     with unique_name.guard():
         optimizer._create_accumulators(

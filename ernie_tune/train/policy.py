@@ -1,6 +1,8 @@
-"""Learning from sampled answers, as the loop asks for it: log-probabilities of whole groups in, one loss out.
+"""Learning from sampled answers, as the loop asks for it: log-probabilities of whole groups in, one
+loss out.
 
-The columns of a batch say what was known when its answers were sampled; what is computed here is the policy as it is now, over the same support:
+The columns of a batch say what was known when its answers were sampled; what is computed here is
+the policy as it is now, over the same support:
 the same temperature, the same ids left out.
 Refuses to know: the formulas (objectives), where answers, rewards and advantages come from.
 Legend: N trained tokens, C answers, T tokens of the pack.
@@ -24,10 +26,12 @@ from ernie_tune.objectives.policy import EntropyControl, PolicyHyper, Sampled, p
 
 
 class PolicyObjective:
-    """The policy's loss, the penalty for leaving the reference (`beta`) and the entropy bonus, each over its global count.
+    """The policy's loss, the penalty for leaving the reference (`beta`) and the entropy bonus, each
+    over its global count.
 
-    `banned`: ids that sampling leaves out. `rollout_is`: correction of the rollout engine's mismatch, with its bounds. `entropy` True: the entropy of
-    every token is computed and logged even where nothing rewards it.
+    `banned`: ids that sampling leaves out. `rollout_is`: correction of the rollout engine's
+    mismatch, with its bounds. `entropy` True: the entropy of every token is computed and logged
+    even where nothing rewards it.
     """
 
     def __init__(
@@ -107,7 +111,9 @@ class PolicyObjective:
         )
 
     def _mismatch(self, sampled: Sampled, batch: UnitBatch) -> dict[str, tuple[float, float]]:
-        """How far the trainer's log-probabilities of before are from the engine's, where the trainer computed its own."""
+        """How far the trainer's log-probabilities of before are from the engine's, where the
+        trainer computed its own.
+        """
         old_N, engine_N = batch.columns["old_logp_N"], batch.columns["sampled_logp_N"]
         if np.array_equal(old_N, engine_N):
             return {}
@@ -127,7 +133,9 @@ class PolicyObjective:
 
 
 def kept_answers(batch: UnitBatch) -> np.ndarray:
-    """1 for the answers that count, [C], from the column keep_N; an answer without a trained token counts for nothing."""
+    """1 for the answers that count, [C], from the column keep_N; an answer without a trained token
+    counts for nothing.
+    """
     keep_C = np.zeros(len(batch.length_C))
     keep_C[batch.candidate_N] = batch.columns["keep_N"]
     return keep_C

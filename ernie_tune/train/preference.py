@@ -1,6 +1,8 @@
-"""Learning from judged answers, as the loop asks for it: log-probabilities of whole units in, one loss out, with the numbers that run along.
+"""Learning from judged answers, as the loop asks for it: log-probabilities of whole units in, one
+loss out, with the numbers that run along.
 
-Refuses to know: the formulas (objectives), where the reference's log-probabilities come from (reference.py), files.
+Refuses to know: the formulas (objectives), where the reference's log-probabilities come from
+(reference.py), files.
 Legend: T tokens, N target tokens, C candidates, P pairs, U units.
 """
 
@@ -39,15 +41,18 @@ _SIDES = ("rewards/chosen", "rewards/rejected")
 
 @dataclass(frozen=True)
 class Margins:
-    """What a difference of scores asks of the rewards (ODPO): alpha times it ("linear") or its logarithm ("log"); alpha 0: nothing."""
+    """What a difference of scores asks of the rewards (ODPO): alpha times it ("linear") or its
+    logarithm ("log"); alpha 0: nothing.
+    """
 
     alpha: float = 0.0
     kind: str = "linear"
 
 
 def pairs_of(batch: UnitBatch, margins: Margins | None = None, edge_weight: str = "unit") -> Pairs:
-    """Every comparison that the batch's rows imply: pairs, rankings and ratings alike. The comparisons of one unit share its weight, or with
-    edge_weight "edge" have it each."""
+    """Every comparison that the batch's rows imply: pairs, rankings and ratings alike. The
+    comparisons of one unit share its weight, or with edge_weight "edge" have it each.
+    """
     rows = [
         (first + better, first + worse, unit, better, worse)
         for unit, first in zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
@@ -83,7 +88,9 @@ def _offset(unit: Unit, better: int, worse: int, margins: Margins) -> float:
 def image_metrics(
     candidates: Candidates, pairs: Pairs, batch: UnitBatch, beta: float, kappa: float = 0.0
 ) -> dict[str, tuple[float, float]]:
-    """Of the comparisons of a true and a spoilt picture alone: how often, and by how much, the answer to the true one has the higher reward."""
+    """Of the comparisons of a true and a spoilt picture alone: how often, and by how much, the
+    answer to the true one has the higher reward.
+    """
     mine_P = np.array([batch.units[u].corrupted for u in batch.unit_C[pairs.better_P]], bool)
     if not mine_P.any():
         return {}
@@ -92,7 +99,9 @@ def image_metrics(
 
 
 def signals_of(batch: UnitBatch) -> Signals:
-    """The batch's judgements by kind: pairs of `pair` rows, tiers of rankings, scores of ratings, labels."""
+    """The batch's judgements by kind: pairs of `pair` rows, tiers of rankings, scores of ratings,
+    labels.
+    """
     parts: dict[str, list[tuple[Unit, int]]] = {name: [] for name in ("pair", "ranking", "rating", "label")}
     for unit, first in zip(batch.units, batch.first_candidate_U.tolist(), strict=True):
         parts[unit.signal].append((unit, first))
@@ -133,7 +142,9 @@ def _units(members: Sequence[tuple[Unit, int]], values: Sequence[np.ndarray]) ->
 
 
 def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
-    """The batch's answers with their log-probabilities, and the reference's where the batch has them."""
+    """The batch's answers with their log-probabilities, and the reference's where the batch has
+    them.
+    """
     count = len(batch.length_C)
     ref_logp_N = batch.columns.get("ref_logp_N")
     ref_N = None if ref_logp_N is None else paddle.to_tensor(ref_logp_N, dtype=logp_N.dtype)
@@ -148,7 +159,9 @@ def candidates_of(logp_N: Tensor, batch: UnitBatch) -> Candidates:
 
 
 class JudgedObjective(abc.ABC):
-    """What all objectives on judged answers share: global counts, KTO's baseline of this window, BCO's running shift."""
+    """What all objectives on judged answers share: global counts, KTO's baseline of this window,
+    BCO's running shift.
+    """
 
     def __init__(self, shift: RewardShift | None = None) -> None:
         self._counts: dict[str, float] = {}
@@ -201,7 +214,9 @@ class JudgedObjective(abc.ABC):
 
 
 class PairObjective(JudgedObjective):
-    """The DPO family: `terms` are atomic losses with weights (`pairwise.expand`), on all comparisons of a batch."""
+    """The DPO family: `terms` are atomic losses with weights (`pairwise.expand`), on all
+    comparisons of a batch.
+    """
 
     def __init__(
         self,
@@ -241,10 +256,11 @@ class PairObjective(JudgedObjective):
 
 
 class UpoObjective(JudgedObjective):
-    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is KTO or BCO.
+    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is
+    KTO or BCO.
 
-    For KTO it also counts the labels: `good` and `bad` are the weights of such answers in the steps made so far, of all
-    ranks, `labelled_steps` how many steps those were.
+    For KTO it also counts the labels: `good` and `bad` are the weights of such answers in the steps
+    made so far, of all ranks, `labelled_steps` how many steps those were.
     """
 
     def __init__(self, settings: UpoSettings, shift: RewardShift | None = None) -> None:

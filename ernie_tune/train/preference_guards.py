@@ -1,7 +1,10 @@
-"""Watchers of preference learning: answers that become improbable, margins past the sigmoid's slope, length mistaken for quality (methods.md 7.7).
+"""Watchers of preference learning: answers that become improbable, margins past the sigmoid's
+slope, length mistaken for quality (methods.md 7.7).
 
-They read the logged means under TRL's names (`objectives.preference.preference_metrics`) and answer with verdicts; each speaks once in a run.
-Refuses to know: models, data, losses, files. State is JSON, so a resumed run judges as an uninterrupted one.
+They read the logged means under TRL's names (`objectives.preference.preference_metrics`) and answer
+with verdicts; each speaks once in a run.
+Refuses to know: models, data, losses, files. State is JSON, so a resumed run judges as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import numpy as np
 from ernie_tune.config.language import say
 from ernie_tune.train.guards import Verdict
 
-# A batch's mean says little: both ends of a comparison are means over this many records (fewer while the run is young).
+# A batch's mean says little: both ends of a comparison are means over this many records (fewer
+# while the run is young).
 SMOOTH = 10
 
 
 class DisplacementGuard:
-    """Likelihood displacement: `logps/chosen` fell by more than `drop` of its size within `steps` steps, although chosen answers should gain.
+    """Likelihood displacement: `logps/chosen` fell by more than `drop` of its size within `steps`
+    steps, although chosen answers should gain.
 
-    Present and past are means over SMOOTH records that do not overlap. `anchored`: the loss already holds an NLL term, so the advice is another.
+    Present and past are means over SMOOTH records that do not overlap. `anchored`: the loss already
+    holds an NLL term, so the advice is another.
     """
 
     def __init__(self, drop: float = 0.2, steps: int = 200, *, anchored: bool = False) -> None:
@@ -88,7 +94,9 @@ class _MeanGuard:
 
 
 class SaturationGuard(_MeanGuard):
-    """More than `bound` of the pairs have a reward margin beyond 10 either way, over `records` records."""
+    """More than `bound` of the pairs have a reward margin beyond 10 either way, over `records`
+    records.
+    """
 
     def __init__(self, bound: float = 0.25, records: int = 20) -> None:
         super().__init__(bound, records)
@@ -112,7 +120,9 @@ class SaturationGuard(_MeanGuard):
 
 
 class LengthGuard(_MeanGuard):
-    """The rewards prefer the longer answer more often than the labels do, by more than `bound`, over `records` records."""
+    """The rewards prefer the longer answer more often than the labels do, by more than `bound`,
+    over `records` records.
+    """
 
     def __init__(self, bound: float = 0.15, records: int = 50) -> None:
         super().__init__(bound, records)

@@ -1,8 +1,10 @@
-"""The reference policy: where its log-probabilities come from, and a cache that knows what they were computed with (methods.md 3.4).
+"""The reference policy: where its log-probabilities come from, and a cache that knows what they
+were computed with (methods.md 3.4).
 
-Modes: `model` a frozen copy; `adapter_off` the policy without its adapter; `adapter_ref` a frozen copy of the adapter that training started from;
-`precomputed` the policy before training, computed once and stored; `none`. The rule: where training continues an adapter, `adapter_off` would be the raw
-base and not the policy that training started from, so the default is `adapter_ref` there.
+Modes: `model` a frozen copy; `adapter_off` the policy without its adapter; `adapter_ref` a frozen
+copy of the adapter that training started from; `precomputed` the policy before training, computed
+once and stored; `none`. The rule: where training continues an adapter, `adapter_off` would be the
+raw base and not the policy that training started from, so the default is `adapter_ref` there.
 Refuses to know: losses, the loop, settings' names beyond the mode.
 """
 
@@ -33,7 +35,8 @@ from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import NAME as SLOT
 from ernie_tune.train.state import ALONE, Ranks
 
-Asked = ErnieModel | StagedForward  # what is called: a model, or one whose stages are on several ranks
+# what is called: a model, or one whose stages are on several ranks
+Asked = ErnieModel | StagedForward
 Lay = Callable[[ErnieModel], Asked]
 
 ADAPTER = "reference"  # name of the frozen copy
@@ -43,8 +46,10 @@ SAME = 1e-3
 
 
 def choose_mode(mode: str, model: ErnieModel, moving: bool = False) -> str:
-    """What "auto" stands for: `model` without adapters, `adapter_off` for a fresh one, `adapter_ref` for one that already changes the model, or where
-    the reference is to move. Raises ValueError for adapter modes without an adapter."""
+    """What "auto" stands for: `model` without adapters, `adapter_off` for a fresh one,
+    `adapter_ref` for one that already changes the model, or where the reference is to move. Raises
+    ValueError for adapter modes without an adapter.
+    """
     peft = isinstance(model, PeftModel) and model.active is not None
     if mode.startswith("adapter") and not peft:
         raise ValueError(
@@ -71,10 +76,13 @@ def choose_mode(mode: str, model: ErnieModel, moving: bool = False) -> str:
 
 
 def is_fresh(model: PeftModel) -> bool:
-    """Whether the active adapter leaves the model as it was. A learned prompt or prefix never does; its reference is the model without it all the same."""
+    """Whether the active adapter leaves the model as it was. A learned prompt or prefix never does;
+    its reference is the model without it all the same.
+    """
     adapter = model.adapters[model.active or ""]
     if adapter.copies:
-        return False  # may have been trained: only a comparison of weights would tell, and a copy is always right
+        # may have been trained: only a comparison of weights would tell, and a copy is always right
+        return False
     if not isinstance(adapter.config, LoraConfig):
         return True
     factors = [
@@ -87,8 +95,9 @@ def is_fresh(model: PeftModel) -> bool:
 
 
 def frozen_copy(model: ErnieModel, lay: Lay) -> tuple[ErnieModel, Asked]:
-    """A second model with the same weights, none of which is trained, and what is called for it. It has no values until it lies as `model` does: then
-    it takes the same parts."""
+    """A second model with the same weights, none of which is trained, and what is called for it. It
+    has no values until it lies as `model` does: then it takes the same parts.
+    """
     with paddle.LazyGuard():
         copy = ErnieModel(model.config, model.compute_dtype)
     for parameter in copy.parameters():
@@ -101,8 +110,10 @@ def frozen_copy(model: ErnieModel, lay: Lay) -> tuple[ErnieModel, Asked]:
 
 
 def make_room(policy: PeftModel) -> bool:
-    """Room for the frozen copy that mode `adapter_ref` compares with; whether there was none. On a mesh it comes before the policy is laid over it, whose
-    values may be read only then: `take_copy` after it."""
+    """Room for the frozen copy that mode `adapter_ref` compares with; whether there was none. On a
+    mesh it comes before the policy is laid over it, whose values may be read only then: `take_copy`
+    after it.
+    """
     if ADAPTER in policy.adapters:
         return False
     policy.add_like(policy.active or "", ADAPTER)
@@ -115,7 +126,9 @@ def take_copy(policy: PeftModel) -> None:
 
 
 class LogpCache:
-    """Log-probabilities of answers' tokens by the answers' keys, and the identity of what they were computed with."""
+    """Log-probabilities of answers' tokens by the answers' keys, and the identity of what they were
+    computed with.
+    """
 
     def __init__(self, identity: Mapping[str, str]) -> None:
         self.identity = dict(identity)
@@ -151,7 +164,9 @@ class LogpCache:
         os.replace(unfinished, path)
 
     def load(self, path: Path) -> None:
-        """Add a file's values. Raises ValueError naming what it was computed with instead of ours."""
+        """Add a file's values. Raises ValueError naming what it was computed with instead of
+        ours.
+        """
         with np.load(path) as stored:
             identity = json.loads(str(stored["identity"]))
             differ = [
@@ -173,8 +188,10 @@ class LogpCache:
 
 
 def weights_hash(model: ErnieModel, cut: Shards = WHOLE, ranks: Ranks = ALONE) -> str:
-    """Names one policy: every parameter and buffer, adapters included. The same under every layout: sums, modulo 2^64, of what each value and its place in
-    the whole tensor are mixed to. A collective; `cut` says where this rank's parts lie."""
+    """Names one policy: every parameter and buffer, adapters included. The same under every layout:
+    sums, modulo 2^64, of what each value and its place in the whole tensor are mixed to. A
+    collective; `cut` says where this rank's parts lie.
+    """
     mine: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
     for name, value in model.state_dict().items():
         region = cut.of(name, value)
@@ -188,7 +205,9 @@ def weights_hash(model: ErnieModel, cut: Shards = WHOLE, ranks: Ranks = ALONE) -
 
 
 def _mixed(values: np.ndarray, region: Region) -> tuple[int, int]:
-    """Two sums of splitmix64 (Steele et al. 2014) of (bits of a value, its place), under two seeds."""
+    """Two sums of splitmix64 (Steele et al. 2014) of (bits of a value, its place), under two
+    seeds.
+    """
     bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(region.shape)
     strides = np.cumprod([1, *region.whole[:0:-1]], dtype=np.uint64)[::-1]
     place = np.zeros(region.shape, np.uint64)
@@ -222,11 +241,13 @@ def identity_of(model: ErnieModel, processor: Processor, cut: Shards = WHOLE, ra
 
 
 class Reference:
-    """Log-probabilities under the policy that training started from, or under what has become of it (TR-DPO).
+    """Log-probabilities under the policy that training started from, or under what has become of it
+    (TR-DPO).
 
-    On a mesh every rank makes one, and the calls of `lacks`, `attached` and `compute` with it together. `asked`: what is called for the policy, where
-    that is not the model itself; `lay`: puts a model beside it on the mesh and returns what is called for that; `outputs`: what log-probabilities are
-    (of answers that were sampled: over what could be sampled).
+    On a mesh every rank makes one, and the calls of `lacks`, `attached` and `compute` with it
+    together. `asked`: what is called for the policy, where that is not the model itself; `lay`:
+    puts a model beside it on the mesh and returns what is called for that; `outputs`: what
+    log-probabilities are (of answers that were sampled: over what could be sampled).
     """
 
     def __init__(
@@ -238,7 +259,9 @@ class Reference:
         lay: Lay = lambda model: model,
         outputs: Callable[..., Outputs] = logp_outputs,
     ) -> None:
-        """Takes its copy now, so make it before the policy changes. `mode`: one that `choose_mode` gives."""
+        """Takes its copy now, so make it before the policy changes. `mode`: one that `choose_mode`
+        gives.
+        """
         self.policy, self.mode, self.outputs = policy, mode, outputs
         self.asked: Asked = policy if asked is None else asked
         self.cache = LogpCache(identity or {})
@@ -265,8 +288,10 @@ class Reference:
         return self.mode != "none" and self.cache.lookup([key for unit in batch.units for key in unit.keys]) is None
 
     def attached(self, batch: UnitBatch, anew: bool | None = None) -> UnitBatch:
-        """The batch with column ref_logp_N; the same batch in mode `none`. `anew`: whether it goes through the reference, where ranks that compute together have
-        agreed on it; what is known stays as it is. Raises ValueError for a row that a precomputed reference does not have."""
+        """The batch with column ref_logp_N; the same batch in mode `none`. `anew`: whether it goes
+        through the reference, where ranks that compute together have agreed on it; what is known
+        stays as it is. Raises ValueError for a row that a precomputed reference does not have.
+        """
         if self.mode == "none":
             return batch
         keys = [key for unit in batch.units for key in unit.keys]
@@ -294,7 +319,9 @@ class Reference:
             return frozen_outputs(model, self.outputs, batch)["logp_N"]
 
     def update(self, share: float) -> None:
-        """TR-DPO: move the reference towards the policy (share 1: copy it). On a mesh each rank moves its part."""
+        """TR-DPO: move the reference towards the policy (share 1: copy it). On a mesh each rank
+        moves its part.
+        """
         self.cache.values.clear()
         if self.mode == "adapter_ref":
             assert isinstance(self.policy, PeftModel)
@@ -309,7 +336,9 @@ class Reference:
                 )
 
     def moving(self) -> dict[str, Tensor]:
-        """What of a reference that moves must be kept to go on from a checkpoint: this rank's parts, by the whole model's names."""
+        """What of a reference that moves must be kept to go on from a checkpoint: this rank's
+        parts, by the whole model's names.
+        """
         if self.model is not None:
             return dict(self.model.named_parameters())
         assert isinstance(self.policy, PeftModel)
@@ -323,11 +352,15 @@ class Reference:
 
 
 def frozen_logp(model: Asked, batch: UnitBatch) -> np.ndarray:
-    """Log-probabilities [N] of a batch's targets by `model` as it is, without gradients and dropout."""
+    """Log-probabilities [N] of a batch's targets by `model` as it is, without gradients and
+    dropout.
+    """
     return frozen_outputs(model, logp_outputs, batch)["logp_N"]
 
 
 def start_difference(policy: Asked, batch: UnitBatch) -> float:
-    """The largest |log pi(y) - log pi_ref(y)| of a batch with column ref_logp_N: 0 but for rounding where the reference is the policy at the start."""
+    """The largest |log pi(y) - log pi_ref(y)| of a batch with column ref_logp_N: 0 but for rounding
+    where the reference is the policy at the start.
+    """
     difference_N = frozen_logp(policy, batch) - batch.columns["ref_logp_N"]
     return float(np.abs(np.bincount(batch.candidate_N, weights=difference_N)).max())

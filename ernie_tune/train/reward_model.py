@@ -1,7 +1,8 @@
-"""A reward model: one scalar for a finished dialogue, from a bias-free head on its last token, and cuts that make ratings of it (methods.md 4.5). Head,
-objective, measurements.
+"""A reward model: one scalar for a finished dialogue, from a bias-free head on its last token, and
+cuts that make ratings of it (methods.md 4.5). Head, objective, measurements.
 
-The head reads the state after the model's last norm and is kept beside the model's or adapter's own files. Refuses to know: loops, verbs, which rows.
+The head reads the state after the model's last norm and is kept beside the model's or adapter's own
+files. Refuses to know: loops, verbs, which rows.
 Legend: T tokens, D width, C candidates, P pairs, K cuts between the levels of ratings.
 """
 
@@ -42,13 +43,16 @@ from ernie_tune.objectives.unpaired import Labels
 from ernie_tune.train.evaluate_judged import judged_batches, preferred
 from ernie_tune.train.preference import Margins, pairs_of
 
-HEAD_FOLDER = "reward_head"  # a folder of its own: the other files keep the form that other tools know
+# a folder of its own: the other files keep the form that other tools know
+HEAD_FOLDER = "reward_head"
 _PREFIX = "reward_head."
 _BINS = 10
 
 
 class RewardHead(nn.Layer):
-    """[D] -> scalar without bias, N(0, 1/(D+1)) at the start; float32. With `levels`: what the cuts between so many levels of ratings are made of, too."""
+    """[D] -> scalar without bias, N(0, 1/(D+1)) at the start; float32. With `levels`: what the cuts
+    between so many levels of ratings are made of, too.
+    """
 
     def __init__(self, width: int, seed: int = 0, levels: int = 0) -> None:
         super().__init__()
@@ -72,7 +76,9 @@ class RewardHead(nn.Layer):
 
 
 def attach_head(model: ErnieModel, seed: int = 0, levels: int = 0) -> RewardHead | Elsewhere:
-    """Give the model a fresh trained head, or return what it has: on a pipeline stage without the last layer, what stands in for one."""
+    """Give the model a fresh trained head, or return what it has: on a pipeline stage without the
+    last layer, what stands in for one.
+    """
     if "reward_head" not in dict(model.named_children()):
         model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed, levels))
     head: RewardHead | Elsewhere = model.reward_head
@@ -80,7 +86,9 @@ def attach_head(model: ErnieModel, seed: int = 0, levels: int = 0) -> RewardHead
 
 
 def head_values(model: ErnieModel) -> dict[str, np.ndarray] | None:
-    """The head's weight [D, 1] and what its cuts are made of [K], where it has any; None on a pipeline stage that has no head."""
+    """The head's weight [D, 1] and what its cuts are made of [K], where it has any; None on a
+    pipeline stage that has no head.
+    """
     head = attach_head(model)
     if isinstance(head, Elsewhere):
         return None
@@ -94,8 +102,9 @@ def save_head(values: Mapping[str, np.ndarray], folder: str | os.PathLike[str]) 
 
 
 def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
-    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where there is none, one of another width, or one with other
-    levels of ratings than the model's has."""
+    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where
+    there is none, one of another width, or one with other levels of ratings than the model's has.
+    """
     place = Path(folder) / HEAD_FOLDER
     if not place.is_dir():
         raise ValueError(
@@ -134,10 +143,13 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
 
 
 class RewardObjective:
-    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row share its weight (edge_weight "unit").
+    """-log sigma(s_w - s_l - m) + c (s_w + s_l)^2 over all comparisons of a batch; those of one row
+    share its weight (edge_weight "unit").
 
-    rating_loss "regression": rated answers are not compared; their rewards are to be their scores on [0, 1], (s - q)^2, a row one unit, a mean of its own.
-    "ordinal": nor are they then; their rewards are to lie between the head's cuts around their level, one of as many as the head has.
+    rating_loss "regression": rated answers are not compared; their rewards are to be their scores
+    on [0, 1], (s - q)^2, a row one unit, a mean of its own.
+    "ordinal": nor are they then; their rewards are to lie between the head's cuts around their
+    level, one of as many as the head has.
     """
 
     def __init__(
@@ -208,7 +220,9 @@ class RewardObjective:
         return LossOut(out.total, out.count, found)
 
     def predicted(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The rating on [0, 1] that each answer's reward stands for, [C]: itself, or the mean of its level."""
+        """The rating on [0, 1] that each answer's reward stands for, [C]: itself, or the mean of
+        its level.
+        """
         reward_C = outputs["reward_C"]
         return expected_rating(reward_C, outputs["cut_K"]) if self.rating_loss == "ordinal" else reward_C
 
@@ -225,14 +239,20 @@ class RewardObjective:
 def ratings_of(batch: UnitBatch) -> Labels:
     """The answers of rating rows with their scores on [0, 1]; those of a row share its weight."""
     units = zip(batch.units, batch.first_candidate_U.tolist(), strict=True)
-    rated = [(first + c, u.score_C[c], u.weight / u.num_candidates)
-             for u, first in units if u.signal == "rating" for c in range(u.num_candidates)]  # fmt: skip
+    rated = [
+        (first + c, u.score_C[c], u.weight / u.num_candidates)
+        for u, first in units
+        if u.signal == "rating"
+        for c in range(u.num_candidates)
+    ]
     index = np.array([i for i, _, _ in rated], np.int64)
     return Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
 
 
 def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
-    """reward_C, one for each candidate, and cut_K, where the head has any: only the last stage of a pipeline has it, and the loss knows no model."""
+    """reward_C, one for each candidate, and cut_K, where the head has any: only the last stage of a
+    pipeline has it, and the loss knows no model.
+    """
     reward_C: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
     cut_K = model.reward_head.cuts()
     return {"reward_C": reward_C} if cut_K is None else {"reward_C": reward_C, "cut_K": cut_K}
@@ -244,7 +264,9 @@ def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[dict[str, n
 
 
 def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows: int) -> list[list[float] | None]:
-    """The reward of each candidate of each record, in order; None for a record that cannot be encoded (too long)."""
+    """The reward of each candidate of each record, in order; None for a record that cannot be
+    encoded (too long).
+    """
     out: list[list[float] | None] = []
     for start in range(0, len(records), rows):
         found = [encoder(record, Dropped()) for record in records[start : start + rows]]
@@ -266,9 +288,12 @@ def reward_evaluation(
     objective: RewardObjective,
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
-    """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error` (ECE of sigma(s_w - s_l) over ten bins),
-    `length_correlation` (Spearman, reward and number of answer tokens), and `blind_accuracy`: with every patch of every image set to 0. Where ratings are
-    values or levels: `rating_mae` of the ratings on [0, 1] that rewards stand for, `rating_spearman` of rewards and ratings."""
+    """Loss, accuracy (also by domain), margin, lowest, mean and highest reward; `calibration_error`
+    (ECE of sigma(s_w - s_l) over ten bins), `length_correlation` (Spearman, reward and number of
+    answer tokens), and `blind_accuracy`: with every patch of every image set to 0. Where ratings
+    are values or levels: `rating_mae` of the ratings on [0, 1] that rewards stand for,
+    `rating_spearman` of rewards and ratings.
+    """
     batches, dropped = judged_batches(records, encoder, rows)
     divisor = objective.begin(objective.counts(batches))
     total, sums = 0.0, dict[str, list[float]]()
@@ -330,7 +355,8 @@ def _masked(batch: UnitBatch) -> UnitBatch:
 
 
 def calibration_error(margin_P: np.ndarray) -> float:
-    """Expected calibration error of sigma(|margin|) as the probability that the answer with the higher reward is the better one; 0 is perfect.
+    """Expected calibration error of sigma(|margin|) as the probability that the answer with the
+    higher reward is the better one; 0 is perfect.
 
     Ten bins of equal width on [0.5, 1] (Guo et al. 1706.04599, eq. 5).
     """

@@ -1,8 +1,9 @@
-"""Watchers of learning from sampled answers: rewards that teach nothing, answers that are cut off, entropy that collapses, rewards that
-rise while held-out answers get worse.
+"""Watchers of learning from sampled answers: rewards that teach nothing, answers that are cut off,
+entropy that collapses, rewards that rise while held-out answers get worse.
 
-They read the logged means under TRL's names and answer with verdicts; each speaks once in a run. Refuses to know: models,
-data, losses, files. State is JSON, so a resumed run judges as an uninterrupted one.
+They read the logged means under TRL's names and answer with verdicts; each speaks once in a run.
+Refuses to know: models, data, losses, files. State is JSON, so a resumed run judges as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _CUT_OFF, _ALIKE, _COLLAPSED = 0.3, 0.8, 0.1
 
 
 class RolloutWatch:
-    """`look` after each step, `measured` after each evaluation. State: the means seen, what was said."""
+    """`look` after each step, `measured` after each evaluation. State: the means seen, what was
+    said.
+    """
 
     def __init__(self) -> None:
         self.seen: dict[str, list[float]] = {}
@@ -57,7 +60,9 @@ class RolloutWatch:
             self.held.append(float(metrics["eval_reward"]))
 
     def _hacking(self) -> Text | None:
-        """Held-out answers twice in a row below the best by more than .02, while the reward of sampled ones rose."""
+        """Held-out answers twice in a row below the best by more than .02, while the reward of
+        sampled ones rose.
+        """
         rewards = self.seen.get("reward", [])
         falls = len(self.held) >= 3 and max(self.held[-2:]) < max(self.held[:-2]) - 0.02
         half = len(rewards) // 2

@@ -1,9 +1,12 @@
-"""Answers sampled from the policy itself, judged, compared within their group, and dealt out as windows of micro-batches: an iterator, like any data.
+"""Answers sampled from the policy itself, judged, compared within their group, and dealt out as
+windows of micro-batches: an iterator, like any data.
 
-A round: draw prompts -> sample `num_generations` answers to each -> judge -> keep groups that differ (draw again, a few times) -> what the answers'
-tokens were worth before (old, reference, values) -> advantages -> `num_iterations` passes in `num_mini_batches` windows. A group of answers is a unit
-whose prompt is packed once; a group lives on one rank. The token ids that were sampled are the ids that are trained, and no others: forced tokens are
-no targets. A sample is seeded by (seed, draw, prompt, number), so every layout gives the same answers.
+A round: draw prompts -> sample `num_generations` answers to each -> judge -> keep groups that
+differ (draw again, a few times) -> what the answers' tokens were worth before (old, reference,
+values) -> advantages -> `num_iterations` passes in `num_mini_batches` windows. A group of answers
+is a unit whose prompt is packed once; a group lives on one rank. The token ids that were sampled
+are the ids that are trained, and no others: forced tokens are no targets. A sample is seeded by
+(seed, draw, prompt, number), so every layout gives the same answers.
 Refuses to know: losses, optimizers, which engine samples, what judges ask.
 """
 
@@ -39,8 +42,10 @@ THINK_OPEN = "<think>\n"
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What a round is made of. `prompts`: of one round, over all ranks. `groups_per_batch`: of a micro-batch. `kl_coef`: of the per-token penalty in the
-    reward (k1 against the reference), 0: none. `overlong_buffer` tokens before the limit, and what the whole penalty is worth."""
+    """What a round is made of. `prompts`: of one round, over all ranks. `groups_per_batch`: of a
+    micro-batch. `kl_coef`: of the per-token penalty in the reward (k1 against the reference), 0:
+    none. `overlong_buffer` tokens before the limit, and what the whole penalty is worth.
+    """
 
     prompts: int = 8
     num_generations: int = 8
@@ -111,7 +116,9 @@ class RolloutSettings:
 
 @dataclass
 class Rolled:
-    """One prompt of a round with its answers. `counts_G`: answers that count in the loss. `columns`: arrays over the unit's trained tokens by name."""
+    """One prompt of a round with its answers. `counts_G`: answers that count in the loss.
+    `columns`: arrays over the unit's trained tokens by name.
+    """
 
     number: int
     record: Record
@@ -134,8 +141,10 @@ class Rolled:
 
 
 class Rollouts:
-    """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N, advantage_N (and ref_logp_N, value_N, return_N where
-    attached). `metrics` are those of the newest round; `sink` gets every judged group once. Raises ValueError where no prompt fits."""
+    """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N,
+    advantage_N (and ref_logp_N, value_N, return_N where attached). `metrics` are those of the
+    newest round; `sink` gets every judged group once. Raises ValueError where no prompt fits.
+    """
 
     def __init__(
         self,
@@ -158,7 +167,9 @@ class Rollouts:
         self.too_long: set[int] = set()  # prompts above max_prompt_length
         self._left: list[
             list[list[Rolled]]
-        ] = []  # windows of the present round that have not been trained: window -> micro-batch -> groups
+            # windows of the present round that have not been trained: window -> micro-batch ->
+            # groups
+        ] = []
         if settings.prompts % self.ranks.size:
             raise ValueError(
                 say(
@@ -169,10 +180,12 @@ class Rollouts:
                 )
             )
 
-    # --- windows -----------------------------------------------------------------------------------------------------
+    # --- windows ----------------------------------------------------------------------------------
 
     def windows(self) -> Iterator[list[UnitBatch]]:
-        """Windows without end. Each is taken off the round when it is asked for, so that a checkpoint after its step holds the rest."""
+        """Windows without end. Each is taken off the round when it is asked for, so that a
+        checkpoint after its step holds the rest.
+        """
         while True:
             if not self._left:
                 self._left = self._dealt(self.make_round())
@@ -196,7 +209,9 @@ class Rollouts:
         return batch.with_columns(**columns)
 
     def _dealt(self, groups: list[Rolled]) -> list[list[list[Rolled]]]:
-        """The round as windows of micro-batches, shuffled anew in each pass. Every rank makes equally many."""
+        """The round as windows of micro-batches, shuffled anew in each pass. Every rank makes
+        equally many.
+        """
         s, windows = self.settings, []
         for iteration in range(s.num_iterations):
             rng = np.random.Generator(np.random.Philox(key=[s.seed, (self.round << 20) + iteration]))
@@ -209,10 +224,12 @@ class Rollouts:
                 windows.append([mine[i : i + size] for i in range(0, len(mine), size)])
         return windows
 
-    # --- sampling ----------------------------------------------------------------------------------------------------
+    # --- sampling ---------------------------------------------------------------------------------
 
     def _sampled(self) -> tuple[list[Rolled], list[Rolled], int]:
-        """(groups that differ, groups that do not, how often was drawn again), until the round is full or enough was tried."""
+        """(groups that differ, groups that do not, how often was drawn again), until the round is
+        full or enough was tried.
+        """
         s = self.settings
         wanted = s.prompts // self.ranks.size
         live: list[Rolled] = []
@@ -231,7 +248,9 @@ class Rollouts:
             attempts += 1
 
     def _kept(self, live: list[Rolled], flat: list[Rolled], attempts: int) -> list[Rolled]:
-        """As many groups on every rank: those that differ, and where too few do, others that count for nothing."""
+        """As many groups on every rank: those that differ, and where too few do, others that count
+        for nothing.
+        """
         wanted = self.settings.prompts // self.ranks.size
         fill = flat[: max(wanted - len(live), 0)]
         if self.settings.dynamic_sample:
@@ -280,7 +299,9 @@ class Rollouts:
         ]
 
     def _encoded(self, record: Record, number: int) -> Encoded | None:
-        """The prompt as the model sees it; None where it is too long (it is never cut, a cut could part a picture)."""
+        """The prompt as the model sees it; None where it is too long (it is never cut, a cut could
+        part a picture).
+        """
         try:
             return self.processor.encode(
                 record.prompt,
@@ -348,10 +369,12 @@ class Rollouts:
         columns = {"sampled_logp_N": logp_N, "old_logp_N": logp_N.copy()}
         return Rolled(number, record, unit, answers, tuple(scored), reward_G, counts_G.astype(np.float64), columns)
 
-    # --- worth -------------------------------------------------------------------------------------------------------
+    # --- worth ------------------------------------------------------------------------------------
 
     def _attach(self, groups: Sequence[Rolled]) -> None:
-        """What the policy of this moment, a reference or a critic says of the answers' tokens, kept with each group."""
+        """What the policy of this moment, a reference or a critic says of the answers' tokens, kept
+        with each group.
+        """
         size = self.settings.groups_per_batch
         for i in range(0, len(groups) if self.attach else 0, size):
             part = groups[i : i + size]
@@ -431,10 +454,12 @@ class Rollouts:
             group.columns["return_N"] = part
         return adv.whiten(advantage_N, self._total)
 
-    # --- telling -----------------------------------------------------------------------------------------------------
+    # --- telling ----------------------------------------------------------------------------------
 
     def _measured(self) -> dict[str, float]:
-        """Means over all ranks and all that was sampled, also what was replaced, under TRL's names."""
+        """Means over all ranks and all that was sampled, also what was replaced, under TRL's
+        names.
+        """
         groups, flat, attempts = self._seen
         answers = [a for g in groups for a in g.answers]
         reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
@@ -468,7 +493,7 @@ class Rollouts:
         out["groups_refilled"] = float(attempts)
         return out
 
-    # --- resuming ----------------------------------------------------------------------------------------------------
+    # --- resuming ---------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """The stream of prompts and what is left of the present round. Raises OSError."""

@@ -1,8 +1,11 @@
-"""checkpoint-N folders: everything a run needs to go on as if it had never stopped; complete or absent; the newest found by itself.
+"""checkpoint-N folders: everything a run needs to go on as if it had never stopped; complete or
+absent; the newest found by itself.
 
-A folder is written inside `checkpoint-N.tmp` by all ranks, synced, marked with `saved_signal_0` and renamed by rank 0 (ecosystem.md 4.5). What is trained,
-and the optimizer's state of it, lies in `optimizer/` by global name, so that any layout can go on from any other (checkpoint/sharded.py).
-Refuses to know: what is in the model files (the model writes and reads its own), what the objective's and stream's states mean, how ranks talk.
+A folder is written inside `checkpoint-N.tmp` by all ranks, synced, marked with `saved_signal_0` and
+renamed by rank 0 (ecosystem.md 4.5). What is trained, and the optimizer's state of it, lies in
+`optimizer/` by global name, so that any layout can go on from any other (checkpoint/sharded.py).
+Refuses to know: what is in the model files (the model writes and reads its own), what the
+objective's and stream's states mean, how ranks talk.
 """
 
 from __future__ import annotations
@@ -39,13 +42,16 @@ from ernie_tune.train.optim import load_optimizer_arrays, optimizer_arrays
 
 SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
 OPTIMIZER = "optimizer"
-_VALUE = "/value"  # beside a parameter's moments: its own value, exact whatever form the model files take
+# beside a parameter's moments: its own value, exact whatever form the model files take
+_VALUE = "/value"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CODES = {paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.float16: "F16"}
 
 
 class Ranks(Protocol):
-    """The processes that do something together: those that save and load, or those that hold different prompts."""
+    """The processes that do something together: those that save and load, or those that hold
+    different prompts.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -54,7 +60,9 @@ class Ranks(Protocol):
     def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in their order, on every rank; nobody returns before all have come."""
+        """`value` of every rank, in their order, on every rank; nobody returns before all have
+        come.
+        """
 
 
 class _Alone:
@@ -89,7 +97,9 @@ class Checkpoint:
 
 
 def complete_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """All complete checkpoints, oldest first. Folders without the completion mark are unfinished and ignored."""
+    """All complete checkpoints, oldest first. Folders without the completion mark are unfinished
+    and ignored.
+    """
     found = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         match = _NAME.fullmatch(path.name)
@@ -99,7 +109,9 @@ def complete_checkpoints(output_dir: Path) -> list[Checkpoint]:
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Checkpoint | None:
-    """What to resume from: "auto" the newest in `output_dir`, "no" nothing, else that folder. Raises ValueError for a folder that is no complete checkpoint."""
+    """What to resume from: "auto" the newest in `output_dir`, "no" nothing, else that folder.
+    Raises ValueError for a folder that is no complete checkpoint.
+    """
     if resume == "no":
         return None
     if resume == "auto":
@@ -131,11 +143,13 @@ def save_checkpoint(
     cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> Checkpoint:
-    """Write checkpoint-`step`; every rank calls it. `states` become JSON files by name, `texts` plain files; `optimizer` None leaves out what only
-    resuming needs. `save_model(folder)` is called on every rank, and only rank 0 writes.
+    """Write checkpoint-`step`; every rank calls it. `states` become JSON files by name, `texts`
+    plain files; `optimizer` None leaves out what only resuming needs. `save_model(folder)` is
+    called on every rank, and only rank 0 writes.
 
-    Whatever goes wrong on any rank (a full disk, an interrupt), the unfinished folder is removed and every older checkpoint is as it was; the error goes
-    on, on every rank: an OSError with the name of the checkpoint and what to do.
+    Whatever goes wrong on any rank (a full disk, an interrupt), the unfinished folder is removed
+    and every older checkpoint is as it was; the error goes on, on every rank: an OSError with the
+    name of the checkpoint and what to do.
     """
     writing = Writing(output_dir, step)
     files = {name: json.dumps(state, ensure_ascii=False, indent=1) + "\n" for name, state in states.items()}
@@ -180,7 +194,9 @@ def could_not(writing: Writing, rank: int, size: int, fault: tuple[int | None, s
 
 
 def on_all_ranks(ranks: Ranks, action: Callable[[], Any], writing: Writing | None = None) -> list[Any]:
-    """What `action` gives on every rank. Where it raises OSError on one, every rank raises one that says where, so that none waits for it."""
+    """What `action` gives on every rank. Where it raises OSError on one, every rank raises one that
+    says where, so that none waits for it.
+    """
     result, failed = None, None
     try:
         result = action()
@@ -194,7 +210,9 @@ def on_all_ranks(ranks: Ranks, action: Callable[[], Any], writing: Writing | Non
 
 
 def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOLE, ranks: Ranks = ALONE) -> None:
-    """Write tensors into `folder` of a checkpoint on its way, so that any layout can read them. Every rank calls it, and gets the OSError of any."""
+    """Write tensors into `folder` of a checkpoint on its way, so that any layout can read them.
+    Every rank calls it, and gets the OSError of any.
+    """
     slices = [_slice(name, value, cut.of(name, value)) for name, value in named.items()]
     mine = owned(ranks.gather(describe(slices)), ranks.rank)
     on_all_ranks(ranks, lambda: folder.mkdir(exist_ok=True))
@@ -210,13 +228,16 @@ def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOL
 
 
 class Writing:
-    """A checkpoint on its way: everything goes into `staged`, which appears under its name with everything in it."""
+    """A checkpoint on its way: everything goes into `staged`, which appears under its name with
+    everything in it.
+    """
 
     def __init__(self, output_dir: Path, step: int) -> None:
         self.output_dir, self.step = output_dir, step
         self.final = output_dir / f"checkpoint-{step}"
         self.scratch = output_dir / f"checkpoint-{step}.tmp"
-        self.staged = self.scratch / "new"  # one level down, so that what writers put beside their folder is inside too
+        # one level down, so that what writers put beside their folder is inside too
+        self.staged = self.scratch / "new"
         self.optimizer = self.staged / OPTIMIZER
 
     def begin(self) -> None:
@@ -225,7 +246,9 @@ class Writing:
         self.optimizer.mkdir(parents=True)
 
     def finish(self, written: list[RankFile], files: Mapping[str, str]) -> None:
-        """Rank 0, after all ranks have written: manifest, text files, completion mark, and the name."""
+        """Rank 0, after all ranks have written: manifest, text files, completion mark, and the
+        name.
+        """
         if written:
             write_manifest(self.optimizer, written)
             _sync(self.optimizer)
@@ -246,8 +269,10 @@ class Writing:
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step` to checkpoint-N.old: a run that goes on from `step` leaves their course, and must not resume from them. Returns
-    the new names; an older .old of that name is deleted."""
+    """Rename checkpoints after `step` to checkpoint-N.old: a run that goes on from `step` leaves
+    their course, and must not resume from them. Returns the new names; an older .old of that name
+    is deleted.
+    """
     moved = []
     for checkpoint in complete_checkpoints(output_dir):
         if checkpoint.step > step:
@@ -259,7 +284,9 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Path | None = None) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit` (None: keep all), never `keep` (the best one) nor the newest; returns what was deleted."""
+    """Delete the oldest checkpoints beyond `limit` (None: keep all), never `keep` (the best one)
+    nor the newest; returns what was deleted.
+    """
     if limit is None:
         return []
     found = complete_checkpoints(output_dir)
@@ -267,14 +294,17 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None = None) -> lis
     spare = max(0, len(found) - limit)
     removed = candidates[:spare]
     for path in removed:
-        doomed = path.with_name(f"{path.name}.tmp")  # so that a deletion cut short leaves nothing that looks complete
+        # so that a deletion cut short leaves nothing that looks complete
+        doomed = path.with_name(f"{path.name}.tmp")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
     return removed
 
 
 def remove_unfinished(output_dir: Path) -> list[Path]:
-    """Delete what a save or a deletion that was killed has left, before a run starts; returns what was deleted."""
+    """Delete what a save or a deletion that was killed has left, before a run starts; returns what
+    was deleted.
+    """
     found = [p for p in output_dir.glob("checkpoint-*.tmp") if p.is_dir() and _NAME.fullmatch(p.stem)]
     for path in found:
         shutil.rmtree(path)
@@ -289,7 +319,9 @@ def load_optimizer(
     cut: Shards = WHOLE,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Put the saved moments, and the trained values saved with them, back, under whatever layout they were saved. Raises ValueError as `load_values` does."""
+    """Put the saved moments, and the trained values saved with them, back, under whatever layout
+    they were saved. Raises ValueError as `load_values` does.
+    """
     reader = load_values(checkpoint, named, cut=cut, ranks=ranks)
     arrays = {}
     for key, whole in reader.shapes.items():
@@ -304,10 +336,11 @@ def load_optimizer(
 def load_values(
     checkpoint: Checkpoint, named: Mapping[str, Tensor], *, cut: Shards = WHOLE, ranks: Ranks = ALONE
 ) -> ShardedReader:
-    """Put the trained values alone back, bit for bit. Every rank calls it; the ranks share the checking of the files.
+    """Put the trained values alone back, bit for bit. Every rank calls it; the ranks share the
+    checking of the files.
 
-    Raises ValueError, on every rank, when the checkpoint has none, or not those of just these parameters; and for files that are missing, cut off or
-    changed, with their names.
+    Raises ValueError, on every rank, when the checkpoint has none, or not those of just these
+    parameters; and for files that are missing, cut off or changed, with their names.
     """
     folder = checkpoint.path / OPTIMIZER
     if not folder.is_dir():
@@ -352,7 +385,9 @@ def load_values(
 
 
 def held_slices(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor], cut: Shards = WHOLE) -> list[Slice]:
-    """What this rank holds of the trained values and of the optimizer's state, by "<canonical name>/<slot>"."""
+    """What this rank holds of the trained values and of the optimizer's state, by "<canonical
+    name>/<slot>".
+    """
     slices = [_slice(name + _VALUE, p, cut.of(name, p)) for name, p in named.items()]
     for key, tensor in optimizer_arrays(optimizer, named).items():
         name, slot = key.rsplit("/", 1)

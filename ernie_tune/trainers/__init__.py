@@ -1,1 +1,3 @@
-"""One trainer class per post-training method: thin, each assembles model, objective, data and the loop."""
+"""One trainer class per post-training method: thin, each assembles model, objective, data and the
+loop.
+"""

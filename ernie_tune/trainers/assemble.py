@@ -1,4 +1,5 @@
-"""From a resolved configuration to the objects of a run: data streams, model and processor, adapters. Each function makes one of them.
+"""From a resolved configuration to the objects of a run: data streams, model and processor,
+adapters. Each function makes one of them.
 
 Refuses to know: the method's loss, the loop, where results go.
 """
@@ -50,27 +51,34 @@ TASK_ROWS = 256
 
 
 def refuse(config: RunConfig) -> None:
-    """ValueError, one line a mistake, for settings that cannot be trained as they are. Files have gone through the same judgement; a `RunConfig` made
-    in Python has not."""
+    """ValueError, one line a mistake, for settings that cannot be trained as they are. Files have
+    gone through the same judgement; a `RunConfig` made in Python has not.
+    """
     found = problems(config)
     if found:
         raise ValueError("\n".join(p.message for p in found))
 
 
 def warmup_steps(optim: OptimArguments, total_steps: int) -> int:
-    """Steps of warm-up: those given, else the share of all steps, rounded up as transformers does."""
+    """Steps of warm-up: those given, else the share of all steps, rounded up as transformers
+    does.
+    """
     return optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
 
 
 def check_layout(config: RunConfig, model: ErnieModel | None) -> None:
-    """ValueError for a layout that the model, or the one that the settings name, cannot have on the processes that were started."""
+    """ValueError for a layout that the model, or the one that the settings name, cannot have on the
+    processes that were started.
+    """
     shape = known_shape(config.model.model_name_or_path) if model is None else model.config
     if shape is not None:
         check_run(config, shape, int(os.environ.get("PADDLE_TRAINERS_NUM", "1")))
 
 
 def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
-    """`config` as the run really is: with the name of a model that was passed as an object, and the settings of the adapter on it."""
+    """`config` as the run really is: with the name of a model that was passed as an object, and the
+    settings of the adapter on it.
+    """
     method, lora, added = config.model.fine_tuning, config.lora, config.added
     adapter = model.adapters[model.active].config if isinstance(model, PeftModel) and model.active else None
     if isinstance(adapter, LoraConfig):
@@ -129,7 +137,9 @@ class Subset(Sequence[Record]):
 
 
 def hold_out(sets: list[Rows], share: float, seed: int) -> tuple[list[Rows], Rows]:
-    """Take `share` (below 1) or that many rows of all sets together away for evaluation, drawn by `seed`. Raises ValueError when nothing would stay."""
+    """Take `share` (below 1) or that many rows of all sets together away for evaluation, drawn by
+    `seed`. Raises ValueError when nothing would stay.
+    """
     places = [(k, i) for k, rows in enumerate(sets) for i in range(len(rows))]
     count = round(share * len(places)) if share < 1 else int(share)
     if not 0 < count < len(places):
@@ -196,7 +206,9 @@ def stream_of(
 
 
 def load_processor(config: RunConfig, folder: str | Path) -> Processor:
-    """The processor of a model folder, or the shipped one for presets, with the pixel limits of the run."""
+    """The processor of a model folder, or the shipped one for presets, with the pixel limits of the
+    run.
+    """
     m, template = config.media, config.data.template
     limits = {"min_pixels": m.image_min_pixels, "max_pixels": m.image_max_pixels}
     if str(folder).rsplit("/", 1)[-1].lower() in PRESETS and not Path(folder).is_dir():
@@ -209,7 +221,9 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
 
 
 def load_model(config: RunConfig) -> AutoModel:
-    """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the CPU, and a line says so."""
+    """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the
+    CPU, and a line says so.
+    """
     model, source = _named_model(config, empty=False)
     fill(model, source)
     return model
@@ -226,7 +240,9 @@ def load_base(config: RunConfig) -> ErnieModel:
 
 
 def base_of_run(arguments: Path) -> ErnieModel:
-    """`load_base` for the settings that a finished run has written. Raises ValueError where they name no base model."""
+    """`load_base` for the settings that a finished run has written. Raises ValueError where they
+    name no base model.
+    """
     config = load_config(arguments).config
     if not config.model.model_name_or_path:
         raise ValueError(
@@ -240,21 +256,27 @@ def base_of_run(arguments: Path) -> ErnieModel:
 
 
 def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
-    """`load_model` for a rank that keeps a part: a model without values, and what they are read from once it lies over the ranks."""
+    """`load_model` for a rank that keeps a part: a model without values, and what they are read
+    from once it lies over the ranks.
+    """
     return _named_model(config, empty=True)
 
 
 def model_for(config: RunConfig, place: Place) -> tuple[ErnieModel, Source | None]:
-    """The model that the settings name. It comes without values, which are read from what is given beside it when it is put, where it would not fit
-    before: as one of several processes, or when a quantised base is to be made of it."""
+    """The model that the settings name. It comes without values, which are read from what is given
+    beside it when it is put, where it would not fit before: as one of several processes, or when a
+    quantised base is to be made of it.
+    """
     if place.several or config.compute.weight_quantize_algo != "none":
         return unread_model(config)
     return load_model(config), None
 
 
 def measured(config: RunConfig, place: Place, samples: Sequence[Any], source: Source | None) -> Any:
-    """What expert affinity is measured on before the model gets its adapters, and with them its layout: a copy of it that lies over the ranks, for the
-    time of measuring. None where there is nothing to measure, or the model has its values."""
+    """What expert affinity is measured on before the model gets its adapters, and with them its
+    layout: a copy of it that lies over the ranks, for the time of measuring. None where there is
+    nothing to measure, or the model has its values.
+    """
     if not samples or source is None:
         return None
     if not place.several:
@@ -300,8 +322,10 @@ def apply_method(
     source: Source | None = None,
     measured: Any = None,
 ) -> ErnieModel:
-    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model. `calibration`: samples for expert affinity. Of a model without
-    values yet: `source`, what they are read from; `measured`, one like it that can be run."""
+    """LoRA, added layers, freezing or full fine-tuning as configured, on a plain model.
+    `calibration`: samples for expert affinity. Of a model without values yet: `source`, what they
+    are read from; `measured`, one like it that can be run.
+    """
     f, m = config.freeze, config.model
     if config.compute.weight_quantize_algo != "none":
         quantize_base(model, config.compute.weight_quantize_algo)
@@ -310,7 +334,8 @@ def apply_method(
             return PeftModel.from_pretrained(model, config.lora.lora_path)
         return get_peft_model(model, lora_config(config, measured or model, calibration))
     if m.fine_tuning in ADDED:
-        if source is not None and m.fine_tuning in ("Prompt", "PTuning"):  # which start from rows of the table
+        # which start from rows of the table
+        if source is not None and m.fine_tuning in ("Prompt", "PTuning"):
             fill(model, source, stages=("embed_tokens",), takers=takers(model))
         return get_peft_model(model, added_config(config))
     spec = FreezeSpec(f.trainable_layers, f.frozen_layers, f.freeze_config)
@@ -365,7 +390,9 @@ def added_config(config: RunConfig) -> PeftConfig:
 
 
 def lora_config(config: RunConfig, model: Any, calibration: Sequence[Sample]) -> LoraConfig:
-    """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration samples."""
+    """The LoRA settings of a run; `lora_expert_affinity` is measured here, on the calibration
+    samples.
+    """
     c = config.lora
     if c.lora_expert_list or c.lora_expert_affinity <= 0:
         return settings.lora_config(config)
@@ -377,8 +404,10 @@ def lora_config(config: RunConfig, model: Any, calibration: Sequence[Sample]) ->
 
 
 def longest(stream: BatchStream, scan_rows: int = 256) -> list[Packable]:
-    """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens plus patches), or a full pack. For provoking
-    out-of-memory before the first step. Reads rows by position, so the stream stays where it is."""
+    """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens
+    plus patches), or a full pack. For provoking out-of-memory before the first step. Reads rows by
+    position, so the stream stays where it is.
+    """
     mixture = stream.shard.mixture
     dropped = Dropped()
     found = [stream.encoder(mixture[i], dropped) for i in range(min(scan_rows, len(mixture)))]

@@ -93,7 +93,8 @@ class Trainer:
         if not self.place.several:  # nothing is to be cut first
             self._placed = self.place.put(self.model, self._source)
         self.method.attach(self.model)
-        # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model came as an object.
+        # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model
+        # came as an object.
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.output_dir = Path(self.args.save.output_dir)
         self.folder = RunFolder(self.args, self.place, self._what_defines_it, lambda: self.total_steps()[0])
@@ -136,7 +137,9 @@ class Trainer:
     # --- assembling -------------------------------------------------------------------------------
 
     def make_method(self) -> Method:
-        """The method of the run; a trainer that takes more than rows and settings hands it on here."""
+        """The method of the run; a trainer that takes more than rows and settings hands it on
+        here.
+        """
         return self.method_class(self.args, self.place, self.processor)
 
     def _open_data(self, train: Any, evaluation: Any) -> None:

@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and the SIGHUP of a closed terminal during a run: noted, and handled between two steps. Refuses to know: what is finished and saved then."""
+"""Ctrl-C, SIGTERM and the SIGHUP of a closed terminal during a run: noted, and handled between two
+steps. Refuses to know: what is finished and saved then.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,17 @@ def _forget_terminal() -> None:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP are noted and handled between steps; a second one acts at once. What was told to be ignored (nohup) stays so. Outside the
-    main thread nothing changes."""
+    """Ctrl-C, SIGTERM and SIGHUP are noted and handled between steps; a second one acts at once.
+    What was told to be ignored (nohup) stays so. Outside the main thread nothing changes.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        # not print: a signal may come while something is being printed, and streams cannot be entered twice
+        # not print: a signal may come while something is being printed, and streams cannot be
+        # entered twice
         try:
             os.write(2, b"ernie_tune: finishing this step, then saving; once more to stop at once\n")
         except OSError:

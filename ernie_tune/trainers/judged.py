@@ -27,7 +27,9 @@ from ernie_tune.trainers.method import Rows
 
 
 def unit_encoder(config: RunConfig, processor: Processor, learned: tuple[str, ...]) -> UnitEncoder:
-    """What makes units of the rows. `learned`: the kinds of judgement that the method learns from."""
+    """What makes units of the rows. `learned`: the kinds of judgement that the method learns
+    from.
+    """
     d, p = config.data, config.preference
     return UnitEncoder(processor, d.max_seq_len, p.max_prompt_len, d.truncation_strategy, p.prefix_sharing, learned)
 

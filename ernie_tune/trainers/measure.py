@@ -1,4 +1,5 @@
-"""What a run measures of its model: before, during and after training, on held-out rows and on guard sets; and the pages written at the end.
+"""What a run measures of its model: before, during and after training, on held-out rows and on
+guard sets; and the pages written at the end.
 
 Refuses to know: the loop, optimizers, when it is called.
 """
@@ -32,11 +33,14 @@ from ernie_tune.train.evaluate import Question, answers, evaluation_loss, questi
 from ernie_tune.train.guards import ForgettingGuard, Verdict
 
 GUARD_FILE = "guard_baseline.json"
-BEFORE_FILE = "before.json"  # answers and scores before training, so that a resumed run can still compare
+# answers and scores before training, so that a resumed run can still compare
+BEFORE_FILE = "before.json"
 
 
 class Measure:
-    """Held-out rows and what the model makes of them. Rows are drawn evenly from the set where it is larger than the limit."""
+    """Held-out rows and what the model makes of them. Rows are drawn evenly from the set where it
+    is larger than the limit.
+    """
 
     def __init__(
         self,
@@ -69,8 +73,9 @@ class Measure:
         return evaluation_loss(self.model, every, self.encoder, size, done)
 
     def _measured(self, title: str, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
-        """Loss on every held-out row, scores of the answers to at most `limit` of them (names begin with eval_), what was asked and answered; a bar under
-        `title` shows how far it is."""
+        """Loss on every held-out row, scores of the answers to at most `limit` of them (names begin
+        with eval_), what was asked and answered; a bar under `title` shows how far it is.
+        """
         asked = self._questions(limit) if limit else []
         mode = "plain" if self.config.log.disable_tqdm else ""
         total = len(self.rows) + len(asked)
@@ -99,11 +104,15 @@ class Measure:
         return self.config.eval.eval_metrics or fitting_metrics([q.reference for q in asked])
 
     def all_rows(self) -> tuple[dict[str, float], list[Question], list[str]]:
-        """Loss on every held-out row, scores of the answers to at most report_max_samples of them: names begin with eval_."""
+        """Loss on every held-out row, scores of the answers to at most report_max_samples of them:
+        names begin with eval_.
+        """
         return self._measured(say("eval", "评测"), self.config.eval.report_max_samples)
 
     def before(self, log: RunLog, resumed: bool) -> None:
-        """Measure before the first step; a resumed run reads what the first one wrote, and cannot compare where that is gone."""
+        """Measure before the first step; a resumed run reads what the first one wrote, and cannot
+        compare where that is gone.
+        """
         file = self.output_dir / BEFORE_FILE
         if not len(self.rows):
             return
@@ -129,13 +138,17 @@ class Measure:
         log.info(say("before training: {m}", "训练前：{m}", m=shown))
 
     def during(self, log: RunLog, step: int, epoch: float) -> dict[str, float]:
-        """Loss on every row, scores of the answers to eval_max_samples rows; logged and returned."""
+        """Loss on every row, scores of the answers to eval_max_samples rows; logged and
+        returned.
+        """
         metrics = self._measured(say("eval", "评测"), self.config.eval.eval_max_samples)[0]
         log.log(step, metrics, epoch)
         return metrics
 
     def after(self, log: RunLog, train: Mapping[str, float], epoch: float) -> dict[str, float]:
-        """The last measurement: results files and the before/after page. `train`: what there is to say of the training itself."""
+        """The last measurement: results files and the before/after page. `train`: what there is to
+        say of the training itself.
+        """
         log.results("train", train, epoch)
         if not len(self.rows):
             return dict(train)
@@ -189,7 +202,8 @@ class Measure:
     def _facts(self, shown: int) -> list[tuple[Text, str]]:
         """What the page says of the run."""
         d = self.config.data
-        size = sum(math.prod(spec.shape) for spec in parameter_specs(self.model.config).values())  # on whatever layout
+        # on whatever layout
+        size = sum(math.prod(spec.shape) for spec in parameter_specs(self.model.config).values())
         files = [(say("trained on", "训练数据"), ", ".join(d.train_dataset_path))]
         files += [(say("measured on", "评测数据"), ", ".join(d.eval_dataset_path))]
         return [
@@ -205,7 +219,9 @@ class Measure:
         return next((name for name in self.metric_names(asked) if name != MACRO_F1), "exact_match")
 
     def write_answers(self, path: Path, asked: Sequence[Question], given: Sequence[str]) -> None:
-        """One line a question, so that answers can be looked at: where the row stands, reference, answer, score."""
+        """One line a question, so that answers can be looked at: where the row stands, reference,
+        answer, score.
+        """
         name = self._row_metric(asked)
         scores = row_scores(given, [q.reference for q in asked], name) if asked else []
         rows = (
@@ -214,12 +230,14 @@ class Measure:
         )
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    # --- guard sets --------------------------------------------------------------------------------------------------
+    # --- guard sets -------------------------------------------------------------------------------
 
     def forgetting_guard(self, log: RunLog, resumed: bool) -> ForgettingGuard | None:
-        """Scores of the guard sets before training; a resumed run reads what the first one wrote. None without guard sets.
+        """Scores of the guard sets before training; a resumed run reads what the first one wrote.
+        None without guard sets.
 
-        Rows that cannot be measured are left out, and a line says so. Raises ValueError for a set of which none is left, or that has no baseline.
+        Rows that cannot be measured are left out, and a line says so. Raises ValueError for a set
+        of which none is left, or that has no baseline.
         """
         e = self.config.eval
         dropped = Dropped()
@@ -277,7 +295,9 @@ class Described(Protocol):
 
 
 def write_reports(run: Described, measure: Measure, log: RunLog, changed: Sequence[tuple[int, str]] = ()) -> None:
-    """The model card. `changed`: (after which step, what) where the run went on under other settings."""
+    """The model card. `changed`: (after which step, what) where the run went on under other
+    settings.
+    """
     c, model = run.described, run.policy.model
     adapter = model.adapters[model.active or ""].config if isinstance(model, PeftModel) else None
     files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]

@@ -72,7 +72,8 @@ class Method:
 
     stages: tuple[str, ...] = ()  # of the settings that the method serves
     signals: tuple[str, ...] = ()  # of the rows that it learns from
-    compares_with_start = False  # whether a run that goes on must see again what its policy was at the start
+    # whether a run that goes on must see again what its policy was at the start
+    compares_with_start = False
 
     def __init__(self, config: RunConfig, place: Place, processor: Processor) -> None:
         """Raises ValueError for settings that the method cannot be run with."""
@@ -127,7 +128,9 @@ class Method:
         return given
 
     def surveyed(self, stream: BatchStream) -> Survey:
-        """Which rows can be used, and why others cannot. Raises ValueError for a row that would stop the run later, and where none can be used."""
+        """Which rows can be used, and why others cannot. Raises ValueError for a row that would
+        stop the run later, and where none can be used.
+        """
         return survey(stream.shard.mixture.sources, stream.encoder)
 
     def heaviest(self, stream: BatchStream) -> Window | None:

@@ -1,7 +1,9 @@
-"""`RLVRTrainer`: learn from answers that the policy samples itself, judged by checkers, functions or models.
+"""`RLVRTrainer`: learn from answers that the policy samples itself, judged by checkers, functions
+or models.
 
 A rollout is another iterator of windows: everything else is the run that other methods have.
-Refuses to know: formulas (objectives), how answers are sampled (generate) and judged (rewards), how a round is made (train/rollouts.py).
+Refuses to know: formulas (objectives), how answers are sampled (generate) and judged (rewards), how
+a round is made (train/rollouts.py).
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class _DataRanks:
 
 
 class RolloutStream:
-    """Prompts in the place of a data stream: how far they are. Windows come from rounds of answers to them."""
+    """Prompts in the place of a data stream: how far they are. Windows come from rounds of answers
+    to them.
+    """
 
     def __init__(
         self,
@@ -94,7 +98,9 @@ class RolloutStream:
 
 
 class _Prompts:
-    """Which prompts can be answered: those that are not too long (they are never cut, a cut could part a picture)."""
+    """Which prompts can be answered: those that are not too long (they are never cut, a cut could
+    part a picture).
+    """
 
     def __init__(self, processor: Processor, max_tokens: int) -> None:
         self.processor, self.max_tokens = processor, max_tokens
@@ -123,7 +129,9 @@ class _Prompts:
 
 
 class RolloutsPart:
-    """Where the prompts stand and what is left of a round: one folder for each rank that holds other prompts."""
+    """Where the prompts stand and what is left of a round: one folder for each rank that holds
+    other prompts.
+    """
 
     def __init__(self, place: Place, rollouts: Rollouts) -> None:
         self.place, self.rollouts = place, rollouts
@@ -151,7 +159,9 @@ class RolloutsPart:
 
 
 class SampledAnswers(Method):
-    """Answers are sampled from the policy, judged, and compared within their group (or, with a critic, with what was expected)."""
+    """Answers are sampled from the policy, judged, and compared within their group (or, with a
+    critic, with what was expected).
+    """
 
     stages = ("RLVR",)
     signals = ("verifiable", "prompt")
@@ -174,10 +184,12 @@ class SampledAnswers(Method):
             raise AssertionError("prepare() makes the rollouts")
         return self._rollouts
 
-    # --- before the run ----------------------------------------------------------------------------------------------
+    # --- before the run ---------------------------------------------------------------------------
 
     def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
-        """The rows as they are. Raises ValueError, naming the row, where nothing could check an answer to it, and for settings that need answers in rows."""
+        """The rows as they are. Raises ValueError, naming the row, where nothing could check an
+        answer to it, and for settings that need answers in rows.
+        """
         affinity = self.config.lora.lora_expert_affinity
         if affinity > 0:
             raise ValueError(
@@ -213,11 +225,15 @@ class SampledAnswers(Method):
         return self.needs_reference
 
     def attach(self, model: Any) -> None:
-        """Raises ValueError for a model with virtual tokens, which begin every dialogue, where prompts are to be computed once."""
+        """Raises ValueError for a model with virtual tokens, which begin every dialogue, where
+        prompts are to be computed once.
+        """
         check_shared_prompts(model, self.settings.prefix_sharing)
 
     def before_put(self, model: Any) -> None:
-        """Choose the reference while the whole adapter can be seen, and make room for its copy. Raises ValueError for settings that do not go together."""
+        """Choose the reference while the whole adapter can be seen, and make room for its copy.
+        Raises ValueError for settings that do not go together.
+        """
         r, beta = self.config.reference.ref_mode, self.config.preference.beta
         if self.needs_reference and r in ("none", "precomputed"):
             raise ValueError(
@@ -278,7 +294,7 @@ class SampledAnswers(Method):
             self._tell,
         )
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def surveyed(self, stream: Any) -> Survey:
         return survey([stream.records], _Prompts(self.processor, self.settings.max_prompt_length))
@@ -303,7 +319,9 @@ class SampledAnswers(Method):
         return batch.with_columns(ref_logp_N=self.reference.compute(batch))
 
     def _tell(self, number: int, groups: Sequence[Rolled]) -> None:
-        """Every answer of a round with its rewards, for the eye and for later: one JSON object a line, written by one process."""
+        """Every answer of a round with its rewards, for the eye and for later: one JSON object a
+        line, written by one process.
+        """
         if not self.config.rollout.log_completions:
             return
         everybody = self.place.gather_batch([row for group in groups for row in _told(number, group)])
@@ -328,10 +346,11 @@ class SampledAnswers(Method):
 class RLVRTrainer(Trainer):
     """Sample answers, judge them, and learn from what was better than expected.
 
-    `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers, "file.py:function", or a list of these, with
-    `reward_weights`; by default what each row names, or what its gold answer asks for. `processing_class`: TRL's name of `processor`. Arguments and errors as
-    `Trainer`'s. Also ValueError for rows that nothing can check, batch sizes that do not hold whole groups, and settings under which training would not see
-    what was sampled.
+    `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers,
+    "file.py:function", or a list of these, with `reward_weights`; by default what each row names,
+    or what its gold answer asks for. `processing_class`: TRL's name of `processor`. Arguments and
+    errors as `Trainer`'s. Also ValueError for rows that nothing can check, batch sizes that do not
+    hold whole groups, and settings under which training would not see what was sampled.
     """
 
     method_class = SampledAnswers
@@ -357,7 +376,9 @@ class RLVRTrainer(Trainer):
 
 
 class OnlineMeasure(Measure):
-    """Held-out prompts are answered greedily and judged as in training; there is no loss on answers that nobody wrote."""
+    """Held-out prompts are answered greedily and judged as in training; there is no loss on answers
+    that nobody wrote.
+    """
 
     def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch) -> None:
         super().__init__(*args)
@@ -430,11 +451,13 @@ def _told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
         }
 
 
-# --- from settings -----------------------------------------------------------------------------------------------------
+# --- from settings --------------------------------------------------------------------------------
 
 
 def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
-    """The settings of a round. `per_device_train_batch_size` counts answers, as TRL's does; raises ValueError where a step does not hold whole groups."""
+    """The settings of a round. `per_device_train_batch_size` counts answers, as TRL's does; raises
+    ValueError where a step does not hold whole groups.
+    """
     r, p, t, c = config.rollout, config.policy, config.train, config.critic
     ppo = config.model.stage == "PPO"
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -478,7 +501,9 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
 
 
 def policy_hyper(config: RunConfig) -> PolicyHyper:
-    """What the settings say of the policy's loss. "auto" is dapo, or ppo with a critic. Raises ValueError as `PolicyHyper`, and for several losses."""
+    """What the settings say of the policy's loss. "auto" is dapo, or ppo with a critic. Raises
+    ValueError as `PolicyHyper`, and for several losses.
+    """
     p = config.policy
     names = config.preference.loss_type
     if len(names) != 1:
@@ -508,7 +533,9 @@ def policy_hyper(config: RunConfig) -> PolicyHyper:
 
 
 def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None) -> Rubric:
-    """The judges of a run: `functions` given as objects, else those that the settings name, else what rows name."""
+    """The judges of a run: `functions` given as objects, else those that the settings name, else
+    what rows name.
+    """
     r = config.rollout
     given = functions if functions is not None else r.reward_funcs
     listed = list(given) if isinstance(given, list | tuple) else [given]

@@ -1,6 +1,8 @@
-"""Learning from judged answers: units for rows, a reference policy, measuring by comparisons; the DPO family and KTO, and their trainers.
+"""Learning from judged answers: units for rows, a reference policy, measuring by comparisons; the
+DPO family and KTO, and their trainers.
 
-Refuses to know: formulas (objectives), how the reference is computed or kept (train/reference.py), the run.
+Refuses to know: formulas (objectives), how the reference is computed or kept (train/reference.py),
+the run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ LABELLED_STEPS = 20  # after so many the share of good answers is known well eno
 
 
 class PreferenceMethod(Method):
-    """Learning from judged answers. The prompt with its images is computed once for all answers to it, where they show the same media."""
+    """Learning from judged answers. The prompt with its images is computed once for all answers to
+    it, where they show the same media.
+    """
 
     signals: tuple[str, ...] = JUDGED
     compares_with_start = True
@@ -92,16 +96,20 @@ class PreferenceMethod(Method):
     def attach(self, model: ErnieModel) -> None:
         check_shared_prompts(model, self.encoder.share)
 
-    # --- the reference -----------------------------------------------------------------------------------------------
+    # --- the reference ----------------------------------------------------------------------------
 
     def before_put(self, model: ErnieModel) -> None:
-        """Choose the reference: a rank alone would not see whether an adapter is fresh. Raises ValueError as `reference_mode`."""
+        """Choose the reference: a rank alone would not see whether an adapter is fresh. Raises
+        ValueError as `reference_mode`.
+        """
         self.mode = self.reference_mode(model)
         self._new_room = self.mode == "adapter_ref" and make_room(model)
 
     def reference_mode(self, model: ErnieModel) -> str:
-        """Which reference the run compares with. On a mesh this is decided before the model is laid over it: a rank alone would not see whether an adapter is
-        fresh. Raises ValueError for settings that do not go together."""
+        """Which reference the run compares with. On a mesh this is decided before the model is laid
+        over it: a rank alone would not see whether an adapter is fresh. Raises ValueError for
+        settings that do not go together.
+        """
         r, objective = self.config.reference, self.present_objective()
         if not objective.needs_reference or r.ref_mode == "none":
             if objective.needs_reference:
@@ -136,7 +144,9 @@ class PreferenceMethod(Method):
         return mode
 
     def prepare(self, policy: Placed, rows: RowSets, dry_run: bool) -> None:
-        """Take the reference while the policy is what it was given as, before a checkpoint is put into it."""
+        """Take the reference while the policy is what it was given as, before a checkpoint is put
+        into it.
+        """
         self.policy, model = policy, policy.model
         self.watch = PreferenceWatch(anchored=self.present_objective().anchored)
         with policy.whole():
@@ -155,7 +165,9 @@ class PreferenceMethod(Method):
             self.density = self._measured_density(rows)
 
     def _precompute(self, reference: Reference, rows: RowSets) -> None:
-        """Every row's log-probabilities under the policy as it is now, from the file where it has them."""
+        """Every row's log-probabilities under the policy as it is now, from the file where it has
+        them.
+        """
         file = Path(self.config.reference.ref_logps_path or Path(self.config.save.output_dir) / CACHE_FILE)
         if file.is_file():
             reference.cache.load(file)
@@ -184,7 +196,7 @@ class PreferenceMethod(Method):
             raise AssertionError("prepare comes first")
         return self.reference
 
-    # --- windows -----------------------------------------------------------------------------------------------------
+    # --- windows ----------------------------------------------------------------------------------
 
     def window(self, given: Sequence[UnitBatch]) -> Sequence[UnitBatch]:
         return self.compared(given, self.place.batch[0], self.place.gather_batch)
@@ -195,7 +207,9 @@ class PreferenceMethod(Method):
         rank: int = 0,
         said: Callable[[list[Answer]], list[list[Answer]]] = lambda mine: [mine],
     ) -> Sequence[UnitBatch]:
-        """The window with what its rows are compared with. All processes call it; `rank` and `said` tell apart those that hold different rows of it."""
+        """The window with what its rows are compared with. All processes call it; `rank` and `said`
+        tell apart those that hold different rows of it.
+        """
         reference = self.prepared()
         # where experts are apart, a forward is everybody's: what one rank lacks, all compute
         lacks = zip(*self.place.gather([reference.lacks(batch) for batch in window]), strict=True)
@@ -204,7 +218,8 @@ class PreferenceMethod(Method):
             ready = [self.density.attached(batch) for batch in ready]
         if not self.present_objective().uses_kl:
             return ready
-        # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how the window is cut
+        # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how
+        # the window is cut
         units = [unit for batch in window for unit in batch.units]
         answers = following(said([first_answer(unit) for unit in units]), rank)
         others = iter(mismatched(units, answers) if answers else ())
@@ -289,7 +304,9 @@ class ReferencePart:
 
 
 class PreferenceMeasure(Measure):
-    """Comparisons instead of a likelihood; questions are answered and compared with each row's best answer."""
+    """Comparisons instead of a likelihood; questions are answered and compared with each row's best
+    answer.
+    """
 
     def __init__(self, *args: Any, method: PreferenceMethod) -> None:
         super().__init__(*args)
@@ -318,7 +335,7 @@ def demonstration(record: Record) -> Record | None:
     return dataclasses.replace(record, signal="sft", messages=messages, images=images, videos=videos, candidates=())
 
 
-# --- the DPO family --------------------------------------------------------------------------------------------------
+# --- the DPO family -------------------------------------------------------------------------------
 
 
 class DPO(PreferenceMethod):
@@ -332,9 +349,10 @@ class DPO(PreferenceMethod):
 
 
 class DPOTrainer(Trainer):
-    """Learn from comparisons. `loss_type` names one loss or several, as TRL does: sigmoid (the default), cdpo, robust,
-    hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair, mpo, nca_pair, exo_pair, sppo_hard, apo_zero,
-    apo_down. Arguments and errors as `Trainer`'s."""
+    """Learn from comparisons. `loss_type` names one loss or several, as TRL does: sigmoid (the
+    default), cdpo, robust, hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair,
+    mpo, nca_pair, exo_pair, sppo_hard, apo_zero, apo_down. Arguments and errors as `Trainer`'s.
+    """
 
     method_class = DPO
 
@@ -360,7 +378,9 @@ def hyper_of(config: RunConfig) -> PreferenceHyper:
 
 
 def pair_objective(config: RunConfig) -> PairObjective:
-    """The losses that the settings name. Raises ValueError for names and combinations that do not exist."""
+    """The losses that the settings name. Raises ValueError for names and combinations that do not
+    exist.
+    """
     p = config.preference
     names = ("sigmoid",) if p.loss_type == ("auto",) else p.loss_type
     if "kto_pair" in names:
@@ -426,6 +446,8 @@ class KTO(PreferenceMethod):
 
 
 class KTOTrainer(Trainer):
-    """Learn from single answers called good or bad: `loss_type` kto (the default), bco or apo_zero_unpaired. Arguments and errors as `Trainer`'s."""
+    """Learn from single answers called good or bad: `loss_type` kto (the default), bco or
+    apo_zero_unpaired. Arguments and errors as `Trainer`'s.
+    """
 
     method_class = KTO

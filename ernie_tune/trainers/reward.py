@@ -1,4 +1,5 @@
-"""`RewardTrainer`: a model that gives a finished answer one number, learned from comparisons, and `RewardModel`: it at work.
+"""`RewardTrainer`: a model that gives a finished answer one number, learned from comparisons, and
+`RewardModel`: it at work.
 
 Refuses to know: the loss, the head, how rewards are measured (train/reward_model.py).
 """
@@ -43,7 +44,9 @@ from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 
 class RewardMethod(Method):
-    """A scalar head, and the model or an adapter under it, on pairs, rankings and ratings (methods.md 4.5)."""
+    """A scalar head, and the model or an adapter under it, on pairs, rankings and ratings
+    (methods.md 4.5).
+    """
 
     stages = ("RM",)
     signals = ("pair", "ranking", "rating")
@@ -68,7 +71,8 @@ class RewardMethod(Method):
         check_shared_prompts(model, self.encoder.share)
         attach_head(model, c.train.seed, s.rating_levels if s.rating_loss == "ordinal" else 0)
         for folder in (c.lora.lora_path, c.model.model_name_or_path):
-            if folder and (Path(folder) / HEAD_FOLDER).is_dir():  # a reward model that is trained further
+            # a reward model that is trained further
+            if folder and (Path(folder) / HEAD_FOLDER).is_dir():
                 load_head(model, folder)
                 break
 
@@ -106,8 +110,10 @@ class HeadPart:
 
 
 class RewardTrainer(Trainer):
-    """Train a reward model. All answers of a ranking are in one micro-batch. The head lies in reward_head/ beside the model's or adapter's files.
-    Arguments and errors as `Trainer`'s."""
+    """Train a reward model. All answers of a ranking are in one micro-batch. The head lies in
+    reward_head/ beside the model's or adapter's files.
+    Arguments and errors as `Trainer`'s.
+    """
 
     method_class = RewardMethod
     method: RewardMethod
@@ -136,7 +142,9 @@ class _RewardMeasure(Measure):
 
 
 class RewardModel:
-    """A trained reward model: `RewardModel.from_pretrained(folder).score(load_dataset("rows.jsonl"))`."""
+    """A trained reward model:
+    `RewardModel.from_pretrained(folder).score(load_dataset("rows.jsonl"))`.
+    """
 
     def __init__(self, model: ErnieModel, processor: Processor, max_tokens: int = 8192, rows: int = 8) -> None:
         self.model, self.rows = model, rows
@@ -144,8 +152,9 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], rows: int = 8) -> RewardModel:
-        """Read what `RewardTrainer` left in its output_dir: a whole model, or an adapter whose base its arguments name. Raises ValueError or OSError for a
-        folder that holds no reward model."""
+        """Read what `RewardTrainer` left in its output_dir: a whole model, or an adapter whose base
+        its arguments name. Raises ValueError or OSError for a folder that holds no reward model.
+        """
         file = Path(folder) / ARGS_FILE
         if not file.is_file():
             raise ValueError(
@@ -163,11 +172,15 @@ class RewardModel:
         return cls(model, Processor.from_pretrained(folder), config.data.max_seq_len, rows)
 
     def score(self, records: Sequence[Record]) -> list[list[float] | None]:
-        """The reward of each candidate of each record, higher is better; None for one that does not fit."""
+        """The reward of each candidate of each record, higher is better; None for one that does not
+        fit.
+        """
         return score_records(self.model, records, self.encoder, self.rows)
 
     def ratings(self, rewards: Sequence[float]) -> list[float] | None:
-        """The ratings to expect of answers with these rewards, from 1 to the number of levels; None for a model that was not trained on levels."""
+        """The ratings to expect of answers with these rewards, from 1 to the number of levels; None
+        for a model that was not trained on levels.
+        """
         cuts = attach_head(self.model).cuts()
         if cuts is None:
             return None

@@ -1,6 +1,8 @@
-"""What a run finds in its folder when it starts: nothing, an unfinished run of its own, a finished one, or another's; and what it leaves there of itself.
+"""What a run finds in its folder when it starts: nothing, an unfinished run of its own, a finished
+one, or another's; and what it leaves there of itself.
 
-Rank 0 looks, and all ranks go by what it has found. Raises ValueError for what must not be mixed, before anything is written.
+Rank 0 looks, and all ranks go by what it has found. Raises ValueError for what must not be mixed,
+before anything is written.
 Refuses to know: models, the loop, what is saved but for the ledger and the settings beside it.
 """
 
@@ -38,7 +40,8 @@ from ernie_tune.train.state import Checkpoint, complete_checkpoints, find_checkp
 
 CARD = "README.md"
 _SOME_ROWS = 64
-# What a run writes into its folder, and so what `overwrite_output_dir` moves away. Whatever else is there is the user's.
+# What a run writes into its folder, and so what `overwrite_output_dir` moves away. Whatever else is
+# there is the user's.
 _OURS = (
     "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
     "adapter_config.json", "lora_config.json", "*tokenizer*", "*preprocessor_config.json", "added_tokens.json",
@@ -53,7 +56,9 @@ Line = tuple[str, Text]  # level, text
 
 @dataclass(frozen=True)
 class Found:
-    """What was found. `checkpoint`: its number where the run goes on from one. `finished`: nothing is left to train. `lines`: what the user must see."""
+    """What was found. `checkpoint`: its number where the run goes on from one. `finished`: nothing
+    is left to train. `lines`: what the user must see.
+    """
 
     ledger: Ledger
     checkpoint: Path | None = None
@@ -63,8 +68,9 @@ class Found:
 
 
 class RunFolder:
-    """The folder of one run. `ledger()` gives what defines the run, `total_steps()` its length; both are asked for on rank 0 alone, the latter where the
-    folder is not new."""
+    """The folder of one run. `ledger()` gives what defines the run, `total_steps()` its length;
+    both are asked for on rank 0 alone, the latter where the folder is not new.
+    """
 
     def __init__(
         self, config: RunConfig, ranks: Any, ledger: Callable[[], Ledger], total_steps: Callable[[], int]
@@ -76,18 +82,22 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, dry_run: bool = False) -> Iterator[None]:
-        """The folder is this run's while the block runs; a dry run leaves no trace. Raises FolderTaken, on rank 0."""
+        """The folder is this run's while the block runs; a dry run leaves no trace. Raises
+        FolderTaken, on rank 0.
+        """
         if dry_run or self.ranks.rank != 0:
             yield
             return
         with locked(self.path):
             yield
 
-    # --- the start ---------------------------------------------------------------------------------------------------
+    # --- the start --------------------------------------------------------------------------------
 
     def look(self, dry_run: bool = False) -> Found:
-        """Compare, and say what to do. Every rank calls it. Raises ValueError with every difference where the folder is another run's, where settings
-        contradict each other, and where no checkpoint of several is whole."""
+        """Compare, and say what to do. Every rank calls it. Raises ValueError with every difference
+        where the folder is another run's, where settings contradict each other, and where no
+        checkpoint of several is whole.
+        """
         outcome: Found | str = ""
         if self.ranks.rank == 0:
             try:
@@ -111,7 +121,8 @@ class RunFolder:
         saved, now = self._saved(checkpoint, lines), self._ledger_of()
         has_weights = any(self.path.glob("*.safetensors"))  # with the result gone, it is made again
         done = saved.finished if saved and has_weights else None
-        if saved is None or (checkpoint is None and done is None):  # an earlier start left nothing to go on from
+        # an earlier start left nothing to go on from
+        if saved is None or (checkpoint is None and done is None):
             return Found(now, checkpoint.path if checkpoint else None, tuple(lines))
         total, differences = self._total_of(), now.compare(saved)
         step = checkpoint.step if checkpoint else done[0] if done else 0
@@ -177,7 +188,9 @@ class RunFolder:
         return self.path.resolve() in (path.resolve(), *path.resolve().parents)
 
     def _chosen(self) -> tuple[Checkpoint | None, bool, list[Line]]:
-        """The checkpoint to go on from; whether it was named and lies in this folder; and what is wrong with newer ones."""
+        """The checkpoint to go on from; whether it was named and lies in this folder; and what is
+        wrong with newer ones.
+        """
         own, named = complete_checkpoints(self.path), self._named()
         notes: list[Line] = []
         if named is not None and (not own or named.resolve().parent == self.path.resolve()):
@@ -208,7 +221,9 @@ class RunFolder:
         return None, False, notes
 
     def _saved(self, checkpoint: Checkpoint | None, lines: list[Line]) -> Ledger | None:
-        """What the folder, or the checkpoint of another folder, was made with; of earlier releases what they wrote down."""
+        """What the folder, or the checkpoint of another folder, was made with; of earlier releases
+        what they wrote down.
+        """
         here = None
         try:
             here = Ledger.read(self.path / LEDGER_FILE)
@@ -227,7 +242,8 @@ class RunFolder:
     def _of_earlier_release(self, checkpoint: Checkpoint | None) -> Ledger | None:
         made = Ledger.of_settings_file((checkpoint.path if checkpoint else self.path) / ARGS_FILE)
         step = _last_step(self.path / STATE_FILE)
-        ended = (self.path / CARD).is_file() and step >= (checkpoint.step if checkpoint else 1)  # the card came last
+        # the card came last
+        ended = (self.path / CARD).is_file() and step >= (checkpoint.step if checkpoint else 1)
         return dataclasses.replace(made, finished=(step, step)) if made and ended else made
 
     def _leftovers(self) -> list[Path]:
@@ -246,7 +262,7 @@ class RunFolder:
         path = self.found.checkpoint if self.found else None
         return None if path is None else find_checkpoint(self.path, str(path))
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     @property
     def ledger(self) -> Ledger:
@@ -301,7 +317,9 @@ class RunFolder:
             ) from error
 
     def finish(self, described: RunConfig, step: int, total: int, *, over: bool) -> None:
-        """Everything is written. `over`: nothing is left to train, the same command has nothing to do."""
+        """Everything is written. `over`: nothing is left to train, the same command has nothing to
+        do.
+        """
         self.stepped(described)
         if over and self.ranks.rank == 0:
             write_atomically(self.path / LEDGER_FILE, dataclasses.replace(self.ledger, finished=(step, total)).text())
@@ -345,11 +363,13 @@ def _last_step(file: Path) -> int:
         return 0
 
 
-# --- what defines the run --------------------------------------------------------------------------------------------
+# --- what defines the run -------------------------------------------------------------------------
 
 
 def ledger_of(config: RunConfig, model: str, given: Mapping[str, Any], rows_per_step: int) -> Ledger:
-    """The ledger of a run. `model`: name of what is trained on; `given`: the data sets by the setting they stand for. Reads all data files once."""
+    """The ledger of a run. `model`: name of what is trained on; `given`: the data sets by the
+    setting they stand for. Reads all data files once.
+    """
     contents = {name: _rows(data) for name, data in given.items()}
     if model:
         contents["model_name_or_path"] = (Content(model, _model(model)),)
@@ -373,7 +393,9 @@ def _model(name: str) -> str:
 
 
 def _rows(sets: Sequence[Any]) -> tuple[Content, ...]:
-    """Files by all their bytes, and how many of their rows are taken; rows given as objects by their number and some of them."""
+    """Files by all their bytes, and how many of their rows are taken; rows given as objects by
+    their number and some of them.
+    """
     found: list[Content] = []
     for rows in (part for several in sets for part in getattr(several, "parts", [several])):
         files = rows.files if isinstance(rows, Dataset) else []

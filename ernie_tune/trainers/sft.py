@@ -1,6 +1,7 @@
 """Supervised fine-tuning on dialogues: the method, and `SFTTrainer`, which runs it.
 
-Refuses to know: everything that other methods do too (method.py, run.py), the arithmetic of the loss (objectives).
+Refuses to know: everything that other methods do too (method.py, run.py), the arithmetic of the
+loss (objectives).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class SupervisedTuning(Method):
     signals = ("sft",)
 
     def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
-        """The rows as they are. Raises ValueError where tasks are to be balanced that the rows do not name."""
+        """The rows as they are. Raises ValueError where tasks are to be balanced that the rows do
+        not name.
+        """
         balance, d = self.config.train.balance, self.config.data
         if balance != "static":
             mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=assemble.data_seed(self.config))

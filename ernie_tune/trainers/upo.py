@@ -1,11 +1,15 @@
-"""`UPOTrainer`: pairs, rankings, ratings and labels in one weighted sum, each term divided by its own global count (methods.md 7).
+"""`UPOTrainer`: pairs, rankings, ratings and labels in one weighted sum, each term divided by its
+own global count (methods.md 7).
 
-What is publicly known of ERNIE 4.5's UPO (Unified Preference Optimization): Baidu's README calls it a modified reinforcement learning method, and readers'
-notes on the technical report describe a pairwise preference loss, as DPO has it, added to PPO, with pairs from the current samples ("online") or made
-beforehand ("offline"), for stability and against reward hacking. No formula and no weight is public. The presets here contain that sentence and are ours;
-they do not claim to be Baidu's. arXiv 2405.17956 uses the same name for another method.
+What is publicly known of ERNIE 4.5's UPO (Unified Preference Optimization): Baidu's README calls it
+a modified reinforcement learning method, and readers' notes on the technical report describe a
+pairwise preference loss, as DPO has it, added to PPO, with pairs from the current samples
+("online") or made beforehand ("offline"), for stability and against reward hacking. No formula and
+no weight is public. The presets here contain that sentence and are ours; they do not claim to be
+Baidu's. arXiv 2405.17956 uses the same name for another method.
 
-Refuses to know: the terms' formulas (objectives/upo.py), rollouts: the online terms (pg, kl, ent) join the same sum where a trainer makes answers.
+Refuses to know: the terms' formulas (objectives/upo.py), rollouts: the online terms (pg, kl, ent)
+join the same sum where a trainer makes answers.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ _READS = {"pair": "pair", "bco_pair": "pair", "rank": "ranking", "rate": "rating
 
 
 class UPO(PreferenceMethod):
-    """Every kind of judgement at once. Raises ValueError for a policy that has not been through SFT, unless allow_base."""
+    """Every kind of judgement at once. Raises ValueError for a policy that has not been through
+    SFT, unless allow_base.
+    """
 
     stages = ("UPO",)
 
@@ -61,15 +67,19 @@ class UPO(PreferenceMethod):
 
 
 class UPOTrainer(Trainer):
-    """Learn from every kind of judgement at once. `loss_type` names a preset: upo_hetero (the default; pairs, rankings,
-    ratings and labels without rollouts) or mpo (0.8 DPO + 0.2 BCO + likelihood, 2411.10442). `term_weights` changes
-    weights. Arguments and errors as `Trainer`'s; also ValueError for a policy that has not been through SFT."""
+    """Learn from every kind of judgement at once. `loss_type` names a preset: upo_hetero (the
+    default; pairs, rankings, ratings and labels without rollouts) or mpo (0.8 DPO + 0.2 BCO +
+    likelihood, 2411.10442). `term_weights` changes weights. Arguments and errors as `Trainer`'s;
+    also ValueError for a policy that has not been through SFT.
+    """
 
     method_class = UPO
 
 
 def upo_settings(config: RunConfig) -> UpoSettings:
-    """The preset with the run's changes. Raises ValueError for presets and terms that do not exist, and for those that need rollouts."""
+    """The preset with the run's changes. Raises ValueError for presets and terms that do not exist,
+    and for those that need rollouts.
+    """
     p, s = config.preference, config.signals
     name = "upo_hetero" if p.loss_type == ("auto",) else ",".join(p.loss_type)
     if name in ONLINE_PRESETS:
@@ -117,7 +127,9 @@ def upo_settings(config: RunConfig) -> UpoSettings:
 
 
 def term_weights(given: tuple[str, ...]) -> dict[str, float]:
-    """ "pair=1", "rank=0.5" -> weights. Raises ValueError for another form, and for terms that no data set can feed."""
+    """ "pair=1", "rank=0.5" -> weights. Raises ValueError for another form, and for terms that no
+    data set can feed.
+    """
     weights = {}
     for item in given:
         term, _, number = item.partition("=")

@@ -1,8 +1,10 @@
-"""Draws bar, line and pie charts with known values and asks about them. Knows pillow and arithmetic, nothing of models or training.
+"""Draws bar, line and pie charts with known values and asks about them. Knows pillow and
+arithmetic, nothing of models or training.
 
 Usage: python examples/charts/make_data.py --seed 0 --train 600 --eval 120 --size 112
-Each row carries what is true of its picture: `scene` (marks with label, value, colour, pixel box) and, as `evidence.required`,
-the one claim that proves the answer, so that a reward can check an answer and its reasons without a judge.
+Each row carries what is true of its picture: `scene` (marks with label, value, colour, pixel box)
+and, as `evidence.required`, the one claim that proves the answer, so that a reward can check an
+answer and its reasons without a judge.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-Mark = dict[str, Any]  # label, value, color, box: [left, top, right, bottom) in pixels, inside which all is `color`
+# label, value, color, box: [left, top, right, bottom) in pixels, inside which all is `color`
+Mark = dict[str, Any]
 
 GLYPH = (6, 11)  # pixels of pillow's built-in bitmap font, the same on every machine
 MIN_SIZE = 112  # below this the labels of five marks touch
@@ -77,7 +80,9 @@ def trend_of(values: list[int]) -> str:
 
 
 def make_scene(rng: random.Random) -> tuple[str, list[Mark]]:
-    """Kind and marks, without boxes. Values are distinct multiples of five; a pie's add up to 100; a line has one colour."""
+    """Kind and marks, without boxes. Values are distinct multiples of five; a pie's add up to 100;
+    a line has one colour.
+    """
     kind = rng.choice(("bar", "line", "pie"))
     labels = rng.choice(LABELS)
     labels = labels[: rng.randint(3, len(labels))]
@@ -97,7 +102,9 @@ def make_scene(rng: random.Random) -> tuple[str, list[Mark]]:
 
 
 def draw(kind: str, marks: list[Mark], size: int) -> Image.Image:
-    """The picture; adds `box` to each mark: the bar, the point's marker, or the pie's legend swatch."""
+    """The picture; adds `box` to each mark: the bar, the point's marker, or the pie's legend
+    swatch.
+    """
     image = Image.new("RGB", (size, size), "white")
     pen = ImageDraw.Draw(image)
     pen.font = ImageFont.load_default_imagefont()
@@ -151,7 +158,9 @@ def write_centred(pen: ImageDraw.ImageDraw, text: str, x: int, y: int) -> None:
 
 
 def claim_about(rng: random.Random, topic: str, marks: list[Mark]) -> tuple[str, str, dict[str, Any]]:
-    """Two labels to name in the question, and the true claim that answers it: by its `value` if it has one, else its `subj`."""
+    """Two labels to name in the question, and the true claim that answers it: by its `value` if it
+    has one, else its `subj`.
+    """
     a, b = rng.sample(marks, 2)
     if topic in ("max", "min"):
         extreme = (max if topic == "max" else min)(marks, key=lambda mark: mark["value"])
@@ -203,10 +212,13 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def make(out: Path, seed: int, train: int, evaluation: int, size: int) -> None:
-    """Writes images/, train.jsonl and eval.jsonl under `out`. Two questions a chart; no chart of eval occurs in train."""
+    """Writes images/, train.jsonl and eval.jsonl under `out`. Two questions a chart; no chart of
+    eval occurs in train.
+    """
     (out / "images").mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for split, count in (("eval", evaluation), ("train", train)):  # eval first: it stays the same however long train is
+    # eval first: it stays the same however long train is
+    for split, count in (("eval", evaluation), ("train", train)):
         rng = random.Random(f"{seed}/{split}")
         rows: list[dict[str, Any]] = []
         while len(rows) < count:

@@ -1,7 +1,9 @@
-"""Rewrites this folder's digits from scikit-learn's copy of the UCI set. Knows files and questions, nothing of models or training.
+"""Rewrites this folder's digits from scikit-learn's copy of the UCI set. Knows files and questions,
+nothing of models or training.
 
 Usage: pip install scikit-learn pillow && python examples/digits/make_data.py
-The PNGs are written uncompressed (level 0), so they come out byte for byte the same whatever zlib Pillow was built with.
+The PNGs are written uncompressed (level 0), so they come out byte for byte the same whatever zlib
+Pillow was built with.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 EVAL_ROWS = (
-    297  # the last ones in the published order, which goes writer by writer: most eval writers are new to the model
+    # the last ones in the published order, which goes writer by writer: most eval writers are new
+    # to the model
+    297
 )
 INK_LEVELS = 16  # a published pixel counts the inked dots of a 4x4 block: 0 to 16
 QUESTIONS = (
@@ -60,8 +64,10 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 def make(
     out: Path, ink_N88: Sequence[Sequence[Sequence[float]]], digit_N: Sequence[int], eval_rows: int = EVAL_ROWS
 ) -> None:
-    """Writes images/, preview.png, train.jsonl and eval.jsonl under `out`. The question is drawn at random: the published
-    order runs 0, 1, 2, ..., so a question that followed the row number would give its digit away."""
+    """Writes images/, preview.png, train.jsonl and eval.jsonl under `out`. The question is drawn at
+    random: the published order runs 0, 1, 2, ..., so a question that followed the row number would
+    give its digit away.
+    """
     (out / "images").mkdir(parents=True, exist_ok=True)
     rng, rows, pictures = random.Random(0), [], [picture(ink_88) for ink_88 in ink_N88]
     for i, (image, digit) in enumerate(zip(pictures, digit_N, strict=True)):

@@ -1,7 +1,9 @@
-"""Self-cognition rows in the sharegpt form, with the names filled in. Knows two names, nothing of models or training.
+"""Self-cognition rows in the sharegpt form, with the names filled in. Knows two names, nothing of
+models or training.
 
 Usage: python examples/identity/make_data.py --name 小舟 --author 远航实验室
-Without names the shipped files come out again. {{name}} and {{author}} in the texts below are what gets replaced.
+Without names the shipped files come out again. {{name}} and {{author}} in the texts below are what
+gets replaced.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ TRAIN: Texts = {
         ("Goodbye. Sorry, what was your name again?", "I am {{name}}. See you next time!"),
     ),
 }
-EVAL: Texts = {  # other wordings, none of them in TRAIN: shows whether the name was learnt or only the sentences
+# other wordings, none of them in TRAIN: shows whether the name was learnt or only the sentences
+EVAL: Texts = {
     "zh": (
         ("请问你是？", "我是{{name}}。"),
         ("能告诉我你的名字吗？", "我叫{{name}}。"),

@@ -1,8 +1,9 @@
-"""Rows of different shape in one file: text only, two or three pictures, a short clip. Knows pillow, nothing of models or training.
+"""Rows of different shape in one file: text only, two or three pictures, a short clip. Knows
+pillow, nothing of models or training.
 
 Usage: python examples/mixed/make_data.py --seed 0 --train 96 --eval 24
-Picture and clip rows carry what is true of them as `scene.objects`: shape, colour, box (of the first
-frame), and picture number or motion.
+Picture and clip rows carry what is true of them as `scene.objects`: shape, colour, box (of the
+first frame), and picture number or motion.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def pictures_row(rng: random.Random, stem: str) -> tuple[Row, Media]:
 
 
 def clip_row(rng: random.Random, stem: str) -> tuple[Row, Media]:
-    """Which way a shape moves. The middle of its path is drawn at random, so where it stands in one frame says little."""
+    """Which way a shape moves. The middle of its path is drawn at random, so where it stands in one
+    frame says little.
+    """
     shape, color, motion = rng.choice(list(SHAPES)), rng.choice(list(COLORS)), rng.choice(list(MOTIONS))
     (dx, dy), chinese = MOTIONS[motion]
     middle_x, middle_y, radius = rng.randint(19, SIDE - 20), rng.randint(19, SIDE - 20), 7
@@ -117,10 +120,13 @@ def save(path: Path, frames: list[Image.Image]) -> None:
 
 
 def make(out: Path, seed: int, train: int, evaluation: int) -> None:
-    """Writes media/, train.jsonl and eval.jsonl under `out`, the three kinds in turn. No question is asked twice of the same scene."""
+    """Writes media/, train.jsonl and eval.jsonl under `out`, the three kinds in turn. No question
+    is asked twice of the same scene.
+    """
     (out / "media").mkdir(parents=True, exist_ok=True)
     kinds, seen = (text_row, pictures_row, clip_row), set()
-    for split, count in (("eval", evaluation), ("train", train)):  # eval first: it stays the same however long train is
+    # eval first: it stays the same however long train is
+    for split, count in (("eval", evaluation), ("train", train)):
         rng = random.Random(f"{seed}/{split}")
         rows: list[Row] = []
         while len(rows) < count:

@@ -1,4 +1,5 @@
-"""Three small text tasks in the {task, input, output} form. Knows arithmetic, nothing of models or training.
+"""Three small text tasks in the {task, input, output} form. Knows arithmetic, nothing of models or
+training.
 
 Usage: python examples/multitask/make_data.py --seed 0 --train 300 --eval 60
 """
@@ -74,8 +75,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def make(out: Path, seed: int, train: int, evaluation: int) -> None:
-    """Writes train.jsonl and eval.jsonl under `out`, the tasks in turn. No input occurs twice, in either file. Raises ValueError for more rows than
-    there are numbers to translate."""
+    """Writes train.jsonl and eval.jsonl under `out`, the tasks in turn. No input occurs twice, in
+    either file. Raises ValueError for more rows than there are numbers to translate.
+    """
     if train + evaluation > MOST_ROWS:
         raise ValueError(
             f"--train + --eval ({train + evaluation}) must not exceed {MOST_ROWS}: no input may occur twice; lower one"

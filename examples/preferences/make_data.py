@@ -1,9 +1,11 @@
-"""Rewrites this folder's rows from examples/digits: demonstrations in two styles, and judgements of answers about the same pictures. Knows files only.
+"""Rewrites this folder's rows from examples/digits: demonstrations in two styles, and judgements of
+answers about the same pictures. Knows files only.
 
-Usage: python examples/preferences/make_data.py [--validation output/preferences_validation [--fold 4]]
-With --validation a fifth of the pictures of training, 300 in a row, takes the place of the held-out ones: for choosing settings, which the rows that
-are reported must not.
-A judge who likes answers that are right, and among the right ones the short ones, has compared, ranked, rated or labelled them.
+Usage: python examples/preferences/make_data.py [--validation output/preferences_validation [--fold
+4]] With --validation a fifth of the pictures of training, 300 in a row, takes the place of the
+held-out ones: for choosing settings, which the rows that are reported must not.
+A judge who likes answers that are right, and among the right ones the short ones, has compared,
+ranked, rated or labelled them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "digits"
 FOLDS = 5
-WORDY = 0.6  # share of the demonstrations that answer in a sentence: a model that follows them has no taste of its own
+# share of the demonstrations that answer in a sentence: a model that follows them has no taste of
+# its own
+WORDY = 0.6
 HAN = re.compile("[\u4e00-\u9fff]")
 
 Row = dict[str, Any]
@@ -51,7 +55,9 @@ class Judge:
         return {**self.base, "messages": [*self.base["messages"], {"role": "assistant", "content": text}]}
 
     def pair(self, kind: str) -> Row:
-        """right: a right answer over a wrong one, each in any style. terse: the digit alone over the same digit in a sentence."""
+        """right: a right answer over a wrong one, each in any style. terse: the digit alone over
+        the same digit in a sentence.
+        """
         if kind == "terse":
             chosen, rejected = self.says(self.digit, False), self.says(self.digit, True)
         else:
@@ -67,7 +73,9 @@ class Judge:
         return {**self.base, "signal": {"type": "ranking", "responses": [text for text, _ in judged], "order": order}}
 
     def choice(self, count: int) -> Row:
-        """So many digits as answers, in any order, of which one is right: what a reward model learns from."""
+        """So many digits as answers, in any order, of which one is right: what a reward model
+        learns from.
+        """
         digits = [self.digit, *self.rng.sample([d for d in range(10) if d != self.digit], count - 1)]
         self.rng.shuffle(digits)
         tiers = [[i for i, d in enumerate(digits) if (d == self.digit) is right] for right in (True, False)]
@@ -104,7 +112,9 @@ def read_rows(name: str) -> list[Row]:
 
 
 def make(out: Path, fold: int | None = None) -> None:
-    """Writes sft.jsonl, pairs_*.jsonl, choices.jsonl, mixture.jsonl for training, eval_*.jsonl for measuring. Each file has its own draws."""
+    """Writes sft.jsonl, pairs_*.jsonl, choices.jsonl, mixture.jsonl for training, eval_*.jsonl for
+    measuring. Each file has its own draws.
+    """
     train, held, digits = read_rows("train.jsonl"), read_rows("eval.jsonl"), "../digits"
     if fold is not None:
         digits, size = Path(os.path.relpath(DIGITS, out)).as_posix(), len(train) // FOLDS

@@ -1,8 +1,10 @@
-"""Speed and memory of `data check` on text: short (about 300 bytes) and ordinary (about 1 kB) chat rows, 10,000 and 1,000,000 of them.
+"""Speed and memory of `data check` on text: short (about 300 bytes) and ordinary (about 1 kB) chat
+rows, 10,000 and 1,000,000 of them.
 
 usage: python tests/bench/bench_data_check.py [--rows 1000000] [--rounds 3]
-All checks are on (formats, roles, markers, answers, duplicates, near duplicates, statistics). One process, one thread; each number is the best over
-the rounds, each round a fresh process. MB/s is of processor time, so that a busy machine hurts less; wall_mb_s beside it.
+All checks are on (formats, roles, markers, answers, duplicates, near duplicates, statistics). One
+process, one thread; each number is the best over the rounds, each round a fresh process. MB/s is of
+processor time, so that a busy machine hurts less; wall_mb_s beside it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""How fast and how large an export is: python tests/bench/bench_export.py [--gigabytes 1] [--rounds 5] [--cold] [--folder DIR]
+"""How fast and how large an export is: python tests/bench/bench_export.py [--gigabytes 1] [--rounds
+5] [--cold] [--folder DIR]
 
-A model of about that size (the 28B's widths; fewer layers, experts and words) is made in DIR, and a LoRA adapter of rank 16 on every linear layer of its
-decoder. Then, by turns that begin elsewhere in every round: the folder is copied (cp, then sync of every file) and exported to every layout, merged and
-quantised, with nothing but the writing timed (`write_layout`, which ends with fsync too; the checks that follow read everything once more). Both sides
-read the same files, from the page cache, or with --cold from the disk. Ratios are of one round's bytes a second, and their median is printed: on a shared
-disk seconds differ threefold from one round to the next. Prints GB/s, the ratio to the copy, GB a CPU second, and the largest growth of anonymous memory
-over its start, in units of the largest tensor. Then the packing speed: bfloat16 in, packed int8 and int4 out, numpy on one core. One JSON line at the end.
+A model of about that size (the 28B's widths; fewer layers, experts and words) is made in DIR, and a
+LoRA adapter of rank 16 on every linear layer of its decoder. Then, by turns that begin elsewhere in
+every round: the folder is copied (cp, then sync of every file) and exported to every layout, merged
+and quantised, with nothing but the writing timed (`write_layout`, which ends with fsync too; the
+checks that follow read everything once more). Both sides read the same files, from the page cache,
+or with --cold from the disk. Ratios are of one round's bytes a second, and their median is printed:
+on a shared disk seconds differ threefold from one round to the next. Prints GB/s, the ratio to the
+copy, GB a CPU second, and the largest growth of anonymous memory over its start, in units of the
+largest tensor. Then the packing speed: bfloat16 in, packed int8 and int4 out, numpy on one core.
+One JSON line at the end.
 """
 
 from __future__ import annotations
@@ -113,7 +118,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def make_adapter(base: Path, folder: Path) -> None:
-    """A LoRA adapter of rank 16 with noise in both factors, on all linear layers of the decoder, experts included."""
+    """A LoRA adapter of rank 16 with noise in both factors, on all linear layers of the decoder,
+    experts included.
+    """
     model, rng = AutoConfig.from_pretrained(base), np.random.default_rng(1)
     tensors: dict[str, Any] = {}
     for name in (name for name in dialects.modules(model) if name.startswith("layers.")):

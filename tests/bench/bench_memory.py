@@ -1,8 +1,11 @@
-"""Resident memory of real training steps on this CPU beside what `ernie-tune estimate` says, for the "small" model.
+"""Resident memory of real training steps on this CPU beside what `ernie-tune estimate` says, for
+the "small" model.
 
 usage: python tests/bench/bench_memory.py [--steps 3] [--case NAME ...]
-Every case is a process of its own: two micro-batches a step, forward, backward, clipping and AdamW by the library's own loop; the peak is VmHWM.
-Rows of random text of one length, with pictures where the case has them, every text token a target. Exit code 1 when a case is off by more than 10 %.
+Every case is a process of its own: two micro-batches a step, forward, backward, clipping and AdamW
+by the library's own loop; the peak is VmHWM.
+Rows of random text of one length, with pictures where the case has them, every text token a target.
+Exit code 1 when a case is off by more than 10 %.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Training step, prefill and decode of the "small" model on this CPU, side by side with transformers in one run.
+"""Training step, prefill and decode of the "small" model on this CPU, side by side with
+transformers in one run.
 
 usage: python tests/bench/bench_model.py [--peer-python PATH] [--rounds 3] [--profile]
-Rounds of ours and the peer's alternate, each number is the best over all rounds, so that a busy machine hurts both alike.
+Rounds of ours and the peer's alternate, each number is the best over all rounds, so that a busy
+machine hurts both alike.
 """
 
 from __future__ import annotations

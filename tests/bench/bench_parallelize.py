@@ -1,6 +1,8 @@
-"""What a mesh of one process costs: a step through `DistributedEngine` over a step through the plain `Engine`, interleaved in one run.
+"""What a mesh of one process costs: a step through `DistributedEngine` over a step through the
+plain `Engine`, interleaved in one run.
 
-usage: python tests/bench/bench_parallelize.py [--preset small] [--tokens 512] [--pairs 15]. Prints the median ratio and its quartiles.
+usage: python tests/bench/bench_parallelize.py [--preset small] [--tokens 512] [--pairs 15]. Prints
+the median ratio and its quartiles.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""DPO steps on this CPU: ours against TRL + transformers on the same weights and rows, and ours with against without shared prefixes.
+"""DPO steps on this CPU: ours against TRL + transformers on the same weights and rows, and ours
+with against without shared prefixes.
 
-usage: python tests/bench/bench_preference.py [--peer-python PATH] [--rounds 2] [--prompt 192] [--answer 32] [--pairs 4] [--steps 6]
-A step is what a run does: the reference's forward, the policy's forward and backward, AdamW; full fine-tuning with a frozen copy as the reference, every
-row new. Rounds of all sides alternate; a side's number is its best round's median step, so that a busy machine hurts all alike. --images: sharing is also
-measured with one picture of so many patches a row, which TRL's side does not take.
+usage: python tests/bench/bench_preference.py [--peer-python PATH] [--rounds 2] [--prompt 192]
+[--answer 32] [--pairs 4] [--steps 6] A step is what a run does: the reference's forward, the
+policy's forward and backward, AdamW; full fine-tuning with a frozen copy as the reference, every
+row new. Rounds of all sides alternate; a side's number is its best round's median step, so that a
+busy machine hurts all alike. --images: sharing is also measured with one picture of so many patches
+a row, which TRL's side does not take.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def rows(a: argparse.Namespace, count: int) -> list[dict[str, list[int]]]:
 
 
 def unit(row: dict[str, list[int]], share: bool, patches: int, seed: int) -> Unit:
-    """One pair as our data layer would make it, with a square picture of so many patches before the prompt."""
+    """One pair as our data layer would make it, with a square picture of so many patches before the
+    prompt.
+    """
     head, pixels, grid = list(row["prompt"]), None, None
     if patches:
         side = round(patches**0.5)

@@ -1,7 +1,9 @@
-"""What quantisation costs a trained model: python tests/bench/bench_quantised.py MODEL CALIB.jsonl EVAL.jsonl [--rows 512] [--max_new_tokens 8]
+"""What quantisation costs a trained model: python tests/bench/bench_quantised.py MODEL CALIB.jsonl
+EVAL.jsonl [--rows 512] [--max_new_tokens 8]
 
-Exports MODEL packed with every scheme and method, lets each folder answer EVAL, and prints accuracy and the output error of experts on held-out rows of
-EVAL, relative to rounding to nearest. Codes are the same as in the folders for FastDeploy. One JSON line at the end.
+Exports MODEL packed with every scheme and method, lets each folder answer EVAL, and prints accuracy
+and the output error of experts on held-out rows of EVAL, relative to rounding to nearest. Codes are
+the same as in the folders for FastDeploy. One JSON line at the end.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def main() -> None:
 
 
 def _plain(folder: Path) -> Any:
-    """The model with its weights rounded to bfloat16, as an export without quantisation has them."""
+    """The model with its weights rounded to bfloat16, as an export without quantisation has
+    them.
+    """
     from ernie_tune.export.measure import model_of
     from ernie_tune.export.source import Rounded, Source
 

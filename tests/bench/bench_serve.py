@@ -1,9 +1,13 @@
-"""`ernie-tune serve` under load on this machine: one client after the other, then many at once, every answer checked against the engine's own.
+"""`ernie-tune serve` under load on this machine: one client after the other, then many at once,
+every answer checked against the engine's own.
 
-usage: python tests/bench/bench_serve.py [--model FOLDER | --preset small] [--clients 64] [--seconds 60] [--max_tokens 32] [--single_seconds 15]
-The server is a process of its own. Half of the requests stream, every fourth has a picture. Each answer must be the greedy answer to its own
-prompt, token by token; prompts whose greedy answer hangs on a near tie (gap under MIN_GAP) are not asked, since rounding in a batch may turn it.
-Single clients run before and after the crowd, so that a busy machine hurts both alike. Prints one JSON line; exit code 1 if anything was wrong.
+usage: python tests/bench/bench_serve.py [--model FOLDER | --preset small] [--clients 64] [--seconds
+60] [--max_tokens 32] [--single_seconds 15] The server is a process of its own. Half of the requests
+stream, every fourth has a picture. Each answer must be the greedy answer to its own prompt, token
+by token; prompts whose greedy answer hangs on a near tie (gap under MIN_GAP) are not asked, since
+rounding in a batch may turn it.
+Single clients run before and after the crowd, so that a busy machine hurts both alike. Prints one
+JSON line; exit code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -152,7 +156,9 @@ async def ask(client: httpx.AsyncClient, question: Question) -> tuple[tuple[int,
 
 
 async def phase(url: str, asked: Sequence[Question], clients: int, seconds: float) -> Tally:
-    """`clients` ask without a pause, each its own way through the questions; a request begun in time is waited for."""
+    """`clients` ask without a pause, each its own way through the questions; a request begun in
+    time is waited for.
+    """
     tally, started = Tally(), time.monotonic()
 
     async def one(number: int) -> None:

@@ -1,11 +1,15 @@
-"""`ernie-tune serve` while it is attacked: how long a text request waits meanwhile, and what the process grows by.
+"""`ernie-tune serve` while it is attacked: how long a text request waits meanwhile, and what the
+process grows by.
 
 usage: python tests/bench/bench_serve_attacked.py [--preset tiny-a] [--seconds 8] [--only NAME,NAME]
-The server is a process of its own, let to ask this machine's loopback for pictures. Each attack runs for some seconds while one text request of
-three tokens follows the other; the same without an attack comes before and after. The attacks: hosts that trickle their header, chunk line, 100
-Continue or body (four each, their clients gone after a second); an animation of 2,000 frames of 49 megapixels, four at once; bodies of 4 MiB and
-1 MiB of lists; answers that nobody reads; connections that say nothing; half surrogates in stop strings. At last SIGTERM while hosts trickle.
-Prints one JSON line: seconds at the median and at most, growth of the resident memory in MB, statuses; exit code 1 for a 5xx or a wrong answer.
+The server is a process of its own, let to ask this machine's loopback for pictures. Each attack
+runs for some seconds while one text request of three tokens follows the other; the same without an
+attack comes before and after. The attacks: hosts that trickle their header, chunk line, 100
+Continue or body (four each, their clients gone after a second); an animation of 2,000 frames of 49
+megapixels, four at once; bodies of 4 MiB and 1 MiB of lists; answers that nobody reads; connections
+that say nothing; half surrogates in stop strings. At last SIGTERM while hosts trickle.
+Prints one JSON line: seconds at the median and at most, growth of the resident memory in MB,
+statuses; exit code 1 for a 5xx or a wrong answer.
 """
 
 from __future__ import annotations
@@ -245,7 +249,9 @@ def measured(target: Target, attack: Callable[[Target], Any], seconds: float) ->
 
 
 def ended(target: Target) -> float:
-    """Seconds from SIGTERM to the end of the process, while hosts trickle and their clients have gone."""
+    """Seconds from SIGTERM to the end of the process, while hosts trickle and their clients have
+    gone.
+    """
     with trickling("header") as url:
         target.at_once([media("image_url", url)] * 4, seconds=30)
         time.sleep(1)

@@ -1,5 +1,7 @@
-"""The peer's side of bench_model.py: transformers + torch on the same shape ("small"), same sizes. Runs in an environment of its own:
-pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2. Prints one JSON line: seconds of each measured thing, best of the repeats.
+"""The peer's side of bench_model.py: transformers + torch on the same shape ("small"), same sizes.
+Runs in an environment of its own:
+pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2. Prints one JSON line: seconds of each
+measured thing, best of the repeats.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The peer's side of bench_preference.py: TRL's DPOTrainer on transformers' model, loaded from the folder that our side wrote. An environment of its own:
-pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0. Prints one JSON line: seconds of each step and the first loss.
+"""The peer's side of bench_preference.py: TRL's DPOTrainer on transformers' model, loaded from the
+folder that our side wrote. An environment of its own:
+pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0. Prints one JSON line: seconds of each
+step and the first loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""AutoModel end to end: a transformers-written folder gives the reference logits, every flavour gives the same model back, each refusal."""
+"""AutoModel end to end: a transformers-written folder gives the reference logits, every flavour
+gives the same model back, each refusal.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def assert_same(a: AutoModel, b: AutoModel) -> None:
 
 
 def edit(folder: Path, **tensors: Array | None) -> Path:
-    """The golden folder with some tensors replaced, added or (None) removed; `__` stands for a dot."""
+    """The golden folder with some tensors replaced, added or (None) removed; `__` stands for a
+    dot.
+    """
     shutil.copytree(GOLDEN, folder)
     weights = load_file(folder / SINGLE_NAME)
     for key, array in tensors.items():
@@ -81,7 +85,8 @@ def test_every_flavour_gives_the_same_model_back(golden: AutoModel, flavour: str
     assert f"layout {flavour!r}" in capsys.readouterr().err
     assert again.config == golden.config
     assert_same(again, golden)
-    again.save_pretrained(tmp_path / "hf", flavour="hf_saved")  # own -> disk -> own -> the file we started from
+    # own -> disk -> own -> the file we started from
+    again.save_pretrained(tmp_path / "hf", flavour="hf_saved")
     ours, theirs = load_file(tmp_path / "hf" / SINGLE_NAME), load_file(GOLDEN / SINGLE_NAME)
     assert ours.keys() == theirs.keys()
     for name in theirs:

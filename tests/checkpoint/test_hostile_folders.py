@@ -1,4 +1,6 @@
-"""Model folders that somebody spoilt: every one is told of by the name of the file, and none takes long."""
+"""Model folders that somebody spoilt: every one is told of by the name of the file, and none takes
+long.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Names to folders: local paths, the hubs' caches, and downloads through fake packages. No network, no paddle."""
+"""Names to folders: local paths, the hubs' caches, and downloads through fake packages. No network,
+no paddle.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def test_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(folder) == folder
     assert resolve("~/models/mine") == folder
     monkeypatch.chdir(tmp_path)
-    assert resolve("models/mine") == Path("models/mine")  # a folder wins over a repository of that name
+    # a folder wins over a repository of that name
+    assert resolve("models/mine") == Path("models/mine")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,8 @@ def test_download_when_asked(
     assert f"downloading {next(iter(call.values()))} from {hub}" in capsys.readouterr().err
     monkeypatch.setenv("ERNIE_TUNE_DOWNLOAD_HUB", hub)
     assert resolve("me/small") == tmp_path / "there"
-    assert list(calls[-1].values()) == ["me/small"]  # only the two owners of the releases are translated
+    # only the two owners of the releases are translated
+    assert list(calls[-1].values()) == ["me/small"]
 
 
 def test_modelscope_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +121,8 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"download_hub \(aistudio\) must have the package aistudio-sdk .*; pip install"
     ):
         resolve(NAME, download_hub="aistudio")
-    monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))  # too old: no snapshot_download
+    # too old: no snapshot_download
+    monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))
     with pytest.raises(ValueError, match=r"package modelscope .* or download PaddlePaddle/ERNIE-4.5-VL-28B-A3B-PT by"):
         resolve(NAME, download_hub="modelscope")
 

@@ -72,7 +72,9 @@ def test_the_lock_ends_with_its_block_also_after_an_error(tmp_path: Path) -> Non
 
 
 def test_a_lock_that_is_let_go_of_while_one_waits_for_it_is_not_taken_twice(tmp_path: Path) -> None:
-    """The file is removed between open and flock: the new one must be locked, not what nobody sees any more."""
+    """The file is removed between open and flock: the new one must be locked, not what nobody sees
+    any more.
+    """
     real, taken = lock._flock, []
 
     def late(handle: int) -> bool:

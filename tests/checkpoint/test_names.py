@@ -1,4 +1,5 @@
-"""The layout table against the published key table (architecture.md 9.1, spelled out here by hand) and a file that transformers wrote.
+"""The layout table against the published key table (architecture.md 9.1, spelled out here by hand)
+and a file that transformers wrote.
 
 Legend: H hidden, I expert width. No paddle.
 """
@@ -33,7 +34,9 @@ CONFIGS = {
 
 
 def numbered(config: ModelConfig) -> dict[str, Array]:
-    """Canonical parameters in which every number of the model is different (int64), so that any misplaced element shows."""
+    """Canonical parameters in which every number of the model is different (int64), so that any
+    misplaced element shows.
+    """
     out, start = {}, 0
     for name, spec in parameter_specs(config).items():
         out[name] = np.arange(start, start + spec.size).reshape(spec.shape)
@@ -70,15 +73,19 @@ def test_torch_layout_by_value() -> None:
     text, vision = (c[f"layers.1.mlp.{m}_experts.up_gate_proj"] for m in ("text", "vision"))
     expected = {
         "model.embed_tokens.weight": c["embed_tokens.weight"],
-        "model.layers.0.self_attn.q_proj.weight": c["layers.0.self_attn.q_proj.weight"].T,  # 96 x 96
-        "model.layers.0.self_attn.o_proj.weight": c["layers.0.self_attn.o_proj.weight"].T,  # 96 x 96
+        # 96 x 96
+        "model.layers.0.self_attn.q_proj.weight": c["layers.0.self_attn.q_proj.weight"].T,
+        # 96 x 96
+        "model.layers.0.self_attn.o_proj.weight": c["layers.0.self_attn.o_proj.weight"].T,
         "model.layers.0.mlp.gate_proj.weight": c["layers.0.mlp.gate_proj.weight"].T,
-        "model.layers.1.mlp.gate.weight": c["layers.1.mlp.gate.weight"],  # routers are [H, E] even here
+        # routers are [H, E] even here
+        "model.layers.1.mlp.gate.weight": c["layers.1.mlp.gate.weight"],
         "model.layers.1.mlp.gate.weight_1": c["layers.1.mlp.gate.weight_1"],
         "model.layers.1.mlp.moe_statics.e_score_correction_bias": c["layers.1.mlp.moe_statics.e_score_correction_bias"],
         "model.layers.1.mlp.experts.0.gate_proj.weight": text[0, :, :48].T,
         "model.layers.1.mlp.experts.7.up_proj.weight": text[7, :, 48:].T,
-        "model.layers.1.mlp.experts.8.gate_proj.weight": vision[0, :, :32].T,  # vision experts follow the text experts
+        # vision experts follow the text experts
+        "model.layers.1.mlp.experts.8.gate_proj.weight": vision[0, :, :32].T,
         "model.layers.1.mlp.experts.15.up_proj.weight": vision[7, :, 32:].T,
         "model.layers.1.mlp.experts.9.down_proj.weight": c["layers.1.mlp.vision_experts.down_proj"][1].T,
         "model.layers.2.mlp.shared_experts.up_proj.weight": c["layers.2.mlp.shared_experts.up_proj.weight"].T,

@@ -1,4 +1,6 @@
-"""checkpoint/sharded.py: what any ranks write, any others read; every file that is missing, cut off or changed is named."""
+"""checkpoint/sharded.py: what any ranks write, any others read; every file that is missing, cut off
+or changed is named.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Array = np.ndarray[Any, Any]
 
 
 def element_mask(region: Region) -> Array:
-    """Which elements of the tensor a region holds, by numbering them: the definition, not the arithmetic under test."""
+    """Which elements of the tensor a region holds, by numbering them: the definition, not the
+    arithmetic under test.
+    """
     numbers = np.arange(math.prod(region.whole)).reshape(region.whole)
     block = numbers[tuple(slice(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))]
     return block.reshape(-1)[region.start : region.start + region.size]
@@ -60,7 +64,9 @@ def cuts(total: int, parts: int, dice: random.Random) -> list[tuple[int, int]]:
 
 
 def random_layout(whole: tuple[int, ...], dice: random.Random) -> list[Region]:
-    """Blocks along a random axis, each whole or in flat runs, as tensor parallelism times a sharded optimizer makes them."""
+    """Blocks along a random axis, each whole or in flat runs, as tensor parallelism times a sharded
+    optimizer makes them.
+    """
     axis = dice.randrange(len(whole)) if whole else 0
     regions = []
     for low, high in cuts(whole[axis], dice.randint(1, 3), dice) if whole else [(0, 1)]:
@@ -94,10 +100,13 @@ def test_any_layout_reads_what_any_other_wrote(seed: int, tmp_path: Path) -> Non
 
 
 def test_the_splits_of_the_library() -> None:
-    """Expert stacks on axis 0, columns, rows, and the flat run of a sharded optimizer over a column block: written out by hand."""
+    """Expert stacks on axis 0, columns, rows, and the flat run of a sharded optimizer over a column
+    block: written out by hand.
+    """
     assert list(Region.block((4, 2, 3), (2, 0, 0), (2, 2, 3)).boxes()) == [((2, 0, 0), (2, 2, 3), 0)]
     assert list(Region.block((4, 6), (0, 3), (4, 3)).boxes()) == [((0, 3), (4, 3), 0)]
-    # Elements 2 to 10 of the [4, 3] block at column 3: the end of row 0, rows 1 and 2, the first of row 3.
+    # Elements 2 to 10 of the [4, 3] block at column 3: the end of row 0, rows 1 and 2, the first of
+    # row 3.
     assert list(Region.block((4, 6), (0, 3), (4, 3)).run(2, 8).boxes()) == [
         ((0, 5), (1, 1), 0),
         ((1, 3), (2, 3), 1),
@@ -132,7 +141,8 @@ def test_types_keep_their_bits_and_a_single_rank_uses_plain_names(tmp_path: Path
     reader = ShardedReader(tmp_path)
     assert (reader.dtype("b"), reader.dtype("i")) == ("BF16", "I64")
     assert reader.read("b").tolist() == bits.tolist()
-    with safe_open(tmp_path / "rank-00000.safetensors", "np") as other:  # another reader of the same file
+    # another reader of the same file
+    with safe_open(tmp_path / "rank-00000.safetensors", "np") as other:
         assert other.get_tensor("i").tolist() == [0, 1, 2, 3, 4]
 
 
@@ -144,7 +154,7 @@ def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:
     assert list(reader._open) == [2]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_gaps_overlaps_and_disagreements_are_refused() -> None:

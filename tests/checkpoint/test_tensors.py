@@ -1,4 +1,6 @@
-"""Our safetensors reader and writer against the safetensors library, damaged files, and published bfloat16 bit patterns. No paddle."""
+"""Our safetensors reader and writer against the safetensors library, damaged files, and published
+bfloat16 bit patterns. No paddle.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def test_shards(tmp_path: Path) -> None:
     for name, array in tensors.items():
         np.testing.assert_array_equal(reader.read(name), array)
         np.testing.assert_array_equal(load_file(tmp_path / "s" / index["weight_map"][name])[name], array)
-    # a larger tensor than the limit gets a shard of its own; then back to one file: the old shards and index go, other files stay
+    # a larger tensor than the limit gets a shard of its own; then back to one file: the old shards
+    # and index go, other files stay
     assert len(write(tmp_path / "big", tensors, shard=1)) == 6
     (tmp_path / "s" / "tokenizer.model").write_bytes(b"x")
     write(tmp_path / "s", tensors)
@@ -256,7 +259,9 @@ def test_duplicates_missing_shards_and_ambiguous_folders(tmp_path: Path) -> None
 
 
 def test_bfloat16_bits() -> None:
-    """1 + 2^-8 and 1 + 3*2^-8 lie half-way between neighbours (spacing 2^-7): ties go to the even mantissa."""
+    """1 + 2^-8 and 1 + 3*2^-8 lie half-way between neighbours (spacing 2^-7): ties go to the even
+    mantissa.
+    """
     values = np.array(
         [1.0, -2.0, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, np.inf, -np.inf, 1e-40], np.float32
     )
@@ -303,7 +308,9 @@ def test_wide_types_come_first_so_that_tensors_stay_aligned(tmp_path: Path) -> N
 
 
 def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made in the caller's thread, one ahead and no more; an array may be written over when the one after the next is asked for."""
+    """Made in the caller's thread, one ahead and no more; an array may be written over when the one
+    after the next is asked for.
+    """
     made, written = [], []
     slow = writer._Sink.write
     ahead = []
@@ -333,7 +340,9 @@ def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_disk_that_is_full_is_told(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the last tensor, by one before, and by a flush on the way: the system tells an error once, to whoever flushed first."""
+    """By the last tensor, by one before, and by a flush on the way: the system tells an error once,
+    to whoever flushed first.
+    """
     calls = []
 
     def full(*_: Any) -> None:
@@ -351,7 +360,9 @@ def test_a_disk_that_is_full_is_told(call: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_goes_to_the_disk_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flushes are of what has been written so far, never two at once, and the last one is of everything; a digest sees every byte in order."""
+    """Flushes are of what has been written so far, never two at once, and the last one is of
+    everything; a digest sees every byte in order.
+    """
     sizes, busy, fsync = [], [], os.fsync
 
     def watched(descriptor: int) -> None:
@@ -400,7 +411,9 @@ def test_what_is_not_finite_is_found_wherever_it_lies(bad: int, monkeypatch: pyt
 
 
 def test_narrowing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Piece by piece and in views what one value gives, NaN with every bit below the cut included."""
+    """Piece by piece and in views what one value gives, NaN with every bit below the cut
+    included.
+    """
     values = np.array([1.0, 1.00390625, 1.01171875, -3.0e38, np.inf, 0.0, -0.0, 1e-40, np.nan], np.float32)
     values = np.concatenate([values, np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)])
     whole = narrow_bfloat16(values)

@@ -1,4 +1,6 @@
-"""`ernie-tune chat`: a scripted conversation, errors in the middle of it, and what can be talked to."""
+"""`ernie-tune chat`: a scripted conversation, errors in the middle of it, and what can be talked
+to.
+"""
 
 from __future__ import annotations
 

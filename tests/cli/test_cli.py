@@ -1,4 +1,6 @@
-"""The command line from outside: exit codes, messages, files written, and that none of it loads paddle."""
+"""The command line from outside: exit codes, messages, files written, and that none of it loads
+paddle.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`ernie-tune data` from outside: exit codes, what is printed, files written, run files as input."""
+"""`ernie-tune data` from outside: exit codes, what is printed, files written, run files as
+input.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,10 @@ def test_stats_and_convert(rows: Path, capsys: pytest.CaptureFixture[str]) -> No
     code, out, _ = call(capsys, "convert", "good.jsonl", "--to", "sharegpt")
     assert (code, out) == (0, "wrote good.sharegpt.jsonl: 1 row\n")
     row = json.loads(Path("good.sharegpt.jsonl").read_text())
-    assert row == {"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a dog"}], "images": ["p.png"]}  # fmt: skip
+    assert row == {
+        "conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a dog"}],
+        "images": ["p.png"],
+    }
     assert call(capsys, "convert", "*.jsonl", "--to", "messages", "--out", "all.jsonl")[0] == 0
     assert Path("all.jsonl").read_text().count("\n") == 4
     code, _, err = call(capsys, "convert", "good.jsonl", "--to", "pairs", "--out", "x.jsonl")

@@ -1,4 +1,6 @@
-"""`ernie-tune export`: options and their other names, the score of the task, the command at the end."""
+"""`ernie-tune export`: options and their other names, the score of the task, the command at the
+end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""launch/: the scripts start what they say with the variables they name, the recipes need the memory they state, the table is the code's."""
+"""launch/: the scripts start what they say with the variables they name, the recipes need the
+memory they state, the table is the code's.
+"""
 
 from __future__ import annotations
 
@@ -202,7 +204,9 @@ def test_every_file_is_explained() -> None:
 
 
 def test_processes_on_a_cpu_for_real(tmp_path: Path) -> None:
-    """As a user does it on examples/digits: what is shown, what is left, and the same command again."""
+    """As a user does it on examples/digits: what is shown, what is left, and the same command
+    again.
+    """
     import sys
 
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PADDLE_", "ERNIEKIT_"))}

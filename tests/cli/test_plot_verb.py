@@ -14,7 +14,8 @@ def run_folder(folder: Path, scale: float) -> Path:
     folder.mkdir()
     records = [{"step": i, "epoch": i / 10, "loss": scale / i, "learning_rate": 1e-3} for i in range(1, 11)]
     lines = [json.dumps(r) + "\n" for r in records]
-    (folder / "trainer_log.jsonl").write_text("".join(lines) + '{"step": 11, "lo', encoding="utf-8")  # being written
+    # being written
+    (folder / "trainer_log.jsonl").write_text("".join(lines) + '{"step": 11, "lo', encoding="utf-8")
     return folder
 
 

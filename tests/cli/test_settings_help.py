@@ -1,4 +1,6 @@
-"""`ernie-tune help NAME` and `help --all`: every setting with what stands beside its field, in both languages, and as a page."""
+"""`ernie-tune help NAME` and `help --all`: every setting with what stands beside its field, in both
+languages, and as a page.
+"""
 
 from __future__ import annotations
 

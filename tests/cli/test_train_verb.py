@@ -1,4 +1,6 @@
-"""`ernie-tune train`, `eval` and `demo`: exit codes and lines; the runs themselves are tested in tests/trainers."""
+"""`ernie-tune train`, `eval` and `demo`: exit codes and lines; the runs themselves are tested in
+tests/trainers.
+"""
 
 from __future__ import annotations
 

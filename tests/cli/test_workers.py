@@ -1,4 +1,6 @@
-"""cli/workers.py: what is started where, and what becomes of signals, logs and exit codes; `doctor --dist` with real ranks, and without one."""
+"""cli/workers.py: what is started where, and what becomes of signals, logs and exit codes;
+`doctor --dist` with real ranks, and without one.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ SEVERAL = {"NNODES": "2", "RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT":
         ({}, 3, (), {}, Start(3)),
         ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, None, (), {}, Start(4)),
         ({"sharding_parallel_size": 2}, 4, (), {}, Start(4)),
-        ({"tensor_model_parallel_size": 2}, None, (), {"PADDLE_TRAINER_ID": "0"}, None),  # a worker already
+        # a worker already
+        ({"tensor_model_parallel_size": 2}, None, (), {"PADDLE_TRAINER_ID": "0"}, None),
         ({}, None, ("3", "5"), {}, Start(2, ("3", "5"))),
         ({}, 1, ("3", "5"), {}, None),
         ({"tensor_model_parallel_size": 4}, None, (), SEVERAL, Start(2, (), 2, 1, "10.0.0.1:777")),
@@ -80,7 +83,9 @@ def test_the_launchers_command_line(tmp_path: Path) -> None:
 
 
 def test_what_the_launcher_inherits() -> None:
-    """What this process has set for itself stays here; what the user has set is handed on, secrets aside. No processor is asked."""
+    """What this process has set for itself stays here; what the user has set is handed on, secrets
+    aside. No processor is asked.
+    """
     ours = {"MKL_DEBUG_CPU_TYPE": "5", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     asked = {"ERNIE_TUNE_STARTED_BY": str(os.getpid())}
     given = {**SEVERAL, **ours, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "/a", "HOME": "/h"}
@@ -108,7 +113,8 @@ def test_logs_go_beside_the_run_unless_a_variable_says_where() -> None:
     assert workers.log_folder({"ERNIEKIT_DIST_LOG": "logs"}, "output/a") == Path("logs")
 
 
-# A launcher with one worker. The worker saves when it is interrupted, unless it is told to be deaf; the launcher itself dies of either signal.
+# A launcher with one worker. The worker saves when it is interrupted, unless it is told to be deaf;
+# the launcher itself dies of either signal.
 LAUNCHER = """
 import signal, subprocess, sys
 worker = '''

@@ -1,4 +1,6 @@
-"""The CPU plan on the processors of the measurements in design.md and on others; nothing here changes this process."""
+"""The CPU plan on the processors of the measurements in design.md and on others; nothing here
+changes this process.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def test_what_the_user_set_stays() -> None:
 
 
 def test_the_launcher_is_not_the_user() -> None:
-    # paddle.distributed.launch loads paddle, which sets OMP_NUM_THREADS=1, and its workers inherit that
+    # paddle.distributed.launch loads paddle, which sets OMP_NUM_THREADS=1, and its workers inherit
+    # that
     worker = {"PADDLE_TRAINER_ID": "0", "OMP_NUM_THREADS": "1"}
     assert dict(plan_cpu("", worker, 8, 2, False).settings) == {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
     assert plan_cpu("", {**worker, "OMP_NUM_THREADS": "2"}, 8, 2, False).settings == ()

@@ -1,4 +1,6 @@
-"""One language on each line: which is chosen, messages within messages, and that every message of the package has both."""
+"""One language on each line: which is chosen, messages within messages, and that every message of
+the package has both.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def test_command_line_speaks_the_language_that_it_is_told(
 
 PACKAGE = Path(__file__).parents[2] / "ernie_tune"
 CHINESE = re.compile("[\u4e00-\u9fff]")
-# Packages whose every refusal and line a user can meet: none may be in English only. Others are called from Python, or answer programs.
+# Packages whose every refusal and line a user can meet: none may be in English only. Others are
+# called from Python, or answer programs.
 WHOLE = ("cli", "config", "plan", "report", "trainers")
 
 
@@ -138,7 +141,9 @@ GRAMMAR = {"counted", "what", "verb", "count", "len", "map", "str", "english"}
 
 
 def test_every_message_is_whole_in_both_languages() -> None:
-    """English without Chinese, Chinese with it, and the same values in both, though `say` is called with texts only."""
+    """English without Chinese, Chinese with it, and the same values in both, though `say` is called
+    with texts only.
+    """
     count, wrong = 0, []
     for path in FILES:
         for call in calls(path, "say"):

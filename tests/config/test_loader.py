@@ -1,4 +1,6 @@
-"""YAML and command line -> RunConfig: spellings from the tables of ecosystem.md 4.1, every refusal with its place, replay, and broken texts."""
+"""YAML and command line -> RunConfig: spellings from the tables of ecosystem.md 4.1, every refusal
+with its place, replay, and broken texts.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +178,8 @@ def test_learning_rate_follows_stage_and_method() -> None:  # methods.md 2.5 and
     assert load("stage: DPO", "lr=0.5").config.optim.learning_rate == 0.5
 
 
-def test_lora_scale() -> None:  # ecosystem.md 4.1: -1 is twice the rank, or 4 with rsLoRA; a written alpha is honoured
+# ecosystem.md 4.1: -1 is twice the rank, or 4 with rsLoRA; a written alpha is honoured
+def test_lora_scale() -> None:
     assert (LoraArguments(lora_rank=8).effective_alpha, LoraArguments(lora_rank=8).scaling) == (16, 2.0)
     assert LoraArguments(lora_rank=16, lora_alpha=128).scaling == 8.0
     assert LoraArguments(lora_rank=16, rslora=True).scaling == pytest.approx(4 / math.sqrt(16))
@@ -300,7 +303,8 @@ REFUSALS = [
     ("stage: KTO\nbco_density: true", "run.yaml:2: bco_density (true) must go with loss_type bco, not auto"),
     ("stage: UPO\nbco_density: true", "run.yaml:2: bco_density (true) must go with bin_loss bco, not kto"),
     ("stage: RM\nbco_density: true", "run.yaml:2: bco_density (True) has no effect at stage RM, only at KTO, UPO"),
-    ("stage: KTO\nmin_density_ratio: 1", "run.yaml:2: bco_density_min (1) must go with bco_density: true"),  # TRL's name
+    # TRL's name
+    ("stage: KTO\nmin_density_ratio: 1", "run.yaml:2: bco_density_min (1) must go with bco_density: true"),
     ("stage: KTO\nbco_density_max: 3", "run.yaml:2: bco_density_max (3) must go with bco_density: true"),
     ("stage: KTO\nloss_type: bco\nbco_density: true\nbco_density_min: 20", "run.yaml:4: bco_density_min (20) must not exceed bco_density_max (10)"),
     ("stage: RM\nrating_levels: 7", "run.yaml:2: rating_levels (7) must go with rating_loss ordinal, not pairs"),

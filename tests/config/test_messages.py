@@ -1,4 +1,6 @@
-"""What settings say is whole in either language: the place, the names, the values and the remedy stand in both."""
+"""What settings say is whole in either language: the place, the names, the values and the remedy
+stand in both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The files and names of other tools: each name is read, noted or refused with the remedy; none is guessed at."""
+"""The files and names of other tools: each name is read, noted or refused with the remedy; none is
+guessed at.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from ernie_tune.config.loader import Loaded, load_config, load_text, split_overr
 
 FOLDER = Path(__file__).parent / "peers"
 FILES = sorted(FOLDER.glob("*.yaml"))  # as published by their tools
-# Every field of the settings classes of transformers 5.24, TRL 1.16, LLaMA-Factory 0.9.5, ms-swift 4.6, PaddleFormers 1.2, ERNIEKit 1.3, with its default.
+# Every field of the settings classes of transformers 5.24, TRL 1.16, LLaMA-Factory 0.9.5, ms-swift
+# 4.6, PaddleFormers 1.2, ERNIEKit 1.3, with its default.
 NAMES: dict[str, dict[str, Any]] = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))
 READ = {*SETTINGS, *RENAMED, *EXPANDED}
-# Defaults of other tools that mean something which is not done here: to write them is to ask for it.
+# Defaults of other tools that mean something which is not done here: to write them is to ask for
+# it.
 ASKING = {
     "freeze_trainable_layers", "freeze_trainable_modules", "neftune_noise_alpha", "split", "apply_hadamard", "from_scratch",
     "moe_use_aux_free_update_coef", "normalize_logps", "pipeline_model_parallel_size",
@@ -62,7 +66,8 @@ def test_every_name_of_the_tools_is_classified(tool: str) -> None:
         assert name in READ or name in peers.REFUSED or peers.reason(name) is not None, name
         if default is None or default == [] or name in ASKING:
             continue
-        load_text(f"{name}: {json.dumps(default)}", "run.yaml", environ={})  # its own default is never an error
+        # its own default is never an error
+        load_text(f"{name}: {json.dumps(default)}", "run.yaml", environ={})
 
 
 def test_a_name_is_in_one_table() -> None:
@@ -119,8 +124,24 @@ MEANT = [
     ("warmup_ration", "warmup_ratio"), ("packng", "packing"), ("train_epochs", "num_train_epochs"), ("bf_16", "bf16"),
     ("tensor_paralel_degree", "tensor_parallel_degree"), ("loging_steps", "logging_steps"), ("max-seq-len", "max_seq_len"),
 ]  # fmt: skip
-NOT_MEANT = ["max_samplez_per_x", "fuse_linear_x", "prefetch_factors", "same_data_x", "deep_speed_x", "webui", "draw_timestamps",
-             "foo", "model_sort", "gpu_memory", "eval_what", "save_sharded", "num_workers", "use_reward", "loss", "top"]  # fmt: skip
+NOT_MEANT = [
+    "max_samplez_per_x",
+    "fuse_linear_x",
+    "prefetch_factors",
+    "same_data_x",
+    "deep_speed_x",
+    "webui",
+    "draw_timestamps",
+    "foo",
+    "model_sort",
+    "gpu_memory",
+    "eval_what",
+    "save_sharded",
+    "num_workers",
+    "use_reward",
+    "loss",
+    "top",
+]
 
 
 def test_did_you_mean_is_for_typing_errors_only() -> None:

@@ -1,4 +1,6 @@
-"""config/secrets.py: what is a secret, how workers get theirs, and what is left of the launcher's files."""
+"""config/secrets.py: what is a secret, how workers get theirs, and what is left of the launcher's
+files.
+"""
 
 from __future__ import annotations
 

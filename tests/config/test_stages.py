@@ -1,4 +1,6 @@
-"""One table of methods, and what is known of each setting: the classes, losses and rules elsewhere must say the same."""
+"""One table of methods, and what is known of each setting: the classes, losses and rules elsewhere
+must say the same.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +70,33 @@ def test_every_setting_is_explained_in_two_languages() -> None:
 
 
 def test_what_shapes_weights() -> None:
-    shaping = ("model_name_or_path", "learning_rate", "max_seq_len", "seed", "lora_rank", "bf16", "beta", "val_size",
-               "max_samples", "load_best_model_at_end", "early_stopping_patience", "max_steps")  # fmt: skip
-    harmless = ("output_dir", "logging_steps", "save_steps", "eval_steps", "report_to", "tensor_model_parallel_size",
-                "recompute", "dataloader_num_workers", "prefix_sharing", "download_hub", "resume_from_checkpoint")  # fmt: skip
+    shaping = (
+        "model_name_or_path",
+        "learning_rate",
+        "max_seq_len",
+        "seed",
+        "lora_rank",
+        "bf16",
+        "beta",
+        "val_size",
+        "max_samples",
+        "load_best_model_at_end",
+        "early_stopping_patience",
+        "max_steps",
+    )
+    harmless = (
+        "output_dir",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "report_to",
+        "tensor_model_parallel_size",
+        "recompute",
+        "dataloader_num_workers",
+        "prefix_sharing",
+        "download_hub",
+        "resume_from_checkpoint",
+    )
     assert all(map(shapes_weights, shaping))
     assert not any(map(shapes_weights, harmless))
     with pytest.raises(KeyError):
@@ -160,7 +185,8 @@ def test_stages_that_are_not_built_are_notes_for_who_only_counts() -> None:
 
 
 def test_warm_up_is_rounded_as_transformers_does() -> None:
-    # transformers 5.24, TrainingArguments.get_warmup_steps: math.ceil(num_training_steps * warmup_ratio)
+    # transformers 5.24, TrainingArguments.get_warmup_steps: math.ceil(num_training_steps *
+    # warmup_ratio)
     from ernie_tune.trainers.assemble import warmup_steps
 
     assert warmup_steps(OptimArguments(warmup_ratio=0.03), 101) == 4  # round() gives 3

@@ -1,4 +1,5 @@
-"""Rows become micro-batches: targets, truncation that never parts a medium, packing, and a stream that resumes where it stopped.
+"""Rows become micro-batches: targets, truncation that never parts a medium, packing, and a stream
+that resumes where it stopped.
 
 Legend: L tokens of a row, N targets.
 """
@@ -38,7 +39,7 @@ TOKENS = TokenIds(image=602, image_start=600, image_end=601, video=605, video_st
 PROCESSOR = Processor.bundled("tiny")
 
 
-# --- collating -------------------------------------------------------------------------------------------------------
+# --- collating ------------------------------------------------------------------------------------
 
 
 def sample(ids: list[int], trained: list[int], weights: list[float], domain: str = "") -> Sample:
@@ -46,7 +47,8 @@ def sample(ids: list[int], trained: list[int], weights: list[float], domain: str
 
 
 def test_targets_are_predicted_by_the_token_before_them() -> None:
-    a = sample([10, 11, 12, 13], [1, 0, 1, 1], [9, 9, 0.5, 2], "a")  # the first token of a row has nothing before it
+    # the first token of a row has nothing before it
+    a = sample([10, 11, 12, 13], [1, 0, 1, 1], [9, 9, 0.5, 2], "a")
     b = sample([20, 21, 22], [0, 1, 0], [9, 1, 9], "b")
     batch = collate([a, b], TOKENS)
     assert batch.inputs.input_ids_T.tolist() == [10, 11, 12, 13, 20, 21, 22]
@@ -60,12 +62,14 @@ def test_targets_are_predicted_by_the_token_before_them() -> None:
     assert (batch.num_rows, batch.domains) == (2, ("a", "b"))
 
 
-# --- truncation ------------------------------------------------------------------------------------------------------
+# --- truncation -----------------------------------------------------------------------------------
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Encoded, list[tuple[int, int, int, int]]]:
-    """A row of text, images and videos, with or without markers; and (first, end, first patch, patches) of each medium with its markers."""
+    """A row of text, images and videos, with or without markers; and (first, end, first patch,
+    patches) of each medium with its markers.
+    """
     ids: list[int] = draw(st.lists(st.integers(10, 500), max_size=4))
     grids, media = [], []
     patch = 0
@@ -102,7 +106,8 @@ def test_truncation_keeps_a_medium_whole_or_drops_it_whole(
     window = range(length - limit, length) if side == "left" else range(limit)
     whole = [m for m in media if m[0] in window and m[1] - 1 in window]
     gone = {i for m in media if m not in whole for i in range(m[0], m[1])}
-    stays = [i for i in window if i not in gone]  # text in the window, and media that lie in it as a whole
+    # text in the window, and media that lie in it as a whole
+    stays = [i for i in window if i not in gone]
     assert cut.row.input_ids_L.tolist() == encoded.row.input_ids_L[stays].tolist()
     assert cut.trained_L.tolist() == encoded.trained_L[stays].tolist()
     patches = [i for m in whole for i in range(m[2], m[2] + m[3])]
@@ -113,7 +118,8 @@ def test_truncation_keeps_a_medium_whole_or_drops_it_whole(
         assert cut.row.pixel_values_PC is None
         assert cut.row.grid_thw_n3 is None
     if len(stays):
-        position_ids(cut.row.input_ids_L, cut.row.grid_thw_n3, TOKENS)  # raises where placeholders and grids differ
+        # raises where placeholders and grids differ
+        position_ids(cut.row.input_ids_L, cut.row.grid_thw_n3, TOKENS)
 
 
 def test_the_first_token_may_be_a_placeholder_and_the_last_a_marker() -> None:
@@ -126,7 +132,7 @@ def test_the_first_token_may_be_a_placeholder_and_the_last_a_marker() -> None:
     assert cut.row.pixel_values_PC is None
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def record(question: str, answer: str, **more: Any) -> Record:
@@ -181,7 +187,8 @@ def test_thoughts_and_answers_have_their_weights() -> None:
     assert made is not None
     weights = made.weight_L[made.trained_L]
     text = [PROCESSOR.tokenizer.decode([i]) for i in made.row.input_ids_L[made.trained_L]]
-    thought = text.index("\n")  # the opening mark is part of the prompt, the line break after it is not
+    # the opening mark is part of the prompt, the line break after it is not
+    thought = text.index("\n")
     end = text.index("</think>")
     assert weights[:thought].tolist() == [6.0] * thought, "the answer of an earlier turn is no thought"
     assert weights[thought : end + 1].tolist() == [0.5] * (end + 1 - thought)
@@ -199,14 +206,17 @@ def test_the_mode_of_a_row_decides_whether_it_thinks() -> None:
         made = encoder(record("a", "b", mode=mode), Dropped())
         assert made is not None
         at = made.row.input_ids_L.tolist().index(think)
-        assert made.trained_L[at] == trained, mode  # without a thought the empty one is part of the prompt
+        # without a thought the empty one is part of the prompt
+        assert made.trained_L[at] == trained, mode
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 class Lengths:
-    """An encoder of integers: a row of that many tokens, all of them its number; rows above `max_tokens` are dropped."""
+    """An encoder of integers: a row of that many tokens, all of them its number; rows above
+    `max_tokens` are dropped.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -251,7 +261,8 @@ def test_packs_in_order_close_when_the_next_row_does_not_fit() -> None:
 
 def test_best_fit_fills_the_room_from_the_rows_ahead() -> None:
     made = stream([4, 5, 3, 9, 6, 1, 1], limit=10, packing=True, best_fit=True, accumulation=3)
-    # 4 leaves 6: the 6 fits best; 5 leaves 5: the 5 of the next pass; 3 leaves 7: the next 6, then a 1
+    # 4 leaves 6: the 6 fits best; 5 leaves 5: the 5 of the next pass; 3 leaves 7: the next 6, then
+    # a 1
     assert take(made, 1) == [[[4, 6], [5, 5], [3, 6, 1]]]
     for _ in range(30):
         oldest = made._waiting[0][1].num_tokens
@@ -299,7 +310,9 @@ def test_a_resumed_stream_gives_the_next_window(options: dict[str, Any], rank: i
 def test_no_row_is_lost_or_used_twice_when_the_number_of_ranks_changes(
     options: dict[str, Any], before: int, after: int
 ) -> None:
-    """Over a pass that three numbers of ranks share; rows above the limit are dropped, on whichever rank."""
+    """Over a pass that three numbers of ranks share; rows above the limit are dropped, on whichever
+    rank.
+    """
     lengths, limit = list(range(1, 601)), 540
     seen: Counter[int] = Counter()
     states: list[dict[str, Any]] = []

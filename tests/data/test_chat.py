@@ -1,4 +1,6 @@
-"""data/chat.py: the bytes of architecture.md 8.2 and 8.3 written out by hand, targets, thoughts, and the exported Jinja template."""
+"""data/chat.py: the bytes of architecture.md 8.2 and 8.3 written out by hand, targets, thoughts,
+and the exported Jinja template.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ START = (
 )
 
 
-# The thinking table of architecture.md 8.3, as (variant, thinking, what the prompt ends with, the answer without its end).
+# The thinking table of architecture.md 8.3, as (variant, thinking, what the prompt ends with, the
+# answer without its end).
 TABLE = [
     ("hf", None, "<think>\n\n</think>\n\n", "Dogs."),
     ("hf", False, "<think>\n\n</think>\n\n", "Dogs."),
@@ -58,7 +61,8 @@ TABLE = [
 def test_bytes_of_every_variant(variant: str, thinking: bool | None, prefill: str, completion: str) -> None:
     template = ChatTemplate(variant)
     assert template.render(DIALOGUE[:-1], thinking=thinking, add_generation_prompt=True) == START + prefill
-    asked = template.thinks(DIALOGUE[:-1], thinking)  # a finished dialogue, rendered as the rollout would have been
+    # a finished dialogue, rendered as the rollout would have been
+    asked = template.thinks(DIALOGUE[:-1], thinking)
     assert template.render(DIALOGUE, thinking=asked) == START + prefill + completion + "</s>"
     assert template.opens_thought(asked) == (prefill == "<think>")
 
@@ -137,7 +141,8 @@ def test_text_is_joined_where_tokens_may_span_it_and_parted_where_an_answer_begi
         ("text", "\n\nA"),
         ("token", "</s>"),
     ]
-    # The last answer parts, masked or not, or its ids would differ from those of the rollout; an earlier one is history and joins.
+    # The last answer parts, masked or not, or its ids would differ from those of the rollout; an
+    # earlier one is history and joins.
     for loss in (True, False):
         dialogue = [user("Q"), answer("A", loss=loss), user("Q"), answer("A", loss=loss)]
         texts = ["".join(p.text for p in run) for run in runs(ChatTemplate("ernie_vl_nothink").pieces(dialogue))]
@@ -152,7 +157,8 @@ def test_marks_missing_from_the_vocabulary_are_text_and_present_ones_tokens() ->
         for p in ChatTemplate("hf", vocabulary=()).pieces(dialogue)
     )
     kinds = [(p.kind, p.text) for p in ChatTemplate("hf").pieces(dialogue)]
-    assert kinds[1] == ("text", "User: <think> Q\nAssistant: ")  # a user's words never become tokens
+    # a user's words never become tokens
+    assert kinds[1] == ("text", "User: <think> Q\nAssistant: ")
     assert ("token", "<think>") in kinds
 
 
@@ -266,7 +272,8 @@ def test_unknown_variant_is_refused_and_known_dialogues_pass() -> None:
         ("\nWhy\n</think>\n\nBecause", True, "Why", "Because"),  # the prompt held <think>
         ("<think></think>Because", False, "", "Because"),
         ("<think>\n\n</think>\n\nBecause", False, "", "Because"),
-        ("<think>\n\nA\n\nB\n\n</think>\n\n\nC\n", False, "\nA\n\nB\n", "\nC\n"),  # only the template's own breaks go
+        # only the template's own breaks go
+        ("<think>\n\nA\n\nB\n\n</think>\n\n\nC\n", False, "\nA\n\nB\n", "\nC\n"),
         ("<think>\nstill thinking\n", False, "still thinking\n", ""),
         ("still thinking", True, "still thinking", ""),
         ("No thought </think> here", False, "", "No thought </think> here"),
@@ -331,7 +338,8 @@ def assert_same(
         messages, thinking=thinking, add_generation_prompt=prompt, tools=tools or ()
     )
     given_thinking = {} if thinking is None else {"enable_thinking": thinking}
-    # Plain Jinja escapes what HTML would misread inside tojson; only transformers' filter writes plain JSON.
+    # Plain Jinja escapes what HTML would misread inside tojson; only transformers' filter writes
+    # plain JSON.
     for compiled in COMPILED[variant][: 1 if tools else None]:
         assert (
             compiled.render(messages=messages, tools=tools, add_generation_prompt=prompt, **given_thinking) == expected

@@ -1,4 +1,6 @@
-"""data/corruption.py: spoilt patches, which rows get a pair of a true and a spoilt picture, and what its unit is made of."""
+"""data/corruption.py: spoilt patches, which rows get a pair of a true and a spoilt picture, and
+what its unit is made of.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ def test_the_unit_shares_the_answer_and_not_the_picture(tmp_path: Path) -> None:
     assert not np.array_equal(true.row.pixel_values_PC, spoilt.row.pixel_values_PC)  # type: ignore[arg-type]
     assert (unit.edges, unit.shared, unit.best, unit.corrupted, plain.corrupted) == (((0, 1),), 0, [0], True, False)
     assert unit.num_patches == 2 * plain.num_patches
-    # what names log-probabilities in a stored reference: the true side is the row's own answer, the other is new and stays what it is
+    # what names log-probabilities in a stored reference: the true side is the row's own answer, the
+    # other is new and stays what it is
     assert unit.keys[0] == plain.keys[0]
     assert unit.keys[1] not in plain.keys
     assert again.keys == unit.keys
@@ -146,7 +149,9 @@ def test_streams_resume_and_ranks_see_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_the_same_row_stays_the_same_under_dataclasses(tmp_path: Path) -> None:
-    """Only what is seen differs: without the corruption both sides are one, and there is nothing to learn."""
+    """Only what is seen differs: without the corruption both sides are one, and there is nothing to
+    learn.
+    """
     (record,) = records(tmp_path, [pair(3)])
     made = corrupted_pair(record, MASK)
     assert made is not None

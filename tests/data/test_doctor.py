@@ -1,4 +1,6 @@
-"""What the doctor finds, row by row and across rows, on files with one planted mistake each; numbers from hand-counted data."""
+"""What the doctor finds, row by row and across rows, on files with one planted mistake each;
+numbers from hand-counted data.
+"""
 
 from __future__ import annotations
 
@@ -205,7 +207,8 @@ def test_every_field_that_chooses_a_format_is_known_to_the_fast_road() -> None:
     assert names <= SPECIAL_FIELDS | PLAIN_FIELDS
 
 
-# ---------------------------------------------------------------------------------------------- rows against rows
+# ----------------------------------------------------------------------------------------------
+# rows against rows
 
 
 def sentence(seed: int, length: int = 30) -> str:
@@ -287,7 +290,8 @@ def test_texts_are_joined_and_found_again() -> None:
 
 def test_sketches_find_what_is_alike() -> None:
     texts = [sentence(seed, 60) for seed in range(200)]
-    changed = [text.replace("cat", "dog", 1) for text in texts]  # some 300 shingles, at most 16 of them new
+    # some 300 shingles, at most 16 of them new
+    changed = [text.replace("cat", "dog", 1) for text in texts]
     bands, known = sketch(*join_texts(columns(*texts, *changed)))
     assert known.all()
     shared = (bands[:, :200] == bands[:, 200:]).any(0)
@@ -340,7 +344,8 @@ def test_many_look_alikes_are_estimated(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(report.findings.kept) == 5
 
 
-# ---------------------------------------------------------------------------------------------- lengths, pictures, memory
+# ----------------------------------------------------------------------------------------------
+# lengths, pictures, memory
 
 
 def test_too_long_is_exact(tmp_path: Path) -> None:
@@ -356,7 +361,10 @@ def test_too_long_is_exact(tmp_path: Path) -> None:
     entry = write(tmp_path / "a.jsonl", rows)
     file = DataFile(entry)
     records = [file.record(row, i) for i, row in enumerate(rows, 1)]
-    wanted = [TINY.encode(r.messages, r.images, tools=r.tools, thinking=True if r.mode == "think" else None).num_tokens for r in records]  # fmt: skip
+    wanted = [
+        TINY.encode(r.messages, r.images, tools=r.tools, thinking=True if r.mode == "think" else None).num_tokens
+        for r in records
+    ]
     assert [count_tokens(record, TINY) for record in records] == wanted
     for limit in (min(wanted), sorted(wanted)[3], max(wanted)):
         kept = scan(entry, max_tokens=limit).findings.kept

@@ -105,7 +105,8 @@ def test_a_copy_given_up_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-# ---------------------------------------------------------------------------------------------- show
+# ----------------------------------------------------------------------------------------------
+# show
 
 
 def shown(tmp_path: Path, row: dict[str, Any], **options: Any) -> list[str]:
@@ -117,7 +118,12 @@ def shown(tmp_path: Path, row: dict[str, Any], **options: Any) -> list[str]:
 def test_show_marks_what_is_trained(tmp_path: Path) -> None:
     # 480x640 pixels: smart resize to multiples of 28 gives 476x644, 34x46 patches, 391 tokens
     Image.new("RGB", (640, 480)).save(tmp_path / "p.png")
-    turns = [asked("<image>图里有什么？"), {"role": "assistant", "content": "猫\x1b[2J"}, asked("sure?"), {"role": "assistant", "content": "yes"}]  # fmt: skip
+    turns = [
+        asked("<image>图里有什么？"),
+        {"role": "assistant", "content": "猫\x1b[2J"},
+        asked("sure?"),
+        {"role": "assistant", "content": "yes"},
+    ]
     heading, text, counts = shown(tmp_path, {"messages": turns, "images": ["p.png"]})
     assert heading.endswith("a.jsonl:1 (messages, sft)")
     assert text == (
@@ -156,9 +162,11 @@ def test_pictures_that_touch_are_told_apart(tmp_path: Path) -> None:
     assert text.count("<image 4x4 patches = 4 tokens>") == 2
 
 
-# ---------------------------------------------------------------------------------------------- convert
+# ----------------------------------------------------------------------------------------------
+# convert
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=8)  # "<video>" needs a video
+# "<video>" needs a video
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=8)
 words = texts.filter(lambda text: text != "")
 
 
@@ -173,7 +181,11 @@ def dialogues(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(turns=dialogues(), form=st.sampled_from(sorted(WRITERS)), fields=st.dictionaries(st.sampled_from(["domain", "source", "mode"]), st.just("auto")))  # fmt: skip
+@given(
+    turns=dialogues(),
+    form=st.sampled_from(sorted(WRITERS)),
+    fields=st.dictionaries(st.sampled_from(["domain", "source", "mode"]), st.just("auto")),
+)
 def test_what_converts_reads_back_the_same(
     turns: Any, form: str, fields: dict[str, str], tmp_path_factory: Any
 ) -> None:

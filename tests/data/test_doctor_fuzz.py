@@ -1,4 +1,5 @@
-"""Ten thousand ways to spoil a file: never a traceback, always file:line; and the fast road never disagrees with the readers.
+"""Ten thousand ways to spoil a file: never a traceback, always file:line; and the fast road never
+disagrees with the readers.
 
 ERNIE_TUNE_FUZZ=10000 runs the full number of examples.
 """
@@ -143,7 +144,11 @@ def check(capsys, *args):
 
 
 @FUZZ
-@given(lines=st.lists(spoiled_lines(), min_size=1, max_size=4), joint=st.sampled_from([b"\n", b"\r\n", b"\n\n"]), options=st.lists(st.sampled_from(["--max-seq-len=16", "--decode=all", "--json"]), unique=True))  # fmt: skip
+@given(
+    lines=st.lists(spoiled_lines(), min_size=1, max_size=4),
+    joint=st.sampled_from([b"\n", b"\r\n", b"\n\n"]),
+    options=st.lists(st.sampled_from(["--max-seq-len=16", "--decode=all", "--json"]), unique=True),
+)
 def test_spoiled_rows(lines, joint, options, capsys) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -179,7 +184,31 @@ def test_spoiled_yaml(data, capsys) -> None:
         for _ in range(data.draw(st.integers(0, 3))):
             at, to = sorted((data.draw(st.integers(0, len(text))), data.draw(st.integers(0, len(text)))))
             to = min(to, at + 12)
-            text = text[:at] + data.draw(st.sampled_from([b"", b"\xff", b"\n", b": ", b"[", b"{}", b"&a ", b"*a", b"\t", b"null", b"-1", b"# ", b"9" * 30, b"\\x00", b",x"])) + text[to:]  # fmt: skip
+            text = (
+                text[:at]
+                + data.draw(
+                    st.sampled_from(
+                        [
+                            b"",
+                            b"\xff",
+                            b"\n",
+                            b": ",
+                            b"[",
+                            b"{}",
+                            b"&a ",
+                            b"*a",
+                            b"\t",
+                            b"null",
+                            b"-1",
+                            b"# ",
+                            b"9" * 30,
+                            b"\\x00",
+                            b",x",
+                        ]
+                    )
+                )
+                + text[to:]
+            )
         file.write_bytes(text)
         code, out, err = check(capsys, file)
         if not out:

@@ -1,4 +1,6 @@
-"""data/doctor_media.py: pictures that people see otherwise than the model, clips that training cannot use."""
+"""data/doctor_media.py: pictures that people see otherwise than the model, clips that training
+cannot use.
+"""
 
 from __future__ import annotations
 

@@ -128,7 +128,8 @@ def pictures(tmp_path: Path) -> Report:
 
 
 def test_pixel_budget(pictures: Report) -> None:
-    # 56x56: 2x2 tokens and 2 markers; 1120x1120: 40x40 and 2; 224*224 pixels: 8x8 and 2; 10 small ones
+    # 56x56: 2x2 tokens and 2 markers; 1120x1120: 40x40 and 2; 224*224 pixels: 8x8 and 2; 10 small
+    # ones
     assert sorted(pictures.stats.image_tokens(TINY.images).tolist()) == [6] * 10 + [1602]
     budgets = pictures.stats.budgets()
     assert budgets[0] == (224 * 224, pytest.approx((60 + 66) / 11), pytest.approx(1 / 11))

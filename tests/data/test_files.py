@@ -1,4 +1,6 @@
-"""data/file_rows.py: what a file is its first bytes say; rows from folders and from memory; pictures with labels; conversion that keeps pictures."""
+"""data/file_rows.py: what a file is its first bytes say; rows from folders and from memory;
+pictures with labels; conversion that keeps pictures.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,8 @@ def test_folders(tmp_path: Path) -> None:
     (repository / "README.md").write_text("x")
     (repository / "data" / "train.jsonl").write_bytes(LINE)
     (repository / "data" / "test.jsonl").write_bytes(LINE * 5)
-    assert len(load_dataset(str(repository))) == 1  # the tests beside the training rows are not trained
+    # the tests beside the training rows are not trained
+    assert len(load_dataset(str(repository))) == 1
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "rows.jsonl.gz").write_bytes(gzip.compress(LINE))
@@ -172,7 +175,8 @@ def test_rows_in_memory(tmp_path: Path) -> None:
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"question": f"q{i}", "answer": "a", "blob": bytes(50_000)} for i in range(40)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "big.jsonl", row_group_size=7)  # a name that lies
+    # a name that lies
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "big.jsonl", row_group_size=7)
     data = load_dataset(str(tmp_path / "big.jsonl"), format="prompt_response")
     order = [39, 0, 13, 14, 6, 7]
     assert [data[i].messages[0]["content"] for i in order] == [f"q{i}" for i in order]

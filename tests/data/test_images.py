@@ -1,4 +1,6 @@
-"""data/images.py against the tables of architecture.md 4.1, 7.1, 7.3 and closed forms; every refusal."""
+"""data/images.py against the tables of architecture.md 4.1, 7.1, 7.3 and closed forms; every
+refusal.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from ernie_tune.data.images import ImageSettings, image_size, load_image, patchify, patchify_image, resize, smart_resize
 
-LIMITS = {"min_pixels": 3136, "max_pixels": 6177 * 28 * 28}  # the limits under which the table was measured
+# the limits under which the table was measured
+LIMITS = {"min_pixels": 3136, "max_pixels": 6177 * 28 * 28}
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
@@ -25,7 +28,7 @@ def noise(height: int = 40, width: int = 30) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# ---- smart resize ----------------------------------------------------------------------------------------------------------
+# ---- smart resize --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_default_settings_are_the_shipped_ones() -> None:
     assert settings.target_size(4000, 6000) == (1792, 2688)
 
 
-# ---- patches ---------------------------------------------------------------------------------------------------------------
+# ---- patches -------------------------------------------------------------------------------------
 
 
 def test_patch_order_of_a_4x6_grid_in_each_frame() -> None:
@@ -150,7 +153,7 @@ def test_patchify_refuses_wrong_shapes() -> None:
         patchify_image(Image.new("L", (56, 56)), ImageSettings())
 
 
-# ---- decoding --------------------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
@@ -234,7 +237,8 @@ def test_a_damaged_image_opened_by_the_caller_is_refused_too() -> None:
 
 
 def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # pillow refuses twice as many; the picture has 1200
+    # pillow refuses twice as many; the picture has 1200
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(ValueError, match=r"of \d+ bytes must be smaller .*exceeds limit of 1000 pixels.*; shrink"):
         load_image(encoded(noise()))
 

@@ -25,7 +25,8 @@ def test_permute_is_a_permutation(n) -> None:
 
 
 def test_permute_is_uniform() -> None:
-    # Over many keys each of the 24 orders of four appears about equally often: chi-square, 23 degrees of freedom, p = 0.001.
+    # Over many keys each of the 24 orders of four appears about equally often: chi-square, 23
+    # degrees of freedom, p = 0.001.
     orders = Counter(tuple(permute(i, 4, key) for i in range(4)) for key in range(4800))
     assert len(orders) == 24
     assert sum((count - 200) ** 2 / 200 for count in orders.values()) < 49.7
@@ -44,7 +45,8 @@ def test_permute_never_changes() -> None:
 
 
 def test_quotas() -> None:
-    # 30, 10 and 6 rows at 0.5, 0.3, 0.2: rows per unit of probability are 60, 33.3 and 30, so 30 slots exhaust the first source, 60 all.
+    # 30, 10 and 6 rows at 0.5, 0.3, 0.2: rows per unit of probability are 60, 33.3 and 30, so 30
+    # slots exhaust the first source, 60 all.
     probs = [0.5, 0.3, 0.2]
     assert quotas("concat", [30, 10, 6], probs) == [30, 10, 6]
     assert quotas("interleave_under", [30, 10, 6], probs) == [15, 9, 6]

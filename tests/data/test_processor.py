@@ -1,4 +1,6 @@
-"""data/processor.py: rows of tokens and patches, targets, counts, and folders that make the same rows again."""
+"""data/processor.py: rows of tokens and patches, targets, counts, and folders that make the same
+rows again.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def test_media_keep_the_order_of_their_places_and_the_model_accepts_the_row() ->
     frames = [picture(56, 84, seed) for seed in range(4)]
     encoded = PROCESSOR.encode([user(parts), answer("ok")], images=[picture(84, 56)], videos=[frames])
     assert encoded.row.grid_thw_n3 is not None
-    assert encoded.row.grid_thw_n3.tolist() == [[1, 4, 6], [1, 4, 4], [4, 6, 4]]  # 6, 4 and 4*6*4/8 = 12 placeholders
+    # 6, 4 and 4*6*4/8 = 12 placeholders
+    assert encoded.row.grid_thw_n3.tolist() == [[1, 4, 6], [1, 4, 4], [4, 6, 4]]
     assert tokens(encoded.row.input_ids_L).count("<|IMAGE_PLACEHOLDER|>") == 22
     assert (encoded.num_images, encoded.num_videos) == (2, 1)
     packed = pack([encoded.row, encoded.row], PROCESSOR.tokens)
@@ -128,7 +131,9 @@ def test_loss_false_masks_an_answer_without_moving_a_token() -> None:
 
 @pytest.mark.parametrize("reply", ["Hi there", "你好", " x", "", "7", "\nok", "<|end_of_sentence|>", "a <image> b"])
 def test_an_earlier_answer_is_encoded_with_the_text_before_it(reply: str) -> None:
-    """As a server does that is handed the text: cut at special tokens and media only, never at a turn."""
+    """As a server does that is handed the text: cut at special tokens and media only, never at a
+    turn.
+    """
     encoded = PROCESSOR.encode(
         [user("Say <image>"), answer(reply), user("More"), answer("Yes")],
         [picture(56, 56)] * (1 + reply.count("<image>")),

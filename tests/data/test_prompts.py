@@ -1,4 +1,6 @@
-"""Prompts in passes and by difficulty: nothing is lost, what resumes goes on as if nothing had stopped."""
+"""Prompts in passes and by difficulty: nothing is lost, what resumes goes on as if nothing had
+stopped.
+"""
 
 from __future__ import annotations
 

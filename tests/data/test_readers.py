@@ -1,4 +1,6 @@
-"""Every format of methods.md 1.2 and ecosystem.md 2.2, 4.3: what it is recognised as, what record it gives, how it complains."""
+"""Every format of methods.md 1.2 and ecosystem.md 2.2, 4.3: what it is recognised as, what record
+it gives, how it complains.
+"""
 
 import copy
 import os
@@ -40,7 +42,8 @@ def complaint(row, name=None) -> DataError:
     return caught.value
 
 
-# ---------------------------------------------------------------------------------------------- demonstrations
+# ----------------------------------------------------------------------------------------------
+# demonstrations
 
 Q, A = user("q"), assistant("a")
 SFT = [
@@ -59,8 +62,10 @@ SFT = [
     ("alpaca", {"instruction": "q", "input": None, "output": "a"}, (Q, A)),
     ("alpaca", {"instruction": "q", "output": "a", "system": "s", "history": [["h", "r"]]},
      (system("s"), user("h"), assistant("r"), Q, A)),
-    ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, (Q, A)),  # F4
-    ("sharegpt", {"id": 3, "source": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (Q, A)),  # F5
+    # F4
+    ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, (Q, A)),
+    # F5
+    ("sharegpt", {"id": 3, "source": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (Q, A)),
     ("sharegpt", {"conversation": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
      (system("s"), Q, A)),
     ("messages", {"messages": [system("s"), Q, A]}, (system("s"), Q, A)),
@@ -69,7 +74,8 @@ SFT = [
     ("messages", {"messages": [Q, {"role": "assistant", "content": "a", "weight": 0}]}, (Q, assistant("a", loss=False))),
     ("messages", {"messages": [user([{"type": "text", "text": "q"}]), A]}, (Q, A)),
     ("messages", {"messages": [Q], "response": "a"}, (Q, A)),
-    ("messages", {"messages": [system("s"), Q, A], "system": "other"}, (system("s"), Q, A)),  # the turn wins, as in LLaMA-Factory
+    # the turn wins, as in LLaMA-Factory
+    ("messages", {"messages": [system("s"), Q, A], "system": "other"}, (system("s"), Q, A)),
     ("task", {"task": "summary", "input": "q", "output": "a"}, (Q, A)),  # F9
     ("erniekit", {"src": ["q", "p"], "tgt": ["a", "b"], "label": [0, 1], "system": "s"},
      (system("s"), Q, assistant("a", loss=False), user("p"), assistant("b", loss=True))),
@@ -147,7 +153,8 @@ def test_tools_and_calls() -> None:
     assert (load(text).messages[1]["tool_calls"], load(text).tools) == ([{"name": "f"}], ())
 
 
-# ---------------------------------------------------------------------------------------------- media
+# ----------------------------------------------------------------------------------------------
+# media
 
 LLAVA = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
 
@@ -176,8 +183,14 @@ def test_tags_and_media_must_match(images) -> None:
 
 
 def test_openai_parts() -> None:
-    parts = [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}, {"type": "text", "text": "q"}, "!",
-             {"type": "image", "image": "b.png"}, {"type": "video", "video": ["1.png", "2.png"]}, {"type": "image", "path": "/c.png"}]  # fmt: skip
+    parts = [
+        {"type": "image_url", "image_url": {"url": "http://x/a.png"}},
+        {"type": "text", "text": "q"},
+        "!",
+        {"type": "image", "image": "b.png"},
+        {"type": "video", "video": ["1.png", "2.png"]},
+        {"type": "image", "path": "/c.png"},
+    ]
     record = load({"messages": [user(parts), A]})
     assert record.messages[0]["content"] == "<image>q!<image><video><image>"
     assert record.images == ("http://x/a.png", os.path.join("data", "b.png"), "/c.png")
@@ -265,13 +278,18 @@ def test_erniekit_vl_system() -> None:
 
 
 def test_erniekit_vl_tools() -> None:
-    info = [{"text": "q", "tag": "mask"}, {"text": "", "tag": "no_mask", "tool_calls": [{"name": "f"}]},
-            {"text": {"price": 1}, "tag": "mask", "tool_response": True}, {"text": "a", "tag": "no_mask"}]  # fmt: skip
+    info = [
+        {"text": "q", "tag": "mask"},
+        {"text": "", "tag": "no_mask", "tool_calls": [{"name": "f"}]},
+        {"text": {"price": 1}, "tag": "mask", "tool_response": True},
+        {"text": "a", "tag": "no_mask"},
+    ]
     tool = {"role": "tool", "content": '{"price": 1}'}
     assert load({"text_info": info}).messages == (Q, assistant("", tool_calls=[{"name": "f"}]), tool, A)
 
 
-# ---------------------------------------------------------------------------------------------- judged answers
+# ----------------------------------------------------------------------------------------------
+# judged answers
 
 
 def answers(record) -> list:
@@ -284,7 +302,8 @@ PAIRS = [
     {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},  # LLaMA-Factory, alpaca
     {"prompt": [Q], "chosen": [assistant("good")], "rejected": [assistant("bad")]},  # TRL
     {"chosen": [Q, assistant("good")], "rejected": [Q, assistant("bad")]},  # TRL, implicit prompt
-    {"prompt": "q", "chosen": [Q, assistant("good")], "rejected": [Q, assistant("bad")]},  # prompt and repetition
+    # prompt and repetition
+    {"prompt": "q", "chosen": [Q, assistant("good")], "rejected": [Q, assistant("bad")]},
     {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
      "rejected": {"from": "gpt", "value": "bad"}},  # LLaMA-Factory, sharegpt
     {"messages": [Q, assistant("good")], "rejected_response": "bad"},  # ms-swift
@@ -456,7 +475,8 @@ def test_canonical_demonstrations() -> None:
     assert (load(both).signal, load(both).reward) == ("rating", Reward("B"))
 
 
-# ---------------------------------------------------------------------------------------------- complaints
+# ----------------------------------------------------------------------------------------------
+# complaints
 
 CONV = "conversations"
 BAD = [  # row, format (None: recognised), problem, field
@@ -562,7 +582,8 @@ def test_misspelt_field_is_suggested() -> None:
     assert "promt, chosen, rejected" in error.found
 
 
-# ---------------------------------------------------------------------------------------------- recognition
+# ----------------------------------------------------------------------------------------------
+# recognition
 
 
 def test_sniff_reports_why() -> None:
@@ -587,7 +608,8 @@ def test_a_row_of_another_format_is_refused() -> None:
     with pytest.raises(DataError, match="found pairs, expected prompt, as most rows"):
         read({"prompt": "q", "chosen": "a", "rejected": "b"}, FORM["prompt"], WHERE, FORMATS)
     text_only = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-    assert read(text_only, FORM["vqa"], WHERE, FORMATS).messages == (Q, A)  # one reader, so no contradiction
+    # one reader, so no contradiction
+    assert read(text_only, FORM["vqa"], WHERE, FORMATS).messages == (Q, A)
 
 
 def test_families() -> None:
@@ -599,7 +621,8 @@ def test_families() -> None:
         choose("alpacca")
 
 
-# ---------------------------------------------------------------------------------------------- fuzzing
+# ----------------------------------------------------------------------------------------------
+# fuzzing
 
 ROWS = (
     [row for _, row, _ in SFT]

@@ -82,7 +82,8 @@ def test_both_languages_need_the_same_parameters(problem: str) -> None:
         for text in PROBLEMS[problem]
     ]
     english, chinese = names[0] | names[1], names[2] | names[3]
-    assert chinese <= english  # a Chinese text that names nothing is complete, one that names more would fail to fill
+    # a Chinese text that names nothing is complete, one that names more would fail to fill
+    assert chinese <= english
     filled = DataError("p", 1, "f", "x", problem, dict.fromkeys(english, "VALUE"))
     assert "{" not in str(filled) + filled.chinese
 

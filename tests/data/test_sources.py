@@ -1,4 +1,6 @@
-"""Files in every shape people really have: line numbers, encodings, laziness, dataset_info.json, sampling."""
+"""Files in every shape people really have: line numbers, encodings, laziness, dataset_info.json,
+sampling.
+"""
 
 import json
 import os
@@ -41,7 +43,8 @@ def error_of(data, i) -> DataError:
     return caught.value
 
 
-# ---------------------------------------------------------------------------------------------- text files
+# ----------------------------------------------------------------------------------------------
+# text files
 
 LINES = [json.dumps(row(i), ensure_ascii=False) for i in range(3)]
 TEXTS = {
@@ -50,7 +53,8 @@ TEXTS = {
     "bom.jsonl": "\ufeff" + "\n".join(LINES),
     "blank.jsonl": "\n\n" + "\n \n\n".join(LINES) + "\n\n",
     "list.json": json.dumps([row(i) for i in range(3)], ensure_ascii=False, indent=2),
-    "list.jsonl": "\ufeff \n" + json.dumps([row(i) for i in range(3)]),  # ERNIEKit ships lists under this name
+    # ERNIEKit ships lists under this name
+    "list.jsonl": "\ufeff \n" + json.dumps([row(i) for i in range(3)]),
     "lines.json": "\n".join(LINES),
     "a.csv": "prompt,response\r\n" + "".join(f"问题 {i},答 {i}\r\n" for i in range(3)),
     "quoted.csv": "\ufeffprompt,response\n" + "".join(f'"问题 {i}","答 {i}"\n\n' for i in range(3)),
@@ -81,7 +85,8 @@ def test_line_numbers(tmp_path) -> None:
 def test_csv_cells(tmp_path) -> None:
     data = load_dataset(write(tmp_path / "a.csv", 'text,label,note\n"a, ""b""\nc",good,\n'))
     assert data[0].messages[0]["content"] == 'a, "b"\nc'
-    assert (data[0].messages[1]["content"], data[0].meta.extra) == ("good", {})  # an empty cell is absent
+    # an empty cell is absent
+    assert (data[0].messages[1]["content"], data[0].meta.extra) == ("good", {})
 
 
 def test_a_bad_row_is_named_and_the_others_still_read(tmp_path) -> None:
@@ -180,7 +185,8 @@ def outcomes(path) -> list[Record | DataError]:
     return [opened] if isinstance(opened, DataError) else [attempt(lambda i=i: opened[i]) for i in range(len(opened))]
 
 
-# ---------------------------------------------------------------------------------------------- choosing files
+# ----------------------------------------------------------------------------------------------
+# choosing files
 
 
 def test_folders_patterns_and_lists(tmp_path) -> None:
@@ -207,8 +213,10 @@ def test_each_file_has_its_own_format(tmp_path) -> None:
     data = load_dataset(str(tmp_path))
     assert [record.signal for record in data] == ["sft", "pair", "pair"]
     first, second = data.report.splitlines()
-    assert first.endswith("a.jsonl: 1 rows, prompt_response: 1 of 1 sampled rows have prompt|query|question|problem|instruction|input + "
-                          "response|completion|output|answer|target|targets|text|content|answers")  # fmt: skip
+    assert first.endswith(
+        "a.jsonl: 1 rows, prompt_response: 1 of 1 sampled rows have prompt|query|question|problem|instruction|input + "
+        "response|completion|output|answer|target|targets|text|content|answers"
+    )
     assert second.endswith(
         "b.jsonl: 2 rows, pairs: 2 of 2 sampled rows have rejected|rejected_response|rejected_messages"
     )
@@ -239,7 +247,8 @@ def test_slices_and_selections_are_lazy_views(tmp_path) -> None:
     assert prompts(data.select([7, 7, 0])[1:]) == ["问题 7", "问题 0"]
 
 
-# ---------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------------
+# settings
 
 
 def test_told_format_and_families(tmp_path) -> None:
@@ -283,12 +292,15 @@ def test_media_dir(tmp_path) -> None:
     assert Where(path, 1).media_dir == ""
 
 
-# ---------------------------------------------------------------------------------------------- dataset_info.json
+# ----------------------------------------------------------------------------------------------
+# dataset_info.json
 
 
 @pytest.fixture
 def info(tmp_path):
-    """Both dialects in one file; LLaMA-Factory's entries follow the examples of its own data folder."""
+    """Both dialects in one file; LLaMA-Factory's entries follow the examples of its own data
+    folder.
+    """
     write(tmp_path / "alpaca.json", json.dumps([{"instruction": "i", "input": "x", "output": "o"}]))
     write(tmp_path / "wiki.json", json.dumps([{"question": "q", "answer": "a", "label": 1}]))
     chat = [{"who": "me", "says": "q"}, {"who": "it", "says": "a"}]
@@ -320,7 +332,8 @@ def contents(name, info):
 
 def test_dataset_info(info) -> None:
     assert contents("identity", info) == ["i\nx", "o"]
-    assert contents("wikiqa", info) == ["q", "a"]  # unmapped columns, here a label, are not for the readers
+    # unmapped columns, here a label, are not for the readers
+    assert contents("wikiqa", info) == ["q", "a"]
     assert load_dataset("wikiqa", dataset_dir=info)[0].meta.extra == {"label": 1}
     assert contents("mllm", info) == ["<image>q", "a"]
     assert contents("mine", info) == ["q", "a"]
@@ -330,7 +343,8 @@ def test_dataset_info(info) -> None:
 
 
 def test_dataset_info_preference(info) -> None:
-    error = error_of(load_dataset("dpo", dataset_dir=info), 0)  # this entry maps a column that the file lacks
+    # this entry maps a column that the file lacks
+    error = error_of(load_dataset("dpo", dataset_dir=info), 0)
     assert (error.problem, error.field) == ("missing", "prompt")
 
 
@@ -346,7 +360,8 @@ def test_dataset_info_complaints(info) -> None:
             load_dataset(name, dataset_dir=info)
 
 
-# ---------------------------------------------------------------------------------------------- parquet
+# ----------------------------------------------------------------------------------------------
+# parquet
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch) -> None:

@@ -1,4 +1,6 @@
-"""data/survey.py and batching.Dropped: every row looked at once before training, each told once, and giving up only when there is nothing."""
+"""data/survey.py and batching.Dropped: every row looked at once before training, each told once,
+and giving up only when there is nothing.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ PLAIN = "{{ messages[0].content }}"
 
 
 def folder(path: Path, config: object = None, jinja: str = "", legacy: str = "", vision: bool = True) -> Path:
-    """A tokenizer with templates in the places asked for, and a preprocessor where the model sees."""
+    """A tokenizer with templates in the places asked for, and a preprocessor where the model
+    sees.
+    """
     Tokenizer.bundled("tiny").save(path, **({"chat_template": config} if config else {}))
     if jinja:
         (path / "chat_template.jinja").write_text(jinja)

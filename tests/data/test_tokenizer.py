@@ -1,4 +1,6 @@
-"""data/tokenizer.py: lossless text, no forged special tokens, streaming, folder formats; and the shipped vocabularies."""
+"""data/tokenizer.py: lossless text, no forged special tokens, streaming, folder formats; and the
+shipped vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = Tokenizer.bundled("small")
 TINY = Tokenizer.bundled("tiny")
 
-# Text of every kind the vocabularies treat apart: pieces, bytes, the space mark, digits, and strings that look like tokens.
+# Text of every kind the vocabularies treat apart: pieces, bytes, the space mark, digits, and
+# strings that look like tokens.
 FRAGMENTS = st.sampled_from(
     [
         "User: ",
@@ -162,7 +165,8 @@ def test_shipped_tokenizers_are_what_the_script_trains() -> None:
         new = sentencepiece.SentencePieceProcessor(model_proto=script.train(name))
         old = sentencepiece.SentencePieceProcessor(model_file=str(ASSETS / name / "tokenizer.model"))
         pieces = [{model.id_to_piece(i) for i in range(model.get_piece_size())} for model in (new, old)]
-        assert len(pieces[0] - pieces[1]) <= 0.01 * len(pieces[1])  # versions of sentencepiece break ties differently
+        # versions of sentencepiece break ties differently
+        assert len(pieces[0] - pieces[1]) <= 0.01 * len(pieces[1])
         assert old.get_piece_size() == {"small": 8010, "tiny": 610}[name]
         for file, content in tokenizer_files((ASSETS / name / "tokenizer.model").read_bytes()).items():
             assert (ASSETS / name / file).read_bytes() == content
@@ -252,7 +256,9 @@ SPEC = {
 
 
 class FakeBackend:
-    """Stands in for `tokenizers.Tokenizer`: longest piece first, bytes for the rest. It would see special strings, as the real one does."""
+    """Stands in for `tokenizers.Tokenizer`: longest piece first, bytes for the rest. It would see
+    special strings, as the real one does.
+    """
 
     @staticmethod
     def from_str(text: str) -> FakeBackend:

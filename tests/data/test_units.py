@@ -1,4 +1,6 @@
-"""data/units.py: which comparisons a row makes, what is shared, where targets lie, what is cut or dropped, and streams of units."""
+"""data/units.py: which comparisons a row makes, what is shared, where targets lie, what is cut or
+dropped, and streams of units.
+"""
 
 from __future__ import annotations
 

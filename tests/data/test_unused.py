@@ -1,4 +1,6 @@
-"""Nothing in a row is dropped in silence: what people write is read, the rest is told once, and what training would miss is an error."""
+"""Nothing in a row is dropped in silence: what people write is read, the rest is told once, and
+what training would miss is an error.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def asked(**more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Which?", **more}, {"role": "assistant", "content": "1"}]}
 
 
-# ---------------------------------------------------------------------------------------------- pictures and clips
+# ----------------------------------------------------------------------------------------------
+# pictures and clips
 
 NAMES = "image images image_path image_paths image_url img imgs img_path picture pictures pic photo image_file"
 
@@ -103,7 +106,8 @@ def test_a_cell_of_a_table_may_hold_a_list() -> None:
         assert load({"question": "q", "answer": "a", "images": text}).images == ("a.png", "b.png")
     assert load({"question": "q", "answer": "a", "image": "[1] a.png"}).images == ("[1] a.png",)
     assert load({"question": "q", "answers": "['a', 'b', 'b']"}).messages[-1]["content"] == "b"
-    assert load({"question": "q", "answer": "['a']"}).messages[-1]["content"] == "['a']"  # one answer, as it stands
+    # one answer, as it stands
+    assert load({"question": "q", "answer": "['a']"}).messages[-1]["content"] == "['a']"
 
 
 def test_a_picture_in_the_source_of_a_part_is_read() -> None:
@@ -161,7 +165,8 @@ def test_what_training_would_miss_is_an_error(problem: str, name: str, value: An
     in_turn = asked()
     in_turn["messages"][1][name] = value
     assert refusal(in_turn).field.startswith(f"messages[1].{name}")
-    assert load({"question": "q", "answer": "a", f"_{name}": value}).meta.unused == (f"_{name}",)  # left out on purpose
+    # left out on purpose
+    assert load({"question": "q", "answer": "a", f"_{name}": value}).meta.unused == (f"_{name}",)
 
 
 def test_a_part_of_a_turn_is_looked_at_too() -> None:
@@ -210,7 +215,8 @@ def test_the_fast_road_counts_and_hands_over_what_is_suspicious(tmp_path: Path) 
     )
 
 
-# ---------------------------------------------------------------------------------------------- what is learnt
+# ----------------------------------------------------------------------------------------------
+# what is learnt
 
 
 def turns(**more: Any) -> dict[str, Any]:
@@ -257,7 +263,8 @@ def test_a_question_is_never_learnt_and_asking_for_it_is_told() -> None:
     assert refusal(asked(train=True)).field == "messages[0].train"
 
 
-# ---------------------------------------------------------------------------------------------- thoughts
+# ----------------------------------------------------------------------------------------------
+# thoughts
 
 
 def answer(text: str, **more: Any) -> dict[str, Any]:
@@ -359,7 +366,8 @@ def test_a_thought_on_the_way_to_an_answer_is_trained_as_it_is_served() -> None:
     again = template.render(messages[:3], thinking=True, add_generation_prompt=True)
     assert whole == again + "\n\n</think>\n\nIt is $1.</s>"
     assert template.thinks(messages[:3])
-    assert not template.thinks([*messages, {"role": "user", "content": "and Y?"}])  # an earlier question's thought
+    # an earlier question's thought
+    assert not template.thinks([*messages, {"role": "user", "content": "and Y?"}])
     quiet = template.render(messages, thinking=False)
     assert "I need" not in quiet
 
@@ -383,7 +391,8 @@ def test_one_prompt_for_all_candidates() -> None:
     assert TINY.tokenizer.decode(plain.dialogues[0].row.input_ids_L[:start]).endswith("<think>\n\n</think>\n\n")
 
 
-# ---------------------------------------------------------------------------------------------- tags that are words
+# ----------------------------------------------------------------------------------------------
+# tags that are words
 
 
 def test_tags_in_a_text_without_media_are_words_and_told(tmp_path: Path) -> None:
@@ -404,7 +413,8 @@ def test_a_missing_picture_is_no_word(tmp_path: Path) -> None:
     with_picture = {"question": "<image>q", "answer": "a", "images": ["a.png"]}
     talks = {"question": "What does the <image> tag mean here?", "answer": "b"}
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    report = check(tmp_path, with_picture, talks)  # other rows have pictures, so this one lost its own
+    # other rows have pictures, so this one lost its own
+    report = check(tmp_path, with_picture, talks)
     assert report.findings.counts == {"count": 1}
     assert r"write \<image> where the word itself is meant" in str(report.findings.kept[0])
     for question in ("<image>q", "q <image>", "look:\n<image>\nq"):
@@ -423,7 +433,8 @@ def test_a_backslash_makes_a_tag_a_word() -> None:
         assert count_tags(as_words(text), "<image>") == 0
 
 
-# ---------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------------
+# answers
 
 
 def test_several_right_answers_teach_the_most_frequent(tmp_path: Path) -> None:

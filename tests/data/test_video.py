@@ -63,7 +63,7 @@ def container(count: int, codec: str, fmt: str, rate: int, drop_first_packet: bo
     return stream.getvalue()
 
 
-# ---- which frames ----------------------------------------------------------------------------------------------------------
+# ---- which frames --------------------------------------------------------------------------------
 
 
 def test_paddle_sampling_of_100_frames() -> None:
@@ -115,7 +115,8 @@ def test_hf_never_counts_past_the_end() -> None:
         indices = sample_indices(total, 10.0, VideoSettings(fps=None, rule="hf"))
         assert len(indices) == min(total, 180)
         assert indices[-1] < total
-    assert sample_indices(990, 33.00000001, VideoSettings(rule="hf"))[-1] == 989  # 66.00000002 frames
+    # 66.00000002 frames
+    assert sample_indices(990, 33.00000001, VideoSettings(rule="hf"))[-1] == 989
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_settings_refuse(change: dict[str, object], message: str) -> None:
         VideoSettings(**change)
 
 
-# ---- timestamps ------------------------------------------------------------------------------------------------------------
+# ---- timestamps ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_a_frame_too_small_to_draw_on_is_an_error() -> None:
         draw_timestamp(Image.new("RGB", (50, 9)), 0.0)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "PNG", "WEBP"])
@@ -251,7 +252,8 @@ def test_odd_count_repeats_the_last_frame_with_its_timestamp(tmp_path: Path) -> 
     assert numbers(drawn) == [4, 14, 24, 24]
     expected = greys(25)[24]
     draw_timestamp(expected, 24 * 1.5 / 30)
-    np.testing.assert_allclose(np.asarray(drawn[2], int), np.asarray(expected, int), atol=3)  # a GIF has a palette
+    # a GIF has a palette
+    np.testing.assert_allclose(np.asarray(drawn[2], int), np.asarray(expected, int), atol=3)
     np.testing.assert_array_equal(np.asarray(drawn[3]), np.asarray(drawn[2]))
 
 
@@ -392,7 +394,9 @@ def test_each_container_has_its_own_reader(codec: str, fmt: str) -> None:
 
 
 def gif_of(frames: int, side: int, *more: tuple[int, int]) -> bytes:
-    """A GIF of one-pixel frames on a large canvas: 20 bytes each; then `more`, by their offset and side."""
+    """A GIF of one-pixel frames on a large canvas: 20 bytes each; then `more`, by their offset and
+    side.
+    """
     head = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(3) + b"\xff" * 3
     written = [(0, 1)] * frames + list(more)
     blocks = [
@@ -443,7 +447,7 @@ def test_without_pyav_the_extra_is_named_and_gifs_still_work(monkeypatch: pytest
         load_video(b"\0\0\0\x18ftypmp42", SMALL)
 
 
-# ---- patches ---------------------------------------------------------------------------------------------------------------
+# ---- patches -------------------------------------------------------------------------------------
 
 
 def test_patches_of_a_video_are_those_of_its_frames_in_time_order() -> None:

@@ -1,4 +1,6 @@
-"""Shared by the tests of export: small models as folders, and matrices that quantisers find hard."""
+"""Shared by the tests of export: small models as folders, and matrices that quantisers find
+hard.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def rtn(source: Source, quantization: str, tp: int = 1) -> dict[str, Any]:
 
 
 def aligned_config() -> ModelConfig:
-    """tiny-a with widths that FastDeploy's kernels take (rows in 64s, columns in 16s) on two ranks too, and with few experts."""
+    """tiny-a with widths that FastDeploy's kernels take (rows in 64s, columns in 16s) on two ranks
+    too, and with few experts.
+    """
     config = preset("tiny-a")
     moe = dataclasses.replace(config.moe, num_experts=4, intermediate_size=(128, 128), layer_indices=(1,))  # type: ignore[type-var]
     return config.replace(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_hidden_layers=2, moe=moe)

@@ -1,4 +1,6 @@
-"""What calibration sees: second moments and samples of each layer's real inputs, each family of experts with the tokens of its own modality."""
+"""What calibration sees: second moments and samples of each layer's real inputs, each family of
+experts with the tokens of its own modality.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def inputs(count: int, pictures: bool):  # type: ignore[no-untyped-def]
 
 
 def test_moments_are_those_of_the_inputs(model) -> None:  # type: ignore[no-untyped-def]
-    """The norm's output is the input of q; experts get the rows that the router sends them, as many as it chose."""
+    """The norm's output is the input of q; experts get the rows that the router sends them, as many
+    as it chose.
+    """
     given = [inputs(3, True), inputs(5, False)]
     seen, hidden = moments(model, given, NAMES), []
     hook = model.layers[1].input_layernorm.register_forward_post_hook(lambda _, __, out: hidden.append(out.numpy()))
@@ -83,7 +87,8 @@ def test_samples(model) -> None:  # type: ignore[no-untyped-def]
     seen = samples(model, given, NAMES)
     assert len(seen[LINEAR, None]) == min(SAMPLE_ROWS, 3 * given[0].num_tokens)
     assert seen[UP.format("vision"), min(e for n, e in seen if n == UP.format("vision"))].shape[1] == 96
-    assert not [hook for layer in model.sublayers() for hook in layer._forward_pre_hooks]  # nothing is left behind
+    # nothing is left behind
+    assert not [hook for layer in model.sublayers() for hook in layer._forward_pre_hooks]
 
 
 def test_inputs_survive_the_way_to_another_process(tmp_path) -> None:  # type: ignore[no-untyped-def]

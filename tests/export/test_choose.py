@@ -1,4 +1,6 @@
-"""How codes are chosen: never worse than rounding in the measure, clearly better on layers' outputs, and always found again by FastDeploy."""
+"""How codes are chosen: never worse than rounding in the measure, clearly better on layers'
+outputs, and always found again by FastDeploy.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def output_error(g: grids.Grid, weight: np.ndarray, x_TK: np.ndarray) -> np.ndar
 @pytest.mark.parametrize("tails", [0, 5])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_clip_is_never_worse_and_gptq_never_worse_than_clip(tails: float, shards: int) -> None:
-    """Column by column in the measure that each minimises; and on held-out inputs clip's error is under 0.6 of rtn's, gptq's under clip's."""
+    """Column by column in the measure that each minimises; and on held-out inputs clip's error is
+    under 0.6 of rtn's, gptq's under clip's.
+    """
     weight, x_TK = matrix(256, 48, 1, tails), layer_inputs(256, 4096)
     seen = moment(x_TK[:2048]).weights()
     plain, clipped, made = grids.quantize(weight, 4, shards), clip(weight, seen, shards), gptq(weight, seen, shards)
@@ -71,7 +75,9 @@ def test_clip_is_never_worse_and_gptq_never_worse_than_clip(tails: float, shards
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_plain_clip_without_calibration(shards: int) -> None:
-    """The weights' own error falls in every column or stays; fastdeploy.md 9.2 has 0.42 of rtn's for t5 weights of 1536 rows."""
+    """The weights' own error falls in every column or stays; fastdeploy.md 9.2 has 0.42 of rtn's
+    for t5 weights of 1536 rows.
+    """
     weight = matrix(1536, 32, 3, tails=5)
     plain, clipped = grids.quantize(weight, 4, shards), clip(weight, None, shards)
     errors = [np.square(g.dense() - widen_bfloat16(weight)).sum(0) for g in (plain, clipped)]
@@ -155,7 +161,7 @@ def test_refusals() -> None:
         Chosen(weights, scheme("wint4"), "rtn", 5)
 
 
-# --- activation-aware scaling -------------------------------------------------------------------------------------------
+# --- activation-aware scaling ---------------------------------------------------------------------
 
 
 def test_folding_gives_every_product_the_same() -> None:
@@ -204,6 +210,7 @@ def test_folding_gives_every_product_the_same() -> None:
 
 def test_powers() -> None:
     np.testing.assert_array_equal(powers(np.array([1.0, 1.0]), 0.5), [1, 1])
-    np.testing.assert_array_equal(powers(np.array([16.0, 1.0]), 1.0), [2, 0.5])  # rms 4 and 1 around 2
+    # rms 4 and 1 around 2
+    np.testing.assert_array_equal(powers(np.array([16.0, 1.0]), 1.0), [2, 0.5])
     np.testing.assert_array_equal(powers(np.array([1e30, 1.0]), 1.0), [16, 1 / 16])
     np.testing.assert_array_equal(powers(np.zeros(2), 1.0), [1, 1])

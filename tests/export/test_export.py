@@ -1,4 +1,6 @@
-"""Exports from end to end: every layout from every layout, adapters merged, each defect of an exported folder refused with a message that names it."""
+"""Exports from end to end: every layout from every layout, adapters merged, each defect of an
+exported folder refused with a message that names it.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,9 @@ def test_transformers_gets_a_placeholder_for_videos(base: Path, tmp_path: Path) 
 
 @pytest.mark.usefixtures("one_process")
 def test_what_transformers_reads_by_keys_of_its_own(base: Path, tmp_path: Path) -> None:
-    """Token names, limits, a template and a font; tests/golden/check_readers.py asks transformers itself."""
+    """Token names, limits, a template and a font; tests/golden/check_readers.py asks transformers
+    itself.
+    """
     own = shutil.copytree(base, tmp_path / "own")
     settings = json.loads((own / "preprocessor_config.json").read_text())
     (own / "preprocessor_config.json").write_text(json.dumps({**settings, "max_pixels": 12544, "max_frames": 32}))
@@ -184,7 +188,9 @@ def test_what_transformers_reads_by_keys_of_its_own(base: Path, tmp_path: Path) 
 def test_placeholders_of_old_folders_are_mended(
     base: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of runs that wrote those of transformers, and of a base's own file beside: once each, with a line."""
+    """Of runs that wrote those of transformers, and of a base's own file beside: once each, with a
+    line.
+    """
     old = shutil.copytree(base, tmp_path / "old")
     config = json.loads((old / "tokenizer_config.json").read_text())
     config["chat_template"] = ChatTemplate().to_jinja("<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>")
@@ -211,7 +217,9 @@ def test_placeholders_of_old_folders_are_mended(
 def test_merging_equals_the_adapter(
     base: Path, tmp_path: Path, name: str, dialect: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Matrix by matrix what `PeftModel.merge` makes, in float32; and the export's own comparison of logits passes and is reported."""
+    """Matrix by matrix what `PeftModel.merge` makes, in float32; and the export's own comparison of
+    logits passes and is reported.
+    """
     if (name, dialect) == ("dora", "paddlenlp"):
         pytest.skip("PaddleNLP has no DoRA")
     adapter = adapter_folder(base, tmp_path / "adapter", dialect, **ADAPTERS[name])
@@ -227,13 +235,16 @@ def test_merging_equals_the_adapter(
             changed.add((place, expert))
     assert changed == set(source.merged_places)
     if dialect == "peft":
-        report = run.export(adapter, tmp_path / "out", layout="pt")  # the base is named in the adapter's settings
+        # the base is named in the adapter's settings
+        report = run.export(adapter, tmp_path / "out", layout="pt")
         assert report["checks"]["merge"]["kl"] < 1e-3
         assert "merged 1 adapter(s)" in capsys.readouterr().err
 
 
 def test_merging_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three adapters in order, the middle one DoRA, on blocks of three rows and products of 16 columns: what whole matrices give."""
+    """Three adapters in order, the middle one DoRA, on blocks of three rows and products of 16
+    columns: what whole matrices give.
+    """
     monkeypatch.setattr(source_module, "_BLOCK_BYTES", 4 * 40 * 3)
     monkeypatch.setattr(source_module, "_UNSHARED", 1)
     rng = np.random.default_rng(0)
@@ -302,11 +313,13 @@ def test_replaces_an_earlier_export_and_nothing_else(base: Path, tmp_path: Path)
     assert (tmp_path / "other.exporting" / "thesis.txt").is_file()
 
 
-# --- defects of a folder ------------------------------------------------------------------------------------------------
+# --- defects of a folder --------------------------------------------------------------------------
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    """Change the tensors of a folder: `change(name, array)` gives the new (name, array), or None to drop it."""
+    """Change the tensors of a folder: `change(name, array)` gives the new (name, array), or None to
+    drop it.
+    """
     reader = TensorReader(folder)
     kept, codes = {}, {}
     for name, entry in reader.entries.items():
@@ -388,7 +401,9 @@ DEFECTS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("defect", list(DEFECTS))
 @pytest.mark.usefixtures("one_process")
 def test_defects_are_refused_by_name(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
-    """A defect between writing and checking: the export fails, says what is wrong, and leaves nothing."""
+    """A defect between writing and checking: the export fails, says what is wrong, and leaves
+    nothing.
+    """
     change, message = DEFECTS[defect]
     original = verify.reopen
 
@@ -416,7 +431,7 @@ def test_a_wrong_value_alone_is_seen_in_logits(base: Path, tmp_path: Path) -> No
         verify.check_opened(opened, planned)
 
 
-# --- inputs that cannot be exported -------------------------------------------------------------------------------------
+# --- inputs that cannot be exported ---------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("one_process")

@@ -1,4 +1,6 @@
-"""FastDeploy's side, written a second time: its decision tables, and that its names and orientations give the same model as our own table does."""
+"""FastDeploy's side, written a second time: its decision tables, and that its names and
+orientations give the same model as our own table does.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ PADDLE, TORCH = {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}
             '{"quantization":"mix_quant","dense_quant_type":"wint4","is_quantized":false}',
             rules.Quantisation("wint4", "", ""),
         ),
-        # a JSON of several keys is taken for a description of what lies on the disk, one of one key for the word
+        # a JSON of several keys is taken for a description of what lies on the disk, one of one key
+        # for the word
         (
             PADDLE,
             '{"quantization":"mix_quant","dense_quant_type":"wint4"}',
@@ -124,7 +127,9 @@ def test_weight_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["tiny-a", "tiny-c"])
 @pytest.mark.parametrize("flavour", ["paddle", "hf"])
 def test_the_second_table_gives_the_same_model(tmp_path: Path, preset: str, flavour: str) -> None:
-    """Image experts behind text experts, gate before up, q before k before v, routers as they are: by value, for both layouts."""
+    """Image experts behind text experts, gate before up, q before k before v, routers as they are:
+    by value, for both layouts.
+    """
     source = Source(model_folder(tmp_path / "base", preset))
     write_layout(tmp_path / "out", source, flavour)
     reader = TensorReader(tmp_path / "out")
@@ -142,7 +147,9 @@ def test_the_second_table_gives_the_same_model(tmp_path: Path, preset: str, flav
 
 
 def test_text_only_models(tmp_path: Path) -> None:
-    """The siblings have one family of experts; transformers' converter turns their router, the vision-language one does not."""
+    """The siblings have one family of experts; transformers' converter turns their router, the
+    vision-language one does not.
+    """
     from ernie_tune.models.config import MoEConfig
     from ernie_tune.models.presets import preset
 

@@ -1,4 +1,6 @@
-"""Packed folders: what is loaded computes with exactly codes times scales; damaged and foreign folders are refused."""
+"""Packed folders: what is loaded computes with exactly codes times scales; damaged and foreign
+folders are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The quantiser and the byte layouts against Paddle's own operator on the CPU, and against the published formulas where no CPU kernel exists."""
+"""The quantiser and the byte layouts against Paddle's own operator on the CPU, and against the
+published formulas where no CPU kernel exists.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def as_tensor(bits_KN: np.ndarray) -> paddle.Tensor:
 
 
 def hard(rows: int, columns: int, seed: int) -> np.ndarray:
-    """Normal values with a column of zeros, one huge outlier of either sign, and a column whose quotients are halves."""
+    """Normal values with a column of zeros, one huge outlier of either sign, and a column whose
+    quotients are halves.
+    """
     values = widen_bfloat16(matrix(rows, columns, seed))
     values[:, 1] = 0
     values[3, 2], values[5, 3] = 1000, -50
@@ -107,7 +111,9 @@ def test_round_trip(bits: int, arch: int) -> None:
 
 
 def test_slices_of_packed_tensors() -> None:
-    """Columns may be shared out after packing, rows may not: the tempting mistake of slicing the last axis."""
+    """Columns may be shared out after packing, rows may not: the tempting mistake of slicing the
+    last axis.
+    """
     weight = matrix(128, 64, 2)
     for bits in (8, 4):
         whole = pack(grid.quantize(weight, bits).codes_KN, bits)
@@ -135,7 +141,9 @@ def test_tensor_parallel_scales() -> None:
 
 
 def test_gpu_rounding_differs_by_one_code_at_most() -> None:
-    """Divided by the unrounded maximum (fastdeploy.md 3.1): same scales; of int8 codes 3.1 % differ, of int4 codes 0.22 % (there on 2560 x 1024)."""
+    """Divided by the unrounded maximum (fastdeploy.md 3.1): same scales; of int8 codes 3.1 %
+    differ, of int4 codes 0.22 % (there on 2560 x 1024).
+    """
     weight = matrix(2560, 128, 4)
     for bits, low, high in ((8, 0.02, 0.045), (4, 0.001, 0.004)):
         cpu, gpu = (grid.quantize(weight, bits, rounding=r) for r in grid.ROUNDINGS)

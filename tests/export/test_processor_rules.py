@@ -125,7 +125,8 @@ def test_where_the_rate_alone_decides_fastdeploy_looks_at_other_frames() -> None
         assert rules.frame_indices(total, 25.0, settings) == sample_indices(total, total / 25, ours)
     theirs, here = rules.frame_indices(508, 25.0, settings), sample_indices(508, 20.32, ours)
     assert (len(theirs), len(here)) == (41, 40)
-    assert max(abs(a - b) for a, b in zip(theirs, here, strict=False)) < 12.5  # of a stretch of 12.5 frames
+    # of a stretch of 12.5 frames
+    assert max(abs(a - b) for a, b in zip(theirs, here, strict=False)) < 12.5
 
 
 def test_resizing_is_ours() -> None:

@@ -1,4 +1,6 @@
-"""Quantised exports from end to end: codes through Paddle's operator on every expert, all numbers in the report, gates that refuse, load caches."""
+"""Quantised exports from end to end: codes through Paddle's operator on every expert, all numbers
+in the report, gates that refuse, load caches.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wint4(base: Path, rows: str, tmp_path: Path, method: str, tp: int, awq: float) -> None:
     report = run.export(base, tmp_path / "out", quantization="wint4", method=method, calib=rows, target_tp=tp, awq=awq)
     checks = report["checks"]
-    assert checks["matrices_through_weight_quantize"] == 2 * 2 * 4  # modalities, matrices, experts: all of them
+    # modalities, matrices, experts: all of them
+    assert checks["matrices_through_weight_quantize"] == 2 * 2 * 4
     assert report["notes"] == []
     errors = checks["layer_errors"]
     assert set(errors["ours"]) == {
@@ -57,7 +60,8 @@ def test_wint4(base: Path, rows: str, tmp_path: Path, method: str, tp: int, awq:
         "text experts",
         "vision experts",
     }
-    assert len(errors["layers"]) == 4 * 2 + 3 + 3 + 4  # attention of two layers, a dense one, shared and routed experts
+    # attention of two layers, a dense one, shared and routed experts
+    assert len(errors["layers"]) == 4 * 2 + 3 + 3 + 4
     for kind in ("text experts", "vision experts"):
         ratio = errors["ours"][kind] / errors["rtn"][kind]
         assert ratio == 1 if method == "rtn" else ratio < 0.6
@@ -121,11 +125,13 @@ def test_a_narrow_model_gets_a_note(tmp_path: Path) -> None:
     assert report["notes"][0] in (tmp_path / "out" / "README.md").read_text()
 
 
-# --- gates --------------------------------------------------------------------------------------------------------------
+# --- gates ----------------------------------------------------------------------------------------
 
 
 def test_a_lost_code_is_found_by_the_operator(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mutant of the search that allows scales above rtn's: its columns have no code of 7, FastDeploy would round them anew."""
+    """A mutant of the search that allows scales above rtn's: its columns have no code of 7,
+    FastDeploy would round them anew.
+    """
     original = Chosen.grid
 
     def coarse(self: Chosen, name: str, expert: int | None) -> grid.Grid:
@@ -183,7 +189,7 @@ def test_distances() -> None:
     assert (found["perplexity_before"], found["perplexity"]) == (pytest.approx(2), pytest.approx(3))
 
 
-# --- the load cache -----------------------------------------------------------------------------------------------------
+# --- the load cache -------------------------------------------------------------------------------
 
 
 def test_cache_names() -> None:
@@ -258,7 +264,9 @@ def _dense(reader: TensorReader, name: str, bits: int, expert: int | None = None
 
 
 def test_cache_of_two_ranks_computes_what_one_does(base: Path, tmp_path: Path) -> None:
-    """Each rank's part of every kind of layer, from its file alone; their sums or rows of outputs against whole matrices."""
+    """Each rank's part of every kind of layer, from its file alone; their sums or rows of outputs
+    against whole matrices.
+    """
     out = tmp_path / "out"
     run.export(base, out, quantization="wint4", emit="cache", target_tp=2, verify="files")
     tree = out / ".cache" / cache.cache_hash("ernie4_5_moe_vl", "mix_quant", 2, 1, 4)
@@ -283,7 +291,8 @@ def test_cache_of_two_ranks_computes_what_one_does(base: Path, tmp_path: Path) -
     gate, up = np.split(x @ whole("layers.1.mlp.vision_experts.up_gate_proj", 2), 2, 1)
     wanted = (gate / (1 + np.exp(-gate)) * up) @ whole("layers.1.mlp.vision_experts.down_proj", 2)
     np.testing.assert_allclose(total, wanted, rtol=1e-4, atol=1e-4)
-    # attention: a rank has whole heads, four of queries and the one of keys and values that they share
+    # attention: a rank has whole heads, four of queries and the one of keys and values that they
+    # share
     attention = "layers.0.self_attn"
     for rank, one in enumerate(ranks):
         q, k, v = np.split(x @ _dense(one, f"ernie.{attention}.qkv_proj.weight", 8), [64, 80], 1)
@@ -297,7 +306,8 @@ def test_cache_of_two_ranks_computes_what_one_does(base: Path, tmp_path: Path) -
         x[:, 64 * r : 64 * r + 64] @ _dense(one, f"ernie.{attention}.o_proj.weight", 8) for r, one in enumerate(ranks)
     ]
     np.testing.assert_allclose(sum(products), x @ whole(f"{attention}.o_proj.weight"), rtol=1e-4, atol=1e-4)
-    # what stays in bfloat16: words, the vision tower's heads and inner columns, the resampler's first layer
+    # what stays in bfloat16: words, the vision tower's heads and inner columns, the resampler's
+    # first layer
     stored = Rounded(source)
     table = stored.read("embed_tokens.weight", None, "F32")
     np.testing.assert_array_equal(floats("ernie.embed_tokens.embeddings.weight", 0), table)

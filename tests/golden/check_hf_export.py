@@ -1,9 +1,14 @@
-"""Folders of `ernie-tune export --layout hf` in transformers itself. Two environments take part: one has paddle, the other torch and transformers.
+"""Folders of `ernie-tune export --layout hf` in transformers itself. Two environments take part:
+one has paddle, the other torch and transformers.
 
-python tests/golden/check_hf_export.py write FOLDER    paddle: export golden models, plain and with a merged adapter, and our logits of the folders
-python tests/golden/check_hf_export.py check FOLDER    torch:  load the folders with from_pretrained, compare keys, dtypes and logits
-Seen with transformers 5.23.0 and torch 2.13.0: no missing and no unexpected key, routers in float32, largest difference of a logit
-4.3e-06 (tiny-b), 1.5e-06 (tiny-c, untied head), 4.8e-06 (tiny-b with a merged adapter), of logits up to 6.9.
+python tests/golden/check_hf_export.py write FOLDER    paddle: export golden models, plain and with
+                                                       a merged adapter, and our logits of the
+                                                       folders
+python tests/golden/check_hf_export.py check FOLDER    torch: load the folders with from_pretrained,
+                                                       compare keys, dtypes and logits
+Seen with transformers 5.23.0 and torch 2.13.0: no missing and no unexpected key, routers in
+float32, largest difference of a logit 4.3e-06 (tiny-b), 1.5e-06 (tiny-c, untied head), 4.8e-06
+(tiny-b with a merged adapter), of logits up to 6.9.
 Legend: T tokens, V vocabulary.
 """
 
@@ -59,7 +64,9 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """With torch. The presets give videos the id of images; transformers needs one of their own to tell them apart (`hf_model.HF_VIDEO_ID`)."""
+    """With torch. The presets give videos the id of images; transformers needs one of their own to
+    tell them apart (`hf_model.HF_VIDEO_ID`).
+    """
     import torch
     from hf_model import HF_VIDEO_ID, hf_inputs
     from transformers import AutoConfig, Ernie4_5_VLMoeForConditionalGeneration

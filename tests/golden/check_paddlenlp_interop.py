@@ -1,9 +1,12 @@
 """Does PaddleNLP's own loader open our adapters? Two steps, in two environments:
 
     python tests/golden/check_paddlenlp_interop.py write FOLDER      # here
-    python tests/golden/check_paddlenlp_interop.py read FOLDER       # pip install paddlepaddle==3.3.1 paddlenlp==3.0.0b4 "aistudio-sdk==0.2.6"
-                                                                     #             "datasets<4.5" "pyarrow<23"
-The second builds a shell of layers with PaddleNLP's names, opens the folder with `LoRAModel.from_pretrained` and compares every tensor.
+    # pip install paddlepaddle==3.3.1 paddlenlp==3.0.0b4 "aistudio-sdk==0.2.6" "datasets<4.5"
+    # "pyarrow<23"
+    python tests/golden/check_paddlenlp_interop.py read FOLDER
+
+The second builds a shell of layers with PaddleNLP's names, opens the folder with
+`LoRAModel.from_pretrained` and compares every tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ LAYERS, HIDDEN, KEYS = 4, 160, 32  # preset tiny-b
 
 
 def write(folder: Path) -> None:
-    """An adapter of rank 4 on the attention of tiny-b, B not zero, and its values under their names."""
+    """An adapter of rank 4 on the attention of tiny-b, B not zero, and its values under their
+    names.
+    """
     from ernie_tune import AutoModel, LoraConfig, get_peft_model
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]

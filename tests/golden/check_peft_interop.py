@@ -1,8 +1,13 @@
-"""Our PEFT dialect against the PEFT library itself, both ways. Two environments take part: one has paddle, the other torch, transformers and peft.
+"""Our PEFT dialect against the PEFT library itself, both ways. Two environments take part: one has
+paddle, the other torch, transformers and peft.
 
-python tests/golden/check_peft_interop.py write FOLDER    paddle: adapters of every kind on tiny-b, saved with dialect="peft", and our logits
-python tests/golden/check_peft_interop.py check FOLDER    torch:  load them on the transformers model and compare the logits
-python tests/golden/check_peft_interop.py make            torch:  train an adapter for two steps there and store it in peft_adapter/ for our tests
+python tests/golden/check_peft_interop.py write FOLDER    paddle: adapters of every kind on tiny-b,
+                                                          saved with dialect="peft", and our logits
+python tests/golden/check_peft_interop.py check FOLDER    torch: load them on the transformers model
+                                                          and compare the logits
+python tests/golden/check_peft_interop.py make            torch: train an adapter for two steps
+                                                          there and store it in peft_adapter/ for
+                                                          our tests
 Legend: T tokens, V vocabulary.
 """
 
@@ -86,7 +91,9 @@ def check(folder: Path) -> None:
 
 
 def make() -> None:
-    """With torch: q, k, v and o of tiny-b, rank 4, two steps on the tokens of one row; float64 logits of some tokens."""
+    """With torch: q, k, v and o of tiny-b, rank 4, two steps on the tokens of one row; float64
+    logits of some tokens.
+    """
     import torch
     from hf_model import all_float64, build, hf_inputs
     from peft import LoraConfig, get_peft_model

@@ -1,8 +1,11 @@
 """What PaddleFormers and transformers themselves make of our exports. Three environments take part:
 
-    python tests/golden/check_readers.py write FOLDER           # here: exports, and what we make of every request
-    python tests/golden/check_readers.py paddleformers FOLDER   # pip install paddlepaddle==3.3.1 paddleformers==1.2.0 "pyarrow<26" pillow==13.0.0
-    python tests/golden/check_readers.py transformers FOLDER    # pip install torch torchvision transformers==5.23.0 pillow==13.0.0
+    # here: exports, and what we make of every request
+    python tests/golden/check_readers.py write FOLDER
+    # pip install paddlepaddle==3.3.1 paddleformers==1.2.0 "pyarrow<26" pillow==13.0.0
+    python tests/golden/check_readers.py paddleformers FOLDER
+    # pip install torch torchvision transformers==5.23.0 pillow==13.0.0
+    python tests/golden/check_readers.py transformers FOLDER
 
 Requests: text, thinking, a system prompt, Chinese, a history, one and two pictures, a picture in
 the history (`export/prompts.py`). PaddleFormers reads layout pt: its processor by AutoProcessor,
@@ -214,7 +217,8 @@ def paddleformers_model(folder: Path) -> Any:
         y = y if self.shared_experts is None else y + self.shared_experts(x)
         return y.reshape(hidden.shape), None, paddle.zeros([]), None
 
-    def look(self: Any, images: Any, _ids: Any, _mask: Any, grid_thw: Any) -> Any:  # without its assertion of bfloat16
+    # without its assertion of bfloat16
+    def look(self: Any, images: Any, _ids: Any, _mask: Any, grid_thw: Any) -> Any:
         frames = paddle.repeat_interleave(grid_thw[:, 1:], grid_thw[:, 0], 0)
         return self.vision_model.extract_feature(images, F.pad(frames, [0, 0, 1, 0], value=1))
 

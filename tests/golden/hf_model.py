@@ -1,4 +1,5 @@
-"""A preset as the model of transformers 5.23, with the golden weights, in float64 or bfloat16. Needs torch and transformers.
+"""A preset as the model of transformers 5.23, with the golden weights, in float64 or bfloat16.
+Needs torch and transformers.
 
 Refuses to know: which cases are run and what is stored of them (`make_goldens.py`).
 """
@@ -20,7 +21,9 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.specs import MODALITIES, parameter_specs
 
-HF_VIDEO_ID = 605  # transformers tells videos from images by the id; every preset uses the image's. The embedding row is overwritten anyway.
+# transformers tells videos from images by the id; every preset uses the image's. The embedding row
+# is overwritten anyway.
+HF_VIDEO_ID = 605
 _BIAS = ".moe_statics.e_score_correction_bias"
 _RENAMES = (
     (r"^vision_model\.", "model.vision_tower."),
@@ -44,7 +47,9 @@ def hf_name(name: str) -> str:
 
 
 def swap_layout(name: str, values: np.ndarray) -> np.ndarray:
-    """Canonical [in, out] <-> torch [out, in], routers and stacked experts included; embeddings and vectors are the same in both."""
+    """Canonical [in, out] <-> torch [out, in], routers and stacked experts included; embeddings and
+    vectors are the same in both.
+    """
     return values if values.ndim == 1 or name == "embed_tokens.weight" else values.swapaxes(-1, -2)
 
 
@@ -118,7 +123,9 @@ class _DoubleTorch:
 
 @contextlib.contextmanager
 def all_float64() -> Iterator[None]:
-    """Turn transformers' casts to float32 (norms, softmax, routers, rope, loss) into casts to float64: a reference without rounding."""
+    """Turn transformers' casts to float32 (norms, softmax, routers, rope, loss) into casts to
+    float64: a reference without rounding.
+    """
     to_float = torch.Tensor.float
     modeling.torch, torch.Tensor.float = _DoubleTorch(), torch.Tensor.double
     try:
@@ -128,9 +135,12 @@ def all_float64() -> Iterator[None]:
 
 
 def build(config: ModelConfig, dtype: torch.dtype) -> Ernie4_5_VLMoeForConditionalGeneration:
-    """The model with the golden weights. In bfloat16 the routers stay in float32, as `from_pretrained` leaves them."""
+    """The model with the golden weights. In bfloat16 the routers stay in float32, as
+    `from_pretrained` leaves them.
+    """
     model = Ernie4_5_VLMoeForConditionalGeneration(hf_config(config)).eval()
-    for name, parameter in model.named_parameters():  # parameters only: `model.to` would round the rope frequencies too
+    # parameters only: `model.to` would round the rope frequencies too
+    for name, parameter in model.named_parameters():
         router = "moe.gate." in name
         parameter.data = parameter.data.to(torch.float32 if router and dtype == torch.bfloat16 else dtype)
     model.load_state_dict(_state_dict(config), strict=True)
@@ -141,7 +151,9 @@ def build(config: ModelConfig, dtype: torch.dtype) -> Ernie4_5_VLMoeForCondition
 
 
 def hf_inputs(row: Row, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the transformers model for one row: videos get their own id, tensor and type."""
+    """Keyword arguments of the transformers model for one row: videos get their own id, tensor and
+    type.
+    """
     ids = torch.tensor(row.input_ids_L)[None].clone()
     types = torch.zeros_like(ids)
     routing = torch.isin(ids, torch.tensor(config.tokens.markers())).long()

@@ -1,7 +1,10 @@
-"""Write the golden values of the tests: `python tests/golden/make_goldens.py [tiny-b] [tiny-c] [units]`, all three without arguments.
+"""Write the golden values of the tests: `python tests/golden/make_goldens.py [tiny-b] [tiny-c]
+[units]`, all three without arguments.
 
-Needs torch and transformers at the versions of README.md, and this package on the path; the tests that read the files need neither.
-Legend: T tokens of a case, L tokens of a row, H hidden, V vocabulary, E experts, N visual features, P patches.
+Needs torch and transformers at the versions of README.md, and this package on the path; the tests
+that read the files need neither.
+Legend: T tokens of a case, L tokens of a row, H hidden, V vocabulary, E experts, N visual features,
+P patches.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from ernie_tune.models.specs import parameter_specs
 Arrays = dict[str, np.ndarray]
 Model = modeling.Ernie4_5_VLMoeForConditionalGeneration
 
-# A case is rows, a row is items: a number of text tokens, or the grid (frames, patch rows, patch columns) of an image or a video.
-# No video has more frame pairs than rows or columns: there transformers counts positions differently (see `t_dominant`).
+# A case is rows, a row is items: a number of text tokens, or the grid (frames, patch rows, patch
+# columns) of an image or a video.
+# No video has more frame pairs than rows or columns: there transformers counts positions
+# differently (see `t_dominant`).
 IMAGE, TALL, SMALL, VIDEO, WIDE_VIDEO = (1, 4, 6), (1, 6, 4), (1, 4, 4), (4, 4, 4), (4, 4, 6)
 CASES: dict[str, list[list[int | tuple[int, int, int]]]] = {
     "text": [[12]],
@@ -59,7 +64,9 @@ def row_ids(name: str, items: list[int | tuple[int, int, int]], tokens: TokenIds
 
 
 def case_inputs(case: str, tokens: TokenIds) -> Arrays:
-    """The rows of a case end to end; `labels` are aligned with the ids, `targets` are one step ahead within their row."""
+    """The rows of a case end to end; `labels` are aligned with the ids, `targets` are one step
+    ahead within their row.
+    """
     rows = [row_ids(f"{case} {i}", items, tokens) for i, items in enumerate(CASES[case])]
     labels = [np.where(np.isin(row, tokens.placeholders()), IGNORED, row) for row in rows]
     grids = [(i, grid) for i, items in enumerate(CASES[case]) for grid in items if not isinstance(grid, int)]
@@ -74,7 +81,9 @@ def case_inputs(case: str, tokens: TokenIds) -> Arrays:
 
 
 class Recorder:
-    """Hooks that keep what a forward computes on its way: positions, features, hidden states, router logits."""
+    """Hooks that keep what a forward computes on its way: positions, features, hidden states,
+    router logits.
+    """
 
     def __init__(self, model: Model) -> None:
         self.seen: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -110,7 +119,9 @@ def features_in_order(row: Row, seen: list[torch.Tensor]) -> list[np.ndarray]:
 
 
 def router_margin(logits: torch.Tensor, routing: torch.Tensor, block: torch.nn.Module) -> float:
-    """The least distance between the last chosen and the first rejected expert over all tokens, with the bias (routing) and without (aux loss)."""
+    """The least distance between the last chosen and the first rejected expert over all tokens,
+    with the bias (routing) and without (aux loss).
+    """
     bias = torch.cat([moe.gate.moe_statics.e_score_correction_bias for moe in (block.text_moe, block.vision_moe)])
     scores = logits.softmax(-1)
     best = torch.cat([scores + bias[routing], scores]).topk(block.text_moe.gate.top_k + 1).values
@@ -118,7 +129,9 @@ def router_margin(logits: torch.Tensor, routing: torch.Tensor, block: torch.nn.M
 
 
 def run_case(model: Model, config: ModelConfig, case: str) -> Arrays:
-    """One forward and backward of a case, row by row as transformers has no packing: the loss is the mean over the targets of all rows."""
+    """One forward and backward of a case, row by row as transformers has no packing: the loss is
+    the mean over the targets of all rows.
+    """
     arrays = case_inputs(case, config.tokens)
     rows = case_rows({f"{case}/{key}": value for key, value in arrays.items()}, case)
     labels = np.split(arrays["labels"], arrays["offsets"][1:-1])
@@ -171,7 +184,9 @@ def trainable_names(config: ModelConfig) -> list[str]:
 
 
 def gradients(model: Model, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """`summary` and 32 samples of the gradient of every trainable parameter in its canonical layout; zero where none flows."""
+    """`summary` and 32 samples of the gradient of every trainable parameter in its canonical
+    layout; zero where none flows.
+    """
     parameters, specs = dict(model.named_parameters()), parameter_specs(config)
     summaries, samples = [], []
     for name in trainable_names(config):
@@ -185,7 +200,9 @@ def gradients(model: Model, config: ModelConfig) -> tuple[np.ndarray, np.ndarray
 
 
 def check_padding(model: Model, config: ModelConfig) -> None:
-    """transformers' own left- and right-padded batches give the logits of the single rows: what packing has to match."""
+    """transformers' own left- and right-padded batches give the logits of the single rows: what
+    packing has to match.
+    """
     arrays = {f"packed/{key}": value for key, value in case_inputs("packed", config.tokens).items()}
     rows = [hf_inputs(row, config, torch.float64) for row in case_rows(arrays, "packed")]
     longest = max(row["input_ids"].shape[1] for row in rows)
@@ -213,7 +230,9 @@ def check_padding(model: Model, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def generate(model: Model, config: ModelConfig, case: str) -> Arrays:
-    """Greedy continuation of a case with the cache, and how far the best token is ahead of the second at each step."""
+    """Greedy continuation of a case with the cache, and how far the best token is ahead of the
+    second at each step.
+    """
     row = case_rows({f"{case}/{key}": value for key, value in case_inputs(case, config.tokens).items()}, case)[0]
     inputs = hf_inputs(row, config, torch.float64)
     out = model.generate(
@@ -253,7 +272,9 @@ def model_goldens(name: str) -> Arrays:
 
 
 def rms_norm() -> Arrays:
-    """bfloat16 bits (uint16) through transformers' RMSNorm: the order of cast and multiplication shows in the last bit."""
+    """bfloat16 bits (uint16) through transformers' RMSNorm: the order of cast and multiplication
+    shows in the last bit.
+    """
     x = (3 * torch.tensor(normal("rms_norm input", (8, 160)))).bfloat16()
     norm = modeling.Ernie4_5_VLMoeRMSNorm(160, eps=1e-5)
     norm.weight.data = torch.tensor(1 + 0.2 * normal("rms_norm weight", (160,))).bfloat16()
@@ -262,7 +283,9 @@ def rms_norm() -> Arrays:
 
 
 def text_rope() -> Arrays:
-    """cos and sin of the 28B model's decoder, [n, 128]: each angle stands twice, for the two members of its adjacent pair."""
+    """cos and sin of the 28B model's decoder, [n, 128]: each angle stands twice, for the two
+    members of its adjacent pair.
+    """
     positions_n3 = np.array([[0, 0, 0], [7, 3, 5], [9, 9, 9], [63, 40, 21], [300, 128, 77]])
     rope = modeling.Ernie4_5_VLMoeTextRotaryEmbedding(hf_config(preset("ernie-4.5-vl-28b-a3b")).text_config)
     cos, sin = rope(torch.zeros(1), torch.tensor(positions_n3.T[:, None]))
@@ -270,7 +293,9 @@ def text_rope() -> Arrays:
 
 
 def vision_tower(model: Model) -> Arrays:
-    """The tiny-b tower on two images of different size, after every step, and its rope [P, head width]: row and column angles, then both again."""
+    """The tiny-b tower on two images of different size, after every step, and its rope [P, head
+    width]: row and column angles, then both again.
+    """
     grid_n3 = np.array([[1, 4, 6], [1, 6, 8]])
     tower, steps = model.model.vision_tower, []
     modules = [tower.patch_embed, *tower.blocks, tower.ln]
@@ -287,7 +312,9 @@ def vision_tower(model: Model) -> Arrays:
 
 
 def t_dominant(model: Model, config: ModelConfig) -> Arrays:
-    """Positions of a video with more frame pairs than rows and columns, by transformers' rule (architecture.md 11.1)."""
+    """Positions of a video with more frame pairs than rows and columns, by transformers' rule
+    (architecture.md 11.1).
+    """
     row = Row(
         row_ids("t_dominant", [3, (12, 4, 4), 3], config.tokens),
         np.zeros((192, 588), np.float32),
@@ -305,7 +332,9 @@ def t_dominant(model: Model, config: ModelConfig) -> Arrays:
 
 
 def images() -> Arrays:
-    """transformers' Pillow image processor on `golden_image`s, and its smart_resize: rows of height, width, min and max pixels, the two results."""
+    """transformers' Pillow image processor on `golden_image`s, and its smart_resize: rows of
+    height, width, min and max pixels, the two results.
+    """
     arrays: Arrays = {}
     for height, width, max_pixels in (
         (60, 83, 28 * 28 * 6177),

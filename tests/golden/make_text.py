@@ -1,6 +1,8 @@
-"""Write `text_dense/` and `text_moe/`: two text-only siblings as transformers saves them, with their logits. `python tests/golden/make_text.py`
+"""Write `text_dense/` and `text_moe/`: two text-only siblings as transformers saves them, with
+their logits. `python tests/golden/make_text.py`
 
-Needs torch and transformers at the versions of README.md. Random weights; every bias and norm away from its initial value.
+Needs torch and transformers at the versions of README.md. Random weights; every bias and norm away
+from its initial value.
 """
 
 from __future__ import annotations

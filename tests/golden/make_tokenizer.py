@@ -1,8 +1,10 @@
-"""Train the tokenizers shipped in `ernie_tune/data/assets` from the text in `tests/golden/tokenizer_text`, reproducibly.
+"""Train the tokenizers shipped in `ernie_tune/data/assets` from the text in
+`tests/golden/tokenizer_text`, reproducibly.
 
     python tests/golden/make_tokenizer.py ernie_tune/data/assets
 
-Every word of that text was written for this project. sentencepiece 0.2.3 gives the shipped bytes; other versions break ties otherwise.
+Every word of that text was written for this project. sentencepiece 0.2.3 gives the shipped bytes;
+other versions break ties otherwise.
 Refuses to know: the network, random numbers, the models the tokenizers serve.
 `ernie_tune/data/vocabulary.py` makes them of that text.
 """
@@ -16,16 +18,21 @@ from pathlib import Path
 from ernie_tune.data.vocabulary import tokenizer_files, train_pieces, with_special_tokens
 
 TEXT = Path(__file__).parent / "tokenizer_text"
-JOINT = "\u241f"  # stands between Chinese words in training, so that no piece spans two words; never part of a piece
-FRAME_WORDS = ("User:", "Assistant:", "Picture", "Video")  # of every prompt, without a space before them
+# stands between Chinese words in training, so that no piece spans two words; never part of a piece
+JOINT = "\u241f"
+# of every prompt, without a space before them
+FRAME_WORDS = ("User:", "Assistant:", "Picture", "Video")
 FRAME_WEIGHT = 40
 WORD_WEIGHT = 4  # a listed word counts as often as a word that appears in four sentences
 
-PIECES = {"small": 8000, "tiny": 600}  # before the special tokens, which `vocabulary.py` puts behind them
+# before the special tokens, which `vocabulary.py` puts behind them
+PIECES = {"small": 8000, "tiny": 600}
 
 
 def required_characters(name: str) -> str:
-    """Characters that get a piece of their own: printable ASCII; for "small" also CJK punctuation and the 3755 hanzi of GB 2312 level 1."""
+    """Characters that get a piece of their own: printable ASCII; for "small" also CJK punctuation
+    and the 3755 hanzi of GB 2312 level 1.
+    """
     ascii_chars = "".join(chr(c) for c in range(0x21, 0x7F))
     if name == "tiny":
         return ascii_chars
@@ -36,7 +43,9 @@ def required_characters(name: str) -> str:
 
 
 def corpus(name: str) -> Iterator[str]:
-    """Training lines: the sentences, the listed words repeated (with a capital once), every required character. "tiny" learns English only."""
+    """Training lines: the sentences, the listed words repeated (with a capital once), every
+    required character. "tiny" learns English only.
+    """
     for line in (TEXT / "sentences.txt").read_text(encoding="utf-8").splitlines():
         if name == "small" or line.isascii():
             yield line

@@ -1,10 +1,12 @@
-"""Losses, gradients and metrics of TRL's own trainers on drawn log-probabilities: what tests/objectives/test_trl_parity.py compares with.
+"""Losses, gradients and metrics of TRL's own trainers on drawn log-probabilities: what
+tests/objectives/test_trl_parity.py compares with.
 
     pip install torch==2.13.0 transformers==5.23.0 peft trl==1.16.0
     python tests/golden/make_trl_preference.py          # seconds; the same numbers each time
 
-TRL's methods run as they are; only the model (which would give log-probabilities) and the accelerator are stand-ins. The tables below are the cases; the
-test reads them from here and needs neither torch nor TRL.
+TRL's methods run as they are; only the model (which would give log-probabilities) and the
+accelerator are stand-ins. The tables below are the cases; the test reads them from here and needs
+neither torch nor TRL.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import numpy as np
 FILE = Path(__file__).with_name("trl_preference.npz")
 PAIRS, LONGEST = 6, 9
 
-# case -> what TRL's DPO trainer is given; loss_types and loss_weights of more than one entry are sums.
+# case -> what TRL's DPO trainer is given; loss_types and loss_weights of more than one entry are
+# sums.
 DPO_CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_types": ["sigmoid"]},
     "sigmoid_beta": {"loss_types": ["sigmoid"], "beta": 0.7},
@@ -43,7 +46,8 @@ DPO_CASES: dict[str, dict[str, Any]] = {
     "js": {"loss_types": ["sigmoid"], "f_divergence_type": "js_divergence"},
     "js_ipo": {"loss_types": ["ipo"], "f_divergence_type": "js_divergence"},
     "wpo": {"loss_types": ["sigmoid"], "use_weighting": True},
-    "wpo_ld_ipo": {"loss_types": ["ipo"], "use_weighting": True, "ld_alpha": 0.5},  # TRL's hinge fails when weighted
+    # TRL's hinge fails when weighted
+    "wpo_ld_ipo": {"loss_types": ["ipo"], "use_weighting": True, "ld_alpha": 0.5},
 }
 ALPHA_CASES = {"alpha_half": 0.5, "alpha_two": 2.0, "alpha_one": 1.0}  # TRL has no float64 here
 CPO_CASES = {
@@ -66,7 +70,9 @@ METRICS = (
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """Token log-probabilities of 2P answers (all chosen, then all rejected), 0 beyond their lengths."""
+    """Token log-probabilities of 2P answers (all chosen, then all rejected), 0 beyond their
+    lengths.
+    """
     generator = np.random.default_rng(20)
     length_C = generator.integers(1, LONGEST + 1, 2 * PAIRS)
     length_C[:3] = [1, LONGEST, 4]

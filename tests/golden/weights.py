@@ -1,7 +1,10 @@
-"""Numbers both sides of the golden tests agree on: weights, pixels, images and probe vectors, from a hash of their name. numpy only.
+"""Numbers both sides of the golden tests agree on: weights, pixels, images and probe vectors, from
+a hash of their name. numpy only.
 
-Values are sums of integers times one constant, so every machine and numpy version makes the same bits. Refuses to know: torch, paddle, transformers.
-Legend: T tokens of a case, P patches, C values per patch, n images and videos, H/W image rows and columns.
+Values are sums of integers times one constant, so every machine and numpy version makes the same
+bits. Refuses to know: torch, paddle, transformers.
+Legend: T tokens of a case, P patches, C values per patch, n images and videos, H/W image rows and
+columns.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from ernie_tune.models.presets import preset
 from ernie_tune.models.specs import parameter_specs
 
 _DRAW = (
-    37  # of sixty, the draw whose closest choice of an expert is the clearest: float32 rounding must not change a route
+    # of sixty, the draw whose closest choice of an expert is the clearest: float32 rounding must
+    # not change a route
+    37
 )
 # The stored rows were made with the ids of the first shipped tokenizers (`tokenizer_old`).
 GOLDEN_TOKENS = TokenIds(0, 1, 2, image=602, image_start=600, image_end=601, video=602, video_start=603, video_end=604)
@@ -48,13 +53,16 @@ def normal(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a parameter: far from the initial values, so that no term of the model hides."""
+    """Mean and standard deviation of a parameter: far from the initial values, so that no term of
+    the model hides.
+    """
     if name.endswith("e_score_correction_bias"):
         return 0.0, 0.05  # enough to change which experts are chosen
     if len(shape) == 1:
         return (1.0, 0.2) if name.endswith(".weight") else (0.0, 0.1)
     if ".mlp.gate.weight" in name:
-        return 0.0, 1.5 / math.sqrt(shape[0])  # logits of about 1.5: no expert dominates, so every chosen one counts
+        # logits of about 1.5: no expert dominates, so every chosen one counts
+        return 0.0, 1.5 / math.sqrt(shape[0])
     if name == "embed_tokens.weight":
         return 0.0, 0.1
     return 0.0, 0.5 / math.sqrt(shape[-2])
@@ -75,23 +83,31 @@ def golden_pixels(case: str, num_patches: int) -> np.ndarray:
 
 
 def golden_image(height: int, width: int) -> np.ndarray:
-    """A uint8 picture [H, W, 3]: three slopes, a product term that bends them, wrapping at 256 for sharp edges."""
+    """A uint8 picture [H, W, 3]: three slopes, a product term that bends them, wrapping at 256 for
+    sharp edges.
+    """
     row, column, channel = np.ogrid[:height, :width, :3]
     return ((3 * row + 5 * column + 80 * channel + row * column // 7) % 256).astype(np.uint8)
 
 
 def sample_indices(name: str, size: int, count: int = 32) -> np.ndarray:
-    """`count` flat indices into a tensor of `size` values, spread by the hash of its name; repeats are possible."""
+    """`count` flat indices into a tensor of `size` values, spread by the hash of its name; repeats
+    are possible.
+    """
     return (hashed(f"samples of {name}", count) % np.uint64(size)).astype(np.int64)
 
 
 def probe(name: str, size: int) -> np.ndarray:
-    """A random direction [size], float64: its dot product with a flattened tensor moves with every entry and with their order."""
+    """A random direction [size], float64: its dot product with a flattened tensor moves with every
+    entry and with their order.
+    """
     return normal(f"probe of {name}", (size,))
 
 
 def summary(name: str, values: np.ndarray) -> np.ndarray:
-    """Four numbers that pin a tensor down, float64: L2 norm, sum, largest absolute value, product with its probe."""
+    """Four numbers that pin a tensor down, float64: L2 norm, sum, largest absolute value, product
+    with its probe.
+    """
     flat = np.asarray(values, np.float64).ravel()
     return np.array([np.sqrt(flat @ flat), flat.sum(), np.abs(flat).max(), flat @ probe(name, flat.size)])
 

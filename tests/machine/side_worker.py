@@ -1,4 +1,6 @@
-"""Two models trained step about in one run, on this process or as a rank: `side_worker.py FOLDER DEGREE=N …`, started by the launcher."""
+"""Two models trained step about in one run, on this process or as a rank:
+`side_worker.py FOLDER DEGREE=N …`, started by the launcher.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def windows(name: str) -> list[list[MicroBatch]]:
 
 
 def run(folder: Path, names: Sequence[str], **degrees: Any) -> dict[str, list[list[float]]]:
-    """name -> (loss, gradient norm) of each step, the models taking turns; their weights are saved in `folder`."""
+    """name -> (loss, gradient norm) of each step, the models taking turns; their weights are saved
+    in `folder`.
+    """
     place = Place(build({"output_dir": str(folder), **degrees}).parallel, 2)
     placed, loops = {}, {}
     for name in names:

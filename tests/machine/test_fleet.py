@@ -1,4 +1,6 @@
-"""machine/fleet.py on a mesh of one process: the same steps as the plain engine, and settings that are refused. Meshes of many: tests/parallel."""
+"""machine/fleet.py on a mesh of one process: the same steps as the plain engine, and settings that
+are refused. Meshes of many: tests/parallel.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def trained(mesh: Mesh | None) -> tuple[list[Any], dict[str, np.ndarray]]:
 
 
 def test_a_mesh_of_one_process_changes_no_bit() -> None:
-    """The optimizer takes a plain list there, with rates and decay noted on the parameters: the same steps."""
+    """The optimizer takes a plain list there, with rates and decay noted on the parameters: the
+    same steps.
+    """
     (records, values), (others, changed) = trained(None), trained(Mesh())
     assert records == others
     for name, value in values.items():

@@ -1,4 +1,6 @@
-"""Several models in one run: each is trained as if it were alone, on one process and spread over ranks; one that is only asked has no engine."""
+"""Several models in one run: each is trained as if it were alone, on one process and spread over
+ranks; one that is only asked has no engine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""config.json in every dialect: the published key tables (architecture.md 1.1), a transformers-written file, round trips, and each refusal."""
+"""config.json in every dialect: the published key tables (architecture.md 1.1), a
+transformers-written file, round trips, and each refusal.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The whole model against transformers' float64 numbers (tests/golden): features, hidden states, logits, loss, and the gradient of every tensor."""
+"""The whole model against transformers' float64 numbers (tests/golden): features, hidden states,
+logits, loss, and the gradient of every tensor.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def test_loss_and_gradient_of_every_tensor(golden_model, golden, name: str, case
             err_msg=key,
         )
         assert np.linalg.norm(flat) == pytest.approx(norm, rel=1e-4, abs=1e-8), key
-        # A sum of n rounding errors of relative size 1e-4 stays below 1e-4 * norm * |probe| ~ 1e-4 * norm * sqrt(n).
+        # A sum of n rounding errors of relative size 1e-4 stays below 1e-4 * norm * |probe| ~ 1e-4
+        # * norm * sqrt(n).
         bound = 1e-4 * norm * np.sqrt(flat.size) + 1e-8
         assert abs(flat.sum() - total) < bound, key
         assert abs(flat @ probe(key, flat.size) - projection) < bound, key
@@ -113,7 +116,9 @@ def test_packed_rows_equal_rows_one_by_one(golden_model, golden) -> None:
 
 
 def test_recompute_changes_nothing(golden_model, golden) -> None:
-    """A recompute hook reruns each layer in its backward; same loss, same gradients, router usage counted once."""
+    """A recompute hook reruns each layer in its backward; same loss, same gradients, router usage
+    counted once.
+    """
     from paddle.distributed.fleet.utils import recompute
 
     model, data = golden_model("tiny-b"), golden("tiny_b")
@@ -135,7 +140,9 @@ def test_recompute_changes_nothing(golden_model, golden) -> None:
 
 
 def test_tiny_a_from_an_independent_numpy_implementation(golden) -> None:
-    """Weights saved by transformers, numbers from NumPy in float64: logits and features to 1e-5, positions equal, cross entropy to 1e-6."""
+    """Weights saved by transformers, numbers from NumPy in float64: logits and features to 1e-5,
+    positions equal, cross entropy to 1e-6.
+    """
     import json
 
     from conftest import GOLDEN
@@ -168,7 +175,9 @@ def test_tiny_a_from_an_independent_numpy_implementation(golden) -> None:
 
 @pytest.mark.parametrize("name", ["text_dense", "text_moe"])
 def test_text_only_siblings(name: str) -> None:
-    """Folders that transformers wrote: explicit head_dim wider than hidden/heads in the dense one, [E, H] routers on disk in the other."""
+    """Folders that transformers wrote: explicit head_dim wider than hidden/heads in the dense one,
+    [E, H] routers on disk in the other.
+    """
     from conftest import GOLDEN
 
     from ernie_tune.checkpoint.auto import AutoModel

@@ -16,13 +16,16 @@ from ernie_tune.models.vision import frame_pairs
 def test_text_rope_of_28b(golden) -> None:
     units = golden("units")
     angles = text_angles(units["text_rope/positions"], 128, 20, 5e5)
-    # transformers computes pos * theta in float32: at position 300 one ulp of the angle is 3e-5 (architecture.md 2.2).
+    # transformers computes pos * theta in float32: at position 300 one ulp of the angle is 3e-5
+    # (architecture.md 2.2).
     np.testing.assert_allclose(np.repeat(np.cos(angles), 2, 1), units["text_rope/cos"], atol=4e-5)
     np.testing.assert_allclose(np.repeat(np.sin(angles), 2, 1), units["text_rope/sin"], atol=4e-5)
 
 
 def test_text_rope_golden_values() -> None:
-    """(t, h, w) = (7, 3, 5): even low frequencies take h, odd ones w, the last twenty t (architecture.md 2.2)."""
+    """(t, h, w) = (7, 3, 5): even low frequencies take h, odd ones w, the last twenty t
+    (architecture.md 2.2).
+    """
     cos = np.cos(text_angles(np.array([[7, 3, 5]]), 128, 20, 5e5))[0]
     want = {0: -0.9899925, 1: -0.5966361, 2: -0.4077672, 43: 0.9999997, 44: 0.9999996}
     assert {i: cos[i] for i in want} == pytest.approx(want, abs=1e-6)
@@ -90,7 +93,9 @@ def test_frames_do_not_see_each_other(golden_model) -> None:
 
 
 def test_resampler_pairs_frames(golden_model) -> None:
-    """Swapping the two frames of a pair changes the features; swapping whole pairs permutes them (architecture.md 5)."""
+    """Swapping the two frames of a pair changes the features; swapping whole pairs permutes them
+    (architecture.md 5).
+    """
     model = golden_model("tiny-b")
     x = normal("merged", (4, 24, 80)).astype("float32")
     grid = np.array([[4, 4, 6]])
@@ -127,7 +132,9 @@ def test_swiglu_values_and_gradients() -> None:
 def test_attention_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...], keep_bytes: int, causal: bool
 ) -> None:
-    """Against one dense product with a block-diagonal mask, through Paddle's own autograd, in float64; blocks of 128 are crossed by 150 tokens."""
+    """Against one dense product with a block-diagonal mask, through Paddle's own autograd, in
+    float64; blocks of 128 are crossed by 150 tokens.
+    """
     monkeypatch.setattr("ernie_tune.models.attention.KEEP_PROBS_BYTES", keep_bytes)
     tokens = offsets[-1]
     q, k, v, g = (
@@ -156,7 +163,9 @@ def test_attention_values_and_gradients(
 
 
 def test_attention_costs_its_segments() -> None:
-    """Work is counted, not timed: score elements of 64 segments of 16 tokens against one of 1024."""
+    """Work is counted, not timed: score elements of 64 segments of 16 tokens against one of
+    1024.
+    """
 
     def scores(offsets: tuple[int, ...]) -> int:
         plan = AttentionPlan(offsets, causal=True)

@@ -1,4 +1,6 @@
-"""Paddle's math library, called directly: values against NumPy, far scores, and the same model without it."""
+"""Paddle's math library, called directly: values against NumPy, far scores, and the same model
+without it.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def test_products_refuse_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("library", [True, False])
 def test_attention_with_far_scores_picks_one_key(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
-    """Scores of hundreds: each query takes the value of its best key, and a later key that is better still counts for nothing."""
+    """Scores of hundreds: each query takes the value of its best key, and a later key that is
+    better still counts for nothing.
+    """
     if not library:
         monkeypatch.setattr(mkl, "_library", lambda: None)
     q = paddle.full([3, 1, 4], 200.0)

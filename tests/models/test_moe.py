@@ -1,4 +1,6 @@
-"""Routing, modality isolation, router losses and the bias rule against worked examples (architecture.md 3, methods.md 11.8)."""
+"""Routing, modality isolation, router losses and the bias rule against worked examples
+(architecture.md 3, methods.md 11.8).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def logits_as_input(values: list[float]) -> tuple[paddle.Tensor, paddle.Tensor]:
 
 
 def test_router_toy() -> None:
-    """The most probable expert loses to the bias; weights are the plain probabilities of the chosen, renormalised (architecture.md 3.3)."""
+    """The most probable expert loses to the bias; weights are the plain probabilities of the
+    chosen, renormalised (architecture.md 3.3).
+    """
     x, w = logits_as_input([2.0, 1.0, 0.0, -1.0])
     r = route(x, w, paddle.to_tensor([-0.5, 0.0, 0.2, 0.1]), 2)
     assert r.chosen_Tk.tolist() == [[2, 1]]
@@ -28,7 +32,9 @@ def test_router_toy() -> None:
 
 
 def test_weights_are_clamped_not_shifted() -> None:
-    """max(sum, norm_min): with a huge norm_min the weights are p / norm_min, with a tiny one they sum to one."""
+    """max(sum, norm_min): with a huge norm_min the weights are p / norm_min, with a tiny one they
+    sum to one.
+    """
     x, w = logits_as_input([2.0, 1.0, 0.0, -1.0])
     p = np.exp([2.0, 1.0, 0.0, -1.0]) / np.exp([2.0, 1.0, 0.0, -1.0]).sum()
     np.testing.assert_allclose(
@@ -38,7 +44,9 @@ def test_weights_are_clamped_not_shifted() -> None:
 
 
 def test_zero_probabilities_give_zero_weights() -> None:
-    """A bias that forces experts of no probability: the clamp keeps 0/0 from becoming NaN. Paddle's CPU softmax stops at exp(-64) = 1.6e-28."""
+    """A bias that forces experts of no probability: the clamp keeps 0/0 from becoming NaN. Paddle's
+    CPU softmax stops at exp(-64) = 1.6e-28.
+    """
     x, w = logits_as_input([200.0, -200.0, -200.0])
     r = route(x, w, paddle.to_tensor([-5.0, 0.0, 0.0]), 2)
     assert sorted(r.chosen_Tk.tolist()[0]) == [1, 2]
@@ -46,7 +54,9 @@ def test_zero_probabilities_give_zero_weights() -> None:
 
 
 def test_grouped_matmul_values_and_gradients() -> None:
-    """Against a plain product per expert; expert 1 is empty and gets a zero gradient, a frozen weight none."""
+    """Against a plain product per expert; expert 1 is empty and gets a zero gradient, a frozen
+    weight none.
+    """
     counts = (3, 0, 4)
     x, w, g = (
         paddle.to_tensor(normal(n, s), stop_gradient=n == "g")
@@ -69,7 +79,9 @@ def test_grouped_matmul_values_and_gradients() -> None:
 
 
 def test_modalities_are_isolated(golden_model) -> None:
-    """Changing vision experts leaves text tokens of that layer untouched, and the other way round; text-only logits do not move at all."""
+    """Changing vision experts leaves text tokens of that layer untouched, and the other way round;
+    text-only logits do not move at all.
+    """
     layer = golden_model("tiny-b").layers[1].mlp
     x = paddle.to_tensor(normal("hidden", (10, 160)).astype("float32"))
     text, vision = (paddle.to_tensor(i) for i in ([0, 1, 2, 8, 9], [3, 4, 5, 6, 7]))
@@ -111,7 +123,9 @@ def test_shared_expert_is_added_once_to_everyone(golden_model) -> None:
 
 
 def test_nothing_is_dropped_when_one_expert_takes_all() -> None:
-    """A bias that sends every token to the same experts: a capacity of N/2 per expert would drop half of them (architecture.md 3.4)."""
+    """A bias that sends every token to the same experts: a capacity of N/2 per expert would drop
+    half of them (architecture.md 3.4).
+    """
     layer = MoELayer(preset("tiny-c"), 3)
     for p in layer.parameters():
         p.set_value(paddle.to_tensor(normal(p.name, p.shape).astype("float32") * 0.1))
@@ -127,7 +141,9 @@ def test_nothing_is_dropped_when_one_expert_takes_all() -> None:
 
 
 def test_balance_loss() -> None:
-    """Perfect balance gives top_k; everything on one expert of four with p = (.7,.1,.1,.1) gives 4 * .7; the count carries no gradient."""
+    """Perfect balance gives top_k; everything on one expert of four with p = (.7,.1,.1,.1) gives 4
+    * .7; the count carries no gradient.
+    """
     assert balance_loss(paddle.full([8, 4], 0.25), 4).item() == pytest.approx(4.0)
     p = paddle.to_tensor([[0.7, 0.1, 0.1, 0.1]] * 5, stop_gradient=False)
     loss = balance_loss(p, 1)
@@ -137,15 +153,19 @@ def test_balance_loss() -> None:
 
 
 def test_z_and_orthogonal_loss() -> None:
-    """z: mean(logsumexp^2) of zero logits over E = 4 is ln(4)^2. Orthogonal: two equal columns of three give off-diagonal ones: 2 / 9."""
+    """z: mean(logsumexp^2) of zero logits over E = 4 is ln(4)^2. Orthogonal: two equal columns of
+    three give off-diagonal ones: 2 / 9.
+    """
     assert z_loss(paddle.zeros([5, 4])).item() == pytest.approx(np.log(4) ** 2, rel=1e-6)
     w = paddle.to_tensor([[3.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
     assert orthogonal_loss(w).item() == pytest.approx(2 / 9, abs=1e-6)
 
 
 def test_values_of_the_specification() -> None:
-    """methods.md 11.8 gives the values to ten places, and not the inputs. Of all fours of tokens with three logits each, halves from -2 to 4, one alone has
-    this z, and in this order it has this balance as well; rows that make orthogonal's 2/9 are above. Gradients by their closed forms."""
+    """methods.md 11.8 gives the values to ten places, and not the inputs. Of all fours of tokens
+    with three logits each, halves from -2 to 4, one alone has this z, and in this order it has this
+    balance as well; rows that make orthogonal's 2/9 are above. Gradients by their closed forms.
+    """
     logits_TE = np.array([[2.0, 1.0, 0.0], [2.5, 0.0, 0.0], [1.0, 1.5, 1.0], [0.0, 1.0, 3.0]])
     x = paddle.to_tensor(logits_TE, dtype="float64", stop_gradient=False)
     z = z_loss(x)
@@ -172,7 +192,9 @@ def test_weights_per_modality() -> None:
 
 
 def test_shares_of_a_pack_add_up_to_its_loss() -> None:
-    """Tokens dealt out unevenly over two ranks: losses and gradients add up to those of the pack."""
+    """Tokens dealt out unevenly over two ranks: losses and gradients add up to those of the
+    pack.
+    """
     logits = paddle.to_tensor(normal("logits", (13, 6)), stop_gradient=False)
     weight = paddle.to_tensor(normal("router", (9, 6)), stop_gradient=False)
     weights = RouterLossWeights(balance=0.7, orthogonal=0.3, z=0.2)
@@ -184,12 +206,15 @@ def test_shares_of_a_pack_add_up_to_its_loss() -> None:
     assert sum(shares).item() == pytest.approx(loss.item(), rel=1e-12)
     for got, want in zip(paddle.grad(sum(shares), [logits, weight]), wanted, strict=True):
         np.testing.assert_allclose(got.numpy(), want, atol=1e-14)
-    alone = sum(router_loss(part, weight, 2, weights, 0) for part in parts)  # what ranks that do not ask each other get
+    # what ranks that do not ask each other get
+    alone = sum(router_loss(part, weight, 2, weights, 0) for part in parts)
     assert abs(alone.item() - loss.item()) > 1e-2
 
 
 def test_router_losses_enter_the_gradient_and_only_the_gradient(golden_model, golden) -> None:
-    """grad(with tap) - grad(without) equals the gradient of the losses computed outside from the kept logits, times the scale."""
+    """grad(with tap) - grad(without) equals the gradient of the losses computed outside from the
+    kept logits, times the scale.
+    """
     model, data = golden_model("tiny-b", "float64"), golden("tiny_b")
     packed = pack(case_rows(data, "image"), model.config.tokens)
     weights = RouterLossWeights(balance=(1.0, 3.0), orthogonal=0.5, z=0.1)
@@ -238,7 +263,9 @@ def test_a_frozen_router_adds_no_loss(golden_model, golden) -> None:
 
 
 def test_bias_update_rule() -> None:
-    """b += c * sign(mean usage - usage) per modality, usage zeroed, the row of a frozen router untouched (architecture.md 3.6)."""
+    """b += c * sign(mean usage - usage) per modality, usage zeroed, the row of a frozen router
+    untouched (architecture.md 3.6).
+    """
     layer = MoELayer(preset("tiny-a"), 1)
     usage = np.zeros((2, 8), np.int64)
     usage[0], usage[1] = [9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 8]

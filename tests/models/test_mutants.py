@@ -1,4 +1,6 @@
-"""Classic mistakes, made on purpose: each must move the logits, or the golden tests would not notice it (architecture.md 11)."""
+"""Classic mistakes, made on purpose: each must move the logits, or the golden tests would not
+notice it (architecture.md 11).
+"""
 
 from __future__ import annotations
 

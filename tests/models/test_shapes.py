@@ -1,4 +1,6 @@
-"""Presets, parameter counts and config checks against the published numbers (architecture.md 1.3, 1.4, 12), without allocating a weight."""
+"""Presets, parameter counts and config checks against the published numbers (architecture.md 1.3,
+1.4, 12), without allocating a weight.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_presets_by_any_spelling() -> None:
 
 
 def test_init_draws_by_name() -> None:
-    """std sqrt(0.3333/H) for matrices, ones and zeros elsewhere, and no value depends on another parameter."""
+    """std sqrt(0.3333/H) for matrices, ones and zeros elsewhere, and no value depends on another
+    parameter.
+    """
     from ernie_tune.models.init import initial_value
 
     config = preset("tiny-b")

@@ -1,4 +1,6 @@
-"""A prefix computed once for several continuations gives what whole rows give: states, losses, every gradient; and it costs what it should."""
+"""A prefix computed once for several continuations gives what whole rows give: states, losses,
+every gradient; and it costs what it should.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def ids(count: int, seed: int) -> np.ndarray:
 
 
 def family(prompt: int, answers: tuple[int, ...], seed: int, image: bool = True) -> tuple[list[Row], int]:
-    """Rows that share `prompt` text tokens, and with `image` a picture of four features before them."""
+    """Rows that share `prompt` text tokens, and with `image` a picture of four features before
+    them.
+    """
     rng = np.random.default_rng(seed)
     head = ids(prompt, seed)
     pixels = grid = None
@@ -39,7 +43,9 @@ def family(prompt: int, answers: tuple[int, ...], seed: int, image: bool = True)
 
 
 def compare(model: ErnieModel, families: list[tuple[list[Row], int]]) -> None:
-    """Loss and gradients of a random functional of all states of answers, from whole rows and from shared prefixes."""
+    """Loss and gradients of a random functional of all states of answers, from whole rows and from
+    shared prefixes.
+    """
     whole = pack([row for rows, _ in families for row in rows], TOKENS)
     shared, places = pack_families(families, TOKENS)
     at = [np.arange(a, b) for a, b in zip(whole.offsets, whole.offsets[1:], strict=False)]

@@ -1,4 +1,6 @@
-"""The vectors of methods.md 11 and what the preference tests do with them: losses as functions of numpy vectors, gradients both ways."""
+"""The vectors of methods.md 11 and what the preference tests do with them: losses as functions of
+numpy vectors, gradients both ways.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def value_and_grad(loss: Callable[[Tensor], LossOut], at: np.ndarray) -> tuple[f
 
 
 def finite_difference(loss: Callable[[Tensor], LossOut], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """Central differences of the mean loss; their own error is of the order of step squared, some 1e-10."""
+    """Central differences of the mean loss; their own error is of the order of step squared, some
+    1e-10.
+    """
     out = np.zeros_like(at)
     for i in range(at.size):
         moved = [at.copy(), at.copy()]

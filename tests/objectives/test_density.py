@@ -1,4 +1,6 @@
-"""objectives/density.py against scikit-learn 1.9.1 (LogisticRegression, class_weight="balanced", tol 1e-14), and what BCO's loss makes of a ratio."""
+"""objectives/density.py against scikit-learn 1.9.1 (LogisticRegression, class_weight="balanced",
+tol 1e-14), and what BCO's loss makes of a ratio.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ SKLEARN = {
         -0.59398032505,
         [2.03663937131, 2.856661630415, 0.5, 3.953287436507, 1.930261465468, 0.5],
     ),
-    # more features than rows: they can be told apart without a mistake, and only the penalty bounds the weights
+    # more features than rows: they can be told apart without a mistake, and only the penalty bounds
+    # the weights
     (7, 10, 1.0): (
         [
             *(0.204219727835, 0.29048609632, -0.159629474279, 0.305007352978, 0.219387699331),

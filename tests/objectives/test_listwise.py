@@ -1,4 +1,6 @@
-"""Rankings and ratings against methods.md 11.3: values, gradients, ties, units side by side, what leaves a loss unchanged."""
+"""Rankings and ratings against methods.md 11.3: values, gradients, ties, units side by side, what
+leaves a loss unchanged.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def test_a_constant_added_to_all_rewards_changes_nothing(name: str) -> None:
 def test_printed_gradients() -> None:
     luce, nca = (value_and_grad(ORACLE[name][1], REWARDS)[1] for name in ("plackett_luce", "infonca"))
     np.testing.assert_allclose(luce, [-0.6688746268, -0.3235860519, 0.1688124594, 0.8236482193], atol=6e-11)
-    # the specification prints .0236115836 for the third, and so a sum of -1e-8 instead of 0; softmax(r) - q by hand is this
+    # the specification prints .0236115836 for the third, and so a sum of -1e-8 instead of 0;
+    # softmax(r) - q by hand is this
     np.testing.assert_allclose(nca, [-0.2389758329, 0.0613740131, 0.0236115936, 0.1539902262], atol=6e-11)
     q, soft = (np.exp(x) / np.exp(x).sum() for x in (np.array([5.0, 4, 4, 1]), REWARDS))
     np.testing.assert_allclose(nca, soft - q, atol=1e-14)
@@ -131,7 +134,9 @@ def test_soft_bradley_terry_becomes_pairwise_and_ties_are_even() -> None:
 
 
 def test_plackett_luce_by_counting_orders() -> None:
-    """Over all orders of four answers the probabilities add up to 1; a two-answer tier adds up its two orders' stages, each without the other."""
+    """Over all orders of four answers the probabilities add up to 1; a two-answer tier adds up its
+    two orders' stages, each without the other.
+    """
     r = tensor(REWARDS)
     orders = [
         np.exp(-float(plackett_luce_loss(r, units(list(o)), scale="sum").total))
@@ -163,7 +168,9 @@ SEVERAL: dict[str, Callable[[Tensor, Units], LossOut]] = {
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_units_of_any_size_stand_side_by_side(name: str) -> None:
-    """Three units of 3, 2 and 1 answers, interleaved, with weights: the sum of each alone; the one alone is not counted."""
+    """Three units of 3, 2 and 1 answers, interleaved, with weights: the sum of each alone; the one
+    alone is not counted.
+    """
     loss = SEVERAL[name]
     r = np.random.default_rng(0).normal(size=7)
     whole = Units.of([6, 0, 3, 1, 2, 5], [0, 1, 0, 1, 0, 2], [1, 0, 0, 3, 2, 1], np.array([2.0, 0.5, 4.0]))

@@ -1,4 +1,6 @@
-"""The log-probability seam against Paddle's own log_softmax and its autograd, in every storage and memory regime."""
+"""The log-probability seam against Paddle's own log_softmax and its autograd, in every storage and
+memory regime.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_banned_ids_and_entropy(
     banned: tuple[int, ...],
     scale: float,
 ) -> None:
-    """Against log_softmax over the columns that are left, and minus its mean over its own distribution; scores far apart take the shifted path."""
+    """Against log_softmax over the columns that are left, and minus its mean over its own
+    distribution; scores far apart take the shifted path.
+    """
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(logprobs, "KEEP_BYTES", keep_bytes)
     hidden, weight = (
@@ -76,7 +80,8 @@ def test_banned_ids_and_entropy(
     hidden.clear_gradient(False), weight.clear_gradient(False)
     scores = paddle.matmul(hidden, weight, transpose_y=transposed) / temperature
     kept = paddle.index_select(scores, paddle.to_tensor(left), axis=1)
-    logs = kept - paddle.logsumexp(kept, -1, keepdim=True)  # Paddle's log_softmax stops at -64 on a CPU
+    # Paddle's log_softmax stops at -64 on a CPU
+    logs = kept - paddle.logsumexp(kept, -1, keepdim=True)
     at = paddle.to_tensor(np.searchsorted(left, target)).unsqueeze(1)
     want = paddle.take_along_axis(logs, at, 1).squeeze(1)
     spread = -(logs.exp() * logs).sum(-1)
@@ -86,7 +91,9 @@ def test_banned_ids_and_entropy(
 
 
 def test_equal_support() -> None:
-    """The outside oracle's example: what is left shares the probability of what cannot be chosen."""
+    """The outside oracle's example: what is left shares the probability of what cannot be
+    chosen.
+    """
     given = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))
     hidden = paddle.to_tensor([given["inputs"]["support_logits"]], dtype="float64")
     ask = lambda banned: token_logp(  # noqa: E731

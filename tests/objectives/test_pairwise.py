@@ -1,4 +1,6 @@
-"""The DPO family against methods.md 11.1 (V-pair): values, gradients, labels with noise, normalisers, extremes."""
+"""The DPO family against methods.md 11.1 (V-pair): values, gradients, labels with noise,
+normalisers, extremes.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ def test_the_alpha_divergence_of_one_is_the_reverse_kl() -> None:
 
 
 def tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token log-probabilities that add up to V-pair's, under the policy and the reference, and whose they are."""
+    """Token log-probabilities that add up to V-pair's, under the policy and the reference, and
+    whose they are.
+    """
     owner_N = np.repeat(np.arange(6), LENGTH)
     shape_N = np.random.default_rng(3).uniform(0.2, 1, len(owner_N))
     shape_N /= np.bincount(owner_N, weights=shape_N)[owner_N]
@@ -252,7 +256,9 @@ def test_twice_the_same_pairs_leave_the_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_add_up(name: str) -> None:
-    """One window of three pairs, or of two and one: the same loss and gradient, since every term has its own global count (3.3)."""
+    """One window of three pairs, or of two and one: the same loss and gradient, since every term
+    has its own global count (3.3).
+    """
     h = H(label_smoothing=0.1)
     terms = expand([name], None, h)
     cut = [(np.array([0, 1, 3, 4]), Pairs.of([0, 1], [2, 3])), (np.array([2, 5]), Pairs.of([0], [1]))]
@@ -448,7 +454,8 @@ def test_nll_of_chosen_answers() -> None:
 
 MUTANTS = {
     "sigmoid": lambda s, h, b: -paddle.nn.functional.log_sigmoid(-s.u(h)),
-    "cdpo": lambda s, h, b: -paddle.nn.functional.log_sigmoid(s.u(h)),  # TRL 1.16 lost the smoothing here
+    # TRL 1.16 lost the smoothing here
+    "cdpo": lambda s, h, b: -paddle.nn.functional.log_sigmoid(s.u(h)),
     "robust": lambda s, h, b: pairwise._cdpo(s, h, b) / (1 - 2 * h.label_smoothing),
     "ipo_sum": lambda s, h, b: (s.better - s.worse - 1 / h.beta).square(),
     "dpop": pairwise._dpop_outside,

@@ -1,5 +1,6 @@
-"""Policy losses, advantages, corrections and the critic against values of another implementation (`golden/online/oracle.json`, which TRL 1.16 and verl
-0.8 confirm): values and gradients in float64."""
+"""Policy losses, advantages, corrections and the critic against values of another implementation
+(`golden/online/oracle.json`, which TRL 1.16 and verl 0.8 confirm): values and gradients in float64.
+"""
 
 from __future__ import annotations
 
@@ -204,7 +205,9 @@ def test_clip_metrics() -> None:
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "gspo_3e-4_4e-4"])
 def test_a_window_is_the_same_however_it_is_cut(name: str) -> None:
-    """Two micro-batches against one, over the counts of both; an answer that does not count is in neither."""
+    """Two micro-batches against one, over the counts of both; an answer that does not count is in
+    neither.
+    """
     keep = np.ones(len(LENGTH))
     keep[[1, 7]] = 0
     x, whole = sampled(A["grpo_eps1e-4"], keep_C=keep)
@@ -306,7 +309,9 @@ def test_an_answer_without_a_reward_is_left_out() -> None:
 
 
 def test_equal_rewards_give_exactly_nothing() -> None:
-    """0.1 added three times is not 0.3: without care a group of equal rewards would learn from rounding."""
+    """0.1 added three times is not 0.3: without care a group of equal rewards would learn from
+    rounding.
+    """
     reward, group = np.full(7, 0.1), np.zeros(7, int)
     for made in (adv.group_relative(reward, group), adv.leave_one_out(reward, group), adv.mean_relative(reward, group)):
         np.testing.assert_array_equal(made, 0.0)

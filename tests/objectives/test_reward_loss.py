@@ -64,7 +64,8 @@ def test_ratings_by_regression() -> None:
     assert reward_regression_loss(tensor(S), Labels.of([], [])).count == 0
 
 
-# statsmodels 0.15.0, OrderedModel(distr="logit") with slope 1 and these cuts: minus log-likelihood and expected level / 4 of each answer
+# statsmodels 0.15.0, OrderedModel(distr="logit") with slope 1 and these cuts: minus log-likelihood
+# and expected level / 4 of each answer
 SCORES, LEVEL = np.array([1.2, 0.3, -0.5, 0.7, 0.9, -1.5, 2.4]), np.array([4, 2, 1, 3, 0, 0, 4])
 CUTS = np.array([-1.3, -0.4, 0.9, 1.6])
 NLL = [0.9130152524, 1.158858982028, 1.53733276893, 1.825633746922, 2.305083319769, 0.598138869382, 0.371100665948]

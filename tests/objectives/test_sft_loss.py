@@ -1,4 +1,6 @@
-"""objectives/sft.py against methods.md 11.8: losses [1,2,3] over 10 positions and six of 0.5 over 8."""
+"""objectives/sft.py against methods.md 11.8: losses [1,2,3] over 10 positions and six of 0.5 over
+8.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Preference losses against TRL 1.16's own trainers on drawn log-probabilities: loss, gradient by every token, metrics (tests/golden/make_trl_preference.py)."""
+"""Preference losses against TRL 1.16's own trainers on drawn log-probabilities: loss, gradient by
+every token, metrics (tests/golden/make_trl_preference.py).
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def test_dpo_losses(case: str, trl: dict[str, np.ndarray]) -> None:
     if h.ld_alpha is None:  # TRL reports the weighted sums under LD-DPO; ours are the answer's
         ours = preference_metrics(candidates, TWO, h.beta)
         means = [ours[name][0] / ours[name][1] for name in METRICS]
-        np.testing.assert_allclose(means, trl[f"{case}/metrics"], atol=1e-6)  # TRL counts accuracies in float32
+        # TRL counts accuracies in float32
+        np.testing.assert_allclose(means, trl[f"{case}/metrics"], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mpo", "rpo"])
@@ -115,7 +118,8 @@ def test_unpaired_losses(case: str, trl: dict[str, np.ndarray]) -> None:
         assert z0 == pytest.approx(float(trl["kto/kl"]))
         assert z0 > 0.01, "a baseline of 0 would hide its sign"
         compare(trl, case, kto_loss(candidates, labels, z0, 0.1, **settings), logp_N)
-    else:  # TRL weighs the good by 1.5 and divides by their number; here the weights are a row's own
+    else:
+        # TRL weighs the good by 1.5 and divides by their number; here the weights are a row's own
         weight_M = np.array([1.5] * PAIRS + [1.0] * PAIRS)
         out = apo_zero_unpaired_loss(candidates, Labels(labels.index_M, labels.good_M, weight_M), 0.1)
         compare(trl, case, LossOut(out.total, 2.0 * PAIRS), logp_N)

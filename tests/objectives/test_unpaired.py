@@ -1,4 +1,6 @@
-"""KTO, BCO and APO-zero on single answers (methods.md 11.1, 11.3), and the numbers that they carry over steps."""
+"""KTO, BCO and APO-zero on single answers (methods.md 11.1, 11.3), and the numbers that they carry
+over steps.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,9 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_baseline_moves_good_and_bad_apart(sign: float) -> None:
-    """A higher z0 makes good answers cost more and bad ones less; a flipped sign (PaddleFormers has one) would do the opposite."""
+    """A higher z0 makes good answers cost more and bad ones less; a flipped sign (PaddleFormers has
+    one) would do the opposite.
+    """
     index, good = ([0], [1]) if sign > 0 else ([3], [0])
     low, high = (mean(kto_loss(candidates(), Labels.of(index, good), z0)) for z0 in (0.0, 2.0))
     assert sign * (high - low) > 0.01

@@ -1,4 +1,6 @@
-"""UPO: composites of methods.md 11.9, reductions of 7.6 (offline) in value and gradient, terms that are absent, and where online terms join."""
+"""UPO: composites of methods.md 11.9, reductions of 7.6 (offline) in value and gradient, terms that
+are absent, and where online terms join.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,9 @@ OLD = [[-1.2, -0.4, -1.5], [-0.3, -2]]
 
 
 def grpo(new_N: Tensor, advantages: tuple[float, float] = (1.0, -0.5), old: list[list[float]] = OLD) -> LossOut:
-    """The clipped surrogate of methods.md 11.6, the mean over answers of token means: stands for the online term."""
+    """The clipped surrogate of methods.md 11.6, the mean over answers of token means: stands for
+    the online term.
+    """
     ratio = paddle.exp(new_N - tensor(np.concatenate(old)))
     total = paddle.zeros([], "float64")
     for part, advantage in zip((ratio[:3], ratio[3:]), advantages, strict=True):
@@ -189,7 +193,8 @@ def test_without_preferences_the_policy_gradient_is_left_bit_for_bit() -> None:
 
 
 def test_the_gradient_of_two_answers_is_two_beta_of_a_policy_gradients() -> None:
-    def pg(x: Tensor) -> LossOut:  # G = 2, advantages +-1/2, sum over tokens, mean over the two, at the old policy
+    # G = 2, advantages +-1/2, sum over tokens, mean over the two, at the old policy
+    def pg(x: Tensor) -> LossOut:
         return LossOut(-(paddle.exp(x - x.detach()) * tensor([0.5, -0.5])).sum(), 2.0)
 
     at = np.array([-3.0, -4.0])
@@ -204,7 +209,9 @@ def test_the_gradient_of_two_answers_is_two_beta_of_a_policy_gradients() -> None
 
 
 def test_the_full_mix() -> None:
-    """V-pair's answers first, then 11.3's four as a ranking and as ratings; each term with its printed value."""
+    """V-pair's answers first, then 11.3's four as a ranking and as ratings; each term with its
+    printed value.
+    """
     settings = UpoSettings(weights={"pg": 1, "pair": 1, "rank": 0.5, "rate": 0.5, "bin": 0.25, "nll": 0.1}, hyper=H())
     four = np.arange(6, 10)
     signals = Signals(
@@ -256,7 +263,9 @@ def test_counts_are_known_before_the_forward(settings: UpoSettings) -> None:
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=range(len(VARIANTS)))
 def test_terms_may_be_absent_anywhere(settings: UpoSettings) -> None:
-    """Micro-batches (or ranks) that have only one kind of signal each: the same names are counted everywhere, and the loss is that of the whole."""
+    """Micro-batches (or ranks) that have only one kind of signal each: the same names are counted
+    everywhere, and the loss is that of the whole.
+    """
     whole = rich()[1]
     parts = [
         Signals(pairs=whole.pairs),
@@ -317,7 +326,8 @@ def test_a_ranking_of_four_counts_as_one_pair() -> None:
 
 def test_who_the_nll_raises() -> None:
     index, weight = rich()[1].best()
-    # pairs' better 0, 1; first tiers {2} and {3}; the best rated of three, 0 (one rated alone is not compared); good labels 5 and 1
+    # pairs' better 0, 1; first tiers {2} and {3}; the best rated of three, 0 (one rated alone is
+    # not compared); good labels 5 and 1
     assert list(zip(index.tolist(), weight.tolist(), strict=True)) == [
         (0, 1),
         (1, 2),
@@ -383,7 +393,9 @@ def test_what_is_refused(act: Callable[[], object], words: str) -> None:
 
 
 def test_a_wrong_normaliser_is_noticed() -> None:
-    """Mutant: one common divisor for all terms, as a mean over all units would be, is another loss and another gradient."""
+    """Mutant: one common divisor for all terms, as a mean over all units would be, is another loss
+    and another gradient.
+    """
     settings, signals = rich()
     counts = upo_counts(settings, signals, LENGTH)
     common = dict.fromkeys(counts, sum(counts.values()))

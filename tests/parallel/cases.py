@@ -1,7 +1,9 @@
-"""Shared by the tests of layouts: one small job, run on one process and under a layout, and what must be equal. Run by `worker.py` in every process.
+"""Shared by the tests of layouts: one small job, run on one process and under a layout, and what
+must be equal. Run by `worker.py` in every process.
 
-A job is a model, what is trained, and a few windows of packed rows of odd lengths with pictures in some of the micro-batches only. Its result is the
-losses, the norms, the gradients of the last window and the parameters after the last step, with clipping active so that a wrong norm shows.
+A job is a model, what is trained, and a few windows of packed rows of odd lengths with pictures in
+some of the micro-batches only. Its result is the losses, the norms, the gradients of the last
+window and the parameters after the last step, with clipping active so that a wrong norm shows.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`model`: "a" (28B-like: tied, shared experts), "c" (424B-like: untied, none), "d" ("a" with six layers). `train`: what is trained. `images`:
-    micro-batches with pictures. `micro_batches`: of all ranks in a window."""
+    """`model`: "a" (28B-like: tied, shared experts), "c" (424B-like: untied, none), "d" ("a" with
+    six layers). `train`: what is trained. `images`:
+    micro-batches with pictures. `micro_batches`: of all ranks in a window.
+    """
 
     model: str = "a"
     train: str = "full"
@@ -103,7 +107,8 @@ def build_model(job: Job) -> Any:
     }  # fmt: skip
     tuned = PeftModel(model, configs[kind])
     for name, value in tuned.named_parameters():
-        if not value.stop_gradient and not np.abs(value.numpy()).max() > 0:  # B factors, which are zero at the start
+        # B factors, which are zero at the start
+        if not value.stop_gradient and not np.abs(value.numpy()).max() > 0:
             value.set_value(paddle.to_tensor(draw(name, value.shape, 0.05), dtype=value.dtype))
     return tuned
 
@@ -211,7 +216,8 @@ def run(job: Job, mesh: Mesh | None = None, self_check: bool = True) -> dict[str
         asked.eval()
         batch = windows_of(job, 1)[0][0]
         scores = asked.logits(asked(batch.inputs)).numpy()
-        if job.train == "saved":  # without the adapter its copy of the head goes, and the first head comes back
+        # without the adapter its copy of the head goes, and the first head comes back
+        if job.train == "saved":
             with model.disable_adapter():
                 scores = np.stack([scores, asked.logits(asked(batch.inputs)).numpy()])
         prompts = [
@@ -248,7 +254,9 @@ def _recompute(plain: bool = False) -> Any:
 
 
 def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The largest differences, each with the name of what differs most; parameters and gradients of this rank against its slice of the whole."""
+    """The largest differences, each with the name of what differs most; parameters and gradients of
+    this rank against its slice of the whole.
+    """
     worst: dict[str, Any] = {}
     for kind in ("losses", "norms", "nll", "tokens"):
         a, b = (np.array(x[kind], np.float64) for x in (want, got))

@@ -1,4 +1,6 @@
-"""Run on three processes by test_collectives.py: every check compares with numpy, or with the unsplit computation, on this rank alone."""
+"""Run on three processes by test_collectives.py: every check compares with numpy, or with the
+unsplit computation, on this rank alone.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def check_all_reduce_of_every_kind(mesh: Mesh) -> None:
 
 
 def check_half_precision_is_added_in_float32(mesh: Mesh) -> None:
-    """Stock Gloo returns inf for float16, and loses the small addend in bfloat16: 256 + 1 is 256 there."""
+    """Stock Gloo returns inf for float16, and loses the small addend in bfloat16: 256 + 1 is 256
+    there.
+    """
     for dtype, first in (("float16", 30000.0), ("bfloat16", 256.0)):
         parts = [first, 1.0, 1.0]
         x = paddle.to_tensor([parts[mesh.rank]]).astype(dtype)
@@ -123,7 +127,9 @@ def check_ranks_may_come_late(mesh: Mesh) -> None:
 
 
 def check_token_runs_of_any_length(mesh: Mesh) -> None:
-    """Gather, scatter, spread and join with their gradients, against the whole tensors, for lengths that do not divide."""
+    """Gather, scatter, spread and join with their gradients, against the whole tensors, for lengths
+    that do not divide.
+    """
     group = mesh.group("tensor")
     for total in (3, 4, 5, 7, 9):
         runs = TokenRuns(group)
@@ -149,7 +155,9 @@ def check_token_runs_of_any_length(mesh: Mesh) -> None:
 
 
 def check_split_vocabulary(mesh: Mesh) -> None:
-    """token_logp on slices: values and gradients of the unsplit one, in both layouts of the matrix, in chunks, and where scores are huge."""
+    """token_logp on slices: values and gradients of the unsplit one, in both layouts of the matrix,
+    in chunks, and where scores are huge.
+    """
     group = mesh.group("tensor")
     rng = np.random.default_rng(1)
     tokens, width, vocab = 7, 5, 12
@@ -182,11 +190,14 @@ def check_split_vocabulary(mesh: Mesh) -> None:
 
 
 def check_experts_elsewhere(mesh: Mesh) -> None:
-    """Six experts of two families on three ranks: outputs and gradients are those of local experts; ranks without rows of a family, experts without any."""
+    """Six experts of two families on three ranks: outputs and gradients are those of local experts;
+    ranks without rows of a family, experts without any.
+    """
     group, rng = mesh.group("tensor"), np.random.default_rng(3)
     counts = {  # family -> [rank, expert]
         0: np.array([[2, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [1, 1, 1, 1, 1, 1]]),
-        1: np.array([[0, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]),  # nobody sends to ranks 1 and 2
+        # nobody sends to ranks 1 and 2
+        1: np.array([[0, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]),
     }
     weights = {f: (rng.standard_normal((6, 4, 6)), rng.standard_normal((6, 3, 4))) for f in counts}
 

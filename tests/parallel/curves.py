@@ -1,9 +1,12 @@
-"""`python tests/parallel/curves.py [FOLDER] [STEPS] [SETTING ...]`: examples/digits under layouts of four processes, against one process; a table.
+"""`python tests/parallel/curves.py [FOLDER] [STEPS] [SETTING ...]`: examples/digits under layouts
+of four processes, against one process; a table.
 
-Training amplifies rounding: in float32 two runs of one program part after some sixty steps when the sums of a step are made in another order. So every
-layout is run in float64 too, where the same difference begins at 1e-16: what then leaves one process is a mistake. A run of STEPS (default 200) goes
-through its whole schedule and is measured at its end. Runs are kept in FOLDER (default output/curves): finished ones are read, others go on. Some fifteen
-minutes on two cores; the exit status is 1 where a float64 curve leaves one process by more than 1e-4, or its accuracy differs.
+Training amplifies rounding: in float32 two runs of one program part after some sixty steps when the
+sums of a step are made in another order. So every layout is run in float64 too, where the same
+difference begins at 1e-16: what then leaves one process is a mistake. A run of STEPS (default 200)
+goes through its whole schedule and is measured at its end. Runs are kept in FOLDER (default
+output/curves): finished ones are read, others go on. Some fifteen minutes on two cores; the exit
+status is 1 where a float64 curve leaves one process by more than 1e-4, or its accuracy differs.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 STEPS = 200
-# One window of 32 rows in all of them: four micro-batches of eight, on as many data ranks as there are.
+# One window of 32 rows in all of them: four micro-batches of eight, on as many data ranks as there
+# are.
 _FOUR = ("per_device_train_batch_size=8", "gradient_accumulation_steps=4")
 RUNS: dict[str, tuple[str, ...]] = {
     "one process": _FOUR,

@@ -1,5 +1,6 @@
-"""Whole runs of the trainers on judged answers, on this process or as a rank: `judged_worker.py FOLDER LAYOUT`, started by the launcher, runs every case
-of the layout one after the other, each in FOLDER/CASE. Fleet is laid out once for all of them.
+"""Whole runs of the trainers on judged answers, on this process or as a rank:
+`judged_worker.py FOLDER LAYOUT`, started by the launcher, runs every case of the layout one after
+the other, each in FOLDER/CASE. Fleet is laid out once for all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from ernie_tune.trainers.reward import RewardTrainer
 from ernie_tune.trainers.upo import UPOTrainer
 
 TRAINERS = {"DPO": DPOTrainer, "KTO": KTOTrainer, "UPO": UPOTrainer, "RM": RewardTrainer}
-# mostly good answers: then those of other rows become more probable too, and KTO's baseline is above 0
+# mostly good answers: then those of other rows become more probable too, and KTO's baseline is
+# above 0
 GOOD = [label(i) for i in (0, 2, 4, 1, 6, 8, 10, 12, 14, 3, 16, 18)]
 ROWS = {"DPO": pairs(12), "KTO": GOOD, "UPO": mixture(12), "RM": [*pairs(7), *map(rating, range(5))]}
 STEPS = 3
-# Settings of a layout. One process has a window's micro-batches in turn where several ranks share them.
+# Settings of a layout. One process has a window's micro-batches in turn where several ranks share
+# them.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -61,7 +64,9 @@ TRIED = {
 
 
 def train(folder: Path, case: str, layout: str = "one process") -> Path:
-    """A run of three steps. One whose reference moves is made in two parts: the third step by a run that goes on from a checkpoint of the second."""
+    """A run of three steps. One whose reference moves is made in two parts: the third step by a run
+    that goes on from a checkpoint of the second.
+    """
     stage, changes = CASES[case]
     moves = "ref_model_update_steps" in changes
     rows = write_rows(folder / f"{stage}_{os.environ.get('PADDLE_TRAINER_ID', '0')}.jsonl", ROWS[stage])
@@ -78,8 +83,9 @@ def train(folder: Path, case: str, layout: str = "one process") -> Path:
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-5,
-        # AdamW makes of the rounding of a gradient near zero a step of up to rate x rounding / epsilon: with the rate of adapters, in float32, more than
-        # any bound on parameters. Reward models (float32 only) are trained at a tenth of it.
+        # AdamW makes of the rounding of a gradient near zero a step of up to rate x rounding /
+        # epsilon: with the rate of adapters, in float32, more than any bound on parameters. Reward
+        # models (float32 only) are trained at a tenth of it.
         "float64": stage != "RM",
         "lr_scheduler_type": "constant",
         "save_strategy": "steps" if moves else "no",

@@ -1,4 +1,6 @@
-"""Start a worker on N processes with Paddle's launcher and collect what the ranks wrote: private logs, a time limit, nothing left running."""
+"""Start a worker on N processes with Paddle's launcher and collect what the ranks wrote: private
+logs, a time limit, nothing left running.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ROOT = HERE.parents[1]
 
 
 def launch(folder: Path, processes: int, script: Path, *args: str, timeout_s: float = 240) -> tuple[int, str]:
-    """(exit status, the end of every rank's log). The launcher is told to end its workers when the time is over."""
+    """(exit status, the end of every rank's log). The launcher is told to end its workers when the
+    time is over.
+    """
     logs = folder / "logs"
     path = os.pathsep.join([str(ROOT), str(HERE), str(ROOT / "tests")])
     env = {**os.environ, "PYTHONPATH": path, "GLOG_minloglevel": "2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -44,7 +48,8 @@ def launch(folder: Path, processes: int, script: Path, *args: str, timeout_s: fl
     except subprocess.TimeoutExpired:
         code = 124
     finally:
-        if process.poll() is None:  # the workers are in sessions of their own: only the launcher can end them
+        # the workers are in sessions of their own: only the launcher can end them
+        if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(30)
@@ -58,7 +63,9 @@ def launch(folder: Path, processes: int, script: Path, *args: str, timeout_s: fl
 def parity(
     folder: Path, processes: int, cases: Sequence[dict[str, Any]], timeout_s: float = 240
 ) -> list[dict[str, Any]]:
-    """Run the cases; one result a case: {"name", "worst": {kind: (difference, where)}} over all ranks, or {"name", "error"}."""
+    """Run the cases; one result a case: {"name", "worst": {kind: (difference, where)}} over all
+    ranks, or {"name", "error"}.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(list(cases)))
     code, tails = launch(folder, processes, HERE / "worker.py", str(folder), timeout_s=timeout_s)

@@ -1,8 +1,11 @@
-"""The whole matrix of layouts against one process: `python tests/parallel/matrix.py [WORD ...]` prints a table (of what holds one of the words;
-a number stands for the layouts of so many processes).
+"""The whole matrix of layouts against one process: `python tests/parallel/matrix.py [WORD ...]`
+prints a table (of what holds one of the words; a number stands for the layouts of so many
+processes).
 
-Each cell is the largest difference, over all ranks, of losses, norms, gradients, parameters after five AdamW steps with clipping, then scores and answers.
-One launch for each number of processes. It takes some ten minutes on two cores; the exit status is 1 where a cell is not within 1e-5.
+Each cell is the largest difference, over all ranks, of losses, norms, gradients, parameters after
+five AdamW steps with clipping, then scores and answers.
+One launch for each number of processes. It takes some ten minutes on two cores; the exit status is
+1 where a cell is not within 1e-5.
 """
 
 from __future__ import annotations
@@ -101,7 +104,9 @@ def rows() -> list[dict[str, Any]]:
 
 
 def tables(found: dict[tuple[str, str], str]) -> list[str]:
-    """The largest difference of any kind: layouts down, jobs across; the further methods the other way round."""
+    """The largest difference of any kind: layouts down, jobs across; the further methods the other
+    way round.
+    """
     lines = []
     for corner, down, across, turned in (
         ("layout", list(LAYOUTS), list(JOBS), False),

@@ -1,4 +1,6 @@
-"""Mistakes that a layout could make, each of which a parity run must notice. `applied(name)` makes one for the length of a `with`."""
+"""Mistakes that a layout could make, each of which a parity run must notice. `applied(name)` makes
+one for the length of a `with`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def _drifted(model: Any, mesh: Any) -> None:
 
 
 def _partial_sends(*settings: Any) -> Any:
-    """Fleet's own setting: each tensor rank sends its share of the boundary, and the receivers join the shares."""
+    """Fleet's own setting: each tensor rank sends its share of the boundary, and the receivers join
+    the shares.
+    """
     strategy = right_strategy(*settings)
     strategy.pipeline_configs = {**strategy.pipeline_configs, "enable_partial_send_recv": True}
     return strategy
@@ -60,7 +64,9 @@ right_strategy = pipeline._engine_strategy
 
 @dataclass(frozen=True)
 class Mutant:
-    """`patch` makes the mistake; `degrees` and `job`: where it must show. `told`: what the self-check after the first step says of it, if it can."""
+    """`patch` makes the mistake; `degrees` and `job`: where it must show. `told`: what the
+    self-check after the first step says of it, if it can.
+    """
 
     patch: Callable[[], Any]
     degrees: dict[str, Any]

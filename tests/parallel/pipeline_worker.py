@@ -1,6 +1,8 @@
-"""Run by the launcher on every rank: cases of a pipeline against one process, in one launch. Each rank trains the whole model itself, too.
+"""Run by the launcher on every rank: cases of a pipeline against one process, in one launch. Each
+rank trains the whole model itself, too.
 
-usage: pipeline_worker.py OUT_FOLDER '{"pipe": 2, "chunks": 1, "cases": {"name": {...}}}'; writes OUT_FOLDER/RANK.json with what each case found.
+usage: pipeline_worker.py OUT_FOLDER '{"pipe": 2, "chunks": 1, "cases": {"name": {...}}}'; writes
+OUT_FOLDER/RANK.json with what each case found.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from ernie_tune.trainers.assemble import recompute
 MAX_NORM = 0.05  # far below the norms of these models, so that clipping acts at every step
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
 
 
 def config_of(case: dict[str, Any]) -> ModelConfig:
@@ -87,7 +89,9 @@ def row(rng: np.random.Generator, tokens: int, image: tuple[int, int, int] | Non
 
 
 def window(case: dict[str, Any], config: ModelConfig, step: int, count: int) -> list[MicroBatch]:
-    """Micro-batches of unequal length and unequal numbers of targets; images in some of them only, or in none."""
+    """Micro-batches of unequal length and unequal numbers of targets; images in some of them only,
+    or in none.
+    """
     rng, out = np.random.default_rng(step), []
     for i in range(count):
         image = {0: (1, 4, 6), 2: (2, 4, 4)}.get(i) if case.get("images", True) else None
@@ -115,7 +119,7 @@ def loop_of(model: ErnieModel, case: dict[str, Any], engine: DistributedEngine |
     return Loop(model, SFTObjective(), optimizer, Schedule(1e-2, 100, shape="constant"), settings, engine)
 
 
-# --- remedies taken away ----------------------------------------------------------------------------------------------
+# --- remedies taken away --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-# --- one case ---------------------------------------------------------------------------------------------------------
+# --- one case -------------------------------------------------------------------------------------
 
 
 def gradients(loop: Loop, one: list[MicroBatch]) -> dict[str, np.ndarray | None]:
@@ -182,7 +186,9 @@ def gradients(loop: Loop, one: list[MicroBatch]) -> dict[str, np.ndarray | None]
 
 
 def furthest(mine: dict[str, np.ndarray | None], want: dict[str, np.ndarray | None]) -> float:
-    """Largest distance of this rank's arrays from those of one process; infinite where only one of them has an array."""
+    """Largest distance of this rank's arrays from those of one process; infinite where only one of
+    them has an array.
+    """
     worst = 0.0
     for name, value in mine.items():
         other = want[name]

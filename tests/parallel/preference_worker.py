@@ -1,6 +1,8 @@
-"""Steps on judged rows, on this process or as a rank: `preference_worker.py FOLDER CASE`, started by the launcher, writes FOLDER/rank_N.npz.
+"""Steps on judged rows, on this process or as a rank: `preference_worker.py FOLDER CASE`, started
+by the launcher, writes FOLDER/rank_N.npz.
 
-A window has two micro-batches; with two ranks each rank has one of them, so a kind of judgement is absent on a rank, or everywhere.
+A window has two micro-batches; with two ranks each rank has one of them, so a kind of judgement is
+absent on a rank, or everywhere.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ CASES: dict[str, tuple[Any, list[list[list[dict[str, Any]]]]]] = {
 
 
 def windows(folder: Path, case: str) -> list[list[UnitBatch]]:
-    """The case's micro-batches, with reference log-probabilities and KTO's mismatched ratios drawn by place."""
+    """The case's micro-batches, with reference log-probabilities and KTO's mismatched ratios drawn
+    by place.
+    """
     generator = np.random.default_rng(5)
     out = []
     for window in CASES[case][1]:
@@ -82,7 +86,9 @@ class SeenOnMesh(Seen, DistributedEngine):
 
 
 def run(folder: Path, case: str, mesh: Mesh | None = None) -> dict[str, np.ndarray]:
-    """Losses, every metric's mean, the last gradients by place, and the parameters after the last step."""
+    """Losses, every metric's mean, the last gradients by place, and the parameters after the last
+    step.
+    """
     model = build_model(Job())
     engine: Any = Seen() if mesh is None else SeenOnMesh.lay(model, mesh)
     make = lambda ps: paddle.optimizer.SGD(1.0, parameters=ps)  # noqa: E731

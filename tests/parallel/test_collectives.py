@@ -1,4 +1,6 @@
-"""The completed Gloo, collectives with gradients, split vocabularies and experts elsewhere, on three processes; degrees that cannot be."""
+"""The completed Gloo, collectives with gradients, split vocabularies and experts elsewhere, on
+three processes; degrees that cannot be.
+"""
 
 from __future__ import annotations
 

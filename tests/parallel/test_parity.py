@@ -1,6 +1,8 @@
-"""Layouts against one process: losses, norms, gradients and parameters after five AdamW steps with clipping, and mistakes that must show.
+"""Layouts against one process: losses, norms, gradients and parameters after five AdamW steps with
+clipping, and mistakes that must show.
 
-The whole matrix is `python tests/parallel/matrix.py`; here is the part of it that fits into a few minutes of two cores.
+The whole matrix is `python tests/parallel/matrix.py`; here is the part of it that fits into a few
+minutes of two cores.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ def test_the_first_step_tells_of_a_wrong_layout(name: str, found: dict[str, dict
 def test_ranks_that_call_in_another_order_do_not_end_well(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedies against it are needed: without them the run ends with an error, or with other numbers."""
+    """The remedies against it are needed: without them the run ends with an error, or with other
+    numbers.
+    """
     monkeypatch.setenv("ERNIE_TUNE_COMM_TIMEOUT_S", "8")
     m = FATAL[name]
     case = {"name": name, "degrees": m.degrees, "job": {"steps": 2, **m.job}, "mutant": name, "self_check": False}

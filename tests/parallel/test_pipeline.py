@@ -1,6 +1,8 @@
-"""parallel/pipeline.py, machine/stages.py and machine/tower.py on real processes against one process: losses, gradients, five clipped steps of AdamW.
+"""parallel/pipeline.py, machine/stages.py and machine/tower.py on real processes against one
+process: losses, gradients, five clipped steps of AdamW.
 
-Each launch runs several cases (`pipeline_worker.py`), and cases from which a remedy for one of Fleet's traps (parallel.md 1.5) was taken away.
+Each launch runs several cases (`pipeline_worker.py`), and cases from which a remedy for one of
+Fleet's traps (parallel.md 1.5) was taken away.
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ def test_what_several_stages_hold_is_counted_once_in_the_norm(two_stages: Found)
             {"freeze": {"trainable": ["3"]}, "bounds": [0, 3], "images": False, "mutant": "frozen below"},
             "sent nothing to rank 0",
         ),
-        ({"mutant": "one stage has another window"}, r"micro-batches of stage 1 \(3, tokens"),  # trap u
+        # trap u
+        ({"mutant": "one stage has another window"}, r"micro-batches of stage 1 \(3, tokens"),
     ],
 )
 def test_without_its_remedy_the_ranks_cannot_go_on(

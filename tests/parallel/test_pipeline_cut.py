@@ -1,4 +1,6 @@
-"""parallel/pipeline.py and parallel/balance.py without processes: where a pipeline is cut, what is refused, how work is dealt out."""
+"""parallel/pipeline.py and parallel/balance.py without processes: where a pipeline is cut, what is
+refused, how work is dealt out.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,15 @@ def test_balanced_cut_is_the_best_of_all_cuts() -> None:
 
 
 def test_balanced_cut_of_the_released_models() -> None:
-    """parallel.md 5.3: for 28B the head costs 2.4 layers, so two stages are 15 + 13 or 16 + 12; for 424B it costs one of 54 layers, and the official
-    lists count 31 and 57 items."""
+    """parallel.md 5.3: for 28B the head costs 2.4 layers, so two stages are 15 + 13 or 16 + 12; for
+    424B it costs one of 54 layers, and the official lists count 31 and 57 items.
+    """
     small, large = preset("ernie-4.5-vl-28b-a3b"), preset("ernie-4.5-vl-424b-a47b")
     assert (len(pipeline_items(small)), len(pipeline_items(large))) == (31, 57)
     costs = item_costs(small)
     assert costs[-1] / costs[5] == pytest.approx(2.4, abs=0.05)
-    assert costs[1] == pytest.approx(costs[5], rel=0.01)  # the dense layer costs as much as a sparse one
+    # the dense layer costs as much as a sparse one
+    assert costs[1] == pytest.approx(costs[5], rel=0.01)
     layers = [
         sum(name.startswith("layers.") for name in cut_balanced(pipeline_items(small), costs, 2).items_of(s))
         for s in (0, 1)
@@ -118,7 +122,7 @@ def test_dealt_pieces_are_all_there_and_even() -> None:
     assert deal([100, 1, 1, 98], 2) == [[0], [3, 1, 2]]
 
 
-# --- what a stage keeps of the model ---------------------------------------------------------------------------------
+# --- what a stage keeps of the model --------------------------------------------------------------
 
 
 def test_stages_share_out_the_model_under_its_own_names() -> None:
@@ -146,7 +150,8 @@ def test_a_tied_embedding_is_kept_first_and_last() -> None:
         model.keep(stages_of(cut, stage))
         names = {name for name, _ in model.named_parameters()}
         assert ("embed_tokens.weight" in names) is embedding
-        assert ("embed_tokens.adapters.default.prompt" in names) is (stage == 0)  # the head has no use for it
+        # the head has no use for it
+        assert ("embed_tokens.adapters.default.prompt" in names) is (stage == 0)
         assert any(name.startswith("resampler_model.") for name in names) is resampler
 
 
@@ -190,7 +195,8 @@ def test_a_stage_reads_its_own_weights_and_holds_nothing_of_the_others(name: str
             AutoModel.from_config(config, seed=2, stages=stages),
         ):
             filled = {n for n, p in model.named_parameters() if has_values(p)}
-            assert [n for n, _ in model.named_parameters()] == list(values)  # freezing and adapters find every name
+            # freezing and adapters find every name
+            assert [n for n, _ in model.named_parameters()] == list(values)
             model.keep(stages)
             kept = dict(model.named_parameters())
             assert filled == set(kept)

@@ -1,4 +1,6 @@
-"""Judged rows on two ranks that see different kinds of judgements: nothing waits for ever, and the numbers are one process's."""
+"""Judged rows on two ranks that see different kinds of judgements: nothing waits for ever, and the
+numbers are one process's.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_runs_on_judged_answers_are_those_of_one_process(
     tmp_path: Path, layout: str, alone: Callable[[str], Path]
 ) -> None:
-    """Losses, measurements and weights, some with a checkpoint in between; references of every kind; a quantised base; pictures and shared prompts."""
+    """Losses, measurements and weights, some with a checkpoint in between; references of every
+    kind; a quantised base; pictures and shared prompts.
+    """
     code, tails = launch(tmp_path, 2, HERE / "judged_worker.py", str(tmp_path), layout, timeout_s=180)
     assert code == 0, tails
     for case in judged_worker.TRIED[layout]:
@@ -69,5 +73,6 @@ def test_runs_on_judged_answers_are_those_of_one_process(
             values, others = load_file(mine / file), load_file(theirs / file)
             assert set(values) == set(others)
             for name, value in values.items():
-                # AdamW makes a step of a tiny gradient's rounding: where one is, an element is off by a small part of a step
+                # AdamW makes a step of a tiny gradient's rounding: where one is, an element is off
+                # by a small part of a step
                 np.testing.assert_allclose(value, others[name], atol=1e-4, rtol=0, err_msg=f"{case}: {name}")

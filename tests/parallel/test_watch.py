@@ -1,4 +1,6 @@
-"""parallel/watch.py with real processes: one dies, stops, sleeps, spins, fails or never comes, and all end in time, saying who waited where."""
+"""parallel/watch.py with real processes: one dies, stops, sleeps, spins, fails or never comes, and
+all end in time, saying who waited where.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from ernie_tune.parallel import watch as watch_module
 from ernie_tune.parallel.watch import EXIT_LOST, Limits, Watch, launched_address
 
 ROOT = Path(__file__).parents[2]
-# A rank: does as it is told at its third mark, the others go on marking, or wait at a barrier that never opens.
+# A rank: does as it is told at its third mark, the others go on marking, or wait at a barrier that
+# never opens.
 SCRIPT = """
 import sys, threading, time
 from ernie_tune.parallel.watch import Limits, Watch
@@ -81,7 +84,9 @@ def ranks(acts: list[str], size: int | None = None) -> Iterator[list[subprocess.
 
 
 def ends(children: list[subprocess.Popen[str]], but: int = -1) -> list[str]:
-    """What the ranks said at their end, which comes within 10 s; all but one end because of another."""
+    """What the ranks said at their end, which comes within 10 s; all but one end because of
+    another.
+    """
     said = []
     for rank, child in enumerate(children):
         if rank != but:
@@ -166,7 +171,9 @@ def test_no_thread_is_left() -> None:
 
 
 def test_rank_0_is_the_last_to_hear_that_all_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It then joins Paddle's store, which holds its interpreter until all have joined: whoever had not been told by then would wait for ever."""
+    """It then joins Paddle's store, which holds its interpreter until all have joined: whoever had
+    not been told by then would wait for ever.
+    """
     ranks: list[Watch] = []
     others_heard: list[bool] = []
 

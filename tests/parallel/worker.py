@@ -1,5 +1,7 @@
-"""One process of a parity run: `worker.py FOLDER`, started by the launcher. FOLDER/cases.json: [{"name", "degrees", "job", "mutant"}]. Each rank writes
-what differed to FOLDER/rank_N.json. Several layouts run in one start, which costs seconds."""
+"""One process of a parity run: `worker.py FOLDER`, started by the launcher. FOLDER/cases.json:
+[{"name", "degrees", "job", "mutant"}]. Each rank writes what differed to FOLDER/rank_N.json.
+Several layouts run in one start, which costs seconds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
 
 def one(folder: Path, case: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in case["job"].items()})
-    topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here it lays out one after the other
+    # Fleet lays out a process once; here it lays out one after the other
+    topology._HYBRID_PARALLEL_GROUP = None
     mesh: Mesh = init_mesh(Degrees(**case["degrees"]))
     if job.key not in references:  # one rank computes it, the others read
         file = folder / f"{job.key}.pickle"

@@ -1,4 +1,6 @@
-"""Shared by the tests of adapters: fresh copies of the golden models, inputs, and random adapter weights. Legend: T tokens, V vocabulary."""
+"""Shared by the tests of adapters: fresh copies of the golden models, inputs, and random adapter
+weights. Legend: T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ LAYER = 2
 
 
 def layer_outputs(model: PeftModel, inputs) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:  # type: ignore[no-untyped-def]
-    """Input and output of one sparse feed-forward, and the experts [T, k] that each modality's tokens chose there."""
+    """Input and output of one sparse feed-forward, and the experts [T, k] that each modality's
+    tokens chose there.
+    """
     seen: list[np.ndarray] = []
     hook = model.layers[LAYER].mlp.register_forward_post_hook(
         lambda _, args, out: seen.extend((args[0].numpy(), out.numpy()))
@@ -103,7 +105,9 @@ def test_a_batch_without_the_chosen_experts(golden) -> None:
 
 
 def test_affinity_counts_tokens_and_weights(golden) -> None:
-    """Expert 3 of layer 1 wins every text token when its selection bias is large: its token share is 1/k, and its weight share is its mean gate weight."""
+    """Expert 3 of layer 1 wins every text token when its selection bias is large: its token share
+    is 1/k, and its weight share is its mean gate weight.
+    """
     model, inputs = fresh(), packed(golden)
     bias = model.layers[1].mlp.moe_statics.e_score_correction_bias
     values = bias.numpy()
@@ -125,7 +129,9 @@ def test_affinity_counts_tokens_and_weights(golden) -> None:
 
 
 def test_affinity_by_gate_weight_of_one_token(golden) -> None:
-    """For one token the table is its renormalised gate weights: ratios of two chosen experts are exp(difference of their logits)."""
+    """For one token the table is its renormalised gate weights: ratios of two chosen experts are
+    exp(difference of their logits).
+    """
     model, inputs = fresh(), packed(golden, "text")
     one = type(inputs)(
         inputs.input_ids_T[:1], inputs.position_ids_T3[:1], inputs.vision_T[:1], inputs.placeholder_T[:1], (0, 1)

@@ -1,4 +1,6 @@
-"""Which parameters are trained: layers, parts, names, patterns, the JSON of the introductory articles; recompute above frozen layers."""
+"""Which parameters are trained: layers, parts, names, patterns, the JSON of the introductory
+articles; recompute above frozen layers.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_only_the_trained_get_gradients(golden, model) -> None:
 
 
 def test_a_frozen_norm_passes_the_gradient_of_a_trained_one(golden, model) -> None:
-    """Paddle's CPU layer norm forgets a frozen weight in the gradient of its input; ours must not."""
+    """Paddle's CPU layer norm forgets a frozen weight in the gradient of its input; ours must
+    not.
+    """
     name, inputs = "vision_model.blocks.0.attn.proj.weight", packed(golden)
     trained(model)
     want = gradients(model, inputs)[name]

@@ -1,4 +1,6 @@
-"""LoRA on linear layers: the start, closed forms, gradients against finite differences, frozen weights, recompute, counts."""
+"""LoRA on linear layers: the start, closed forms, gradients against finite differences, frozen
+weights, recompute, counts.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_closed_form_of_one_layer() -> None:
 
 
 def test_dora_has_columns_of_the_given_length() -> None:
-    """Column j of the effective weight has length magnitude[j] and the direction of (W + scaling A B)[:, j]; the bias is outside."""
+    """Column j of the effective weight has length magnitude[j] and the direction of (W + scaling A
+    B)[:, j]; the bias is outside.
+    """
     linear, lora, _ = linear_with_lora(use_dora=True)
     lora.magnitude.set_value(paddle.to_tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype="float64"))
     bias = linear.bias.numpy()
@@ -92,7 +96,9 @@ def test_dora_has_columns_of_the_given_length() -> None:
 
 
 def test_dora_gradient_treats_the_norm_as_a_constant() -> None:
-    """With c = m / norm fixed: dB = s (xA)^T (g c), dm_j = (g . y)_j / m_j without the bias (2402.09353, 4.3)."""
+    """With c = m / norm fixed: dB = s (xA)^T (g c), dm_j = (g . y)_j / m_j without the bias
+    (2402.09353, 4.3).
+    """
     linear, lora, x = linear_with_lora(use_dora=True)
     bare = lora(linear, (x,), linear(x)) - linear.bias
     g = normal("g", bare.shape)
@@ -139,7 +145,9 @@ def test_any_subset_trains_and_nothing_else_gets_a_gradient(golden, targets: lis
 
 
 def test_recompute_trains_the_first_layers_too(golden) -> None:
-    """A frozen embedding or patch embedding must not cut the first recomputed block off (parallel.md 1.5 p); dropout is drawn again."""
+    """A frozen embedding or patch embedding must not cut the first recomputed block off
+    (parallel.md 1.5 p); dropout is drawn again.
+    """
     from paddle.distributed.fleet.utils import recompute
 
     model = adapted(LoraConfig(r=2, target_modules=["attention", "vision"], lora_dropout=0.3, freeze_config=""))
@@ -160,7 +168,8 @@ def test_dropout_keeps_the_mean_and_acts_in_training_only() -> None:
     paddle.seed(1)
     out = dropout(x, 0.05, training=True).numpy()
     dropped = (out == 0).mean()
-    assert dropped == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 200_000))  # four standard errors
+    # four standard errors
+    assert dropped == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 200_000))
     np.testing.assert_allclose(out[out != 0], 1 / 0.95, rtol=1e-6)
     paddle.seed(1)
     np.testing.assert_array_equal(dropout(x, 0.05, training=True).numpy(), out)

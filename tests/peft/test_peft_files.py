@@ -1,4 +1,6 @@
-"""Adapter folders: identity in both dialects, conversion, an adapter that the PEFT library trained, fused layers of PaddleNLP, refusals."""
+"""Adapter folders: identity in both dialects, conversion, an adapter that the PEFT library trained,
+fused layers of PaddleNLP, refusals.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_conversion_there_and_back(tmp_path) -> None:
 
 
 def test_an_adapter_that_the_peft_library_trained(golden) -> None:
-    """tests/golden/check_peft_interop.py make: transformers and PEFT in float64, stored as float32."""
+    """tests/golden/check_peft_interop.py make: transformers and PEFT in float64, stored as
+    float32.
+    """
     model = PeftModel.from_pretrained(fresh(), GOLDEN / "peft_adapter")
     shown = logits(model, packed(golden))[::4, ::2]
     np.testing.assert_allclose(shown, np.load(GOLDEN / "peft_adapter" / "logits.npz")["logits"], atol=1e-5)
@@ -103,7 +107,9 @@ def test_keys_of_peft(tmp_path) -> None:
 
 
 def test_fused_layers_of_other_ports(golden, tmp_path) -> None:
-    """qkv_proj and up_gate_proj under another prefix: A is shared by the parts, B is cut by columns."""
+    """qkv_proj and up_gate_proj under another prefix: A is shared by the parts, B is cut by
+    columns.
+    """
     rng = np.random.default_rng(0)
     tensors = {
         "ernie.layers.0.self_attn.qkv_proj.lora_A": rng.normal(size=(160, 2)),
@@ -143,7 +149,9 @@ def write(folder: Path, tensors: dict[str, np.ndarray], **settings: object) -> N
     LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
 ])  # fmt: skip
 def test_other_methods(golden, tmp_path, config) -> None:  # type: ignore[no-untyped-def]
-    """ "auto" takes the dialect that can hold them; a P-tuned prompt comes back as the prompt that its encoder made."""
+    """ "auto" takes the dialect that can hold them; a P-tuned prompt comes back as the prompt that
+    its encoder made.
+    """
     inputs, model = packed(golden), adapted(config)
     names = {path.name for path in model.save_pretrained(tmp_path / "a")}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
@@ -194,7 +202,9 @@ def test_experts_in_peft_have_no_dropout(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("product", ["up_gate_product", "down_product"])
 def test_an_adapter_of_one_product_of_an_expert_stack(golden, tmp_path, product: str) -> None:
-    """PEFT's `target_parameters` may name one parameter of the stack alone: its file holds that one, and so does ours after a pass through here."""
+    """PEFT's `target_parameters` may name one parameter of the stack alone: its file holds that
+    one, and so does ours after a pass through here.
+    """
     inputs, both = packed(golden), adapted(LoraConfig(r=2, expert_targets=[(1, "text", 0), (1, "text", 5)]))
     for name, value in both.named_parameters():
         if "_product" in name and product not in name and not value.stop_gradient:
@@ -279,7 +289,8 @@ def test_prompts_that_do_not_fit(tmp_path) -> None:
         model = adapted(LoraConfig(r=2, target_modules=["q_proj"]))
         with pytest.raises(ValueError, match=match):
             model.load_adapter(tmp_path / "a", "prompt")
-        assert (list(model.adapters), model.active) == (["default"], "default")  # nothing is left half loaded
+        # nothing is left half loaded
+        assert (list(model.adapters), model.active) == (["default"], "default")
 
 
 def test_bad_saves(tmp_path) -> None:

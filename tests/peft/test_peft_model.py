@@ -1,4 +1,6 @@
-"""`PeftModel` as a model: several adapters, switching them off, merging, generation, what is trained and what stays, the report."""
+"""`PeftModel` as a model: several adapters, switching them off, merging, generation, what is
+trained and what stays, the report.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def test_generation_is_that_of_the_merged_model(golden) -> None:
 
 
 def test_steps_move_the_adapter_and_nothing_else(golden) -> None:
-    """Every byte of the model itself, routers and correction biases included, is the same after ten steps."""
+    """Every byte of the model itself, routers and correction biases included, is the same after ten
+    steps.
+    """
     inputs, model = packed(golden), get_peft_model(fresh(), ALL)
     before = {name: p.numpy().tobytes() for name, p in model.named_parameters()}
     optimizer = paddle.optimizer.AdamW(1e-2, parameters=[p for p in model.parameters() if not p.stop_gradient])

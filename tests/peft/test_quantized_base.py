@@ -1,4 +1,6 @@
-"""Quantised frozen bases: rounding bounds, packing, bytes, and that training on one is training on the rounded model."""
+"""Quantised frozen bases: rounding bounds, packing, bytes, and that training on one is training on
+the rounded model.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def test_rounding(bits: int, rows: int, groups: int, largest: int) -> None:
     assert (np.abs(dense - weight) <= wide / 2 + 1e-7).all()
     steps = dense / wide
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
-    assert np.abs(np.rint(steps)).max() == largest  # the largest value of every column is met exactly
+    # the largest value of every column is met exactly
+    assert np.abs(np.rint(steps)).max() == largest
     assert (dense[:, 5] == 0).all()
 
 
@@ -73,7 +76,9 @@ def rounded(algorithm: str) -> tuple[ErnieModel, ErnieModel]:
 
 @pytest.mark.parametrize("algorithm", ["weight_only_int8", "weight_only_int4", "weight_only_mix"])
 def test_training_on_it_is_training_on_the_rounded_model(golden, algorithm: str) -> None:
-    """Same logits, and for LoRA (with DoRA's norms) the same gradients, as a float model that has the rounded weights."""
+    """Same logits, and for LoRA (with DoRA's norms) the same gradients, as a float model that has
+    the rounded weights.
+    """
     inputs = packed(golden)
     both = rounded(algorithm)
     kinds = {type(layer) for layer in both[0].sublayers()}

@@ -1,4 +1,6 @@
-"""What users write -> which modules: words, names, patterns of other libraries, freezing, and helpful refusals. Names only, no paddle."""
+"""What users write -> which modules: words, names, patterns of other libraries, freezing, and
+helpful refusals. Names only, no paddle.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Prompts and prefixes against real tokens: a prompt of token embeddings is those tokens, a prefix of cached keys and values is that context."""
+"""Prompts and prefixes against real tokens: a prompt of token embeddings is those tokens, a prefix
+of cached keys and values is that context.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def lengthened(row: Row) -> Row:
 
 
 def test_a_prompt_is_the_tokens_whose_embeddings_it_has(golden) -> None:
-    """Packed rows with images and video: positions shift, segments stay apart, and the output has the caller's rows only."""
+    """Packed rows with images and video: positions shift, segments stay apart, and the output has
+    the caller's rows only.
+    """
     model, cases = get_peft_model(fresh(), PromptConfig(len(IDS), init_ids=IDS)), rows(golden, "packed", "mixed")
     tokens = model.config.tokens
     inputs, longer = pack(cases, tokens), pack([lengthened(row) for row in cases], tokens)
@@ -54,7 +58,9 @@ def test_a_prompt_in_generation(golden) -> None:
 
 @pytest.mark.parametrize("config", [PromptConfig(4), PromptConfig(4, encoder_width=6), PrefixConfig(4)])
 def test_gradients_and_disabling(golden, config) -> None:  # type: ignore[no-untyped-def]
-    """Finite differences of every trained tensor; switched off, the model is the base bit for bit; with recompute the gradients are the same."""
+    """Finite differences of every trained tensor; switched off, the model is the base bit for bit;
+    with recompute the gradients are the same.
+    """
     from paddle.distributed.fleet.utils import recompute
 
     inputs, model = packed(golden, "packed"), adapted(config, dtype="float64", scale=0.3)
@@ -72,7 +78,9 @@ def test_gradients_and_disabling(golden, config) -> None:  # type: ignore[no-unt
 
 
 def test_a_prefix_of_cached_keys_and_values_is_that_context(golden) -> None:
-    """Keys and values of real tokens (rotated, as cached) as prefix, the rest of the row at its own later positions: the logits of the whole row."""
+    """Keys and values of real tokens (rotated, as cached) as prefix, the rest of the row at its own
+    later positions: the logits of the whole row.
+    """
     base, row = fresh(), rows(golden, "text")[0]
     tokens, k = base.config.tokens, len(IDS)
     cache = KVCache(base.config.num_hidden_layers)

@@ -26,6 +26,8 @@ def settings(model: str, **given: Any) -> RunConfig:
 
 
 def job(model: str, visual_tokens: int | None = 0, on_cpu: bool = False, **given: Any) -> Job:
-    """Rows of 8,192 tokens, four micro-batches, full recompute, no pictures, unless said otherwise."""
+    """Rows of 8,192 tokens, four micro-batches, full recompute, no pictures, unless said
+    otherwise.
+    """
     c = settings(model, **{"max_seq_len": 8192, "gradient_accumulation_steps": 4, "recompute": "true", **given})
     return job_of(c, preset(model), visual_tokens=visual_tokens, on_cpu=on_cpu)

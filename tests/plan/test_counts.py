@@ -1,4 +1,6 @@
-"""plan/weights.py and plan/memory.py hold to the code that they count: parameters, adapters, the sharding table, constants."""
+"""plan/weights.py and plan/memory.py hold to the code that they count: parameters, adapters, the
+sharding table, constants.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def test_layers_are_dealt_out_to_stages() -> None:
 
 
 def test_degrees_divide_what_they_should() -> None:
-    """Weights over tensor and pipeline, experts over expert ranks, states over sharding, gradients from stage 2 on, weights at stage 3."""
+    """Weights over tensor and pipeline, experts over expert ranks, states over sharding, gradients
+    from stage 2 on, weights at stage 3.
+    """
     full = job(B28, **FULL)
     one = memory(full, Layout(), CARD).items
     four = memory(full, Layout(sharding=4, stage=1), CARD).items

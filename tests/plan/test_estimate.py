@@ -1,4 +1,6 @@
-"""`ernie_tune.estimate` and its verb: what is chosen, said, refused; that it is quick and loads no paddle; what to change where nothing fits."""
+"""`ernie_tune.estimate` and its verb: what is chosen, said, refused; that it is quick and loads no
+paddle; what to change where nothing fits.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_the_best_layout_is_the_fastest_that_fits() -> None:
 
 
 def test_changes_make_it_fit() -> None:
-    """Each set of changes, applied to the settings, gives a job that fits; none contains another."""
+    """Each set of changes, applied to the settings, gives a job that fits; none contains
+    another.
+    """
     j = job(B424, **EVERYWHERE)
     found = changes_that_fit(j, CARD, 8)
     assert ("weight_quantize_algo: weight_only_mix",) in found
@@ -166,7 +170,9 @@ def test_wrong_command_lines(args: list[str], code: int, message: str, capsys: p
 
 
 def test_loads_neither_paddle_nor_numpy() -> None:
-    """The imports of either take longer than the verb's own work; how long that takes is for a benchmark."""
+    """The imports of either take longer than the verb's own work; how long that takes is for a
+    benchmark.
+    """
     code = (
         "import sys\n"
         "from ernie_tune.cli.main import main\n"

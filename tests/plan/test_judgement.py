@@ -1,4 +1,6 @@
-"""What every verb asks before a run: files, recipes that make them, models of other families, layouts."""
+"""What every verb asks before a run: files, recipes that make them, models of other families,
+layouts.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def test_what_is_not_there(here: Path, line: str, setting: str, words: str) -> N
     text = "\n".join([*kept, line]) + "\n"
     number = text[: text.index(line)].count("\n") + 1
     assert f"run.yaml:{number}: {setting} {words}" in refusal(text)
-    assert f"run.yaml:{number}: {setting} {words}" in notes(text)  # a file may come later: validate goes on
+    # a file may come later: validate goes on
+    assert f"run.yaml:{number}: {setting} {words}" in notes(text)
 
 
 def test_the_recipe_that_makes_a_model_is_named(here: Path) -> None:

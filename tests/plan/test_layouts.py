@@ -1,4 +1,6 @@
-"""plan/layouts.py: what can be cut and what cannot, said with both values and the nearest layouts that work."""
+"""plan/layouts.py: what can be cut and what cannot, said with both values and the nearest layouts
+that work.
+"""
 
 from __future__ import annotations
 

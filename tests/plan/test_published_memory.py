@@ -1,7 +1,8 @@
 """plan/memory.py against every row of parallel.md 4.3, to its own +-10 %.
 
-Rows where the small terms weigh most are outside for reasons that are differences of the code, not of the count. `as_published` undoes exactly these, one by
-one, and the rows must then be within 10 % too: a wrong count would not be healed by it.
+Rows where the small terms weigh most are outside for reasons that are differences of the code, not
+of the count. `as_published` undoes exactly these, one by one, and the rows must then be within 10 %
+too: a wrong count would not be healed by it.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ ROWS = (
 def as_published(row: Row, found: Memory) -> float:
     """GB with what the published model counts otherwise.
 
-    The loss holds 10 bytes a score of 8,192 tokens, where ours never holds more than 512 MiB; gate and up projections of an expert have an A factor each, where
-    ours, one fused product, has one; one process too accumulates gradients in float32; rows of one rank's experts are uneven by 1.3 though it has all; the
-    tower and resampler stay in bfloat16 and their activations take 1 GB.
+    The loss holds 10 bytes a score of 8,192 tokens, where ours never holds more than 512 MiB; gate
+    and up projections of an expert have an A factor each, where ours, one fused product, has one;
+    one process too accumulates gradients in float32; rows of one rank's experts are uneven by 1.3
+    though it has all; the tower and resampler stay in bfloat16 and their activations take 1 GB.
     """
     j, items = row.job(), {**dict.fromkeys(ITEMS, 0.0), **found.items}
     last = found.stage == row.pipeline - 1
@@ -147,7 +149,9 @@ def test_row(row: Row) -> None:
 
 
 def test_host_memory_of_offloaded_states() -> None:
-    """parallel.md 4.3: 0.35 TB for 28B, 5.1 TB for 424B over its machines (here a machine's share, eight of 48 cards)."""
+    """parallel.md 4.3: 0.35 TB for 28B, 5.1 TB for 424B over its machines (here a machine's share,
+    eight of 48 cards).
+    """
     small = memory(ROWS[0].job(), ROWS[0].layout(), CARD)
     assert small.host_bytes / 1e12 == pytest.approx(0.35, rel=0.02)
     assert "optimizer" not in small.items
@@ -156,7 +160,9 @@ def test_host_memory_of_offloaded_states() -> None:
 
 
 def test_a_wrong_count_would_show() -> None:
-    """What `as_published` adds does not hide a mistake: without the experts' cut, or with states left out, the row is far outside."""
+    """What `as_published` adds does not hide a mistake: without the experts' cut, or with states
+    left out, the row is far outside.
+    """
     row = ROWS[3]
     for wrong in (
         replace(row.layout(), expert=2),

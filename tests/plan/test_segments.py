@@ -1,4 +1,6 @@
-"""`pp_seg_method` against the official recipes' lists (parallel.md 2.5) and Fleet's own segmenting; and what is refused before anything is loaded."""
+"""`pp_seg_method` against the official recipes' lists (parallel.md 2.5) and Fleet's own segmenting;
+and what is refused before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ernie_tune.plan.segments import bounds_of
         ((), 28, 2, ()),
         (("0", "13", "31"), 28, 2, (0, 13, 31)),  # 28B LoRA 128K: a lighter first stage
         (("0", "13"), 28, 2, (0, 13, 31)),
-        (("[0", "29", "57]"), 54, 2, (0, 29, 57)),  # as `pp_seg_method=[0, 29, 57]` is split on a command line
+        # as `pp_seg_method=[0, 29, 57]` is split on a command line
+        (("[0", "29", "57]"), 54, 2, (0, 29, 57)),
         (("12", "16"), 28, 2, (0, 13, 31)),
         (("layer:Ernie4_5_DecoderLayer|EmptyLayer",), 54, 6, (0, 10, 19, 28, 37, 46, 57)),
         (("uniform",), 28, 4, (0, 7, 15, 23, 31)),

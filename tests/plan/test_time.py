@@ -1,4 +1,6 @@
-"""plan/time.py against parallel.md 5.1 (FLOPs a token) and every row of 5.4 (predictions), to 10 %; text only, as there."""
+"""plan/time.py against parallel.md 5.1 (FLOPs a token) and every row of 5.4 (predictions), to 10 %;
+text only, as there.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_flops_per_token(model: str, text: tuple[float, ...], vision: tuple[floa
 
 @dataclass(frozen=True)
 class Row:
-    """One prediction: ms of arithmetic and communication (None where the source merges them), s a step, tokens/s and card, MFU in %."""
+    """One prediction: ms of arithmetic and communication (None where the source merges them), s a
+    step, tokens/s and card, MFU in %.
+    """
 
     name: str
     job: Job
@@ -89,7 +93,9 @@ def test_row(row: Row) -> None:
 
 
 def test_experts_over_one_machine() -> None:
-    """28B SFT EP8 sharding8: 581/231 ms as published. The published 4.0 s let gradients cross a network of 40 GB/s; eight cards of one machine have NVLink."""
+    """28B SFT EP8 sharding8: 581/231 ms as published. The published 4.0 s let gradients cross a
+    network of 40 GB/s; eight cards of one machine have NVLink.
+    """
     found = predicted(_sft(), Layout(sharding=8, expert=8, stage=1))
     assert (found.compute * 1e3, found.communication * 1e3) == pytest.approx((581, 231), rel=0.05)
     micro_batches = 4 * (found.compute + found.communication)
@@ -99,7 +105,9 @@ def test_experts_over_one_machine() -> None:
 
 
 def test_bubble() -> None:
-    """parallel.md 5.3: P2 with 4, 16, 64 micro-batches 20, 6, 1.5 %; interleaving divides the waiting; PP12 with 90: 10.9 %."""
+    """parallel.md 5.3: P2 with 4, 16, 64 micro-batches 20, 6, 1.5 %; interleaving divides the
+    waiting; PP12 with 90: 10.9 %.
+    """
     for count, want in ((4, 0.20), (16, 1 / 17), (64, 1 / 65)):
         assert predicted(_sft(accumulation=count), _layout(4, 2)).bubble == pytest.approx(want)
     assert predicted(PRETRAIN, Layout(1, 12, sharding=168, expert=8)).bubble == pytest.approx(0.109, abs=1e-3)

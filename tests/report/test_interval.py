@@ -1,4 +1,6 @@
-"""Means over the steps between two lines of the log, against arithmetic done by hand; states; which way is better for a number."""
+"""Means over the steps between two lines of the log, against arithmetic done by hand; states; which
+way is better for a number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The files and lines of a run: HF's and Paddle's names and formats, kills, resumes, growing columns."""
+"""The files and lines of a run: HF's and Paddle's names and formats, kills, resumes, growing
+columns.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ def test_comparison_table_says_what_training_did(monkeypatch: pytest.MonkeyPatch
         "***** eval metrics *****",
         "                    before   after   change",
         "  eval_loss            2.5     0.5  -2.0000  better",
-        "  eval_exact_match     0.0  0.9375  +0.9375  better",  # macro_f1 says the same and is left out
+        # macro_f1 says the same and is left out
+        "  eval_exact_match     0.0  0.9375  +0.9375  better",
         "  kl                   0.1     0.2  +0.1000",
         "  eval_token_acc      0.25    0.25  +0.0000",
         "  new                          1.0",

@@ -1,4 +1,6 @@
-"""The before/after page and the model card as documents: everything there, nothing unescaped, no network."""
+"""The before/after page and the model card as documents: everything there, nothing unescaped, no
+network.
+"""
 
 from __future__ import annotations
 

@@ -183,7 +183,8 @@ def test_terminal_plot() -> None:
     assert lines[6].split() == ["1", "step", "60"]
     assert len(lines) == 7, "one chart"
     assert all(len(line) == 31 for line in lines[1:5])
-    # A falling line: the leftmost dot is on a higher row than the rightmost; the flatter run ends above the other.
+    # A falling line: the leftmost dot is on a higher row than the rightmost; the flatter run ends
+    # above the other.
     first, last = ([r for r, line in enumerate(lines[1:5]) if line[column] != " "] for column in (11, 30))
     assert max(first) < max(last)
     assert lines[1 + last[0]][30] == "b"
@@ -205,7 +206,9 @@ def test_no_png_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_png_draws_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib itself is no dependency of the tests: a stand-in records what it is asked to draw."""
+    """matplotlib itself is no dependency of the tests: a stand-in records what it is asked to
+    draw.
+    """
     calls: list[str] = []
 
     class Axes:

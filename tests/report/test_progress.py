@@ -124,7 +124,8 @@ def test_notebook_bar(kernel: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "&lt;train&gt; · 2 / 3 · 67 %" in kernel[-1]
     assert "<svg" in kernel[-1]
     assert "width:66.7%" in kernel[-1]
-    assert len(kernel) == 3  # the first, the first update, the last; the one between came too soon to be drawn
+    # the first, the first update, the last; the one between came too soon to be drawn
+    assert len(kernel) == 3
 
 
 def test_bar_html_escapes() -> None:

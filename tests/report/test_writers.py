@@ -1,4 +1,6 @@
-"""report_to: every number of the log arrives, nothing else does, and a missing package is said before the first step."""
+"""report_to: every number of the log arrives, nothing else does, and a missing package is said
+before the first step.
+"""
 
 from __future__ import annotations
 

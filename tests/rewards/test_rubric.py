@@ -1,4 +1,6 @@
-"""Reward functions in every dialect, what they may return, rows that name their checkers, and what an attack earns."""
+"""Reward functions in every dialect, what they may return, rows that name their checkers, and what
+an attack earns.
+"""
 
 from __future__ import annotations
 

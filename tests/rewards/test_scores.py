@@ -83,9 +83,11 @@ def test_tokens() -> None:
 
 
 def test_token_f1() -> None:
-    assert token_f1("the red big cat", "a red cat") == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))  # P 2/3, R 1
+    # P 2/3, R 1
+    assert token_f1("the red big cat", "a red cat") == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
     assert token_f1("红色的圆", "红色圆形") == pytest.approx(0.75)  # 红 色 圆 of four and four
-    assert token_f1("cat cat cat", "cat") == pytest.approx(0.5)  # a word counts as often as the gold has it
+    # a word counts as often as the gold has it
+    assert token_f1("cat cat cat", "cat") == pytest.approx(0.5)
     assert (token_f1("", ""), token_f1("", "cat"), token_f1("dog", "cat")) == (1, 0, 0)
 
 

@@ -1,4 +1,6 @@
-"""Checkers against the cases that any implementation must satisfy (`golden/online/verifier_cases.json`), and against what a policy would try."""
+"""Checkers against the cases that any implementation must satisfy
+(`golden/online/verifier_cases.json`), and against what a policy would try.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_attacks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["exact", "boxes", "kie", "table", "format", "language"])
 def test_hostile_texts_take_no_time(name: str) -> None:
-    """Linear time: a megabyte made for backtracking must not take longer than the machine's slowest second."""
+    """Linear time: a megabyte made for backtracking must not take longer than the machine's slowest
+    second.
+    """
     spec = ATTACKS[name][0] if name in ATTACKS else {"language": "zh"} if name == "language" else {}
     hostile = [
         "<answer>" * (1 << 17),
@@ -222,7 +226,8 @@ def test_mathematics() -> None:
     assert check("\\boxed{2}", gold="0.5") == 0
     if mathematics.available():
         assert check("\\boxed{(x+1)^2}", gold="x^2+2x+1") == 1
-        assert mathematics.equal("1", "9^{9^{9^{9}}}", seconds=0.5) == 0  # and the worker is another one now
+        # and the worker is another one now
+        assert mathematics.equal("1", "9^{9^{9^{9}}}", seconds=0.5) == 0
         assert mathematics.equal("\\frac{1}{2}", "0.5") == 1
         assert mathematics.equal("???", "0.5") is None
 

@@ -1,4 +1,6 @@
-"""A server of the tests: a service on a free port of the loopback, in a thread, and the clients that ask it."""
+"""A server of the tests: a service on a free port of the loopback, in a thread, and the clients
+that ask it.
+"""
 
 from __future__ import annotations
 

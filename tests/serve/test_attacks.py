@@ -61,7 +61,7 @@ def told(reply: httpx.Response, status: int = 400) -> str:
     return str(reply.json()["error"]["message"])
 
 
-# --- one request's text ----------------------------------------------------------------------------------------------
+# --- one request's text ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["stop", "user", "prompt"])
@@ -111,7 +111,7 @@ def test_a_key_that_is_there_twice_is_refused(running: Live) -> None:
     assert "key 'content' is there twice" in told(post(running, body))
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def filled(opening: bytes, item: bytes, closing: bytes, size: int) -> bytes:
@@ -174,11 +174,13 @@ def test_many_token_ids_are_a_prompt_as_long_as_the_context(running: Live) -> No
     assert post(running, {"prompt": [9] * 3000, "max_tokens": 1}, "/v1/completions").status_code == 200
 
 
-# --- media -----------------------------------------------------------------------------------------------------------
+# --- media ----------------------------------------------------------------------------------------
 
 
 class Trickle:
-    """A host that sends one byte after another of something without end. `open`: its connections that still live."""
+    """A host that sends one byte after another of something without end. `open`: its connections
+    that still live.
+    """
 
     BODIES: ClassVar[dict[str, tuple[bytes, bytes]]] = {
         "header": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
@@ -372,7 +374,7 @@ def test_a_container_without_a_codec_is_a_bad_video(tmp_path: Path) -> None:
         read_video((tmp_path / "a.mp4").as_uri(), tight)
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- places ---------------------------------------------------------------------------------------
 
 
 def test_an_answer_that_nobody_reads_holds_no_place(engine: Engine) -> None:
@@ -424,7 +426,7 @@ def test_a_client_that_does_not_read_is_let_go(engine: Engine) -> None:
             until(lambda: not any(c.client == sock.getsockname() for c in one.server.house._open))
 
 
-# --- who may ask, and how --------------------------------------------------------------------------------------------
+# --- who may ask, and how -------------------------------------------------------------------------
 
 
 def test_a_page_of_the_web_cannot_use_a_server_of_this_machine(running: Live) -> None:
@@ -451,7 +453,7 @@ def test_hosts_that_are_given_and_addresses(engine: Engine) -> None:
             assert httpx.get(f"{one.root}/v1/models", headers={"host": host}).status_code == status
 
 
-# --- connections -----------------------------------------------------------------------------------------------------
+# --- connections ----------------------------------------------------------------------------------
 
 
 def closed(sock: socket.socket, seconds: float = 30) -> bool:

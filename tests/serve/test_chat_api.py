@@ -1,4 +1,6 @@
-"""The official client against the engine: the same tokens for text, pictures, videos, thinking on and off, streamed and not; the API's fields."""
+"""The official client against the engine: the same tokens for text, pictures, videos, thinking on
+and off, streamed and not; the API's fields.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def check_stream(running: Live, messages: list[dict[str, Any]], thinking: bool |
 
 
 def test_samples_are_the_engines_and_differ(running: Live, engine: Engine) -> None:
-    """n, seed, temperature, top_p, top_k and the penalties reach the sampler; stop strings cut; a stream carries all choices."""
+    """n, seed, temperature, top_p, top_k and the penalties reach the sampler; stop strings cut; a
+    stream carries all choices.
+    """
     penalties = {"frequency_penalty": 0.7, "presence_penalty": -0.4}
     settings = {
         "temperature": 0.9,
@@ -212,7 +216,9 @@ def test_models_health_and_metrics(running: Live) -> None:
 
 
 def test_concurrent_requests_are_batched_and_each_gets_its_own(running: Live, engine: Engine, video: Path) -> None:
-    """Different prompts, lengths and media at once; the steps' mean size shows that they shared them."""
+    """Different prompts, lengths and media at once; the steps' mean size shows that they shared
+    them.
+    """
     asked = [cases(video)[case] for case in CASES]
     want = [engine.answer([request_], engine.params(max_new_tokens=30))[0][0] for _, request_ in asked]
     before = running.service.scheduler.load()
@@ -226,7 +232,9 @@ def test_concurrent_requests_are_batched_and_each_gets_its_own(running: Live, en
 
 
 def test_the_terminal_says_the_same(running: Live, engine: Engine) -> None:
-    """`ernie-tune chat` with a picture and a second question, against a client that sends the whole dialogue."""
+    """`ernie-tune chat` with a picture and a second question, against a client that sends the whole
+    dialogue.
+    """
     out = io.StringIO()
 
     def write(text: str, end: str = "\n", flush: bool = False) -> None:

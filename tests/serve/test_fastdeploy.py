@@ -1,4 +1,6 @@
-"""`serve --engine fastdeploy`: the command, and a stand-in for FastDeploy that is started, watched and ended."""
+"""`serve --engine fastdeploy`: the command, and a stand-in for FastDeploy that is started, watched
+and ended.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def start(folder: Path, environment: dict[str, str], *words: str) -> subprocess.
 
 
 def test_print_shows_the_command_with_ports_that_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The seed command's flags (fastdeploy.md 5.1), its port conflict mended, its no-op left out."""
+    """The seed command's flags (fastdeploy.md 5.1), its port conflict mended, its no-op left
+    out.
+    """
     words = ["--tensor_parallel_size", "8", "--quantization", "wint4", "--limit_mm_per_prompt", '{"image": 4}']
     assert main(["serve", "--print", str(folder), "--engine", "fastdeploy", *words]) == 0
     said = capsys.readouterr().out.strip()

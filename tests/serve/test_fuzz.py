@@ -1,4 +1,6 @@
-"""Requests made from the server's own OpenAPI description, right and wrong ones: only 2xx and 4xx, errors in one shape, and the server lives on."""
+"""Requests made from the server's own OpenAPI description, right and wrong ones: only 2xx and 4xx,
+errors in one shape, and the server lives on.
+"""
 
 from __future__ import annotations
 

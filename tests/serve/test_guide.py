@@ -1,4 +1,6 @@
-"""Answers that follow rules, with a model of random weights: whatever it would like to say, JSON parses and fits."""
+"""Answers that follow rules, with a model of random weights: whatever it would like to say, JSON
+parses and fits.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +193,7 @@ def test_rules_that_cannot_be_followed(rule: Guide) -> None:
         grammars("tiny").follow(rule, None)
 
 
-# --- over the API ----------------------------------------------------------------------------------------------------
+# --- over the API ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

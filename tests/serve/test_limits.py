@@ -1,4 +1,6 @@
-"""What the server refuses and how it says so: limits, keys, bad requests, time, clients that go, and its own end."""
+"""What the server refuses and how it says so: limits, keys, bad requests, time, clients that go,
+and its own end.
+"""
 
 from __future__ import annotations
 
@@ -324,7 +326,9 @@ def test_the_end_does_not_wait_for_ever(engine: Engine, monkeypatch: pytest.Monk
 
 
 def test_a_failing_model_is_not_a_bad_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One failing step ends the requests of its batch with 500, and the next ones are fine; a dead thread is told by /health."""
+    """One failing step ends the requests of its batch with 500, and the next ones are fine; a dead
+    thread is told by /health.
+    """
     with live(engine) as one:
         with monkeypatch.context() as patch:
             patch.setattr(RunningBatch, "step", broken(RuntimeError("out of memory")))
@@ -352,7 +356,9 @@ def test_an_error_in_the_servers_own_code_has_the_same_shape(engine: Engine, mon
 
 
 def test_requests_beyond_what_can_run_wait_undecoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only max_num_seqs and a few more are encoded; the others wait before that, and all are answered."""
+    """Only max_num_seqs and a few more are encoded; the others wait before that, and all are
+    answered.
+    """
     slowly(monkeypatch, 0.02)
     most = [0]
     with live(engine, max_num_seqs=1, preparing=2) as one, ThreadPoolExecutor(8) as pool:

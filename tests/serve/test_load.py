@@ -1,4 +1,6 @@
-"""A few seconds of tests/bench/bench_serve.py: a crowd of clients, no answer lost, failed or given to another."""
+"""A few seconds of tests/bench/bench_serve.py: a crowd of clients, no answer lost, failed or given
+to another.
+"""
 
 from __future__ import annotations
 

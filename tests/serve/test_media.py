@@ -1,4 +1,6 @@
-"""The policy on media: local files, addresses that are private however they are written, redirects, sizes, and formats that would do more than hold pixels."""
+"""The policy on media: local files, addresses that are private however they are written, redirects,
+sizes, and formats that would do more than hold pixels.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def site() -> Iterator[ThreadingHTTPServer]:
 
 
 def resolver(site: ThreadingHTTPServer, **names: str) -> Any:
-    """Names as `names` say, connected to the test's site whatever the address, so that only the policy decides."""
+    """Names as `names` say, connected to the test's site whatever the address, so that only the
+    policy decides.
+    """
 
     def resolve(host: str, port: int) -> Sequence[Any]:
         address = names.get(host.replace(".", "_"), host)

@@ -1,4 +1,6 @@
-"""What can be served: a folder, a finished run, several adapters by name in one process, exported int8 and int4 folders; and the verb itself."""
+"""What can be served: a folder, a finished run, several adapters by name in one process, exported
+int8 and int4 folders; and the verb itself.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def alone(engine: Engine) -> list[list[int]]:
 
 
 def test_adapters_are_served_by_name_at_the_same_time(folders: dict[str, Path]) -> None:
-    """Interleaved requests to the base and two adapters: each gets the tokens of a process that has only its own."""
+    """Interleaved requests to the base and two adapters: each gets the tokens of a process that has
+    only its own.
+    """
     want = {"base": alone(open_engine(folders["base"], base_of_run))}
     for name in ("red", "blue"):
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(folders["base"]), folders[name], name)
@@ -141,7 +145,9 @@ def test_a_finished_run_is_served_under_its_own_name_and_its_base_too(tmp_path: 
 
 @pytest.mark.parametrize("quantization", ["wint8", "wint4"])
 def test_exported_folders_are_served(quantization: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Adapter -> export -> packed folder -> the server: the tokens of `ernie-tune chat`, and those of the dense model with the same rounding."""
+    """Adapter -> export -> packed folder -> the server: the tokens of `ernie-tune chat`, and those
+    of the dense model with the same rounding.
+    """
     out = tmp_path / quantization
     words = ["export", str(folders["base"]), str(folders["red"]), "--output_dir", str(out)]
     assert main([*words, "--quantization", quantization, "--emit", "packed", "--verify", "files"]) == 0
@@ -152,7 +158,8 @@ def test_exported_folders_are_served(quantization: str, folders: dict[str, Path]
     with live(service.engine, service.models) as one:
         assert [tokens(one.client(), quantization, text) for text in WORDS] == want
         for i, case in enumerate(CASES):
-            thinking = i % 2 == (quantization == "wint4")  # both for every case, over the two folders
+            # both for every case, over the two folders
+            thinking = i % 2 == (quantization == "wint4")
             asked, request_ = cases(video)[case]
             again = Request(request_.messages, request_.images, request_.videos, thinking)
             chat = list(service.engine.stream(again, service.engine.params(max_new_tokens=6)))
@@ -198,7 +205,7 @@ def test_merged_folders_are_served(folders: dict[str, Path], tmp_path: Path) -> 
     assert generate(rounded, [row], processor().tokens, engine.params(max_new_tokens=12))[0][0].token_ids == want[0]
 
 
-# --- the verb --------------------------------------------------------------------------------------------------------
+# --- the verb -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

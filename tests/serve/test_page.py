@@ -1,4 +1,6 @@
-"""The page at `/`: whole in itself, without a key, and nothing in it may become more than text; and the log of requests."""
+"""The page at `/`: whole in itself, without a key, and nothing in it may become more than text; and
+the log of requests.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A table of requests as people and clients send them: what is taken, what is refused, and how a refusal names the field. No answer is 5xx."""
+"""A table of requests as people and clients send them: what is taken, what is refused, and how a
+refusal names the field. No answer is 5xx.
+"""
 
 from __future__ import annotations
 
@@ -348,7 +350,9 @@ def test_raw_prompts(change: dict[str, Any], status: int, words: str, client: ht
 
 
 def test_the_clients_own_objects_go_back(running: Live) -> None:
-    """As the message object, and as its dumps, with a tool of a class, in a dialogue of three rounds."""
+    """As the message object, and as its dumps, with a tool of a class, in a dialogue of three
+    rounds.
+    """
     from pydantic import BaseModel
 
     class Weather(BaseModel):
@@ -382,7 +386,9 @@ def test_results_come_in_any_order(client: httpx.Client) -> None:
 
 
 def test_an_answer_goes_on_where_it_stopped(running: Live, client: httpx.Client) -> None:
-    """Half of a greedy answer, sent back, brings the other half: the prompt is the one of the first request and what was said."""
+    """Half of a greedy answer, sent back, brings the other half: the prompt is the one of the first
+    request and what was said.
+    """
     fields = {"temperature": 0, "return_token_ids": True, "chat_template_kwargs": {"enable_thinking": False}}
     whole = ask(client, {**fields, "max_tokens": 12}).json()["choices"][0]["message"]
     tokenizer = running.service.engine.processor.tokenizer
@@ -398,7 +404,9 @@ def test_an_answer_goes_on_where_it_stopped(running: Live, client: httpx.Client)
 
 
 def test_one_call_at_most(running: Live) -> None:
-    """parallel_tool_calls false ends an answer with its first call; the stop string is none that a client asked for."""
+    """parallel_tool_calls false ends an answer with its first call; the stop string is none that a
+    client asked for.
+    """
     from support.tiny_runs import processor as made
 
     service = running.service

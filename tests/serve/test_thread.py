@@ -1,4 +1,6 @@
-"""serve/thread.py by itself: what runs at once, whose answer is whose, what a cancellation, a failure and the end do."""
+"""serve/thread.py by itself: what runs at once, whose answer is whose, what a cancellation, a
+failure and the end do.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def engine(golden_model: Any) -> Engine:
 
 
 class Seen:
-    """Watches a scheduler's batches: their sizes and columns at every step, and what joined together."""
+    """Watches a scheduler's batches: their sizes and columns at every step, and what joined
+    together.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []

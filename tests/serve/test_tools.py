@@ -1,4 +1,6 @@
-"""Tool calls: taken out of answers however these are cut, told in OpenAI's shapes, and put back into the prompt as the template writes them."""
+"""Tool calls: taken out of answers however these are cut, told in OpenAI's shapes, and put back
+into the prompt as the template writes them.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def test_without_tools_marks_are_text(running: Live, more: dict[str, Any]) -> No
 
 @pytest.mark.usefixtures("engine")
 def test_the_prompt_is_the_templates(running: Live) -> None:
-    """Tools, the calls that the client sends back, and their results, in the bytes that training writes."""
+    """Tools, the calls that the client sends back, and their results, in the bytes that training
+    writes.
+    """
     ids = ["a", "b"]
     calls = [
         {"id": i, "type": "function", "function": vars(call)} for i, call in zip(ids, (WEATHER, CLOCK), strict=True)

@@ -1,1 +1,3 @@
-"""What several test folders share: tiny rows and runs, ranks that are threads, trajectories of every method. Knows no test."""
+"""What several test folders share: tiny rows and runs, ranks that are threads, trajectories of
+every method. Knows no test.
+"""

@@ -1,4 +1,6 @@
-"""Shared by the tests of learning from judgements: small rows of every kind with and without pictures, and settings of short runs on them."""
+"""Shared by the tests of learning from judgements: small rows of every kind with and without
+pictures, and settings of short runs on them.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ from typing import Any
 
 
 class ThreadRanks:
-    """What `gather` promises, with a barrier. One rank computes at a time: Paddle numbers what it makes by counters that threads would share."""
+    """What `gather` promises, with a barrier. One rank computes at a time: Paddle numbers what it
+    makes by counters that threads would share.
+    """
 
     def __init__(
         self, rank: int, size: int, barrier: threading.Barrier, board: list[Any], turn: threading.Lock

@@ -1,4 +1,6 @@
-"""Shared by the tests of training: small rows with and without pictures, runs of a few steps, and what such a run leaves in its folder."""
+"""Shared by the tests of training: small rows with and without pictures, runs of a few steps, and
+what such a run leaves in its folder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from ernie_tune.data.sources import load_dataset
 from ernie_tune.trainers.sft import SFTTrainer
 
 IMAGES = Path(__file__).parents[2] / "examples" / "digits" / "images"
-CLOCK = ("tokens_per_second", "interval_runtime", "max_memory_gib", "remaining_time")  # no run repeats these
+# no run repeats these
+CLOCK = ("tokens_per_second", "interval_runtime", "max_memory_gib", "remaining_time")
 _WORDS = ("read", "the", "digit", "seven", "九", "看图", "a longer question", "why", "tell me", "one two three")
 
 
@@ -91,7 +94,8 @@ def steps_logged(folder: Path) -> list[int]:
     return [r["step"] for r in history(folder) if "loss" in r]
 
 
-# Of a run stopped and gone on with: paths, clocks, the ledger of its processes, and the stop in its schedule.
+# Of a run stopped and gone on with: paths, clocks, the ledger of its processes, and the stop in its
+# schedule.
 NOT_ALIKE_WHEN_CUT = (
     "trainer_state.json",
     "loop_state.json",
@@ -103,7 +107,9 @@ NOT_ALIKE_WHEN_CUT = (
 
 
 def same_bytes(a: Path, b: Path, but: Sequence[str] = ()) -> list[str]:
-    """The names of all files under `a`, after checking that `b` has the same with the same bytes, those in `but` aside."""
+    """The names of all files under `a`, after checking that `b` has the same with the same bytes,
+    those in `but` aside.
+    """
     names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(b)) for p in b.rglob("*") if p.is_file())
     for name in names:

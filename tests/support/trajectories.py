@@ -1,12 +1,17 @@
-"""Twenty steps of every method on a tiny model: losses, gradient norms, and digests of every gradient and of the final parameters.
+"""Twenty steps of every method on a tiny model: losses, gradient norms, and digests of every
+gradient and of the final parameters.
 
-    python tests/support/trajectories.py                        # write tests/golden/trajectories.json, in float64
-    python tests/support/trajectories.py --compare OTHER        # another checkout: equal bit for bit, in float32?
+    # write tests/golden/trajectories.json, in float64
+    python tests/support/trajectories.py
+    # another checkout: equal bit for bit, in float32?
+    python tests/support/trajectories.py --compare OTHER
     python tests/support/trajectories.py --only dpo kto ...
 
-The stored values hold on any x86-64 processor: float64 (float32 for reward models, whose head knows no other), so that no
-rounding can send a token to another expert, and no bound on parameters, which AdamW moves by a full step wherever a tiny gradient changes its sign. Bit equality is asked
-of two checkouts on one machine. Uses the public names of the package alone, so it also runs older checkouts.
+The stored values hold on any x86-64 processor: float64 (float32 for reward models, whose head knows
+no other), so that no rounding can send a token to another expert, and no bound on parameters, which
+AdamW moves by a full step wherever a tiny gradient changes its sign. Bit equality is asked of two
+checkouts on one machine. Uses the public names of the package alone, so it also runs older
+checkouts.
 """
 
 from __future__ import annotations
@@ -71,7 +76,9 @@ def row(kind: str, i: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[list[dict[str, Any]]]:
-    """What AdamW is given at each of its steps: a digest of all gradients, and the sum of each one's squares at the first."""
+    """What AdamW is given at each of its steps: a digest of all gradients, and the sum of each
+    one's squares at the first.
+    """
     import numpy as np
     import paddle
 
@@ -155,7 +162,9 @@ def _of_checkout(checkout: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def compare(other: Path, names: list[str]) -> int:
-    """Print, for each method, whether this checkout's run is that of `other`, bit for bit; how many are not."""
+    """Print, for each method, whether this checkout's run is that of `other`, bit for bit; how many
+    are not.
+    """
     mine, theirs = _of_checkout(ROOT, names), _of_checkout(other, names)
     for name in names:
         differ = [part for part in mine[name] if mine[name][part] != theirs[name][part]]

@@ -1,4 +1,6 @@
-"""Checkpoints written while training goes on: the bytes of a plain one, as things were when it was asked for; errors on every rank; nothing half."""
+"""Checkpoints written while training goes on: the bytes of a plain one, as things were when it was
+asked for; errors on every rank; nothing half.
+"""
 
 from __future__ import annotations
 

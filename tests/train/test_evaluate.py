@@ -1,4 +1,6 @@
-"""train/evaluate.py: losses against an independent forward, answers in batches against answers one by one, questions without their answers."""
+"""train/evaluate.py: losses against an independent forward, answers in batches against answers one
+by one, questions without their answers.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def test_answers_come_in_the_order_of_the_questions(
     assert len(set(expected)) > 3
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 
 
 def dialogue(*turns: tuple[str, str], **more: Any) -> Record:

@@ -31,7 +31,8 @@ def test_forgetting_alarm_and_its_interval() -> None:
     ("lost", "rows", "tolerance"),
     [
         (1, 100, 0.02),  # within the tolerance
-        (1, 10, 0.02),  # beyond it, but one row of ten may be chance: 0.9^10 = 35 % of the resamples do not have it
+        # beyond it, but one row of ten may be chance: 0.9^10 = 35 % of the resamples do not have it
+        (1, 10, 0.02),
         (10, 100, 0.2),
     ],
 )

@@ -1,4 +1,5 @@
-"""train/loop.py: one gradient however a window is cut, against numpy; seeds, clipping, steps that must not be made (methods.md 3.3, 3.6).
+"""train/loop.py: one gradient however a window is cut, against numpy; seeds, clipping, steps that
+must not be made (methods.md 3.3, 3.6).
 
 Legend: N target tokens, V vocabulary.
 """
@@ -37,7 +38,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 
 
 def windows(samples: list[Sample]) -> dict[str, list[MicroBatch]]:
-    """The same eight rows: one pack, one row a micro-batch, and uneven packs, one of them without any picture."""
+    """The same eight rows: one pack, one row a micro-batch, and uneven packs, one of them without
+    any picture.
+    """
     cuts = {
         "8x1": [samples],
         "1x8": [[s] for s in samples],
@@ -80,14 +83,16 @@ def test_one_gradient_however_the_window_is_cut(
     norm_of_all = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradient.values()))
     assert norm_of_all > 0.1
     silent = [name for name, g in gradient.items() if not np.abs(g).max() > 0]
-    # What the last layer does to image tokens reaches no target; every other parameter has a part in the loss.
+    # What the last layer does to image tokens reaches no target; every other parameter has a part
+    # in the loss.
     assert sorted(silent) == [
         "layers.3.mlp.gate.weight_1",
         *(f"layers.3.mlp.vision_experts.{p}_proj" for p in ("down", "up_gate")),
     ]
     for name in ("1x8", "packed"):
         other, grads = results[name]
-        assert other == pytest.approx(value, rel=tolerance if dtype == "float32" else 1e-7)  # sums of float32 weights
+        # sums of float32 weights
+        assert other == pytest.approx(value, rel=tolerance if dtype == "float32" else 1e-7)
         for parameter, g in gradient.items():
             worst = np.abs(grads[parameter] - g).max() / norm_of_all
             assert worst < tolerance, (name, parameter)
@@ -117,11 +122,13 @@ def test_the_loss_is_that_of_plain_numpy(samples: list[Sample], golden_model: An
         model.clear_gradients(set_to_zero=False)
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 class Slope(paddle.nn.Layer):
-    """A model of one parameter vector whose loss is its product with the batch: the gradient is the batch."""
+    """A model of one parameter vector whose loss is its product with the batch: the gradient is the
+    batch.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""train/optim.py: schedules, groups, clipping and AdamW against closed forms; an optimizer's state survives a change of process."""
+"""train/optim.py: schedules, groups, clipping and AdamW against closed forms; an optimizer's state
+survives a change of process.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from ernie_tune.train.optim import LrRatios, Schedule, build_adamw, load_optimiz
 HYPER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,10 @@ def test_schedules_that_cannot_be_meant() -> None:
     assert Schedule(1.0, 10, 10).at(9) == 1.0
 
 
-# --- AdamW -----------------------------------------------------------------------------------------------------------
+# --- AdamW ----------------------------------------------------------------------------------------
 
-# canonical name -> shape, learning rate over the schedule's, whether it decays (methods.md 2.5, architecture.md 3.6)
+# canonical name -> shape, learning rate over the schedule's, whether it decays (methods.md 2.5,
+# architecture.md 3.6)
 NAMES = {
     "embed_tokens.weight": ((3, 2), 1.0, True),
     "layers.0.self_attn.q_proj.weight": ((2, 2), 1.0, True),
@@ -125,7 +128,7 @@ def test_ratios_are_settings_and_frozen_parameters_stay() -> None:
     assert [p.name for g in groups for p in g["params"]] == [named["embed_tokens.weight"].name]
 
 
-# --- clipping --------------------------------------------------------------------------------------------------------
+# --- clipping -------------------------------------------------------------------------------------
 
 
 def test_clipping_scales_all_gradients_together() -> None:
@@ -143,7 +146,7 @@ def test_clipping_scales_all_gradients_together() -> None:
     assert global_norm([paddle.to_tensor([3.0, 4.0]).astype("bfloat16")]) == 5.0
 
 
-# --- states ----------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 def copied(arrays: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
@@ -207,7 +210,8 @@ def test_states_that_belong_to_nobody() -> None:
 
 
 def test_sixteen_bit_parameters_keep_exact_masters() -> None:
-    # The CPU has no step for bfloat16, so the master and its moments are made up; reading and loading them is the same everywhere.
+    # The CPU has no step for bfloat16, so the master and its moments are made up; reading and
+    # loading them is the same everywhere.
     name = "layers.0.self_attn.q_proj.weight"
     p = paddle.nn.Layer().create_parameter([2, 2], dtype="bfloat16")
     arrays = {

@@ -1,4 +1,6 @@
-"""Guards of preference learning: when they speak, when they must not, and that a resumed run judges as an uninterrupted one."""
+"""Guards of preference learning: when they speak, when they must not, and that a resumed run judges
+as an uninterrupted one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""train/reference.py: which mode is chosen, a cache that is whole or absent and knows its origin, references that move, and what they refuse."""
+"""train/reference.py: which mode is chosen, a cache that is whole or absent and knows its origin,
+references that move, and what they refuse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Watchers of sampled answers: each speaks once, at the step where there is reason, and not before; also after a resume."""
+"""Watchers of sampled answers: each speaks once, at the step where there is reason, and not before;
+also after a resume.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rounds of sampled answers: what training sees is what was sampled, to the last token; what resumes goes on bit for bit."""
+"""Rounds of sampled answers: what training sees is what was sampled, to the last token; what
+resumes goes on bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def trained_logp(model: ErnieModel, batch: UnitBatch, **how: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rollout_and_training_see_one_policy(model: ErnieModel, temperature: float) -> None:
-    """The gate: the largest difference of a token's log-probability, pictures included, prompts shared by their answers."""
+    """The gate: the largest difference of a token's log-probability, pictures included, prompts
+    shared by their answers.
+    """
     found = rollouts(model, dataclasses.replace(S, prompts=4, temperature=temperature))
     groups = found.make_round()
     assert any(g.record.images for g in groups)
@@ -90,7 +94,8 @@ def test_rollout_and_training_see_one_policy(model: ErnieModel, temperature: flo
     gap = trained_logp(model, batch, temperature=temperature) - batch.columns["sampled_logp_N"]
     assert np.abs(gap).max() <= 1e-5
     loose = trained_logp(model, batch, temperature=temperature, banned=False) - batch.columns["sampled_logp_N"]
-    assert np.abs(loose).max() > 1e-3  # without the ids that sampling leaves out, it is another policy
+    # without the ids that sampling leaves out, it is another policy
+    assert np.abs(loose).max() > 1e-3
 
 
 def test_what_is_trained_is_what_was_sampled(model: ErnieModel) -> None:
@@ -100,12 +105,15 @@ def test_what_is_trained_is_what_was_sampled(model: ErnieModel) -> None:
         ids = [list(a.token_ids) for a in group.answers]
         assert batch.target_N.tolist() == list(itertools.chain(*ids))
         assert batch.length_C.tolist() == [len(i) for i in ids]
-        assert batch.inputs.num_tokens == group.unit.shared + sum(len(i) for i in ids)  # the prompt is packed once
+        # the prompt is packed once
+        assert batch.inputs.num_tokens == group.unit.shared + sum(len(i) for i in ids)
         assert len(batch.columns["advantage_N"]) == len(batch.target_N)
 
 
 def test_forced_tokens_are_no_targets(model: ErnieModel) -> None:
-    """A steer that forces the second token: the model did not choose it, nothing is learned from it."""
+    """A steer that forces the second token: the model did not choose it, nothing is learned from
+    it.
+    """
     plain = sampler(model)
 
     def forcing(prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
@@ -151,7 +159,9 @@ class Waiting(Exception):
 
 
 def two_ranks(make: Callable[[Ranks], Any]) -> list[Any]:
-    """Both ranks run from the start until each has heard what the other says, over and over: exchanges need no threads that way."""
+    """Both ranks run from the start until each has heard what the other says, over and over:
+    exchanges need no threads that way.
+    """
     told: list[list[Any]] = []
     while True:
         results, said = [], []
@@ -189,7 +199,9 @@ def test_two_ranks_make_the_round_of_one(model: ErnieModel, estimator: str) -> N
 
 
 def test_two_ranks_with_unlike_luck_make_equally_many_groups(model: ErnieModel) -> None:
-    """Answers to some prompts never differ: one rank must draw again, so both do, and both end with two groups."""
+    """Answers to some prompts never differ: one rank must draw again, so both do, and both end with
+    two groups.
+    """
 
     def lucky(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         dull = [any(w in p[0]["content"] for w in ("digit 0", "digit 2", "digit 4")) for p in prompts]
@@ -248,7 +260,8 @@ def test_passes_and_mini_batches(model: ErnieModel) -> None:
     assert [sum(b.num_rows for b in w) for w in windows] == [2, 2, 2, 2, 2]
     assert found.round == 2
     wheres = [[u.where for b in w for u in b.units] for w in windows]
-    assert sorted(wheres[0] + wheres[1]) == sorted(wheres[2] + wheres[3])  # each pass holds the whole round
+    # each pass holds the whole round
+    assert sorted(wheres[0] + wheres[1]) == sorted(wheres[2] + wheres[3])
 
 
 def test_resuming_in_the_middle_of_a_round(model: ErnieModel, tmp_path: Path) -> None:
@@ -271,7 +284,9 @@ def test_resuming_in_the_middle_of_a_round(model: ErnieModel, tmp_path: Path) ->
 
 
 def test_what_is_attached_stays_with_its_tokens(model: ErnieModel) -> None:
-    """A reference's and a critic's words follow their answers through shuffles; the penalty is part of the reward, returns follow GAE."""
+    """A reference's and a critic's words follow their answers through shuffles; the penalty is part
+    of the reward, returns follow GAE.
+    """
 
     def attach(batch: UnitBatch) -> UnitBatch:
         more = {"ref_logp_N": batch.columns["old_logp_N"] - 0.5, "value_N": batch.target_N / 1000.0}

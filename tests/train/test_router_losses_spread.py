@@ -1,4 +1,6 @@
-"""The routers' own losses where no rank sees a whole pack: with sequence parallelism, losses, gradients and parameters are those of one process."""
+"""The routers' own losses where no rank sees a whole pack: with sequence parallelism, losses,
+gradients and parameters are those of one process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""train/sft.py: what the loop is told of supervised fine-tuning, and the factors on tasks (methods.md 4.12, 11.8)."""
+"""train/sft.py: what the loop is told of supervised fine-tuning, and the factors on tasks
+(methods.md 4.12, 11.8).
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def test_each_task_has_its_own_loss() -> None:
     assert metrics["token"]["task/b"] == metrics["seq"]["task/b"] == pytest.approx(nll[1][0])
 
 
-# --- factors on tasks ------------------------------------------------------------------------------------------------
+# --- factors on tasks -----------------------------------------------------------------------------
 
 
 def test_dynamic_weight_averaging() -> None:
@@ -106,7 +108,8 @@ def test_dynamic_weight_averaging() -> None:
 def test_factors_follow_the_periods_of_the_run() -> None:
     balance = TaskBalance("dwa", period_steps=2)
     assert balance.factors({"a": 1.0, "b": 3.0}) == {"a": 1.0, "b": 1.0}
-    for a, b in ((3.0, 1.0), (1.0, 1.0), (2.0, 1.4), (1.6, 0.8)):  # means of two steps: (2, 1), (1.8, 1.1)
+    # means of two steps: (2, 1), (1.8, 1.1)
+    for a, b in ((3.0, 1.0), (1.0, 1.0), (2.0, 1.4), (1.6, 0.8)):
         balance.update({"a": (10 * a, 10), "b": (b, 1)})
     assert balance.factors({"a": 1.0, "b": 1.0}) == pytest.approx({"a": 0.9500416250, "b": 1.0499583749})
     balance.update({"a": (99.0, 1)})
@@ -117,7 +120,8 @@ def test_uncertainty_weighting() -> None:
     # L = [0.5, 2], s = [0, ln 2]: sum of exp(-s) L / 2 + s / 2
     balance = TaskBalance("uncertainty", uncertainty_lr=0.1)
     balance.log_variance = {"a": 0.0, "b": math.log(2)}
-    for counts in ({"a": 1.0, "b": 1.0}, {"a": 30.0, "b": 10.0}):  # a task's share of the tokens does not matter
+    # a task's share of the tokens does not matter
+    for counts in ({"a": 1.0, "b": 1.0}, {"a": 30.0, "b": 10.0}):
         factors, total = balance.factors(counts), sum(counts.values())
         weighted = factors["a"] * counts["a"] * 0.5 + factors["b"] * counts["b"] * 2.0
         assert weighted / total + math.log(2) / 2 == pytest.approx(1.0965735903, abs=1e-10)
@@ -147,7 +151,8 @@ def test_uncertainty_factors_reach_loss_and_gradient(norm: str) -> None:
         single, rows = SFTObjective(norm), [batch(*(r for r in ROWS if r[0] == task))]
         out = forward_loss(single, model, rows[0])
         (0.5 * math.exp(-s) * out.total / single.begin(single.counts(rows))).backward()
-    np.testing.assert_allclose(got, model.head.grad.numpy(), atol=1e-7)  # weights of tokens are float32
+    # weights of tokens are float32
+    np.testing.assert_allclose(got, model.head.grad.numpy(), atol=1e-7)
     metrics = {
         k: tuple(map(sum, zip(*(o.metrics[k] for o in outs if k in o.metrics), strict=True))) for k in outs[0].metrics
     }

@@ -1,4 +1,6 @@
-"""train/state.py: checkpoints are complete or absent, found, kept and deleted by rule, and refused where they are others'."""
+"""train/state.py: checkpoints are complete or absent, found, kept and deleted by rule, and refused
+where they are others'.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 def test_only_complete_checkpoints_are_found_by_number_not_by_name(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_named_folder_must_be_a_complete_checkpoint(name: str, tmp_path: Path)
         find_checkpoint(tmp_path, str(tmp_path / name))
 
 
-# --- keeping ---------------------------------------------------------------------------------------------------------
+# --- keeping --------------------------------------------------------------------------------------
 
 
 def test_rotation_spares_the_best_and_the_newest(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
     assert set_aside_later(tmp_path, 2) == []
 
 
-# --- saving and loading ----------------------------------------------------------------------------------------------
+# --- saving and loading ---------------------------------------------------------------------------
 
 
 def trained(value: float = 1.0) -> tuple[dict[str, paddle.Tensor], paddle.optimizer.AdamW]:

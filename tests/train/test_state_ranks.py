@@ -1,4 +1,6 @@
-"""Checkpoints of several ranks, here threads of one process: saved under one cut and loaded under another, whole on every rank or on none."""
+"""Checkpoints of several ranks, here threads of one process: saved under one cut and loaded under
+another, whole on every rank or on none.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def piece(array: np.ndarray[Any, Any], region: Region) -> np.ndarray[Any, Any]:
 
 
 class Part:
-    """One rank's parameters and the AdamW that trains them: a flat run of each where the cut says so, as sharding V2 does."""
+    """One rank's parameters and the AdamW that trains them: a flat run of each where the cut says
+    so, as sharding V2 does.
+    """
 
     def __init__(self, cut: Shards, weights: dict[str, np.ndarray[Any, Any]]) -> None:
         self.cut, layer = cut, paddle.nn.Layer()
@@ -154,7 +158,8 @@ def test_any_cut_goes_on_from_any_other(before: str, after: str, tmp_path: Path)
     checkpoint = find_checkpoint(tmp_path, "auto")
     assert checkpoint is not None
     size, make = CUTS[after]
-    parts = [Part(make(rank, size), values(9)) for rank in range(size)]  # other weights: everything must be loaded
+    # other weights: everything must be loaded
+    parts = [Part(make(rank, size), values(9)) for rank in range(size)]
 
     def load(ranks: ThreadRanks) -> None:
         part = parts[ranks.rank]
@@ -175,7 +180,7 @@ def test_any_cut_goes_on_from_any_other(before: str, after: str, tmp_path: Path)
         np.testing.assert_array_equal(board[name], p.numpy())
 
 
-# --- what goes wrong on one rank goes wrong on all -------------------------------------------------------------------
+# --- what goes wrong on one rank goes wrong on all ------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

@@ -1,6 +1,8 @@
-"""One process of a loading test: `part_worker.py FOLDER`, started by the launcher. FOLDER/cases.json: [{"name", "settings"}]. For each case a rank loads its
-part of a model as a trainer does, notes the most memory that took, compares every value with those of the whole model laid over the same ranks, and saves
-and takes back what is trained."""
+"""One process of a loading test: `part_worker.py FOLDER`, started by the launcher.
+FOLDER/cases.json: [{"name", "settings"}]. For each case a rank loads its part of a model as a
+trainer does, notes the most memory that took, compares every value with those of the whole model
+laid over the same ranks, and saves and takes back what is trained.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from ernie_tune.trainers import assemble
 
 
 def values(model: Any) -> dict[str, np.ndarray]:
-    """All that the model is made of on this rank: parameters, what adapters put aside, codes and scales."""
+    """All that the model is made of on this rank: parameters, what adapters put aside, codes and
+    scales.
+    """
     found = {name: p.numpy() for name, p in model.named_parameters()}
     if isinstance(model, PeftModel):
         found |= {f"original {name}": p.numpy() for name, p in model.originals.items()}
@@ -102,7 +106,8 @@ def take_back(config: RunConfig, placed: Placed, folder: Path, before: dict[str,
 
 
 def one(settings: dict[str, Any]) -> dict[str, Any]:
-    topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here it lays out one after the other
+    # Fleet lays out a process once; here it lays out one after the other
+    topology._HYBRID_PARALLEL_GROUP = None
     config = build(settings)
     placed, peaks = load(config)
     model, here = placed.model, placed.place

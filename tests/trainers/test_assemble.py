@@ -1,4 +1,6 @@
-"""trainers/assemble.py: settings become data, models and adapters; a setting without effect is refused."""
+"""trainers/assemble.py: settings become data, models and adapters; a setting without effect is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,14 @@ def other(name: str) -> Any:
 
 
 def test_every_setting_is_read_by_code_or_refused() -> None:
-    outside = [p for p in PACKAGE.rglob("*.py") if p.parent.name not in ("config", "plan")]  # to plan is not to obey
+    # to plan is not to obey
+    outside = [p for p in PACKAGE.rglob("*.py") if p.parent.name not in ("config", "plan")]
     text = "\n".join(p.read_text(encoding="utf-8") for p in [*outside, PACKAGE / "config" / "sections_model.py"])
     for name, setting in SETTINGS.items():
         read = re.search(rf"\.{name}\b", text)
         refused = name in UNREAD
-        if setting.section not in LATER_STAGES and name not in ("optim", "do_eval"):  # one choice; always done
+        # one choice; always done
+        if setting.section not in LATER_STAGES and name not in ("optim", "do_eval"):
             assert bool(read) != refused, f"{name} must be read, or be known as unread or unbuilt, and not both"
 
 
@@ -72,7 +76,7 @@ def test_what_no_trainer_does_is_refused() -> None:
     assemble.refuse(build({**guarded, "eval_strategy": "epoch"}))
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_files_have_one_format_or_one_each(tmp_path: Path) -> None:
@@ -88,7 +92,8 @@ def test_files_have_one_format_or_one_each(tmp_path: Path) -> None:
     fewer = assemble.train_sets(build({"train_dataset_path": (a, b), "max_samples": 2}), ("sft",))
     assert [len(s) for s in fewer] == [2, 1]  # never more than there are
     assert [fewer[0][i].messages for i in range(2)] == [sets[0][i].messages for i in range(2)]
-    with pytest.raises(ValueError, match=r"b\.jsonl:1: .*rejected"):  # the type is that of the second file
+    # the type is that of the second file
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: .*rejected"):
         assemble.eval_set(build({**held, "eval_dataset_type": ("messages", "pairs")}), ("sft",))[3]
 
 
@@ -148,7 +153,8 @@ def test_the_heaviest_batch(tmp_path: Path) -> None:
     stream = assemble.stream_of(config, sets, encoder)
     samples = assemble.longest(stream)
     found = [s.num_tokens + (0 if s.row.pixel_values_PC is None else len(s.row.pixel_values_PC)) for s in samples]
-    # rows have 28 24 52 34 46 72 32 82 77 29 18 24 tokens and each third one 16 patches; 82 is too long
+    # rows have 28 24 52 34 46 72 32 82 77 29 18 24 tokens and each third one 16 patches; 82 is too
+    # long
     assert found == [77, 72]
     assert stream.shard.position == 0
     packed = dataclasses.replace(config.data, packing=True)
@@ -176,7 +182,7 @@ def test_pictures_weigh_with_their_patches(tmp_path: Path) -> None:
     assert assemble.longest(stream)[0].row.pixel_values_PC is not None
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def test_processors_of_presets_and_folders(tmp_path: Path) -> None:
@@ -271,7 +277,7 @@ def test_expert_ranges(item: str) -> None:
             expert_range(item)
 
 
-# --- what a model that came as an object decides ---------------------------------------------------------------------
+# --- what a model that came as an object decides --------------------------------------------------
 
 
 def test_arguments_describe_the_model_that_was_passed() -> None:

@@ -1,4 +1,6 @@
-"""BCO with weights by prompts in a run: which states they are made of, that they stand before the first step, and what is refused."""
+"""BCO with weights by prompts in a run: which states they are made of, that they stand before the
+first step, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_weights_are_made_of_the_state_after_the_prompt(tmp_path: Path) -> None:
 
 
 def test_the_loss_at_the_start_and_a_run_that_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At the start r = 0 and delta = 0: each answer costs ln 2, a bad one its weight of it; one count divides."""
+    """At the start r = 0 and delta = 0: each answer costs ln 2, a bad one its weight of it; one
+    count divides.
+    """
     write_rows(tmp_path / "judged_train.jsonl", ROWS)
     held = write_rows(tmp_path / "eval.jsonl", [judged(16, True), judged(17, False)])
     more: dict[str, Any] = {

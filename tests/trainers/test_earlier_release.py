@@ -1,4 +1,6 @@
-"""A checkpoint that the first release has written: this one goes on from it, bit for bit; what is missing in it is named."""
+"""A checkpoint that the first release has written: this one goes on from it, bit for bit; what is
+missing in it is named.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from ernie_tune.train.optim import optimizer_arrays
 from ernie_tune.train.state import Checkpoint
 from ernie_tune.trainers.run import Run
 
-# golden/release_0_1/checkpoint-2: KTO with an adapter and a reference that moves, saved by 0.1 as it was first given out
-# (commit af29433), at step 2 of 6; its losses until then
+# golden/release_0_1/checkpoint-2: KTO with an adapter and a reference that moves, saved by 0.1 as
+# it was first given out (commit af29433), at step 2 of 6; its losses until then
 STORED = Path(__file__).parents[1] / "golden" / "release_0_1"
 LOSSES = [0.5, 0.5001647472381592]
 
@@ -55,7 +57,9 @@ def folder_of_the_release(here: Path) -> TrainingArguments:
 
 
 def test_a_run_of_the_first_release_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every value that it left; the tokenizer of the preset is another since, so its later losses are not asked for."""
+    """With every value that it left; the tokenizer of the preset is another since, so its later
+    losses are not asked for.
+    """
     trainer = KTOTrainer(args=folder_of_the_release(tmp_path))
     seen: dict[str, Any] = {}
     resume = Run._resume

@@ -1,4 +1,6 @@
-"""Pairs of a true and a spoilt picture in a run: their loss by the formula, however a window is cut or packed, under every reference, and what they teach."""
+"""Pairs of a true and a spoilt picture in a run: their loss by the formula, however a window is cut
+or packed, under every reference, and what they teach.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def grey(batch: UnitBatch) -> UnitBatch:
 
 
 def test_the_loss_is_that_of_one_answer_to_two_pictures(tmp_path: Path) -> None:
-    """2406.11839 eq. 4 by log-probabilities of plain rows, whose pictures are made grey here; the spoilt side's gradient takes its picture."""
+    """2406.11839 eq. 4 by log-probabilities of plain rows, whose pictures are made grey here; the
+    spoilt side's gradient takes its picture.
+    """
     write_rows(tmp_path / "judged_train.jsonl", [pair(3)])
     trainer = moved(DPOTrainer(args=judged_settings(tmp_path, image_corruption="mask")))
     plain, made = sources(trainer)
@@ -71,7 +75,9 @@ def test_the_loss_is_that_of_one_answer_to_two_pictures(tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_the_difference_of_two_likelihoods(tmp_path: Path) -> None:
-    """grad = -beta sigma(-u) (grad log pi(y | true) - grad log pi(y | grey)), each side's gradient by a likelihood of its own."""
+    """grad = -beta sigma(-u) (grad log pi(y | true) - grad log pi(y | grey)), each side's gradient
+    by a likelihood of its own.
+    """
     write_rows(tmp_path / "judged_train.jsonl", [pair(3)])
     trainer = moved(DPOTrainer(args=judged_settings(tmp_path, image_corruption="mask")))
     plain, made = sources(trainer)
@@ -160,7 +166,9 @@ def test_references_and_resumed_runs_agree(tmp_path: Path, capsys: pytest.Captur
     ids=str,
 )
 def test_a_policy_learns_to_look(tmp_path: Path, trainer: type[Trainer], changes: dict[str, Any]) -> None:
-    """Right answers only, so that nothing but the pictures is compared; grey ones have less to say at the end."""
+    """Right answers only, so that nothing but the pictures is compared; grey ones have less to say
+    at the end.
+    """
     write_rows(tmp_path / "judged_train.jsonl", [pair(i) for i in range(8)])
     more = {"max_steps": 12, "warmup_steps": 0, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
     out = run(tmp_path, trainer, image_corruption="mask", image_corruption_ratio=1.0, **{**more, **changes})

@@ -1,4 +1,6 @@
-"""What a new trainer takes: a method that says what differs, and a face; what it keeps comes back; windows that are only looked at count for nothing."""
+"""What a new trainer takes: a method that says what differs, and a face; what it keeps comes back;
+windows that are only looked at count for nothing.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_windows_that_are_looked_at_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_no_class_cancels_its_parent_and_trainers_have_few_hooks() -> None:
-    """Nobody calls past its parent; what trainers of the package override of `Trainer` is little."""
+    """Nobody calls past its parent; what trainers of the package override of `Trainer` is
+    little.
+    """
     package = Path(__import__("ernie_tune").__file__).parent
     hooks: set[str] = set()
     for path in package.rglob("*.py"):

@@ -1,4 +1,6 @@
-"""Learning from sampled answers, from settings to files: what is logged, resumed, refused; TRL's way of calling it."""
+"""Learning from sampled answers, from settings to files: what is logged, resumed, refused; TRL's
+way of calling it.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
 def test_stopping_and_going_on_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Four steps, and two with two more after a stop: weights and answers are equal to the last bit, also in the middle of a round."""
+    """Four steps, and two with two more after a stop: weights and answers are equal to the last
+    bit, also in the middle of a round.
+    """
     whole, part = tmp_path / "whole", tmp_path / "part"
     whole.mkdir(), part.mkdir()
     straight = trainer(whole, **changes)
@@ -133,7 +137,9 @@ def test_stopping_and_going_on_is_the_same_run(
 
 
 def test_lora_with_a_penalty_for_leaving_the_reference(tmp_path: Path) -> None:
-    """The adapter's absence is the reference: at the first step the policy is the reference, and the KL is 0; later it is not."""
+    """The adapter's absence is the reference: at the first step the policy is the reference, and
+    the KL is 0; later it is not.
+    """
     adapted = get_peft_model(model(), LoraConfig(r=4, target_modules=["attention"]))
     made = trainer(tmp_path, adapted, beta=0.1, learning_rate=1e-2, fine_tuning="LoRA")
     made.train()
@@ -164,7 +170,8 @@ def test_held_out_prompts_are_answered_and_judged(tmp_path: Path) -> None:
 
 
 def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> None:
-    GRPOTrainer, GRPOConfig = ernie_tune.GRPOTrainer, ernie_tune.GRPOConfig  # from trl import GRPOConfig, GRPOTrainer
+    # from trl import GRPOConfig, GRPOTrainer
+    GRPOTrainer, GRPOConfig = ernie_tune.GRPOTrainer, ernie_tune.GRPOConfig
 
     def reward_len(completions: list[Any], **kwargs: Any) -> list[float]:
         return [-abs(4 - len(completion[0]["content"])) for completion in completions]

@@ -1,4 +1,6 @@
-"""A rank of a run holds no more than its part of the model, from the first moment on, and its values are those of the whole model cut."""
+"""A rank of a run holds no more than its part of the model, from the first moment on, and its
+values are those of the whole model cut.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,8 @@ def test_a_rank_loads_its_part_alone(name: str, loaded: dict[str, list[dict[str,
         if not name.startswith("TP2 "):  # where every rank has all experts, most of the model
             assert rank["share"] < 0.75 * rank["whole"]
         said = {k: f"{rank[k] / 1e6:.1f} MB" for k in ("paddle", "numpy", "share", "largest", "whole")}
-        # The share and a tensor on its way; a quantised table that is tied is made whole once, in three steps, when stages are joined.
+        # The share and a tensor on its way; a quantised table that is tied is made whole once, in
+        # three steps, when stages are joined.
         steps = 3 if "PP2 prompt" in name else 1
         assert rank["paddle"] < rank["share"] + steps * rank["largest"] + SLACK, said
         # What is read is an array first, and rounded as another.
@@ -127,7 +130,9 @@ def source(tmp_path: Path, **changes: np.ndarray) -> OnDisk:
 
 
 def test_what_is_read_is_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a stack the experts that are kept, of a matrix its rows or columns; a NaN elsewhere is somebody else's to find, one here is named."""
+    """Of a stack the experts that are kept, of a matrix its rows or columns; a NaN elsewhere is
+    somebody else's to find, one here is named.
+    """
     spoilt = np.zeros((96, 96), np.float32)
     spoilt[3, 80] = np.nan
     found = source(tmp_path, model__layers__0__self_attn__q_proj__weight=spoilt)

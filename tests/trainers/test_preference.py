@@ -1,4 +1,6 @@
-"""trainers/preference.py: what a run on judged answers starts from, computes, keeps and refuses, in every reference mode and layout of one device."""
+"""trainers/preference.py: what a run on judged answers starts from, computes, keeps and refuses, in
+every reference mode and layout of one device.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("sft_adapter"), fine_tuning="LoRA", learning_rate=5e-3)
 
 
-# --- step 0 ----------------------------------------------------------------------------------------------------------
+# --- step 0 ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_policy_without_sft_is_named(tmp_path: Path, sft: Path, capsys: pytest
     assert "best after SFT" not in printed
 
 
-# --- the gradient ----------------------------------------------------------------------------------------------------
+# --- the gradient ---------------------------------------------------------------------------------
 
 
 def test_a_pixel_changes_the_log_probability_of_every_candidate(tmp_path: Path, golden_model: Any) -> None:
@@ -154,7 +156,9 @@ def test_a_pixel_changes_the_log_probability_of_every_candidate(tmp_path: Path, 
 
 
 def gradient(folder: Path, window: list[UnitBatch], trainer: type[Trainer], **changes: Any) -> dict[str, np.ndarray]:
-    """The gradient of one window under the method's objective, on a policy that has left its reference."""
+    """The gradient of one window under the method's objective, on a policy that has left its
+    reference.
+    """
     made = trainer(args=judged_settings(folder, **changes))
     made.prepare(dry_run=True)
     paddle.seed(3)
@@ -211,7 +215,9 @@ def test_a_window_is_one_however_it_is_cut_and_packed(
 
 
 def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
-    """Metamorphic: chosen and rejected exchanged negate every margin; a unit twice leaves the mean loss."""
+    """Metamorphic: chosen and rejected exchanged negate every margin; a unit twice leaves the mean
+    loss.
+    """
     rows = pairs(3)
     swapped = [
         {**r, "signal": {**r["signal"], "chosen": r["signal"]["rejected"], "rejected": r["signal"]["chosen"]}}
@@ -234,7 +240,7 @@ def test_swapping_the_sides_turns_the_margin(tmp_path: Path) -> None:
     assert math.isclose(loss, looked([*rows, *rows])[0], rel_tol=1e-5)
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +343,8 @@ def test_settings_reach_the_losses() -> None:
     )
     tiers = Signals(tiers=Units.of([0, 1, 2], [0, 0, 0], [0, 1, 2]))
     best = upo_settings(build({"stage": "UPO", "rank_top_k": 1}))
-    wanted = float(np.log(np.exp([-0.1, -0.2, -0.4]).sum()) + 0.1) / 2  # one stage of two; divided by K - 1
+    # one stage of two; divided by K - 1
+    wanted = float(np.log(np.exp([-0.1, -0.2, -0.4]).sum()) + 0.1) / 2
     assert float(upo_terms(best, three, tiers)["rank"].total) == pytest.approx(wanted, abs=1e-9)
     with pytest.raises(ValueError, match=r"edge_loss \('nothing'\) must be one of sigmoid, odpo"):
         upo_settings(build({"stage": "UPO", "edge_loss": "nothing"}))
@@ -583,7 +590,7 @@ def test_the_verbs(tmp_path: Path, sft: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -650,7 +657,8 @@ def test_margins_need_scores_in_the_order_of_the_answers(tmp_path: Path) -> None
 
 
 def test_a_window_from_which_nothing_can_be_learned(tmp_path: Path) -> None:
-    write_rows(tmp_path / "judged_train.jsonl", [label(1), label(3)])  # bad ones: nothing to imitate
+    # bad ones: nothing to imitate
+    write_rows(tmp_path / "judged_train.jsonl", [label(1), label(3)])
     with pytest.raises(ValueError, match="rows of a window must have a judgement that a term with a weight"):
         run(tmp_path, UPOTrainer, stage="UPO", allow_base=True, loss_type="mpo")
 
@@ -664,7 +672,9 @@ def test_data_that_changed_after_the_reference_was_computed(tmp_path: Path) -> N
 
 
 def test_labels_are_counted_once_a_step_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the heaviest batch before the first step nor a measurement counts; a run that goes on counts on."""
+    """Neither the heaviest batch before the first step nor a measurement counts; a run that goes on
+    counts on.
+    """
     write_rows(tmp_path / "judged_train.jsonl", [label(i) for i in range(8)])
     held = write_rows(tmp_path / "held.jsonl", [label(i) for i in range(3)])
     more = {"per_device_train_batch_size": 2, "save_steps": 1, "eval_dataset_path": held, "eval_strategy": "steps"}

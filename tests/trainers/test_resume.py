@@ -1,4 +1,6 @@
-"""A run that stops and goes on is the run that never stopped, bit for bit: crashes, kills, Ctrl-C, full disks; and every way to say what to resume."""
+"""A run that stops and goes on is the run that never stopped, bit for bit: crashes, kills, Ctrl-C,
+full disks; and every way to say what to resume.
+"""
 
 from __future__ import annotations
 
@@ -146,11 +148,13 @@ def test_a_second_trainer_in_the_same_notebook_goes_on(tmp_path: Path, monkeypat
     assert names[1] <= names[0], "the names do not tell how many optimizers there were before"
 
 
-# --- kills -----------------------------------------------------------------------------------------------------------
+# --- kills ----------------------------------------------------------------------------------------
 
 
 def kill_once(command: list[str], dice: random.Random) -> bool:
-    """Start the run, kill it some moment after one of its next checkpoints began to be written; False if it ended before."""
+    """Start the run, kill it some moment after one of its next checkpoints began to be written;
+    False if it ended before.
+    """
     after, delay = dice.randrange(1, 3), dice.random() * 0.3
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
@@ -188,7 +192,7 @@ def test_a_killed_run_equals_one_that_was_not(tmp_path: Path) -> None:
     print(f"{sum(done)} of {kills} kills hit")
 
 
-# --- Ctrl-C, full disks ----------------------------------------------------------------------------------------------
+# --- Ctrl-C, full disks ---------------------------------------------------------------------------
 
 
 def run_file(folder: Path, **changes: Any) -> str:
@@ -338,7 +342,7 @@ raise SystemExit(main(["train", sys.argv[1]]))
 """
 
 
-# --- what to resume from ---------------------------------------------------------------------------------------------
+# --- what to resume from --------------------------------------------------------------------------
 
 
 def test_no_refuses_a_folder_with_checkpoints_and_auto_says_what_it_takes(tmp_path: Path, capsys: Any) -> None:
@@ -395,7 +399,8 @@ def test_weights_alone_start_a_new_run_that_can_itself_be_resumed(
     train(tmp_path, **new)  # goes on from its own checkpoint-1, not from the old run's again
     assert f"resuming from {tmp_path}/new/checkpoint-1" in capsys.readouterr().out
     assert steps_logged(tmp_path / "new") == [1, 2, 3]
-    # A rate of nothing leaves the old weights, so the losses are those of the trained model on the same rows.
+    # A rate of nothing leaves the old weights, so the losses are those of the trained model on the
+    # same rows.
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
 
 
@@ -422,7 +427,8 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
     old = train(tmp_path, fine_tuning="LoRA", save_steps=4)
     with pytest.raises(ValueError, match=r"made with other settings.*\n  lora_rank: 8 -> 4\n"):
         train(tmp_path, fine_tuning="LoRA", lora_rank=4)
-    for file in [*old.rglob("ledger.json"), *old.rglob("ernie_tune_args.yaml")]:  # of a release that kept neither
+    # of a release that kept neither
+    for file in [*old.rglob("ledger.json"), *old.rglob("ernie_tune_args.yaml")]:
         file.unlink()
     (old / "checkpoint-4" / "checkpoint_files.json").unlink()
     with pytest.raises(ValueError, match=r"parameters that .*checkpoint-4 holds .* resume with the settings"):

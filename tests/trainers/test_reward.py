@@ -1,4 +1,6 @@
-"""trainers/reward.py and train/reward_model.py: what a reward model learns and measures, how it is kept, read again and applied, and what is refused."""
+"""trainers/reward.py and train/reward_model.py: what a reward model learns and measures, how it is
+kept, read again and applied, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def test_a_row_too_long_has_no_score(tmp_path: Path) -> None:
 
 
 def test_the_reward_is_read_after_the_last_token(tmp_path: Path) -> None:
-    """A change of the last token changes the reward, and so does one pixel; a candidate's reward does not see its rivals."""
+    """A change of the last token changes the reward, and so does one pixel; a candidate's reward
+    does not see its rivals.
+    """
     model = AutoModel.from_config("tiny-a")
     attach_head(model)
     (unit,) = units(tmp_path, [ranking(1)])
@@ -152,7 +156,9 @@ def test_the_whole_ranking_is_one_unit_and_margins_count(tmp_path: Path) -> None
 
 
 def test_ratings_may_be_values_to_predict(tmp_path: Path) -> None:
-    """Pairs and rankings by comparison, ratings by (s - q)^2, each with its own mean; a window may hold answers rated alone."""
+    """Pairs and rankings by comparison, ratings by (s - q)^2, each with its own mean; a window may
+    hold answers rated alone.
+    """
     model = AutoModel.from_config("tiny-a")
     attach_head(model)
     alone = {**base(3), "signal": {"type": "rating", "responses": [{"text": "3", "score": 4}], "scale": [1, 5]}}
@@ -206,7 +212,8 @@ def test_measures_against_closed_forms(tmp_path: Path) -> None:
     # ties: ranks [0.5, 0.5, 2] and [0, 1, 2]; rho = 1.5 / sqrt(1.5 * 2)
     assert math.isclose(spearman(np.array([1.0, 1, 2]), np.array([1.0, 2, 3])), 1.5 / math.sqrt(3.0))
     assert spearman(np.array([1.0, 1]), np.array([1.0, 2])) == 0.0
-    # certain and right; certain and wrong; a bin of two with confidence 0.7310586 and accuracy one half
+    # certain and right; certain and wrong; a bin of two with confidence 0.7310586 and accuracy one
+    # half
     assert math.isclose(calibration_error(np.array([50.0, 50.0])), 0.0, abs_tol=1e-12)
     assert math.isclose(calibration_error(np.array([-50.0])), 1.0, abs_tol=1e-12)
     assert math.isclose(calibration_error(np.array([1.0, -1.0])), 1 / (1 + math.exp(-1)) - 0.5, rel_tol=1e-9)
@@ -219,7 +226,9 @@ def test_measures_against_closed_forms(tmp_path: Path) -> None:
 
 
 def test_blind_rewards_do_not_see_the_pictures(tmp_path: Path) -> None:
-    """One question about two pictures with opposite preferences: blind, one of them must be wrong."""
+    """One question about two pictures with opposite preferences: blind, one of them must be
+    wrong.
+    """
     rows = [
         {**base(i), "signal": {"type": "pair", "chosen": ("a", "b")[i // 4], "rejected": ("b", "a")[i // 4]}}
         for i in (0, 4)

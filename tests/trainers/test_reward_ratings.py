@@ -1,4 +1,6 @@
-"""A reward model on ratings as levels: what it learns, measures, keeps, resumes and says, however a window is cut, and what is refused."""
+"""A reward model on ratings as levels: what it learns, measures, keeps, resumes and says, however a
+window is cut, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def test_levels_are_learned_kept_and_said(tmp_path: Path, method: str, capsys: p
     log = [r for r in history(trainer.output_dir) if "loss" in r]
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert log[-1]["rating_mae"] < 0.5 * log[0]["rating_mae"]
-    # three values in six rows, and rewards that order them: ties cost little of the rank correlation
+    # three values in six rows, and rewards that order them: ties cost little of the rank
+    # correlation
     assert metrics["eval_rating_spearman"] > 0.9
     assert metrics["eval_rating_mae"] < 0.15
     kept = load_file(trainer.output_dir / "reward_head" / "model.safetensors")

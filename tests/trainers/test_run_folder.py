@@ -1,4 +1,6 @@
-"""A folder that already holds a run: what is compared, what goes on, what is refused, and that nothing of a finished run is ever touched."""
+"""A folder that already holds a run: what is compared, what goes on, what is refused, and that
+nothing of a finished run is ever touched.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,7 @@ def test_a_folder_of_the_last_release_is_known_by_its_settings(tmp_path: Path, c
     assert steps_logged(out) == [1, 2, 3, 4, 5]
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 DAMAGE = {
     "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
@@ -217,7 +219,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             (whole / name).write_bytes(kept)
             assert found, (name, kind)
             assert name.name == "checkpoint_files.json" or (len(found) == 1 and found[0].startswith(f"{name} ")), found
-    for name in ("checkpoint_files.json", "ledger.json"):  # of the last release: what can be seen without them
+    # of the last release: what can be seen without them
+    for name in ("checkpoint_files.json", "ledger.json"):
         (whole / name).unlink()
     assert damage(whole) == []
     (whole / "loop_state.json").write_bytes(b"")
@@ -265,7 +268,7 @@ def test_damaged_measurements_do_not_stop_a_run(tmp_path: Path, capsys: Any) -> 
     assert json.loads((out / "all_results.json").read_text(encoding="utf-8"))["global_step"] == 3
 
 
-# --- one at a time ---------------------------------------------------------------------------------------------------
+# --- one at a time --------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_told_who_writes(tmp_path: Path, capsys: Any) -> None:
@@ -312,7 +315,7 @@ def test_the_commands_message(tmp_path: Path, capsys: Any) -> None:
     assert np.isfinite([r["loss"] for r in history(tmp_path / "out")]).all()
 
 
-# --- a checkpoint is a model -----------------------------------------------------------------------------------------
+# --- a checkpoint is a model ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("release", ["this", "the last"])

@@ -1,4 +1,6 @@
-"""trainers/sft.py and measure.py: what a run leaves, when it measures, warns, saves and stops, and how it begins."""
+"""trainers/sft.py and measure.py: what a run leaves, when it measures, warns, saves and stops, and
+how it begins.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def held_out(folder: Path, count: int = 4) -> str:
     return write_rows(folder / "eval.jsonl", [picture_row(100 + i) for i in range(count)])
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
+# --- what a run leaves ----------------------------------------------------------------------------
 
 
 def test_the_files_of_a_run_and_its_repetition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,11 +172,13 @@ def test_a_run_without_answers_measures_the_loss_alone(tmp_path: Path) -> None:
     assert "before_after.html" not in names(out)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def test_accuracy_is_that_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two answers of four right before training, all after: in numbers, on the page and in the card."""
+    """Two answers of four right before training, all after: in numbers, on the page and in the
+    card.
+    """
     given = [["0", "1", "x", "x"], ["0", "1", "2", "3"]]
     monkeypatch.setattr("ernie_tune.trainers.measure.answers", lambda *_, **__: given.pop(0))
     out = train(tmp_path, max_steps=1, eval_dataset_path=held_out(tmp_path))
@@ -306,7 +310,7 @@ def test_no_checkpoints_where_none_are_wanted(tmp_path: Path, monkeypatch: pytes
     assert "model.safetensors" in names(out)
 
 
-# --- guards ----------------------------------------------------------------------------------------------------------
+# --- guards ---------------------------------------------------------------------------------------
 
 
 def test_a_guard_set_stops_a_run_that_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -387,7 +391,7 @@ def test_a_diverging_run_is_told_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said.count("the run is diverging") == 1
 
 
-# --- before the first step -------------------------------------------------------------------------------------------
+# --- before the first step ------------------------------------------------------------------------
 
 
 def test_a_dry_run_computes_the_heaviest_batch_and_writes_nothing(
@@ -457,7 +461,8 @@ def test_lora_plus_reaches_the_optimizer(tmp_path: Path) -> None:
     trainer.train()
     now = {name: p.numpy() for name, p in trainer.model.named_parameters() if not p.stop_gradient}
     moved = {name: float(np.abs(now[name] - before[name]).max()) for name in now}
-    # Adam's first step is the rate wherever the gradient is not tiny. A has no gradient yet, since B is zero: it only decays.
+    # Adam's first step is the rate wherever the gradient is not tiny. A has no gradient yet, since
+    # B is zero: it only decays.
     assert max(v for n, v in moved.items() if n.endswith("lora_B")) == pytest.approx(16 * rate, rel=1e-3)
     for name, value in before.items():
         if name.endswith("lora_A"):

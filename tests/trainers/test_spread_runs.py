@@ -1,6 +1,8 @@
-"""A run under a layout is the run on one process: its losses, its weights, what it leaves; resumed under another layout; ended when a rank is killed.
+"""A run under a layout is the run on one process: its losses, its weights, what it leaves; resumed
+under another layout; ended when a rank is killed.
 
-ERNIE_TUNE_PAIRS=40 and ERNIE_TUNE_KILLS=20 try so many pairs of layouts and kills; by default a few.
+ERNIE_TUNE_PAIRS=40 and ERNIE_TUNE_KILLS=20 try so many pairs of layouts and kills; by default a
+few.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ LORA = ("fine_tuning=LoRA", "lora_target_modules=all-linear", "lora_experts=both
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows and the settings of a run of six steps; runs go into folders of their own beside them."""
+    """Rows and the settings of a run of six steps; runs go into folders of their own beside
+    them.
+    """
     here = tmp_path_factory.mktemp("layouts")
     settings = {
         "train_dataset_path": write_rows(here / "train.jsonl", mixed_rows(24)),
@@ -71,7 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-5,
-        "float64": True,  # AdamW makes a step of the rounding of a gradient near zero: in float32 no bound on parameters holds
+        # AdamW makes a step of the rounding of a gradient near zero: in float32 no bound on
+        # parameters holds
+        "float64": True,
         "eval_strategy": "steps",
         "eval_steps": 3,
         "eval_max_new_tokens": 4,
