@@ -129,8 +129,8 @@ def task_score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any]
 
     def score(model: Any, processor: Any) -> Mapping[str, float]:
         from ernie_tune.data.sources import load_dataset
+        from ernie_tune.evaluate.answers import answers, question
         from ernie_tune.rewards.scores import fitting_metrics, score_answers
-        from ernie_tune.train.evaluate import answers, question
 
         records = load_dataset(path)
         count = min(rows, len(records))

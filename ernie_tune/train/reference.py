@@ -23,6 +23,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import WHOLE, Region, Shards
+from ernie_tune.checkpoint.state import ALONE, Ranks
 from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
@@ -33,7 +34,6 @@ from ernie_tune.objectives.preference import mixed_reference
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.slots import NAME as SLOT
-from ernie_tune.train.state import ALONE, Ranks
 
 # what is called: a model, or one whose stages are on several ranks
 Asked = ErnieModel | StagedForward

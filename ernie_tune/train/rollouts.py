@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.checkpoint.state import ALONE, Ranks
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING
 from ernie_tune.data.processor import Encoded, Processor, RowTooLong
@@ -31,7 +32,6 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.rewards.rubric import Answered, Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
-from ernie_tune.train.state import ALONE, Ranks
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"

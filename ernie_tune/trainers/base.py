@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.checkpoint.ledger import Ledger
+from ernie_tune.checkpoint.state import Checkpoint, find_checkpoint
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import in_memory, load_dataset
+from ernie_tune.evaluate.measure import Measure
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
@@ -27,9 +29,7 @@ from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.report.log import RunLog, stamp
 from ernie_tune.train.loop import Loop
-from ernie_tune.train.state import Checkpoint, find_checkpoint
 from ernie_tune.trainers import assemble
-from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.method import Method, Rows, RowSets
 from ernie_tune.trainers.run import Assembled, Run
 from ernie_tune.trainers.run_folder import RunFolder, ledger_of

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ernie_tune.checkpoint.state import Checkpoint, on_all_ranks, write_json
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import BatchStream, dealt_again
 from ernie_tune.machine.place import Place
-from ernie_tune.train.state import Checkpoint, on_all_ranks, write_json
 from ernie_tune.trainers.method import Stateful
 
 

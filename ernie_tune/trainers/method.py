@@ -32,6 +32,7 @@ from ernie_tune.data.batching import BatchStream, RecordEncoder, steps_per_epoch
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.survey import Survey, survey
+from ernie_tune.evaluate.measure import Measure
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
@@ -40,7 +41,6 @@ from ernie_tune.report.log import RunLog
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.trainers import assemble
-from ernie_tune.trainers.measure import Measure
 
 Rows = Sequence[Record]
 Window = Sequence[Any]  # the micro-batches of one optimizer step, on this rank

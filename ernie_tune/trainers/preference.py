@@ -15,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.checkpoint.state import read_values, write_values
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.mixing import permute
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
+from ernie_tune.evaluate.answers import Question, question
+from ernie_tune.evaluate.judged import judged_evaluation
+from ernie_tune.evaluate.measure import Measure
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.pairwise import expand, needs_reference
@@ -29,8 +33,6 @@ from ernie_tune.objectives.unpaired import RewardShift, kto_balance
 from ernie_tune.objectives.upo import UpoSettings
 from ernie_tune.report.log import RunLog
 from ernie_tune.train.density import PromptDensity
-from ernie_tune.train.evaluate import Question, question
-from ernie_tune.train.evaluate_judged import judged_evaluation
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.preference import JudgedObjective, Margins, PairObjective, UpoObjective
@@ -46,12 +48,10 @@ from ernie_tune.train.reference import (
     start_difference,
     take_copy,
 )
-from ernie_tune.train.state import read_values, write_values
 from ernie_tune.trainers.assemble import Subset
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import SpoiltPictures, ancestry, check_shared_prompts, every_row, unit_encoder
 from ernie_tune.trainers.keeper import JsonPart
-from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 REFERENCE_FOLDER = "reference"  # of a checkpoint: where a reference that moves stands

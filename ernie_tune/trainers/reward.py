@@ -1,7 +1,7 @@
 """`RewardTrainer`: a model that gives a finished answer one number, learned from comparisons, and
 `RewardModel`: it at work.
 
-Refuses to know: the loss, the head, how rewards are measured (train/reward_model.py).
+Refuses to know: the loss, the head, how rewards are measured (evaluate/reward_model.py).
 """
 
 from __future__ import annotations
@@ -19,27 +19,19 @@ from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import UnitEncoder
+from ernie_tune.evaluate.answers import Question
+from ernie_tune.evaluate.measure import Measure
+from ernie_tune.evaluate.reward_model import reward_evaluation, score_records
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.objectives.reward import expected_rating
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog
-from ernie_tune.train.evaluate import Question
 from ernie_tune.train.preference import Margins
-from ernie_tune.train.reward_model import (
-    HEAD_FOLDER,
-    RewardObjective,
-    attach_head,
-    head_values,
-    load_head,
-    reward_evaluation,
-    save_head,
-    score_records,
-)
+from ernie_tune.train.reward_model import HEAD_FOLDER, RewardObjective, attach_head, head_values, load_head, save_head
 from ernie_tune.trainers.assemble import load_base
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import SpoiltPictures, ancestry, check_shared_prompts, unit_encoder
-from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 

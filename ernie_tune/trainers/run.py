@@ -13,21 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.language import say
-from ernie_tune.data.batching import BatchStream
-from ernie_tune.data.processor import Processor
-from ernie_tune.machine.placed import Placed
-from ernie_tune.peft.model import PeftModel
-from ernie_tune.report.interval import Interval
-from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp
-from ernie_tune.report.plot import write_loss_png, write_loss_svg
-from ernie_tune.report.progress import Progress, resident_gib
-from ernie_tune.report.writers import open_writers
-from ernie_tune.train.background import Pending, save_in_background
-from ernie_tune.train.guards import Verdict
-from ernie_tune.train.loop import Loop, StepRecord
-from ernie_tune.train.state import (
+from ernie_tune.checkpoint.background import Pending, save_in_background
+from ernie_tune.checkpoint.state import (
     OPTIMIZER,
     Checkpoint,
     find_checkpoint,
@@ -38,9 +25,22 @@ from ernie_tune.train.state import (
     save_checkpoint,
     set_aside_later,
 )
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
+from ernie_tune.data.batching import BatchStream
+from ernie_tune.data.processor import Processor
+from ernie_tune.evaluate.measure import write_reports
+from ernie_tune.machine.placed import Placed
+from ernie_tune.peft.model import PeftModel
+from ernie_tune.report.interval import Interval
+from ernie_tune.report.log import RunFacts, RunLog, header_lines, stamp
+from ernie_tune.report.plot import write_loss_png, write_loss_svg
+from ernie_tune.report.progress import Progress, resident_gib
+from ernie_tune.report.writers import open_writers
+from ernie_tune.train.guards import Verdict
+from ernie_tune.train.loop import Loop, StepRecord
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
-from ernie_tune.trainers.measure import write_reports
 from ernie_tune.trainers.method import Method, RowSets
 from ernie_tune.trainers.run_folder import RunFolder
 from ernie_tune.trainers.run_guards import RunGuards

@@ -29,6 +29,7 @@ from ernie_tune.checkpoint.ledger import (
     sha256_of,
 )
 from ernie_tune.checkpoint.lock import LOCK_FILE, locked
+from ernie_tune.checkpoint.state import Checkpoint, complete_checkpoints, find_checkpoint
 from ernie_tune.checkpoint.whole import damage
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import Text, say
@@ -36,7 +37,6 @@ from ernie_tune.config.loader import ARGS_FILE, dump_config
 from ernie_tune.config.resuming import COURSE, FREE
 from ernie_tune.data.sources import Dataset
 from ernie_tune.report.log import STATE_FILE, write_atomically
-from ernie_tune.train.state import Checkpoint, complete_checkpoints, find_checkpoint
 
 CARD = "README.md"
 _SOME_ROWS = 64

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.evaluate.measure import Measure
 from ernie_tune.report.log import RunLog
 from ernie_tune.train.guards import DivergenceGuard, EarlyStopping, ForgettingGuard, LearningWatch, Verdict
 from ernie_tune.train.loop import StepRecord
-from ernie_tune.trainers.measure import Measure
 
 
 class RunGuards:

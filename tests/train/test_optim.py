@@ -11,8 +11,9 @@ import paddle
 import pytest
 from paddle.utils import unique_name
 
+from ernie_tune.checkpoint.optimizer_state import load_optimizer_arrays, optimizer_arrays
 from ernie_tune.machine.alone import clip_, global_norm
-from ernie_tune.train.optim import LrRatios, Schedule, build_adamw, load_optimizer_arrays, optimizer_arrays
+from ernie_tune.train.optim import LrRatios, Schedule, build_adamw
 
 HYPER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
 

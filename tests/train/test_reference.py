@@ -14,6 +14,7 @@ from support.judged_rows import pairs, units
 from support.tiny_runs import processor
 
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.state import read_values, write_values
 from ernie_tune.data.units import collate_units
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig
 from ernie_tune.peft.model import get_peft_model
@@ -27,7 +28,6 @@ from ernie_tune.train.reference import (
     start_difference,
     weights_hash,
 )
-from ernie_tune.train.state import read_values, write_values
 
 
 def adapted(**changes: Any) -> Any:

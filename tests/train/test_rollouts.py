@@ -15,6 +15,7 @@ import paddle
 import pytest
 from support.tiny_runs import IMAGES, processor
 
+from ernie_tune.checkpoint.state import Ranks
 from ernie_tune.data.prompts import PromptStream
 from ernie_tune.data.records import Meta, Record, Reward
 from ernie_tune.data.units import UnitBatch
@@ -27,7 +28,6 @@ from ernie_tune.objectives.policy import PolicyHyper
 from ernie_tune.rewards.rubric import Function, Rubric
 from ernie_tune.train.policy import PolicyObjective, kept_answers
 from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
-from ernie_tune.train.state import Ranks
 
 PROCESSOR = processor()
 S = RolloutSettings(prompts=2, num_generations=3, max_completion_length=4, groups_per_batch=1)

@@ -14,9 +14,9 @@ import pytest
 from support.trajectories import row
 
 from ernie_tune import KTOTrainer, TrainingArguments
+from ernie_tune.checkpoint.optimizer_state import optimizer_arrays
 from ernie_tune.checkpoint.sharded import Region, ShardedReader
-from ernie_tune.train.optim import optimizer_arrays
-from ernie_tune.train.state import Checkpoint
+from ernie_tune.checkpoint.state import Checkpoint
 from ernie_tune.trainers.run import Run
 
 # golden/release_0_1/checkpoint-2: KTO with an adapter and a reference that moves, saved by 0.1 as

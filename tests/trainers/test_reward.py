@@ -20,18 +20,9 @@ from ernie_tune.cli.main import main
 from ernie_tune.cli.score import run as score_verb
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.data.units import collate_units
+from ernie_tune.evaluate.reward_model import calibration_error, reward_evaluation, spearman
 from ernie_tune.train.preference import Margins
-from ernie_tune.train.reward_model import (
-    RewardObjective,
-    attach_head,
-    calibration_error,
-    head_values,
-    load_head,
-    reward_evaluation,
-    rewards_of,
-    save_head,
-    spearman,
-)
+from ernie_tune.train.reward_model import RewardObjective, attach_head, head_values, load_head, rewards_of, save_head
 from ernie_tune.trainers.reward import RewardModel, RewardTrainer
 from ernie_tune.trainers.run import Run
 

@@ -1,5 +1,5 @@
-"""trainers/sft.py and measure.py: what a run leaves, when it measures, warns, saves and stops, and
-how it begins.
+"""trainers/sft.py and evaluate/measure.py: what a run leaves, when it measures, warns, saves and
+stops, and how it begins.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ernie_tune.cli.main import main
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.loader import load_config
 from ernie_tune.data.records import Record
+from ernie_tune.evaluate.measure import Measure
 from ernie_tune.models.presets import preset
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.train.loop import Loop
-from ernie_tune.trainers.measure import Measure
 from ernie_tune.trainers.run import Run
 from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
 
@@ -180,7 +180,7 @@ def test_accuracy_is_that_of_the_answers(tmp_path: Path, monkeypatch: pytest.Mon
     card.
     """
     given = [["0", "1", "x", "x"], ["0", "1", "2", "3"]]
-    monkeypatch.setattr("ernie_tune.trainers.measure.answers", lambda *_, **__: given.pop(0))
+    monkeypatch.setattr("ernie_tune.evaluate.measure.answers", lambda *_, **__: given.pop(0))
     out = train(tmp_path, max_steps=1, eval_dataset_path=held_out(tmp_path))
     assert read(out / "before.json")["metrics"]["eval_exact_match"] == 0.5
     assert read(out / "eval_results.json")["eval_exact_match"] == 1.0

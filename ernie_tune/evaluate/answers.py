@@ -1,6 +1,6 @@
 """Measuring a model on held-out rows: the loss on their answers, and what it answers itself.
 
-Refuses to know: when evaluation happens, where results go, how answers are scored (`metrics.py`).
+Refuses to know: when evaluation happens, where results go, how answers are scored (`rewards`).
 """
 
 from __future__ import annotations

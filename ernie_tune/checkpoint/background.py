@@ -21,7 +21,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import WHOLE, RankFile, Shards, Slice, write_rank
-from ernie_tune.train.state import ALONE, Checkpoint, Ranks, Writing, could_not, prepare, stage_model
+from ernie_tune.checkpoint.state import ALONE, Checkpoint, Ranks, Writing, could_not, prepare, stage_model
 
 # A rank that has died leaves no note; those who watch over ranks know earlier.
 PATIENCE_SECONDS = 600.0

@@ -1,5 +1,5 @@
-"""train/evaluate.py: losses against an independent forward, answers in batches against answers one
-by one, questions without their answers.
+"""evaluate/answers.py: losses against an independent forward, answers in batches against answers
+one by one, questions without their answers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from support.tiny_runs import mixed_rows, picture_row, processor, records
 
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.records import Record
+from ernie_tune.evaluate.answers import answers, evaluation_loss, question
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import pack
-from ernie_tune.train.evaluate import answers, evaluation_loss, question
 
 PROCESSOR = processor()
 

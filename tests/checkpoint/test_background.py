@@ -15,10 +15,10 @@ import pytest
 from support.thread_ranks import ThreadRanks, on_ranks
 from support.tiny_runs import checkpoints, history, same_bytes, train
 
-from ernie_tune.train import background
-from ernie_tune.train.background import Pending, save_in_background
+from ernie_tune.checkpoint import background
+from ernie_tune.checkpoint.background import Pending, save_in_background
+from ernie_tune.checkpoint.state import Checkpoint, complete_checkpoints, load_values
 from ernie_tune.train.optim import build_adamw
-from ernie_tune.train.state import Checkpoint, complete_checkpoints, load_values
 
 
 def trained(value: float) -> tuple[dict[str, paddle.Tensor], paddle.optimizer.AdamW]:

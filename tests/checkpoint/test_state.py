@@ -1,5 +1,5 @@
-"""train/state.py: checkpoints are complete or absent, found, kept and deleted by rule, and refused
-where they are others'.
+"""checkpoint/state.py: checkpoints are complete or absent, found, kept and deleted by rule, and
+refused where they are others'.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_tune.train.optim import build_adamw
-from ernie_tune.train.state import (
+from ernie_tune.checkpoint.state import (
     SIGNAL,
     complete_checkpoints,
     find_checkpoint,
@@ -27,6 +26,7 @@ from ernie_tune.train.state import (
     set_aside_later,
     write_values,
 )
+from ernie_tune.train.optim import build_adamw
 
 
 def complete(folder: Path, *steps: int) -> None:
@@ -93,7 +93,7 @@ def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("ernie_tune.train.state.shutil.rmtree", killed)
+        patch.setattr("ernie_tune.checkpoint.state.shutil.rmtree", killed)
         with pytest.raises(SystemExit):
             rotate(tmp_path, 1)
     assert [c.step for c in complete_checkpoints(tmp_path)] == [2]

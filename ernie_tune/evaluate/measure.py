@@ -20,6 +20,7 @@ from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.evaluate.answers import Question, answers, evaluation_loss, question
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.specs import parameter_specs
@@ -29,7 +30,6 @@ from ernie_tune.report.log import RunLog, number, write_atomically
 from ernie_tune.report.pages import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
 from ernie_tune.report.progress import Progress
 from ernie_tune.rewards.scores import MACRO_F1, confusion, fitting_metrics, has_classes, row_scores, score_answers
-from ernie_tune.train.evaluate import Question, answers, evaluation_loss, question
 from ernie_tune.train.guards import ForgettingGuard, Verdict
 
 GUARD_FILE = "guard_baseline.json"

@@ -23,6 +23,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.checkpoint.optimizer_state import load_optimizer_arrays, optimizer_arrays
 from ernie_tune.checkpoint.sharded import (
     WHOLE,
     RankFile,
@@ -38,7 +39,6 @@ from ernie_tune.checkpoint.sharded import (
 from ernie_tune.checkpoint.tensors import cast
 from ernie_tune.checkpoint.whole import FILES_FILE, files_text
 from ernie_tune.config.language import say
-from ernie_tune.train.optim import load_optimizer_arrays, optimizer_arrays
 
 SIGNAL = "saved_signal_0"  # written last: without it a folder is no checkpoint
 OPTIMIZER = "optimizer"

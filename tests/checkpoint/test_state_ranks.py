@@ -15,8 +15,8 @@ import pytest
 from support.thread_ranks import ThreadRanks, on_ranks
 
 from ernie_tune.checkpoint.sharded import WHOLE, Region, Shards
+from ernie_tune.checkpoint.state import find_checkpoint, load_optimizer, save_checkpoint
 from ernie_tune.train.optim import build_adamw
-from ernie_tune.train.state import find_checkpoint, load_optimizer, save_checkpoint
 
 SHAPES = {"norm.weight": (6,), "layers.0.mlp.text_experts.down_proj": (4, 3, 2), "lm_head.weight": (4, 6)}
 
