@@ -7,6 +7,7 @@ use (PEP 562). It does set the environment variables that make paddle's CPU prod
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ernie_tune.config.cpu import prepare_cpu, while_paddle_loads
@@ -99,11 +100,22 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ernie_tune' has no attribute {name!r}")
     with while_paddle_loads():
         module = importlib.import_module(_PUBLIC[name])
+        if "ernie_tune.models.ernie" in sys.modules:
+            _let_models_answer()
     value = (
         module if _PUBLIC[name] == f"{__name__}.{name}" else getattr(module, name)
     )  # `export` is a package that can be called
     globals()[name] = value
     return value
+
+
+def _let_models_answer() -> None:
+    """Give every model `chat` and `generate`. Models stand below what answers with them and do not
+    know it: the package, which knows both, joins them."""
+    model = importlib.import_module("ernie_tune.models.ernie").ErnieModel
+    if "chat" not in vars(model):
+        conversation = importlib.import_module("ernie_tune.generate.conversation")
+        model.chat, model.generate = conversation.chat, conversation.generate
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.cli.options import SAMPLING, options
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.cpu import while_paddle_loads
@@ -48,28 +49,7 @@ def run(args: list[str]) -> int:
                 f"需要一个文件夹或 YAML 文件，得到 {len(words)} 个",
             )
         )
-    known: dict[str, Callable[[Any], Any]] = {
-        "temperature": float,
-        "top_p": float,
-        "top_k": int,
-        "max_new_tokens": int,
-        "seed": int,
-    }
-    options: dict[str, Any] = {}
-    for entry in entries:
-        if entry.name not in known:
-            raise UsageError(
-                say(
-                    f"unknown option {entry.name!r}; chat takes {', '.join(known)}",
-                    f"未知的选项 {entry.name!r}；chat 的选项：{', '.join(known)}",
-                )
-            )
-        try:
-            options[entry.name] = known[entry.name](entry.raw)
-        except (TypeError, ValueError):
-            raise UsageError(
-                say(f"{entry.name} ({entry.raw}) must be a number", f"{entry.name}（{entry.raw}）须为数字")
-            ) from None
+    chosen = options(entries, SAMPLING, "chat")
     if not Path(words[0]).exists():
         raise ValueError(
             say(
@@ -83,7 +63,7 @@ def run(args: list[str]) -> int:
 
     engine = open_engine(Path(words[0]), base_of_run)
     print(HELP)
-    return talk(engine, typed() if sys.stdin.isatty() else sys.stdin, print, options)
+    return talk(engine, typed() if sys.stdin.isatty() else sys.stdin, print, chosen)
 
 
 def typed() -> Iterator[str]:

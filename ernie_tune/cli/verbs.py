@@ -69,6 +69,12 @@ VERBS = (
         say("loss and scores of a model on held-out rows", "模型在评测数据上的损失与得分"),
     ),
     Verb(
+        "predict",
+        "ernie_tune.cli.predict:run",
+        say("answer every row of a file, into a file", "回答文件中的每一行，结果写入文件"),
+        ("infer", "generate"),
+    ),
+    Verb(
         "chat",
         "ernie_tune.cli.chat:run",
         say("talk to a model in the terminal, with /image", "在终端与模型对话，可用 /image 附图"),

@@ -36,6 +36,7 @@ from ernie_tune.data.chat import (
 )
 from ernie_tune.data.images import Grid, ImageSettings, image_size, load_image, patchify_image
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
+from ernie_tune.data.tensors import Inputs, template_inputs, text_inputs
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json, write_file
 from ernie_tune.data.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.models.inputs import Row, feature_count
@@ -267,7 +268,7 @@ class Processor:
             source = piece.source if piece.source is not None else given[piece.kind].pop(0)
             key = (piece.kind, id(source))
             found = made.get(key) if made is not None else None
-            pixels_PC, grid = found or self._patchify(piece.kind, source, where)
+            pixels_PC, grid = found or self.patches(piece.kind, source, where)
             if made is not None:
                 made[key] = (pixels_PC, grid)
             patches.append(pixels_PC)
@@ -346,17 +347,69 @@ class Processor:
         height, width = self.images.target_size(*image_size(source, where))
         return 1, height // self.images.patch_size, width // self.images.patch_size
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of an answer: without special tokens, but with the marks of thoughts and tools, for
-        `split_reasoning`.
-        """
-        return self.tokenizer.decode(ids, skip_special=True, keep=OPTIONAL_TOKENS)
+        `split_reasoning`. `skip_special_tokens` False: with all of them."""
+        whole = (int(i) for i in ids)  # rows of tensors hand out tensors
+        return self.tokenizer.decode(whole, skip_special=skip_special_tokens, keep=OPTIONAL_TOKENS)
 
     def stream(self) -> StreamDecoder:
         """`decode` for ids that arrive one by one."""
         return self.tokenizer.stream(skip_special=True, keep=OPTIONAL_TOKENS)
 
-    def _patchify(self, kind: str, source: Any, where: str) -> tuple[np.ndarray, Grid]:
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        enable_thinking: bool | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+    ) -> Any:
+        """transformers' call: messages, or a list of conversations, as text; with `tokenize` as
+        ids; with `return_dict` as the inputs of `model.generate` (`tensors.inputs_of`), filled up
+        on the left.
+
+        `images`, `videos`: media of the tags and of parts without a source, a list for each
+        conversation where there are several. `return_tensors`: "np" or "pd". Raises as `encode`.
+        """
+        return template_inputs(
+            self,
+            conversation,
+            images,
+            videos,
+            tokenize=tokenize,
+            return_dict=return_dict,
+            return_tensors=return_tensors,
+            tools=tools or (),
+            thinking=enable_thinking,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        return_tensors: str | None = None,
+        padding: bool = True,
+    ) -> Inputs:
+        """transformers' call: texts as `apply_chat_template` renders them, with one placeholder a
+        medium, and their media -> the inputs of `model.generate`, always filled up to one length.
+        """
+        return text_inputs(self, text, images, videos, return_tensors)
+
+    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = True) -> list[str]:
+        """`decode` of each row."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def patches(self, kind: str, source: Any, where: str = "") -> tuple[np.ndarray, Grid]:
+        """The patches [P, C] of a picture ("image") or clip ("video") and their grid."""
         if kind == "image":
             return patchify_image(load_image(source, where), self.images)
         return patchify_video(load_video(source, self.videos, where), self.videos)

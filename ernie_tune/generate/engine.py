@@ -154,9 +154,10 @@ class Engine:
         for i, completions in complete(scheduler, [one.prompt for one in by_length]):
             found[i] = completions
             done(1)
-        return [[self._read(one, asked) for one in found[i]] for i, asked in enumerate(prepared)]
+        return [[self.read(one, asked) for one in found[i]] for i, asked in enumerate(prepared)]
 
-    def _read(self, done: Completion, prepared: Prepared) -> Answer:
+    def read(self, done: Completion, prepared: Prepared) -> Answer:
+        """A finished sample of a prepared request as an answer."""
         reader = self.reader(prepared)
         last = len(done.token_ids) - 1
         deltas = [reader.push(token, done.finish_reason if i == last else "") for i, token in enumerate(done.token_ids)]
