@@ -77,7 +77,16 @@ def reward(args: list[str]) -> int:
 
     Trains a reward model on pairs, rankings and ratings, as `ernie-tune train` with stage=RM.
     `ernie-tune score` applies it.
+
+    ernie-tune reward test FILE [--rows N] [key=value | --key value ...]
+
+    Tries the rewards of FILE (stage RLVR or PPO) before a run: right answers must earn 0.95 of what
+    they can on average, what a policy would try instead nothing. Exit code 1 where a test fails.
     """
+    if args[:1] == ["test"]:
+        from ernie_tune.cli import reward_test
+
+        return reward_test.run(args[1:])
     return _train(args, "RM")
 
 

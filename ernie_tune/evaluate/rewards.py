@@ -15,7 +15,8 @@ from ernie_tune.data.records import Record
 from ernie_tune.evaluate.answers import Question, question
 from ernie_tune.evaluate.measure import Measure
 from ernie_tune.rewards.attacks import reference_answer
-from ernie_tune.rewards.rubric import Answered, Rubric
+from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.rollout_guards import RolloutWatch
 
 

@@ -1,23 +1,33 @@
-"""What a policy would try instead of the task: texts made from a row's own gold, none of which may
-earn more than saying nothing.
+"""What a policy would write: the right answer as a row wants it, saying nothing, and what is tried
+instead of the task.
 
-Refuses to know: which checkers or functions judge them.
+Texts made from a row's own gold, so that no constant can happen to be right. None of the attacks
+may earn more than saying nothing. Refuses to know: which checkers or functions judge them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.reading import read_quantity
+from ernie_tune.rewards.scores import Box, iou
 
 _CIRCLED = str.maketrans("0123456789", "⓪①②③④⑤⑥⑦⑧⑨")
 _LONG = 1 << 20
 # What an attack may earn at most; others nothing. The whole picture overlaps any box a little, and
 # IoU says how much.
 ALLOWED = {"whole_picture": 0.1}
+ABSTENTIONS = ("I do not know.", "不知道。")
+_THOUGHT = "<think>\nlook at it\n</think>\n\n"
+_NEAR = {
+    "numeric": (0.0, 1e-6),
+    "chart": (0.0, 0.05),
+    "chart_value": (0.0, 0.05),
+}  # (tol, rel) where the spec says none
+_SOFT = ("ocr_ned", "anls", "kie", "table", "boxes")  # half an answer is worth half by design
 
 
 def reference_answer(gold: Any) -> str:
@@ -29,13 +39,63 @@ def reference_answer(gold: Any) -> str:
     return str(gold)
 
 
+def gold_of(record: Record) -> Any:
+    """What is right: the row's answer, else what the first checker that knows one holds; None where
+    nothing says so."""
+    if record.reward is None or record.reward.answer is not None:
+        return record.reward.answer if record.reward else None
+    held = (v.spec[name] for v in record.reward.verifiers for name in ("gold", "golds") if name in v.spec)
+    return next(held, None)
+
+
+def reference_text(record: Record) -> str | None:
+    """The whole of a right completion: the demonstration that the row ends with, else its gold in
+    the form that its checkers ask for (thought, tag or box, relative corners, a table, the claims
+    that prove it); None for a row without a gold answer."""
+    shown = record.messages[len(record.prompt) :]
+    if shown:
+        thought = shown[-1].get("reasoning_content", "")
+        return (f"<think>\n{thought}\n</think>\n\n" if thought else "") + shown[-1]["content"]
+    gold = gold_of(record)
+    if gold is None:
+        return None
+    specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
+    text = _table(gold) if "table" in specs and isinstance(gold, list) else reference_answer(_as_stated(gold, specs))
+    style = next((spec["style"] for spec in specs.values() if "style" in spec), "auto")
+    text = f"\\boxed{{{text}}}" if style == "boxed" else f"<answer>{text}</answer>" if style == "tag" else text
+    thinks = record.mode == "think" or specs.get("format", {}).get("mode") == "think"
+    return (_THOUGHT if thinks else "") + required_claims(record) + text
+
+
+def required_claims(record: Record) -> str:
+    """The evidence block with every claim that a row requires; empty for a row that asks for
+    none."""
+    asks = record.reward is not None and any(v.name == "evidence" for v in record.reward.verifiers)
+    required = record.reward.evidence.get("required") if asks and record.reward else None
+    return f"<evidence>{json.dumps(required, ensure_ascii=False)}</evidence>" if required else ""
+
+
+def _as_stated(gold: Any, specs: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Boxes in the frame in which the answer states them."""
+    spec = next((specs[name] for name in ("box", "box_iou", "boxes") if name in specs), {})
+    frame, size = spec.get("frame"), spec.get("size")
+    if not frame or not size or not isinstance(gold, list | tuple):
+        return gold
+    if gold and isinstance(gold[0], list | tuple):
+        return [_as_stated(box, specs) for box in gold]
+    return [round(x / side * frame, 4) for x, side in zip(gold, (*size[:2], *size[:2]), strict=True)]
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
 def attacks(record: Record) -> dict[str, str]:
-    """name -> text. Empty for a row without a gold answer. `honest_repeats` alone is right: the
-    same box said twice.
-    """
-    gold = record.reward.answer if record.reward else None
+    """name -> text. Empty for a row without a gold answer."""
+    gold = gold_of(record)
     if gold is None:
         return {}
+    specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
     right = reference_answer(gold)
     prompt = " ".join(str(message.get("content", "")) for message in record.prompt)
     found = {
@@ -52,19 +112,68 @@ def attacks(record: Record) -> dict[str, str]:
         "a_megabyte": right + "x" * _LONG,
         "never_closed": f"\\boxed{{{right}",
         "nan": "NaN",
-        "whole_picture": "[0, 0, 1000, 1000]",
+        "whole_picture": str(list(_whole(specs))),
         "the_picture_exists": '<evidence>[{"type": "exists", "subj": "picture"}]</evidence>',
         "thousand_claims": "<evidence>" + json.dumps([{"type": "exists", "subj": "thing"}] * 1000) + "</evidence>",
+        "claim_copied": "<evidence>" + json.dumps([{"type": "exists", "subj": prompt[:200]}]) + "</evidence>",
     }
-    number = read_quantity(right) if not isinstance(gold, Mapping | list | tuple) else None
-    if number is not None:
-        found["range"] = f"between {number.value - 10:g} and {number.value + 10:g}"
-        found["near"] = f"{number.value * 1.5 + 1:g}"
-        found["circled"] = right.translate(_CIRCLED)
+    found |= _near_numbers(gold, right, specs) | _boxes_again(gold)
     options = _options(record)
-    if options:
+    if len(options) > 1:
         found["all_options"] = ", ".join(options)
     return {name: text for name, text in found.items() if not (name == "prompt_copied" and text.strip() == right)}
+
+
+def _near_numbers(gold: Any, right: str, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    number = read_quantity(right) if not isinstance(gold, Mapping | list | tuple) else None
+    if number is None:
+        return {}
+    found = {"range": f"between {number.value - 10:g} and {number.value + 10:g}"}
+    if any(sign.isdigit() for sign in right):
+        found["circled"] = right.translate(_CIRCLED)
+    name = next((name for name in specs if name in _NEAR), None)
+    if not any(soft in specs for soft in _SOFT):
+        tol, rel = _NEAR.get(name or "", (0.0, 0.0))
+        spec = specs.get(name or "", {})
+        width = max(spec.get("tol", tol), spec.get("rel", rel) * abs(number.value))
+        found["near"] = f"{number.value + (1.5 * width if width > 1e-3 else 0.5 * abs(number.value) + 1):.10g}"
+    return found
+
+
+def _boxes_again(gold: Any) -> dict[str, str]:
+    """The gold box said twice where one is asked for; of several, the first said as often as there
+    are."""
+    if not isinstance(gold, list | tuple) or not gold:
+        return {}
+    if isinstance(gold[0], list | tuple):
+        return {"first_box_only": json.dumps([list(gold[0])] * len(gold))} if len(gold) > 1 else {}
+    return {"box_twice": f"{list(gold)}, {list(gold)}"} if len(gold) == 4 else {}
+
+
+def _whole(specs: Mapping[str, Mapping[str, Any]]) -> Box:
+    spec = next((specs[name] for name in ("box", "box_iou", "boxes") if name in specs), {})
+    width, height = (spec["frame"],) * 2 if spec.get("frame") else spec.get("size", (1000, 1000))[:2]
+    return (0.0, 0.0, float(width), float(height))
+
+
+def allowed(record: Record, name: str) -> float:
+    """What an attack may earn of a checker that gives parts of an answer its part: half of a soft
+    one's for the gold among other words, the gold box's share of the picture for the whole picture,
+    what one of several boxes is worth; nothing otherwise."""
+    gold = gold_of(record)
+    specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
+    boxed = isinstance(gold, list | tuple) and bool(gold)
+    if name == "whole_picture" and boxed and len(gold) == 4 and not isinstance(gold[0], list | tuple | str):
+        spec = next((specs[n] for n in ("box", "box_iou") if n in specs), {})
+        size = spec.get("size", (1000, 1000))
+        return max(ALLOWED[name], iou((0.0, 0.0, float(size[0]), float(size[1])), (gold[0], gold[1], gold[2], gold[3])))
+    if name == "first_box_only":
+        return 1 / len(gold)
+    if "ocr_ned" in specs:  # any two texts have letters in common
+        return 0.5
+    if name in ("gold_or_not", "said_a_thousand_times", "another_box", "two_tags") and any(s in specs for s in _SOFT):
+        return 0.5
+    return ALLOWED.get(name, 0.0)
 
 
 def _options(record: Record) -> list[str]:

@@ -30,7 +30,8 @@ from ernie_tune.data.units import Unit, UnitBatch, collate_units
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.objectives import advantages as adv
-from ernie_tune.rewards.rubric import Answered, Rubric, Scored
+from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")

@@ -34,7 +34,8 @@ from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.objectives.objective import logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
-from ernie_tune.rewards.rubric import Function, Judge, RowVerifiers, Rubric, load_function
+from ernie_tune.rewards.functions import Function, load_function
+from ernie_tune.rewards.rubric import Judge, RowVerifiers, Rubric
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord

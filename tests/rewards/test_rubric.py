@@ -15,7 +15,8 @@ import pytest
 
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
 from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
-from ernie_tune.rewards.rubric import Answered, Function, RowVerifiers, Rubric, load_function, reward
+from ernie_tune.rewards.functions import Answered, Function, load_function, reward
+from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 
 
 def row(answer: Any = "7", *verifiers: Verifier, **extra: Any) -> Record:
@@ -120,12 +121,57 @@ def test_async_functions_and_their_time() -> None:
     judge = Function(slow, timeout_seconds=0.2)
     assert judge(GROUPS[1:]) == [[1.0]]
     assert judge(GROUPS) == [[None, None], [None]]
-    assert judge.asked.timeouts == {"slow": 3}
+    assert judge.asked.timeouts == 3
 
     async def main() -> Any:  # as in a notebook, whose thread already runs a loop
         return judge(GROUPS[1:])
 
     assert asyncio.run(main()) == [[1.0]]
+
+
+def test_async_functions_wait_together_and_fail_apart() -> None:
+    """Each waits until both have begun: one after the other they would never end."""
+    begun: list[int] = []
+    both = asyncio.Event()
+
+    async def wait(number: int, answers: int) -> list[float]:
+        begun.append(number)
+        if len(begun) == 2:
+            both.set()
+        await both.wait()
+        return [float(number)] * answers
+
+    async def one(completions: list, **_: Any) -> list[float]:
+        return await wait(1, len(completions))
+
+    async def two(completions: list, **_: Any) -> list[float]:
+        return await wait(2, len(completions))
+
+    async def broken(completions: list, **_: Any) -> list[float]:
+        raise KeyError("gone")
+
+    judges = [Function(f, on_error="none", timeout_seconds=5) for f in (one, two, broken)]
+    rubric = Rubric(judges, check=False)
+    assert rubric(GROUPS)[0][0].parts == {"one": 1.0, "two": 2.0, "broken": None}
+    said = rubric.reported()
+    assert (said["rewards/broken/errors"], said["rewards/one/timeouts"]) == (3.0, 0.0)
+    with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
+        Rubric([Function(broken)], check=False)(GROUPS)
+
+
+def test_what_functions_are_told_and_tell() -> None:
+    def mine(completions: list, id: list, trainer_state: Any, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(c) for c in completions])
+        log_metric("mine/step", trainer_state.global_step)
+        return [1.0] * len(completions)
+
+    rubric = Rubric([Function(mine)])
+    rubric.at(7, 20)
+    scored = rubric(GROUPS)
+    assert [one.extra for group in scored for one in group] == [{"length": 1}] * 3
+    said = rubric.reported()
+    assert said["mine/step"] == 7
+    assert "mine/step" not in rubric.reported()  # the check at the start, too, was nobody's answer
 
 
 @pytest.mark.parametrize(("value", "match"), [
@@ -155,7 +201,7 @@ def test_none_nan_and_errors() -> None:
         Function(broken)(GROUPS)
     judge = Function(broken, on_error="none")
     assert judge(GROUPS) == [[None, None], [None]]
-    assert judge.asked.errors == {"broken": 3}
+    assert judge.asked.errors == 3
     with pytest.raises(ValueError, match=r"reward_error \('skip'\) must be raise or none"):
         Function(broken, on_error="skip")
     assert judge([]) == []
@@ -186,6 +232,13 @@ def test_rows_name_their_checkers() -> None:
         [(row("7", Verifier("exact"), Verifier("length", 1.0, {"buffer": 5})), [Answered("7", (1,) * 8)])]
     )
     assert found[0].parts["row"] == pytest.approx(1 - 3 / 5)
+
+
+def test_gold_numbers_may_be_written_as_text() -> None:
+    for name, gold, right in (("count", "7", "七"), ("numeric", "2.50", "2.5"), ("numeric", "50%", "50")):
+        assert RowVerifiers()([(row(gold, Verifier(name)), said(right, "9"))]) == [[1.0, 0.0]], (name, gold)
+    with pytest.raises(ValueError, match=r"x.jsonl:3: answer \('many'\) must be a number for count"):
+        RowVerifiers()([(row("many", Verifier("count")), said("7"))])
 
 
 def test_rows_that_cannot_be_checked() -> None:

@@ -25,7 +25,8 @@ from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
 from ernie_tune.objectives.policy import PolicyHyper
-from ernie_tune.rewards.rubric import Function, Rubric
+from ernie_tune.rewards.functions import Function
+from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.policy import PolicyObjective, kept_answers
 from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
 

@@ -1,0 +1,109 @@
+"""`ernie-tune reward test`: the rewards of a run on right answers and on attacks, before hours are
+spent on them.
+
+Refuses to know: how rewards are computed, how answers are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ernie_tune.cli.verbs import UsageError, file_and_settings
+from ernie_tune.config.cpu import while_paddle_loads
+from ernie_tune.config.language import padded, say
+from ernie_tune.config.loader import load_config
+
+if TYPE_CHECKING:
+    from ernie_tune.rewards.trial import Tried
+
+_ROWS = 200  # rows that are tried, spread over the data
+_SHOWN = 60
+
+
+def run(args: list[str]) -> int:
+    """ernie-tune reward test FILE [--rows N] [key=value | --key value ...]
+
+    The rewards of a YAML file (stage RLVR or PPO) on right answers, which must earn 0.95 of what
+    they can on average, and on texts that a policy would try instead, which must earn nothing.
+    Exit code 1 where a test fails. --rows N: so many rows (200).
+    """
+    words, rows = _counted(args)
+    config = load_config(*file_and_settings(words)).config  # no model is needed yet
+    if config.model.stage not in ("RLVR", "PPO"):
+        raise ValueError(
+            say(
+                f"stage ({config.model.stage}) must be RLVR or PPO, which learn from rewards; "
+                "set it, or give another file",
+                f"stage（{config.model.stage}）须为用奖励学习的 RLVR 或 PPO；请修改，或换用其他文件",
+            )
+        )
+    with while_paddle_loads():
+        from ernie_tune.rewards.trial import attacked, references
+        from ernie_tune.trainers import assemble
+        from ernie_tune.trainers.online import RLVRTrainer, rubric_of
+
+    sets = assemble.train_sets(config, RLVRTrainer.method_class.signals)
+    records = _spread([some[i] for some in sets for i in range(len(some))], rows)
+    rubric = rubric_of(config, None, None)
+    reference = references(rubric, records)
+    lines = attacked(rubric, records)
+    for line in _table([*([reference] if reference else []), *lines]):
+        print(line)
+    if reference is None:
+        print(
+            say(
+                f"none of the {len(records)} rows has a gold answer: right answers and attacks were not tried",
+                f"{len(records)} 行都没有标准答案：未测试正确回答与攻击",
+            )
+        )
+    failed = [line.name for line in [*([reference] if reference else []), *lines] if not line.passed]
+    if failed:
+        print(say(f"failed: {', '.join(failed)}", f"未通过：{', '.join(failed)}"))
+    elif reference is not None:
+        print(say("the rewards hold", "奖励通过测试"))
+    return 1 if failed else 0
+
+
+def _counted(args: Sequence[str]) -> tuple[list[str], int]:
+    """The words without --rows N, and its number. Raises UsageError."""
+    rest, numbers = [], {"--rows": _ROWS}
+    left = iter(args)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name not in numbers:
+            rest.append(word)
+            continue
+        value = value if equals else next(left, "")
+        if not value.isdecimal():
+            raise UsageError(
+                say(f"{name} ({value}) must be a number, such as 200", f"{name}（{value}）须为数字，如 200")
+            )
+        numbers[name] = int(value)
+    return rest, numbers["--rows"]
+
+
+def _spread(records: Sequence[Any], count: int) -> list[Any]:
+    count = min(count or len(records), len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def _table(lines: Sequence[Tried]) -> list[str]:
+    """Name, rows, mean, worst, bound; where it failed also the row and the text."""
+    if not lines:
+        return []
+    heads = [say("tried", "尝试"), say("rows", "行"), say("mean", "平均"), say("worst", "最差"), say("bound", "界")]
+    names = [_NAMES.get(line.name, line.name) for line in lines]
+    width = max(len(str(name)) for name in [*names, heads[0]]) + 2
+    width = max(width, 24)
+    out = [padded(heads[0], width) + "".join(padded(head, 9) for head in heads[1:])]
+    for line, name in zip(lines, names, strict=True):
+        mark = "✓" if line.passed else "✗"
+        numbers = (f"{line.rows}", f"{line.mean:.3f}", f"{line.worst:.3f}", f"{line.bound:.3f}")
+        out.append(f"{padded(name, width)}{''.join(padded(n, 9) for n in numbers)}{mark}")
+        if not line.passed:
+            out.append(f"    {line.place}: {line.text[:_SHOWN]!r}")
+    return out
+
+
+_NAMES = {"reference": say("right answers (share)", "正确回答（占比）")}

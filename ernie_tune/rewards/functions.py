@@ -1,0 +1,373 @@
+"""Reward functions of users: anybody's signature, asked and checked in one way.
+
+TRL's (keywords, one number an answer), verl's (`data_source, solution_str, ground_truth`, one
+answer at a time), EasyR1's (one object or a list of them), ms-swift's (a class whose instances take
+`completions` as text). What comes back is checked: as many numbers as answers, finite or None ("not
+applicable"). Refuses to know: rows' own checkers, how answers were made, what becomes of the
+rewards, paddle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.language import say
+from ernie_tune.data.records import Record
+from ernie_tune.rewards.reading import without_thought
+
+_SHOWN_CHARACTERS = 80
+# What a user's function may raise; what is left (MemoryError, an interrupt) ends the run.
+_USERS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One sampled answer: all of its text, thought included, the ids of its tokens and, where
+    known, their log-probabilities, and why it ended ("stop", "length", "abort").
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = "stop"
+    logps: tuple[float, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason == "stop"
+
+
+Group = tuple[Record, Sequence[Answered]]  # one prompt and its answers
+Flat = Sequence[tuple[Record, Answered, int]]  # answers with their rows and the number of their group
+Scores = list[list["float | None"]]  # one list a group, one number an answer
+
+
+def reward(text: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: `text` hands `completions` to a TRL-like function as strings instead of lists of
+    messages.
+    """
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.reads_text = text  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a function may know of the run, under TRL's names: optimizer steps made, and of how
+    many.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+
+
+@dataclass
+class Asked:
+    """What a function reported beside its numbers, since it was last emptied."""
+
+    timeouts: int = 0  # answers
+    errors: int = 0  # answers
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # of the last call, one an answer
+    seconds: float = 0.0
+
+
+class Function:
+    """A user's reward function as a judge, whichever dialect it speaks."""
+
+    def __init__(
+        self, function: Callable[..., Any], name: str = "", on_error: str = "raise", timeout_seconds: float = 60.0
+    ) -> None:
+        if on_error not in ("raise", "none"):
+            raise ValueError(
+                say(
+                    f"reward_error ({on_error!r}) must be raise or none; use 'raise'",
+                    f"reward_error（{on_error!r}）须为 raise 或 none；请用 'raise'",
+                )
+            )
+        self.function, self.on_error, self.timeout_seconds = function, on_error, timeout_seconds
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.asked = Asked()
+        self.state = TrainerState()
+        self.dialect = _dialect(function)
+
+    def __call__(self, groups: Sequence[Group]) -> Scores:
+        return ask_all([self], groups)[0]
+
+    def begin(self, flat: Flat) -> Any:
+        """What the function gives, an awaitable of an async one, or the error of the user's that it
+        raised.
+        """
+        try:
+            return _DIALECTS[self.dialect](self, flat)
+        except _USERS as error:
+            return error
+
+    async def end(self, found: Any, answers: int) -> Any:
+        """What an awaitable gives in time; None for every answer after that."""
+        try:
+            return await asyncio.wait_for(found, self.timeout_seconds)
+        except asyncio.TimeoutError:
+            self.asked.timeouts += answers
+            return [None] * answers
+        except _USERS as error:
+            return error
+
+    def numbers(self, values: Any, flat: Flat) -> list[float | None]:
+        """One finite number or None an answer. Raises ValueError for anything else, and for an
+        error of the function's unless `on_error` is none.
+        """
+        if not isinstance(values, _USERS):
+            return self._checked(values, flat)
+        if self.on_error == "raise":
+            raise ValueError(
+                say(
+                    f"reward function {self.name} failed at {flat[0][0].meta} with {type(values).__name__}: {values}; mend it, or set reward_error: none",
+                    f"奖励函数 {self.name} 在 {flat[0][0].meta} 处出错 {type(values).__name__}：{values}；请修正，或设置 reward_error: none",
+                )
+            ) from values
+        self.asked.errors += len(flat)
+        return [None] * len(flat)
+
+    def _checked(self, values: Any, flat: Flat) -> list[float | None]:
+        """One finite number or None an answer. Raises ValueError naming the function, the row and
+        the answer.
+        """
+        if not hasattr(values, "__len__") or len(values) != len(flat):
+            given = len(values) if hasattr(values, "__len__") else type(values).__name__
+            raise ValueError(
+                say(
+                    f"reward function {self.name} ({given}) must give one number for each of the {len(flat)} answers from {flat[0][0].meta} on; return a list as long as completions",
+                    f"奖励函数 {self.name}（{given}）须为自 {flat[0][0].meta} 起的 {len(flat)} 个回答各给一个数；请返回与 completions 等长的列表",
+                )
+            )
+        out: list[float | None] = []
+        for value, (record, answer, _) in zip(values, flat, strict=True):
+            number = _number(value)
+            if number is not None and math.isinf(number):
+                number = None
+                value = f"{value!r}"
+            elif value is None or (number is not None and math.isnan(number)):
+                out.append(None)
+                continue
+            if number is None:
+                shown = answer.text[:_SHOWN_CHARACTERS]
+                raise ValueError(
+                    say(
+                        f"reward function {self.name} ({value!r}) must give a finite number or None for {record.meta}, answer {shown!r}; correct its return value",
+                        f"奖励函数 {self.name}（{value!r}）对 {record.meta} 的回答 {shown!r} 须给出有限数或 None；请改正返回值",
+                    )
+                )
+            out.append(number)
+        return out
+
+
+def _number(value: Any) -> float | None:
+    """A number in any library's clothes; None for anything else."""
+    if isinstance(value, str | bytes) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _dialect(function: Callable[..., Any]) -> str:
+    call: Any = function if inspect.isroutine(function) or isinstance(function, type) else type(function).__call__
+    parameters = inspect.signature(call).parameters
+    if {"data_source", "solution_str", "ground_truth"} <= set(parameters):
+        return "verl"
+    module = sys.modules.get(getattr(function, "__module__", "") or type(function).__module__)
+    kind = getattr(module, "REWARD_TYPE", None)
+    if kind in ("sequential", "batch"):
+        return f"easyr1_{kind}"
+    return "trl"
+
+
+def _columns(flat: Flat) -> dict[str, list[Any]]:
+    """Every field of the rows, one entry an answer, and what people call the same things."""
+    columns: dict[str, list[Any]] = {
+        name: [record.meta.extra.get(name) for record, _, _ in flat]
+        for name in {key for record, _, _ in flat for key in record.meta.extra}
+    }
+    gold = [record.reward.answer if record.reward else None for record, _, _ in flat]
+    return {
+        **columns,
+        **dict.fromkeys(("answer", "solution", "ground_truth"), gold),
+        "images": [list(record.images) for record, _, _ in flat],
+        "scene": [dict(record.reward.scene) if record.reward else {} for record, _, _ in flat],
+        "evidence": [dict(record.reward.evidence) if record.reward else {} for record, _, _ in flat],
+        "id": [record.id for record, _, _ in flat],
+        "mode": [record.mode for record, _, _ in flat],
+        "hint": [record.reward.hint if record.reward else "" for record, _, _ in flat],
+        "domain": [record.domain for record, _, _ in flat],
+        "data_source": [record.domain for record, _, _ in flat],
+        "completion_text": [answer.text for _, answer, _ in flat],
+        "finish_reason": [answer.finish_reason for _, answer, _ in flat],
+        "logps": [list(answer.logps) for _, answer, _ in flat],
+        "group_id": [number for _, _, number in flat],
+    }
+
+
+def _message(answer: Answered) -> dict[str, str]:
+    """An answer as TRL has it: the thought apart from what follows it."""
+    after = without_thought(answer.text)
+    if after is None or after == answer.text:
+        return {"role": "assistant", "content": answer.text}
+    thought = answer.text[: len(answer.text) - len(after)].replace("<think>", "").replace("</think>", "")
+    return {"role": "assistant", "content": after.strip("\n"), "reasoning_content": thought.strip("\n")}
+
+
+def _ask_trl(self: Function, flat: Flat) -> Any:
+    function: Any = self.function
+    instance = not (inspect.isroutine(function) or isinstance(function, type))
+    as_text = getattr(function, "reads_text", instance)  # a class with __call__ is ms-swift's form
+    given: dict[str, Any] = {
+        "prompts": [[dict(m) for m in record.prompt] for record, _, _ in flat],
+        "completions": [answer.text if as_text else [_message(answer)] for _, answer, _ in flat],
+        "completion_ids": [list(answer.token_ids) for _, answer, _ in flat],
+        "trainer_state": self.state,
+        "environments": None,
+        "log_extra": lambda name, values: self.asked.extra.update({name: list(values)}),
+        "log_metric": lambda name, value: self.asked.metrics.setdefault(name, []).append(float(value)),
+        **_columns(flat),
+    }
+    parameters = inspect.signature(function.__call__ if instance else function).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        missing = [
+            name
+            for name, p in parameters.items()
+            if name not in given
+            and p.default is inspect.Parameter.empty
+            and p.kind is not inspect.Parameter.VAR_POSITIONAL
+        ]
+        if missing:
+            raise TypeError(f"it asks for {missing[0]!r}, and no row has a field of that name")
+        given = {name: value for name, value in given.items() if name in parameters}
+    return function(**given)
+
+
+def ask_all(functions: Sequence[Function], groups: Sequence[Group]) -> list[Scores]:
+    """What each function gives all answers. Those that are async wait together, in one event loop.
+    Raises ValueError as `Function.numbers`.
+    """
+    flat = [(record, answer, number) for number, (record, answers) in enumerate(groups) for answer in answers]
+    if not flat:
+        return [[[] for _ in groups] for _ in functions]
+    found = []
+    for function in functions:
+        function.asked.extra.clear()
+        started = time.perf_counter()
+        found.append(function.begin(flat))
+        function.asked.seconds += time.perf_counter() - started
+    waiting = [i for i, values in enumerate(found) if inspect.isawaitable(values)]
+    if waiting:
+
+        async def gathered() -> list[Any]:
+            return await asyncio.gather(*(functions[i].end(found[i], len(flat)) for i in waiting))
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:  # a notebook's own thread already runs a loop
+            for i, values in zip(waiting, pool.submit(asyncio.run, gathered()).result(), strict=True):
+                found[i] = values
+        functions[waiting[0]].asked.seconds += time.perf_counter() - started
+    out = []
+    for function, values in zip(functions, found, strict=True):
+        numbers = iter(function.numbers(values, flat))
+        out.append([[next(numbers) for _ in answers] for _, answers in groups])
+    return out
+
+
+def _ask_verl(self: Function, flat: Flat) -> list[Any]:
+    wanted = inspect.signature(self.function).parameters
+    extra = "extra_info" in wanted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in wanted.values())
+    out = []
+    for record, answer, _ in flat:
+        gold = record.reward.answer if record.reward else None
+        more = {"extra_info": dict(record.meta.extra)} if extra else {}
+        found = self.function(data_source=record.domain, solution_str=answer.text, ground_truth=gold, **more)
+        out.append(_overall(self, found, "score"))
+    return out
+
+
+def _ask_easyr1(self: Function, flat: Flat) -> list[Any]:
+    inputs = [
+        {
+            "response": answer.text,
+            "response_length": len(answer.token_ids),
+            "ground_truth": record.reward.answer if record.reward else None,
+        }
+        for record, answer, _ in flat
+    ]
+    found = self.function(inputs) if self.dialect == "easyr1_batch" else [self.function(one) for one in inputs]
+    return [_overall(self, one, "overall") for one in found]
+
+
+def _overall(self: Function, found: Any, key: str) -> Any:
+    """The reward among several numbers; the others are logged."""
+    if not isinstance(found, Mapping):
+        return found
+    for name, value in found.items():
+        number = _number(value)
+        if name != key and number is not None:
+            self.asked.metrics.setdefault(name, []).append(number)
+    return found.get(key)
+
+
+_DIALECTS: Mapping[str, Callable[[Function, Flat], Any]] = {
+    "trl": _ask_trl,
+    "verl": _ask_verl,
+    "easyr1_sequential": _ask_easyr1,
+    "easyr1_batch": _ask_easyr1,
+}
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """The function that `path/to/file.py:name` names. Raises ValueError, FileNotFoundError."""
+    path, _, name = place.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            say(
+                f"reward_funcs ({place}) must name an existing file, as rewards.py:my_reward; correct the path",
+                f"reward_funcs（{place}）须指向已有文件，如 rewards.py:my_reward；请改正路径",
+            )
+        )
+    spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that its classes find their module, and pickle
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(
+            say(
+                f"reward_funcs ({place}) must name a function of {file.name}, which has none called {name!r}; correct the name",
+                f"reward_funcs（{place}）须指明 {file.name} 中的函数，其中没有 {name!r}；请改正名称",
+            )
+        )
+    return found() if isinstance(found, type) else found
