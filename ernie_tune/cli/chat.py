@@ -126,7 +126,7 @@ def _obey(said: _Conversation, command: str, rest: str, write: Callable[..., Non
 
 
 def _add_image(said: _Conversation, typed_path: str, write: Callable[..., None]) -> None:
-    from ernie_tune.data.images import load_image
+    from ernie_tune.data.media.images import load_image
 
     try:
         path = unquoted(typed_path)

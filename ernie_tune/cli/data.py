@@ -19,13 +19,13 @@ from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.language import counted, say, shown
 from ernie_tune.config.loader import Loaded, load_config
 from ernie_tune.config.stages import STAGES
-from ernie_tune.data.doctor_convert import WRITERS, convert_file
-from ernie_tune.data.doctor_fix import fix_file, fixed_path
-from ernie_tune.data.doctor_report import as_json, as_text, stats_text
-from ernie_tune.data.doctor_scan import DECODED, DataFile, Report, Scan
-from ernie_tune.data.doctor_show import COLOUR, PLAIN, show_record
+from ernie_tune.data.doctor.convert import WRITERS, convert_file
+from ernie_tune.data.doctor.fix import fix_file, fixed_path
+from ernie_tune.data.doctor.report import as_json, as_text, stats_text
+from ernie_tune.data.doctor.scan import DECODED, DataFile, Report, Scan
+from ernie_tune.data.doctor.show import COLOUR, PLAIN, show_record
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import choose
+from ernie_tune.data.readers.formats import choose
 from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import Entry, _files, find, load_dataset, split_paths
 from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file

@@ -19,7 +19,7 @@ import numpy as np
 
 from ernie_tune.config.language import Text, join, say
 from ernie_tune.data.chat import ChatTemplate, has_open_thought
-from ernie_tune.data.images import describe, open_source
+from ernie_tune.data.media.images import describe, open_source
 from ernie_tune.data.mixing import Shard
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Record

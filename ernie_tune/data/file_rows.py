@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_media import IMAGE_SUFFIXES
+from ernie_tune.data.readers.media import IMAGE_SUFFIXES
 from ernie_tune.data.records import DataError, show
 
 _BOM = b"\xef\xbb\xbf"

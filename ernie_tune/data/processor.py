@@ -34,11 +34,11 @@ from ernie_tune.data.chat import (
     prefix,
     runs,
 )
-from ernie_tune.data.images import Grid, ImageSettings, image_size, load_image, patchify_image
+from ernie_tune.data.media.images import Grid, ImageSettings, image_size, load_image, patchify_image
+from ernie_tune.data.media.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
 from ernie_tune.data.tensors import Inputs, template_inputs, text_inputs
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json, write_file
-from ernie_tune.data.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.models.inputs import Row, feature_count
 
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -67,7 +67,7 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to pictures (data/corruption.py): "mask", or "noise" of this strength, drawn
+    """What is done to pictures (media/corruption.py): "mask", or "noise" of this strength, drawn
     from `seed`.
     """
 

@@ -1,8 +1,8 @@
 """Files of rows -> a lazy, indexable sequence of records: jsonl, json, csv, tsv, parquet; folders,
 patterns, `path#500`, dataset_info.json.
 
-Refuses to know: what a row means (`readers.py`), tokens, pixels, how data sets are mixed, the
-network.
+Refuses to know: what a row means (`readers/formats.py`), tokens, pixels, how data sets are mixed,
+the network.
 Memory: 24 bytes a row for the index, whatever the rows hold; a row is read from disk when it is
     asked for. Nothing is ever written.
 Source: ecosystem.md 2.2 (files, sampling), 4.3 (both dialects of dataset_info.json).
@@ -20,9 +20,9 @@ import numpy as np
 
 from ernie_tune.config.language import say
 from ernie_tune.data.file_rows import MemoryRows, Rows, class_folders, open_file, parse_json
-from ernie_tune.data.readers import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
-from ernie_tune.data.readers_fields import Fields, Where
-from ernie_tune.data.readers_media import kinds_shown
+from ernie_tune.data.readers.fields import Fields, Where
+from ernie_tune.data.readers.formats import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
+from ernie_tune.data.readers.media import kinds_shown
 from ernie_tune.data.records import DataError, Record, show
 
 INFO_FILE = "dataset_info.json"

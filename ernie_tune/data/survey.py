@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ernie_tune.config.language import Text, counted, join, say
 from ernie_tune.data.batching import Dropped
-from ernie_tune.data.notes import FileNotes
+from ernie_tune.data.doctor.notes import FileNotes
 from ernie_tune.data.records import Record
 
 SURVEYED_ROWS = 1_000_000  # of which the rest is told by what they are, not looked at

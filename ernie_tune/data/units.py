@@ -31,7 +31,7 @@ from ernie_tune.data.batching import (
     truncate,
 )
 from ernie_tune.data.chat import has_open_thought
-from ernie_tune.data.corruption import corrupted
+from ernie_tune.data.media.corruption import corrupted
 from ernie_tune.data.processor import Encoded, Processor
 from ernie_tune.data.records import Message, Record
 from ernie_tune.models.inputs import PackedInput, Row, pack_families

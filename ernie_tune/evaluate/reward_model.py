@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 
 from ernie_tune.data.batching import Dropped
-from ernie_tune.data.corruption import masked
+from ernie_tune.data.media.corruption import masked
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.evaluate.judged import judged_batches, preferred
 from ernie_tune.train.preference import pairs_of

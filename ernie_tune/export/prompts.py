@@ -20,9 +20,9 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from ernie_tune.data.media.video import LIST_FPS, draw_timestamp
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED
-from ernie_tune.data.video import LIST_FPS, draw_timestamp
 from ernie_tune.export.processor_rules import (
     Clip,
     Prompted,

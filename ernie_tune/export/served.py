@@ -8,8 +8,8 @@ Source: FastDeploy e53f518, `--mm-processor-kwargs` (mm_model_config.py, ernie_e
 from __future__ import annotations
 
 from ernie_tune.config.language import say
-from ernie_tune.data.images import ImageSettings
-from ernie_tune.data.video import VideoSettings
+from ernie_tune.data.media.images import ImageSettings
+from ernie_tune.data.media.video import VideoSettings
 
 
 def media_arguments(images: ImageSettings, videos: VideoSettings) -> tuple[dict[str, int | str], list[str]]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.data.media.video import font_bytes
 from ernie_tune.data.processor import PREPROCESSOR_FILE, Processor
 from ernie_tune.data.tokenizer import (
     CONFIG_FILE,
@@ -27,7 +28,6 @@ from ernie_tune.data.tokenizer import (
     VIDEO_START,
     write_file,
 )
-from ernie_tune.data.video import font_bytes
 
 VIDEO_FILE, FONT_FILE = "video_preprocessor_config.json", "timestamps.ttf"
 _TOKENS = {

@@ -13,9 +13,9 @@ from html import escape
 from typing import Any
 
 from ernie_tune.config.language import Text, say
-from ernie_tune.data.doctor import Finding
-from ernie_tune.data.doctor_report import SHOWN_BARS, charts, facts_lines, summary
-from ernie_tune.data.doctor_scan import DataFile, Report
+from ernie_tune.data.doctor.checks import Finding
+from ernie_tune.data.doctor.report import SHOWN_BARS, charts, facts_lines, summary
+from ernie_tune.data.doctor.scan import DataFile, Report
 from ernie_tune.data.records import DataError, Message, Record
 from ernie_tune.report import html
 from ernie_tune.report.pages import without_tags

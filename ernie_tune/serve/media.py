@@ -15,8 +15,8 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from ernie_tune.data.images import decode_errors, describe, open_source
-from ernie_tune.data.video import check_animation
+from ernie_tune.data.media.images import decode_errors, describe, open_source
+from ernie_tune.data.media.video import check_animation
 from ernie_tune.serve.fetch import FetchPolicy, fetch
 from ernie_tune.serve.pool import Lease
 

@@ -14,7 +14,7 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
-from ernie_tune.data.corruption import CorruptedPairs
+from ernie_tune.data.media.corruption import CorruptedPairs
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.models.ernie import ErnieModel

@@ -24,7 +24,7 @@ import ernie_tune
 SENTENCES = {"short": (1, 3), "chat": (5, 10)}  # in a question, in an answer
 CHILD = """
 import json, resource, sys, time
-from ernie_tune.data.doctor_scan import Scan
+from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import Entry
 scan = Scan(Processor.bundled())

@@ -1,5 +1,5 @@
-"""data/corruption.py: spoilt patches, which rows get a pair of a true and a spoilt picture, and
-what its unit is made of.
+"""data/media/corruption.py: spoilt patches, which rows get a pair of a true and a spoilt picture,
+and what its unit is made of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support.judged_rows import base, encoder, label, pair, ranking, rating, rec
 from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.data.batching import BatchStream, Dropped
-from ernie_tune.data.corruption import CorruptedPairs, corrupted, corrupted_pair, masked
+from ernie_tune.data.media.corruption import CorruptedPairs, corrupted, corrupted_pair, masked
 from ernie_tune.data.mixing import Mixture, Shard, hash_of
 from ernie_tune.data.records import Corruption
 from ernie_tune.data.units import UnitBatch, collate_units

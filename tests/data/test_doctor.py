@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernie_tune.data.doctor import CHECKS, Finding, Findings
-from ernie_tune.data.doctor_compare import RowLog, join_texts, similarity, sketch
-from ernie_tune.data.doctor_media import Pictures
-from ernie_tune.data.doctor_rows import Columns
-from ernie_tune.data.doctor_scan import DataFile, Report, Scan, count_tokens
-from ernie_tune.data.images import ImageSettings
+from ernie_tune.data.doctor.checks import CHECKS, Finding, Findings
+from ernie_tune.data.doctor.compare import RowLog, join_texts, similarity, sketch
+from ernie_tune.data.doctor.media import Pictures
+from ernie_tune.data.doctor.rows import Columns
+from ernie_tune.data.doctor.scan import DataFile, Report, Scan, count_tokens
+from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import FORMATS, PLAIN_FIELDS, SPECIAL_FIELDS
+from ernie_tune.data.readers.formats import FORMATS, PLAIN_FIELDS, SPECIAL_FIELDS
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import Entry
 
@@ -315,7 +315,7 @@ def test_similarity_counts_common_shingles() -> None:
 
 
 def test_row_log_finds_equal_values_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ernie_tune.data import doctor_compare
+    from ernie_tune.data.doctor import compare as doctor_compare
 
     monkeypatch.setattr(doctor_compare, "_PART_ROWS", 100)
     monkeypatch.setattr(doctor_compare, "_IN_MEMORY", 256)
@@ -330,7 +330,7 @@ def test_row_log_finds_equal_values_beyond_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_many_look_alikes_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ernie_tune.data import doctor_scan
+    from ernie_tune.data.doctor import scan as doctor_scan
 
     monkeypatch.setattr(doctor_scan, "_COMPARED", 50)
     rows = [

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ernie_tune.data.doctor_convert import WRITERS, convert, convert_file
-from ernie_tune.data.doctor_fix import Change, fix_file, fixed_path
-from ernie_tune.data.doctor_scan import DataFile
-from ernie_tune.data.doctor_show import COLOUR, PLAIN, show_record
+from ernie_tune.data.doctor.convert import WRITERS, convert, convert_file
+from ernie_tune.data.doctor.fix import Change, fix_file, fixed_path
+from ernie_tune.data.doctor.scan import DataFile
+from ernie_tune.data.doctor.show import COLOUR, PLAIN, show_record
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import Entry, load_dataset

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ernie_tune.cli import main
-from ernie_tune.data.doctor import check_record
-from ernie_tune.data.doctor_rows import Quick, facts_of, parse_block
+from ernie_tune.data.doctor.checks import check_record
+from ernie_tune.data.doctor.rows import Quick, facts_of, parse_block
 from ernie_tune.data.file_rows import FileRows
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import FORMATS, read
-from ernie_tune.data.readers_fields import Where
+from ernie_tune.data.readers.fields import Where
+from ernie_tune.data.readers.formats import FORMATS, read
 from ernie_tune.data.records import DataError
 
 EXAMPLES = int(os.environ.get("ERNIE_TUNE_FUZZ", "300"))
@@ -277,7 +277,7 @@ def test_the_fast_road_is_taken() -> None:
 
 @pytest.mark.parametrize("size", [1, 1 << 17])
 def test_blocks_keep_lines_and_offsets(tmp_path, monkeypatch, size) -> None:
-    from ernie_tune.data import doctor_rows
+    from ernie_tune.data.doctor import rows as doctor_rows
 
     monkeypatch.setattr(doctor_rows, "BLOCK_BYTES", size)
     lines = [json.dumps({"prompt": f"问{i}", "response": "x" * i}, ensure_ascii=False) for i in range(50)]

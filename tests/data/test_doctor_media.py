@@ -1,4 +1,4 @@
-"""data/doctor_media.py: pictures that people see otherwise than the model, clips that training
+"""data/doctor/media.py: pictures that people see otherwise than the model, clips that training
 cannot use.
 """
 
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ernie_tune.data.doctor_scan import Report, Scan
-from ernie_tune.data.images import load_image
+from ernie_tune.data.doctor.scan import Report, Scan
+from ernie_tune.data.media.images import load_image
+from ernie_tune.data.media.video import load_video
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import Entry
-from ernie_tune.data.video import load_video
 
 TINY = Processor.bundled("tiny")
 _ORIENTATION = 0x0112

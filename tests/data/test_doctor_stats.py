@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernie_tune.data.doctor_report import as_json, as_text, charts, stats_text
-from ernie_tune.data.doctor_scan import Report, Scan
-from ernie_tune.data.doctor_stats import Histogram
+from ernie_tune.data.doctor.report import as_json, as_text, charts, stats_text
+from ernie_tune.data.doctor.scan import Report, Scan
+from ernie_tune.data.doctor.stats import Histogram
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import Entry
 from ernie_tune.report.check_page import check_page

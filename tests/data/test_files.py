@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from ernie_tune.cli import main
-from ernie_tune.data.doctor_convert import convert_file
-from ernie_tune.data.doctor_scan import Scan
-from ernie_tune.data.images import load_image
+from ernie_tune.data.doctor.convert import convert_file
+from ernie_tune.data.doctor.scan import Scan
+from ernie_tune.data.media.images import load_image
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import Entry, load_dataset

@@ -1,4 +1,4 @@
-"""data/images.py against the tables of architecture.md 4.1, 7.1, 7.3 and closed forms; every
+"""data/media/images.py against the tables of architecture.md 4.1, 7.1, 7.3 and closed forms; every
 refusal.
 """
 
@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernie_tune.data.images import ImageSettings, image_size, load_image, patchify, patchify_image, resize, smart_resize
+from ernie_tune.data.media.images import (
+    ImageSettings,
+    image_size,
+    load_image,
+    patchify,
+    patchify_image,
+    resize,
+    smart_resize,
+)
 
 # the limits under which the table was measured
 LIMITS = {"min_pixels": 3136, "max_pixels": 6177 * 28 * 28}

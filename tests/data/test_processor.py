@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from ernie_tune.data.chat import split_reasoning
-from ernie_tune.data.images import ImageSettings, patchify_image
+from ernie_tune.data.media.images import ImageSettings, patchify_image
+from ernie_tune.data.media.video import VideoSettings
 from ernie_tune.data.processor import AutoProcessor, Processor, RowTooLong
 from ernie_tune.data.templates import TRANSFORMERS
 from ernie_tune.data.tokenizer import Tokenizer
-from ernie_tune.data.video import VideoSettings
 from ernie_tune.models.inputs import pack
 
 OLD = (

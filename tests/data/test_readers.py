@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_tune.data.readers import FORMATS, choose, match, read, sniff
-from ernie_tune.data.readers_fields import Where
+from ernie_tune.data.readers.fields import Where
+from ernie_tune.data.readers.formats import FORMATS, choose, match, read, sniff
 from ernie_tune.data.records import DataError, Record, Reward, Verifier, count_tags
 
 FORM = {form.name: form for form in FORMATS}

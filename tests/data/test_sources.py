@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_tune.data.readers_fields import Where
+from ernie_tune.data.readers.fields import Where
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import load_dataset, sample, split_paths
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.chat import ChatTemplate
-from ernie_tune.data.doctor_scan import Report, Scan
-from ernie_tune.data.doctor_show import show_record
+from ernie_tune.data.doctor.scan import Report, Scan
+from ernie_tune.data.doctor.show import show_record
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import match, read
-from ernie_tune.data.readers_row import Where
+from ernie_tune.data.readers.formats import match, read
+from ernie_tune.data.readers.row import Where
 from ernie_tune.data.records import DataError, Record, as_words, count_tags, plain_words
 from ernie_tune.data.sources import Entry, load_dataset
 from ernie_tune.data.units import UnitEncoder

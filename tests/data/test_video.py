@@ -1,4 +1,4 @@
-"""data/video.py against the numbers of architecture.md 7.4 and videos made here; every refusal."""
+"""data/media/video.py against published numbers and videos made here; every refusal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from ernie_tune.data import video
-from ernie_tune.data.images import ImageSettings, patchify_image
-from ernie_tune.data.video import (
+from ernie_tune.data.media import video
+from ernie_tune.data.media.images import ImageSettings, patchify_image
+from ernie_tune.data.media.video import (
     TRAINING_PLUGIN,
     VideoSettings,
     draw_timestamp,

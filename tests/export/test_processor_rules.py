@@ -21,11 +21,11 @@ from weights import golden_config
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.chat import ChatTemplate
-from ernie_tune.data.images import smart_resize
+from ernie_tune.data.media.images import smart_resize
+from ernie_tune.data.media.video import VideoSettings, draw_timestamp, sample_indices
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED, TRANSFORMERS
 from ernie_tune.data.tokenizer import Tokenizer
-from ernie_tune.data.video import VideoSettings, draw_timestamp, sample_indices
 from ernie_tune.export import processor_rules as rules
 from ernie_tune.export import prompts, reopen, run, verify
 from ernie_tune.models.inputs import position_ids

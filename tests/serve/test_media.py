@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from support.tiny_runs import IMAGES
 
-from ernie_tune.data.images import load_image
+from ernie_tune.data.media.images import load_image
 from ernie_tune.serve import fetch as fetch_module
 from ernie_tune.serve import media as media_module
 from ernie_tune.serve.fetch import FetchPolicy, fetch, is_public

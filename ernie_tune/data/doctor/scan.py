@@ -4,7 +4,7 @@ against each other.
 Refuses to know: command lines, how findings and numbers are printed. Source: methods.md 9 (linter);
 ecosystem.md 2.2, 5.2.
 Memory: one block of a file, one table of file names, bounded lists of findings; see
-    `doctor_compare.py` for the rest.
+    `compare.py` for the rest.
 Legend: n rows of a batch, k rows of a comparison.
 """
 
@@ -23,16 +23,16 @@ import numpy as np
 
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import ROW_TOKENS, TURN_TOKENS, thinking_of
-from ernie_tune.data.doctor import Finding, Findings, check_record
-from ernie_tune.data.doctor_compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
-from ernie_tune.data.doctor_media import Pictures
-from ernie_tune.data.doctor_rows import Batch, Columns, Facts, Quick, Row, facts_of, open_rows
-from ernie_tune.data.doctor_stats import Stats
-from ernie_tune.data.notes import FileNotes
+from ernie_tune.data.doctor.checks import Finding, Findings, check_record
+from ernie_tune.data.doctor.compare import BANDS, NEAR, RowLog, hashes, join_texts, similarity, sketch
+from ernie_tune.data.doctor.media import Pictures
+from ernie_tune.data.doctor.notes import FileNotes
+from ernie_tune.data.doctor.rows import Batch, Columns, Facts, Quick, Row, facts_of, open_rows
+from ernie_tune.data.doctor.stats import Stats
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers import FORMATS, choose, read, sniff
-from ernie_tune.data.readers_media import kinds_shown
-from ernie_tune.data.readers_row import Where
+from ernie_tune.data.readers.formats import FORMATS, choose, read, sniff
+from ernie_tune.data.readers.media import kinds_shown
+from ernie_tune.data.readers.row import Where
 from ernie_tune.data.records import DataError, Record, show
 from ernie_tune.data.sources import Entry, rename, signal_error
 

@@ -2,7 +2,7 @@
 MinHash sketches for nearly equal ones.
 
 Refuses to know: formats, what a repetition means (train, eval, answers that differ:
-`doctor_scan.py` decides), where rows are.
+`scan.py` decides), where rows are.
 Memory: some 10 MiB however many rows there are; 56 bytes a row in the folder for temporary files,
     and only from 16,000 rows on.
 MinHash: Broder 1997; bands: a pair of similarity s shares one with probability 1 - (1 - s^4)^3, 96
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.data.doctor_rows import Columns, Facts
+from ernie_tune.data.doctor.rows import Columns, Facts
 
 BANDS, BAND_HASHES = 3, 4
 SHINGLE_BYTES = 8

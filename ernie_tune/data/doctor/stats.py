@@ -1,7 +1,7 @@
 """What a data set looks like in numbers: lengths, languages, answers, pictures, domains, and what
 follows for the size of pictures.
 
-Refuses to know: files, what is wrong with rows, how numbers are drawn (`doctor_report.py`). Memory
+Refuses to know: files, what is wrong with rows, how numbers are drawn (`report.py`). Memory
 does not grow with the rows.
 Lengths are UTF-8 bytes, which tokens follow closely in every language (a Chinese character has
 three); one factor, measured on the first rows with a tokenizer, turns them into tokens.
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.config.language import say
-from ernie_tune.data.doctor import Finding
-from ernie_tune.data.doctor_media import image_tokens
-from ernie_tune.data.doctor_rows import Columns
-from ernie_tune.data.images import ImageSettings
+from ernie_tune.data.doctor.checks import Finding
+from ernie_tune.data.doctor.media import image_tokens
+from ernie_tune.data.doctor.rows import Columns
+from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.processor import Processor
 
 _STEPS = 2  # buckets an octave

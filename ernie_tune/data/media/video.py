@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageSequence, UnidentifiedImageError
 
 from ernie_tune.config.language import say
-from ernie_tune.data.images import (
+from ernie_tune.data.media.images import (
     Grid,
     ImageSettings,
     ImageSource,

@@ -2,7 +2,7 @@
 readers of demonstrations.
 
 Refuses to know: how files are stored, tokens, pixels. Judged answers are read in
-`readers_preference.py`.
+`preference.py`.
 Source: methods.md 1.2 (F1-F11), 9; ecosystem.md 2.2, 4.3.
 """
 
@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_fields import (
+from ernie_tune.data.readers.fields import (
     DIALOGUES,
     QUERIES,
     RESPONSES,
@@ -35,15 +35,15 @@ from ernie_tune.data.readers_fields import (
     read_dialogue,
     read_flag,
 )
-from ernie_tune.data.readers_media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES
-from ernie_tune.data.readers_preference import (
+from ernie_tune.data.readers.media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES
+from ernie_tune.data.readers.preference import (
     read_canonical,
     read_labelled,
     read_pair,
     read_responses,
     read_verifiable,
 )
-from ernie_tune.data.readers_unused import check_unused
+from ernie_tune.data.readers.unused import check_unused
 from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Verifier, show
 
 

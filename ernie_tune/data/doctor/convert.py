@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers import match, read
-from ernie_tune.data.readers_fields import Where
+from ernie_tune.data.readers.fields import Where
+from ernie_tune.data.readers.formats import match, read
 from ernie_tune.data.records import Candidate, DataError, Media, Message, Record, show
 
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}

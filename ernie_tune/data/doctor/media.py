@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from ernie_tune.config.language import say
-from ernie_tune.data.doctor import Finding
-from ernie_tune.data.images import ImageSettings, decode_errors, describe, open_image, open_source, to_rgb
+from ernie_tune.data.doctor.checks import Finding
+from ernie_tune.data.media.images import ImageSettings, decode_errors, describe, open_image, open_source, to_rgb
+from ernie_tune.data.media.video import VideoSettings, video_grid
 from ernie_tune.data.records import Media, Record, show
-from ernie_tune.data.video import VideoSettings, video_grid
 from ernie_tune.models.inputs import feature_count
 
 _MARKER_TOKENS = 2  # around the placeholders of one picture

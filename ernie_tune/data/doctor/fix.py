@@ -17,12 +17,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from ernie_tune.config.language import say
-from ernie_tune.data.doctor import CHECKS, check_record
-from ernie_tune.data.doctor_media import Pictures
-from ernie_tune.data.doctor_rows import JsonLines
-from ernie_tune.data.doctor_scan import DataFile
+from ernie_tune.data.doctor.checks import CHECKS, check_record
+from ernie_tune.data.doctor.media import Pictures
+from ernie_tune.data.doctor.rows import JsonLines
+from ernie_tune.data.doctor.scan import DataFile
 from ernie_tune.data.file_rows import parse_json
-from ernie_tune.data.images import ImageSettings
+from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import Entry
 

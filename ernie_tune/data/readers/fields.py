@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_media import (
+from ernie_tune.data.readers.media import (
     KIND_NAMES,
     MEDIA_NAMES,
     TAGS,
@@ -22,7 +22,7 @@ from ernie_tune.data.readers_media import (
     settle_media,
     turn_media,
 )
-from ernie_tune.data.readers_row import KINDS, Draft, Fields, Turn, Where, read_list
+from ernie_tune.data.readers.row import KINDS, Draft, Fields, Turn, Where, read_list
 from ernie_tune.data.records import MODES, Candidate, DataError, Media, Message, Record, Reward, as_words, show
 
 __all__ = ("DIALOGUES", "QUERIES", "RESPONSES", "Draft", "Fields", "Turn", "Where")

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.data.doctor import MARKER, THOUGHT_MARK, may_hold_marks, text_of
+from ernie_tune.data.doctor.checks import MARKER, THOUGHT_MARK, may_hold_marks, text_of
 from ernie_tune.data.file_rows import file_kind, open_file, parse_json
-from ernie_tune.data.readers import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
-from ernie_tune.data.readers_fields import DIALOGUES, QUERIES, RESPONSES
-from ernie_tune.data.readers_unused import is_suspicious
+from ernie_tune.data.readers.fields import DIALOGUES, QUERIES, RESPONSES
+from ernie_tune.data.readers.formats import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
+from ernie_tune.data.readers.unused import is_suspicious
 from ernie_tune.data.records import DataError, Media, Record
 
 BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-level cache

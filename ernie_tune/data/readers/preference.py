@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_fields import (
+from ernie_tune.data.readers.fields import (
     DIALOGUES,
     QUERIES,
     Draft,
@@ -25,7 +25,7 @@ from ernie_tune.data.readers_fields import (
     read_dialogue,
     read_flag,
 )
-from ernie_tune.data.readers_media import MEDIA_NAMES, read_columns
+from ernie_tune.data.readers.media import MEDIA_NAMES, read_columns
 from ernie_tune.data.records import SIGNALS, Media, Record, Reward, Verifier, show
 
 _ANSWER = Turn({"role": "assistant", "content": ""})

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ernie_tune.config.language import Text, counted, say
-from ernie_tune.data.doctor import one_line
-from ernie_tune.data.doctor_scan import Report
-from ernie_tune.data.doctor_stats import Histogram, Stats
+from ernie_tune.data.doctor.checks import one_line
+from ernie_tune.data.doctor.scan import Report
+from ernie_tune.data.doctor.stats import Histogram, Stats
 
 _BAR_CHARACTERS = 40
 SHOWN_BARS = 24

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from ernie_tune.config.language import Text, counted, say
 from ernie_tune.data.chat import THINK, last_question
-from ernie_tune.data.doctor import Finding
-from ernie_tune.data.readers import nearest_name
-from ernie_tune.data.readers_unused import BOOKKEEPING
+from ernie_tune.data.doctor.checks import Finding
+from ernie_tune.data.readers.formats import nearest_name
+from ernie_tune.data.readers.unused import BOOKKEEPING
 from ernie_tune.data.records import Message, Record
 
 _SHOWN_NAMES = 12

@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ernie_tune.data.readers_fields import THOUGHTS
-from ernie_tune.data.readers_media import KIND_NAMES, base_name, is_base64_picture, suffix_kind
-from ernie_tune.data.readers_row import Fields, read_list
+from ernie_tune.data.readers.fields import THOUGHTS
+from ernie_tune.data.readers.media import KIND_NAMES, base_name, is_base64_picture, suffix_kind
+from ernie_tune.data.readers.row import Fields, read_list
 from ernie_tune.data.records import Media, Record, show
 
 # Names of what describes a row and teaches nothing.

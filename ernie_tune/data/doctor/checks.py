@@ -1,8 +1,8 @@
 """What the data doctor can find: the table of checks in two languages, the finding, the bounded
 list of them, and the checks of one record.
 
-Refuses to know: files, pictures (`doctor_media.py`), other rows (`doctor_compare.py`), how findings
-are printed (`doctor_report.py`).
+Refuses to know: files, pictures (`media.py`), other rows (`compare.py`), how findings
+are printed (`report.py`).
 Source: methods.md 9 (linter); ecosystem.md 2.2, 5.2 rows 8-17.
 """
 

@@ -13,7 +13,7 @@ from pathlib import PureWindowsPath
 from typing import Any, cast
 
 from ernie_tune.config.language import say
-from ernie_tune.data.readers_row import Draft, Fields, Turn, Where, read_list
+from ernie_tune.data.readers.row import Draft, Fields, Turn, Where, read_list
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Media, as_words, count_tags, show
 
 # The names that people give to a column, or to a key of a turn, with pictures or clips; the first

@@ -1,0 +1,1 @@
+"""Pictures and clips to patches, and pictures spoilt on purpose."""

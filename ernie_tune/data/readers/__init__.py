@@ -1,0 +1,1 @@
+"""One row of any known format to one record."""
