@@ -32,6 +32,7 @@ _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _LETTER = {paddle.float32: "s", paddle.float64: "d"}
 _NUMPY: dict[paddle.dtype, np.dtype[Any]] = {paddle.float32: np.dtype(np.float32), paddle.float64: np.dtype(np.float64)}
 _PADDLE = {kind: dtype for dtype, kind in _NUMPY.items()}
+_VIEWS = {**_NUMPY, paddle.int8: np.dtype(np.int8), paddle.uint8: np.dtype(np.uint8)}
 _CPU = paddle.CPUPlace()
 # Below so many elements Paddle's one operator beats three passes.
 _SMALL = 2**14
@@ -66,6 +67,21 @@ def ready(*tensors: Tensor) -> bool:
     )
 
 
+def max_threads() -> int:
+    """Threads that the library takes for one large product."""
+    return int(_function("MKL_Get_Max_Threads")() or 1)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """The library's calls of this thread are computed by this thread alone."""
+    before = _function("MKL_Set_Num_Threads_Local")(1)
+    try:
+        yield
+    finally:
+        _function("MKL_Set_Num_Threads_Local")(before)
+
+
 def numel(x: Tensor) -> int:
     """Elements of x. Paddle's own `size` takes 5 us to say it, more than a small operator."""
     return math.prod(x.shape)
@@ -75,7 +91,7 @@ def view(x: Tensor) -> np.ndarray:
     """The tensor's own memory as an array that can be written (older NumPy's `from_dlpack` cannot);
     not to be kept.
     """
-    kind = _NUMPY[x.dtype]
+    kind = _VIEWS[x.dtype]
     memory: Any = (ctypes.c_char * (numel(x) * kind.itemsize)).from_address(_address(x))
     return np.frombuffer(memory, kind).reshape(x.shape)
 
@@ -222,7 +238,7 @@ class Products:
         self._factors[0], self._factors[1] = factor, float(add)
         self._batch = _function(f"cblas_{'s' if kind.itemsize == 4 else 'd'}gemm_batch")
 
-    def run(self, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+    def run(self, left: np.ndarray | int, right: np.ndarray | int, out: np.ndarray | int) -> None:
         """The operands of product i begin at these addresses."""
         if not self.count:
             return

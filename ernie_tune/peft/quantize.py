@@ -19,11 +19,14 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_tune.config.language import say
+from ernie_tune.models import mkl
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across, has_values
 from ernie_tune.models.moe import Experts
+from ernie_tune.peft import unpack
 from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
 from ernie_tune.peft.slots import Slot
+from ernie_tune.peft.unpack import Codes
 
 # bytes of a scale
 _WIDTHS = {paddle.float64: 8, paddle.float32: 4, paddle.bfloat16: 2, paddle.float16: 2}
@@ -185,11 +188,26 @@ class QuantizedWeight(nn.Layer):
                 "a quantised weight must have its values before it is used; read them into the model first"
             )
         codes, scale = (x if expert is None else x[expert] for x in (self.codes, self.scale))
+        if unpack.ready(scale):
+            return mkl.made(unpack.whole(self.matrix(expert)))
+        return self.plain(codes, scale)
+
+    def plain(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """`dense` by Paddle's operators, for every device and number format."""
         wide = codes.astype(scale.dtype)
         if self.bits == 4:
             high = paddle.floor(wide * 0.0625)
             wide = paddle.concat([wide - high * 16.0, high]) - 8.0
         return wide * (scale[0] if self._group_of_row is None else paddle.gather(scale, self._group_of_row))
+
+    def matrix(self, expert: int | None = None) -> Codes:
+        """The codes and scales in their own memory, on a CPU; not to be kept."""
+        if self.codes is None or self.scale is None:
+            raise ValueError(
+                "a quantised weight must have its values before it is used; read them into the model first"
+            )
+        codes, scale = mkl.view(self.codes), mkl.view(self.scale)
+        return Codes(codes, scale, self.bits) if expert is None else Codes(codes[expert], scale[expert], self.bits)
 
 
 class _Product(PyLayer):
@@ -198,10 +216,14 @@ class _Product(PyLayer):
     @staticmethod
     def forward(ctx, x_TI, weight):  # type: ignore[no-untyped-def]
         ctx.weight = weight
+        if unpack.ready(x_TI):
+            return unpack.rows_by_codes(x_TI, weight.matrix())
         return paddle.matmul(x_TI, weight.dense())
 
     @staticmethod
     def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
+        if unpack.ready(grad_TO):
+            return unpack.rows_by_codes_transposed(grad_TO, ctx.weight.matrix())
         return paddle.matmul(grad_TO, ctx.weight.dense(), transpose_y=True)
 
 
@@ -211,11 +233,15 @@ class _StackProduct(PyLayer):
     @staticmethod
     def forward(ctx, x_MI, weight, counts):  # type: ignore[no-untyped-def]
         ctx.weight, ctx.counts = weight, counts
+        if unpack.ready(x_MI):
+            return unpack.stack_product(x_MI, weight.matrix, _spans(counts), weight.shape[1:])
         parts = [paddle.matmul(x_MI[a:b], weight.dense(e)) for e, a, b in _spans(counts)]
         return paddle.concat(parts) if parts else paddle.zeros([0, weight.shape[-1]], x_MI.dtype)
 
     @staticmethod
     def backward(ctx, grad_MO):  # type: ignore[no-untyped-def]
+        if unpack.ready(grad_MO):
+            return unpack.stack_product_transposed(grad_MO, ctx.weight.matrix, _spans(ctx.counts), ctx.weight.shape[1:])
         parts = [paddle.matmul(grad_MO[a:b], ctx.weight.dense(e), transpose_y=True) for e, a, b in _spans(ctx.counts)]
         return paddle.concat(parts) if parts else paddle.zeros([0, ctx.weight.shape[-2]], grad_MO.dtype)
 
