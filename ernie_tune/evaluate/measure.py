@@ -21,6 +21,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.evaluate.answers import Question, answers, evaluation_loss, question
+from ernie_tune.evaluate.own_metrics import Metrics, own_metrics
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.specs import parameter_specs
@@ -60,6 +61,7 @@ class Measure:
             output_dir,
         )
         self.is_main = True  # of several processes, one shows how far it is
+        self.compute_metrics: Metrics | None = None
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
 
@@ -97,7 +99,11 @@ class Measure:
             rows=max(8, e.per_device_eval_batch_size),
             done=done,
         )
-        return score_answers(given, [q.reference for q in asked], self.metric_names(asked)), given
+        references = [q.reference for q in asked]
+        scores = score_answers(given, references, self.metric_names(asked))
+        if self.compute_metrics is not None:
+            scores.update(own_metrics(self.compute_metrics, given, references))
+        return scores, given
 
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""

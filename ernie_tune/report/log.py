@@ -217,6 +217,8 @@ class RunLog:
     ) -> None:
         self.output_dir, self.is_main, self._echo, self._writers = output_dir, is_main, echo, writers
         path = output_dir / LOG_FILE
+        # Told of each record once it is written.
+        self.heard: Callable[[int, Mapping[str, Any]], None] | None = None
         self.history: History = [dict(record) for record in history]
         self._columns: list[str] = []
         self._behind: set[str] = set()  # files that lack records
@@ -245,6 +247,8 @@ class RunLog:
                 writer.write(step, record)
             if not silent:
                 self.info(console_line(step, {k: v for k, v in values.items() if k not in _FOR_FILES}, epoch))
+        if self.heard is not None:
+            self.heard(step, record)
         return record
 
     def _add(self, name: str, add: Callable[[], None], rewrite: Callable[[], None]) -> None:

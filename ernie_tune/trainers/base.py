@@ -22,6 +22,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import in_memory, load_dataset
 from ernie_tune.evaluate.measure import Measure
+from ernie_tune.evaluate.own_metrics import Metrics
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
@@ -31,6 +32,7 @@ from ernie_tune.report.log import RunLog, stamp
 from ernie_tune.train.loop import Loop
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.method import Method, Rows, RowSets
+from ernie_tune.trainers.observers import Observers
 from ernie_tune.trainers.run import Assembled, Run
 from ernie_tune.trainers.run_folder import RunFolder, ledger_of
 
@@ -41,8 +43,9 @@ class Trainer:
     `args`: a `TrainingArguments` or `RunConfig`. `train_dataset`, `eval_dataset`: what
     `load_dataset` gives, a path, or a sequence of records; by default the files named in `args`.
     `processor`: by default that of the model's folder. A plain model gets the adapters or the
-    freezing that `args` say; a `PeftModel` is trained as it is. Raises ValueError for settings and
-    data that cannot be used, before the first step.
+    freezing that `args` say; a `PeftModel` is trained as it is. `compute_metrics`: further scores
+    of the generated answers; `callbacks`: who hears of the run (observers.py). Raises ValueError
+    for settings and data that cannot be used, before the first step.
     """
 
     method_class: type[Method] = Method
@@ -54,8 +57,14 @@ class Trainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processor: Processor | None = None,
+        *,
+        compute_metrics: Metrics | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.args = RunConfig() if args is None else args
+        self.compute_metrics, self.observers = compute_metrics, Observers(args=self.args)
+        for callback in callbacks:
+            self.add_callback(callback)
         stages = self.method_class.stages
         if self.args.model.stage not in stages:
             raise ValueError(
@@ -264,7 +273,8 @@ class Trainer:
         checkpoint = self._starting_point(parts)
         loop = self.build_loop(length)
         self.prepare(dry_run)
-        self.run = run = Run(parts, loop)
+        self.run = run = Run(parts, loop, self.observers)
+        run.measure.compute_metrics = self.compute_metrics
         if dry_run:
             run.rehearse()
             return {}
@@ -317,5 +327,9 @@ class Trainer:
     def measure(self) -> Measure:
         """What measures the model on held-out rows and guard sets."""
         measure = self.method.measure(self.put(), self.rows, self.output_dir)
-        measure.is_main = self.place.is_writer
+        measure.is_main, measure.compute_metrics = self.place.is_writer, self.compute_metrics
         return measure
+
+    def add_callback(self, callback: Any) -> None:
+        """One more who hears of the run: a class, an object or a callable (observers.py)."""
+        self.observers.add(callback)

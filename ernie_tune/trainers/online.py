@@ -366,10 +366,11 @@ class RLVRTrainer(Trainer):
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
         processing_class: Any = None,
+        **watched: Any,
     ) -> None:
         config = RunConfig() if args is None else args
         self.rubric = rubric_of(config, reward_funcs, reward_weights)
-        super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class)
+        super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:
         return self.method_class(self.args, self.place, self.processor, self.rubric)

@@ -42,6 +42,7 @@ from ernie_tune.train.loop import Loop, StepRecord
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
 from ernie_tune.trainers.method import Method, RowSets
+from ernie_tune.trainers.observers import Observers, RunState
 from ernie_tune.trainers.run_folder import RunFolder
 from ernie_tune.trainers.run_guards import RunGuards
 
@@ -113,7 +114,7 @@ class Run:
 
     log: RunLog
 
-    def __init__(self, parts: Assembled, loop: Loop) -> None:
+    def __init__(self, parts: Assembled, loop: Loop, observers: Observers | None = None) -> None:
         self.parts, self.loop, self.config = parts, loop, parts.config
         self.method, self.policy, self.stream = parts.method, parts.policy, parts.stream
         self.place, self.folder, self.output_dir = parts.policy.place, parts.folder, parts.output_dir
@@ -121,6 +122,7 @@ class Run:
         self.guards, self.interval = RunGuards(parts.config), Interval()
         self.measure = self.method.measure(self.policy, parts.rows, self.output_dir)
         self.measure.is_main = self.place.is_writer
+        self.observers = observers or Observers()
         self._epoch_seen = 0.0
         self._pending: Pending | None = None
 
@@ -145,6 +147,7 @@ class Run:
         mode = "" if self.place.is_writer and not c.log.disable_tqdm else "plain"
         with Progress(self.total_steps, title=c.model.stage, start_step=self.loop.step, every=0, mode=mode) as progress:
             log = self.log = self._open_log(checkpoint, progress)
+            log.heard = lambda step, record: self._tell("on_log", logs=record)
             self._announce(log.info)
             if checkpoint:
                 self._announce_resume(checkpoint)
@@ -153,9 +156,11 @@ class Run:
             self.place.mark("measuring before training")
             self.measure.before(log, resumed)
             self.guards.start(self.measure, log, resumed)
+            self._tell("on_train_begin")
             if not self.guards.early.exhausted:
                 self._steps(progress)
         metrics = self.folder.metrics() if self.folder.untouched else self._finish()
+        self._tell("on_train_end", metrics=metrics)
         log.close()
         return metrics
 
@@ -166,8 +171,23 @@ class Run:
                 self.place.mark(f"step {record.step}")
                 self.folder.stepped(self.parts.described)
                 self.observe(record, progress)
+                self._tell("on_step_end")
                 if self._stop_now(record, interrupted):
                     break
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Let observers hear of it."""
+        if not self.observers.callbacks:
+            return
+        state = RunState(
+            self.loop.step,
+            self.total_steps,
+            self.stream.epoch,
+            tuple(self.log.history),
+            self.guards.early.best,
+            self.place.is_writer,
+        )
+        self.observers.tell(event, state, model=self.policy.model, **facts)
 
     def _open_log(self, checkpoint: Checkpoint | None, progress: Progress) -> RunLog:
         c, folder = self.config.log, self.output_dir
@@ -221,6 +241,7 @@ class Run:
         is_best = False
         if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
             metrics = self.measure.during(log, step, self.stream.epoch)
+            self._tell("on_evaluate", metrics=metrics)
             is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
             verdicts += more
         for verdict in verdicts:
@@ -232,6 +253,7 @@ class Run:
                 guards.best_checkpoint = f"checkpoint-{step}"
             self._save(step)
             self._rotate()
+            self._tell("on_save")
         if asked_to_end:
             self._settle()
             how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
