@@ -10,7 +10,7 @@ p) are the variance of a coin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,8 +144,3 @@ def _drawn(rng: np.random.Generator, weight: np.ndarray, count: int) -> list[int
     if count <= 0:
         return []
     return [int(i) for i in rng.choice(len(weight), count, replace=False, p=weight / weight.sum())]
-
-
-def dealt(numbers: Sequence[int], rank: int, ranks: int) -> list[int]:
-    """The numbers of one rank: every `ranks`-th."""
-    return list(numbers[rank::ranks])

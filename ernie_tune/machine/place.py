@@ -9,12 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ernie_tune.checkpoint.source import Source
 from ernie_tune.config.arguments import ParallelArguments
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.machine.alone import Engine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread, unkept
 from ernie_tune.machine.placed import Placed, Whole, read_parts
@@ -160,6 +161,26 @@ class Place:
             said = str(error)
         if wrong := [text for text in self.gather(said) if text]:
             raise ValueError(wrong[0])
+
+    def check_alike(self, value: Any, what: Text) -> None:
+        """That ranks which read the same rows came to the same value. Raises RuntimeError, on all
+        ranks, where they did not; `what` it is."""
+        if self.mesh.size("tensor") * self.mesh.size("pipe") == 1:
+            return
+        told = self.gather((self.batch[0], zlib.crc32(repr(value).encode())))
+        for rank, (rows, digest) in enumerate(told):
+            first = next(i for i, (other, _) in enumerate(told) if other == rows)
+            if told[first][1] != digest:
+                raise RuntimeError(
+                    say(
+                        "{what} of rank {rank} must be those of rank {first}, which reads the same rows; give all "
+                        "ranks the same files and settings, and machines of one kind",
+                        "进程 {rank} 的{what}须与读取相同数据的进程 {first} 一致；请为各进程提供相同的文件、设置和同类机器",
+                        what=what,
+                        rank=rank,
+                        first=first,
+                    )
+                )
 
     # --- together ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ know nothing of each other. Refuses to know: methods, data, settings, what is lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.config.language import say
 from ernie_tune.machine.alone import Engine
 from ernie_tune.machine.fleet import DistributedEngine, Laid
+from ernie_tune.machine.in_step import InStep
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.parallel.gather import Gathered
 from ernie_tune.parallel.placement import placement_of
@@ -75,6 +76,19 @@ class Placed:
         """A `with` in which this rank has every part it should, where sharding stage 3 keeps them
         apart."""
         return nullcontext() if self._engine is None else self._engine.whole()
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[Any]:
+        """A `with` in which each rank calls what this gives as often as its own rows need, without
+        a gradient; all ranks enter and leave it.
+        """
+        with self.whole():
+            if not self.place.mesh.degrees.fleet_experts:
+                yield self.forward
+                return
+            together = InStep(self.forward, self.place.mesh.group("expert"))
+            yield together
+            together.finish()
 
     def optimizer(self, make: Callable[[list[Tensor]], Any]) -> Any:
         """What updates the trained parameters. `make` gives an optimizer of Paddle for a list of

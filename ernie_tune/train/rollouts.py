@@ -6,15 +6,15 @@ differ (draw again, a few times) -> what the answers' tokens were worth before (
 values) -> advantages -> `num_iterations` passes in `num_mini_batches` windows. A group of answers
 is a unit whose prompt is packed once; a group lives on one rank. The token ids that were sampled
 are the ids that are trained, and no others: forced tokens are no targets. A sample is seeded by
-(seed, draw, prompt, number), so every layout gives the same answers.
-Refuses to know: losses, optimizers, which engine samples, what judges ask.
+(seed, draw, prompt, number), so every layout gives the same answers. Refuses to know: losses,
+optimizers, which engine samples, what judges ask.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ernie_tune.checkpoint.state import ALONE, Ranks
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING
 from ernie_tune.data.processor import Encoded, Processor, RowTooLong
-from ernie_tune.data.prompts import PromptStream, dealt
+from ernie_tune.data.prompts import PromptStream
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit, UnitBatch, collate_units
 from ernie_tune.generate.batch import Completion, Prompt
@@ -33,6 +33,8 @@ from ernie_tune.objectives import advantages as adv
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
+from ernie_tune.train.dealing import Deal, Seat, seated, seats
+from ernie_tune.train.rolled import Rolled, group_state, measured, number_of
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
@@ -115,32 +117,6 @@ class RolloutSettings:
             )
 
 
-@dataclass
-class Rolled:
-    """One prompt of a round with its answers. `counts_G`: answers that count in the loss.
-    `columns`: arrays over the unit's trained tokens by name.
-    """
-
-    number: int
-    record: Record
-    unit: Unit
-    answers: tuple[Answered, ...]
-    scored: tuple[Scored, ...]
-    reward_G: np.ndarray
-    counts_G: np.ndarray
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def spread(self) -> bool:
-        """Whether the answers' rewards differ: else the group teaches nothing."""
-        known = self.reward_G[~np.isnan(self.reward_G)]
-        return len(known) > 1 and known.max() > known.min()
-
-    @property
-    def length_G(self) -> np.ndarray:
-        return np.array([int(d.trained_L.sum()) for d in self.unit.dialogues])
-
-
 class Rollouts:
     """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N,
     advantage_N (and ref_logp_N, value_N, return_N where attached). `metrics` are those of the
@@ -165,18 +141,19 @@ class Rollouts:
         self.ranks = ranks
         self.round = 0
         self.metrics: dict[str, float] = {}
-        self.too_long: set[int] = set()  # prompts above max_prompt_length
-        self._left: list[
-            list[list[Rolled]]
-            # windows of the present round that have not been trained: window -> micro-batch ->
-            # groups
-        ] = []
-        if settings.prompts % self.ranks.size:
+        self.deal = Deal(settings.num_mini_batches, ranks.size)
+        self._fits: dict[int, bool] = {}  # whether a prompt is short enough, once it was drawn
+        # The present round: its groups on this rank by their places in it, and the windows that
+        # have not been trained, as places.
+        self._groups_at: dict[int, Rolled] = {}
+        self._left: list[list[int]] = []
+        parts = settings.num_mini_batches * ranks.size
+        if settings.prompts % parts and ranks.size > 1:
             raise ValueError(
                 say(
                     f"prompts of a round ({settings.prompts}) must be a multiple of the processes that read "
-                    f"different rows ({self.ranks.size}); change the batch size",
-                    f"每轮的提问数（{settings.prompts}）须为读取不同数据的进程数（{self.ranks.size}"
+                    f"different rows times num_mini_batches ({parts}); change the batch size",
+                    f"每轮的提问数（{settings.prompts}）须为读取不同数据的进程数乘 num_mini_batches（{parts}"
                     "）的倍数；请修改批大小",
                 )
             )
@@ -187,17 +164,22 @@ class Rollouts:
         """Windows without end. Each is taken off the round when it is asked for, so that a
         checkpoint after its step holds the rest.
         """
+        s = self.settings
         while True:
             if not self._left:
-                self._left = self._dealt(self.make_round())
-            yield [self.batch(groups) for groups in self._left.pop(0)]
+                own = self.deal.own(range(s.prompts), self.ranks.rank)
+                self._groups_at = dict(zip(own, self.make_round(), strict=True))
+                self._left = self.deal.passes(s.prompts, s.num_iterations, s.seed, self.round)
+            mine = [self._groups_at[at] for at in self._left.pop(0) if at in self._groups_at]
+            size = s.groups_per_batch
+            yield [self.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def make_round(self) -> list[Rolled]:
         """Sample, judge, compare: this rank's groups with their columns."""
-        groups = self._kept(*self._sampled())
+        groups = self._sampled()
         self._attach(groups)
         self._advantages(groups)
-        self.metrics = self._measured()
+        self.metrics = measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
         self.sink(self.round, groups)
         self.round += 1
         return groups
@@ -209,61 +191,87 @@ class Rollouts:
         columns = {name: np.concatenate([group.columns[name] for group in groups]) for name in sorted(names)}
         return batch.with_columns(**columns)
 
-    def _dealt(self, groups: list[Rolled]) -> list[list[list[Rolled]]]:
-        """The round as windows of micro-batches, shuffled anew in each pass. Every rank makes
-        equally many.
-        """
-        s, windows = self.settings, []
-        for iteration in range(s.num_iterations):
-            rng = np.random.Generator(np.random.Philox(key=[s.seed, (self.round << 20) + iteration]))
-            order = (
-                rng.permutation(len(groups)) if s.num_iterations * s.num_mini_batches > 1 else np.arange(len(groups))
-            )
-            for part in np.array_split(order, s.num_mini_batches):
-                mine = [groups[i] for i in part]
-                size = s.groups_per_batch
-                windows.append([mine[i : i + size] for i in range(0, len(mine), size)])
-        return windows
-
     # --- sampling ---------------------------------------------------------------------------------
 
-    def _sampled(self) -> tuple[list[Rolled], list[Rolled], int]:
-        """(groups that differ, groups that do not, how often was drawn again), until the round is
-        full or enough was tried.
+    def _sampled(self) -> list[Rolled]:
+        """This rank's groups of a round: prompts are drawn until as many as the round has have
+        answers that differ, or enough was tried.
+
+        All ranks draw the same numbers and know of all groups which differ, so the round is the one
+        of a single process; a group that was sampled elsewhere than where it is trained moves.
         """
-        s = self.settings
-        wanted = s.prompts // self.ranks.size
-        live: list[Rolled] = []
-        flat: list[Rolled] = []
-        lacking, attempts = wanted, 0
+        s, ranks = self.settings, self.ranks
+        mine: list[Rolled] = []
+        found: list[Seat] = []
+        lacking, attempts = s.prompts, 0
         while True:
-            numbers = self.prompts.draw(lacking * self.ranks.size)
-            found = self._groups(dealt(numbers, self.ranks.rank, self.ranks.size))
-            self._tell_stream(found)
-            live += [group for group in found if group.spread]
-            flat += [group for group in found if not group.spread]
-            short = wanted - len(live)
-            lacking = max(self.ranks.gather(max(short, 0)))
-            if not s.dynamic_sample or not lacking or attempts == s.max_resample_times:
-                return live, flat, attempts
+            numbers = self._drawn(lacking)
+            some = self._groups(self.deal.own(numbers, ranks.rank))
+            told = ranks.gather([(g.number, g.spread, g.share_right) for g in some])
+            self.prompts.saw({number: right for part in told for number, _, right in part if right is not None})
+            before = [sum(seat.rank == rank for seat in found) for rank in range(ranks.size)]
+            owners = [self.deal.owner(i) for i in range(len(numbers))]
+            found += seats(owners, [[spread for _, spread, _ in part] for part in told], before)
+            mine += some
+            lacking = s.prompts - sum(seat.spread for seat in found)
+            if not s.dynamic_sample or lacking <= 0 or attempts == s.max_resample_times:
+                break
             attempts += 1
+        self._seen = (mine, attempts)
+        return self._moved(mine, seated(found, s.prompts))
 
-    def _kept(self, live: list[Rolled], flat: list[Rolled], attempts: int) -> list[Rolled]:
-        """As many groups on every rank: those that differ, and where too few do, others that count
-        for nothing.
+    def _moved(self, mine: Sequence[Rolled], round_: Sequence[Seat]) -> list[Rolled]:
+        """The groups of a round that this rank trains; those that others have sampled are made
+        again from their tokens and rewards.
         """
-        wanted = self.settings.prompts // self.ranks.size
-        fill = flat[: max(wanted - len(live), 0)]
-        if self.settings.dynamic_sample:
-            for group in fill:
+        rank = self.ranks.rank
+        leaving = [seat for at, seat in enumerate(round_) if seat.rank != self.deal.owner(at)]
+        states: dict[Seat, Any] = {}
+        if leaving:
+            told = self.ranks.gather([(seat, group_state(mine[seat.number])) for seat in leaving if seat.rank == rank])
+            states = {seat: state for part in told for seat, state in part}
+        out = []
+        for seat in self.deal.own(round_, rank):
+            group = mine[seat.number] if seat.rank == rank else self._group(states[seat])
+            if self.settings.dynamic_sample and not seat.spread:  # it fills the round and counts for nothing
                 group.counts_G = np.zeros_like(group.counts_G)
-        self._seen = (live + flat, len(flat), attempts)
-        return live[:wanted] + fill
+            out.append(group)
+        return out
 
-    def _tell_stream(self, groups: Sequence[Rolled]) -> None:
-        mine = {g.number: float(np.nanmean(g.reward_G >= 1)) for g in groups if not np.isnan(g.reward_G).all()}
-        for known in self.ranks.gather(mine):
-            self.prompts.saw(known)
+    def _drawn(self, count: int) -> list[int]:
+        """The next prompts that are not too long, the same on every rank. Raises ValueError where
+        all are.
+        """
+        found: list[int] = []
+        while len(found) < count:
+            for number in self.prompts.draw(count - len(found)):
+                if number not in self._fits:
+                    self._fits[number] = self._short(self.records[number])
+                found += [number] if self._fits[number] else []
+            if not any(self._fits.values()) and len(self._fits) == len(self.records):
+                limit, size = self.settings.max_prompt_length, len(self.records)
+                raise ValueError(
+                    say(
+                        f"max_prompt_len ({limit}) must leave a prompt: all {size} are longer; raise it",
+                        f"max_prompt_len（{limit}）须留下可用的提示：全部 {size} 条都更长；请调大",
+                    )
+                )
+        return found
+
+    def _short(self, record: Record) -> bool:
+        """Whether a prompt may be answered; one that is too long is never cut, a cut could part a
+        picture.
+        """
+        tokens, _ = self.processor.measure(
+            record.prompt,
+            record.images,
+            record.videos,
+            tools=record.tools,
+            thinking=THINKING.get(record.mode),
+            add_generation_prompt=True,
+            where=str(record.meta),
+        )
+        return tokens <= self.settings.max_prompt_length
 
     def _groups(self, numbers: Sequence[int]) -> list[Rolled]:
         """Prompts with their judged answers, in this order."""
@@ -278,15 +286,7 @@ class Rollouts:
             stop_ids=self.processor.stop_ids,
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
-        encoded = [(number, self._encoded(self.records[number], number)) for number in numbers]
-        asked = [(number, found) for number, found in encoded if found is not None]
-        if not asked and numbers and len(self.too_long) == len(self.records):
-            raise ValueError(
-                say(
-                    f"max_prompt_len ({s.max_prompt_length}) must leave a prompt: all {len(self.records)} are longer; raise it",
-                    f"max_prompt_len（{s.max_prompt_length}）须留下可用的提示：全部 {len(self.records)} 条都更长；请调大",
-                )
-            )
+        asked = [(number, self._encoded(self.records[number])) for number in numbers]
         prompts = [Prompt(found.row, params, key, number) for key, (number, found) in enumerate(asked)]
         completions = self.sampler(prompts)
         answers = [
@@ -299,24 +299,18 @@ class Rollouts:
             for key, ((number, found), given, scored) in enumerate(zip(asked, answers, judged, strict=True))
         ]
 
-    def _encoded(self, record: Record, number: int) -> Encoded | None:
-        """The prompt as the model sees it; None where it is too long (it is never cut, a cut could
-        part a picture).
-        """
-        try:
-            return self.processor.encode(
-                record.prompt,
-                list(record.images),
-                list(record.videos),
-                tools=record.tools,
-                thinking=THINKING.get(record.mode),
-                add_generation_prompt=True,
-                max_tokens=self.settings.max_prompt_length,
-                where=str(record.meta),
-            )
-        except RowTooLong:
-            self.too_long.add(number)
-            return None
+    def _encoded(self, record: Record) -> Encoded:
+        """The prompt as the model sees it. Raises RowTooLong."""
+        return self.processor.encode(
+            record.prompt,
+            list(record.images),
+            list(record.videos),
+            tools=record.tools,
+            thinking=THINKING.get(record.mode),
+            add_generation_prompt=True,
+            max_tokens=self.settings.max_prompt_length,
+            where=str(record.meta),
+        )
 
     def _opened(self, record: Record) -> bool:
         template = self.processor.template
@@ -336,7 +330,7 @@ class Rollouts:
         scored: Sequence[Scored],
     ) -> Rolled:
         s = self.settings
-        parts_GF = np.array([[_number(one.parts[name]) for name in self.rubric.names] for one in scored])
+        parts_GF = np.array([[number_of(one.parts[name]) for name in self.rubric.names] for one in scored])
         reward_G = adv.weighted_sum(parts_GF, np.array(self.rubric.weights))
         if s.overlong_buffer:
             shaped = [soft_overlong(len(a.token_ids), s.max_completion_length, s.overlong_buffer) for a in answers]
@@ -432,7 +426,7 @@ class Rollouts:
     def _of_answers(self, groups: Sequence[Rolled], reward_C: np.ndarray, group_C: np.ndarray) -> np.ndarray:
         s = self.settings
         if s.reward_aggregation == "normalize_then_sum":
-            parts = [[_number(one.parts[n]) for n in self.rubric.names] for g in groups for one in g.scored]
+            parts = [[number_of(one.parts[n]) for n in self.rubric.names] for g in groups for one in g.scored]
             matrix_CF = np.array(parts).reshape(len(reward_C), len(self.rubric.names))
             return adv.normalise_then_sum(matrix_CF, np.array(self.rubric.weights), group_C, total=self._total)
         if s.advantage_estimator == "rloo":
@@ -455,107 +449,64 @@ class Rollouts:
             group.columns["return_N"] = part
         return adv.whiten(advantage_N, self._total)
 
-    # --- telling ----------------------------------------------------------------------------------
-
-    def _measured(self) -> dict[str, float]:
-        """Means over all ranks and all that was sampled, also what was replaced, under TRL's
-        names.
-        """
-        groups, flat, attempts = self._seen
-        answers = [a for g in groups for a in g.answers]
-        reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
-        length_C = np.array([len(a.token_ids) for a in answers], np.float64)
-        ended_C = np.array([a.finished for a in answers], np.float64)
-        columns = {"reward": reward_C, "completions/mean_length": length_C, "completions/clipped_ratio": 1 - ended_C}
-        scored = [one for g in groups for one in g.scored]
-        details = sorted({name for one in scored for name in one.details})
-        for name in self.rubric.names if len(self.rubric.names) > 1 or not details else ():
-            columns[f"rewards/{name}/mean"] = np.array([_number(one.parts[name]) for one in scored])
-        for name in details:
-            columns[f"rewards/{name}/mean"] = np.array([_number(one.details.get(name)) for one in scored])
-        columns["reward_std"] = np.array(
-            [np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in groups]
-        )
-        solved = [(g.reward_G >= 1).all() for g in groups]
-        columns["frac_groups_all_right"] = np.array(solved, np.float64)
-        sums: dict[str, tuple[float, float]] = {}
-        names = sorted({name for said in self.ranks.gather(sorted(columns)) for name in said})
-        for name in names:
-            known = columns.get(name, np.zeros(0))
-            known = known[~np.isnan(known)]
-            both = self._total(np.array([known.sum(), len(known)], np.float64))
-            sums[name] = (float(both[0]), float(both[1]))
-        out = {name: total / count for name, (total, count) in sums.items() if count}
-        all_flat, all_sampled = self._total(np.array([flat, len(groups)], np.float64))
-        out["frac_reward_zero_std"] = float(all_flat / max(all_sampled, 1.0))
-        lengths = self.ranks.gather((float(length_C.min(initial=np.inf)), float(length_C.max(initial=0))))
-        out["completions/min_length"] = min(low for low, _ in lengths)
-        out["completions/max_length"] = max(high for _, high in lengths)
-        out["groups_refilled"] = float(attempts)
-        return out
-
     # --- resuming ---------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """The stream of prompts and what is left of the present round. Raises OSError."""
-        groups = list({id(g): g for window in self._left for batch in window for g in batch}.values())
-        number = {id(g): i for i, g in enumerate(groups)}
+        wanted = {at for window in self._left for at in window}
+        groups = {at: group for at, group in self._groups_at.items() if at in wanted}
         state = {
             "round": self.round,
             "prompts": self.prompts.state_dict(),
             "metrics": self.metrics,
-            "left": [[[number[id(g)] for g in batch] for batch in window] for window in self._left],
-            "groups": [_group_state(group) for group in groups],
+            "left": self._left,
+            "groups": [[at, group_state(group)] for at, group in groups.items()],
             "unchecked": self.rubric.unchecked,
         }
-        arrays = {f"{i}/{name}": values for i, g in enumerate(groups) for name, values in g.columns.items()}
+        arrays = {f"{at}/{name}": values for at, g in groups.items() for name, values in g.columns.items()}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / ARRAYS_FILE, **arrays)  # type: ignore[arg-type]
         (folder / ROLLOUTS_FILE).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
-    def load(self, folder: Path) -> None:
-        """Go on where `save` stopped, with the same data. Raises ValueError for other prompts."""
-        state = json.loads((folder / ROLLOUTS_FILE).read_text(encoding="utf-8"))
-        self.round, self.metrics = state["round"], state["metrics"]
-        self.rubric.unchecked = state["unchecked"]
-        self.prompts.load_state_dict(state["prompts"])
-        with np.load(folder / ARRAYS_FILE) as arrays:
-            groups = [self._group(i, known, arrays) for i, known in enumerate(state["groups"])]
-        self._left = [[[groups[i] for i in batch] for batch in window] for window in state["left"]]
+    def load(self, *folders: Path) -> None:
+        """Go on where `save` stopped, with the same data. `folders`: those of all ranks, however
+        many there were. Raises ValueError for other prompts.
+        """
+        self._groups_at = {}
+        for folder in folders:
+            state = json.loads((folder / ROLLOUTS_FILE).read_text(encoding="utf-8"))
+            self.round, self.metrics, self._left = state["round"], state["metrics"], state["left"]
+            self.rubric.unchecked = state["unchecked"]
+            self.prompts.load_state_dict(state["prompts"])
+            with np.load(folder / ARRAYS_FILE) as arrays:
+                for at, known in state["groups"]:
+                    if self.deal.owner(at) == self.ranks.rank:
+                        group = self._groups_at[at] = self._group(known)
+                        prefix = f"{at}/"
+                        columns = {name: arrays[name] for name in arrays if name.startswith(prefix)}
+                        group.columns |= {name.removeprefix(prefix): value for name, value in columns.items()}
 
-    def _group(self, i: int, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Rolled:
+    def _group(self, state: Mapping[str, Any]) -> Rolled:
+        """A group from what `_group_state` says of it."""
         number = state["number"]
-        prompt = self._encoded(self.records[number], number)
-        if prompt is None:
+        try:
+            prompt = self._encoded(self.records[number])
+        except RowTooLong as error:
             raise ValueError(
-                f"prompt {number} ({self.records[number].meta}) must be as short as when it was answered; restore max_prompt_len"
-            )
+                say(
+                    f"prompt {number} ({self.records[number].meta}) must be as short as when it was answered; "
+                    "restore max_prompt_len",
+                    f"提示 {number}（{self.records[number].meta}）须与作答时一样短；请恢复 max_prompt_len",
+                )
+            ) from error
         completions = [Completion(*known) for known in state["completions"]]
         opened = self._opened(self.records[number])
         answers = tuple(self._read(c, opened) for c in completions)
         scored = [Scored(*known) for known in state["scored"]]
         group = self._rolled(number, prompt, answers, completions, scored)
-        group.reward_G = group.unit.score_C[:] = np.array([_number(r) for r in state["reward"]])
+        group.reward_G = group.unit.score_C[:] = np.array([number_of(r) for r in state["reward"]])
         group.counts_G = np.array(state["counts"], np.float64)
-        prefix = f"{i}/"
-        group.columns = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
         return group
-
-
-def _group_state(group: Rolled) -> dict[str, Any]:
-    size = group.unit.shared or None
-    completions = []
-    for dialogue, answer in zip(group.unit.dialogues, group.answers, strict=True):
-        start = size if size is not None else dialogue.num_tokens - len(answer.token_ids)
-        sampled = dialogue.trained_L[start:].tolist()
-        completions.append([list(answer.token_ids), list(answer.logps), answer.finish_reason, sampled])
-    return {
-        "number": group.number,
-        "completions": completions,
-        "scored": [[dict(one.parts), dict(one.details)] for one in group.scored],
-        "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
-        "counts": group.counts_G.tolist(),
-    }
 
 
 def _parts(
@@ -566,7 +517,3 @@ def _parts(
         end = at + int(group.length_G.sum())
         yield group, first_N[at:end], second_N[at:end]
         at = end
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else float(value)

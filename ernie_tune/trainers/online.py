@@ -41,8 +41,9 @@ from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
+from ernie_tune.train.rolled import Rolled
 from ernie_tune.train.rollout_guards import RolloutWatch
-from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
+from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
@@ -143,16 +144,9 @@ class RolloutsPart:
             self.rollouts.save(folder / self._name(rank))
 
     def load(self, folder: Path) -> None:
-        rank, size = self.place.batch
-        found = len(list(folder.glob(f"{STREAM_FOLDER}*")))
-        if found != size:
-            raise ValueError(
-                say(
-                    f"{folder} must hold the rollouts of {size} data ranks and holds those of {found}; go on with as many as it was made with",
-                    f"{folder} 须含 {size} 个数据进程的采样，而现有 {found} 个；请用相同的进程数继续",
-                )
-            )
-        self.rollouts.load(folder / self._name(rank))
+        """Those of any number of ranks: each takes the groups that are now its own."""
+        count = len(list(folder.glob(f"{STREAM_FOLDER}*/{ROLLOUTS_FILE}"))) or 1
+        self.rollouts.load(*(folder / self._name(rank) for rank in range(count)))
 
     def _name(self, rank: int) -> str:
         return f"{STREAM_FOLDER}_{rank}" if rank else STREAM_FOLDER
@@ -310,13 +304,17 @@ class SampledAnswers(Method):
 
     def sample(self, prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
         """Answers to the prompts by the weights as they are now."""
-        engine = Engine(self.policy.forward, self.processor)
-        scheduler = engine.scheduler(Capacity(rows=max(_ROWS, self.settings.num_generations)))
-        return dict(complete(scheduler, sorted(prompts, key=lambda p: len(p.row.input_ids_L))))
+        size = Capacity(rows=max(_ROWS, self.settings.num_generations))
+        with self.policy.answering() as forward:
+            scheduler = Engine(forward, self.processor).scheduler(size)
+            found = dict(complete(scheduler, sorted(prompts, key=lambda p: len(p.row.input_ids_L))))
+        self.place.check_alike([one.token_ids for key in sorted(found) for one in found[key]], say("answers", "回答"))
+        return found
 
     def _with_reference(self, batch: UnitBatch) -> UnitBatch:
         assert self.reference is not None
-        return batch.with_columns(ref_logp_N=self.reference.compute(batch))
+        with self.policy.whole():
+            return batch.with_columns(ref_logp_N=self.reference.compute(batch))
 
     def _tell(self, number: int, groups: Sequence[Rolled]) -> None:
         """Every answer of a round with its rewards, for the eye and for later: one JSON object a

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_tune.data.prompts import Difficulty, PromptStream, dealt
+from ernie_tune.data.prompts import Difficulty, PromptStream
 
 
 def test_a_pass_holds_every_prompt_once_in_another_order() -> None:
@@ -69,11 +69,6 @@ def test_running_share() -> None:
     stream.saw({0: 1.0})
     stream.saw({0: 0.0})
     assert stream.right.tolist() == [0.75, 0.5]
-
-
-def test_dealing() -> None:
-    numbers = list(range(7))
-    assert sorted(n for r in range(3) for n in dealt(numbers, r, 3)) == numbers
 
 
 @pytest.mark.parametrize(("make", "match"), [

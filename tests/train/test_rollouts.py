@@ -284,6 +284,27 @@ def test_resuming_in_the_middle_of_a_round(model: ErnieModel, tmp_path: Path) ->
                 np.testing.assert_array_equal(values, other.columns[name], err_msg=name)
 
 
+def test_resuming_on_another_number_of_ranks(model: ErnieModel, tmp_path: Path) -> None:
+    """One process goes on with what two had left of their round: the windows are the same."""
+    settings = dataclasses.replace(S, prompts=4, num_iterations=2, groups_per_batch=2)
+
+    def rank(ranks: Ranks) -> None:
+        found = rollouts(model, settings, ranks=ranks)
+        next(found.windows())
+        found.save(tmp_path / str(ranks.rank))
+
+    two_ranks(rank)
+    alone = rollouts(model, settings)
+    straight = list(itertools.islice(alone.windows(), 3))
+    again = rollouts(model, settings)
+    again.load(tmp_path / "0", tmp_path / "1")
+    for window, other in zip(itertools.islice(again.windows(), 2), straight[1:], strict=True):
+        assert [b.target_N.tolist() for b in window] == [b.target_N.tolist() for b in other]
+        for name in ("advantage_N", "sampled_logp_N", "keep_N"):
+            values, wanted = (np.concatenate([b.columns[name] for b in w]) for w in (window, other))
+            np.testing.assert_allclose(values, wanted, atol=1e-12)
+
+
 def test_what_is_attached_stays_with_its_tokens(model: ErnieModel) -> None:
     """A reference's and a critic's words follow their answers through shuffles; the penalty is part
     of the reward, returns follow GAE.
@@ -348,5 +369,5 @@ def test_bad_settings(changes: dict[str, Any], match: str) -> None:
 
 
 def test_prompts_must_divide_among_ranks(model: ErnieModel) -> None:
-    with pytest.raises(ValueError, match=r"prompts of a round \(3\) must be a multiple of the processes"):
+    with pytest.raises(ValueError, match=r"prompts of a round \(3\) must be a multiple of .* num_mini_batches \(2\)"):
         rollouts(model, dataclasses.replace(S, prompts=3), ranks=Two(0, []))

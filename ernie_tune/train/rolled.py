@@ -1,0 +1,110 @@
+"""A prompt of a round with its judged answers; what must be known to make it again; what a round of
+them amounts to.
+
+Refuses to know: how they are sampled, dealt out or learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ernie_tune.checkpoint.state import Ranks
+from ernie_tune.data.records import Record
+from ernie_tune.data.units import Unit
+from ernie_tune.rewards.rubric import Answered, Scored
+
+
+@dataclass
+class Rolled:
+    """One prompt of a round with its answers. `counts_G`: answers that count in the loss.
+    `columns`: arrays over the unit's trained tokens by name.
+    """
+
+    number: int
+    record: Record
+    unit: Unit
+    answers: tuple[Answered, ...]
+    scored: tuple[Scored, ...]
+    reward_G: np.ndarray
+    counts_G: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the answers' rewards differ: else the group teaches nothing."""
+        known = self.reward_G[~np.isnan(self.reward_G)]
+        return bool(len(known) > 1 and known.max() > known.min())
+
+    @property
+    def share_right(self) -> float | None:
+        """The share of answers that earn at least 1; None where none was judged."""
+        return None if np.isnan(self.reward_G).all() else float(np.nanmean(self.reward_G >= 1))
+
+    @property
+    def length_G(self) -> np.ndarray:
+        return np.array([int(d.trained_L.sum()) for d in self.unit.dialogues])
+
+
+def group_state(group: Rolled) -> dict[str, Any]:
+    """What a group is made again from, as JSON: tokens, rewards, what counts; without its prompt
+    and its columns.
+    """
+    size = group.unit.shared or None
+    completions = []
+    for dialogue, answer in zip(group.unit.dialogues, group.answers, strict=True):
+        start = size if size is not None else dialogue.num_tokens - len(answer.token_ids)
+        sampled = dialogue.trained_L[start:].tolist()
+        completions.append([list(answer.token_ids), list(answer.logps), answer.finish_reason, sampled])
+    return {
+        "number": group.number,
+        "completions": completions,
+        "scored": [[dict(one.parts), dict(one.details)] for one in group.scored],
+        "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
+        "counts": group.counts_G.tolist(),
+    }
+
+
+def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ranks: Ranks) -> dict[str, float]:
+    """Means over all ranks and all that was sampled, also what was replaced, under TRL's names.
+    `attempts`: how often was drawn again.
+    """
+
+    flat = sum(not group.spread for group in groups)
+    answers = [a for g in groups for a in g.answers]
+    reward_C = np.concatenate([*(g.reward_G for g in groups), np.zeros(0)])
+    length_C = np.array([len(a.token_ids) for a in answers], np.float64)
+    ended_C = np.array([a.finished for a in answers], np.float64)
+    columns = {"reward": reward_C, "completions/mean_length": length_C, "completions/clipped_ratio": 1 - ended_C}
+    scored = [one for g in groups for one in g.scored]
+    details = sorted({name for one in scored for name in one.details})
+    for name in judges if len(judges) > 1 or not details else ():
+        columns[f"rewards/{name}/mean"] = np.array([number_of(one.parts[name]) for one in scored])
+    for name in details:
+        columns[f"rewards/{name}/mean"] = np.array([number_of(one.details.get(name)) for one in scored])
+    columns["reward_std"] = np.array([np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in groups])
+    solved = [(g.reward_G >= 1).all() for g in groups]
+    columns["frac_groups_all_right"] = np.array(solved, np.float64)
+    mine = {}
+    for name, values in columns.items():
+        known = values[~np.isnan(values)]
+        mine[name] = (float(known.sum()), len(known))
+    told = ranks.gather((mine, flat, len(groups), length_C.min(initial=np.inf), length_C.max(initial=0)))
+    out = {}
+    for name in sorted({name for means, *_ in told for name in means}):
+        pairs = [means.get(name, (0.0, 0)) for means, *_ in told]
+        if count := sum(count for _, count in pairs):
+            out[name] = float(np.sum([total for total, _ in pairs])) / count
+    out["frac_reward_zero_std"] = sum(one[1] for one in told) / max(sum(one[2] for one in told), 1)
+    out["completions/min_length"] = float(min(one[3] for one in told))
+    out["completions/max_length"] = float(max(one[4] for one in told))
+    out["groups_refilled"] = float(attempts)
+    return out
+
+
+def number_of(value: float | None) -> float:
+    """A reward, nan where there is none."""
+    return np.nan if value is None else float(value)
