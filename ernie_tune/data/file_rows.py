@@ -2,9 +2,9 @@
 sub-folder a class, rows in memory.
 
 What a file is its first bytes say, not its name. Refuses to know: what a row means, how files are
-listed, the network.
-Memory: 24 bytes a row for the index, and one row group of a parquet file; a row is read from disk
-when it is asked for.
+listed, the network. Memory: 24 bytes a row for the index (a JSON list is read whole once, to find
+its rows; JSON by columns stays); a row is read from disk when it is asked for. See
+`parquet_rows.py` for the rest.
 """
 
 from __future__ import annotations
@@ -22,30 +22,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ernie_tune.config.language import say
+from ernie_tune.data.file_kinds import BOM, charset, columns_of, delimiter, file_kind, lists_of, why_no_json
+from ernie_tune.data.parquet_rows import ArrowRows, ParquetRows
 from ernie_tune.data.readers.media import IMAGE_SUFFIXES
 from ernie_tune.data.records import DataError, show
-
-_BOM = b"\xef\xbb\xbf"
-_HEAD_BYTES = 4096
-# What a file begins with, where it is no rows: (its start, what it is, what turns it into rows).
-_FOREIGN = (
-    (b"\x1f\x8b", "gzip", "gunzip -k {path}"),
-    (b"BZh", "bzip2", "bunzip2 -k {path}"),
-    (b"\x28\xb5\x2f\xfd", "zstandard", "zstd -d {path}"),
-    (b"\xfd7zXZ\0", "xz", "unxz -k {path}"),
-    (b"7z\xbc\xaf\x27\x1c", "7-zip", "7z x {path}"),
-    (b"Rar!", "RAR", "unrar x {path}"),
-    (b"\xd0\xcf\x11\xe0", "Excel (.xls)", "save it as CSV UTF-8 in Excel"),
-    (b"version https://git-lfs", "a Git LFS pointer", "git lfs pull"),
-    (b"SQLite format 3", "SQLite", "export the table as CSV"),
-    (b"%PDF", "PDF", "write its text as rows"),
-    (b"\x93NUMPY", "NumPy", "write its values as rows"),
-    (b"\x80\x04\x95", "pickle", "write the rows as jsonl"),
-    (b"<!DOCTYPE", "a web page", "download the raw file"),
-    (b"<!doctype", "a web page", "download the raw file"),
-    (b"<html", "a web page", "download the raw file"),
-)
-_WIDE = ((b"\xff\xfe", "UTF-16LE"), (b"\xfe\xff", "UTF-16BE"))
 
 
 class Rows(Protocol):
@@ -60,59 +40,6 @@ class Rows(Protocol):
     def __getitem__(self, i: int) -> Mapping[str, Any]: ...
 
 
-def file_kind(path: str) -> str:
-    """ "lines", "list", "objects", "table", "parquet", "arrow" or "classes", by the first bytes of
-    a file. Raises DataError for what holds no rows.
-    """
-    if os.path.isdir(path):
-        return "classes"
-    with open(path, "rb") as file:
-        raw = file.read(_HEAD_BYTES)
-        kind = os.path.splitext(path)[1].lower()
-        _refuse_foreign(path, raw)
-        if raw[:4] == b"PAR1" or kind == ".parquet":
-            return "parquet"
-        if raw[:6] == b"ARROW1" or raw[:4] == b"\xff\xff\xff\xff" or kind == ".arrow":
-            return "arrow"
-        if kind in (".csv", ".tsv"):
-            return "table"
-        head = raw.removeprefix(_BOM).lstrip()
-        if head[:1] == b"[":
-            return "list"
-        file.seek(0)
-        return "objects" if head[:1] == b"{" and _goes_on(file.readline()) else "lines"
-
-
-def _refuse_foreign(path: str, raw: bytes) -> None:
-    for start, name, remedy in _FOREIGN:
-        if raw.startswith(start):
-            raise DataError(path, 0, "file", name, "foreign", {"remedy": remedy.format(path=path)})
-    if raw[:4] == b"PK\x03\x04":
-        sheet = path.lower().endswith((".xlsx", ".xlsm")) or b"[Content_Types].xml" in raw[:200] or b"xl/" in raw
-        name, remedy = ("Excel (.xlsx)", "save it as CSV UTF-8 in Excel") if sheet else ("zip", f"unzip {path}")
-        raise DataError(path, 0, "file", name, "foreign", {"remedy": remedy})
-    if raw[257:262] == b"ustar":
-        raise DataError(path, 0, "file", "tar", "foreign", {"remedy": f"tar xf {path}"})
-    wide = next((name for start, name in _WIDE if raw.startswith(start)), "")
-    if not wide and len(raw) > 3 and raw[:1] in b'[{"' and raw[1:2] == b"\0":
-        wide = "UTF-16LE"
-    if wide:
-        remedy = f"iconv -f UTF-16 -t UTF-8 {path} > {os.path.splitext(path)[0]}.utf8{os.path.splitext(path)[1]}"
-        raise DataError(path, 1, "text", wide, "foreign", {"remedy": remedy})
-
-
-def _goes_on(line: bytes) -> bool:
-    """Whether the first line of a file begins an object that later lines end."""
-    text = line.removeprefix(_BOM).decode("utf-8", "replace").strip()
-    try:
-        json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(text)  # it ends where more was expected
-    except RecursionError:
-        return False
-    return False
-
-
 def open_file(path: str) -> Rows:
     """The rows of a file, or of a folder with one sub-folder a class. Raises DataError."""
     kind = file_kind(path)
@@ -120,7 +47,12 @@ def open_file(path: str) -> Rows:
         return ParquetRows(path)
     if kind == "arrow":
         return ArrowRows(path)
-    return ClassRows(path) if kind == "classes" else FileRows(path, kind)
+    if kind == "classes":
+        return ClassRows(path)
+    rows = FileRows(path, kind)
+    if kind == "objects" and len(rows) == 1 and (table := columns_of(rows[0])):
+        return MemoryRows(table, path)
+    return rows
 
 
 class FileRows:
@@ -133,7 +65,7 @@ class FileRows:
         self._stamp = _stamp(path)
         kind = kind or file_kind(path)
         self._header: list[str] = []
-        self._delimiter = "\t" if path.lower().endswith(".tsv") else ","
+        self._delimiter = delimiter(path) if kind == "table" else ""
         if kind == "table":
             spans = _csv_spans(path, self._delimiter)
             first, size, line = next(spans, (0, 0, 1))
@@ -177,70 +109,8 @@ class FileRows:
 
     def _cells(self, raw: bytes, line: int) -> list[str]:
         csv.field_size_limit(sys.maxsize)
-        text = decode(raw.removeprefix(_BOM), self.path, line)
+        text = decode(raw.removeprefix(BOM), self.path, line)
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter), [])
-
-
-class ParquetRows:
-    """The rows of a parquet file by number, through pyarrow; "lines" are row numbers from 1. One
-    row group is kept in memory.
-    """
-
-    def __init__(self, path: str) -> None:
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(
-                path, 0, "file", say("a parquet file", "parquet 文件"), "package", {"name": "pyarrow"}
-            ) from error
-        self.path = path
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        except (ValueError, OSError) as error:
-            raise DataError(path, 0, "file", "no parquet", "damaged", {"why": str(error).partition("\n")[0]}) from error
-        sizes = [self._file.metadata.row_group(k).num_rows for k in range(self._file.num_row_groups)]
-        self._ends = np.cumsum([0, *sizes])
-        self._group: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def line(self, i: int) -> int:
-        return i + 1
-
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
-        k = int(np.searchsorted(self._ends, i, "right")) - 1
-        if self._group[0] != k:
-            self._group = (-1, None)  # the last one goes before the next one comes
-            self._group = (k, self._file.read_row_group(k))
-        return cast("Mapping[str, Any]", self._group[1].slice(i - int(self._ends[k]), 1).to_pylist()[0])
-
-
-class ArrowRows:
-    """The rows of an arrow file, as `datasets.save_to_disk` writes them, mapped and not read."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            import pyarrow as pa
-        except ImportError as error:
-            raise DataError(path, 0, "file", "an arrow file", "package", {"name": "pyarrow"}) from error
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                is_file = file.read(6) == b"ARROW1"
-            source = pa.memory_map(path)
-            self._table = (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()
-        except (ValueError, OSError) as error:
-            raise DataError(path, 0, "file", "no arrow", "damaged", {"why": str(error).partition("\n")[0]}) from error
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def line(self, i: int) -> int:
-        return i + 1
-
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
-        return cast("Mapping[str, Any]", self._table.slice(i, 1).to_pylist()[0])
 
 
 class ClassRows:
@@ -302,22 +172,46 @@ def decode(raw: bytes, path: str, line: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte {raw[error.start]:#04x} at position {error.start}"
-        raise DataError(path, line, "text", found, "utf8", {}) from error
+        raise DataError(path, line, "text", found, "utf8", {"charset": charset(raw)}) from error
+
+
+class _TwiceError(ValueError):
+    """One name stands twice in one object, with two values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise _TwiceError(name)
+    return found
 
 
 def parse_json(raw: bytes, path: str, line: int) -> dict[str, Any]:
-    """One JSON object. Raises DataError; half surrogates are refused too, since no tokenizer takes
-    them.
+    """One JSON object, or a list of messages as {"messages": [...]}. Raises DataError, for half
+    surrogates too, since no tokenizer takes them, and for a name that has two values in one object.
     """
     text = decode(raw, path, line)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except _TwiceError as error:
+        raise DataError(path, line, str(error), say("two values", "两个值"), "twice_named", {}) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(path, line, "row", show(text.strip()), "json", {"why": str(error)}) from error
+        raise DataError(path, line, "row", show(text.strip()), "json", {"why": why_no_json(text, error)}) from error
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(turn, dict) and {"role", "from"} & {*turn} for turn in value)
+    ):
+        return {"messages": value}
     if not isinstance(value, dict):
-        raise DataError(path, line, "row", show(value), "json", {"why": "put the fields into {...}"})
+        why = say(
+            'put the fields into {...}, with their names: {"prompt": ...}', '将字段连同名称写进 {...}：{"prompt": ...}'
+        )
+        raise DataError(path, line, "row", show(value), "json", {"why": why})
     return value
 
 
@@ -332,7 +226,7 @@ def _json_spans(path: str, kind: str) -> Iterator[tuple[int, int, int]]:
             return
         first = 0
         for line, raw in enumerate(file, 1):
-            skip = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
+            skip = len(BOM) if line == 1 and raw.startswith(BOM) else 0
             if raw[skip:].strip():
                 yield first + skip, len(raw) - skip, line
             first += len(raw)
@@ -343,25 +237,19 @@ def _object_spans(path: str, raw: bytes) -> Iterator[tuple[int, int, int]]:
     list of objects in it, of the list's.
     """
     text, scan = raw.decode("latin-1"), json.JSONDecoder().raw_decode
-    spans, first, end = [], len(_BOM) if raw.startswith(_BOM) else 0, 0
-    while (first := first + len(text[first:]) - len(text[first:].lstrip(" \t\r\n,"))) < len(text):
+    spans, first, end = [], len(BOM) if raw.startswith(BOM) else 0, 0
+    while (first := first + len(text[first:]) - len(text[first:].lstrip(" \t\r\n,\x1e"))) < len(text):
         line = text.count("\n", 0, first) + 1
         try:
             value, end = scan(text, first)
         except (ValueError, RecursionError) as error:
-            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": str(error)}) from error
+            why = why_no_json(text[first:], error)
+            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": why}) from error
         spans.append((first, end - first, line))
         first = end
     if len(spans) == 1 and isinstance(value, dict):
-        held = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-        if len(held) == 1 and held[0] not in (
-            "messages",
-            "conversations",
-            "conversation",
-            "text_info",
-            "responses",
-            "tools",
-        ):
+        held = lists_of(value)
+        if len(held) == 1:
             key = re.search(re.escape(json.dumps(held[0])) + r"\s*:\s*\[", text)
             if key:
                 yield from _list_spans(path, raw, key.end() - 1, whole=False)
@@ -395,7 +283,7 @@ def _csv_spans(path: str, delimiter: str) -> Iterator[tuple[int, int, int]]:
 
     def lines() -> Iterator[str]:
         with open(path, "rb") as file:
-            for raw in file:
+            for raw in _text_lines(file):
                 seen[0], seen[1] = seen[0] + len(raw), seen[1] + 1
                 yield raw.decode("latin-1")
 
@@ -403,8 +291,20 @@ def _csv_spans(path: str, delimiter: str) -> Iterator[tuple[int, int, int]]:
     csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
     try:
         for cells in csv.reader(lines(), delimiter=delimiter):
-            if cells:
+            told = line == 1 and "".join(cells).removeprefix(BOM.decode("latin-1")).lower() in (
+                "sep=",
+                f"sep={delimiter}",
+            )
+            if cells and not told:
                 yield first, seen[0] - first, line
             first, line = seen[0], seen[1] + 1
     except csv.Error as error:
         raise DataError(path, line, "row", say("no table", "没有表格"), "csv", {"why": f"{error}"}) from error
+
+
+def _text_lines(file: io.BufferedReader) -> Iterator[bytes]:
+    """The lines of a file; of one without line feeds, as old Macintoshes write it, those that
+    carriage returns end.
+    """
+    for number, raw in enumerate(file):
+        yield from raw.splitlines(keepends=True) if number == 0 and not raw.endswith(b"\n") else (raw,)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import counted, say
 from ernie_tune.data.file_rows import MemoryRows, Rows, class_folders, open_file, parse_json
 from ernie_tune.data.readers.fields import Fields, Where
 from ernie_tune.data.readers.formats import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
@@ -113,7 +113,9 @@ class Dataset(Sequence[Record]):
     @property
     def report(self) -> str:
         """One line a file: rows, format, and why this format."""
-        return "\n".join(f"{part.rows.path}: {len(part.rows)} rows, {part.sniff.reason}" for part in self._parts)
+        return "\n".join(
+            f"{part.rows.path}: {counted(len(part.rows), 'row')}, {part.sniff.reason}" for part in self._parts
+        )
 
 
 _SIGNAL_WORDS = {

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from ernie_tune.cli import main
+from ernie_tune.data import parquet_rows
 from ernie_tune.data.doctor.convert import convert_file
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.media.images import load_image
@@ -53,6 +54,30 @@ def zipped(name: str) -> bytes:
             "a Git LFS pointer",
             "git lfs pull",
         ),
+        ("rows.jsonl", LINE.decode().encode("utf-32"), "UTF-32LE", "iconv -f UTF-32 -t UTF-8 "),
+        *(
+            (
+                f"rows.{end}",
+                text.encode(name),
+                name.upper().replace("-", "", 2).replace("UTF", "UTF-"),
+                f"iconv -f {shown} ",
+            )
+            for name, shown in (
+                ("utf-16-le", "UTF-16LE"),
+                ("utf-16-be", "UTF-16BE"),
+                ("utf-32-le", "UTF-32LE"),
+                ("utf-32-be", "UTF-32BE"),
+            )
+            for end, text in (("jsonl", '{"prompt": "问", "response": "答"}\n' * 2), ("csv", "问题,回答\n问,答\n"))
+        ),
+        ("rows.jsonl", bytes(100), "zero bytes only", "write or download it again"),
+        ("rows.jsonl", b"\x12\0\0\0\0\0abcd", "binary data", "write its rows as jsonl"),
+        ("rows.jsonl", b"\x89HDF\r\n\x1a\n", "HDF5", "write its rows as jsonl"),
+        ("rows.jsonl", b"\x80\x03cxx", "pickle", "write its rows as jsonl"),
+        ("rows.jsonl", b"\x89PNG\r\n\x1a\n", "a picture", "name it in the images of a row"),
+        ("rows.jsonl", b"- prompt: a\n  response: b\n", "YAML", "write its rows as jsonl"),
+        ("rows.xml", b"<?xml version='1.0'?><rows/>", "XML", "write its rows as jsonl"),
+        ("notes.txt", b"# Notes\n\nhello\n", "text without rows ('# Notes')", "write each row as an object"),
         ("rows.jsonl", b"<!DOCTYPE html><html></html>", "a web page", "download the raw file"),
     ],
 )
@@ -180,13 +205,164 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     data = load_dataset(str(tmp_path / "big.jsonl"), format="prompt_response")
     order = [39, 0, 13, 14, 6, 7]
     assert [data[i].messages[0]["content"] for i in order] == [f"q{i}" for i in order]
-    source = data._parts[0].rows
-    assert source._group[1].num_rows <= 7  # type: ignore[attr-defined]
+    assert data._parts[0].rows._held.table.num_rows <= 7  # type: ignore[attr-defined]
     report = Scan(TINY).run([Entry(str(tmp_path / "big.jsonl"))])
     assert report.stats.rows == 40
     (tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(20))
     with pytest.raises(DataError, match="write or download it again"):
         load_dataset(str(tmp_path / "cut.parquet"))
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_one_large_row_group_is_read_in_batches(
+    dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order from the file, out of order from a temporary copy; never the group as a whole. A
+    picture that stands in many rows makes a group larger than its file says.
+    """
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet_rows, "_GROUP_BYTES", 100_000)
+    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 50_000)
+    blobs = [bytes([i if not dictionary else 0]) * 10_000 for i in range(100)]
+    rows = [{"question": f"q{i}", "answer": "a", "blob": blob} for i, blob in enumerate(blobs)]
+    path = tmp_path / "one.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, use_dictionary=dictionary, compression="none")
+    found = parquet_rows.ParquetRows(str(path))
+    assert found._file.num_row_groups == 1
+    for order in (range(100), [99, 0, 57, 56, 3, 4, 5, 0], range(100)):
+        for i in order:
+            assert found[i] == rows[i]
+            assert found._held.table.num_rows < 100
+    with pytest.raises(IndexError):
+        _ = load_dataset(str(path), format="prompt_response")[100]
+    monkeypatch.setattr(parquet_rows.tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
+    with pytest.raises(DataError, match=r"a row group of .* expected room for it in .*set TMPDIR to another folder"):
+        _ = parquet_rows.ParquetRows(str(path))[57]
+
+
+TABLE = [{"prompt": f"问 {i}", "response": f"答, {i}"} for i in range(3)]
+NAMES = ["prompt", "response"]
+SPREAD = {name: {str(i): row[name] for i, row in enumerate(TABLE)} for name in NAMES}
+CELLS = [[row[name] for name in NAMES] for row in TABLE]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {name: [row[name] for row in TABLE] for name in NAMES},
+        SPREAD,
+        {str(i): row for i, row in enumerate(TABLE)},
+        {"columns": NAMES, "index": [0, 1, 2], "data": CELLS},
+        {"schema": {"fields": [], "primaryKey": ["index"]}, "data": TABLE},
+    ],
+)
+def test_json_by_columns_is_read(value: Any, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False))
+    assert [list(r.messages) for r in load_dataset(str(path))] == [
+        [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in TABLE
+    ]
+    assert Scan(TINY).run([Entry(str(path))]).stats.rows == 3
+
+
+def test_one_row_of_lists_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"src": ["q", "r"], "tgt": ["a", "b"]}, indent=1))
+    assert len(load_dataset(str(path))[0].messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt;response\n问 0;答, 0\n问 1;答, 1\n问 2;答, 2\n"),
+        ("b.csv", '"prompt";"response"\r\n"问 0";"答, 0"\r\n"问 1";"答, 1"\r\n"问 2";"答, 2"\r\n'),
+        ("c.csv", "sep=;\nprompt;response\n问 0;答, 0\n问 1;答, 1\n问 2;答, 2\n"),
+        ("d.csv", "prompt\tresponse\n问 0\t答, 0\n问 1\t答, 1\n问 2\t答, 2\n"),
+        ("e.txt", "prompt\tresponse\n问 0\t答, 0\n问 1\t答, 1\n问 2\t答, 2\n"),
+        ("f.csv", "prompt|response\n问 0|答, 0\n问 1|答, 1\n问 2|答, 2\n"),
+        ("g.tsv", 'prompt,response\n问 0,"答, 0"\n问 1,"答, 1"\n问 2,"答, 2"\n'),
+        ("h.csv", 'prompt,response\r问 0,"答, 0"\r问 1,"答, 1"\r问 2,"答, 2"\r'),
+        ("i.jsonl", "\r".join(json.dumps(row) for row in TABLE)),
+        ("j.jsonl", ",\n".join(json.dumps(row) for row in TABLE) + ",\n"),
+        ("k.jsonl", "".join(json.dumps(row) for row in TABLE)),
+        ("l.json", "".join(f"\x1e{json.dumps(row)}\n" for row in TABLE)),
+    ],
+)
+def test_rows_are_found_whatever_parts_them(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    found = [[m["content"] for m in record.messages] for record in load_dataset(str(path))]
+    assert found == CELLS
+    report = Scan(TINY).run([Entry(str(path))])
+    assert (report.stats.rows, report.exit_code) == (3, 0)
+
+
+def test_a_comma_in_a_cell_makes_no_other_table(tmp_path: Path) -> None:
+    """Rows of one comma each, of which the header has none, stay what the name of the file says."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response\na;b,c;d\ne;f,g;h\n")
+    assert [m["content"] for m in load_dataset(str(path))[0].messages] == ["a;b", "c;d"]
+
+
+def test_a_list_of_messages_is_a_row(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.jsonl", (json.dumps(ROW["messages"]) + "\n") * 2),
+        ("b.json", json.dumps([ROW["messages"]] * 2)),
+    ):
+        (tmp_path / name).write_text(text)
+        assert [m["content"] for m in load_dataset(str(tmp_path / name))[1].messages] == ["a", "b"]
+        assert Scan(TINY).run([Entry(str(tmp_path / name))]).stats.rows == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"prompt": "q", "response": "a", "response": "b"}', "response"),
+        ('{"prompt" : "q","response" : "a","prompt" : "b"}', "prompt"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "content": "c"}, {"role": "assistant", "content": "b"}]}',
+            "content",
+        ),
+        ('{"prompt": "q \\": 1", "response": "a", "meta": {"x": {"y": 1, "y": 2}}}', "y"),
+    ],
+)
+def test_two_values_of_one_name_are_an_error(text: str, field: str, tmp_path: Path) -> None:
+    """The last would win in silence, in training and in the fast road of the doctor."""
+    plain = '{"prompt": "q \\": \\\\", "response": "a"}' if "messages" not in text else json.dumps(ROW)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([plain, plain, text, plain]))
+    with pytest.raises(DataError) as caught:
+        _ = load_dataset(str(path))[2]
+    assert (caught.value.field, caught.value.line, caught.value.problem) == (field, 3, "twice_named")
+    report = Scan(TINY).run([Entry(str(path))])
+    assert report.findings.counts.pop("twice_named") == 1
+    assert report.stats.rows == 3
+    path.write_text('{"prompt": "q", "response": "a", "response": "a"}\n')
+    assert load_dataset(str(path))[0].messages[1]["content"] == "a"  # nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{'prompt': 'a', 'response': 'b'}", "json.dumps"),
+        ('{"prompt": "a", "response": "b"}]', "Extra data"),
+        ('["prompt", "response"]', "with their names"),
+    ],
+)
+def test_a_row_that_is_no_object_says_what_to_do(text: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + text + "\n")
+    with pytest.raises(DataError, match=why):
+        _ = load_dataset(str(path))[1]
+
+
+def test_a_guess_what_other_text_was_written_in(tmp_path: Path) -> None:
+    for text, name, shown in (("你好", "gb18030", "GB18030"), ("café", "latin-1", "WINDOWS-1252")):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(LINE + json.dumps({"prompt": text, "response": "b"}, ensure_ascii=False).encode(name) + b"\n")
+        with pytest.raises(DataError, match=f"iconv -f {shown} "):
+            _ = load_dataset(str(path))[1]
 
 
 def test_saved_to_disk(tmp_path: Path) -> None:

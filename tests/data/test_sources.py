@@ -7,7 +7,6 @@ import os
 import pickle
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import numpy as np
@@ -213,13 +212,8 @@ def test_each_file_has_its_own_format(tmp_path) -> None:
     data = load_dataset(str(tmp_path))
     assert [record.signal for record in data] == ["sft", "pair", "pair"]
     first, second = data.report.splitlines()
-    assert first.endswith(
-        "a.jsonl: 1 rows, prompt_response: 1 of 1 sampled rows have prompt|query|question|problem|instruction|input + "
-        "response|completion|output|answer|target|targets|text|content|answers"
-    )
-    assert second.endswith(
-        "b.jsonl: 2 rows, pairs: 2 of 2 sampled rows have rejected|rejected_response|rejected_messages"
-    )
+    assert first.endswith("a.jsonl: 1 row, prompt_response: 1 of 1 sampled rows have prompt + response")
+    assert second.endswith("b.jsonl: 2 rows, pairs: 2 of 2 sampled rows have rejected")
 
 
 def test_sampling_suffix(tmp_path) -> None:
@@ -279,7 +273,7 @@ def test_classification_serves_verifiable_training(tmp_path) -> None:
 
 def test_column_map(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl([{"frage": "q", "antwort": "a", "note": 1}]))
-    with pytest.raises(DataError, match="expected a known format"):
+    with pytest.raises(DataError, match=r'"prompt": "frage", "response": "antwort"'):
         load_dataset(path)
     record = load_dataset(path, columns={"prompt": "frage", "response": "antwort"})[0]
     assert ([m["content"] for m in record.messages], record.meta.extra) == (["q", "a"], {"note": 1})
@@ -368,28 +362,3 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match="expected the package pyarrow; fix: pip install pyarrow, or save as jsonl"):
         load_dataset(write(tmp_path / "a.parquet", "PAR1"))
-
-
-def test_parquet_rows(tmp_path, monkeypatch) -> None:
-    read = []
-
-    class File:
-        """Two row groups, of two rows and of one."""
-
-        def __init__(self, path, memory_map):
-            self.num_row_groups, sizes = 2, (2, 1)
-            self.metadata = types.SimpleNamespace(row_group=lambda k: types.SimpleNamespace(num_rows=sizes[k]))
-
-        def read_row_group(self, k):
-            read.append(k)
-            return types.SimpleNamespace(
-                slice=lambda i, n: types.SimpleNamespace(to_pylist=lambda: [row(2 * k + i)][:n])
-            )
-
-    parquet = types.SimpleNamespace(ParquetFile=File)
-    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    data = load_dataset(write(tmp_path / "a.parquet", "PAR1"))
-    assert prompts(data) == ["问题 0", "问题 1", "问题 2"]
-    assert data[2].meta.line == 3
-    assert read == [0, 1, 0, 1]  # one group at a time: to recognise the format, and to read

@@ -16,13 +16,15 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ernie_tune.data.doctor.checks import MARKER, THOUGHT_MARK, may_hold_marks, text_of
-from ernie_tune.data.file_rows import file_kind, open_file, parse_json
+from ernie_tune.data.file_kinds import file_kind
+from ernie_tune.data.file_rows import open_file, parse_json
 from ernie_tune.data.readers.fields import DIALOGUES, QUERIES, RESPONSES
 from ernie_tune.data.readers.formats import PLAIN_FIELDS, SPECIAL_FIELDS, Format, match, spelt_otherwise
 from ernie_tune.data.readers.unused import is_suspicious
@@ -31,6 +33,7 @@ from ernie_tune.data.records import DataError, Media, Record
 BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-level cache
 BATCH_ROWS = 512  # of files that are not read by blocks
 BOM = b"\xef\xbb\xbf"
+_NAME = re.compile(rb'(?<!\\)"[ \t]*:')
 _SURROGATE, _PAIR = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 # Between rows of a block that is parsed as one list: a number that no file can foresee, so that no
 # row can pretend to be two.
@@ -137,11 +140,35 @@ def parse_block(block: bytes, path: str, line: int) -> list[Row]:
         if b"\\u" not in body or not _has_half_pair(body):
             values = json.loads((b"[%b]" % body.replace(b"\n", b",%d," % _GLUE)).decode())
             rows, glue = values[::2], values[1::2]
-            if len(values) == 2 * lines - 1 and glue.count(_GLUE) == lines - 1 and set(map(type, rows)) == {dict}:
+            whole = len(values) == 2 * lines - 1 and glue.count(_GLUE) == lines - 1 and set(map(type, rows)) == {dict}
+            if whole and not _repeats_a_name(body, rows):
                 return cast("list[Row]", rows)
     except (ValueError, RecursionError):
         pass
     return [_parse_line(raw, path, i) for i, raw in enumerate(body.split(b"\n"), line)]
+
+
+def _repeats_a_name(body: bytes, rows: list[Any]) -> bool:
+    """Whether an object may have a name twice, of which a parser keeps the last: more names are
+    written than were read.
+
+    Written are the quotes that a colon follows, but those within a text, which a backslash
+    precedes.
+    """
+    spaced = b'" :' in body or b'"\t:' in body
+    written = len(_NAME.findall(body)) if spaced else body.count(b'":') - body.count(b'\\":')
+    read = sum(map(len, rows))
+    field = next((field for field in DIALOGUES if field in rows[0]), "")
+    if written > read and field:
+        turns = list(chain.from_iterable(row[field] for row in rows if type(row.get(field)) is list))
+        read += sum(map(len, turns)) if set(map(type, turns)) == {dict} else 0
+    return written > read and written > sum(map(_count_names, rows))
+
+
+def _count_names(value: object) -> int:
+    if type(value) is dict:
+        return len(value) + sum(map(_count_names, value.values()))
+    return sum(map(_count_names, value)) if type(value) is list else 0
 
 
 def _has_half_pair(body: bytes) -> bool:
@@ -189,8 +216,7 @@ class Quick:
 
     def __init__(self, form: Format, others: Sequence[Format]) -> None:
         self._form, self._others = form, others
-        # names that no reader takes -> rows of the fast road that have them
-        self.unused: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()  # names that no reader takes -> rows of the fast road that have them
         self._readers: dict[tuple[str, ...], _Reader | None] = {}
         self._orders: set[tuple[str, ...]] = set()
 
@@ -202,8 +228,7 @@ class Quick:
                 keys = tuple(row)  # type: ignore[arg-type]
                 reader = readers[keys] if keys in readers else self._new_reader(keys)
                 out.append(reader(row) if reader else None)
-            except (TypeError, LookupError, ValueError, AttributeError):
-                # whatever such a row is, it is not plain
+            except (TypeError, LookupError, ValueError, AttributeError):  # whatever such a row is, it is not plain
                 out.append(None)
         return out
 
@@ -215,8 +240,7 @@ class Quick:
         if not isinstance(turns, list) or len(self._orders) >= _MAX_SHAPES:
             return
         roles = tuple(str(turn.get("role", turn.get("from"))) for turn in turns if isinstance(turn, dict))
-        # every second turn an answer, so no tools
-        if roles not in self._orders and len(set(roles[-1:0:-2])) == 1:
+        if roles not in self._orders and len(set(roles[-1:0:-2])) == 1:  # every second turn an answer, so no tools
             self._orders.add(roles)
             unused = self.unused.copy()
             if self.facts([row]) != [facts]:

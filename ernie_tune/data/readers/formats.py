@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -219,8 +220,9 @@ class Format(NamedTuple):
     def matches(self, keys: set[str]) -> bool:
         return all(not keys.isdisjoint(group) for group in self.needs)
 
-    def describe(self) -> str:
-        return " + ".join("|".join(group) for group in self.needs)
+    def describe(self, keys: set[str]) -> str:
+        """The fields that make a row of this format, in the names that a row has, else in ours."""
+        return " + ".join(next((name for name in group if name in keys), group[0]) for group in self.needs)
 
 
 # Every field that some reader takes, but those of plain rows of texts.
@@ -332,13 +334,45 @@ def sniff(rows: Sequence[Mapping[str, Any]], formats: Sequence[Format] = FORMATS
     """The format of most of these rows, and why. Raises DataError when no row has a known one."""
     votes = Counter(form.name for form in (match(row, formats) for row in rows) if form)
     if not votes:
-        found = f"fields {', '.join(map(str, rows[0]))}" if rows else "no rows"
-        options = "; ".join(f"{form.name}: {form.describe()}" for form in formats)
-        raise DataError(path, 0, "format", found, "unknown", {"options": options})
+        raise _unknown(rows[0] if rows else {}, formats, path)
     name, count = votes.most_common(1)[0]
     form = next(form for form in formats if form.name == name)
+    seen = set().union(*(map(str, row) for row in rows if match(row, formats) is form))
     others = "".join(f"; {other} look like {other_name}" for other_name, other in votes.most_common()[1:])
-    return Sniff(name, f"{name}: {count} of {len(rows)} sampled rows have {form.describe()}{others}")
+    return Sniff(name, f"{name}: {count} of {len(rows)} sampled rows have {form.describe(seen)}{others}")
+
+
+_SHOWN_FIELDS = 12
+
+
+def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> DataError:
+    """The error for rows of no known format: the formats that are nearest, and how to say which
+    column is what.
+    """
+    keys = {str(key) for key, value in row.items() if value is not None}
+    met = {form.name: sum(not keys.isdisjoint(group) for group in form.needs) / len(form.needs) for form in formats}
+    usual = ("prompt_response", "messages", "classification", "pictures")
+    order = [*usual, *(form.name for form in formats if form.name not in usual)]
+    by_name = {form.name: form for form in formats}
+    near = sorted((name for name in order if name in by_name), key=lambda name: -met[name])[:2]
+    described = "; ".join(f"{by_name[name].describe(keys)} ({name})" for name in near)
+    strange = [str(key) for key in row if key not in SPECIAL_FIELDS | PLAIN_FIELDS][:2]
+    columns = ", ".join(
+        f'"{ours}": "{yours}"' for ours, yours in zip(("prompt", "response"), [*strange, "...", "..."], strict=False)
+    )
+    entry = f'{{"mine": {{"file_name": "{os.path.basename(path)}", "columns": {{{columns}}}}}}}'
+    names, table = list(map(str, row)), path.lower().endswith((".csv", ".tsv"))
+    more = ", ..." if len(names) > _SHOWN_FIELDS else ""
+    found = say(
+        "fields {names}", "字段 {names}", names=f"{', '.join(names[:_SHOWN_FIELDS])}{more}" or say("none", "无")
+    )
+    hint = say(
+        f"name them {described}, or say which is which in dataset_info.json: {entry}"
+        + ("; the first line of a table must name its columns" if table else ""),
+        f"将其命名为 {described}，或在 dataset_info.json 中写明对应关系：{entry}"
+        + ("；表格首行须为列名" if table else ""),
+    )
+    return DataError(path, 0, "format", found, "unknown", {"hint": hint})
 
 
 def read(
