@@ -31,6 +31,8 @@ _PUBLIC = {
     "KTOTrainer": "ernie_tune.trainers.preference",
     "LoraConfig": "ernie_tune.peft.config",
     "ModelConfig": "ernie_tune.models.config",
+    "PPOConfig": "ernie_tune.config.training_arguments",
+    "PPOTrainer": "ernie_tune.trainers.ppo",
     "PaddleTrainer": "ernie_tune.trainers.sft",
     "PeftModel": "ernie_tune.peft.model",
     "RLVRTrainer": "ernie_tune.trainers.online",
@@ -58,6 +60,8 @@ __all__ = [
     "KTOTrainer",
     "LoraConfig",
     "ModelConfig",
+    "PPOConfig",
+    "PPOTrainer",
     "PaddleTrainer",
     "PeftModel",
     "RLVRTrainer",
@@ -79,7 +83,7 @@ if TYPE_CHECKING:
     from ernie_tune import export
     from ernie_tune.checkpoint.auto import AutoConfig, AutoModel
     from ernie_tune.cli.launch import launch
-    from ernie_tune.config.training_arguments import GRPOConfig, TrainingArguments
+    from ernie_tune.config.training_arguments import GRPOConfig, PPOConfig, TrainingArguments
     from ernie_tune.data.processor import AutoProcessor
     from ernie_tune.data.sources import load_dataset
     from ernie_tune.data.tokenizer import AutoTokenizer
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
     from ernie_tune.peft.model import PeftModel, get_peft_model
     from ernie_tune.plan.estimate import estimate
     from ernie_tune.trainers.online import GRPOTrainer, RLVRTrainer
+    from ernie_tune.trainers.ppo import PPOTrainer
     from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
     from ernie_tune.trainers.reward import RewardModel, RewardTrainer
     from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer

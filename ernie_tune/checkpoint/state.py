@@ -220,6 +220,25 @@ def write_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHO
     on_all_ranks(ranks, lambda: write_manifest(folder, written) if ranks.rank == 0 else None)
 
 
+def write_optimizer(
+    folder: Path,
+    optimizer: paddle.optimizer.Optimizer,
+    named: Mapping[str, Tensor],
+    *,
+    cut: Shards = WHOLE,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Write the values that a second optimizer moves and its state into `folder` of a checkpoint on
+    its way; `load_optimizer` with that folder as the checkpoint puts them back under any layout.
+    Every rank calls it, and gets the OSError of any.
+    """
+    slices = prepare(optimizer, named, cut, ranks)
+    place = folder / OPTIMIZER
+    on_all_ranks(ranks, lambda: place.mkdir(parents=True, exist_ok=True))
+    written = on_all_ranks(ranks, lambda: write_rank(place, ranks.rank, slices))
+    on_all_ranks(ranks, lambda: write_manifest(place, written) if ranks.rank == 0 else None)
+
+
 def read_values(folder: Path, named: Mapping[str, Tensor], *, cut: Shards = WHOLE) -> None:
     """Put what `write_values` wrote back into tensors of the same names, under any layout."""
     reader = ShardedReader(folder)

@@ -258,7 +258,7 @@ def _sample_rows(stage: str) -> list[dict[str, Any]]:
             elif stage == "KTO":
                 for answer, good in ((right, "good"), (wrong, "bad")):
                     rows.append({**question, "signal": {"type": "label", "response": answer, "label": good}})
-            elif stage == "RLVR":
+            elif stage in ("RLVR", "PPO"):
                 rows.append({**question, "signal": {"type": "verifiable", "answer": colour}})
             elif stage == "UPO":
                 rows += [{**question, "signal": signal} for signal in _signals(right, wrong, colour)]

@@ -41,7 +41,8 @@ def run(args: list[str]) -> int:
     with while_paddle_loads():
         from ernie_tune.rewards.trial import attacked, references
         from ernie_tune.trainers import assemble
-        from ernie_tune.trainers.online import RLVRTrainer, rubric_of
+        from ernie_tune.trainers.judges import rubric_of
+        from ernie_tune.trainers.online import RLVRTrainer
 
     sets = assemble.train_sets(config, RLVRTrainer.method_class.signals)
     records = _spread([some[i] for some in sets for i in range(len(some))], rows)

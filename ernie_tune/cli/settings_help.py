@@ -99,8 +99,7 @@ def everything() -> str:
     """
     out = [str(say("stages of training:", "训练阶段："))]
     for stage in STAGES.values():
-        later = "" if stage.built else say(" (not in this version)", "（此版本尚无）")
-        out.append(f"  {stage.name:<6} {say(stage.help, stage.help_zh)}{later}")
+        out.append(f"  {stage.name:<6} {say(stage.help, stage.help_zh)}")
     out.append(str(say("methods of fine-tuning:", "微调方法：")))
     out += [f"  {name:<8} {say(*words)}" for name, words in METHODS.items()]
     for section in _sections():
@@ -250,8 +249,6 @@ def _expanded(name: str) -> list[str]:
 def _stage_lines(name: str) -> list[str | Text]:
     stage = STAGES[name]
     lines: list[str | Text] = [f"{name}: {say(stage.help, stage.help_zh)}"]
-    if not stage.built:
-        lines.append(say("not in this version", "此版本尚无"))
     lines.append(say(f"rows: {', '.join(stage.signals)}", f"数据：{', '.join(stage.signals)}"))
     if stage.losses:
         lines.append(say(f"loss_type: {', '.join(stage.losses)}", f"loss_type：{', '.join(stage.losses)}"))

@@ -99,6 +99,16 @@ def rlvr(args: list[str]) -> int:
     return _train(args, "RLVR")
 
 
+def ppo(args: list[str]) -> int:
+    """ernie-tune ppo FILE [key=value | --key value ...] [--dry-run]
+
+    Samples answers, judges them by a reward model, checkers or both, and learns from what was
+    better than a critic expected, as `ernie-tune train` with stage=PPO. reward_model: a folder of
+    `ernie-tune reward`.
+    """
+    return _train(args, "PPO")
+
+
 def _train(args: list[str], stage: str = "") -> int:
     words, nproc = workers.split_nproc([*args, *([f"stage={stage}"] if stage else [])])
     dry_run = "--dry-run" in words

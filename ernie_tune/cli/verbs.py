@@ -62,6 +62,12 @@ VERBS = (
         say("sample answers and learn from rewards that can be checked", "采样回答，从可验证的奖励中学习"),
         ("grpo",),
     ),
+    Verb(
+        "ppo",
+        "ernie_tune.cli.train:ppo",
+        say("sample answers and learn from a reward model, with a critic", "采样回答，从奖励模型学习，带价值网络"),
+        ("rlhf",),
+    ),
     Verb("score", "ernie_tune.cli.score:run", say("score answers with a reward model", "用奖励模型给回答打分")),
     Verb(
         "eval",

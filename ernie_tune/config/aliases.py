@@ -129,6 +129,9 @@ RENAMED: dict[str, str] = {
     "ppo_epochs": "num_iterations",
     "num_ppo_epochs": "num_iterations",
     "cliprange": "epsilon",
+    "reward_model_path": "reward_model",
+    "value_model_path": "value_model",
+    "init_kl_coef": "kl_coef",
     "clip_ratio_low": "epsilon",
     "clip_ratio_high": "epsilon_high",
 }

@@ -61,6 +61,7 @@ VARYING = (
     "prefix_sharing",
     "beta",
     "metric_for_best_model",
+    "num_generations",
 )  # defaults that `default_for` decides
 # Sections whose settings belong together at every stage that compares answers: there, one that the
 # stage does not read is a mistake to point at.
@@ -137,6 +138,8 @@ def default_for(name: str, stage: str, method: str) -> Any:
         return "reward" if STAGES[stage].samples else SETTINGS[name].default
     if name == "beta":
         return 0.0 if STAGES[stage].samples else SETTINGS[name].default
+    if name == "num_generations" and stage == "PPO":
+        return 1  # a critic says what was expected, not the prompt's other answers
     if name == "prefix_sharing":  # virtual tokens begin every dialogue
         return method not in ("Prompt", "PTuning", "Prefix")
     return SETTINGS[name].default

@@ -16,7 +16,6 @@ from ernie_tune.config.checks_methods import METHOD_RULES
 from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import say
 from ernie_tune.config.sections_model import TEMPLATES
-from ernie_tune.config.stages import STAGES
 
 
 class Problem(NamedTuple):
@@ -437,15 +436,6 @@ def _unbuilt(c: RunConfig) -> Iterator[tuple[str, str]]:
     result.
     """
     flat = c.flat()
-    if not STAGES[c.model.stage].built:
-        built = ", ".join(name for name, stage in STAGES.items() if stage.built)
-        yield (
-            "stage",
-            say(
-                f"stage ({c.model.stage}) cannot be trained in this version, it must be one of {built}; change it",
-                f"此版本不能训练阶段（{c.model.stage}），须为 {built} 之一；请修改",
-            ),
-        )
     for name, setting in SETTINGS.items():
         if setting.about.unbuilt and flat[name] != setting.default and c.reads(name):
             yield (

@@ -16,7 +16,8 @@ from ernie_tune.config.stages import EDGE_LOSSES, ONLINE_PRESETS, PAIR_LOSSES, S
 
 
 def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
-    weights, rewards = len(c.rollout.reward_weights), len(c.rollout.reward_funcs)
+    weights = len(c.rollout.reward_weights)
+    rewards = len(c.rollout.reward_funcs) + bool(c.critic.reward_model)
     prompt, longest = c.preference.max_prompt_len, c.data.max_seq_len
     if c.applies("preference") and prompt >= longest and prompt != SETTINGS["max_prompt_len"].default:
         yield (

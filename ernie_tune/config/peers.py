@@ -254,7 +254,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta
         max_tool_calling_iterations use_bias_correction_kl normalize_advantages reward_clip_range use_vllm ppo_buffer_size
         ppo_score_norm ppo_target ppo_whiten_rewards reward_model_adapters reward_model_quantization_bit reward_model_type
-        reward_adapters reward_model_revision reward_template reward_model vf_coef cliprange_value
+        reward_adapters reward_model_revision reward_template
         local_rollout_forward_batch_size num_sample_generations response_length lmbda seq_kd gkd_logits_topk
         async_generate multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env
         soft_max_length kl_in_reward advantage_reweight real_tau

@@ -71,11 +71,14 @@ class RolloutArguments:
     )
     reward_funcs: tuple[str, ...] = arg(
         (),
-        "rewards, comma separated: names of checkers, file.py:function, or folders of reward models; empty: what each row names",
-        "奖励，逗号分隔：检查器名、file.py:function 或奖励模型目录；空表示由每行指定",
+        "rewards, comma separated: names of checkers, row (what each row names), file.py:function, or folders of reward "
+        "models; empty: what each row names",
+        "奖励，逗号分隔：检查器名、row（由每行指定）、file.py:function 或奖励模型目录；空表示由每行指定",
         stages=_RL,
     )
-    reward_weights: tuple[float, ...] = arg((), "one weight a reward", "每个奖励一个权重", stages=_RL)
+    reward_weights: tuple[float, ...] = arg(
+        (), "one weight a reward, reward_model's last", "每个奖励一个权重，reward_model 的在最后", stages=_RL
+    )
     reward_aggregation: str = arg(
         "sum_then_normalize",
         "how several rewards become one",
@@ -227,11 +230,48 @@ class PolicyArguments:
 
 @dataclass(frozen=True)
 class CriticArguments:
-    """What a critic would learn from: returns of answers. Stage PPO."""
+    """The critic, its returns and the reward model. Stage PPO."""
 
+    reward_model: str = arg(
+        "",
+        "folder of a reward model that scores answers, beside reward_funcs",
+        "给回答打分的奖励模型目录，与 reward_funcs 并用",
+        stages=_PPO,
+    )
+    value_model: str = arg(
+        "auto",
+        "what the critic starts from: auto (the reward model where it fits, else the policy), policy, or a reward "
+        "model's folder",
+        "价值网络的起点：auto（合适时为奖励模型，否则为策略）、policy，或奖励模型目录",
+        stages=_PPO,
+    )
     gamma: float = arg(1.0, "discount of later rewards", "后续奖励的折扣", low=0, high=1, stages=_PPO)
     lam: float = arg(0.95, "lambda of generalised advantages", "广义优势估计的 lambda", low=0, high=1, stages=_PPO)
+    vf_coef: float = arg(0.1, "weight of the critic's loss", "价值损失的权重", low=0, stages=_PPO)
+    cliprange_value: float | None = arg(
+        0.2,
+        "how far values may move from before; null: any distance",
+        "价值相对之前的最大变化；null：不限",
+        low=0.0001,
+        stages=_PPO,
+    )
     whiten_rewards: bool = arg(False, "scale rewards to unit spread", "把奖励缩放到单位方差", stages=_PPO)
     missing_eos_penalty: float | None = arg(
         None, "taken from answers that do not end", "未结束的回答扣除的奖励", low=0, stages=_PPO
+    )
+    kl_target: float | None = arg(
+        None,
+        "KL an answer, in nats, that kl_coef is steered to; null: fixed",
+        "kl_coef 所调节到的每个回答的 KL（nat）；null：固定",
+        low=0.0001,
+        stages=_PPO,
+    )
+    kl_horizon: int = arg(10_000, "answers over which it is steered", "调节的回答数", low=1, stages=_PPO)
+    critic_warmup: int = arg(0, "steps in which the critic alone learns", "只训练价值网络的步数", low=0, stages=_PPO)
+    value_learning_rate: float | None = arg(
+        None,
+        "the critic's rate; null: 10 times learning_rate",
+        "价值网络学习率；null：learning_rate 的 10 倍",
+        low=0,
+        stages=_PPO,
     )

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 class Stage:
     """One method of training.
 
-    `trainer`: "module:class", "" while this version cannot train it. `signals`: kinds of judgement
-    that its rows may carry. `samples`: it samples answers while it learns. `reference`: it compares
-    with another policy. `losses`: names that `loss_type` takes beside "auto"; empty: it takes none.
-    `rates`: default peak learning rate of full tuning, and of adapters. `verb`: its own word on the
-    command line, beside `train`.
+    `trainer`: "module:class". `signals`: kinds of judgement that its rows may carry. `samples`: it
+    samples answers while it learns. `reference`: it compares with another policy. `losses`: names
+    that `loss_type` takes beside "auto"; empty: it takes none. `rates`: default peak learning rate
+    of full tuning, and of adapters. `verb`: its own word on the command line, beside `train`.
     """
 
     name: str
@@ -34,11 +33,6 @@ class Stage:
     losses: tuple[str, ...] = ()
     rates: tuple[float, float] = (1e-6, 1e-5)
     verb: str = ""
-
-    @property
-    def built(self) -> bool:
-        """Whether this version can train it."""
-        return bool(self.trainer)
 
     @property
     def compares(self) -> bool:
@@ -161,12 +155,14 @@ _ALL = (
     ),
     Stage(
         "PPO",
-        "",
-        ("verifiable",),
+        f"{_TRAINERS}.ppo:PPOTrainer",
+        ("verifiable", "prompt"),
         samples=True,
         reference=True,
-        help="sample answers and learn from a reward model, with a critic",
-        help_zh="采样回答，从奖励模型学习，带价值网络",
+        help="sample answers and learn from a reward model or checkers, with a critic",
+        help_zh="采样回答，从奖励模型或检查器学习，带价值网络",
+        losses=POLICY_LOSSES,
+        verb="ppo",
     ),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}

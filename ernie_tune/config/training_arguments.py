@@ -47,3 +47,12 @@ class GRPOConfig(TrainingArguments):
 
     def __init__(self, output_dir: str | Path | None = None, **settings: Any) -> None:
         super().__init__(output_dir, **{"stage": "RLVR", "fine_tuning": "Full", **settings})
+
+
+class PPOConfig(TrainingArguments):
+    """TRL's name for the settings of a run with a critic: stage PPO, all weights trained unless
+    `fine_tuning` says otherwise.
+    """
+
+    def __init__(self, output_dir: str | Path | None = None, **settings: Any) -> None:
+        super().__init__(output_dir, **{"stage": "PPO", "fine_tuning": "Full", **settings})

@@ -19,14 +19,16 @@ from ernie_tune.data.media.corruption import masked
 from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.evaluate.judged import judged_batches, preferred
 from ernie_tune.train.preference import pairs_of
-from ernie_tune.train.reward_model import RewardObjective, ratings_of, rewards_of
+from ernie_tune.train.reward_model import RewardHead, RewardObjective, ratings_of, rewards_of
 
 _BINS = 10
 
 
-def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows: int) -> list[list[float] | None]:
+def score_records(
+    model: Any, records: Sequence[Any], encoder: UnitEncoder, rows: int, head: RewardHead | None = None
+) -> list[list[float] | None]:
     """The reward of each candidate of each record, in order; None for a record that cannot be
-    encoded (too long).
+    encoded (too long). `head`: one that is not on the model.
     """
     out: list[list[float] | None] = []
     for start in range(0, len(records), rows):
@@ -35,7 +37,7 @@ def score_records(model: Any, records: Sequence[Any], encoder: UnitEncoder, rows
         scored: Iterator[np.ndarray] = iter(())
         if units:
             batch = encoder.collate(units)
-            (outputs,) = rewards_of(model, [batch])
+            (outputs,) = rewards_of(model, [batch], head)
             scored = iter(np.split(outputs["reward_C"], batch.first_candidate_U[1:]))
         out += [None if unit is None else next(scored).tolist() for unit in found]
     return out

@@ -61,6 +61,14 @@ class Placed:
             raise AssertionError("put(model, trained=True) makes an engine")
         return self._engine
 
+    def beside(self) -> Placed:
+        """The same model where it lies, with an engine of its own for what is trained of it now:
+        another adapter than this one's."""
+        own, engine = Engine(), self.engine
+        if isinstance(engine, DistributedEngine):
+            own = DistributedEngine(self.model, self.place.mesh, engine.runs, engine.staged)
+        return Placed(self.model, self.place, own, self.forward, self._whole)
+
     def describe(self) -> str:
         """One line: the degrees above 1, and where the pipeline is cut."""
         cut = getattr(self.forward, "cut", None)

@@ -72,7 +72,7 @@ def group_relative(
     if scale == "group":
         centred_C = centred_C / (_spread(centred_C, group_C) + epsilon)
     elif scale == "batch":
-        centred_C = centred_C / (_deviation(reward_C, total) + epsilon)
+        centred_C = centred_C / (deviation(reward_C, total) + epsilon)
     return np.nan_to_num(centred_C, nan=0.0)
 
 
@@ -105,8 +105,8 @@ def normalise_then_sum(
     """
     each_CF = np.stack([group_relative(column_C, group_C, epsilon=epsilon) for column_C in reward_CF.T], axis=1)
     sum_C = np.where(np.isnan(reward_CF).all(axis=1), np.nan, each_CF @ weight_F)
-    mean, deviation = _mean(sum_C, total), _deviation(sum_C, total)
-    return np.nan_to_num((sum_C - mean) / (deviation + epsilon), nan=0.0)
+    mean, spread = _mean(sum_C, total), deviation(sum_C, total)
+    return np.nan_to_num((sum_C - mean) / (spread + epsilon), nan=0.0)
 
 
 def weighted_sum(reward_CF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def _mean(value_C: np.ndarray, total: Total) -> float:
     return float(summed / max(count, 1.0))
 
 
-def _deviation(value_C: np.ndarray, total: Total) -> float:
+def deviation(value_C: np.ndarray, total: Total) -> float:
     """Standard deviation (n - 1) over the known values of all ranks."""
     known_C = value_C[~np.isnan(value_C)]
     mean = _mean(value_C, total)

@@ -20,9 +20,8 @@ def value_loss(
     """Sum over tokens of w / 2 max((V - R)^2, (clip(V, V_old +- cliprange) - R)^2) over the sum of
     w (arXiv 1707.06347 as OpenAI's baselines clip it).
 
-    Metrics: critic/vf_clipfrac (tokens where the clipped error is the larger), critic/values_mean,
-    critic/returns_mean, and critic/vf_error and critic/return_variance, whose quotient from 1 is
-    the explained variance. Raises ValueError for a cliprange that is not positive.
+    Metric: critic/vf_clipfrac, the tokens where the clipped error is the larger. Raises ValueError
+    for a cliprange that is not positive.
     """
     if cliprange is not None and cliprange <= 0:
         raise ValueError(f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual")
@@ -39,12 +38,7 @@ def value_loss(
         clipped_N = (held_N - target_N).square()
         worst_N = paddle.maximum(error_N, clipped_N)
         over = float(((clipped_N > error_N).numpy() * weight_N).sum())
-    metrics = {
-        "critic/vf_clipfrac": (over, count),
-        "critic/values_mean": (float((value_N.detach().numpy() * weight_N).sum()), count),
-        "critic/returns_mean": (float((return_N * weight_N).sum()), count),
-    }
-    return LossOut(0.5 * (worst_N * weights).sum(), count, metrics)
+    return LossOut(0.5 * (worst_N * weights).sum(), count, {"critic/vf_clipfrac": (over, count)})
 
 
 def explained_variance(value_N: np.ndarray, return_N: np.ndarray) -> float:

@@ -8,6 +8,7 @@ Legend: T tokens, D width, C candidates, P pairs, K cuts between the levels of r
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -96,10 +97,8 @@ def save_head(values: Mapping[str, np.ndarray], folder: str | os.PathLike[str]) 
     write_folder(Path(folder) / HEAD_FOLDER, entries, values.__getitem__, metadata={"format": "np"})
 
 
-def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
-    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where
-    there is none, one of another width, or one with other levels of ratings than the model's has.
-    """
+def read_head(folder: str | os.PathLike[str]) -> RewardHead:
+    """The saved head by itself. Raises ValueError where there is none."""
     place = Path(folder) / HEAD_FOLDER
     if not place.is_dir():
         raise ValueError(
@@ -111,30 +110,46 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
         )
     reader = TensorReader(place)
     found = {name.removeprefix(_PREFIX): np.array(reader.read(name)) for name in reader.shapes}
-    levels = len(found["thresholds"]) + 1 if "thresholds" in found else 0
+    head = RewardHead(len(found["weight"]), levels=len(found["thresholds"]) + 1 if "thresholds" in found else 0)
+    for name, parameter in head.named_parameters():
+        parameter.set_value(paddle.to_tensor(found[name]))
+    return head
+
+
+def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
+    """Put the saved head on the model, or on the stage of it that has one. Raises ValueError where
+    there is none, one of another width, or one with other levels of ratings than the model's has.
+    """
+    place, saved = Path(folder) / HEAD_FOLDER, read_head(folder)
+    levels = _levels(saved)
     head = attach_head(model, levels=levels)
     if isinstance(head, Elsewhere):
         return
-    if found["weight"].shape != tuple(head.weight.shape):
+    if saved.weight.shape != head.weight.shape:
         raise ValueError(
             say(
-                f"{place}: head {list(found['weight'].shape)} must be {list(head.weight.shape)} for this "
+                f"{place}: head {list(saved.weight.shape)} must be {list(head.weight.shape)} for this "
                 "model; load it on its own model",
-                f"{place}：打分头 {list(found['weight'].shape)} 须为该模型的 {list(head.weight.shape)}"
+                f"{place}：打分头 {list(saved.weight.shape)} 须为该模型的 {list(head.weight.shape)}"
                 "；请在它自己的模型上加载",
             )
         )
-    mine = 0 if head.thresholds is None else int(head.thresholds.size) + 1
-    if levels != mine:
+    if levels != _levels(head):
         raise ValueError(
             say(
-                f"{place}: head with {levels} levels of ratings must have {mine}, as rating_loss and "
+                f"{place}: head with {levels} levels of ratings must have {_levels(head)}, as rating_loss and "
                 "rating_levels say; set them to those it was trained with",
-                f"{place}：打分头有 {levels} 个评分等级，按 rating_loss 与 rating_levels 应为 {mine}；请设为训练时的值",
+                f"{place}：打分头有 {levels} 个评分等级，按 rating_loss 与 rating_levels 应为 {_levels(head)}"
+                "；请设为训练时的值",
             )
         )
+    values = dict(saved.named_parameters())
     for name, parameter in head.named_parameters():
-        parameter.set_value(paddle.to_tensor(found[name]))
+        parameter.set_value(values[name])
+
+
+def _levels(head: RewardHead) -> int:
+    return 0 if head.thresholds is None else int(head.thresholds.size) + 1
 
 
 class RewardObjective:
@@ -244,15 +259,18 @@ def ratings_of(batch: UnitBatch) -> Labels:
     return Labels(index, np.array([q for _, q, _ in rated]), np.array([w for _, _, w in rated]))
 
 
-def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
+def rewards(model: Any, hidden_TD: Tensor, batch: UnitBatch, head: RewardHead | None = None) -> Outputs:
     """reward_C, one for each candidate, and cut_K, where the head has any: only the last stage of a
-    pipeline has it, and the loss knows no model.
+    pipeline has it, and the loss knows no model. `head`: one that is not on the model.
     """
-    reward_C: Tensor = model.reward_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
-    cut_K = model.reward_head.cuts()
+    head = head or model.reward_head
+    reward_C: Tensor = head(paddle.gather(hidden_TD, paddle.to_tensor(batch.end_C)))
+    cut_K = head.cuts()
     return {"reward_C": reward_C} if cut_K is None else {"reward_C": reward_C, "cut_K": cut_K}
 
 
-def rewards_of(model: Any, batches: Iterable[UnitBatch]) -> Iterable[dict[str, np.ndarray]]:
+def rewards_of(
+    model: Any, batches: Iterable[UnitBatch], head: RewardHead | None = None
+) -> Iterable[dict[str, np.ndarray]]:
     """What `rewards` gives of each batch, without gradients and dropout."""
-    return (frozen_outputs(model, rewards, batch) for batch in batches)
+    return (frozen_outputs(model, functools.partial(rewards, head=head), batch) for batch in batches)

@@ -15,6 +15,7 @@ import numpy as np
 from ernie_tune.checkpoint.state import Ranks
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit
+from ernie_tune.objectives.advantages import deviation
 from ernie_tune.rewards.rubric import Answered, Scored
 
 
@@ -92,13 +93,17 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
     for name, values in columns.items():
         known = values[~np.isnan(values)]
         mine[name] = (float(known.sum()), len(known))
-    told = ranks.gather((mine, flat, len(groups), length_C.min(initial=np.inf), length_C.max(initial=0)))
+    lengths = (length_C.min(initial=np.inf), length_C.max(initial=0))
+    told = ranks.gather((mine, flat, len(groups), *lengths, max((len(g.reward_G) for g in groups), default=0)))
     out = {}
     for name in sorted({name for means, *_ in told for name in means}):
         pairs = [means.get(name, (0.0, 0)) for means, *_ in told]
         if count := sum(count for _, count in pairs):
             out[name] = float(np.sum([total for total, _ in pairs])) / count
     out["frac_reward_zero_std"] = sum(one[1] for one in told) / max(sum(one[2] for one in told), 1)
+    if max(one[5] for one in told) == 1:  # a group of one has no spread, its round has
+        del out["frac_reward_zero_std"]
+        out["reward_std"] = deviation(reward_C, lambda sums: np.sum(ranks.gather(sums), axis=0))
     out["completions/min_length"] = float(min(one[3] for one in told))
     out["completions/max_length"] = float(max(one[4] for one in told))
     out["groups_refilled"] = float(attempts)

@@ -19,6 +19,7 @@ from ernie_tune.train.guards import Verdict
 ROUNDS = 3  # that must look alike before anything is said
 WINDOW = 20  # steps of what is called now, and of what is called the beginning
 _SAME = 1e-8
+CRITIC_STEPS, CRITIC_WINDOW = 50, 10
 _CUT_OFF, _ALIKE, _COLLAPSED = 0.3, 0.8, 0.1
 
 
@@ -150,3 +151,40 @@ class RolloutWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = {k: list(v) for k, v in state["seen"].items()}
         self.held, self.told = list(state["held"]), set(state["told"])
+
+
+class CriticWatch:
+    """Says once when the critic still explains less than the mean alone, so long after it began
+    that it should know better: the mean explained variance of the last ten steps is below 0. State:
+    what was seen of them, what was said.
+    """
+
+    def __init__(self, warmup_steps: int = 0, patience_steps: int = CRITIC_STEPS) -> None:
+        self.first = warmup_steps + patience_steps
+        self.seen: list[float] = []
+        self.told = False
+
+    def look(self, step: int, values: Mapping[str, float]) -> list[Verdict]:
+        """What a step's numbers give reason to say."""
+        if np.isfinite(value := values.get("critic/vf_explained_var", np.nan)):
+            self.seen = [*self.seen, float(value)][-CRITIC_WINDOW:]
+        if self.told or step <= self.first or len(self.seen) < CRITIC_WINDOW or np.mean(self.seen) >= 0:
+            return []
+        self.told = True
+        mean = float(np.mean(self.seen))
+        return [
+            Verdict(
+                say(
+                    f"step {step}: the critic's explained variance is {mean:.2f}, it harms more than no critic; raise "
+                    "value_learning_rate or critic_warmup, or start it from the reward model (value_model)",
+                    f"第 {step} 步：价值网络的解释方差为 {mean:.2f}，还不如没有价值网络；请调大 value_learning_rate 或 "
+                    "critic_warmup，或从奖励模型开始（value_model）",
+                )
+            )
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": list(self.seen), "told": self.told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen, self.told = list(state["seen"]), bool(state["told"])

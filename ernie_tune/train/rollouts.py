@@ -30,6 +30,7 @@ from ernie_tune.data.units import Unit, UnitBatch, collate_units
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.objectives import advantages as adv
+from ernie_tune.objectives.policy import KlControl
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
@@ -139,6 +140,7 @@ class Rollouts:
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
         self.ranks = ranks
+        self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
         self.deal = Deal(settings.num_mini_batches, ranks.size)
@@ -397,11 +399,11 @@ class Rollouts:
         if s.advantage_estimator == "gae":
             advantage_N = self._with_critic(groups, reward_C, candidate_N, kl_N)
         elif s.advantage_estimator == "reinforce_plus_plus":
-            reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
+            reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, self.kl.coef)
             advantage_N = adv.whiten(adv.returns_to_go(reward_N, candidate_N), self._total)
         else:
             if kl_N is not None:
-                reward_C = reward_C - s.kl_coef * np.bincount(candidate_N, kl_N, minlength=len(length_C))
+                reward_C = reward_C - self.kl.coef * np.bincount(candidate_N, kl_N, minlength=len(length_C))
             advantage_N = self._of_answers(groups, reward_C, group_C)[candidate_N]
             if s.advantage_estimator == "reinforce_plus_plus_baseline":
                 advantage_N = adv.whiten(advantage_N, self._total)
@@ -441,13 +443,17 @@ class Rollouts:
     ) -> np.ndarray:
         s = self.settings
         value_N = np.concatenate([*(g.columns["value_N"] for g in groups), np.zeros(0)])
-        reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, s.kl_coef)
+        reward_N = adv.token_rewards(reward_C, candidate_N, kl_N, self.kl.coef)
+        # Answers that count for nothing leave mean and spread, too.
+        keep_N = np.concatenate([*(g.counts_G for g in groups), np.zeros(0)])[candidate_N] > 0
         if s.whiten_rewards:
-            reward_N = adv.whiten(reward_N, self._total, keep_mean=True)
+            reward_N[keep_N] = adv.whiten(reward_N[keep_N], self._total, keep_mean=True)
         advantage_N, return_N = adv.gae(reward_N, value_N, candidate_N, s.gamma, s.lam)
         for group, part, _ in _parts(groups, return_N, return_N):
             group.columns["return_N"] = part
-        return adv.whiten(advantage_N, self._total)
+        white_N = np.zeros_like(advantage_N)
+        white_N[keep_N] = adv.whiten(advantage_N[keep_N], self._total)
+        return white_N
 
     # --- resuming ---------------------------------------------------------------------------------
 

@@ -346,10 +346,14 @@ def apply_method(
     return model
 
 
-def loop_of(config: RunConfig, policy: Placed, objective: Objective, total_steps: int) -> Loop:
-    """The loop of a run of so many steps, with an AdamW that has made none."""
+def loop_of(
+    config: RunConfig, policy: Placed, objective: Objective, total_steps: int, learning_rate: float | None = None
+) -> Loop:
+    """The loop of a run of so many steps, with an AdamW that has made none. `learning_rate`: the
+    peak, where it is not the settings'."""
     o, t, model = config.optim, config.train, policy.model
-    schedule = Schedule(o.learning_rate, total_steps, warmup_steps(o, total_steps), o.lr_scheduler_type, o.min_lr)
+    peak = o.learning_rate if learning_rate is None else learning_rate
+    schedule = Schedule(peak, total_steps, warmup_steps(o, total_steps), o.lr_scheduler_type, o.min_lr)
     ratios = LrRatios(o.moe_gate_lr_ratio, o.vit_lr_ratio)
 
     def rate(name: str) -> float:

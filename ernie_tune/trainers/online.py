@@ -8,7 +8,6 @@ a round is made (train/rollouts.py).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING, Dropped
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.prompts import Difficulty, PromptStream
-from ernie_tune.data.records import Record, Reward, Verifier
+from ernie_tune.data.records import Record
 from ernie_tune.data.survey import Survey, survey
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.evaluate.measure import Measure
@@ -34,9 +33,7 @@ from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.objectives.objective import logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
-from ernie_tune.rewards.functions import Function, load_function
-from ernie_tune.rewards.rubric import Judge, RowVerifiers, Rubric
-from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
+from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
@@ -47,6 +44,7 @@ from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
+from ernie_tune.trainers.judges import ModelJudge, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
@@ -239,6 +237,11 @@ class SampledAnswers(Method):
         resumed = self.config.save.resume_only_model
         self._mode = choose_mode(r, model, resumed) if self.needs_reference else "none"
         self._fresh = self._mode == "adapter_ref" and make_room(model)
+        for judge in self._models():
+            judge.attach(model, self.config)
+
+    def _models(self) -> list[ModelJudge]:
+        return [judge for judge in self.rubric.judges if isinstance(judge, ModelJudge)]
 
     def objective(self, total_steps: int, steps_per_pass: float) -> PolicyObjective:
         p = self.config.policy
@@ -263,7 +266,8 @@ class SampledAnswers(Method):
         if self._fresh:
             take_copy(policy.model)
             self._fresh = False
-        attach: list[Callable[[UnitBatch], UnitBatch]] = []
+        for judge in self._models():
+            judge.open(self.place, policy)
         if self._mode != "none":
             support = functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
             with policy.whole():
@@ -275,14 +279,13 @@ class SampledAnswers(Method):
                     lambda model: self.place.put(model, trained=False).forward,
                     support,
                 )
-            attach.append(self._with_reference)
         self._rollouts = Rollouts(
             self.settings,
             self._prompts.records,
             self.processor,
             self.sample,
             self.rubric,
-            attach,
+            self.attached(),
             self._prompts.prompts,
             _DataRanks(self.place),
             self._tell,
@@ -311,6 +314,10 @@ class SampledAnswers(Method):
         self.place.check_alike([one.token_ids for key in sorted(found) for one in found[key]], say("answers", "回答"))
         return found
 
+    def attached(self) -> list[Callable[[UnitBatch], UnitBatch]]:
+        """What is said of the answers' tokens before they are learned from, one column each."""
+        return [] if self.reference is None else [self._with_reference]
+
     def _with_reference(self, batch: UnitBatch) -> UnitBatch:
         assert self.reference is not None
         with self.policy.whole():
@@ -325,6 +332,7 @@ class SampledAnswers(Method):
         everybody = self.place.gather_batch([row for group in groups for row in _told(number, group)])
         if self.place.is_writer:
             lines = [json.dumps(row, ensure_ascii=False) for part in everybody for row in part]
+            self.output_dir.mkdir(parents=True, exist_ok=True)  # a notebook may make a round before any run
             with (self.output_dir / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
 
@@ -474,62 +482,6 @@ def policy_hyper(config: RunConfig) -> PolicyHyper:
         off_policy_mask_threshold=p.off_policy_mask_threshold,
         kl_type=p.kl_type,
         max_completion_length=config.rollout.max_completion_length,
-    )
-
-
-def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None) -> Rubric:
-    """The judges of a run: `functions` given as objects, else those that the settings name, else
-    what rows name.
-    """
-    r = config.rollout
-    given = functions if functions is not None else r.reward_funcs
-    listed = list(given) if isinstance(given, list | tuple) else [given]
-    judges = [_judge(config, one) for one in listed if one is not None and one != ""]
-    return Rubric(
-        judges,
-        tuple(weights if weights is not None else r.reward_weights),
-        r.max_completion_length,
-        r.reward_check,
-    )
-
-
-class _Named:
-    """A checker by name, for rows that give its gold answer."""
-
-    def __init__(self, name: str, limit: int) -> None:
-        self.name, self.rows = name, RowVerifiers(limit)
-
-    def __call__(self, groups: Sequence[Any]) -> Any:
-        mine = []
-        for record, answers in groups:
-            reward = record.reward or Reward()
-            mine.append(
-                (
-                    dataclasses.replace(record, reward=dataclasses.replace(reward, verifiers=(Verifier(self.name),))),
-                    answers,
-                )
-            )
-        return self.rows(mine)
-
-
-def _judge(config: RunConfig, given: Any) -> Judge:
-    r = config.rollout
-    if callable(given):
-        return (
-            given
-            if hasattr(given, "name") and not hasattr(given, "__name__")
-            else Function(given, "", r.reward_error, r.reward_timeout_seconds)
-        )
-    text = str(given)
-    if text in VERIFIERS:
-        return _Named(text, r.max_completion_length)
-    if ".py:" in text:
-        return Function(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
-    raise ValueError(
-        say(
-            f"reward_funcs ({text}) must be the name of a checker ({', '.join(n for n in VERIFIERS if n not in SHAPING)}), or file.py:function; correct it",
-            f"reward_funcs（{text}）须为检查器名（{', '.join(n for n in VERIFIERS if n not in SHAPING)}）或 file.py:function；请改正",
-        )
     )
 
 

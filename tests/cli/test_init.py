@@ -11,7 +11,8 @@ from ernie_tune.config.loader import load_config
 from ernie_tune.config.sections_model import METHODS
 from ernie_tune.config.stages import STAGES
 
-BUILT = [name for name, stage in STAGES.items() if stage.built]
+METHODS_OF_PPO = ("LoRA", "Full", "Prompt")  # the other adapters take the same way as LoRA
+EVERY = [(stage, method) for stage in STAGES for method in METHODS if stage != "PPO" or method in METHODS_OF_PPO]
 
 
 @pytest.fixture
@@ -22,8 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("stage", BUILT)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("stage", "method"), EVERY)
 def test_every_stage_and_method_trains_as_written(
     here: Path, stage: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,7 +130,7 @@ def test_layouts_are_judged_where_the_shape_is_known(here: Path) -> None:
 @pytest.mark.parametrize("verb", ["validate", "train"])
 def test_verbs_say_the_same(here: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     for line, words in (
-        ("stage: PPO", "stage (PPO) cannot be trained in this version"),
+        ("stage: PPO\npacking: true", "packing (true) must be false at stage PPO"),
         ("stage: DPO\nloss_type: nonsense", "loss_type (nonsense) must be one of"),
         ("stage: KTO\nbatch_size: 1", "per_device_train_batch_size (1) must be at least 2 at stage KTO"),
         ("model: Qwen/Qwen2-VL-7B-Instruct", "must be an ERNIE 4.5 model"),
@@ -143,10 +143,10 @@ def test_verbs_say_the_same(here: Path, verb: str, capsys: pytest.CaptureFixture
 
 
 def test_estimate_and_data_check_tell_what_cannot_be_trained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("run.yaml").write_text(BASE + "stage: PPO\ndataloader_num_workers: 4\nmax_seq_len: 64\n")
+    Path("run.yaml").write_text(BASE + "fp16: true\ndataloader_num_workers: 4\nmax_seq_len: 64\n")
     assert main.main(["estimate", "run.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "stage (PPO) cannot be trained in this version" in out
+    assert "fp16 (true) has no effect in this version" in out
     assert "dataloader_num_workers (4) has no effect" in out
     main.main(["data", "check", "run.yaml"])
-    assert "stage (PPO) cannot be trained in this version" in capsys.readouterr().err
+    assert "fp16 (true) has no effect in this version" in capsys.readouterr().err
