@@ -1,6 +1,6 @@
 """The loop's engine on a Fleet mesh: the same calls as on one process, with the sums between them.
 
-    mesh = init_mesh(Degrees(tensor=2, pipe=2), accumulation=8)
+    mesh = init_mesh(Layout(tensor=2, pipe=2), accumulation=8)
     engine = DistributedEngine.lay(model, mesh, accumulation=8)     # model: with its adapters on,
                                                                     not yet split
     optimizer = engine.optimizer(make)                              # make(parameters) -> an
@@ -72,7 +72,7 @@ def spread(model: ErnieModel, mesh: Mesh, bounds: Sequence[int] = ()) -> Laid:
     """
     cut = None
     if mesh.size("pipe") > 1:
-        items, d = pipeline_items(model.config), mesh.degrees
+        items, d = pipeline_items(model.config), mesh.layout
         if bounds:
             cut = cut_at(items, bounds, d.pipe, d.virtual_pipe)
         else:
@@ -108,7 +108,7 @@ def unkept(model: ErnieModel, mesh: Mesh) -> frozenset[str]:
     starts = isinstance(model, PeftModel) and any(
         a.waiting and (a.copies or _norms(a.config)) for a in model.adapters.values()
     )
-    if mesh.degrees.sharding_stage < 3 or starts:
+    if mesh.layout.sharding_stage < 3 or starts:
         return frozenset()
     trained = [p for p in model.parameters() if not p.stop_gradient]
     # Fleet deals parameters out by their sizes alone, whatever the optimizer.
@@ -182,7 +182,7 @@ class DistributedEngine(Engine):
         """
         self._optimizer = MeshOptimizer(list(self.named.values()), self.mesh, make)
         self.owner_of = self._optimizer.owner_of
-        if self.mesh.degrees.sharding_stage == 3:
+        if self.mesh.layout.sharding_stage == 3:
             self.blocks = Blocks(self.model, self.mesh, self.owner_of, _BLOCKS, self._fold)
             self._optimizer.release(self.blocks.names())
         return self._optimizer
@@ -200,7 +200,7 @@ class DistributedEngine(Engine):
         self._optimizer.fold_(parameters)
 
     def after_micro_batch(self) -> None:
-        if self.mesh.degrees.sharding_stage < 2:
+        if self.mesh.layout.sharding_stage < 2:
             return
         if self.blocks is not None:
             self.blocks.close()
@@ -236,7 +236,7 @@ class DistributedEngine(Engine):
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         if self._optimizer is None:
             raise AssertionError("optimizer() comes first")
-        if self.mesh.degrees.sharding_stage >= 2:
+        if self.mesh.layout.sharding_stage >= 2:
             self._optimizer.unfold_()
         else:
             for rows in self.exchanges.values():

@@ -11,17 +11,19 @@ import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ernie_tune.checkpoint.source import Source
 from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.language import Text, say
+from ernie_tune.config.layout import Layout
 from ernie_tune.machine.alone import Engine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread, unkept
 from ernie_tune.machine.placed import Placed, Whole, read_parts
 from ernie_tune.machine.stages import StagedForward
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.parallel.mesh import Mesh, init_mesh
 from ernie_tune.parallel.parallelize import equalise
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 from ernie_tune.peft.model import PeftModel
@@ -31,40 +33,30 @@ from ernie_tune.plan.segments import bounds_of
 LIMITS = Limits(join=300.0, stuck=7200.0)
 
 
-def degrees_of(p: ParallelArguments, world: int) -> Degrees:
-    """The settings as degrees; what is left of `world` reads other rows. Raises ValueError where
-    the world does not divide, and as `Degrees`."""
-    stage, _, more = p.sharding.removeprefix("stage").partition(" ")
-    if more:
+def layout_of_run(p: ParallelArguments, world: int) -> Layout:
+    """The layout of `world` processes. Raises ValueError where the world does not divide, and for
+    what this version cannot do."""
+    layout = Layout.of(p, world)
+    if layout.offload:
         raise ValueError(
             say(
-                f"sharding ({p.sharding}) must be without offload in this version; set stage{stage}",
-                f"此版本 sharding（{p.sharding}）不支持 offload；请设为 stage{stage}",
+                f"sharding ({p.sharding}) must be without offload in this version; set stage{layout.sharding_stage}",
+                f"此版本 sharding（{p.sharding}）不支持 offload；请设为 stage{layout.sharding_stage}",
             )
         )
-    shards, laid = p.sharding_parallel_size, p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-    if world % (laid * shards):
+    needed = layout.tensor * layout.pipe * layout.sharding
+    if world % needed:
         raise ValueError(
             say(
                 "tensor_model_parallel_size x pipeline_model_parallel_size x sharding_parallel_size ("
-                f"{laid * shards}) must divide the number of processes ({world}); start {laid * shards} "
+                f"{needed}) must divide the number of processes ({world}); start {needed} "
                 "or a multiple of it (--nproc), or change the degrees",
                 "tensor_model_parallel_size × pipeline_model_parallel_size × sharding_parallel_size（"
-                f"{laid * shards}）须整除进程数（{world}）；请启动 {laid * shards} "
+                f"{needed}）须整除进程数（{world}）；请启动 {needed} "
                 "个或其倍数（--nproc），或修改并行度",
             )
         )
-    rows = world // (laid * shards)
-    return Degrees(
-        tensor=p.tensor_model_parallel_size,
-        pipe=p.pipeline_model_parallel_size,
-        data=rows,
-        sharding=shards,
-        expert=p.expert_model_parallel_size,
-        sharding_stage=int(stage) if p.sharding != "off" and shards > 1 else 0,
-        sequence_parallel=p.sequence_parallel,
-        virtual_pipe=p.virtual_pipeline_model_parallel_size,
-    )
+    return layout if layout.sharding > 1 else replace(layout, sharding_stage=0)  # nobody to share with
 
 
 class Place:
@@ -74,10 +66,9 @@ class Place:
 
     def __init__(self, parallel: ParallelArguments, accumulation: int = 1) -> None:
         world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-        self.accumulation, self.segments = accumulation, parallel.pp_seg_method
-        degrees = degrees_of(parallel, world)
+        self.accumulation, layout = accumulation, layout_of_run(parallel, world)
         self.watch = _watch(world)
-        self.mesh = init_mesh(degrees, accumulation=accumulation) if world > 1 else Mesh(degrees)
+        self.mesh = init_mesh(layout, accumulation=accumulation) if world > 1 else Mesh(layout)
 
     @property
     def several(self) -> bool:
@@ -130,8 +121,8 @@ class Place:
                 read_parts(model, source)
             return Placed(model, self, Engine() if trained else None, model)
         whole = Whole(model)
-        d = self.mesh.degrees
-        bounds = bounds_of(self.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
+        d = self.mesh.layout
+        bounds = bounds_of(d.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()
         laid = spread(model, self.mesh, bounds)
         if source is not None:
             self._read(model, source, unkept(model, self.mesh) if optimizer_next else frozenset())

@@ -91,7 +91,7 @@ class Placed:
         a gradient; all ranks enter and leave it.
         """
         with self.whole():
-            if not self.place.mesh.degrees.fleet_experts:
+            if not self.place.mesh.layout.fleet_experts:
                 yield self.forward
                 return
             together = InStep(self.forward, self.place.mesh.group("expert"))
@@ -123,7 +123,7 @@ class Placed:
         owners = self._engine.owner_of
         nothing = {}
         for name, p in named.items():
-            group = "expert_data" if placement_of(p).expert and self.place.mesh.degrees.fleet_experts else "sharding"
+            group = "expert_data" if placement_of(p).expert and self.place.mesh.layout.fleet_experts else "sharding"
             if owners.get(p.name, self.place.mesh.rank_in(group)) != self.place.mesh.rank_in(group):
                 nothing[name] = regions[name].run(0, 0)
         return Shards(regions, nothing)

@@ -20,6 +20,7 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from ernie_tune.config.language import say
+from ernie_tune.config.layout import Layout
 from ernie_tune.machine.alone import Window, Work
 from ernie_tune.machine.tower import SharedTower, tower_parameters
 from ernie_tune.models.cache import Cache
@@ -28,7 +29,7 @@ from ernie_tune.models.ernie import ErnieModel, Recompute, SequenceContext, stag
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterRecord, RouterTap
 from ernie_tune.objectives.objective import Outputs
-from ernie_tune.parallel.mesh import Degrees, Group, Mesh
+from ernie_tune.parallel.mesh import Group, Mesh
 from ernie_tune.parallel.pipeline import Cut, Pipeline, cut_at, cut_balanced
 
 # --- the model as items ---------------------------------------------------------------------------
@@ -66,14 +67,14 @@ def stages_of(cut: Cut, stage: int) -> frozenset[str]:
     return frozenset(cut.items_of(stage)) | {"vision_model"} | ({"resampler_model"} if stage == 0 else set())
 
 
-def cut_of(config: ModelConfig, degrees: Degrees, bounds: Sequence[int] = ()) -> Cut:
+def cut_of(config: ModelConfig, layout: Layout, bounds: Sequence[int] = ()) -> Cut:
     """Where the pipeline is cut: at `bounds` among `pipeline_items`, or balanced by `item_costs`.
     ValueError for cuts that cannot be.
     """
     items = pipeline_items(config)
     if bounds:
-        return cut_at(items, bounds, degrees.pipe, degrees.virtual_pipe)
-    return cut_balanced(items, item_costs(config), degrees.pipe, degrees.virtual_pipe)
+        return cut_at(items, bounds, layout.pipe, layout.virtual_pipe)
+    return cut_balanced(items, item_costs(config), layout.pipe, layout.virtual_pipe)
 
 
 # --- one pack through this rank's stages ----------------------------------------------------------

@@ -26,7 +26,7 @@ _BUCKET_BYTES = 128 * 2**20
 
 def is_fleet_expert(parameter: Tensor, mesh: Mesh) -> bool:
     """Whether its replicas are Fleet's `expert_data` group."""
-    return placement_of(parameter).expert and mesh.degrees.fleet_experts
+    return placement_of(parameter).expert and mesh.layout.fleet_experts
 
 
 def all_reduce_(parameters: Sequence[Tensor], group: Any, scale: float) -> None:
@@ -73,7 +73,7 @@ def sum_partial_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
 
 def scale_experts_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
     """tensor / expert on the gradients of Fleet's experts (trap i)."""
-    factor = mesh.degrees.tensor / mesh.degrees.expert
+    factor = mesh.layout.tensor / mesh.layout.expert
     with paddle.no_grad():
         for p in parameters:
             if p.grad is not None and is_fleet_expert(p, mesh):

@@ -1,4 +1,4 @@
-"""Degrees -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a
+"""A layout -> `fleet.init` -> groups by name. The one place that asks Fleet for its topology; a
 single process has the same mesh with one rank.
 
 Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (data x sharding: the
@@ -22,87 +22,58 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.config.layout import AXES, Layout
 from ernie_tune.parallel import gloo
 
 MAX = dist.ReduceOp.MAX
-AXES = ("tensor", "pipe", "data", "sharding", "expert")
 # Fleet wants the pipeline outside the experts, and the model axis innermost (parallel.md 2.1).
 _ORDER = ("sharding", "moe_sharding", "pp", "sep", "cp", "dp", "ep", "mp")
 
 
-@dataclass(frozen=True)
-class Degrees:
-    """How many ranks each axis has. `sharding_stage` 0 shards nothing. Raises ValueError for what
-    Fleet cannot lay out.
+def check_degrees(layout: Layout) -> None:
+    """Raises ValueError for what Fleet cannot lay out, whatever the model."""
+    for name in (*AXES, "virtual_pipe"):
+        if getattr(layout, name) < 1:
+            raise ValueError(f"{name} ({getattr(layout, name)}) must be at least 1; set it to the number of ranks")
+    if layout.sharding_stage not in (0, 1, 2, 3):
+        raise ValueError(f"sharding_stage ({layout.sharding_stage}) must be 0, 1, 2 or 3; choose one")
+    if layout.sharding_stage and layout.sharding == 1 and layout.data > 1:
+        raise ValueError(
+            f"sharding_stage ({layout.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({layout.data})"
+        )
+    if layout.sharding > 1 and not layout.sharding_stage:
+        raise ValueError(f"sharding ({layout.sharding}) must go with sharding_stage 1, 2 or 3; set it, or use data")
+    if layout.sharding_stage > 1 and layout.pipe > 1:
+        raise ValueError(
+            f"sharding_stage ({layout.sharding_stage}) must be 0 or 1 with pipe ({layout.pipe}), whose stages keep gradients over micro-batches; use 1"
+        )
+    if layout.sequence_parallel and layout.tensor == 1:
+        raise ValueError("sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over")
+    if layout.expert > 1 and layout.tensor > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            f"expert ({layout.expert}) with tensor ({layout.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it"
+        )
+    spread = layout.tensor * layout.data * layout.sharding
+    if layout.expert > 1 and (layout.expert % layout.tensor or spread % layout.expert):
+        raise ValueError(
+            f"expert ({layout.expert}) must be a multiple of tensor ({layout.tensor}) and divide tensor x data x sharding ({spread}); "
+            f"nearest: {layout.tensor} or {spread}"
+        )
+
+
+def fleet_degrees(layout: Layout) -> dict[str, int]:
+    """The degrees as `fleet` names them. Its expert topology has no data axis: those ranks join
+    the sharding axis, sharded or not.
     """
-
-    tensor: int = 1
-    pipe: int = 1
-    data: int = 1
-    sharding: int = 1
-    expert: int = 1
-    sharding_stage: int = 0
-    sequence_parallel: bool = False
-    virtual_pipe: int = 1
-
-    def __post_init__(self) -> None:
-        for name in (*AXES, "virtual_pipe"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; set it to the number of ranks")
-        if self.sharding_stage not in (0, 1, 2, 3):
-            raise ValueError(f"sharding_stage ({self.sharding_stage}) must be 0, 1, 2 or 3; choose one")
-        if self.sharding_stage and self.sharding == 1 and self.data > 1:
-            raise ValueError(
-                f"sharding_stage ({self.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({self.data})"
-            )
-        if self.sharding > 1 and not self.sharding_stage:
-            raise ValueError(f"sharding ({self.sharding}) must go with sharding_stage 1, 2 or 3; set it, or use data")
-        if self.sharding_stage > 1 and self.pipe > 1:
-            raise ValueError(
-                f"sharding_stage ({self.sharding_stage}) must be 0 or 1 with pipe ({self.pipe}), whose stages keep gradients over micro-batches; use 1"
-            )
-        if self.sequence_parallel and self.tensor == 1:
-            raise ValueError(
-                "sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over"
-            )
-        if self.expert > 1 and self.tensor > 1 and not self.sequence_parallel:
-            raise ValueError(
-                f"expert ({self.expert}) with tensor ({self.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it"
-            )
-        spread = self.tensor * self.data * self.sharding
-        if self.expert > 1 and (self.expert % self.tensor or spread % self.expert):
-            raise ValueError(
-                f"expert ({self.expert}) must be a multiple of tensor ({self.tensor}) and divide tensor x data x sharding ({spread}); "
-                f"nearest: {self.tensor} or {spread}"
-            )
-
-    @property
-    def world(self) -> int:
-        return self.tensor * self.pipe * self.data * self.sharding
-
-    @property
-    def experts_over_tensor(self) -> bool:
-        """Whether the experts are spread over the tensor group itself."""
-        return 1 < self.expert == self.tensor
-
-    @property
-    def fleet_experts(self) -> bool:
-        """Whether Fleet's own expert topology is used."""
-        return self.expert > 1 and not self.experts_over_tensor
-
-    def fleet_degrees(self) -> dict[str, int]:
-        """The degrees as `fleet` names them. Its expert topology has no data axis: those ranks join
-        the sharding axis, sharded or not.
-        """
-        folded = self.sharding * self.data if self.fleet_experts else self.sharding
-        return {
-            "dp_degree": 1 if self.fleet_experts else self.data,
-            "mp_degree": self.tensor,
-            "pp_degree": self.pipe,
-            "sharding_degree": folded,
-            "ep_degree": self.expert if self.fleet_experts else 1,
-            "moe_sharding_degree": self.tensor * folded // self.expert if self.fleet_experts else 1,
-        }
+    folded = layout.sharding * layout.data if layout.fleet_experts else layout.sharding
+    return {
+        "dp_degree": 1 if layout.fleet_experts else layout.data,
+        "mp_degree": layout.tensor,
+        "pp_degree": layout.pipe,
+        "sharding_degree": folded,
+        "ep_degree": layout.expert if layout.fleet_experts else 1,
+        "moe_sharding_degree": layout.tensor * folded // layout.expert if layout.fleet_experts else 1,
+    }
 
 
 @dataclass(frozen=True)
@@ -142,8 +113,10 @@ class Mesh:
     nothing is initialised.
     """
 
-    def __init__(self, degrees: Degrees | None = None, groups: dict[str, Group] | None = None, rank: int = 0) -> None:
-        self.degrees = degrees or Degrees()
+    def __init__(self, layout: Layout | None = None, groups: dict[str, Group] | None = None, rank: int = 0) -> None:
+        """Raises ValueError for a layout that Fleet cannot lay out."""
+        self.layout = layout or Layout()
+        check_degrees(self.layout)
         self.rank = rank
         self._groups = groups or {}
         self.hcg: Any = None
@@ -180,7 +153,7 @@ class Mesh:
 
     def describe(self) -> str:
         """One line: the degrees above 1."""
-        d = self.degrees
+        d = self.layout
         used = [f"{name} {getattr(d, name)}" for name in AXES if getattr(d, name) > 1]
         extra = [f"sharding stage {d.sharding_stage}"] * (d.sharding > 1) + ["sequence parallel"] * d.sequence_parallel
         extra += [f"{d.virtual_pipe} chunks a stage"] * (d.virtual_pipe > 1)
@@ -196,18 +169,19 @@ class Mesh:
         return (plain + 7_919 * 1_000_003 * place) % 2**31
 
 
-def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
-    """Initialise Fleet for `degrees` and name its groups. Raises ValueError when the launcher
+def init_mesh(layout: Layout, *, accumulation: int = 1) -> Mesh:
+    """Initialise Fleet for `layout` and name its groups. Raises ValueError when the launcher
     started another number of processes.
     """
+    check_degrees(layout)
     world = dist.get_world_size()
-    if degrees.world != world:
+    if layout.world != world:
         raise ValueError(
-            f"tensor x pipe x data x sharding ({degrees.tensor} x {degrees.pipe} x {degrees.data} x {degrees.sharding} = {degrees.world}) must equal "
-            f"the number of processes ({world}); start {degrees.world}, or change the degrees"
+            f"tensor x pipe x data x sharding ({layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}) must equal "
+            f"the number of processes ({world}); start {layout.world}, or change the degrees"
         )
     if world == 1:
-        return Mesh(degrees)
+        return Mesh(layout)
     gloo.install()
     from paddle.distributed import fleet
     from paddle.distributed.fleet.base import topology
@@ -217,22 +191,22 @@ def init_mesh(degrees: Degrees, *, accumulation: int = 1) -> Mesh:
     # Fleet meets every group on every rank, and warns of those that the rank is not in
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Current global rank")
-        fleet.init(is_collective=True, strategy=_strategy(degrees, accumulation), log_level="WARNING")
-    mesh = Mesh(degrees, rank=dist.get_rank())
+        fleet.init(is_collective=True, strategy=_strategy(layout, accumulation), log_level="WARNING")
+    mesh = Mesh(layout, rank=dist.get_rank())
     mesh.hcg = fleet.get_hybrid_communicate_group()
-    mesh._groups = _named_groups(degrees, mesh.hcg)
+    mesh._groups = _named_groups(layout, mesh.hcg)
     # everybody knows everybody from here on, so a rank that ends is noticed
     mesh.group("world").objects(None)
     return mesh
 
 
-def _strategy(degrees: Degrees, accumulation: int) -> Any:
+def _strategy(layout: Layout, accumulation: int) -> Any:
     from paddle.distributed import fleet
 
     strategy = fleet.DistributedStrategy()
-    if degrees.fleet_experts:
+    if layout.fleet_experts:
         strategy.hybrid_parallel_order = list(_ORDER)
-    strategy.hybrid_configs = degrees.fleet_degrees()
+    strategy.hybrid_configs = fleet_degrees(layout)
     # Packs differ in length, and under sequence parallelism a stage boundary is not the same on all
     # tensor ranks (traps q, r of parallel.md 1.5).
     strategy.pipeline_configs = {
@@ -240,11 +214,11 @@ def _strategy(degrees: Degrees, accumulation: int) -> Any:
         "micro_batch_size": 1,
         "enable_partial_send_recv": False,
     }
-    strategy.hybrid_configs["pp_configs"].enable_dynamic_shape = degrees.virtual_pipe == 1
+    strategy.hybrid_configs["pp_configs"].enable_dynamic_shape = layout.virtual_pipe == 1
     return strategy
 
 
-def _named_groups(d: Degrees, hcg: Any) -> dict[str, Group]:
+def _named_groups(d: Layout, hcg: Any) -> dict[str, Group]:
     """Fleet's groups under our names, and the ones that it does not have."""
     me = dist.get_rank()
     place = {r: _place(hcg, r) for r in range(dist.get_world_size())}

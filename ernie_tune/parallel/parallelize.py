@@ -48,10 +48,10 @@ def parallelize(
     if mesh.world == 1:
         return None
     group = mesh.group("tensor")
-    runs = TokenRuns(group) if mesh.degrees.sequence_parallel else None
+    runs = TokenRuns(group) if mesh.layout.sequence_parallel else None
     apply_experts(model, plan, mesh.group("expert"))
     apply_tensor(model, plan, adapters or {}, group, runs)
-    if mesh.degrees.expert > 1 or mesh.size("pipe") > 1:
+    if mesh.layout.expert > 1 or mesh.size("pipe") > 1:
         _open(model, ends[0])
     if runs is not None:
         apply_sequence(model, plan, ends, runs)

@@ -111,7 +111,7 @@ class MeshOptimizer:
     def __init__(self, trainable: Sequence[Tensor], mesh: Mesh, make: MakeOptimizer) -> None:
         experts = [p for p in trainable if is_fleet_expert(p, mesh)]
         dense = [p for p in trainable if not is_fleet_expert(p, mesh)]
-        shard = mesh.degrees.sharding_stage > 0
+        shard = mesh.layout.sharding_stage > 0
         groups = [(dense, mesh.group("sharding")), (experts, mesh.group("expert_data"))]
         self.parts = [_Part(found, group, make, shard) for found, group in groups if found]
         self.data = mesh.group("data")

@@ -13,12 +13,13 @@ from typing import Any
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.convert import to_raw
 from ernie_tune.config.language import padded, say, shown
+from ernie_tune.config.layout import Layout
 from ernie_tune.config.loader import Entry, load_config, load_text
 from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan import cards as card_table
 from ernie_tune.plan.cards import GB, Card
 from ernie_tune.plan.job import Job, job_of, model_shape
-from ernie_tune.plan.layouts import Layout, layout_of, run_problems
+from ernie_tune.plan.layouts import run_problems
 from ernie_tune.plan.memory import rows
 from ernie_tune.plan.search import Plan, best, changes_that_fit, plan, smallest
 from ernie_tune.plan.weights import base_bytes, trained_values
@@ -109,7 +110,7 @@ def estimate(
         device = _this_machine(device)
     job = _sized(job_of(config, shape, on_cpu=device.is_cpu, visual_tokens=visual_tokens), row_tokens, visual_tokens)
     job = job.replace(notes=(*told, *job.notes))
-    asked = layout_of(config)
+    asked = Layout.of(config.parallel)
     free = asked == Layout(sequence_parallel=asked.sequence_parallel) and named
     if free:
         chosen = best(job, device, cards) if cards else smallest(job, device)
@@ -119,7 +120,7 @@ def estimate(
         found = run_problems(config, shape, world)
         if found:
             raise ValueError("\n".join(message for _, message in found))
-        chosen = plan(job, layout_of(config, world), device)
+        chosen = plan(job, Layout.of(config.parallel, world), device)
         better = _better(job, device, chosen)
     changes = () if chosen.fits else tuple(changes_that_fit(job, device, chosen.layout.world, chosen.layout.offload))
     return Estimate(job, device, chosen, free, better, changes)

@@ -1,8 +1,6 @@
 """Which degrees of parallelism a model can be cut into (parallel.md 2.5), said before anything is
 loaded, with the nearest ones that work.
 
-Axes, outermost first: data x sharding x pipeline x tensor; experts are cut over the tensor ranks,
-or over those and some of the sharding ranks.
 Refuses to know: bytes and seconds (memory.py, time.py), process groups.
 """
 
@@ -10,107 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
+from ernie_tune.config.layout import EXPERT, PIPE, SEGMENTS, SHARDING, TENSOR, VIRTUAL, Layout
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.plan.segments import bounds_of
 
 Problem = tuple[str, str]  # (the setting to point at, message)
-_SEGMENTS = "pp_seg_method"
-_TENSOR, _PIPELINE, _VIRTUAL, _EXPERT, _SHARDING = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "sharding_parallel_size",
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks share what. `expert`: ranks that the experts of a layer are spread over; equal
-    to `tensor` is the official layout (parallel.md 2.2), 1 puts all of them on every rank. `stage`:
-    what sharding ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-    `offload`:
-    optimizer states in main memory. `segments`: where the pipeline is cut, as the setting
-    pp_seg_method says it.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    sharding: int = 1
-    data: int = 1
-    expert: int = 1
-    sequence_parallel: bool = False
-    stage: int = 0
-    offload: bool = False
-    segments: tuple[str, ...] = ()
-
-    @property
-    def world(self) -> int:
-        """Ranks in all."""
-        return self.tensor * self.pipeline * self.sharding * self.data
-
-    @property
-    def replicas(self) -> int:
-        """Ranks that read rows of their own."""
-        return self.sharding * self.data
-
-    @property
-    def expert_sharding(self) -> int:
-        """Ranks that hold the same experts and share their optimizer states: Fleet's moe_sharding,
-        tensor * sharding / expert, beyond the tensor ranks.
-        """
-        return self.sharding if self.expert in (1, self.tensor) else max(1, self.tensor * self.sharding // self.expert)
-
-    def __str__(self) -> str:
-        words = [f"TP{self.tensor}", f"PP{self.pipeline}"]
-        words += [f"VPP{self.virtual}"] if self.virtual > 1 else []
-        words += [f"EP{self.expert}"] if self.expert > 1 else []
-        words += [f"sharding{self.sharding}"] if self.sharding > 1 else []
-        words += [f"DP{self.data}"] if self.data > 1 else []
-        words += ["offload"] if self.offload else []
-        return " ".join(words)
-
-    def settings(self) -> dict[str, str]:
-        """The settings that ask for this layout and differ from their defaults."""
-        stage = f"stage{self.stage}{' offload' if self.offload else ''}"
-        given = {
-            _TENSOR: self.tensor,
-            "sequence_parallel": self.sequence_parallel,
-            _PIPELINE: self.pipeline,
-            _VIRTUAL: self.virtual,
-            _EXPERT: self.expert,
-            _SHARDING: self.sharding,
-        }
-        out = {k: str(v).lower() for k, v in given.items() if v not in (1, 0, False) or v is True}
-        if self.stage:
-            out["sharding"] = stage
-        return out
-
-
-def layout_of(config: RunConfig, world: int | None = None) -> Layout:
-    """The layout that the settings ask for. `world`: ranks that will run; what the degrees leave
-    over are data replicas. None: just enough ranks.
-    """
-    p = config.parallel
-    expert, shared = p.expert_model_parallel_size, p.sharding_parallel_size
-    layout = Layout(
-        tensor=p.tensor_model_parallel_size,
-        pipeline=p.pipeline_model_parallel_size,
-        virtual=p.virtual_pipeline_model_parallel_size,
-        sharding=shared,
-        expert=expert,
-        sequence_parallel=p.sequence_parallel,
-        stage=0 if p.sharding == "off" else int(p.sharding[5]),
-        offload=p.sharding.endswith("offload"),
-        segments=p.pp_seg_method,
-    )
-    data = 1 if world is None else max(1, world // layout.world)
-    return Layout(**{**vars(layout), "data": data})
 
 
 def problems(
@@ -144,10 +49,10 @@ def _tensor(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     legal = [d for d in _divisors(model.num_key_value_heads) if not list(_uneven(model, d))]
     for name, value in _uneven(model, t):
         yield (
-            _TENSOR,
+            TENSOR,
             say(
-                f"{_TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal}",
-                f"{_TENSOR}（{t}）须整除 {name}（{value}）；该模型可选 {legal}",
+                f"{TENSOR} ({t}) must divide {name} ({value}); for this model choose one of {legal}",
+                f"{TENSOR}（{t}）须整除 {name}（{value}）；该模型可选 {legal}",
             ),
         )
 
@@ -173,49 +78,49 @@ def _experts(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
         return
     if model.moe is None:
         yield (
-            _EXPERT,
+            EXPERT,
             say(
-                f"{_EXPERT} ({e}) must be 1 for a model without experts; remove it",
-                f"模型没有专家时 {_EXPERT}（{e}）须为 1；请去掉",
+                f"{EXPERT} ({e}) must be 1 for a model without experts; remove it",
+                f"模型没有专家时 {EXPERT}（{e}）须为 1；请去掉",
             ),
         )
         return
     if model.moe.num_experts % e:
         legal = _divisors(model.moe.num_experts)
         yield (
-            _EXPERT,
+            EXPERT,
             say(
-                f"{_EXPERT} ({e}) must divide the experts of one modality ({model.moe.num_experts}); "
+                f"{EXPERT} ({e}) must divide the experts of one modality ({model.moe.num_experts}); "
                 f"choose one of {legal}",
-                f"{_EXPERT}（{e}）须整除单一模态的专家数（{model.moe.num_experts}）；可选 {legal}",
+                f"{EXPERT}（{e}）须整除单一模态的专家数（{model.moe.num_experts}）；可选 {legal}",
             ),
         )
     if e % t or (t * s) % e:
         legal = [d for d in _divisors(t * s) if d % t == 0 and model.moe.num_experts % d == 0]
         yield (
-            _EXPERT,
+            EXPERT,
             say(
-                f"{_EXPERT} ({e}) must be a multiple of {_TENSOR} ({t}) and divide {_TENSOR} * replicas ("
+                f"{EXPERT} ({e}) must be a multiple of {TENSOR} ({t}) and divide {TENSOR} * replicas ("
                 f"{t * s}), so that expert * moe_sharding = tensor * sharding; choose one of "
                 f"{legal or [t]}",
-                f"{_EXPERT}（{e}）须为 {_TENSOR}（{t}）的倍数并整除 {_TENSOR} × 副本数（{t * s}），使 "
+                f"{EXPERT}（{e}）须为 {TENSOR}（{t}）的倍数并整除 {TENSOR} × 副本数（{t * s}），使 "
                 f"expert × moe_sharding = tensor × sharding；可选 {legal or [t]}",
             ),
         )
 
 
 def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> Iterator[Problem]:
-    p, v = layout.pipeline, layout.virtual
+    p, v = layout.pipe, layout.virtual_pipe
     # embedding, layers, norm, head
     items = model.num_hidden_layers + 2 + int(not model.tie_word_embeddings)
     if p * v > items:
         yield (
-            _PIPELINE,
+            PIPE,
             say(
-                f"{_PIPELINE} ({p}) * {_VIRTUAL} ({v}) must not exceed the parts that the model can be "
+                f"{PIPE} ({p}) * {VIRTUAL} ({v}) must not exceed the parts that the model can be "
                 f"cut into ({items}: embedding, {model.num_hidden_layers} layers, norm, head); choose at "
                 f"most {items // v}",
-                f"{_PIPELINE}（{p}）× {_VIRTUAL}（{v}）不能超过模型可切分的段数（{items}：embedding、"
+                f"{PIPE}（{p}）× {VIRTUAL}（{v}）不能超过模型可切分的段数（{items}：embedding、"
                 f"{model.num_hidden_layers} 层、norm、head）；最多取 {items // v}",
             ),
         )
@@ -223,19 +128,19 @@ def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> I
         yield from _segments(model, layout)
     if v > 1 and p <= 2:
         yield (
-            _VIRTUAL,
+            VIRTUAL,
             say(
-                f"{_VIRTUAL} ({v}) needs {_PIPELINE} ({p}) above 2; raise that to 4, or set {_VIRTUAL}: 1",
-                f"{_VIRTUAL}（{v}）需要 {_PIPELINE}（{p}）大于 2；请将后者调到 4，或设 {_VIRTUAL}: 1",
+                f"{VIRTUAL} ({v}) needs {PIPE} ({p}) above 2; raise that to 4, or set {VIRTUAL}: 1",
+                f"{VIRTUAL}（{v}）需要 {PIPE}（{p}）大于 2；请将后者调到 4，或设 {VIRTUAL}: 1",
             ),
         )
     if v > 1 and accumulation is not None and accumulation != p and accumulation < 2 * p:
         yield (
             "gradient_accumulation_steps",
             say(
-                f"gradient_accumulation_steps ({accumulation}) must be {_PIPELINE} ({p}) or at least "
-                f"twice that with {_VIRTUAL} ({v}); set {(p if accumulation < p else 2 * p)}",
-                f"在 {_VIRTUAL}（{v}）下 gradient_accumulation_steps（{accumulation}）须等于 {_PIPELINE}（"
+                f"gradient_accumulation_steps ({accumulation}) must be {PIPE} ({p}) or at least "
+                f"twice that with {VIRTUAL} ({v}); set {(p if accumulation < p else 2 * p)}",
+                f"在 {VIRTUAL}（{v}）下 gradient_accumulation_steps（{accumulation}）须等于 {PIPE}（"
                 f"{p}）或至少为其两倍；请设为 {(p if accumulation < p else 2 * p)}",
             ),
         )
@@ -243,38 +148,38 @@ def _pipeline(model: ModelConfig, layout: Layout, accumulation: int | None) -> I
 
 def _segments(model: ModelConfig, layout: Layout) -> Iterator[Problem]:
     try:
-        bounds = bounds_of(layout.segments, model.num_hidden_layers, layout.pipeline * layout.virtual)
+        bounds = bounds_of(layout.segments, model.num_hidden_layers, layout.pipe * layout.virtual_pipe)
     except ValueError as error:
-        yield _SEGMENTS, str(error)
+        yield SEGMENTS, str(error)
         return
     if layout.sequence_parallel and bounds[-2] == bounds[-1] - 1:
         yield (
-            _SEGMENTS,
+            SEGMENTS,
             say(
-                f"{_SEGMENTS} ({','.join(layout.segments)}) must leave norm and head on one stage with "
+                f"{SEGMENTS} ({','.join(layout.segments)}) must leave norm and head on one stage with "
                 f"sequence_parallel; begin the last part at {bounds[-1] - 2} or before",
-                f"启用 sequence_parallel 时 {_SEGMENTS}（{','.join(layout.segments)}）须使 norm 与 head "
+                f"启用 sequence_parallel 时 {SEGMENTS}（{','.join(layout.segments)}）须使 norm 与 head "
                 f"在同一段；最后一段请从 {bounds[-1] - 2} 或之前开始",
             ),
         )
 
 
 def _sharding(layout: Layout) -> Iterator[Problem]:
-    if layout.stage > 1 and layout.pipeline > 1:
+    if layout.sharding_stage > 1 and layout.pipe > 1:
         yield (
             "sharding",
             say(
-                f"sharding (stage{layout.stage}) must be stage1 with {_PIPELINE} ({layout.pipeline}); change one",
-                f"{_PIPELINE}（{layout.pipeline}）下 sharding（stage{layout.stage}）须为 stage1；请修改其一",
+                f"sharding (stage{layout.sharding_stage}) must be stage1 with {PIPE} ({layout.pipe}); change one",
+                f"{PIPE}（{layout.pipe}）下 sharding（stage{layout.sharding_stage}）须为 stage1；请修改其一",
             ),
         )
-    if layout.stage and layout.sharding == 1 and layout.data > 1:
+    if layout.sharding_stage and layout.sharding == 1 and layout.data > 1:
         yield (
-            _SHARDING,
+            SHARDING,
             say(
-                f"{_SHARDING} (1) must be above 1 with sharding (stage{layout.stage}): {layout.data} "
+                f"{SHARDING} (1) must be above 1 with sharding (stage{layout.sharding_stage}): {layout.data} "
                 f"ranks have the same weights and share nothing; set it to {layout.data}, or sharding: off",
-                f"sharding（stage{layout.stage}）下 {_SHARDING}（1）须大于 1：{layout.data} "
+                f"sharding（stage{layout.sharding_stage}）下 {SHARDING}（1）须大于 1：{layout.data} "
                 f"个进程权重相同却没有分摊；请设为 {layout.data}，或 sharding: off",
             ),
         )
@@ -282,24 +187,24 @@ def _sharding(layout: Layout) -> Iterator[Problem]:
         yield (
             "sharding",
             say(
-                f"sharding (stage{layout.stage} offload) must not go with {layout.data} data replicas; "
-                f"set {_SHARDING} to {layout.sharding * layout.data}",
-                f"sharding（stage{layout.stage} offload）不能与 {layout.data} 个数据副本同用；请将 "
-                f"{_SHARDING} 设为 {layout.sharding * layout.data}",
+                f"sharding (stage{layout.sharding_stage} offload) must not go with {layout.data} data replicas; "
+                f"set {SHARDING} to {layout.sharding * layout.data}",
+                f"sharding（stage{layout.sharding_stage} offload）不能与 {layout.data} 个数据副本同用；请将 "
+                f"{SHARDING} 设为 {layout.sharding * layout.data}",
             ),
         )
 
 
 def _world(layout: Layout, world: int | None) -> Iterator[Problem]:
-    needed = layout.tensor * layout.pipeline * layout.sharding
+    needed = layout.tensor * layout.pipe * layout.sharding
     if world is not None and world % needed:
         yield (
-            _TENSOR if layout.tensor > 1 else _PIPELINE if layout.pipeline > 1 else _SHARDING,
+            TENSOR if layout.tensor > 1 else PIPE if layout.pipe > 1 else SHARDING,
             say(
-                f"{_TENSOR} ({layout.tensor}) * {_PIPELINE} ({layout.pipeline}) * {_SHARDING} ("
+                f"{TENSOR} ({layout.tensor}) * {PIPE} ({layout.pipe}) * {SHARDING} ("
                 f"{layout.sharding}) = {needed} must divide the number of processes ({world}); start "
                 f"{max(needed, world // needed * needed)}, or lower a degree",
-                f"{_TENSOR}（{layout.tensor}）× {_PIPELINE}（{layout.pipeline}）× {_SHARDING}（"
+                f"{TENSOR}（{layout.tensor}）× {PIPE}（{layout.pipe}）× {SHARDING}（"
                 f"{layout.sharding}）= {needed} 须整除进程数（{world}）；请启动 "
                 f"{max(needed, world // needed * needed)} 个，或降低某个并行度",
             ),
@@ -320,11 +225,11 @@ def legal_layouts(model: ModelConfig, world: int, *, accumulation: int | None = 
             for factor in wide:
                 layout = Layout(
                     tensor=tensor,
-                    pipeline=pipeline,
+                    pipe=pipeline,
                     sharding=shared,
                     expert=tensor * factor if model.moe is not None else 1,
                     sequence_parallel=tensor > 1,
-                    stage=int(shared > 1),
+                    sharding_stage=int(shared > 1),
                 )
                 if not problems(model, layout, world=world, accumulation=accumulation):
                     found.append(layout)
@@ -341,7 +246,7 @@ def nearest(
     def distance(other: Layout) -> float:
         pairs = (
             (2.0, layout.tensor, other.tensor),
-            (1.5, layout.pipeline, other.pipeline),
+            (1.5, layout.pipe, other.pipe),
             (1.0, layout.expert, other.expert),
             (0.5, layout.sharding, other.sharding),
         )
@@ -366,7 +271,7 @@ def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None
     """What `check_run` refuses, each with the setting to point at; the last one also names the
     nearest legal layouts.
     """
-    layout = layout_of(config, world)
+    layout = Layout.of(config.parallel, world)
     steps = config.train.gradient_accumulation_steps
     found = list(_unbuilt(config)) + problems(model, layout, world=world, accumulation=steps)
     if found:
@@ -397,9 +302,9 @@ def _spelled(layout: Layout) -> str:
 def _unbuilt(config: RunConfig) -> Iterator[Problem]:
     p = config.parallel
     for name, instead in (
-        ("context_parallel_size", f"{_TENSOR} with sequence_parallel"),
-        ("sep_parallel_size", f"{_TENSOR} with sequence_parallel"),
-        ("expert_tensor_model_parallel_size", _EXPERT),
+        ("context_parallel_size", f"{TENSOR} with sequence_parallel"),
+        ("sep_parallel_size", f"{TENSOR} with sequence_parallel"),
+        ("expert_tensor_model_parallel_size", EXPERT),
     ):
         value = vars(p)[name]
         if value > 1:

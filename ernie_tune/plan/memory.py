@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import GB, Card
 from ernie_tune.plan.job import Job
-from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.segments import bounds_of
 from ernie_tune.plan.weights import EXPERT, TENSOR, Held, held
 
@@ -73,7 +73,7 @@ class Memory:
 
 def memory(job: Job, layout: Layout, card: Card) -> Memory:
     """What the job needs on each card of `layout`. The layout is taken to be legal."""
-    each = [_of_stage(job, layout, card, stage) for stage in range(layout.pipeline)]
+    each = [_of_stage(job, layout, card, stage) for stage in range(layout.pipe)]
     totals = tuple(math.fsum(items.values()) for items, _ in each)
     worst = max(range(len(each)), key=lambda i: totals[i])
     host = math.fsum(offloaded for _, offloaded in each) * min(layout.tensor * layout.sharding, card.local_cards)
@@ -84,13 +84,13 @@ def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
     """The decoder layers of each pipeline stage: equal runs unless the layout says where to cut,
     dealt out in turn when a rank holds several.
     """
-    chunks = layout.pipeline * layout.virtual
+    chunks = layout.pipe * layout.virtual_pipe
     bounds = [chunk * layers // chunks for chunk in range(chunks + 1)]
-    if layout.segments and layout.pipeline > 1:  # among items, of which the embedding is the first
+    if layout.segments and layout.pipe > 1:  # among items, of which the embedding is the first
         bounds = [min(max(first - 1, 0), layers) for first in bounds_of(layout.segments, layers, chunks)]
     return [
-        [i for chunk in range(stage, chunks, layout.pipeline) for i in range(bounds[chunk], bounds[chunk + 1])]
-        for stage in range(layout.pipeline)
+        [i for chunk in range(stage, chunks, layout.pipe) for i in range(bounds[chunk], bounds[chunk + 1])]
+        for stage in range(layout.pipe)
     ]
 
 
@@ -99,7 +99,7 @@ def _places(job: Job, layout: Layout, stage: int) -> set[str]:
     embedding on the first and the last stage.
     """
     places = {f"layers.{i}" for i in stage_layers(job.model.num_hidden_layers, layout)[stage]} | {"vision_model"}
-    first, last = stage == 0, stage == layout.pipeline - 1
+    first, last = stage == 0, stage == layout.pipe - 1
     if first:
         places |= {"embed_tokens", "resampler_model"}
     if last:
@@ -153,11 +153,13 @@ def _states(items: dict[str, float], mine: list[Held], job: Job, layout: Layout,
         float32 = h.trained_float32 / cut
         towers = h.place in ("vision_model", "resampler_model")
         base = "vision tower" if towers else "weights" if job.quantize == "none" else "quantised base"
-        stored = sharded if layout.stage == 3 else 1
+        stored = sharded if layout.sharding_stage == 3 else 1
         items[base] += h.base_bytes / cut / stored
         items["adapters"] += h.adapters / cut * wide / stored
         items["reference model"] += h.base_bytes / cut if job.reference == "copy" else 0.0
-        items["gradients"] += (trained * gradient + float32 * (4 - gradient)) / (sharded if layout.stage > 1 else 1)
+        items["gradients"] += (trained * gradient + float32 * (4 - gradient)) / (
+            sharded if layout.sharding_stage > 1 else 1
+        )
         master = 4 if wide < 4 else 0
         states = (trained * (master + 2 * job.moment_bytes) - float32 * master) / sharded
         if layout.offload:
@@ -173,15 +175,15 @@ class _Activations:
     def __init__(self, job: Job, layout: Layout, card: Card, stage: int) -> None:
         self.job, self.layout, self.card = job, layout, card
         self.layers = stage_layers(job.model.num_hidden_layers, layout)[stage]
-        self.first, self.last = stage == 0, stage == layout.pipeline - 1
+        self.first, self.last = stage == 0, stage == layout.pipe - 1
         self.wide = job.element_bytes
         self.share = 1 / layout.tensor
         # Tokens whose hidden states a rank holds: its slice under sequence parallelism, else all of
         # the micro-batch.
         self.local = job.tokens * (self.share if layout.sequence_parallel else 1)
-        self.in_flight: float = min(job.accumulation, layout.pipeline - stage)
-        if layout.virtual > 1:
-            self.in_flight *= 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual)
+        self.in_flight: float = min(job.accumulation, layout.pipe - stage)
+        if layout.virtual_pipe > 1:
+            self.in_flight *= 1 + (layout.pipe - 1) / (layout.pipe * layout.virtual_pipe)
 
     def attention(self) -> float:
         """Input and normed input; rotated pairs in float32; queries, keys and values as attention
@@ -287,7 +289,7 @@ class _Activations:
         v = self.job.model.vision
         if v is None or not self.job.visual_tokens:
             return 0.0
-        mine = self.job.visual_tokens * v.spatial_merge_size**2 / self.layout.pipeline
+        mine = self.job.visual_tokens * v.spatial_merge_size**2 / self.layout.pipe
         # Two norms with their inputs, queries, keys and values twice, attention's output, three of
         # the MLP's width; rotation in float32.
         block = mine * (self.wide * (8 * v.hidden_size + 3 * v.intermediate_size) + 4 * 4 * v.hidden_size)

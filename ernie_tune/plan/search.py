@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import Card
 from ernie_tune.plan.job import Job
-from ernie_tune.plan.layouts import Layout, legal_layouts
+from ernie_tune.plan.layouts import legal_layouts
 from ernie_tune.plan.memory import Memory, memory
 from ernie_tune.plan.time import StepTime, step_time
 

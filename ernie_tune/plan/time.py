@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan.cards import Card
 from ernie_tune.plan.job import Job
-from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.memory import PICTURE_PATCHES
 from ernie_tune.plan.weights import EXPERT, TENSOR, active_values, base_bytes, held
 
@@ -75,18 +75,16 @@ def step_time(job: Job, layout: Layout, card: Card, products: float | None = Non
     # the weights themselves get no gradient.
     passes = 2 + int(job.full) + int(job.recompute)
     reference = 1 if job.reference != "none" else 0
-    compute = job.tokens * model_flops / 3 * (passes + reference) / (layout.tensor * layout.pipeline) / rate
+    compute = job.tokens * model_flops / 3 * (passes + reference) / (layout.tensor * layout.pipe) / rate
     compute += _expanding(job, layout, card) * (2 + int(job.recompute) + reference)
     communication = _communication(job, layout, card, 2 + int(job.recompute) + reference)
-    waiting = (layout.pipeline - 1) / layout.virtual
+    waiting = (layout.pipe - 1) / layout.virtual_pipe
     pipeline = (compute + communication) * (job.accumulation + waiting)
-    vision = _vision_flops(job) * job.accumulation / layout.pipeline / rate
+    vision = _vision_flops(job) * job.accumulation / layout.pipe / rate
     local = _trained_here(job, layout)
     offload = local * 12 * 2 / card.host_bytes if layout.offload else 0.0
     update = local * 16 / card.memory_rate + _replicas(job, layout, card)
-    sampling = (
-        job.completion_tokens * base_bytes(job) / (layout.tensor * layout.pipeline) / card.memory_rate * layout.pipeline
-    )
+    sampling = job.completion_tokens * base_bytes(job) / (layout.tensor * layout.pipe) / card.memory_rate * layout.pipe
     seconds = pipeline + vision + offload + update + sampling * job.accumulation
     tokens = job.tokens * job.accumulation * layout.replicas
     flops = tokens * model_flops
@@ -116,12 +114,12 @@ def _communication(job: Job, layout: Layout, card: Card, passes: int) -> float:
     experts' all-to-all, pipeline transfers.
     """
     m, t, e = job.model, layout.tensor, layout.expert
-    layers = m.num_hidden_layers / layout.pipeline
+    layers = m.num_hidden_layers / layout.pipe
     hidden = job.tokens * m.hidden_size * _WIRE_BYTES
     around = layers * passes * 2 * (t - 1) / t * hidden / _link(t, card)
-    sparse = len(m.moe.layer_indices) / layout.pipeline if m.moe else 0
+    sparse = len(m.moe.layer_indices) / layout.pipe if m.moe else 0
     exchange = sparse * passes * 2 * (m.moe.top_k if m.moe else 0) * hidden / t * (e - 1) / e / _link(e, card)
-    between = 2 * hidden / t * _LATENCY_SHARE / _link(layout.world, card) if layout.pipeline > 1 else 0.0
+    between = 2 * hidden / t * _LATENCY_SHARE / _link(layout.world, card) if layout.pipe > 1 else 0.0
     return around + exchange + between
 
 
@@ -131,7 +129,7 @@ def _expanding(job: Job, layout: Layout, card: Card) -> float:
         return 0.0
     # nearly all of them experts'
     values = parameter_count(job.model, "layers.") - job.model.num_hidden_layers
-    return values / (layout.pipeline * layout.expert) * 2.5 / card.memory_rate
+    return values / (layout.pipe * layout.expert) * 2.5 / card.memory_rate
 
 
 def _vision_flops(job: Job) -> float:
@@ -150,7 +148,7 @@ def _vision_flops(job: Job) -> float:
 def _trained_here(job: Job, layout: Layout) -> float:
     """Trained values of one rank, of a mean pipeline stage, before sharding."""
     cut = {EXPERT: layout.expert, TENSOR: layout.tensor}
-    return math.fsum((h.trained + h.adapters) / cut.get(h.cut, 1) for h in held(job)) / layout.pipeline
+    return math.fsum((h.trained + h.adapters) / cut.get(h.cut, 1) for h in held(job)) / layout.pipe
 
 
 def _replicas(job: Job, layout: Layout, card: Card) -> float:

@@ -12,18 +12,19 @@ import pytest
 
 from ernie_tune.config.arguments import build
 from ernie_tune.config.language import say
+from ernie_tune.config.layout import Layout
 from ernie_tune.machine.in_step import InStep
 from ernie_tune.machine.place import Place
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
-from ernie_tune.parallel.mesh import Degrees, Group, Mesh
+from ernie_tune.parallel.mesh import Group, Mesh
 
 
 def test_ranks_that_read_the_same_rows_must_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(build({}).parallel)
     place.check_alike([1, 2], say("answers", "回答"))  # one process agrees with itself
     ranks = (0, 1)
-    place.mesh = Mesh(Degrees(tensor=2), {"tensor": Group("tensor", ranks), "world": Group("world", ranks)})
+    place.mesh = Mesh(Layout(tensor=2), {"tensor": Group("tensor", ranks), "world": Group("world", ranks)})
     told: list[Any] = []
     monkeypatch.setattr(Group, "objects", lambda self, mine: [mine, *told])
     told[:] = [(0, 1)]

@@ -261,7 +261,7 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
     for kind in ("losses", "norms", "nll", "tokens"):
         a, b = (np.array(x[kind], np.float64) for x in (want, got))
         worst[kind] = (float((np.abs(a - b) / np.maximum(1.0, np.abs(a))).max()), f"{a[-1]:.9g} {b[-1]:.9g}")
-    if mesh.degrees.sharding_stage == 3:  # between uses some parameters of the blocks are elsewhere
+    if mesh.layout.sharding_stage == 3:  # between uses some parameters of the blocks are elsewhere
         worst["released"] = (0.0 if got["released"] > 10 else float("inf"), f"{got['released']} parameters")
     worst["scores"] = (float(np.abs(want["scores"] - got["scores"]).max()), "evaluation")
     worst["answers"] = (float(want["answers"] != got["answers"]), str(got["answers"]))
@@ -270,7 +270,7 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
         for name, value in got[kind].items():
             owner = got["owner_of"].get(name)
             if kind == "gradients" and owner is not None:
-                axis = "expert_data" if got["placements"][name].expert and mesh.degrees.fleet_experts else "sharding"
+                axis = "expert_data" if got["placements"][name].expert and mesh.layout.fleet_experts else "sharding"
                 if mesh.rank_in(axis) != owner:
                     continue
             if name not in want[kind]:
@@ -278,7 +278,7 @@ def compare(want: dict[str, Any], got: dict[str, Any], mesh: Mesh) -> dict[str, 
                 continue
             difference = np.abs(sliced(want[kind][name], got["placements"][name]) - value)
             worst[kind] = max(worst[kind], (float(difference.max(initial=0.0)), name))
-        partly = mesh.size("pipe") > 1 or (kind == "gradients" and mesh.degrees.sharding_stage > 1)
+        partly = mesh.size("pipe") > 1 or (kind == "gradients" and mesh.layout.sharding_stage > 1)
         missing = [n for n in want[kind] if n not in got[kind] and not partly and "adapters" not in n]
         if missing:
             worst[kind] = (float("inf"), f"{missing[0]} is missing")

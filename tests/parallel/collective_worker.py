@@ -18,13 +18,14 @@ import paddle.distributed as dist
 import pytest
 from paddle import nn
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.models.moe import Experts
 from ernie_tune.objectives import logprobs
 from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.parallel import gloo
 from ernie_tune.parallel.collectives import TokenRuns, enter, leave
 from ernie_tune.parallel.expert import ExchangedRows
-from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.parallel.mesh import Mesh, init_mesh
 from ernie_tune.parallel.placement import Placement, place, split_
 
 
@@ -264,7 +265,7 @@ READERS = "no reader is left when the interpreter ends"
 
 
 def main() -> None:
-    mesh = init_mesh(Degrees(tensor=3))
+    mesh = init_mesh(Layout(tensor=3))
     folder, found = Path(sys.argv[1]), {}
     if sys.argv[2:] == ["one rank ends"]:
         if mesh.rank == 2:

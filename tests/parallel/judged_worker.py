@@ -113,7 +113,7 @@ def main() -> None:
     def once(degrees: Any, *, accumulation: int) -> Any:
         """Fleet is laid out once in a process."""
         meshes[:] = meshes or [init_mesh(degrees, accumulation=accumulation)]
-        assert meshes[0].degrees == degrees
+        assert meshes[0].layout == degrees
         return meshes[0]
 
     place.init_mesh = once

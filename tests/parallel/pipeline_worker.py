@@ -20,6 +20,7 @@ import paddle
 
 import ernie_tune  # noqa: F401
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.layout import Layout
 from ernie_tune.data.batching import MicroBatch
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
@@ -34,7 +35,7 @@ from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.parallel import parallelize
 from ernie_tune.parallel import pipeline as fleet_pipeline
-from ernie_tune.parallel.mesh import Degrees, Group, Mesh, init_mesh
+from ernie_tune.parallel.mesh import Group, Mesh, init_mesh
 from ernie_tune.peft.config import LoraConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.freeze import FreezeSpec
 from ernie_tune.peft.model import PeftModel
@@ -207,7 +208,7 @@ def run(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     config = config_of(case)
     accumulation = case.get("accumulation", 4)
     whole = build(case, config)
-    mine = stages_of(cut_of(config, mesh.degrees, case.get("bounds", ())), mesh.rank_in("pipe"))
+    mine = stages_of(cut_of(config, mesh.layout, case.get("bounds", ())), mesh.rank_in("pipe"))
     model = build(case, config, mine if case.get("only_own_weights", True) else None)
     start = values(whole)
     engine = DistributedEngine.lay(
@@ -263,7 +264,7 @@ def inference(whole: ErnieModel, staged: StagedModel, batch: MicroBatch, config:
 
 def main() -> None:
     folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-    mesh = init_mesh(Degrees(pipe=plan["pipe"], virtual_pipe=plan.get("chunks", 1)))
+    mesh = init_mesh(Layout(pipe=plan["pipe"], virtual_pipe=plan.get("chunks", 1)))
     found = {}
     for name, case in plan["cases"].items():
         with MUTANTS[case["mutant"]]() if "mutant" in case else contextlib.nullcontext():

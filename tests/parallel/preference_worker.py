@@ -108,10 +108,11 @@ def run(folder: Path, case: str, mesh: Mesh | None = None) -> dict[str, np.ndarr
 def main() -> None:
     import paddle.distributed as dist
 
-    from ernie_tune.parallel.mesh import Degrees, init_mesh
+    from ernie_tune.config.layout import Layout
+    from ernie_tune.parallel.mesh import init_mesh
 
     folder, case = Path(sys.argv[1]), sys.argv[2]
-    mesh = init_mesh(Degrees(data=2))
+    mesh = init_mesh(Layout(data=2))
     mine = folder / f"rows_{dist.get_rank()}"
     mine.mkdir(exist_ok=True)
     np.savez(folder / f"rank_{dist.get_rank()}.npz", **run(mine, case, mesh))

@@ -12,8 +12,9 @@ import pytest
 from collective_worker import CHECKS, READERS
 from launching import launch
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.parallel import gloo
-from ernie_tune.parallel.mesh import Degrees, Group, Mesh, init_mesh
+from ernie_tune.parallel.mesh import Group, Mesh, fleet_degrees, init_mesh
 from ernie_tune.parallel.placement import Placement
 
 WORKER = Path(__file__).parent / "collective_worker.py"
@@ -64,24 +65,24 @@ def test_another_version_of_paddle_is_told(monkeypatch: pytest.MonkeyPatch, caps
 )  # fmt: skip
 def test_degrees_that_cannot_be(degrees: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Degrees(**degrees)
+        Mesh(Layout(**degrees))
 
 
 def test_degrees_must_fit_the_processes() -> None:
     with pytest.raises(ValueError, match=r"\(2 x 1 x 1 x 1 = 2\) must equal the number of processes \(1\); start 2"):
-        init_mesh(Degrees(tensor=2))
-    mesh = init_mesh(Degrees())
+        init_mesh(Layout(tensor=2))
+    mesh = init_mesh(Layout())
     assert mesh.world == 1
     assert mesh.batch == (0, 1)
     assert mesh.describe() == "1 process(es)"
 
 
 def test_experts_over_sharding_ranks_take_in_the_data_axis() -> None:
-    d = Degrees(tensor=2, data=2, sharding=2, sharding_stage=1, expert=4, sequence_parallel=True)
-    assert d.fleet_degrees() == {
+    d = Layout(tensor=2, data=2, sharding=2, sharding_stage=1, expert=4, sequence_parallel=True)
+    assert fleet_degrees(d) == {
         "dp_degree": 1, "mp_degree": 2, "pp_degree": 1, "sharding_degree": 4, "ep_degree": 4, "moe_sharding_degree": 2,
     }  # fmt: skip
-    assert not Degrees(
+    assert not Layout(
         tensor=2, expert=2, sequence_parallel=True
     ).fleet_experts  # the official way: over the tensor group
 
@@ -93,7 +94,7 @@ def test_seeds_differ_where_rows_differ() -> None:
             "pipe": Group("pipe", (0, 1), pipe),
             "tensor": Group("tensor", (0, 1), tensor),
         }
-        return Mesh(Degrees(), groups).seed(42, 7)
+        return Mesh(Layout(), groups).seed(42, 7)
 
     assert Mesh().seed(42, 7) == 42 * 1_000_003 + 7  # the loop's own on one process
     assert at(0, 0, 0) == at(0, 0, 1)  # a dropout mask of what tensor ranks hold alike

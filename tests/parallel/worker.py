@@ -18,14 +18,15 @@ from cases import Job, compare, run
 from mutants import applied
 from paddle.distributed.fleet.base import topology
 
-from ernie_tune.parallel.mesh import Degrees, Mesh, init_mesh
+from ernie_tune.config.layout import Layout
+from ernie_tune.parallel.mesh import Mesh, init_mesh
 
 
 def one(folder: Path, case: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in case["job"].items()})
     # Fleet lays out a process once; here it lays out one after the other
     topology._HYBRID_PARALLEL_GROUP = None
-    mesh: Mesh = init_mesh(Degrees(**case["degrees"]))
+    mesh: Mesh = init_mesh(Layout(**case["degrees"]))
     if job.key not in references:  # one rank computes it, the others read
         file = folder / f"{job.key}.pickle"
         if dist.get_rank() == 0:

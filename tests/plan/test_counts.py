@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 import pytest
 from planning import ATTENTION, B28, B424, EVERYWHERE, FULL, job
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.models.presets import PRESETS, preset
 from ernie_tune.models.specs import parameter_count, parameter_specs
 from ernie_tune.plan import memory as counted
 from ernie_tune.plan.cards import GB, card
 from ernie_tune.plan.job import ROLLOUT_ROWS
-from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.memory import memory, stage_layers
 from ernie_tune.plan.weights import EXPERT, TENSOR, WHOLE, active_values, base_bytes, cut_of, held, trained_values
 
@@ -122,7 +122,7 @@ def test_active_parameters() -> None:
 
 def test_layers_are_dealt_out_to_stages() -> None:
     assert stage_layers(6, Layout(1, 2)) == [[0, 1, 2], [3, 4, 5]]
-    assert stage_layers(8, Layout(1, 4, virtual=2)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert stage_layers(8, Layout(1, 4, virtual_pipe=2)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert [len(s) for s in stage_layers(54, Layout(1, 4))] == [13, 14, 13, 14]
 
 
@@ -132,15 +132,15 @@ def test_degrees_divide_what_they_should() -> None:
     """
     full = job(B28, **FULL)
     one = memory(full, Layout(), CARD).items
-    four = memory(full, Layout(sharding=4, stage=1), CARD).items
+    four = memory(full, Layout(sharding=4, sharding_stage=1), CARD).items
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4)
     assert four["gradients"] == pytest.approx(one["gradients"] * 2, rel=1e-2), "float32 beside bf16 weights"
-    two = memory(full, Layout(sharding=4, stage=2), CARD).items
+    two = memory(full, Layout(sharding=4, sharding_stage=2), CARD).items
     assert two["gradients"] == pytest.approx(four["gradients"] / 4)
     assert two["weights"] == four["weights"]
-    three = memory(full, Layout(sharding=4, stage=3), CARD).items
+    three = memory(full, Layout(sharding=4, sharding_stage=3), CARD).items
     assert three["weights"] == pytest.approx(four["weights"] / 4)
-    experts = memory(full, Layout(sharding=4, expert=4, stage=1), CARD).items
+    experts = memory(full, Layout(sharding=4, expert=4, sharding_stage=1), CARD).items
     layer = preset(B28).moe.num_experts * 3 * 2560 * (1536 + 512) * 27 * 2
     assert four["weights"] - experts["weights"] == pytest.approx(layer * 3 / 4)
     assert experts["optimizer"] == pytest.approx(four["optimizer"], rel=1e-3), "experts: fewer of them, shared by fewer"

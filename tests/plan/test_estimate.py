@@ -14,10 +14,11 @@ from planning import ATTENTION, B28, B424, EVERYWHERE, job, settings
 
 import ernie_tune
 from ernie_tune.cli.main import main
+from ernie_tune.config.layout import Layout
 from ernie_tune.models.presets import preset
 from ernie_tune.plan.cards import CARDS, GB, card
 from ernie_tune.plan.estimate import estimate
-from ernie_tune.plan.layouts import Layout, legal_layouts
+from ernie_tune.plan.layouts import legal_layouts
 from ernie_tune.plan.memory import memory
 from ernie_tune.plan.search import best, changes_that_fit, plans, smallest
 from ernie_tune.plan.time import step_time

@@ -10,8 +10,9 @@ import re
 import pytest
 from planning import B28, B300, B424, settings
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.models.presets import preset
-from ernie_tune.plan.layouts import Layout, check_run, layout_of, legal_layouts, nearest, problems, run_problems
+from ernie_tune.plan.layouts import check_run, legal_layouts, nearest, problems, run_problems
 
 # Official and peer layouts (parallel.md 3.2), experts over the tensor ranks where it says so.
 OFFICIAL = (
@@ -21,8 +22,8 @@ OFFICIAL = (
     (B424, Layout(4, 2, expert=4, sequence_parallel=True)),
     (B300, Layout(8, 5, expert=8, sequence_parallel=True)),
     (B300, Layout(8, 14, expert=8, sequence_parallel=True)),
-    (B300, Layout(1, 12, sharding=168, expert=8, stage=1)),
-    ("ernie-4.5-21b-a3b", Layout(sharding=8, expert=8, stage=1)),
+    (B300, Layout(1, 12, sharding=168, expert=8, sharding_stage=1)),
+    ("ernie-4.5-21b-a3b", Layout(sharding=8, expert=8, sharding_stage=1)),
 )
 
 
@@ -37,15 +38,15 @@ def test_official_layouts_are_legal(name: str, layout: Layout) -> None:
         (B28, Layout(8), {}, "tensor_model_parallel_size", r"\(8\) must divide num_attention_heads \(20\); .* \[1, 2, 4\]"),
         (B28, Layout(8), {}, "tensor_model_parallel_size", r"\(8\) must divide num_key_value_heads \(4\)"),
         ("tiny-a", Layout(32), {}, "tensor_model_parallel_size", r"\(32\) must divide width of the shared expert|must divide"),
-        (B28, Layout(sharding=3, expert=3, stage=1), {}, "expert_model_parallel_size", r"\(3\) must divide the experts of one modality \(64\)"),
+        (B28, Layout(sharding=3, expert=3, sharding_stage=1), {}, "expert_model_parallel_size", r"\(3\) must divide the experts of one modality \(64\)"),
         (B28, Layout(4, expert=2), {}, "expert_model_parallel_size", r"\(2\) must be a multiple of tensor_model_parallel_size \(4\)"),
-        (B28, Layout(2, sharding=2, expert=8, stage=1), {}, "expert_model_parallel_size", r"\* replicas \(4\).*choose one of \[2, 4\]"),
-        ("ernie-4.5-0.3b", Layout(sharding=2, expert=2, stage=1), {}, "expert_model_parallel_size", r"\(2\) must be 1 for a model without experts"),
+        (B28, Layout(2, sharding=2, expert=8, sharding_stage=1), {}, "expert_model_parallel_size", r"\* replicas \(4\).*choose one of \[2, 4\]"),
+        ("ernie-4.5-0.3b", Layout(sharding=2, expert=2, sharding_stage=1), {}, "expert_model_parallel_size", r"\(2\) must be 1 for a model without experts"),
         (B28, Layout(1, 31), {}, "pipeline_model_parallel_size", r"\(31\) .* parts that the model can be cut into \(30: .* at most 30"),
-        (B28, Layout(1, 2, virtual=2), {}, "virtual_pipeline_model_parallel_size", r"\(2\) needs pipeline_model_parallel_size \(2\) above 2"),
-        (B28, Layout(1, 4, virtual=2), {"accumulation": 6}, "gradient_accumulation_steps", r"\(6\) must be .* \(4\) or at least twice .* set 8"),
-        (B28, Layout(1, 2, sharding=2, stage=2), {}, "sharding", r"\(stage2\) must be stage1 with pipeline_model_parallel_size \(2\)"),
-        (B28, Layout(data=2, stage=1), {}, "sharding_parallel_size", r"\(1\) must be above 1 with sharding \(stage1\).* set it to 2"),
+        (B28, Layout(1, 2, virtual_pipe=2), {}, "virtual_pipeline_model_parallel_size", r"\(2\) needs pipeline_model_parallel_size \(2\) above 2"),
+        (B28, Layout(1, 4, virtual_pipe=2), {"accumulation": 6}, "gradient_accumulation_steps", r"\(6\) must be .* \(4\) or at least twice .* set 8"),
+        (B28, Layout(1, 2, sharding=2, sharding_stage=2), {}, "sharding", r"\(stage2\) must be stage1 with pipeline_model_parallel_size \(2\)"),
+        (B28, Layout(data=2, sharding_stage=1), {}, "sharding_parallel_size", r"\(1\) must be above 1 with sharding \(stage1\).* set it to 2"),
         (B28, Layout(data=2, offload=True), {}, "sharding", r"offload\) must not go with 2 data replicas; .* to 2"),
         (B28, Layout(2, expert=2), {"world": 3}, "tensor_model_parallel_size", r"= 2 must divide the number of processes \(3\); start 2"),
     ],
@@ -75,7 +76,7 @@ def test_legal_layouts_are_all_of_them(name: str, world: int) -> None:
         s = world // t // p
         if (m.moe.num_experts % e == 0 and e % t == 0 and t * s % e == 0) if m.moe else e == 1:
             want.add((t, p, s, e))
-    assert {(x.tensor, x.pipeline, x.sharding, x.expert) for x in legal_layouts(m, world)} == want
+    assert {(x.tensor, x.pipe, x.sharding, x.expert) for x in legal_layouts(m, world)} == want
 
 
 def test_nearest_are_legal_and_near() -> None:
@@ -86,13 +87,13 @@ def test_nearest_are_legal_and_near() -> None:
 
 def test_settings_make_the_layout_again() -> None:
     for layout in legal_layouts(preset(B28), 16):
-        assert layout_of(settings(B28, **layout.settings()), 16) == layout
+        assert Layout.of(settings(B28, **layout.settings()).parallel, 16) == layout
 
 
 def test_a_run_is_checked_with_its_settings() -> None:
     good = settings(B28, tensor_parallel_degree=4, sequence_parallel="true", expert_parallel_degree=4)
     check_run(good, preset(B28), 8)
-    assert layout_of(good, 8).data == 2
+    assert Layout.of(good.parallel, 8).data == 2
     bad = settings(B28, tensor_parallel_degree=8, sequence_parallel="true")
     with pytest.raises(
         ValueError,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from planning import ATTENTION, B21, B28, B300, B424, EVERYWHERE, FULL, job
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import GB, card
 from ernie_tune.plan.job import Job
-from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.memory import FRAGMENTATION, ITEMS, Memory, memory
 from ernie_tune.plan.weights import trained_values
 
@@ -48,11 +48,11 @@ class Row:
     def layout(self) -> Layout:
         return Layout(
             tensor=self.tensor,
-            pipeline=self.pipeline,
+            pipe=self.pipeline,
             sharding=self.sharding,
             expert=self.expert or self.tensor,
             sequence_parallel=self.tensor > 1,
-            stage=1,
+            sharding_stage=1,
             offload=self.offload,
         )
 
@@ -167,7 +167,7 @@ def test_a_wrong_count_would_show() -> None:
     for wrong in (
         replace(row.layout(), expert=2),
         replace(row.layout(), offload=True),
-        replace(row.layout(), pipeline=1),
+        replace(row.layout(), pipe=1),
     ):
         found = memory(row.job(), wrong, CARD)
         assert as_published(row, found) != pytest.approx(row.want, rel=0.10)

@@ -8,9 +8,10 @@ import pytest
 
 from ernie_tune.config.arguments import build
 from ernie_tune.config.checks import problems as contradictions
+from ernie_tune.config.layout import Layout
 from ernie_tune.config.loader import dump_config, load_text
 from ernie_tune.models.presets import preset
-from ernie_tune.plan.layouts import Layout, check_run
+from ernie_tune.plan.layouts import check_run
 from ernie_tune.plan.memory import stage_layers
 from ernie_tune.plan.segments import bounds_of
 
@@ -105,8 +106,8 @@ def test_yaml(written: str, words: tuple[str, ...]) -> None:
 
 
 def test_the_plan_knows_the_cut() -> None:
-    assert [len(s) for s in stage_layers(28, Layout(pipeline=2))] == [14, 14]
-    assert [len(s) for s in stage_layers(28, Layout(pipeline=2, segments=("0", "13", "31")))] == [12, 16]
+    assert [len(s) for s in stage_layers(28, Layout(pipe=2))] == [14, 14]
+    assert [len(s) for s in stage_layers(28, Layout(pipe=2, segments=("0", "13", "31")))] == [12, 16]
     # four parts on two stages, in turn
-    parts = stage_layers(6, Layout(pipeline=2, virtual=2, segments=("1", "2", "2", "1")))
+    parts = stage_layers(6, Layout(pipe=2, virtual_pipe=2, segments=("1", "2", "2", "1")))
     assert parts == [[0, 3, 4], [1, 2, 5]]

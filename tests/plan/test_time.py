@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 from planning import B28, B300, B424, EVERYWHERE, FULL, job
 
+from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import card
 from ernie_tune.plan.job import Job
-from ernie_tune.plan.layouts import Layout
 from ernie_tune.plan.time import StepTime, flops_per_token, step_time
 
 CARD = card("h800-80g")
@@ -64,7 +64,12 @@ def _layout(tensor: int, pipeline: int, offload: bool = False) -> Layout:
 PRETRAIN = job(B300, **FULL, max_seq_len=4096, gradient_accumulation_steps=90, recompute="false")
 ROWS = (
     Row(
-        "300B pre-training", PRETRAIN, Layout(1, 12, sharding=168, expert=8, stage=1), (163, 53), (22.5, 1367, 41), 0.62
+        "300B pre-training",
+        PRETRAIN,
+        Layout(1, 12, sharding=168, expert=8, sharding_stage=1),
+        (163, 53),
+        (22.5, 1367, 41),
+        0.62,
     ),
     Row("28B SFT offload, 4", _sft(), _layout(4, 2, True), (73, 41), (2.7, 1495, 3.6)),
     Row("28B SFT offload, 16", _sft(accumulation=16), _layout(4, 2, True), (73, 41), (4.1, 3990, 9.5)),
@@ -96,7 +101,7 @@ def test_experts_over_one_machine() -> None:
     """28B SFT EP8 sharding8: 581/231 ms as published. The published 4.0 s let gradients cross a
     network of 40 GB/s; eight cards of one machine have NVLink.
     """
-    found = predicted(_sft(), Layout(sharding=8, expert=8, stage=1))
+    found = predicted(_sft(), Layout(sharding=8, expert=8, sharding_stage=1))
     assert (found.compute * 1e3, found.communication * 1e3) == pytest.approx((581, 231), rel=0.05)
     micro_batches = 4 * (found.compute + found.communication)
     over_network = (found.seconds - micro_batches) * CARD.link_bytes / CARD.network_bytes
@@ -111,7 +116,7 @@ def test_bubble() -> None:
     for count, want in ((4, 0.20), (16, 1 / 17), (64, 1 / 65)):
         assert predicted(_sft(accumulation=count), _layout(4, 2)).bubble == pytest.approx(want)
     assert predicted(PRETRAIN, Layout(1, 12, sharding=168, expert=8)).bubble == pytest.approx(0.109, abs=1e-3)
-    assert predicted(_sft(accumulation=8), Layout(1, 4, virtual=2)).bubble == pytest.approx(1.5 / 9.5)
+    assert predicted(_sft(accumulation=8), Layout(1, 4, virtual_pipe=2)).bubble == pytest.approx(1.5 / 9.5)
 
 
 def test_pictures_references_and_sampling_take_time() -> None:

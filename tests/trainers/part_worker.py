@@ -112,7 +112,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     placed, peaks = load(config)
     model, here = placed.model, placed.place
     held = sum(int(p.size) * p.element_size() for p in model.parameters() if p._is_initialized())
-    if here.mesh.degrees.sharding_stage == 3:
+    if here.mesh.layout.sharding_stage == 3:
         placed.optimizer(lambda ps: paddle.optimizer.SGD(1.0, parameters=ps))
     with placed.whole():
         mine = values(model)
@@ -134,7 +134,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "paddle": peaks[0],
         "numpy": peaks[1],
-        "share": held if here.mesh.degrees.sharding_stage == 3 else sum(value.nbytes for value in mine.values()),
+        "share": held if here.mesh.layout.sharding_stage == 3 else sum(value.nbytes for value in mine.values()),
         "largest": 4 * int(max(shapes)),
         "whole": 4 * int(sum(shapes)),
         "differ": differ,

@@ -28,7 +28,7 @@ from support.tiny_runs import mixed_rows, write_rows
 
 from ernie_tune.config.arguments import build
 from ernie_tune.machine import place
-from ernie_tune.machine.place import degrees_of
+from ernie_tune.machine.place import layout_of_run
 from ernie_tune.parallel.watch import Watch
 from ernie_tune.trainers.keeper import StreamPart
 
@@ -244,7 +244,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(
 )
 def test_degrees_that_cannot_be_are_refused(settings: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        degrees_of(build(settings).parallel, world)
+        layout_of_run(build(settings).parallel, world)
 
 
 def test_a_rank_goes_on_when_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
