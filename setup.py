@@ -70,6 +70,7 @@ setup(
             "pydantic>=2.9",
             "llguidance>=1.9",
             "httpx>=0.27",
+            "huggingface_hub>=1",
             "openai>=1.60",
             "schemathesis>=4",
             "math-verify>=0.8",

@@ -61,17 +61,10 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
                 f"模型（{name}）须为文件夹，但它是文件；请给出含有它和 config.json 的文件夹",
             )
         )
-    is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-    if not is_repository:
-        raise FileNotFoundError(
-            say(
-                f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}",
-                f"模型（{name!r}）须为文件夹，或 'owner/model' 形式的仓库名；{_suggest(name)}",
-            )
-        )
-    hub = _wanted_hub(download_hub)
+    check_repository(name)
+    hub = hub_of_environment(download_hub)
     if hub is not None:
-        return _download(
+        return download(
             name,
             hub,
             # even if cached: the hub's package knows whether its snapshot is complete, and resumes
@@ -93,6 +86,17 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
     )
 
 
+def check_repository(name: str) -> None:
+    """Raises FileNotFoundError for what is no name of a repository."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise FileNotFoundError(
+            say(
+                f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}",
+                f"模型（{name!r}）须为文件夹，或 'owner/model' 形式的仓库名；{_suggest(name)}",
+            )
+        )
+
+
 def cached(name: str) -> Path | None:
     """The folder of a repository in a hub's cache, None where none has it. The network is not
     touched.
@@ -106,22 +110,31 @@ def _suggest(name: str) -> str:
     return f"fresh weights of that shape have the preset {name!r} (AutoModel.from_config({name!r}))"
 
 
-def _wanted_hub(download_hub: str | None) -> str | None:
+def hub_of_environment(download_hub: str | None = None) -> str | None:
+    """The hub to download from: the one given, else that of the environment. Raises ValueError for
+    one that does not exist.
+    """
     source = "download_hub"
     if download_hub is None:
         source = "ERNIE_TUNE_DOWNLOAD_HUB"
         download_hub = os.environ.get(source) or ("modelscope" if os.environ.get("USE_MODELSCOPE_HUB") == "1" else None)
-    if download_hub is not None and download_hub not in HUBS:
-        raise ValueError(
-            say(
-                f"{source} ({download_hub!r}) must be one of {sorted(HUBS)}; choose one of them",
-                f"{source}（{download_hub!r}）须为 {sorted(HUBS)} 之一；请选一种",
-            )
-        )
+    if download_hub is not None:
+        check_hub(source, download_hub)
     return download_hub
 
 
-def _owned(name: str, hub: str) -> str:
+def check_hub(source: str, hub: str) -> None:
+    """Raises ValueError where `hub`, which `source` names, is none of HUBS."""
+    if hub not in HUBS:
+        raise ValueError(
+            say(
+                f"{source} ({hub!r}) must be one of {sorted(HUBS)}; choose one of them",
+                f"{source}（{hub!r}）须为 {sorted(HUBS)} 之一；请选一种",
+            )
+        )
+
+
+def owned(name: str, hub: str) -> str:
     """The same release is owned by baidu on one hub and by PaddlePaddle on the others."""
     owner, model = name.split("/")
     return f"{HUBS[hub].owner if owner in _OWNERS else owner}/{model}"
@@ -132,14 +145,14 @@ def _cached(name: str) -> Iterator[Path]:
     first.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    owner, model = _owned(name, "huggingface").split("/")
+    owner, model = owned(name, "huggingface").split("/")
     home = os.environ.get("HF_HOME") or cache / "huggingface"
     hf = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{owner}--{model}"
     main = hf / "refs" / "main"
     if main.is_file():
         yield hf / "snapshots" / main.read_text(encoding="utf-8").strip()
 
-    owner, model = _owned(name, "modelscope").split("/")
+    owner, model = owned(name, "modelscope").split("/")
     masked = model.replace(".", "___")  # both packages avoid dots in folder names
     modelscope = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
     yield modelscope / "models" / f"{owner}--{model}" / "snapshots" / "master"
@@ -150,48 +163,63 @@ def _cached(name: str) -> Iterator[Path]:
     yield aistudio / "models" / owner / masked
 
 
-def _download(name: str, hub: str) -> Path:
-    """All files of the repository, through the hub's own resumable snapshot. Raises ValueError for
-    a missing package and for what the hub says.
+def download(name: str, hub: str, to: Path | None = None) -> Path:
+    """All files of the repository, through the hub's own resumable snapshot, into its cache or the
+    folder `to`. Raises ValueError for a missing package and for what the hub says.
     """
-    where, repository = HUBS[hub], _owned(name, hub)
+    where, repository = HUBS[hub], owned(name, hub)
     package = where.module.split(".")[0]
-    by_hand = f"or download {repository} by other means and name its folder as model_name_or_path"
+    by_hand = by_other_means(repository)
     try:
         snapshot_download = importlib.import_module(where.module).snapshot_download
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            say(
-                f"download_hub ({hub}) must have the package {package.replace('_', '-')} ({error}); pip "
-                f"install {package.replace('_', '-')}, {by_hand}",
-                f"download_hub（{hub}）需要软件包 {package.replace('_', '-')}（{error}）；pip install "
-                f"{package.replace('_', '-')}，{by_hand}",
-            )
-        ) from error
+        raise missing_package("download_hub", hub, package, error, by_hand) from error
     print(
         say(f"ernie_tune: downloading {repository} from {hub}", f"ernie_tune：正在从 {hub} 下载 {repository}"),
         file=sys.stderr,
         flush=True,
     )
+    place = {} if to is None else {"local_dir": str(to)}
     try:
-        return Path(snapshot_download(**{where.argument: repository}))
-    except _errors_of(package) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return Path(snapshot_download(**{where.argument: repository}, **place))
+    except errors_of(package) as error:
         raise ValueError(
             say(
-                f"download_hub ({hub}) must give {repository}, but says: {reason[0]}; check the name and "
+                f"download_hub ({hub}) must give {repository}, but says: {reason_of(error)}; check the name and "
                 f"the network, {by_hand}",
-                f"download_hub（{hub}）没有给出 {repository}，而是说：{reason[0]}；请检查名称和网络，{by_hand}",
+                f"download_hub（{hub}）没有给出 {repository}，而是说：{reason_of(error)}；请检查名称和网络，{by_hand}",
             )
         ) from error
 
 
-def _errors_of(package: str) -> tuple[type[Exception], ...]:
+def by_other_means(repository: str) -> str:
+    """What else a user can do."""
+    return f"or download {repository} by other means and name its folder as model_name_or_path"
+
+
+def missing_package(source: str, hub: str, package: str, error: Exception, otherwise: str = "") -> ValueError:
+    """The error where a hub's package is not installed, or too old."""
+    name, rest = package.replace("_", "-"), f", {otherwise}" if otherwise else ""
+    return ValueError(
+        say(
+            f"{source} ({hub}) must have the package {name} ({error}); pip install {name}{rest}",
+            f"{source}（{hub}）需要软件包 {name}（{error}）；pip install {name}{rest}",
+        )
+    )
+
+
+def reason_of(error: Exception, token: str = "") -> str:
+    """The first line of what a hub's client says, without the token."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].replace(token, "***") if token else lines[0]
+
+
+def errors_of(package: str) -> tuple[type[Exception], ...]:
     """What a download may raise: the exceptions that a hub's package defines are not all OSError or
     ValueError.
     """
     found: list[type[Exception]] = [OSError, ValueError, RuntimeError]
-    for name in (f"{package}.errors", f"{package}.hub.errors", f"{package}.exceptions"):
+    for name in (f"{package}.errors", f"{package}.hub.errors", f"{package}.exceptions", "httpx"):
         try:
             module = importlib.import_module(name)
         except ImportError:

@@ -105,8 +105,7 @@ def predict(model: Path, rows: str, out: Path, wanted: Mapping[str, Any]) -> int
             from ernie_tune.trainers.assemble import base_of_run
 
         failed = _write(lambda: open_engine(model, base_of_run), records, out, wanted)
-    told = counted(len(records), "row")
-    print(say(f"wrote {out} ({told})", f"已写入 {out}（{len(records)} 行）"))
+    print(say(f"wrote {out} ({len(records)} rows)", f"已写入 {out}（{len(records)} 行）"))
     if failed:
         print(
             say(

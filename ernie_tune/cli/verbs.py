@@ -100,6 +100,17 @@ VERBS = (
         ),
         ("merge", "quantize", "split"),
     ),
+    Verb(
+        "download",
+        "ernie_tune.cli.hubs:download",
+        say("fetch a model from a hub, checked", "从模型库下载模型并核对"),
+    ),
+    Verb(
+        "push",
+        "ernie_tune.cli.hubs:push",
+        say("put a model or adapter into a hub, private by default", "将模型或适配器上传到模型库，默认私有"),
+        ("upload",),
+    ),
     Verb("plot", "ernie_tune.cli.plot:run", say("draw the curves of one or several runs", "绘制一次或多次运行的曲线")),
     Verb(
         "demo",

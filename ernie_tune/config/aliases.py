@@ -220,6 +220,8 @@ VALUES: dict[str, dict[str, str]] = {
     "lr_scheduler_type": {"cosine_with_min_lr": "cosine", "cosine_warmup_with_min_lr": "cosine"},
     "truncation_strategy": {"keep_start": "right", "keep_end": "left"},
     "download_hub": {"": "none", "hf": "huggingface", "ms": "modelscope", "false": "none"},
+    "push_to_hub": {"false": "", "no": "", "none": ""},
+    "push_hub": {"hf": "huggingface", "ms": "modelscope"},
     "template_backend": {"swift": "custom"},
     **{
         f"{axis}_size": {"-1": "1"}  # PaddleFormers: not used

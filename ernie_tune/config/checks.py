@@ -8,6 +8,7 @@ Refuses to know: where settings were written, how to convert them, whether paths
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from ernie_tune.config.checks_methods import METHOD_RULES
 from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import say
 from ernie_tune.config.sections_model import TEMPLATES
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Problem(NamedTuple):
@@ -36,6 +39,7 @@ def problems(c: RunConfig) -> list[Problem]:
         _training,
         _weights,
         _saving,
+        _pushing,
         _best,
         _parallel,
         *METHOD_RULES,
@@ -70,6 +74,14 @@ def _unread_at(c: RunConfig, name: str) -> str:
 def _idle(c: RunConfig) -> Iterator[tuple[str, str]]:
     """Settings that others switch off."""
     e, s, o, p = c.eval, c.save, c.optim, c.parallel
+    if not s.push_to_hub:
+        yield (
+            "push_hub",
+            say(
+                "push_hub has no effect without push_to_hub; name the repository",
+                "没有 push_to_hub 时 push_hub 无效；请写出仓库名",
+            ),
+        )
     if c.data.greedy_intokens and not c.data.packing:
         yield (
             "greedy_intokens",
@@ -320,6 +332,18 @@ def _weights(c: RunConfig) -> Iterator[tuple[str, str]]:
             say(
                 f"freeze_spec ({f.freeze_spec}) must not go with trainable_layers or frozen_layers; keep one",
                 f"freeze_spec（{f.freeze_spec}）不能与 trainable_layers 或 frozen_layers 同用；请保留其一",
+            ),
+        )
+
+
+def _pushing(c: RunConfig) -> Iterator[tuple[str, str]]:
+    name = c.save.push_to_hub
+    if name and not _REPOSITORY.fullmatch(name):
+        yield (
+            "push_to_hub",
+            say(
+                f"push_to_hub ({name}) must be the repository, owner/model; name it",
+                f"push_to_hub（{name}）须为仓库名 owner/model；请写出",
             ),
         )
 

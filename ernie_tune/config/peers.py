@@ -163,7 +163,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
     (
         "nothing is uploaded, and no token is read from a file; use the hub's own tool on output_dir",
         "不上传，也不从文件读取令牌；请用模型库自带工具上传 output_dir",
-        """push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push push_to_hub_model_id push_to_hub_organization push_to_hub_token
+        """hub_token hub_private_repo hub_model_id hub_strategy hub_always_push push_to_hub_model_id push_to_hub_organization push_to_hub_token
         hf_hub_token ms_hub_token om_hub_token cache_dir save_to_aistudio aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token
         wandb_api_key wandb_http_proxy export_hub_model_id token use_auth_token hub_model_revision""",
     ),

@@ -266,6 +266,19 @@ class SaveArguments:
         "重新开始：output_dir 中先前运行的内容移至 output_dir/earlier-N",
         shapes=False,
     )
+    push_to_hub: str = arg(
+        "",
+        "repository (owner/model) that gets the result when training has ended, private if it is new; empty: nothing leaves this machine",
+        "训练结束后接收结果的仓库（owner/model），新建时为私有；留空则不上传任何内容",
+        shapes=False,
+    )
+    push_hub: str = arg(
+        "huggingface",
+        "the hub of push_to_hub",
+        "push_to_hub 所用的模型库",
+        ("huggingface", "modelscope", "aistudio"),
+        shapes=False,
+    )
     resume_only_model: bool = arg(
         False,
         "take the weights, start optimizer and data anew",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.checkpoint.ledger import Ledger
+from ernie_tune.checkpoint.push import push
 from ernie_tune.checkpoint.state import Checkpoint, find_checkpoint
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
@@ -264,6 +265,7 @@ class Trainer:
         for level, line in found.lines if self.place.is_writer else ():
             print(stamp(line, level), flush=True)
         if found.finished:
+            self._push(dry_run)
             return self.folder.metrics()
         self.put(optimizer_next=True)
         t = self.args.train
@@ -278,7 +280,16 @@ class Trainer:
         if dry_run:
             run.rehearse()
             return {}
-        return run.train(checkpoint)
+        metrics = run.train(checkpoint)
+        self._push(dry_run)
+        return metrics
+
+    def _push(self, dry_run: bool) -> None:
+        """Hand the result to the hub that the settings name. Raises ValueError as
+        `checkpoint.push.push`; the result stays where it is."""
+        s = self.args.save
+        if s.push_to_hub and self.place.is_writer and not dry_run:
+            push(self.output_dir, s.push_to_hub, s.push_hub)
 
     def _starting_point(self, parts: Assembled) -> Checkpoint | None:
         """The checkpoint to go on from, if any. With resume_only_model the weights of the one that
