@@ -19,7 +19,7 @@ from ernie_tune.export.grid import Grid
 from ernie_tune.export.source import EXPORT_CODE, Place, Weights
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.specs import parameter_specs
-from ernie_tune.peft.packed import METHOD, VERSION, matrix_name
+from ernie_tune.peft.packed_header import METHOD, VERSION, matrix_name
 from ernie_tune.peft.quantize import pack_halves
 
 Array = np.ndarray[Any, Any]

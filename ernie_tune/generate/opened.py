@@ -15,7 +15,8 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.generate.engine import Engine
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.peft.packed import is_packed, load_packed
+from ernie_tune.peft.packed import load_packed
+from ernie_tune.peft.packed_header import is_packed
 
 
 def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine:

@@ -25,44 +25,23 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
-from ernie_tune.config.foreign import read_json_object
-from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.moe import Experts
 from ernie_tune.models.specs import ParameterSpec, parameter_specs
+from ernie_tune.peft import unpack
+from ernie_tune.peft.packed_header import BITS, METHOD, VERSION, matrix_name, packed_settings
 from ernie_tune.peft.quantize import QuantizedLinear, QuantizedWeight, swap_stack
+from ernie_tune.peft.unpack import Codes
 
-METHOD = "ernie_tune_packed"
-VERSION = 1
-_BITS = {"I8": 8, "U8": 4}
 Array = np.ndarray[Any, Any]
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether `folder` says that it is packed. ValueError for a config.json that is no JSON."""
-    file = folder / "config.json"
-    return file.is_file() and (_settings(file).get("quantization_config") or {}).get("quant_method") == METHOD
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    return read_json_object(file, say("fetch the folder again", "请重新获取该文件夹"))
-
-
-def matrix_name(parameter: str, expert: int | None) -> str:
-    """`<name>` of the module's docstring for a canonical parameter: one expert's number goes before
-    the last part, `.weight` goes away.
-    """
-    if expert is None:
-        return parameter.removesuffix(".weight")
-    stack, _, leaf = parameter.rpartition(".")
-    return f"{stack}.{expert}.{leaf}"
 
 
 def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
     """The model of a packed folder, frozen, with `QuantizedLinear` layers and quantised expert
-    stacks: an adapter can be put on it.
+    stacks: an adapter can be put on it. On a CPU the codes stay in the files, which are mapped:
+    loading takes seconds whatever the size, and the system drops pages when memory is short.
 
     `dtype`: of activations, "float32" or "bfloat16"; by default float32 on the CPU. Raises
     FileNotFoundError where there is no such folder, and ValueError for one that is not packed or of
@@ -73,7 +52,7 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
         raise FileNotFoundError(
             f"{folder} must hold config.json; give a folder that `ernie-tune export --emit packed` wrote"
         )
-    settings = _settings(file)
+    settings = packed_settings(file)
     about = settings.pop("quantization_config", None) or {}
     if about.get("quant_method") != METHOD or about.get("version") != VERSION:
         raise ValueError(
@@ -83,12 +62,17 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
     dtype = dtype or ("float32" if paddle.get_device() == "cpu" else "bfloat16")
     source = _Packed(TensorReader(folder), config, dtype)
     source.check()
-    model = ErnieModel(config, dtype)
+    # A CPU multiplies with the codes where they lie, so they are not even read here.
+    mapped = paddle.get_device() == "cpu" and unpack.ready(paddle.zeros([1], dtype))
+    with paddle.LazyGuard():  # matrices that are packed never get their place in memory
+        model = ErnieModel(config, dtype)
     layers, parameters = dict(model.named_sublayers()), model.state_dict()
     with paddle.no_grad():
         for name in source.specs:
             bits = source.bits(name)
-            if bits:
+            if bits and mapped:
+                _swap(layers, name, QuantizedWeight.mapped(source.codes(name), len(source.specs[name].shape) == 3))
+            elif bits:
                 _swap(layers, name, QuantizedWeight(*source.quantised(name), bits))
             else:
                 parameters[name].set_value(source.dense(name))
@@ -126,7 +110,7 @@ class _Packed:
         if name in self.reader.entries:
             return 0
         entry = self.reader.entries.get(f"{self._matrices(name)[0]}.codes")
-        return _BITS.get(entry.dtype, 0) if entry else 0
+        return BITS.get(entry.dtype, 0) if entry else 0
 
     def _wanted(self) -> Iterator[tuple[str, ParameterSpec, str, int]]:
         """(tensor, spec, what it is, bits) of everything that must be there."""
@@ -158,7 +142,7 @@ class _Packed:
                     and rows % entry.shape[0] == 0
                 )
             elif what == "codes":
-                fits = entry.shape == (rows // 2 if bits == 4 else rows, columns) and _BITS.get(entry.dtype) == bits
+                fits = entry.shape == (rows // 2 if bits == 4 else rows, columns) and BITS.get(entry.dtype) == bits
             else:
                 fits = entry.shape == spec.shape
             if not fits:
@@ -186,11 +170,16 @@ class _Packed:
     def dense(self, name: str) -> Array:
         return self._floats(name, "F32" if self.specs[name].float32 else FLOAT_CODES[self.dtype])
 
+    def codes(self, name: str) -> list[Codes]:
+        """Of every matrix: codes as views of the mapped file, scales in memory."""
+        return [
+            Codes(self.reader.read(f"{matrix}.codes"), self._floats(f"{matrix}.scale", "F32"), self.bits(name))
+            for matrix in self._matrices(name)
+        ]
+
     def quantised(self, name: str) -> tuple[Tensor, Tensor]:
-        matrices = self._matrices(name)
-        codes = [self.reader.read(f"{matrix}.codes") for matrix in matrices]
-        scales = [self._floats(f"{matrix}.scale", "F32") for matrix in matrices]
-        stacked = len(self.specs[name].shape) == 3
-        both = (np.stack(x) if stacked else np.array(x[0]) for x in (codes, scales))
+        matrices, stacked = self.codes(name), len(self.specs[name].shape) == 3
+        arrays = ([getattr(m, which) for m in matrices] for which in ("codes", "scale"))
+        both = (np.stack(x) if stacked else np.array(x[0]) for x in arrays)
         made = [paddle.to_tensor(array) for array in both]
         return made[0], made[1].astype(self.dtype)

@@ -92,7 +92,23 @@ class QuantizedWeight(nn.Layer):
         self.shape: tuple[int, ...] = (*stack, rows * (2 if bits == 4 else 1), columns)
         self._groups = scale.shape[-2]
         self._cuts: list[tuple[int | None, int, int]] = []
+        self._mapped: Sequence[Codes] = ()
         self._set(codes, scale)
+
+    @classmethod
+    def mapped(cls, matrices: Sequence[Codes], stacked: bool) -> QuantizedWeight:
+        """Matrices whose codes stay where they are, in a mapped file: read when they are multiplied
+        with, where `unpack.ready` says so. One matrix, or with `stacked` those of a stack.
+        """
+        made = cls.__new__(cls)
+        nn.Layer.__init__(made)
+        first = matrices[0]
+        made.bits, made.dtype = first.bits, paddle.float32
+        made.shape = (len(matrices), *first.shape) if stacked else first.shape
+        made._groups, made._cuts = first.scale.shape[0], []
+        made._set(None, None)
+        made._mapped = matrices
+        return made
 
     def _set(self, codes: Tensor | None, scale: Tensor | None) -> None:
         self.register_buffer("codes", codes)
@@ -113,6 +129,7 @@ class QuantizedWeight(nn.Layer):
         nn.Layer.__init__(made)
         made.bits, made.dtype, made.shape = bits, weight.dtype, tuple(weight.shape)
         made._groups, made._cuts = num_groups(weight.shape[-2], bits), []
+        made._mapped = ()
         made._set(None, None)
         if has_values(weight):
             made.take(lambda e: (weight if e is None else weight[e]).astype("float32").numpy())
@@ -121,7 +138,7 @@ class QuantizedWeight(nn.Layer):
     @property
     def known(self) -> bool:
         """Whether it has values."""
-        return self.codes is not None
+        return self.codes is not None or bool(self._mapped)
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +183,11 @@ class QuantizedWeight(nn.Layer):
         if axis == 0 and self._groups > 1:
             self._groups //= size
         self._cuts.append((axis, rank, size))
+        if self._mapped:
+            arrays = ([getattr(m, which) for m in self._mapped] for which in ("codes", "scale"))
+            codes, scale = (np.stack(a) if len(self.shape) == 3 else a[0] for a in arrays)
+            self._mapped = ()
+            self._set(paddle.to_tensor(codes), paddle.to_tensor(scale))
         if self.codes is None or self.scale is None:
             return
         codes, scale = self.codes.numpy(), self.scale.astype("float32").numpy()
@@ -183,14 +205,13 @@ class QuantizedWeight(nn.Layer):
 
     def dense(self, expert: int | None = None) -> Tensor:
         """The rounded matrix [I, O]; of one expert where they are stacked."""
+        if self._mapped or (self.scale is not None and unpack.ready(self.scale)):
+            return mkl.made(unpack.whole(self.matrix(expert)))
         if self.codes is None or self.scale is None:
             raise ValueError(
                 "a quantised weight must have its values before it is used; read them into the model first"
             )
-        codes, scale = (x if expert is None else x[expert] for x in (self.codes, self.scale))
-        if unpack.ready(scale):
-            return mkl.made(unpack.whole(self.matrix(expert)))
-        return self.plain(codes, scale)
+        return self.plain(*(x if expert is None else x[expert] for x in (self.codes, self.scale)))
 
     def plain(self, codes: Tensor, scale: Tensor) -> Tensor:
         """`dense` by Paddle's operators, for every device and number format."""
@@ -202,6 +223,8 @@ class QuantizedWeight(nn.Layer):
 
     def matrix(self, expert: int | None = None) -> Codes:
         """The codes and scales in their own memory, on a CPU; not to be kept."""
+        if self._mapped:
+            return self._mapped[expert or 0]
         if self.codes is None or self.scale is None:
             raise ValueError(
                 "a quantised weight must have its values before it is used; read them into the model first"

@@ -19,6 +19,7 @@ from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
 from ernie_tune.models.presets import preset
 from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.packed_header import PackedBits, is_packed, packed_bits
 from ernie_tune.peft.settings import lora_config
 
 PAIRED = ("DPO", "RM")  # stages whose rows are two answers
@@ -31,7 +32,10 @@ def model_shape(name: str) -> ModelConfig:
     """
     file = Path(name) / "config.json"
     if file.is_file():
-        return read_config(json.loads(file.read_text(encoding="utf-8")))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if is_packed(Path(name)):
+            del settings["quantization_config"]
+        return read_config(settings)
     return preset(name)
 
 
@@ -57,6 +61,7 @@ class Job:
     (a second frozen model). While answers are sampled the key/value cache holds `sequences` of
     them, of `completion_tokens` each, and once each of the `sequence_prompts` prompts that they
     share; prompt and answer take `sequence_tokens`.
+    `packed`: how wide the codes are where the base is a packed folder.
     `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes
     that store them otherwise.
     """
@@ -80,9 +85,15 @@ class Job:
     sequence_prompts: int = 0
     sequence_tokens: int = 0
     completion_tokens: int = 0
+    packed: PackedBits | None = None
     moment_bytes: int = 4
     gradient_bytes: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the base is held as int8 or int4 codes."""
+        return self.quantize != "none" or self.packed is not None
 
     @property
     def tokens(self) -> int:
@@ -159,6 +170,7 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
         sequence_prompts=-(-sequences // config.rollout.num_generations),
         sequence_tokens=longest if sampled else 0,
         completion_tokens=config.rollout.max_completion_length if sampled else 0,
+        packed=packed_bits(Path(m.model_name_or_path)) if is_packed(Path(m.model_name_or_path)) else None,
         notes=tuple(notes),
     )
     visual = visual_tokens if visual_tokens is not None else job.tokens // 2 if model.vision else 0

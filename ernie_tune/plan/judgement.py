@@ -22,6 +22,7 @@ from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
 from ernie_tune.models.presets import PRESETS
+from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.layouts import run_problems
 
@@ -57,7 +58,7 @@ def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
         return loaded.sources[setting].where if setting in loaded.sources else where
 
     lacks = list(absent(config, Path(where.rpartition(":")[0]).parent))
-    wrong = [f"{at(name)}: {message}" for name, message in foreign(config)]
+    wrong = [f"{at(name)}: {message}" for name, message in (*foreign(config), *packed_base(config))]
     wrong += [f"{at(lack.setting)}: {lack.message}" for lack in lacks if training and lack.certain]
     notes = [f"{at(lack.setting)}: {lack.message}" for lack in lacks if not training]
     shape = known_shape(config.model.model_name_or_path)
@@ -86,6 +87,35 @@ def foreign(config: RunConfig) -> Iterator[tuple[str, Text]]:
                 f"model_name_or_path ({name}) must be an ERNIE 4.5 model, no other family is trained here; take e.g. "
                 "baidu/ERNIE-4.5-VL-28B-A3B-PT, or a preset: tiny-a, small",
                 f"model_name_or_path（{name}）须为 ERNIE 4.5 模型，此处不训练其他系列；可用 baidu/ERNIE-4.5-VL-28B-A3B-PT，或预设 tiny-a、small",
+            ),
+        )
+
+
+def packed_base(config: RunConfig) -> Iterator[tuple[str, Text]]:
+    """What a base of int8 or int4 codes cannot follow, for nothing trains or rounds these again."""
+    folder, method, algorithm = (
+        Path(config.model.model_name_or_path),
+        config.model.fine_tuning,
+        config.compute.weight_quantize_algo,
+    )
+    if not is_packed(folder):
+        return
+    if method in ("Full", "Freeze"):
+        yield (
+            "fine_tuning",
+            say(
+                f"fine_tuning ({method}) must be LoRA or an added layer for {folder}, whose weights are packed codes; "
+                "set fine_tuning: LoRA, or give the folder that it was exported from",
+                f"{folder} 的权重是打包的量化编码，fine_tuning（{method}）须为 LoRA 或附加层；"
+                "请设 fine_tuning: LoRA，或改用导出前的文件夹",
+            ),
+        )
+    if algorithm != "none":
+        yield (
+            "weight_quantize_algo",
+            say(
+                f"weight_quantize_algo ({algorithm}) must be none for {folder}, which is quantised already; take it out",
+                f"{folder} 已经量化，weight_quantize_algo（{algorithm}）须为 none；请去掉该设置",
             ),
         )
 

@@ -152,7 +152,7 @@ def _states(items: dict[str, float], mine: list[Held], job: Job, layout: Layout,
         trained = (h.trained + h.adapters) / cut
         float32 = h.trained_float32 / cut
         towers = h.place in ("vision_model", "resampler_model")
-        base = "vision tower" if towers else "weights" if job.quantize == "none" else "quantised base"
+        base = "vision tower" if towers else "weights" if not job.coded else "quantised base"
         stored = sharded if layout.sharding_stage == 3 else 1
         items[base] += h.base_bytes / cut / stored
         items["adapters"] += h.adapters / cut * wide / stored

@@ -105,7 +105,7 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
         yield Change(text, smaller, cards, offload)
     if job.full and job.model.vision is not None and "freeze_vision" not in job.freeze:
         yield Change("freeze_config: freeze_vision", job.replace(freeze=(*job.freeze, "freeze_vision")), cards, offload)
-    if not job.full and job.quantize == "none":
+    if not job.full and not job.coded:
         yield Change("weight_quantize_algo: weight_only_mix", job.replace(quantize="weight_only_mix"), cards, offload)
     if job.lora is not None and job.lora.r > 8:
         yield Change("lora_rank: 8", job.replace(lora=replace(job.lora, r=8)), cards, offload)

@@ -125,7 +125,7 @@ def _communication(job: Job, layout: Layout, card: Card, passes: int) -> float:
 
 def _expanding(job: Job, layout: Layout, card: Card) -> float:
     """Of one pass: quantised experts become plain ones and are read again."""
-    if job.quantize == "none" or job.model.moe is None:
+    if not job.coded or job.model.moe is None:
         return 0.0
     # nearly all of them experts'
     values = parameter_count(job.model, "layers.") - job.model.num_hidden_layers

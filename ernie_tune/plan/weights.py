@@ -17,6 +17,7 @@ from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES, ParameterSpec, parameter_specs
 from ernie_tune.peft.formats import ALGORITHMS, num_groups
+from ernie_tune.peft.packed_header import PackedBits, kind_of
 from ernie_tune.peft.parts import frozen_parts, part_of
 from ernie_tune.peft.targets import expert_targets, linear_targets
 from ernie_tune.plan.job import Job
@@ -83,8 +84,11 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
     for a format that does not exist.
     """
     plain = spec.size * (4 if spec.float32 else job.element_bytes)
-    if job.quantize == "none":
+    if not job.coded:
         return plain
+    if job.packed is not None:
+        chosen_bits = _packed_bits(name, spec, job.packed)
+        return _quantised(spec, chosen_bits, job.element_bytes) if chosen_bits else plain
     if job.quantize not in ALGORITHMS:
         raise ValueError(
             say(
@@ -97,8 +101,16 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
         return spec.size + spec.shape[0] * job.element_bytes if chosen.embedding else plain
     if len(spec.shape) == 3:
         return _quantised(spec, chosen.experts, job.element_bytes)
-    is_linear = len(spec.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
-    return _quantised(spec, chosen.linear, job.element_bytes) if is_linear else plain
+    return _quantised(spec, chosen.linear, job.element_bytes) if _is_linear(name, spec) else plain
+
+
+def _is_linear(name: str, spec: ParameterSpec) -> bool:
+    return len(spec.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
+
+
+def _packed_bits(name: str, spec: ParameterSpec, packed: PackedBits) -> int:
+    """Bits of a parameter in a packed folder; 0: it lies there as it is."""
+    return getattr(packed, kind_of(name)) if len(spec.shape) == 3 or _is_linear(name, spec) else 0
 
 
 def _quantised(spec: ParameterSpec, bits: int, scale_bytes: int) -> float:

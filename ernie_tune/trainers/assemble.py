@@ -37,8 +37,11 @@ from ernie_tune.peft.affinity import affinity, select_experts
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig, PeftConfig, PrefixConfig, PromptConfig
 from ernie_tune.peft.freeze import FreezeSpec, opened
 from ernie_tune.peft.model import PeftModel, get_peft_model
+from ernie_tune.peft.packed import load_packed
+from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.peft.quantize import quantize_base, takers
 from ernie_tune.plan.job import known_shape
+from ernie_tune.plan.judgement import packed_base
 from ernie_tune.plan.layouts import check_run
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
@@ -231,6 +234,8 @@ def load_model(config: RunConfig) -> AutoModel:
 
 def load_base(config: RunConfig) -> ErnieModel:
     """`load_model` as an adapter's base: quantised, where the settings say so, while it is read."""
+    if is_packed_base(config):
+        return load_packed(Path(config.model.model_name_or_path))
     algorithm = config.compute.weight_quantize_algo
     if algorithm == "none":
         return load_model(config)
@@ -255,6 +260,16 @@ def base_of_run(arguments: Path) -> ErnieModel:
     return load_base(config)
 
 
+def is_packed_base(config: RunConfig) -> bool:
+    """Whether model_name_or_path is a folder of int8 or int4 codes. Raises ValueError for settings
+    that such a base cannot follow.
+    """
+    problems = [message for _, message in packed_base(config)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return is_packed(Path(config.model.model_name_or_path))
+
+
 def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
     """`load_model` for a rank that keeps a part: a model without values, and what they are read
     from once it lies over the ranks.
@@ -267,6 +282,8 @@ def model_for(config: RunConfig, place: Place) -> tuple[ErnieModel, Source | Non
     beside it when it is put, where it would not fit before: as one of several processes, or when a
     quantised base is to be made of it.
     """
+    if is_packed_base(config):
+        return load_base(config), None
     if place.several or config.compute.weight_quantize_algo != "none":
         return unread_model(config)
     return load_model(config), None

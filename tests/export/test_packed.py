@@ -26,7 +26,8 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import pack
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
-from ernie_tune.peft.packed import is_packed, load_packed
+from ernie_tune.peft.packed import load_packed
+from ernie_tune.peft.packed_header import is_packed
 
 
 def inputs(processor: Processor):  # type: ignore[no-untyped-def]
