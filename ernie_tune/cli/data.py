@@ -18,7 +18,7 @@ from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.language import counted, say, shown
 from ernie_tune.config.loader import Loaded, load_config
-from ernie_tune.config.stages import STAGES
+from ernie_tune.config.stages import STAGES, signals_of
 from ernie_tune.data.doctor.convert import WRITERS, convert_file
 from ernie_tune.data.doctor.fix import fix_file, fixed_path
 from ernie_tune.data.doctor.report import as_json, as_text, stats_text
@@ -187,7 +187,9 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
         template = options.get("template", None if data.template == "auto" else data.template)
         processor = _processor(options.get("tokenizer", model), template, loaded.config.media.image_max_pixels)
     limit = _number(options, "max-seq-len", data.max_seq_len, 2)
-    return _Inputs(train, evaluation, processor, limit, _signals(options.get("stage", loaded.config.model.stage)))
+    learned = signals_of(loaded.config.model.stage, loaded.config.preference.loss_type)
+    signals = _signals(options["stage"]) if "stage" in options else learned
+    return _Inputs(train, evaluation, processor, limit, signals)
 
 
 def _signals(stage: str) -> tuple[str, ...]:

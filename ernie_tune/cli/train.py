@@ -67,7 +67,8 @@ def upo(args: list[str]) -> int:
     """ernie-tune upo FILE [key=value | --key value ...] [--dry-run]
 
     Learns from pairs, rankings, ratings and labels together, as `ernie-tune train` with stage=UPO.
-    loss_type: upo_hetero, mpo.
+    loss_type: upo_hetero, mpo; upo_online, upo_group, upo_offline and dpo_aux sample answers to
+    prompts that can be checked, and add pairs to the policy's own loss.
     """
     return _train(args, "UPO")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from ernie_tune.config.sections_model import (
     MediaArguments,
     ModelArguments,
 )
-from ernie_tune.config.sections_online import CriticArguments, PolicyArguments, RolloutArguments
+from ernie_tune.config.sections_online import CriticArguments, PairArguments, PolicyArguments, RolloutArguments
 from ernie_tune.config.sections_run import (
     ComputeArguments,
     EvalArguments,
@@ -39,7 +39,7 @@ from ernie_tune.config.sections_run import (
     SaveArguments,
     TrainArguments,
 )
-from ernie_tune.config.stages import STAGES
+from ernie_tune.config.stages import STAGES, samples
 
 __all__ = [
     "ADDED",
@@ -66,6 +66,7 @@ VARYING = (
 # Sections whose settings belong together at every stage that compares answers: there, one that the
 # stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
+SAMPLING = ("rollout", "policy", "critic", "pairs")  # sections of runs that sample answers
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,28 @@ class RunConfig:
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     critic: CriticArguments = field(default_factory=CriticArguments)
+    pairs: PairArguments = field(default_factory=PairArguments)
+
+    @property
+    def samples(self) -> bool:
+        """Whether answers are sampled while the run learns."""
+        return samples(self.model.stage, self.preference.loss_type)
 
     def applies(self, section: str) -> bool:
         """Whether settings of `section` have an effect at this stage and method."""
         stage, method = self.model.stage, self.model.fine_tuning
         if section in KINDRED and STAGES[stage].compares:
             return True
+        if section in SAMPLING and not self.samples:
+            return False
         return any(s.read_at(stage, method) for s in SETTINGS.values() if s.section == section)
 
     def reads(self, name: str) -> bool:
-        """Whether this stage and method read the setting."""
-        return SETTINGS[name].read_at(self.model.stage, self.model.fine_tuning)
+        """Whether this stage, method and preset read the setting."""
+        setting = SETTINGS[name]
+        if setting.section in SAMPLING and not self.samples:
+            return False
+        return setting.read_at(self.model.stage, self.model.fine_tuning)
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name."""
@@ -125,17 +137,17 @@ def shapes_weights(name: str) -> bool:
     return SETTINGS[name].about.shapes
 
 
-def default_for(name: str, stage: str, method: str) -> Any:
-    """The value that a run of this stage and method takes where nobody wrote one."""
+def default_for(name: str, stage: str, method: str, losses: Sequence[str] = ()) -> Any:
+    """The value that a run of this stage, method and `loss_type` takes where nobody wrote one."""
     if name == "learning_rate":
         return STAGES[stage].rates[method not in ("Full", "Freeze")]
     if name == "per_device_train_batch_size":
-        if STAGES[stage].samples:
+        if samples(stage, losses):
             return 8  # answers: one group of the usual size
         # its baseline compares the answers of a step with one another
         return 2 if stage == "KTO" else 1
     if name == "metric_for_best_model":
-        return "reward" if STAGES[stage].samples else SETTINGS[name].default
+        return "reward" if samples(stage, losses) else SETTINGS[name].default
     if name == "beta":
         return 0.0 if STAGES[stage].samples else SETTINGS[name].default
     if name == "num_generations" and stage == "PPO":

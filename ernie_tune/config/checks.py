@@ -68,6 +68,8 @@ def _unread_at(c: RunConfig, name: str) -> str:
     about = SETTINGS[name].about
     if about.methods and c.model.fine_tuning not in about.methods:
         return f"fine_tuning {c.model.fine_tuning}"
+    if c.model.stage in about.stages:
+        return f"loss_type {','.join(c.preference.loss_type)}"
     return f"stage {c.model.stage}"
 
 

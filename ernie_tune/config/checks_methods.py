@@ -9,10 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.config.arguments import SAMPLING, SETTINGS, RunConfig
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.language import say
-from ernie_tune.config.stages import EDGE_LOSSES, ONLINE_PRESETS, PAIR_LOSSES, STAGES, UNREFERENCED, UPO_TERMS
+from ernie_tune.config.stages import (
+    EDGE_LOSSES,
+    PAIR_LOSSES,
+    ROW_PRESETS,
+    STAGES,
+    UNREFERENCED,
+    UPO_SAMPLED_TERMS,
+    UPO_TERMS,
+)
 
 
 def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
@@ -28,7 +36,7 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _kto_rows(c)
-    if c.applies("rollout") and c.data.packing:
+    if c.samples and c.data.packing:
         yield (
             "packing",
             say(
@@ -36,7 +44,7 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
                 f"{c.model.stage} 阶段要采样回答，packing（true）须为 false；请取消",
             ),
         )
-    if c.applies("rollout") and weights not in (0, rewards):
+    if c.samples and weights not in (0, rewards):
         yield (
             "reward_weights",
             say(
@@ -133,36 +141,48 @@ def _losses(c: RunConfig) -> Iterator[tuple[str, str]]:
     if stage.name == "UPO":
         yield from _loss_name("UPO", c.signals.edge_loss, EDGE_LOSSES, "edge_loss")
         yield from _term_weights(c)
+        yield from _pair_weight(c)
 
 
 def _term_weights(c: RunConfig) -> Iterator[tuple[str, str]]:
+    known = upo_terms(c)
     for item in c.signals.term_weights:
         term, _, number = item.partition("=")
-        if term.strip() not in UPO_TERMS or not re.fullmatch(r"\s*\d*\.?\d+(e[+-]?\d+)?\s*", number):
+        if term.strip() not in known or not re.fullmatch(r"\s*\d*\.?\d+(e[+-]?\d+)?\s*", number):
             yield (
                 "term_weights",
                 say(
-                    f"term_weights ({item!r}) must look like term=weight, term one of {', '.join(UPO_TERMS)}; "
-                    "e.g. pair=1,rank=0.5",
-                    f"term_weights（{item!r}）须写成 term=weight，term 为 {', '.join(UPO_TERMS)} 之一；例如 "
-                    "pair=1,rank=0.5",
+                    f"term_weights ({item!r}) must look like term=weight, term one of {', '.join(known)}; "
+                    f"e.g. {known[0]}=1,{known[1]}=0.5",
+                    f"term_weights（{item!r}）须写成 term=weight，term 为 {', '.join(known)} 之一；例如 "
+                    f"{known[0]}=1,{known[1]}=0.5",
                 ),
             )
+
+
+def upo_terms(c: RunConfig) -> tuple[str, ...]:
+    """The terms that the run's preset of UPO can weigh."""
+    sampled = UPO_SAMPLED_TERMS if c.samples else ()
+    rows = not sampled or set(c.preference.loss_type) & set(ROW_PRESETS)
+    return tuple(dict.fromkeys((*sampled, *(UPO_TERMS if rows else ()))))
+
+
+def _pair_weight(c: RunConfig) -> Iterator[tuple[str, str]]:
+    given = c.pairs.pair_weight
+    if given != "auto" and not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", given):
+        yield (
+            "pair_weight",
+            say(
+                f"pair_weight ({given}) must be a number, or auto; 1.0 is usual",
+                f"pair_weight（{given}）须为数值或 auto；通常为 1.0",
+            ),
+        )
 
 
 def _loss_name(stage: str, name: str, known: tuple[str, ...], setting: str = "loss_type") -> Iterator[tuple[str, str]]:
     if name in known:
         return
-    if name in ONLINE_PRESETS and stage == "UPO":
-        yield (
-            setting,
-            say(
-                f"{setting} ({name}) samples answers while it learns, which this version does not, and "
-                f"must be one of {', '.join(known)}; take upo_hetero",
-                f"{setting}（{name}）在学习时采样回答，此版本不支持，须为 {', '.join(known)} 之一；请用 upo_hetero",
-            ),
-        )
-    elif name == "kto_pair":
+    if name == "kto_pair":
         yield (
             setting,
             say(
@@ -201,6 +221,7 @@ def _compared(c: RunConfig) -> Iterator[tuple[str, str]]:
         about = setting.about
         if flat[name] == setting.default or not any(STAGES[stage].compares for stage in about.stages):
             continue
+        asked = ("pg_loss", (c.pairs.pg_loss,)) if setting.section in SAMPLING else compared
         if c.model.stage not in about.stages:
             yield (
                 name,
@@ -210,14 +231,14 @@ def _compared(c: RunConfig) -> Iterator[tuple[str, str]]:
                     f"{name}（{flat[name]}）在 {c.model.stage} 阶段无效，仅用于 {', '.join(about.stages)}；请去掉",
                 ),
             )
-        elif about.losses and not set(about.losses) & set(compared[1]):
+        elif about.losses and not set(about.losses) & set(asked[1]):
             yield (
                 name,
                 say(
-                    f"{name} ({flat[name]}) must go with {compared[0]} {' or '.join(about.losses)}, not "
-                    f"{','.join(compared[1])}; set one",
-                    f"{name}（{flat[name]}）须与 {compared[0]} {' or '.join(about.losses)} 同用，而不是 "
-                    f"{','.join(compared[1])}；请设置其一",
+                    f"{name} ({flat[name]}) must go with {asked[0]} {' or '.join(about.losses)}, not "
+                    f"{','.join(asked[1])}; set one",
+                    f"{name}（{flat[name]}）须与 {asked[0]} {' or '.join(about.losses)} 同用，而不是 "
+                    f"{','.join(asked[1])}；请设置其一",
                 ),
             )
         elif about.needs and flat[about.needs[0]] not in about.needs[1]:

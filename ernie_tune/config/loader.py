@@ -364,6 +364,7 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
     them. Returns what to tell of that.
     """
     stage, method = values.get("stage", "SFT"), values.get("fine_tuning", "LoRA")
+    losses = values.get("loss_type", ())
     notes = []
 
     def fill(name: str, value: Any, why: str) -> None:
@@ -371,8 +372,9 @@ def _fill_in(values: dict[str, Any], sources: dict[str, Entry]) -> list[str]:
             values[name], sources[name] = value, Entry(name, None, why)
 
     for name in VARYING:
-        if default_for(name, stage, method) != SETTINGS[name].default or name == "learning_rate":
-            fill(name, default_for(name, stage, method), f"default for {stage}, {method}")
+        usual = default_for(name, stage, method, losses)
+        if usual != SETTINGS[name].default or name == "learning_rate":
+            fill(name, usual, f"default for {stage}, {method}")
     if len(values.get("train_dataset_prob", ())) > 1:
         fill("mix_strategy", "random", "default with train_dataset_prob")
     model = values.get("model_name_or_path", "")

@@ -210,14 +210,14 @@ class SignalArguments:
 
     term_weights: tuple[str, ...] = arg(
         (),
-        "weights of UPO's terms over the preset's, as pair=1,rank=0.5,rate=0.5,bin=0.25,nll=0.1",
-        "UPO 各项的权重，如 pair=1,rank=0.5,rate=0.5,bin=0.25,nll=0.1",
+        "weights of UPO's terms over the preset's, as pair=1,rank=0.5,rate=0.5,bin=0.25,nll=0.1; pg and kl where answers are sampled",
+        "UPO 各项的权重，如 pair=1,rank=0.5,rate=0.5,bin=0.25,nll=0.1；采样回答时还有 pg 和 kl",
         stages=_UPO,
     )
-    kappa: int = arg(
-        0,
-        "1: implicit rewards per token of the answer",
-        "1：隐式奖励按回答 token 数平均",
+    kappa: int | None = arg(
+        None,
+        "1: implicit rewards per token of the answer; null: 0, 1 for upo_group",
+        "1：隐式奖励按回答 token 数平均；null：0，upo_group 为 1",
         low=0,
         high=1,
         stages=_UPO,

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_tune.config.field import arg
+from ernie_tune.config.stages import POLICY_LOSSES
 
-_RL = ("RLVR", "PPO")
-_RLVR = ("RLVR",)
+_RL = ("RLVR", "PPO", "UPO")
+_RLVR = ("RLVR", "UPO")
+_UPO = ("UPO",)
 _PPO = ("PPO",)
 ESTIMATORS = {
     "auto": ("grpo, or gae with a critic", "grpo；有价值网络时为 gae"),
@@ -35,7 +37,9 @@ CORRECTIONS = {
 
 @dataclass(frozen=True)
 class RolloutArguments:
-    """Sampled answers and their rewards. Stages RLVR and PPO."""
+    """Sampled answers and their rewards. Stages RLVR and PPO, and UPO where its preset samples
+    answers.
+    """
 
     num_generations: int = arg(8, "answers sampled a prompt", "每个提示采样的回答数", low=1, stages=_RL)
     max_completion_length: int = arg(
@@ -120,7 +124,7 @@ class RolloutArguments:
 
 @dataclass(frozen=True)
 class PolicyArguments:
-    """The policy's loss. Stages RLVR and PPO."""
+    """The policy's loss. Stages RLVR and PPO, and UPO where its preset samples answers."""
 
     advantage_estimator: str = arg("auto", "what answers are compared with", "回答与什么比较", ESTIMATORS, stages=_RL)
     scale_rewards: str = arg(
@@ -274,4 +278,52 @@ class CriticArguments:
         "价值网络学习率；null：learning_rate 的 10 倍",
         low=0,
         stages=_PPO,
+    )
+
+
+@dataclass(frozen=True)
+class PairArguments:
+    """Pairs among the sampled answers to a prompt, and what they are added to. Stage UPO with a
+    preset that samples.
+    """
+
+    pg_loss: str = arg(
+        "auto",
+        "the policy's loss of the term pg; auto: ppo, gspo for upo_group, awr for dpo_aux",
+        "pg 项的策略损失；auto：ppo，upo_group 为 gspo，dpo_aux 为 awr",
+        ("auto", *POLICY_LOSSES),
+        stages=_UPO,
+    )
+    pair_mode: str = arg(
+        "best_worst",
+        "which of a prompt's answers make pairs",
+        "同一提示的哪些回答组成对",
+        {
+            "best_worst": ("the best and the worst", "最好与最差"),
+            "best_vs_worsts": ("the best and each of the lowest reward", "最好与奖励最低的每一个"),
+            "all_pairs": ("all that differ enough", "差距足够的全部"),
+            "correct_vs_wrong": ("rewards of 1 and more, and of 0 and less", "奖励不小于 1 的与不大于 0 的"),
+        },
+        stages=_UPO,
+    )
+    pair_min_gap: float = arg(0.25, "least difference of their rewards", "奖励之差的下限", low=1e-9, stages=_UPO)
+    pair_max: int = arg(4, "pairs a prompt, at most", "每个提示最多的对数", low=1, stages=_UPO)
+    pair_max_length_ratio: float | None = arg(
+        None, "bound of the longer over the shorter answer", "较长与较短回答长度之比的上限", low=1, stages=_UPO
+    )
+    pair_alpha: float = arg(
+        0.0, "margin, times the difference of rewards", "奖励差乘此系数作为间隔", low=0, stages=_UPO
+    )
+    pair_tau: float | None = arg(
+        None,
+        "softness of the preference: it is right with probability sigmoid(difference / tau); null: certain",
+        "偏好的平滑度：以 sigmoid(差值 / tau) 的概率成立；null：必然成立",
+        low=1e-9,
+        stages=_UPO,
+    )
+    pair_weight: str = arg(
+        "1.0",
+        "factor of the pair term: a number, or auto: its pull on a token is a fifth of that of pg at the reference",
+        "pair 项的系数：数值，或 auto：在参考处对 token 的作用为 pg 的五分之一",
+        stages=_UPO,
     )

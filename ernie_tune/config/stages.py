@@ -9,7 +9,7 @@ class imports it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -67,13 +67,18 @@ POLICY_LOSSES = (
         "rloo",
         "reinforce",
         "vespo",
+        "awr",
     ),
 )
 UPO_PRESETS = ("upo_hetero", "mpo")
 # that sample answers while they learn
 ONLINE_PRESETS = ("upo_online", "upo_offline", "upo_group", "dpo_aux")
+# Those among them that learn from judged rows beside their sampled answers.
+ROW_PRESETS = ("upo_offline", "dpo_aux")
 UPO_TERMS = ("pair", "bco_pair", "rank", "rate", "bin", "nll")  # that rows can feed
+UPO_SAMPLED_TERMS = ("pg", "pair", "kl")  # that sampled answers feed
 _TRAINERS = "ernie_tune.trainers"
+_ASKED = ("verifiable", "prompt")  # rows that are answered by sampling
 # Published recipes of ERNIEKit: demonstrations, and answers that are compared.
 _TAUGHT = (1e-5, 3e-4)
 
@@ -119,7 +124,7 @@ _ALL = (
         reference=True,
         help="learn from pairs, rankings, ratings and labels together",
         help_zh="同时从成对、排序、评分与标签学习",
-        losses=UPO_PRESETS,
+        losses=(*UPO_PRESETS, *ONLINE_PRESETS),
         verb="upo",
     ),
     Stage(
@@ -166,3 +171,16 @@ _ALL = (
     ),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}
+
+
+def samples(stage: str, losses: Sequence[str]) -> bool:
+    """Whether a run of this stage and `loss_type` samples answers while it learns."""
+    return STAGES[stage].samples or (stage == "UPO" and bool(set(losses) & set(ONLINE_PRESETS)))
+
+
+def signals_of(stage: str, losses: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of rows that a run of this stage and `loss_type` learns from."""
+    known = STAGES[stage].signals
+    if stage != "UPO" or not samples(stage, losses):
+        return known
+    return (*_ASKED, *(known if set(losses) & set(ROW_PRESETS) else ()))

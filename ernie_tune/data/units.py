@@ -117,6 +117,7 @@ COLUMNS = {
     "value_N": "the critic's when they were sampled",
     "return_N": "what the critic is to learn",
     "keep_N": "1 for targets of answers that count, else 0",
+    "may_win_C": "1 for sampled answers that may be the better of a pair: complete and well formed",
     "entropy_keep_N": "1 for targets whose entropy is high enough to be learned from, else 0",
     "density_C": "what bad answers weigh by their prompts, others 1",
     "mismatch_S": "log-ratios of the window's mismatched answers, on one of its batches: what KTO compares with",

@@ -44,7 +44,7 @@ class PolicyHyper:
     sapo_temperature_pos, _neg: SAPO's. off_policy_mask_threshold: bad answers whose tokens have
     become less likely by more than this on average are left out (DeepSeek-V3.2, 2512.02556).
     kl_type: the estimator of the penalty.
-    max_completion_length: divisor of "fixed".
+    max_completion_length: divisor of "fixed". awr_temperature, awr_cap: of AWR's weights.
     """
 
     loss_type: str = "dapo"
@@ -59,6 +59,8 @@ class PolicyHyper:
     off_policy_mask_threshold: float | None = None
     kl_type: str = "k3_is"
     max_completion_length: int = 512
+    awr_temperature: float = 1.0
+    awr_cap: float = 20.0
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -68,7 +70,8 @@ class PolicyHyper:
         ):
             if value not in known:
                 raise ValueError(f"{name} ({value!r}) must be one of {', '.join(known)}; correct the name")
-        for name in ("epsilon", "epsilon_high", "cispo_cap", "sapo_temperature_pos", "sapo_temperature_neg"):
+        positive = ("epsilon", "epsilon_high", "cispo_cap", "sapo_temperature_pos", "sapo_temperature_neg")
+        for name in (*positive, "awr_temperature", "awr_cap"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} ({getattr(self, name):g}) must be positive; leave it out for the usual value")
         if self.epsilon >= 1 and self.loss_type not in ("gmpo", "cispo"):
@@ -227,6 +230,16 @@ def _vespo(view: View, _: PolicyHyper) -> Tensor:
     return -phi_N.detach() * view.advantage * view.logp
 
 
+def _awr(view: View, h: PolicyHyper) -> Tensor:
+    """-min(e^(A / temperature), cap) log pi: likelihood weighed by advantage (arXiv 1910.00177, eq.
+    9), which bad answers leave with little weight and no push away.
+    """
+    weight_N = paddle.clip(
+        paddle.exp(paddle.clip(view.advantage / h.awr_temperature, max=MAX_LOG_RATIO)), max=h.awr_cap
+    )
+    return -weight_N.detach() * view.logp
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """`loss` of each token; which aggregation the paper takes; whether one ratio stands for a whole
@@ -254,6 +267,7 @@ SURROGATES: Mapping[str, Surrogate] = {
     "rloo": Surrogate(_rloo, "seq_mean", whole_answer=True),
     "reinforce": Surrogate(_reinforce, "seq_sum"),
     "vespo": Surrogate(_vespo, "token", whole_answer=True),
+    "awr": Surrogate(_awr, "seq_mean"),
 }
 
 

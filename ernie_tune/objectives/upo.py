@@ -155,7 +155,8 @@ def _alone(ratings: Units) -> Labels:
 
 
 def _edges(settings: UpoSettings, candidates: Candidates, pairs: Pairs, baselines: Baselines) -> LossOut:
-    if settings.edge_loss == "sigmoid":
+    plain = settings.reference and not settings.kappa
+    if settings.edge_loss == "sigmoid" and not plain:  # else DPO's own, to the last bit
         return edge_loss(_rewards(settings, candidates), pairs)
     return pair_loss(settings.edge_loss, candidates, pairs, settings.hyper, baselines)
 
@@ -322,4 +323,27 @@ def pair_weight(beta: float, share: float = 0.2) -> float:
 PRESETS: Mapping[str, UpoSettings] = {
     "upo_hetero": UpoSettings(weights={"pair": 1.0, "rank": 0.5, "rate": 0.5, "bin": 0.25, "nll": 0.1}),
     "mpo": UpoSettings(weights={"pair": 0.8, "bco_pair": 0.2, "nll": 1.0}, hyper=PreferenceHyper()),
+}
+
+
+@dataclass(frozen=True)
+class SamplingPreset:
+    """A preset whose policy samples answers while it learns. pg_loss: a name of
+    `policy.SURROGATES`. rows: comparisons come from judged rows of the data, not from the sampled
+    answers.
+    """
+
+    pg_loss: str
+    weights: Mapping[str, float] = field(default_factory=lambda: {"pg": 1.0, "pair": 1.0})
+    kappa: int = 0
+    rows: bool = False
+
+
+# dpo_aux has the structure of arXiv 2405.17956: likelihood weighed by advantage beside pairs or
+# labels.
+SAMPLING_PRESETS: Mapping[str, SamplingPreset] = {
+    "upo_online": SamplingPreset("ppo"),
+    "upo_offline": SamplingPreset("ppo", rows=True),
+    "upo_group": SamplingPreset("gspo", kappa=1),
+    "dpo_aux": SamplingPreset("awr", rows=True),
 }

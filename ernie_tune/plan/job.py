@@ -126,7 +126,7 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
     """
     m, t, lora = config.model, config.train, config.lora
     notes = []
-    sampled = STAGES[m.stage].samples
+    sampled = config.samples
     longest = config.data.max_seq_len
     if sampled:
         longest = min(longest, config.preference.max_prompt_len + config.rollout.max_completion_length)

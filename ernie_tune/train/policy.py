@@ -58,6 +58,11 @@ class PolicyObjective:
     def rewards_entropy(self) -> bool:
         return self.entropy.adaptive or self.entropy.coef != 0
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms, as they are now."""
+        return {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
+
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
         total = sum(policy_counts(b.length_C, kept_answers(b), self.hyper) for b in window)
         return dict.fromkeys(("pg", *self._extra()), float(total))
@@ -83,10 +88,9 @@ class PolicyObjective:
     def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
         sampled = self.sampled(outputs, batch)
         terms = policy_terms(sampled, self.hyper, kl=self.beta > 0, entropy=self.rewards_entropy)
-        weights = {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
-        out = combine(terms, weights, self._counts, "policy/{}_loss")
+        out = combine(terms, self.weights, self._counts, "policy/{}_loss")
         named = {k: v for k, v in out.metrics.items() if len(terms) > 1 or k != "policy/pg_loss"}
-        return LossOut(out.total, out.count, {**named, **self._mismatch(sampled, batch)})
+        return LossOut(out.total, out.count, {**named, **self.mismatch(sampled, batch)})
 
     def sampled(self, outputs: Outputs, batch: UnitBatch) -> Sampled:
         """The batch's answers as the objectives take them."""
@@ -110,7 +114,7 @@ class PolicyObjective:
             outputs.get("entropy_N"),
         )
 
-    def _mismatch(self, sampled: Sampled, batch: UnitBatch) -> dict[str, tuple[float, float]]:
+    def mismatch(self, sampled: Sampled, batch: UnitBatch) -> dict[str, tuple[float, float]]:
         """How far the trainer's log-probabilities of before are from the engine's, where the
         trainer computed its own.
         """

@@ -120,8 +120,9 @@ class RolloutSettings:
 
 class Rollouts:
     """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N,
-    advantage_N (and ref_logp_N, value_N, return_N where attached). `metrics` are those of the
-    newest round; `sink` gets every judged group once. Raises ValueError where no prompt fits.
+    advantage_N (and ref_logp_N, value_N, return_N where attached). `finish`: what is added to a
+    round's groups once they have advantages. `metrics` are those of the newest round; `sink` gets
+    every judged group once. Raises ValueError where no prompt fits.
     """
 
     def __init__(
@@ -135,11 +136,12 @@ class Rollouts:
         prompts: PromptStream | None = None,
         ranks: Ranks = ALONE,
         sink: Callable[[int, Sequence[Rolled]], None] = lambda round_number, groups: None,
+        finish: Sequence[Callable[[Sequence[Rolled]], None]] = (),
     ) -> None:
         self.settings, self.records, self.processor = settings, records, processor
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
-        self.ranks = ranks
+        self.ranks, self.finish = ranks, tuple(finish)
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
@@ -181,6 +183,8 @@ class Rollouts:
         groups = self._sampled()
         self._attach(groups)
         self._advantages(groups)
+        for more in self.finish:
+            more(groups)
         self.metrics = measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
         self.sink(self.round, groups)
         self.round += 1

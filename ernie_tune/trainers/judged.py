@@ -6,9 +6,12 @@ Refuses to know: formulas, references, the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
@@ -16,12 +19,22 @@ from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.media.corruption import CorruptedPairs
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.units import UnitBatch, UnitEncoder
+from ernie_tune.data.units import (
+    Answer,
+    Unit,
+    UnitBatch,
+    UnitEncoder,
+    first_answer,
+    following,
+    mismatched,
+)
+from ernie_tune.machine.place import Place
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog
+from ernie_tune.train.reference import Asked, Reference, frozen_logp
 from ernie_tune.trainers.assemble import data_seed
 from ernie_tune.trainers.method import Rows
 
@@ -119,6 +132,36 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def compared_with(reference: Reference, place: Place, window: Sequence[UnitBatch]) -> list[UnitBatch]:
+    """The window's batches with what the reference says of their answers. All processes call it:
+    where experts are apart, a forward is everybody's, and what one rank lacks, all compute.
+    """
+    lacks = zip(*place.gather([reference.lacks(batch) for batch in window]), strict=True)
+    return [reference.attached(batch, any(some)) for batch, some in zip(window, lacks, strict=True)]
+
+
+def with_mismatched(
+    window: list[UnitBatch],
+    collate: Callable[[Sequence[Unit]], UnitBatch],
+    policy: Asked,
+    reference: Reference,
+    rank: int,
+    said: Callable[[list[Answer]], list[list[Answer]]],
+) -> list[UnitBatch]:
+    """The window with KTO's baseline on its first batch: mismatched answers of the whole window, so
+    that it does not depend on how the window is cut. `rank` and `said` tell apart the processes
+    that hold different rows of it.
+    """
+    units = [unit for batch in window for unit in batch.units]
+    answers = following(said([first_answer(unit) for unit in units]), rank)
+    others = iter(mismatched(units, answers) if answers else ())
+    total = 0.0
+    for batch in window if answers else ():
+        mixed = collate(list(itertools.islice(others, batch.num_rows)))
+        total += float((frozen_logp(policy, mixed) - reference.compute(mixed)).sum())
+    return [window[0].with_columns(mismatch_S=np.array([total, len(answers)])), *window[1:]]
 
 
 def ancestry(config: RunConfig) -> tuple[bool | None, str]:

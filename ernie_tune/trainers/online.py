@@ -31,7 +31,7 @@ from ernie_tune.generate.engine import Engine
 from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
-from ernie_tune.objectives.objective import logp_outputs
+from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.guards import Verdict
@@ -156,7 +156,7 @@ class SampledAnswers(Method):
     """
 
     stages = ("RLVR",)
-    signals = ("verifiable", "prompt")
+    signals: tuple[str, ...] = ("verifiable", "prompt")
 
     def __init__(self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric) -> None:
         self.settings = rollout_settings(config, place.batch[1])
@@ -212,6 +212,10 @@ class SampledAnswers(Method):
     def needs_reference(self) -> bool:
         return self.config.preference.beta > 0 or self.settings.kl_coef > 0
 
+    def support(self) -> Callable[..., Outputs]:
+        """How a reference's log-probabilities are read: over what could be sampled."""
+        return functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
+
     @property
     def compares_with_start(self) -> bool:  # type: ignore[override]
         return self.needs_reference
@@ -243,13 +247,17 @@ class SampledAnswers(Method):
     def _models(self) -> list[ModelJudge]:
         return [judge for judge in self.rubric.judges if isinstance(judge, ModelJudge)]
 
-    def objective(self, total_steps: int, steps_per_pass: float) -> PolicyObjective:
+    def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
+        return self.policy_objective(policy_hyper(self.config), self.config.preference.beta)
+
+    def policy_objective(self, hyper: PolicyHyper, beta: float) -> PolicyObjective:
+        """The policy's loss with a penalty of this weight for leaving the reference."""
         p = self.config.policy
         return PolicyObjective(
-            policy_hyper(self.config),
+            hyper,
             self.banned,
             self.settings.temperature,
-            self.config.preference.beta,
+            beta,
             EntropyControl(p.entropy_coef, p.use_adaptive_entropy, p.entropy_target),
             p.rollout_is,
             log_entropy=True,
@@ -269,7 +277,7 @@ class SampledAnswers(Method):
         for judge in self._models():
             judge.open(self.place, policy)
         if self._mode != "none":
-            support = functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
+            support = self.support()
             with policy.whole():
                 self.reference = Reference(
                     policy.model,
@@ -289,7 +297,12 @@ class SampledAnswers(Method):
             self._prompts.prompts,
             _DataRanks(self.place),
             self._tell,
+            self.finishing(),
         )
+
+    def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
+        """What is added to a round's groups once they have advantages."""
+        return ()
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -453,12 +466,12 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     )
 
 
-def policy_hyper(config: RunConfig) -> PolicyHyper:
-    """What the settings say of the policy's loss. "auto" is dapo, or ppo with a critic. Raises
-    ValueError as `PolicyHyper`, and for several losses.
+def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:
+    """What the settings say of the policy's loss, or of this one. "auto" is dapo, or ppo with a
+    critic. Raises ValueError as `PolicyHyper`, and for several losses.
     """
     p = config.policy
-    names = config.preference.loss_type
+    names = (loss_type,) if loss_type else config.preference.loss_type
     if len(names) != 1:
         raise ValueError(
             say(

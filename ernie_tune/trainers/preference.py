@@ -8,12 +8,9 @@ the run.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ernie_tune.checkpoint.state import read_values, write_values
 from ernie_tune.config.arguments import RunConfig
@@ -21,7 +18,7 @@ from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.mixing import permute
 from ernie_tune.data.records import Record
-from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder, first_answer, following, mismatched
+from ernie_tune.data.units import JUDGED, Answer, UnitBatch, UnitEncoder
 from ernie_tune.evaluate.answers import Question, question
 from ernie_tune.evaluate.judged import judged_evaluation
 from ernie_tune.evaluate.measure import Measure
@@ -42,7 +39,6 @@ from ernie_tune.train.reference import (
     SAME,
     Reference,
     choose_mode,
-    frozen_logp,
     identity_of,
     make_room,
     start_difference,
@@ -50,7 +46,15 @@ from ernie_tune.train.reference import (
 )
 from ernie_tune.trainers.assemble import Subset
 from ernie_tune.trainers.base import Trainer
-from ernie_tune.trainers.judged import SpoiltPictures, ancestry, check_shared_prompts, every_row, unit_encoder
+from ernie_tune.trainers.judged import (
+    SpoiltPictures,
+    ancestry,
+    check_shared_prompts,
+    compared_with,
+    every_row,
+    unit_encoder,
+    with_mismatched,
+)
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
@@ -211,24 +215,12 @@ class PreferenceMethod(Method):
         tell apart those that hold different rows of it.
         """
         reference = self.prepared()
-        # where experts are apart, a forward is everybody's: what one rank lacks, all compute
-        lacks = zip(*self.place.gather([reference.lacks(batch) for batch in window]), strict=True)
-        ready = [reference.attached(batch, any(some)) for batch, some in zip(window, lacks, strict=True)]
+        ready = compared_with(reference, self.place, window)
         if self.density is not None:
             ready = [self.density.attached(batch) for batch in ready]
         if not self.present_objective().uses_kl:
             return ready
-        # KTO's baseline: mismatched answers of the whole window, so that it does not depend on how
-        # the window is cut
-        units = [unit for batch in window for unit in batch.units]
-        answers = following(said([first_answer(unit) for unit in units]), rank)
-        others = iter(mismatched(units, answers) if answers else ())
-        total = 0.0
-        for batch in window if answers else ():
-            mixed = self.encoder.collate(list(itertools.islice(others, batch.num_rows)))
-            total += float((frozen_logp(self.policy.forward, mixed) - reference.compute(mixed)).sum())
-        ready[0] = ready[0].with_columns(mismatch_S=np.array([total, len(answers)]))
-        return ready
+        return with_mismatched(ready, self.encoder.collate, self.policy.forward, reference, rank, said)
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         reference = self.prepared()

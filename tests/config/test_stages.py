@@ -18,8 +18,10 @@ from ernie_tune.config.sections_run import OptimArguments
 from ernie_tune.config.stages import (
     EDGE_LOSSES,
     LABEL_LOSSES,
+    ONLINE_PRESETS,
     PAIR_LOSSES,
     POLICY_LOSSES,
+    ROW_PRESETS,
     STAGES,
     UNREFERENCED,
     UPO_PRESETS,
@@ -46,6 +48,8 @@ def test_names_of_losses_are_those_that_are_computed() -> None:
     assert PAIR_LOSSES == pairwise.NAMES
     assert tuple(policy.SURROGATES) == POLICY_LOSSES
     assert tuple(upo.PRESETS) == UPO_PRESETS
+    assert set(upo.SAMPLING_PRESETS) == set(ONLINE_PRESETS)
+    assert {name for name, preset in upo.SAMPLING_PRESETS.items() if preset.rows} == set(ROW_PRESETS)
     assert upo.OFFLINE == UPO_TERMS
     assert set(LABEL_LOSSES) == set(SETTINGS["bin_loss"].choices)
     assert set(EDGE_LOSSES) == {name for name in pairwise.NAMES if name in pairwise.LOSSES}
@@ -136,8 +140,10 @@ WRONG = [
     ({"stage": "KTO", "loss_type": ("kto", "bco")}, "loss_type (kto,bco) must be"),
     ({"stage": "KTO", "loss_type": ("sigmoid",)}, "loss_type (sigmoid) must be one of kto, bco, apo_zero_unpaired at stage KTO"),
     ({"stage": "KTO", "ref_mode": "none", "per_device_train_batch_size": 2}, "ref_mode (none) must be another at stage KTO"),
-    ({"stage": "UPO", "loss_type": ("sigmoid",)}, "must be one of upo_hetero, mpo at stage UPO"),
-    ({"stage": "UPO", "loss_type": ("upo_online",)}, "loss_type (upo_online) samples answers while it learns"),
+    ({"stage": "UPO", "loss_type": ("sigmoid",)}, "must be one of upo_hetero, mpo, upo_online, upo_offline, upo_group, dpo_aux at stage UPO"),
+    ({"stage": "UPO", "loss_type": ("upo_online", "mpo")}, "loss_type (upo_online,mpo) must be one of upo_hetero"),
+    ({"stage": "UPO", "loss_type": ("upo_online",), "term_weights": ("rank=1",)}, "term one of pg, pair, kl"),
+    ({"stage": "UPO", "loss_type": ("upo_group",), "pair_weight": "much"}, "pair_weight (much) must be a number, or auto"),
     ({"stage": "UPO", "term_weights": ("pair=x",)}, "term_weights ('pair=x') must look like term=weight"),
     ({"stage": "UPO", "term_weights": ("pg=1",)}, "term_weights ('pg=1') must look like term=weight"),
     ({"stage": "DPO", "ref_mode": "model"}, "ref_mode (model) must go with a model that is trained itself"),

@@ -232,7 +232,21 @@ def test_a_window_is_the_same_however_it_is_cut(name: str) -> None:
     assert not x.grad.numpy()[np.isin(CANDIDATE, [1, 7])].any()
 
 
-@pytest.mark.parametrize("name", SURROGATES)
+def test_likelihood_weighed_by_advantage() -> None:
+    """AWR, eq. 9 of arXiv 1910.00177: -min(e^(A / tau), cap) log pi, whatever was said before."""
+    advantage = np.array(A["grpo_eps1e-4"])
+    x, batch = sampled(advantage)
+    out = policy_terms(batch, replace(H, loss_type="awr", awr_temperature=0.5, awr_cap=3.0))["pg"]
+    weight = np.minimum(np.exp(advantage / 0.5), 3.0)
+    assert (weight == 3.0).any()
+    assert (weight < 1).any()
+    wanted = -(weight[CANDIDATE] * NEW / LENGTH[CANDIDATE]).sum() / len(LENGTH)
+    assert float(out.total) / out.count == pytest.approx(wanted, abs=TIGHT)
+    (out.total / out.count).backward()
+    np.testing.assert_allclose(x.grad.numpy(), -(weight / LENGTH / len(LENGTH))[CANDIDATE], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(set(SURROGATES) - {"awr"}))
 def test_without_an_old_policy_the_ratio_is_one_and_the_gradient_is_reinforce(name: str) -> None:
     x, batch = sampled(A["grpo_eps1e-4"], old=None)
     out = policy_terms(batch, replace(H, loss_type=name))["pg"]
