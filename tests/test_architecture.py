@@ -116,6 +116,16 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
 
 
+def test_a_public_class_name_exists_once() -> None:
+    """Who reads a name must know what it is, and a search must find one thing."""
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_the_page_names_every_room_and_no_other() -> None:
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert packages == set(LEVEL) == set(rooms_of_the_page())

@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 
 from ernie_tune.checkpoint.hub import resolve
-from ernie_tune.checkpoint.names import FLAVOURS, Layout, check_names, detect_flavour, layout
+from ernie_tune.checkpoint.names import FLAVOURS, NameTable, check_names, detect_flavour, layout
 from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
@@ -231,7 +231,7 @@ def _read_config_file(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def check_tied_head(table: Layout, reader: TensorReader) -> None:
+def check_tied_head(table: NameTable, reader: TensorReader) -> None:
     """A tied model has one matrix; a file that holds two different ones contradicts its config
     (architecture.md 9.6).
     """

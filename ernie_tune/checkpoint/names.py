@@ -1,8 +1,8 @@
 """One bijective table: canonical parameter <-> tensor on disk, for every layout that ERNIE-4.5
 weights come in (architecture.md 9.1).
 
-A `Row` says which canonical parameters make up which disk tensors; `Layout` expands the rows for
-one config into `Link`s. A link ties one block of one disk tensor to one block of one canonical
+A `NameRow` says which canonical parameters make up which disk tensors; `NameTable` expands the rows
+for one config into `Link`s. A link ties one block of one disk tensor to one block of one canonical
 parameter, and both directions follow the same links: there is no hand-written inverse.
 Legend: H hidden, E experts of one modality, I expert width, V vocabulary; "columns" are positions
 on the output axis, the last canonical one.
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRow:
     """The canonical parameters, side by side on the output axis, are the disk tensors side by side
     on the output axis.
 
@@ -70,8 +70,8 @@ FLAVOURS: dict[str, Flavour] = {
 }
 
 
-def _rows(kind: str, *names: str) -> tuple[Row, ...]:
-    return tuple(Row((name,), kind=kind) for name in names)
+def _rows(kind: str, *names: str) -> tuple[NameRow, ...]:
+    return tuple(NameRow((name,), kind=kind) for name in names)
 
 
 _L, _MLP = "layers.{n}", "layers.{n}.mlp"
@@ -80,7 +80,7 @@ _DENSE = (_MLP, f"{_MLP}.shared_experts")  # what is built like a dense feed-for
 _EXPERTS = ((f"{_MLP}.text_experts", 0), (f"{_MLP}.vision_experts", 1))
 
 # the same in every flavour, up to prefix and transposition
-SHARED: tuple[Row, ...] = (
+SHARED: tuple[NameRow, ...] = (
     *_rows(
         "plain",
         "embed_tokens.weight",
@@ -91,7 +91,7 @@ SHARED: tuple[Row, ...] = (
     *_rows("router", f"{_MLP}.gate.weight", f"{_MLP}.gate.weight_1"),
     *_rows("plain", f"{_MLP}.moe_statics.e_score_correction_bias"),
     *_rows("linear", f"{_L}.self_attn.o_proj.weight", *(f"{mlp}.down_proj.weight" for mlp in _DENSE), "lm_head.weight"),
-    *(Row((f"{x}.down_proj",), (f"{_MLP}.experts.{{e}}.down_proj.weight",), "linear", m) for x, m in _EXPERTS),
+    *(NameRow((f"{x}.down_proj",), (f"{_MLP}.experts.{{e}}.down_proj.weight",), "linear", m) for x, m in _EXPERTS),
     *_rows("linear", "vision_model.patch_embed.proj.weight"),
     *_rows("linear", *(f"{_BLOCK}.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))),
     *_rows("plain", *(f"{_BLOCK}.{name}.bias" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))),
@@ -110,14 +110,17 @@ SHARED: tuple[Row, ...] = (
 _QKV = tuple(f"{_L}.self_attn.{p}_proj.weight" for p in "qkv")
 _GATE_UP = {mlp: (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight") for mlp in _DENSE}
 _EXPERT_GATE_UP = (f"{_MLP}.experts.{{e}}.gate_proj.weight", f"{_MLP}.experts.{{e}}.up_proj.weight")
-SPLIT: tuple[Row, ...] = (
+SPLIT: tuple[NameRow, ...] = (
     *_rows("linear", *_QKV, *(name for pair in _GATE_UP.values() for name in pair)),
-    *(Row((f"{x}.up_gate_proj",), _EXPERT_GATE_UP, "linear", m) for x, m in _EXPERTS),
+    *(NameRow((f"{x}.up_gate_proj",), _EXPERT_GATE_UP, "linear", m) for x, m in _EXPERTS),
 )
-FUSED: tuple[Row, ...] = (
-    Row(_QKV, (f"{_L}.self_attn.qkv_proj.weight",), "linear"),
-    *(Row(pair, (f"{mlp}.up_gate_proj.weight",), "linear") for mlp, pair in _GATE_UP.items()),
-    *(Row((f"{x}.up_gate_proj",), (f"{_MLP}.experts.{{e}}.up_gate_proj.weight",), "linear", m) for x, m in _EXPERTS),
+FUSED: tuple[NameRow, ...] = (
+    NameRow(_QKV, (f"{_L}.self_attn.qkv_proj.weight",), "linear"),
+    *(NameRow(pair, (f"{mlp}.up_gate_proj.weight",), "linear") for mlp, pair in _GATE_UP.items()),
+    *(
+        NameRow((f"{x}.up_gate_proj",), (f"{_MLP}.experts.{{e}}.up_gate_proj.weight",), "linear", m)
+        for x, m in _EXPERTS
+    ),
 )
 
 # in some folders, of no use for training: multi-token prediction of the text-only releases,
@@ -179,7 +182,7 @@ def _assign(target: Array, block: Array, transpose: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class NameTable:
     """All tensors of one config in one flavour. `canonical` and `disk`: name -> shape and float32
     flag; `head_copy`: see `check_names`.
     """
@@ -236,7 +239,7 @@ class Layout:
         return out
 
 
-def layout(config: ModelConfig, flavour: str) -> Layout:
+def layout(config: ModelConfig, flavour: str) -> NameTable:
     """The table expanded for one config. Disk tensors come in canonical order. ValueError for an
     unknown flavour.
     """
@@ -255,7 +258,7 @@ def layout(config: ModelConfig, flavour: str) -> Layout:
                     disk[link.disk] = ParameterSpec(shape, float32=specs[name].float32)
                     links.append(link)
     head_copy = "lm_head.weight" if config.tie_word_embeddings else None
-    return Layout(flavour, specs, disk, _grouped(links, "canonical"), _grouped(links, "disk"), head_copy)
+    return NameTable(flavour, specs, disk, _grouped(links, "canonical"), _grouped(links, "disk"), head_copy)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -270,7 +273,7 @@ def _grouped(links: list[Link], side: str) -> dict[str, tuple[Link, ...]]:
 
 
 def _expand(
-    row: Row,
+    row: NameRow,
     parts: tuple[str, ...],
     config: ModelConfig,
     specs: Mapping[str, ParameterSpec],
@@ -355,7 +358,7 @@ def detect_flavour(found: Shapes, config: ModelConfig) -> str:
     return best
 
 
-def check_names(expected: Layout, found: Shapes) -> list[str]:
+def check_names(expected: NameTable, found: Shapes) -> list[str]:
     """The names in `found` that are known and not needed. ValueError if anything is missing,
     unexpected or of another shape.
 

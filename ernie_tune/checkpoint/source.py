@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from paddle import Tensor
 
-from ernie_tune.checkpoint.names import Layout
+from ernie_tune.checkpoint.names import NameTable
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, NUMPY_TYPES, TensorReader, all_finite, cast
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
@@ -73,7 +73,7 @@ class Drawn:
 class OnDisk:
     """The tensors of a folder by their canonical names (`table`)."""
 
-    def __init__(self, table: Layout, reader: TensorReader) -> None:
+    def __init__(self, table: NameTable, reader: TensorReader) -> None:
         self.table, self.reader, self.specs = table, reader, table.canonical
         self.not_finite: dict[str, None] = {}
 

@@ -54,7 +54,7 @@ FLOAT_CODES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies. `offset` in bytes from the start of the file."""
 
     file: Path
@@ -77,7 +77,7 @@ class TensorReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         files, promised = _find_files(path)
         for file in files:
@@ -183,7 +183,7 @@ def _read_index(index: Path) -> Mapping[str, str]:
     return dict(promised)
 
 
-def _check_index(index: Path, promised: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+def _check_index(index: Path, promised: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     absent = [name for name, file in promised.items() if name not in entries or entries[name].file.name != file]
     extra = [name for name in entries if name not in promised]
     for names, what in (
@@ -209,7 +209,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Entries in file order, and metadata. ValueError if the file is not a complete, well-formed
     safetensors file.
     """
@@ -278,8 +278,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return {name: entries[name] for _, _, name in sorted(spans)}, metadata
 
 
-def _entry(file: Path, item: Mapping[str, Any], base: int) -> Entry:
-    return Entry(file, str(item["dtype"]), tuple(int(n) for n in item["shape"]), base + int(item["data_offsets"][0]))
+def _entry(file: Path, item: Mapping[str, Any], base: int) -> TensorEntry:
+    return TensorEntry(
+        file, str(item["dtype"]), tuple(int(n) for n in item["shape"]), base + int(item["data_offsets"][0])
+    )
 
 
 _THREADS = min(4, os.cpu_count() or 1)

@@ -27,7 +27,7 @@ from ernie_tune.data.doctor.show import COLOUR, PLAIN, show_record
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers.formats import choose
 from ernie_tune.data.records import DataError
-from ernie_tune.data.sources import Entry, _files, find, load_dataset, split_paths
+from ernie_tune.data.sources import DatasetEntry, _files, find, load_dataset, split_paths
 from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
 from ernie_tune.models.presets import PRESETS
 
@@ -143,8 +143,8 @@ def _number(options: Mapping[str, str], name: str, default: int | None, low: int
 class _Inputs:
     """What to check, from file names or a run's YAML file."""
 
-    train: list[Entry]
-    evaluation: list[Entry]
+    train: list[DatasetEntry]
+    evaluation: list[DatasetEntry]
     processor: Processor
     max_tokens: int | None = None
     signals: tuple[str, ...] = ()  # what the stage learns from; empty: any
@@ -214,7 +214,7 @@ def _blaming(loaded: Loaded, setting: str) -> Iterator[None]:
         raise ValueError(f"{place}: {setting}: {error}") from error
 
 
-def _typed_entries(paths: Sequence[str], forms: Sequence[str], folder: str) -> list[Entry]:
+def _typed_entries(paths: Sequence[str], forms: Sequence[str], folder: str) -> list[DatasetEntry]:
     """The entries of files with one format for all, or one for each."""
     each = forms if len(forms) == len(paths) else [forms[0]] * len(paths)
     for form in forms:
@@ -222,7 +222,7 @@ def _typed_entries(paths: Sequence[str], forms: Sequence[str], folder: str) -> l
     return [entry for path, form in zip(paths, each, strict=True) for entry in _entries([path], form, folder)]
 
 
-def _entries(names: Sequence[str], form: str, folder: str) -> list[Entry]:
+def _entries(names: Sequence[str], form: str, folder: str) -> list[DatasetEntry]:
     """One entry a file. Raises DataError for names that mean nothing."""
     found = [entry for name in names for part in split_paths(name) for entry in find(part, folder)]
     return [
@@ -293,7 +293,7 @@ def _check(words: list[str], options: Mapping[str, str]) -> int:
     return report.exit_code
 
 
-def _fix(entry: Entry, options: Mapping[str, str], limit: int, written: TextIO) -> None:
+def _fix(entry: DatasetEntry, options: Mapping[str, str], limit: int, written: TextIO) -> None:
     """Write the repaired copy of a file and say what was changed."""
     counts: Counter[str] = Counter()
     for change in fix_file(entry, options.get("media-dir", ""), "drop" in options):

@@ -41,7 +41,7 @@ _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "script_ur
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """What to read: one file, folder or pattern, and how. `prob` is a mixing weight that
     dataset_info.json suggests.
     """
@@ -58,7 +58,7 @@ class Entry:
 
 class _Part(NamedTuple):
     rows: Rows
-    entry: Entry
+    entry: DatasetEntry
     form: Format
     others: tuple[Format, ...]
     sniff: Sniff
@@ -160,7 +160,7 @@ def _other_format(row: Mapping[str, Any], where: Where, signals: Sequence[str]) 
     return ""
 
 
-def rename(row: Mapping[str, Any], entry: Entry) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def rename(row: Mapping[str, Any], entry: DatasetEntry) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The row with the names our readers know, and the columns that a column map leaves out."""
     if not entry.columns and not entry.tags:
         return _respelt(row), {}
@@ -212,7 +212,7 @@ def load_dataset(
     """
     given = in_memory(path)
     if given is not None:
-        part = _part(MemoryRows(given), Entry("train_dataset", format, columns or {}))
+        part = _part(MemoryRows(given), DatasetEntry("train_dataset", format, columns or {}))
         return Dataset([part], media_dir, signals, np.arange(len(given)))
     listed = [path] if isinstance(path, str | os.PathLike) else list(cast("Sequence[str]", path))
     names = [name for item in listed for name in split_paths(os.fspath(item))]
@@ -259,7 +259,7 @@ def sample(rows: int, wanted: int | None, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([np.tile(np.arange(rows), wanted // rows), drawn]))
 
 
-def find(name: str, dataset_dir: str) -> list[Entry]:
+def find(name: str, dataset_dir: str) -> list[DatasetEntry]:
     """The entry for a path, pattern or data-set name, with its #count. Raises DataError where
     nothing has this name.
     """
@@ -267,7 +267,7 @@ def find(name: str, dataset_dir: str) -> list[Entry]:
     samples = int(count) if base and count.isdecimal() and not os.path.exists(name) else None
     target = name if samples is None else base
     if _files(target, must=False):
-        return [Entry(target, samples=samples)]
+        return [DatasetEntry(target, samples=samples)]
     info = os.path.join(dataset_dir, INFO_FILE)
     if not os.path.exists(info):
         raise DataError(target, 0, "path", _not_found(target), "file", {})
@@ -280,7 +280,7 @@ def find(name: str, dataset_dir: str) -> list[Entry]:
     return [entry if samples is None else replace(entry, samples=samples)]
 
 
-def read_info(value: Any, name: str, info: str) -> Entry:
+def read_info(value: Any, name: str, info: str) -> DatasetEntry:
     """One entry of dataset_info.json: LLaMA-Factory's (file_name, formatting, columns, tags,
     num_samples) or ERNIEKit's (path, type, prob).
     """
@@ -293,13 +293,13 @@ def read_info(value: Any, name: str, info: str) -> Entry:
     path = beside if _files(beside, must=False) else file
     if f.has("path"):
         kind = f.text("type") if f.has("type") else "auto"
-        return Entry(path, kind, prob=f.number_or(None, "prob", 0.0))
+        return DatasetEntry(path, kind, prob=f.number_or(None, "prob", 0.0))
     kind = "pairs" if f.take("ranking") else f.text("formatting") if f.has("formatting") else "auto"
     maps = [f.nested(part, f.take(part)).row if f.has(part) else {} for part in ("columns", "tags")]
     given, tags = ({key: f.typed(key, name, str) for key, name in part.items() if name is not None} for part in maps)
     columns = {_COLUMN_ROLES.get(role, role): column for role, column in given.items()}
     samples = f.number_or(None, "num_samples", 0.0)
-    return Entry(path, kind, columns, bool(columns), tags, None if samples is None else int(samples))
+    return DatasetEntry(path, kind, columns, bool(columns), tags, None if samples is None else int(samples))
 
 
 def _files(path: str, must: bool = True) -> list[str]:
@@ -355,12 +355,12 @@ def _small(folder: str, name: str) -> bytes:
         return file.read(1 << 20)
 
 
-def _open(path: str, entry: Entry) -> _Part:
+def _open(path: str, entry: DatasetEntry) -> _Part:
     """Index a file and settle its format."""
     return _part(open_file(path), entry)
 
 
-def _part(rows: Rows, entry: Entry) -> _Part:
+def _part(rows: Rows, entry: DatasetEntry) -> _Part:
     """Settle the format of rows by the first ones that can be read; the others complain when asked
     for.
     """

@@ -144,7 +144,7 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """One tensor on disk and where it goes in a runtime parameter: `expert` of a stack, columns
     from `first`. `names`: accepted spellings.
     """
@@ -164,7 +164,7 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
     fused: bool = False
     float32: bool = False
     # "dense", "text_experts", "vision_experts": what the quantisation table decides about
@@ -198,7 +198,9 @@ class _Names:
             yield from self.layer(layer)
         yield self.plain("ernie.norm.weight", f"{self.root}norm.weight", (width,))
         if c.get("tie_word_embeddings", True):
-            yield Parameter("lm_head.linear.weight", (width, vocabulary), (Piece((table,), (vocabulary, width), True),))
+            yield Parameter(
+                "lm_head.linear.weight", (width, vocabulary), (TensorPiece((table,), (vocabulary, width), True),)
+            )
         else:
             yield self.linear("lm_head.linear.weight", "lm_head.weight", width, vocabulary)
         if self.vision:
@@ -206,7 +208,7 @@ class _Names:
             yield from self.resampler()
 
     def plain(self, runtime: str, disk: str, shape: tuple[int, ...], float32: bool = False) -> Parameter:
-        return Parameter(runtime, shape, (Piece((disk,), shape),), float32=float32)
+        return Parameter(runtime, shape, (TensorPiece((disk,), shape),), float32=float32)
 
     def _stored(self, rows: int, columns: int) -> tuple[int, int]:
         return (columns, rows) if self.torch else (rows, columns)
@@ -214,7 +216,7 @@ class _Names:
     def linear(self, runtime: str, disk: str | tuple[str, ...], rows: int, columns: int, group: str = "") -> Parameter:
         names = (disk,) if isinstance(disk, str) else disk
         return Parameter(
-            runtime, (rows, columns), (Piece(names, self._stored(rows, columns), self.torch),), group=group
+            runtime, (rows, columns), (TensorPiece(names, self._stored(rows, columns), self.torch),), group=group
         )
 
     def side_by_side(self, runtime: str, stem: str, fused: str, parts: Mapping[str, int], rows: int) -> Parameter:
@@ -222,11 +224,15 @@ class _Names:
         columns = sum(parts.values())
         if not self.torch:
             return Parameter(
-                runtime, (rows, columns), (Piece((f"{stem}.{fused}.weight",), (rows, columns)),), True, group="dense"
+                runtime,
+                (rows, columns),
+                (TensorPiece((f"{stem}.{fused}.weight",), (rows, columns)),),
+                True,
+                group="dense",
             )
         pieces, first = [], 0
         for name, width in parts.items():
-            pieces.append(Piece((f"{stem}.{name}.weight",), (width, rows), True, first=first))
+            pieces.append(TensorPiece((f"{stem}.{name}.weight",), (width, rows), True, first=first))
             first += width
         return Parameter(runtime, (rows, columns), tuple(pieces), True, group="dense")
 
@@ -283,11 +289,13 @@ class _Names:
                     stem = f"{disk}.experts.{m * count + e}"
                     if len(parts) == 2 and self.torch:
                         pieces += [
-                            Piece((f"{stem}.{p}.weight",), (inner, rows), True, e, j * inner)
+                            TensorPiece((f"{stem}.{p}.weight",), (inner, rows), True, e, j * inner)
                             for j, p in enumerate(parts)
                         ]
                     else:
-                        pieces.append(Piece((f"{stem}.{name}.weight",), self._stored(rows, columns), self.torch, e))
+                        pieces.append(
+                            TensorPiece((f"{stem}.{name}.weight",), self._stored(rows, columns), self.torch, e)
+                        )
                 yield Parameter(
                     f"{block}.experts.{name}_weight", (count, rows, columns), tuple(pieces), True, group=group
                 )
@@ -296,7 +304,7 @@ class _Names:
                 yield self.plain(f"{block}.gate.weight", router, (width, count), float32=True)
             else:
                 stored = (count, width) if self.torch else (width, count)
-                piece = Piece((router,), stored, self.torch)
+                piece = TensorPiece((router,), stored, self.torch)
                 yield Parameter(f"{run}.gate.weight", (width, count), (piece,), float32=True)
         bias = f"{disk}.moe_statics.e_score_correction_bias"
         yield self.plain(f"{run}.gate_correction_bias", bias, (len(kinds), count), float32=True)
@@ -462,7 +470,7 @@ class Folder:
     def _tied(self, name: str) -> bool:
         return name == "lm_head.weight" and self.config.get("tie_word_embeddings", True)
 
-    def _shape(self, parameter: Parameter, piece: Piece, name: str) -> None:
+    def _shape(self, parameter: Parameter, piece: TensorPiece, name: str) -> None:
         found = self.shapes[name]
         text = f"{name} {list(found)} must be {list(piece.shape)}"
         if parameter.fused or np.prod(found) != np.prod(piece.shape):

@@ -41,7 +41,7 @@ _CLIP_FRAMES = 4
 
 
 @dataclass(frozen=True)
-class Request:
+class ClientRequest:
     """One request as a client sends it; `images` are [H, W, 3] in sizes (H, W), `clips` numbers of
     frames.
     """
@@ -62,27 +62,27 @@ def _user(*parts: str) -> dict[str, Any]:
 
 _HISTORY = [_user("Name a colour."), {"role": "assistant", "content": "Red is one."}, _user("Another?")]
 TEXT = (
-    Request("text", [_user("What is 7 times 8?")]),
-    Request("text with thinking", [_user("What is 7 times 8?")], thinking=True),
-    Request("system prompt", [{"role": "system", "content": "Answer in one word."}, _user("Is the sky blue?")]),
-    Request("Chinese", [_user("用一句话介绍北京。")]),
-    Request("history", _HISTORY),
-    Request("history with thinking", _HISTORY, thinking=True),
+    ClientRequest("text", [_user("What is 7 times 8?")]),
+    ClientRequest("text with thinking", [_user("What is 7 times 8?")], thinking=True),
+    ClientRequest("system prompt", [{"role": "system", "content": "Answer in one word."}, _user("Is the sky blue?")]),
+    ClientRequest("Chinese", [_user("用一句话介绍北京。")]),
+    ClientRequest("history", _HISTORY),
+    ClientRequest("history with thinking", _HISTORY, thinking=True),
 )
 MEDIA = (
-    Request("one picture", [_user("image", "What is in the picture?")], images=[(56, 84)]),
-    Request("one picture with thinking", [_user("image", "图里有什么？")], thinking=True, images=[(300, 200)]),
-    Request("two pictures", [_user("Compare ", "image", " and ", "image", ".")], images=[(84, 56), (210, 300)]),
-    Request(
+    ClientRequest("one picture", [_user("image", "What is in the picture?")], images=[(56, 84)]),
+    ClientRequest("one picture with thinking", [_user("image", "图里有什么？")], thinking=True, images=[(300, 200)]),
+    ClientRequest("two pictures", [_user("Compare ", "image", " and ", "image", ".")], images=[(84, 56), (210, 300)]),
+    ClientRequest(
         "picture in the history",
         [_user("image", "What is it?"), {"role": "assistant", "content": "Waves."}, _user("image", "And now?")],
         images=[(56, 56), (112, 84)],
     ),
-    Request("clip", [_user("video", "What happens?")], clips=[_CLIP_FRAMES]),
+    ClientRequest("clip", [_user("video", "What happens?")], clips=[_CLIP_FRAMES]),
 )
 
 
-def requests(vision: bool) -> tuple[Request, ...]:
+def requests(vision: bool) -> tuple[ClientRequest, ...]:
     return TEXT + MEDIA if vision else TEXT
 
 
@@ -164,7 +164,9 @@ def compare(folder: Path, job: Mapping[str, Any], problems: list[str]) -> list[s
     return differences
 
 
-def _difference(served: ServedProcessor, asked: Request, ours: Mapping[str, Array], masks: bool) -> tuple[str, bool]:
+def _difference(
+    served: ServedProcessor, asked: ClientRequest, ours: Mapping[str, Array], masks: bool
+) -> tuple[str, bool]:
     """(what differs, whether a medium is lost); "" for nothing."""
     images = [Image.fromarray(picture(*size)) for size in asked.images]
     clips = [Clip([Image.fromarray(picture(84, 112, 7 * k)) for k in range(n)], LIST_FPS) for n in asked.clips]

@@ -109,10 +109,10 @@ def open_by_rules(folder: Path, job: dict[str, Any], problems: list[str]) -> Ite
 
 def open_as_transformers(folder: Path, job: dict[str, Any], problems: list[str]) -> Iterator[Part]:
     """The folder by our own table, for layouts that FastDeploy does not read."""
-    from ernie_tune.export.source import Source, stored_places
+    from ernie_tune.export.source import ExportSource, stored_places
 
     problems += [f"{name} is missing" for name in rules.REQUIRED_FILES if not (folder / name).is_file()]
-    source = Source(folder)
+    source = ExportSource(folder)
     if source.table.flavour != job["flavour"]:
         problems.append(f"weights are in layout {source.table.flavour!r}, not {job['flavour']!r}")
     for name, expert, float32 in stored_places(source.config):

@@ -53,7 +53,7 @@ from ernie_tune.export.packed import write_packed
 from ernie_tune.export.processor_rules import CHECKED, vocabulary_findings
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.served import media_arguments
-from ernie_tune.export.source import EXPORT_CODE, Rounded, Source, Weights, is_adapter
+from ernie_tune.export.source import EXPORT_CODE, ExportSource, Rounded, Weights, is_adapter
 from ernie_tune.export.transformers_files import write_files
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import write_config
@@ -232,7 +232,7 @@ class _Export:
         self.base, self.adapters = sources(folders)
         self.target, self.o, self.score = target.resolve(), options, score
         self.scheme = scheme(options.quantization)
-        self.source = Source(self.base, self.adapters)
+        self.source = ExportSource(self.base, self.adapters)
         self.config = self.source.config
         self.processor = Processor.from_pretrained(self._processor_folder())
         self.processor.sees = self.config.vision is not None

@@ -146,7 +146,7 @@ class _Changes:
                 self.factors.setdefault(place, []).append(factors)
 
 
-class Source:
+class ExportSource:
     """`Weights` of a folder, with the adapters in `adapters` merged in their order.
 
     Raises ValueError for tensors that are missing, unexpected, misshapen or (when read) not finite,

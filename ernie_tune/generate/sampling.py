@@ -70,7 +70,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A token and how likely it was.
 
     `logp`: under softmax(scores / temperature) over what is not banned (temperature 1 when greedy),
@@ -93,7 +93,7 @@ def choose(
     answer: Sequence[int] = (),
     allowed_V: np.ndarray | None = None,
     forced: int | None = None,
-) -> Choice:
+) -> SampledToken:
     """The next token of one row. `seen`: ids of prompt and answer, for the repetition penalty;
     `answer`: those of the answer so far, for the other two; `allowed_V`: which ids may be chosen
     (None: all); `forced`: the id that it has to be.
@@ -119,7 +119,7 @@ def choose(
         token, drawn_logp = _draw(own, uniform, params)
     top = heaviest(weights, params.top_logprobs) if params.top_logprobs else []
     logp = _log_share(scores, token, temperature, total)
-    return Choice(
+    return SampledToken(
         token,
         logp,
         logp if _plain(params, steered is scores, forced) else drawn_logp,

@@ -113,7 +113,7 @@ def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
                 g.scale_(max_norm / norm)
 
 
-class Engine:
+class LocalEngine:
     """One process: every sum over ranks is the value itself."""
 
     gradient_scale = 1.0

@@ -23,7 +23,7 @@ from paddle import Tensor
 from paddle.utils import unique_name
 
 from ernie_tune.config.language import say
-from ernie_tune.machine.alone import Engine, Window, Work
+from ernie_tune.machine.alone import LocalEngine, Window, Work
 from ernie_tune.machine.stages import StagedModel, item_costs, pipeline_items, stages_of
 from ernie_tune.models.ernie import PLAN, ErnieModel
 from ernie_tune.models.moe import MoELayer, update_correction_bias
@@ -120,7 +120,7 @@ def _norms(config: Any) -> bool:
     return isinstance(config, LoraConfig) and config.use_dora
 
 
-class DistributedEngine(Engine):
+class DistributedEngine(LocalEngine):
     """See the module's docstring. `self_check`: compare replicas after the first step, and look
     whether everything moved.
     """

@@ -18,7 +18,7 @@ from ernie_tune.checkpoint.source import Source
 from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread, unkept
 from ernie_tune.machine.placed import Placed, Whole, read_parts
 from ernie_tune.machine.stages import StagedForward
@@ -119,7 +119,7 @@ class Place:
         if not self.several:
             if source is not None:
                 read_parts(model, source)
-            return Placed(model, self, Engine() if trained else None, model)
+            return Placed(model, self, LocalEngine() if trained else None, model)
         whole = Whole(model)
         d = self.mesh.layout
         bounds = bounds_of(d.segments, model.config.num_hidden_layers, d.pipe * d.virtual_pipe) if d.pipe > 1 else ()

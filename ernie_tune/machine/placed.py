@@ -22,7 +22,7 @@ from ernie_tune.checkpoint.sharded import Region, Shards
 from ernie_tune.checkpoint.source import OnDisk, Source, Where, fill
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.config.language import say
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine, Laid
 from ernie_tune.machine.in_step import InStep
 from ernie_tune.models.ernie import ErnieModel
@@ -47,7 +47,7 @@ class Placed:
         self,
         model: ErnieModel,
         place: Place,
-        engine: Engine | None,
+        engine: LocalEngine | None,
         forward: Any,
         whole: Whole | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Placed:
         self._engine, self._whole = engine, whole or Whole()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> LocalEngine:
         """What trains the model, here or over the mesh."""
         if self._engine is None:
             raise AssertionError("put(model, trained=True) makes an engine")
@@ -64,7 +64,7 @@ class Placed:
     def beside(self) -> Placed:
         """The same model where it lies, with an engine of its own for what is trained of it now:
         another adapter than this one's."""
-        own, engine = Engine(), self.engine
+        own, engine = LocalEngine(), self.engine
         if isinstance(engine, DistributedEngine):
             own = DistributedEngine(self.model, self.place.mesh, engine.runs, engine.staged)
         return Placed(self.model, self.place, own, self.forward, self._whole)

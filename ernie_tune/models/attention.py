@@ -34,7 +34,7 @@ _FAR = 1e30
 
 
 @dataclass(frozen=True)
-class Run:
+class SegmentRun:
     """Neighbouring segments of one length (with parents: whose prefixes have one length too), which
     share one product.
     """
@@ -51,7 +51,7 @@ class Run:
         return self.prefix + self.length
 
 
-def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[Run]:
+def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[SegmentRun]:
     """The runs of a pack, in order. `parents`: for each segment the number of the one that it
     continues, -1 for none.
     """
@@ -62,7 +62,7 @@ def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> It
     for (length, prefix), same in groupby(range(len(lengths)), key=lambda i: (lengths[i], prefixes[i])):
         segments = list(same)
         if length:
-            yield Run(
+            yield SegmentRun(
                 start, len(segments), length, prefix, tuple(offsets[parents[i]] for i in segments) if prefix else ()
             )
         start += len(segments) * length
@@ -82,7 +82,7 @@ class AttentionPlan:
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self._uses: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
-    def heads_first(self, x_TNH: Tensor, run: Run, kv_heads: int, keys: bool = False) -> Tensor:
+    def heads_first(self, x_TNH: Tensor, run: SegmentRun, kv_heads: int, keys: bool = False) -> Tensor:
         """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by
         position. `keys`: [n, K, S, H], prefixes before.
         """
@@ -92,7 +92,7 @@ class AttentionPlan:
         rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), order)
         return rows.reshape([run.count, kv_heads, length * (heads // kv_heads), width])
 
-    def tokens_first(self, x: Tensor, run: Run, heads: int) -> Tensor:
+    def tokens_first(self, x: Tensor, run: SegmentRun, heads: int) -> Tensor:
         """Inverse of `heads_first` for the run's own tokens, [n*L, N, H]."""
         kv_heads, width = x.shape[1], x.shape[-1]
         key = (run, heads, kv_heads, "back")
@@ -117,7 +117,7 @@ class AttentionPlan:
             total.add_(paddle.gather(rows, slot))
         return total.reshape([self.offsets[-1], kv_heads, width])
 
-    def _order(self, run: Run, heads: int, kv_heads: int, prefixed: bool) -> Tensor:
+    def _order(self, run: SegmentRun, heads: int, kv_heads: int, prefixed: bool) -> Tensor:
         key = (run, heads, kv_heads, prefixed)
         if key not in self._kept:
             own = run.start + np.arange(run.count * run.length).reshape(run.count, run.length)
@@ -150,7 +150,7 @@ class AttentionPlan:
         self._uses[kv_heads] = made
         return made
 
-    def blocks(self, run: Run) -> Iterator[tuple[int, int, int]]:
+    def blocks(self, run: SegmentRun) -> Iterator[tuple[int, int, int]]:
         """(first query, end query, end key) of each product of one segment."""
         step = BLOCK_TOKENS if self.causal else run.length
         for a in range(0, run.length, step):
@@ -236,7 +236,7 @@ def _into(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _softmax_parts(
-    q: Tensor, k: Tensor, block: tuple[int, int, int], run: Run, plan: AttentionPlan
+    q: Tensor, k: Tensor, block: tuple[int, int, int], run: SegmentRun, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
     """(e [n, K, rows*G, end], z [n, K, rows*G, 1]) of one block of scores; its softmax is e / z."""
     a, b, end = block

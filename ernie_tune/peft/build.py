@@ -25,7 +25,7 @@ from ernie_tune.peft.lora import ExpertLora, LinearLora
 from ernie_tune.peft.quantize import QuantizedEmbedding, QuantizedLinear
 from ernie_tune.peft.slots import NAME
 from ernie_tune.peft.targets import expert_targets, linear_targets
-from ernie_tune.peft.virtual_tokens import Prefix, Prompt, note_sequence
+from ernie_tune.peft.virtual_tokens import Prefix, PromptEmbedding, note_sequence
 
 Places = dict[str, nn.Layer]  # name of a module -> the adapter to attach to it
 
@@ -45,7 +45,7 @@ def places(model: ErnieModel, config: PeftConfig) -> Places:
     if isinstance(config, PromptConfig):
         table = model.embed_tokens
         known = not isinstance(table, QuantizedEmbedding) or table.known
-        return {"embed_tokens": Prompt(table.weight if known else table, config)}
+        return {"embed_tokens": PromptEmbedding(table.weight if known else table, config)}
     heads, dtype = (model.config.num_key_value_heads, model.config.head_dim), model.compute_dtype
     owners = [f"layers.{i}.self_attn.{kind}_proj" for i in layers for kind in "kv"]
     return {name: Prefix(*heads, dtype, name, config) for name in owners}

@@ -39,7 +39,7 @@ from ernie_tune.peft.lora import ExpertLora, LinearLora
 from ernie_tune.peft.quantize import SWAPPED, is_quantised
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.peft.targets import modules_named
-from ernie_tune.peft.virtual_tokens import LengthenedInput, Prompt, with_virtual_tokens
+from ernie_tune.peft.virtual_tokens import LengthenedInput, PromptEmbedding, with_virtual_tokens
 
 
 @dataclass
@@ -263,7 +263,7 @@ class PeftModel(ErnieModel):
         """As `ErnieModel.embed`; an active prompt is told which rows are its own."""
         layers = self.adapters[self.active].places.values() if self.active else ()
         lengthened = isinstance(inputs, LengthenedInput)
-        prompts = [layer for layer in layers if lengthened and isinstance(layer, Prompt)]
+        prompts = [layer for layer in layers if lengthened and isinstance(layer, PromptEmbedding)]
         for prompt in prompts:
             prompt.claim(inputs.offsets)
         try:

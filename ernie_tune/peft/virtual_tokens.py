@@ -88,7 +88,7 @@ class _SetRows(PyLayer):
         return None if ctx.frozen else paddle.scatter(grad_TD, rows_Sk, blank), dvalues, None
 
 
-class Prompt(nn.Layer):
+class PromptEmbedding(nn.Layer):
     """Adapter of the embedding: `prompt` [k, D], or with an encoder prompt + MLP(prompt) of an
     inner width (P-tuning). It starts from `embedding`: the table [V, D], or where that has no
     values, from zeros of its shape.

@@ -28,7 +28,7 @@ from ernie_tune.checkpoint.writer import naming
 from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import columns, padded, say, shown
 from ernie_tune.report.direction import better, gain
-from ernie_tune.report.writers import Writer
+from ernie_tune.report.writers import LogWriter
 
 LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
 History = list[dict[str, Any]]
@@ -213,7 +213,7 @@ class RunLog:
         resume_step: int | None = None,
         history: Sequence[Mapping[str, Any]] = (),
         echo: Callable[[str], None] = print,
-        writers: Sequence[Writer] = (),
+        writers: Sequence[LogWriter] = (),
     ) -> None:
         self.output_dir, self.is_main, self._echo, self._writers = output_dir, is_main, echo, writers
         path = output_dir / LOG_FILE

@@ -229,7 +229,7 @@ page.querySelector('nav').addEventListener('change',e=>page.querySelectorAll('ar
 
 
 @dataclass(frozen=True)
-class DataFile:
+class FileFacts:
     """One file of the run: where it was, what was in it, how many rows were used."""
 
     path: str
@@ -237,13 +237,13 @@ class DataFile:
     rows: int
 
 
-def describe_file(path: Path, rows: int) -> DataFile:
+def describe_file(path: Path, rows: int) -> FileFacts:
     """Hash a file in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         for piece in iter(lambda: stream.read(1 << 20), b""):
             digest.update(piece)
-    return DataFile(str(path), digest.hexdigest(), rows)
+    return FileFacts(str(path), digest.hexdigest(), rows)
 
 
 def environment() -> dict[str, str]:
@@ -268,7 +268,7 @@ class ModelCard:
     name: str
     base_model: str
     method: str  # e.g. "SFT, LoRA rank 8"
-    data: Sequence[DataFile]
+    data: Sequence[FileFacts]
     arguments: Mapping[str, Any]
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)

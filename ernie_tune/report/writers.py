@@ -28,7 +28,7 @@ PROJECT = "ernie_tune"
 Write = Callable[[Mapping[str, float], int], object]
 
 
-class Writer:
+class LogWriter:
     """One open logger: `write(step, record)` takes a record of the run's log, `close()` ends it."""
 
     def __init__(self, write: Write, close: Callable[[], object]) -> None:
@@ -42,7 +42,7 @@ class Writer:
         self._write(values, step)
 
 
-def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Writer]:
+def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[LogWriter]:
     """The loggers that `report_to` names, writing below `folder`; "all": those whose package is
     installed. Raises ValueError for one whose package is not.
     """
@@ -50,7 +50,7 @@ def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
     return [_open(name, folder, settings) for name in wanted]
 
 
-def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> Writer:
+def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> LogWriter:
     package, install = PACKAGES[name]
     try:
         module = importlib.import_module(package)
@@ -65,11 +65,11 @@ def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> Writer:
     if name in ("wandb", "swanlab"):
         place = {"dir" if name == "wandb" else "logdir": str(folder)}
         module.init(project=PROJECT, config=dict(settings), **place)
-        return Writer(lambda values, step: module.log(dict(values), step=step), module.finish)
+        return LogWriter(lambda values, step: module.log(dict(values), step=step), module.finish)
     log = module.LogWriter(logdir=str(folder)) if name == "visualdl" else module.SummaryWriter(logdir=str(folder))
 
     def write(values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
             log.add_scalar(tag, value, step)
 
-    return Writer(write, log.close)
+    return LogWriter(write, log.close)

@@ -95,7 +95,7 @@ class Asked:
     seconds: float = 0.0
 
 
-class Function:
+class RewardFunction:
     """A user's reward function as a judge, whichever dialect it speaks."""
 
     def __init__(
@@ -241,7 +241,7 @@ def _message(answer: Answered) -> dict[str, str]:
     return {"role": "assistant", "content": after.strip("\n"), "reasoning_content": thought.strip("\n")}
 
 
-def _ask_trl(self: Function, flat: Flat) -> Any:
+def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
     function: Any = self.function
     instance = not (inspect.isroutine(function) or isinstance(function, type))
     as_text = getattr(function, "reads_text", instance)  # a class with __call__ is ms-swift's form
@@ -270,7 +270,7 @@ def _ask_trl(self: Function, flat: Flat) -> Any:
     return function(**given)
 
 
-def ask_all(functions: Sequence[Function], groups: Sequence[Group]) -> list[Scores]:
+def ask_all(functions: Sequence[RewardFunction], groups: Sequence[Group]) -> list[Scores]:
     """What each function gives all answers. Those that are async wait together, in one event loop.
     Raises ValueError as `Function.numbers`.
     """
@@ -301,7 +301,7 @@ def ask_all(functions: Sequence[Function], groups: Sequence[Group]) -> list[Scor
     return out
 
 
-def _ask_verl(self: Function, flat: Flat) -> list[Any]:
+def _ask_verl(self: RewardFunction, flat: Flat) -> list[Any]:
     wanted = inspect.signature(self.function).parameters
     extra = "extra_info" in wanted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in wanted.values())
     out = []
@@ -313,7 +313,7 @@ def _ask_verl(self: Function, flat: Flat) -> list[Any]:
     return out
 
 
-def _ask_easyr1(self: Function, flat: Flat) -> list[Any]:
+def _ask_easyr1(self: RewardFunction, flat: Flat) -> list[Any]:
     inputs = [
         {
             "response": answer.text,
@@ -326,7 +326,7 @@ def _ask_easyr1(self: Function, flat: Flat) -> list[Any]:
     return [_overall(self, one, "overall") for one in found]
 
 
-def _overall(self: Function, found: Any, key: str) -> Any:
+def _overall(self: RewardFunction, found: Any, key: str) -> Any:
     """The reward among several numbers; the others are logged."""
     if not isinstance(found, Mapping):
         return found
@@ -337,7 +337,7 @@ def _overall(self: Function, found: Any, key: str) -> Any:
     return found.get(key)
 
 
-_DIALECTS: Mapping[str, Callable[[Function, Flat], Any]] = {
+_DIALECTS: Mapping[str, Callable[[RewardFunction, Flat], Any]] = {
     "trl": _ask_trl,
     "verl": _ask_verl,
     "easyr1_sequential": _ask_easyr1,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
-from ernie_tune.rewards.functions import Answered, Asked, Function, Group, Scores, TrainerState, ask_all
+from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS, verifier_for
 
@@ -23,7 +23,7 @@ ROW = "row"  # the column of what rows themselves name
 
 class Judge(Protocol):
     """Anything that scores groups of answers: a reward model, a remote judge, a user's function
-    behind `Function`.
+    behind `RewardFunction`.
     """
 
     name: str
@@ -186,7 +186,7 @@ class Rubric:
             self._same_twice(groups[:1])
             self.unchecked = False
         found = self._asked(groups)
-        extra = [judge.asked.extra for judge in self.judges if isinstance(judge, Function) and judge.asked.extra]
+        extra = [judge.asked.extra for judge in self.judges if isinstance(judge, RewardFunction) and judge.asked.extra]
         at, out = 0, []
         for g, (_, answers) in enumerate(groups):
             row = []
@@ -200,9 +200,9 @@ class Rubric:
         return out
 
     def _asked(self, groups: Sequence[Group]) -> list[Scores]:
-        functions = [judge for judge in self.judges if isinstance(judge, Function)]
+        functions = [judge for judge in self.judges if isinstance(judge, RewardFunction)]
         theirs = iter(ask_all(functions, groups))
-        return [next(theirs) if isinstance(judge, Function) else judge(groups) for judge in self.judges]
+        return [next(theirs) if isinstance(judge, RewardFunction) else judge(groups) for judge in self.judges]
 
     def reported(self) -> dict[str, float]:
         """What functions said beside their numbers since they were last asked for it:
@@ -210,7 +210,7 @@ class Rubric:
         """
         out: dict[str, float] = {}
         for judge in self.judges:
-            if isinstance(judge, Function):
+            if isinstance(judge, RewardFunction):
                 asked, judge.asked = judge.asked, Asked()
                 for name in ("timeouts", "errors", "seconds"):
                     out[f"rewards/{judge.name}/{name}"] = float(getattr(asked, name))
@@ -220,13 +220,13 @@ class Rubric:
     def at(self, step: int, steps: int) -> None:
         """Tell functions how far the run is."""
         for judge in self.judges:
-            if isinstance(judge, Function):
+            if isinstance(judge, RewardFunction):
                 judge.state = TrainerState(step, steps)
 
     def _same_twice(self, groups: Sequence[Group]) -> None:
         for judge in self.judges:
             first, second = judge(groups), judge(groups)
-            if isinstance(judge, Function):
+            if isinstance(judge, RewardFunction):
                 judge.asked = Asked()  # asked for nobody's answers
             if first != second:
                 raise ValueError(

@@ -170,7 +170,7 @@ async def _answer(
     request.state.ticket = ticket  # for the log
     options = body.stream_options or StreamOptions()
     writer["usage_each"] = options.continuous_usage_stats
-    reply = replies.Writer(ticket, service.engine.processor, secrets.token_hex(12), int(time.time()), **writer)
+    reply = replies.ReplyWriter(ticket, service.engine.processor, secrets.token_hex(12), int(time.time()), **writer)
     if body.stream:
         with_usage = options.include_usage
         return _Events(_events(service, ticket, reply, with_usage), lambda: service.abandon(ticket))
@@ -185,7 +185,9 @@ async def _collect(service: Service, ticket: Ticket) -> list[Step]:
     return [step async for steps in service.steps(ticket) for step in steps]
 
 
-async def _events(service: Service, ticket: Ticket, reply: replies.Writer, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    service: Service, ticket: Ticket, reply: replies.ReplyWriter, with_usage: bool
+) -> AsyncIterator[bytes]:
     try:
         async for steps in service.steps(ticket):
             if chunk := reply.chunks(steps):

@@ -30,7 +30,7 @@ class Counter:
 
 
 @dataclass
-class Histogram:
+class LatencyHistogram:
     """How long things took, in buckets of seconds."""
 
     name: str
@@ -65,13 +65,13 @@ class Metrics:
     answer_tokens: Counter = field(
         default_factory=lambda: Counter("ernie_tune_generation_tokens_total", "Tokens of answers.", ("model",))
     )
-    first_token: Histogram = field(
-        default_factory=lambda: Histogram(
+    first_token: LatencyHistogram = field(
+        default_factory=lambda: LatencyHistogram(
             "ernie_tune_time_to_first_token_seconds", "From a request's arrival to its first token."
         )
     )
-    whole: Histogram = field(
-        default_factory=lambda: Histogram("ernie_tune_request_seconds", "From a request's arrival to its end.")
+    whole: LatencyHistogram = field(
+        default_factory=lambda: LatencyHistogram("ernie_tune_request_seconds", "From a request's arrival to its end.")
     )
 
     def text(self, gauges: dict[str, tuple[str, float]]) -> str:

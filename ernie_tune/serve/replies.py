@@ -78,7 +78,7 @@ def text_logprobs(processor: Processor, events: Sequence[TokenEvent], start: int
     }
 
 
-class Writer:
+class ReplyWriter:
     """Makes the replies of one request. `chat` False: the shapes of /v1/completions."""
 
     def __init__(

@@ -33,7 +33,7 @@ from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.pool import Lease, Pool
 from ernie_tune.serve.requests import BodyLimits
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
-from ernie_tune.serve.thread import EngineEnded, EngineFailure, Job, SchedulerThread
+from ernie_tune.serve.thread import EngineEnded, EngineFailure, SchedulerThread, Submission
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Ticket:
     model: str
     prepared: Sequence[Prepared]
     choices: Sequence[Choice]
-    jobs: Sequence[Job]
+    jobs: Sequence[Submission]
     queue: asyncio.Queue[list[TokenEvent] | EngineFailure]
     leave: Callable[[], None]
 
@@ -280,7 +280,7 @@ class Service:
                 if not running:  # whether anybody reads the answer or not
                     leave()
 
-            def report(job: Job, news: list[TokenEvent] | EngineFailure) -> None:
+            def report(job: Submission, news: list[TokenEvent] | EngineFailure) -> None:
                 last = isinstance(news, EngineFailure) or not job.rows_left
                 # the loop is closed: nobody is left to tell
                 with contextlib.suppress(RuntimeError):
@@ -450,9 +450,9 @@ def _message(message: Any, where: str, medium: Callable[[str, str, str], dict[st
 
 
 def _job(
-    prepared: Prepared, adapter: str | None, report: Callable[[Job, list[TokenEvent] | EngineFailure], None]
-) -> Job:
-    job = Job(prepared, adapter, lambda news: report(job, news))
+    prepared: Prepared, adapter: str | None, report: Callable[[Submission, list[TokenEvent] | EngineFailure], None]
+) -> Submission:
+    job = Submission(prepared, adapter, lambda news: report(job, news))
     return job
 
 

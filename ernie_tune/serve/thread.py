@@ -27,7 +27,7 @@ class EngineEnded(EngineFailure):
 
 
 @dataclass(eq=False)
-class Job:
+class Submission:
     """One prepared request on its way. `report` gets its events, or the error that ended it, in the
     scheduler's thread.
     """
@@ -63,8 +63,8 @@ class SchedulerThread:
         self.engine = engine
         self._scheduler = engine.scheduler(capacity)
         self._changed = threading.Condition()
-        self._entering: list[Job] = []
-        self._jobs: dict[int, Job] = {}  # those that the scheduler has
+        self._entering: list[Submission] = []
+        self._jobs: dict[int, Submission] = {}  # those that the scheduler has
         self._cancelled: set[int] = set()
         self._closing = False
         self._load = Load()
@@ -78,11 +78,11 @@ class SchedulerThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Submission) -> None:
         """Refuse what could never be let in. Raises ValueError."""
         self._scheduler.check(job.prepared.prompt)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Submission) -> None:
         """Queue a job that passed `check`. Raises EngineEnded once the thread has ended."""
         with self._changed:
             if self._closing or not self.alive:
@@ -90,7 +90,7 @@ class SchedulerThread:
             self._entering.append(job)
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Submission) -> None:
         """Take a job out, wherever it is; it reports nothing more. Fine for jobs that are done."""
         with self._changed:
             if job in self._entering:

@@ -4,7 +4,7 @@ logging are the caller's `if`s.
 What changes a gradient happens in `_step`, in this order: seed, forward and backward of each
 micro-batch, one division by the window's global count, the sum over ranks, clipping, AdamW, the
 router's bias rule. A loss or gradient that is no number changes nothing: the weights stay the last
-good ones. Refuses to know: the method (an `Objective`), how many processes there are (an `Engine`),
+good ones. Refuses to know: the method (an `Objective`), how many processes there are (an engine),
 the data's origin, files.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from ernie_tune.machine.alone import Engine, Window, Work
+from ernie_tune.machine.alone import LocalEngine, Window, Work
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.objectives.objective import Objective
 from ernie_tune.train.optim import Schedule
@@ -64,7 +64,7 @@ class Loop:
         optimizer: paddle.optimizer.Optimizer,
         schedule: Schedule,
         settings: LoopSettings,
-        engine: Engine | None = None,
+        engine: LocalEngine | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.schedule, self.settings = (
             model,
@@ -73,7 +73,7 @@ class Loop:
             schedule,
             settings,
         )
-        self.engine = engine or Engine()
+        self.engine = engine or LocalEngine()
         self._checked = False
         self.parameters = [p for p in model.parameters() if not p.stop_gradient]
         self.step = self.tokens = self.rows = 0

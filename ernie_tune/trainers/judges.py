@@ -25,7 +25,7 @@ from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
-from ernie_tune.rewards.functions import Answered, Function, Group, Scores, load_function
+from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores, load_function
 from ernie_tune.rewards.rubric import ROW, Judge, RowVerifiers, Rubric
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
 from ernie_tune.train.reward_model import HEAD_FOLDER, RewardHead, read_head
@@ -202,7 +202,7 @@ def _judge(config: RunConfig, given: Any) -> Judge:
         return (
             given
             if hasattr(given, "name") and not hasattr(given, "__name__")
-            else Function(given, "", r.reward_error, r.reward_timeout_seconds)
+            else RewardFunction(given, "", r.reward_error, r.reward_timeout_seconds)
         )
     text = str(given)
     if text == ROW:
@@ -210,7 +210,7 @@ def _judge(config: RunConfig, given: Any) -> Judge:
     if text in VERIFIERS:
         return _Named(text, r.max_completion_length)
     if ".py:" in text:
-        return Function(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
+        return RewardFunction(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
     if Path(text).is_dir():
         return ModelJudge(text)
     checkers = ", ".join(n for n in VERIFIERS if n not in SHAPING)

@@ -42,7 +42,7 @@ from ernie_tune.export.grid import quantize
 from ernie_tune.export.packing import pack
 from ernie_tune.export.run import LAYOUTS, write_layout
 from ernie_tune.export.scheme import quantised_names, scheme
-from ernie_tune.export.source import Source
+from ernie_tune.export.source import ExportSource
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.presets import preset
 from ernie_tune.peft import dialects
@@ -142,9 +142,9 @@ def forget_pages(folder: Path) -> None:
 
 def bench_layouts(base: Path, place: Path, rounds: int, cold: bool) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    source = Source(base)
+    source = ExportSource(base)
     make_adapter(base, place / "adapter")
-    merged = Source(base, [place / "adapter"])
+    merged = ExportSource(base, [place / "adapter"])
     largest = max(int(np.prod(spec.shape)) * 2 for spec in source.table.disk.values())
     out: dict[str, Any] = {"gigabytes": size / 1e9, "largest_tensor_mb": largest / 1e6, "cold": cold}
     works: dict[str, Callable[[Path], Any]] = {"copy": lambda target: copy(base, target)}

@@ -76,9 +76,9 @@ def _plain(folder: Path) -> Any:
     them.
     """
     from ernie_tune.export.measure import model_of
-    from ernie_tune.export.source import Rounded, Source
+    from ernie_tune.export.source import ExportSource, Rounded
 
-    return model_of(Rounded(Source(folder)))
+    return model_of(Rounded(ExportSource(folder)))
 
 
 if __name__ == "__main__":

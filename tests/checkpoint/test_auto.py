@@ -166,7 +166,7 @@ def test_a_forgotten_transposition_of_a_square_matrix_is_noticed(
 ) -> None:
     """The mutant loads without any shape error; only values can tell."""
     target = "layers.{n}.self_attn.o_proj.weight"
-    mutant = tuple(names.Row(row.canonical) if row.canonical == (target,) else row for row in names.SHARED)
+    mutant = tuple(names.NameRow(row.canonical) if row.canonical == (target,) else row for row in names.SHARED)
     assert mutant != names.SHARED
     monkeypatch.setattr(names, "SHARED", mutant)
     wrong = AutoModel.from_pretrained(GOLDEN)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_tune.checkpoint.names import FLAVOURS, Array, Layout, check_names, detect_flavour, layout
+from ernie_tune.checkpoint.names import FLAVOURS, Array, NameTable, check_names, detect_flavour, layout
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.models.config import ModelConfig, MoEConfig
 from ernie_tune.models.presets import PRESETS
@@ -44,7 +44,7 @@ def numbered(config: ModelConfig) -> dict[str, Array]:
     return out
 
 
-def to_disk(table: Layout, canonical: dict[str, Array]) -> dict[str, Array]:
+def to_disk(table: NameTable, canonical: dict[str, Array]) -> dict[str, Array]:
     def read(name: str, expert: int | None) -> Array:
         return canonical[name] if expert is None else canonical[name][expert]
 

@@ -23,7 +23,7 @@ from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers.formats import FORMATS, PLAIN_FIELDS, SPECIAL_FIELDS
 from ernie_tune.data.records import DataError, Record
-from ernie_tune.data.sources import Entry
+from ernie_tune.data.sources import DatasetEntry
 
 TINY = Processor.bundled("tiny")
 WORDS = [
@@ -50,12 +50,12 @@ WORDS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Entry:
+def write(path: Path, rows: list[dict[str, Any]]) -> DatasetEntry:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return Entry(str(path))
+    return DatasetEntry(str(path))
 
 
-def scan(train: Entry | list[Entry], *evaluation: Entry, **options: Any) -> Report:
+def scan(train: DatasetEntry | list[DatasetEntry], *evaluation: DatasetEntry, **options: Any) -> Report:
     return Scan(TINY, **options).run(train if isinstance(train, list) else [train], evaluation)
 
 
@@ -150,7 +150,7 @@ def test_clean_rows_of_every_kind(tmp_path: Path) -> None:
     assert report.findings.kept == []
     assert (report.exit_code, report.stats.rows, report.files[0].rows) == (0, 4, 4)
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q", "response": "a"}\r\n')
-    notes = scan(Entry(str(tmp_path / "b.jsonl"))).findings
+    notes = scan(DatasetEntry(str(tmp_path / "b.jsonl"))).findings
     assert {code: notes.severities[code] for code in notes.counts} == {"bom": "note", "crlf": "note"}
 
 
@@ -160,17 +160,17 @@ def test_clean_rows_of_every_kind(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(content: bytes, code: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
-    report = scan([Entry(str(file)), write(tmp_path / "b.jsonl", [chat("q", "a")])])
+    report = scan([DatasetEntry(str(file)), write(tmp_path / "b.jsonl", [chat("q", "a")])])
     assert [(finding.code, finding.place) for finding in report.findings.kept] == [(code, f"{file}:1")]
     assert report.stats.rows == 1
     with pytest.raises(DataError):
-        DataFile(Entry(str(file)))
+        DataFile(DatasetEntry(str(file)))
 
 
 def test_other_containers(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"prompt": "q", "response": "a"},\n {"prompt": "p"}]')
     (tmp_path / "b.csv").write_text("text,label\nfilm,good\nfilm 2\nfilm,bad\n")
-    report = scan([Entry(str(tmp_path / "a.json")), Entry(str(tmp_path / "b.csv"))])
+    report = scan([DatasetEntry(str(tmp_path / "a.json")), DatasetEntry(str(tmp_path / "b.csv"))])
     assert sorted((finding.place[len(str(tmp_path)) + 1 :], finding.code) for finding in report.findings.kept) == [
         ("a.json:2", "mixed"),
         ("b.csv:3", "csv"),
@@ -180,12 +180,12 @@ def test_other_containers(tmp_path: Path) -> None:
 
 def test_columns_and_formats_as_told(tmp_path: Path) -> None:
     entry = write(tmp_path / "a.jsonl", [{"ask": "q", "reply": ""}, {"prompt": "q", "ask": "p", "reply": "a"}])
-    entry = Entry(entry.path, "alpaca", {"instruction": "ask", "output": "reply"}, only_columns=True)
+    entry = DatasetEntry(entry.path, "alpaca", {"instruction": "ask", "output": "reply"}, only_columns=True)
     assert scan(entry).findings.counts == {"empty_answer": 1, "unused": 1}
     entry = write(tmp_path / "b.jsonl", [{"prompt": "q", "response": "a", "label": True}])
-    assert scan(Entry(entry.path, "prompt_response")).stats.signals == {"sft": 1}
+    assert scan(DatasetEntry(entry.path, "prompt_response")).stats.signals == {"sft": 1}
     with pytest.raises(ValueError, match="format \\('x'\\)"):
-        scan(Entry(entry.path, "x"))
+        scan(DatasetEntry(entry.path, "x"))
 
 
 @pytest.mark.parametrize("where", ["content", "tool_calls", "tools"])
@@ -199,7 +199,7 @@ def test_nesting_at_the_edge_of_what_can_be_parsed(where: str, tmp_path: Path) -
     }[where]
     deep = [json.dumps(row).replace('"NESTED"', "[" * depth + "]" * depth) for depth in range(840, 1000, 4)]
     (tmp_path / "a.jsonl").write_text("\n".join(deep))
-    assert scan(Entry(str(tmp_path / "a.jsonl")), max_tokens=8192).files[0].rows == 40
+    assert scan(DatasetEntry(str(tmp_path / "a.jsonl")), max_tokens=8192).files[0].rows == 40
 
 
 def test_every_field_that_chooses_a_format_is_known_to_the_fast_road() -> None:

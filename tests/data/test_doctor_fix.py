@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ernie_tune.data.doctor.convert import WRITERS, convert, convert_file
-from ernie_tune.data.doctor.fix import Change, fix_file, fixed_path
+from ernie_tune.data.doctor.fix import RowChange, fix_file, fixed_path
 from ernie_tune.data.doctor.scan import DataFile
 from ernie_tune.data.doctor.show import COLOUR, PLAIN, show_record
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError, Record
-from ernie_tune.data.sources import Entry, load_dataset
+from ernie_tune.data.sources import DatasetEntry, load_dataset
 
 TINY = Processor.bundled("tiny")
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -34,7 +34,7 @@ def fix(path: Path, content: bytes, name: str = "a.jsonl", **options: Any) -> tu
     file.write_bytes(content)
     for picture in ("1.png", "2.png"):
         Image.new("RGB", (56, 56)).save(path / picture)
-    changes = list(fix_file(Entry(str(file)), **options))
+    changes = list(fix_file(DatasetEntry(str(file)), **options))
     assert file.read_bytes() == content
     assert not list(path.glob("*.tmp"))
     assert all("{" not in str(change).replace("{why}", "") for change in changes)
@@ -91,15 +91,15 @@ def test_repairs_in_other_containers(tmp_path: Path) -> None:
 def test_copies_are_not_overwritten(tmp_path: Path) -> None:
     fix(tmp_path, GOOD.encode())
     with pytest.raises(ValueError, match="exists and is not overwritten"):
-        list(fix_file(Entry(str(tmp_path / "a.jsonl"))))
+        list(fix_file(DatasetEntry(str(tmp_path / "a.jsonl"))))
     with pytest.raises(ValueError, match="parquet"):
-        list(fix_file(Entry("a.parquet")))
-    assert str(Change(3, "repeated", {"n": 1})) == "dropped: repeats line 1"
+        list(fix_file(DatasetEntry("a.parquet")))
+    assert str(RowChange(3, "repeated", {"n": 1})) == "dropped: repeats line 1"
 
 
 def test_a_copy_given_up_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("bad\n" + GOOD + "\n")
-    changes = fix_file(Entry(str(tmp_path / "a.jsonl")))
+    changes = fix_file(DatasetEntry(str(tmp_path / "a.jsonl")))
     next(changes)
     changes.close()
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
@@ -112,7 +112,9 @@ def test_a_copy_given_up_leaves_nothing(tmp_path: Path) -> None:
 def shown(tmp_path: Path, row: dict[str, Any], **options: Any) -> list[str]:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    return list(show_record(DataFile(Entry(str(file))).record(row, 1), options.pop("processor", TINY), **options))
+    return list(
+        show_record(DataFile(DatasetEntry(str(file))).record(row, 1), options.pop("processor", TINY), **options)
+    )
 
 
 def test_show_marks_what_is_trained(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ernie_tune.data.doctor.scan import Report, Scan
 from ernie_tune.data.media.images import load_image
 from ernie_tune.data.media.video import load_video
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.sources import Entry
+from ernie_tune.data.sources import DatasetEntry
 
 TINY = Processor.bundled("tiny")
 _ORIENTATION = 0x0112
@@ -25,7 +25,7 @@ _ORIENTATION = 0x0112
 def check(folder: Path, **row: Any) -> Report:
     path = folder / "x.jsonl"
     path.write_text(json.dumps({"question": "what?", "answer": "x", **row}) + "\n")
-    return Scan(TINY).run([Entry(str(path))])
+    return Scan(TINY).run([DatasetEntry(str(path))])
 
 
 @pytest.mark.parametrize(("turn", "told"), [(1, False), (3, True), (6, True), (9, False)])

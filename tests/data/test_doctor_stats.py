@@ -15,7 +15,7 @@ from ernie_tune.data.doctor.report import as_json, as_text, charts, stats_text
 from ernie_tune.data.doctor.scan import Report, Scan
 from ernie_tune.data.doctor.stats import Histogram
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.sources import Entry
+from ernie_tune.data.sources import DatasetEntry
 from ernie_tune.report.check_page import check_page
 
 TINY = Processor.bundled("tiny")
@@ -24,7 +24,7 @@ TINY = Processor.bundled("tiny")
 def scan(path: Path, rows: list[dict[str, Any]], **options: Any) -> Report:
     file = path / "a.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return Scan(TINY, **options).run([Entry(str(file))])
+    return Scan(TINY, **options).run([DatasetEntry(str(file))])
 
 
 def counts(report: Report) -> dict[str, int]:

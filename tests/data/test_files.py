@@ -22,7 +22,7 @@ from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.media.images import load_image
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError
-from ernie_tune.data.sources import Entry, load_dataset
+from ernie_tune.data.sources import DatasetEntry, load_dataset
 
 TINY = Processor.bundled("tiny")
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -90,7 +90,7 @@ def test_files_of_another_kind_are_named_with_their_remedy(
         load_dataset(str(path))
     assert (caught.value.found, caught.value.problem) == (found, "foreign")
     assert caught.value.fix.startswith(remedy)
-    report = Scan(TINY).run([Entry(str(path))])
+    report = Scan(TINY).run([DatasetEntry(str(path))])
     assert report.findings.counts == {"foreign": 1}
 
 
@@ -109,7 +109,7 @@ def test_objects_over_several_lines_are_rows(tmp_path: Path) -> None:
         data = load_dataset(str(path))
         assert len(data) == count, name
         assert data[count - 1].messages[-1]["content"] in "bd"
-        report = Scan(TINY).run([Entry(str(path))])
+        report = Scan(TINY).run([DatasetEntry(str(path))])
         assert (report.stats.rows, report.exit_code) == (count, 0), name
     assert load_dataset(str(tmp_path / "several.json"))[1].meta.line == 13
     path.write_text('{"a":\n[1,}\n')
@@ -128,7 +128,7 @@ def test_a_cell_may_hold_a_picture(tmp_path: Path) -> None:
     path.write_text(f"question,answer,image\nq,a,{base64.b64encode(out.getvalue()).decode()}\n")
     picture = load_dataset(str(path))[0].images[0]
     assert load_image(picture).size == (9, 7)  # type: ignore[arg-type]
-    assert Scan(TINY).run([Entry(str(path))]).findings.counts == {}
+    assert Scan(TINY).run([DatasetEntry(str(path))]).findings.counts == {}
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_folder_with_one_sub_folder_a_class(tmp_path: Path) -> None:
     assert [record.messages[-1]["content"] for record in data] == ["cat", "cat", "dog", "dog"]
     assert data[2].images == (str(tmp_path / "dog" / "0.png"),)
     assert data.files == []  # no file that a ledger could hash
-    report = Scan(TINY).run([Entry(str(tmp_path))])
+    report = Scan(TINY).run([DatasetEntry(str(tmp_path))])
     assert (report.exit_code, report.pictures.opened) == (0, 4)
 
 
@@ -181,7 +181,7 @@ def test_a_picture_with_a_label_or_a_caption(
     record = load_dataset(str(tmp_path / "x.csv"))[0]
     assert [m["content"] for m in record.messages] == [question, answer]
     assert record.images == (str(tmp_path / "a.png"),)
-    assert Scan(TINY).run([Entry(str(tmp_path / "x.csv"))]).findings.counts == {"no_question": 1}
+    assert Scan(TINY).run([DatasetEntry(str(tmp_path / "x.csv"))]).findings.counts == {"no_question": 1}
 
 
 def test_rows_in_memory(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     order = [39, 0, 13, 14, 6, 7]
     assert [data[i].messages[0]["content"] for i in order] == [f"q{i}" for i in order]
     assert data._parts[0].rows._held.table.num_rows <= 7  # type: ignore[attr-defined]
-    report = Scan(TINY).run([Entry(str(tmp_path / "big.jsonl"))])
+    report = Scan(TINY).run([DatasetEntry(str(tmp_path / "big.jsonl"))])
     assert report.stats.rows == 40
     (tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(20))
     with pytest.raises(DataError, match="write or download it again"):
@@ -263,7 +263,7 @@ def test_json_by_columns_is_read(value: Any, indent: int | None, tmp_path: Path)
     assert [list(r.messages) for r in load_dataset(str(path))] == [
         [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in TABLE
     ]
-    assert Scan(TINY).run([Entry(str(path))]).stats.rows == 3
+    assert Scan(TINY).run([DatasetEntry(str(path))]).stats.rows == 3
 
 
 def test_one_row_of_lists_is_no_table(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_rows_are_found_whatever_parts_them(name: str, text: str, tmp_path: Path
     path.write_bytes(text.encode())
     found = [[m["content"] for m in record.messages] for record in load_dataset(str(path))]
     assert found == CELLS
-    report = Scan(TINY).run([Entry(str(path))])
+    report = Scan(TINY).run([DatasetEntry(str(path))])
     assert (report.stats.rows, report.exit_code) == (3, 0)
 
 
@@ -312,7 +312,7 @@ def test_a_list_of_messages_is_a_row(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(text)
         assert [m["content"] for m in load_dataset(str(tmp_path / name))[1].messages] == ["a", "b"]
-        assert Scan(TINY).run([Entry(str(tmp_path / name))]).stats.rows == 2
+        assert Scan(TINY).run([DatasetEntry(str(tmp_path / name))]).stats.rows == 2
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_two_values_of_one_name_are_an_error(text: str, field: str, tmp_path: Pa
     with pytest.raises(DataError) as caught:
         _ = load_dataset(str(path))[2]
     assert (caught.value.field, caught.value.line, caught.value.problem) == (field, 3, "twice_named")
-    report = Scan(TINY).run([Entry(str(path))])
+    report = Scan(TINY).run([DatasetEntry(str(path))])
     assert report.findings.counts.pop("twice_named") == 1
     assert report.stats.rows == 3
     path.write_text('{"prompt": "q", "response": "a", "response": "a"}\n')

@@ -20,7 +20,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers.formats import match, read
 from ernie_tune.data.readers.row import Where
 from ernie_tune.data.records import DataError, Record, as_words, count_tags, plain_words
-from ernie_tune.data.sources import Entry, load_dataset
+from ernie_tune.data.sources import DatasetEntry, load_dataset
 from ernie_tune.data.units import UnitEncoder
 
 TINY = Processor.bundled("tiny")
@@ -44,7 +44,7 @@ def refusal(row: dict[str, Any]) -> DataError:
 def check(folder: Path, *rows: dict[str, Any]) -> Report:
     path = folder / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Scan(TINY).run([Entry(str(path))])
+    return Scan(TINY).run([DatasetEntry(str(path))])
 
 
 def trained(record: Record) -> list[str]:

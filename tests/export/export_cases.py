@@ -15,7 +15,7 @@ from ernie_tune.checkpoint.tensors import narrow_bfloat16
 from ernie_tune.data.processor import Processor
 from ernie_tune.export.grid import Grid, quantize
 from ernie_tune.export.scheme import bits_of, row_parallel, scheme
-from ernie_tune.export.source import Source
+from ernie_tune.export.source import ExportSource
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.presets import preset
 
@@ -36,7 +36,7 @@ def matrix(rows: int, columns: int, seed: int = 0, tails: float = 0) -> np.ndarr
     return narrow_bfloat16(values.astype(np.float32))
 
 
-def rtn(source: Source, quantization: str, tp: int = 1) -> dict[str, Any]:
+def rtn(source: ExportSource, quantization: str, tp: int = 1) -> dict[str, Any]:
     """Arguments of `write_packed` for rounding to nearest."""
     chosen = scheme(quantization)
 

@@ -27,7 +27,7 @@ from ernie_tune.data.templates import RELEASED
 from ernie_tune.export import reopen, run, verify
 from ernie_tune.export import source as source_module
 from ernie_tune.export.run import LAYOUTS, write_layout
-from ernie_tune.export.source import Rounded, Source, stored_places
+from ernie_tune.export.source import ExportSource, Rounded, stored_places
 from ernie_tune.peft.config import BottleneckConfig, LoraConfig
 from ernie_tune.peft.model import get_peft_model
 
@@ -89,10 +89,10 @@ def files_only(*args: Any, **options: Any) -> dict[str, Any]:
 def test_every_layout_from_every_layout(tmp_path: Path, preset: str, flavour: str) -> None:
     """The same values arrive, whatever they came from; Source reads them back bit for bit."""
     folder = model_folder(tmp_path / "base", preset, flavour, dtype="bfloat16")
-    source = Source(folder)
+    source = ExportSource(folder)
     for layout in LAYOUTS.values():
         write_layout(tmp_path / layout, source, layout, max_shard_bytes=400_000)
-        back = Source(tmp_path / layout)
+        back = ExportSource(tmp_path / layout)
         assert back.table.flavour == layout
         for name, expert, float32 in stored_places(source.config):
             code = "F32" if float32 else "BF16"
@@ -223,7 +223,7 @@ def test_merging_equals_the_adapter(
     if (name, dialect) == ("dora", "paddlenlp"):
         pytest.skip("PaddleNLP has no DoRA")
     adapter = adapter_folder(base, tmp_path / "adapter", dialect, **ADAPTERS[name])
-    source, plain = Source(base, [adapter]), Source(base)
+    source, plain = ExportSource(base, [adapter]), ExportSource(base)
     model = get_peft_model(AutoModel.from_pretrained(base), LoraConfig(r=1, target_modules=["q_proj"]))
     model.load_adapter(adapter, "theirs")
     merged = model.merge()[0].state_dict()
@@ -272,13 +272,13 @@ def test_merging_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS.values()))
 def test_a_matrix_is_made_once(base: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gate and up halves may be tensors of their own on the disk."""
-    source, places, read = Source(base), list[tuple[str, int | None]](), Source.read
+    source, places, read = ExportSource(base), list[tuple[str, int | None]](), ExportSource.read
 
-    def counted(self: Source, name: str, expert: int | None, code: str) -> np.ndarray:
+    def counted(self: ExportSource, name: str, expert: int | None, code: str) -> np.ndarray:
         places.append((name, expert))
         return read(self, name, expert, code)
 
-    monkeypatch.setattr(Source, "read", counted)
+    monkeypatch.setattr(ExportSource, "read", counted)
     write_layout(tmp_path / "out", source, layout)
     assert sorted(places, key=str) == sorted(((n, e) for n, e, _ in stored_places(source.config)), key=str)
 
@@ -420,7 +420,7 @@ def test_defects_are_refused_by_name(base: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("one_process")
 def test_a_wrong_value_alone_is_seen_in_logits(base: Path, tmp_path: Path) -> None:
     """The second line of defence: with digests left out, the logits of the fresh process differ."""
-    source = Source(base)
+    source = ExportSource(base)
     files_only(base, tmp_path / "out")
     transposed(tmp_path / "out")
     probes = run.made_up_probes(run.Processor.from_pretrained(base), vision=True)

@@ -18,7 +18,7 @@ from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.export import fastdeploy_rules as rules
 from ernie_tune.export.run import write_layout
 from ernie_tune.export.scheme import SCHEMES
-from ernie_tune.export.source import Source, stored_places
+from ernie_tune.export.source import ExportSource, stored_places
 
 PADDLE, TORCH = {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}
 
@@ -130,7 +130,7 @@ def test_the_second_table_gives_the_same_model(tmp_path: Path, preset: str, flav
     """Image experts behind text experts, gate before up, q before k before v, routers as they are:
     by value, for both layouts.
     """
-    source = Source(model_folder(tmp_path / "base", preset))
+    source = ExportSource(model_folder(tmp_path / "base", preset))
     write_layout(tmp_path / "out", source, flavour)
     reader = TensorReader(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -156,7 +156,7 @@ def test_text_only_models(tmp_path: Path) -> None:
     vl = preset("tiny-a")
     moe = MoEConfig(8, (48,), 3, 2, (1, 2))
     AutoModel.from_config(vl.replace(vision=None, moe=moe)).save_pretrained(tmp_path / "base")
-    source = Source(tmp_path / "base")
+    source = ExportSource(tmp_path / "base")
     for flavour in ("paddle", "hf"):
         write_layout(tmp_path / flavour, source, flavour)
         reader = TensorReader(tmp_path / flavour)

@@ -20,7 +20,7 @@ from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.processor import Processor
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.scheme import bits_of, scheme
-from ernie_tune.export.source import Source
+from ernie_tune.export.source import ExportSource
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.inputs import pack
@@ -42,7 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("quantization", "tp"), [("wint8", 1), ("wint4", 1), ("wint4", 2), ("mix", 4)])
 def test_computes_with_the_grid(plain: Path, tmp_path: Path, quantization: str, tp: int) -> None:
-    source, chosen = Source(plain), scheme(quantization)
+    source, chosen = ExportSource(plain), scheme(quantization)
     parts = rtn(source, quantization, tp)
     write_packed(tmp_path / "packed", source, **parts, max_shard_bytes=100_000)
     assert is_packed(tmp_path / "packed")
@@ -71,7 +71,7 @@ def test_computes_with_the_grid(plain: Path, tmp_path: Path, quantization: str, 
 
 
 def test_smaller_answers_and_takes_an_adapter(plain: Path, tmp_path: Path) -> None:
-    source = Source(plain)
+    source = ExportSource(plain)
     write_packed(tmp_path / "packed", source, **rtn(source, "wint4"))
     write_packed(tmp_path / "whole", source, **rtn(source, "none"))
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("packed", "whole")]
@@ -90,7 +90,7 @@ def test_refuses(plain: Path, tmp_path: Path) -> None:
         load_packed(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="must be 'ernie_tune_packed' of version 1"):
         load_packed(plain)
-    source = Source(plain)
+    source = ExportSource(plain)
     folder = tmp_path / "packed"
     write_packed(folder, source, **rtn(source, "wint4"))
     with pytest.raises(ValueError, match=r"quantization_config .* must be absent"):

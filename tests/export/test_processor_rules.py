@@ -88,7 +88,7 @@ def assert_same(folder: Path, messages: Any, media: dict[str, Any], theirs: dict
 @pytest.mark.parametrize("layout", ["paddle", "pt"])
 @pytest.mark.parametrize("request_", [*prompts.TEXT, *prompts.MEDIA], ids=lambda r: r.name)
 def test_prompts_under_fastdeploys_rules_are_ours(
-    exported: dict[str, Path], layout: str, request_: prompts.Request
+    exported: dict[str, Path], layout: str, request_: prompts.ClientRequest
 ) -> None:
     images = [prompts.picture(*size) for size in request_.images]
     clips = [[prompts.picture(84, 112, 7 * k) for k in range(count)] for count in request_.clips]

@@ -21,7 +21,7 @@ from ernie_tune.export import fastdeploy_rules as rules
 from ernie_tune.export.choose import Chosen, Served
 from ernie_tune.export.packing import pack, unpack
 from ernie_tune.export.scheme import scheme
-from ernie_tune.export.source import Rounded, Source
+from ernie_tune.export.source import ExportSource, Rounded
 from ernie_tune.peft.packed import load_packed
 
 
@@ -222,11 +222,11 @@ def test_cache_tree(base: Path, tmp_path: Path) -> None:
     assert reader.shapes[f"{experts}_scale"] == (4, 256)
     assert reader.shapes["ernie.layers.1.self_attn.qkv_proj.weight"] == (192, 128)  # int8 [N, K]
     assert reader.shapes["lm_head.linear.weight"] == (128, 640)
-    chosen = Chosen(Source(base), scheme("wint4"), "clip", 1)
+    chosen = Chosen(ExportSource(base), scheme("wint4"), "clip", 1)
     made = chosen.grid("layers.1.mlp.vision_experts.up_gate_proj", 3)
     np.testing.assert_array_equal(reader.read(experts)[3], pack(made.codes_KN, 4))
     # the same codes as the operator finds in the weights beside the cache
-    weights = Source(out)
+    weights = ExportSource(out)
     codes, _ = reopen.operator_codes(weights.read("layers.1.mlp.vision_experts.up_gate_proj", 3, "BF16"), 4, 1)
     np.testing.assert_array_equal(codes, made.codes_KN)
 
@@ -234,7 +234,7 @@ def test_cache_tree(base: Path, tmp_path: Path) -> None:
 def test_cache_defects(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run.export(base, out, quantization="wint4", emit="cache", verify="files")
-    chosen = Chosen(Source(base), scheme("wint4"), "clip", 1)
+    chosen = Chosen(ExportSource(base), scheme("wint4"), "clip", 1)
     assert cache.check_caches(out, chosen) == []
     rank = min(out.glob(".cache/*/rank0"))
     reader = TensorReader(rank)
@@ -271,7 +271,7 @@ def test_cache_of_two_ranks_computes_what_one_does(base: Path, tmp_path: Path) -
     run.export(base, out, quantization="wint4", emit="cache", target_tp=2, verify="files")
     tree = out / ".cache" / cache.cache_hash("ernie4_5_moe_vl", "mix_quant", 2, 1, 4)
     ranks = [TensorReader(tree / f"rank{r}") for r in range(2)]
-    source = Source(base)
+    source = ExportSource(base)
     served = Served(Chosen(source, scheme("wint4"), "clip", 2))
     rng = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.arguments import build
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.place import Place
 from ernie_tune.models.presets import preset
 
@@ -75,4 +75,4 @@ def test_a_model_that_is_only_asked_has_no_engine() -> None:
         _ = asked.engine
     with asked.whole():
         assert asked.trained()
-    assert type(place.put(model).engine) is Engine
+    assert type(place.put(model).engine) is LocalEngine

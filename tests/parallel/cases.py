@@ -20,7 +20,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.data.batching import MicroBatch, Sample, collate
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel
@@ -146,7 +146,7 @@ def windows_of(job: Job, steps: int = 0) -> list[list[MicroBatch]]:
     ]
 
 
-class _Seen(Engine):
+class _Seen(LocalEngine):
     """Keeps the gradients that the norm was taken of, at every call the last ones."""
 
     def norm(self, parameters: Any) -> float:

@@ -13,7 +13,7 @@ from unittest import mock
 import paddle
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.models.ernie import PLAN
 from ernie_tune.objectives import logprobs
@@ -116,7 +116,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "rows come back in another order": Mutant(lambda: mock.patch.object(expert, "_reordered", lambda x, order: x), _EP),
     "usage is that of this rank": Mutant(
-        lambda: mock.patch.object(DistributedEngine, "update_router_bias", Engine.update_router_bias),
+        lambda: mock.patch.object(DistributedEngine, "update_router_bias", LocalEngine.update_router_bias),
         _DP,
         {"bias_update": 0.02},
     ),

@@ -17,7 +17,7 @@ from cases import Job, build_model
 from support.judged_rows import base, encoder, label, pair, ranking, rating, units
 
 from ernie_tune.data.units import UnitBatch
-from ernie_tune.machine.alone import Engine
+from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine
 from ernie_tune.objectives.preference import PreferenceHyper
 from ernie_tune.objectives.upo import PRESETS
@@ -71,7 +71,7 @@ def windows(folder: Path, case: str) -> list[list[UnitBatch]]:
     return out
 
 
-class Seen(Engine):
+class Seen(LocalEngine):
     """Keeps the last window's gradients, before they are clipped."""
 
     gradients: dict[str, np.ndarray]

@@ -15,7 +15,7 @@ import pytest
 
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
 from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
-from ernie_tune.rewards.functions import Answered, Function, load_function, reward
+from ernie_tune.rewards.functions import Answered, RewardFunction, load_function, reward
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 
 
@@ -44,7 +44,7 @@ def test_trl() -> None:
         more["log_metric"]("mine", 3)
         return [float(c[0]["content"] == s) for c, s in zip(completions, solution, strict=True)]
 
-    judge = Function(mine)
+    judge = RewardFunction(mine)
     assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
     assert seen["completions"][1] == [{"role": "assistant", "content": "8", "reasoning_content": "hm"}]
     assert seen["source"] == ["a", "a", "b"]
@@ -58,7 +58,7 @@ def test_trl_without_keywords_for_the_rest_is_given_what_it_names() -> None:
     def short(completions: list, answer: list) -> Any:
         return np.array([len(answer)] * len(completions), np.float32)
 
-    assert Function(short)(GROUPS) == [[3.0, 3.0], [3.0]]
+    assert RewardFunction(short)(GROUPS) == [[3.0, 3.0], [3.0]]
 
     def unknown(completions: list, colour: list) -> Any:
         return []
@@ -66,7 +66,7 @@ def test_trl_without_keywords_for_the_rest_is_given_what_it_names() -> None:
     with pytest.raises(
         ValueError, match=r"reward function unknown failed at x.jsonl:3 .*asks for 'colour', and no row has a field"
     ):
-        Function(unknown)(GROUPS)
+        RewardFunction(unknown)(GROUPS)
 
 
 def test_texts_instead_of_messages() -> None:
@@ -78,9 +78,9 @@ def test_texts_instead_of_messages() -> None:
         def __call__(self, completions: list[str], solution: list, **kwargs: Any) -> list[float]:
             return [float(c == s) for c, s in zip(completions, solution, strict=True)]
 
-    assert Function(texts)(GROUPS)[1] == [1.0]
-    assert Function(Swift())(GROUPS) == [[1.0, 0.0], [1.0]]
-    assert Function(Swift()).name == "Swift"
+    assert RewardFunction(texts)(GROUPS)[1] == [1.0]
+    assert RewardFunction(Swift())(GROUPS) == [[1.0, 0.0], [1.0]]
+    assert RewardFunction(Swift()).name == "Swift"
 
 
 def test_verl() -> None:
@@ -89,7 +89,7 @@ def test_verl() -> None:
         assert extra_info["source"] in "ab"
         return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
 
-    judge = Function(compute_score)
+    judge = RewardFunction(compute_score)
     assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
     assert len(judge.asked.metrics["length"]) == 3
 
@@ -108,7 +108,7 @@ def test_easyr1(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     function = one if kind == "sequential" else many
     function.__module__ = "easy_rewards"
-    judge = Function(function)
+    judge = RewardFunction(function)
     assert judge(GROUPS) == [[1.0, 0.0], [1.0]]
     assert judge.asked.metrics["format"] == [1.0] * 3
 
@@ -118,7 +118,7 @@ def test_async_functions_and_their_time() -> None:
         await asyncio.sleep(0.01 if len(completions) == 1 else 60)
         return [1.0] * len(completions)
 
-    judge = Function(slow, timeout_seconds=0.2)
+    judge = RewardFunction(slow, timeout_seconds=0.2)
     assert judge(GROUPS[1:]) == [[1.0]]
     assert judge(GROUPS) == [[None, None], [None]]
     assert judge.asked.timeouts == 3
@@ -150,13 +150,13 @@ def test_async_functions_wait_together_and_fail_apart() -> None:
     async def broken(completions: list, **_: Any) -> list[float]:
         raise KeyError("gone")
 
-    judges = [Function(f, on_error="none", timeout_seconds=5) for f in (one, two, broken)]
+    judges = [RewardFunction(f, on_error="none", timeout_seconds=5) for f in (one, two, broken)]
     rubric = Rubric(judges, check=False)
     assert rubric(GROUPS)[0][0].parts == {"one": 1.0, "two": 2.0, "broken": None}
     said = rubric.reported()
     assert (said["rewards/broken/errors"], said["rewards/one/timeouts"]) == (3.0, 0.0)
     with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
-        Rubric([Function(broken)], check=False)(GROUPS)
+        Rubric([RewardFunction(broken)], check=False)(GROUPS)
 
 
 def test_what_functions_are_told_and_tell() -> None:
@@ -165,7 +165,7 @@ def test_what_functions_are_told_and_tell() -> None:
         log_metric("mine/step", trainer_state.global_step)
         return [1.0] * len(completions)
 
-    rubric = Rubric([Function(mine)])
+    rubric = Rubric([RewardFunction(mine)])
     rubric.at(7, 20)
     scored = rubric(GROUPS)
     assert [one.extra for group in scored for one in group] == [{"length": 1}] * 3
@@ -185,25 +185,25 @@ def test_what_may_not_come_back(value: Any, match: str) -> None:
         return value
 
     with pytest.raises(ValueError, match=match):
-        Function(mine)(GROUPS)
+        RewardFunction(mine)(GROUPS)
 
 
 def test_none_nan_and_errors() -> None:
     def gaps(**_: Any) -> Any:
         return [None, float("nan"), True]
 
-    assert Function(gaps)(GROUPS) == [[None, None], [1.0]]
+    assert RewardFunction(gaps)(GROUPS) == [[None, None], [1.0]]
 
     def broken(**_: Any) -> Any:
         raise KeyError("gone")
 
     with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
-        Function(broken)(GROUPS)
-    judge = Function(broken, on_error="none")
+        RewardFunction(broken)(GROUPS)
+    judge = RewardFunction(broken, on_error="none")
     assert judge(GROUPS) == [[None, None], [None]]
     assert judge.asked.errors == 3
     with pytest.raises(ValueError, match=r"reward_error \('skip'\) must be raise or none"):
-        Function(broken, on_error="skip")
+        RewardFunction(broken, on_error="skip")
     assert judge([]) == []
 
 
@@ -212,8 +212,8 @@ def test_functions_from_files(tmp_path: Path) -> None:
     file.write_text(
         "def good(completions, **_):\n    return [1.0] * len(completions)\n\nclass Orm:\n    def __call__(self, completions, **_):\n        return [2.0] * len(completions)\nx = 1\n"
     )
-    assert Function(load_function(f"{file}:good"))(GROUPS)[1] == [1.0]
-    assert Function(load_function(f"{file}:Orm"))(GROUPS)[1] == [2.0]
+    assert RewardFunction(load_function(f"{file}:good"))(GROUPS)[1] == [1.0]
+    assert RewardFunction(load_function(f"{file}:Orm"))(GROUPS)[1] == [2.0]
     with pytest.raises(FileNotFoundError, match="must name an existing file"):
         load_function(f"{tmp_path}/none.py:good")
     with pytest.raises(ValueError, match="which has none called 'bad'"):
@@ -265,12 +265,12 @@ def test_weights_names_and_chance() -> None:
         return [float(next(numbers)) for _ in completions]
 
     with pytest.raises(ValueError, match=r"reward_weights \(2\) must be as many as reward_funcs \(1\)"):
-        Rubric([Function(one)], [1.0, 2.0])
+        Rubric([RewardFunction(one)], [1.0, 2.0])
     with pytest.raises(ValueError, match=r"reward_funcs \(one, one\) must have names of their own"):
-        Rubric([Function(one), Function(one)])
+        Rubric([RewardFunction(one), RewardFunction(one)])
     with pytest.raises(ValueError, match=r"reward function chance .* must give the same twice"):
-        Rubric([Function(chance)])(GROUPS)
-    rubric = Rubric([Function(one), Function(chance)], [1.0, 0.5], check=False)
+        Rubric([RewardFunction(chance)])(GROUPS)
+    rubric = Rubric([RewardFunction(one), RewardFunction(chance)], [1.0, 0.5], check=False)
     assert rubric.names == ("one", "chance")
     assert rubric(GROUPS)[0][0].parts["one"] == 1.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
 from ernie_tune.rewards.attacks import attacks, gold_of, reference_text
-from ernie_tune.rewards.functions import Function
+from ernie_tune.rewards.functions import RewardFunction
 from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.rewards.trial import attacked, references
 
@@ -68,7 +68,7 @@ def test_a_reward_that_finds_the_gold_anywhere_does_not_pass() -> None:
     def contains(completions: list, answer: list, **_: Any) -> list[float]:
         return [float(str(a) in c[0]["content"]) for c, a in zip(completions, answer, strict=True)]
 
-    lines = {line.name: line for line in attacked(Rubric([Function(contains)]), ROWS[:2])}
+    lines = {line.name: line for line in attacked(Rubric([RewardFunction(contains)]), ROWS[:2])}
     assert not lines["gold_or_not"].passed
     assert not lines["said_a_thousand_times"].passed
     assert (lines["gold_or_not"].mean, lines["gold_or_not"].bound) == (1.0, 0.0)
@@ -82,7 +82,7 @@ def test_a_reward_in_another_frame_does_not_pass() -> None:
     def pixels(completions: list, **_: Any) -> list[float]:
         return [float(c[0]["content"] == "[10, 10, 50, 60]") for c in completions]
 
-    tried = references(Rubric([Function(pixels)]), [ROWS[11]])
+    tried = references(Rubric([RewardFunction(pixels)]), [ROWS[11]])
     assert tried is not None
     assert (tried.passed, tried.mean) == (False, 0.0)
 
@@ -91,13 +91,15 @@ def test_what_honest_silence_earns_is_no_attack() -> None:
     def polite(completions: list, **_: Any) -> list[float]:
         return [0.1] * len(completions)
 
-    kind = Rubric([Function(polite)])
+    kind = Rubric([RewardFunction(polite)])
     assert all(line.passed for line in attacked(kind, ROWS[:1]))
 
     def rude(completions: list, **_: Any) -> list[float]:
         return [0.1 * (c[0]["content"][:4] not in ("I do", "不知道。")) for c in completions]
 
-    assert not any(line.passed for line in attacked(Rubric([Function(rude)]), ROWS[:1]) if line.name != "whole_picture")
+    assert not any(
+        line.passed for line in attacked(Rubric([RewardFunction(rude)]), ROWS[:1]) if line.name != "whole_picture"
+    )
 
 
 def test_near_numbers_lie_outside_the_tolerance() -> None:

@@ -18,7 +18,7 @@ from support.tiny_runs import processor
 from ernie_tune.generate.batch import RunningBatch, generate
 from ernie_tune.generate.engine import Engine, Request
 from ernie_tune.generate.scheduler import Capacity
-from ernie_tune.serve.thread import EngineEnded, EngineFailure, Job, SchedulerThread
+from ernie_tune.serve.thread import EngineEnded, EngineFailure, SchedulerThread, Submission
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ class Reports:
         self.done = threading.Event()
         self.left = 0
 
-    def job(self, engine: Engine, key: int, words: int, tokens: int, adapter: str | None = None, **params: Any) -> Job:
+    def job(
+        self, engine: Engine, key: int, words: int, tokens: int, adapter: str | None = None, **params: Any
+    ) -> Submission:
         asked = Request([{"role": "user", "content": "why " * words}])
         prepared = engine.prepare(asked, engine.params(max_new_tokens=tokens, **params), key)
         self.left += 1
@@ -73,17 +75,17 @@ class Reports:
                 if not self.left:
                     self.done.set()
 
-        job = Job(prepared, adapter, report)
+        job = Submission(prepared, adapter, report)
         return job
 
 
-def columns(job: Job) -> int:
+def columns(job: Submission) -> int:
     """Tokens that one row may come to."""
     return job.prepared.num_tokens + job.prepared.prompt.params.max_new_tokens
 
 
 @contextmanager
-def running(engine: Engine, capacity: Capacity, jobs: list[Job]) -> Iterator[SchedulerThread]:
+def running(engine: Engine, capacity: Capacity, jobs: list[Submission]) -> Iterator[SchedulerThread]:
     """A scheduler whose queue holds `jobs` before its first turn."""
     scheduler = SchedulerThread(engine, capacity)
     with scheduler._changed:

@@ -25,7 +25,7 @@ from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
 from ernie_tune.objectives.policy import PolicyHyper
-from ernie_tune.rewards.functions import Function
+from ernie_tune.rewards.functions import RewardFunction
 from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.policy import PolicyObjective, kept_answers
 from ernie_tune.train.rollouts import Rolled, Rollouts, RolloutSettings
@@ -68,7 +68,7 @@ def sampler(model: ErnieModel, rows: int = 64) -> Callable[[Sequence[Prompt]], M
 
 
 def rollouts(model: ErnieModel, settings: RolloutSettings = S, count: int = 6, **more: Any) -> Rollouts:
-    rubric = more.pop("rubric", None) or Rubric([Function(even)])
+    rubric = more.pop("rubric", None) or Rubric([RewardFunction(even)])
     return Rollouts(settings, records(count), PROCESSOR, more.pop("sampler", sampler(model)), rubric, **more)
 
 
@@ -210,7 +210,7 @@ def test_two_ranks_with_unlike_luck_make_equally_many_groups(model: ErnieModel) 
 
     settings = dataclasses.replace(S, prompts=4, max_resample_times=2)
     parts = two_ranks(
-        lambda ranks: rollouts(model, settings, ranks=ranks, rubric=Rubric([Function(lucky)])).make_round()
+        lambda ranks: rollouts(model, settings, ranks=ranks, rubric=Rubric([RewardFunction(lucky)])).make_round()
     )
     assert [len(groups) for groups in parts] == [2, 2]
 
@@ -219,7 +219,7 @@ def test_groups_without_spread_are_replaced_or_count_for_nothing(model: ErnieMod
     def never(completion_ids: list[Any], **_: Any) -> list[float]:
         return [1.0] * len(completion_ids)
 
-    found = rollouts(model, rubric=Rubric([Function(never)]))
+    found = rollouts(model, rubric=Rubric([RewardFunction(never)]))
     groups = found.make_round()
     assert len(groups) == 2
     assert found.metrics["groups_refilled"] == S.max_resample_times
@@ -228,7 +228,7 @@ def test_groups_without_spread_are_replaced_or_count_for_nothing(model: ErnieMod
     assert not kept_answers(batch).any()
     assert not batch.columns["advantage_N"].any()
     assert objective().counts([batch]) == {"pg": 0.0}
-    plain = rollouts(model, dataclasses.replace(S, dynamic_sample=False), rubric=Rubric([Function(never)]))
+    plain = rollouts(model, dataclasses.replace(S, dynamic_sample=False), rubric=Rubric([RewardFunction(never)]))
     assert kept_answers(plain.batch(plain.make_round())).all()
 
 

@@ -24,7 +24,7 @@ from ernie_tune.data.doctor.scan import DataFile
 from ernie_tune.data.file_rows import parse_json
 from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.records import DataError, Record
-from ernie_tune.data.sources import Entry
+from ernie_tune.data.sources import DatasetEntry
 
 _COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')  # strings are stepped over
 _TRIES, _TEXTS = 4, 20  # repairs of one row; texts of a row that may be its first question
@@ -40,7 +40,7 @@ CHANGES = {
 }
 
 
-class Change(NamedTuple):
+class RowChange(NamedTuple):
     """What was done to the row of a line."""
 
     line: int
@@ -57,7 +57,7 @@ def fixed_path(path: str) -> str:
     return os.path.splitext(path)[0] + ".fixed.jsonl"
 
 
-def fix_file(entry: Entry, media_dir: str = "", drop: bool = False) -> Iterator[Change]:
+def fix_file(entry: DatasetEntry, media_dir: str = "", drop: bool = False) -> Iterator[RowChange]:
     """Write FILE.fixed.jsonl beside a file while the changes are taken. With `drop`, rows that stay
     wrong are left out.
 
@@ -104,9 +104,9 @@ class _Fixer:
         self._file, self._drop = file, drop
         self._pictures = Pictures(ImageSettings(), decode=0)
         self._seen: dict[bytes, int] = {}  # digest of a row -> its line
-        self._changes: list[Change] = []
+        self._changes: list[RowChange] = []
 
-    def take_changes(self) -> list[Change]:
+    def take_changes(self) -> list[RowChange]:
         changes, self._changes = self._changes, []
         return changes
 
@@ -207,7 +207,7 @@ class _Fixer:
         return self._file.source.line(offset)
 
     def _say(self, line: int, code: str, **params: object) -> None:
-        self._changes.append(Change(line, code, params))
+        self._changes.append(RowChange(line, code, params))
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:

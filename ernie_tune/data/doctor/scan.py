@@ -34,7 +34,7 @@ from ernie_tune.data.readers.formats import FORMATS, choose, read, sniff
 from ernie_tune.data.readers.media import kinds_shown
 from ernie_tune.data.readers.row import Where
 from ernie_tune.data.records import DataError, Record, show
-from ernie_tune.data.sources import Entry, rename, signal_error
+from ernie_tune.data.sources import DatasetEntry, rename, signal_error
 
 DECODED = 200  # pictures that are opened unless more or fewer are asked for
 _SNIFFED_ROWS = 32
@@ -50,7 +50,7 @@ class DataFile:
     without rows or of no known format.
     """
 
-    def __init__(self, entry: Entry, media_dir: str = "", evaluation: bool = False) -> None:
+    def __init__(self, entry: DatasetEntry, media_dir: str = "", evaluation: bool = False) -> None:
         self.path, self.evaluation, self.rows = entry.path, evaluation, 0
         self.notes = FileNotes()
         self._entry, self._media_dir = entry, media_dir
@@ -127,7 +127,7 @@ class Scan:
         self._log = RowLog("row", "prompt", *(f"band{i}" for i in range(BANDS)), "offset", "place")
         self._files: list[DataFile] = []
 
-    def run(self, train: Sequence[Entry], evaluation: Sequence[Entry] = ()) -> Report:
+    def run(self, train: Sequence[DatasetEntry], evaluation: Sequence[DatasetEntry] = ()) -> Report:
         """Check these files, and whether `evaluation` repeats what is in `train`. Raises OSError,
         ValueError for an unknown format.
         """
