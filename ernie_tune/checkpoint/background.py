@@ -22,6 +22,7 @@ from paddle import Tensor
 
 from ernie_tune.checkpoint.sharded import WHOLE, RankFile, Shards, Slice, write_rank
 from ernie_tune.checkpoint.state import ALONE, Checkpoint, Ranks, Writing, could_not, prepare, stage_model
+from ernie_tune.config.language import say
 
 # A rank that has died leaves no note; those who watch over ranks know earlier.
 PATIENCE_SECONDS = 600.0
@@ -77,7 +78,13 @@ class Pending:
         for rank in range(self.ranks.size):
             while not self._note(rank).is_file():
                 if time.monotonic() > last:
-                    raise OSError(None, f"rank {rank} has not written its part for {PATIENCE_SECONDS:g} s")
+                    raise OSError(
+                        None,
+                        say(
+                            f"rank {rank} has not written its part for {PATIENCE_SECONDS:g} s",
+                            f"进程 {rank} 已有 {PATIENCE_SECONDS:g} 秒没有写出它的部分",
+                        ),
+                    )
                 time.sleep(0.02)
         notes = [json.loads(self._note(rank).read_text(encoding="utf-8")) for rank in range(self.ranks.size)]
         for rank, note in enumerate(notes):

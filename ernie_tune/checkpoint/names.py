@@ -244,7 +244,12 @@ def layout(config: ModelConfig, flavour: str) -> NameTable:
     unknown flavour.
     """
     if flavour not in FLAVOURS:
-        raise ValueError(f"flavour ({flavour!r}) must be one of {sorted(FLAVOURS)}; choose one of them")
+        raise ValueError(
+            say(
+                f"flavour ({flavour!r}) must be one of {sorted(FLAVOURS)}; choose one of them",
+                f"flavour（{flavour!r}）须为 {sorted(FLAVOURS)} 之一；请选择其一",
+            )
+        )
     style, specs = FLAVOURS[flavour], parameter_specs(config)
     table = [(_pattern(row.canonical[0]), row) for row in (*SHARED, *(FUSED if style.fused else SPLIT))]
     disk: dict[str, ParameterSpec] = {}

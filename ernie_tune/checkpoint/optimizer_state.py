@@ -11,6 +11,8 @@ import paddle
 from paddle import Tensor
 from paddle.utils import unique_name
 
+from ernie_tune.config.language import say
+
 
 def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's tensors as "<canonical parameter name>/<slot>": Paddle's own keys hold
@@ -26,7 +28,10 @@ def optimizer_arrays(optimizer: paddle.optimizer.Optimizer, named: Mapping[str, 
             owner = max((p for p in by_paddle_name if key.startswith(p + "_")), key=len, default=None)
             if owner is None:
                 raise ValueError(
-                    f"optimizer state {key!r} must belong to a parameter of the model; rebuild the optimizer after changing layers"
+                    say(
+                        f"optimizer state {key!r} must belong to a parameter of the model; rebuild the optimizer after changing layers",
+                        f"优化器状态 {key!r} 须属于模型的某个参数；修改层之后请重建优化器",
+                    )
                 )
             out[f"{by_paddle_name[owner]}/{key[len(owner) + 1 :]}"] = value
     return out
@@ -41,7 +46,10 @@ def load_optimizer_arrays(
     unknown = sorted({key.rsplit("/", 1)[0] for key in arrays} - set(named))
     if unknown:
         raise ValueError(
-            f"optimizer state of {unknown[:5]} must belong to trainable parameters; resume with the settings of the saved run"
+            say(
+                f"optimizer state of {unknown[:5]} must belong to trainable parameters; resume with the settings of the saved run",
+                f"{unknown[:5]} 的优化器状态须属于可训练的参数；请以保存时的设置恢复训练",
+            )
         )
     state: dict[str, object] = {}
     masters: dict[str, Tensor] = {}

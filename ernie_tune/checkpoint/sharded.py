@@ -55,7 +55,10 @@ class Region:
         )
         if not inside:
             raise ValueError(
-                f"block (offset {offset}, shape {shape}) must lie inside its tensor {whole}; fix the sharding table"
+                say(
+                    f"block (offset {offset}, shape {shape}) must lie inside its tensor {whole}; fix the sharding table",
+                    f"块（起点 {offset}，形状 {shape}）须在其张量 {whole} 之内；请修改切分表",
+                )
             )
         return cls(tuple(whole), tuple(offset), tuple(shape), 0, math.prod(shape))
 
@@ -65,7 +68,10 @@ class Region:
         """
         if not 0 <= start <= start + size <= math.prod(self.shape):
             raise ValueError(
-                f"run ({start} to {start + size}) must lie inside its block {self.shape}; fix the sharding"
+                say(
+                    f"run ({start} to {start + size}) must lie inside its block {self.shape}; fix the sharding",
+                    f"区段（{start} 到 {start + size}）须在其块 {self.shape} 之内；请修改切分表",
+                )
             )
         return Region(self.whole, self.offset, self.shape, start, size)
 
@@ -204,13 +210,19 @@ def _check_cover(distinct: Sequence[Description]) -> None:
         before = seen.get(name, (code, tuple(whole), 0))
         if before[:2] != (code, tuple(whole)):
             raise ValueError(
-                f"{name} ({code} {whole}) must have one type and shape on all ranks, but is {before[0]} {list(before[1])} on another; fix the sharding"
+                say(
+                    f"{name} ({code} {whole}) must have one type and shape on all ranks, but is {before[0]} {list(before[1])} on another; fix the sharding",
+                    f"{name}（{code} {whole}）在各进程上的类型与形状须相同，而另一进程上为 {before[0]} {list(before[1])}；请修改切分",
+                )
             )
         seen[name] = (code, tuple(whole), before[2] + size)
     for name, (_, whole_shape, total) in seen.items():
         if total != math.prod(whole_shape):
             raise ValueError(
-                f"slices of {name} ({total} elements) must make up its {math.prod(whole_shape)}, without gaps or overlaps; fix the sharding"
+                say(
+                    f"slices of {name} ({total} elements) must make up its {math.prod(whole_shape)}, without gaps or overlaps; fix the sharding",
+                    f"{name} 的各分片（共 {total} 个元素）须恰好拼成它的 {math.prod(whole_shape)} 个，没有缺口与重叠；请修改切分",
+                )
             )
 
 
@@ -234,7 +246,10 @@ def write_rank(folder: Path, rank: int, slices: Sequence[Slice]) -> RankFile:
     by_key = {s.key: s for s in ordered}
     if len(by_key) != len(ordered):
         raise ValueError(
-            f"slices of rank {rank} ({len(ordered)}) must have {len(by_key)} names, one each; fix the sharding"
+            say(
+                f"slices of rank {rank} ({len(ordered)}) must have {len(by_key)} names, one each; fix the sharding",
+                f"进程 {rank} 的分片（{len(ordered)} 个）须有 {len(by_key)} 个各不相同的名称；请修改切分",
+            )
         )
     file = folder / f"rank-{rank:05d}.safetensors"
     digest = hashlib.sha256()
@@ -255,7 +270,12 @@ def _whole_block(region: Region) -> bool:
 def _shaped(s: Slice) -> Array:
     array, r = np.ascontiguousarray(s.read()), s.region
     if array.size != r.size:
-        raise ValueError(f"slice {s.key} ({array.size} elements) must have {r.size}, as announced; fix the sharding")
+        raise ValueError(
+            say(
+                f"slice {s.key} ({array.size} elements) must have {r.size}, as announced; fix the sharding",
+                f"分片 {s.key}（{array.size} 个元素）须如先前所报有 {r.size} 个；请修改切分",
+            )
+        )
     return array.reshape(r.shape if _whole_block(r) else (r.size,))
 
 
@@ -366,7 +386,10 @@ class ShardedReader:
             filled += self._copy(number, stored, wanted, out)
         if filled != wanted.size:
             raise ValueError(
-                f"{self.folder / MANIFEST}: slices of {name} hold {filled} of {wanted.size} elements; fetch the checkpoint again"
+                say(
+                    f"{self.folder / MANIFEST}: slices of {name} hold {filled} of {wanted.size} elements; fetch the checkpoint again",
+                    f"{self.folder / MANIFEST}：{name} 的各分片只有 {wanted.size} 个元素中的 {filled} 个；请重新获取该检查点",
+                )
             )
         return out.reshape(wanted.shape) if _whole_block(wanted) else out
 

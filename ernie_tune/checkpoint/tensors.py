@@ -85,8 +85,11 @@ class TensorReader:
             twice = sorted(self.entries.keys() & entries.keys())
             if twice:
                 raise ValueError(
-                    f"tensor {twice[0]!r} ({self.entries[twice[0]].file}) must be in one shard only, but is also in {file.name}; "
-                    "delete the folder and fetch it again"
+                    say(
+                        f"tensor {twice[0]!r} ({self.entries[twice[0]].file}) must be in one shard only, but is also in {file.name}; "
+                        "delete the folder and fetch it again",
+                        f"张量 {twice[0]!r}（{self.entries[twice[0]].file}）只能在一个分片中，但 {file.name} 中也有；请删除该文件夹并重新获取",
+                    )
                 )
             self.entries.update(entries)
             self.metadata.update(metadata)
@@ -178,7 +181,10 @@ def _read_index(index: Path) -> Mapping[str, str]:
     outside = [name for name in promised.values() if Path(name).name != name or "\0" in name or len(name) > 255]
     if outside:
         raise ValueError(
-            f"{index} names the shard {outside[0][:80]!r}, which must be a file in the same folder; fetch the file again"
+            say(
+                f"{index} names the shard {outside[0][:80]!r}, which must be a file in the same folder; fetch the file again",
+                f"{index} 指向分片 {outside[0][:80]!r}，它须为同一文件夹中的文件；请重新获取该文件",
+            )
         )
     return dict(promised)
 

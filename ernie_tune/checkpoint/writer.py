@@ -239,7 +239,10 @@ def _write_tensors(sink: _Sink, entries: Entries, produce: Callable[[str], Array
             array = produce(name)
             if array.shape != shape or array.dtype != NUMPY_TYPES[dtype]:
                 raise ValueError(
-                    f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table"
+                    say(
+                        f"tensor {name!r} ({list(array.shape)}, {array.dtype}) must be {list(shape)} of {dtype}, as announced; fix the layout table",
+                        f"张量 {name!r}（{list(array.shape)}，{array.dtype}）须如先前所报为 {dtype} 的 {list(shape)}；请修改布局表",
+                    )
                 )
             if unwritten:
                 unwritten.result()

@@ -149,7 +149,7 @@ def _refuse_foreign(path: str, raw: bytes) -> None:
     if raw[:4] == b"PK\x03\x04":
         sheet = path.lower().endswith((".xlsx", ".xlsm")) or b"[Content_Types].xml" in raw[:200] or b"xl/" in raw
         name = "Excel (.xlsx)" if sheet else "zip"
-        fix = say(f"unzip {path}", f"unzip {path}") if name == "zip" else say(*_TABLE)
+        fix = f"unzip {path}" if name == "zip" else say(*_TABLE)
         raise DataError(path, 0, "file", name, "foreign", {"remedy": fix})
     if raw[257:262] == b"ustar":
         raise DataError(path, 0, "file", "tar", "foreign", {"remedy": f"tar xf {path}"})

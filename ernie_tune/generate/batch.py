@@ -19,6 +19,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.generate.sampling import SamplingParams, choose
 from ernie_tune.models import mkl
 from ernie_tune.models.cache import Cache, cache_of
@@ -177,11 +178,17 @@ class RunningBatch:
         params, length, limit = prompt.params, len(prompt.row.input_ids_L), self.model.config.max_position_embeddings
         if params.stop_strings and self.decode is None:
             raise ValueError(
-                f"stop_strings {params.stop_strings} need `decode`, must be given a token-to-text function; pass tokenizer.decode or use stop_ids"
+                say(
+                    f"stop_strings {params.stop_strings} need `decode`, must be given a token-to-text function; pass tokenizer.decode or use stop_ids",
+                    f"使用 stop_strings {params.stop_strings} 时须给出 `decode`（从 token 到文本的函数）；请传入 tokenizer.decode，或改用 stop_ids",
+                )
             )
         if length + params.max_new_tokens > limit:
             raise ValueError(
-                f"prompt tokens ({length}) + max_new_tokens ({params.max_new_tokens}) must not exceed max_position_embeddings ({limit}); shorten the prompt or max_new_tokens"
+                say(
+                    f"prompt tokens ({length}) + max_new_tokens ({params.max_new_tokens}) must not exceed max_position_embeddings ({limit}); shorten the prompt or max_new_tokens",
+                    f"提示的 token 数（{length}）+ max_new_tokens（{params.max_new_tokens}）不能超过 max_position_embeddings（{limit}）；请缩短提示或减小 max_new_tokens",
+                )
             )
 
     def join(self, prompts: Sequence[Prompt], partials: Sequence[Partial] = ()) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.data.processor import Processor
 from ernie_tune.generate.engine import Engine
@@ -35,6 +36,9 @@ def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine
     arguments = folder / ARGS_FILE
     if not arguments.is_file():
         raise ValueError(
-            f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one"
+            say(
+                f"{folder} must hold a model (config.json) or a finished run ({ARGS_FILE}); give the folder of one",
+                f"{folder} 中须有模型（config.json）或已完成的训练（{ARGS_FILE}）；请给出这样的文件夹",
+            )
         )
     return Engine(PeftModel.from_pretrained(base_of_run(arguments), folder), processor)

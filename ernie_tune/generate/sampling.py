@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -57,10 +59,18 @@ class SamplingParams:
                 raise ValueError(f"{name} ({getattr(self, name)}) must {rule}")
         for text in self.stop_strings:
             if not text or any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"stop_strings ({text!r}) must be text, not empty, without half a surrogate; drop it")
+                raise ValueError(
+                    say(
+                        f"stop_strings ({text!r}) must be text, not empty, without half a surrogate; drop it",
+                        f"stop_strings（{text!r}）须为非空文本，且不含半个代理字符；请去掉它",
+                    )
+                )
         if self.n > 1 and self.temperature == 0:
             raise ValueError(
-                f"n ({self.n}) must be 1 with temperature (0): greedy samples are all the same; set temperature above 0"
+                say(
+                    f"n ({self.n}) must be 1 with temperature (0): greedy samples are all the same; set temperature above 0",
+                    f"temperature 为 0 时 n（{self.n}）须为 1：贪心采样的结果都相同；请将 temperature 设为大于 0",
+                )
             )
 
     @cached_property
@@ -106,7 +116,12 @@ def choose(
     scores[list(params.banned_ids)] = -np.inf
     steered = _steered(scores, params, seen, answer, allowed_V)
     if not np.isfinite(steered.max()):
-        raise ValueError("the tokens that may follow (0) must be at least 1; allow one that is not in banned_ids")
+        raise ValueError(
+            say(
+                "the tokens that may follow (0) must be at least 1; allow one that is not in banned_ids",
+                "可以接续的 token（现为 0 个）至少须有 1 个；请允许一个不在 banned_ids 中的",
+            )
+        )
     weights = _weights(scores, temperature)
     total = weights.sum()
     drawn_logp = 0.0

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ernie_tune.config.language import say
 from ernie_tune.generate.batch import Completion, Decode, Partial, Prompt, RunningBatch, TokenEvent, eval_mode, failed
 from ernie_tune.models.cache import cache_of
 from ernie_tune.models.config import TokenIds
@@ -104,10 +105,18 @@ class Scheduler:
     def _check(self, one: _Asked) -> None:
         n, need, limit = len(one.left), self._tokens([one]), self.capacity.cache_tokens
         if n > self.capacity.rows:
-            raise ValueError(f"n ({n}) must be at most the server's max_num_seqs ({self.capacity.rows}); ask for fewer")
+            raise ValueError(
+                say(
+                    f"n ({n}) must be at most the server's max_num_seqs ({self.capacity.rows}); ask for fewer",
+                    f"n（{n}）不能超过服务器的 max_num_seqs（{self.capacity.rows}）；请减少",
+                )
+            )
         if limit is not None and need > limit:
             raise ValueError(
-                f"tokens of the prompt and of n answers of max_tokens ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n"
+                say(
+                    f"tokens of the prompt and of n answers of max_tokens ({need}) must be at most the server's cache_tokens ({limit}); lower max_tokens or n",
+                    f"提示与 n 个长为 max_tokens 的回答的 token 总数（{need}）不能超过服务器的 cache_tokens（{limit}）；请减小 max_tokens 或 n",
+                )
             )
         self._batch().check(one.prompt)
 
@@ -147,7 +156,12 @@ class Scheduler:
     def _queue(self, one: _Asked) -> None:
         key = one.prompt.key
         if key in self._asked:
-            raise ValueError(f"key ({key}) must be new, a prompt with it is not done; number prompts apart")
+            raise ValueError(
+                say(
+                    f"key ({key}) must be new, a prompt with it is not done; number prompts apart",
+                    f"键（{key}）须是新的，使用它的提示尚未完成；请给各提示不同的编号",
+                )
+            )
         self._asked[key] = one
         self._waiting.append(one)
 

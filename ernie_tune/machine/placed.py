@@ -249,7 +249,10 @@ def adapter_tensors(model: PeftModel, folder: Path) -> dict[str, np.ndarray]:
     config = model.adapters[model.active or ""].config
     if isinstance(config, PromptConfig) and config.encoder_width:
         raise ValueError(
-            f"{folder} must hold the encoder of a P-tuned prompt, but adapter files hold only what it makes; save without save_only_model"
+            say(
+                f"{folder} must hold the encoder of a P-tuned prompt, but adapter files hold only what it makes; save without save_only_model",
+                f"{folder} 中须有 P-tuning 提示的编码器，而适配器文件只存它的结果；请不用 save_only_model 保存",
+            )
         )
     return read_adapter(folder, model.config).tensors
 

@@ -13,27 +13,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionConfig
+from ernie_tune.models.config_values import boolean, dtype_of, integer, number, per_modality, value_of
 
 DIALECTS = ("legacy", "paddle", "native")
 MODEL_TYPES = ("ernie4_5_moe_vl", "ernie4_5_vl_moe", "ernie4_5", "ernie4_5_moe")
 _NATIVE = "ernie4_5_vl_moe"
-_DTYPES = ("float32", "bfloat16", "float16")
 
-# canonical key -> other spellings of it; two spellings in one file must agree
-_ALIASES: dict[str, tuple[str, ...]] = {
-    "moe_num_experts": ("num_experts",),
-    "moe_k": ("num_experts_per_tok",),
-    "moe_num_shared_experts": ("num_shared_experts",),
-    "dtype": ("torch_dtype",),
-    "image_token_id": ("im_patch_id", "image_patch_id"),
-    "image_start_token_id": ("image_start",),
-    "image_end_token_id": ("image_end",),
-    "video_start_token_id": ("video_start",),
-    "video_end_token_id": ("video_end",),
-    "spatial_merge_size": ("spatial_conv_size",),
-    "temporal_merge_size": ("temporal_conv_size",),
-}
 _VISION_ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("embed_dim",),
     "in_channels": ("in_chans",),
@@ -64,7 +51,6 @@ _FIXED_VL: dict[str, Any] = {
     "use_temporal_conv": True,
     "mm_vocab_size": 0,
 }
-_REQUIRED = object()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -79,11 +65,24 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         close = difflib.get_close_matches(str(model_type), MODEL_TYPES, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else "only ERNIE-4.5 models are supported"
-        raise ValueError(f"model_type ({model_type!r}) must be one of {list(MODEL_TYPES)}; {hint}")
+        hint = say("only ERNIE-4.5 models are supported", "只支持 ERNIE-4.5 模型")
+        hint = say(f"did you mean {close[0]!r}?", f"是否为 {close[0]!r}？") if close else hint
+        raise ValueError(
+            say(
+                "model_type ({found}) must be one of {names}; {hint}",
+                "model_type（{found}）须为 {names} 之一；{hint}",
+                found=repr(model_type),
+                names=list(MODEL_TYPES),
+                hint=hint,
+            )
+        )
     if raw.get("quantization_config") is not None:
         raise ValueError(
-            f"quantization_config ({raw['quantization_config']!r}) must be absent: training starts from unquantised weights; use the bfloat16 release"
+            say(
+                f"quantization_config ({raw['quantization_config']!r}) must be absent: training starts from "
+                "unquantised weights; use the bfloat16 release",
+                f"不能有 quantization_config（{raw['quantization_config']!r}）：训练从未量化的权重开始；请用 bfloat16 版本",
+            )
         )
     flat = _flatten(raw)
     has_vision = "vl" in str(model_type)
@@ -91,25 +90,25 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     if has_vision:
         _check_fixed(flat, _FIXED_VL)
     vision = _read_vision(flat) if has_vision else None
-    heads = _integer(flat, "num_attention_heads")
+    heads = integer(flat, "num_attention_heads")
     head_dim = _head_dim(flat, heads)
     return ModelConfig(
-        vocab_size=_integer(flat, "vocab_size"),
-        hidden_size=_integer(flat, "hidden_size"),
-        intermediate_size=_integer(flat, "intermediate_size"),
-        num_hidden_layers=_integer(flat, "num_hidden_layers"),
+        vocab_size=integer(flat, "vocab_size"),
+        hidden_size=integer(flat, "hidden_size"),
+        intermediate_size=integer(flat, "intermediate_size"),
+        num_hidden_layers=integer(flat, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=_integer(flat, "num_key_value_heads", heads),
+        num_key_value_heads=integer(flat, "num_key_value_heads", heads),
         head_dim=head_dim,
         freq_allocation=_freq_allocation(flat, head_dim) if has_vision else 20,
         rope_theta=_rope_theta(flat),
-        rms_norm_eps=_number(flat, "rms_norm_eps", 1e-5),
-        max_position_embeddings=_integer(flat, "max_position_embeddings", 131072),
-        tie_word_embeddings=_boolean(flat, "tie_word_embeddings", True),
+        rms_norm_eps=number(flat, "rms_norm_eps", 1e-5),
+        max_position_embeddings=integer(flat, "max_position_embeddings", 131072),
+        tie_word_embeddings=boolean(flat, "tie_word_embeddings", True),
         moe=_read_moe(flat, modalities=2 if has_vision else 1),
         vision=vision,
         tokens=_read_tokens(flat, has_vision),
-        dtype=_dtype(flat),
+        dtype=dtype_of(flat),
     )
 
 
@@ -126,85 +125,30 @@ def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _value(
-    flat: Mapping[str, Any], key: str, default: Any = _REQUIRED, aliases: Mapping[str, tuple[str, ...]] = _ALIASES
-) -> Any:
-    found = {k: flat[k] for k in (key, *aliases.get(key, ())) if flat.get(k) is not None}
-    if not found:
-        if default is _REQUIRED:
-            spelled = " or ".join((key, *aliases.get(key, ())))
-            raise ValueError(
-                f"{spelled} (missing) must be in config.json; add it, or use the config.json that came with the weights"
-            )
-        return default
-    first = next(iter(found.values()))
-    if any(value != first for value in found.values()):
-        raise ValueError(
-            f"{' and '.join(f'{k} ({v!r})' for k, v in found.items())} must be equal: they are spellings of one key; keep one of them"
-        )
-    return first
-
-
-def _integer(
-    flat: Mapping[str, Any], key: str, default: Any = _REQUIRED, aliases: Mapping[str, tuple[str, ...]] = _ALIASES
-) -> int:
-    value = _value(flat, key, default, aliases)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} ({value!r}) must be an integer; fix config.json")
-    return value
-
-
-def _number(
-    flat: Mapping[str, Any], key: str, default: float, aliases: Mapping[str, tuple[str, ...]] = _ALIASES
-) -> float:
-    value = _value(flat, key, default, aliases)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key} ({value!r}) must be a number; fix config.json")
-    return float(value)
-
-
-def _boolean(flat: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = _value(flat, key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} ({value!r}) must be true or false; fix config.json")
-    return value
-
-
-def _per_modality(flat: Mapping[str, Any], key: str, modalities: int, default: Any = _REQUIRED) -> tuple[int, ...]:
-    """A scalar counts for every modality; a list has one entry for each."""
-    value = _value(flat, key, default)
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * modalities
-    if len(values) != modalities or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise ValueError(
-            f"{key} ({value!r}) must be an integer or a list of {modalities} integer(s), one per modality; fix config.json"
-        )
-    return values
-
-
 def _check_fixed(flat: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     for key, want in fixed.items():
         value = flat.get(key)
         if value is not None and value != want:
             raise ValueError(
-                f"{key} ({value!r}) must be {want!r}: no released ERNIE-4.5 has another value; use a checkpoint trained with {want!r}"
+                say(
+                    f"{key} ({value!r}) must be {want!r}: no released ERNIE-4.5 has another value; use a "
+                    f"checkpoint trained with {want!r}",
+                    f"{key}（{value!r}）须为 {want!r}：已发布的 ERNIE-4.5 都是如此；请用以 {want!r} 训练的权重",
+                )
             )
 
 
-def _dtype(flat: Mapping[str, Any]) -> str:
-    names = {k: str(flat[k]).rsplit(".", 1)[-1] for k in ("dtype", "torch_dtype") if flat.get(k) is not None}
-    name = str(_value(names, "dtype", "bfloat16"))
-    if name not in _DTYPES:
-        raise ValueError(f"dtype ({name!r}) must be one of {list(_DTYPES)}; fix config.json")
-    return name
-
-
 def _head_dim(flat: Mapping[str, Any], heads: int) -> int:
-    hidden = _integer(flat, "hidden_size")
+    hidden = integer(flat, "hidden_size")
     if flat.get("head_dim") is not None:
-        return _integer(flat, "head_dim")
+        return integer(flat, "head_dim")
     if heads < 1 or hidden % heads:
         raise ValueError(
-            f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) when head_dim is absent; add head_dim to config.json"
+            say(
+                f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) when head_dim is "
+                "absent; add head_dim to config.json",
+                f"没有 head_dim 时，hidden_size（{hidden}）须为 num_attention_heads（{heads}）的整数倍；请在 config.json 中写明 head_dim",
+            )
         )
     return hidden // heads
 
@@ -219,7 +163,11 @@ def _rope_sections(flat: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         kind = section.get("rope_type", section.get("type", "default")) if isinstance(section, Mapping) else section
         if kind != "default":
             raise ValueError(
-                f"{key} ({section!r}) must have type 'default': scaled rotary embeddings are not implemented; use a checkpoint without them"
+                say(
+                    f"{key} ({section!r}) must have type 'default': scaled rotary embeddings are not implemented; "
+                    "use a checkpoint without them",
+                    f"{key}（{section!r}）的 type 须为 'default'：未实现缩放的旋转位置编码；请用不含它的权重",
+                )
             )
         sections.append(section)
     return sections
@@ -233,7 +181,10 @@ def _rope_theta(flat: Mapping[str, Any]) -> float:
     }
     if len({float(v) for v in found.values()}) > 1:
         raise ValueError(
-            f"rope_theta ({sorted(found.values())}) must be one number: config.json says two; keep one of them"
+            say(
+                f"rope_theta ({sorted(found.values())}) must be one number: config.json says two; keep one of them",
+                f"rope_theta（{sorted(found.values())}）只能有一个值，而 config.json 中有两个；请只留其一",
+            )
         )
     return float(next(iter(found.values()), 500000.0))
 
@@ -244,15 +195,24 @@ def _freq_allocation(flat: Mapping[str, Any], head_dim: int) -> int:
     """
     section = next((s["mrope_section"] for s in _rope_sections(flat) if s.get("mrope_section") is not None), None)
     if section is None:
-        return _integer(flat, "freq_allocation", 20)
+        return integer(flat, "freq_allocation", 20)
     if len(section) != 3 or section[0] != section[1] or sum(section) != head_dim // 2:
         raise ValueError(
-            f"mrope_section ({section!r}) must be [h, w, t] with h = w and h + w + t = head_dim/2 ({head_dim // 2}); fix config.json"
+            say(
+                f"mrope_section ({section!r}) must be [h, w, t] with h = w and h + w + t = head_dim/2 "
+                f"({head_dim // 2}); fix config.json",
+                f"mrope_section（{section!r}）须为 [h, w, t]，h = w 且 h + w + t = head_dim/2（{head_dim // 2}）；请修改 "
+                "config.json",
+            )
         )
-    allocation = _integer(flat, "freq_allocation", section[2])
+    allocation = integer(flat, "freq_allocation", section[2])
     if allocation != section[2]:
         raise ValueError(
-            f"freq_allocation ({allocation}) must equal the last entry of mrope_section ({section!r}); keep one of them"
+            say(
+                f"freq_allocation ({allocation}) must equal the last entry of mrope_section ({section!r}); keep "
+                "one of them",
+                f"freq_allocation（{allocation}）须等于 mrope_section（{section!r}）的最后一项；请只留其一",
+            )
         )
     return allocation
 
@@ -261,49 +221,66 @@ def _read_vision(flat: Mapping[str, Any]) -> VisionConfig:
     raw = flat.get("vision_config")
     if not isinstance(raw, Mapping):
         raise ValueError(
-            f"vision_config ({raw!r}) must be a table for model_type {flat['model_type']!r}; use the config.json that came with the weights"
+            say(
+                f"vision_config ({raw!r}) must be a table for model_type {flat['model_type']!r}; use the "
+                "config.json that came with the weights",
+                f"model_type 为 {flat['model_type']!r} 时，vision_config（{raw!r}）须为一组键值；请用权重自带的 config.json",
+            )
         )
     if raw.get("hidden_act") not in (None, "quick_gelu"):
         raise ValueError(
-            f"vision hidden_act ({raw['hidden_act']!r}) must be 'quick_gelu': no released tower has another; use a checkpoint with it"
+            say(
+                f"vision hidden_act ({raw['hidden_act']!r}) must be 'quick_gelu': no released tower has another; "
+                "use a checkpoint with it",
+                f"视觉部分的 hidden_act（{raw['hidden_act']!r}）须为 'quick_gelu'：已发布的视觉塔都是如此；请用这样的权重",
+            )
         )
-    hidden = _integer(raw, "hidden_size", aliases=_VISION_ALIASES)
+    hidden = integer(raw, "hidden_size", aliases=_VISION_ALIASES)
     pixel = flat.get("pixel_hidden_size")
     if pixel is not None and pixel != hidden:
-        raise ValueError(f"pixel_hidden_size ({pixel}) must equal vision hidden_size ({hidden}); fix config.json")
-    intermediate = _integer(raw, "intermediate_size", round(hidden * _number(raw, "mlp_ratio", 4)))
+        raise ValueError(
+            say(
+                f"pixel_hidden_size ({pixel}) must equal vision hidden_size ({hidden}); fix config.json",
+                f"pixel_hidden_size（{pixel}）须等于视觉部分的 hidden_size（{hidden}）；请修改 config.json",
+            )
+        )
+    intermediate = integer(raw, "intermediate_size", round(hidden * number(raw, "mlp_ratio", 4)))
     merges = {**{k: v for k, v in flat.items() if "conv_size" in k}, **raw}
     rope = raw.get("rope_parameters") or {}
     return VisionConfig(
-        depth=_integer(raw, "depth"),
+        depth=integer(raw, "depth"),
         hidden_size=hidden,
-        num_heads=_integer(raw, "num_heads"),
+        num_heads=integer(raw, "num_heads"),
         intermediate_size=intermediate,
-        in_channels=_integer(raw, "in_channels", 3, _VISION_ALIASES),
-        patch_size=_integer(raw, "patch_size", 14, _VISION_ALIASES),
-        spatial_merge_size=_integer(merges, "spatial_merge_size", 2),
-        temporal_merge_size=_integer(merges, "temporal_merge_size", 2),
-        layer_norm_eps=_number(raw, "layer_norm_eps", 1e-6, _VISION_ALIASES),
-        rope_theta=_number(rope, "rope_theta", 10000.0),
+        in_channels=integer(raw, "in_channels", 3, _VISION_ALIASES),
+        patch_size=integer(raw, "patch_size", 14, _VISION_ALIASES),
+        spatial_merge_size=integer(merges, "spatial_merge_size", 2),
+        temporal_merge_size=integer(merges, "temporal_merge_size", 2),
+        layer_norm_eps=number(raw, "layer_norm_eps", 1e-6, _VISION_ALIASES),
+        rope_theta=number(rope, "rope_theta", 10000.0),
     )
 
 
 def _read_moe(flat: Mapping[str, Any], modalities: int) -> MoEConfig | None:
-    experts = _per_modality(flat, "moe_num_experts", modalities, default=0)
+    experts = per_modality(flat, "moe_num_experts", modalities, default=0)
     if not any(experts):
         return None
     _check_fixed(flat, _FIXED_MOE)
     if len(set(experts)) > 1:
         raise ValueError(
-            f"moe_num_experts ({list(experts)}) must have equal entries: text and vision routers share one width; use a checkpoint with equal ones"
+            say(
+                f"moe_num_experts ({list(experts)}) must have equal entries: text and vision routers share one "
+                "width; use a checkpoint with equal ones",
+                f"moe_num_experts（{list(experts)}）各项须相等：文本与视觉的路由宽度相同；请用各项相等的权重",
+            )
         )
     return MoEConfig(
         num_experts=experts[0],
-        intermediate_size=_per_modality(flat, "moe_intermediate_size", modalities),
-        top_k=_integer(flat, "moe_k"),
-        num_shared_experts=_integer(flat, "moe_num_shared_experts", 0),
-        layer_indices=_sparse_layers(flat, _integer(flat, "num_hidden_layers"), modalities),
-        norm_min=_number(flat, "moe_norm_min", 1e-12),
+        intermediate_size=per_modality(flat, "moe_intermediate_size", modalities),
+        top_k=integer(flat, "moe_k"),
+        num_shared_experts=integer(flat, "moe_num_shared_experts", 0),
+        layer_indices=_sparse_layers(flat, integer(flat, "num_hidden_layers"), modalities),
+        norm_min=number(flat, "moe_norm_min", 1e-12),
     )
 
 
@@ -312,7 +289,11 @@ def _sparse_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tupl
     if types is not None:
         if len(types) != depth or any(t not in ("dense", "sparse") for t in types):
             raise ValueError(
-                f"mlp_layer_types ({types!r}) must be 'dense' or 'sparse' for each of num_hidden_layers ({depth}); fix config.json"
+                say(
+                    f"mlp_layer_types ({types!r}) must be 'dense' or 'sparse' for each of num_hidden_layers "
+                    f"({depth}); fix config.json",
+                    f"mlp_layer_types（{types!r}）须对 num_hidden_layers（{depth}）的每一层写 'dense' 或 'sparse'；请修改 config.json",
+                )
             )
         layers = tuple(i for i, t in enumerate(types) if t == "sparse")
     elif flat["model_type"] == _NATIVE and flat.get("moe_layer_start_index") is None:
@@ -322,7 +303,11 @@ def _sparse_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tupl
         layers = _indexed_layers(flat, depth, modalities)
     if not layers:
         raise ValueError(
-            f"moe_num_experts ({flat.get('moe_num_experts')!r}) must be 0 where no layer is sparse; remove it, or fix the layer indices"
+            say(
+                f"moe_num_experts ({flat.get('moe_num_experts')!r}) must be 0 where no layer is sparse; remove "
+                "it, or fix the layer indices",
+                f"没有稀疏层时 moe_num_experts（{flat.get('moe_num_experts')!r}）须为 0；请删去它，或修改层号",
+            )
         )
     return layers
 
@@ -331,31 +316,43 @@ def _indexed_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tup
     """Layers start..end (inclusive, clipped to the depth) whose 1-based number is a multiple of the
     interval (architecture.md 1.2).
     """
-    starts = _per_modality(flat, "moe_layer_start_index", modalities)
+    starts = per_modality(flat, "moe_layer_start_index", modalities)
     ends = tuple(
         depth - 1 if end == -1 else min(end, depth - 1)
-        for end in _per_modality(flat, "moe_layer_end_index", modalities, default=-1)
+        for end in per_modality(flat, "moe_layer_end_index", modalities, default=-1)
     )
     for key, values in (("moe_layer_start_index", starts), ("moe_layer_end_index", ends)):
         if min(values) < 0:
             raise ValueError(
-                f"{key} ({flat[key]!r}) must be a layer number, or -1 for the last layer as the end; fix config.json"
+                say(
+                    f"{key} ({flat[key]!r}) must be a layer number, or -1 for the last layer as the end; fix "
+                    "config.json",
+                    f"{key}（{flat[key]!r}）须为层号，作为终点时可用 -1 表示最后一层；请修改 config.json",
+                )
             )
         if len(set(values)) > 1:
             raise ValueError(
-                f"{key} ({flat[key]!r}) must be the same layer for text and vision within the {depth} layers: "
-                "a layer with experts of one modality only is not implemented; use a checkpoint with equal ranges"
+                say(
+                    f"{key} ({flat[key]!r}) must be the same layer for text and vision within the {depth} layers: "
+                    "a layer with experts of one modality only is not implemented; use a checkpoint with equal ranges",
+                    f"在 {depth} 层之内，{key}（{flat[key]!r}）对文本与视觉须为同一层：未实现只有一种模态专家的层；请用范围相同的权重",
+                )
             )
-    interval = _integer(flat, "moe_layer_interval", 1)
+    interval = integer(flat, "moe_layer_interval", 1)
     if interval < 1:
-        raise ValueError(f"moe_layer_interval ({interval}) must be at least 1; fix config.json")
+        raise ValueError(
+            say(
+                f"moe_layer_interval ({interval}) must be at least 1; fix config.json",
+                f"moe_layer_interval（{interval}）至少为 1；请修改 config.json",
+            )
+        )
     return tuple(layer for layer in range(starts[0], ends[0] + 1) if (layer + 1) % interval == 0)
 
 
 def _read_tokens(flat: Mapping[str, Any], has_vision: bool) -> TokenIds:
     def special(key: str, default: int | None) -> int | None:
-        if _value(flat, key, None) is not None:
-            return _integer(flat, key)
+        if value_of(flat, key, None) is not None:
+            return integer(flat, key)
         return None if key in flat else default  # an explicit null: the tokenizer knows
 
     text = TokenIds(special("pad_token_id", 0), special("bos_token_id", 1), special("eos_token_id", 2))
@@ -388,7 +385,12 @@ def write_config(config: ModelConfig, dialect: str) -> dict[str, Any]:
     express.
     """
     if dialect not in DIALECTS:
-        raise ValueError(f"dialect ({dialect!r}) must be one of {list(DIALECTS)}; choose one of them")
+        raise ValueError(
+            say(
+                f"dialect ({dialect!r}) must be one of {list(DIALECTS)}; choose one of them",
+                f"dialect（{dialect!r}）须为 {list(DIALECTS)} 之一；请选择其一",
+            )
+        )
     dtype_key = "torch_dtype" if dialect == "legacy" else "dtype"
     head = {dtype_key: config.dtype, "tie_word_embeddings": config.tie_word_embeddings}
     if config.vision is None:
@@ -434,8 +436,11 @@ def _layer_range(m: MoEConfig, depth: int) -> dict[str, int]:
         if m.layer_indices == tuple(i for i in range(start, end + 1) if (i + 1) % interval == 0):
             return {"moe_layer_start_index": start, "moe_layer_end_index": end, "moe_layer_interval": interval}
     raise ValueError(
-        f"moe layer_indices ({list(m.layer_indices)}) must be a range with one interval in this dialect; "
-        "save with flavour='hf_saved', whose config.json lists every layer"
+        say(
+            f"moe layer_indices ({list(m.layer_indices)}) must be a range with one interval in this dialect; "
+            "save with flavour='hf_saved', whose config.json lists every layer",
+            f"moe 的 layer_indices（{list(m.layer_indices)}）在此写法中须为一段等间隔的层；请用 flavour='hf_saved' 保存，其 config.json 逐层列出",
+        )
     )
 
 

@@ -21,6 +21,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
@@ -212,7 +213,12 @@ class Elsewhere(nn.Layer):
     """
 
     def forward(self, *_: object, **__: object) -> Tensor:
-        raise ValueError("this rank holds a part of the model (pipeline); run it through the pipeline, or on one stage")
+        raise ValueError(
+            say(
+                "this rank holds a part of the model (pipeline); run it through the pipeline, or on one stage",
+                "此进程只持有模型的一部分（流水线）；请经由流水线运行，或只用一个阶段",
+            )
+        )
 
 
 class ErnieModel(nn.Layer):
@@ -271,7 +277,12 @@ class ErnieModel(nn.Layer):
         if inputs.pixel_values_PC is None:
             return None
         if self.config.vision is None:
-            raise ValueError("a text-only model was given images; load an ERNIE-4.5-VL model or drop the images")
+            raise ValueError(
+                say(
+                    "a text-only model was given images; load an ERNIE-4.5-VL model or drop the images",
+                    "纯文本模型收到了图片；请加载 ERNIE-4.5-VL 模型，或去掉图片",
+                )
+            )
         pixels = paddle.to_tensor(inputs.pixel_values_PC, dtype=self.compute_dtype)
         return self.resampler_model(self.vision_model(pixels, inputs.grid_thw_n3, recompute), inputs.grid_thw_n3)
 
@@ -292,7 +303,12 @@ class ErnieModel(nn.Layer):
         cache.
         """
         if cache is not None and inputs.parents is not None:
-            raise ValueError("parents must be None with a cache, whose rows are whole; pack whole rows")
+            raise ValueError(
+                say(
+                    "parents must be None with a cache, whose rows are whole; pack whole rows",
+                    "使用缓存时 parents 须为 None，其中各行都是完整的；请打包完整的行",
+                )
+            )
         if tap is not None:
             tap.recomputed = recompute is not None
         with default_dtype(self.compute_dtype):
@@ -306,7 +322,11 @@ class ErnieModel(nn.Layer):
         have = 0 if features_FD is None else features_FD.shape[0]
         if have != len(index):
             raise ValueError(
-                f"number of visual features ({have}) must equal the number of placeholder tokens ({len(index)}); build both with one processor"
+                say(
+                    f"number of visual features ({have}) must equal the number of placeholder tokens "
+                    f"({len(index)}); build both with one processor",
+                    f"视觉特征数（{have}）须等于占位 token 数（{len(index)}）；请用同一个处理器生成两者",
+                )
             )
         return self.embed_tokens(
             paddle.to_tensor(inputs.input_ids_T), paddle.to_tensor(index) if have else None, features_FD

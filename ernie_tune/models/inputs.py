@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import TokenIds
 
 POSITION_RULES = (
@@ -75,11 +76,18 @@ def check_grid(grid_thw_n3: np.ndarray) -> None:
     for i, (t, h, w) in enumerate(np.asarray(grid_thw_n3).tolist()):
         if t < 1 or h < 2 or w < 2 or h % 2 or w % 2:
             raise ValueError(
-                f"grid_thw[{i}] ({t}, {h}, {w}) must have an even, positive number of patch rows and columns; resize with smart_resize"
+                say(
+                    f"grid_thw[{i}] ({t}, {h}, {w}) must have an even, positive number of patch rows and columns; "
+                    "resize with smart_resize",
+                    f"grid_thw[{i}]（{t}, {h}, {w}）的图块行数与列数须为正偶数；请用 smart_resize 调整大小",
+                )
             )
         if t > 1 and t % 2:
             raise ValueError(
-                f"grid_thw[{i}] ({t}, {h}, {w}) must have 1 or an even number of frames; repeat the last frame"
+                say(
+                    f"grid_thw[{i}] ({t}, {h}, {w}) must have 1 or an even number of frames; repeat the last frame",
+                    f"grid_thw[{i}]（{t}, {h}, {w}）的帧数须为 1 或偶数；请重复最后一帧",
+                )
             )
 
 
@@ -93,7 +101,12 @@ def position_ids(
     Raises ValueError when placeholders and grids do not match.
     """
     if rule not in POSITION_RULES:
-        raise ValueError(f"position rule ({rule!r}) must be one of {POSITION_RULES}; use 'paddle'")
+        raise ValueError(
+            say(
+                f"position rule ({rule!r}) must be one of {POSITION_RULES}; use 'paddle'",
+                f"位置规则（{rule!r}）须为 {POSITION_RULES} 之一；请用 'paddle'",
+            )
+        )
     ids = np.asarray(input_ids_L)
     grids = np.zeros((0, 3), np.int64) if grid_thw_n3 is None else np.asarray(grid_thw_n3, np.int64)
     check_grid(grids)
@@ -101,8 +114,13 @@ def position_ids(
     expected = sum(feature_count(g) for g in grids)
     if int(is_visual.sum()) != expected:
         raise ValueError(
-            f"number of placeholder tokens ({int(is_visual.sum())}) must equal the number of visual features ({expected}) of grid_thw "
-            f"{grids.tolist()}; expand every <image>/<video> to Hp*Wp/4 (image) or T*Hp*Wp/8 (video) placeholders"
+            say(
+                f"number of placeholder tokens ({int(is_visual.sum())}) must equal the number of visual features "
+                f"({expected}) of grid_thw "
+                f"{grids.tolist()}; expand every <image>/<video> to Hp*Wp/4 (image) or T*Hp*Wp/8 (video) placeholders",
+                f"占位 token 数（{int(is_visual.sum())}）须等于 grid_thw {grids.tolist()} 的视觉特征数（{expected}）；请把每个 "
+                "<image>/<video> 展开为 Hp*Wp/4（图片）或 T*Hp*Wp/8（视频）个占位 token",
+            )
         )
     out = np.empty((ids.shape[0], 3), np.int64)
     cur = start = 0
@@ -114,7 +132,11 @@ def position_ids(
         start = first + t * h * w
         if not is_visual[first:start].all():
             raise ValueError(
-                f"placeholders of one image must be consecutive: the run at token {first} is shorter than its {t * h * w} features"
+                say(
+                    f"placeholders of one image must be consecutive: the run at token {first} is shorter than its "
+                    f"{t * h * w} features",
+                    f"一张图片的占位 token 须连续：从第 {first} 个 token 起的一段短于它的 {t * h * w} 个特征",
+                )
             )
         out[first:start] = cur + np.stack(
             np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1
@@ -137,7 +159,9 @@ def pack(rows: Sequence[Row], tokens: TokenIds, rule: str = "paddle") -> PackedI
     ValueError for an empty row or a mismatch.
     """
     if not rows:
-        raise ValueError("rows (0) must be at least 1; pass one or more rows to pack")
+        raise ValueError(
+            say("rows (0) must be at least 1; pass one or more rows to pack", "行数（0）至少为 1；请传入一行或多行")
+        )
     for i, row in enumerate(rows):
         _check_row(i, row)
     return _joined(
@@ -202,29 +226,54 @@ def _prefix(segments: Sequence[_Segment], lengths: Sequence[int], i: int) -> int
 
 def _check_row(number: int, row: Row) -> None:
     if len(row.input_ids_L) == 0:
-        raise ValueError(f"row {number} has 0 tokens, must have at least 1; drop empty rows before packing")
+        raise ValueError(
+            say(
+                f"row {number} has 0 tokens, must have at least 1; drop empty rows before packing",
+                f"第 {number} 行有 0 个 token，至少须有 1 个；请在打包前去掉空行",
+            )
+        )
     want = 0 if row.grid_thw_n3 is None else int(np.prod(np.asarray(row.grid_thw_n3, np.int64), axis=1).sum())
     have = 0 if row.pixel_values_PC is None else len(row.pixel_values_PC)
     if want != have:
         raise ValueError(
-            f"row {number}: number of patches ({have}) must equal the sum of T*Hp*Wp over grid_thw ({want}); build both with the same processor"
+            say(
+                f"row {number}: number of patches ({have}) must equal the sum of T*Hp*Wp over grid_thw ({want}); "
+                "build both with the same processor",
+                f"第 {number} 行：图块数（{have}）须等于 grid_thw 中 T*Hp*Wp 之和（{want}）；请用同一个处理器生成两者",
+            )
         )
 
 
 def _check_family(number: int, rows: Sequence[Row], shared: int, tokens: TokenIds) -> None:
     if not rows:
-        raise ValueError(f"family {number} (0 rows) must have at least 1; drop it")
+        raise ValueError(
+            say(
+                f"family {number} (0 rows) must have at least 1; drop it",
+                f"第 {number} 组（0 行）至少须有 1 行；请去掉它",
+            )
+        )
     shortest = min(len(row.input_ids_L) for row in rows)
     if not 0 <= shared < shortest:
         raise ValueError(
-            f"shared ({shared}) must be at least 0 and below the family's shortest row ({shortest}); lower it"
+            say(
+                f"shared ({shared}) must be at least 0 and below the family's shortest row ({shortest}); lower it",
+                f"shared（{shared}）须不小于 0 且小于该组最短的行（{shortest}）；请调小",
+            )
         )
     head = rows[0].input_ids_L[:shared]
     if any(not np.array_equal(row.input_ids_L[:shared], head) for row in rows):
-        raise ValueError(f"family {number}: rows must have the same first {shared} tokens; set shared to 0")
+        raise ValueError(
+            say(
+                f"family {number}: rows must have the same first {shared} tokens; set shared to 0",
+                f"第 {number} 组：各行的前 {shared} 个 token 须相同；请将 shared 设为 0",
+            )
+        )
     if shared and any(np.isin(row.input_ids_L[shared:], tokens.placeholders()).any() for row in rows):
         raise ValueError(
-            f"family {number}: images must lie within the first {shared} tokens of its rows; set shared to 0"
+            say(
+                f"family {number}: images must lie within the first {shared} tokens of its rows; set shared to 0",
+                f"第 {number} 组：图片须位于各行的前 {shared} 个 token 之内；请将 shared 设为 0",
+            )
         )
 
 

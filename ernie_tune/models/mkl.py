@@ -25,6 +25,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
+
 # The vector functions: high accuracy (below one unit in the last place), denormals are zero, no
 # error reports.
 _MODE = ctypes.c_longlong(0x2 | 0x280000 | 0x100)
@@ -184,7 +186,11 @@ def _check(counts: Sequence[int], experts: int, x: Tensor, width: int) -> None:
     """The library believes what it is told and would read beyond the end."""
     if len(counts) != experts or x.shape != [sum(counts), width]:
         raise ValueError(
-            f"rows ({x.shape}) must be {sum(counts)} of width {width} for the counts {tuple(counts)} of {experts} expert(s); pass the router's counts"
+            say(
+                f"rows ({x.shape}) must be {sum(counts)} of width {width} for the counts {tuple(counts)} of "
+                f"{experts} expert(s); pass the router's counts",
+                f"rows（{x.shape}）须为 {sum(counts)} 行、宽 {width}，与 {experts} 个专家的计数 {tuple(counts)} 相符；请传入路由给出的计数",
+            )
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionConfig
 
 # Ids of the released vocabulary (architecture.md 1.1 and 8.1), facts of those models only.
@@ -147,4 +148,9 @@ def preset(name: str) -> ModelConfig:
         key, PRESETS, n=1, cutoff=0.5
     )
     hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
-    raise ValueError(f"preset ({name!r}) must be one of {sorted(PRESETS)}; {hint}")
+    raise ValueError(
+        say(
+            f"preset ({name!r}) must be one of {sorted(PRESETS)}; {hint}",
+            f"预设（{name!r}）须为 {sorted(PRESETS)} 之一；{hint}",
+        )
+    )

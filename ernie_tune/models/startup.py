@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from ernie_tune import CPU_PLAN
+from ernie_tune.config.language import say
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SIZE = 768
@@ -76,7 +77,10 @@ def prepare_device() -> str:
     error, gflops = check_product()
     if not error < 1e-5:
         raise RuntimeError(
-            f"a {_SIZE}x{_SIZE} float32 product is off by {error:.1e}; unset MKL_DEBUG_CPU_TYPE and start again"
+            say(
+                f"a {_SIZE}x{_SIZE} float32 product is off by {error:.1e}; unset MKL_DEBUG_CPU_TYPE and start again",
+                f"{_SIZE}x{_SIZE} 的 float32 乘积误差为 {error:.1e}；请取消设置 MKL_DEBUG_CPU_TYPE 后重新启动",
+            )
         )
     _checked.append(f"{CPU_PLAN.line}; {_SIZE}x{_SIZE} product: {gflops:.0f} GFLOP/s, error {error:.0e}")
     return _checked[0]

@@ -14,6 +14,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.config import VisionConfig
 from ernie_tune.models.inputs import check_grid
@@ -109,7 +110,11 @@ class VisionTower(nn.Layer):
         frames = frame_offsets(grid_thw_n3)
         if pixels_PC.shape[0] != frames[-1]:
             raise ValueError(
-                f"number of patches ({pixels_PC.shape[0]}) must equal the sum of T*Hp*Wp over grid_thw ({frames[-1]}); rebuild both together"
+                say(
+                    f"number of patches ({pixels_PC.shape[0]}) must equal the sum of T*Hp*Wp over grid_thw "
+                    f"({frames[-1]}); rebuild both together",
+                    f"图块数（{pixels_PC.shape[0]}）须等于 grid_thw 中 T*Hp*Wp 之和（{frames[-1]}）；请一并重新生成",
+                )
             )
         v = self.config
         angles = vision_angles(grid_thw_n3, v.hidden_size // v.num_heads, v.rope_theta, v.spatial_merge_size)

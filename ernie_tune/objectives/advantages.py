@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 SCALES = ("group", "batch", "none")
 EPSILON = 1e-4  # TRL's; verl and PaddleNLP add 1e-6
 WHITEN_EPSILON = 1e-8
@@ -65,7 +67,12 @@ def group_relative(
     same gets exactly 0. Raises ValueError for another scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale_rewards ({scale!r}) must be one of {', '.join(SCALES)}; use 'group'")
+        raise ValueError(
+            say(
+                f"scale_rewards ({scale!r}) must be one of {', '.join(SCALES)}; use 'group'",
+                f"scale_rewards（{scale!r}）须为 {', '.join(SCALES)} 之一；请用 'group'",
+            )
+        )
     sum_C, count_C = group_sums(reward_C, group_C)
     centred_C = reward_C - sum_C / np.maximum(count_C, 1)
     centred_C[no_spread(reward_C, group_C)] = 0.0

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 # name -> (lower, upper) bounds of the ratio by default; None: unbounded
 MODES: Mapping[str, tuple[float | None, float | None]] = {
     "none": (None, None),
@@ -44,11 +46,21 @@ def correction(
     of `MODES`. Raises ValueError for another mode, and for bounds in the wrong order.
     """
     if mode not in MODES:
-        raise ValueError(f"rollout_is ({mode!r}) must be one of {', '.join(MODES)}; use 'none'")
+        raise ValueError(
+            say(
+                f"rollout_is ({mode!r}) must be one of {', '.join(MODES)}; use 'none'",
+                f"rollout_is（{mode!r}）须为 {', '.join(MODES)} 之一；请用 'none'",
+            )
+        )
     low, high = (given if given is not None else usual for given, usual in zip((low, high), MODES[mode], strict=True))
     lower, upper = (0.0 if low is None else low), (np.inf if high is None else high)
     if not lower < upper:
-        raise ValueError(f"rollout_is_min ({lower:g}) must be below rollout_is_max ({upper:g}); swap them")
+        raise ValueError(
+            say(
+                f"rollout_is_min ({lower:g}) must be below rollout_is_max ({upper:g}); swap them",
+                f"rollout_is_min（{lower:g}）须小于 rollout_is_max（{upper:g}）；请对调",
+            )
+        )
     log_N = old_N - sampled_N
     if mode == "none":
         return np.ones(len(log_N))

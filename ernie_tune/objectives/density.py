@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 _STEPS = 100
 _GRADIENT = 1e-10  # of the objective over N
 
@@ -28,10 +30,16 @@ def fit_logistic(x_ND: np.ndarray, good_N: np.ndarray, penalty: float = 1.0) -> 
     count, good = len(good_N), int(good_N.sum())
     if not 0 < good < count:
         raise ValueError(
-            f"bco_density (true) must find good and bad answers, there are {good} and {count - good}; give both kinds, or unset it"
+            say(
+                f"bco_density (true) must find good and bad answers, there are {good} and {count - good}; give "
+                "both kinds, or unset it",
+                f"bco_density（true）须有好的与坏的回答，现各有 {good} 与 {count - good} 个；请给出两类，或取消该设置",
+            )
         )
     if penalty <= 0:
-        raise ValueError(f"penalty ({penalty}) must be above 0; 1 is usual")
+        raise ValueError(
+            say(f"penalty ({penalty}) must be above 0; 1 is usual", f"penalty（{penalty}）须大于 0；通常为 1")
+        )
     # w lies in the span of the rows, so R <= N numbers say what it is
     left_NR, size_R, basis_RD = np.linalg.svd(np.asarray(x_ND, np.float64), full_matrices=False)
     a_NR = np.column_stack([left_NR * size_R, np.ones(count)])
@@ -89,5 +97,10 @@ def density_ratio(logit_N: np.ndarray, low: float = 0.5, high: float = 10.0) -> 
     are none.
     """
     if not 0 <= low <= high:
-        raise ValueError(f"bco_density_min ({low:g}) must be at most bco_density_max ({high:g}); swap them")
+        raise ValueError(
+            say(
+                f"bco_density_min ({low:g}) must be at most bco_density_max ({high:g}); swap them",
+                f"bco_density_min（{low:g}）不能大于 bco_density_max（{high:g}）；请对调",
+            )
+        )
     return np.clip(np.exp(np.minimum(logit_N, 500.0)), low, high)

@@ -16,6 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import Pairs, padded, padded_index, take, vector
 
@@ -49,12 +50,21 @@ class Units:
     def __post_init__(self) -> None:
         if not len(self.index_M) == len(self.unit_M) == len(self.value_M):
             raise ValueError(
-                f"unit_M ({len(self.unit_M)}) and value_M ({len(self.value_M)}) must have as many entries as index_M "
-                f"({len(self.index_M)}); give one per answer"
+                say(
+                    f"unit_M ({len(self.unit_M)}) and value_M ({len(self.value_M)}) must have as many entries as "
+                    "index_M "
+                    f"({len(self.index_M)}); give one per answer",
+                    f"unit_M（{len(self.unit_M)}）与 value_M（{len(self.value_M)}）的项数须与 "
+                    f"index_M（{len(self.index_M)}）相同；请每个回答给一项",
+                )
             )
         if int(self.unit_M.max(initial=-1)) >= len(self.weight_U):
             raise ValueError(
-                f"weight_U ({len(self.weight_U)} units) must have an entry for unit {int(self.unit_M.max())}; give one per unit"
+                say(
+                    f"weight_U ({len(self.weight_U)} units) must have an entry for unit {int(self.unit_M.max())}; "
+                    "give one per unit",
+                    f"weight_U（{len(self.weight_U)} 组）中须有第 {int(self.unit_M.max())} 组的一项；请每组给一项",
+                )
             )
 
     def __len__(self) -> int:
@@ -89,7 +99,12 @@ def unit_edges(
     `ties` keeps pairs of equal value, in the order given. Units of one answer have no edges.
     """
     if edge_weight not in ("unit", "edge"):
-        raise ValueError(f"edge_weight ({edge_weight!r}) must be unit or edge; use 'unit'")
+        raise ValueError(
+            say(
+                f"edge_weight ({edge_weight!r}) must be unit or edge; use 'unit'",
+                f"edge_weight（{edge_weight!r}）须为 unit 或 edge；请用 'unit'",
+            )
+        )
     at_UK, real_UK = units.table()
     score_UK = units.values(at_UK) * (1 if higher_is_better else -1)
     both_UKK = real_UK[:, :, None] & real_UK[:, None, :]
@@ -123,10 +138,19 @@ def score_margins(better: np.ndarray, worse: np.ndarray, kind: str, alpha: float
     if kind == "linear":
         return alpha * gap
     if kind != "log":
-        raise ValueError(f"margin ({kind!r}) must be none, linear or log; use 'linear'")
+        raise ValueError(
+            say(
+                f"margin ({kind!r}) must be none, linear or log; use 'linear'",
+                f"margin（{kind!r}）须为 none、linear 或 log；请用 'linear'",
+            )
+        )
     if len(gap) and gap.min() <= 0:
         raise ValueError(
-            f"score difference ({gap.min():g}) must be positive for margin log; drop pairs whose chosen is not rated higher, or use linear"
+            say(
+                f"score difference ({gap.min():g}) must be positive for margin log; drop pairs whose chosen is "
+                "not rated higher, or use linear",
+                f"margin 为 log 时分差（{gap.min():g}）须为正；请去掉较优一方评分不更高的样本对，或用 linear",
+            )
         )
     return alpha * np.log(gap)
 
@@ -143,7 +167,12 @@ def soft_edges(ratings: Units, tau: float = 1.0, edge_weight: str = "unit", *, t
     tau); ties pull rewards together.
     """
     if tau <= 0:
-        raise ValueError(f"tau ({tau}) must be positive; use hard pairs for its limit 0")
+        raise ValueError(
+            say(
+                f"tau ({tau}) must be positive; use hard pairs for its limit 0",
+                f"tau（{tau}）须为正；极限 0 请用硬性的样本对",
+            )
+        )
     pairs, score_P2 = unit_edges(ratings, higher_is_better=True, ties=ties, edge_weight=edge_weight)
     p_P = 1 / (1 + np.exp(-np.clip((score_P2[:, 0] - score_P2[:, 1]) / tau, None, 700)))
     return Pairs(pairs.better_P, pairs.worse_P, pairs.weight_P, pairs.margin_P, p_P)
@@ -183,9 +212,18 @@ def plackett_luce_loss(r_C: Tensor, tiers: Units, top_k: int | None = None, scal
     are not counted.
     """
     if scale not in ("pair", "sum"):
-        raise ValueError(f"scale ({scale!r}) must be pair or sum; use 'pair'")
+        raise ValueError(
+            say(
+                f"scale ({scale!r}) must be pair or sum; use 'pair'", f"scale（{scale!r}）须为 pair 或 sum；请用 'pair'"
+            )
+        )
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k ({top_k}) must be at least 1; leave it out to rank all answers")
+        raise ValueError(
+            say(
+                f"top_k ({top_k}) must be at least 1; leave it out to rank all answers",
+                f"top_k（{top_k}）至少为 1；不设置则对所有回答排序",
+            )
+        )
     at_UK, real_UK = tiers.table()
     tier_UK = _dense_tiers(tiers.values(at_UK), real_UK)
     lower_UKK = real_UK[:, :, None] & real_UK[:, None, :] & (tier_UK[:, None, :] > tier_UK[:, :, None])
@@ -234,7 +272,12 @@ def infonca_loss(r_C: Tensor, ratings: Units, alpha: float = 1.0) -> LossOut:
     minimum is q's entropy. Units of one are not counted.
     """
     if alpha <= 0:
-        raise ValueError(f"alpha ({alpha}) must be positive; it is the temperature of the scores")
+        raise ValueError(
+            say(
+                f"alpha ({alpha}) must be positive; it is the temperature of the scores",
+                f"alpha（{alpha}）须为正；它是评分的温度",
+            )
+        )
     at_UK, real_UK = ratings.table()
     weight_U = ratings.weight_U * (ratings.size_U > 1)
     if not weight_U.any():

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from paddle import Tensor
 
+from ernie_tune.config.language import say
+
 
 @dataclass(frozen=True)
 class LossOut:
@@ -33,16 +35,30 @@ def combine(
     ValueError for a term that has units here and no global count, and for one without a weight.
     """
     if not terms:
-        raise ValueError("terms (0) must name at least one loss; give loss_type a name")
+        raise ValueError(
+            say(
+                "terms (0) must name at least one loss; give loss_type a name",
+                "terms（0）至少须有一项损失；请给 loss_type 一个名称",
+            )
+        )
     total = None
     metrics: dict[str, tuple[float, float]] = {}
     for name, out in terms.items():
         if name not in weights:
-            raise ValueError(f"term {name} must have a weight, one of {', '.join(weights)}; add it to the weights")
+            raise ValueError(
+                say(
+                    f"term {name} must have a weight, one of {', '.join(weights)}; add it to the weights",
+                    f"损失项 {name} 须有权重，可为 {', '.join(weights)} 之一；请加入 weights",
+                )
+            )
         divisor = counts.get(name, 0.0)
         if out.count and not divisor:
             raise ValueError(
-                f"term {name} ({out.count:g} units here) must be counted globally (0); sum its counts over the window"
+                say(
+                    f"term {name} ({out.count:g} units here) must be counted globally (0); sum its counts over "
+                    "the window",
+                    f"损失项 {name}（此处 {out.count:g} 组）的全局计数不能为 0；请在整个窗口内累计它的计数",
+                )
             )
         part = out.total * (weights[name] / divisor if divisor else 0.0)
         total = part if total is None else total + part

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.preference import Pairs
 
 MODES = ("best_worst", "best_vs_worsts", "all_pairs", "correct_vs_wrong")
@@ -36,10 +37,19 @@ class PairRule:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"pair mode ({self.mode!r}) must be one of {', '.join(MODES)}; use 'best_worst'")
+            raise ValueError(
+                say(
+                    f"pair mode ({self.mode!r}) must be one of {', '.join(MODES)}; use 'best_worst'",
+                    f"配对方式（{self.mode!r}）须为 {', '.join(MODES)} 之一；请用 'best_worst'",
+                )
+            )
         if self.min_gap <= 0 or self.max_pairs < 1:
             raise ValueError(
-                f"min_gap ({self.min_gap:g}) must be positive and max_pairs ({self.max_pairs}) at least 1; 0.25 and 4 are usual"
+                say(
+                    f"min_gap ({self.min_gap:g}) must be positive and max_pairs ({self.max_pairs}) at least 1; "
+                    "0.25 and 4 are usual",
+                    f"min_gap（{self.min_gap:g}）须为正，max_pairs（{self.max_pairs}）至少为 1；通常为 0.25 与 4",
+                )
             )
 
 

@@ -17,6 +17,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import (
     Candidates,
@@ -130,7 +131,12 @@ def _exo_pair(s: _Side, h: PreferenceHyper, _: Baselines) -> Tensor:
     """KL(sigma(u), sigma(-u) || 1 - eps, eps), eq. 16 of 2402.00856."""
     u, e = s.u(h), h.label_smoothing
     if e == 0:
-        raise ValueError("label_smoothing (0) must be positive for exo_pair, whose target is (1 - eps, eps); use 0.001")
+        raise ValueError(
+            say(
+                "label_smoothing (0) must be positive for exo_pair, whose target is (1 - eps, eps); use 0.001",
+                "exo_pair 的 label_smoothing（0）须为正，其目标为 (1 - eps, eps)；请用 0.001",
+            )
+        )
     return F.sigmoid(u) * (F.log_sigmoid(u) - math.log1p(-e)) + F.sigmoid(-u) * (F.log_sigmoid(-u) - math.log(e))
 
 
@@ -211,7 +217,10 @@ def expand(names: Sequence[str], weights: Sequence[float] | None, hyper: Prefere
     """
     if weights is not None and len(weights) != len(names):
         raise ValueError(
-            f"loss_weights ({len(weights)}) must be as many as loss_type ({len(names)}); give one per loss"
+            say(
+                f"loss_weights ({len(weights)}) must be as many as loss_type ({len(names)}); give one per loss",
+                f"loss_weights（{len(weights)} 个）须与 loss_type（{len(names)} 个）一样多；请每个损失给一个",
+            )
         )
     parts = {
         "rpo": {"sigmoid": 1.0, "sft": hyper.rpo_alpha},
@@ -222,13 +231,22 @@ def expand(names: Sequence[str], weights: Sequence[float] | None, hyper: Prefere
     terms: dict[str, float] = {}
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         if name not in NAMES:
-            raise ValueError(f"loss_type ({name}) must be one of {', '.join(NAMES)}; correct the name")
+            raise ValueError(
+                say(
+                    f"loss_type ({name}) must be one of {', '.join(NAMES)}; correct the name",
+                    f"loss_type（{name}）须为 {', '.join(NAMES)} 之一；请改正名称",
+                )
+            )
         for part, share in parts.get(name, {name: 1.0}).items():
             terms[part] = terms.get(part, 0.0) + weight * share
     referenced = {LOSSES[name].reference for name in terms if name in LOSSES}
     if len(referenced) > 1:
         raise ValueError(
-            f"loss_type ({', '.join(names)}) must not mix losses with and without a reference; split the run or drop one"
+            say(
+                f"loss_type ({', '.join(names)}) must not mix losses with and without a reference; split the run "
+                "or drop one",
+                f"loss_type（{', '.join(names)}）不能混用需要与不需要参考模型的损失；请分开训练，或去掉其一",
+            )
         )
     return terms
 
@@ -265,12 +283,19 @@ def pair_loss(
     if not loss.margin and pairs.margin_P.any():
         able = ", ".join(k for k, v in LOSSES.items() if v.margin)
         raise ValueError(
-            f"loss_type ({name}) must be one of {able} for pairs with margins; drop the margins or change it"
+            say(
+                f"loss_type ({name}) must be one of {able} for pairs with margins; drop the margins or change it",
+                f"样本对带 margin 时，loss_type（{name}）须为 {able} 之一；请去掉 margin，或改用其他损失",
+            )
         )
     if not loss.divergence and hyper.f_divergence_type != "reverse_kl":
         able = ", ".join(k for k, v in LOSSES.items() if v.divergence)
         raise ValueError(
-            f"loss_type ({name}) must be one of {able} for f_divergence_type {hyper.f_divergence_type}; use reverse_kl"
+            say(
+                f"loss_type ({name}) must be one of {able} for f_divergence_type {hyper.f_divergence_type}; use "
+                "reverse_kl",
+                f"f_divergence_type 为 {hyper.f_divergence_type} 时，loss_type（{name}）须为 {able} 之一；请用 reverse_kl",
+            )
         )
     side = _side(loss, candidates, pairs, hyper)
     value_P = loss.value(side, hyper, baselines)

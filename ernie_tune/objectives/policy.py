@@ -21,6 +21,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import segment_sum, take, vector
 
@@ -69,21 +70,50 @@ class PolicyHyper:
             ("kl_type", self.kl_type, KL_TYPES),
         ):
             if value not in known:
-                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(known)}; correct the name")
+                raise ValueError(
+                    say(
+                        f"{name} ({value!r}) must be one of {', '.join(known)}; correct the name",
+                        f"{name}（{value!r}）须为 {', '.join(known)} 之一；请改正名称",
+                    )
+                )
         positive = ("epsilon", "epsilon_high", "cispo_cap", "sapo_temperature_pos", "sapo_temperature_neg")
         for name in (*positive, "awr_temperature", "awr_cap"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} ({getattr(self, name):g}) must be positive; leave it out for the usual value")
+                raise ValueError(
+                    say(
+                        f"{name} ({getattr(self, name):g}) must be positive; leave it out for the usual value",
+                        f"{name}（{getattr(self, name):g}）须为正；不设置则用常用值",
+                    )
+                )
         if self.epsilon >= 1 and self.loss_type not in ("gmpo", "cispo"):
-            raise ValueError(f"epsilon ({self.epsilon:g}) must be below 1, it is taken from a ratio of 1; use 0.2")
+            raise ValueError(
+                say(
+                    f"epsilon ({self.epsilon:g}) must be below 1, it is taken from a ratio of 1; use 0.2",
+                    f"epsilon（{self.epsilon:g}）须小于 1，它从比值 1 中减去；请用 0.2",
+                )
+            )
         if self.delta is not None and self.delta <= 1 + self.epsilon:
             raise ValueError(
-                f"delta ({self.delta:g}) must be above 1 + epsilon ({1 + self.epsilon:g}), else it clips before the clip; raise it"
+                say(
+                    f"delta ({self.delta:g}) must be above 1 + epsilon ({1 + self.epsilon:g}), else it clips "
+                    "before the clip; raise it",
+                    f"delta（{self.delta:g}）须大于 1 + epsilon（{1 + self.epsilon:g}），否则先于裁剪生效；请调大",
+                )
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip ({self.dual_clip:g}) must be above 1; 3 is usual")
+            raise ValueError(
+                say(
+                    f"dual_clip ({self.dual_clip:g}) must be above 1; 3 is usual",
+                    f"dual_clip（{self.dual_clip:g}）须大于 1；通常为 3",
+                )
+            )
         if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length ({self.max_completion_length}) must be at least 1; raise it")
+            raise ValueError(
+                say(
+                    f"max_completion_length ({self.max_completion_length}) must be at least 1; raise it",
+                    f"max_completion_length（{self.max_completion_length}）至少为 1；请调大",
+                )
+            )
 
     @property
     def aggregation(self) -> str:
@@ -117,11 +147,18 @@ class Sampled:
             value = getattr(self, name)
             if value is not None and len(value) != size:
                 raise ValueError(
-                    f"{name} ({len(value)} tokens) must have one entry per token ({size}); build both together"
+                    say(
+                        f"{name} ({len(value)} tokens) must have one entry per token ({size}); build both together",
+                        f"{name}（{len(value)} 个 token）须对每个 token（{size}）有一项；请一并生成",
+                    )
                 )
         if np.bincount(self.candidate_N, minlength=len(self.length_C)).tolist() != np.asarray(self.length_C).tolist():
             raise ValueError(
-                f"length_C ({np.asarray(self.length_C).tolist()}) must count the tokens of each answer in candidate_N; build both together"
+                say(
+                    f"length_C ({np.asarray(self.length_C).tolist()}) must count the tokens of each answer in "
+                    "candidate_N; build both together",
+                    f"length_C（{np.asarray(self.length_C).tolist()}）须为 candidate_N 中各回答的 token 数；请一并生成",
+                )
             )
 
     @property
@@ -296,7 +333,12 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, kind: str, ratio_N: Tensor |
     whose gradient is that of the KL (DeepSeek-V3.2). Raises ValueError for another kind.
     """
     if kind not in KL_TYPES:
-        raise ValueError(f"kl_type ({kind!r}) must be one of {', '.join(KL_TYPES)}; use 'k3_is'")
+        raise ValueError(
+            say(
+                f"kl_type ({kind!r}) must be one of {', '.join(KL_TYPES)}; use 'k3_is'",
+                f"kl_type（{kind!r}）须为 {', '.join(KL_TYPES)} 之一；请用 'k3_is'",
+            )
+        )
     d_N = logp_N - ref_logp_N
     if kind == "k1":
         return d_N
@@ -335,7 +377,10 @@ def policy_terms(sampled: Sampled, hyper: PolicyHyper, kl: bool = False, entropy
     if kl:
         if sampled.ref_logp_N is None:
             raise ValueError(
-                "ref_logp_N (None) must be given for the kl term; score the answers with the reference first"
+                say(
+                    "ref_logp_N (None) must be given for the kl term; score the answers with the reference first",
+                    "kl 项须有 ref_logp_N（现为 None）；请先用参考模型计算回答的对数概率",
+                )
             )
         estimate_N = kl_estimate(logp_N, vector(sampled.ref_logp_N, logp_N), hyper.kl_type, _ratio(view.log_ratio))
         out = _aggregated(estimate_N, sampled, hyper)
@@ -343,7 +388,10 @@ def policy_terms(sampled: Sampled, hyper: PolicyHyper, kl: bool = False, entropy
     if entropy:
         if sampled.entropy_N is None:
             raise ValueError(
-                "entropy_N (None) must be given for the ent term; ask for entropies with the log-probabilities"
+                say(
+                    "entropy_N (None) must be given for the ent term; ask for entropies with the log-probabilities",
+                    "ent 项须有 entropy_N（现为 None）；请在求对数概率时一并求熵",
+                )
             )
         terms["ent"] = _aggregated(-sampled.entropy_N, sampled, hyper)
     if sampled.entropy_N is not None:
@@ -428,7 +476,12 @@ def high_entropy(entropy_N: np.ndarray, quantile: float) -> np.ndarray:
     2506.01939); 1 keeps all. Raises ValueError for a quantile outside (0, 1].
     """
     if not 0 < quantile <= 1:
-        raise ValueError(f"top_entropy_quantile ({quantile:g}) must lie in (0, 1]; 0.2 keeps the most uncertain fifth")
+        raise ValueError(
+            say(
+                f"top_entropy_quantile ({quantile:g}) must lie in (0, 1]; 0.2 keeps the most uncertain fifth",
+                f"top_entropy_quantile（{quantile:g}）须在 (0, 1] 内；0.2 保留最不确定的五分之一",
+            )
+        )
     if quantile == 1 or not len(entropy_N):
         return np.ones(len(entropy_N))
     return (entropy_N >= np.quantile(entropy_N, 1 - quantile)).astype(np.float64)

@@ -15,6 +15,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
+
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # exp() of more than this is cut: the gradient there is 0 instead of no number at all.
 MAX_EXPONENT = 80.0
@@ -41,13 +43,20 @@ class Candidates:
     def __post_init__(self) -> None:
         if len(self.length_C) != self.logp_C.shape[0]:
             raise ValueError(
-                f"length_C ({len(self.length_C)} answers) must have one entry per log-probability ({self.logp_C.shape[0]}); "
-                "build both from the same micro-batch"
+                say(
+                    f"length_C ({len(self.length_C)} answers) must have one entry per log-probability "
+                    f"({self.logp_C.shape[0]}); "
+                    "build both from the same micro-batch",
+                    f"length_C（{len(self.length_C)} 个回答）须与对数概率（{self.logp_C.shape[0]}）项数相同；请由同一个微批生成",
+                )
             )
         if len(self.length_C) and int(np.min(self.length_C)) < 1:
             raise ValueError(
-                f"length_C (candidate {int(np.argmin(self.length_C))}: 0 tokens) must be at least 1; "
-                "drop answers of which nothing is a target, or raise max_seq_len"
+                say(
+                    f"length_C (candidate {int(np.argmin(self.length_C))}: 0 tokens) must be at least 1; "
+                    "drop answers of which nothing is a target, or raise max_seq_len",
+                    f"length_C（候选 {int(np.argmin(self.length_C))}：0 个 token）至少为 1；请去掉没有学习目标的回答，或调大 max_seq_len",
+                )
             )
 
 
@@ -82,12 +91,19 @@ class Pairs:
         for name in ("worse_P", "weight_P", "margin_P", "p_P"):
             if len(getattr(self, name)) != len(self.better_P):
                 raise ValueError(
-                    f"{name} ({len(getattr(self, name))} pairs) must have as many entries as better_P "
-                    f"({len(self.better_P)}); give one per pair"
+                    say(
+                        f"{name} ({len(getattr(self, name))} pairs) must have as many entries as better_P "
+                        f"({len(self.better_P)}); give one per pair",
+                        f"{name}（{len(getattr(self, name))} 对）的项数须与 better_P（{len(self.better_P)}）相同；请每对给一项",
+                    )
                 )
         if len(self.p_P) and not (self.p_P.min() >= 0 and self.p_P.max() <= 1):
             raise ValueError(
-                f"p_P ({self.p_P.min():g} to {self.p_P.max():g}) must lie in [0, 1]; it is the probability that the preference is right"
+                say(
+                    f"p_P ({self.p_P.min():g} to {self.p_P.max():g}) must lie in [0, 1]; it is the probability "
+                    "that the preference is right",
+                    f"p_P（{self.p_P.min():g} 到 {self.p_P.max():g}）须在 [0, 1] 内；它是偏好正确的概率",
+                )
             )
 
     def __len__(self) -> int:
@@ -122,19 +138,39 @@ class PreferenceHyper:
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise ValueError(f"beta ({self.beta}) must be positive; 0.1 is usual")
+            raise ValueError(
+                say(f"beta ({self.beta}) must be positive; 0.1 is usual", f"beta（{self.beta}）须为正；通常为 0.1")
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
-                f"label_smoothing ({self.label_smoothing}) must be at least 0 and below 0.5; it is the share of wrong labels"
+                say(
+                    f"label_smoothing ({self.label_smoothing}) must be at least 0 and below 0.5; it is the share "
+                    "of wrong labels",
+                    f"label_smoothing（{self.label_smoothing}）须不小于 0 且小于 0.5；它是错误标签的比例",
+                )
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha ({self.ld_alpha}) must lie in [0, 1]; 1 is plain DPO")
+            raise ValueError(
+                say(
+                    f"ld_alpha ({self.ld_alpha}) must lie in [0, 1]; 1 is plain DPO",
+                    f"ld_alpha（{self.ld_alpha}）须在 [0, 1] 内；1 即普通 DPO",
+                )
+            )
         if self.f_divergence_type not in F_DIVERGENCES:
             raise ValueError(
-                f"f_divergence_type ({self.f_divergence_type!r}) must be one of {', '.join(F_DIVERGENCES)}; use 'reverse_kl'"
+                say(
+                    f"f_divergence_type ({self.f_divergence_type!r}) must be one of {', '.join(F_DIVERGENCES)}; "
+                    "use 'reverse_kl'",
+                    f"f_divergence_type（{self.f_divergence_type!r}）须为 {', '.join(F_DIVERGENCES)} 之一；请用 'reverse_kl'",
+                )
             )
         if self.nll_norm not in ("token", "seq"):
-            raise ValueError(f"nll_norm ({self.nll_norm!r}) must be token or seq; use 'token'")
+            raise ValueError(
+                say(
+                    f"nll_norm ({self.nll_norm!r}) must be token or seq; use 'token'",
+                    f"nll_norm（{self.nll_norm!r}）须为 token 或 seq；请用 'token'",
+                )
+            )
 
 
 def take(values: Tensor, index: np.ndarray) -> Tensor:
@@ -208,7 +244,12 @@ def log_ratios(candidates: Candidates, pairs: Pairs, ld_alpha: float | None, ref
             score_C = score_C - _reference(candidates.ref_logp_C, "ref_logp_C").detach()
         return take(score_C, pairs.better_P), take(score_C, pairs.worse_P)
     if candidates.logp_N is None or candidates.candidate_N is None:
-        raise ValueError(f"ld_alpha ({ld_alpha}) must come with logp_N and candidate_N (None); keep the tokens")
+        raise ValueError(
+            say(
+                f"ld_alpha ({ld_alpha}) must come with logp_N and candidate_N (None); keep the tokens",
+                f"ld_alpha（{ld_alpha}）须与 logp_N 和 candidate_N 一起给出（现为 None）；请保留各 token 的值",
+            )
+        )
     score_N = candidates.logp_N
     if reference:
         score_N = score_N - _reference(candidates.ref_logp_N, "ref_logp_N").detach()
@@ -226,8 +267,12 @@ def log_ratios(candidates: Candidates, pairs: Pairs, ld_alpha: float | None, ref
 def _reference(values: Tensor | None, name: str) -> Tensor:
     if values is None:
         raise ValueError(
-            f"{name} (None) must be the reference's log-probabilities; this loss compares with a reference: set ref_mode, "
-            "or take simpo, orpo or cpo"
+            say(
+                f"{name} (None) must be the reference's log-probabilities; this loss compares with a reference: "
+                "set ref_mode, "
+                "or take simpo, orpo or cpo",
+                f"{name} 须为参考模型的对数概率（现为 None）；此损失要与参考模型比较：请设置 ref_mode，或用 simpo、orpo、cpo",
+            )
         )
     return values
 
@@ -259,7 +304,12 @@ def mixed_reference(reference: Tensor, policy: Tensor, alpha: float = 0.6) -> Te
     reference; alpha 1 copies.
     """
     if not 0 < alpha <= 1:
-        raise ValueError(f"ref_model_mixup_alpha ({alpha}) must lie in (0, 1]; 0.6 mixes, 1 copies")
+        raise ValueError(
+            say(
+                f"ref_model_mixup_alpha ({alpha}) must lie in (0, 1]; 0.6 mixes, 1 copies",
+                f"ref_model_mixup_alpha（{alpha}）须在 (0, 1] 内；0.6 为混合，1 为复制",
+            )
+        )
     return policy.detach() * alpha + reference.detach() * (1 - alpha)
 
 

@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.listwise import edge_loss
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import Pairs, take, vector
@@ -27,7 +28,12 @@ def reward_pair_loss(reward_C: Tensor, pairs: Pairs, center: float = 0.01) -> Lo
     (2203.02155), all in this micro-batch.
     """
     if center < 0:
-        raise ValueError(f"center_rewards_coefficient ({center}) must not be negative; 0.01 is usual, 0 leaves it out")
+        raise ValueError(
+            say(
+                f"center_rewards_coefficient ({center}) must not be negative; 0.01 is usual, 0 leaves it out",
+                f"center_rewards_coefficient（{center}）不能为负；通常为 0.01，0 表示不用",
+            )
+        )
     out = edge_loss(reward_C, pairs)
     if not center or not len(pairs):
         return out
@@ -69,7 +75,11 @@ def levels_of(rating_M: np.ndarray, levels: int, where: str = "") -> np.ndarray:
     off = np.flatnonzero(np.abs(exact_M - level_M) > 1e-3)
     if len(off):
         raise ValueError(
-            f"{where and where + ': '}score ({rating_M[off[0]]:g} of its scale) must be one of rating_levels ({levels}) even steps; set it to the number of values that scores have"
+            say(
+                f"{where and where + ': '}score ({rating_M[off[0]]:g} of its scale) must be one of rating_levels "
+                f"({levels}) even steps; set it to the number of values that scores have",
+                f"{where and where + ': '}评分（其范围的 {rating_M[off[0]]:g}）须落在 rating_levels（{levels}）个等间隔的值上；请设为评分实际的取值个数",
+            )
         )
     return level_M
 

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.loss import LossOut
 
 NORMS = ("token", "seq", "token_balanced")
@@ -26,7 +27,12 @@ def token_coefficients(
     mean over rows of the row's sum over its whole length, prompt included.
     """
     if norm not in NORMS:
-        raise ValueError(f"loss_norm ({norm!r}) must be one of {NORMS}; use 'token'")
+        raise ValueError(
+            say(
+                f"loss_norm ({norm!r}) must be one of {NORMS}; use 'token'",
+                f"loss_norm（{norm!r}）须为 {NORMS} 之一；请用 'token'",
+            )
+        )
     if norm == "token":
         return weight_N, float(weight_N.sum())
     per_row = np.bincount(row_N, weights=weight_N, minlength=len(row_tokens_R)) if norm == "seq" else row_tokens_R

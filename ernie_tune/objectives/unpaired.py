@@ -43,16 +43,29 @@ class Labels:
     def __post_init__(self) -> None:
         if not len(self.index_M) == len(self.good_M) == len(self.weight_M):
             raise ValueError(
-                f"good_M ({len(self.good_M)}) and weight_M ({len(self.weight_M)}) must have as many entries as index_M "
-                f"({len(self.index_M)}); give one per labelled answer"
+                say(
+                    f"good_M ({len(self.good_M)}) and weight_M ({len(self.weight_M)}) must have as many entries "
+                    "as index_M "
+                    f"({len(self.index_M)}); give one per labelled answer",
+                    f"good_M（{len(self.good_M)}）与 weight_M（{len(self.weight_M)}）的项数须与 "
+                    f"index_M（{len(self.index_M)}）相同；请每个有标签的回答给一项",
+                )
             )
         if self.ratio_M is not None and len(self.ratio_M) != len(self.index_M):
             raise ValueError(
-                f"ratio_M ({len(self.ratio_M)}) must have as many entries as index_M ({len(self.index_M)}); give one per labelled answer"
+                say(
+                    f"ratio_M ({len(self.ratio_M)}) must have as many entries as index_M ({len(self.index_M)}); "
+                    "give one per labelled answer",
+                    f"ratio_M（{len(self.ratio_M)}）的项数须与 index_M（{len(self.index_M)}）相同；请每个有标签的回答给一项",
+                )
             )
         if len(self.good_M) and not (self.good_M.min() >= 0 and self.good_M.max() <= 1):
             raise ValueError(
-                f"good_M ({self.good_M.min():g} to {self.good_M.max():g}) must lie in [0, 1]; map ratings by their scale first"
+                say(
+                    f"good_M ({self.good_M.min():g} to {self.good_M.max():g}) must lie in [0, 1]; map ratings by "
+                    "their scale first",
+                    f"good_M（{self.good_M.min():g} 到 {self.good_M.max():g}）须在 [0, 1] 内；请先按评分范围换算",
+                )
             )
 
     def __len__(self) -> int:
@@ -74,7 +87,12 @@ class RewardShift:
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"decay ({self.decay}) must be at least 0 and below 1; 0.99 is usual")
+            raise ValueError(
+                say(
+                    f"decay ({self.decay}) must be at least 0 and below 1; 0.99 is usual",
+                    f"decay（{self.decay}）须不小于 0 且小于 1；通常为 0.99",
+                )
+            )
 
     @property
     def delta(self) -> float:
@@ -117,7 +135,11 @@ def kl_baseline(total: float, count: float) -> float:
     """
     if count <= 0:
         raise ValueError(
-            f"mismatched answers ({count:g}) must be at least 1 for KTO's baseline; put two or more rows in a micro-batch, or take apo_zero_unpaired"
+            say(
+                f"mismatched answers ({count:g}) must be at least 1 for KTO's baseline; put two or more rows in a "
+                "micro-batch, or take apo_zero_unpaired",
+                f"KTO 的基线至少要有 1 个错配的回答（现为 {count:g}）；请在一个微批中放两行或更多，或用 apo_zero_unpaired",
+            )
         )
     return max(0.0, total / count)
 
@@ -158,7 +180,8 @@ def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesira
         kinds = say("good", "好"), say("bad", "坏")
         kind, other = kinds if good else kinds[::-1]
         return say(
-            f"all answers so far are {kind}: without {other} ones nothing teaches the difference; check the labels, add "
+            f"all answers so far are {kind}: without {other} ones nothing teaches the difference; check the "
+            "labels, add "
             f"{other} answers, or to imitate good ones take stage SFT",
             f"至今的回答均为{kind}回答：缺少{other}回答就学不到差别；请检查标签、补充{other}回答；若只想模仿好回答，请用 stage SFT",
         )

@@ -19,6 +19,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.listwise import (
     Units,
     bernoulli_kl_loss,
@@ -83,19 +84,41 @@ class UpoSettings:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
-                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {known}; use {values[0]!r}")
+                raise ValueError(
+                    say(
+                        f"{name} ({getattr(self, name)!r}) must be one of {known}; use {values[0]!r}",
+                        f"{name}（{getattr(self, name)!r}）须为 {known} 之一；请用 {values[0]!r}",
+                    )
+                )
         for term, weight in self.weights.items():
             if term not in TERMS:
-                raise ValueError(f"weights ({term}) must name one of {', '.join(TERMS)}; correct the name")
+                raise ValueError(
+                    say(
+                        f"weights ({term}) must name one of {', '.join(TERMS)}; correct the name",
+                        f"weights（{term}）的名称须为 {', '.join(TERMS)} 之一；请改正名称",
+                    )
+                )
             if weight < 0:
-                raise ValueError(f"weights[{term}] ({weight:g}) must not be negative; 0 leaves the term out")
+                raise ValueError(
+                    say(
+                        f"weights[{term}] ({weight:g}) must not be negative; 0 leaves the term out",
+                        f"weights[{term}]（{weight:g}）不能为负；0 表示不用该项",
+                    )
+                )
         if not any(self.weights.values()):
             raise ValueError(
-                "weights (all 0) must give at least one term a weight; there is nothing to learn otherwise"
+                say(
+                    "weights (all 0) must give at least one term a weight; there is nothing to learn otherwise",
+                    "weights（全为 0）至少须给一项非零权重；否则无可学习",
+                )
             )
         if not self.reference and self.weights.get("bin", 0.0):
             raise ValueError(
-                "reference (False) must be True for the bin term: kto and bco compare with one; set weights.bin to 0"
+                say(
+                    "reference (False) must be True for the bin term: kto and bco compare with one; set "
+                    "weights.bin to 0",
+                    "bin 项要求 reference（现为 False）为 True：kto 与 bco 要与参考模型比较；请将 weights.bin 设为 0",
+                )
             )
 
     def active(self, term: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.preference import vector
 
@@ -24,7 +25,12 @@ def value_loss(
     for a cliprange that is not positive.
     """
     if cliprange is not None and cliprange <= 0:
-        raise ValueError(f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual")
+        raise ValueError(
+            say(
+                f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual",
+                f"cliprange_value（{cliprange:g}）须为正，或用 null 表示不裁剪；通常为 0.2",
+            )
+        )
     count = float(np.sum(weight_N))
     if not len(weight_N):
         return LossOut(value_N.sum() * 0.0, count)

@@ -19,6 +19,7 @@ import paddle.distributed as dist
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel.mesh import Group
 
 
@@ -33,7 +34,11 @@ def own_rows(x_TD: Tensor, group: Group) -> Tensor:
     total = x_TD.shape[0]
     if total < group.size:
         raise ValueError(
-            f"a pack of {total} token(s) must have at least one for each of the {group.size} tensor ranks with sequence_parallel; pack more rows, or turn it off"
+            say(
+                f"a pack of {total} token(s) must have at least one for each of the {group.size} tensor ranks "
+                "with sequence_parallel; pack more rows, or turn it off",
+                f"使用 sequence_parallel 时，{total} 个 token 的一包须让 {group.size} 个张量并行进程各得至少一个；请多打包几行，或关闭它",
+            )
         )
     cuts = bounds(total, group)
     return x_TD[cuts[group.rank] : cuts[group.rank + 1]].contiguous()

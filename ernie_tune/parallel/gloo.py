@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
 import queue
 import socket
@@ -35,6 +34,9 @@ from paddle.autograd import PyLayer
 from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.communication.group import _GroupManager
+
+from ernie_tune.config.language import say
+from ernie_tune.parallel.memory import bytes_of, bytes_of_array, contiguous, fill_bytes, put
 
 TESTED_WITH = ("3.3.1",)
 # A rank that waits longer than this for another one gives up. Skew between ranks is normal (data,
@@ -171,11 +173,19 @@ class _Links:
                 return waiting.get(timeout=0.5)
             except queue.Empty:
                 if ended and waiting.empty():
-                    text = f"rank {source} has ended; rank {self.rank} waited for it (group {group})"
-                    raise ConnectionError(text) from None
+                    raise ConnectionError(
+                        say(
+                            f"rank {source} has ended; rank {self.rank} waited for it (group {group})",
+                            f"进程 {source} 已结束；进程 {self.rank} 正在等它（组 {group}）",
+                        )
+                    ) from None
         raise TimeoutError(
-            f"rank {source} sent nothing to rank {self.rank} for {TIMEOUT_S:.0f} s (group {group}); "
-            "look for what it does in its log, or raise ERNIE_TUNE_COMM_TIMEOUT_S"
+            say(
+                f"rank {source} sent nothing to rank {self.rank} for {TIMEOUT_S:.0f} s (group {group}); "
+                "look for what it does in its log, or raise ERNIE_TUNE_COMM_TIMEOUT_S",
+                f"进程 {source} 在 {TIMEOUT_S:.0f} 秒内没有向进程 {self.rank} 发送任何数据（组 {group}）；请在其日志中查看它在做什么，或调大 "
+                "ERNIE_TUNE_COMM_TIMEOUT_S",
+            )
         )
 
 
@@ -197,31 +207,6 @@ def _mesh() -> _Links:
     if not _links:
         _links.append(_Links())
     return _links[0]
-
-
-def _bytes(x: Tensor) -> memoryview:
-    """The tensor's own memory; valid while the tensor lives."""
-    if not x.is_contiguous():
-        raise ValueError(f"a tensor of shape {x.shape} must be contiguous to be sent or received; call contiguous()")
-    size = x.size * x.element_size()
-    return memoryview((ctypes.c_char * size).from_address(x.data_ptr())).cast("B") if size else memoryview(b"")
-
-
-def _raw(values: np.ndarray) -> memoryview:
-    return values.view(np.uint8).data if values.size else memoryview(b"")
-
-
-def _ready(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x if x.is_contiguous() else x.contiguous()
-
-
-def _put(x: Tensor, data: memoryview | bytearray) -> None:
-    view = _bytes(x)
-    if len(view) != len(data):
-        raise ValueError(f"received {len(data)} bytes for a tensor of {len(view)}; the ranks called with other shapes")
-    if len(data):
-        view[:] = data
 
 
 class _Done:
@@ -257,11 +242,11 @@ def _reduced(pg: Any, x: Tensor, op: Any, scatter: bool) -> np.ndarray:
     """
     kind, n = _NUMPY[x.dtype], pg.size()
     me = pg.members.index(_mesh().rank)
-    flat: np.ndarray = np.frombuffer(_bytes(x), kind)
+    flat: np.ndarray = np.frombuffer(bytes_of(x), kind)
     small = not scatter and flat.nbytes <= _SMALL_BYTES
     cuts = [0, len(flat)] if small else [len(flat) * j // n for j in range(n + 1)]
     pieces = [flat] * n if small else [flat[a:b] for a, b in pairwise(cuts)]
-    parts: list[np.ndarray] = [np.frombuffer(part, kind) for part in _exchange(pg, [_raw(p) for p in pieces])]
+    parts: list[np.ndarray] = [np.frombuffer(part, kind) for part in _exchange(pg, [bytes_of_array(p) for p in pieces])]
     total = parts[0].copy()
     for part in parts[1:]:
         _REDUCE[op](total, part, out=total)
@@ -269,21 +254,21 @@ def _reduced(pg: Any, x: Tensor, op: Any, scatter: bool) -> np.ndarray:
         total = (total / n).astype(kind)
     if small or scatter:
         return total
-    whole = _exchange(pg, [_raw(total)] * n)
-    whole[me] = _raw(total)
+    whole = _exchange(pg, [bytes_of_array(total)] * n)
+    whole[me] = bytes_of_array(total)
     return np.concatenate([np.frombuffer(part, kind) for part in whole])
 
 
 def _reduce_into(pg: Any, out: Tensor, x: Tensor, op: Any, scatter: bool = False) -> _Done:
     """float16 and bfloat16 are added in float32 and rounded once."""
-    x = _ready(x)
+    x = contiguous(x)
     wide = x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
     total = _reduced(pg, wide, core.ReduceOp.SUM if op is None else op, scatter)
     if wide is x:
-        _put(out, _raw(total))
+        put(out, bytes_of_array(total))
     else:
         narrow = paddle.to_tensor(total).astype(out.dtype)
-        _put(out, _bytes(narrow))
+        put(out, bytes_of(narrow))
     return _Done()
 
 
@@ -306,12 +291,12 @@ def _broadcast(pg: Any, x: Tensor, source: int, *_: Any) -> _Done:
     gid, ranks = pg.group_id, pg.members
     mesh = _mesh()
     if ranks[source] == mesh.rank:
-        data = _ready(x)
+        data = contiguous(x)
         for r in ranks:
             if r != mesh.rank:
-                mesh.send(r, gid, _COLLECTIVE, _bytes(data))
+                mesh.send(r, gid, _COLLECTIVE, bytes_of(data))
     else:
-        _put(x, mesh.receive(ranks[source], gid, _COLLECTIVE))
+        put(x, mesh.receive(ranks[source], gid, _COLLECTIVE))
     return _Done()
 
 
@@ -319,36 +304,36 @@ def _all_gather(pg: Any, out: Any, x: Any, *flags: Any) -> _Done:
     """(list or tensor, tensor, sync); Fleet also calls (tensor in, tensor out) without a flag."""
     if not flags and isinstance(out, Tensor):
         out, x = x, out
-    x = _ready(x)
-    parts = _exchange(pg, [_bytes(x)] * pg.size())
+    x = contiguous(x)
+    parts = _exchange(pg, [bytes_of(x)] * pg.size())
     if not isinstance(out, Tensor):
         for tensor, part in zip(out, parts, strict=True):
-            _put(tensor, part)
+            put(tensor, part)
         return _Done()
     if x.size:  # the input may be a slice of the output
-        parts[pg.members.index(_mesh().rank)] = bytearray(_bytes(x))
-    _put(out, bytearray(b"".join(parts)))
+        parts[pg.members.index(_mesh().rank)] = bytearray(bytes_of(x))
+    put(out, bytearray(b"".join(parts)))
     return _Done()
 
 
 def _all_to_all(pg: Any, outs: Any, ins: Any, *_: Any) -> _Done:
     if isinstance(outs, Tensor):
         return _all_to_all_single(pg, outs, ins)
-    ready = [_ready(x) for x in ins]
-    for out, part in zip(outs, _exchange(pg, [_bytes(x) for x in ready]), strict=True):
-        _put(out, part)
+    ready = [contiguous(x) for x in ins]
+    for out, part in zip(outs, _exchange(pg, [bytes_of(x) for x in ready]), strict=True):
+        put(out, part)
     return _Done()
 
 
 def _all_to_all_single(pg: Any, out: Tensor, x: Tensor, out_rows: Any = (), in_rows: Any = (), *_: Any) -> _Done:
     """Rows in parts of `in_rows` (equal parts without it); parts may be empty."""
-    x, n = _ready(x), pg.size()
+    x, n = contiguous(x), pg.size()
     rows = list(in_rows) if not isinstance(in_rows, bool) and in_rows else [x.shape[0] // n] * n
-    data = _bytes(x)
+    data = bytes_of(x)
     row_bytes = len(data) // x.shape[0] if x.shape[0] else 0
     cuts = np.cumsum([0, *rows]).tolist()
     parts = _exchange(pg, [data[a * row_bytes : b * row_bytes] for a, b in pairwise(cuts)])
-    _put(out, bytearray(b"".join(parts)))
+    put(out, bytearray(b"".join(parts)))
     return _Done()
 
 
@@ -393,7 +378,7 @@ def _send(pg: Any, x: Tensor, to: int, *_: Any) -> _Done:
 
 def _send_partial(pg: Any, x: Tensor, to: int, parts: int, index: int, *_: Any) -> _Done:
     gid, ranks = pg.group_id, pg.members
-    x = _ready(x)
+    x = contiguous(x)
     _mesh().send(ranks[to], gid, _P2P, _part(x, parts, index))
     return _Done()
 
@@ -406,10 +391,7 @@ def _recv_partial(pg: Any, x: Tensor, source: int, parts: int, index: int, *flag
     gid, ranks = pg.group_id, pg.members
 
     def fill(data: bytearray) -> None:
-        view = _part(x, parts, index)
-        if len(view) != len(data):
-            raise ValueError(f"received {len(data)} bytes for a tensor of {len(view)}; sender and receiver disagree")
-        view[:] = data
+        fill_bytes(_part(x, parts, index), data)
 
     task = _Receive((ranks[source], gid), fill)
     if gid in _coalesced:
@@ -420,14 +402,14 @@ def _recv_partial(pg: Any, x: Tensor, source: int, parts: int, index: int, *flag
 
 
 def _part(x: Tensor, parts: int, index: int) -> memoryview:
-    data = _bytes(x)
+    data = bytes_of(x)
     size = len(data) // parts
     return data[index * size : (index + 1) * size]
 
 
 def _all_gather_partial(pg: Any, out: Tensor, x: Tensor, parts: int, index: int, *_: Any) -> _Done:
     mine = bytearray(_part(x, parts, index))
-    _put(out, bytearray(b"".join(_exchange(pg, [memoryview(mine)] * pg.size()))))
+    put(out, bytearray(b"".join(_exchange(pg, [memoryview(mine)] * pg.size()))))
     return _Done()
 
 

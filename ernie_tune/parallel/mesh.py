@@ -22,6 +22,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.config.layout import AXES, Layout
 from ernie_tune.parallel import gloo
 
@@ -34,30 +35,62 @@ def check_degrees(layout: Layout) -> None:
     """Raises ValueError for what Fleet cannot lay out, whatever the model."""
     for name in (*AXES, "virtual_pipe"):
         if getattr(layout, name) < 1:
-            raise ValueError(f"{name} ({getattr(layout, name)}) must be at least 1; set it to the number of ranks")
+            raise ValueError(
+                say(
+                    f"{name} ({getattr(layout, name)}) must be at least 1; set it to the number of ranks",
+                    f"{name}（{getattr(layout, name)}）至少为 1；请设为进程数",
+                )
+            )
     if layout.sharding_stage not in (0, 1, 2, 3):
-        raise ValueError(f"sharding_stage ({layout.sharding_stage}) must be 0, 1, 2 or 3; choose one")
+        raise ValueError(
+            say(
+                f"sharding_stage ({layout.sharding_stage}) must be 0, 1, 2 or 3; choose one",
+                f"sharding_stage（{layout.sharding_stage}）须为 0、1、2 或 3；请选择其一",
+            )
+        )
     if layout.sharding_stage and layout.sharding == 1 and layout.data > 1:
         raise ValueError(
-            f"sharding_stage ({layout.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({layout.data})"
+            say(
+                f"sharding_stage ({layout.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({layout.data})",
+                f"sharding_stage（{layout.sharding_stage}）要求 sharding（现为 1）大于 1；请把 data（{layout.data}）的进程改给 sharding",
+            )
         )
     if layout.sharding > 1 and not layout.sharding_stage:
-        raise ValueError(f"sharding ({layout.sharding}) must go with sharding_stage 1, 2 or 3; set it, or use data")
+        raise ValueError(
+            say(
+                f"sharding ({layout.sharding}) must go with sharding_stage 1, 2 or 3; set it, or use data",
+                f"sharding（{layout.sharding}）须与 sharding_stage 1、2 或 3 同用；请设置它，或改用 data",
+            )
+        )
     if layout.sharding_stage > 1 and layout.pipe > 1:
         raise ValueError(
-            f"sharding_stage ({layout.sharding_stage}) must be 0 or 1 with pipe ({layout.pipe}), whose stages keep gradients over micro-batches; use 1"
+            say(
+                f"sharding_stage ({layout.sharding_stage}) must be 0 or 1 with pipe ({layout.pipe}), whose stages keep gradients over micro-batches; use 1",
+                f"有 pipe（{layout.pipe}）时 sharding_stage（{layout.sharding_stage}）须为 0 或 1，因为各阶段要跨微批保留梯度；请用 1",
+            )
         )
     if layout.sequence_parallel and layout.tensor == 1:
-        raise ValueError("sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over")
+        raise ValueError(
+            say(
+                "sequence_parallel must go with tensor (1) above 1; there is no tensor group to split over",
+                "sequence_parallel 要求 tensor（现为 1）大于 1；没有可供切分的张量并行组",
+            )
+        )
     if layout.expert > 1 and layout.tensor > 1 and not layout.sequence_parallel:
         raise ValueError(
-            f"expert ({layout.expert}) with tensor ({layout.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it"
+            say(
+                f"expert ({layout.expert}) with tensor ({layout.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it",
+                f"有 tensor（{layout.tensor}）时 expert（{layout.expert}）须与 sequence_parallel: true 同用，否则每个张量并行进程都发送相同的 token；请设置它",
+            )
         )
     spread = layout.tensor * layout.data * layout.sharding
     if layout.expert > 1 and (layout.expert % layout.tensor or spread % layout.expert):
         raise ValueError(
-            f"expert ({layout.expert}) must be a multiple of tensor ({layout.tensor}) and divide tensor x data x sharding ({spread}); "
-            f"nearest: {layout.tensor} or {spread}"
+            say(
+                f"expert ({layout.expert}) must be a multiple of tensor ({layout.tensor}) and divide tensor x data x sharding ({spread}); "
+                f"nearest: {layout.tensor} or {spread}",
+                f"expert（{layout.expert}）须为 tensor（{layout.tensor}）的整数倍，且整除 tensor x data x sharding（{spread}）；最近的是 {layout.tensor} 或 {spread}",
+            )
         )
 
 
@@ -177,8 +210,11 @@ def init_mesh(layout: Layout, *, accumulation: int = 1) -> Mesh:
     world = dist.get_world_size()
     if layout.world != world:
         raise ValueError(
-            f"tensor x pipe x data x sharding ({layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}) must equal "
-            f"the number of processes ({world}); start {layout.world}, or change the degrees"
+            say(
+                f"tensor x pipe x data x sharding ({layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}) must equal "
+                f"the number of processes ({world}); start {layout.world}, or change the degrees",
+                f"tensor x pipe x data x sharding（{layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}）须等于进程数（{world}）；请启动 {layout.world} 个，或修改并行度",
+            )
         )
     if world == 1:
         return Mesh(layout)
@@ -187,7 +223,12 @@ def init_mesh(layout: Layout, *, accumulation: int = 1) -> Mesh:
     from paddle.distributed.fleet.base import topology
 
     if topology._HYBRID_PARALLEL_GROUP is not None:
-        raise ValueError("degrees must be given once in a process, but Fleet is laid out already; start new processes")
+        raise ValueError(
+            say(
+                "degrees must be given once in a process, but Fleet is laid out already; start new processes",
+                "每个进程只能设置一次并行度，而 Fleet 已经布置好；请启动新的进程",
+            )
+        )
     # Fleet meets every group on every rank, and warns of those that the rank is not in
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Current global rank")

@@ -28,6 +28,7 @@ from paddle.distributed.fleet.meta_parallel.pipeline_parallel import (
     PipelineParallelWithInterleaveFthenB,
 )
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel.mesh import Mesh
 
 
@@ -120,8 +121,13 @@ def cut_at(items: Sequence[str], bounds: Sequence[int], stages: int, chunks: int
     if len(given) != parts + 1 or given[0] != 0 or given[-1] != n or not rising:
         near = [round(i * n / parts) for i in range(parts + 1)]
         raise ValueError(
-            f"pp_seg_method ({list(bounds)}) must be {parts + 1} rising numbers from 0 to the {n} pipeline items (embedding, layers, norm, head) "
-            f"for {stages} stages x {chunks} chunks; for example {near}"
+            say(
+                f"pp_seg_method ({list(bounds)}) must be {parts + 1} rising numbers from 0 to the {n} pipeline "
+                "items (embedding, layers, norm, head) "
+                f"for {stages} stages x {chunks} chunks; for example {near}",
+                f"pp_seg_method（{list(bounds)}）须为 {parts + 1} 个递增的数，从 0 到流水线的 {n} 项（embedding、layers、norm、head），"
+                f"对应 {stages} 个阶段 x {chunks} 个分块；例如 {near}",
+            )
         )
     return Cut(tuple(items), tuple(given), stages)
 
@@ -129,8 +135,13 @@ def cut_at(items: Sequence[str], bounds: Sequence[int], stages: int, chunks: int
 def _check_parts(items: int, stages: int, chunks: int) -> None:
     if stages * chunks > items:
         raise ValueError(
-            f"pipeline_model_parallel_size ({stages}) x virtual_pipeline_model_parallel_size ({chunks}) must not exceed the {items} items of the "
-            "pipeline (embedding, layers, norm, head); lower one of them"
+            say(
+                f"pipeline_model_parallel_size ({stages}) x virtual_pipeline_model_parallel_size ({chunks}) must "
+                f"not exceed the {items} items of the "
+                "pipeline (embedding, layers, norm, head); lower one of them",
+                f"pipeline_model_parallel_size（{stages}）x virtual_pipeline_model_parallel_size（{chunks}）不能超过流水线的 "
+                f"{items} 项（embedding、layers、norm、head）；请调小其一",
+            )
         )
 
 
@@ -142,13 +153,25 @@ def check_schedule(stages: int, chunks: int, accumulation: int) -> None:
         return
     if stages <= 2:
         raise ValueError(
-            f"virtual_pipeline_model_parallel_size ({chunks}) must be 1 with pipeline_model_parallel_size ({stages}): Fleet interleaves from 3 stages on; "
-            "set pipeline_model_parallel_size: 4, or virtual_pipeline_model_parallel_size: 1"
+            say(
+                f"virtual_pipeline_model_parallel_size ({chunks}) must be 1 with pipeline_model_parallel_size "
+                f"({stages}): Fleet interleaves from 3 stages on; "
+                "set pipeline_model_parallel_size: 4, or virtual_pipeline_model_parallel_size: 1",
+                f"pipeline_model_parallel_size 为 {stages} 时，virtual_pipeline_model_parallel_size（{chunks}）须为 1："
+                "Fleet 从 3 个阶段起才能交错；请设 pipeline_model_parallel_size: 4，或 virtual_pipeline_model_parallel_size: 1",
+            )
         )
     if accumulation != stages and accumulation < 2 * stages:
         raise ValueError(
-            f"gradient_accumulation_steps ({accumulation}) must be pipeline_model_parallel_size ({stages}) or at least twice that "
-            f"with virtual_pipeline_model_parallel_size ({chunks}); set {stages if accumulation < stages else 2 * stages}"
+            say(
+                f"gradient_accumulation_steps ({accumulation}) must be pipeline_model_parallel_size ({stages}) or "
+                "at least twice that "
+                f"with virtual_pipeline_model_parallel_size ({chunks}); set "
+                f"{stages if accumulation < stages else 2 * stages}",
+                f"virtual_pipeline_model_parallel_size 为 {chunks} 时，gradient_accumulation_steps（{accumulation}）须等于"
+                f" pipeline_model_parallel_size（{stages}），或至少为其两倍；请设为 "
+                f"{(stages if accumulation < stages else 2 * stages)}",
+            )
         )
 
 
@@ -294,7 +317,11 @@ class Pipeline:
         check_schedule(cut.stages, cut.chunks, accumulation)
         if mesh.size("pipe") != cut.stages:
             raise ValueError(
-                f"stages of the cut ({cut.stages}) must equal the pipeline ranks ({mesh.size('pipe')}); cut for them"
+                say(
+                    f"stages of the cut ({cut.stages}) must equal the pipeline ranks ({mesh.size('pipe')}); cut "
+                    "for them",
+                    f"切分的阶段数（{cut.stages}）须等于流水线进程数（{mesh.size('pipe')}）；请按其切分",
+                )
             )
         self.cut, self.accumulation = cut, accumulation
         self.group = mesh.group("pipe")
@@ -322,7 +349,11 @@ class Pipeline:
             least = self.accumulation if self.accumulation == self.cut.stages else 2 * self.cut.stages
             if micros > self.accumulation == self.cut.stages:
                 raise ValueError(
-                    f"micro-batches of a window ({micros}) must not exceed gradient_accumulation_steps ({self.accumulation}); cut the window"
+                    say(
+                        f"micro-batches of a window ({micros}) must not exceed gradient_accumulation_steps "
+                        f"({self.accumulation}); cut the window",
+                        f"一个窗口的微批数（{micros}）不能超过 gradient_accumulation_steps（{self.accumulation}）；请切分窗口",
+                    )
                 )
         self.container.start(program, max(micros, least))
         self.engine.accumulate_steps = max(micros, least)

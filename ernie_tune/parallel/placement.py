@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel.mesh import Group
 
 
@@ -76,8 +77,13 @@ def split_(parameter: Tensor, axis: int, group: Group, *, partial: bool = False,
     """Keep only this rank's slice. Raises ValueError where the axis does not divide."""
     if parameter.shape[axis] % group.size:
         raise ValueError(
-            f"dimension {axis} ({parameter.shape[axis]}) of a parameter {parameter.shape} must be divisible by the {group.name} ranks "
-            f"({group.size}); lower the degree"
+            say(
+                f"dimension {axis} ({parameter.shape[axis]}) of a parameter {parameter.shape} must be divisible "
+                f"by the {group.name} ranks "
+                f"({group.size}); lower the degree",
+                f"形状为 {parameter.shape} 的参数的第 {axis} 维（{parameter.shape[axis]}）须能被 {group.name} "
+                f"组的进程数（{group.size}）整除；请降低并行度",
+            )
         )
     if parameter._is_initialized():
         shrink_(parameter, part(parameter.detach(), axis, group))

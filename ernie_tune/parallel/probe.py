@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel import gloo
 from ernie_tune.parallel.watch import Limits, Watch, launched_address
 
@@ -24,14 +25,19 @@ _SMALL, _LARGE = 1, 1 << 22  # float32 elements: a latency, and 16 MiB
 _ROUNDS = 5
 
 
-def probe(say: Callable[[str], Any], limits: Limits | None = None) -> None:
-    """Every rank calls it; rank 0 says the lines. Raises RuntimeError where a collective gives
+def probe(tell: Callable[[str], Any], limits: Limits | None = None) -> None:
+    """Every rank calls it; rank 0 tells the lines. Raises RuntimeError where a collective gives
     wrong numbers.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     address = launched_address(os.environ)
     if address is None:
-        raise ValueError("doctor --dist must run under a launcher with several processes; start it with --nproc 2")
+        raise ValueError(
+            say(
+                "doctor --dist must run under a launcher with several processes; start it with --nproc 2",
+                "doctor --dist 须在启动器下以多个进程运行；请加 --nproc 2 启动",
+            )
+        )
     watch = Watch(rank, size, address, limits or Limits(join=45, idle=30, silent=15))
     watch.wait_for_all()
     watch.mark("making the group of all ranks")
@@ -49,7 +55,7 @@ def probe(say: Callable[[str], Any], limits: Limits | None = None) -> None:
     lines += _pairs(rank, size, watch)
     if rank == 0:
         for line in lines:
-            say(line)
+            tell(line)
     watch.close()
 
 
@@ -89,7 +95,11 @@ def _expect(what: str, got: paddle.Tensor, want: list[float], each: int) -> None
     if not np.array_equal(found, right):
         at = int(np.flatnonzero(found != right)[0])
         raise RuntimeError(
-            f"{what} gave {found[at]:g} at {at}, which must be {right[at]:g}: the ranks' versions of paddle or of the communication library differ"
+            say(
+                f"{what} gave {found[at]:g} at {at}, which must be {right[at]:g}: the ranks' versions of paddle "
+                "or of the communication library differ",
+                f"{what} 在第 {at} 处得到 {found[at]:g}，应为 {right[at]:g}：各进程的 paddle 或通信库版本不同",
+            )
         )
 
 

@@ -14,6 +14,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel.mesh import Mesh
 from ernie_tune.parallel.placement import owners, placement_of
 
@@ -41,8 +42,12 @@ def check_replicas(parameters: Mapping[str, Tensor], mesh: Mesh) -> None:
         for name, value in shared.items():
             if any(other.get(name, value) != value for other in said):
                 raise RuntimeError(
-                    f"parameter {name} differs between the {axis} ranks {list(group.ranks)} after the first step, where it must be equal: its gradients "
-                    "are not summed over them; report the layout, or train without that axis"
+                    say(
+                        f"parameter {name} differs between the {axis} ranks {list(group.ranks)} after the first "
+                        "step, where it must be equal: its gradients "
+                        "are not summed over them; report the layout, or train without that axis",
+                        f"第一步之后参数 {name} 在 {axis} 组的进程 {list(group.ranks)} 之间不同，而它们须相同：其梯度没有跨进程求和；请报告此并行布局，或去掉该并行方式训练",
+                    )
                 )
 
 
@@ -60,6 +65,10 @@ def check_moved(before: Mapping[str, int], parameters: Mapping[str, Tensor], tou
         split = placement_of(parameters[still[0]]).group if still[0] in parameters else ""
         where = f"split over the {split} ranks" if split else "whole on every rank"
         raise RuntimeError(
-            f"parameter {still[0]} ({where}; {len(still)} in all) has a gradient but did not change in the first step; "
-            "the optimizer does not see it: report the layout, or train without sharding"
+            say(
+                f"parameter {still[0]} ({where}; {len(still)} in all) has a gradient but did not change in the "
+                "first step; "
+                "the optimizer does not see it: report the layout, or train without sharding",
+                f"参数 {still[0]}（{where}；共 {len(still)} 个）有梯度，但第一步没有改变；优化器没有看到它：请报告此并行布局，或不用 sharding 训练",
+            )
         )

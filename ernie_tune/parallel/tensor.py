@@ -20,6 +20,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
 
+from ernie_tune.config.language import say
 from ernie_tune.parallel.collectives import TokenRuns, enter, leave
 from ernie_tune.parallel.mesh import Group
 from ernie_tune.parallel.placement import Placement, place, split_
@@ -69,7 +70,11 @@ def apply_tensor(
     for name, closed in blocks.items():
         if not closed:
             raise ValueError(
-                f"block {name} has layers split by columns and must have one split by rows; complete the sharding table"
+                say(
+                    f"block {name} has layers split by columns and must have one split by rows; complete the "
+                    "sharding table",
+                    f"模块 {name} 有按列切分的层，须也有按行切分的层；请补全切分表",
+                )
             )
         layers[name].register_forward_pre_hook(_entering(group, runs))
     for _name, layer, leaf in layers_of(model, plan, "vocab"):
@@ -87,7 +92,10 @@ def _slice_layer(layer: nn.Layer, leaf: str, axis: int, group: Group) -> None:
         layer.quant.cut(axis, group.rank, group.size)
     if bias is not None and axis == 0:
         raise ValueError(
-            "a layer split by rows must have no bias, which every rank would add; take it out of the table"
+            say(
+                "a layer split by rows must have no bias, which every rank would add; take it out of the table",
+                "按行切分的层不能有偏置，否则每个进程都会加一次；请从切分表中去掉",
+            )
         )
     if bias is not None:
         split_(bias, 0, group)
@@ -203,7 +211,12 @@ class VocabScores(nn.Layer):
         if getattr(weight, "placement", None) is None:
             return own
         if not own.stop_gradient and paddle.is_grad_enabled():
-            raise ValueError("scores of a split vocabulary have no gradient; use token_logp, or call under no_grad")
+            raise ValueError(
+                say(
+                    "scores of a split vocabulary have no gradient; use token_logp, or call under no_grad",
+                    "切分后的词表分数没有梯度；请用 token_logp，或在 no_grad 下调用",
+                )
+            )
         parts = [paddle.empty_like(own) for _ in range(self.group.size)]
         dist.stream.all_gather(parts, own.contiguous(), group=self.group.fleet, sync_op=True)
         return paddle.concat(parts, axis=-1)

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ernie_tune.config.language import say
+
 EXIT_LOST = 75  # of a rank that ends because of another
 _TELLING = 4.0  # seconds for asking all for their stacks and telling them to end
 _FRAMES = 4  # innermost frames of a stack in the line of a rank
@@ -85,8 +87,13 @@ class Watch:
             except OSError as error:
                 if time.monotonic() > last:
                     raise ConnectionError(
-                        f"{self.what} 0 at {self.address[0]}:{self.address[1]} did not answer {self.what} {self.rank} for {self.limits.join:g} s ({error}); "
-                        "start it, or check the address and the firewall"
+                        say(
+                            f"{self.what} 0 at {self.address[0]}:{self.address[1]} did not answer {self.what} "
+                            f"{self.rank} for {self.limits.join:g} s ({error}); "
+                            "start it, or check the address and the firewall",
+                            f"{self.address[0]}:{self.address[1]} 的 {self.what} 0 在 {self.limits.join:g} 秒内没有答复 "
+                            f"{self.what} {self.rank}（{error}）；请启动它，或检查地址与防火墙",
+                        )
                     ) from error
                 time.sleep(0.2)
 
@@ -328,7 +335,8 @@ class _Hub:
         lines = [f"  rank {rank}, {m.where}: {m.stack or 'no answer'}" for rank, m in sorted(present.items())]
         text = "\n".join(
             [
-                f"{verdict}; the run ends on all ranks, the same command goes on from the last checkpoint. Who was where:",
+                f"{verdict}; the run ends on all ranks, the same command goes on from the last checkpoint. Who "
+                "was where:",
                 *lines,
             ]
         )

@@ -109,7 +109,19 @@ PACKAGE = Path(__file__).parents[2] / "ernie_tune"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 # Packages whose every refusal and line a user can meet: none may be in English only. Others are
 # called from Python, or answer programs.
-WHOLE = ("cli", "config", "plan", "report", "trainers")
+WHOLE = (
+    "checkpoint",
+    "cli",
+    "config",
+    "generate",
+    "machine",
+    "models",
+    "objectives",
+    "parallel",
+    "plan",
+    "report",
+    "trainers",
+)
 
 
 def literal(node: ast.expr) -> str | None:
