@@ -116,6 +116,23 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
 
 
+def test_pages_that_are_cited_are_here() -> None:
+    """Whoever reads the code has this checkout, and nothing else of ours."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    pages = {name.rsplit("/", 1)[-1] for name in tracked if name.endswith(".md")}
+    cited = re.compile(r"(?<![\w/.-])([a-z][a-z_]*\.md)\b")
+    lost = [
+        f"{name}: {page}"
+        for name in tracked
+        if name.endswith((".py", ".md", ".yaml", ".sh", ".ipynb")) and (ROOT / name).is_file()
+        for page in cited.findall((ROOT / name).read_text(encoding="utf-8"))
+        if page not in pages
+    ]
+    assert not lost
+
+
 def test_a_public_class_name_exists_once() -> None:
     """Who reads a name must know what it is, and a search must find one thing."""
     places: dict[str, list[str]] = {}

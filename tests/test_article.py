@@ -1,4 +1,4 @@
-"""The founding article's code (methods.md, S0) runs with only its import lines changed."""
+"""The founding article's code runs with only its import lines changed."""
 
 from __future__ import annotations
 

@@ -232,9 +232,7 @@ def _read_config_file(folder: Path) -> ModelConfig:
 
 
 def check_tied_head(table: NameTable, reader: TensorReader) -> None:
-    """A tied model has one matrix; a file that holds two different ones contradicts its config
-    (architecture.md 9.6).
-    """
+    """A tied model has one matrix; a file that holds two different ones contradicts its config."""
     head = table.head_copy
     if head is None or head not in reader.entries:
         return

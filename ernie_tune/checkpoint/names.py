@@ -1,5 +1,5 @@
 """One bijective table: canonical parameter <-> tensor on disk, for every layout that ERNIE-4.5
-weights come in (architecture.md 9.1).
+weights come in.
 
 A `NameRow` says which canonical parameters make up which disk tensors; `NameTable` expands the rows
 for one config into `Link`s. A link ties one block of one disk tensor to one block of one canonical

@@ -4,7 +4,7 @@ reads just the parts that it needs.
 A folder holds one `rank-NNNNN.safetensors` a rank and `manifest.json`, written last, with each
 file's size and hash and each tensor's slices by global name. A slice is a run of elements, in
 row-major order, of a rectangular block of a tensor: rows, columns and expert stacks are whole
-blocks, the flat pieces of a sharded optimizer are runs. Pickle is never used (parallel.md 6.1).
+blocks, the flat pieces of a sharded optimizer are runs. Pickle is never used.
 Refuses to know: paddle, process groups, models, optimizers; `gather` and the rank come from the
 caller.
 """

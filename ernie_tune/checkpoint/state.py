@@ -2,7 +2,7 @@
 absent; the newest found by itself.
 
 A folder is written inside `checkpoint-N.tmp` by all ranks, synced, marked with `saved_signal_0` and
-renamed by rank 0 (ecosystem.md 4.5). What is trained, and the optimizer's state of it, lies in
+renamed by rank 0. What is trained, and the optimizer's state of it, lies in
 `optimizer/` by global name, so that any layout can go on from any other (checkpoint/sharded.py).
 Refuses to know: what is in the model files (the model writes and reads its own), what the
 objective's and stream's states mean, how ranks talk.

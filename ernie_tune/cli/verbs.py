@@ -1,4 +1,4 @@
-"""The table of verbs (ecosystem.md 4.4) and what verbs share. A new verb is one line here and one
+"""The table of verbs and what verbs share. A new verb is one line here and one
 function.
 
 Refuses to know what a verb does: its module is imported when the verb runs.

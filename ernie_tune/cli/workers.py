@@ -1,7 +1,7 @@
 """Starting `paddle.distributed.launch` when a run needs several processes: on several visible
 cards, on several machines, or on a CPU as asked.
 
-Variables as ERNIEKit's (ecosystem.md 4.4): NNODES, RANK, MASTER_ADDR, MASTER_PORT,
+Variables as ERNIEKit's: NNODES, RANK, MASTER_ADDR, MASTER_PORT,
 CUDA_VISIBLE_DEVICES, ERNIEKIT_DIST_LOG. Inside a worker that a launcher has started nothing is
 started again. Refuses to know: paddle, what the workers do, degrees beyond their product.
 """

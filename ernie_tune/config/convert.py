@@ -1,6 +1,6 @@
 """From the text of a value to the type of its setting, and back. The setting's type decides, not
 the look of the text: `3e-4` is a number where a number is wanted, and `off` a word where a word is
-wanted (ecosystem.md 4.2, traps).
+wanted.
 
 Refuses to know: where a text stands, other names of a setting, how settings fit together.
 """

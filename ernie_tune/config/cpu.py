@@ -1,5 +1,5 @@
-"""Environment variables that make paddle's matrix products fast on a CPU (design.md, "Speed on the
-CPU"); to be set before paddle loads. And what paddle says of them while it loads.
+"""Environment variables that make paddle's matrix products fast on a CPU; to be set before paddle
+loads. And what paddle says of them while it loads.
 
 Refuses to know: paddle (whether the product really is fast is measured elsewhere), what the run
 computes.

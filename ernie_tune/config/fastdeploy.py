@@ -1,5 +1,5 @@
-"""The command that starts FastDeploy 2.x on a folder, with ports that do not collide (fastdeploy.md
-5.1). Words only: nothing is run or looked up.
+"""The command that starts FastDeploy 2.x on a folder, with ports that do not collide. Words only:
+nothing is run or looked up.
 
 The published example gives one port to the metrics and to the cache queue; here every service has
 its own, counted up from the HTTP port.

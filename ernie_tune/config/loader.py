@@ -23,7 +23,7 @@ from ernie_tune.config.convert import FALSE, TRUE, Raw, convert, did_you_mean, t
 from ernie_tune.config.language import say
 from ernie_tune.config.sections_model import TEMPLATES
 
-# name of the resolved configuration in output_dir (ecosystem.md 4.5)
+# name of the resolved configuration in output_dir
 ARGS_FILE = "ernie_tune_args.yaml"
 COMMAND_LINE = "command line"
 _SUGGESTIONS = 20  # unknown keys that are compared with all known ones

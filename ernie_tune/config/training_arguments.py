@@ -17,8 +17,7 @@ _PLACE = "TrainingArguments"
 
 
 class TrainingArguments(RunConfig):
-    """Settings from Python under the names that HF, PaddleNLP and the other tools use (ecosystem.md
-    4.1).
+    """Settings from Python under the names that HF, PaddleNLP and the other tools use.
 
     `TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps=4,
     learning_rate=2e-4, num_train_epochs=3)`. It is a `RunConfig`; every setting can also be read

@@ -5,8 +5,7 @@ One object renders training, rollout and serving, so their bytes cannot differ; 
 the same format for other tools.
 Refuses to know: token ids, pixels, files. Sources of media pass through untouched.
 
-Source: architecture.md 8.2 (format), 8.3 (thinking, tools); methods.md 2.6 (variants, empty
-thought).
+Source: the chat templates beside the released weights.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _PART_KINDS = {"text": "text", "image": "image", "image_url": "image", "video": 
 
 @dataclass(frozen=True)
 class ThoughtStyle:
-    """How one renderer writes a thought (architecture.md 8.3)."""
+    """How one renderer writes a thought."""
 
     open: str
     close: str

@@ -5,7 +5,7 @@ Refuses to know: what the rows are, batches, processes (a rank is two integers).
 only.
 Everything is arithmetic on a position: no permutation is stored, so any position costs the same,
 and resuming costs nothing.
-Strategies: ERNIEKit and LLaMA-Factory's names (ecosystem.md 4.1). Proportions are exact quotas, not
+Strategies: ERNIEKit and LLaMA-Factory's names. Proportions are exact quotas, not
 draws.
 """
 

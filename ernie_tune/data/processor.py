@@ -7,7 +7,7 @@ FastDeploy and PaddleFormers encode the history that they are handed.
 Refuses to know: data set formats, batching, packing, models, paddle.
 
 Legend: L tokens of a row, P patches, C values per patch (588), n images and videos.
-Source: architecture.md 6 (placeholders, labels), 7.2 (pixel limits), 8.2 (markers); methods.md 2.6.
+Source: the processing code and settings beside the released weights.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Processor:
         self.videos = videos or VideoSettings(image=self.images)
         self.tokens = tokenizer.token_ids()
         ids = {token: tokenizer.token_id(token) for token in PROMPT_TOKENS}
-        self.stop_ids = (ids[END], ids[SEPARATOR])  # either may end an answer (architecture.md 10)
+        self.stop_ids = (ids[END], ids[SEPARATOR])  # either may end an answer
         self._preprocessor = dict(_PREPROCESSOR if preprocessor is None else preprocessor)
         # whether the folder's model has pictures, as far as the folder says
         self.sees = preprocessor is not None

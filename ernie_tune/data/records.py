@@ -3,7 +3,6 @@ raises.
 
 Refuses to know: file formats, column names, tokens, pixels. Readers check rows; building a `Record`
 in code checks nothing.
-Source: ecosystem.md 4.3 (messages, media, candidates), methods.md 9 (signals, rewards).
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verifier:
-    """One checker of answers by name (methods.md 6.1); `spec` is the checker's own business."""
+    """One checker of answers by name; `spec` is the checker's own business."""
 
     name: str
     weight: float = 1.0
@@ -164,8 +163,8 @@ class Record:
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """The signals this record can be used as: its own, and verifiable where a reward is known
-        (methods.md 9, F7).
+        """The signals this record can be used as: its own, and verifiable where a reward is
+        known.
         """
         return (self.signal,) if self.reward is None or self.signal == "verifiable" else (self.signal, "verifiable")
 

@@ -5,7 +5,6 @@ Refuses to know: what a row means (`readers/formats.py`), tokens, pixels, how da
 the network.
 Memory: 24 bytes a row for the index, whatever the rows hold; a row is read from disk when it is
     asked for. Nothing is ever written.
-Source: ecosystem.md 2.2 (files, sampling), 4.3 (both dialects of dataset_info.json).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # which are then refused with what to do
 _COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")
 _SAMPLED_ROWS = 32  # read to recognise a format
-# LLaMA-Factory's column roles -> the field our readers know; the others keep their names
-# (ecosystem.md 4.3).
+# LLaMA-Factory's column roles -> the field our readers know; the others keep their names.
 _COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAG_ROLES = {
     "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt"), "system_tag": ("system", "system"),

@@ -7,7 +7,7 @@ decode(encode(x)) == x.
 
 Refuses to know: chat formats, images, models, the network (a hub name must be downloaded first),
 paddle.
-Source: architecture.md 8.1.
+Source: the tokenizer code beside the released weights.
 """
 
 from __future__ import annotations

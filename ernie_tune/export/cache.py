@@ -1,5 +1,5 @@
 """FastDeploy's model-load cache: `<model>/.cache/<md5>/rank<r>/`, from which it starts without
-quantising (fastdeploy.md 4.3, route B).
+quantising.
 
 Each rank's file holds every runtime parameter under its runtime name: codes packed for sm75 to sm90
 after sharing out, scales in bfloat16, the rest as it is. FastDeploy loads by name with an exact

@@ -213,8 +213,8 @@ class Chosen:
 
 
 class Written:
-    """`Weights` as they are stored for FastDeploy to quantise itself (route A of fastdeploy.md
-    4.4): int4 matrices on their grid, the rest untouched.
+    """`Weights` as they are stored for FastDeploy to quantise itself: int4 matrices on their grid,
+    the rest untouched.
     """
 
     def __init__(self, chosen: Chosen) -> None:

@@ -1,6 +1,6 @@
 """How FastDeploy 2.x reads a folder of ERNIE-4.5, written down a second time from its own side:
 file finder, format switch, quantisation table, names and shapes of its runtime parameters, and what
-it does silently (fastdeploy.md 1 and 2, architecture.md 9.1).
+it does silently.
 
 It shares nothing with `checkpoint/names.py`, so that a mistake there is found here. Unknown tensors
 are skipped and plain weights of a wrong shape are reshaped, as FastDeploy does; both are written

@@ -2,8 +2,8 @@
 rank's share of rows), codes symmetric around zero.
 
 `quantize` makes the codes that `paddle.nn.quant.weight_quantize` makes, on the CPU bit for bit;
-`snap` writes weights on which that operator finds given int4 codes again (fastdeploy.md 3.1 and
-3.5). bfloat16 arrays are their raw bits in uint16.
+`snap` writes weights on which that operator finds given int4 codes again. bfloat16 arrays are their
+raw bits in uint16.
 Legend: K input rows, N output columns, S shards of rows, each with its own scales. Refuses to know:
 byte layouts, how good scales are found, files.
 """

@@ -1,5 +1,5 @@
 """Codes <-> the bytes that `paddle.nn.quant.weight_quantize` returns, for the GPUs that its kernels
-are written for (fastdeploy.md 3.2, 3.3).
+are written for.
 
 sm75, 80, 86, 89 and 90 share one layout, sm70 has its own. int8 is [N, K] bytes, int4 [N/2, K]; the
 shapes are labels only, the bytes are no plain transpose: rows of the packed array (columns N) may

@@ -1,5 +1,5 @@
 """What `--quantization` means: how many bits each matrix of a model gets, as FastDeploy 2.x decides
-it for ERNIE (fastdeploy.md 2.1, 2.2).
+it for ERNIE.
 
 "wint4" is int8 for attention, dense and shared feed-forward and int4 for routed experts: FastDeploy
 rewrites the word so. "wint8" is int8 for all of them. "mix" is wint4 with int8 vision experts,

@@ -1,4 +1,4 @@
-"""The checks that an export must pass before its folder gets its name (fastdeploy.md 10): V0
+"""The checks that an export must pass before its folder gets its name: V0
 structure and values, V1 and V2 codes, V3 outputs of layers, V4 logits and routers, V5 perplexity
 and scores.
 
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 REOPEN_SECONDS = 3 * 3600
 # the same weights in the same float32 code; sums may be taken in another order
 LOGIT_TOLERANCE = 1e-3
-# largest growth of perplexity: of wint8 and of anything with int4 (fastdeploy.md 10, V5)
+# largest growth of perplexity: of wint8 and of anything with int4
 PERPLEXITY_GATE = {8: 0.005, 4: 0.03}
 _NOISE = 1.005  # a perplexity this close to the unquantised one is not called worse than rtn's
 

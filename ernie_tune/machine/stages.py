@@ -45,7 +45,7 @@ def pipeline_items(config: ModelConfig) -> list[str]:
 
 def item_costs(config: ModelConfig) -> list[float]:
     """Products of one text token in each item, in units of parameters met; what a balanced cut is
-    balanced by (parallel.md 5.3).
+    balanced by.
     """
     c, moe = config, config.moe
     head_width = c.head_dim

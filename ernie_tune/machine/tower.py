@@ -1,6 +1,6 @@
 """The vision tower outside the pipeline: all frames of a window dealt out over the pipeline's
 ranks, their outputs brought to the first stage, and for a trained tower a second pass on the
-gradients that came back (parallel.md 1.6).
+gradients that came back.
 
 Every rank of a pipeline reads the same rows, so no pixels travel. Refuses to know: the decoder,
 schedules, objectives.

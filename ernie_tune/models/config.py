@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (architecture.md 4). Widths in channels; `layer_norm_eps` is hard 1e-6 in
+    """The vision tower. Widths in channels; `layer_norm_eps` is hard 1e-6 in
     every release.
     """
 
@@ -36,7 +36,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts (architecture.md 3). Index 0 of `intermediate_size` is text, index 1
+    """The mixture of experts. Index 0 of `intermediate_size` is text, index 1
     vision; text-only models have one entry.
     """
 
@@ -53,9 +53,7 @@ class MoEConfig:
 
     @property
     def shared_intermediate_size(self) -> int:
-        """The shared expert is one SwiGLU of the *text* expert width times the count
-        (architecture.md 11.26).
-        """
+        """The shared expert is one SwiGLU of the *text* expert width times the count."""
         return self.intermediate_size[0] * self.num_shared_experts
 
 
@@ -81,7 +79,7 @@ class TokenIds:
         return tuple(dict.fromkeys(i for i in (self.image, self.video) if i is not None))
 
     def markers(self) -> tuple[int, ...]:
-        """Start and end ids: text for positions, vision for routing (architecture.md 3.2)."""
+        """Start and end ids: text for positions, vision for routing."""
         return tuple(i for i in (self.image_start, self.image_end, self.video_start, self.video_end) if i is not None)
 
 

@@ -1,4 +1,4 @@
-"""Every dialect of `config.json` <-> `ModelConfig` (architecture.md 1.1 to 1.3).
+"""Every dialect of `config.json` <-> `ModelConfig`.
 
 legacy: the -PT releases (`ernie4_5_moe_vl`, flat, `torch_dtype`); paddle: the -Paddle releases
 (same keys, `dtype`); native: transformers 5 (`ernie4_5_vl_moe`, nested). The text-only siblings
@@ -114,7 +114,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
     """One level of keys: the top level wins over `text_config`, since transformers ignores the
-    latter's tie flag (architecture.md 9.6).
+    latter's tie flag.
     """
     text = dict(raw.get("text_config") or {})
     text.pop("tie_word_embeddings", None)
@@ -191,7 +191,7 @@ def _rope_theta(flat: Mapping[str, Any]) -> float:
 
 def _freq_allocation(flat: Mapping[str, Any], head_dim: int) -> int:
     """Frequencies of the time axis: `freq_allocation`, or the last entry of `mrope_section`
-    [height, width, time] (architecture.md 2.2).
+    [height, width, time].
     """
     section = next((s["mrope_section"] for s in _rope_sections(flat) if s.get("mrope_section") is not None), None)
     if section is None:
@@ -314,7 +314,7 @@ def _sparse_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tupl
 
 def _indexed_layers(flat: Mapping[str, Any], depth: int, modalities: int) -> tuple[int, ...]:
     """Layers start..end (inclusive, clipped to the depth) whose 1-based number is a multiple of the
-    interval (architecture.md 1.2).
+    interval.
     """
     starts = per_modality(flat, "moe_layer_start_index", modalities)
     ends = tuple(
@@ -380,7 +380,7 @@ def write_config(config: ModelConfig, dialect: str) -> dict[str, Any]:
     """The `config.json` of `config` in one of `DIALECTS`; `read_config` gives `config` back.
 
     Exactly one of `dtype` (paddle, native) and `torch_dtype` (legacy) is written: FastDeploy takes
-    it for the weight layout (fastdeploy.md 1.2).
+    it for the weight layout.
     Raises ValueError for an unknown dialect, and for sparse layers that the flat dialects cannot
     express.
     """
@@ -535,9 +535,8 @@ def _write_flat_vl_moe(c: ModelConfig) -> dict[str, Any]:
         "moe_gate": "topk",
         "moe_use_aux_free": True,
         "moe_use_hard_gate": True,
-        "moe_capacity": [2 * c.moe.num_experts]
-        * 3,  # an expert can take every token: nothing is dropped (architecture.md 3.4)
-        # without it PaddleFormers routes wrongly (architecture.md 11.8)
+        "moe_capacity": [2 * c.moe.num_experts] * 3,  # an expert can take every token: nothing is dropped
+        # without it PaddleFormers routes wrongly
         "moe_multimodal_dispatch_use_allgather": "v2-alltoall-unpad-text",
     }
 

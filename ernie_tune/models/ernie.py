@@ -4,8 +4,8 @@ the table that says how to shard it.
 Legend: T tokens of the pack, D width, N/K query and key/value heads, H head width, V vocabulary, F
 feature rows.
 Refuses to know: files, losses, optimisers, distribution. Head counts are inferred from the tensors,
-so a layer whose columns were split from outside works unchanged. Checked against architecture.md
-sections 2-6.
+so a layer whose columns were split from outside works unchanged. Checked against transformers' and
+the released modeling files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fresh weights, drawn by parameter name: the same seed gives the same model on one process and on
 any layout.
 
-Scale: std = sqrt(1 / (3 * hidden_size)) for matrices (architecture.md 2.1), norms one, biases zero,
+Scale: std = sqrt(1 / (3 * hidden_size)) for matrices, norms one, biases zero,
 correction biases zero.
 Refuses to know: checkpoints, distribution.
 """

@@ -3,8 +3,7 @@ bounds. numpy only, never paddle.
 
 Legend: T tokens of the whole pack, L tokens of one row, P patches, C values per patch (588), n
 images and videos.
-Source of the rules: architecture.md 2.3 (positions), 3.2 (token -> modality), 4.1 (patches), 6
-(placeholders).
+Source of the rules: the modeling code beside the released weights.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from ernie_tune.models.config import TokenIds
 POSITION_RULES = (
     "paddle",
     "hf",
-    # they differ only where a video has more frame pairs than rows and columns (architecture.md
-    # 11.1)
+    # they differ only where a video has more frame pairs than rows and columns
 )
 
 
@@ -94,7 +92,7 @@ def check_grid(grid_thw_n3: np.ndarray) -> None:
 def position_ids(
     input_ids_L: np.ndarray, grid_thw_n3: np.ndarray | None, tokens: TokenIds, rule: str = "paddle"
 ) -> np.ndarray:
-    """3-D positions [L, 3] (time, height, width) of one row without padding (architecture.md 2.3).
+    """3-D positions [L, 3] (time, height, width) of one row without padding.
 
     `rule` "paddle" continues after the largest coordinate used so far, "hf" (transformers 5.23)
     after max(height, width) only.

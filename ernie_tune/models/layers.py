@@ -79,7 +79,7 @@ def _normalise(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tens
     inv_T1 = paddle.rsqrt(row_sum(wide * wide).scale_(1 / wide.shape[1], eps))
     if wide is x_TD:
         return _outer(inv_T1, weight_D).multiply_(wide), inv_T1
-    # cast before the weight: architecture.md 2.1
+    # cast before the weight, as the released model does
     return (wide * inv_T1).astype(x_TD.dtype) * weight_D, inv_T1
 
 
@@ -111,9 +111,7 @@ class _RmsNorm(PyLayer):
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) in float32, cast to the input's dtype, then times the weight (architecture.md
-    2.1).
-    """
+    """x / rms(x) in float32, cast to the input's dtype, then times the weight."""
     if mkl.is_stepping():
         x = x_TD.numpy()
         inv_T = 1.0 / np.sqrt(np.einsum("td,td->t", x, x) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
@@ -199,7 +197,7 @@ class GatedMLP(nn.Layer):
 
 
 def text_angles(position_ids_T3: np.ndarray, head_dim: int, freq_allocation: int, theta: float) -> np.ndarray:
-    """Angles [T, head_dim/2] of the 3-D rope (architecture.md 2.2): even low frequencies take
+    """Angles [T, head_dim/2] of the 3-D rope: even low frequencies take
     height, odd ones width, the last ones time.
 
     float64: at position 1e5 a float32 angle is already wrong by up to a few 1e-3 rad.
@@ -211,7 +209,7 @@ def text_angles(position_ids_T3: np.ndarray, head_dim: int, freq_allocation: int
 
 
 def vision_angles(grid_thw_n3: np.ndarray, head_dim: int, theta: float, merge: int = 2) -> np.ndarray:
-    """Angles [P, head_dim/2] of the 2-D rope (architecture.md 4.3): rows, then columns, restarting
+    """Angles [P, head_dim/2] of the 2-D rope: rows, then columns, restarting
     in every frame, patches in 2x2-block order.
     """
     freq = theta ** (-2.0 * np.arange(head_dim // 4) / (head_dim // 2))

@@ -1,5 +1,5 @@
 """The heterogeneous mixture of experts: one router and one expert family per modality, a shared
-expert for everyone (architecture.md 3).
+expert for everyone.
 
 Dropless: every chosen (token, expert) pair is computed. Tokens are sorted by expert, each non-empty
 expert does one product on a contiguous slice, empty experts do none. Legend: T tokens of one
@@ -290,7 +290,7 @@ class Routing:
 
 
 def route(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float = 1e-12) -> Routing:
-    """Choose by softmax + bias, weigh by softmax alone, renormalise (architecture.md 3.3).
+    """Choose by softmax + bias, weigh by softmax alone, renormalise.
     Everything in the router's float32 (float64 stays).
     """
     logits = paddle.matmul(x_TD.astype(weight_DE.dtype), weight_DE)
@@ -459,7 +459,7 @@ class MoELayer(nn.Layer):
 
     def _losses(self, parts: dict[int, _Sorted | _SortedFew], tap: RouterTap | None) -> list[Tensor]:
         """The routers' own losses. A frozen router gets none: its gradient would only reach the
-        layers below it (architecture.md 3.6).
+        layers below it.
         """
         trained = [m for m in range(self.moe.num_modalities) if not self.gate.of(m).stop_gradient]
         if tap is None or not tap.weights or not trained or not paddle.is_grad_enabled():
@@ -480,8 +480,8 @@ class MoELayer(nn.Layer):
 
 
 def update_correction_bias(model: nn.Layer, coefficient: float) -> None:
-    """Aux-loss-free balancing (architecture.md 3.6): bias += coefficient * sign(mean usage - usage)
-    per layer and modality, then usage := 0.
+    """Aux-loss-free balancing (Wang et al. 2408.15664): bias += coefficient * sign(mean usage -
+    usage) per layer and modality, then usage := 0.
 
     The row of a frozen router stays as it is. Under data parallelism the caller sums `expert_usage`
     over ranks first.

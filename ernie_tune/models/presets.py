@@ -1,4 +1,4 @@
-"""Named model shapes: the released models (architecture.md 1.1, 1.3), the tiny ones of its section
+"""Named model shapes: the released models, the tiny ones of the tests
 12, and "small". Shapes only, no paddle.
 
 Refuses to know where weights are: a preset is built with fresh weights, `AutoModel.from_pretrained`
@@ -12,7 +12,7 @@ import difflib
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionConfig
 
-# Ids of the released vocabulary (architecture.md 1.1 and 8.1), facts of those models only.
+# Ids of the released vocabulary, facts of those models only.
 _RELEASED = TokenIds(
     0, 1, 2, image=100295, image_start=101304, image_end=101305, video=100295, video_start=101306, video_end=101307
 )

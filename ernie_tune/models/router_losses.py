@@ -1,5 +1,4 @@
-"""The router's own losses as pure functions of its logits and matrix (architecture.md 3.6,
-methods.md 4.10).
+"""The router's own losses as pure functions of its logits and matrix.
 
 Legend: T tokens of one modality, E its experts, D width. Refuses to know: layers, which tokens are
 text, how losses enter the gradient.

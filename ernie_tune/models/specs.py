@@ -21,7 +21,7 @@ MODALITIES = ("text", "vision")
 @dataclass(frozen=True)
 class ParameterSpec:
     """Shape of one parameter. `float32`: kept in float32 whatever the model's dtype (routers and
-    their biases, architecture.md 9.4).
+    their biases).
     """
 
     shape: tuple[int, ...]

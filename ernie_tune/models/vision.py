@@ -1,4 +1,4 @@
-"""The vision tower and the variable-resolution resampler (architecture.md 4 and 5): packed patches
+"""The vision tower and the variable-resolution resampler: packed patches
 in, one feature row per placeholder out.
 
 Legend: P patches, C values of a patch (588), D tower width, N heads, H head width, F feature rows.

@@ -1,5 +1,5 @@
 """Several answers of one prompt, ordered in tiers or rated: Plackett-Luce, LiPO-lambda, InfoNCA,
-and the edges that make pairs of them (methods.md 4.4).
+and the edges that make pairs of them.
 
 Legend: C candidate answers of a micro-batch, M of them in units (one prompt and its signal), U
 units, K the largest unit's answers, P edges.
@@ -95,7 +95,7 @@ def unit_edges(
     worse).
 
     edge_weight "unit": the edges of one unit share its weight, so a ranking counts as one pair
-    does; "edge": each has the unit's weight (methods.md 7.1).
+    does; "edge": each has the unit's weight.
     `ties` keeps pairs of equal value, in the order given. Units of one answer have no edges.
     """
     if edge_weight not in ("unit", "edge"):
@@ -180,7 +180,7 @@ def soft_edges(ratings: Units, tau: float = 1.0, edge_weight: str = "unit", *, t
 
 def edge_loss(r_C: Tensor, pairs: Pairs) -> LossOut:
     """-p log sigma(r_w - r_l - m) - (1 - p) log sigma(-(r_w - r_l - m)) on rewards, whatever made
-    them (methods.md 7.1).
+    them.
     """
     if not len(pairs):
         return LossOut(r_C.sum() * 0.0, 0.0)
@@ -205,7 +205,7 @@ def bernoulli_kl_loss(r_C: Tensor, ratings: Units, eta: float = 1.0, edge_weight
 
 def plackett_luce_loss(r_C: Tensor, tiers: Units, top_k: int | None = None, scale: str = "pair") -> LossOut:
     """-sum over answers of [r_i - log(e^{r_i} + sum of e^{r_j} over lower tiers)] per unit
-    (2305.18290 appendix; ties: methods.md 4.4).
+    (2305.18290 appendix; ties: nobody in a tier beats another of it).
 
     Members of one tier never compete. top_k: only the k best tiers choose. scale "pair" divides a
     unit by K - 1, which keeps the size of one pair; "sum" does not. Units in which nothing competes

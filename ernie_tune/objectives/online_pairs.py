@@ -1,5 +1,5 @@
-"""Pairs among several answers to one prompt by their rewards: rejection sampling inside the step
-(methods.md 7.2). Numbers in, pairs out.
+"""Pairs among several answers to one prompt by their rewards: rejection sampling inside the step.
+Numbers in, pairs out.
 
 Legend: G answers of one prompt, P pairs. Refuses to know: who wrote the answers, what rewards mean.
 """

@@ -1,5 +1,5 @@
 """The DPO family: one function per loss on the scores of a better and a worse answer, under TRL's
-names (methods.md 4.2). Pure arithmetic.
+names. Pure arithmetic.
 
 Legend: C candidate answers of a micro-batch, P its pairs. A score is log pi(y) - log pi_ref(y), or
 what a loss puts in its place (the table below); u = beta (score of the better - score of the

@@ -2,8 +2,7 @@
 is better by how much.
 
 Legend: N target tokens of a micro-batch, C its candidate answers, P its pairs.
-Refuses to know: the model, where the reference comes from, files, which loss is taken. Sources:
-methods.md 3, 4.2, 7.1.
+Refuses to know: the model, where the reference comes from, files, which loss is taken.
 """
 
 from __future__ import annotations
@@ -203,7 +202,7 @@ def segment_sum(values_N: Tensor, segment_N: np.ndarray, segments: int) -> Tenso
 
 
 def sequence_logp(logp_N: Tensor, candidate_N: np.ndarray, candidates: int) -> Tensor:
-    """l(y) = sum of the answer's token log-probabilities (methods.md 3.1), [C]."""
+    """l(y) = sum of the answer's token log-probabilities, [C]."""
     return segment_sum(logp_N, candidate_N, candidates)
 
 
@@ -278,7 +277,7 @@ def _reference(values: Tensor | None, name: str) -> Tensor:
 
 
 def implicit_rewards(candidates: Candidates, beta: float, kappa: float = 0.0, *, reference: bool = True) -> Tensor:
-    """r_C = beta (log pi - log pi_ref) / |y|^kappa (methods.md 7.1); without `reference` the second
+    """r_C = beta (log pi - log pi_ref) / |y|^kappa; without `reference` the second
     log-probability is left out.
     """
     score_C = candidates.logp_C

@@ -1,5 +1,5 @@
-"""Losses of a reward model: scalar rewards of answers against pairs, rankings and ratings
-(methods.md 4.5). Pure arithmetic.
+"""Losses of a reward model: scalar rewards of answers against pairs, rankings and ratings. Pure
+arithmetic.
 
 Legend: C answers of a micro-batch with one reward each, P pairs, M rated answers, K cuts between K
 + 1 levels of a rating.

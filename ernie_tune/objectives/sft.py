@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: weighted negative log-likelihood under three ways of averaging
-(methods.md 4.1). Pure arithmetic.
+"""Supervised fine-tuning: weighted negative log-likelihood under three ways of averaging. Pure
+arithmetic.
 
 Legend: N target tokens of a micro-batch, R its rows. Refuses to know: the model, the data, how
 gradients are divided.
@@ -23,7 +23,7 @@ def token_coefficients(
     """What multiplies each token's loss, and this micro-batch's share of the divisor.
 
     token: mean over target tokens (their weights count). seq: mean over rows of each row's token
-    mean. token_balanced (ERNIE, methods.md 2.2):
+    mean. token_balanced (ERNIEKit):
     mean over rows of the row's sum over its whole length, prompt included.
     """
     if norm not in NORMS:

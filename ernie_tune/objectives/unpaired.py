@@ -1,5 +1,5 @@
 """Single answers called good or bad, or rated: KTO, BCO and APO-zero without pairs, and the running
-numbers they compare with (methods.md 4.3, 4.4).
+numbers they compare with.
 
 Legend: C candidate answers of a micro-batch, M those with a label. r = beta (log pi(y) - log
 pi_ref(y)).
@@ -197,7 +197,7 @@ def kto_balance(good: float, bad: float, desirable_weight: float = 1.0, undesira
 
 def bco_loss(candidates: Candidates, labels: Labels, delta: float, beta: float = 0.1) -> LossOut:
     """-q log sigma(r - delta) - rho (1 - q) log sigma(delta - r) (2404.04656); rho: `ratio_M`. With
-    q between 0 and 1: one rated answer alone (methods.md 4.4).
+    q between 0 and 1: one rated answer alone.
     """
     if not len(labels):
         return LossOut(candidates.logp_C.sum() * 0.0, 0.0)

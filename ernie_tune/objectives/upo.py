@@ -1,5 +1,5 @@
-"""Every kind of signal in one loss: a weighted sum of terms, each divided by its own global count
-(methods.md 7). Pure arithmetic.
+"""Every kind of signal in one loss: a weighted sum of terms, each divided by its own global count.
+Pure arithmetic.
 
 What is known of ERNIE's UPO is a sentence: a pairwise preference loss beside PPO. The sum here
 contains that and is ours; it does not claim to be theirs.
@@ -338,7 +338,7 @@ def _metrics(settings: UpoSettings, candidates: Candidates, signals: Signals) ->
 
 def pair_weight(beta: float, share: float = 0.2) -> float:
     """lambda_pair that makes the pair term's gradient `share` of a group-relative policy gradient's
-    at the reference (methods.md 7.3).
+    at the reference.
     """
     return share / (2 * beta)
 

@@ -2,7 +2,6 @@
 the first stage, gradients brought back.
 
 Every rank has all inputs, so only result rows [rows, D] travel. Refuses to know: what is computed.
-(parallel.md 1.6)
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ counts every parameter once, the clip.
 
 Fleet's convention: a rank computes the gradient of (number of `batch` ranks) x its share of the
 loss, and ranks average. An expert of Fleet's topology sees the tokens of all expert ranks and is
-averaged over `expert_data` only, so its gradient is scaled by tensor / expert (parallel.md 2.4).
+averaged over `expert_data` only, so its gradient is scaled by tensor / expert.
 Refuses to know: models, losses, which parameters are trained and why.
 """
 
@@ -64,8 +64,8 @@ class Presence:
 
 
 def sum_partial_(parameters: Sequence[Tensor], mesh: Mesh) -> None:
-    """Add up the gradients of whole parameters that each tensor rank knows in part (traps m, n, o
-    of parallel.md 1.5).
+    """Add up the gradients of whole parameters that each tensor rank knows in part (traps m, n,
+    o).
     """
     if mesh.size("tensor") > 1:
         all_reduce_([p for p in parameters if placement_of(p).partial], mesh.group("tensor").fleet, 1.0)

@@ -5,7 +5,7 @@ Axes: `tensor`, `pipe`, `data`, `sharding`, `expert`. Further groups: `batch` (d
 ranks that read different rows), `expert_data` (the ranks that hold the same experts and see other
 tokens), `stage` (all ranks of one pipeline stage), `world`. Every rank makes every group, in one
 order (a rank that skips one hangs the others).
-Two ways to spread experts (parallel.md 2): over the tensor group, as the official recipes do
+Two ways to spread experts: over the tensor group, as the official recipes do
 (`expert` == `tensor`), or over Fleet's own expert topology, where they are spread over tensor and
 sharding ranks together and `data` is folded into `sharding`.
 Refuses to know: models, optimizers, the settings' names in a YAML.
@@ -27,7 +27,7 @@ from ernie_tune.config.layout import AXES, Layout
 from ernie_tune.parallel import gloo
 
 MAX = dist.ReduceOp.MAX
-# Fleet wants the pipeline outside the experts, and the model axis innermost (parallel.md 2.1).
+# Fleet wants the pipeline outside the experts, and the model axis innermost.
 _ORDER = ("sharding", "moe_sharding", "pp", "sep", "cp", "dp", "ep", "mp")
 
 
@@ -249,7 +249,7 @@ def _strategy(layout: Layout, accumulation: int) -> Any:
         strategy.hybrid_parallel_order = list(_ORDER)
     strategy.hybrid_configs = fleet_degrees(layout)
     # Packs differ in length, and under sequence parallelism a stage boundary is not the same on all
-    # tensor ranks (traps q, r of parallel.md 1.5).
+    # tensor ranks (traps q, r).
     strategy.pipeline_configs = {
         "accumulate_steps": accumulation,
         "micro_batch_size": 1,

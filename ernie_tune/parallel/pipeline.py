@@ -7,7 +7,7 @@ have one shape: shorter micro-batches are filled up with rows of zeros that the 
 again, so micro-batches may differ in length under every schedule, and no shape is negotiated while
 the pipeline runs.
 Refuses to know: what an item computes, models, batches, losses: a `Program` does. Traps of Fleet
-are named as in parallel.md 1.5.
+are named as in `ernie_tune.parallel`.
 """
 
 from __future__ import annotations

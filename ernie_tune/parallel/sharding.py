@@ -2,15 +2,14 @@
 for the dense parameters and once for Fleet's experts.
 
 Fleet's first version is used, which gives whole parameters to ranks: its second cuts across them,
-loses gradients without `main_grad` and lets replicas diverge beside data parallelism (traps b, c of
-parallel.md 1.5), and a checkpoint of whole parameters can be read under any layout. Over experts
-the first version goes wrong only because it takes one group for all parameters (trap g): here the
-experts have an engine over their own group.
-Stages 2 and 3 keep that engine and its owners. Fleet's own group_sharded layers wait, inside the
-backward, for a gradient of every parameter in every micro-batch, or gather layers in the order of
-the first step: a picture on one rank alone stops them. Here gradients go to their owners after each
-micro-batch, and with recompute after each block, in one order on all ranks (`fold_`); stage 3 also
-lets go of the blocks' parameters (`blocks.py`).
+loses gradients without `main_grad` and lets replicas diverge beside data parallelism (traps b, c),
+and a checkpoint of whole parameters can be read under any layout. Over experts the first version
+goes wrong only because it takes one group for all parameters (trap g): here the experts have an
+engine over their own group. Stages 2 and 3 keep that engine and its owners. Fleet's own
+group_sharded layers wait, inside the backward, for a gradient of every parameter in every
+micro-batch, or gather layers in the order of the first step: a picture on one rank alone stops
+them. Here gradients go to their owners after each micro-batch, and with recompute after each block,
+in one order on all ranks (`fold_`); stage 3 also lets go of the blocks' parameters (`blocks.py`).
 Refuses to know: models, learning-rate schedules, files.
 """
 

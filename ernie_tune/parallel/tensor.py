@@ -126,7 +126,7 @@ def _entering(group: Group, runs: TokenRuns | None) -> Any:
 def apply_sequence(model: nn.Layer, plan: Mapping[str, str], ends: tuple[str, str], runs: TokenRuns) -> None:
     """Spread tokens after the first of `ends`, join them after the last, and tell routers which of
     the pack's tokens are here. Every whole parameter in between sees this rank's tokens alone, so
-    its gradient is a partial sum (trap m of parallel.md 1.5). In eval mode every rank has all
+    its gradient is a partial sum (trap m). In eval mode every rank has all
     tokens: a step of generation may have fewer of them than there are ranks.
     """
     for name, layer in model.named_sublayers():

@@ -1,5 +1,5 @@
 """What to add to a model: one frozen dataclass a method, with the names that users of other
-libraries know (ecosystem.md 4.1, methods.md 4.13).
+libraries know.
 
 Refuses to know: paddle, models, files.
 """

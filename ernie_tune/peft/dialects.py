@@ -1,4 +1,4 @@
-"""LoRA tensors as other libraries name and lay them out (ecosystem.md 4.5): PEFT on transformers,
+"""LoRA tensors as other libraries name and lay them out: PEFT on transformers,
 and PaddleNLP. Names and arrays only.
 
 Ours: `<module>.lora_A` [I, r], `<module>.lora_B` [r, O], `<module>.magnitude` [O]; of an expert

@@ -1,5 +1,5 @@
 """Adapter folders: written complete or not at all, in PaddleNLP's or PEFT's form, and read in
-either (ecosystem.md 4.5).
+either.
 
 paddlenlp: `lora_config.json`, `peft_model-00001-of-00001.safetensors`,
     `peft_model.safetensors.index.json`; LoRA without DoRA only.

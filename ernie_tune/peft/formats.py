@@ -21,7 +21,7 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {
     "weight_only_int8": Algorithm(8, 8, embedding=True),
     "weight_only_int4": Algorithm(4, 4, embedding=True),
-    # as ERNIEKit and FastDeploy do (parallel.md 3.2)
+    # as ERNIEKit and FastDeploy do
     "weight_only_mix": Algorithm(8, 4, embedding=False),
 }
 GROUP_ROWS = 64

@@ -1,5 +1,5 @@
 """Partial fine-tuning: which parameters of the model itself are trained, by layer, by part, or by
-pattern (methods.md 1.1 C14, C15).
+pattern.
 
 Refuses to know: adapters, optimizers.
 """
@@ -144,7 +144,7 @@ def opened(recompute: Recompute) -> Recompute:
     """`recompute` for a model whose lower layers are frozen.
 
     It returns a detached output where its input needs no gradient, and then nothing in that layer
-    trains (parallel.md 1.5 p). So the input of a layer with trained parameters is made to need one,
+    trains (trap p of Fleet). So the input of a layer with trained parameters is made to need one,
     and a frozen layer below the first of these runs without being recomputed.
     """
 

@@ -1,5 +1,5 @@
 """Low-rank adapters of linear layers and of stacked experts: y + scaling * (x A) B, with rsLoRA,
-LoRA+, DoRA and dropout (methods.md 4.13).
+LoRA+, DoRA and dropout.
 
 Legend: T tokens, M (token, expert) pairs sorted by expert, I input width, O output width, r rank, n
 adapted experts. Refuses to know: which modules get an adapter, files. Under tensor parallelism a

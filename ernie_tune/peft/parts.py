@@ -30,7 +30,7 @@ PARTS: dict[str, str] = {
 _PATTERNS = {part: re.compile(pattern) for part, pattern in PARTS.items()}
 DECODER = tuple(part for part in PARTS if part not in ("vision tower", "resampler", "reward head"))
 
-# The words of `freeze_config` (ecosystem.md 4.1), without "freeze_".
+# The words of `freeze_config`, without "freeze_".
 TOWERS: dict[str, tuple[str, ...]] = {
     "vision": ("vision tower",),
     "aligner": ("resampler",),

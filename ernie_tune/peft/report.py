@@ -1,5 +1,5 @@
 """What is trained, in a table by part of the model: printed before the first step, so that nothing
-is frozen unnoticed (ecosystem.md 5, row 25).
+is frozen unnoticed.
 
 Refuses to know: why a parameter is trained.
 """

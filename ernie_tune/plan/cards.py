@@ -36,7 +36,7 @@ def _card(name: str, gb: float, tflops: float, link: float, host: float, memory:
     return Card(name, gb * GB, tflops * 1e12, link * GB, 40 * GB, host * GB, memory * GB, bf16)
 
 
-# Links: parallel.md 5.4 for the H800 (160 GB/s usable of NVLink's 400); others in proportion to
+# Links: for the H800 160 GB/s usable of NVLink's 400; others in proportion to
 # their published links. The network is one 400 Gbit/s port a card.
 CARDS: dict[str, Card] = {
     c.name: c

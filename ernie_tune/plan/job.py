@@ -197,7 +197,7 @@ def _added_width(config: RunConfig) -> int:
 
 
 def _reference(config: RunConfig) -> str:
-    """What the reference log-probabilities come from (methods.md 3.4)."""
+    """What the reference log-probabilities come from."""
     stage, free = config.model.stage, config.reference.reference_free
     if not STAGES[stage].reference or free or (stage == "RLVR" and config.preference.beta == 0):
         return "none"

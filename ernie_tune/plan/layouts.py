@@ -1,4 +1,4 @@
-"""Which degrees of parallelism a model can be cut into (parallel.md 2.5), said before anything is
+"""Which degrees of parallelism a model can be cut into, said before anything is
 loaded, with the nearest ones that work.
 
 Refuses to know: bytes and seconds (memory.py, time.py), process groups.

@@ -1,4 +1,4 @@
-"""Bytes of one card, item by item, for the rank that needs most (parallel.md 4.2). Counts of
+"""Bytes of one card, item by item, for the rank that needs most. Counts of
 weights are exact, activations are counted from what the layers keep.
 
 Legend: D hidden, N/K query/key-value channels, I expert width, V vocabulary; `share` = 1 / tensor
@@ -24,9 +24,9 @@ LOSS_KEEP_BYTES = 512 * 2**20
 LOSS_CHUNK_BYTES = 16 * 2**20
 PROBS_KEEP_BYTES = 256 * 2**20
 ATTENTION_BLOCK = 128
-# Fullest over mean rank of the experts, dropless (parallel.md 4.2: 1.0 to 1.5).
+# Fullest over mean rank of the experts, dropless: 1.0 to 1.5.
 IMBALANCE = 1.3
-# CUDA context and communicators; what the allocator loses (parallel.md 4.2).
+# CUDA context and communicators; what the allocator loses.
 CONTEXT_BYTES = 4 * GB
 FRAGMENTATION = 0.05
 # Measured with tests/bench/bench_memory.py: a process with Paddle loaded, before any model; the
@@ -95,7 +95,7 @@ def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
 
 
 def _places(job: Job, layout: Layout, stage: int) -> set[str]:
-    """What a rank of this stage holds. The tower is on every rank (parallel.md 1.6); a tied
+    """What a rank of this stage holds. The tower is on every rank; a tied
     embedding on the first and the last stage.
     """
     places = {f"layers.{i}" for i in stage_layers(job.model.num_hidden_layers, layout)[stage]} | {"vision_model"}
@@ -256,8 +256,8 @@ class _Activations:
         return saved * self.in_flight + rope
 
     def working(self) -> float:
-        """The layer that is recomputed: kept parts of both halves, and the gradients of the larger
-        (parallel.md 4.2). Without recompute only the latter.
+        """The layer that is recomputed: kept parts of both halves, and the gradients of the larger.
+        Without recompute only the latter.
         """
         if not self.layers:
             return 0.0
@@ -283,8 +283,8 @@ class _Activations:
         return kept + 2 * LOSS_CHUNK_BYTES + targets * m.hidden_size * (2 * self.wide + 4) + head
 
     def vision(self) -> float:
-        """The tower on this rank's share of the pictures (balanced over pipeline ranks, parallel.md
-        1.6), and the features on the first stage.
+        """The tower on this rank's share of the pictures (balanced over pipeline ranks), and the
+        features on the first stage.
         """
         v = self.job.model.vision
         if v is None or not self.job.visual_tokens:

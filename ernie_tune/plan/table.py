@@ -22,7 +22,7 @@ METHODS = (
     ("the same on WINT4/8", _ALL + "weight_quantize_algo: weight_only_mix\n"),
     ("full", "fine_tuning: Full\n"),
 )
-# Published minima of ERNIEKit, cards of 80 GB (parallel.md 3.1).
+# Published minima of ERNIEKit, cards of 80 GB.
 PUBLISHED = {
     ("28B", 0): "4",
     ("28B", 1): "4",

@@ -1,8 +1,8 @@
-"""Seconds of a step: arithmetic, communication, pipeline bubble, optimizer (parallel.md 5). No
+"""Seconds of a step: arithmetic, communication, pipeline bubble, optimizer. No
 overlap is assumed, text and pictures as the job says.
 
-A prediction from published speeds, not a measurement; parallel.md 5.4 expects 60 to 75 % of such
-figures until kernels are fused.
+A prediction from published speeds, not a measurement; expect 60 to 75 % of such figures until
+kernels are fused.
 Refuses to know: which layout is best (search.py).
 """
 
@@ -44,8 +44,8 @@ class StepTime:
 
 
 def flops_per_token(job: Job, *, visual: bool = False) -> float:
-    """Of forward and backward, by the 6 N + 6 s N_q L rule (parallel.md 5.1; causal attention is
-    half). The head works on text tokens.
+    """Of forward and backward, by the 6 N + 6 s N_q L rule (Kaplan et al. 2001.08361; causal
+    attention is half). The head works on text tokens.
     """
     m = job.model
     head = 0 if visual else m.vocab_size * m.hidden_size
@@ -55,7 +55,7 @@ def flops_per_token(job: Job, *, visual: bool = False) -> float:
 
 def efficiency(job: Job, layout: Layout) -> float:
     """Share of the peak that products reach: 0.45 for experts 1536 wide and 8,192 tokens, more for
-    wider experts and longer micro-batches (parallel.md 5.4).
+    wider experts and longer micro-batches.
     """
     width = job.model.moe.intermediate_size[0] if job.model.moe else job.model.intermediate_size
     grown = 0.45 + 0.05 * math.log(job.tokens / 8192, 4) + 0.082 * math.log2(width / 1536)
@@ -110,7 +110,7 @@ def _link(ranks: int, card: Card) -> float:
 
 
 def _communication(job: Job, layout: Layout, card: Card, passes: int) -> float:
-    """Of one micro-batch on one rank (parallel.md 5.2): gathers and scatters around attention,
+    """Of one micro-batch on one rank: gathers and scatters around attention,
     experts' all-to-all, pipeline transfers.
     """
     m, t, e = job.model, layout.tensor, layout.expert
@@ -134,7 +134,7 @@ def _expanding(job: Job, layout: Layout, card: Card) -> float:
 
 def _vision_flops(job: Job) -> float:
     """Of the tower on a micro-batch's pictures, of usual size: a forward; trained, one more without
-    a graph and a backward (parallel.md 1.6).
+    a graph and a backward.
     """
     v = job.model.vision
     if v is None:

@@ -130,7 +130,7 @@ def adapters(job: Job) -> Iterator[tuple[str, str, int]]:
 
 def _lora(job: Job) -> Iterator[tuple[str, str, int]]:
     """Low-rank factors A [in, r] and B [r, out]: in a column layer B is cut and A whole, in a row
-    layer the other way round (parallel.md 4.2).
+    layer the other way round.
     """
     lora, specs = job.lora, parameter_specs(job.model)
     if lora is None:
@@ -166,7 +166,7 @@ def base_bytes(job: Job) -> float:
 @lru_cache(maxsize=16)
 def active_values(model: ModelConfig, visual: bool) -> int:
     """Parameters that one token passes through: the decoder with the chosen experts of its
-    modality, without embedding, head and towers (parallel.md 5.1).
+    modality, without embedding, head and towers.
     """
     total = 0.0
     own = MODALITIES[int(visual)]

@@ -6,7 +6,7 @@ A record is one flat JSON object with `step` and `epoch`; the list of all record
 run loses at most the line it was writing; the csv and the state are made from it.
 Numbers that JSON cannot hold (nan, inf) are written as null. Refuses to know: what the numbers
 mean, bars, plots, paddle.
-Sources: ecosystem.md 4.5 (files), 4.6 (lines).
+Files and lines as PaddleNLP and transformers write them.
 """
 
 from __future__ import annotations

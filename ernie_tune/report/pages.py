@@ -3,7 +3,6 @@ card.
 
 The page is of `html.py`'s kit: small pictures are inside it, large ones are copied beside it.
 Refuses to know: models, how answers were made or scored, paddle.
-Sources: ecosystem.md 4.5 (README.md), 5 row 26 (before/after on the same rows).
 """
 
 from __future__ import annotations

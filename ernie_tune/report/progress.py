@@ -1,9 +1,8 @@
 """How far a run is, shown where it runs: a tqdm bar in a terminal, an HTML bar with a small loss
 curve in a notebook, plain lines in a pipe or a worker.
 
-The HTML bar is replaced in place through IPython's display handle, which needs no ipywidgets
-(ecosystem.md 6.4). Refuses to know: log files, what the numbers mean, GPUs (the caller passes their
-memory), paddle.
+The HTML bar is replaced in place through IPython's display handle, which needs no ipywidgets.
+Refuses to know: log files, what the numbers mean, GPUs (the caller passes their memory), paddle.
 """
 
 from __future__ import annotations

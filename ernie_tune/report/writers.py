@@ -3,7 +3,7 @@ never depend on them.
 
 A package is imported only when a setting names it. Refuses to know: what the numbers mean, the
 run's own files, paddle.
-Source: ecosystem.md 4.1 (names), 5.3 (VisualDL: scalars only, one writer a process).
+VisualDL takes scalars only, and one writer a process.
 """
 
 from __future__ import annotations

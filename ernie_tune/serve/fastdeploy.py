@@ -1,5 +1,4 @@
-"""FastDeploy's own server as a child process: started, watched until it is healthy, ended with us
-(fastdeploy.md 5).
+"""FastDeploy's own server as a child process: started, watched until it is healthy, ended with us.
 
 Refuses to know: which flags (config/fastdeploy.py), this library's own server.
 """

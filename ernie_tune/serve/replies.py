@@ -1,5 +1,5 @@
-"""Tokens and texts -> the JSON of the API: whole answers, chunks of a stream, errors (fastdeploy.md
-5.4). Refuses to know: how they are sent.
+"""Tokens and texts -> the JSON of the API: whole answers, chunks of a stream, errors. Refuses to
+know: how they are sent.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 They look at numbers and answer with a verdict.
 
 Every watcher has state_dict and load_state_dict (JSON), so a resumed run judges as an uninterrupted
-one. Refuses to know: models, data, files; the caller prints the message and stops, or not. Sources:
-methods.md 4.12 (regression monitor), 7.7; ecosystem.md 5 (rows 17, 26, 27), 9 S8.
+one. Refuses to know: models, data, files; the caller prints the message and stops, or not.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class LrRatios:
-    """Learning rates relative to the schedule's (ERNIEKit's VL recipe: architecture.md 3.6)."""
+    """Learning rates relative to the schedule's (ERNIEKit's VL recipe)."""
 
     router: float = 0.01
     vision: float = 0.9

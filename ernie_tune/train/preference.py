@@ -256,7 +256,7 @@ class PairObjective(JudgedObjective):
 
 
 class UpoObjective(JudgedObjective):
-    """Every kind of judgement in one weighted sum (methods.md 7); with the label term alone it is
+    """Every kind of judgement in one weighted sum; with the label term alone it is
     KTO or BCO.
 
     For KTO it also counts the labels: `good` and `bad` are the weights of such answers in the steps

@@ -1,5 +1,5 @@
 """Watchers of preference learning: answers that become improbable, margins past the sigmoid's
-slope, length mistaken for quality (methods.md 7.7).
+slope, length mistaken for quality.
 
 They read the logged means under TRL's names (`objectives.preference.preference_metrics`) and answer
 with verdicts; each speaks once in a run.

@@ -1,5 +1,5 @@
 """The reference policy: where its log-probabilities come from, and a cache that knows what they
-were computed with (methods.md 3.4).
+were computed with.
 
 Modes: `model` a frozen copy; `adapter_off` the policy without its adapter; `adapter_ref` a frozen
 copy of the adapter that training started from; `precomputed` the policy before training, computed

@@ -1,5 +1,5 @@
 """A reward model: one scalar for a finished dialogue, from a bias-free head on its last token, and
-cuts that make ratings of it (methods.md 4.5). Head and objective.
+cuts that make ratings of it. Head and objective.
 
 The head reads the state after the model's last norm and is kept beside the model's or adapter's own
 files. Refuses to know: loops, verbs, which rows.

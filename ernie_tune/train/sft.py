@@ -22,7 +22,7 @@ from ernie_tune.objectives.sft import sft_loss, token_coefficients
 
 
 class TaskBalance:
-    """Factors on the tasks' losses (methods.md 4.12). "static": 1. "dwa" (1803.10704): K *
+    """Factors on the tasks' losses. "static": 1. "dwa" (1803.10704): K *
     softmax(r_k / T), r_k the ratio of a task's mean losses in the last two periods. "uncertainty"
     (1705.07115): sum_k exp(-s_k)/2 * L_k + s_k/2, with s_k learned by gradient steps on the host.
     """

@@ -331,7 +331,7 @@ def demonstration(record: Record) -> Record | None:
 
 
 class DPO(PreferenceMethod):
-    """Comparisons: pairs, and rankings and ratings as all their pairs (methods.md 4.2)."""
+    """Comparisons: pairs, and rankings and ratings as all their pairs."""
 
     stages = ("DPO",)
     signals = ("pair", "ranking", "rating")
@@ -403,7 +403,7 @@ def pair_objective(config: RunConfig) -> PairObjective:
 
 
 class KTO(PreferenceMethod):
-    """Single answers called good or bad (methods.md 4.3)."""
+    """Single answers called good or bad."""
 
     stages = ("KTO",)
     signals = ("label",)

@@ -36,9 +36,7 @@ from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 
 
 class RewardMethod(Method):
-    """A scalar head, and the model or an adapter under it, on pairs, rankings and ratings
-    (methods.md 4.5).
-    """
+    """A scalar head, and the model or an adapter under it, on pairs, rankings and ratings."""
 
     stages = ("RM",)
     signals = ("pair", "ranking", "rating")

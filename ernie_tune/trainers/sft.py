@@ -17,7 +17,7 @@ from ernie_tune.trainers.method import Method, Rows
 
 
 class SupervisedTuning(Method):
-    """Weighted likelihood of the answers in dialogues, or of texts (methods.md 4.1)."""
+    """Weighted likelihood of the answers in dialogues, or of texts."""
 
     stages = ("SFT", "PT")
     signals = ("sft",)

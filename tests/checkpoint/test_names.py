@@ -1,4 +1,4 @@
-"""The layout table against the published key table (architecture.md 9.1, spelled out here by hand)
+"""The layout table against the published key table (spelled out here by hand)
 and a file that transformers wrote.
 
 Legend: H hidden, I expert width. No paddle.
@@ -173,7 +173,7 @@ def test_detect_flavour(name: str, flavour: str) -> None:
 
 @pytest.mark.parametrize("name", ["ernie-4.5-vl-28b-a3b", "ernie-4.5-vl-424b-a47b", "ernie-4.5-0.3b"])
 def test_released_sizes(name: str) -> None:
-    """architecture.md 1.4; a copy of each expert under every name, none twice."""
+    """Sizes as published; a copy of each expert under every name, none twice."""
     total = {
         "ernie-4.5-vl-28b-a3b": 29_399_294_336,
         "ernie-4.5-vl-424b-a47b": 423_526_285_184,

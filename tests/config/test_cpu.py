@@ -1,4 +1,4 @@
-"""The CPU plan on the processors of the measurements in design.md and on others; nothing here
+"""The CPU plan on the processors that were measured and on others; nothing here
 changes this process.
 """
 

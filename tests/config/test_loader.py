@@ -1,4 +1,4 @@
-"""YAML and command line -> RunConfig: spellings from the tables of ecosystem.md 4.1, every refusal
+"""YAML and command line -> RunConfig: spellings of other tools, every refusal
 with its place, replay, and broken texts.
 """
 
@@ -21,7 +21,7 @@ from ernie_tune.config.loader import Loaded, dump_config, load_config, load_text
 from ernie_tune.config.peers import IGNORED, REFUSED
 from ernie_tune.config.training_arguments import TrainingArguments
 
-# the YAML of ecosystem.md 4.2, as published
+# a YAML of ERNIEKit, as published
 PUBLISHED = """\
 ### data
 train_dataset_type: auto            # auto | messages | sharegpt
@@ -169,7 +169,7 @@ def test_tables_lead_to_settings() -> None:
     assert load("").config == RunConfig()  # the defaults are valid, and those of the classes
 
 
-def test_learning_rate_follows_stage_and_method() -> None:  # methods.md 2.5 and 10
+def test_learning_rate_follows_stage_and_method() -> None:
     want = {("SFT", "LoRA"): 3e-4, ("SFT", "Full"): 1e-5, ("DPO", "LoRA"): 1e-5, ("DPO", "Full"): 1e-6}
     for (stage, method), rate in want.items():
         loaded = load(f"stage: {stage}\nfine_tuning: {method}")
@@ -178,7 +178,7 @@ def test_learning_rate_follows_stage_and_method() -> None:  # methods.md 2.5 and
     assert load("stage: DPO", "lr=0.5").config.optim.learning_rate == 0.5
 
 
-# ecosystem.md 4.1: -1 is twice the rank, or 4 with rsLoRA; a written alpha is honoured
+# -1 is twice the rank, or 4 with rsLoRA; a written alpha is honoured
 def test_lora_scale() -> None:
     assert (LoraArguments(lora_rank=8).effective_alpha, LoraArguments(lora_rank=8).scaling) == (16, 2.0)
     assert LoraArguments(lora_rank=16, lora_alpha=128).scaling == 8.0

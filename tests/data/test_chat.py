@@ -1,4 +1,4 @@
-"""data/chat.py: the bytes of architecture.md 8.2 and 8.3 written out by hand, targets, thoughts,
+"""data/chat.py: the bytes of the released templates written out by hand, targets, thoughts,
 and the exported Jinja template.
 """
 
@@ -42,7 +42,7 @@ START = (
 )
 
 
-# The thinking table of architecture.md 8.3, as (variant, thinking, what the prompt ends with, the
+# How each released template handles thoughts, as (variant, thinking, what the prompt ends with, the
 # answer without its end).
 TABLE = [
     ("hf", None, "<think>\n\n</think>\n\n", "Dogs."),

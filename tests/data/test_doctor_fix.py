@@ -243,7 +243,7 @@ def test_formats_as_others_write_them(tmp_path: Path) -> None:
 
 
 def test_pairs_from_every_judgement(tmp_path: Path) -> None:
-    # methods.md 1.1 C9: four strictly ordered answers give six pairs
+    # four strictly ordered answers give six pairs
     rows = converted(tmp_path, {"prompt": "q", "responses": ["a", "b", "c", "d"], "order": "B>A>C>D"}, "pairs")
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         (x, y) for x, y in ("ba", "bc", "bd", "ac", "ad", "cd")

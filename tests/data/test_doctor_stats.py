@@ -76,7 +76,7 @@ def test_every_eighth_batch_counts_eightfold_in_large_files(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "warned"), [(14, 10, True), (13, 10, False), (10, 14, False)]
-)  # methods.md 9: warns above 1.3
+)  # warns above 1.3
 def test_length_bias(chosen: int, rejected: int, warned: bool, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "c" * chosen, "rejected": "r" * rejected} for i in range(10)]
     assert counts(scan(tmp_path, rows)) == ({"length_bias": 1} if warned else {})

@@ -1,4 +1,4 @@
-"""data/media/images.py against the tables of architecture.md 4.1, 7.1, 7.3 and closed forms; every
+"""data/media/images.py against published tables and closed forms; every
 refusal.
 """
 

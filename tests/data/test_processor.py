@@ -249,7 +249,7 @@ def test_a_saved_folder_makes_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_released_folder_keeps_its_settings(tmp_path: Path) -> None:
     TOKENS.save(tmp_path)
-    # The keys of the released files (architecture.md 7.2 gives the limits).
+    # The keys of the released files.
     released = {
         "crop_size": {"height": 224, "width": 224},
         "image_processor_type": "CLIPImageProcessor",

@@ -1,4 +1,4 @@
-"""Every format of methods.md 1.2 and ecosystem.md 2.2, 4.3: what it is recognised as, what record
+"""Every format: what it is recognised as, what record
 it gives, how it complains.
 """
 
@@ -108,7 +108,7 @@ def test_common_fields_and_extra() -> None:
 
 
 def test_classification_is_a_demonstration_and_verifiable() -> None:
-    # methods.md 9: F7 -> SFT with the label as answer, and a verifiable exact row
+    # SFT with the label as answer, and a verifiable exact row
     for label, answer in (("good", "good"), (3, "3")):
         record = load({"text": "t", "label": label})
         assert (record.meta.format, record.signal, record.messages) == (
@@ -452,7 +452,7 @@ def test_verifiable() -> None:
     assert load(full).reward == Reward(
         42, (Verifier("math", 0.7, {"tol": 1}), Verifier("format")), {"required": ["x"]}, {"objects": []}, "h"
     )
-    # ecosystem.md 4.3, verl
+    # as verl writes it
     box = {"prompt": "q", "reward": {"type": "bbox", "answer": [1, 2, 3, 4], "evidence": [{"image": 0}]}}
     assert load(box).reward == Reward([1, 2, 3, 4], (Verifier("box_iou"),), {"required": [{"image": 0}]})
     assert load({"prompt": [Q], "reward_model": {"ground_truth": "B"}}).reward == Reward("B")

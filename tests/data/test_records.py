@@ -15,7 +15,7 @@ def ranked(*ranks: float) -> Record:
 
 
 def test_a_strict_order_of_four_gives_six_pairs() -> None:
-    # methods.md 1.1 C9: B>A>C>D
+    # B>A>C>D
     assert set(ranked(2, 1, 3, 4).preferences()) == {(1, 0), (1, 2), (1, 3), (0, 2), (0, 3), (2, 3)}
 
 

@@ -75,8 +75,8 @@ def test_clip_is_never_worse_and_gptq_never_worse_than_clip(tails: float, shards
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_plain_clip_without_calibration(shards: int) -> None:
-    """The weights' own error falls in every column or stays; fastdeploy.md 9.2 has 0.42 of rtn's
-    for t5 weights of 1536 rows.
+    """The weights' own error falls in every column or stays; measured elsewhere: 0.42 of rtn's for
+    t5 weights of 1536 rows.
     """
     weight = matrix(1536, 32, 3, tails=5)
     plain, clipped = grids.quantize(weight, 4, shards), clip(weight, None, shards)
@@ -127,7 +127,7 @@ def test_written_is_what_fastdeploy_turns_into_served() -> None:
 
 
 def test_what_each_word_quantises() -> None:
-    """fastdeploy.md 2.2."""
+    """As FastDeploy 2.x decides it by the words of `--quantization`."""
     names = (
         "layers.0.self_attn.q_proj.weight",
         "layers.0.mlp.down_proj.weight",

@@ -170,7 +170,7 @@ def test_text_only_models(tmp_path: Path) -> None:
 
 
 def test_commands() -> None:
-    """fastdeploy.md 5.1: the published flags, with four different ports."""
+    """The published flags, with four different ports."""
     command = FastDeployCommand("/models/mine", tensor_parallel_size=8, quantization="wint4")
     assert command.shell() == (
         "python -m fastdeploy.entrypoints.openai.api_server --model /models/mine --port 8180 --engine-worker-queue-port 8181 --metrics-port 8182 "

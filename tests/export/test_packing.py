@@ -71,7 +71,7 @@ def test_float16_differs_so_the_oracle_is_asked_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_layouts_by_the_published_offsets(bits: int) -> None:
-    """fastdeploy.md 3.3, byte by byte, for one code that is not zero at a time."""
+    """Offsets as the kernels read them, byte by byte, for one code that is not zero at a time."""
     rows, columns = 128, 16
     m8, m4 = (
         (0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15),
@@ -141,7 +141,7 @@ def test_tensor_parallel_scales() -> None:
 
 
 def test_gpu_rounding_differs_by_one_code_at_most() -> None:
-    """Divided by the unrounded maximum (fastdeploy.md 3.1): same scales; of int8 codes 3.1 %
+    """Divided by the unrounded maximum: same scales; of int8 codes 3.1 %
     differ, of int4 codes 0.22 % (there on 2560 x 1024).
     """
     weight = matrix(2560, 128, 4)
@@ -178,7 +178,7 @@ def test_every_scale_can_be_settled() -> None:
     top = grid.round_bfloat16(settled * np.float32(7))
     np.testing.assert_array_equal(grid.round_bfloat16(top / np.float32(7)), settled)
     kept = settled == scale
-    assert 0.85 < kept.mean() < 0.92  # fastdeploy.md 3.5: 87 to 90 %
+    assert 0.85 < kept.mean() < 0.92  # measured elsewhere: 87 to 90 %
     assert np.abs(settled / scale - 1).max() < 0.016  # two bits at most
 
 

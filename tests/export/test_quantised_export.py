@@ -193,7 +193,7 @@ def test_distances() -> None:
 
 
 def test_cache_names() -> None:
-    """The check values of fastdeploy.md 4.3."""
+    """Check values made with FastDeploy's own function."""
     assert cache.cache_hash("ernie4_5_moe_vl", "mix_quant", 1, 1, 4) == "523e2cd03422ce88b188daa56b8d14e7"
     assert cache.cache_hash("ernie4_5_moe_vl", "wint8", 1, 1, 4) == "2841827fefc5eae7960ed89d9b2e271e"
     assert cache.cache_hash("ernie4_5_moe_vl", "mix_quant", 8, 1, 4) == "024771dbcefc3e4b9ce9dd67bd5e66e8"

@@ -312,9 +312,7 @@ def vision_tower(model: Model) -> Arrays:
 
 
 def t_dominant(model: Model, config: ModelConfig) -> Arrays:
-    """Positions of a video with more frame pairs than rows and columns, by transformers' rule
-    (architecture.md 11.1).
-    """
+    """Positions of a video with more frame pairs than rows and columns, by transformers' rule."""
     row = Row(
         row_ids("t_dominant", [3, (12, 4, 4), 3], config.tokens),
         np.zeros((192, 588), np.float32),

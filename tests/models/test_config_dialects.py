@@ -1,4 +1,4 @@
-"""config.json in every dialect: the published key tables (architecture.md 1.1), a
+"""config.json in every dialect: the published key tables, a
 transformers-written file, round trips, and each refusal.
 """
 

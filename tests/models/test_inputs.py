@@ -1,6 +1,4 @@
-"""Positions, routing types and packing against the worked examples of architecture.md 2.3, 3.2 and
-11.1.
-"""
+"""Positions, routing types and packing against worked examples."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def test_golden_example() -> None:
 
 def test_a_video_longer_than_wide_follows_each_rule() -> None:
     """Grid (12,4,4) at 3: time runs 3..8; text goes on at 9 by Paddle's rule, at 5 by transformers'
-    (architecture.md 11.1; without markers).
+    (without markers).
     """
     ids = np.array([1, 2, 3, *[60] * 24, 4, 5, 6])
     grid = np.array([[12, 4, 4]])

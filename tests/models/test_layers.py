@@ -16,16 +16,13 @@ from ernie_tune.models.vision import frame_pairs
 def test_text_rope_of_28b(golden) -> None:
     units = golden("units")
     angles = text_angles(units["text_rope/positions"], 128, 20, 5e5)
-    # transformers computes pos * theta in float32: at position 300 one ulp of the angle is 3e-5
-    # (architecture.md 2.2).
+    # transformers computes pos * theta in float32: at position 300 one ulp of the angle is 3e-5.
     np.testing.assert_allclose(np.repeat(np.cos(angles), 2, 1), units["text_rope/cos"], atol=4e-5)
     np.testing.assert_allclose(np.repeat(np.sin(angles), 2, 1), units["text_rope/sin"], atol=4e-5)
 
 
 def test_text_rope_golden_values() -> None:
-    """(t, h, w) = (7, 3, 5): even low frequencies take h, odd ones w, the last twenty t
-    (architecture.md 2.2).
-    """
+    """(t, h, w) = (7, 3, 5): even low frequencies take h, odd ones w, the last twenty t."""
     cos = np.cos(text_angles(np.array([[7, 3, 5]]), 128, 20, 5e5))[0]
     want = {0: -0.9899925, 1: -0.5966361, 2: -0.4077672, 43: 0.9999997, 44: 0.9999996}
     assert {i: cos[i] for i in want} == pytest.approx(want, abs=1e-6)
@@ -93,8 +90,8 @@ def test_frames_do_not_see_each_other(golden_model) -> None:
 
 
 def test_resampler_pairs_frames(golden_model) -> None:
-    """Swapping the two frames of a pair changes the features; swapping whole pairs permutes them
-    (architecture.md 5).
+    """Swapping the two frames of a pair changes the features; swapping whole pairs permutes
+    them.
     """
     model = golden_model("tiny-b")
     x = normal("merged", (4, 24, 80)).astype("float32")

@@ -1,6 +1,4 @@
-"""Routing, modality isolation, router losses and the bias rule against worked examples
-(architecture.md 3, methods.md 11.8).
-"""
+"""Routing, modality isolation, router losses and the bias rule against worked examples."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ def logits_as_input(values: list[float]) -> tuple[paddle.Tensor, paddle.Tensor]:
 
 def test_router_toy() -> None:
     """The most probable expert loses to the bias; weights are the plain probabilities of the
-    chosen, renormalised (architecture.md 3.3).
+    chosen, renormalised.
     """
     x, w = logits_as_input([2.0, 1.0, 0.0, -1.0])
     r = route(x, w, paddle.to_tensor([-0.5, 0.0, 0.2, 0.1]), 2)
@@ -124,7 +122,7 @@ def test_shared_expert_is_added_once_to_everyone(golden_model) -> None:
 
 def test_nothing_is_dropped_when_one_expert_takes_all() -> None:
     """A bias that sends every token to the same experts: a capacity of N/2 per expert would drop
-    half of them (architecture.md 3.4).
+    half of them.
     """
     layer = MoELayer(preset("tiny-c"), 3)
     for p in layer.parameters():
@@ -162,7 +160,7 @@ def test_z_and_orthogonal_loss() -> None:
 
 
 def test_values_of_the_specification() -> None:
-    """methods.md 11.8 gives the values to ten places, and not the inputs. Of all fours of tokens
+    """The worked example has the values to ten places, and not the inputs. Of all fours of tokens
     with three logits each, halves from -2 to 4, one alone has this z, and in this order it has this
     balance as well; rows that make orthogonal's 2/9 are above. Gradients by their closed forms.
     """
@@ -264,7 +262,7 @@ def test_a_frozen_router_adds_no_loss(golden_model, golden) -> None:
 
 def test_bias_update_rule() -> None:
     """b += c * sign(mean usage - usage) per modality, usage zeroed, the row of a frozen router
-    untouched (architecture.md 3.6).
+    untouched.
     """
     layer = MoELayer(preset("tiny-a"), 1)
     usage = np.zeros((2, 8), np.int64)

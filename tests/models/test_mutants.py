@@ -1,5 +1,5 @@
 """Classic mistakes, made on purpose: each must move the logits, or the golden tests would not
-notice it (architecture.md 11).
+notice it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Presets, parameter counts and config checks against the published numbers (architecture.md 1.3,
-1.4, 12), without allocating a weight.
+"""Presets, parameter counts and config checks against the published numbers, without allocating a
+weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vectors of methods.md 11 and what the preference tests do with them: losses as functions of
+"""The worked examples and what the preference tests do with them: losses as functions of
 numpy vectors, gradients both ways.
 """
 

@@ -1,4 +1,4 @@
-"""Rankings and ratings against methods.md 11.3: values, gradients, ties, units side by side, what
+"""Rankings and ratings against worked examples: values, gradients, ties, units side by side, what
 leaves a loss unchanged.
 """
 

@@ -1,4 +1,4 @@
-"""Pairs among several answers of one prompt: methods.md 7.2 and the group of 11.9."""
+"""Pairs among several answers of one prompt, against worked examples."""
 
 from __future__ import annotations
 

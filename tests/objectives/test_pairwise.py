@@ -1,4 +1,4 @@
-"""The DPO family against methods.md 11.1 (V-pair): values, gradients, labels with noise,
+"""The DPO family against worked examples: values, gradients, labels with noise,
 normalisers, extremes.
 """
 

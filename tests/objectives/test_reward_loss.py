@@ -1,4 +1,4 @@
-"""Reward model losses against methods.md 11.2, rankings and ratings."""
+"""Reward model losses against worked examples, rankings and ratings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""objectives/sft.py against methods.md 11.8: losses [1,2,3] over 10 positions and six of 0.5 over
+"""objectives/sft.py against worked examples: losses [1,2,3] over 10 positions and six of 0.5 over
 8.
 """
 

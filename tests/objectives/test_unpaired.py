@@ -1,4 +1,4 @@
-"""KTO, BCO and APO-zero on single answers (methods.md 11.1, 11.3), and the numbers that they carry
+"""KTO, BCO and APO-zero on single answers, and the numbers that they carry
 over steps.
 """
 

@@ -1,4 +1,4 @@
-"""UPO: composites of methods.md 11.9, reductions of 7.6 (offline) in value and gradient, terms that
+"""UPO: worked composites, reductions to single methods (offline) in value and gradient, terms that
 are absent, and where online terms join.
 """
 
@@ -162,7 +162,7 @@ OLD = [[-1.2, -0.4, -1.5], [-0.3, -2]]
 
 
 def grpo(new_N: Tensor, advantages: tuple[float, float] = (1.0, -0.5), old: list[list[float]] = OLD) -> LossOut:
-    """The clipped surrogate of methods.md 11.6, the mean over answers of token means: stands for
+    """The clipped surrogate (1707.06347, eq. 7), the mean over answers of token means: stands for
     the online term.
     """
     ratio = paddle.exp(new_N - tensor(np.concatenate(old)))

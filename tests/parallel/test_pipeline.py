@@ -2,7 +2,7 @@
 process: losses, gradients, five clipped steps of AdamW.
 
 Each launch runs several cases (`pipeline_worker.py`), and cases from which a remedy for one of
-Fleet's traps (parallel.md 1.5) was taken away.
+Fleet's traps was taken away.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_the_first_block_learns_over_a_frozen_embedding(two_stages: Found) -> No
 
 @pytest.mark.parametrize("trap", [name for name in TWO if "mutant" in name and "counted" not in name])
 def test_without_its_remedy_the_gradient_is_wrong(trap: str, two_stages: Found) -> None:
-    """Trap t, the tied weight, and both passes of 1.6."""
+    """Trap t, the tied weight, and both passes of the tower."""
     assert max(rank["gradient"] for rank in two_stages[trap]) > 1e-4
 
 

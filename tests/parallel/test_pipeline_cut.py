@@ -40,7 +40,7 @@ def test_balanced_cut_is_the_best_of_all_cuts() -> None:
 
 
 def test_balanced_cut_of_the_released_models() -> None:
-    """parallel.md 5.3: for 28B the head costs 2.4 layers, so two stages are 15 + 13 or 16 + 12; for
+    """For 28B the head costs 2.4 layers, so two stages are 15 + 13 or 16 + 12; for
     424B it costs one of 54 layers, and the official lists count 31 and 57 items.
     """
     small, large = preset("ernie-4.5-vl-28b-a3b"), preset("ernie-4.5-vl-424b-a47b")

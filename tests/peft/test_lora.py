@@ -48,7 +48,7 @@ def test_scaling() -> None:
 
 
 def test_attention_of_the_28b_at_rank_32() -> None:
-    """14.7 M trained parameters (parallel.md 4.2), counted from names alone."""
+    """14.7 M trained parameters, counted from names alone."""
     config = preset("ernie-4.5-vl-28b-a3b")
     targets = linear_targets(LoraConfig(target_modules=["attention"]), modules(config))
     assert sum(32 * sum(shape_of(name, config)) for name in targets) == 28 * 32 * (2 * 5120 + 2 * 3072) == 14_680_064
@@ -146,7 +146,7 @@ def test_any_subset_trains_and_nothing_else_gets_a_gradient(golden, targets: lis
 
 def test_recompute_trains_the_first_layers_too(golden) -> None:
     """A frozen embedding or patch embedding must not cut the first recomputed block off
-    (parallel.md 1.5 p); dropout is drawn again.
+    (trap p of Fleet); dropout is drawn again.
     """
     from paddle.distributed.fleet.utils import recompute
 

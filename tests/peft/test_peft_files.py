@@ -69,7 +69,7 @@ def test_an_adapter_that_the_peft_library_trained(golden) -> None:
 
 
 def test_keys_and_settings_of_paddlenlp(tmp_path) -> None:
-    """Names and layout as in ecosystem.md 4.5."""
+    """Names and layout as PaddleNLP writes them."""
     adapted(LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"])).save_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "peft_model-00001-of-00001.safetensors")
     assert tensors["model.layers.0.self_attn.q_proj.lora_A"].shape == (160, 4)

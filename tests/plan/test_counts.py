@@ -52,7 +52,7 @@ def test_all_parameters_are_held_once(name: str) -> None:
 
 
 def test_bytes_of_the_released_models() -> None:
-    """parameter counts of architecture.md 1.4 in two bytes; routers in four."""
+    """Published parameter counts in two bytes; routers in four."""
     for name, parameters in ((B28, 29_399_294_336), (B424, 423_526_285_184)):
         routers = sum(s.size for s in parameter_specs(preset(name)).values() if s.float32)
         assert base_bytes(job(name)) == 2 * parameters + 2 * routers
@@ -114,7 +114,7 @@ def test_unknown_format() -> None:
 
 
 def test_active_parameters() -> None:
-    """parallel.md 5.1: 3.09 and 46.26 B for text, 1.82 and 25.72 B for vision, without the head."""
+    """3.09 and 46.26 B for text, 1.82 and 25.72 B for vision, without the head."""
     for name, text, vision in ((B28, 3.09, 1.82), (B424, 46.26, 25.72)):
         assert active_values(preset(name), False) / 1e9 == pytest.approx(text, rel=4e-3)
         assert active_values(preset(name), True) / 1e9 == pytest.approx(vision, rel=4e-3)

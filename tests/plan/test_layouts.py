@@ -14,7 +14,7 @@ from ernie_tune.config.layout import Layout
 from ernie_tune.models.presets import preset
 from ernie_tune.plan.layouts import check_run, legal_layouts, nearest, problems, run_problems
 
-# Official and peer layouts (parallel.md 3.2), experts over the tensor ranks where it says so.
+# Official and peer layouts, experts over the tensor ranks where it says so.
 OFFICIAL = (
     (B28, Layout(4, 2, expert=4, sequence_parallel=True)),
     (B28, Layout(2, 2, expert=2, sequence_parallel=True)),
@@ -57,7 +57,7 @@ def test_what_is_refused(name: str, layout: Layout, known: dict[str, int], setti
 
 
 def test_tensor_degrees_of_the_released_models() -> None:
-    """parallel.md 2.5: 28B takes 1, 2, 4; 424B takes 1, 2, 4, 8."""
+    """28B takes 1, 2, 4; 424B takes 1, 2, 4, 8."""
     for name, want in ((B28, {1, 2, 4}), (B424, {1, 2, 4, 8})):
         assert {t for t in range(1, 65) if not problems(preset(name), Layout(t))} == want
 

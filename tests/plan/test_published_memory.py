@@ -1,4 +1,4 @@
-"""plan/memory.py against every row of parallel.md 4.3, to its own +-10 %.
+"""plan/memory.py against every published or worked figure, to its own +-10 %.
 
 Rows where the small terms weigh most are outside for reasons that are differences of the code, not
 of the count. `as_published` undoes exactly these, one by one, and the rows must then be within 10 %
@@ -149,7 +149,7 @@ def test_row(row: Row) -> None:
 
 
 def test_host_memory_of_offloaded_states() -> None:
-    """parallel.md 4.3: 0.35 TB for 28B, 5.1 TB for 424B over its machines (here a machine's share,
+    """0.35 TB for 28B, 5.1 TB for 424B over its machines (here a machine's share,
     eight of 48 cards).
     """
     small = memory(ROWS[0].job(), ROWS[0].layout(), CARD)

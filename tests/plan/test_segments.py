@@ -1,4 +1,4 @@
-"""`pp_seg_method` against the official recipes' lists (parallel.md 2.5) and Fleet's own segmenting;
+"""`pp_seg_method` against the official recipes' lists and Fleet's own segmenting;
 and what is refused before anything is loaded.
 """
 

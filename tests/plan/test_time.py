@@ -1,6 +1,4 @@
-"""plan/time.py against parallel.md 5.1 (FLOPs a token) and every row of 5.4 (predictions), to 10 %;
-text only, as there.
-"""
+"""plan/time.py against worked FLOPs a token and predictions, to 10 %; text only, as there."""
 
 from __future__ import annotations
 
@@ -110,7 +108,7 @@ def test_experts_over_one_machine() -> None:
 
 
 def test_bubble() -> None:
-    """parallel.md 5.3: P2 with 4, 16, 64 micro-batches 20, 6, 1.5 %; interleaving divides the
+    """P2 with 4, 16, 64 micro-batches 20, 6, 1.5 %; interleaving divides the
     waiting; PP12 with 90: 10.9 %.
     """
     for count, want in ((4, 0.20), (16, 1 / 17), (64, 1 / 65)):

@@ -235,7 +235,7 @@ def test_state_has_hf_names(tmp_path: Path) -> None:
     assert state["log_history"] == [{"epoch": 0.5, "step": 4, "loss": 1.0}]
     assert (state["global_step"], state["epoch"], state["max_steps"], state["best_metric"]) == (4, 0.5, 8, 0.9)
     assert state["best_model_checkpoint"].endswith("checkpoint-4")
-    # ecosystem.md 4.5, row "state"
+    # what transformers' trainer_state.json holds
     names = "best_metric best_model_checkpoint consumed_samples epoch global_step is_local_process_zero is_world_process_zero "
     names += "log_history max_steps num_train_epochs total_flos trial_name trial_params"
     assert set(names.split(" ")) <= set(state)

@@ -79,7 +79,7 @@ def start(folder: Path, environment: dict[str, str], *words: str) -> subprocess.
 
 
 def test_print_shows_the_command_with_ports_that_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The seed command's flags (fastdeploy.md 5.1), its port conflict mended, its no-op left
+    """The seed command's flags, its port conflict mended, its no-op left
     out.
     """
     words = ["--tensor_parallel_size", "8", "--quantization", "wint4", "--limit_mm_per_prompt", '{"image": 4}']

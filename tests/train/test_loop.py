@@ -1,5 +1,5 @@
 """train/loop.py: one gradient however a window is cut, against numpy; seeds, clipping, steps that
-must not be made (methods.md 3.3, 3.6).
+must not be made.
 
 Legend: N target tokens, V vocabulary.
 """

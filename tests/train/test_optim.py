@@ -50,8 +50,7 @@ def test_schedules_that_cannot_be_meant() -> None:
 
 # --- AdamW ----------------------------------------------------------------------------------------
 
-# canonical name -> shape, learning rate over the schedule's, whether it decays (methods.md 2.5,
-# architecture.md 3.6)
+# canonical name -> shape, learning rate over the schedule's, whether it decays
 NAMES = {
     "embed_tokens.weight": ((3, 2), 1.0, True),
     "layers.0.self_attn.q_proj.weight": ((2, 2), 1.0, True),

@@ -1,6 +1,4 @@
-"""train/sft.py: what the loop is told of supervised fine-tuning, and the factors on tasks
-(methods.md 4.12, 11.8).
-"""
+"""train/sft.py: what the loop is told of supervised fine-tuning, and the factors on tasks."""
 
 from __future__ import annotations
 

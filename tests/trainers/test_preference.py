@@ -309,7 +309,7 @@ def test_a_run_from_the_weights_of_another_goes_on_with_its_reference(
 
 
 def test_settings_reach_the_losses() -> None:
-    """Each key by the formula that it is a number of (methods.md 4.2-4.4)."""
+    """Each key by the formula that it is a number of."""
     words = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25, "sft_loss_norm": "seq"}
     made = pair_objective(build({"stage": "DPO", "reward_shift_decay": 0.9, "sft_loss_ratio": 0.5, **words}))
     assert (made.hyper.nll_norm, made.shift.decay, made.terms) == ("seq", 0.9, {"sigmoid": 1.0, "sft": 0.5})

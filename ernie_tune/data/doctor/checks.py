@@ -3,7 +3,6 @@ list of them, and the checks of one record.
 
 Refuses to know: files, pictures (`media.py`), other rows (`compare.py`), how findings
 are printed (`report.py`).
-Source: methods.md 9 (linter); ecosystem.md 2.2, 5.2 rows 8-17.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ refused with its place.
 
 What a format cannot say is not listed anywhere: each row is read back, and anything but the same
 record is a refusal.
-Refuses to know: tokens, pixels. Source of the formats: methods.md 1.2 (F1-F6); ecosystem.md 2.2.
+Refuses to know: tokens, pixels.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def convert(record: Record, form: str, target: str) -> Iterator[dict[str, Any]]:
 
 def _check(record: Record, row: dict[str, Any], form: str, target: str) -> None:
     """Refuse a row that does not read back as the record. The exact-match reward that a label
-    implies may go (methods.md 1.2 F7).
+    implies may go.
     """
     plain = json.loads(json.dumps(row, default=_as_text))
     found = match(plain)

@@ -1,8 +1,7 @@
 """The check of whole data sets: every row once, by the fast road where it can, then all rows
 against each other.
 
-Refuses to know: command lines, how findings and numbers are printed. Source: methods.md 9 (linter);
-ecosystem.md 2.2, 5.2.
+Refuses to know: command lines, how findings and numbers are printed.
 Memory: one block of a file, one table of file names, bounded lists of findings; see
     `compare.py` for the rest.
 Legend: n rows of a batch, k rows of a comparison.

@@ -30,7 +30,7 @@ _PROBE_BYTES = 200_000  # of text that are tokenised to measure the factor
 _COUNTED_BYTES = 1_000_000  # whose letters are all counted
 _CLASSES = 1000  # distinct answers that are counted; beyond that the rare ones are forgotten
 _DOMAINS = 1000
-# Where a warning begins (methods.md 9 for the bias; the others are ours).
+# Where a warning begins.
 LENGTH_RATIO, MIN_PAIRS = 1.3, 10
 CONSTANT_SHARE, MIN_ANSWERS = 0.9, 20
 IMBALANCE, MAX_CLASSES, MIN_CLASSIFIED = 10, 20, 50

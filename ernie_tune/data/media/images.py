@@ -8,8 +8,7 @@ would shift its boxes. (Where transformers is given a path it does turn the pict
 names such photos.) Of an animated file the first frame counts; `video.py` reads the rest.
 
 Legend: F frames, H and W pixels, C colours (3) or values per patch (588), P patches.
-Source of the rules: architecture.md 4.1 (patch order), 7.1 (smart resize), 7.2 (limits), 7.3
-(colours, normalisation).
+Source of the rules: the image-processing code beside the released weights.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ernie_tune.config.language import say
 
-# they differ only for very narrow or very small images (architecture.md 7.1)
+# they differ only for very narrow or very small images
 RESIZE_RULES = ("paddle", "hf")
 # The formats that a picture may have, whatever its name says: pillow knows more, among them
 # PostScript, which starts another program.
@@ -104,7 +103,7 @@ def smart_resize(
     height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28, rule: str = "paddle"
 ) -> tuple[int, int]:
     """(height, width): multiples of `factor` near the given shape, area within [min_pixels,
-    max_pixels] (architecture.md 7.1).
+    max_pixels].
 
     "paddle" flattens ratios above 200 to 200 and raises ValueError where no such shape exists; "hf"
     (transformers 5.23) raises above 200 and may leave the limits. Halves round to even.
@@ -162,7 +161,7 @@ def load_image(source: ImageSource, where: str = "") -> Image.Image:
     """Decode a path, `file:///` or `data:` URL, bytes, pillow image or uint8 array [H,W], [H,W,3|4]
     into a new RGB image.
 
-    Transparent pixels become white, 16-bit grey keeps its upper byte (architecture.md 7.3). `where`
+    Transparent pixels become white, 16-bit grey keeps its upper byte. `where`
     ("train.jsonl:17") opens every error.
     Raises ValueError when the source is missing, remote, damaged, empty, a decompression bomb, or
     has no 8- or 16-bit values.
@@ -356,8 +355,7 @@ def patchify(frames_FHWC: np.ndarray, settings: ImageSettings) -> tuple[np.ndarr
     """Frames of values 0..255, already resized -> (pixel_values_PC float32, (F, patch rows, patch
     columns)).
 
-    Patches: frames in order, inside a frame 2x2 blocks in row order, inside a block row order
-    (architecture.md 4.1).
+    Patches: frames in order, inside a frame 2x2 blocks in row order, inside a block row order.
     Values of a patch: (channel, row, column). Raises ValueError for another shape.
     """
     p, m = settings.patch_size, settings.merge_size

@@ -7,8 +7,8 @@ file is not applied, like EXIF in `images.py`.
 Readers yield (seconds, RGB frame) for the chosen frames only, so memory holds those and one frame
 in flight, never the whole video.
 Legend: P patches, C values per patch (588), T frames.
-Source of the rules: architecture.md 7.2 (limits), 7.4 (sampling, timestamps, odd counts), 11.17 (a
-missing font must be an error).
+Source of the rules: the processing code beside the released weights; a missing font is an error
+here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ernie_tune.data.media.images import (
 
 FRAME_RULES = ("paddle", "hf")
 SAMPLINGS = ("middle", "leading")
-LIST_FPS = 2.0  # a list of pictures counts as a video of 2 frames a second (architecture.md 7.4)
+LIST_FPS = 2.0  # a list of pictures counts as a video of 2 frames a second
 DEFAULT_FRAME_MS = 100  # browsers show an animation frame of unstated duration this long
 FONT_SCALE = 0.1  # of the shorter side; the stroke is the same share of the font
 _ANIMATIONS = ("GIF", "PNG", "WEBP")
@@ -116,15 +116,14 @@ class VideoSettings:
         return dataclasses.replace(self.image, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
-# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames
-# (architecture.md 7.2, 7.4).
+# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames.
 TRAINING_PLUGIN = VideoSettings(min_frames=1, min_pixels=ImageSettings.min_pixels, max_pixels=ImageSettings.max_pixels)
 
 
 def sample_indices(
     total_frames: int, duration_seconds: float, settings: VideoSettings, target_frames: int | None = None
 ) -> list[int]:
-    """Which frames to take, ascending, each at most once (architecture.md 7.4).
+    """Which frames to take, ascending, each at most once.
 
     "paddle": int(duration * fps) frames, or `target_frames`, from equal intervals. "hf"
     (transformers 5.23): evenly spaced first frames; with neither fps nor `target_frames`, all of
@@ -188,7 +187,7 @@ def _sample_hf(total: int, duration_seconds: float, settings: VideoSettings, tar
 
 
 def timestamp_text(seconds: float) -> str:
-    """ "time: HH:MM:SS.ss", hours unlimited (architecture.md 7.4). The seconds round on their own:
+    """ "time: HH:MM:SS.ss", hours unlimited. The seconds round on their own:
     59.996 reads 00:00:60.00.
 
     Raises ValueError for a negative or infinite time.
@@ -228,8 +227,7 @@ def font_bytes(path: str | None) -> bytes:
 
 
 def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = None) -> None:
-    """Write the time into the top left corner of an RGB frame, in place: black, white outline
-    (architecture.md 7.4).
+    """Write the time into the top left corner of an RGB frame, in place: black, white outline.
 
     Raises ValueError if the font cannot be opened or the frame is under 10 pixels.
     """

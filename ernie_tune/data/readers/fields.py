@@ -2,7 +2,6 @@
 the finished record.
 
 Refuses to know: which format a row has, how files are stored, whether a picture exists.
-Source: ecosystem.md 2.2, 4.3 (column aliases, roles, content parts); methods.md 9.
 """
 
 from __future__ import annotations

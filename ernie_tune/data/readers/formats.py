@@ -3,7 +3,6 @@ readers of demonstrations.
 
 Refuses to know: how files are stored, tokens, pixels. Judged answers are read in
 `preference.py`.
-Source: methods.md 1.2 (F1-F11), 9; ecosystem.md 2.2, 4.3.
 """
 
 from __future__ import annotations

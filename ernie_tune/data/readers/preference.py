@@ -2,8 +2,6 @@
 own form that holds any of them.
 
 Refuses to know: how files are stored, which loss will use the judgement, how an answer is checked.
-Source: methods.md 1.2 (F2, F8, F10, F11), 9 (signals); ecosystem.md 2.2 (spellings of pairs and
-labels).
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ from ernie_tune.data.readers.media import MEDIA_NAMES, read_columns
 from ernie_tune.data.records import SIGNALS, Media, Record, Reward, Verifier, show
 
 _ANSWER = Turn({"role": "assistant", "content": ""})
-DEFAULT_SCALE = (1.0, 5.0)  # methods.md 1.2 F11
+DEFAULT_SCALE = (1.0, 5.0)  # of ratings, where a row names none
 _LABELS = {
     **dict.fromkeys(("good", "true", "1", "yes", "desirable", "chosen"), True),
     **dict.fromkeys(("bad", "false", "0", "no", "undesirable", "rejected"), False),
 }
-# ecosystem.md 4.3 -> methods.md 6.1
+# kinds of answers as other tools name them -> our checkers
 _REWARD_TYPES = {"choice": "mcq", "number": "numeric", "bbox": "box_iou", "ocr": "ocr_ned"}
 # signal -> what each candidate must have
 _JUDGEMENTS = {"ranking": "rank", "rating": "score", "label": "label"}
@@ -293,7 +291,7 @@ _CANONICAL = {
 
 
 def read_canonical(f: Fields) -> Record:
-    """methods.md 9: messages + signal {type, ...}; ecosystem.md 4.3: messages + candidates. The
+    """messages + signal {type, ...}, or messages + candidates. The
     signal's fields join the row's.
     """
     if not f.has("signal"):
