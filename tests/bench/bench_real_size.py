@@ -120,7 +120,7 @@ def write_rows(path: Path, tokens: int, count: int = 4) -> None:
     with path.open("w") as file:
         for _ in range(count):
             shown = tokens > 300
-            text = " ".join(str(n) for n in words.integers(0, 10, max(8, (tokens - (256 if shown else 0)) // 2)))
+            text = " ".join(str(n) for n in words.integers(0, 10, max(8, (tokens - (300 if shown else 40)) * 2 // 5)))
             user: dict[str, Any] = {"role": "user", "content": ("<image>" if shown else "") + text}
             row: dict[str, Any] = {"messages": [user, {"role": "assistant", "content": text[: len(text) // 4]}]}
             if shown:
