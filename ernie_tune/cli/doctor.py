@@ -54,17 +54,21 @@ _TOKENS = {
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune doctor [--dist [--nproc N]]
+    """ernie-tune doctor [--dist [--nproc N]] [--card [DEVICE]]
 
     Prints versions, processor, memory, disk, cards, ports and hub tokens (yes or no), then what
     looks wrong and how to mend it. Made to be pasted into an issue. --dist: starts one process a
     card (or N, on a CPU too; on each of several machines with NNODES, RANK, MASTER_ADDR,
     MASTER_PORT) and measures how they talk; a rank that is missing or does not answer is named
-    within 60 s.
+    within 60 s. --card: does the card (gpu:0, or DEVICE; cpu puts the CPU in its place) compute
+    what a CPU computes, and how fast? A few minutes, no download; exit code 1 where a line is
+    wrong.
     """
     words, nproc = workers.split_nproc(args)
     if words == ["--dist"]:
         return between_ranks(nproc)
+    if words[:1] == ["--card"] and len(words) < 3:
+        return of_card(words[1] if words[1:] else "")
     if args:
         raise UsageError(say(f"doctor takes no words, got {args[0]!r}", f"doctor 不需要参数，得到 {args[0]!r}"))
     versions = {name: found for name in (*_CORE, *_OPTIONAL) if (found := _version(name))}
@@ -73,6 +77,43 @@ def run(args: list[str]) -> int:
     for problem in diagnose(versions, cards, os.environ, _shared_memory()) or ["nothing"]:
         print(say(f"to mend: {problem}", f"待修复：{problem}"))
     return 0
+
+
+def of_card(device: str) -> int:
+    """Look a card over and print a page to paste into an issue."""
+    import paddle
+
+    from ernie_tune.models.startup import prepare_device
+    from ernie_tune.train.card_check import check_card
+
+    prepare_device()
+    device = device or paddle.get_device()
+    if device != "cpu" and not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
+        raise UsageError(
+            say(
+                f"device ({device}) must be a card that this Paddle sees, and it sees none; install paddlepaddle-gpu, or give cpu",
+                f"设备（{device}）须为当前 Paddle 可见的卡，但一张也没有；请安装 paddlepaddle-gpu，或写 cpu",
+            )
+        )
+    versions = {name: found for name in (*_CORE, *_OPTIONAL) if (found := _version(name))}
+    print("\n".join(describe(versions, _cards(), os.environ)))
+    wrong = 0
+    for line in check_card(device):
+        verdict = {None: "    ", True: "ok  ", False: say("BAD ", "有误")}[line.passed]
+        wrong += line.passed is False
+        print(f"{verdict} {line.about}: {line.found}", flush=True)
+    if device != "cpu" and paddle.device.cuda.device_count() > 1:
+        print(
+            say(
+                "several cards: `ernie-tune doctor --dist` has them talk", "多张卡：请再运行 `ernie-tune doctor --dist`"
+            )
+        )
+    print(
+        say(f"{device}: {wrong} lines are wrong", f"{device}：{wrong} 项有误")
+        if wrong
+        else say(f"{device}: every line is as it should be", f"{device}：各项正常")
+    )
+    return int(wrong > 0)
 
 
 def describe(versions: Mapping[str, str], cards: list[str], environ: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ share one product; on a GPU the varlen flash kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -23,6 +23,7 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
 from ernie_tune.models.layers import row_sum, scale_rows, where_needed
+from ernie_tune.models.proven import proven
 
 # Probabilities are kept for the backward while they are smaller than this; above it they are made
 # again from queries and keys.
@@ -284,12 +285,37 @@ def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: Attenti
     head j // (N/K). Returns [T, N, H].
     """
     if not plan.shared and q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
-        bounds = paddle.to_tensor(plan.offsets, dtype="int32")
-        longest = max(run.length for run in plan.runs)
-        return F.flash_attention.flash_attn_unpadded(
-            q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, q_TNH.shape[2] ** -0.5, causal=plan.causal
-        )[0]
+        heads, kv_heads, width = q_TNH.shape[1], k_TKH.shape[1], q_TNH.shape[2]
+        if flash_holds(heads, kv_heads, width, plan.causal, q_TNH.dtype):
+            return _flash(q_TNH, k_TKH, v_TKH, plan)
     return _SegmentAttention.apply(q_TNH, k_TKH, v_TKH, plan)
+
+
+def _flash(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
+    bounds = paddle.to_tensor(plan.offsets, dtype="int32")
+    longest = max(run.length for run in plan.runs)
+    return F.flash_attention.flash_attn_unpadded(
+        q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, q_TNH.shape[2] ** -0.5, causal=plan.causal
+    )[0]
+
+
+def flash_holds(heads: int, kv_heads: int, width: int, causal: bool, dtype: paddle.dtype) -> bool:
+    """Whether the varlen flash kernel gives what the plain path gives here, for such heads."""
+    plan = AttentionPlan((0, 5, 37, 165), causal)
+    rng = np.random.default_rng(0)
+    shapes = [(plan.offsets[-1], count, width) for count in (heads, kv_heads, kv_heads, heads)]
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+    def results(attend: Callable[..., Tensor]) -> list[Tensor]:
+        *inputs, grad = (paddle.to_tensor(value).astype(dtype) for value in values)
+        for x in inputs:
+            x.stop_gradient = False
+        with paddle.set_grad_enabled(True):
+            out = attend(*inputs, plan)
+        return [out, *paddle.grad(out, inputs, grad)]
+
+    kind = (heads, kv_heads, width, causal)
+    return proven("flash attention", kind, dtype, lambda: results(_flash), lambda: results(_SegmentAttention.apply))
 
 
 def cached_attention(q_BNH: Tensor, k_BKCH: Tensor, v_BKCH: Tensor, bias_BC: Tensor) -> Tensor:

@@ -1,0 +1,398 @@
+"""Does a card compute what a CPU computes, and how fast? Operators, steps of small models and of
+two layers of the released width, memory, rates: one line each, with a verdict.
+
+The reference is the CPU in a wider format: float64 for operators and the small model, float32 for
+wide layers. The same lines are made with the CPU in the card's place, in float32.
+Refuses to know: how lines are shown, several cards (`ernie-tune doctor --dist` has them talk).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.language import say
+from ernie_tune.config.layout import Layout
+from ernie_tune.data.batching import Sample, collate
+from ernie_tune.generate.batch import generate
+from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.models.attention import AttentionPlan, cached_attention, flash_holds, segment_attention
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.inputs import Row
+from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors
+from ernie_tune.models.moe import grouped_matmul, route
+from ernie_tune.models.presets import preset
+from ernie_tune.models.proven import TOLERANCE, relative_error
+from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.model import get_peft_model
+from ernie_tune.peft.quantize import QuantizedLinear, QuantizedWeight
+from ernie_tune.plan.cards import card
+from ernie_tune.plan.job import Job
+from ernie_tune.plan.memory import memory
+from ernie_tune.plan.time import flops_per_token
+from ernie_tune.train.loop import Loop, LoopSettings
+from ernie_tune.train.optim import Schedule, build_adamw
+from ernie_tune.train.sft import SFTObjective
+
+RELEASED = "ernie-4.5-vl-28b-a3b"
+STEPS = 3
+# of the loss of a step, beside the reference's
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+_ROW_TOKENS, _PICTURE_PATCHES = 160, 16  # a picture of 16 x 16 patches is 64 tokens
+
+
+@dataclass(frozen=True)
+class CheckLine:
+    """One finding: what was looked at, what came out, and whether it is as it should be (None: a
+    figure, nothing to judge).
+    """
+
+    about: str
+    found: str
+    passed: bool | None = None
+
+
+Operator = Callable[[Callable[..., Tensor]], Sequence[Tensor]]
+
+
+def check_card(device: str) -> Iterator[CheckLine]:
+    """The lines for a device ("gpu:0", "cpu"), as they are found. The device is the process's own
+    again afterwards.
+    """
+    before = paddle.get_device()
+    dtypes = ("float32",) if device == "cpu" else ("float32", "bfloat16")
+    try:
+        for dtype in dtypes:
+            for name, operator in OPERATORS.items():
+                yield _operator(name, operator, device, dtype)
+        if device != "cpu":
+            yield _flash()
+        rates = {dtype: _product_rate(device, dtype) for dtype in dtypes}
+        for dtype, rate in rates.items():
+            yield CheckLine(
+                say(f"products, {dtype}", f"矩阵乘，{dtype}"),
+                say(f"{rate / 1e12:.2f} TFLOP/s", f"{rate / 1e12:.2f} TFLOP/s"),
+            )
+        yield CheckLine(say("copying memory", "内存复制"), f"{_copy_rate(device) / 1e9:.0f} GB/s")
+        yield from _models(device, dtypes, rates)
+        if device != "cpu":
+            yield _memory(device)
+        yield _decoding(device, dtypes[-1])
+    finally:
+        paddle.set_device(before)
+
+
+# --- operators ---------------------------------------------------------------------------------
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def _with_gradients(
+    make: Callable[..., Tensor], function: Callable[..., Tensor], *arrays: np.ndarray
+) -> Sequence[Tensor]:
+    inputs = [make(array) for array in arrays]
+    for x in inputs:
+        x.stop_gradient = False
+    out = function(*inputs)
+    return [out, *paddle.grad(out, inputs, make(_normal(99, *out.shape)))]
+
+
+def _attention(offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> Operator:
+    def run(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+        tokens = offsets[-1]
+        arrays = [_normal(i, tokens, heads, 64) for i, heads in enumerate((4, 2, 2))]
+        return _with_gradients(
+            make, lambda q, k, v: segment_attention(q, k, v, AttentionPlan(offsets, causal, parents)), *arrays
+        )
+
+    return run
+
+
+def _cached(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    bias = np.zeros((3, 40))
+    bias[0, :7] = -1e30
+    q, k, v = make(_normal(0, 3, 4, 64)), make(_normal(1, 3, 2, 40, 64)), make(_normal(2, 3, 2, 40, 64))
+    return [cached_attention(q, k, v, make(bias, "float64" if q.dtype == paddle.float64 else "float32"))]
+
+
+def _rope(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    angles = text_angles(np.arange(60).reshape(20, 3), 64, 8, 1e4)
+
+    def turned(x: Tensor) -> Tensor:
+        return rotate_pairs(x, turn_factors(angles, 4, str(x.dtype).rsplit(".", 1)[-1]))
+
+    return _with_gradients(make, turned, _normal(0, 20, 4, 64))
+
+
+def _experts(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    counts = (5, 0, 17, 10)
+    return _with_gradients(make, lambda x, w: grouped_matmul(x, w, counts), _normal(0, 32, 48), _normal(1, 4, 48, 24))
+
+
+def _router(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    wide = "float64" if make(np.zeros(1)).dtype == paddle.float64 else "float32"
+    routing = route(make(_normal(0, 32, 48), wide), make(_normal(1, 48, 8), wide), make(np.zeros(8), wide), 2)
+    return [routing.logits_TE, routing.weight_Tk, routing.chosen_Tk.astype(wide)]
+
+
+def _logp(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    targets = paddle.to_tensor(np.arange(16) * 31)
+    return _with_gradients(
+        make, lambda h, w: token_logp(h, w, targets, transposed=True), _normal(0, 16, 48), _normal(1, 500, 48)
+    )
+
+
+def _quantised(bits: int) -> Operator:
+    def run(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+        # the codes are made from one set of float32 numbers, so that all formats have the same
+        weight = QuantizedWeight.rounded(paddle.to_tensor(_normal(1, 128, 48).astype(np.float32)), bits)
+        scale = make(weight.scale.astype("float64").numpy()) if weight.scale is not None else None
+        if weight.codes is None or scale is None:
+            raise AssertionError("a rounded weight has values")
+        return _with_gradients(make, QuantizedLinear(QuantizedWeight(weight.codes, scale, bits)), _normal(0, 16, 128))
+
+    return run
+
+
+def _adamw(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    parameter = paddle.create_parameter([64], "float64" if make(np.zeros(1)).dtype == paddle.float64 else "float32")
+    parameter.set_value(_normal(0, 64).astype(str(parameter.dtype).rsplit(".", 1)[-1]))
+    optimizer = build_adamw([("w", parameter)], lambda _: 1.0, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8)
+    optimizer.set_lr(0.1)
+    for step in range(3):
+        (parameter * paddle.to_tensor(_normal(step + 1, 64)).astype(parameter.dtype)).sum().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    return [parameter]
+
+
+def _product(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    return _with_gradients(make, paddle.matmul, _normal(0, 40, 64), _normal(1, 64, 32))
+
+
+def _norm(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    return _with_gradients(make, lambda x, w: rms_norm(x, w, 1e-5), _normal(0, 40, 64), _normal(1, 64))
+
+
+def _swiglu(make: Callable[..., Tensor]) -> Sequence[Tensor]:
+    return _with_gradients(make, swiglu, _normal(0, 40, 64), _normal(1, 40, 64))
+
+
+OPERATORS: dict[str, Operator] = {
+    "product": _product,
+    "RMSNorm": _norm,
+    "SwiGLU": _swiglu,
+    "rotary embedding": _rope,
+    "attention, causal": _attention((0, 5, 37, 165), True),
+    "attention, whole pictures": _attention((0, 16, 80), False),
+    "attention, shared prefix": _attention((0, 40, 52, 70), True, (-1, 0, 0)),
+    "attention, decoding": _cached,
+    "router": _router,
+    "experts": _experts,
+    "log-probabilities": _logp,
+    "int8 layer": _quantised(8),
+    "int4 layer": _quantised(4),
+    "AdamW": _adamw,
+}
+
+
+def _operator(name: str, operator: Operator, device: str, dtype: str) -> CheckLine:
+    want = _results(operator, "cpu", "float64")
+    about = say(f"operator {name}, {dtype}", f"算子 {name}，{dtype}")
+    try:
+        got = _results(operator, device, dtype)
+    except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
+        return CheckLine(about, _short(error), False)
+    tolerance = TOLERANCE[getattr(paddle, dtype)]
+    worst = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
+    return CheckLine(about, _off(worst, tolerance), worst <= tolerance)
+
+
+def _results(operator: Operator, device: str, dtype: str) -> list[np.ndarray]:
+    paddle.set_device(device)
+
+    def make(array: np.ndarray, kind: str = dtype) -> Tensor:
+        return paddle.to_tensor(array).astype(kind)
+
+    return [x.astype("float64").numpy() for x in operator(make)]
+
+
+def _off(worst: float, tolerance: float) -> str:
+    return say(f"off by {worst:.1e}, {tolerance:.0e} allowed", f"相差 {worst:.1e}，允许 {tolerance:.0e}")
+
+
+def _short(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()[:120] if lines else ''}"
+
+
+def _flash() -> CheckLine:
+    config = preset(RELEASED)
+    paddle.set_device("gpu:0")
+    held = flash_holds(config.num_attention_heads, config.num_key_value_heads, config.head_dim, True, paddle.bfloat16)
+    return CheckLine(
+        say("flash attention, bfloat16", "flash 注意力，bfloat16"),
+        say("used", "启用") if held else say("not used: see above", "未启用：见上"),
+        held,
+    )
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+def wide_config() -> ModelConfig:
+    """Two layers of the released width, one dense and one with eight of its experts, two blocks of
+    its vision tower, and a small vocabulary.
+    """
+    config = preset(RELEASED)
+    small = preset("small")
+    if config.moe is None or config.vision is None:
+        raise AssertionError("the released model has experts and a tower")
+    moe = dataclasses.replace(config.moe, num_experts=8, layer_indices=(1,))
+    vision = dataclasses.replace(config.vision, depth=2)
+    return config.replace(num_hidden_layers=2, moe=moe, vision=vision, vocab_size=small.vocab_size, tokens=small.tokens)
+
+
+def _models(device: str, dtypes: Sequence[str], rates: dict[str, float]) -> Iterator[CheckLine]:
+    small, wide = preset("small"), wide_config()
+    cases = {
+        say("small, all weights", "small，全部权重"): (small, False, "float64"),
+        say("small, LoRA", "small，LoRA"): (small, True, "float64"),
+        say("two layers of the 28B's width, LoRA", "28B 宽度的两层，LoRA"): (wide, True, "float32"),
+    }
+    for about, (config, lora, reference) in cases.items():
+        # with the CPU in the card's place the wide layers are compared with float64
+        exact = "float64" if device == "cpu" else reference
+        want, _ = _steps("cpu", exact, config, lora)
+        for dtype in dtypes:
+            title = say(f"step of {about}, {dtype}", f"训练步：{about}，{dtype}")
+            try:
+                got, seconds = _steps(device, dtype, config, lora)
+            except (RuntimeError, ValueError, OSError, MemoryError) as error:
+                yield CheckLine(title, _short(error), False)
+                continue
+            off = max(abs(a / b - 1) for a, b in zip(got, want, strict=True))
+            tokens = 2 * _ROW_TOKENS
+            job = Job(config, method="LoRA" if lora else "Full", lora=_lora() if lora else None, row_tokens=_ROW_TOKENS)
+            # frozen weights get no gradient: a third of the operations is not there
+            flops = flops_per_token(job) * (2 / 3 if lora else 1)
+            share = flops * tokens / seconds / rates[dtype]
+            speed = say(
+                f"{tokens / seconds:.0f} tokens/s, {share:.0%} of the product rate",
+                f"{tokens / seconds:.0f} token/s，为矩阵乘速率的 {share:.0%}",
+            )
+            yield CheckLine(title, f"{_off(off, LOSS_TOLERANCE[dtype])}; {speed}", off <= LOSS_TOLERANCE[dtype])
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=8, target_modules=["attention"])
+
+
+def _steps(device: str, dtype: str, config: ModelConfig, lora: bool) -> tuple[list[float], float]:
+    """Losses of a few steps on rows with pictures, and seconds of the fastest."""
+    paddle.set_device(device)
+    model: Any = AutoModel.from_config(config, seed=1, dtype=dtype)
+    if lora:
+        model = get_peft_model(model, _lora())
+    window = [collate([_sample(config, seed) for seed in range(2)], config.tokens)]
+    optimizer = build_adamw(
+        list(model.named_parameters()), lambda _: 1.0, weight_decay=0.0, beta1=0.9, beta2=0.95, epsilon=1e-8
+    )
+    loop = Loop(model, SFTObjective(), optimizer, Schedule(1e-4, STEPS), LoopSettings())
+    records = list(loop.steps([window] * STEPS))
+    del model, optimizer, loop
+    gc.collect()
+    return [r.loss for r in records], min(r.seconds for r in records)
+
+
+def _sample(config: ModelConfig, seed: int) -> Sample:
+    rng, tokens, side = np.random.default_rng(seed), config.tokens, _PICTURE_PATCHES
+    ids = rng.integers(10, 7900, _ROW_TOKENS)
+    ids[1 : 1 + side**2 // 4] = int(tokens.image or 0)
+    pixels = rng.standard_normal((side**2, 588)).astype(np.float32)
+    trained = ids != tokens.image
+    return Sample(Row(ids, pixels, np.array([[1, side, side]])), trained, trained.astype(np.float32))
+
+
+def _memory(device: str) -> CheckLine:
+    """The largest memory of a LoRA step, beside what an estimate counts for it."""
+    config = preset("small")
+    paddle.set_device(device)
+    paddle.device.cuda.empty_cache()
+    paddle.device.cuda.reset_max_memory_allocated()
+    _steps(device, "bfloat16", config, lora=True)
+    used = paddle.device.cuda.max_memory_allocated()
+    visual = 2 * _PICTURE_PATCHES**2 // 4
+    job = Job(config, method="LoRA", lora=_lora(), rows=2, row_tokens=_ROW_TOKENS, visual_tokens=visual)
+    items = memory(job, Layout(), card("80g")).items
+    counted = sum(v for k, v in items.items() if k not in ("process and context", "fragmentation"))
+    return CheckLine(
+        say("memory of a LoRA step of small", "small 的 LoRA 训练步内存"),
+        say(f"{used / 1e6:.0f} MB, {counted / 1e6:.0f} estimated", f"{used / 1e6:.0f} MB，估计 {counted / 1e6:.0f}"),
+    )
+
+
+# --- rates -------------------------------------------------------------------------------------
+
+
+def _best(function: Callable[[], Tensor], rounds: int = 5) -> float:
+    """Seconds of the fastest round; the result is read, so that a device has finished."""
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        float(function().reshape([-1])[0])
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _product_rate(device: str, dtype: str) -> float:
+    paddle.set_device(device)
+    size = 1024 if device == "cpu" else 8192
+    a = paddle.ones([size, size], dtype)
+    return 2 * size**3 / _best(lambda: paddle.matmul(a, a))
+
+
+def _copy_rate(device: str) -> float:
+    paddle.set_device(device)
+    x = paddle.ones([2**26 if device == "cpu" else 2**28], "float32")
+    return 2 * 4 * x.shape[0] / _best(lambda: x + 0.0)
+
+
+def _decoding(device: str, dtype: str) -> CheckLine:
+    """Greedy tokens a second of eight rows; the first tokens are those of the CPU."""
+    rows = [Row(np.random.default_rng(seed).integers(10, 7900, 64)) for seed in range(8)]
+    params = SamplingParams(max_new_tokens=16, temperature=0.0)
+
+    def run(where: str, kind: str) -> tuple[list[list[int]], float]:
+        paddle.set_device(where)
+        model = AutoModel.from_config("small", seed=1, dtype=kind)
+        model.eval()
+        start = time.perf_counter()
+        done = generate(model, rows, model.config.tokens, params)
+        return [list(answers[0].token_ids) for answers in done], time.perf_counter() - start
+
+    want, _ = run("cpu", "float32")
+    got, seconds = run(device, dtype)
+    tokens = sum(map(len, got))
+    equal = np.mean([a[:1] == b[:1] for a, b in zip(got, want, strict=True)])
+    least = 1.0 if dtype == "float32" else 0.75  # near ties decide otherwise in bfloat16
+    return CheckLine(
+        say(f"decoding of small, {dtype}", f"small 解码，{dtype}"),
+        say(
+            f"{tokens / seconds:.0f} tokens/s; first tokens as on the CPU: {equal:.0%}",
+            f"{tokens / seconds:.0f} token/s；首个 token 与 CPU 一致：{equal:.0%}",
+        ),
+        bool(equal >= least),
+    )
