@@ -22,6 +22,8 @@ from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
 from ernie_tune.config.stages import STAGES
+from ernie_tune.plan.free import free_memory, shortage
+from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.judgement import judged
 
 ANSWERS_FILE = "eval_answers.jsonl"
@@ -121,6 +123,8 @@ def _train(args: list[str], stage: str = "") -> int:
             # before the log folder of the run that is there is touched
             check_free(Path(config.save.output_dir))
         return workers.start(start, workers.log_folder(os.environ, config.save.output_dir), ["train", *words])
+    if not cards and "PADDLE_TRAINER_ID" not in os.environ:  # one of several holds a part alone
+        _check_memory(config)
     with while_paddle_loads():
         from ernie_tune.trainers.interrupts import Interrupted
 
@@ -130,6 +134,20 @@ def _train(args: list[str], stage: str = "") -> int:
         print(shown(error), file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     return 0
+
+
+def _check_memory(config: RunConfig) -> None:
+    """ValueError for a run whose weights alone are more than what is free; a line for one that may
+    turn out too large. (A process that the system ends cannot say why.)
+    """
+    model, free = known_shape(config.model.model_name_or_path), free_memory()
+    if model is None or free is None:
+        return
+    told, certain = shortage(config, model, free)
+    if certain:
+        raise ValueError(told)
+    if told:
+        print(shown(told), file=sys.stderr)
 
 
 def evaluate(args: list[str]) -> int:

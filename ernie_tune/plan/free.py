@@ -1,0 +1,92 @@
+"""Does a run fit the memory that is free on this machine, before anything is loaded? Free is the
+least that the machine, a container's limit and `ulimit -v` leave.
+
+Refuses to know: paddle, numpy, cards (their memory is `ernie-tune estimate`'s matter).
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import Text, say
+from ernie_tune.config.layout import Layout
+from ernie_tune.models.config import ModelConfig
+from ernie_tune.plan.cards import card
+from ernie_tune.plan.job import job_of
+from ernie_tune.plan.memory import memory
+from ernie_tune.plan.search import changes_that_fit
+
+GB = 1e9
+# What a run holds from its first step on, however short its rows are.
+_ALWAYS = ("weights", "quantised base", "vision tower", "adapters", "reference model", "gradients", "optimizer")
+# (limit, what is in use) of a container, in either version of control groups
+_CONTAINER = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes that a new process may take, and what sets the bound."""
+
+    bytes: int
+    bound: Text
+
+
+def free_memory(
+    meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup"), statm: Path = Path("/proc/self/statm")
+) -> Free | None:
+    """What is free here; None on a system that does not say."""
+    if not meminfo.is_file():
+        return None
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+    found = [Free(int(kib.get("MemAvailable", 0)) * 1024, say("this machine", "本机"))]
+    for limit, usage in _CONTAINER:
+        texts = [f.read_text().strip() for f in (groups / limit, groups / usage) if f.is_file()]
+        if len(texts) == 2 and all(text.isdecimal() for text in texts):
+            found.append(Free(max(0, int(texts[0]) - int(texts[1])), say("the container's limit", "容器上限")))
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY and statm.is_file():
+        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+        found.append(Free(max(0, soft - taken), say("ulimit -v", "ulimit -v")))
+    return min(found, key=lambda f: f.bytes)
+
+
+def shortage(config: RunConfig, model: ModelConfig, free: Free) -> tuple[Text | None, bool]:
+    """What to say of a run of one process on a CPU that may not fit, and whether it is certain: its
+    weights and states alone are too much. (None, False) for one that fits.
+    """
+    job = job_of(config, model, on_cpu=True)
+    items = memory(job, Layout(), card("cpu")).items
+    # codes of a packed folder are pages of a file, which the system takes back
+    held = sum(v for k, v in items.items() if k in _ALWAYS and not (job.packed is not None and k == "quantised base"))
+    needed = sum(items.values())
+    if needed <= free.bytes:
+        return None, False
+    certain = held > free.bytes
+    machine = card(f"cpu-{max(1, int(free.bytes / GB))}g")
+    fits = [" + ".join(texts) for texts in changes_that_fit(job, machine, 1, count=2)]
+    remedy = say(f"; it would fit with {' or '.join(fits)}", f"；改用 {' 或 '.join(fits)} 则放得下") if fits else ""
+    if certain:
+        return (
+            say(
+                f"memory ({free.bytes / GB:.1f} GB free, by {free.bound}) must hold at least {held / GB:.1f} GB of weights, "
+                f"gradients and optimizer states{remedy}",
+                f"内存（剩余 {free.bytes / GB:.1f} GB，受限于{free.bound}）至少须容纳 {held / GB:.1f} GB 的权重、梯度与优化器状态{remedy}",
+            ),
+            True,
+        )
+    return (
+        say(
+            f"memory: rows as long as allowed need {needed / GB:.1f} GB, {free.bytes / GB:.1f} GB are free, by {free.bound}; "
+            f"the system may end the run{remedy}",
+            f"内存：若各行都达到允许的长度，需要 {needed / GB:.1f} GB，剩余 {free.bytes / GB:.1f} GB（受限于{free.bound}）；"
+            f"系统可能会终止训练{remedy}",
+        ),
+        False,
+    )
