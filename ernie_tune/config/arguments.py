@@ -29,7 +29,13 @@ from ernie_tune.config.sections_model import (
     MediaArguments,
     ModelArguments,
 )
-from ernie_tune.config.sections_online import CriticArguments, PairArguments, PolicyArguments, RolloutArguments
+from ernie_tune.config.sections_online import (
+    CriticArguments,
+    PairArguments,
+    PolicyArguments,
+    RolloutArguments,
+    TeacherArguments,
+)
 from ernie_tune.config.sections_run import (
     ComputeArguments,
     EvalArguments,
@@ -66,7 +72,7 @@ VARYING = (
 # Sections whose settings belong together at every stage that compares answers: there, one that the
 # stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
-SAMPLING = ("rollout", "policy", "critic", "pairs")  # sections of runs that sample answers
+SAMPLING = ("rollout", "policy", "critic", "pairs", "teacher")  # sections of runs that sample answers
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class RunConfig:
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     critic: CriticArguments = field(default_factory=CriticArguments)
     pairs: PairArguments = field(default_factory=PairArguments)
+    teacher: TeacherArguments = field(default_factory=TeacherArguments)
 
     @property
     def samples(self) -> bool:

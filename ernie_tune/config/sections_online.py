@@ -327,3 +327,53 @@ class PairArguments:
         "pair 项的系数：数值，或 auto：在参考处对 token 的作用为 pg 的五分之一",
         stages=_UPO,
     )
+
+
+@dataclass(frozen=True)
+class TeacherArguments:
+    """A teacher that says of every sampled token how likely it would have been (on-policy
+    distillation). Stage RLVR.
+    """
+
+    teacher_model: str = arg(
+        "",
+        "teacher of sampled answers: a folder, base (the model without its adapter) or self; empty: none",
+        "采样回答的教师：目录、base（去掉适配器的模型）或 self；空表示没有",
+        stages=("RLVR",),
+    )
+    teacher_kl_coef: float = arg(
+        0.0,
+        "what the teacher's log-probability less the policy's adds to a token's advantage",
+        "教师与策略对数概率之差加入 token 优势的系数",
+        low=0,
+        stages=("RLVR",),
+    )
+    distill_coef: float | None = arg(
+        None,
+        "weight of the distance of whole next-token distributions; null: 1 where teacher_kl_coef is 0",
+        "整个下一 token 分布之间距离的权重；null：teacher_kl_coef 为 0 时取 1",
+        low=0,
+        stages=("RLVR",),
+    )
+    distill_beta: float = arg(
+        1.0,
+        "that distance: 0 forward KL, 1 reverse KL, between them Jensen-Shannon",
+        "该距离：0 为前向 KL，1 为反向 KL，其间为 Jensen-Shannon",
+        low=0,
+        high=1,
+        stages=("RLVR",),
+    )
+    distill_lmbda: float = arg(
+        1.0,
+        "share of steps on sampled answers; the others read demonstrations (sft rows)",
+        "使用采样回答的步的比例；其余步读取示范（sft 数据）",
+        low=0,
+        high=1,
+        stages=("RLVR",),
+    )
+    teacher_hint: bool = arg(
+        False,
+        "show the teacher each row's hint, which the policy does not see",
+        "让教师看到每行的 hint，而策略看不到",
+        stages=("RLVR",),
+    )

@@ -117,6 +117,8 @@ COLUMNS = {
     "value_N": "the critic's when they were sampled",
     "return_N": "what the critic is to learn",
     "keep_N": "1 for targets of answers that count, else 0",
+    "teacher_logp_N": "under the teacher, over what could be sampled",
+    "teacher_state_ND": "the teacher's final hidden states before each target",
     "may_win_C": "1 for sampled answers that may be the better of a pair: complete and well formed",
     "entropy_keep_N": "1 for targets whose entropy is high enough to be learned from, else 0",
     "density_C": "what bad answers weigh by their prompts, others 1",
@@ -146,9 +148,11 @@ class UnitBatch:
         for name, values in self.columns.items():
             if name not in COLUMNS:
                 raise ValueError(f"column ({name}) must be one of {', '.join(COLUMNS)}; correct the name")
-            if values.shape != (size[name[-1]],):
+            axes = name.rpartition("_")[2]
+            if values.ndim != len(axes) or len(values) != size[axes[0]]:
+                wanted = ", ".join([str(size[axes[0]]), *axes[1:]])
                 raise ValueError(
-                    f"column {name} {list(values.shape)} must be [{size[name[-1]]}] in this batch; compute it from the same units"
+                    f"column {name} {list(values.shape)} must be [{wanted}] in this batch; compute it from the same units"
                 )
 
     def with_columns(self, **columns: np.ndarray) -> UnitBatch:

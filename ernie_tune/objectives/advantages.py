@@ -175,6 +175,15 @@ def whiten(value_N: np.ndarray, total: Total = alone, keep_mean: bool = False) -
     return white_N + mean if keep_mean else white_N
 
 
+def with_teacher(
+    advantage_N: np.ndarray, teacher_logp_N: np.ndarray, old_logp_N: np.ndarray, coef: float
+) -> np.ndarray:
+    """A + coef (log pi_teacher - log pi_old) of each token, [N]: minus the sampled reverse KL as a
+    reward of the token itself (Lu et al. 2025, "On-policy distillation"; slime's opd).
+    """
+    return advantage_N + coef * (teacher_logp_N - old_logp_N)
+
+
 def _mean(value_C: np.ndarray, total: Total) -> float:
     known_C = value_C[~np.isnan(value_C)]
     count, summed = total(np.array([len(known_C), known_C.sum()], np.float64))

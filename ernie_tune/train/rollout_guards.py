@@ -28,7 +28,9 @@ class RolloutWatch:
     said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_reward: bool = True) -> None:
+        """`by_reward` False: something else teaches, and rewards may be missing or alike."""
+        self.by_reward = by_reward
         self.seen: dict[str, list[float]] = {}
         self.held: list[float] = []
         self.told: set[str] = set()
@@ -46,9 +48,9 @@ class RolloutWatch:
             if name in values and np.isfinite(values[name]):
                 self.seen.setdefault(name, []).append(float(values[name]))
         found = {
-            "unjudged": self._unjudged(values),
-            "constant": self._constant(),
-            "alike": self._alike(),
+            "unjudged": self._unjudged(values) if self.by_reward else None,
+            "constant": self._constant() if self.by_reward else None,
+            "alike": self._alike() if self.by_reward else None,
             "cut_off": self._cut_off(),
             "entropy": self._entropy(),
             "hacking": self._hacking(),

@@ -75,6 +75,7 @@ class RolloutSettings:
     lam: float = 0.95
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
+    unjudged: bool = False  # answers without a reward count too: a teacher has something to say of them
     prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 
     def __post_init__(self) -> None:
@@ -344,7 +345,7 @@ class Rollouts:
         if s.missing_eos_penalty is not None:
             reward_G = reward_G - s.missing_eos_penalty * np.array([not a.finished for a in answers])
         finished_G = np.array([a.finished for a in answers])
-        counts_G = ~np.isnan(reward_G) & (finished_G | (not s.mask_truncated_completions))
+        counts_G = (~np.isnan(reward_G) | s.unjudged) & (finished_G | (not s.mask_truncated_completions))
         sampled = [np.array(c.sampled, bool) for c in completions]
         dialogues = []
         for completion, chosen in zip(completions, sampled, strict=True):

@@ -47,6 +47,7 @@ from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
 COMPLETIONS_FILE = "rollouts.jsonl"
 STREAM_FOLDER = "rollouts"
@@ -162,8 +163,11 @@ class SampledAnswers(Method):
         self.settings = rollout_settings(config, place.batch[1])
         self.rubric = rubric
         super().__init__(config, place, processor)
+        self.teaching = teaching_of(config, place, processor, self.banned)
+        if self.teaching is not None:
+            self.signals = (*self.signals, *self.teaching.signals)
         self.reference: Reference | None = None
-        self.watch = RolloutWatch()
+        self.watch = RolloutWatch(by_reward=self.teaching is None)
         self._mode = ""  # of the reference, once it is chosen
         self._fresh = False  # whether room was made for a copy of the adapter
         self._rollouts: Rollouts | None = None
@@ -200,6 +204,11 @@ class SampledAnswers(Method):
     def stream(self, rows: RowSets) -> Any:
         s = self.settings
         records = [some[i] for some in rows.train for i in range(len(some))]
+        if self.teaching is not None and self.teaching.signals:
+            records = [record for record in records if not is_demonstration(record)]
+            self.teaching.take(
+                rows.train, s.groups_per_batch, -(-s.prompts // (s.num_mini_batches * s.groups_per_batch))
+            )
         windows, by_difficulty = s.num_iterations * s.num_mini_batches, self.config.rollout.difficulty_sampler
         self._prompts = RolloutStream(records, self.config.train.seed, windows, s.prompts, by_difficulty)
         return self._prompts
@@ -248,7 +257,8 @@ class SampledAnswers(Method):
         return [judge for judge in self.rubric.judges if isinstance(judge, ModelJudge)]
 
     def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
-        return self.policy_objective(policy_hyper(self.config), self.config.preference.beta)
+        policy = self.policy_objective(policy_hyper(self.config), self.config.preference.beta)
+        return policy if self.teaching is None else self.teaching.objective(policy)
 
     def policy_objective(self, hyper: PolicyHyper, beta: float) -> PolicyObjective:
         """The policy's loss with a penalty of this weight for leaving the reference."""
@@ -276,6 +286,8 @@ class SampledAnswers(Method):
             self._fresh = False
         for judge in self._models():
             judge.open(self.place, policy)
+        if self.teaching is not None:
+            self.teaching.open(policy)
         if self._mode != "none":
             support = self.support()
             with policy.whole():
@@ -302,7 +314,9 @@ class SampledAnswers(Method):
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
         """What is added to a round's groups once they have advantages."""
-        return ()
+        if self.teaching is None:
+            return ()
+        return (functools.partial(self.teaching.judge, size=self.settings.groups_per_batch),)
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -313,7 +327,8 @@ class SampledAnswers(Method):
         """Nobody knows the longest answer beforehand."""
 
     def windows(self, stream: Any) -> Iterator[Sequence[Any]]:
-        return self.rollouts.windows()
+        windows = self.rollouts.windows()
+        return windows if self.teaching is None else self.teaching.windows(windows)
 
     def metrics(self) -> Mapping[str, float]:
         return self.rollouts.metrics
@@ -359,7 +374,8 @@ class SampledAnswers(Method):
 
     def parts(self) -> Mapping[str, Stateful]:
         watch = JsonPart(self.place, WATCH_FILE, self.watch)
-        return {"rollouts": RolloutsPart(self.place, self.rollouts), "rollout watch": watch}
+        taught = {} if self.teaching is None else self.teaching.parts()
+        return {"rollouts": RolloutsPart(self.place, self.rollouts), "rollout watch": watch, **taught}
 
 
 class RLVRTrainer(Trainer):
@@ -425,7 +441,7 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     ValueError where a step does not hold whole groups.
     """
     r, p, t, c = config.rollout, config.policy, config.train, config.critic
-    ppo = config.model.stage == "PPO"
+    ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
     if answers % r.num_generations:
         near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
@@ -449,7 +465,8 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         num_iterations=r.num_iterations,
         num_mini_batches=r.num_mini_batches,
         groups_per_batch=max(1, t.per_device_train_batch_size // r.num_generations),
-        dynamic_sample=r.dynamic_sample and estimator != "gae" and r.num_generations > 1,
+        dynamic_sample=r.dynamic_sample and estimator != "gae" and r.num_generations > 1 and not taught,
+        unjudged=taught,
         max_resample_times=r.max_resample_times,
         advantage_estimator=estimator,
         scale_rewards=p.scale_rewards,
