@@ -41,6 +41,7 @@ SECTIONS = {
     "reference": say("the policy that answers are compared with", "用于比较的参考策略"),
     "signals": say("how each kind of judgement is learned", "各类评判如何学习"),
     "rollout": say("sampled answers and their rewards", "采样的回答及其奖励"),
+    "evidence": say("rewards for looking at the picture", "看图的奖励"),
     "policy": say("the loss of a policy that samples its answers", "采样回答的策略的损失"),
     "critic": say("what answers are expected to be worth", "回答的预期价值"),
     "teacher": say("a teacher of sampled answers, token by token", "逐 token 指导采样回答的教师模型"),

@@ -31,6 +31,7 @@ from ernie_tune.config.sections_model import (
 )
 from ernie_tune.config.sections_online import (
     CriticArguments,
+    EvidenceArguments,
     PairArguments,
     PolicyArguments,
     RolloutArguments,
@@ -97,6 +98,7 @@ class RunConfig:
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)
     signals: SignalArguments = field(default_factory=SignalArguments)
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
+    evidence: EvidenceArguments = field(default_factory=EvidenceArguments)
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     critic: CriticArguments = field(default_factory=CriticArguments)
     pairs: PairArguments = field(default_factory=PairArguments)

@@ -17,6 +17,7 @@ from ernie_tune.evaluate.measure import Measure
 from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric
+from ernie_tune.train.evidence import control_of, twin_of, without_picture
 from ernie_tune.train.rollout_guards import RolloutWatch
 
 
@@ -61,7 +62,39 @@ class OnlineMeasure(Measure):
             for one in judged
         ]
         scores = {"reward": float(np.mean(totals)), **scores}
-        return scores, given
+        right = [(one[0].right or 0.0) >= 1 for one in judged]
+        return scores | self._looked([q.record for q in asked], given, right), given
+
+    def _looked(self, records: Sequence[Record], given: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
+        """Whether the answers come from the pictures, of rows that have twins. twin_consistency:
+        the share of them whose answers to both pictures are right; blind_consistency: the same of
+        answers to grey pictures; invariance: the share of answers that an edit elsewhere leaves as
+        they are.
+        """
+        found = [(record, twin) for record in records if (twin := twin_of(record)) is not None]
+        if not found or len(found) < len(records):
+            return {}
+        twins = [twin for _, twin in found]
+        seen = self._right(twins, self._said(twins))
+        grey = self._said([without_picture(record) for record in records])
+        blind = zip(self._right(records, grey), self._right(twins, grey), strict=True)
+        out = {
+            "evidence/twin_consistency": float(np.mean([a and b for a, b in zip(right, seen, strict=True)])),
+            "evidence/blind_consistency": float(np.mean([a and b for a, b in blind])),
+        }
+        controls = [(control, said) for r, said in zip(records, given, strict=True) if (control := control_of(r))]
+        if controls:
+            again = self._said([control for control, _ in controls])
+            same = [a.strip() == b.strip() for a, (_, b) in zip(again, controls, strict=True)]
+            out["evidence/invariance"] = float(np.mean(same))
+        return out
+
+    def _said(self, records: Sequence[Record]) -> list[str]:
+        return super()._answers([_asked(record) for record in records], lambda count: None)[1]
+
+    def _right(self, records: Sequence[Record], said: Sequence[str]) -> list[bool]:
+        judged = self.rubric([(record, [Answered(text)]) for record, text in zip(records, said, strict=True)])
+        return [(one[0].right or 0.0) >= 1 for one in judged]
 
 
 def _asked(record: Record) -> Question:

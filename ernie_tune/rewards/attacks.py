@@ -124,6 +124,43 @@ def attacks(record: Record) -> dict[str, str]:
     return {name: text for name, text in found.items() if not (name == "prompt_copied" and text.strip() == right)}
 
 
+def evidence_attacks(record: Record) -> dict[str, str]:
+    """The right answer with evidence that is not there: none of it may earn more than the answer
+    alone. Empty for rows that ask for no evidence.
+    """
+    gold = gold_of(record)
+    required = record.reward.evidence.get("required") if record.reward and required_claims(record) else None
+    if gold is None or not isinstance(required, list):
+        return {}
+    right = reference_answer(gold)
+    block = lambda claims: f"<evidence>{json.dumps(claims, ensure_ascii=False)}</evidence>{right}"  # noqa: E731
+    bare = [{k: v for k, v in claim.items() if k != "box"} for claim in required]
+    placed = [claim for claim in required if "box" in claim]
+    found = {
+        "right_alone": right,
+        "right_and_no_claims": block([]),
+        "right_and_the_picture_exists": block([{"type": "exists", "subj": "picture"}]),
+        "right_and_open_evidence": f"<evidence>{json.dumps(required, ensure_ascii=False)}{right}",
+        "right_and_two_blocks": block(required) + block(required),
+        "right_and_evidence_thought": f"<think>{block(required)}</think>{right}",
+        "right_and_false_claims": block([{**claim, "subj": f"no {claim.get('subj', '')}"} for claim in required]),
+    }
+    if placed:
+        whole = _picture_of(record)
+        found["right_and_no_places"] = block(bare)
+        found["right_and_the_whole_picture"] = block([{**claim, "box": whole} for claim in placed])
+        found["right_and_nan_boxes"] = block(placed).replace(json.dumps(placed[0]["box"]), "[NaN, NaN, NaN, NaN]")
+        found["right_and_turned_boxes"] = block([{**claim, "box": claim["box"][::-1]} for claim in placed])
+    return found
+
+
+def _picture_of(record: Record) -> list[float]:
+    """A box around all that the scene names and as much again."""
+    scene = record.reward.scene if record.reward else {}
+    boxes = [thing["box"] for name in ("objects", "ocr") for thing in scene.get(name, ()) if "box" in thing]
+    return [0, 0, 4 * max((b[2] for b in boxes), default=1000), 4 * max((b[3] for b in boxes), default=1000)]
+
+
 def _near_numbers(gold: Any, right: str, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     number = read_quantity(right) if not isinstance(gold, Mapping | list | tuple) else None
     if number is None:

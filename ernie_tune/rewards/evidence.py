@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.rewards.reading import MAX_TEXT, fold, squash
+from ernie_tune.rewards.reading import MAX_TEXT, fold, squash, without_thought
 from ernie_tune.rewards.scores import Box, iou
 
 TYPES = ("exists", "attribute", "count", "relation", "ocr", "chart_value", "chart_extreme", "chart_compare", "bbox")
@@ -203,6 +203,65 @@ def grounded(verdicts: Sequence[tuple[int, float]], required: int, claims: Seque
     return Grounded(2 * p * q / (p + q) if p + q else 0.0, against / max(len(kept), 1), p, q)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the evidence of one answer is worth: `score` E, the shares of its claims that the
+    picture contradicts and that nobody can tell, E's two halves.
+    """
+
+    score: float
+    contradicted: float
+    unverifiable: float
+    precision: float
+    recall: float
+
+
+NOTHING_SAID = Judged(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def without_evidence(text: str) -> str:
+    """The text without its evidence block; the text itself where the block is not closed."""
+    before, opened, rest = text.partition(_OPEN)
+    _, closed, after = rest.partition(_CLOSE)
+    return before + after if opened and closed else text
+
+
+def judge_evidence(
+    text: str,
+    answer: str | None,
+    scene: Mapping[str, Any],
+    required: Sequence[Mapping[str, Any]] | int = 1,
+    answer_from: str = "",
+) -> Judged:
+    """The claims of an answer's evidence block against the scene (`grounded`).
+
+    `required`: the claims that prove the answer, of which only those that are stated count as
+    found; or how many there must be. `answer_from`: the rule by which `answer` follows from what is
+    *stated*; a right answer for another reason has no evidence. Nothing in a block that cannot be
+    read, or in a thought, is evidence. Raises ValueError for another rule.
+    """
+    after = without_thought(text)
+    claims = read_claims(after) if after is not None else None
+    if not claims:
+        return NOTHING_SAID
+    verdicts = [judge_claim(claim, scene) for claim in claims]
+    listed = None if isinstance(required, int) else [_claim(item).key for item in required]
+    found = grounded(verdicts, max(1, required if isinstance(required, int) else len(required)), claims)
+    recall = found.recall
+    if listed is not None:
+        proofs = [0.0] * len(listed)
+        for claim, (verdict, quality) in zip(claims, verdicts, strict=True):
+            if verdict > 0 and claim.key in listed:
+                at = listed.index(claim.key)
+                proofs[at] = max(proofs[at], quality)
+        recall = min(recall, sum(proofs) / max(1, len(listed)))
+    p, score = found.precision, 0.0
+    if p + recall and not (answer_from and not (answer is not None and follows(claims, answer_from, answer))):
+        score = 2 * p * recall / (p + recall)
+    unknown = sum(verdict == 0 for verdict, _ in verdicts) / len(verdicts)
+    return Judged(score, found.contradicted, unknown, p, recall)
+
+
 def follows(claims: Sequence[Claim], rule: str, answer: str) -> bool:
     """Whether the answer is what `rule` gives of the *stated* claims: "argmax(chart_value)",
     "argmin(chart_value)", "count(exists)". Raises ValueError for another rule: a right answer for a
@@ -248,6 +307,37 @@ def blind_ceiling(golds: Sequence[Any], twin_golds: Sequence[Any], share: float 
         for s in said
     )
     return float(best)
+
+
+def blind_reward(golds: Sequence[Any], twin_golds: Sequence[Any], share: float = 0.5, rounds: int = 2000) -> float:
+    """The best mean reward on pairs of twins of a policy that sees no picture and may draw its
+    answers by chance (`blind_ceiling`: of one constant answer).
+
+    The reward of answering g with probability p_g is share sum f_g p_g + (1 - share) sum M_gh p_g
+    p_h, with f the golds' frequencies and M those of the twins' pairs. M's diagonal is 0, so chance
+    may beat every constant answer. Found by replicator steps from the middle and from each corner,
+    which never lower it: the best local maximum.
+    """
+    pairs = list(zip(map(str, golds), map(str, twin_golds), strict=True))
+    names = sorted({gold for pair in pairs for gold in pair})
+    if not pairs:
+        return 0.0
+    place = {name: i for i, name in enumerate(names)}
+    both_KK = np.zeros((len(names), len(names)))
+    for a, b in pairs:
+        both_KK[place[a], place[b]] += 0.5 / len(pairs)
+        both_KK[place[b], place[a]] += 0.5 / len(pairs)
+    seen_K = both_KK.sum(1)
+    best = 0.0
+    for start in [None, *range(len(names))]:
+        p_K = np.full(len(names), 1 / len(names))
+        if start is not None:
+            p_K = 0.1 * p_K + 0.9 * np.eye(len(names))[start]
+        for _ in range(rounds):
+            fitness_K = share * seen_K + 2 * (1 - share) * both_KK @ p_K
+            p_K = p_K * fitness_K / max(float(p_K @ fitness_K), 1e-300)
+        best = max(best, float(share * seen_K @ p_K + (1 - share) * p_K @ both_KK @ p_K))
+    return best
 
 
 def dependence(logp_seen: Sequence[float], logp_blind: Sequence[float], scale: float = 2.0) -> float:

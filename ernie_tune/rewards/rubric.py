@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
+from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
 from ernie_tune.rewards.reading import read_quantity
-from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS, verifier_for
+from ernie_tune.rewards.verifiers import GROUNDS, SHAPING, VERIFIERS, verifier_for
 
 ROW = "row"  # the column of what rows themselves name
 
@@ -39,6 +40,8 @@ class Scored:
 
     parts: Mapping[str, float | None]
     details: Mapping[str, float | None] = field(default_factory=dict)
+    right: float | None = None  # how right the answer is, on [0, 1], apart from its form and its grounds
+    earned: float = 0.0  # what of the reward it got for that
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -55,24 +58,37 @@ class RowVerifiers:
     def __init__(self, max_completion_tokens: int = 512) -> None:
         self.limit = max_completion_tokens
         self.details: list[list[dict[str, float | None]]] = []  # of the last call
+        self.worth: list[list[Worth]] = []
 
     def __call__(self, groups: Sequence[Group]) -> Scores:
         self.details = [[self._checked(record, answer) for answer in answers] for record, answers in groups]
-        weights = [{name: weight for name, weight, _ in self._checks(record)} for record, _ in groups]
-        return [[_weighted(found, weight) for found in row] for row, weight in zip(self.details, weights, strict=True)]
+        checks = [self._checks(record) for record, _ in groups]
+        self.worth = [[_worth(given, some) for given in row] for row, some in zip(self.details, checks, strict=True)]
+        return [[one.total for one in row] for row in self.worth]
 
     def check(self, record: Record) -> None:
         """Raises ValueError, naming the row, where it names an unknown checker, or nothing but how
         an answer should look.
         """
         names = [name for name, _, _ in self._checks(record)]
-        if names and all(name in SHAPING for name in names):
+        if names and all(name in (*SHAPING, *GROUNDS) for name in names):
             raise ValueError(
                 say(
                     f"{record.meta}: verifiers ({', '.join(names)}) must hold one that asks whether the answer is right; length and form alone would be learned instead",
                     f"{record.meta}: verifiers（{', '.join(names)}）须含检查答案对错的一项；否则只会学到长度与格式",
                 )
             )
+
+        weights = {name: weight for name, weight, _ in self._checks(record) if name not in (*SHAPING, *GROUNDS)}
+        for name, weight, spec in self._checks(record):
+            leak, lost = spec.get("leak", 0.0), spec.get("contradiction", weight)
+            if name in GROUNDS and not sum(weights.values()) - lost > weight * leak:
+                raise ValueError(
+                    say(
+                        f"{record.meta}: weights of the answer ({sum(weights.values()):g}) less contradiction ({lost:g}) must be above {name} x leak ({weight * leak:g}), or wrong answers would earn more than right ones; raise the answer's",
+                        f"{record.meta}: 答案权重（{sum(weights.values()):g}）减 contradiction（{lost:g}）须大于 {name} × leak（{weight * leak:g}），否则错误答案会高于正确答案；请提高答案权重",
+                    )
+                )
 
     def _checks(self, record: Record) -> list[tuple[str, float, dict[str, Any]]]:
         """(name, weight, spec) of each checker of a row. Raises ValueError for an unknown name and
@@ -102,16 +118,24 @@ class RowVerifiers:
             "tokens": len(answer.token_ids),
             "limit": self.limit,
             "mode": record.mode if record.mode != "auto" else "nothink",
+            **_evidence_of(record),
         }
+        text, grounds = answer.text, {"leak", "contradiction"}
         out: dict[str, float | None] = {}
-        for name, _, spec in self._checks(record):
+        checks = self._checks(record)
+        if any(name in GROUNDS for name, _, _ in checks):  # the answer is what stands beside the evidence
+            text = without_evidence(answer.text)
+        for name, _, whole in checks:
             check = VERIFIERS[name]
+            spec = {k: v for k, v in whole.items() if name not in GROUNDS or k not in grounds}
             wanted = inspect.signature(check).parameters
             filled = {key: value for key, value in known.items() if key in wanted and key not in spec}
             if name in ("count", "numeric") and isinstance(filled.get("gold"), str):
                 filled["gold"] = _gold_number(record, name)
             try:
-                out[name] = check(answer.text, **filled, **spec)
+                out[name] = check(answer.text if name in GROUNDS else text, **filled, **spec)
+                if name in GROUNDS:
+                    out |= _told(answer.text, {**filled, **spec})
             except TypeError as error:
                 raise ValueError(
                     say(
@@ -138,9 +162,56 @@ def _gold_number(record: Record, name: str) -> float:
     return number.value
 
 
-def _weighted(found: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    known = {name: value for name, value in found.items() if value is not None}
-    return sum(weights[name] * value for name, value in known.items()) if known else None
+def _evidence_of(record: Record) -> dict[str, Any]:
+    """What the checker of evidence is given of a row."""
+    if record.reward is None:
+        return {}
+    asked = record.reward.evidence
+    return {
+        "scene": record.reward.scene,
+        "required": asked.get("required", 1),
+        "answer_from": asked.get("answer_from", ""),
+    }
+
+
+def _told(text: str, given: Mapping[str, Any]) -> dict[str, float | None]:
+    """E's parts, for the log and for what contradictions cost."""
+    judged = judge_evidence(text, None, given["scene"], given.get("required", 1))
+    names = ("contradicted", "unverifiable", "precision", "recall")
+    return {f"evidence/{name}": float(getattr(judged, name)) for name in names}
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a row's checkers make of one answer: all it earns, how right it is on [0, 1], and what
+    it earned for being right. None where no checker applies.
+    """
+
+    total: float | None
+    right: float | None
+    earned: float
+
+
+def _worth(found: Mapping[str, float | None], checks: Sequence[tuple[str, float, Mapping[str, Any]]]) -> Worth:
+    """The weighted sum of what the checkers say. Evidence E counts as weight (leak + (1 - leak)
+    right) E and costs `contradiction` times the share of claims that the picture contradicts;
+    beside it, an answer whose form is wrong earns nothing. So a right answer is never worth less
+    than a wrong one with better evidence, and evidence for a wrong answer nothing (leak 0).
+    """
+    known = {name: value for name, _, _ in checks if (value := found.get(name)) is not None}
+    if not known:
+        return Worth(None, None, 0.0)
+    answer = {name: weight for name, weight, _ in checks if name in known and name not in (*SHAPING, *GROUNDS)}
+    earned = sum(weight * known[name] for name, weight in answer.items())
+    right = min(1.0, max(0.0, earned / sum(answer.values()))) if sum(answer.values()) > 0 else None
+    total = earned + sum(weight * known[name] for name, weight, _ in checks if name in known and name in SHAPING)
+    for name, weight, spec in checks:
+        if name in GROUNDS and name in known:
+            leak = spec.get("leak", 0.0)
+            total += weight * (leak + (1 - leak) * (right or 0.0)) * known[name]
+            total -= spec.get("contradiction", weight) * (found.get(f"{name}/contradicted") or 0.0)
+            total = min(total, 0.0) if known.get("format") == 0 else total
+    return Worth(total, right, max(earned, 0.0))
 
 
 class Rubric:
@@ -192,9 +263,9 @@ class Rubric:
             row = []
             for i in range(len(answers)):
                 parts = {judge.name: scores[g][i] for judge, scores in zip(self.judges, found, strict=True)}
-                details = next((judge.details[g][i] for judge in self.judges if isinstance(judge, RowVerifiers)), {})
+                details, right, earned = self._of_row(g, i, parts)
                 more = {name: values[at] for one in extra for name, values in one.items() if at < len(values)}
-                row.append(Scored(parts, details, more))
+                row.append(Scored(parts, details, right, earned, more))
                 at += 1
             out.append(row)
         return out
@@ -204,15 +275,31 @@ class Rubric:
         theirs = iter(ask_all(functions, groups))
         return [next(theirs) if isinstance(judge, RewardFunction) else judge(groups) for judge in self.judges]
 
+    def _of_row(
+        self, g: int, i: int, parts: Mapping[str, float | None]
+    ) -> tuple[Mapping[str, float | None], float | None, float]:
+        """(what the row's own checkers gave, how right the answer is, what it earned for that);
+        where a row names none, all that it earns is for being right.
+        """
+        for judge, weight in zip(self.judges, self.weights, strict=True):
+            if isinstance(judge, RowVerifiers) and judge.worth[g][i].total is not None:
+                worth = judge.worth[g][i]
+                return judge.details[g][i], worth.right, weight * worth.earned
+        known = [
+            w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None and not math.isnan(v)
+        ]
+        total = math.fsum(known)
+        return {}, min(1.0, max(0.0, total)) if known else None, max(0.0, total)
+
     def reported(self) -> dict[str, float]:
         """What functions said beside their numbers since they were last asked for it:
-        rewards/<name>/timeouts, errors (answers) and seconds, and the means of their own metrics.
+        rewards/<name>/timeouts and errors (answers), and the means of their own metrics.
         """
         out: dict[str, float] = {}
         for judge in self.judges:
             if isinstance(judge, RewardFunction):
                 asked, judge.asked = judge.asked, Asked()
-                for name in ("timeouts", "errors", "seconds"):
+                for name in ("timeouts", "errors"):
                     out[f"rewards/{judge.name}/{name}"] = float(getattr(asked, name))
                 out |= {name: math.fsum(values) / len(values) for name, values in asked.metrics.items()}
         return out

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ernie_tune.data.records import Record
-from ernie_tune.rewards.attacks import ABSTENTIONS, allowed, attacks, reference_text
+from ernie_tune.rewards.attacks import ABSTENTIONS, allowed, attacks, evidence_attacks, reference_text
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 
@@ -77,20 +77,23 @@ def references(rubric: Rubric, records: Sequence[Record]) -> Tried | None:
 def attacked(rubric: Rubric, records: Sequence[Record]) -> list[Tried]:
     """Each attack on every row: no row may pay more for it than for saying honestly that one does
     not know, or nothing, whichever is more (and what `allowed` leaves)."""
-    rows = [
-        (record, {**found, **{f"abstained {i}": said for i, said in enumerate(ABSTENTIONS)}})
-        for record in records
-        if (found := attacks(record))
-    ]
+    rows = []
+    for record in records:
+        if found := attacks(record):
+            silent = {f"abstained {i}": said for i, said in enumerate(ABSTENTIONS)}
+            rows.append((record, {**found, **evidence_attacks(record), **silent}))
     earned = _totals(rubric, rows)
     lines = []
-    for name in sorted({name for _, texts in rows for name in texts if not name.startswith("abstained ")}):
+    for name in sorted(
+        {name for _, texts in rows for name in texts if not name.startswith(("abstained ", "right_alone"))}
+    ):
         values, bounds, places = [], [], []
         for (record, texts), given in zip(rows, earned, strict=True):
             if name in texts:
                 values.append(given[name] or 0.0)
                 honest = max(given[f"abstained {i}"] or 0.0 for i in range(len(ABSTENTIONS)))
-                bounds.append(max(0.0, honest) + allowed(record, name))
+                right = given.get("right_alone") if name.startswith("right_") else None
+                bounds.append(max(0.0, honest) + allowed(record, name) if right is None else right)
                 places.append((str(record.meta), texts[name]))
         over = max(range(len(values)), key=lambda i: values[i] - bounds[i])
         passed = values[over] <= bounds[over] + _EPS

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ernie_tune.rewards import mathematics
+from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.reading import MAX_SPAN, UNITS, answer_span, fold, read_quantity, squash
 from ernie_tune.rewards.scores import edit_distance
 from ernie_tune.rewards.shaping import language, length, repetition, think_format
@@ -159,6 +160,19 @@ def math(text: str, gold: str | float, style: str = "auto") -> float | None:
     return numeric(text, number.value, style=style) if number else exact(text, gold, style)
 
 
+def evidence(
+    text: str,
+    scene: Mapping[str, Any],
+    required: Sequence[Mapping[str, Any]] | int = 1,
+    answer_from: str = "",
+    style: str = "auto",
+) -> float:
+    """How well the claims in <evidence>[...]</evidence> are supported by the picture's annotation,
+    and prove the answer (`evidence.judge_evidence`).
+    """
+    return judge_evidence(text, answer_span(without_evidence(text), style), scene, required, answer_from).score
+
+
 VERIFIERS: Mapping[str, Verify] = {
     "numeric": numeric,
     "math": math,
@@ -177,6 +191,7 @@ VERIFIERS: Mapping[str, Verify] = {
     "json_schema": json_schema,
     "table": table,
     "date": date,
+    "evidence": evidence,
     "format": think_format,
     "language": language,
     "repetition": repetition,
@@ -185,6 +200,8 @@ VERIFIERS: Mapping[str, Verify] = {
 # What says how an answer should look, and not whether it is right: alone it would be learned
 # instead of the task.
 SHAPING = ("format", "language", "repetition", "length")
+# What an answer rests on: worth something beside a right answer only.
+GROUNDS = ("evidence",)
 
 
 def verifier_for(answer: Any) -> tuple[str, dict[str, Any]]:

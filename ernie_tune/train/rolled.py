@@ -6,17 +6,31 @@ Refuses to know: how they are sampled, dealt out or learned from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ernie_tune.checkpoint.state import Ranks
+from ernie_tune.data.processor import Encoded
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit
+from ernie_tune.generate.batch import Completion
 from ernie_tune.objectives.advantages import deviation
-from ernie_tune.rewards.rubric import Answered, Scored
+from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.rubric import Scored
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """One prompt, as the model saw it, and the answers that were sampled."""
+
+    number: int
+    record: Record
+    prompt: Encoded
+    completions: tuple[Completion, ...]
+    answers: tuple[Answered, ...]
 
 
 @dataclass
@@ -42,8 +56,15 @@ class Rolled:
 
     @property
     def share_right(self) -> float | None:
-        """The share of answers that earn at least 1; None where none was judged."""
-        return None if np.isnan(self.reward_G).all() else float(np.nanmean(self.reward_G >= 1))
+        """The share of right answers; None where none was judged."""
+        return None if np.isnan(self.reward_G).all() else float(np.mean(self.right_G >= 1))
+
+    @property
+    def right_G(self) -> np.ndarray:
+        """How right each answer is, on [0, 1], apart from its form and its evidence; 0 for one that
+        was not judged.
+        """
+        return np.array([one.right or 0.0 for one in self.scored])
 
     @property
     def length_G(self) -> np.ndarray:
@@ -63,7 +84,7 @@ def group_state(group: Rolled) -> dict[str, Any]:
     return {
         "number": group.number,
         "completions": completions,
-        "scored": [[dict(one.parts), dict(one.details)] for one in group.scored],
+        "scored": [[dict(one.parts), dict(one.details), one.right, one.earned] for one in group.scored],
         "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
         "counts": group.counts_G.tolist(),
     }
@@ -85,21 +106,26 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
     for name in judges if len(judges) > 1 or not details else ():
         columns[f"rewards/{name}/mean"] = np.array([number_of(one.parts[name]) for one in scored])
     for name in details:
-        columns[f"rewards/{name}/mean"] = np.array([number_of(one.details.get(name)) for one in scored])
+        key = name if "/" in name else f"rewards/{name}/mean"
+        columns[key] = np.array([number_of(one.details.get(name)) for one in scored])
     columns["reward_std"] = np.array([np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in groups])
-    solved = [(g.reward_G >= 1).all() for g in groups]
-    columns["frac_groups_all_right"] = np.array(solved, np.float64)
+    columns["frac_groups_all_right"] = np.array([g.share_right == 1 for g in groups], np.float64)
+    for name in judges:
+        columns[f"rewards/{name}/none_share"] = np.array([one.parts[name] is None for one in scored], np.float64)
     mine = {}
     for name, values in columns.items():
         known = values[~np.isnan(values)]
-        mine[name] = (float(known.sum()), len(known))
+        mine[name] = (float(known.sum()), float((known**2).sum()), len(known))
     lengths = (length_C.min(initial=np.inf), length_C.max(initial=0))
     told = ranks.gather((mine, flat, len(groups), *lengths, max((len(g.reward_G) for g in groups), default=0)))
     out = {}
     for name in sorted({name for means, *_ in told for name in means}):
-        pairs = [means.get(name, (0.0, 0)) for means, *_ in told]
-        if count := sum(count for _, count in pairs):
-            out[name] = float(np.sum([total for total, _ in pairs])) / count
+        sums = [means.get(name, (0.0, 0.0, 0)) for means, *_ in told]
+        if count := sum(count for *_, count in sums):
+            out[name] = float(np.sum([total for total, *_ in sums])) / count
+            if name.startswith("rewards/") and name.endswith("/mean"):
+                square = float(np.sum([squares for _, squares, _ in sums])) / count
+                out[name.removesuffix("mean") + "std"] = max(square - out[name] ** 2, 0.0) ** 0.5
     out["frac_reward_zero_std"] = sum(one[1] for one in told) / max(sum(one[2] for one in told), 1)
     if max(one[5] for one in told) == 1:  # a group of one has no spread, its round has
         del out["frac_reward_zero_std"]
@@ -108,6 +134,33 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
     out["completions/max_length"] = float(max(one[4] for one in told))
     out["groups_refilled"] = float(attempts)
     return out
+
+
+def answer_advantages(group: Rolled) -> np.ndarray:
+    """The mean advantage of each answer's tokens, [G]; 0 for an answer without."""
+    ends = np.cumsum(group.length_G)[:-1]
+    return np.array([own.mean() if len(own) else 0.0 for own in np.split(group.columns["advantage_N"], ends)])
+
+
+def told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
+    """What the log of answers says of a group: one object an answer."""
+    advantage_G = answer_advantages(group)
+    for i, (answer, scored) in enumerate(zip(group.answers, group.scored, strict=True)):
+        yield {
+            "round": number,
+            "prompt": group.number,
+            "row": str(group.record.meta),
+            "images": [name if isinstance(name, str) else "" for name in group.record.images],
+            "gold": group.record.reward.answer if group.record.reward else None,
+            "sample": i,
+            "text": answer.text,
+            "tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "reward": None if np.isnan(group.reward_G[i]) else float(group.reward_G[i]),
+            "rewards": {**scored.parts, **{k: v for k, v in scored.details.items() if k not in scored.parts}},
+            "advantage": float(advantage_G[i]),
+            **({"extra": dict(scored.extra)} if scored.extra else {}),
+        }
 
 
 def number_of(value: float | None) -> float:

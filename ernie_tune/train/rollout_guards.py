@@ -21,6 +21,8 @@ WINDOW = 20  # steps of what is called now, and of what is called the beginning
 _SAME = 1e-8
 CRITIC_STEPS, CRITIC_WINDOW = 50, 10
 _CUT_OFF, _ALIKE, _COLLAPSED = 0.3, 0.8, 0.1
+_AS_GOOD = 0.9
+LOOKS_EVERY, LOOKS_ROWS = 50, 16  # steps between two looks without pictures, and rows of a look
 
 
 class RolloutWatch:
@@ -61,6 +63,21 @@ class RolloutWatch:
         """Take in an evaluation; what it gives reason to say comes with the next step."""
         if "eval_reward" in metrics:
             self.held.append(float(metrics["eval_reward"]))
+
+    def sight(self, step: int, seen: float, blind: float, ceiling: float) -> list[Verdict]:
+        """What the shares of right answers with pictures and with grey ones give reason to say.
+        `ceiling`: what a policy that sees nothing can reach on this data; where that is as much,
+        nothing can be told.
+        """
+        blindly = seen > 0 and blind >= _AS_GOOD * seen and ceiling < _AS_GOOD * seen
+        words = say(
+            f"answers do not depend on the picture: {blind:.0%} are right without it, {seen:.0%} with it, and guessing "
+            f"gives {ceiling:.0%}; do held-out rows repeat training rows, do the pictures reach the model, do "
+            "questions give the answer away? evidence_twins: true rewards looking",
+            f"回答不依赖图片：无图时 {blind:.0%} 正确，有图时 {seen:.0%}，盲猜为 {ceiling:.0%}；"
+            "评测数据是否与训练重复？图片是否传入模型？问题是否泄露答案？evidence_twins: true 可奖励看图",
+        )
+        return self._say(step, {"blind": words if blindly else None})
 
     def _hacking(self) -> Text | None:
         """Held-out answers twice in a row below the best by more than .02, while the reward of

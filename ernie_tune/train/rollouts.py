@@ -35,7 +35,8 @@ from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
 from ernie_tune.train.dealing import Deal, Seat, seated, seats
-from ernie_tune.train.rolled import Rolled, group_state, measured, number_of
+from ernie_tune.train.evidence import Evidence
+from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
@@ -138,8 +139,10 @@ class Rollouts:
         ranks: Ranks = ALONE,
         sink: Callable[[int, Sequence[Rolled]], None] = lambda round_number, groups: None,
         finish: Sequence[Callable[[Sequence[Rolled]], None]] = (),
+        evidence: Evidence | None = None,
     ) -> None:
-        self.settings, self.records, self.processor = settings, records, processor
+        self.settings, self.processor, self.evidence = settings, processor, evidence
+        self.records = records if evidence is None else evidence.records  # twins behind the rows
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
         self.ranks, self.finish = ranks, tuple(finish)
@@ -182,14 +185,20 @@ class Rollouts:
     def make_round(self) -> list[Rolled]:
         """Sample, judge, compare: this rank's groups with their columns."""
         groups = self._sampled()
-        self._attach(groups)
-        self._advantages(groups)
-        for more in self.finish:
-            more(groups)
-        self.metrics = measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
+        self.compare(groups)
+        self.metrics = self._reported() | measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
         self.sink(self.round, groups)
         self.round += 1
         return groups
+
+    def _reported(self) -> dict[str, float]:
+        """What reward functions and evidence said beside the rewards, over all ranks."""
+        told = self.ranks.gather(self.rubric.reported())
+        names = sorted({name for part in told for name in part})
+        totals = ("/timeouts", "/errors")
+        known = {name: [part[name] for part in told if name in part] for name in names}
+        out = {n: float(np.sum(v) if n.endswith(totals) else np.mean(v)) for n, v in known.items()}
+        return out | ({} if self.evidence is None else self.evidence.metrics)
 
     def batch(self, groups: Sequence[Rolled]) -> UnitBatch:
         """Groups side by side in one pack, with their columns."""
@@ -214,8 +223,11 @@ class Rollouts:
         while True:
             numbers = self._drawn(lacking)
             some = self._groups(self.deal.own(numbers, ranks.rank))
+            if self.evidence is not None:
+                self.evidence.weigh(some, ranks)
             told = ranks.gather([(g.number, g.spread, g.share_right) for g in some])
-            self.prompts.saw({number: right for part in told for number, _, right in part if right is not None})
+            rights = [(number, right) for part in told for number, _, right in part]
+            self.prompts.saw({n: right for n, right in rights if right is not None and n < self.prompts.size})
             before = [sum(seat.rank == rank for seat in found) for rank in range(ranks.size)]
             owners = [self.deal.owner(i) for i in range(len(numbers))]
             found += seats(owners, [[spread for _, spread, _ in part] for part in told], before)
@@ -250,13 +262,16 @@ class Rollouts:
         all are.
         """
         found: list[int] = []
+        together, width = (
+            (lambda n: (n,), 1) if self.evidence is None else (self.evidence.together, self.evidence.width)
+        )
         while len(found) < count:
-            for number in self.prompts.draw(count - len(found)):
+            for number in self.prompts.draw(-(-(count - len(found)) // width)):
                 if number not in self._fits:
-                    self._fits[number] = self._short(self.records[number])
-                found += [number] if self._fits[number] else []
-            if not any(self._fits.values()) and len(self._fits) == len(self.records):
-                limit, size = self.settings.max_prompt_length, len(self.records)
+                    self._fits[number] = all(self._short(self.records[n]) for n in together(number))
+                found += together(number) if self._fits[number] else ()
+            if not any(self._fits.values()) and len(self._fits) == self.prompts.size:
+                limit, size = self.settings.max_prompt_length, self.prompts.size
                 raise ValueError(
                     say(
                         f"max_prompt_len ({limit}) must leave a prompt: all {size} are longer; raise it",
@@ -282,29 +297,52 @@ class Rollouts:
 
     def _groups(self, numbers: Sequence[int]) -> list[Rolled]:
         """Prompts with their judged answers, in this order."""
-        s = self.settings
-        seed = int(np.random.SeedSequence([s.seed, self.prompts.draws]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.settings.seed, self.prompts.draws]).generate_state(1)[0])
+        return self.judge(self.sample([self.records[number] for number in numbers], numbers, seed))
+
+    def sample(
+        self, records: Sequence[Record], numbers: Sequence[int], seed: int, n: int | None = None, greedy: bool = False
+    ) -> list[AnsweredPrompt]:
+        """`n` answers (by default `num_generations`; one that is `greedy`) to each prompt by the
+        policy as it is. `numbers` name the prompts and, with `seed`, what is drawn for them. Raises
+        RowTooLong.
+        """
         tokens = self.processor.tokens
         params = SamplingParams(
-            max_new_tokens=s.max_completion_length,
-            temperature=s.temperature,
-            n=s.num_generations,
+            max_new_tokens=self.settings.max_completion_length,
+            temperature=0.0 if greedy else self.settings.temperature,
+            n=1 if greedy else n or self.settings.num_generations,
             seed=seed,
             stop_ids=self.processor.stop_ids,
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
-        asked = [(number, self._encoded(self.records[number])) for number in numbers]
-        prompts = [Prompt(found.row, params, key, number) for key, (number, found) in enumerate(asked)]
-        completions = self.sampler(prompts)
-        answers = [
-            tuple(self._read(c, self._opened(self.records[number])) for c in completions[key])
-            for key, (number, _) in enumerate(asked)
+        asked = [self._encoded(record) for record in records]
+        prompts = [
+            Prompt(one.row, params, key, number) for key, (one, number) in enumerate(zip(asked, numbers, strict=True))
         ]
-        judged = self.rubric([(self.records[number], given) for (number, _), given in zip(asked, answers, strict=True)])
+        found = self.sampler(prompts)
         return [
-            self._rolled(number, found, given, completions[key], scored)
-            for key, ((number, found), given, scored) in enumerate(zip(asked, answers, judged, strict=True))
+            AnsweredPrompt(number, record, one, tuple(found[key]), self._answers(record, found[key]))
+            for key, (number, record, one) in enumerate(zip(numbers, records, asked, strict=True))
         ]
+
+    def judge(self, drawn: Sequence[AnsweredPrompt]) -> list[Rolled]:
+        """What the answers earned, ready to be compared."""
+        judged = self.rubric([(one.record, one.answers) for one in drawn])
+        return [self._rolled(one, scored) for one, scored in zip(drawn, judged, strict=True)]
+
+    def compare(self, groups: Sequence[Rolled]) -> None:
+        """Give every group what its tokens were worth before, and how much better than expected its
+        answers are.
+        """
+        self._attach(groups)
+        self._advantages(groups)
+        for more in self.finish:
+            more(groups)
+
+    def _answers(self, record: Record, completions: Sequence[Completion]) -> tuple[Answered, ...]:
+        opened = self._opened(record)
+        return tuple(self._read(done, opened) for done in completions)
 
     def _encoded(self, record: Record) -> Encoded:
         """The prompt as the model sees it. Raises RowTooLong."""
@@ -328,15 +366,8 @@ class Rollouts:
         text = (THINK_OPEN if opened else "") + self.processor.decode(ids)
         return Answered(text, tuple(done.token_ids), done.finish_reason, tuple(done.logps))
 
-    def _rolled(
-        self,
-        number: int,
-        prompt: Encoded,
-        answers: tuple[Answered, ...],
-        completions: Sequence[Completion],
-        scored: Sequence[Scored],
-    ) -> Rolled:
-        s = self.settings
+    def _rolled(self, drawn: AnsweredPrompt, scored: Sequence[Scored]) -> Rolled:
+        s, prompt, answers, completions = self.settings, drawn.prompt, drawn.answers, drawn.completions
         parts_GF = np.array([[number_of(one.parts[name]) for name in self.rubric.names] for one in scored])
         reward_G = adv.weighted_sum(parts_GF, np.array(self.rubric.weights))
         if s.overlong_buffer:
@@ -354,7 +385,7 @@ class Rollouts:
             dialogue.trained_L[prompt.num_tokens :] = chosen
             dialogues.append(dialogue)
         nothing = np.full(len(answers), np.nan)
-        record = self.records[number]
+        record = drawn.record
         shared = prompt.num_tokens if s.prefix_sharing and len(dialogues) > 1 else 0
         unit = Unit(
             tuple(dialogues),
@@ -369,7 +400,9 @@ class Rollouts:
         logps = [np.asarray(c.logps, np.float64)[chosen] for c, chosen in zip(completions, sampled, strict=True)]
         logp_N = np.concatenate(logps)
         columns = {"sampled_logp_N": logp_N, "old_logp_N": logp_N.copy()}
-        return Rolled(number, record, unit, answers, tuple(scored), reward_G, counts_G.astype(np.float64), columns)
+        return Rolled(
+            drawn.number, record, unit, answers, tuple(scored), reward_G, counts_G.astype(np.float64), columns
+        )
 
     # --- worth ------------------------------------------------------------------------------------
 
@@ -510,11 +543,11 @@ class Rollouts:
                     f"提示 {number}（{self.records[number].meta}）须与作答时一样短；请恢复 max_prompt_len",
                 )
             ) from error
-        completions = [Completion(*known) for known in state["completions"]]
-        opened = self._opened(self.records[number])
-        answers = tuple(self._read(c, opened) for c in completions)
+        record, completions = self.records[number], tuple(Completion(*known) for known in state["completions"])
         scored = [Scored(*known) for known in state["scored"]]
-        group = self._rolled(number, prompt, answers, completions, scored)
+        group = self._rolled(
+            AnsweredPrompt(number, record, prompt, completions, self._answers(record, completions)), scored
+        )
         group.reward_G = group.unit.score_C[:] = np.array([number_of(r) for r in state["reward"]])
         group.counts_G = np.array(state["counts"], np.float64)
         return group

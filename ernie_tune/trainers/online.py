@@ -31,15 +31,18 @@ from ernie_tune.generate.engine import Engine
 from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
+from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
+from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
+from ernie_tune.train.evidence import Evidence, EvidenceSettings, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
-from ernie_tune.train.rolled import Rolled
-from ernie_tune.train.rollout_guards import RolloutWatch
+from ernie_tune.train.rolled import AnsweredPrompt, Rolled, answer_advantages, told
+from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch
 from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
@@ -299,6 +302,8 @@ class SampledAnswers(Method):
                     lambda model: self.place.put(model, trained=False).forward,
                     support,
                 )
+        wanted = evidence_settings(self.config)
+        evidence = Evidence(wanted, self._prompts.records, self.processor, self._logp) if wanted.wanted else None
         self._rollouts = Rollouts(
             self.settings,
             self._prompts.records,
@@ -310,6 +315,7 @@ class SampledAnswers(Method):
             _DataRanks(self.place),
             self._tell,
             self.finishing(),
+            evidence,
         )
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
@@ -346,6 +352,13 @@ class SampledAnswers(Method):
         """What is said of the answers' tokens before they are learned from, one column each."""
         return [] if self.reference is None else [self._with_reference]
 
+    def _logp(self, batch: UnitBatch) -> np.ndarray:
+        """What the policy of the moment says of a batch's answers, [N], over what can be
+        sampled."""
+        support = functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
+        with self.policy.whole():
+            return frozen_outputs(self.policy.forward, support, batch)["logp_N"]
+
     def _with_reference(self, batch: UnitBatch) -> UnitBatch:
         assert self.reference is not None
         with self.policy.whole():
@@ -357,7 +370,7 @@ class SampledAnswers(Method):
         """
         if not self.config.rollout.log_completions:
             return
-        everybody = self.place.gather_batch([row for group in groups for row in _told(number, group)])
+        everybody = self.place.gather_batch([row for group in groups for row in told(number, group)])
         if self.place.is_writer:
             lines = [json.dumps(row, ensure_ascii=False) for part in everybody for row in part]
             self.output_dir.mkdir(parents=True, exist_ok=True)  # a notebook may make a round before any run
@@ -369,8 +382,36 @@ class SampledAnswers(Method):
         given = (self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
         return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch)
 
+    def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
+        """Say what answers would earn without looking."""
+        right, reward = blind_ceiling(self.rollouts.records, self.config.evidence.evidence_twin_share)
+        if right:
+            twins = reward > 0 and self.config.evidence.evidence_twins
+            log.info(
+                say(
+                    f"evidence/blind_ceiling: without the pictures at best {right:.1%} of the answers are right"
+                    + (f", and earn {reward:.3f} with twins" if twins else ""),
+                    f"evidence/blind_ceiling：不看图片最多 {right:.1%} 的回答正确"
+                    + (f"，使用孪生图片时奖励最多 {reward:.3f}" if twins else ""),
+                )
+            )
+
     def after_step(self, record: StepRecord) -> list[Verdict]:
-        return self.watch.look(record.step, record.metrics)
+        self.rubric.at(record.step, self.config.train.max_steps)
+        found = self.watch.look(record.step, record.metrics)
+        return found + (self._look_without(record.step) if record.step % LOOKS_EVERY == 0 else [])
+
+    def _look_without(self, step: int) -> list[Verdict]:
+        """Answer some rows with their pictures and with grey ones."""
+        records = [r for r in self.rollouts.records if r.images and r.reward and r.reward.answer is not None]
+        some = [records[i * len(records) // LOOKS_ROWS] for i in range(LOOKS_ROWS)] if records else []
+        if not some:
+            return []
+        right = []
+        for shown in (some, [without_picture(record) for record in some]):
+            drawn = self.rollouts.sample(shown, range(len(shown)), 0, greedy=True)
+            right.append(float(np.mean([group.right_G for group in self.rollouts.judge(drawn)])))
+        return self.watch.sight(step, right[0], right[1], blind_ceiling(records)[0])
 
     def parts(self) -> Mapping[str, Stateful]:
         watch = JsonPart(self.place, WATCH_FILE, self.watch)
@@ -410,27 +451,37 @@ class RLVRTrainer(Trainer):
     def make_method(self) -> Method:
         return self.method_class(self.args, self.place, self.processor, self.rubric)
 
+    # --- one step by hand, in this order ----------------------------------------------------------
 
-def _told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
-    first = 0
-    advantage_N = group.columns["advantage_N"]
-    for i, (answer, scored, length) in enumerate(
-        zip(group.answers, group.scored, group.length_G.tolist(), strict=True)
-    ):
-        own = advantage_N[first : first + length]
-        first += length
-        yield {
-            "round": number,
-            "prompt": group.number,
-            "row": str(group.record.meta),
-            "sample": i,
-            "text": answer.text,
-            "tokens": len(answer.token_ids),
-            "finish_reason": answer.finish_reason,
-            "reward": None if np.isnan(group.reward_G[i]) else float(group.reward_G[i]),
-            "rewards": {**scored.parts, **{k: v for k, v in scored.details.items() if k not in scored.parts}},
-            "advantage": float(own.mean()) if length else 0.0,
-        }
+    @property
+    def rollouts(self) -> Rollouts:
+        """What samples, judges and compares; made with the model on the mesh."""
+        assert isinstance(self.method, SampledAnswers)
+        if not self._prepared:
+            self.prepare()
+        return self.method.rollouts
+
+    @property
+    def prompts(self) -> Sequence[Record]:
+        """The rows that are asked."""
+        return self.rollouts.records[: self.rollouts.prompts.size]
+
+    def rollout(self, records: Sequence[Record], n: int | None = None, seed: int = 0) -> list[AnsweredPrompt]:
+        """`n` answers (num_generations) to each record by the policy as it is; nothing is counted
+        or kept. The same seed gives the same answers. Raises RowTooLong.
+        """
+        return self.rollouts.sample(records, range(len(records)), seed, n)
+
+    def score(self, drawn: Sequence[AnsweredPrompt]) -> list[Rolled]:
+        """The answers with what the rewards give them: `reward_G` of each group."""
+        return self.rollouts.judge(drawn)
+
+    def advantages(self, groups: Sequence[Rolled]) -> list[np.ndarray]:
+        """How much better than expected each answer is, an array [G] a group; its tokens' are in
+        the group's columns, which `rollouts.batch` packs.
+        """
+        self.rollouts.compare(groups)
+        return [answer_advantages(group) for group in groups]
 
 
 # --- from settings --------------------------------------------------------------------------------
@@ -481,6 +532,33 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         missing_eos_penalty=c.missing_eos_penalty,
         prefix_sharing=config.preference.prefix_sharing,
     )
+
+
+def evidence_settings(config: RunConfig) -> EvidenceSettings:
+    """What the settings say of looking at pictures. Raises ValueError where rewards are compared
+    one by one, of which evidence is no part.
+    """
+    e = config.evidence
+    settings = EvidenceSettings(
+        e.evidence_twins,
+        e.evidence_twin_share,
+        e.evidence_dependence,
+        e.evidence_boxes,
+        e.perception_mask_ratio,
+        e.evidence_scale,
+        config.train.seed,
+        max(1, config.train.per_device_train_batch_size // config.rollout.num_generations),
+    )
+    if settings.wanted and config.rollout.reward_aggregation != "sum_then_normalize":
+        raise ValueError(
+            say(
+                f"reward_aggregation ({config.rollout.reward_aggregation}) must be sum_then_normalize with rewards for "
+                "evidence, which weigh the sum; set it, or leave evidence_twins, _dependence and _boxes out",
+                f"使用证据奖励时 reward_aggregation（{config.rollout.reward_aggregation}）须为 sum_then_normalize，"
+                "因为证据作用于总和；请修改，或去掉 evidence_twins、_dependence 与 _boxes",
+            )
+        )
+    return settings
 
 
 def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:

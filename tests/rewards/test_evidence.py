@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from ernie_tune.data.records import Record, Reward, Verifier
 from ernie_tune.rewards import evidence as ev
 from ernie_tune.rewards.evidence import Claim, grounded, judge_claim, read_claims
+from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.rubric import RowVerifiers
 
 E = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))["outputs"]["evidence"]
 INPUTS = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))["inputs"]
@@ -156,3 +160,117 @@ def test_drawing_again() -> None:
     assert ev.redrawn(picture, picture) == pytest.approx(E["d6_same"])
     assert ev.redrawn(picture, shifted) == pytest.approx(E["d6_shifted"])
     assert ev.redrawn(picture, np.zeros((4, 4))) == pytest.approx(E["d6_empty"])
+
+
+CLAIMS = [
+    {"type": "exists", "subj": "red circle", "box": [10, 10, 30, 30]},
+    {"type": "attribute", "subj": "square", "value": "blue", "box": [60, 60, 80, 80]},
+]
+
+
+def block(claims: Any, answer: str = "circle") -> str:
+    return f"<evidence>{json.dumps(claims)}</evidence>{answer}"
+
+
+def earned(text: str, **spec: Any) -> float:
+    checks = (Verifier("exact", 0.8), Verifier("evidence", 0.2, spec))
+    scene = Reward("circle", checks, {"required": CLAIMS}, SCENE)
+    return RowVerifiers()([(Record("verifiable", (), reward=scene), [Answered(text)])])[0][0] or 0.0
+
+
+def test_evidence_in_the_reward() -> None:
+    """0.8 for the answer, 0.2 E beside a right one, less 0.2 of the share of contradicted
+    claims."""
+    assert earned("circle") == pytest.approx(0.8)
+    assert earned(block(CLAIMS)) == pytest.approx(1.0)
+    assert earned(block(CLAIMS[:1])) == pytest.approx(0.8 + 0.2 * 2 * 0.5 / 1.5)
+    assert earned(block(CLAIMS, "square")) == 0.0
+    assert earned(block(CLAIMS, "square"), leak=0.5) == pytest.approx(0.1)
+    wrong = [*CLAIMS, {"type": "exists", "subj": "green circle", "box": [0, 0, 9, 9]}]
+    found = ev.judge_evidence(block(wrong), None, SCENE, CLAIMS)
+    assert (found.precision, found.recall) == (pytest.approx(2 / 3), 1.0)
+    assert earned(block(wrong)) == pytest.approx(0.8 + 0.2 * 0.8 - 0.2 / 3)
+
+
+MUTANTS = {
+    "no claims": block([]),
+    "the picture exists": block([{"type": "exists", "subj": "picture"}]),
+    "claims without a place": block([{k: v for k, v in c.items() if k != "box"} for c in CLAIMS]),
+    "the whole picture": block([{**c, "box": [0, 0, 100, 100]} for c in CLAIMS]),
+    "corners turned": block([{**c, "box": c["box"][::-1]} for c in CLAIMS]),
+    "other true claims": block([{"type": "exists", "subj": "red square", "box": [60, 10, 80, 30]}]),
+    "what is not there": block([{**CLAIMS[0], "subj": "yellow circle"}]),
+    "in the thought": f"<think>{block(CLAIMS)}</think>circle",
+    "never closed": f"<evidence>{json.dumps(CLAIMS)}circle",
+    "two blocks": block(CLAIMS, "") + block(CLAIMS),
+    "words": "<evidence>I have looked carefully</evidence>circle",
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_an_answer_never_profits_from_evidence_that_is_not_there(name: str) -> None:
+    assert earned(MUTANTS[name]) <= earned("circle") + 1e-12
+
+
+def test_repeats_and_surplus_do_not_raise_evidence() -> None:
+    once = earned(block(CLAIMS[:1]))
+    assert earned(block(CLAIMS[:1] * 500)) == pytest.approx(once)
+    surplus = [{"type": "exists", "subj": "square", "box": [60 + i / 100, 60, 80, 80]} for i in range(1000)]
+    assert earned(block([*CLAIMS[:1], *surplus])) <= once + 1e-12
+    assert earned(block(list(reversed(CLAIMS)))) == earned(block(CLAIMS))  # claims have no order
+
+
+def test_right_answers_beat_wrong_ones_whatever_their_evidence() -> None:
+    lies = [{"type": "exists", "subj": f"green thing {i}"} for i in range(3)]
+    worst, best = earned(block(lies)), earned(block(CLAIMS, "square"), leak=0.2)
+    assert worst == pytest.approx(0.6)
+    assert best == pytest.approx(0.04)
+    scene = Reward("x", (Verifier("exact", 0.2), Verifier("evidence", 0.2)), {}, SCENE)
+    with pytest.raises(ValueError, match=r"weights of the answer \(0.2\) less contradiction \(0.2\) must be above"):
+        RowVerifiers().check(Record("verifiable", (), reward=scene))
+    alone = Reward("x", (Verifier("evidence"), Verifier("format", 0.1)), {}, SCENE)
+    with pytest.raises(ValueError, match="must hold one that asks whether the answer is right"):
+        RowVerifiers().check(Record("verifiable", (), reward=alone))
+
+
+def test_malformed_answers_earn_nothing_beside_evidence() -> None:
+    checks = (Verifier("exact", 0.7), Verifier("evidence", 0.2), Verifier("format", 0.1, {"mode": "think"}))
+    row = Record("verifiable", (), reward=Reward("circle", checks, {"required": CLAIMS}, SCENE))
+    thought = "<think>hm</think>"
+    ((formed, bare),) = RowVerifiers()([(row, [Answered(thought + block(CLAIMS)), Answered(block(CLAIMS))])])
+    assert formed == pytest.approx(1.0)
+    assert bare == 0.0
+
+
+def test_a_right_answer_for_another_reason_has_no_evidence() -> None:
+    scene = {**SCENE, "boxes": {"q1": [0, 0, 5, 5], "q2": [5, 0, 10, 5]}}
+    said = [
+        {"type": "chart_value", "subj": q, "value": v, "box": b}
+        for q, v, b in (("q1", 10, [0, 0, 5, 5]), ("q2", 30, [5, 0, 10, 5]))
+    ]
+    judge = lambda claims, answer: ev.judge_evidence(block(claims, answer), answer, scene, said, "argmax(chart_value)")  # noqa: E731
+    assert judge(said, "q2").score == 1.0
+    assert judge(said, "q1").score == 0.0
+    assert judge(said[:1], "q2").score == 0.0  # q1 is the largest of what is stated
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 4])
+def test_who_does_not_look_may_still_gain_by_chance(kinds: int) -> None:
+    """All pairs of different golds equally often: answering each as often earns share / K + (1 -
+    share) / K^2, one answer share / K."""
+    pairs = [(a, b) for a in range(kinds) for b in range(kinds) if a != b]
+    golds, twins = [a for a, _ in pairs], [b for _, b in pairs]
+    for share in (0.5, 0.2):
+        assert ev.blind_reward(golds, twins, share) == pytest.approx(share / kinds + (1 - share) / kinds**2)
+        assert ev.blind_ceiling(golds, twins, share) == pytest.approx(share / kinds)
+    assert ev.blind_reward([], []) == 0.0
+    assert ev.blind_reward(["a"] * 9, ["b"] * 9, 0.0) == pytest.approx(0.25)
+
+
+def test_the_best_blind_reward_is_no_less_than_any_mixture() -> None:
+    rng = np.random.default_rng(0)
+    golds, twins = rng.integers(0, 5, 40), rng.integers(0, 5, 40)
+    best = ev.blind_reward(golds.tolist(), twins.tolist(), 0.3)
+    for _ in range(300):
+        p = rng.dirichlet(rng.choice([0.2, 1.0, 5.0], 5))
+        assert np.mean(0.3 * (p[golds] + p[twins]) / 2 + 0.7 * p[golds] * p[twins]) <= best + 1e-9

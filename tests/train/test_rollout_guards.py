@@ -81,3 +81,15 @@ def test_a_resumed_watch_goes_on() -> None:
     again.load_state_dict(json.loads(json.dumps(part.state_dict())))
     after = [(s, str(v.message)) for s in range(26, 61) for v in again.look(s, {**HEALTHY, **collapse(s)})]
     assert before + after == straight
+
+
+def test_answers_that_do_not_depend_on_the_picture() -> None:
+    watch = RolloutWatch()
+    assert watch.sight(50, seen=0.8, blind=0.5, ceiling=0.3) == []
+    assert watch.sight(50, seen=0.5, blind=0.5, ceiling=0.5) == []  # guessing is as good on this data
+    assert watch.sight(50, seen=0.0, blind=0.0, ceiling=0.0) == []
+    (verdict,) = watch.sight(100, seen=0.8, blind=0.75, ceiling=0.3)
+    assert "step 100: answers do not depend on the picture: 75% are right without it, 80% with it" in str(
+        verdict.message
+    )
+    assert watch.sight(150, seen=0.8, blind=0.8, ceiling=0.3) == []
