@@ -116,6 +116,21 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
 
 
+def test_only_the_top_sees_a_whole_configuration() -> None:
+    """`RunConfig` is taken apart in trainers/; who reads one setting does not get three hundred.
+    The planner alone judges whole configurations, before there is a run.
+    """
+    rooms = {room for room, row in LEVEL.items() if row < LEVEL["trainers"]} - {"config", "plan"}
+    seen = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if package_of(path) in rooms
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "RunConfig"
+    ]
+    assert not seen
+
+
 def test_pages_that_are_cited_are_here() -> None:
     """Whoever reads the code has this checkout, and nothing else of ours."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.convert import convert
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import read_yaml
 from ernie_tune.config.resuming import CONTENT, COURSE, FIXED, FREE, START, on_resuming
 
-LEDGER_FILE = "ledger.json"
+LEDGER_FILE, STATE_FILE = "ledger.json", "trainer_state.json"
 _FORMAT = 1
 ROWS_A_STEP, STARTED_FROM = "rows a step", "weights started from"
 _BLOCK_BYTES, _BLOCKS = 1 << 14, 64
@@ -93,14 +93,13 @@ class Ledger:
     finished: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, contents: Mapping[str, Sequence[Content]], rows_per_step: int = 0) -> Ledger:
-        """The ledger of a run under `config`. `contents` of what was given as objects go under the
-        name of the setting that they replace; settings that name files and are missing there are
-        known by their names alone.
+    def of(cls, given: Mapping[str, Any], contents: Mapping[str, Sequence[Content]], rows_per_step: int = 0) -> Ledger:
+        """The ledger of a run under the settings `given`, those that have an effect there.
+        `contents` of what was given as objects go under the name of the setting that they replace;
+        settings that name files and are missing there are known by their names alone.
         """
-        flat = config.flat()
-        settings = {name: _plain(flat[name]) for name in flat if _counts(config, name)}
-        named = {name: tuple(Content(path) for path in _paths(flat[name])) for name in CONTENT if _counts(config, name)}
+        settings = {name: _plain(value) for name, value in given.items() if name not in START}
+        named = {name: tuple(Content(path) for path in _paths(given[name])) for name in CONTENT if name in settings}
         return cls(settings, {**named, **{k: tuple(v) for k, v in contents.items()}}, rows_per_step)
 
     def compare(self, saved: Ledger) -> list[Difference]:
@@ -185,10 +184,6 @@ class Ledger:
                 settings[entry.name] = _plain(value)
         contents = {name: tuple(Content(p) for p in _paths(settings[name])) for name in CONTENT if name in settings}
         return cls(settings, contents)
-
-
-def _counts(config: RunConfig, name: str) -> bool:
-    return name not in START and config.applies(SETTINGS[name].section)
 
 
 def _plain(value: Any) -> Any:

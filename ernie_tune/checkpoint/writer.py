@@ -264,3 +264,18 @@ def _publish(staged: Path, folder: Path, order: list[str]) -> None:
     for file in order:
         os.replace(staged / file, folder / file)
     staged.rmdir()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed. Raises
+    OSError with the file's name; nothing is left then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        with naming(path):
+            staged.write_text(text, encoding="utf-8")
+            os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise

@@ -20,7 +20,8 @@ def run(args: list[str]) -> int:
     Draws a logged value of one or several runs in the terminal, on one chart; --svg writes all
     curves of all runs to a file.
     """
-    from ernie_tune.report.log import LOG_FILE, read_log, write_atomically
+    from ernie_tune.checkpoint.writer import write_atomically
+    from ernie_tune.report.log import LOG_FILE, read_log
     from ernie_tune.report.plot import curves_svg, short_names, terminal_plot
 
     folders, entries = split_overrides(args)

@@ -125,6 +125,12 @@ class RunConfig:
             return False
         return setting.read_at(self.model.stage, self.model.fine_tuning)
 
+    def effective(self) -> dict[str, Any]:
+        """The settings by name, without those of sections that this stage and method do not
+        read.
+        """
+        return {name: value for name, value in self.flat().items() if self.applies(SETTINGS[name].section)}
+
     def flat(self) -> dict[str, Any]:
         """Every setting by name."""
         return {name: vars(vars(self)[s.section])[name] for name, s in SETTINGS.items()}

@@ -9,26 +9,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import Text, say
+from ernie_tune.config.sections_run import EvalArguments
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.evaluate.answers import Question, answers, evaluation_loss, question
 from ernie_tune.evaluate.own_metrics import Metrics, own_metrics
-from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.specs import parameter_specs
-from ernie_tune.peft.config import LoraConfig
-from ernie_tune.peft.model import PeftModel
-from ernie_tune.report.log import RunLog, number, write_atomically
-from ernie_tune.report.pages import ModelCard, ReportRow, describe_file, usage, write_before_after, write_model_card
+from ernie_tune.report.log import RunLog, number
+from ernie_tune.report.pages import ReportRow, write_before_after
 from ernie_tune.report.progress import Progress
 from ernie_tune.rewards.scores import MACRO_F1, confusion, fitting_metrics, has_classes, row_scores, score_answers
 from ernie_tune.train.guards import ForgettingGuard, Verdict
@@ -38,6 +37,21 @@ GUARD_FILE = "guard_baseline.json"
 BEFORE_FILE = "before.json"
 
 
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How often, how many rows and by which scores; and what pages say of the run. `plain`: lines
+    instead of bars. `method`: stage and way of fine-tuning; `model`: "" where it was given as an
+    object.
+    """
+
+    eval: EvalArguments
+    plain: bool = False
+    method: str = ""
+    model: str = ""
+    trained_on: tuple[str, ...] = ()
+    measured_on: tuple[str, ...] = ()
+
+
 class Measure:
     """Held-out rows and what the model makes of them. Rows are drawn evenly from the set where it
     is larger than the limit.
@@ -45,15 +59,15 @@ class Measure:
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: MeasureSettings,
         model: ErnieModel,
         processor: Processor,
         encoder: Encoder,
         rows: Sequence[Record],
         output_dir: Path,
     ) -> None:
-        self.config, self.model, self.processor, self.encoder, self.rows, self.output_dir = (
-            config,
+        self.settings, self.model, self.processor, self.encoder, self.rows, self.output_dir = (
+            settings,
             model,
             processor,
             encoder,
@@ -71,7 +85,7 @@ class Measure:
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         every = (rows[i] for i in range(len(rows)))
-        size = max(1, self.config.eval.per_device_eval_batch_size)
+        size = max(1, self.settings.eval.per_device_eval_batch_size)
         return evaluation_loss(self.model, every, self.encoder, size, done)
 
     def _measured(self, title: str, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
@@ -79,7 +93,7 @@ class Measure:
         with eval_), what was asked and answered; a bar under `title` shows how far it is.
         """
         asked = self._questions(limit) if limit else []
-        mode = "plain" if self.config.log.disable_tqdm else ""
+        mode = "plain" if self.settings.plain else ""
         total = len(self.rows) + len(asked)
         with Progress(total, title=title, mode=mode, is_main=self.is_main, inner=True) as progress:
             loss = {k: v for k, v in self._loss(self.rows, progress.advance).items() if k != "rows"}
@@ -88,7 +102,7 @@ class Measure:
         return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
 
     def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
-        e = self.config.eval
+        e = self.settings.eval
         if not asked:
             return {}, []
         given = answers(
@@ -107,13 +121,13 @@ class Measure:
 
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""
-        return self.config.eval.eval_metrics or fitting_metrics([q.reference for q in asked])
+        return self.settings.eval.eval_metrics or fitting_metrics([q.reference for q in asked])
 
     def all_rows(self) -> tuple[dict[str, float], list[Question], list[str]]:
         """Loss on every held-out row, scores of the answers to at most report_max_samples of them:
         names begin with eval_.
         """
-        return self._measured(say("eval", "评测"), self.config.eval.report_max_samples)
+        return self._measured(say("eval", "评测"), self.settings.eval.report_max_samples)
 
     def before(self, log: RunLog, resumed: bool) -> None:
         """Measure before the first step; a resumed run reads what the first one wrote, and cannot
@@ -136,7 +150,7 @@ class Measure:
                     "WARNING",
                 )
             return
-        metrics, asked, given = self._measured(say("before", "训练前"), self.config.eval.report_max_samples)
+        metrics, asked, given = self._measured(say("before", "训练前"), self.settings.eval.report_max_samples)
         self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
         if log.is_main:
             write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
@@ -147,7 +161,7 @@ class Measure:
         """Loss on every row, scores of the answers to eval_max_samples rows; logged and
         returned.
         """
-        metrics = self._measured(say("eval", "评测"), self.config.eval.eval_max_samples)[0]
+        metrics = self._measured(say("eval", "评测"), self.settings.eval.eval_max_samples)[0]
         log.log(step, metrics, epoch)
         return metrics
 
@@ -158,7 +172,7 @@ class Measure:
         log.results("train", train, epoch)
         if not len(self.rows):
             return dict(train)
-        metrics, asked, given = self._measured(say("after", "训练后"), self.config.eval.report_max_samples)
+        metrics, asked, given = self._measured(say("after", "训练后"), self.settings.eval.report_max_samples)
         self.last = {"metrics": metrics, "answers": given}
         log.results("eval", metrics, epoch, self.first.get("metrics"))
         if asked and log.is_main:
@@ -197,21 +211,20 @@ class Measure:
             self.first.get("metrics", {}),
             self.last["metrics"],
             confusions=tables,
-            title=f"{self.config.model.stage} · {self.config.model.fine_tuning} · {self._model_name()}",
+            title=f"{self.settings.method} · {self._model_name()}",
             facts=self._facts(len(asked)),
             links={"training_loss.svg": say("loss curve", "损失曲线"), "README.md": say("model card", "模型卡")},
         )
 
     def _model_name(self) -> str:
-        return self.config.model.model_name_or_path or type(self.model).__name__
+        return self.settings.model or type(self.model).__name__
 
     def _facts(self, shown: int) -> list[tuple[Text, str]]:
         """What the page says of the run."""
-        d = self.config.data
         # on whatever layout
         size = sum(math.prod(spec.shape) for spec in parameter_specs(self.model.config).values())
-        files = [(say("trained on", "训练数据"), ", ".join(d.train_dataset_path))]
-        files += [(say("measured on", "评测数据"), ", ".join(d.eval_dataset_path))]
+        files = [(say("trained on", "训练数据"), ", ".join(self.settings.trained_on))]
+        files += [(say("measured on", "评测数据"), ", ".join(self.settings.measured_on))]
         return [
             (say("model", "模型"), f"{self._model_name()} ({size / 1e6:,.1f} M)"),
             *((name, value) for name, value in files if value),
@@ -245,7 +258,7 @@ class Measure:
         Rows that cannot be measured are left out, and a line says so. Raises ValueError for a set
         of which none is left, or that has no baseline.
         """
-        e = self.config.eval
+        e = self.settings.eval
         dropped = Dropped()
         sets = {path: load_dataset(path) for path in e.guard_dataset_path}
         self.guard_sets = {
@@ -287,51 +300,3 @@ class Measure:
             log.info(seen.message)
             verdicts += [verdict] if verdict else []
         return verdicts
-
-
-class Described(Protocol):
-    """What the model card is told of a run."""
-
-    described: RunConfig
-    policy: Placed
-    base_model: str
-
-    @property
-    def output_dir(self) -> Path: ...
-
-
-def write_reports(run: Described, measure: Measure, log: RunLog, changed: Sequence[tuple[int, str]] = ()) -> None:
-    """The model card. `changed`: (after which step, what) where the run went on under other
-    settings.
-    """
-    c, model = run.described, run.policy.model
-    adapter = model.adapters[model.active or ""].config if isinstance(model, PeftModel) else None
-    files = [path.split("#")[0] for path in (*c.data.train_dataset_path, *c.data.eval_dataset_path)]
-    data = [
-        describe_file(Path(f), len(load_dataset(f, dataset_dir=c.data.dataset_dir or ".")))
-        for f in files
-        if Path(f).is_file()
-    ]
-    rank = f" rank {adapter.r}" if isinstance(adapter, LoraConfig) else ""
-    method = f"{c.model.stage}, {c.model.fine_tuning}{rank}"
-    first: Mapping[str, float] = measure.first.get("metrics", {})
-    card = ModelCard(
-        name=run.output_dir.resolve().name,
-        base_model=run.base_model,
-        method=method,
-        data=data,
-        arguments={name: value for name, value in c.flat().items() if value != SETTINGS[name].default},
-        before=first,
-        after=measure.last.get("metrics", {}),
-        commands=usage(str(run.output_dir), adapter is not None),
-        changed=changed,
-    )
-    write_model_card(run.output_dir / "README.md", card)
-    pages = [
-        name for name in ("README.md", "before_after.html", "training_loss.svg") if (run.output_dir / name).is_file()
-    ]
-    log.info(
-        say(
-            f"everything is in {run.output_dir}: {', '.join(pages)}", f"全部结果在 {run.output_dir}：{', '.join(pages)}"
-        )
-    )

@@ -42,7 +42,7 @@ class OnlineMeasure(Measure):
 
     def _measured(self, title: str, limit: int) -> tuple[dict[str, float], list[Question], list[str]]:
         """Without answers there would be nothing to measure."""
-        return super()._measured(title, limit or max(1, self.config.eval.report_max_samples))
+        return super()._measured(title, limit or max(1, self.settings.eval.report_max_samples))
 
     def _questions(self, limit: int) -> list[Question]:
         count = min(limit, len(self.rows))

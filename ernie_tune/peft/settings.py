@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
+from ernie_tune.config.sections_model import LoraArguments
 from ernie_tune.peft.config import Expert, LoraConfig
 
 
-def lora_config(config: RunConfig, picked: list[Expert] | None = None) -> LoraConfig:
-    """The LoRA settings of a run. `picked`: the experts that `lora_expert_affinity` chose.
-    ValueError for a `lora_expert_list` of another form.
+def lora_config(
+    c: LoraArguments, freeze_config: tuple[str, ...], base: str, seed: int, picked: list[Expert] | None = None
+) -> LoraConfig:
+    """The LoRA settings of a run on the model called `base`. `picked`: the experts that
+    `lora_expert_affinity` chose. ValueError for a `lora_expert_list` of another form.
     """
-    c = config.lora
     experts: Any = () if c.lora_experts == "none" else c.lora_experts
     if c.lora_expert_list:
         experts = [triple for item in c.lora_expert_list for triple in expert_range(item)]
@@ -33,9 +34,9 @@ def lora_config(config: RunConfig, picked: list[Expert] | None = None) -> LoraCo
         lora_plus_scale=c.lora_plus_scale,
         use_dora=c.dora,
         expert_targets=experts,
-        freeze_config=config.freeze.freeze_config or _towers_frozen_by_default(c.lora_target_modules),
-        base_model_name_or_path=config.model.model_name_or_path,
-        seed=config.train.seed,
+        freeze_config=freeze_config or _towers_frozen_by_default(c.lora_target_modules),
+        base_model_name_or_path=base,
+        seed=seed,
     )
 
 

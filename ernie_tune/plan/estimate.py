@@ -117,7 +117,7 @@ def estimate(
         better = None
     else:
         world = cards or asked.world
-        found = run_problems(config, shape, world)
+        found = run_problems(config.parallel, config.train.gradient_accumulation_steps, shape, world)
         if found:
             raise ValueError("\n".join(message for _, message in found))
         chosen = plan(job, Layout.of(config.parallel, world), device)

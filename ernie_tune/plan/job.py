@@ -131,7 +131,11 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
     if sampled:
         longest = min(longest, config.preference.max_prompt_len + config.rollout.max_completion_length)
     sequences = _answers_at_once(config) if sampled else 0
-    adapter = lora_config(config) if m.fine_tuning == "LoRA" else None
+    adapter = (
+        lora_config(lora, config.freeze.freeze_config, m.model_name_or_path, config.train.seed)
+        if m.fine_tuning == "LoRA"
+        else None
+    )
     if lora.lora_expert_affinity > 0 and adapter is not None and not lora.lora_expert_list:
         adapter = dataclasses.replace(
             adapter, expert_targets="both" if lora.lora_experts == "none" else lora.lora_experts

@@ -63,7 +63,10 @@ def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
     notes = [f"{at(lack.setting)}: {lack.message}" for lack in lacks if not training]
     shape = known_shape(config.model.model_name_or_path)
     if shape is not None:
-        wrong += [f"{at(name)}: {message}" for name, message in run_problems(config, shape)]
+        wrong += [
+            f"{at(name)}: {message}"
+            for name, message in run_problems(config.parallel, config.train.gradient_accumulation_steps, shape)
+        ]
     elif not training:
         notes.append(
             f"{at('model_name_or_path')}: "

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.config.layout import EXPERT, PIPE, SEGMENTS, SHARDING, TENSOR, VIRTUAL, Layout
+from ernie_tune.config.sections_run import ParallelArguments
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.plan.segments import bounds_of
 
@@ -255,28 +255,29 @@ def nearest(
     return sorted(legal_layouts(model, world, accumulation=accumulation), key=distance)[:count]
 
 
-def check_run(config: RunConfig, model: ModelConfig, world: int | None = None) -> None:
+def check_run(p: ParallelArguments, accumulation: int, model: ModelConfig, world: int | None = None) -> None:
     """Refuse settings whose layout `model` cannot have. `world`: processes that run, None where
     that is not known yet.
 
     Raises ValueError: one line for every broken rule, then the nearest legal layouts on as many
     ranks.
     """
-    found = run_problems(config, model, world)
+    found = run_problems(p, accumulation, model, world)
     if found:
         raise ValueError("\n".join(message for _, message in found))
 
 
-def run_problems(config: RunConfig, model: ModelConfig, world: int | None = None) -> list[Problem]:
+def run_problems(
+    p: ParallelArguments, accumulation: int, model: ModelConfig, world: int | None = None
+) -> list[Problem]:
     """What `check_run` refuses, each with the setting to point at; the last one also names the
     nearest legal layouts.
     """
-    layout = Layout.of(config.parallel, world)
-    steps = config.train.gradient_accumulation_steps
-    found = list(_unbuilt(config)) + problems(model, layout, world=world, accumulation=steps)
+    layout = Layout.of(p, world)
+    found = list(_unbuilt(p)) + problems(model, layout, world=world, accumulation=accumulation)
     if found:
         ranks = world or layout.world
-        others = nearest(model, layout, ranks, accumulation=steps)
+        others = nearest(model, layout, ranks, accumulation=accumulation)
         shown = "; ".join(f"{other} ({_spelled(other)})" for other in others)
         name, message = found[-1]
         near = say(
@@ -299,8 +300,7 @@ def _spelled(layout: Layout) -> str:
     )
 
 
-def _unbuilt(config: RunConfig) -> Iterator[Problem]:
-    p = config.parallel
+def _unbuilt(p: ParallelArguments) -> Iterator[Problem]:
     for name, instead in (
         ("context_parallel_size", f"{TENSOR} with sequence_parallel"),
         ("sep_parallel_size", f"{TENSOR} with sequence_parallel"),

@@ -24,31 +24,17 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ernie_tune.checkpoint.writer import naming
+from ernie_tune.checkpoint.ledger import STATE_FILE
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import columns, padded, say, shown
 from ernie_tune.report.direction import better, gain
 from ernie_tune.report.writers import LogWriter
 
-LOG_FILE, CSV_FILE, STATE_FILE = "trainer_log.jsonl", "metrics.csv", "trainer_state.json"
+LOG_FILE, CSV_FILE = "trainer_log.jsonl", "metrics.csv"
 History = list[dict[str, Any]]
 _COUNTS = ("rows", "step", "steps", "tokens", "samples")
 _FOR_FILES = ("interval_runtime", "max_memory_gib", "remaining_time")  # a bar or a watch shows them
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a complete one: written beside it as `<name>.tmp`, then renamed. Raises
-    OSError with the file's name; nothing is left then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
-            staged.write_text(text, encoding="utf-8")
-            os.replace(staged, path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
 
 
 def plain(value: Any) -> Any:

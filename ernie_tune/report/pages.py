@@ -18,10 +18,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.language import Text, say
 from ernie_tune.report import html
 from ernie_tune.report.direction import better, gain
-from ernie_tune.report.log import write_atomically
 from ernie_tune.rewards.scores import Confusion
 
 _PACKAGES = ("ernie-tune", "paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece", "pillow")

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.language import Text, say
-from ernie_tune.report.log import write_atomically
 
 Point = tuple[float, float]  # step, value
 Box = tuple[float, float, float, float]  # left, top, width, height

@@ -26,6 +26,7 @@ from ernie_tune.data.mixing import Mixture, Shard, permute
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.evaluate.measure import MeasureSettings
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
@@ -75,7 +76,12 @@ def check_layout(config: RunConfig, model: ErnieModel | None) -> None:
     """
     shape = known_shape(config.model.model_name_or_path) if model is None else model.config
     if shape is not None:
-        check_run(config, shape, int(os.environ.get("PADDLE_TRAINERS_NUM", "1")))
+        check_run(
+            config.parallel,
+            config.train.gradient_accumulation_steps,
+            shape,
+            int(os.environ.get("PADDLE_TRAINERS_NUM", "1")),
+        )
 
 
 def as_trained(config: RunConfig, model: ErnieModel, name: str) -> RunConfig:
@@ -183,6 +189,15 @@ def encoder_of(config: RunConfig, processor: Processor) -> Encoder:
     t = config.train
     return Encoder(
         processor, config.data.max_seq_len, config.data.truncation_strategy, t.thought_weight, t.answer_weight
+    )
+
+
+def measure_settings(config: RunConfig) -> MeasureSettings:
+    """What is measured of a run, and what pages say of it."""
+    m, d = config.model, config.data
+    method = f"{m.stage} · {m.fine_tuning}"
+    return MeasureSettings(
+        config.eval, config.log.disable_tqdm, method, m.model_name_or_path, d.train_dataset_path, d.eval_dataset_path
     )
 
 
@@ -415,13 +430,14 @@ def lora_config(config: RunConfig, model: Any, calibration: Sequence[Sample]) ->
     samples.
     """
     c = config.lora
+    given = (c, config.freeze.freeze_config, config.model.model_name_or_path, config.train.seed)
     if c.lora_expert_list or c.lora_expert_affinity <= 0:
-        return settings.lora_config(config)
+        return settings.lora_config(*given)
     tokens = model.config.tokens
     table = affinity(model, [collate([s], tokens).inputs for s in calibration])
     modalities = ("text", "vision") if c.lora_experts in ("none", "both") else (c.lora_experts,)
     picked = [e for e in select_experts(table, c.lora_expert_affinity) if e[1] in modalities]
-    return settings.lora_config(config, picked)
+    return settings.lora_config(*given, picked)
 
 
 def longest(stream: BatchStream, scan_rows: int = 256) -> list[Packable]:

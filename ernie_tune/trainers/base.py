@@ -15,6 +15,7 @@ from typing import Any
 
 from ernie_tune.checkpoint.ledger import Ledger
 from ernie_tune.checkpoint.push import push
+from ernie_tune.checkpoint.run_folder import RunFolder
 from ernie_tune.checkpoint.state import Checkpoint, find_checkpoint
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
@@ -32,10 +33,10 @@ from ernie_tune.peft.report import trainable_table
 from ernie_tune.report.log import RunLog, stamp
 from ernie_tune.train.loop import Loop
 from ernie_tune.trainers import assemble
+from ernie_tune.trainers.ledger import ledger_of
 from ernie_tune.trainers.method import Method, Rows, RowSets
 from ernie_tune.trainers.observers import Observers
 from ernie_tune.trainers.run import Assembled, Run
-from ernie_tune.trainers.run_folder import RunFolder, ledger_of
 
 
 class Trainer:
@@ -107,7 +108,13 @@ class Trainer:
         # came as an object.
         self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
         self.output_dir = Path(self.args.save.output_dir)
-        self.folder = RunFolder(self.args, self.place, self._what_defines_it, lambda: self.total_steps()[0])
+        self.folder = RunFolder(
+            self.args.save,
+            (self.args.model.model_name_or_path, self.args.lora.lora_path),
+            self.place,
+            self._what_defines_it,
+            lambda: self.total_steps()[0],
+        )
         self._table: list[str] = []  # of what is trained, counted while the model is whole
         self._trainable = 0
         self._whole_seen = self._prepared = False

@@ -154,7 +154,9 @@ class Method:
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         """What measures the policy on held-out rows and guard sets."""
         encoder = assemble.encoder_of(self.config, self.processor)
-        return Measure(self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
+        return Measure(
+            assemble.measure_settings(self.config), policy.forward, self.processor, encoder, rows.held, output_dir
+        )
 
     # --- what is kept -----------------------------------------------------------------------------
 

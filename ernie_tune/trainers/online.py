@@ -379,7 +379,7 @@ class SampledAnswers(Method):
 
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         encoder = assemble.encoder_of(self.config, self.processor)
-        given = (self.config, policy.forward, self.processor, encoder, rows.held, output_dir)
+        given = (assemble.measure_settings(self.config), policy.forward, self.processor, encoder, rows.held, output_dir)
         return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch)
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:

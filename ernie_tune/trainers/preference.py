@@ -266,7 +266,7 @@ class PreferenceMethod(Method):
 
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         plain = super().measure(policy, rows, output_dir)
-        parts = (plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
+        parts = (plain.settings, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
         return PreferenceMeasure(*parts, method=self)
 
 
@@ -308,7 +308,7 @@ class PreferenceMeasure(Measure):
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         m = self.method
         every = (rows[i] for i in range(len(rows)))
-        size = max(1, self.config.eval.per_device_eval_batch_size)
+        size = max(1, self.settings.eval.per_device_eval_batch_size)
         return judged_evaluation(self.model, every, m.encoder, size, m.present_objective(), m.compared, done)
 
     def _questions(self, limit: int) -> list[Question]:

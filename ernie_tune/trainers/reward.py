@@ -80,7 +80,7 @@ class RewardMethod(Method):
 
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         plain = super().measure(policy, rows, output_dir)
-        parts = (plain.config, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
+        parts = (plain.settings, plain.model, plain.processor, plain.encoder, plain.rows, plain.output_dir)
         return _RewardMeasure(*parts, method=self)
 
 
@@ -124,7 +124,7 @@ class _RewardMeasure(Measure):
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         m = self.method
         every = (rows[i] for i in range(len(rows)))
-        size = max(1, self.config.eval.per_device_eval_batch_size)
+        size = max(1, self.settings.eval.per_device_eval_batch_size)
         return reward_evaluation(self.model, every, m.encoder, size, m.objective(1, 1.0), done)
 
     def _questions(self, limit: int) -> list[Question]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.checkpoint.background import Pending, save_in_background
+from ernie_tune.checkpoint.run_folder import RunFolder
 from ernie_tune.checkpoint.state import (
     OPTIMIZER,
     Checkpoint,
@@ -27,9 +28,9 @@ from ernie_tune.checkpoint.state import (
 )
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
+from ernie_tune.config.loader import dump_config
 from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.processor import Processor
-from ernie_tune.evaluate.measure import write_reports
 from ernie_tune.machine.placed import Placed
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.interval import Interval
@@ -43,7 +44,7 @@ from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
 from ernie_tune.trainers.method import Method, RowSets
 from ernie_tune.trainers.observers import Observers, RunState
-from ernie_tune.trainers.run_folder import RunFolder
+from ernie_tune.trainers.reports import write_reports
 from ernie_tune.trainers.run_guards import RunGuards
 
 SCHEDULE_FILE = "scheduler.json"
@@ -119,6 +120,7 @@ class Run:
         self.method, self.policy, self.stream = parts.method, parts.policy, parts.stream
         self.place, self.folder, self.output_dir = parts.policy.place, parts.folder, parts.output_dir
         self.total_steps = loop.schedule.total_steps
+        self.arguments = dump_config(parts.described)
         self.guards, self.interval = RunGuards(parts.config), Interval()
         self.measure = self.method.measure(self.policy, parts.rows, self.output_dir)
         self.measure.is_main = self.place.is_writer
@@ -169,7 +171,7 @@ class Run:
             for step in self.loop.steps(self.method.windows(self.stream)):
                 record = dataclasses.replace(step, metrics={**step.metrics, **self.method.metrics()})
                 self.place.mark(f"step {record.step}")
-                self.folder.stepped(self.parts.described)
+                self.folder.stepped(self.arguments)
                 self.observe(record, progress)
                 self._tell("on_step_end")
                 if self._stop_now(record, interrupted):
@@ -294,7 +296,7 @@ class Run:
         with policy.whole():
             named = policy.trained()
             content = (self.output_dir, step, self._save_files, optimizer, named, states)
-            texts, cut = self.folder.texts(self.parts.described), policy.shards(named)
+            texts, cut = self.folder.texts(self.arguments), policy.shards(named)
             if s.async_save and optimizer is not None:
                 self._pending = save_in_background(*content, texts, cut=cut, ranks=self.place)
                 return
@@ -437,7 +439,7 @@ class Run:
             write_loss_png(log.history, folder / "training_loss.png")
         write_reports(self.parts, self.measure, log, self.folder.ledger.changed)
         over = self.loop.step >= self.total_steps or guards.early.exhausted
-        self.folder.finish(self.parts.described, self.loop.step, self.total_steps, over=over)
+        self.folder.finish(self.arguments, self.loop.step, self.total_steps, over=over)
         return metrics
 
     def _summary(self) -> dict[str, float]:

@@ -46,7 +46,7 @@ def test_a_difference_in_each_setting_is_seen() -> None:
     config = load_text(
         "model_name_or_path: a\ntrain_dataset_path: b\nstage: UPO\nfine_tuning: LoRA\n", "run.yaml"
     ).config
-    saved = Ledger.of(config, {})
+    saved = Ledger.of(config.effective(), {})
     seen = 0
     for name, setting in SETTINGS.items():
         if name in ("stage", "fine_tuning"):  # which decide what applies
@@ -55,7 +55,7 @@ def test_a_difference_in_each_setting_is_seen() -> None:
         value = vars(section)[name]
         other = (not value) if isinstance(value, bool) else (*value, "x") if isinstance(value, tuple) else f"{value}x"
         changed = dataclasses.replace(config, **{setting.section: dataclasses.replace(section, **{name: other})})
-        found = [d.name for d in Ledger.of(changed, {}).compare(saved)]
+        found = [d.name for d in Ledger.of(changed.effective(), {}).compare(saved)]
         if name in resuming.START or not config.applies(setting.section):
             assert name not in found
         else:
@@ -66,18 +66,18 @@ def test_a_difference_in_each_setting_is_seen() -> None:
 
 def test_a_setting_that_the_saved_run_does_not_know_had_its_default() -> None:
     config = RunConfig()
-    saved = Ledger.of(config, {})
+    saved = Ledger.of(config.effective(), {})
     settings = {name: value for name, value in saved.settings.items() if name != "loss_norm"}
-    assert Ledger.of(config, {}).compare(dataclasses.replace(saved, settings=settings)) == []
+    assert Ledger.of(config.effective(), {}).compare(dataclasses.replace(saved, settings=settings)) == []
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_norm="seq"))
-    assert [str(d) for d in Ledger.of(other, {}).compare(dataclasses.replace(saved, settings=settings))] == [
-        "loss_norm: token -> seq"
-    ]
+    assert [
+        str(d) for d in Ledger.of(other.effective(), {}).compare(dataclasses.replace(saved, settings=settings))
+    ] == ["loss_norm: token -> seq"]
 
 
 def test_contents() -> None:
     one = {"train_dataset_path": [Content("a", "11", 4)]}
-    ledger = Ledger.of(RunConfig(), one)
+    ledger = Ledger.of(RunConfig().effective(), one)
     cases: dict[str, list[Content]] = {
         "": [Content("a", "11", 4)],
         "free": [Content("b", "11", 4)],
@@ -89,24 +89,24 @@ def test_contents() -> None:
         "fixed other name": [Content("b")],
     }
     for kind, content in cases.items():
-        found = Ledger.of(RunConfig(), {"train_dataset_path": content}).compare(ledger)
+        found = Ledger.of(RunConfig().effective(), {"train_dataset_path": content}).compare(ledger)
         if kind == "free unknown":
             assert found == []
         else:
             assert [d.kind for d in found] == ([kind.split()[0]] if kind else []), kind
-    model = Ledger.of(RunConfig(), {"model_name_or_path": [Content("m", "1")]})
-    assert [d.kind for d in Ledger.of(RunConfig(), {"model_name_or_path": [Content("m", "2")]}).compare(model)] == [
-        "fixed"
-    ]
-    watched = Ledger.of(RunConfig(), {"eval_dataset_path": [Content("m", "1")]})
-    differences = Ledger.of(RunConfig(), {"eval_dataset_path": [Content("m", "2")]}).compare(watched)
+    model = Ledger.of(RunConfig().effective(), {"model_name_or_path": [Content("m", "1")]})
+    assert [
+        d.kind for d in Ledger.of(RunConfig().effective(), {"model_name_or_path": [Content("m", "2")]}).compare(model)
+    ] == ["fixed"]
+    watched = Ledger.of(RunConfig().effective(), {"eval_dataset_path": [Content("m", "1")]})
+    differences = Ledger.of(RunConfig().effective(), {"eval_dataset_path": [Content("m", "2")]}).compare(watched)
     assert [d.kind for d in differences] == ["course"]
     assert refusal(differences, Path("o"), finished=False) is None
     assert "eval_dataset_path: m (sha256 1) -> m (sha256 2)" in str(refusal(differences, Path("o"), finished=True))
 
 
 def test_a_ledger_is_read_as_it_was_written_and_damage_is_named(tmp_path: Path) -> None:
-    ledger = Ledger.of(RunConfig(), {"train_dataset_path": [Content("数据", "11", 4)]}, 8)
+    ledger = Ledger.of(RunConfig().effective(), {"train_dataset_path": [Content("数据", "11", 4)]}, 8)
     ledger = dataclasses.replace(ledger, changed=((3, "learning_rate: 1 -> 2"),), finished=(4, 5))
     file = tmp_path / "ledger.json"
     assert Ledger.read(file) is None
@@ -127,7 +127,7 @@ def test_the_settings_file_of_the_last_release(tmp_path: Path) -> None:
     file.write_text(dump_config(config) + "a_setting_that_is_no_more: 3\n", encoding="utf-8")
     made = Ledger.of_settings_file(file)
     assert made is not None
-    assert Ledger.of(config, {"model_name_or_path": [Content("a", "11")]}, 4).compare(made) == []
+    assert Ledger.of(config.effective(), {"model_name_or_path": [Content("a", "11")]}, 4).compare(made) == []
 
 
 def test_files_and_folders_by_what_they_hold(tmp_path: Path) -> None:

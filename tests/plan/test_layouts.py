@@ -92,15 +92,15 @@ def test_settings_make_the_layout_again() -> None:
 
 def test_a_run_is_checked_with_its_settings() -> None:
     good = settings(B28, tensor_parallel_degree=4, sequence_parallel="true", expert_parallel_degree=4)
-    check_run(good, preset(B28), 8)
+    check_run(good.parallel, good.train.gradient_accumulation_steps, preset(B28), 8)
     assert Layout.of(good.parallel, 8).data == 2
     bad = settings(B28, tensor_parallel_degree=8, sequence_parallel="true")
     with pytest.raises(
         ValueError,
         match=r"\(8\) must divide num_key_value_heads \(4\)[^\n]*\n.*nearest layouts on 8 card\(s\)[^\n]*TP4",
     ):
-        check_run(bad, preset(B28), 8)
-    (name, message), *_ = run_problems(settings(B28, context_parallel_degree=2), preset(B28), 1)
+        check_run(bad.parallel, bad.train.gradient_accumulation_steps, preset(B28), 8)
+    (name, message), *_ = run_problems(settings(B28, context_parallel_degree=2).parallel, 1, preset(B28), 1)
     assert name == "context_parallel_size"
     assert "(2) must be 1" in message
     assert "use tensor_model_parallel_size with sequence_parallel" in message

@@ -66,7 +66,11 @@ def test_refusals(method: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bounds_of(method, 28, 3)
     with pytest.raises(ValueError, match=message):
-        check_run(build({"pipeline_model_parallel_size": 3, "pp_seg_method": method}), preset("ernie-4.5-vl-28b-a3b"))
+        check_run(
+            build({"pipeline_model_parallel_size": 3, "pp_seg_method": method}).parallel,
+            1,
+            preset("ernie-4.5-vl-28b-a3b"),
+        )
 
 
 def test_more_parts_than_items_are_refused() -> None:
@@ -84,8 +88,8 @@ def test_norm_and_head_stay_together_with_sequence_parallelism() -> None:
     with pytest.raises(
         ValueError, match=r"must leave norm and head on one stage .* begin the last part at 29 or before"
     ):
-        check_run(build(settings), preset("ernie-4.5-vl-28b-a3b"))
-    check_run(build({**settings, "sequence_parallel": False}), preset("ernie-4.5-vl-28b-a3b"))
+        check_run(build(settings).parallel, 1, preset("ernie-4.5-vl-28b-a3b"))
+    check_run(build({**settings, "sequence_parallel": False}).parallel, 1, preset("ernie-4.5-vl-28b-a3b"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.report.log import (
     RunFacts,
     RunLog,
@@ -22,7 +23,6 @@ from ernie_tune.report.log import (
     metrics_table,
     read_log,
     stamp,
-    write_atomically,
 )
 
 

@@ -33,11 +33,11 @@ from support.tiny_runs import (
 
 from ernie_tune.checkpoint import state, writer
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.checkpoint.run_folder import RunFolder
 from ernie_tune.checkpoint.sharded import ShardedReader
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
 from ernie_tune.trainers.run import Run
-from ernie_tune.trainers.run_folder import RunFolder
 from ernie_tune.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parents[2]

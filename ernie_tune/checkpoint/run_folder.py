@@ -10,36 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ernie_tune.checkpoint.hub import resolve
 from ernie_tune.checkpoint.ledger import (
     LEDGER_FILE,
-    STARTED_FROM,
-    Content,
+    STATE_FILE,
     Ledger,
-    fingerprint,
     refusal,
-    sha256_of,
 )
 from ernie_tune.checkpoint.lock import LOCK_FILE, locked
-from ernie_tune.checkpoint.state import Checkpoint, complete_checkpoints, find_checkpoint
+from ernie_tune.checkpoint.state import Checkpoint, Ranks, complete_checkpoints, find_checkpoint
 from ernie_tune.checkpoint.whole import damage
-from ernie_tune.config.arguments import RunConfig
+from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.language import Text, say
-from ernie_tune.config.loader import ARGS_FILE, dump_config
+from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.config.resuming import COURSE, FREE
-from ernie_tune.data.sources import Dataset
-from ernie_tune.report.log import STATE_FILE, write_atomically
+from ernie_tune.config.sections_run import SaveArguments
 
 CARD = "README.md"
-_SOME_ROWS = 64
 # What a run writes into its folder, and so what `overwrite_output_dir` moves away. Whatever else is
 # there is the user's.
 _OURS = (
@@ -68,15 +60,22 @@ class Found:
 
 
 class RunFolder:
-    """The folder of one run. `ledger()` gives what defines the run, `total_steps()` its length;
-    both are asked for on rank 0 alone, the latter where the folder is not new.
+    """The folder of one run. `starts`: what the weights come from. `ledger()` gives what defines
+    the run, `total_steps()` its length; both are asked for on rank 0 alone, the latter where the
+    folder is not new.
     """
 
     def __init__(
-        self, config: RunConfig, ranks: Any, ledger: Callable[[], Ledger], total_steps: Callable[[], int]
+        self,
+        settings: SaveArguments,
+        starts: Sequence[str],
+        ranks: Ranks,
+        ledger: Callable[[], Ledger],
+        total_steps: Callable[[], int],
     ) -> None:
-        self.config, self.ranks, self._ledger_of, self._total_of = config, ranks, ledger, total_steps
-        self.path = Path(config.save.output_dir)
+        self.settings, self.starts = settings, starts
+        self.ranks, self._ledger_of, self._total_of = ranks, ledger, total_steps
+        self.path = Path(settings.output_dir)
         self.found: Found | None = None
         self._written = False
 
@@ -114,7 +113,7 @@ class RunFolder:
 
     def _look(self, dry_run: bool) -> Found:
         self._check_settings()
-        if self.config.save.overwrite_output_dir:
+        if self.settings.overwrite_output_dir:
             held = [] if dry_run else self._leftovers()
             return Found(self._ledger_of(), lines=(_moved(self.path, self._set_aside(held)),) if held else ())
         checkpoint, chosen, lines = self._chosen()
@@ -140,8 +139,8 @@ class RunFolder:
         return Found(now, checkpoint.path if checkpoint else None, tuple(lines), was_finished=done is not None)
 
     def _check_settings(self) -> None:
-        s, named = self.config.save, self._named()
-        starts = [self.config.model.model_name_or_path, self.config.lora.lora_path, str(named or "")]
+        s, named = self.settings, self._named()
+        starts = [*self.starts, str(named or "")]
         held = [path for path in starts if path and Path(path).exists() and self._holds(Path(path))]
         if s.overwrite_output_dir and held:
             raise ValueError(
@@ -181,7 +180,7 @@ class RunFolder:
             )
 
     def _named(self) -> Path | None:
-        word = self.config.save.resume_from_checkpoint
+        word = self.settings.resume_from_checkpoint
         return None if word in ("auto", "no") else Path(word)
 
     def _holds(self, path: Path) -> bool:
@@ -202,7 +201,7 @@ class RunFolder:
                         f"{checkpoint.path} 须与写出时一致，但 {'; '.join(wrong)}：{_REMEDY}",
                     )
                 )
-            return (None, False, []) if self.config.save.resume_only_model else (checkpoint, bool(own), [])
+            return (None, False, []) if self.settings.resume_only_model else (checkpoint, bool(own), [])
         for checkpoint in reversed(own):
             wrong = damage(checkpoint.path)
             if not wrong:
@@ -269,16 +268,17 @@ class RunFolder:
         assert self.found is not None
         return self.found.ledger
 
-    def stepped(self, described: RunConfig) -> None:
-        """Called after a step: after the first one the folder says what this run is."""
+    def stepped(self, arguments: str) -> None:
+        """Called after a step: after the first one the folder says what this run is, and with which
+        `arguments`."""
         if self.ranks.rank == 0 and not self._written:
-            write_atomically(self.path / ARGS_FILE, dump_config(described))
+            write_atomically(self.path / ARGS_FILE, arguments)
             write_atomically(self.path / LEDGER_FILE, self.ledger.text())
         self._written = True
 
-    def texts(self, described: RunConfig) -> dict[str, str]:
+    def texts(self, arguments: str) -> dict[str, str]:
         """What a checkpoint says of the run."""
-        return {ARGS_FILE: dump_config(described), LEDGER_FILE: self.ledger.text()}
+        return {ARGS_FILE: arguments, LEDGER_FILE: self.ledger.text()}
 
     @property
     def untouched(self) -> bool:
@@ -316,11 +316,11 @@ class RunFolder:
                 file,
             ) from error
 
-    def finish(self, described: RunConfig, step: int, total: int, *, over: bool) -> None:
+    def finish(self, arguments: str, step: int, total: int, *, over: bool) -> None:
         """Everything is written. `over`: nothing is left to train, the same command has nothing to
         do.
         """
-        self.stepped(described)
+        self.stepped(arguments)
         if over and self.ranks.rank == 0:
             write_atomically(self.path / LEDGER_FILE, dataclasses.replace(self.ledger, finished=(step, total)).text())
 
@@ -364,54 +364,3 @@ def _last_step(file: Path) -> int:
 
 
 # --- what defines the run -------------------------------------------------------------------------
-
-
-def ledger_of(config: RunConfig, model: str, given: Mapping[str, Any], rows_per_step: int) -> Ledger:
-    """The ledger of a run. `model`: name of what is trained on; `given`: the data sets by the
-    setting they stand for. Reads all data files once.
-    """
-    contents = {name: _rows(data) for name, data in given.items()}
-    if model:
-        contents["model_name_or_path"] = (Content(model, _model(model)),)
-    for name in ("lora_path", "freeze_spec"):
-        path = config.flat()[name]
-        if path:
-            contents[name] = (Content(path, fingerprint(Path(path))),)
-    guards = config.eval.guard_dataset_path
-    contents["guard_dataset_path"] = tuple(Content(p, sha256_of(Path(p)) if Path(p).is_file() else "") for p in guards)
-    if config.save.resume_only_model:
-        start = config.save.resume_from_checkpoint
-        contents[STARTED_FROM] = (Content(start, fingerprint(Path(start))),)
-    return Ledger.of(config, contents, rows_per_step)
-
-
-def _model(name: str) -> str:
-    try:
-        return fingerprint(resolve(name))
-    except (FileNotFoundError, ValueError):  # a preset: its name says it all
-        return ""
-
-
-def _rows(sets: Sequence[Any]) -> tuple[Content, ...]:
-    """Files by all their bytes, and how many of their rows are taken; rows given as objects by
-    their number and some of them.
-    """
-    found: list[Content] = []
-    for rows in (part for several in sets for part in getattr(several, "parts", [several])):
-        files = rows.files if isinstance(rows, Dataset) else []
-        found += [Content(path, sha256_of(Path(path)), count) for path, count in files]
-        if not files:
-            found.append(Content("rows given as objects", _some(rows), len(rows)))
-    return tuple(found)
-
-
-def _some(rows: Sequence[Any]) -> str:
-    """SHA-256 of the messages of at most 64 rows, drawn evenly."""
-    digest, count = hashlib.sha256(), min(_SOME_ROWS, len(rows))
-    for k in range(count):
-        try:
-            messages = rows[k * len(rows) // count].messages
-        except ValueError:  # a row that cannot be read is told of elsewhere
-            continue
-        digest.update(json.dumps(messages, default=lambda value: type(value).__name__).encode())
-    return digest.hexdigest()
