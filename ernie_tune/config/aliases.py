@@ -40,6 +40,7 @@ RENAMED: dict[str, str] = {
     "early_stopping_steps": "early_stopping_patience",
     "early_stop_interval": "early_stopping_patience",
     "gradient_checkpointing": "recompute",
+    "moe_router_bias_update_rate": "moe_use_aux_free_update_coef",
     "moe_aux_loss_lambda": "router_aux_loss_coef",
     "moe_aux_loss_coef": "router_aux_loss_coef",
     "aux_loss_coef": "router_aux_loss_coef",

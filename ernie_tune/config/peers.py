@@ -320,7 +320,6 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
     ("use max_grad_norm", "请用 max_grad_norm", "adaptive_norm_clip"),
     ("set vit_lr_ratio, the vision rate over learning_rate", "请设置 vit_lr_ratio（视觉学习率与 learning_rate 之比）", "vit_lr aligner_lr vision_lr mm_projector_lr embedding_learning_rate"),
     ("all layers have one rate: remove it", "各层学习率相同：请删除", "layerwise_lr_decay_bound=1|1.0"),
-    ("the bias of the router stays as it is: set 0", "路由偏置保持不变：请设为 0", "moe_use_aux_free_update_coef moe_router_bias_update_rate"),
     ("nothing but the adapters has dropout: set 0", "仅适配器有 dropout：请设为 0", "hidden_dropout_prob attention_probs_dropout_prob moe_dropout_prob attention_dropout"),
     ("noise on embeddings is not in this version: remove it", "不支持嵌入噪声：请删除", "neftune neftune_noise_alpha noisy_embedding_alpha"),
     ("set loss_norm", "请设置 loss_norm", "token_balance_loss use_dft_loss enable_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor"),

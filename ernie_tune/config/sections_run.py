@@ -57,6 +57,13 @@ class TrainArguments:
     router_aux_loss_coef: float = arg(0.0, "weight of the load-balance loss", "负载均衡损失的权重", low=0)
     router_z_loss_coef: float = arg(0.0, "weight of the router z-loss", "路由 z-loss 的权重", low=0)
     moe_orthogonal_loss_lambda: float = arg(0.0, "weight of the router orthogonal loss", "路由正交损失的权重", low=0)
+    moe_use_aux_free_update_coef: float = arg(
+        0.0,
+        "step of the routers' bias towards experts that got fewer tokens; 0: the bias stays",
+        "路由偏置每步向较空闲专家移动的幅度；0 表示不变",
+        low=0,
+        methods=("Full", "Freeze"),
+    )
     balance: str = arg(
         "static",
         "weights of the tasks",

@@ -26,6 +26,7 @@ from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine, Laid
 from ernie_tune.machine.in_step import InStep
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.specs import ROUTER_BIAS
 from ernie_tune.parallel.gather import Gathered
 from ernie_tune.parallel.placement import placement_of
 from ernie_tune.peft import build
@@ -53,6 +54,7 @@ class Placed:
     ) -> None:
         self.model, self.place, self.forward = model, place, forward
         self._engine, self._whole = engine, whole or Whole()
+        self.moves_router_bias = False  # whether training moves them, without a gradient
 
     @property
     def engine(self) -> LocalEngine:
@@ -79,6 +81,16 @@ class Placed:
         """The parameters that an optimizer moves, by canonical name; on a mesh this rank's parts of
         them."""
         return {name: p for name, p in self.model.named_parameters() if not p.stop_gradient}
+
+    def moved(self) -> dict[str, Tensor]:
+        """All that training changes of the model, by canonical name: what is trained, and the
+        routers' biases where they move.
+        """
+        if not self.moves_router_bias:
+            return self.trained()
+        return {
+            name: p for name, p in self.model.named_parameters() if not p.stop_gradient or name.endswith(ROUTER_BIAS)
+        }
 
     def whole(self) -> AbstractContextManager[None]:
         """A `with` in which this rank has every part it should, where sharding stage 3 keeps them

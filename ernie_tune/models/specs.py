@@ -17,6 +17,8 @@ from ernie_tune.models.config import ModelConfig, VisionConfig
 
 MODALITIES = ("text", "vision")
 
+ROUTER_BIAS = "e_score_correction_bias"  # the last part of its name in every sparse layer
+
 
 @dataclass(frozen=True)
 class ParameterSpec:

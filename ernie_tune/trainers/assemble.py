@@ -403,8 +403,25 @@ def loop_of(
         router=weights if weights != RouterLossWeights() else None,
         recompute=recompute() if config.compute.recompute else None,
         seed=t.seed,
+        bias_update=t.moe_use_aux_free_update_coef,
     )
+    policy.moves_router_bias = _router_bias_moves(settings.bias_update, model)
     return Loop(model, objective, optimizer, schedule, settings, policy.engine)
+
+
+def _router_bias_moves(coefficient: float, model: ErnieModel) -> bool:
+    """Whether the loop moves a router's bias. Raises ValueError where none would follow."""
+    trained = any(".mlp.gate." in name and not p.stop_gradient for name, p in model.named_parameters())
+    if coefficient and not trained:
+        raise ValueError(
+            say(
+                f"moe_use_aux_free_update_coef ({coefficient:g}) must be 0 for a model without trained "
+                "routers; set 0, or leave freeze_router out of freeze_config",
+                f"没有可训练路由的模型 moe_use_aux_free_update_coef（{coefficient:g}）须为 0；请设为 0，"
+                "或从 freeze_config 中去掉 freeze_router",
+            )
+        )
+    return coefficient > 0
 
 
 def recompute() -> Any:

@@ -87,7 +87,7 @@ class Assembled:
         with policy.whole():
             exact = isinstance(policy.model, PeftModel) or policy.place.several
             if (checkpoint.path / OPTIMIZER).is_dir() and exact:
-                named = policy.trained()
+                named = policy.moved()
                 load_values(checkpoint, named, cut=policy.shards(named), ranks=policy.place)
             else:
                 policy.take(checkpoint.path)
@@ -294,7 +294,7 @@ class Run:
         self._settle()
         self.place.mark(f"saving checkpoint-{step}")
         with policy.whole():
-            named = policy.trained()
+            named = policy.moved()
             content = (self.output_dir, step, self._save_files, optimizer, named, states)
             texts, cut = self.folder.texts(self.arguments), policy.shards(named)
             if s.async_save and optimizer is not None:
@@ -313,7 +313,7 @@ class Run:
     def _resume(self, checkpoint: Checkpoint) -> None:
         policy = self.policy
         with policy.whole():
-            named = policy.trained()
+            named = policy.moved()
             load_optimizer(checkpoint, self.loop.optimizer, named, cut=policy.shards(named), ranks=self.place)
         self._keeper(stream=not self.config.save.ignore_data_skip).load(checkpoint)
         self._epoch_seen = self.stream.epoch

@@ -28,7 +28,7 @@ READ = {*SETTINGS, *RENAMED, *EXPANDED}
 # it.
 ASKING = {
     "freeze_trainable_layers", "freeze_trainable_modules", "neftune_noise_alpha", "split", "apply_hadamard", "from_scratch",
-    "moe_use_aux_free_update_coef", "normalize_logps", "pipeline_model_parallel_size",
+    "normalize_logps", "pipeline_model_parallel_size",
 }  # fmt: skip
 
 
@@ -110,7 +110,6 @@ def test_notes_are_one_line_a_reason() -> None:
         ("sequence_parallel_size: 2", "use tensor_model_parallel_size with sequence_parallel"),
         ("pref_bco_weight: 0.2", "sigmoid,bco_pair"),
         ("media_dir: pics", "beside the data file"),
-        ("moe_use_aux_free_update_coef: 0.001", "set 0"),
         ("model_revision: abc", "download that revision"),
     ],
 )

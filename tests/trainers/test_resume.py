@@ -103,6 +103,7 @@ CASES: dict[str, Any] = {
         "fine_tuning": "Freeze",
         "freeze_config": ["freeze_vision"],
         "router_aux_loss_coef": 0.01,
+        "moe_use_aux_free_update_coef": 0.01,
     },
 }
 

@@ -474,7 +474,7 @@ def test_router_and_tower_learn_at_their_own_rates(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "one.jsonl", [picture_row(3)])
     args = settings(
         tmp_path, max_steps=1, warmup_steps=0, learning_rate=rate, weight_decay=0.0, train_dataset_path=data,
-        moe_gate_lr_ratio=0.01, vit_lr_ratio=0.9,
+        moe_gate_lr_ratio=0.01, vit_lr_ratio=0.9, moe_use_aux_free_update_coef=0.02,
     )  # fmt: skip
     trainer = SFTTrainer(args=args)
     before = {name: p.numpy().copy() for name, p in trainer.model.named_parameters()}
@@ -483,7 +483,16 @@ def test_router_and_tower_learn_at_their_own_rates(tmp_path: Path) -> None:
     assert moved["layers.1.mlp.gate.weight"] == pytest.approx(0.01 * rate, rel=1e-2)
     assert moved["vision_model.blocks.0.attn.qkv.weight"] == pytest.approx(0.9 * rate, rel=1e-2)
     assert moved["layers.0.self_attn.q_proj.weight"] == pytest.approx(rate, rel=1e-2)
-    assert moved["layers.1.mlp.moe_statics.e_score_correction_bias"] == 0
+    assert moved["layers.1.mlp.moe_statics.e_score_correction_bias"] == pytest.approx(0.02)
+
+
+def test_a_bias_of_routers_that_do_not_learn_is_refused(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "one.jsonl", [text_row(3)])
+    args = settings(
+        tmp_path, train_dataset_path=data, moe_use_aux_free_update_coef=0.02, fine_tuning="Freeze", freeze_config=["freeze_router"]
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"moe_use_aux_free_update_coef \(0.02\) must be 0 .* trained routers; set 0"):
+        SFTTrainer(args=args).train()
 
 
 def test_rows_may_be_passed_in_every_form(tmp_path: Path) -> None:
