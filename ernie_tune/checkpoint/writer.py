@@ -46,6 +46,17 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def refuse_file(folder: Path) -> None:
+    """ValueError where `folder`, which is to be written, is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            say(
+                f"{folder} must be a folder, but is a file; choose another name",
+                f"{folder} 须为文件夹，但它是文件；请换一个名称",
+            )
+        )
+
+
 def write_folder(
     folder: Path,
     entries: Entries,
@@ -73,13 +84,7 @@ def write_folder(
                 f"max_shard_size（{max_shard_bytes}）须为正的字节数；省略则为 {DEFAULT_SHARD_BYTES}",
             )
         )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            say(
-                f"{folder} must be a folder, but is a file; choose another name",
-                f"{folder} 须为文件夹，但它是文件；请换一个名称",
-            )
-        )
+    refuse_file(folder)
     folder = folder.resolve()
     staged = folder.with_name(folder.name + ".tmp")
     _clear(staged)

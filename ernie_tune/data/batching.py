@@ -181,6 +181,17 @@ _NOWHERE = "a row that is in no file"
 _REMEMBERED_ROWS = 100_000
 
 
+def check_truncation(strategy: str) -> None:
+    """ValueError for a name that is none of TRUNCATIONS."""
+    if strategy not in TRUNCATIONS:
+        raise ValueError(
+            say(
+                f"truncation_strategy ({strategy!r}) must be one of {TRUNCATIONS}; use 'delete'",
+                f"truncation_strategy（{strategy!r}）须为 {TRUNCATIONS} 之一；可用 'delete'",
+            )
+        )
+
+
 def place_of(record: Record) -> str:
     """file:line of a record, for reasons and errors."""
     return str(record.meta) if record.meta.path else _NOWHERE
@@ -287,13 +298,7 @@ class Encoder:
     answer_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise ValueError(
-                say(
-                    f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'",
-                    f"truncation_strategy（{self.truncation!r}）须为 {TRUNCATIONS} 之一；可用 'delete'",
-                )
-            )
+        check_truncation(self.truncation)
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
         where = place_of(record)

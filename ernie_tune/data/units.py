@@ -22,9 +22,9 @@ import numpy as np
 from ernie_tune.config.language import Text, say
 from ernie_tune.data.batching import (
     OPEN_THOUGHT,
-    TRUNCATIONS,
     Dropped,
     check_files,
+    check_truncation,
     most_tokens,
     place_of,
     thinking_of,
@@ -215,13 +215,7 @@ class UnitEncoder:
     signals: tuple[str, ...] = JUDGED
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise ValueError(
-                say(
-                    f"truncation_strategy ({self.truncation!r}) must be one of {TRUNCATIONS}; use 'delete'",
-                    f"truncation_strategy（{self.truncation!r}）须为 {TRUNCATIONS} 之一；可用 'delete'",
-                )
-            )
+        check_truncation(self.truncation)
         if not 0 < self.max_prompt < self.max_tokens:
             raise ValueError(
                 say(

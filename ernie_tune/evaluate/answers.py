@@ -49,6 +49,17 @@ def question(record: Record) -> Question:
     return Question(record, images, videos, plain_words(reference))
 
 
+def nothing_to_measure(dropped: Dropped) -> ValueError:
+    """What is raised where no held-out row can be used: a mean would be a number about nothing."""
+    return ValueError(
+        say(
+            "evaluation rows must hold one that can be measured: "
+            f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
+            f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 max_seq_len，或更换数据",
+        )
+    )
+
+
 def evaluation_loss(
     model: Any,
     records: Iterable[Record],
@@ -93,14 +104,7 @@ def evaluation_loss(
     if training:
         model.train()
     if not used:
-        raise ValueError(
-            say(
-                "evaluation rows must hold one that can be measured: "
-                f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
-                f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 "
-                "max_seq_len，或更换数据",
-            )
-        )
+        raise nothing_to_measure(dropped)
     out = {"loss": total / tokens, "token_acc": correct / tokens, "rows": used}
     return {**out, "dropped_rows": float(sum(dropped.count.values()))} if dropped.count else out
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.units import UnitBatch, UnitEncoder
+from ernie_tune.evaluate.answers import nothing_to_measure
 from ernie_tune.machine.stages import outputs_of
 from ernie_tune.objectives.objective import Objective
 
@@ -26,14 +26,7 @@ def judged_batches(records: Iterable[Any], encoder: UnitEncoder, rows: int) -> t
     dropped = Dropped()
     units = [unit for unit in (encoder(record, dropped) for record in records) if unit is not None]
     if not units:
-        raise ValueError(
-            say(
-                "evaluation rows must hold one that can be measured: "
-                f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
-                f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 "
-                "max_seq_len，或更换数据",
-            )
-        )
+        raise nothing_to_measure(dropped)
     return [encoder.collate(units[i : i + rows]) for i in range(0, len(units), rows)], dropped
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.checkpoint.tensors import NUMPY_TYPES, TensorReader, cast
-from ernie_tune.checkpoint.writer import write_file
+from ernie_tune.checkpoint.writer import refuse_file, write_file
 from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
@@ -116,13 +116,7 @@ def _publish(
     """Everything goes to `<folder>.tmp` first. In a folder that exists the old adapter's settings
     go first and the new ones come last.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            say(
-                f"{folder} must be a folder, but is a file; choose another name",
-                f"{folder} 须为文件夹，但它是文件；请换一个名称",
-            )
-        )
+    refuse_file(folder)
     folder = folder.resolve()
     staged = folder.with_name(folder.name + ".tmp")
     foreign = [x.name for x in staged.glob("*") if x.name not in PADDLE_FILES + PEFT_FILES]

@@ -16,6 +16,7 @@ import paddle
 import pytest
 from export_cases import model_folder
 from PIL import ImageFont
+from support.spoiled_export import spoil
 from support.tiny_runs import mixed_rows, write_rows
 
 import ernie_tune
@@ -405,13 +406,7 @@ def test_defects_are_refused_by_name(base: Path, tmp_path: Path, monkeypatch: py
     nothing.
     """
     change, message = DEFECTS[defect]
-    original = verify.reopen
-
-    def spoiled(folder: Path, *args: Any, **options: Any) -> verify.Opened:
-        change(folder)
-        return original(folder, *args, **options)
-
-    monkeypatch.setattr(verify, "reopen", spoiled)
+    spoil(monkeypatch, change)
     with pytest.raises(ValueError, match=message):
         files_only(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from export_cases import model_folder
 from PIL import Image
+from support.spoiled_export import spoil
 from weights import golden_config
 
 from ernie_tune.checkpoint.auto import AutoModel
@@ -223,13 +224,7 @@ def test_what_would_lose_something_is_refused(
 ) -> None:
     """Changed between writing and checking."""
     change, message = MUTANTS[mutant]
-    original = verify.reopen
-
-    def spoiled(folder: Path, *args: Any, **options: Any) -> verify.Opened:
-        change(folder)
-        return original(folder, *args, **options)
-
-    monkeypatch.setattr(verify, "reopen", spoiled)
+    spoil(monkeypatch, change)
     with pytest.raises(ValueError, match=message):
         run.export(base, tmp_path / "out", verify="files", quantization="mix")
     assert list(tmp_path.iterdir()) == []
