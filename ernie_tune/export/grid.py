@@ -194,13 +194,3 @@ def snap(grid: Grid, original_KN: Array | None = None) -> Array:
             same = same[(found == grid.codes_KN[rows, same]).all(0)]
             snapped[rows, same] = original_KN[rows, same]
     return snapped
-
-
-def lost_columns(grid: Grid) -> int:
-    """Number of (shard, column) pairs that are not zero and have no code of the largest magnitude:
-    those would be found with another scale.
-    """
-    shards = len(grid.scale_SN)
-    parts = np.abs(grid.codes_KN.reshape(shards, -1, grid.codes_KN.shape[1]))
-    top = parts.max(1)
-    return int(((top > 0) & (top != LARGEST[grid.bits])).sum())

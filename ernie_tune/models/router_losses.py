@@ -6,7 +6,6 @@ text, how losses enter the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import paddle
@@ -86,10 +85,3 @@ def router_loss(
     if z:
         terms.append(z * z_loss(logits_TE, None if whole is None else whole[-2]))
     return sum(terms[1:], terms[0]) if terms else None
-
-
-def pooled_balance_loss(logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """transformers' number: tokens of all layers and both modalities in one histogram, so text
-    expert e and vision expert e share a bin. A monitor.
-    """
-    return balance_loss(F.softmax(paddle.concat(list(logits)).astype("float32"), axis=-1), top_k)

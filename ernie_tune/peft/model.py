@@ -185,11 +185,6 @@ class PeftModel(ErnieModel):
         finally:
             self._activate(before)
 
-    def copy_adapter(self, source: str, name: str) -> None:
-        """A frozen copy of adapter `source` under a new name; the active one stays active."""
-        self.add_like(source, name)
-        self.mix_adapter(source, name, 1.0)
-
     def add_like(self, source: str, name: str) -> None:
         """A frozen adapter under a new name with places for the values of `source`, and none of
         them; the active one stays active.

@@ -28,7 +28,7 @@ Box = tuple[float, float, float, float]  # left, top, width, height
 History = Sequence[Mapping[str, Any]]
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
 _ANSI = (94, 93, 92, 95, 96, 91)  # bright colours of a terminal, a run each
-_BARS, _BLANK = "▁▂▃▄▅▆▇█", "\u2800"
+_BLANK = "\u2800"
 _HIDDEN = {"step", "epoch", "loss", "eval_loss", "total_flos"}
 _HIDDEN_ENDS = (
     *("runtime", "seconds", "samples_per_second", "steps_per_second", "elapsed_time", "remaining_time"),
@@ -361,18 +361,6 @@ def write_loss_png(log_history: History, path: Path) -> bool:
     figure.savefig(staged, format="png")
     os.replace(staged, path)
     return True
-
-
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The course of some numbers in `width` characters at most, e.g. ▇▆▅▃▂▁▁; each character is the
-    mean of its stretch.
-    """
-    finite = [v for v in values if math.isfinite(v)]
-    cells = min(width, len(finite))
-    cuts = [len(finite) * i // cells for i in range(cells + 1)] if cells else [0]
-    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(cuts)]
-    span = (max(means) - min(means)) if means else 0.0
-    return "".join(_BARS[round((m - min(means)) / span * 7)] if span else _BARS[3] for m in means)
 
 
 def terminal_plot(

@@ -128,12 +128,6 @@ def edit_distance(a: str, b: str) -> int:
     return int(row_B[-1])
 
 
-def edit_similarity(prediction: str, reference: str) -> float:
-    """1 - edit distance over the longer length; width, case and runs of spaces do not count."""
-    got, want = (" ".join(_plain(text).casefold().split()) for text in (prediction, reference))
-    return 1 - edit_distance(got, want) / max(len(got), len(want), 1)
-
-
 def anls(prediction: str, reference: str) -> float:
     """DocVQA's score of one answer: 1 - edit distance over the longer length, 0 below one half
     (exactly one half counts).

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ernie_tune.data.media import video
 from ernie_tune.data.media.images import ImageSettings, patchify_image
 from ernie_tune.data.media.video import (
-    TRAINING_PLUGIN,
     VideoSettings,
     draw_timestamp,
     load_video,
@@ -30,6 +29,9 @@ from ernie_tune.data.media.video import (
 
 WIDTH, HEIGHT = 112, 84  # multiples of 28 within SMALL's limits: no resizing
 SMALL = VideoSettings(min_frames=1, min_pixels=3136, draw_timestamps=False)
+
+# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames.
+TRAINING_PLUGIN = VideoSettings(min_frames=1, min_pixels=ImageSettings.min_pixels, max_pixels=ImageSettings.max_pixels)
 
 
 def greys(count: int) -> list[Image.Image]:

@@ -13,7 +13,7 @@ import numpy as np
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import narrow_bfloat16
 from ernie_tune.data.processor import Processor
-from ernie_tune.export.grid import Grid, quantize
+from ernie_tune.export.grid import LARGEST, Grid, quantize
 from ernie_tune.export.scheme import bits_of, row_parallel, scheme
 from ernie_tune.export.source import ExportSource
 from ernie_tune.models.config import ModelConfig
@@ -65,3 +65,13 @@ def layer_inputs(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
     return (rng.standard_normal((tokens, rows // 4)) @ mixing + 0.1 * rng.standard_normal((tokens, rows))).astype(
         np.float32
     )
+
+
+def lost_columns(found: Grid) -> int:
+    """Number of (shard, column) pairs that are not zero and have no code of the largest magnitude:
+    those would be found with another scale.
+    """
+    shards = len(found.scale_SN)
+    parts = np.abs(found.codes_KN.reshape(shards, -1, found.codes_KN.shape[1]))
+    top = parts.max(1)
+    return int(((top > 0) & (top != LARGEST[found.bits])).sum())

@@ -19,7 +19,6 @@ from ernie_tune.report.plot import (
     points_of,
     short_names,
     smooth,
-    sparkline,
     terminal_plot,
     thin,
     tick_label,
@@ -166,13 +165,6 @@ def test_short_names() -> None:
 def test_mini_svg() -> None:
     assert mini_svg([(1, 2.0)]) == mini_svg([(1, math.nan), (2, 1.0)]) == ""
     assert len(list(ElementTree.fromstring(mini_svg([(1, 2.0), (2, 1.0)])).iter(f"{SVG}path"))) == 2
-
-
-def test_sparkline() -> None:
-    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
-    assert sparkline([1, 1, 3, 3], 2) == "▁█"
-    assert sparkline([5, 5, math.nan]) == "▄▄"
-    assert sparkline([]) == ""
 
 
 def test_terminal_plot() -> None:

@@ -11,7 +11,6 @@ from ernie_tune.rewards.scores import (
     box_iou,
     confusion,
     edit_distance,
-    edit_similarity,
     exact_match,
     fitting_metrics,
     iou,
@@ -120,12 +119,6 @@ def test_edit_distance() -> None:
     assert edit_distance("saturday", "sunday") == edit_distance("sunday", "saturday") == 3
     assert edit_distance("北京市", "北京") == 1
     assert edit_distance("abc", "abc") == 0
-
-
-def test_edit_similarity() -> None:
-    assert edit_similarity("kitten", "sitting") == pytest.approx(4 / 7)
-    assert edit_similarity("43.0", "43") == pytest.approx(0.5)
-    assert edit_similarity("", "") == 1
 
 
 def test_anls_threshold() -> None:

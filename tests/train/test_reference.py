@@ -146,7 +146,8 @@ def test_an_identity_names_the_policy_the_template_and_the_pixels() -> None:
 
 def test_another_adapter_acts_for_a_while() -> None:
     model = moved(adapted())
-    model.copy_adapter("default", "other")
+    model.add_like("default", "other")
+    model.mix_adapter("default", "other", 1.0)
     assert model.active == "default"
     with model.acting("other"):
         assert model.active == "other"

@@ -116,10 +116,6 @@ class VideoSettings:
         return dataclasses.replace(self.image, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
-# PaddleFormers' training plugin: no lower limit of frames, and image limits for frames.
-TRAINING_PLUGIN = VideoSettings(min_frames=1, min_pixels=ImageSettings.min_pixels, max_pixels=ImageSettings.max_pixels)
-
-
 def sample_indices(
     total_frames: int, duration_seconds: float, settings: VideoSettings, target_frames: int | None = None
 ) -> list[int]:
