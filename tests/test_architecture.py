@@ -148,6 +148,23 @@ def test_pages_that_are_cited_are_here() -> None:
     assert not lost
 
 
+def test_prose_of_pages_is_wrapped() -> None:
+    """At 100 characters, where a line can be broken: not in tables, code and headings. (Comments
+    and docstrings: ruff, W505.)
+    """
+    wide = []
+    for page in sorted(
+        p for p in ROOT.rglob("*.md") if not {".venv", ".git", "output"} & set(p.relative_to(ROOT).parts)
+    ):
+        code = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            fixed = code or line.lstrip().startswith(("|", "#", "<", "[![")) or line.startswith("    ")
+            if len(line) > 100 and " " in line.strip("-*> ") and not fixed:
+                wide.append(f"{page.relative_to(ROOT)}:{number}")
+    assert wide == []
+
+
 def test_a_public_class_name_exists_once() -> None:
     """Who reads a name must know what it is, and a search must find one thing."""
     places: dict[str, list[str]] = {}
