@@ -104,13 +104,13 @@ class Ledger:
 
     def compare(self, saved: Ledger) -> list[Difference]:
         """What differs between `saved` and this start, what is refused first. A setting that
-        `saved` does not know had its default.
+        `saved` does not know had its default; one that nothing reads now cannot differ.
         """
         found = []
-        for name in dict.fromkeys([*saved.settings, *self.settings]):
+        for name, new in self.settings.items():
             if name in CONTENT or name not in SETTINGS:
                 continue
-            old, new = (s.get(name, _plain(SETTINGS[name].default)) for s in (saved.settings, self.settings))
+            old = saved.settings.get(name, _plain(SETTINGS[name].default))
             if old != new:
                 found.append(Difference(name, old, new, on_resuming(name)))
         if saved.rows_per_step and self.rows_per_step and saved.rows_per_step != self.rows_per_step:

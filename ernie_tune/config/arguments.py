@@ -126,10 +126,8 @@ class RunConfig:
         return setting.read_at(self.model.stage, self.model.fine_tuning)
 
     def effective(self) -> dict[str, Any]:
-        """The settings by name, without those of sections that this stage and method do not
-        read.
-        """
-        return {name: value for name, value in self.flat().items() if self.applies(SETTINGS[name].section)}
+        """The settings by name that this stage, method and preset read."""
+        return {name: value for name, value in self.flat().items() if self.reads(name)}
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name."""
