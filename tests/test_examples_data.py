@@ -534,3 +534,59 @@ def test_settings_of_preferences_are_chosen_on_pictures_that_are_neither_trained
     assert len(learned) == 1200
     assert not learned & judged
     assert not judged & shown(EXAMPLES / "preferences", "eval_*.jsonl")
+
+
+# evidence and rlvr: rows that are drawn when they are needed
+
+
+@pytest.mark.parametrize("kind", ["bars", "shapes", "digits_grid", "needle"])
+def test_evidence_rows_and_their_twins(kind: str, tmp_path: Path) -> None:
+    """Each twin has another answer and differs where the answer stands; the control keeps it; what
+    the scene says is what the pixels show."""
+    words = [kind, "--out", str(tmp_path), "--rows", "12", "--eval", "12", "--demonstrations", "3", "--evidence"]
+    script("evidence").main(words)
+    train, held, shown = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "sft"))
+    assert [asked(row)[0] for row in shown] == [row["messages"][0]["content"] for row in train[:3]]
+    for row in train + held:
+        signal, scene = row["signal"], row["signal"]["scene"]
+        twin, control = scene["twin"], scene["control"]
+        assert twin["answer"] != signal["answer"]
+        pictures = [Image.open(tmp_path / one) for one in (row["images"] + twin["images"] + control["images"])]
+        assert len({one.size for one in pictures}) == 1
+        assert len({one.convert("RGB").tobytes() for one in pictures}) == 3
+        required = signal["evidence"]["required"]
+        assert required
+        assert all(len(claim["box"]) == 4 for claim in required)
+        for thing in scene.get("objects", []):
+            middle = [(thing["box"][0] + thing["box"][2]) // 2, thing["box"][3] - 5]
+            colour = nearest_color(pictures[0].convert("RGB").getpixel(tuple(middle)))
+            assert colour == {"yellow": "orange"}.get(thing["colour"], thing["colour"])
+        if kind == "bars":
+            assert max(scene["chart"], key=scene["chart"].get) == signal["answer"]
+            assert max(twin["chart"], key=twin["chart"].get) == twin["answer"]
+
+
+def test_evidence_splits_by_layout_and_by_pairs_of_colours(tmp_path: Path) -> None:
+    words = ["bars", "--out", str(tmp_path), "--rows", "60", "--eval", "60", "--demonstrations", "1"]
+    script("evidence").main(words)
+    sides = []
+    for name in ("train", "eval"):
+        scenes = [row["signal"]["scene"] for row in rows_of(tmp_path / f"{name}.jsonl")]
+        tallest = [sorted(scene["chart"], key=lambda c, s=scene: -s["chart"][c])[:2] for scene in scenes]
+        sides.append(({frozenset(pair) for pair in tallest}, {scene["objects"][0]["box"][0] for scene in scenes}))
+        golds = Counter(pair[0] for pair in tallest)
+        assert len(golds) == 4
+        assert max(golds.values()) <= 0.5 * len(scenes)
+    assert not sides[0][0] & sides[1][0]
+    assert not sides[0][1] & sides[1][1]
+
+
+def test_rlvr_rows_are_the_digits_without_their_answers(tmp_path: Path) -> None:
+    script("rlvr").main(["--out", str(tmp_path)])
+    for name, count in (("train", 1500), ("eval", 297)):
+        rows = rows_of(tmp_path / f"{name}.jsonl")
+        assert len(rows) == count
+        for row, digit in zip(rows, rows_of(EXAMPLES / f"digits/{name}.jsonl"), strict=True):
+            assert row["messages"] == digit["messages"][:1]
+            assert row["signal"] == {"type": "verifiable", "answer": digit["messages"][1]["content"]}
+        assert (tmp_path / rows[0]["images"][0]).is_file()

@@ -54,7 +54,8 @@ def check_ernie_tune(words: list[str]) -> None:
         about = data_verb.run.__doc__ or ""
         assert f"ernie-tune data {words[1]} " in about
         assert [w for w in words if w.startswith("--") and w not in about] == []
-    files, settings = split_overrides([w for w in words[1:] if w != "--dry-run"])
+    after = words[2:] if words[:2] == ["reward", "test"] else words[1:]
+    files, settings = split_overrides([w for w in after if w != "--dry-run"])
     if verb in ("train", "eval", "demo"):
         assert [e.name for e in settings if e.name not in SETTINGS and e.name not in SPELLINGS] == []
     for file in files[1:] if verb == "data" else files:

@@ -1,0 +1,266 @@
+"""Draws pictures whose every detail is known, asks about them, and edits each into a twin with
+another answer. Knows pillow and arithmetic, nothing of models or training.
+
+Usage: python examples/evidence/make_data.py bars --rows 2000 --demonstrations 300 --eval 200
+Kinds: `bars` (which colour is the tallest bar), `shapes` (which shape has a colour, and where),
+`digits_grid` (the digit in one quarter of four), `needle` (a small digit somewhere on a large
+canvas). Each row's `scene` holds what is true of its picture, its `twin` (a minimal edit that
+changes the answer) and its `control` (an edit that must not). What the held-out rows show, places
+and pairs of colours, no row to learn from has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).parent
+DIGITS = HERE.parent / "digits"
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 220), "yellow": (240, 200, 20)}
+SHAPES = ("circle", "square", "triangle")
+# Pairs of colours (what is asked about and what is nearest to it) that only held-out rows have.
+HELD_PAIRS = ({"red", "blue"}, {"green", "yellow"})
+Box = list[int]
+Scene = dict[str, Any]
+Drawn = tuple[Image.Image, str, Scene]  # picture, answer, what is true of it
+
+
+def png(image: Image.Image, path: Path) -> str:
+    image.save(path, compress_level=1)
+    return path.name
+
+
+# --- bars: heights and colours --------------------------------------------------------------------
+
+BARS_SIZE, GROUND = 112, 106
+
+
+def draw_bars(bars: list[tuple[str, int]], places: list[int]) -> Drawn:
+    """Bars of (colour, height in pixels) with their left edges; labels A, B, ... under them."""
+    image = Image.new("RGB", (BARS_SIZE, BARS_SIZE), "white")
+    pen = ImageDraw.Draw(image)
+    pen.line([(2, GROUND), (BARS_SIZE - 3, GROUND)], "black")
+    objects = []
+    for i, ((colour, height), left) in enumerate(zip(bars, places, strict=True)):
+        box = [left, GROUND - height, left + 16, GROUND]
+        pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), COLOURS[colour])
+        pen.line([(left + 7, GROUND + 1), (left + 7, GROUND + 2 + i % 2)], "black")
+        objects.append({"shape": "bar", "colour": colour, "name": "ABCDE"[i], "value": height, "box": box})
+    best = max(bars, key=lambda bar: bar[1])[0]
+    chart = dict(bars)
+    return image, best, {"objects": objects, "chart": chart, "boxes": {o["colour"]: o["box"] for o in objects}}
+
+
+def bars(rng: random.Random, held: bool) -> tuple[str, list[Drawn]]:
+    """A chart, its twin (the two tallest swap their heights) and a control (the lowest changes)."""
+    while True:
+        count = rng.randint(3, 4)
+        colours = rng.sample(sorted(COLOURS), count)
+        heights = rng.sample(range(14, 98, 12), count)
+        order = sorted(range(count), key=lambda i: -heights[i])
+        start = rng.choice((8, 16) if held else (4, 12, 20))  # a layout is of one side only
+        if ({colours[order[0]], colours[order[1]]} in HELD_PAIRS) == held:
+            break
+    places = [start + 24 * i for i in range(count)]
+    first, second, last = order[0], order[1], order[-1]
+    swapped, lower = list(heights), list(heights)
+    swapped[first], swapped[second] = heights[second], heights[first]
+    lower[last] = max(8, heights[last] - 6)
+    drawn = [draw_bars(list(zip(colours, some, strict=True)), places) for some in (heights, swapped, lower)]
+    return "Which colour is the tallest bar?", drawn
+
+
+# --- shapes: what and where -----------------------------------------------------------------------
+
+CELL = 28
+
+
+def draw_shapes(objects: list[tuple[str, str, int]], asked: str) -> Drawn:
+    """(colour, shape, cell of a 4 x 4 grid); the answer is the shape of the colour that is asked
+    for."""
+    image = Image.new("RGB", (4 * CELL, 4 * CELL), "white")
+    pen = ImageDraw.Draw(image)
+    known = []
+    for colour, shape, cell in objects:
+        left, top = cell % 4 * CELL, cell // 4 * CELL
+        box = [left + 3, top + 3, left + CELL - 3, top + CELL - 3]
+        inside = (box[0], box[1], box[2] - 1, box[3] - 1)
+        if shape == "circle":
+            pen.ellipse(inside, COLOURS[colour])
+        elif shape == "square":
+            pen.rectangle(inside, COLOURS[colour])
+        else:
+            pen.polygon(
+                [(box[0], box[3] - 1), (box[2] - 1, box[3] - 1), ((box[0] + box[2]) // 2, box[1])], COLOURS[colour]
+            )
+        known.append({"colour": colour, "shape": shape, "box": [left, top, left + CELL, top + CELL]})
+    answer = next(shape for colour, shape, _ in objects if colour == asked)
+    return image, answer, {"objects": known}
+
+
+def shapes(rng: random.Random, held: bool, most: int = 4) -> tuple[str, list[Drawn]]:
+    """Shapes of different colours; the twin has another shape in the colour that is asked for, the
+    control another one elsewhere.
+    """
+    while True:
+        count = rng.randint(2, most)
+        colours = rng.sample(sorted(COLOURS), count)
+        if ({colours[0], colours[1]} in HELD_PAIRS) == held:
+            break
+    cells = rng.sample([cell for cell in range(16) if (cell % 5 == 3) == held or not held], 1)
+    cells += rng.sample([cell for cell in range(16) if cell not in cells], count - 1)
+    kinds = [rng.choice(SHAPES) for _ in colours]
+    objects = list(zip(colours, kinds, cells, strict=True))
+    other = lambda kind: rng.choice([s for s in SHAPES if s != kind])  # noqa: E731
+    twin = [(colours[0], other(kinds[0]), cells[0]), *objects[1:]]
+    control = [objects[0], (colours[1], other(kinds[1]), cells[1]), *objects[2:]]
+    return f"Which shape is {colours[0]}?", [draw_shapes(some, colours[0]) for some in (objects, twin, control)]
+
+
+# --- digits: real ones ----------------------------------------------------------------------------
+
+QUARTERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+
+
+def read_digits(split: str) -> list[tuple[str, Path]]:
+    """(digit, file) of the handwritten digits next door; held-out rows use its held-out writers."""
+    rows = [json.loads(line) for line in (DIGITS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row["messages"][1]["content"], DIGITS / row["images"][0]) for row in rows]
+
+
+def draw_grid(digits: list[tuple[str, Path]], asked: int) -> Drawn:
+    image = Image.new("L", (2 * CELL, 2 * CELL), 0)
+    known = []
+    for (digit, path), (x, y) in zip(digits, QUARTERS.values(), strict=True):
+        with Image.open(path) as one:
+            image.paste(one.convert("L").resize((CELL, CELL), Image.Resampling.BICUBIC), (x * CELL, y * CELL))
+        known.append({"text": digit, "box": [x * CELL, y * CELL, (x + 1) * CELL, (y + 1) * CELL]})
+    return image, digits[asked][0], {"ocr": known}
+
+
+def digits_grid(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tuple[str, list[Drawn]]:
+    """Four digits; the twin has another one in the quarter that is asked for, the control
+    elsewhere."""
+    four, asked = [rng.choice(pool) for _ in range(4)], rng.randrange(4)
+    place = list(QUARTERS)[asked]
+    other = lambda digit: rng.choice([one for one in pool if one[0] != digit[0]])  # noqa: E731
+    elsewhere = (asked + rng.randint(1, 3)) % 4
+    variants = [list(four), list(four), list(four)]
+    variants[1][asked], variants[2][elsewhere] = other(four[asked]), other(four[elsewhere])
+    return f"Which digit is {place}?", [draw_grid(some, asked) for some in variants]
+
+
+CANVAS, NEEDLE = 448, 12
+
+
+def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
+    image = Image.new("L", (CANVAS, CANVAS), 0)
+    with Image.open(digit[1]) as one:
+        image.paste(one.convert("L").resize((NEEDLE, NEEDLE), Image.Resampling.BICUBIC), (left, top))
+    return image, digit[0], {"ocr": [{"text": digit[0], "box": [left, top, left + NEEDLE, top + NEEDLE]}]}
+
+
+def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tuple[str, list[Drawn]]:
+    """A digit of twelve pixels on a canvas that a processor for 112 makes unreadable."""
+    left, top = (rng.randrange(0, CANVAS - NEEDLE) for _ in range(2))
+    digit = rng.choice(pool)
+    other = rng.choice([one for one in pool if one[0] != digit[0]])
+    again = rng.choice([one for one in pool if one[0] == digit[0]])
+    return "Which digit is hidden here?", [draw_needle(one, left, top) for one in (digit, other, again)]
+
+
+KINDS: dict[str, Callable[..., tuple[str, list[Drawn]]]] = {
+    "bars": bars,
+    "shapes": shapes,
+    "digits_grid": digits_grid,
+    "needle": needle,
+}
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def claims(scene: Scene, answer: str, question: str) -> list[dict[str, Any]]:
+    """The claims that prove the answer, as a model is to write them."""
+    if "chart" in scene:
+        return [
+            {"type": "chart_value", "subj": o["colour"], "value": o["value"], "box": o["box"]} for o in scene["objects"]
+        ]
+    if "ocr" in scene:
+        found = next(o for o in scene["ocr"] if o["text"] == answer)
+        return [{"type": "ocr", "subj": answer, "box": found["box"]}]
+    colour = question.rstrip("?").split()[-1]
+    found = next(o for o in scene["objects"] if o["colour"] == colour)
+    return [{"type": "exists", "subj": f"{colour} {found['shape']}", "box": found["box"]}]
+
+
+def row(question: str, drawn: list[Drawn], folder: Path, name: str, evidence: bool) -> dict[str, Any]:
+    """A question with its gold answer; the scene holds the twin and the control."""
+    names = [
+        png(image, folder / f"{name}{mark}.png") for (image, _, _), mark in zip(drawn, ("", "t", "c"), strict=True)
+    ]
+    (_, answer, scene), (_, other, twin), (_, same, _) = drawn
+    assert answer != other
+    assert answer == same
+    paths = [f"{folder.name}/{one}" for one in names]
+    signal: dict[str, Any] = {"type": "verifiable", "answer": answer}
+    if evidence:
+        signal["verifiers"] = [{"name": "exact", "weight": 0.8}, {"name": "evidence", "weight": 0.2}]
+        signal["evidence"] = {"required": claims(scene, answer, question)}
+        twin = {**twin, "required": claims(twin, other, question)}
+    twin = {**twin, "images": paths[1:2], "answer": other}
+    signal["scene"] = {**scene, "twin": twin, "control": {"images": paths[2:]}}
+    words = f"<image>{question}"
+    return {"messages": [{"role": "user", "content": words}], "images": paths[:1], "signal": signal}
+
+
+def demonstration(asked: dict[str, Any]) -> dict[str, Any]:
+    """The same row with its right answer to imitate."""
+    signal = asked["signal"]
+    required = signal.get("evidence", {}).get("required")
+    proof = f"<evidence>{json.dumps(required)}</evidence>" if required else ""
+    said = {"role": "assistant", "content": f"{proof}{signal['answer']}"}
+    return {"messages": [*asked["messages"], said], "images": asked["images"]}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    os.replace(unfinished, path)
+    print(f"{path}: {len(rows)} rows")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--out", type=Path, default=None, help="folder; by default output/evidence/KIND")
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--eval", type=int, default=200)
+    parser.add_argument("--demonstrations", type=int, default=300, help="of the rows, also with their answers")
+    parser.add_argument("--evidence", action="store_true", help="ask for claims with boxes before the answer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    out = args.out or Path("output") / "evidence" / args.kind
+    make, found = KINDS[args.kind], {}
+    for split, count in (("train", args.rows), ("eval", args.eval)):
+        rng = random.Random(f"{args.kind} {split} {args.seed}")
+        folder = out / split
+        folder.mkdir(parents=True, exist_ok=True)
+        more = {"pool": read_digits(split)} if args.kind in ("digits_grid", "needle") else {}
+        made = [make(rng, split == "eval", **more) for _ in range(count)]
+        found[split] = [row(q, drawn, folder, f"{i:04d}", args.evidence) for i, (q, drawn) in enumerate(made)]
+    write(out / "train.jsonl", found["train"])
+    write(out / "eval.jsonl", found["eval"])
+    write(out / "sft.jsonl", [demonstration(one) for one in found["train"][: args.demonstrations]])
+    write(out / "sft_eval.jsonl", [demonstration(one) for one in found["eval"]])
+
+
+if __name__ == "__main__":
+    main()
