@@ -56,7 +56,8 @@ class Region:
         if not inside:
             raise ValueError(
                 say(
-                    f"block (offset {offset}, shape {shape}) must lie inside its tensor {whole}; fix the sharding table",
+                    f"block (offset {offset}, shape {shape}) must lie inside its tensor {whole}; fix the sharding "
+                    "table",
                     f"块（起点 {offset}，形状 {shape}）须在其张量 {whole} 之内；请修改切分表",
                 )
             )
@@ -211,7 +212,8 @@ def _check_cover(distinct: Sequence[Description]) -> None:
         if before[:2] != (code, tuple(whole)):
             raise ValueError(
                 say(
-                    f"{name} ({code} {whole}) must have one type and shape on all ranks, but is {before[0]} {list(before[1])} on another; fix the sharding",
+                    f"{name} ({code} {whole}) must have one type and shape on all ranks, but is {before[0]} "
+                    f"{list(before[1])} on another; fix the sharding",
                     f"{name}（{code} {whole}）在各进程上的类型与形状须相同，而另一进程上为 {before[0]} {list(before[1])}；请修改切分",
                 )
             )
@@ -220,7 +222,8 @@ def _check_cover(distinct: Sequence[Description]) -> None:
         if total != math.prod(whole_shape):
             raise ValueError(
                 say(
-                    f"slices of {name} ({total} elements) must make up its {math.prod(whole_shape)}, without gaps or overlaps; fix the sharding",
+                    f"slices of {name} ({total} elements) must make up its {math.prod(whole_shape)}, without gaps "
+                    "or overlaps; fix the sharding",
                     f"{name} 的各分片（共 {total} 个元素）须恰好拼成它的 {math.prod(whole_shape)} 个，没有缺口与重叠；请修改切分",
                 )
             )
@@ -387,7 +390,8 @@ class ShardedReader:
         if filled != wanted.size:
             raise ValueError(
                 say(
-                    f"{self.folder / MANIFEST}: slices of {name} hold {filled} of {wanted.size} elements; fetch the checkpoint again",
+                    f"{self.folder / MANIFEST}: slices of {name} hold {filled} of {wanted.size} elements; fetch "
+                    "the checkpoint again",
                     f"{self.folder / MANIFEST}：{name} 的各分片只有 {wanted.size} 个元素中的 {filled} 个；请重新获取该检查点",
                 )
             )

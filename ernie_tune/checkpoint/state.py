@@ -188,7 +188,8 @@ def could_not(writing: Writing, rank: int, size: int, fault: tuple[int | None, s
     where = f"rank {rank}: " if size > 1 else ""
     return OSError(
         fault[0],
-        f"checkpoint-{writing.step} could not be saved ({where}{fault[1]}); older checkpoints are as they were: free some space and run the same command",
+        f"checkpoint-{writing.step} could not be saved ({where}{fault[1]}); older checkpoints are as they were: "
+        "free some space and run the same command",
         str(writing.output_dir),
     )
 

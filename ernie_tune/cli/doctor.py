@@ -158,7 +158,10 @@ def diagnose(
         )
     if not cpu and not gpu:
         found.append(
-            'paddle is missing: pip install "ernie-tune[cpu]", or paddlepaddle-gpu from Paddle\'s own index for a card'
+            say(
+                "paddle is missing: pip install paddlepaddle, or paddlepaddle-gpu from Paddle's own index for a card",
+                "缺少 paddle：pip install paddlepaddle；有显卡请从 Paddle 自己的源安装 paddlepaddle-gpu",
+            )
         )
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
         if name in versions and _numbers(versions[name]) < (3, 3):

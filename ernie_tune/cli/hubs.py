@@ -22,7 +22,8 @@ def download(args: list[str]) -> int:
     Fetches the model NAME (owner/model, such as baidu/ERNIE-4.5-0.3B-PT; the owner of the released
     ones is translated) into the hub's cache, or into FOLDER, and compares it with the hub's
     checksums. Cut short, the same command goes on. Prints the folder, which train, chat, serve and
-    predict take as a model. Needs pip install 'ernie-tune[hub]' or the hub's own package.
+    predict take as a model. Needs the hub's own package: pip install huggingface_hub, modelscope or
+    aistudio-sdk.
     """
     words, entries = split_overrides(args)
     _refuse_tokens(entries)

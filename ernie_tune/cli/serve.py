@@ -75,7 +75,7 @@ def run(args: list[str]) -> int:
 
     Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with
     the model of a folder, of a finished run, or of an exported int8 or int4 folder; / is a page to
-    talk to it. Needs: pip install "ernie-tune[serve]".
+    talk to it. Needs: pip install fastapi uvicorn pydantic llguidance.
 
     names     --served_model_name NAME what requests call the model (default: its folder's name);
               adapters go by the names in --adapters
@@ -309,8 +309,8 @@ def _serve(path: Path, settings: Mapping[str, Any]) -> int:
     except ImportError as error:
         raise ValueError(
             say(
-                f"serve needs the package {error.name}; pip install fastapi uvicorn",
-                f"serve 需要 {error.name}；请先执行 pip install fastapi uvicorn",
+                f"serve needs the package {error.name}; pip install fastapi uvicorn pydantic llguidance",
+                f"serve 需要 {error.name}；请先执行 pip install fastapi uvicorn pydantic llguidance",
             )
         ) from error
     host, port = settings.get("host", "127.0.0.1"), settings.get("port", 8180)

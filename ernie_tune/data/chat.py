@@ -323,8 +323,13 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     if not turns or (turns[-1] == "assistant") == add_generation_prompt:
         wanted = "user or tool" if add_generation_prompt else "assistant"
         raise ValueError(
-            f"{prefix(where)}last role ({turns[-1] if turns else None}) must be {wanted} where add_generation_prompt is {add_generation_prompt}; "
-            "set it for prompts only"
+            say(
+                f"{prefix(where)}last role ({turns[-1] if turns else None}) must be {wanted} where "
+                f"add_generation_prompt is {add_generation_prompt}; "
+                "set it for prompts only",
+                f"{prefix(where)}add_generation_prompt 为 {add_generation_prompt} 时，"
+                f"最后的角色（{(turns[-1] if turns else None)}）须为 {wanted}；它只用于提示",
+            )
         )
     for i, message in enumerate(messages):
         if not isinstance(message.get("loss", True), bool):
@@ -409,7 +414,11 @@ def _segments(content: Any, where: str) -> list[tuple[str, str, Any]]:
         kind = _PART_KINDS.get(part.get("type", "")) if isinstance(part, Mapping) else None
         if kind is None or (kind == "text" and not isinstance(part.get("text"), str)):
             raise ValueError(
-                f"{prefix(where)}content[{i}] ({str(part)[:80]}) must be an object whose type is one of {sorted(_PART_KINDS)}, a text with its text; fix it"
+                say(
+                    f"{prefix(where)}content[{i}] ({str(part)[:80]}) must be an object whose type is one of "
+                    f"{sorted(_PART_KINDS)}, a text with its text; fix it",
+                    f"{prefix(where)}content[{i}]（{str(part)[:80]}）须为对象，type 为 {sorted(_PART_KINDS)} 之一，文本须带 text；请改正",
+                )
             )
         segments.append(("text", part["text"], None) if kind == "text" else (kind, "", _source(part, kind)))
     return segments

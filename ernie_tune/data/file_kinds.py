@@ -129,12 +129,13 @@ def _kind_of_text(path: str, raw: bytes) -> str:
         return "lines"
     if delimiter(path, raw) == "\t":
         return "table"
-    named = say("text without rows", "没有数据行的文本")
+    first = show(_readable(lines))
+    named = say(f"text without rows ({first})", f"没有数据行的文本（{first}）")
     remedy = say(
         'write each row as an object on a line of its own: {"prompt": "...", "response": "..."}',
         '将每行写成一个对象：{"prompt": "...", "response": "..."}',
     )
-    raise DataError(path, 1, "file", f"{named} ({show(_readable(lines))})", "foreign", {"remedy": remedy})
+    raise DataError(path, 1, "file", named, "foreign", {"remedy": remedy})
 
 
 def _readable(lines: list[bytes]) -> str:

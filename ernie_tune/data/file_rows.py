@@ -71,7 +71,7 @@ class FileRows:
             first, size, line = next(spans, (0, 0, 1))
             self._header = self._cells(self._bytes(first, size), line)
             if len(set(self._header)) < len(self._header):
-                params = {"why": "give each column its own name"}
+                params = {"why": say("give each column its own name", "每列须有不同的名称")}
                 raise DataError(path, line, "header", show(self._header), "csv", params)
         else:
             spans = _json_spans(path, kind)
@@ -98,8 +98,13 @@ class FileRows:
             return parse_json(raw, self.path, line)
         cells = self._cells(raw, line)
         if len(cells) != len(self._header):
-            why = f"the header has {len(self._header)} columns; quote cells that hold the delimiter"
-            raise DataError(self.path, line, "row", f"{len(cells)} cells", "csv", {"why": why})
+            why = say(
+                f"the header has {len(self._header)} columns; quote cells that hold the delimiter",
+                f"表头有 {len(self._header)} 列；含分隔符的单元格须加引号",
+            )
+            raise DataError(
+                self.path, line, "row", say(f"{len(cells)} cells", f"{len(cells)} 个单元格"), "csv", {"why": why}
+            )
         return {name: cell for name, cell in zip(self._header, cells, strict=True) if cell != ""}
 
     def _bytes(self, first: int, size: int) -> bytes:
@@ -158,7 +163,9 @@ class MemoryRows:
     def __getitem__(self, i: int) -> Mapping[str, Any]:
         row = self._rows[i]
         if not isinstance(row, Mapping):
-            raise DataError(self.path, i + 1, "row", show(row), "json", {"why": "give each row as a dict"})
+            raise DataError(
+                self.path, i + 1, "row", show(row), "json", {"why": say("give each row as a dict", "每行须为字典")}
+            )
         return row
 
 
@@ -171,7 +178,8 @@ def decode(raw: bytes, path: str, line: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"byte {raw[error.start]:#04x} at position {error.start}"
+        at = error.start
+        found = say(f"byte {raw[at]:#04x} at position {at}", f"位置 {at} 的字节 {raw[at]:#04x}")
         raise DataError(path, line, "text", found, "utf8", {"charset": charset(raw)}) from error
 
 
@@ -269,7 +277,14 @@ def _list_spans(path: str, raw: bytes, at: int, whole: bool = True) -> Iterator[
         if text[first : first + 1] == "]":
             if not whole or not text[first + 1 :].strip():
                 return
-            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": "end the file after ]"})
+            raise DataError(
+                path,
+                line,
+                "row",
+                show(text[first : first + 40]),
+                "json",
+                {"why": say("end the file after ]", "文件须在 ] 处结束")},
+            )
         try:
             end = scan(text, first)[1]
         except (ValueError, RecursionError) as error:

@@ -178,7 +178,12 @@ class Shard(Generic[T]):
 
     def __init__(self, mixture: Mixture[T], rank: int = 0, size: int = 1) -> None:
         if not 0 <= rank < size:
-            raise ValueError(f"rank ({rank}) must be in [0, size) ({size}); pass the data-parallel rank and size")
+            raise ValueError(
+                say(
+                    f"rank ({rank}) must be in [0, size) ({size}); pass the data-parallel rank and size",
+                    f"rank（{rank}）须在 [0, size)（{size}）内；请传入数据并行的进程号与进程数",
+                )
+            )
         self.mixture, self.rank, self.size = mixture, rank, size
         self.position = 0  # rows that all ranks together have taken
 

@@ -130,7 +130,12 @@ class ParquetRows:
         except OSError as error:
             params = {"folder": tempfile.gettempdir(), "why": str(error)}
             raise DataError(
-                self.path, 0, "file", f"a row group of {self._bytes[k] >> 20} MiB", "spool", params
+                self.path,
+                0,
+                "file",
+                say(f"a row group of {self._bytes[k] >> 20} MiB", f"{self._bytes[k] >> 20} MiB 的行组"),
+                "spool",
+                params,
             ) from error
         return self._pa.ipc.open_file(place), np.array(firsts)
 
@@ -142,7 +147,9 @@ class ArrowRows:
         try:
             import pyarrow as pa
         except ImportError as error:
-            raise DataError(path, 0, "file", "an arrow file", "package", {"name": "pyarrow"}) from error
+            raise DataError(
+                path, 0, "file", say("an arrow file", "arrow 文件"), "package", {"name": "pyarrow"}
+            ) from error
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -150,7 +157,9 @@ class ArrowRows:
             source = pa.memory_map(path)
             self._table = (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()
         except (ValueError, OSError) as error:
-            raise DataError(path, 0, "file", "no arrow", "damaged", {"why": str(error).partition("\n")[0]}) from error
+            raise DataError(
+                path, 0, "file", say("no arrow", "非 arrow"), "damaged", {"why": str(error).partition("\n")[0]}
+            ) from error
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -163,4 +172,6 @@ class ArrowRows:
 
 
 def _damaged(path: str, error: Exception) -> DataError:
-    return DataError(path, 0, "file", "no parquet", "damaged", {"why": str(error).partition("\n")[0]})
+    return DataError(
+        path, 0, "file", say("no parquet", "非 parquet"), "damaged", {"why": str(error).partition("\n")[0]}
+    )

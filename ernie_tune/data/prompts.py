@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 _FLOOR = 0.02  # weight of a prompt that is always or never solved
 # by the share of right answers
 BUCKETS = {"easy": (0.75, 1.01), "medium": (0.25, 0.75), "hard": (-0.01, 0.25)}
@@ -34,10 +36,19 @@ class Difficulty:
 
     def __post_init__(self) -> None:
         if set(self.quotas) - set(BUCKETS) or abs(sum(self.quotas.values()) - 1) > 1e-6:
-            raise ValueError(f"quotas ({dict(self.quotas)}) must name {', '.join(BUCKETS)} and sum to 1; correct them")
+            raise ValueError(
+                say(
+                    f"quotas ({dict(self.quotas)}) must name {', '.join(BUCKETS)} and sum to 1; correct them",
+                    f"quotas（{dict(self.quotas)}）的名称须为 {', '.join(BUCKETS)}，总和为 1；请改正",
+                )
+            )
         if not 0 <= self.decay < 1 or self.retire_after < 1:
             raise ValueError(
-                f"decay ({self.decay:g}) must lie in [0, 1) and retire_after ({self.retire_after}) be at least 1; 0.5 and 3 are usual"
+                say(
+                    f"decay ({self.decay:g}) must lie in [0, 1) and retire_after ({self.retire_after}) be at "
+                    "least 1; 0.5 and 3 are usual",
+                    f"decay（{self.decay:g}）须在 [0, 1) 内，retire_after（{self.retire_after}）至少为 1；通常为 0.5 与 3",
+                )
             )
 
 
@@ -49,7 +60,9 @@ class PromptStream:
 
     def __init__(self, size: int, seed: int, difficulty: Difficulty | None = None) -> None:
         if size < 1:
-            raise ValueError(f"size ({size}) must be at least 1; give prompts")
+            raise ValueError(
+                say(f"size ({size}) must be at least 1; give prompts", f"size（{size}）至少为 1；请给出提示")
+            )
         self.size, self.seed, self.difficulty = size, seed, difficulty
         self.drawn = 0  # how many numbers were given so far
         self.draws = 0  # how many calls
@@ -101,7 +114,11 @@ class PromptStream:
         for name in ("size", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
-                    f"{name} of the prompts ({getattr(self, name)}) must be that of the saved run ({state[name]}); restore it, or start anew"
+                    say(
+                        f"{name} of the prompts ({getattr(self, name)}) must be that of the saved run "
+                        f"({state[name]}); restore it, or start anew",
+                        f"提示的 {name}（{getattr(self, name)}）须与保存的训练（{state[name]}）相同；请恢复它，或重新开始",
+                    )
                 )
         self.drawn, self.draws = state["drawn"], state["draws"]
         self.right = np.array(state["right"], np.float64)

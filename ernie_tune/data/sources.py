@@ -335,7 +335,7 @@ def _in_folder(path: str) -> list[str]:
         )
     if "state.json" in names:  # of datasets.save_to_disk
         if b'"_indices_files": null' not in _small(path, "state.json") and b"_indices" in _small(path, "state.json"):
-            raise DataError(path, 0, "path", "a selection of rows", "indices", {})
+            raise DataError(path, 0, "path", say("a selection of rows", "选取的部分行"), "indices", {})
         return [os.path.join(path, name) for name in names if name.endswith(".arrow")]
     for folder in (path, os.path.join(path, "data")):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []

@@ -239,7 +239,12 @@ class Tokenizer:
         if negative.
         """
         if i < 0:
-            raise ValueError(f"token id ({i}) must not be negative; drop padding and ignored labels before decoding")
+            raise ValueError(
+                say(
+                    f"token id ({i}) must not be negative; drop padding and ignored labels before decoding",
+                    f"token id（{i}）不能为负；解码前请去掉填充与被忽略的标签",
+                )
+            )
         if i in self._vocabulary.byte_of:
             return bytes([self._vocabulary.byte_of[i]])
         text = self._text_of.get(i, UNKNOWN)
@@ -274,7 +279,11 @@ class Tokenizer:
         special = {**self._vocabulary.special, **decoder, **added}
         if len(special) > _MOST_SPECIAL:
             raise ValueError(
-                f"special tokens of {self.where} ({len(special):,}) must be at most {_MOST_SPECIAL:,}; use the tokenizer of an ERNIE-4.5-VL model"
+                say(
+                    f"special tokens of {self.where} ({len(special):,}) must be at most {_MOST_SPECIAL:,}; use "
+                    "the tokenizer of an ERNIE-4.5-VL model",
+                    f"{self.where} 的特殊 token（{len(special):,} 个）不能超过 {_MOST_SPECIAL:,} 个；请用 ERNIE-4.5-VL 模型的分词器",
+                )
             )
         # A role or "additional" token may be an ordinary piece of the model file: special by
         # declaration.
@@ -419,8 +428,13 @@ def _read_hf(spec: bytes, where: str) -> _Vocabulary:
     model = content.get("model") or {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise ValueError(
-            f"{os.path.join(where, JSON_FILE)} (type {model.get('type')!r}, byte_fallback {model.get('byte_fallback')!r}) must be BPE with byte_fallback; "
-            f"put the model's {MODEL_FILE} beside it"
+            say(
+                f"{os.path.join(where, JSON_FILE)} (type {model.get('type')!r}, byte_fallback "
+                f"{model.get('byte_fallback')!r}) must be BPE with byte_fallback; "
+                f"put the model's {MODEL_FILE} beside it",
+                f"{os.path.join(where, JSON_FILE)}（类型 {model.get('type')!r}，byte_fallback "
+                f"{model.get('byte_fallback')!r}）须为带 byte_fallback 的 BPE；请把模型的 {MODEL_FILE} 放在旁边",
+            )
         )
     try:
         import tokenizers

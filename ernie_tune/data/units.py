@@ -147,12 +147,21 @@ class UnitBatch:
         size = {"N": len(self.target_N), "C": len(self.length_C), "S": 2}
         for name, values in self.columns.items():
             if name not in COLUMNS:
-                raise ValueError(f"column ({name}) must be one of {', '.join(COLUMNS)}; correct the name")
+                raise ValueError(
+                    say(
+                        f"column ({name}) must be one of {', '.join(COLUMNS)}; correct the name",
+                        f"列（{name}）须为 {', '.join(COLUMNS)} 之一；请改正名称",
+                    )
+                )
             axes = name.rpartition("_")[2]
             if values.ndim != len(axes) or len(values) != size[axes[0]]:
                 wanted = ", ".join([str(size[axes[0]]), *axes[1:]])
                 raise ValueError(
-                    f"column {name} {list(values.shape)} must be [{wanted}] in this batch; compute it from the same units"
+                    say(
+                        f"column {name} {list(values.shape)} must be [{wanted}] in this batch; compute it "
+                        "from the same units",
+                        f"此批中列 {name} {list(values.shape)} 须为 [{wanted}]；请由相同的样本组计算",
+                    )
                 )
 
     def with_columns(self, **columns: np.ndarray) -> UnitBatch:
@@ -308,7 +317,8 @@ class UnitEncoder:
 
     def _too_long(self) -> Text:
         return say(
-            f"prompt longer than max_prompt_len ({self.max_prompt} tokens) or dialogue than max_seq_len ({self.max_tokens})",
+            f"prompt longer than max_prompt_len ({self.max_prompt} tokens) or dialogue than max_seq_len "
+            f"({self.max_tokens})",
             f"提问长于 max_prompt_len（{self.max_prompt} 个 token）或对话长于 max_seq_len（{self.max_tokens}）",
         )
 

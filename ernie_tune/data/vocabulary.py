@@ -26,6 +26,7 @@ from typing import Any
 
 import sentencepiece
 
+from ernie_tune.config.language import say
 from ernie_tune.data.tokenizer import (
     ADDED_FILE,
     CONFIG_FILE,
@@ -99,11 +100,19 @@ def with_special_tokens(model: bytes, text: Sequence[str] = TEXT_TOKENS, media: 
     held = {piece for piece, _ in model_pieces(model)}
     twice = [token for i, token in enumerate(tokens) if token in held or token in tokens[:i]]
     if twice:
-        raise ValueError(f"special tokens ({twice}) must be new to the model and differ; start from plain pieces")
+        raise ValueError(
+            say(
+                f"special tokens ({twice}) must be new to the model and differ; start from plain pieces",
+                f"特殊 token（{twice}）须为模型中没有的，且互不相同；请从普通词片开始",
+            )
+        )
     if not media or media[0] != IMAGE:
         raise ValueError(
-            f"media ({list(media)[:1]}) must start with {IMAGE}: FastDeploy takes every id from its on for vision; "
-            "put it first"
+            say(
+                f"media ({list(media)[:1]}) must start with {IMAGE}: FastDeploy takes every id from its on for vision; "
+                "put it first",
+                f"媒体 token（{list(media)[:1]}）须以 {IMAGE} 开头：FastDeploy 把从它起的所有编号都当作视觉；请把它放在最前",
+            )
         )
     # Repeated fields of a serialised message may lie anywhere, so pieces are added by appending
     # them.

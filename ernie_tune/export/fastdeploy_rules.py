@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
+
 Array = np.ndarray[Any, Any]
 ARCHITECTURES = ("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_MoeForCausalLM", "Ernie4_5_ForCausalLM")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
@@ -46,33 +48,59 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(p.name for p in folder.glob("*.pdparams") if p.name != "scheduler.pdparams")
     if pickled:
         raise ValueError(
-            f"{folder} must not hold {pickled[0]}: FastDeploy would read it instead of the safetensors files; move it away"
+            say(
+                f"{folder} must not hold {pickled[0]}: FastDeploy would read it instead of the safetensors files; "
+                "move it away",
+                f"{folder} 中不能有 {pickled[0]}：FastDeploy 会读取它而不是 safetensors 文件；请移走",
+            )
         )
     ranks = sorted(p.name for p in folder.glob("rank*") if p.is_dir())
     if len(ranks) > 1:
         raise ValueError(
-            f"{folder} must not hold folders {ranks[:2]}: FastDeploy would take it for a pre-sharded checkpoint; move them away"
+            say(
+                f"{folder} must not hold folders {ranks[:2]}: FastDeploy would take it for a pre-sharded "
+                "checkpoint; move them away",
+                f"{folder} 中不能有文件夹 {ranks[:2]}：FastDeploy 会当作已切分的检查点；请移走",
+            )
         )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         if index.is_file():
             raise ValueError(
-                f"{folder} must not hold both {single.name} and {index.name}; FastDeploy reads the first alone: delete one"
+                say(
+                    f"{folder} must not hold both {single.name} and {index.name}; FastDeploy reads the first "
+                    "alone: delete one",
+                    f"{folder} 中不能同时有 {single.name} 与 {index.name}；FastDeploy 只读前者：请删去其一",
+                )
             )
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder} must hold {single.name} or {index.name}; export it again")
+        raise ValueError(
+            say(
+                f"{folder} must hold {single.name} or {index.name}; export it again",
+                f"{folder} 中须有 {single.name} 或 {index.name}；请重新导出",
+            )
+        )
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     matches = [_SHARD.fullmatch(name) for name in names]
     numbers = [(int(m[1]), int(m[2])) for m in matches if m]
     count = numbers[0][1] if numbers else 0
     if len(numbers) != len(names) or numbers != [(i, count) for i in range(1, count + 1)]:
         raise ValueError(
-            f"shards ({names[:3]} ...) must be model-00001-of-0000N.safetensors, all N of them; export the folder again"
+            say(
+                f"shards ({names[:3]} ...) must be model-00001-of-0000N.safetensors, all N of them; export the "
+                "folder again",
+                f"分片（{names[:3]} …）须为 model-00001-of-0000N.safetensors 且 N 个齐全；请重新导出该文件夹",
+            )
         )
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{folder} must hold {absent[0]}, which {index.name} names; the copy was cut off: repeat it")
+        raise ValueError(
+            say(
+                f"{folder} must hold {absent[0]}, which {index.name} names; the copy was cut off: repeat it",
+                f"{folder} 中须有 {index.name} 所指的 {absent[0]}；复制中断了：请重新复制",
+            )
+        )
     return [folder / name for name in names]
 
 
@@ -83,8 +111,13 @@ def weight_format(config: Mapping[str, Any]) -> str:
     both = [key for key in ("dtype", "torch_dtype") if key in config]
     if len(both) != 1:
         raise ValueError(
-            f"config.json must hold exactly one of dtype and torch_dtype, but holds {' and '.join(both) or 'neither'}: FastDeploy reads the "
-            "orientation of all weights from it; remove torch_dtype for Paddle's layout, dtype for torch's"
+            say(
+                "config.json must hold exactly one of dtype and torch_dtype, but holds "
+                f"{' and '.join(both) or 'neither'}: FastDeploy reads the "
+                "orientation of all weights from it; remove torch_dtype for Paddle's layout, dtype for torch's",
+                f"config.json 中 dtype 与 torch_dtype 须恰有其一，而现有 {' and '.join(both) or 'neither'}：FastDeploy "
+                "由此判断所有权重的方向；Paddle 布局请删去 torch_dtype，torch 布局请删去 dtype",
+            )
         )
     return "paddle" if both == ["dtype"] else "torch"
 
@@ -114,11 +147,19 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
     if about is not None:
         if weight_format(config) == "torch":
             raise ValueError(
-                f"quantization_config ({about}) must be absent from a config.json with torch_dtype: FastDeploy takes the weights for quantised; remove it"
+                say(
+                    f"quantization_config ({about}) must be absent from a config.json with torch_dtype: "
+                    "FastDeploy takes the weights for quantised; remove it",
+                    f"含 torch_dtype 的 config.json 中不能有 quantization_config（{about}）：FastDeploy 会把权重当作已量化；请删去它",
+                )
             )
         if "quantization" not in about:
             raise ValueError(
-                f"quantization_config ({about}) must hold the key quantization, FastDeploy stops without it; remove quantization_config"
+                say(
+                    f"quantization_config ({about}) must hold the key quantization, FastDeploy stops without it; "
+                    "remove quantization_config",
+                    f"quantization_config（{about}）中须有键 quantization，否则 FastDeploy 会停止；请删去 quantization_config",
+                )
             )
         on_disk = _taken_for_quantised(about)
     else:
@@ -132,7 +173,10 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
         return Quantisation(kind, kind, kind, on_disk)
     if kind != "mix_quant":
         raise ValueError(
-            f"quantization ({kind!r}) must be '', 'wint8', 'wint4' or 'mix_quant'; other kinds need other weights"
+            say(
+                f"quantization ({kind!r}) must be '', 'wint8', 'wint4' or 'mix_quant'; other kinds need other weights",
+                f"quantization（{kind!r}）须为 ''、'wint8'、'wint4' 或 'mix_quant'；其他种类需要其他权重",
+            )
         )
     experts = about.get("moe_quant_type") or ""
     return Quantisation(
@@ -177,7 +221,12 @@ def parameters(config: Mapping[str, Any]) -> list[Parameter]:
     """
     named = (config.get("architectures") or ["none"])[0]
     if named not in ARCHITECTURES:
-        raise ValueError(f"architectures ({named}) must be one of {ARCHITECTURES}; write config.json again")
+        raise ValueError(
+            say(
+                f"architectures ({named}) must be one of {ARCHITECTURES}; write config.json again",
+                f"architectures（{named}）须为 {ARCHITECTURES} 之一；请重新写出 config.json",
+            )
+        )
     return list(_Names(config).all())
 
 
@@ -314,7 +363,11 @@ class _Names:
         width = v["hidden_size"]
         if v.get("embed_dim", width) != width:
             raise ValueError(
-                f"vision_config.hidden_size ({width}) must equal embed_dim ({v['embed_dim']}); write config.json again"
+                say(
+                    f"vision_config.hidden_size ({width}) must equal embed_dim ({v['embed_dim']}); write "
+                    "config.json again",
+                    f"vision_config.hidden_size（{width}）须等于 embed_dim（{v['embed_dim']}）；请重新写出 config.json",
+                )
             )
         inner = v.get("intermediate_size") or round(width * v.get("mlp_ratio", 4))
         patch = v.get("in_channels", v.get("in_chans", 3)) * v.get("patch_size", 14) ** 2
@@ -385,10 +438,19 @@ def check_ranks(config: Mapping[str, Any], tp: int) -> None:
         (f"vocab_size ({config['vocab_size']})", config["vocab_size"] % tp == 0, "divide"),
     ):
         if not ok:
-            raise ValueError(f"target_tp ({tp}) must {rule} {what}; choose another number of ranks")
+            raise ValueError(
+                say(
+                    f"target_tp ({tp}) must {rule} {what}; choose another number of ranks",
+                    f"target_tp（{tp}）不合要求（must {rule} {what}）；请换一个进程数",
+                )
+            )
     if tp > 1 and config["vocab_size"] % _VOCABULARY_STEP:
         raise ValueError(
-            f"vocab_size ({config['vocab_size']}) must be a multiple of {_VOCABULARY_STEP} for a load cache of {tp} ranks; use emit weights"
+            say(
+                f"vocab_size ({config['vocab_size']}) must be a multiple of {_VOCABULARY_STEP} for a load cache "
+                f"of {tp} ranks; use emit weights",
+                f"{tp} 个进程的加载缓存要求 vocab_size（{config['vocab_size']}）为 {_VOCABULARY_STEP} 的整数倍；请用 emit weights",
+            )
         )
 
 
@@ -474,7 +536,12 @@ class Folder:
         found = self.shapes[name]
         text = f"{name} {list(found)} must be {list(piece.shape)}"
         if parameter.fused or np.prod(found) != np.prod(piece.shape):
-            raise ValueError(f"{text}; FastDeploy stops here: export the folder again")
+            raise ValueError(
+                say(
+                    f"{text}; FastDeploy stops here: export the folder again",
+                    f"{text}；FastDeploy 会在此停止：请重新导出该文件夹",
+                )
+            )
         self.silent.append(f"{text}, it would be reshaped, not transposed")
 
     def load(self, parameter: Parameter) -> Array:

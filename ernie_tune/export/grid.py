@@ -108,7 +108,12 @@ def quantize(bits_KN: Array, bits: int, shards: int = 1, rounding: str = "cpu") 
     codes 0; its codes mean nothing, and the operator leaves others there.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding ({rounding!r}) must be one of {ROUNDINGS}; choose one of them")
+        raise ValueError(
+            say(
+                f"rounding ({rounding!r}) must be one of {ROUNDINGS}; choose one of them",
+                f"rounding（{rounding!r}）须为 {ROUNDINGS} 之一；请选择其一",
+            )
+        )
     top = absmax(bits_KN, shards)
     scale = round_bfloat16(top / np.float32(LARGEST[bits]))
     if rounding == "cpu":

@@ -15,6 +15,7 @@ import numpy as np
 
 from ernie_tune.checkpoint.tensors import cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
+from ernie_tune.config.language import say
 from ernie_tune.export.grid import Grid
 from ernie_tune.export.source import EXPORT_CODE, Place, Weights
 from ernie_tune.models.config_dialects import write_config
@@ -49,7 +50,12 @@ def write_packed(
             continue
         rows, columns = spec.shape[-2:]
         if bits(name) == 4 and rows % 2:
-            raise ValueError(f"input width ({rows}) of {name} must be even for 4 bits; use quantization wint8")
+            raise ValueError(
+                say(
+                    f"input width ({rows}) of {name} must be even for 4 bits; use quantization wint8",
+                    f"4 位量化要求 {name} 的输入宽度（{rows}）为偶数；请用 quantization wint8",
+                )
+            )
         for expert in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
             stem = matrix_name(name, expert)
             entries[f"{stem}.codes"] = ((rows // 2, columns), "U8") if bits(name) == 4 else ((rows, columns), "I8")

@@ -38,11 +38,19 @@ def check_shape(rows: int, columns: int, arch: int = 80) -> None:
         )
     if rows % _TILE or not rows:
         raise ValueError(
-            f"input width ({rows}) must be a multiple of {_TILE} for FastDeploy's kernels; leave the layer in bfloat16, or lower target_tp"
+            say(
+                f"input width ({rows}) must be a multiple of {_TILE} for FastDeploy's kernels; leave the layer in "
+                "bfloat16, or lower target_tp",
+                f"FastDeploy 的算子要求输入宽度（{rows}）为 {_TILE} 的整数倍；请让该层保持 bfloat16，或减小 target_tp",
+            )
         )
     if columns % 16 or not columns:
         raise ValueError(
-            f"output width ({columns}) must be a multiple of 16 for FastDeploy's kernels; leave the layer in bfloat16"
+            say(
+                f"output width ({columns}) must be a multiple of 16 for FastDeploy's kernels; leave the layer in "
+                "bfloat16",
+                f"FastDeploy 的算子要求输出宽度（{columns}）为 16 的整数倍；请让该层保持 bfloat16",
+            )
         )
 
 

@@ -99,7 +99,8 @@ def command_problems(folder: Path, flags: Mapping[str, str], exported: Mapping[s
     problems = []
     if flags.get("--load-choices") != "default_v1":
         problems.append(
-            "serve.sh must pass --load-choices default_v1: FastDeploy's older loader puts text experts into image experts"
+            "serve.sh must pass --load-choices default_v1: FastDeploy's older loader puts text experts into "
+            "image experts"
         )
     if (folder / ".cache").is_dir():
         for name, value in {"FD_ENABLE_MODEL_LOAD_CACHE": "1", "FD_USE_MACHETE": "0"}.items():
@@ -118,7 +119,8 @@ def command_problems(folder: Path, flags: Mapping[str, str], exported: Mapping[s
             continue  # FastDeploy takes whole frames a second: the nearest is passed, and said
         if wanted is not None and settings[name] != wanted:
             problems.append(
-                f"{name} ({settings[name]}, as FastDeploy would serve) must be {wanted}, as {key} of preprocessor_config.json says: "
+                f"{name} ({settings[name]}, as FastDeploy would serve) must be {wanted}, as {key} of "
+                "preprocessor_config.json says: "
                 "pass it in --mm-processor-kwargs"
             )
     return problems
@@ -138,14 +140,21 @@ class Vocabulary:
         file = next((folder / name for name in names if (folder / name).is_file()), None)
         if file is None:
             raise ValueError(
-                f"{folder} must hold {names[0]}: FastDeploy has no tokenizer otherwise; copy the release's"
+                say(
+                    f"{folder} must hold {names[0]}: FastDeploy has no tokenizer otherwise; copy the release's",
+                    f"{folder} 中须有 {names[0]}：否则 FastDeploy 没有分词器；请复制发布版中的文件",
+                )
             )
         self.model = sentencepiece.SentencePieceProcessor()
         try:
             self.model.Load(str(file))
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"{file} must be a sentencepiece model ({error}); copy the release's, a Git LFS pointer is not the file"
+                say(
+                    f"{file} must be a sentencepiece model ({error}); copy the release's, a Git LFS pointer is "
+                    "not the file",
+                    f"{file} 须为 sentencepiece 模型（{error}）；请复制发布版中的文件，Git LFS 指针不是文件本身",
+                )
             ) from error
         # --ori_vocab_size: ids from here on are never generated
         self.bound: int = self.model.get_piece_size()
@@ -287,7 +296,9 @@ def template_of(folder: Path) -> str:
     if isinstance(held, list):
         held = next((entry["template"] for entry in held if entry["name"] == "default"), None)
     if not held:
-        raise NoTemplate(f"{folder} must have a chat template; export it again")
+        raise NoTemplate(
+            say(f"{folder} must have a chat template; export it again", f"{folder} 中须有对话模板；请重新导出")
+        )
     return str(held)
 
 
@@ -327,7 +338,11 @@ class ServedProcessor:
         for kind, media in (("image", images), ("video", clips)):
             if len(media) > self.limits[kind]:
                 raise ValueError(
-                    f"a request may have {self.limits[kind]} of {kind}, not {len(media)}: raise --limit-mm-per-prompt"
+                    say(
+                        f"a request may have {self.limits[kind]} of {kind}, not {len(media)}: raise "
+                        "--limit-mm-per-prompt",
+                        f"一个请求可有 {self.limits[kind]} 个 {kind}，而不是 {len(media)} 个：请调大 --limit-mm-per-prompt",
+                    )
                 )
         text = self.template.render(
             messages=list(messages), add_generation_prompt=True, enable_thinking=True if thinking is None else thinking
@@ -347,7 +362,12 @@ class ServedProcessor:
                 continue
             media = images if part == IMAGE else clips
             if used[part] == len(media):
-                raise ValueError(f"the prompt has more of {part} than the request has media")
+                raise ValueError(
+                    say(
+                        f"the prompt has more of {part} than the request has media",
+                        f"提示中 {part} 的数目多于请求中的媒体",
+                    )
+                )
             one = media[used[part]]
             used[part] += 1
             frames = self._frames(one) if isinstance(one, Clip) else [one]

@@ -285,7 +285,8 @@ class _Export:
         problems = kernel_problems(self.config, self.scheme, o.target_tp) if quantised and o.emit != "packed" else []
         if problems:
             self.notes.append(
-                "FastDeploy's kernels need rows in 64s and columns in 16s on every rank, so they cannot multiply with this model's "
+                "FastDeploy's kernels need rows in 64s and columns in 16s on every rank, so they cannot multiply "
+                "with this model's "
                 f"{'; '.join(problems)}. `ernie-tune export --emit packed` makes a folder for our own server."
             )
         if not self.full and not o.calib:
@@ -314,7 +315,11 @@ class _Export:
         self.checks["awq"] = distance(before, after)
         if not self.checks["awq"]["max_difference"] <= verify.LOGIT_TOLERANCE:
             raise ValueError(
-                f"awq must leave the logits as they are, but they moved by {self.checks['awq']['max_difference']:.2e}; leave awq out and report this"
+                say(
+                    "awq must leave the logits as they are, but they moved by "
+                    f"{self.checks['awq']['max_difference']:.2e}; leave awq out and report this",
+                    f"awq 不应改变 logits，但它们变动了 {self.checks['awq']['max_difference']:.2e}；请不用 awq，并报告此问题",
+                )
             )
 
     def _data(self) -> tuple[list[Any], list[Probe]]:
@@ -421,7 +426,8 @@ class _Export:
             return config
         if video is None:
             self.notes.append(
-                f"The tokenizer has one placeholder for images and videos, transformers tells them apart by two ({VIDEO}): there this folder reads images only."
+                "The tokenizer has one placeholder for images and videos, transformers tells them apart by two "
+                f"({VIDEO}): there this folder reads images only."
             )
         return config.replace(tokens=dataclasses.replace(tokens, video=tokens.video if video is None else video))
 

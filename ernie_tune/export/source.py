@@ -171,8 +171,13 @@ class ExportSource:
             spec = self.table.canonical.get(name)
             if spec is None or spec.shape != value.shape:
                 raise ValueError(
-                    f"{name} {list(value.shape)} of the adapter must be {list(spec.shape) if spec else 'a parameter of the model'}; "
-                    "merge the adapter into the base model that it was trained on"
+                    say(
+                        f"{name} {list(value.shape)} of the adapter must be "
+                        f"{list(spec.shape) if spec else 'a parameter of the model'}; "
+                        "merge the adapter into the base model that it was trained on",
+                        f"适配器的 {name} {list(value.shape)} 须为 "
+                        f"{(list(spec.shape) if spec else 'a parameter of the model')}；请把适配器合并到训练它的基础模型上",
+                    )
                 )
 
     @property
@@ -191,7 +196,11 @@ class ExportSource:
             raw = self.table.to_canonical(name, self.reader.read, expert)
         if not all_finite(raw, own):
             raise ValueError(
-                f"{name} in {self.folder} must be finite, but holds NaN or infinity; the file is damaged: fetch it again"
+                say(
+                    f"{name} in {self.folder} must be finite, but holds NaN or infinity; the file is damaged: "
+                    "fetch it again",
+                    f"{self.folder} 中的 {name} 须为有限值，但含有 NaN 或无穷；文件已损坏：请重新获取",
+                )
             )
         if not factors:
             return cast(raw, own, code)

@@ -186,7 +186,8 @@ def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float
     within the gate, and not worse than rtn's.
     """
     reasons = [
-        f"output error of {name} ({errors.ours[name]:.3e}) must not exceed rtn's ({errors.rtn[name]:.3e}); give more calibration rows, or use method rtn"
+        f"output error of {name} ({errors.ours[name]:.3e}) must not exceed rtn's ({errors.rtn[name]:.3e}); give "
+        "more calibration rows, or use method rtn"
         for name in errors.worse()
     ]
     if "perplexity" in ours:
@@ -205,7 +206,8 @@ def gate(errors: LayerErrors, ours: Mapping[str, float], rtn: Mapping[str, float
             )
         if ours["perplexity"] > max(rtn.get("perplexity", np.inf), before * _NOISE):
             reasons.append(
-                f"perplexity ({ours['perplexity']:.4f}) must not exceed rtn's ({rtn['perplexity']:.4f}); give more calibration rows, or use method rtn"
+                f"perplexity ({ours['perplexity']:.4f}) must not exceed rtn's ({rtn['perplexity']:.4f}); give "
+                "more calibration rows, or use method rtn"
             )
     return reasons
 
@@ -217,7 +219,8 @@ def score_notes(scores: Sequence[Mapping[str, float]]) -> list[str]:
     """
     _, plain, after = scores
     return [
-        f"{name} is {after[name]:.4f}, rtn's is {plain[name]:.4f}: rounding to nearest answered these rows better, perhaps by chance. Score more rows "
+        f"{name} is {after[name]:.4f}, rtn's is {plain[name]:.4f}: rounding to nearest answered these rows "
+        "better, perhaps by chance. Score more rows "
         "(--eval, --eval_max_samples), or take --method rtn."
         for name in after
         if after[name] < plain[name]

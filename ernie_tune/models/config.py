@@ -144,7 +144,8 @@ def check_config(c: ModelConfig) -> None:
         _require(value <= _LARGEST[name], f"{name} ({value!r}) must be at most {_LARGEST[name]:,}; fix config.json")
     _require(
         c.num_attention_heads % c.num_key_value_heads == 0,
-        f"num_attention_heads ({c.num_attention_heads}) must be a multiple of num_key_value_heads ({c.num_key_value_heads}); fix config.json",
+        f"num_attention_heads ({c.num_attention_heads}) must be a multiple of num_key_value_heads "
+        f"({c.num_key_value_heads}); fix config.json",
     )
     _require(
         c.head_dim % 2 == 0,
@@ -153,7 +154,8 @@ def check_config(c: ModelConfig) -> None:
     half = c.head_dim // 2
     _require(
         c.vision is None or (0 <= c.freq_allocation <= half and (half - c.freq_allocation) % 2 == 0),
-        f"freq_allocation ({c.freq_allocation}) must leave an even number of height/width frequencies of head_dim/2 ({half}); "
+        f"freq_allocation ({c.freq_allocation}) must leave an even number of height/width frequencies of "
+        f"head_dim/2 ({half}); "
         "set freq_allocation (or rope mrope_section) to match",
     )
     _check_vision(c)
@@ -170,11 +172,13 @@ def _check_vision(c: ModelConfig) -> None:
     )
     _require(
         (v.hidden_size // v.num_heads) % 4 == 0,
-        f"vision head width ({v.hidden_size // v.num_heads}) must be a multiple of 4 for 2-D rope; fix vision hidden_size or num_heads",
+        f"vision head width ({v.hidden_size // v.num_heads}) must be a multiple of 4 for 2-D rope; fix vision "
+        "hidden_size or num_heads",
     )
     _require(
         v.spatial_merge_size == 2 and v.temporal_merge_size == 2,
-        f"spatial_merge_size ({v.spatial_merge_size}) and temporal_merge_size ({v.temporal_merge_size}) must be 2: no released model has others",
+        f"spatial_merge_size ({v.spatial_merge_size}) and temporal_merge_size ({v.temporal_merge_size}) must be "
+        "2: no released model has others",
     )
 
 
@@ -189,10 +193,12 @@ def _check_moe(c: ModelConfig) -> None:
     want = 1 if c.vision is None else 2
     _require(
         m.num_modalities == want,
-        f"moe_intermediate_size {list(m.intermediate_size)} must have {want} value(s) for a {'text-only' if want == 1 else 'vision-language'} model; fix config.json",
+        f"moe_intermediate_size {list(m.intermediate_size)} must have {want} value(s) for a "
+        f"{'text-only' if want == 1 else 'vision-language'} model; fix config.json",
     )
     bad = [i for i in m.layer_indices if not 0 <= i < c.num_hidden_layers]
     _require(
         not bad,
-        f"moe layer indices {bad} must be below num_hidden_layers ({c.num_hidden_layers}); fix moe_layer_start_index / moe_layer_end_index",
+        f"moe layer indices {bad} must be below num_hidden_layers ({c.num_hidden_layers}); fix "
+        "moe_layer_start_index / moe_layer_end_index",
     )

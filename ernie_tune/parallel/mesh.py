@@ -51,7 +51,8 @@ def check_degrees(layout: Layout) -> None:
     if layout.sharding_stage and layout.sharding == 1 and layout.data > 1:
         raise ValueError(
             say(
-                f"sharding_stage ({layout.sharding_stage}) must go with sharding (1) above 1; give its ranks to sharding instead of data ({layout.data})",
+                f"sharding_stage ({layout.sharding_stage}) must go with sharding (1) above 1; give its ranks to "
+                f"sharding instead of data ({layout.data})",
                 f"sharding_stage（{layout.sharding_stage}）要求 sharding（现为 1）大于 1；请把 data（{layout.data}）的进程改给 sharding",
             )
         )
@@ -65,7 +66,8 @@ def check_degrees(layout: Layout) -> None:
     if layout.sharding_stage > 1 and layout.pipe > 1:
         raise ValueError(
             say(
-                f"sharding_stage ({layout.sharding_stage}) must be 0 or 1 with pipe ({layout.pipe}), whose stages keep gradients over micro-batches; use 1",
+                f"sharding_stage ({layout.sharding_stage}) must be 0 or 1 with pipe ({layout.pipe}), whose stages "
+                "keep gradients over micro-batches; use 1",
                 f"有 pipe（{layout.pipe}）时 sharding_stage（{layout.sharding_stage}）须为 0 或 1，因为各阶段要跨微批保留梯度；请用 1",
             )
         )
@@ -79,17 +81,21 @@ def check_degrees(layout: Layout) -> None:
     if layout.expert > 1 and layout.tensor > 1 and not layout.sequence_parallel:
         raise ValueError(
             say(
-                f"expert ({layout.expert}) with tensor ({layout.tensor}) must go with sequence_parallel: true, else every tensor rank sends the same tokens; set it",
-                f"有 tensor（{layout.tensor}）时 expert（{layout.expert}）须与 sequence_parallel: true 同用，否则每个张量并行进程都发送相同的 token；请设置它",
+                f"expert ({layout.expert}) with tensor ({layout.tensor}) must go with sequence_parallel: true, "
+                "else every tensor rank sends the same tokens; set it",
+                f"有 tensor（{layout.tensor}）时 expert（{layout.expert}）须与 sequence_parallel: true 同用，"
+                "否则每个张量并行进程都发送相同的 token；请设置它",
             )
         )
     spread = layout.tensor * layout.data * layout.sharding
     if layout.expert > 1 and (layout.expert % layout.tensor or spread % layout.expert):
         raise ValueError(
             say(
-                f"expert ({layout.expert}) must be a multiple of tensor ({layout.tensor}) and divide tensor x data x sharding ({spread}); "
+                f"expert ({layout.expert}) must be a multiple of tensor ({layout.tensor}) and divide tensor x "
+                f"data x sharding ({spread}); "
                 f"nearest: {layout.tensor} or {spread}",
-                f"expert（{layout.expert}）须为 tensor（{layout.tensor}）的整数倍，且整除 tensor x data x sharding（{spread}）；最近的是 {layout.tensor} 或 {spread}",
+                f"expert（{layout.expert}）须为 tensor（{layout.tensor}）的整数倍，且整除 tensor x data x sharding（{spread}）；"
+                f"最近的是 {layout.tensor} 或 {spread}",
             )
         )
 
@@ -211,9 +217,11 @@ def init_mesh(layout: Layout, *, accumulation: int = 1) -> Mesh:
     if layout.world != world:
         raise ValueError(
             say(
-                f"tensor x pipe x data x sharding ({layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}) must equal "
+                f"tensor x pipe x data x sharding ({layout.tensor} x {layout.pipe} x {layout.data} x "
+                f"{layout.sharding} = {layout.world}) must equal "
                 f"the number of processes ({world}); start {layout.world}, or change the degrees",
-                f"tensor x pipe x data x sharding（{layout.tensor} x {layout.pipe} x {layout.data} x {layout.sharding} = {layout.world}）须等于进程数（{world}）；请启动 {layout.world} 个，或修改并行度",
+                f"tensor x pipe x data x sharding（{layout.tensor} x {layout.pipe} x {layout.data} x "
+                f"{layout.sharding} = {layout.world}）须等于进程数（{world}）；请启动 {layout.world} 个，或修改并行度",
             )
         )
     if world == 1:

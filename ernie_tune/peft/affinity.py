@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.moe import RouterRecord, RouterTap
@@ -32,9 +33,19 @@ def affinity(model: ErnieModel, batches: Iterable[PackedInput], measure: str = "
     model without experts.
     """
     if measure not in MEASURES:
-        raise ValueError(f"measure ({measure!r}) must be one of {MEASURES}; 'gate' weighs choices, 'token' counts them")
+        raise ValueError(
+            say(
+                f"measure ({measure!r}) must be one of {MEASURES}; 'gate' weighs choices, 'token' counts them",
+                f"measure（{measure!r}）须为 {MEASURES} 之一；'gate' 按权重计，'token' 按次数计",
+            )
+        )
     if model.config.moe is None:
-        raise ValueError("affinity must be measured on a model with experts, but moe is None; drop it for dense models")
+        raise ValueError(
+            say(
+                "affinity must be measured on a model with experts, but moe is None; drop it for dense models",
+                "亲和度须在有专家的模型上测量，而 moe 为 None；稠密模型请不用它",
+            )
+        )
     totals: Affinity = {}
     training = model.training
     model.eval()
@@ -48,7 +59,12 @@ def affinity(model: ErnieModel, batches: Iterable[PackedInput], measure: str = "
     if training:
         model.train()
     if not totals:
-        raise ValueError("batches (0) must be at least 1; pass some packed rows of the task")
+        raise ValueError(
+            say(
+                "batches (0) must be at least 1; pass some packed rows of the task",
+                "batches（0）至少为 1；请传入一些该任务打包好的行",
+            )
+        )
     return {key: total / total.sum() for key, total in sorted(totals.items())}
 
 
@@ -70,7 +86,12 @@ def select_experts(table: Affinity, share: float) -> tuple[Expert, ...]:
     to 0.2), as `LoraConfig.expert_targets`.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share ({share}) must be in (0, 1]; 0.1 to 0.2 is usual")
+        raise ValueError(
+            say(
+                f"share ({share}) must be in (0, 1]; 0.1 to 0.2 is usual",
+                f"share（{share}）须在 (0, 1] 内；通常为 0.1 到 0.2",
+            )
+        )
     chosen: list[Expert] = []
     for (layer, modality), share_E in table.items():
         order = np.argsort(-share_E, kind="stable")

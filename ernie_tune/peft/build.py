@@ -144,7 +144,12 @@ def fill(config: PeftConfig, layers: Places, tensors: dict[str, np.ndarray]) -> 
     rest, wanted = dict(tensors), export(config, layers)
     missing = [name for name in wanted if name not in rest]
     if missing:
-        raise ValueError(f"adapter must hold {missing[0]!r} ({len(missing)} missing); fetch it again")
+        raise ValueError(
+            say(
+                f"adapter must hold {missing[0]!r} ({len(missing)} missing); fetch it again",
+                f"适配器中须有 {missing[0]!r}（缺少 {len(missing)} 个）；请重新获取",
+            )
+        )
     mine = {name: rest.pop(name) for name in wanted}
     for name, value in mine.items():
         if value.shape != wanted[name].shape:

@@ -76,7 +76,8 @@ class LoraConfig:
         words = isinstance(self.expert_targets, str)
         _require(
             not words or self.expert_targets in EXPERT_WORDS,
-            f"expert_targets ({self.expert_targets!r}) must be one of {EXPERT_WORDS} or a list of (layer, modality, expert)",
+            f"expert_targets ({self.expert_targets!r}) must be one of {EXPERT_WORDS} or a list of (layer, "
+            "modality, expert)",
         )
         _require(
             not (self.use_dora and self.expert_targets and self.expert_targets != "shared"),
@@ -137,7 +138,8 @@ class PromptConfig:
         _require(self.encoder_width >= 0, f"encoder_width ({self.encoder_width}) must be at least 0; 0 is no encoder")
         _require(
             len(self.init_ids) in (0, self.num_virtual_tokens),
-            f"init_ids ({len(self.init_ids)}) must be as many as num_virtual_tokens ({self.num_virtual_tokens}); repeat or cut them",
+            f"init_ids ({len(self.init_ids)}) must be as many as num_virtual_tokens ({self.num_virtual_tokens}); "
+            "repeat or cut them",
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES, parameter_specs
 
@@ -129,7 +130,10 @@ def _torch_layout(name: str, value: Array) -> Array:
     """
     if _ROUTED.search(name):
         raise ValueError(
-            f"modules_to_save ({name}) must be a plain layer in the peft dialect; save with dialect='paddlenlp'"
+            say(
+                f"modules_to_save ({name}) must be a plain layer in the peft dialect; save with dialect='paddlenlp'",
+                f"peft 写法中 modules_to_save（{name}）须为普通层；请用 dialect='paddlenlp' 保存",
+            )
         )
     return value.T if value.ndim == 2 and not name.startswith("embed_tokens") else value
 
@@ -256,7 +260,12 @@ def to_paddle(tensors: Tensors, config: ModelConfig) -> Tensors:
             leaf = product.rsplit(".", 1)[-1].removesuffix(PRODUCT)
             key = f"layers.{layer}.mlp.experts.{number}.{leaf}_proj.{factor}"
         elif key.endswith(".magnitude"):
-            raise ValueError("use_dora (True) must be saved with dialect='peft': PaddleNLP has no DoRA")
+            raise ValueError(
+                say(
+                    "use_dora (True) must be saved with dialect='peft': PaddleNLP has no DoRA",
+                    "use_dora（True）须以 dialect='peft' 保存：PaddleNLP 没有 DoRA",
+                )
+            )
         out[paddle_name(key)] = np.ascontiguousarray(value)
     return out
 
@@ -300,7 +309,10 @@ def _split_fused(parts: list[str], factor: str, value: Array, config: ModelConfi
         return {f"{part}.lora_A": value for part in parts}
     if value.shape[-1] != sum(widths):
         raise ValueError(
-            f"{key} {list(value.shape)} must have {sum(widths)} columns, those of {parts}; use its own base model"
+            say(
+                f"{key} {list(value.shape)} must have {sum(widths)} columns, those of {parts}; use its own base model",
+                f"{key} {list(value.shape)} 须有 {sum(widths)} 列，即 {parts} 的列；请用它自己的基础模型",
+            )
         )
     cuts = np.split(value, np.cumsum(widths)[:-1], axis=1)
     return {f"{part}.lora_B": cut for part, cut in zip(parts, cuts, strict=True)}

@@ -81,13 +81,22 @@ def write_adapter(folder: Path, adapter: Stored, model: ModelConfig, dialect: st
     a file.
     """
     if dialect not in DIALECTS:
-        raise ValueError(f"dialect ({dialect!r}) must be one of {DIALECTS}; choose one of them")
+        raise ValueError(
+            say(
+                f"dialect ({dialect!r}) must be one of {DIALECTS}; choose one of them",
+                f"dialect（{dialect!r}）须为 {DIALECTS} 之一；请选择其一",
+            )
+        )
     lora = adapter.config if isinstance(adapter.config, LoraConfig) else None
     if dialect == "auto":
         dialect = "paddlenlp" if lora and not lora.use_dora else "peft"
     if dialect == "paddlenlp" and lora is None:
         raise ValueError(
-            f"dialect ('paddlenlp') must go with LoRA, not with {type(adapter.config).__name__}; save with dialect='peft'"
+            say(
+                f"dialect ('paddlenlp') must go with LoRA, not with {type(adapter.config).__name__}; save with "
+                "dialect='peft'",
+                f"dialect（'paddlenlp'）只用于 LoRA，不用于 {type(adapter.config).__name__}；请用 dialect='peft' 保存",
+            )
         )
     files: tuple[str, ...] = PEFT_FILES
     stored = dialects.without_blank(adapter.tensors) if lora else adapter.tensors
@@ -121,7 +130,12 @@ def _publish(
     staged = folder.with_name(folder.name + ".tmp")
     foreign = [x.name for x in staged.glob("*") if x.name not in PADDLE_FILES + PEFT_FILES]
     if foreign:
-        raise ValueError(f"{staged} must be free for the unfinished save, but holds {foreign[0]!r}; move it away")
+        raise ValueError(
+            say(
+                f"{staged} must be free for the unfinished save, but holds {foreign[0]!r}; move it away",
+                f"{staged} 须留给未完成的保存，但其中有 {foreign[0]!r}；请移走",
+            )
+        )
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     entries = {key: (value.shape, code) for key, value in tensors.items()}
@@ -253,7 +267,11 @@ def read_adapter(folder: Path, model: ModelConfig) -> Stored:
         return Stored(_TYPES[kind](**{key: value for key, value in settings.items() if key in fields}), tensors)
     if kind != "LORA":
         raise ValueError(
-            f"{folder / found[0]}: peft_type ({kind!r}) must be one of {['LORA', *_TYPES]}; train the adapter with one of them"
+            say(
+                f"{folder / found[0]}: peft_type ({kind!r}) must be one of {['LORA', *_TYPES]}; train the adapter "
+                "with one of them",
+                f"{folder / found[0]}：peft_type（{kind!r}）须为 {['LORA', *_TYPES]} 之一；请用其中一种训练适配器",
+            )
         )
     r = int(settings["r"])
     if paddle:
@@ -270,12 +288,20 @@ def _read_settings(file: Path) -> dict[str, Any]:
     for name, wanted in _REFUSED.items():
         if settings.get(name) not in (None, wanted):
             raise ValueError(
-                f"{file}: {name} ({settings[name]!r}) must be {wanted!r}; merge such an adapter with the tool that made it"
+                say(
+                    f"{file}: {name} ({settings[name]!r}) must be {wanted!r}; merge such an adapter with the tool "
+                    "that made it",
+                    f"{file}：{name}（{settings[name]!r}）须为 {wanted!r}；请用生成该适配器的工具合并它",
+                )
             )
     start = str(settings.get("init_lora_weights"))
     if start.startswith(_OTHER_BASE):
         raise ValueError(
-            f"{file}: init_lora_weights ({start!r}) must leave the base as it was; convert the adapter with PEFT (path_initial_model_for_weight_conversion)"
+            say(
+                f"{file}: init_lora_weights ({start!r}) must leave the base as it was; convert the adapter with "
+                "PEFT (path_initial_model_for_weight_conversion)",
+                f"{file}：init_lora_weights（{start!r}）不能改动基础模型；请用 PEFT 转换适配器（path_initial_model_for_weight_conversion）",
+            )
         )
     absent = [
         name for name in ("r", "lora_alpha") if settings.get("peft_type", "LORA") == "LORA" and name not in settings
@@ -289,7 +315,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
     scaling = settings.get("scaling")
     if scaling is not None and not math.isclose(scaling, _lora_config(settings, {}).scaling, rel_tol=1e-6):
         raise ValueError(
-            f"{file}: scaling ({scaling}) must follow from lora_alpha ({settings['lora_alpha']}), r ({settings['r']}) and rslora; correct lora_alpha"
+            say(
+                f"{file}: scaling ({scaling}) must follow from lora_alpha ({settings['lora_alpha']}), r "
+                f"({settings['r']}) and rslora; correct lora_alpha",
+                f"{file}：scaling（{scaling}）须由 lora_alpha（{settings['lora_alpha']}）、r（{settings['r']}）与 rslora 得出；"
+                "请改正 lora_alpha",
+            )
         )
     return dict(settings)
 

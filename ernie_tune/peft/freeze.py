@@ -55,7 +55,10 @@ class FreezeSpec:
         lists = isinstance(raw, dict) and all(isinstance(raw.get(key, []), list) for key in _KEYS)
         if not lists or not raw or set(raw) - set(_KEYS):
             raise ValueError(
-                f'{file} must be {{"trainable_layers": [...], "frozen_layers": [...]}} (one of them may be missing); correct its keys'
+                say(
+                    f'{file} must be {{"trainable_layers": [...], "frozen_layers": [...]}} (one of them may be missing); correct its keys',
+                    f'{file} 须为 {{"trainable_layers": [...], "frozen_layers": [...]}}（可缺其一）；请改正键名',
+                )
             )
         return cls(tuple(raw.get(_KEYS[0], ())), tuple(raw.get(_KEYS[1], ())))
 

@@ -120,7 +120,10 @@ class PeftModel(ErnieModel):
             for module in modules_named(config.modules_to_save, list(own)):
                 if isinstance(own[module], SWAPPED):
                     raise ValueError(
-                        f"modules_to_save ({module}) must have float weights, but is quantised; use LoRA for it"
+                        say(
+                            f"modules_to_save ({module}) must have float weights, but is quantised; use LoRA for it",
+                            f"modules_to_save（{module}）须为浮点权重，但它已量化；请改用 LoRA",
+                        )
                     )
                 for leaf, value in own[module]._parameters.items():
                     if value is not None and leaf != "e_score_correction_bias":
@@ -335,7 +338,10 @@ class PeftModel(ErnieModel):
         name = adapter_name or self.active
         if name is None:
             raise ValueError(
-                f"adapter_name (None) must be given where no adapter is active; there is {sorted(self.adapters)}"
+                say(
+                    f"adapter_name (None) must be given where no adapter is active; there is {sorted(self.adapters)}",
+                    f"没有启用的适配器时须给出 adapter_name（现为 None）；现有 {sorted(self.adapters)}",
+                )
             )
         adapter = self._get(name)
         config = build.exported_config(adapter.config, self.name_or_path)
@@ -472,5 +478,10 @@ def get_peft_model(model: ErnieModel, config: PeftConfig, adapter_name: str = "d
     adapters already (use `add_adapter`).
     """
     if isinstance(model, PeftModel):
-        raise ValueError("model must not be a PeftModel already; call model.add_adapter(config, name)")
+        raise ValueError(
+            say(
+                "model must not be a PeftModel already; call model.add_adapter(config, name)",
+                "model 不能已是 PeftModel；请调用 model.add_adapter(config, name)",
+            )
+        )
     return PeftModel(model, config, adapter_name)

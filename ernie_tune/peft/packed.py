@@ -25,6 +25,7 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config
 from ernie_tune.models.ernie import ErnieModel
@@ -50,13 +51,20 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} must hold config.json; give a folder that `ernie-tune export --emit packed` wrote"
+            say(
+                f"{folder} must hold config.json; give a folder that `ernie-tune export --emit packed` wrote",
+                f"{folder} 中须有 config.json；请给出由 `ernie-tune export --emit packed` 写出的文件夹",
+            )
         )
     settings = packed_settings(file)
     about = settings.pop("quantization_config", None) or {}
     if about.get("quant_method") != METHOD or about.get("version") != VERSION:
         raise ValueError(
-            f"{file}: quantization_config ({about}) must be {METHOD!r} of version {VERSION}; load other folders with AutoModel.from_pretrained"
+            say(
+                f"{file}: quantization_config ({about}) must be {METHOD!r} of version {VERSION}; load other "
+                "folders with AutoModel.from_pretrained",
+                f"{file}：quantization_config（{about}）须为 {VERSION} 版的 {METHOD!r}；其他文件夹请用 AutoModel.from_pretrained 加载",
+            )
         )
     config = read_config(settings)
     dtype = dtype or ("float32" if paddle.get_device() == "cpu" else "bfloat16")
@@ -131,7 +139,10 @@ class _Packed:
             entry = self.reader.entries.get(name)
             if entry is None:
                 raise ValueError(
-                    f"{self.reader.path} must hold {name!r}; it is cut off or of another model: export it again"
+                    say(
+                        f"{self.reader.path} must hold {name!r}; it is cut off or of another model: export it again",
+                        f"{self.reader.path} 中须有 {name!r}；它不完整或属于别的模型：请重新导出",
+                    )
                 )
             rows, columns = spec.shape[-2:] if bits else (0, 0)
             if what == "scale":
@@ -147,18 +158,30 @@ class _Packed:
                 fits = entry.shape == spec.shape
             if not fits:
                 raise ValueError(
-                    f"{self.reader.path}: {name} ({entry.dtype} {list(entry.shape)}) must be the {what} of {list(spec.shape)}; export it again"
+                    say(
+                        f"{self.reader.path}: {name} ({entry.dtype} {list(entry.shape)}) must be the {what} of "
+                        f"{list(spec.shape)}; export it again",
+                        f"{self.reader.path}：{name}（{entry.dtype} {list(entry.shape)}）须为 {list(spec.shape)} 的 "
+                        f"{what}；请重新导出",
+                    )
                 )
         extra = [name for name in self.reader.entries if name not in seen]
         if extra:
             raise ValueError(
-                f"{self.reader.path} must hold nothing but the model, but holds {extra[:3]}; export it again"
+                say(
+                    f"{self.reader.path} must hold nothing but the model, but holds {extra[:3]}; export it again",
+                    f"{self.reader.path} 中只能有模型，但有 {extra[:3]}；请重新导出",
+                )
             )
 
     def check_finite(self) -> None:
         if self.not_finite:
             raise ValueError(
-                f"weights ({', '.join(self.not_finite[:10])}) must be finite, but hold NaN or infinity; export the folder again"
+                say(
+                    f"weights ({', '.join(self.not_finite[:10])}) must be finite, but hold NaN or infinity; "
+                    "export the folder again",
+                    f"权重（{', '.join(self.not_finite[:10])}）须为有限值，但含有 NaN 或无穷；请重新导出该文件夹",
+                )
             )
 
     def _floats(self, name: str, code: str) -> Array:

@@ -124,7 +124,12 @@ class QuantizedWeight(nn.Layer):
         ValueError for an odd input width with 4 bits.
         """
         if bits == 4 and weight.shape[-2] % 2:
-            raise ValueError(f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8")
+            raise ValueError(
+                say(
+                    f"input width ({weight.shape[-2]}) must be even for 4 bits; use weight_only_int8",
+                    f"4 位量化要求输入宽度（{weight.shape[-2]}）为偶数；请用 weight_only_int8",
+                )
+            )
         made = cls.__new__(cls)
         nn.Layer.__init__(made)
         made.bits, made.dtype, made.shape = bits, weight.dtype, tuple(weight.shape)
@@ -172,10 +177,19 @@ class QuantizedWeight(nn.Layer):
         """
         dim, rows = 0 if axis is None else axis - 2, self.shape[-2]
         if self.shape[dim] % size:
-            raise ValueError(f"dimension {self.shape} must be divisible by {size} ranks; lower the degree")
+            raise ValueError(
+                say(
+                    f"dimension {self.shape} must be divisible by {size} ranks; lower the degree",
+                    f"维度 {self.shape} 须能被 {size} 个进程整除；请降低并行度",
+                )
+            )
         if axis == 0 and self.bits == 4 and self._groups > 1 and rows // size % GROUP_ROWS:
             raise ValueError(
-                f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; lower the degree, or use weight_only_int8"
+                say(
+                    f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; "
+                    "lower the degree, or use weight_only_int8",
+                    f"每个进程的行数（{rows} / {size}）须为一个缩放因子的 {GROUP_ROWS} 行的整数倍；请降低并行度，或用 weight_only_int8",
+                )
             )
         shape = list(self.shape)
         shape[dim] //= size
@@ -209,7 +223,10 @@ class QuantizedWeight(nn.Layer):
             return mkl.made(unpack.whole(self.matrix(expert)))
         if self.codes is None or self.scale is None:
             raise ValueError(
-                "a quantised weight must have its values before it is used; read them into the model first"
+                say(
+                    "a quantised weight must have its values before it is used; read them into the model first",
+                    "量化权重须先有值才能使用；请先把它们读入模型",
+                )
             )
         return self.plain(*(x if expert is None else x[expert] for x in (self.codes, self.scale)))
 
@@ -227,7 +244,10 @@ class QuantizedWeight(nn.Layer):
             return self._mapped[expert or 0]
         if self.codes is None or self.scale is None:
             raise ValueError(
-                "a quantised weight must have its values before it is used; read them into the model first"
+                say(
+                    "a quantised weight must have its values before it is used; read them into the model first",
+                    "量化权重须先有值才能使用；请先把它们读入模型",
+                )
             )
         codes, scale = mkl.view(self.codes), mkl.view(self.scale)
         return Codes(codes, scale, self.bits) if expert is None else Codes(codes[expert], scale[expert], self.bits)
@@ -343,7 +363,10 @@ class QuantizedEmbedding(nn.Layer):
     def weight(self) -> Tensor:
         if self.codes is None or self.scale is None:
             raise ValueError(
-                "a quantised embedding must have its values before it is used; read them into the model first"
+                say(
+                    "a quantised embedding must have its values before it is used; read them into the model first",
+                    "量化的词嵌入须先有值才能使用；请先把它们读入模型",
+                )
             )
         return self.codes.astype(self.scale.dtype) * across(self.scale, self.codes.shape[1])
 
@@ -390,7 +413,12 @@ def quantize_base(model: ErnieModel, algorithm: str) -> ErnieModel:
     layers = model.sublayers(include_self=True)
     for what, kind in (("adapters", Slot), ("quantised layers", QuantizedWeight)):
         if any(isinstance(layer, kind) for layer in layers):
-            raise ValueError(f"model must not have {what} yet; quantise the plain model once, then call get_peft_model")
+            raise ValueError(
+                say(
+                    f"model must not have {what} yet; quantise the plain model once, then call get_peft_model",
+                    f"模型不能已有 {what}；请先量化普通模型一次，再调用 get_peft_model",
+                )
+            )
     before = weight_bytes(model)
     chosen = ALGORITHMS[algorithm]
     linears = stacks = 0

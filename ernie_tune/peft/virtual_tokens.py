@@ -20,6 +20,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_tune.config.language import say
 from ernie_tune.models.ernie import Attention, SequenceContext
 from ernie_tune.models.inputs import PackedInput
 from ernie_tune.models.layers import has_values
@@ -40,7 +41,11 @@ def with_virtual_tokens(inputs: PackedInput, count: int, shift: int) -> tuple[Le
     """
     if inputs.parents is not None:
         raise ValueError(
-            "parents must be None with virtual tokens, which begin every segment; pack whole rows (prefix_sharing: false)"
+            say(
+                "parents must be None with virtual tokens, which begin every segment; pack whole rows "
+                "(prefix_sharing: false)",
+                "使用虚拟 token 时 parents 须为 None，因为每段都以它们开头；请打包完整的行（prefix_sharing: false）",
+            )
         )
     segments = len(inputs.offsets) - 1
     real_T = np.arange(inputs.num_tokens) + count * np.repeat(np.arange(1, segments + 1), inputs.segment_lengths)

@@ -248,7 +248,8 @@ class RunLog:
                 path, why = self.output_dir / name, error.strerror or str(error)
                 self.info(
                     say(
-                        f"{path} cannot be written ({why}); training goes on, its records are kept for when there is room",
+                        f"{path} cannot be written ({why}); training goes on, its records are kept for when there "
+                        "is room",
                         f"{path} 无法写入（{why}）；训练继续，记录保留在内存中，待可写时补上",
                     ),
                     "WARNING",

@@ -313,7 +313,8 @@ def model_card(card: ModelCard) -> str:
         _section("Changed on the way", ("after step", "setting"), [(str(step), text) for step, text in card.changed]),
         _section("Environment", ("", "version"), list(card.environment.items())),
         "## Licence\n\n"
-        f"These weights derive from `{_inline(card.base_model)}` and stay under its licence, here stated as {_inline(card.licence)}; "
+        f"These weights derive from `{_inline(card.base_model)}` and stay under its licence, here stated as "
+        f"{_inline(card.licence)}; "
         "the licences of the data files above apply to what was learned from them.",
     ]
     return "\n\n".join(part for part in parts if part not in ("", "## Use")) + "\n"

@@ -18,8 +18,8 @@ from ernie_tune.config.language import say
 
 # logger -> (package, what installs it)
 PACKAGES = {
-    "visualdl": ("visualdl", "pip install 'ernie-tune[visualdl]'"),
-    "tensorboard": ("tensorboardX", "pip install 'ernie-tune[tensorboard]'"),
+    "visualdl": ("visualdl", "pip install visualdl"),
+    "tensorboard": ("tensorboardX", "pip install tensorboardX"),
     "wandb": ("wandb", "pip install wandb"),
     "swanlab": ("swanlab", "pip install swanlab"),
 }

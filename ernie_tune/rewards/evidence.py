@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.rewards.reading import MAX_TEXT, fold, squash, without_thought
 from ernie_tune.rewards.scores import Box, iou
 
@@ -274,7 +275,11 @@ def follows(claims: Sequence[Claim], rule: str, answer: str) -> bool:
     if rule == "count(exists)":
         return squash(fold(answer)) == str(len({c.key for c in claims if c.type == "exists"}))
     raise ValueError(
-        f"answer_from ({rule!r}) must be argmax(chart_value), argmin(chart_value) or count(exists); correct the row"
+        say(
+            f"answer_from ({rule!r}) must be argmax(chart_value), argmin(chart_value) or count(exists); correct "
+            "the row",
+            f"answer_from（{rule!r}）须为 argmax(chart_value)、argmin(chart_value) 或 count(exists)；请改正该行",
+        )
     )
 
 

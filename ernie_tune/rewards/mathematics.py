@@ -14,6 +14,8 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from ernie_tune.config.language import say
+
 SECONDS = 2.0
 START_SECONDS = 60.0  # importing sympy
 _worker: tuple[BaseProcess, Connection] | None = None
@@ -63,7 +65,10 @@ def _start() -> tuple[BaseProcess, Connection]:
     if not ours.poll(START_SECONDS) or ours.recv() != "ready":
         process.kill()
         raise RuntimeError(
-            f"the worker of math-verify (pid {process.pid}) must start within {START_SECONDS:g} s; try again"
+            say(
+                f"the worker of math-verify (pid {process.pid}) must start within {START_SECONDS:g} s; try again",
+                f"math-verify 的工作进程（pid {process.pid}）须在 {START_SECONDS:g} 秒内启动；请重试",
+            )
         )
     return process, ours
 

@@ -15,6 +15,8 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ernie_tune.config.language import say
+
 MAX_TEXT, MAX_SPAN = 1 << 20, 256
 STYLES = ("auto", "boxed", "tag")
 _END_MARKS = ".。,，;；!！"
@@ -95,7 +97,12 @@ def answer_span(text: str, style: str = "auto") -> str | None:
     that form alone. Raises ValueError for another style.
     """
     if style not in STYLES:
-        raise ValueError(f"answer_style ({style!r}) must be one of {', '.join(STYLES)}; use 'auto'")
+        raise ValueError(
+            say(
+                f"answer_style ({style!r}) must be one of {', '.join(STYLES)}; use 'auto'",
+                f"answer_style（{style!r}）须为 {', '.join(STYLES)} 之一；请用 'auto'",
+            )
+        )
     if len(text) > MAX_TEXT:
         return None
     after = without_thought(text)

@@ -29,7 +29,12 @@ def think_format(text: str, mode: str = "think") -> float:
     Raises ValueError for another mode.
     """
     if mode not in ("think", "nothink"):
-        raise ValueError(f"mode ({mode!r}) must be think or nothink; use 'think'")
+        raise ValueError(
+            say(
+                f"mode ({mode!r}) must be think or nothink; use 'think'",
+                f"mode（{mode!r}）须为 think 或 nothink；请用 'think'",
+            )
+        )
     if mode == "nothink":
         return float("<think>" not in text and "</think>" not in text and bool(text.strip()))
     parts = _THOUGHT.fullmatch(text)
@@ -62,7 +67,7 @@ def repetition(text: str | Sequence[int], n: int = 3, max_penalty: float = 1.0) 
     of token ids (arXiv 2502.03373); 0 for less than n of them. Raises ValueError for n below 1.
     """
     if n < 1:
-        raise ValueError(f"n ({n}) must be at least 1; 3 is usual")
+        raise ValueError(say(f"n ({n}) must be at least 1; 3 is usual", f"n（{n}）至少为 1；通常为 3"))
     parts: Sequence[object] = _WORD.findall(text.casefold()) if isinstance(text, str) else text
     grams = [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
     return -max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
@@ -99,5 +104,10 @@ def length(
 ) -> float:
     """`soft_overlong` or `cosine_length` by name. Raises ValueError for another kind."""
     if kind not in LENGTH_KINDS:
-        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(LENGTH_KINDS)}; use 'soft_overlong'")
+        raise ValueError(
+            say(
+                f"kind ({kind!r}) must be one of {', '.join(LENGTH_KINDS)}; use 'soft_overlong'",
+                f"kind（{kind!r}）须为 {', '.join(LENGTH_KINDS)} 之一；请用 'soft_overlong'",
+            )
+        )
     return soft_overlong(tokens, limit, buffer) if kind == "soft_overlong" else cosine_length(tokens, limit, right)

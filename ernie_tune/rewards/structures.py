@@ -130,11 +130,11 @@ def read_object(text: str) -> dict[str, Any] | None:
 
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in items}) != len(items):
-            raise ValueError("a key stands twice")
+            raise ValueError(say("a key stands twice", "有一个键出现两次"))
         return dict(items)
 
     def refuse(name: str) -> float:
-        raise ValueError(f"{name} is no number")
+        raise ValueError(say(f"{name} is no number", f"{name} 不是数"))
 
     try:
         found = json.loads(parts[1], object_pairs_hook=once, parse_constant=refuse)
@@ -188,7 +188,10 @@ def json_schema(text: str, schema: Mapping[str, Any]) -> float:
 
     if '"pattern' in json.dumps(schema):
         raise ValueError(
-            "schema (has a pattern) must do without patterns, which an answer could make very slow; use enum"
+            say(
+                "schema (has a pattern) must do without patterns, which an answer could make very slow; use enum",
+                "schema（含有 pattern）不能用 pattern，回答可使其极慢；请用 enum",
+            )
         )
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -276,7 +279,12 @@ def date(text: str, gold: str, dayfirst: bool | None = None, style: str = "auto"
     try:
         wanted = datetime.date.fromisoformat(gold)
     except ValueError:
-        raise ValueError(f"gold ({gold!r}) must be a date such as 2024-03-05; correct it") from None
+        raise ValueError(
+            say(
+                f"gold ({gold!r}) must be a date such as 2024-03-05; correct it",
+                f"标准答案（{gold!r}）须为日期，如 2024-03-05；请改正",
+            )
+        ) from None
     span = answer_span(text, style)
     return float(span is not None and _read_date(span, dayfirst) == wanted)
 

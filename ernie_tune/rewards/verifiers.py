@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ernie_tune.config.language import say
 from ernie_tune.rewards import mathematics
 from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.reading import MAX_SPAN, UNITS, answer_span, fold, read_quantity, squash
@@ -46,7 +47,12 @@ def numeric(
     Raises ValueError for an unknown unit.
     """
     if unit is not None and unit not in UNITS:
-        raise ValueError(f"unit ({unit!r}) must be one of {', '.join(UNITS)}; leave it out for a bare number")
+        raise ValueError(
+            say(
+                f"unit ({unit!r}) must be one of {', '.join(UNITS)}; leave it out for a bare number",
+                f"unit（{unit!r}）须为 {', '.join(UNITS)} 之一；只有数值时请不写",
+            )
+        )
     span = answer_span(text, style)
     found = read_quantity(span) if span is not None else None
     if found is None:
@@ -228,7 +234,12 @@ def verifier_for(answer: Any) -> tuple[str, dict[str, Any]]:
         return "exact", {"golds": [str(part) for part in answer]}
     if isinstance(answer, str) and answer.strip():
         return _for_text(answer.strip())
-    raise ValueError(f"answer ({answer!r}) must be given where a row names no verifier; add an answer, or verifiers")
+    raise ValueError(
+        say(
+            f"answer ({answer!r}) must be given where a row names no verifier; add an answer, or verifiers",
+            f"一行没有写明检验器时须给出 answer（现为 {answer!r}）；请补上答案或 verifiers",
+        )
+    )
 
 
 def _for_text(answer: str) -> tuple[str, dict[str, Any]]:

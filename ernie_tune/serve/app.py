@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ernie_tune import __version__
+from ernie_tune.config.language import say
 from ernie_tune.serve import replies
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.gate import Gate
@@ -157,7 +158,7 @@ async def _read(service: Service, request: Request, kind: type[R]) -> R:
     try:
         raw = await request.body()
     except ClientDisconnect:
-        raise ApiError(408, "the client has gone", "timeout_error") from None
+        raise ApiError(408, say("the client has gone", "客户端已断开"), "timeout_error") from None
     if len(raw) <= _READ_AT_ONCE_BYTES:
         return read_request(raw, kind, service.body_limits)
     return await service.parsing.run(lambda: read_request(raw, kind, service.body_limits))
@@ -217,7 +218,7 @@ async def _while_connected(request: Request, work: Awaitable[T], undo: Callable[
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
     if not finished:
-        raise ApiError(408, "the client has gone", "timeout_error")
+        raise ApiError(408, say("the client has gone", "客户端已断开"), "timeout_error")
     return task.result()
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from ernie_tune.config.fastdeploy import FastDeployCommand
+from ernie_tune.config.language import say
 
 POLL_SECONDS = 0.5
 _END_SECONDS = 30.0
@@ -36,8 +37,14 @@ def run(command: FastDeployCommand, ready_seconds: float) -> int:
     """
     if not installed():
         raise ValueError(
-            "engine fastdeploy needs FastDeploy, which is not installed: see https://github.com/PaddlePaddle/FastDeploy for the package that fits "
-            "your card; --print shows the command, and without --engine this library's own server answers the same API"
+            say(
+                "engine fastdeploy needs FastDeploy, which is not installed: see "
+                "https://github.com/PaddlePaddle/FastDeploy for the package that fits "
+                "your card; --print shows the command, and without --engine this library's own server answers "
+                "the same API",
+                "引擎 fastdeploy 需要 FastDeploy，但未安装：请从 https://github.com/PaddlePaddle/FastDeploy 选择适合显卡的软件包；"
+                "--print 显示命令，不用 --engine 则由本库自带的服务器提供相同的接口",
+            )
         )
     print(f"ernie_tune: {command.shell()}", file=sys.stderr, flush=True)
     child = subprocess.Popen(command.words(sys.executable), env={**os.environ, **command.environment()})
@@ -63,13 +70,20 @@ def wait_healthy(child: subprocess.Popen[bytes], port: int, limit_seconds: float
     while (passed := time.monotonic() - started) < limit_seconds:
         if child.poll() is not None:
             raise ValueError(
-                f"FastDeploy must become healthy, but it ended with code {child.returncode}; its log is above"
+                say(
+                    f"FastDeploy must become healthy, but it ended with code {child.returncode}; its log is above",
+                    f"FastDeploy 未能就绪，以代码 {child.returncode} 结束；其日志见上",
+                )
             )
         if _healthy(port):
             return time.monotonic() - started
         time.sleep(POLL_SECONDS)
     raise ValueError(
-        f"FastDeploy must become healthy within {limit_seconds:g} seconds (waited {passed:.0f}); raise --ready_timeout, large models load for minutes"
+        say(
+            f"FastDeploy must become healthy within {limit_seconds:g} seconds (waited {passed:.0f}); raise "
+            "--ready_timeout, large models load for minutes",
+            f"FastDeploy 须在 {limit_seconds:g} 秒内就绪（已等待 {passed:.0f} 秒）；请调大 --ready_timeout，大模型加载需要数分钟",
+        )
     )
 
 

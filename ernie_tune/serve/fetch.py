@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from ernie_tune.config.language import say
 from ernie_tune.serve.pool import Lease
 
 Address = tuple[Any, ...]  # an entry of `socket.getaddrinfo`
@@ -59,7 +60,7 @@ def _resolve_within(resolve: Resolve, host: str, port: int, seconds: float) -> S
     do already.
     """
     if not _RESOLVING.acquire(blocking=False):
-        raise TimeoutError("too many names are being looked up")
+        raise TimeoutError(say("too many names are being looked up", "正在查询的域名太多"))
     found: queue.SimpleQueue[Sequence[Address] | OSError | ValueError] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -74,7 +75,7 @@ def _resolve_within(resolve: Resolve, host: str, port: int, seconds: float) -> S
     try:
         answer = found.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError("looking up the name took too long") from None
+        raise TimeoutError(say("looking up the name took too long", "查询域名耗时过长")) from None
     if isinstance(answer, OSError | ValueError):
         raise answer
     return answer
@@ -153,12 +154,20 @@ def fetch(url: str, policy: FetchPolicy, label: str, resolve: Resolve = _resolve
             addresses = _addresses(target, policy, label, resolve, clock)
             where, body = _ask(target, addresses, policy, label, clock, lease)
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"{label} cannot be downloaded ({type(error).__name__}); check the URL") from error
+            raise ValueError(
+                say(
+                    f"{label} cannot be downloaded ({type(error).__name__}); check the URL",
+                    f"{label} 无法下载（{type(error).__name__}）；请检查 URL",
+                )
+            ) from error
         if where is None:
             return body
         url = urljoin(url, where)
     raise ValueError(
-        f"{label} must be reached within {policy.max_redirects} redirects; give the address that it ends at"
+        say(
+            f"{label} must be reached within {policy.max_redirects} redirects; give the address that it ends at",
+            f"{label} 须在 {policy.max_redirects} 次重定向之内到达；请给出最终地址",
+        )
     )
 
 
@@ -193,10 +202,15 @@ def _split(url: str, label: str) -> SplitResult:
         target = urlsplit(url)
         fine = target.scheme in ("http", "https") and target.hostname and target.port != 0
     except ValueError as error:
-        raise ValueError(f"{label} must be a valid URL ({error}); correct it") from error
+        raise ValueError(
+            say(f"{label} must be a valid URL ({error}); correct it", f"{label} 须为有效的 URL（{error}）；请改正")
+        ) from error
     if not fine or target.username is not None:
         raise ValueError(
-            f"{label} must be http:// or https:// and a host, without a user name, redirects too; correct it"
+            say(
+                f"{label} must be http:// or https:// and a host, without a user name, redirects too; correct it",
+                f"{label} 须为 http:// 或 https:// 加主机名，不含用户名，重定向也一样；请改正",
+            )
         )
     return target
 
@@ -210,11 +224,17 @@ def _addresses(
     except TimeoutError:
         raise
     except (OSError, ValueError) as error:  # ValueError: names that cannot be written as one
-        raise ValueError(f"{label} must name a host that exists; correct the URL") from error
+        raise ValueError(
+            say(f"{label} must name a host that exists; correct the URL", f"{label} 须指向存在的主机；请改正 URL")
+        ) from error
     private = not all(is_public(str(address[4][0])) for address in found)
     if not found or (private and not policy.allow_private and host not in policy.allowed_hosts):
         raise ValueError(
-            f"{label} must lead to a public address, redirects too; send the data as a data: URL, or ask the operator to allow the host"
+            say(
+                f"{label} must lead to a public address, redirects too; send the data as a data: URL, or ask the "
+                "operator to allow the host",
+                f"{label} 须指向公网地址，重定向也一样；请以 data: URL 发送数据，或请管理员允许该主机",
+            )
         )
     return found
 
@@ -234,13 +254,21 @@ def _read(
             return response.headers["Location"], b""
         if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
             raise ValueError(
-                f"{label} must be answered with 200 and a plain body, got {response.status}; check the URL"
+                say(
+                    f"{label} must be answered with 200 and a plain body, got {response.status}; check the URL",
+                    f"{label} 须得到 200 与普通内容的答复，实际为 {response.status}；请检查 URL",
+                )
             )
         body = bytearray()
         while part := response.read1(2**16):
             body += part
             if len(body) > policy.max_bytes or (response.length or 0) > policy.max_bytes:
-                raise ValueError(f"{label} must be at most {policy.max_bytes} bytes; send a smaller file")
+                raise ValueError(
+                    say(
+                        f"{label} must be at most {policy.max_bytes} bytes; send a smaller file",
+                        f"{label} 至多 {policy.max_bytes} 字节；请发送更小的文件",
+                    )
+                )
         if response.length:
             raise http.client.IncompleteRead(bytes(body), response.length)
         clock.left()  # an end that came of giving up is none

@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from ernie_tune.config.language import say
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.metrics import Metrics
 from ernie_tune.serve.options import ServeOptions
@@ -70,7 +71,12 @@ class Gate:
             await self.app(scope, receive, reply.send)
             return
         if self.draining:
-            raise ApiError(503, "the server is shutting down; ask another one", "server_error", "shutting_down")
+            raise ApiError(
+                503,
+                say("the server is shutting down; ask another one", "服务器正在关闭；请使用其他服务器"),
+                "server_error",
+                "shutting_down",
+            )
         if scope["method"] != "POST":
             await self.app(scope, receive, reply.send)
             return
@@ -93,7 +99,10 @@ class Gate:
             seconds = self.options.request_timeout_seconds
             raise ApiError(
                 504,
-                f"the answer must be complete after {seconds:g} seconds; lower max_tokens",
+                say(
+                    f"the answer must be complete after {seconds:g} seconds; lower max_tokens",
+                    f"回答须在 {seconds:g} 秒内完成；请减小 max_tokens",
+                ),
                 "timeout_error",
                 "timeout",
             ) from None
@@ -101,7 +110,13 @@ class Gate:
             if not self.given_up:
                 raise
             raise ApiError(
-                503, "the server has ended before the answer; ask another one", "server_error", "shutting_down"
+                503,
+                say(
+                    "the server has ended before the answer; ask another one",
+                    "服务器在回答之前已结束；请使用其他服务器",
+                ),
+                "server_error",
+                "shutting_down",
             ) from None
         finally:
             self._tasks.discard(task)
@@ -128,8 +143,11 @@ class Gate:
         if not (self.options.any_address and _is_address(name)):
             raise ApiError(
                 400,
-                f"host ({name[:100]!r}) must be a name of this server; use its address, "
-                "or let the operator add the name to allow_hosts",
+                say(
+                    f"host ({name[:100]!r}) must be a name of this server; use its address, "
+                    "or let the operator add the name to allow_hosts",
+                    f"主机名（{name[:100]!r}）须为本服务器的名称；请用其地址，或请管理员将该名称加入 allow_hosts",
+                ),
                 code="unknown_host",
             )
 
@@ -141,7 +159,10 @@ class Gate:
         if keys and not (fits and scheme.lower() == b"bearer"):
             raise ApiError(
                 401,
-                "the request must bear a valid key; send the header Authorization: Bearer KEY",
+                say(
+                    "the request must bear a valid key; send the header Authorization: Bearer KEY",
+                    "请求须带有效的密钥；请发送请求头 Authorization: Bearer KEY",
+                ),
                 "authentication_error",
                 "invalid_api_key",
             )
@@ -151,7 +172,13 @@ class Gate:
         # unasked.
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
-            raise ApiError(400, "the header Content-Type must be application/json; send it with the body")
+            raise ApiError(
+                400,
+                say(
+                    "the header Content-Type must be application/json; send it with the body",
+                    "请求头 Content-Type 须为 application/json；请随请求体发送",
+                ),
+            )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.options.max_body_bytes:
             raise ApiError(413, _too_large(self.options.max_body_bytes), code="request_too_large")
@@ -192,11 +219,17 @@ def _line(scope: Scope, status: int, seconds: float) -> str:
 
 
 def _too_large(limit: int) -> str:
-    return f"the body must be at most {limit} bytes; send smaller or fewer pictures"
+    return say(
+        f"the body must be at most {limit} bytes; send smaller or fewer pictures",
+        f"请求体至多 {limit} 字节；请减少图片的大小或数量",
+    )
 
 
 def _busy(what: str, limit: int) -> str:
-    return f"the server is busy: {what} in progress must stay below {limit}; try again soon"
+    return say(
+        f"the server is busy: {what} in progress must stay below {limit}; try again soon",
+        f"服务器繁忙：进行中的 {what} 须少于 {limit}；请稍后重试",
+    )
 
 
 class _Body:
@@ -214,7 +247,13 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), options.body_timeout_seconds)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"the body must not pause for {options.body_timeout_seconds:g} seconds") from None
+            raise HTTPException(
+                408,
+                say(
+                    f"the body must not pause for {options.body_timeout_seconds:g} seconds",
+                    f"请求体不能停顿 {options.body_timeout_seconds:g} 秒",
+                ),
+            ) from None
         self._complete = not message.get("more_body", False)
         size = len(message.get("body", b""))
         self.seen += size

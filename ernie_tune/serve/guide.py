@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.chat import CALL, CALL_END, THINK_END
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.tokenizer import UNKNOWN
@@ -79,13 +80,19 @@ class Grammars:
     def _matcher(self, grammar: str) -> Any:
         if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
             raise ValueError(
-                f"rules of an answer must have at most {MAX_GRAMMAR_BYTES} bytes of JSON; send smaller ones"
+                say(
+                    f"rules of an answer must have at most {MAX_GRAMMAR_BYTES} bytes of JSON; send smaller ones",
+                    f"回答规则的 JSON 至多 {MAX_GRAMMAR_BYTES} 字节；请发送更小的",
+                )
             )
         try:
             import llguidance
         except ImportError as error:
             raise ImportError(
-                'structured answers and forced calls need llguidance; pip install "ernie-tune[serve]"'
+                say(
+                    "structured answers and forced calls need llguidance; pip install llguidance",
+                    "结构化回答与强制调用需要 llguidance；请执行 pip install llguidance",
+                )
             ) from error
         with self._lock:
             if self._tokens is None:
@@ -98,7 +105,10 @@ class Grammars:
         if matcher.is_error():
             said = " ".join(matcher.get_error().split())
             raise ValueError(
-                f"the rule of the answer must be one that can be followed ({said[:300]}); change the schema"
+                say(
+                    f"the rule of the answer must be one that can be followed ({said[:300]}); change the schema",
+                    f"回答规则须可遵循（{said[:300]}）；请修改 schema",
+                )
             )
         return matcher
 
@@ -170,7 +180,12 @@ class _Guided:
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
-            raise ValueError(f"the rule of the answer cannot be followed further ({matcher.get_error()[:200]})")
+            raise ValueError(
+                say(
+                    f"the rule of the answer cannot be followed further ({matcher.get_error()[:200]})",
+                    f"回答规则无法继续遵循（{matcher.get_error()[:200]}）",
+                )
+            )
 
     def _only(self, token_ids: Sequence[int]) -> np.ndarray:
         allowed_V = np.zeros(self._grammars.vocab_size, bool)

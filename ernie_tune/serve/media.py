@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
+from ernie_tune.config.language import say
 from ernie_tune.data.media.images import decode_errors, describe, open_source
 from ernie_tune.data.media.video import check_animation
 from ernie_tune.serve.fetch import FetchPolicy, fetch
@@ -65,7 +66,12 @@ def read_video(url: str, policy: MediaPolicy, where: str = "", lease: Lease | No
     elif data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
         size = _container_size(data, policy, label, lease)
     else:
-        raise ValueError(f"{label} must be MP4, MOV, WebM, MKV, AVI, GIF, WebP or APNG; convert it to MP4")
+        raise ValueError(
+            say(
+                f"{label} must be MP4, MOV, WebM, MKV, AVI, GIF, WebP or APNG; convert it to MP4",
+                f"{label} 须为 MP4、MOV、WebM、MKV、AVI、GIF、WebP 或 APNG；请转换为 MP4",
+            )
+        )
     _check_size(size, policy, label)
     return data
 
@@ -77,27 +83,42 @@ def _container_size(data: bytes, policy: MediaPolicy, label: str, lease: Lease |
     try:
         import av
     except ImportError as error:
-        raise ImportError(f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"') from error
+        raise ImportError(
+            say(f"{label} needs PyAV to be decoded; pip install av", f"解码 {label} 需要 PyAV；请执行 pip install av")
+        ) from error
     try:
         with av.open(io.BytesIO(data)) as container:
             # Of a codec that FFmpeg does not know, PyAV has neither a context nor a size.
             streams = [one for one in container.streams.video if getattr(one, "codec_context", None) is not None]
             if not streams or streams[0] != container.streams.video[0]:
-                raise ValueError(f"{label} must have a video stream of a known codec; re-encode it to mp4")
+                raise ValueError(
+                    say(
+                        f"{label} must have a video stream of a known codec; re-encode it to mp4",
+                        f"{label} 须有编码可识别的视频流；请重新编码为 mp4",
+                    )
+                )
             width, height = streams[0].width, streams[0].height
             left = policy.max_video_pixels
             for packet in container.demux(streams[0]):
                 left -= width * height if packet.size else 0
                 if left < 0:
                     raise ValueError(
-                        f"{label} ({width}x{height}) must have at most {policy.max_video_pixels} pixels in all its "
-                        "frames; shorten or shrink it"
+                        say(
+                            f"{label} ({width}x{height}) must have at most {policy.max_video_pixels} pixels in all its "
+                            "frames; shorten or shrink it",
+                            f"{label}（{width}x{height}）的所有帧合计至多 {policy.max_video_pixels} 个像素；请剪短或缩小",
+                        )
                     )
                 if lease is not None:
                     lease.left()
             return width, height
     except av.error.FFmpegError as error:
-        raise ValueError(f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4") from error
+        raise ValueError(
+            say(
+                f"{label} cannot be decoded ({error}); replace the file, or re-encode it to mp4",
+                f"{label} 无法解码（{error}）；请更换文件，或重新编码为 mp4",
+            )
+        ) from error
 
 
 def read(url: str, policy: MediaPolicy, label: str, lease: Lease | None = None) -> bytes:
@@ -114,7 +135,10 @@ def read(url: str, policy: MediaPolicy, label: str, lease: Lease | None = None) 
         return fetch(url, policy.fetch, label, lease=lease)
     else:
         raise ValueError(
-            f"{label} must be a data:, https:// or http:// URL; encode a file as data:image/png;base64,..."
+            say(
+                f"{label} must be a data:, https:// or http:// URL; encode a file as data:image/png;base64,...",
+                f"{label} 须为 data:、https:// 或 http:// 的 URL；文件请编码为 data:image/png;base64,...",
+            )
         )
     _check_bytes(len(data), policy, label)
     return data
@@ -140,11 +164,19 @@ def _read_local(url: str, policy: MediaPolicy, label: str) -> bytes:
 
 def _check_bytes(count: int, policy: MediaPolicy, label: str) -> None:
     if count > policy.fetch.max_bytes:
-        raise ValueError(f"{label} ({count} bytes) must be at most {policy.fetch.max_bytes} bytes; send a smaller file")
+        raise ValueError(
+            say(
+                f"{label} ({count} bytes) must be at most {policy.fetch.max_bytes} bytes; send a smaller file",
+                f"{label}（{count} 字节）至多 {policy.fetch.max_bytes} 字节；请发送更小的文件",
+            )
+        )
 
 
 def _check_size(size: tuple[int, int], policy: MediaPolicy, label: str) -> None:
     if not 0 < size[0] * size[1] <= policy.max_pixels:
         raise ValueError(
-            f"{label} ({size[0]}x{size[1]}) must have at least 1 and at most {policy.max_pixels} pixels; shrink it"
+            say(
+                f"{label} ({size[0]}x{size[1]}) must have at least 1 and at most {policy.max_pixels} pixels; shrink it",
+                f"{label}（{size[0]}x{size[1]}）须有 1 至 {policy.max_pixels} 个像素；请缩小",
+            )
         )

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ernie_tune.config.convert import did_you_mean
+from ernie_tune.config.language import say
 from ernie_tune.serve import idle
 from ernie_tune.serve.idle import Idle
 
@@ -44,8 +45,11 @@ def kind_of(**kinds: type) -> Discriminator:
     def name(value: Any) -> str | None:
         return next((f"<{kind}>" for kind, of in kinds.items() if isinstance(value, of)), None)
 
-    words = {"text": "a string", "parts": "a list", "object": "an object"}
-    message = f"must be {' or '.join(words[kind] for kind in kinds)}"
+    words = {"text": say("a string", "字符串"), "parts": say("a list", "列表"), "object": say("an object", "对象")}
+    found = [words[kind] for kind in kinds]
+    message = say(
+        f"must be {' or '.join(word.english for word in found)}", f"须为{'或'.join(word.chinese for word in found)}"
+    )
     return Discriminator(name, "kind", message)
 
 
@@ -84,9 +88,24 @@ class Strict(BaseModel):
                 kept[name] = one
             elif name not in cls.idle:
                 near = did_you_mean(name[:100], [*names, *cls.idle])
-                raise wrong(f"is no field that this server knows{near}; leave it out", name)
+                raise wrong(
+                    say(
+                        "is no field that this server knows{near}; leave it out",
+                        "不是本服务器识别的字段{near}；请去掉",
+                        near=near,
+                    ),
+                    name,
+                )
             elif not cls.idle[name].takes(one):
-                raise wrong(f"({_shown(one)}) has no effect here: {cls.idle[name].instead}", name)
+                raise wrong(
+                    say(
+                        "({found}) has no effect here: {why}",
+                        "（{found}）在此无效：{why}",
+                        found=_shown(one),
+                        why=cls.idle[name].instead,
+                    ),
+                    name,
+                )
         return kept
 
 
@@ -316,8 +335,12 @@ def in_order_of_calls(messages: list[Any]) -> Iterator[Any]:
             if message.tool_call_id not in due or message.tool_call_id in results:
                 rest = [one for one in due if one not in results]
                 raise wrong(
-                    f"({message.tool_call_id!r}) must be the id of a call of the answer before that has no result yet; "
-                    f"waiting for one: {rest[:8]}",
+                    say(
+                        f"({message.tool_call_id!r}) must be the id of a call of the answer before that has no "
+                        "result yet; "
+                        f"waiting for one: {rest[:8]}",
+                        f"（{message.tool_call_id!r}）须为上一个回答中尚无结果的调用的 id；等待结果的有：{rest[:8]}",
+                    ),
                     f"{where}.tool_call_id",
                 )
             results[message.tool_call_id] = message
@@ -326,7 +349,7 @@ def in_order_of_calls(messages: list[Any]) -> Iterator[Any]:
         calls = message.tool_calls or () if isinstance(message, AssistantMessage) else ()
         due, results = [call.id for call in calls], {}
         if len(set(due)) < len(due):
-            raise wrong("must have different ids; number them", f"{where}.tool_calls")
+            raise wrong(say("must have different ids; number them", "各 id 须不同；请编号"), f"{where}.tool_calls")
         yield message
     yield from _settled(due, results, "" if results else None)
 
@@ -335,7 +358,10 @@ def _settled(due: list[str], results: Mapping[str, Any], where: str | None) -> I
     missing = [one for one in due if one not in results]
     if missing and where is not None:
         raise wrong(
-            f"must be the result of tool call {missing[0]!r}; send one tool message for each call",
+            say(
+                f"must be the result of tool call {missing[0]!r}; send one tool message for each call",
+                f"须为工具调用 {missing[0]!r} 的结果；请为每个调用发送一条 tool 消息",
+            ),
             where or "messages[-1]",
         )
     yield from (results[one] for one in due if one in results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ernie_tune.config.language import say
 from ernie_tune.serve.media import MediaPolicy
 
 
@@ -70,6 +71,13 @@ class ServeOptions:
         for name, low in least.items():
             value = vars(self)[name]
             if value is not None and not value >= low:
-                raise ValueError(f"{name} ({value}) must be at least {low}; raise it")
+                raise ValueError(
+                    say(f"{name} ({value}) must be at least {low}; raise it", f"{name}（{value}）至少为 {low}；请调大")
+                )
         if any(not key.isascii() or not key.strip() for key in self.api_keys):
-            raise ValueError("api_key must be of ASCII characters and not empty; choose another")
+            raise ValueError(
+                say(
+                    "api_key must be of ASCII characters and not empty; choose another",
+                    "api_key 须为非空的 ASCII 字符；请另选",
+                )
+            )

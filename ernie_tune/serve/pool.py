@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ernie_tune.config.language import say
+
 T = TypeVar("T")
 
 
@@ -47,9 +49,9 @@ class Lease:
         assert self._deadline is not None
         left = self._deadline - time.monotonic()
         if self._over:
-            raise TimeoutError("nobody waits for it any more")
+            raise TimeoutError(say("nobody waits for it any more", "已无人等待它"))
         if left <= 0:
-            raise TimeoutError(f"it took more than {self._seconds:g} seconds")
+            raise TimeoutError(say(f"it took more than {self._seconds:g} seconds", f"耗时超过 {self._seconds:g} 秒"))
         return left
 
     def give_up(self) -> None:

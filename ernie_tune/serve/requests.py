@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from ernie_tune.config.language import say
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.schema import CompletionRequest, Sampling
 
@@ -44,7 +45,10 @@ def read_request(raw: bytes, kind: type[R], limits: BodyLimits) -> R:
     if text_bytes(raw, limits.text_bytes) > limits.text_bytes:
         raise ApiError(
             413,
-            f"the body without its data: URLs must be at most {limits.text_bytes} bytes; send less text",
+            say(
+                f"the body without its data: URLs must be at most {limits.text_bytes} bytes; send less text",
+                f"除 data: URL 外，请求体至多 {limits.text_bytes} 字节；请减少文本",
+            ),
             code="request_too_large",
         )
     value = _parse(raw)
@@ -78,9 +82,21 @@ def _parse(raw: bytes) -> Any:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant)
         _check_tree(value)
     except RecursionError:
-        raise ApiError(400, f"the body must not be nested more than {MAX_DEPTH} deep; flatten it") from None
+        raise ApiError(
+            400,
+            say(
+                f"the body must not be nested more than {MAX_DEPTH} deep; flatten it",
+                f"请求体的嵌套不能超过 {MAX_DEPTH} 层；请减少嵌套",
+            ),
+        ) from None
     except ValueError as error:
-        raise ApiError(400, f"the body must be JSON in UTF-8 ({str(error)[:200]}); correct it") from None
+        raise ApiError(
+            400,
+            say(
+                f"the body must be JSON in UTF-8 ({str(error)[:200]}); correct it",
+                f"请求体须为 UTF-8 的 JSON（{str(error)[:200]}）；请改正",
+            ),
+        ) from None
     return value
 
 
@@ -89,12 +105,14 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:100]!r} is there twice in one object")
+        raise ValueError(
+            say(f"key {twice[:100]!r} is there twice in one object", f"键 {twice[:100]!r} 在一个对象中出现两次")
+        )
     return out
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(say(f"{name} is no number of JSON", f"{name} 不是 JSON 的数"))
 
 
 def _check_tree(value: Any) -> None:
@@ -128,7 +146,10 @@ def _check_prompt(prompt: Any, limits: BodyLimits) -> None:
         what = ("token ids", "max_model_len") if ids else ("prompts", "max_num_seqs")
         raise ApiError(
             400,
-            f"prompt ({len(prompt)} {what[0]}) must have at most {what[1]} ({most}); send fewer",
+            say(
+                f"prompt ({len(prompt)} {what[0]}) must have at most {what[1]} ({most}); send fewer",
+                f"prompt（{len(prompt)} {what[0]}）至多 {what[1]}（{most}）；请减少",
+            ),
             code="context_length_exceeded" if ids else None,
             param="prompt",
         )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StrictInt, Tag, field_validator, model_validator
 
+from ernie_tune.config.language import say
 from ernie_tune.serve import idle
 from ernie_tune.serve.messages import (
     FUNCTION_NAME,
@@ -100,7 +101,7 @@ def _as_schema(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise wrong(f"must be a schema, or its JSON ({error})") from None
+        raise wrong(say(f"must be a schema, or its JSON ({error})", f"须为 schema 或其 JSON（{error}）")) from None
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(_as_schema)]
@@ -195,21 +196,35 @@ class Sampling(Strict):
     def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
         stops = [value] if isinstance(value, str) and value else value or []
         if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-            raise wrong(f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
+            raise wrong(
+                say(
+                    f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters",
+                    f"至多 {MAX_STOPS} 个长为 1 至 {MAX_STOP_CHARACTERS} 个字符的字符串",
+                )
+            )
         return value
 
     @field_validator("metadata")
     @classmethod
     def _check_metadata(cls, value: dict[str, str] | None) -> dict[str, str] | None:
         if value and "enable_thinking" in value:
-            raise wrong("has no effect here: write it as chat_template_kwargs.enable_thinking", "enable_thinking")
+            raise wrong(
+                say(
+                    "has no effect here: write it as chat_template_kwargs.enable_thinking",
+                    "在此无效：请写成 chat_template_kwargs.enable_thinking",
+                ),
+                "enable_thinking",
+            )
         return value
 
     @model_validator(mode="after")
     def _check_stream(self) -> Sampling:
         asks = self.stream_options and (self.stream_options.include_usage or self.stream_options.continuous_usage_stats)
         if asks and not self.stream:
-            raise wrong("needs stream; set stream to true or leave it out", "stream_options")
+            raise wrong(
+                say("needs stream; set stream to true or leave it out", "需要 stream；请将 stream 设为 true，或去掉它"),
+                "stream_options",
+            )
         return self
 
     @model_validator(mode="after")
@@ -217,9 +232,18 @@ class Sampling(Strict):
         rules = self._rules()
         if len(rules) > 1:
             first, second, *_ = rules
-            raise wrong(f"and {second} must not both be given; leave one out", first)
+            raise wrong(
+                say(f"and {second} must not both be given; leave one out", f"与 {second} 不能同时给出；请去掉其一"),
+                first,
+            )
         if rules and self.ignore_eos:
-            raise wrong("must not be set with a rule, which says where the answer ends; leave it out", "ignore_eos")
+            raise wrong(
+                say(
+                    "must not be set with a rule, which says where the answer ends; leave it out",
+                    "不能与规则同用，规则决定回答在何处结束；请去掉",
+                ),
+                "ignore_eos",
+            )
         return self
 
     def _rules(self) -> dict[str, tuple[str, Any]]:
@@ -281,11 +305,29 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _check_fields(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise wrong("needs logprobs; set logprobs to true or leave it out", "top_logprobs")
+            raise wrong(
+                say(
+                    "needs logprobs; set logprobs to true or leave it out",
+                    "需要 logprobs；请将 logprobs 设为 true，或去掉它",
+                ),
+                "top_logprobs",
+            )
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise wrong("and max_completion_tokens must agree; leave out max_tokens, the older name", "max_tokens")
+            raise wrong(
+                say(
+                    "and max_completion_tokens must agree; leave out max_tokens, the older name",
+                    "与 max_completion_tokens 须一致；请去掉旧名 max_tokens",
+                ),
+                "max_tokens",
+            )
         if self.reasoning_effort == "none" and self.chat_template_kwargs and self.chat_template_kwargs.thinks:
-            raise wrong("('none') and chat_template_kwargs must agree; leave one out", "reasoning_effort")
+            raise wrong(
+                say(
+                    "('none') and chat_template_kwargs must agree; leave one out",
+                    "（'none'）与 chat_template_kwargs 须一致；请去掉其一",
+                ),
+                "reasoning_effort",
+            )
         return self
 
     @model_validator(mode="after")
@@ -293,40 +335,86 @@ class ChatRequest(Sampling):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise wrong(f"must have different names, {twice!r} is there twice; rename one", "tools")
+            raise wrong(
+                say(
+                    f"must have different names, {twice!r} is there twice; rename one",
+                    f"各名称须不同，{twice!r} 出现两次；请改名",
+                ),
+                "tools",
+            )
         return self
 
     @model_validator(mode="after")
     def _check_choice(self) -> ChatRequest:
         known = {tool.function.name for tool in self.tools or ()}
         if self.needs_call and not known:
-            raise wrong("must be 'none' or 'auto' without tools; send tools", "tool_choice")
+            raise wrong(
+                say(
+                    "must be 'none' or 'auto' without tools; send tools",
+                    "没有 tools 时须为 'none' 或 'auto'；请发送 tools",
+                ),
+                "tool_choice",
+            )
         for name in self._chosen or ():
             if name not in known:
-                raise wrong(f"names {name!r}, which must be one of tools: {sorted(known)[:8]}", "tool_choice")
+                raise wrong(
+                    say(
+                        f"names {name!r}, which must be one of tools: {sorted(known)[:8]}",
+                        f"指定了 {name!r}，它须为 tools 之一：{sorted(known)[:8]}",
+                    ),
+                    "tool_choice",
+                )
         if self.needs_call and self.rule is not None:
-            raise wrong("asks for a call, and the rule for another answer; leave one out", "tool_choice")
+            raise wrong(
+                say(
+                    "asks for a call, and the rule for another answer; leave one out",
+                    "要求调用，而规则要求另一种回答；请去掉其一",
+                ),
+                "tool_choice",
+            )
         if self.needs_call and self.ignore_eos:
-            raise wrong("must not be set where a call is asked for; leave it out", "ignore_eos")
+            raise wrong(
+                say("must not be set where a call is asked for; leave it out", "要求调用时不能设置；请去掉"),
+                "ignore_eos",
+            )
         return self
 
     @model_validator(mode="after")
     def _check_end(self) -> ChatRequest:
         last = isinstance(self.messages[-1], AssistantMessage)
         if self.continue_final_message and self.add_generation_prompt:
-            raise wrong("must be false with continue_final_message; leave one out", "add_generation_prompt")
+            raise wrong(
+                say(
+                    "must be false with continue_final_message; leave one out",
+                    "与 continue_final_message 同用时须为 false；请去掉其一",
+                ),
+                "add_generation_prompt",
+            )
         if self.continue_final_message and not last:
-            raise wrong("needs an assistant message at the end; leave it out", "continue_final_message")
+            raise wrong(
+                say("needs an assistant message at the end; leave it out", "要求最后一条是 assistant 消息；请去掉"),
+                "continue_final_message",
+            )
         if self.continue_final_message and (self.needs_call or self.rule):
-            raise wrong("must not be set with a rule or a call; leave it out", "continue_final_message")
+            raise wrong(
+                say("must not be set with a rule or a call; leave it out", "不能与规则或调用同用；请去掉"),
+                "continue_final_message",
+            )
         if self.add_generation_prompt is False and not self.continue_final_message:
             raise wrong(
-                "(false) needs continue_final_message; set that to true, or leave both out", "add_generation_prompt"
+                say(
+                    "(false) needs continue_final_message; set that to true, or leave both out",
+                    "（false）需要 continue_final_message；请将后者设为 true，或两者都去掉",
+                ),
+                "add_generation_prompt",
             )
         if last and not self.continue_final_message:
             raise wrong(
-                "must end with a user or tool message; to have the last answer continued, set "
-                "continue_final_message to true and add_generation_prompt to false",
+                say(
+                    "must end with a user or tool message; to have the last answer continued, set "
+                    "continue_final_message to true and add_generation_prompt to false",
+                    "最后一条须为 user 或 tool 消息；若要续写最后的回答，请将 continue_final_message 设为 true、add_generation_prompt 设为 false",
+                ),
                 "messages",
             )
         return self

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.language import say
 from ernie_tune.data.chat import CALL_END
 from ernie_tune.data.processor import RowTooLong
 from ernie_tune.generate.answer import AnswerReader, Delta
@@ -102,7 +103,10 @@ class Service:
         self.max_model_len = options.max_model_len or most
         if self.max_model_len > most:
             raise ValueError(
-                f"max_model_len ({self.max_model_len}) must not exceed max_position_embeddings ({most}); lower it"
+                say(
+                    f"max_model_len ({self.max_model_len}) must not exceed max_position_embeddings ({most}); lower it",
+                    f"max_model_len（{self.max_model_len}）不能超过 max_position_embeddings（{most}）；请调小",
+                )
             )
         self.engine, self.models, self.options = engine, models, options
         capacity = Capacity(options.max_num_seqs, options.cache_tokens, options.prefill_tokens)
@@ -139,7 +143,10 @@ class Service:
         if name not in self.models:
             raise ApiError(
                 404,
-                f"model ({name[:100]!r}) must be one of {list(self.models)}; GET /v1/models lists them",
+                say(
+                    f"model ({name[:100]!r}) must be one of {list(self.models)}; GET /v1/models lists them",
+                    f"model（{name[:100]!r}）须为 {list(self.models)} 之一；GET /v1/models 可列出",
+                ),
                 code="model_not_found",
                 param="model",
             )
@@ -180,7 +187,11 @@ class Service:
         if len(request.prompts) * request.n > self.options.max_num_seqs:
             raise ApiError(
                 400,
-                f"number of prompts * n ({len(request.prompts) * request.n}) must be at most max_num_seqs ({self.options.max_num_seqs}); send fewer",
+                say(
+                    f"number of prompts * n ({len(request.prompts) * request.n}) must be at most max_num_seqs "
+                    f"({self.options.max_num_seqs}); send fewer",
+                    f"提示数 * n（{len(request.prompts) * request.n}）至多为 max_num_seqs（{self.options.max_num_seqs}）；请减少",
+                ),
                 param="prompt",
             )
         params = self._params(request, request.limit, request.logprobs is not None, request.logprobs)
@@ -364,7 +375,12 @@ class Service:
         limit = request.limit or min(self.options.default_max_tokens, room)
         if limit < 1 or limit > room:
             raise RowTooLong(
-                f"prompt tokens ({prepared.num_tokens}) + max_tokens ({max(limit, 1)}) must not exceed the context ({self.max_model_len}); shorten the prompt or lower max_tokens"
+                say(
+                    f"prompt tokens ({prepared.num_tokens}) + max_tokens ({max(limit, 1)}) must not exceed the "
+                    f"context ({self.max_model_len}); shorten the prompt or lower max_tokens",
+                    f"提示的 token 数（{prepared.num_tokens}）+ max_tokens（{max(limit, 1)}）不能超过上下文（{self.max_model_len}）"
+                    "；请缩短提示或减小 max_tokens",
+                )
             )
         prompt = replace(prepared.prompt, params=replace(prepared.prompt.params, max_new_tokens=limit))
         pack([prompt.row], self.engine.processor.tokens)  # refuses what would spoil a batch
@@ -377,7 +393,12 @@ class Service:
             count = sum(part.type == f"{kind}_url" for part in parts)
             if count > limit:
                 raise ApiError(
-                    400, f"number of {kind}s ({count}) must be at most {limit}; send fewer", param="messages"
+                    400,
+                    say(
+                        f"number of {kind}s ({count}) must be at most {limit}; send fewer",
+                        f"{kind} 的数量（{count}）至多为 {limit}；请减少",
+                    ),
+                    param="messages",
                 )
         return any(part.type in ("image_url", "video_url") for part in parts)
 
@@ -388,7 +409,11 @@ class Service:
         least = sum(len(text.encode("utf-8", "replace")) for text in texts) // self._longest_token_bytes
         if least > self.max_model_len:
             raise RowTooLong(
-                f"prompt (at least {least} tokens) must not exceed the context ({self.max_model_len} tokens); shorten it"
+                say(
+                    f"prompt (at least {least} tokens) must not exceed the context ({self.max_model_len} tokens); "
+                    "shorten it",
+                    f"提示（至少 {least} 个 token）不能超过上下文（{self.max_model_len} 个 token）；请缩短",
+                )
             )
 
     def _messages(self, request: ChatRequest, lease: Lease | None) -> list[dict[str, Any]]:
@@ -405,8 +430,12 @@ class Service:
             left -= len(data)
             if left < 0:
                 raise ValueError(
-                    f"{where}: pictures and videos of a request must have at most {self.options.max_body_bytes} bytes "
-                    "together; send fewer or smaller ones"
+                    say(
+                        f"{where}: pictures and videos of a request must have at most "
+                        f"{self.options.max_body_bytes} bytes "
+                        "together; send fewer or smaller ones",
+                        f"{where}：一个请求的图片与视频合计至多 {self.options.max_body_bytes} 字节；请减少数量或大小",
+                    )
                 )
             return {"type": kind, kind: data}
 
@@ -423,7 +452,10 @@ class Service:
         if wrong is not None:
             raise ApiError(
                 400,
-                f"{field} token id ({wrong}) must be from 0 to {vocabulary - 1}; use this model's tokenizer",
+                say(
+                    f"{field} token id ({wrong}) must be from 0 to {vocabulary - 1}; use this model's tokenizer",
+                    f"{field} 的 token id（{wrong}）须为 0 到 {vocabulary - 1}；请用该模型的分词器",
+                ),
                 param=field.partition("[")[0],
             )
 
@@ -470,9 +502,21 @@ def _refusals() -> Iterator[None]:
     except (ValueError, ImportError) as error:
         raise ApiError(400, str(error)) from error
     except TimeoutError as error:
-        raise ApiError(400, f"pictures and videos must be read in time: {error}; send fewer or smaller ones") from error
+        raise ApiError(
+            400,
+            say(
+                f"pictures and videos must be read in time: {error}; send fewer or smaller ones",
+                f"图片与视频须及时读取：{error}；请减少数量或大小",
+            ),
+        ) from error
     except RecursionError as error:
-        raise ApiError(400, "JSON inside the request must not be nested so deep; flatten it") from error
+        raise ApiError(
+            400,
+            say(
+                "JSON inside the request must not be nested so deep; flatten it",
+                "请求中的 JSON 不能嵌套这么深；请减少嵌套",
+            ),
+        ) from error
 
 
 def _once(call: Callable[[], None]) -> Callable[[], None]:

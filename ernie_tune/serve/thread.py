@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ernie_tune.config.language import say
 from ernie_tune.generate.batch import TokenEvent
 from ernie_tune.generate.engine import Engine, Prepared
 from ernie_tune.generate.scheduler import BASE, Capacity
@@ -86,7 +87,7 @@ class SchedulerThread:
         """Queue a job that passed `check`. Raises EngineEnded once the thread has ended."""
         with self._changed:
             if self._closing or not self.alive:
-                raise EngineEnded("the model is no longer running")
+                raise EngineEnded(say("the model is no longer running", "模型已不在运行"))
             self._entering.append(job)
             self._changed.notify()
 

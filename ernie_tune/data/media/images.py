@@ -70,11 +70,19 @@ class ImageSettings:
             )
         if self.patch_size < 1 or self.merge_size < 1:
             raise ValueError(
-                f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1; copy them from the model's config"
+                say(
+                    f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1; copy "
+                    "them from the model's config",
+                    f"patch_size（{self.patch_size}）与 merge_size（{self.merge_size}）至少为 1；请照抄模型的 config",
+                )
             )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                f"mean {self.mean} and std {self.std} must have 3 values each, std above 0; copy them from preprocessor_config.json"
+                say(
+                    f"mean {self.mean} and std {self.std} must have 3 values each, std above 0; copy them from "
+                    "preprocessor_config.json",
+                    f"mean {self.mean} 与 std {self.std} 须各有 3 个值，std 大于 0；请照抄 preprocessor_config.json",
+                )
             )
         _check_rule(self.rule)
 
@@ -183,7 +191,9 @@ def open_image(stream: BinaryIO, label: str, formats: Sequence[str] = IMAGE_FORM
         try:
             return Image.open(stream, formats=_built_in(tuple(formats)))
         except UnidentifiedImageError as error:
-            raise ValueError(f"it is none of {', '.join(formats)}") from error
+            raise ValueError(
+                say(f"it is none of {', '.join(formats)}", f"它不是 {', '.join(formats)} 中的任何一种")
+            ) from error
 
 
 @lru_cache(maxsize=8)
@@ -313,10 +323,19 @@ def decode_errors(label: str) -> Iterator[None]:
 def _from_array(array: np.ndarray, label: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
-            f"{label} ({array.dtype}, shape {list(array.shape)}) must be uint8 and [H,W], [H,W,3] or [H,W,4]; convert it first"
+            say(
+                f"{label} ({array.dtype}, shape {list(array.shape)}) must be uint8 and [H,W], [H,W,3] or [H,W,4]; "
+                "convert it first",
+                f"{label}（{array.dtype}，形状 {list(array.shape)}）须为 uint8，形状 [H,W]、[H,W,3] 或 [H,W,4]；请先转换",
+            )
         )
     if array.size == 0:
-        raise ValueError(f"{label} (shape {list(array.shape)}) must have at least one pixel; drop it")
+        raise ValueError(
+            say(
+                f"{label} (shape {list(array.shape)}) must have at least one pixel; drop it",
+                f"{label}（形状 {list(array.shape)}）至少须有一个像素；请去掉它",
+            )
+        )
     return Image.fromarray(array)
 
 
@@ -361,12 +380,20 @@ def patchify(frames_FHWC: np.ndarray, settings: ImageSettings) -> tuple[np.ndarr
     p, m = settings.patch_size, settings.merge_size
     if frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or 0 in frames_FHWC.shape:
         raise ValueError(
-            f"frames (shape {list(frames_FHWC.shape)}) must be [F,H,W,3] with no empty axis; convert to RGB with load_image first"
+            say(
+                f"frames (shape {list(frames_FHWC.shape)}) must be [F,H,W,3] with no empty axis; convert to RGB "
+                "with load_image first",
+                f"frames（形状 {list(frames_FHWC.shape)}）须为 [F,H,W,3]，各维不为空；请先用 load_image 转为 RGB",
+            )
         )
     f, h, w, c = frames_FHWC.shape
     if h % settings.factor or w % settings.factor:
         raise ValueError(
-            f"frame size ({h}x{w}) must be a multiple of {settings.factor} on both sides; resize to settings.target_size first"
+            say(
+                f"frame size ({h}x{w}) must be a multiple of {settings.factor} on both sides; resize to "
+                "settings.target_size first",
+                f"帧的大小（{h}x{w}）两边都须为 {settings.factor} 的整数倍；请先缩放到 settings.target_size",
+            )
         )
     rows, columns = h // p, w // p
     split = frames_FHWC.reshape(f, rows // m, m, p, columns // m, m, p, c)
@@ -382,7 +409,12 @@ def patchify(frames_FHWC: np.ndarray, settings: ImageSettings) -> tuple[np.ndarr
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Bicubic, to `size` = (height, width). Raises ValueError unless RGB."""
     if image.mode != "RGB":
-        raise ValueError(f"image mode ({image.mode!r}) must be 'RGB'; pass the image through load_image first")
+        raise ValueError(
+            say(
+                f"image mode ({image.mode!r}) must be 'RGB'; pass the image through load_image first",
+                f"图片模式（{image.mode!r}）须为 'RGB'；请先经 load_image 读取",
+            )
+        )
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 

@@ -85,7 +85,12 @@ class VideoSettings:
 
     def __post_init__(self) -> None:
         if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps ({self.fps}) must be above 0; use 2, or None together with target_frames")
+            raise ValueError(
+                say(
+                    f"fps ({self.fps}) must be above 0; use 2, or None together with target_frames",
+                    f"fps（{self.fps}）须大于 0；请用 2，或用 None 并给出 target_frames",
+                )
+            )
         if not 1 <= self.min_frames <= self.max_frames:
             raise ValueError(
                 say(
@@ -126,7 +131,12 @@ def sample_indices(
     them up to max_frames. Raises ValueError for contradicting or impossible requests.
     """
     if total_frames < 1:
-        raise ValueError(f"total_frames ({total_frames}) must be at least 1; drop the empty video")
+        raise ValueError(
+            say(
+                f"total_frames ({total_frames}) must be at least 1; drop the empty video",
+                f"total_frames（{total_frames}）至少为 1；请去掉空的视频",
+            )
+        )
     if not (math.isfinite(duration_seconds) and duration_seconds > 0):
         raise ValueError(
             say(
@@ -158,7 +168,12 @@ def sample_indices(
     elif settings.fps is not None:
         wanted = min(max(int(duration_seconds * settings.fps), settings.min_frames), settings.max_frames)
     else:
-        raise ValueError("fps (None) must be set where target_frames (None) is not given; use fps=2")
+        raise ValueError(
+            say(
+                "fps (None) must be set where target_frames (None) is not given; use fps=2",
+                "未给出 target_frames（None）时须设置 fps（现为 None）；请用 fps=2",
+            )
+        )
     bounds = np.linspace(0, total_frames, min(wanted, total_frames) + 1).astype(np.int64)
     first, last = bounds[:-1], bounds[1:] - 1
     return (first if settings.sampling == "leading" else (first + last) // 2).tolist()
@@ -172,8 +187,13 @@ def _sample_hf(total: int, duration_seconds: float, settings: VideoSettings, tar
         count = min(max(wanted, low), high, total)
     elif not low <= target_frames <= min(high, total):
         raise ValueError(
-            f"target_frames ({target_frames}) must be from min_frames ({low}) to max_frames ({high}) and at most the video's {total} frames "
-            "under rule 'hf'; change it or use rule 'paddle'"
+            say(
+                f"target_frames ({target_frames}) must be from min_frames ({low}) to max_frames ({high}) and at "
+                f"most the video's {total} frames "
+                "under rule 'hf'; change it or use rule 'paddle'",
+                f"规则 'hf' 下 target_frames（{target_frames}）须在 min_frames（{low}）与 max_frames（{high}）之间，且不超过视频的 "
+                f"{total} 帧；请修改，或用规则 'paddle'",
+            )
         )
     else:
         count = target_frames
@@ -189,7 +209,12 @@ def timestamp_text(seconds: float) -> str:
     Raises ValueError for a negative or infinite time.
     """
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"seconds ({seconds}) must be at least 0; re-encode the video so that its times are stored")
+        raise ValueError(
+            say(
+                f"seconds ({seconds}) must be at least 0; re-encode the video so that its times are stored",
+                f"秒数（{seconds}）不能为负；请重新编码视频，使其存有时间",
+            )
+        )
     hours, rest = divmod(seconds, 3600)
     minutes, rest = divmod(rest, 60)
     return f"time: {int(hours):02d}:{int(minutes):02d}:{rest:05.2f}"
@@ -219,7 +244,12 @@ def font_bytes(path: str | None) -> bytes:
         with open(str(path), "rb") as stream:
             return stream.read()
     except OSError as error:
-        raise ValueError(f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file") from error
+        raise ValueError(
+            say(
+                f"font_path ({path!r}) cannot be opened ({error}); give a .ttf file",
+                f"font_path（{path!r}）无法打开（{error}）；请给出 .ttf 文件",
+            )
+        ) from error
 
 
 def draw_timestamp(frame: Image.Image, seconds: float, font_path: str | None = None) -> None:
@@ -322,7 +352,10 @@ def _read_list(sources: Sequence[ImageSource], pick: Pick, where: str) -> TimedF
     prefix = f"{where}: " if where else ""
     if not sources:
         raise ValueError(
-            f"{prefix}video (a list of 0 frames) must have at least one frame; add frames or drop the video"
+            say(
+                f"{prefix}video (a list of 0 frames) must have at least one frame; add frames or drop the video",
+                f"{prefix}视频（0 帧的列表）至少须有一帧；请补充帧，或去掉该视频",
+            )
         )
     for index in pick(len(sources), len(sources) / LIST_FPS):
         yield index / LIST_FPS, load_image(sources[index], f"{prefix}frame {index}")
@@ -370,15 +403,23 @@ def _stored_delays(
         count = max(1, len(delays))
         if (width, height) != animation.size:
             raise ValueError(
-                f"{label} ({animation.width}x{animation.height}) must have no frames that reach beyond it ({width}x"
-                f"{height}); save it as mp4"
+                say(
+                    f"{label} ({animation.width}x{animation.height}) must have no frames that reach beyond it ({width}x"
+                    f"{height}); save it as mp4",
+                    f"{label}（{animation.width}x{animation.height}）的帧不能超出它的范围（{width}x{height}）；请存为 mp4",
+                )
             )
     pixels = count * animation.width * animation.height
     if count > MAX_ANIMATION_FRAMES or pixels > max_pixels:
         frames = f"more than {MAX_ANIMATION_FRAMES}" if count > MAX_ANIMATION_FRAMES else f"{count}"
         raise ValueError(
-            f"{label} ({frames} frames of {animation.width}x{animation.height}) must have at most {MAX_ANIMATION_FRAMES} frames and "
-            f"{max_pixels} pixels in all; save it as mp4, or shorten or shrink it"
+            say(
+                f"{label} ({frames} frames of {animation.width}x{animation.height}) must have at most "
+                f"{MAX_ANIMATION_FRAMES} frames and "
+                f"{max_pixels} pixels in all; save it as mp4, or shorten or shrink it",
+                f"{label}（{animation.width}x{animation.height} 的 {frames} 帧）至多 {MAX_ANIMATION_FRAMES} 帧、总计 "
+                f"{max_pixels} 像素；请存为 mp4，或剪短、缩小",
+            )
         )
     return delays
 
@@ -430,7 +471,7 @@ def _skip_colours(stream: BinaryIO, flags: bytes) -> None:
 def _skip_blocks(stream: BinaryIO) -> None:
     while (size := stream.read(1)) != b"\0":
         if not size:
-            raise EOFError("the file ends inside a frame")
+            raise EOFError(say("the file ends inside a frame", "文件在一帧之中结束"))
         stream.seek(size[0], os.SEEK_CUR)
 
 
@@ -454,16 +495,20 @@ def _container(stream: BinaryIO, label: str) -> Iterator[Any]:
     reader = next((name for at, mark, name in _CONTAINERS if head[at : at + len(mark)] == mark), "")
     if not reader or (reader == "mpegts" and head[:1] != b"G"):
         raise ValueError(
-            f"{label} cannot be decoded (it is no MP4, MOV, MKV, WebM, AVI, FLV, MPEG, WMV, GIF, WebP or APNG); replace the file, or re-encode "
-            "it to mp4"
+            say(
+                f"{label} cannot be decoded (it is no MP4, MOV, MKV, WebM, AVI, FLV, MPEG, WMV, GIF, WebP or "
+                "APNG); replace the file, or re-encode "
+                "it to mp4",
+                f"{label} 无法解码（不是 MP4、MOV、MKV、WebM、AVI、FLV、MPEG、WMV、GIF、WebP 或 APNG）；请更换文件，或重新编码为 mp4",
+            )
         )
     try:
         import av
     except ImportError as error:
         raise ImportError(
             say(
-                f'{label} needs PyAV to be decoded; pip install "ernie-tune[video]"',
-                f'解码 {label} 需要 PyAV；pip install "ernie-tune[video]"',
+                f"{label} needs PyAV to be decoded; pip install av",
+                f"解码 {label} 需要 PyAV；pip install av",
             )
         ) from error
     # Titles, which nothing here reads, are often GBK: PyAV before 19 would fail on them, and since
@@ -504,7 +549,12 @@ def _measure(container: Any, label: str) -> tuple[int, float, tuple[int, int]]:
         )
     size = (getattr(video, "height", 0), getattr(video, "width", 0))
     if 0 in size:
-        raise ValueError(f"{label} must have a video stream of a known codec and size; re-encode it to mp4")
+        raise ValueError(
+            say(
+                f"{label} must have a video stream of a known codec and size; re-encode it to mp4",
+                f"{label} 须有编码与大小可识别的视频流；请重新编码为 mp4",
+            )
+        )
     return total, float(total / rate), size
 
 
@@ -534,7 +584,10 @@ def patchify_video(frames: Sequence[Image.Image], settings: VideoSettings) -> tu
     """
     if not frames or len(frames) % 2:
         raise ValueError(
-            f"number of frames ({len(frames)}) must be even and at least 2; load_video repeats the last one"
+            say(
+                f"number of frames ({len(frames)}) must be even and at least 2; load_video repeats the last one",
+                f"帧数（{len(frames)}）须为偶数且至少为 2；load_video 会重复最后一帧",
+            )
         )
     size = settings.frame.target_size(frames[0].height, frames[0].width)
     return patchify(np.stack([np.asarray(resize(frame, size)) for frame in frames]), settings.frame)
