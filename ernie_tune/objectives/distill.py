@@ -16,6 +16,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_tune.config.language import say
 from ernie_tune.objectives.logprobs import CHUNK_BYTES
 from ernie_tune.parallel.mesh import MAX, Group
 from ernie_tune.parallel.placement import placement_of
@@ -137,11 +138,19 @@ def token_jsd(
     heads of different vocabularies.
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"distill_beta ({beta:g}) must lie in [0, 1]; 0 is forward KL, 1 reverse KL")
+        raise ValueError(
+            say(
+                f"distill_beta ({beta:g}) must lie in [0, 1]; 0 is forward KL, 1 reverse KL",
+                f"distill_beta（{beta:g}）须在 [0, 1] 内；0 为前向 KL，1 为反向 KL",
+            )
+        )
     if student.vocab != teacher.vocab:
         raise ValueError(
-            f"teacher's vocabulary ({teacher.vocab} ids) must be the student's ({student.vocab}); take a "
-            "teacher with the same tokenizer"
+            say(
+                f"teacher's vocabulary ({teacher.vocab} ids) must be the student's ({student.vocab}); take a "
+                "teacher with the same tokenizer",
+                f"教师的词表（{teacher.vocab} 个 id）须与学生的（{student.vocab} 个）相同；请用分词器相同的教师",
+            )
         )
     where = placement_of(student.weight)
     group = where.handle if where.axis is not None else None

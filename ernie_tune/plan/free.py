@@ -53,7 +53,7 @@ def free_memory(
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY and statm.is_file():
         taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-        found.append(Free(max(0, soft - taken), say("ulimit -v", "ulimit -v")))
+        found.append(Free(max(0, soft - taken), Text("ulimit -v", "ulimit -v")))
     return min(found, key=lambda f: f.bytes)
 
 

@@ -81,7 +81,7 @@ def check_card(device: str) -> Iterator[CheckLine]:
         for dtype, rate in rates.items():
             yield CheckLine(
                 say(f"products, {dtype}", f"矩阵乘，{dtype}"),
-                say(f"{rate / 1e12:.2f} TFLOP/s", f"{rate / 1e12:.2f} TFLOP/s"),
+                f"{rate / 1e12:.2f} TFLOP/s",
             )
         yield CheckLine(say("copying memory", "内存复制"), f"{_copy_rate(device) / 1e9:.0f} GB/s")
         yield from _models(device, dtypes, rates)
@@ -269,7 +269,7 @@ def _models(device: str, dtypes: Sequence[str], rates: dict[str, float]) -> Iter
     small, wide = preset("small"), wide_config()
     cases = {
         say("small, all weights", "small，全部权重"): (small, False, "float64"),
-        say("small, LoRA", "small，LoRA"): (small, True, "float64"),
+        say("small, LoRA", "small 模型，LoRA"): (small, True, "float64"),
         say("two layers of the 28B's width, LoRA", "28B 宽度的两层，LoRA"): (wide, True, "float32"),
     }
     for about, (config, lora, reference) in cases.items():
