@@ -70,6 +70,21 @@ class RolloutArguments:
         stages=_RLVR,
     )
     max_resample_times: int = arg(3, "how often, at most", "最多替换次数", low=0, stages=_RLVR)
+    router_replay: str = arg(
+        "auto",
+        "let routers choose again what they chose before",
+        "让路由重现之前的选择",
+        {
+            "auto": ("R3 with several updates a round, else off", "每轮多次更新时为 R3，否则关闭"),
+            "off": ("routers choose anew", "路由重新选择"),
+            "R2": (
+                "what they chose for the policy that sampled, in a pass of the trainer",
+                "采样策略在训练器前向中的选择",
+            ),
+            "R3": ("what they chose while sampling", "采样时的选择"),
+        },
+        stages=_RL,
+    )
     difficulty_sampler: bool = arg(
         False, "draw prompts that are neither solved nor hopeless more often", "更常抽取难度适中的提示", stages=_RL
     )

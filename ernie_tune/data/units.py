@@ -119,6 +119,7 @@ COLUMNS = {
     "keep_N": "1 for targets of answers that count, else 0",
     "teacher_logp_N": "under the teacher, over what could be sampled",
     "teacher_state_ND": "the teacher's final hidden states before each target",
+    "experts_MLk": "the experts that each token of each dialogue went to, by layer; -1: unknown",
     "may_win_C": "1 for sampled answers that may be the better of a pair: complete and well formed",
     "entropy_keep_N": "1 for targets whose entropy is high enough to be learned from, else 0",
     "density_C": "what bad answers weigh by their prompts, others 1",
@@ -141,10 +142,11 @@ class UnitBatch:
     length_C: np.ndarray
     unit_C: np.ndarray
     end_C: np.ndarray  # where the last token of each dialogue lies
+    place_M: np.ndarray  # where all tokens of all dialogues lie, shared ones once for each
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        size = {"N": len(self.target_N), "C": len(self.length_C), "S": 2}
+        size = {"N": len(self.target_N), "C": len(self.length_C), "S": 2, "M": len(self.place_M)}
         for name, values in self.columns.items():
             if name not in COLUMNS:
                 raise ValueError(
@@ -203,6 +205,7 @@ def collate_units(units: Sequence[Unit], processor: Processor) -> UnitBatch:
         lengths,
         np.repeat(np.arange(len(units)), [u.num_candidates for u in units]),
         np.array([place[-1] for _, place in flat]),
+        np.concatenate([place for _, place in flat]),
     )
 
 

@@ -26,6 +26,8 @@ from ernie_tune.models.cache import Cache, cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, next_position, pack
+from ernie_tune.models.moe import RouterTap
+from ernie_tune.models.replay import chosen_experts
 from ernie_tune.models.segments import SegmentCache
 
 Decode = Callable[[list[int]], str]
@@ -63,8 +65,9 @@ class TokenEvent:
     `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn
     from. `logp`: under the model, `sampled_logp`: under what it was drawn from, see `Choice`.
     `top`: the likeliest tokens of the step and their log-probabilities,
-    `SamplingParams.top_logprobs` of them. `error`: what ended the sample (finish_reason "error");
-    such an event has no token, its id is -1.
+    `SamplingParams.top_logprobs` of them. `experts`: of the tokens that were read for this one
+    (first the prompt's), [t, layers, k], where `Prompt.experts` asks for them. `error`: what ended
+    the sample (finish_reason "error"); such an event has no token, its id is -1.
     """
 
     prompt: int
@@ -75,6 +78,7 @@ class TokenEvent:
     top: tuple[tuple[int, float], ...] = ()
     sampled: bool = True
     sampled_logp: float = 0.0
+    experts: np.ndarray | None = None
     error: Exception | None = None
 
 
@@ -89,6 +93,7 @@ class Completion:
     finish_reason: str = ""
     sampled: list[bool] = field(default_factory=list)
     sampled_logps: list[float] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)  # see `TokenEvent`
 
     def add(self, event: TokenEvent) -> None:
         """Take the next token of this continuation."""
@@ -97,6 +102,7 @@ class Completion:
         self.sampled.append(event.sampled)
         self.sampled_logps.append(event.sampled_logp)
         self.finish_reason = event.finish_reason
+        self.experts += [] if event.experts is None else [event.experts]
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Prompt:
     index: int | tuple[int, ...] = 0
     steer: Callable[[], Steer] | None = None
     constrain: Callable[[], Constraint] | None = None
+    experts: bool = False  # note which experts its tokens and its answers' go to
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,7 @@ class _Live:
     constraint: Constraint | None = None
     failure: Exception | None = None  # of what the prompt makes for each sample
     done: Completion = field(default_factory=Completion)
+    experts: np.ndarray | None = None  # of what was read since the last token
 
 
 class RunningBatch:
@@ -203,8 +211,9 @@ class RunningBatch:
         entries += [(one.prompt, one.row, [one]) for one in partials]
         packed = pack([row for _, row, _ in entries], self.tokens, self.position_rule)
         cache = cache_of(self.model.compute_dtype)(len(self.model.own_layers()))
+        tap = self._tap([one.prompt for _, _, samples in entries for one in samples])
         with paddle.no_grad():
-            hidden_TD = self.model(packed, cache=cache)
+            hidden_TD = self.model(packed, cache=cache, **tap)
             cache.prefilling = False
             last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])
             scores_BV = self._scores(paddle.gather(hidden_TD, last))
@@ -212,10 +221,15 @@ class RunningBatch:
             if len(rows) > len(entries):
                 cache.select(rows)
                 scores_BV = scores_BV[rows]
+        read = chosen_experts(tap["tap"], packed, self.model.config) if tap else None
         live = []
-        for _, row, samples in entries:
+        for i, (_, row, samples) in enumerate(entries):
             position = next_position(row, self.tokens, self.position_rule)
-            live += [_start(one, position) for one in samples]
+            rows_live = [_start(one, position) for one in samples]
+            if read is not None:
+                for one in rows_live:
+                    one.experts = read[packed.offsets[i] : packed.offsets[i + 1]]
+            live += rows_live
         self._fresh.append((live, cache, scores_BV))
 
     def partials(self, keys: Collection[int]) -> list[Partial]:
@@ -270,7 +284,9 @@ class RunningBatch:
             choice.top,
             sampled=forced is None,
             sampled_logp=choice.sampled_logp,
+            experts=row.experts if row.prompt.experts else None,
         )
+        row.experts = None
         row.done.add(event)
         return event
 
@@ -300,7 +316,12 @@ class RunningBatch:
         if self._live and self._cache is not None:
             few = isinstance(self._cache, SegmentCache) and len(self._live) <= _FEW_ROWS
             with mkl.stepping() if few else contextlib.nullcontext():
-                scores.append(self._scores(self.model(_next_input(self._live), cache=self._cache)))
+                inputs, tap = _next_input(self._live), self._tap([row.prompt for row in self._live])
+                scores.append(self._scores(self.model(inputs, cache=self._cache, **tap)))
+            if tap:
+                read = chosen_experts(tap["tap"], inputs, self.model.config)
+                for i, row in enumerate(self._live):
+                    row.experts = read[i : i + 1]
             self._cache.advance()
         for rows, cache, first_BV in self._fresh:
             if self._cache is None:
@@ -311,6 +332,10 @@ class RunningBatch:
             scores.append(first_BV)
         self._fresh = []
         return np.concatenate(scores) if len(scores) > 1 else scores[0] if scores else np.zeros((0, 0), np.float32)
+
+    def _tap(self, prompts: Sequence[Prompt]) -> dict[str, RouterTap]:
+        """What notes the experts of a forward, where a prompt asks for them."""
+        return {"tap": RouterTap(ids_only=True)} if any(prompt.experts for prompt in prompts) else {}
 
     def _keep(self, rows: list[int]) -> None:
         if len(rows) == len(self._live):

@@ -27,6 +27,7 @@ Refuses to know: objectives' arithmetic, learning rates, files.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ from paddle import Tensor
 from paddle.utils import unique_name
 
 from ernie_tune.models.moe import RouterTap, update_correction_bias
+from ernie_tune.models.replay import forced_experts
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.objective import Objective
@@ -59,14 +61,15 @@ class Work:
     count_usage: bool = False
     recompute: Callable[..., Tensor] | None = None
 
-    def tap(self, micro_batches: int, scale: float = 1.0) -> RouterTap | None:
+    def tap(self, micro_batches: int, scale: float = 1.0, batch: Any = None) -> RouterTap | None:
         """The routers' instructions for one of so many micro-batches: their losses are means over
         the window. `scale`: the engine's gradient scale over the number of ranks that read
         different rows.
         """
-        if not self.router and not self.count_usage:
+        force = None if batch is None else forced_experts(batch, self.model.config)
+        if not self.router and not self.count_usage and force is None:
             return None
-        return RouterTap(self.router, scale=scale / micro_batches, count_usage=self.count_usage)
+        return RouterTap(self.router, scale=scale / micro_batches, count_usage=self.count_usage, force=force)
 
 
 @dataclass
@@ -97,7 +100,15 @@ def forward_loss(
 ) -> LossOut:
     """One micro-batch through model and objective on one device."""
     hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
-    return objective.loss(objective.outputs(model, hidden_TD, batch), batch)
+    return with_flips(objective.loss(objective.outputs(model, hidden_TD, batch), batch), tap)
+
+
+def with_flips(out: LossOut, tap: RouterTap | None) -> LossOut:
+    """A loss with the share of (token, router) whose own choice differs from what was replayed."""
+    if tap is None or not tap.flips:
+        return out
+    flips = {"mismatch/routing_flips": (float(sum(f for f, _ in tap.flips)), float(sum(n for _, n in tap.flips)))}
+    return dataclasses.replace(out, metrics={**out.metrics, **flips})
 
 
 def global_norm(gradients: Sequence[Tensor]) -> float:
@@ -136,7 +147,7 @@ class LocalEngine:
         """
         done = Window()
         for batch in window:
-            out = forward_loss(work.objective, work.model, batch, work.tap(len(window)), work.recompute)
+            out = forward_loss(work.objective, work.model, batch, work.tap(len(window), batch=batch), work.recompute)
             scaled = out.total / work.divisor
             (scaled if self.gradient_scale == 1.0 else scaled * self.gradient_scale).backward()
             done.add(float(scaled), out.metrics)

@@ -21,7 +21,7 @@ from paddle import Tensor
 
 from ernie_tune.config.language import say
 from ernie_tune.config.layout import Layout
-from ernie_tune.machine.alone import Window, Work
+from ernie_tune.machine.alone import Window, Work, with_flips
 from ernie_tune.machine.tower import SharedTower, tower_parameters
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
@@ -153,8 +153,10 @@ class WindowProgram:
         prepared = [work.model.prepared(batch.inputs) for batch in window]
         self.real_T = [real for _, real in prepared]
         self.passages = [
-            Passage(work.model, pack, rows, work.tap(len(window), scale / data_ranks), None, work.recompute, runs)
-            for (pack, _), rows in zip(prepared, rows_PW, strict=True)
+            Passage(
+                work.model, pack, rows, work.tap(len(window), scale / data_ranks, batch), None, work.recompute, runs
+            )
+            for batch, (pack, _), rows in zip(window, prepared, rows_PW, strict=True)
         ]
         self.filler = dataclasses.replace(self.passages[-1], tap=None)
 
@@ -178,6 +180,7 @@ class WindowProgram:
         objective, batch = self.work.objective, self.window[micro]
         hidden = _known_rows(hidden, self.real_T[micro])
         out = objective.loss(objective.outputs(self.work.model, hidden, batch), batch)
+        out = with_flips(out, self.passages[micro].tap)  # of this stage's layers
         share = out.total / self.work.divisor
         self.done.add(float(share), out.metrics)
         return (share if self.scale == 1.0 else share * self.scale).astype("float32")
@@ -266,6 +269,7 @@ class StagedForward:
         if tap is not None:
             said = group.objects([r.plain() for r in tap.records])
             tap.records = [RouterRecord.of(*each) for part_said in said for each in part_said]
+            tap.chosen = [each for part_said in group.objects(tap.chosen) for each in part_said]
         return _known_rows(hidden, real_T)
 
     @paddle.no_grad()

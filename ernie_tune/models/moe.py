@@ -10,6 +10,7 @@ distribution.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -53,6 +54,12 @@ class RouterTap:
     scale: float = 1.0
     keep: bool = False
     records: list[RouterRecord] = field(default_factory=list)
+    ids_only: bool = False  # keep no more than (layer, modality, chosen [T, k])
+    chosen: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    # (layer, modality) -> the experts of each of that modality's tokens, [T, k]; -1: its own choice
+    force: Mapping[tuple[int, int], np.ndarray] | None = None
+    # of each router that was forced: (tokens that would choose other experts, forced tokens)
+    flips: list[tuple[int, int]] = field(default_factory=list)
     count_usage: bool = False  # add to each layer's expert_usage, for `update_correction_bias`
     # layers run twice, first without a graph: only that first pass is counted and kept
     recomputed: bool = False
@@ -289,13 +296,22 @@ class Routing:
     chosen_Tk: Tensor
 
 
-def route(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float = 1e-12) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_DE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    norm_min: float = 1e-12,
+    forced_Tk: np.ndarray | None = None,
+) -> Routing:
     """Choose by softmax + bias, weigh by softmax alone, renormalise.
     Everything in the router's float32 (float64 stays).
     """
     logits = paddle.matmul(x_TD.astype(weight_DE.dtype), weight_DE)
     probs = F.softmax(logits, axis=-1)
     chosen = paddle.topk(probs.detach() + bias_E, top_k, axis=-1)[1]
+    if forced_Tk is not None:
+        chosen = paddle.to_tensor(np.where(forced_Tk < 0, chosen.numpy(), forced_Tk).astype(np.int64))
     weight = paddle.take_along_axis(probs, chosen, axis=1)
     return Routing(logits, weight / weight.sum(-1, keepdim=True).clip(min=norm_min), chosen)
 
@@ -324,6 +340,7 @@ class _SortedFew:
     counts: tuple[int, ...]
     weight_M: np.ndarray
     slot_of_Tk: np.ndarray
+    chosen_Tk: np.ndarray
 
     def combined(self, out_MD: Tensor) -> Tensor:
         out = mkl.view(out_MD) * self.weight_M[:, None]
@@ -348,6 +365,7 @@ def _sort_few(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_
         tuple(np.bincount(expert_M, minlength=weight.shape[1]).tolist()),
         share_Tk.reshape(-1)[order_M].astype(x.dtype, copy=False),
         slot_M.reshape(chosen_Tk.shape),
+        chosen_Tk,
     )
 
 
@@ -436,9 +454,13 @@ class MoELayer(nn.Layer):
 
     def _sort(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> _Sorted | _SortedFew:
         weight_DE, bias_E = self.gate.of(modality), self.moe_statics.e_score_correction_bias[modality]
-        if mkl.is_stepping() and tap is None:
-            return _sort_few(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
-        r = route(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
+        if mkl.is_stepping() and (tap is None or (tap.ids_only and tap.force is None)):
+            few = _sort_few(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
+            if tap is not None:
+                tap.chosen.append((self.layer, modality, few.chosen_Tk))
+            return few
+        forced_Tk = None if tap is None or tap.force is None else tap.force[self.layer, modality]
+        r = route(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min, forced_Tk)
         pair_expert = r.chosen_Tk.reshape([-1])
         order_M = paddle.argsort(pair_expert, stable=True)
         counts_E = paddle.bincount(pair_expert, minlength=self.moe.num_experts)
@@ -453,8 +475,12 @@ class MoELayer(nn.Layer):
             first_pass = not (tap.recomputed and paddle.is_grad_enabled())
             if tap.count_usage and first_pass:
                 self.moe_statics.expert_usage[modality] += counts_E
+            if tap.ids_only and first_pass:
+                tap.chosen.append((self.layer, modality, r.chosen_Tk.numpy()))
             if tap.keep and first_pass:
                 tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
+            if forced_Tk is not None and first_pass:
+                tap.flips.append(_flips(r.logits_TE, bias_E, forced_Tk))
         return _Sorted(x_MD, tuple(counts_E.tolist()), r, order_M, token_of_M, slot_of_Tk)
 
     def _losses(self, parts: dict[int, _Sorted | _SortedFew], tap: RouterTap | None) -> list[Tensor]:
@@ -477,6 +503,15 @@ class MoELayer(nn.Layer):
             if m in logits
         ]
         return [loss for loss in found if loss is not None]
+
+
+def _flips(logits_TE: Tensor, bias_E: Tensor, forced_Tk: np.ndarray) -> tuple[int, int]:
+    """(tokens whose own choice differs from what is forced, forced tokens)."""
+    kept_T = (forced_Tk >= 0).all(-1)
+    score_TE = F.softmax(logits_TE.detach(), axis=-1) + bias_E
+    own_Tk = paddle.topk(score_TE, forced_Tk.shape[1], axis=-1)[1].numpy()
+    differ_T = (np.sort(own_Tk, -1) != np.sort(forced_Tk, -1)).any(-1)
+    return int((differ_T & kept_T).sum()), int(kept_T.sum())
 
 
 def update_correction_bias(model: nn.Layer, coefficient: float) -> None:

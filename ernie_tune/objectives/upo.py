@@ -353,13 +353,14 @@ PRESETS: Mapping[str, UpoSettings] = {
 class SamplingPreset:
     """A preset whose policy samples answers while it learns. pg_loss: a name of
     `policy.SURROGATES`. rows: comparisons come from judged rows of the data, not from the sampled
-    answers.
+    answers. frozen_routers: routers of a model that is trained itself stay as they are.
     """
 
     pg_loss: str
     weights: Mapping[str, float] = field(default_factory=lambda: {"pg": 1.0, "pair": 1.0})
     kappa: int = 0
     rows: bool = False
+    frozen_routers: bool = False
 
 
 # dpo_aux has the structure of arXiv 2405.17956: likelihood weighed by advantage beside pairs or
@@ -367,6 +368,6 @@ class SamplingPreset:
 SAMPLING_PRESETS: Mapping[str, SamplingPreset] = {
     "upo_online": SamplingPreset("ppo"),
     "upo_offline": SamplingPreset("ppo", rows=True),
-    "upo_group": SamplingPreset("gspo", kappa=1),
+    "upo_group": SamplingPreset("gspo", kappa=1, frozen_routers=True),
     "dpo_aux": SamplingPreset("awr", rows=True),
 }

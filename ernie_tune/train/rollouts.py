@@ -29,6 +29,8 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit, UnitBatch, collate_units
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.generate.sampling import SamplingParams
+from ernie_tune.models.replay import COLUMN as EXPERTS
+from ernie_tune.models.replay import of_completions
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.objectives.policy import KlControl
 from ernie_tune.rewards.functions import Answered
@@ -77,6 +79,7 @@ class RolloutSettings:
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
     unjudged: bool = False  # answers without a reward count too: a teacher has something to say of them
+    note_experts: bool = False  # which experts each token goes to while it is sampled
     prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 
     def __post_init__(self) -> None:
@@ -318,7 +321,8 @@ class Rollouts:
         )
         asked = [self._encoded(record) for record in records]
         prompts = [
-            Prompt(one.row, params, key, number) for key, (one, number) in enumerate(zip(asked, numbers, strict=True))
+            Prompt(one.row, params, key, number, experts=self.settings.note_experts)
+            for key, (one, number) in enumerate(zip(asked, numbers, strict=True))
         ]
         found = self.sampler(prompts)
         return [
@@ -400,6 +404,9 @@ class Rollouts:
         logps = [np.asarray(c.logps, np.float64)[chosen] for c, chosen in zip(completions, sampled, strict=True)]
         logp_N = np.concatenate(logps)
         columns = {"sampled_logp_N": logp_N, "old_logp_N": logp_N.copy()}
+        experts_MLk = of_completions(completions, [d.num_tokens for d in dialogues])
+        if experts_MLk is not None:
+            columns[EXPERTS] = experts_MLk
         return Rolled(
             drawn.number, record, unit, answers, tuple(scored), reward_G, counts_G.astype(np.float64), columns
         )
@@ -418,6 +425,8 @@ class Rollouts:
                 batch = attach(batch)
             ends = np.cumsum([int(group.length_G.sum()) for group in part])[:-1]
             for name, values in batch.columns.items():
+                if name == EXPERTS:
+                    continue  # each group has its own
                 for group, own in zip(part, np.split(values, ends), strict=True):
                     group.columns[name] = own
 

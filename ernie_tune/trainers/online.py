@@ -8,6 +8,7 @@ a round is made (train/rollouts.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ import numpy as np
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
-from ernie_tune.data.batching import THINKING, Dropped
+from ernie_tune.data.batching import Dropped
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.prompts import Difficulty, PromptStream
 from ernie_tune.data.records import Record
 from ernie_tune.data.survey import Survey, survey
 from ernie_tune.data.units import UnitBatch
+from ernie_tune.data.usable_prompts import UsablePrompts
 from ernie_tune.evaluate.measure import Measure
 from ernie_tune.evaluate.rewards import OnlineMeasure
 from ernie_tune.generate.batch import Completion, Prompt
@@ -50,6 +52,7 @@ from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
 COMPLETIONS_FILE = "rollouts.jsonl"
@@ -100,37 +103,6 @@ class RolloutStream:
         """The rounds' part says it all."""
 
 
-class _Prompts:
-    """Which prompts can be answered: those that are not too long (they are never cut, a cut could
-    part a picture).
-    """
-
-    def __init__(self, processor: Processor, max_tokens: int) -> None:
-        self.processor, self.max_tokens = processor, max_tokens
-
-    def usable(self, record: Record, dropped: Dropped) -> bool:
-        """Whether it can, a reason noted where not."""
-        thinking, where = THINKING.get(record.mode), str(record.meta)
-        tokens, _ = self.processor.measure(
-            record.prompt,
-            record.images,
-            record.videos,
-            tools=record.tools,
-            thinking=thinking,
-            add_generation_prompt=True,
-            where=where,
-        )
-        if tokens > self.max_tokens:
-            dropped.add(
-                say(
-                    f"prompt longer than max_prompt_len ({self.max_tokens} tokens)",
-                    f"提示超过 max_prompt_len（{self.max_tokens} 个 token）",
-                ),
-                where,
-            )
-        return tokens <= self.max_tokens
-
-
 class RolloutsPart:
     """Where the prompts stand and what is left of a round: one folder for each rank that holds
     other prompts.
@@ -171,6 +143,7 @@ class SampledAnswers(Method):
             self.signals = (*self.signals, *self.teaching.signals)
         self.reference: Reference | None = None
         self.watch = RolloutWatch(by_reward=self.teaching is None)
+        self.replay = "off"  # of routers, once the model is known
         self._mode = ""  # of the reference, once it is chosen
         self._fresh = False  # whether room was made for a copy of the adapter
         self._rollouts: Rollouts | None = None
@@ -237,6 +210,9 @@ class SampledAnswers(Method):
         prompts are to be computed once.
         """
         check_shared_prompts(model, self.settings.prefix_sharing)
+        updates = self.settings.num_iterations * self.settings.num_mini_batches
+        self.replay = replay_mode(self.config, updates, model)
+        self.settings = dataclasses.replace(self.settings, note_experts=self.replay == "R3")
 
     def before_put(self, model: Any) -> None:
         """Choose the reference while the whole adapter can be seen, and make room for its copy.
@@ -320,14 +296,18 @@ class SampledAnswers(Method):
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
         """What is added to a round's groups once they have advantages."""
-        if self.teaching is None:
-            return ()
-        return (functools.partial(self.teaching.judge, size=self.settings.groups_per_batch),)
+        size = self.settings.groups_per_batch
+        more: list[Callable[[Sequence[Rolled]], None]] = []
+        if self.replay != "off":
+            more.append(functools.partial(note_experts, size=size, policy=self.policy, processor=self.processor))
+        if self.teaching is not None:
+            more.append(functools.partial(self.teaching.judge, size=size))
+        return more
 
     # --- the run ----------------------------------------------------------------------------------
 
     def surveyed(self, stream: Any) -> Survey:
-        return survey([stream.records], _Prompts(self.processor, self.settings.max_prompt_length))
+        return survey([stream.records], UsablePrompts(self.processor, self.settings.max_prompt_length))
 
     def heaviest(self, stream: Any) -> None:
         """Nobody knows the longest answer beforehand."""

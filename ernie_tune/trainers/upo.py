@@ -16,6 +16,7 @@ Refuses to know: the terms' formulas (objectives), how rounds of answers are mad
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ from ernie_tune.trainers.online import SampledAnswers, policy_hyper
 from ernie_tune.trainers.preference import PreferenceMethod, ReferencePart, hyper_of
 
 _READS = {"pair": "pair", "bco_pair": "pair", "rank": "ranking", "rate": "rating", "bin": "label"}
+_ROUTERS = re.compile(r"\bmlp\.gate\.weight(_1)?$")
 ROWS_FILE = "judged_rows_state.json"
 
 
@@ -189,7 +191,15 @@ class SampledUPO(SampledAnswers):
         return outputs
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
-        return (self._may_win, self._refer_pairs) if self.pair_term is not None else ()
+        more = super().finishing()
+        return (*more, self._may_win, self._refer_pairs) if self.pair_term is not None else more
+
+    def attach(self, model: Any) -> None:
+        super().attach(model)
+        if self.preset.frozen_routers:
+            for name, value in model.named_parameters():
+                if _ROUTERS.search(name):
+                    value.stop_gradient = True
 
     @property
     def pair_term(self) -> PairTerm | None:

@@ -208,6 +208,7 @@ reward_weights: "1.0,0.1"
 term_weights: pg=1,pair=1
 pair_mode: best_worst
 kappa: 1
+router_replay: R3
 num_mini_batches: 2
 """
 
@@ -230,8 +231,13 @@ output_dir: {tmp_path / "run"}
     assert loaded.notes == ()
     assert loaded.config.train.per_device_train_batch_size == 8
     made = UPOTrainer(args=loaded.config)
+    gates = {name: value.numpy() for name, value in made.model.named_parameters() if ".mlp.gate." in name}
     made.train()
     assert made.loop.step == 2
+    assert gates
+    for name, value in made.model.named_parameters():
+        if name in gates:  # the preset leaves routers as they are
+            assert value.numpy().tobytes() == gates[name].tobytes()
     told = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(set(row["rewards"]) >= {"exact", "format"} for row in told)
 
