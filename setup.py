@@ -58,6 +58,7 @@ setup(
         "serve": [*SERVER, "pydantic>=2.9", "llguidance>=1.9"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.8",
             "mypy>=1.11",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -324,11 +325,24 @@ class Scan:
         """The facts of these rows, read again."""
         offsets = self._log.take("offset", rows_k).tolist()
         for (file, line), offset in zip(self._places(rows_k), offsets, strict=True):
-            yield self._known(facts_of(file.record(file.source.reread(offset, line), line)))
+            with _further_down():
+                record = file.record(file.source.reread(offset, line), line)
+            yield self._known(facts_of(record))
 
     def _known(self, facts: Facts) -> Facts:
         """The same with media as they are compared."""
         return (*facts[:3], self._pictures.identity(facts[3]), *facts[4:])
+
+
+@contextmanager
+def _further_down() -> Iterator[None]:
+    """A row at the edge of what can be nested is read again from more frames than at first."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(before + 200)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 @contextmanager

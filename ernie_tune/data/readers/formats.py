@@ -389,7 +389,11 @@ def read(
     better = match(row, others)
     if better and better.read is not form.read:
         raise f.error("mixed", "format", f"{better.name}", format=form.name)
-    record = form.read(f)
+    try:
+        record = form.read(f)
+    except RecursionError:
+        why = {"why": say("nest them less", "请减少嵌套")}
+        raise DataError(where.path, where.line, "row", "values nested too deeply", "json", why) from None
     unused = (*check_unused(f, record), *(extra or {}))
     left = {**(extra or {}), **f.extra()}
     return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, left, unused, tuple(f.notes)))
