@@ -167,6 +167,31 @@ def upo_terms(c: RunConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*sampled, *(UPO_TERMS if rows else ()))))
 
 
+def _critic(c: RunConfig) -> Iterator[tuple[str, str]]:
+    """A critic where nothing makes one, and settings of one that is not there."""
+    stage, asked = c.model.stage, c.policy.advantage_estimator
+    if stage == "RLVR" and asked == "gae":
+        yield (
+            "advantage_estimator",
+            say(
+                "advantage_estimator (gae) must be another at stage RLVR, which has no critic; take stage PPO, or grpo",
+                "RLVR 阶段没有价值网络，advantage_estimator（gae）须为其他；请用 PPO 阶段，或 grpo",
+            ),
+        )
+    if stage != "UPO" or not c.samples or asked == "gae":
+        return
+    flat = c.flat()
+    for name, setting in SETTINGS.items():
+        if setting.section == "critic" and name != "reward_model" and flat[name] != setting.default:
+            yield (
+                name,
+                say(
+                    f"{name} ({flat[name]}) must go with advantage_estimator gae, not {asked}; set one",
+                    f"{name}（{flat[name]}）须与 advantage_estimator gae 同用，而不是 {asked}；请设置其一",
+                ),
+            )
+
+
 def _pair_weight(c: RunConfig) -> Iterator[tuple[str, str]]:
     given = c.pairs.pair_weight
     if given != "auto" and not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", given):
@@ -392,4 +417,4 @@ def _reference(c: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-METHOD_RULES = (_stage, _compared, _density, _reference, _losses)
+METHOD_RULES = (_stage, _critic, _compared, _density, _reference, _losses)

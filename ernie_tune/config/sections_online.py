@@ -15,15 +15,15 @@ from ernie_tune.config.stages import POLICY_LOSSES
 _RL = ("RLVR", "PPO", "UPO")
 _RLVR = ("RLVR", "UPO")
 _UPO = ("UPO",)
-_PPO = ("PPO",)
+_PPO = ("PPO", "UPO")  # UPO with advantage_estimator gae
 ESTIMATORS = {
-    "auto": ("grpo, or gae with a critic", "grpo；有价值网络时为 gae"),
+    "auto": ("grpo; gae at stage PPO", "grpo；PPO 阶段为 gae"),
     "grpo": ("relative to the answers of the same prompt", "相对同一提示的其他回答"),
     "rloo": ("relative to the other answers of the prompt", "相对该提示的其余回答"),
     "max_rl": ("relative to the prompt's mean reward", "相对该提示的平均奖励"),
     "reinforce_plus_plus": ("returns whitened over the batch", "整批白化的回报"),
     "reinforce_plus_plus_baseline": ("less the prompt's mean, whitened over the batch", "减去提示均值后整批白化"),
-    "gae": ("against a critic", "相对价值网络"),
+    "gae": ("against a critic (stages PPO and UPO)", "相对价值网络（PPO 与 UPO 阶段）"),
 }
 CORRECTIONS = {
     "none": ("no correction", "不修正"),

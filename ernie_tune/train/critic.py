@@ -150,7 +150,8 @@ class ActorCritic(Loop):
     def _step(self, window: Sequence[Any], start: float) -> StepRecord:
         self.beside.step = self.step
         with self.critic.learning():
-            learned = next(self.beside.steps([window]))
+            # rows that were not sampled may ride along: no return is known of them
+            learned = next(self.beside.steps([[batch for batch in window if "return_N" in batch.columns]]))
         acted = self._stay(learned, start) if self.step < self.warmup else super()._step(window, start)
         told = {"critic/grad_norm": learned.grad_norm, "critic/learning_rate": learned.learning_rate}
         metrics = {**acted.metrics, **learned.metrics, **told}

@@ -37,7 +37,7 @@ from ernie_tune.objectives.unpaired import RewardShift
 from ernie_tune.objectives.upo import PRESETS, SAMPLING_PRESETS, SamplingPreset, UpoSettings
 from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.guards import Verdict
-from ernie_tune.train.loop import StepRecord
+from ernie_tune.train.loop import Loop, StepRecord
 from ernie_tune.train.preference import UpoObjective
 from ernie_tune.train.rollouts import Rolled
 from ernie_tune.train.upo import OnlineUpoObjective, PairTerm, is_sampled, unit_pairs
@@ -48,6 +48,7 @@ from ernie_tune.trainers.judges import rubric_of
 from ernie_tune.trainers.keeper import StreamPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 from ernie_tune.trainers.online import SampledAnswers, policy_hyper
+from ernie_tune.trainers.ppo import AgainstCritic
 from ernie_tune.trainers.preference import PreferenceMethod, ReferencePart, hyper_of
 
 _READS = {"pair": "pair", "bco_pair": "pair", "rank": "ranking", "rate": "rating", "bin": "label"}
@@ -180,7 +181,7 @@ class SampledUPO(SampledAnswers):
         return self.term_weights["kl"] > 0 or self.settings.kl_coef > 0
 
     def attached(self) -> list[Callable[[UnitBatch], UnitBatch]]:
-        return super().attached() if self.refers_all else []
+        return [one for one in super().attached() if self.refers_all or one != self._with_reference]
 
     def support(self) -> Callable[..., Outputs]:
         sampled = super().support()
@@ -317,6 +318,10 @@ class SampledUPO(SampledAnswers):
         return {**super().parts(), **more}
 
 
+class UPOAgainstCritic(SampledUPO, AgainstCritic):
+    """The same with a critic: answers are compared with what it expected of them, as PPO has it."""
+
+
 class UPOTrainer(Trainer):
     """Learn from every kind of judgement at once. `loss_type` names a preset; `term_weights`
     changes its weights.
@@ -326,9 +331,10 @@ class UPOTrainer(Trainer):
     `RLVRTrainer` samples them: upo_online (the policy's loss, `pg_loss`, and pairs among the
     sampled answers), upo_group (the same with GSPO and rewards per token), upo_offline (the
     policy's loss, and judged rows of the data), dpo_aux (likelihood weighed by advantage, and
-    judged rows). `reward_funcs`, `reward_weights`, `processing_class`: as `RLVRTrainer`'s.
-    Arguments and errors as `Trainer`'s; also ValueError for a policy that has not been through SFT,
-    and for rewards where nothing is sampled.
+    judged rows). With advantage_estimator gae answers are compared with a critic.
+    `reward_funcs`, `reward_weights`, `processing_class`: as `RLVRTrainer`'s. Arguments and errors
+    as `Trainer`'s; also ValueError for a policy that has not been through SFT, and for rewards
+    where nothing is sampled.
     """
 
     method_class = UPO
@@ -361,7 +367,15 @@ class UPOTrainer(Trainer):
     def make_method(self) -> Method:
         if self.rubric is None:
             return UPO(self.args, self.place, self.processor)
-        return SampledUPO(self.args, self.place, self.processor, self.rubric)
+        kind = UPOAgainstCritic if self.args.policy.advantage_estimator == "gae" else SampledUPO
+        return kind(self.args, self.place, self.processor, self.rubric)
+
+    def build_loop(self, length: tuple[int, float] | None = None) -> Loop:
+        length = length or self.total_steps()
+        actor = super().build_loop(length)
+        if not isinstance(self.method, UPOAgainstCritic):
+            return actor
+        return self.method.beside(actor, self.put(), length[0])
 
 
 def _of(rows: Rows, wanted: Callable[[Record], bool]) -> Rows:

@@ -24,6 +24,7 @@ from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.train.reference import Reference
 from ernie_tune.trainers.online import RLVRTrainer
+from ernie_tune.trainers.ppo import PPOTrainer
 from ernie_tune.trainers.run import Run
 from ernie_tune.trainers.upo import SampledUPO, UPOTrainer
 
@@ -200,6 +201,26 @@ def test_rows_ride_in_the_window_of_sampled_answers(tmp_path: Path) -> None:
     assert min(parts[:3]) > 0
 
 
+@pytest.mark.parametrize("preset", ["upo_online", "upo_offline"])
+def test_with_a_critic_it_is_ppo_with_pairs(tmp_path: Path, preset: str) -> None:
+    """Without pairs a run against a critic is PPO's to the last bit; with them it is another."""
+    data = rows(6) + (judged(5) if preset == "upo_offline" else [])
+    shared = {"max_steps": 2, "kl_coef": 0.0, "critic_warmup": 1}
+    alone = PPOTrainer(model(), args(tmp_path, "PPO", data=rows(6), **shared), processor=ending(), reward_funcs=even)
+    alone.train()
+    same = {**shared, "advantage_estimator": "gae", "loss_type": preset, "data": data}
+    ours = upo(tmp_path, term_weights="pair=0", **{**same, "data": rows(6)})
+    ours.train()
+    assert_equal(ours, alone)
+    both = upo(tmp_path, output_dir=str(tmp_path / "both"), **same)
+    both.train()
+    assert {"critic/vf_explained_var", "upo/pair/loss"} & set(logged(both)[-1]) == {
+        "critic/vf_explained_var",
+        "upo/pair/loss",
+    }
+    assert any(not np.array_equal(v, weights(alone)[n]) for n, v in weights(both).items())
+
+
 YAML = """
 stage: UPO
 loss_type: upo_group
@@ -251,6 +272,7 @@ output_dir: {tmp_path / "run"}
     ({"allow_base": False, "model_name_or_path": "tiny-a"}, r"must have been through SFT before UPO"),
     ({"ref_mode": "precomputed"}, r"ref_mode \(precomputed\) must give a reference for answers that nobody knows before"),
     ({"packing": True}, r"packing \(true\) must be false at stage UPO, where answers are sampled"),
+    ({"gamma": 0.9}, r"gamma \(0.9\) must go with advantage_estimator gae, not auto"),
     ({"cispo_cap": 3.0}, r"cispo_cap \(3.0\) must go with pg_loss cispo, not auto"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
