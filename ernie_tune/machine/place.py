@@ -20,7 +20,7 @@ from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.machine.alone import LocalEngine
 from ernie_tune.machine.fleet import DistributedEngine, Laid, spread, unkept
-from ernie_tune.machine.placed import Placed, Whole, read_parts
+from ernie_tune.machine.placed import Placed, Whole, copy_parts, read_parts
 from ernie_tune.machine.stages import StagedForward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.parallel.mesh import Mesh, init_mesh
@@ -107,11 +107,18 @@ class Place:
     # --- models -----------------------------------------------------------------------------------
 
     def put(
-        self, model: ErnieModel, source: Source | None = None, *, trained: bool = True, optimizer_next: bool = False
+        self,
+        model: ErnieModel,
+        source: Source | None = None,
+        *,
+        trained: bool = True,
+        optimizer_next: bool = False,
+        like: ErnieModel | None = None,
     ) -> Placed:
         """Put `model`, with its adapters, on the mesh, once, and read its values where it has none
         yet (`source`).
 
+        `like`: one of the same layout that lies already, whose values it takes part by part.
         `trained`: with an engine, for an optimizer; else it is only asked. `optimizer_next`: an
         optimizer comes before anything else, so what sharding stage 3 would then let go of is not
         read. ValueError, on all ranks, for values that cannot be used.
@@ -119,6 +126,8 @@ class Place:
         if not self.several:
             if source is not None:
                 read_parts(model, source)
+            if like is not None:
+                copy_parts(model, like)
             return Placed(model, self, LocalEngine() if trained else None, model)
         whole = Whole(model)
         d = self.mesh.layout
@@ -126,6 +135,8 @@ class Place:
         laid = spread(model, self.mesh, bounds)
         if source is not None:
             self._read(model, source, unkept(model, self.mesh) if optimizer_next else frozenset())
+        if like is not None:
+            copy_parts(model, like)
         if trained:
             engine = DistributedEngine.over(model, self.mesh, laid, accumulation=self.accumulation)
             return Placed(model, self, engine, engine.callable, whole)

@@ -239,6 +239,15 @@ def read_parts(model: ErnieModel, source: Source, where: Where | None = None) ->
         model.settle()
 
 
+def copy_parts(model: ErnieModel, other: ErnieModel) -> None:
+    """Give a model the values of one that lies as it does, by name; what only one of them has stays
+    as it is."""
+    values = other.state_dict()
+    for name, value in model.state_dict().items():
+        if name in values:
+            value.set_value(values[name])
+
+
 def load_weights(model: ErnieModel, folder: Path, where: Where | None = None) -> None:
     """Put the weights, or the adapter, that `save_pretrained` wrote into `folder` into `model`;
     with `where`, into a plain model that lies over ranks. ValueError where they are others."""

@@ -30,7 +30,7 @@ from ernie_tune.objectives.policy import KlControl
 from ernie_tune.objectives.value import value_loss
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.train.loop import Loop, StepRecord
-from ernie_tune.train.reward_model import RewardHead
+from ernie_tune.train.reward_model import RewardHead, head_dtype
 from ernie_tune.train.rollouts import Rolled
 
 ADAPTER = "critic"  # name of its adapter, where it shares the policy's model
@@ -42,7 +42,7 @@ def attach_value_head(model: ErnieModel) -> RewardHead | Elsewhere:
     the advantage of an answer is then its return. On a pipeline stage without the last layer, what
     stands in for one."""
     if HEAD not in dict(model.named_children()):
-        head = RewardHead(model.config.hidden_size)
+        head = RewardHead(model.config.hidden_size, dtype=head_dtype(model))
         head.weight.set_value(paddle.zeros_like(head.weight))
         model.add_sublayer(HEAD, head)
     found: RewardHead | Elsewhere = vars(model)["_sub_layers"][HEAD]

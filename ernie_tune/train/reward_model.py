@@ -50,17 +50,17 @@ class RewardHead(nn.Layer):
     between so many levels of ratings are made of, too.
     """
 
-    def __init__(self, width: int, seed: int = 0, levels: int = 0) -> None:
+    def __init__(self, width: int, seed: int = 0, levels: int = 0, dtype: str = "float32") -> None:
         super().__init__()
         fresh = np.random.default_rng(seed).standard_normal((width, 1)).astype(np.float32) / np.sqrt(width + 1)
         self.weight = self.create_parameter(
-            [width, 1], dtype="float32", default_initializer=nn.initializer.Assign(fresh.astype(np.float32))
+            [width, 1], dtype=dtype, default_initializer=nn.initializer.Assign(fresh.astype(np.float32))
         )
         self.thresholds: Tensor | None = None
         if levels:
             free_K = even_cuts(levels).astype(np.float32)
             self.thresholds = self.create_parameter(
-                [levels - 1], dtype="float32", default_initializer=nn.initializer.Assign(free_K)
+                [levels - 1], dtype=dtype, default_initializer=nn.initializer.Assign(free_K)
             )
 
     def cuts(self) -> Tensor | None:
@@ -71,12 +71,17 @@ class RewardHead(nn.Layer):
         return paddle.matmul(x_CD.astype(self.weight.dtype), self.weight).squeeze(-1)
 
 
+def head_dtype(model: ErnieModel) -> str:
+    """What a head on this model computes in: float32 beside bfloat16, too."""
+    return "float64" if model.compute_dtype == "float64" else "float32"
+
+
 def attach_head(model: ErnieModel, seed: int = 0, levels: int = 0) -> RewardHead | Elsewhere:
     """Give the model a fresh trained head, or return what it has: on a pipeline stage without the
     last layer, what stands in for one.
     """
     if "reward_head" not in dict(model.named_children()):
-        model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed, levels))
+        model.add_sublayer("reward_head", RewardHead(model.config.hidden_size, seed, levels, head_dtype(model)))
     head: RewardHead | Elsewhere = model.reward_head
     return head
 
@@ -145,7 +150,7 @@ def load_head(model: ErnieModel, folder: str | os.PathLike[str]) -> None:
         )
     values = dict(saved.named_parameters())
     for name, parameter in head.named_parameters():
-        parameter.set_value(values[name])
+        parameter.set_value(values[name].astype(parameter.dtype))
 
 
 def _levels(head: RewardHead) -> int:

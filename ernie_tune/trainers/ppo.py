@@ -171,18 +171,12 @@ class AgainstCritic(SampledAnswers):
         trained = {name for name, p in model.named_parameters() if not p.stop_gradient}
         for name, parameter in copy.named_parameters():
             parameter.stop_gradient = name not in trained and not name.startswith("value_head.")
-        placed = self.place.put(copy, source)
-        if source is None:
-            values = model.state_dict()
-            for name, value in copy.state_dict().items():
-                if name in values:
-                    value.set_value(values[name])
-        return placed
+        return self.place.put(copy, source, like=None if self._start else model)
 
     def _take_head(self, model: ErnieModel) -> None:
         head = attach_value_head(model)
         if not isinstance(head, Elsewhere):
-            head.weight.set_value(read_head(self._start).weight)
+            head.weight.set_value(read_head(self._start).weight.astype(head.weight.dtype))
 
     def beside(self, actor: Loop, policy: Placed, total_steps: int) -> ActorCritic:
         """The policy's loop with the critic's."""

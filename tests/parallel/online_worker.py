@@ -24,6 +24,7 @@ from ernie_tune.generate.scheduler import complete
 from ernie_tune.machine import place
 from ernie_tune.machine.stages import outputs_of
 from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
+from ernie_tune.trainers.ppo import PPOTrainer
 
 # Settings of a layout. One process has a window's micro-batches in turn where several ranks share
 # them.
@@ -56,12 +57,14 @@ CASES: dict[str, dict[str, Any]] = {
     # answers of one rank end with their first token; fewer prompts than ranks are drawn again, so a
     # rank has none
     "uneven": {"num_mini_batches": 2, "per_device_train_batch_size": 3, "max_steps": 4},
+    "critic": {"stage": "PPO", "kl_target": 0.01, "kl_horizon": 40, "max_steps": 3},
+    "critic adapter": {"stage": "PPO", "fine_tuning": "LoRA", "lora_rank": 4, "num_mini_batches": 2, "max_steps": 4},
 }
 TRIED: dict[str, tuple[str, ...]] = {
-    "DP2": ("reference", "uneven"),
-    "TP2 SP EP2": ("uneven",),
-    "PP2": ("reference",),
-    "EP2 sharding 2": ("uneven",),
+    "DP2": ("reference", "uneven", "critic", "critic adapter"),
+    "TP2 SP EP2": ("uneven", "critic adapter"),
+    "PP2": ("reference", "critic"),
+    "EP2 sharding 2": ("uneven", "critic adapter"),
     "sharding 3": ("reference",),
     "TP2 DP2": ("reference", "uneven"),
 }
@@ -127,7 +130,8 @@ def train(folder: Path, case: str, layout: str = "one process") -> Path:
         **CASES[case],
         **LAYOUTS[layout],
     }
-    made = RLVRTrainer(args=TrainingArguments(**values), reward_funcs=even)
+    kind = PPOTrainer if CASES[case].get("stage") == "PPO" else RLVRTrainer
+    made = kind(args=TrainingArguments(**values), reward_funcs=even)
     if case == "uneven":
         made.method.__class__ = Halting
     made.train()
