@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
+from ernie_tune.rewards.endpoint import EndpointJudge
 from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
 from ernie_tune.rewards.reading import read_quantity
@@ -297,7 +298,7 @@ class Rubric:
         """
         out: dict[str, float] = {}
         for judge in self.judges:
-            if isinstance(judge, RewardFunction):
+            if isinstance(judge, RewardFunction | EndpointJudge):
                 asked, judge.asked = judge.asked, Asked()
                 for name in ("timeouts", "errors"):
                     out[f"rewards/{judge.name}/{name}"] = float(getattr(asked, name))
@@ -312,6 +313,8 @@ class Rubric:
 
     def _same_twice(self, groups: Sequence[Group]) -> None:
         for judge in self.judges:
+            if isinstance(judge, EndpointJudge):  # remembers what it said
+                continue
             first, second = judge(groups), judge(groups)
             if isinstance(judge, RewardFunction):
                 judge.asked = Asked()  # asked for nobody's answers

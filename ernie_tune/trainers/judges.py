@@ -25,6 +25,7 @@ from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
+from ernie_tune.rewards.endpoint import SCHEME, EndpointJudge
 from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores, load_function
 from ernie_tune.rewards.rubric import ROW, Judge, RowVerifiers, Rubric
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
@@ -123,6 +124,23 @@ class OpenedJudge:
         ]
 
 
+def open_judges(rubric: Rubric, place: Place, policy: Placed) -> None:
+    """Called once the policy lies: reward models go beside it, and of the processes that judge the
+    same answers one asks an address and tells the others.
+    """
+    for judge in rubric.judges:
+        if isinstance(judge, ModelJudge):
+            judge.open(place, policy)
+        if isinstance(judge, EndpointJudge) and place.several:
+            _asked_once(judge, place)
+
+
+def _asked_once(judge: EndpointJudge, place: Place) -> None:
+    tensor, pipe = place.mesh.group("tensor"), place.mesh.group("pipe")
+    judge.leads = place.mesh.rank_in("tensor") == place.mesh.rank_in("pipe") == 0
+    judge.share = lambda values: pipe.objects(tensor.objects(values)[0])[0]
+
+
 @contextlib.contextmanager
 def kept_active(model: PeftModel) -> Any:
     """A `with` after which the adapter that acts and is trained is the one from before it."""
@@ -205,6 +223,8 @@ def _judge(config: RunConfig, given: Any) -> Judge:
             else RewardFunction(given, "", r.reward_error, r.reward_timeout_seconds)
         )
     text = str(given)
+    if text.startswith(SCHEME):
+        return EndpointJudge(text, r.reward_timeout_seconds)
     if text == ROW:
         return RowVerifiers(r.max_completion_length)
     if text in VERIFIERS:
@@ -217,8 +237,8 @@ def _judge(config: RunConfig, given: Any) -> Judge:
     raise ValueError(
         say(
             f"reward_funcs ({text}) must be the name of a checker ({checkers}), {ROW} (what each row names), "
-            "file.py:function, or the folder of a reward model; correct it",
-            f"reward_funcs（{text}）须为检查器名（{checkers}）、{ROW}（由每行指定）、file.py:function，"
-            "或奖励模型的目录；请改正",
+            "file.py:function, the folder of a reward model, or judge:http://…; correct it",
+            f"reward_funcs（{text}）须为检查器名（{checkers}）、{ROW}（由每行指定）、file.py:function、"
+            "奖励模型的目录，或 judge:http://…；请改正",
         )
     )

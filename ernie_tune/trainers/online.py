@@ -49,7 +49,7 @@ from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts, RolloutSettings
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
-from ernie_tune.trainers.judges import ModelJudge, rubric_of
+from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 from ernie_tune.trainers.replaying import note_experts, replay_mode
@@ -263,8 +263,7 @@ class SampledAnswers(Method):
         if self._fresh:
             take_copy(policy.model)
             self._fresh = False
-        for judge in self._models():
-            judge.open(self.place, policy)
+        open_judges(self.rubric, self.place, policy)
         if self.teaching is not None:
             self.teaching.open(policy)
         if self._mode != "none":
