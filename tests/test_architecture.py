@@ -165,6 +165,40 @@ def test_prose_of_pages_is_wrapped() -> None:
     assert wide == []
 
 
+def test_no_circle_of_files() -> None:
+    """What loading a file loads never comes back to it. (Rows rule out circles of rooms.)"""
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    loads = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        from_rooms = [
+            f"{node.module}.{alias.name}"
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+        loads[name] = {m for m in (*top_level_modules(tree), *from_rooms) if m in names and m != name}
+    while loose := {name for name, needed in loads.items() if not needed & set(loads)}:
+        loads = {name: needed for name, needed in loads.items() if name not in loose}
+    assert not loads, "each of these waits for another of them"
+
+
+def test_trainers_differ_in_few_places() -> None:
+    """What a method is, is a `Method`; the faces that users call override little of `Trainer`."""
+    kin, hooks = {"Trainer"}, set()
+    classes = [
+        node for p in FILES for node in ast.parse(p.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+    ]
+    (trainer,) = [c for c in classes if c.name == "Trainer"]
+    own = {n.name for n in trainer.body if isinstance(n, ast.FunctionDef)} - {"__init__"}
+    for _ in range(3):
+        for c in classes:
+            if kin & {ast.unparse(base) for base in c.bases}:
+                kin.add(c.name)
+                hooks |= own & {n.name for n in c.body if isinstance(n, ast.FunctionDef)}
+    assert len(hooks) <= 6, sorted(hooks)
+
+
 def test_a_public_class_name_exists_once() -> None:
     """Who reads a name must know what it is, and a search must find one thing."""
     places: dict[str, list[str]] = {}
