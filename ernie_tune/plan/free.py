@@ -22,7 +22,10 @@ from ernie_tune.plan.search import changes_that_fit
 
 GB = 1e9
 # What a run holds from its first step on, however short its rows are.
-_ALWAYS = ("weights", "quantised base", "vision tower", "adapters", "reference model", "gradients", "optimizer")
+_ALWAYS = (
+    *("weights", "quantised base", "vision tower", "adapters", "reference model", "critic", "reward model"),
+    *("gradients", "optimizer"),
+)
 # (limit, what is in use) of a container, in either version of control groups
 _CONTAINER = (
     ("memory.max", "memory.current"),

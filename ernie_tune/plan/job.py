@@ -64,6 +64,8 @@ class Job:
     `packed`: how wide the codes are where the base is a packed folder.
     `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes
     that store them otherwise.
+    `critic`: "none", "adapter" (on the policy's base) or "copy" (a second trained model).
+    `reward_model`: one beside the policy, taken to be as large; not one that is an adapter.
     """
 
     model: ModelConfig
@@ -81,6 +83,8 @@ class Job:
     accumulation: int = 1
     visual_tokens: int = 0
     reference: str = "none"
+    critic: str = "none"
+    reward_model: bool = False
     sequences: int = 0
     sequence_prompts: int = 0
     sequence_tokens: int = 0
@@ -170,6 +174,8 @@ def job_of(config: RunConfig, model: ModelConfig, *, on_cpu: bool = False, visua
         longest,
         t.gradient_accumulation_steps,
         reference=_reference(config),
+        critic=_critic(config),
+        reward_model=_reward_model(config),
         sequences=sequences,
         sequence_prompts=-(-sequences // config.rollout.num_generations),
         sequence_tokens=longest if sampled else 0,
@@ -203,6 +209,22 @@ def _added_width(config: RunConfig) -> int:
 def _reference(config: RunConfig) -> str:
     """What the reference log-probabilities come from."""
     stage, free = config.model.stage, config.reference.reference_free
-    if not STAGES[stage].reference or free or (stage == "RLVR" and config.preference.beta == 0):
+    kl_coef = config.policy.kl_coef if config.policy.kl_coef is not None else 0.05 if stage == "PPO" else 0.0
+    if not STAGES[stage].reference or free or (STAGES[stage].samples and config.preference.beta == kl_coef == 0):
         return "none"
     return "copy" if config.model.fine_tuning in ("Full", "Freeze") else "adapter"
+
+
+def _critic(config: RunConfig) -> str:
+    """What a critic is beside the policy."""
+    if config.model.stage != "PPO":
+        return "none"
+    return "copy" if config.model.fine_tuning in ("Full", "Freeze") else "adapter"
+
+
+def _reward_model(config: RunConfig) -> bool:
+    """Whether a whole reward model lies beside the policy: one that is no adapter, as far as its
+    folder says."""
+    folder = config.critic.reward_model
+    shared = config.model.fine_tuning not in ("Full", "Freeze") and Path(folder).is_dir()
+    return bool(folder) and not (shared and not (Path(folder) / "config.json").is_file())

@@ -42,6 +42,8 @@ ITEMS = {
     "vision tower": "视觉塔",
     "adapters": "适配器",
     "reference model": "参考模型",
+    "critic": "价值网络",
+    "reward model": "奖励模型",
     "gradients": "梯度",
     "optimizer": "优化器",
     "kept activations": "激活值",
@@ -157,11 +159,15 @@ def _states(items: dict[str, float], mine: list[Held], job: Job, layout: Layout,
         items[base] += h.base_bytes / cut / stored
         items["adapters"] += h.adapters / cut * wide / stored
         items["reference model"] += h.base_bytes / cut if job.reference == "copy" else 0.0
+        items["reward model"] += h.base_bytes / cut if job.reward_model else 0.0
         items["gradients"] += (trained * gradient + float32 * (4 - gradient)) / (
             sharded if layout.sharding_stage > 1 else 1
         )
         master = 4 if wide < 4 else 0
         states = (trained * (master + 2 * job.moment_bytes) - float32 * master) / sharded
+        if job.critic != "none":  # trained as the policy is: weights, gradients and moments of its own
+            own = h.base_bytes / cut if job.critic == "copy" else h.adapters * wide / cut
+            items["critic"] += own + trained * gradient + float32 * (4 - gradient) + states
         if layout.offload:
             offloaded += states
         else:

@@ -74,7 +74,10 @@ def step_time(job: Job, layout: Layout, card: Card, products: float | None = Non
     # Passes over the weights, in forwards: 3 for training, one more for recompute, one less where
     # the weights themselves get no gradient.
     passes = 2 + int(job.full) + int(job.recompute)
-    reference = 1 if job.reference != "none" else 0
+    # Forwards beside the policy's: a reference, a reward model, a critic's values; and its
+    # training.
+    reference = sum((job.reference != "none", job.reward_model, job.critic != "none"))
+    passes *= 2 if job.critic != "none" else 1
     compute = job.tokens * model_flops / 3 * (passes + reference) / (layout.tensor * layout.pipe) / rate
     compute += _expanding(job, layout, card) * (2 + int(job.recompute) + reference)
     communication = _communication(job, layout, card, 2 + int(job.recompute) + reference)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 from planning import ATTENTION, B28, B424, EVERYWHERE, FULL, job
@@ -168,6 +169,25 @@ def test_pairs_references_and_sampling() -> None:
     assert "reference model" not in free
     reward = memory(job(B28, stage="RM", **ATTENTION), Layout(), CARD).items
     assert "loss" not in reward
+
+
+def test_what_a_critic_and_a_reward_model_hold(tmp_path: Path) -> None:
+    """A second model trained as the first, or a second adapter; a reward model that is an adapter
+    costs nothing more, another one its weights."""
+    ppo = {"stage": "PPO", "max_completion_length": 256}
+    whole = memory(job(B28, fine_tuning="Full", **ppo), Layout(), CARD).items
+    model = base_bytes(job(B28))
+    assert whole["critic"] == pytest.approx(model + whole["gradients"] + whole["optimizer"], rel=1e-6)
+    assert whole["reference model"] == pytest.approx(model)
+    assert "reward model" not in whole
+    assert "reference model" not in memory(job(B28, fine_tuning="Full", kl_coef=0.0, **ppo), Layout(), CARD).items
+    alone = memory(job(B28, stage="RLVR", **ATTENTION), Layout(), CARD).items
+    beside = memory(job(B28, **ppo, **ATTENTION), Layout(), CARD).items
+    assert "critic" not in alone
+    adapters = alone["adapters"] + alone["gradients"] + alone["optimizer"]
+    assert beside["critic"] == pytest.approx(adapters, rel=1e-6)
+    assert memory(job(B28, reward_model="elsewhere", **ppo, **ATTENTION), Layout(), CARD).items["reward model"] == model
+    assert "reward model" not in memory(job(B28, reward_model=str(tmp_path), **ppo, **ATTENTION), Layout(), CARD).items
 
 
 def test_sampled_answers_hold_their_prompt_once() -> None:
