@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 from ernie_tune import __version__
+from ernie_tune.cli.help_chinese import HELP
 from ernie_tune.cli.verbs import VERBS, UsageError, Verb, find_verb
 from ernie_tune.config.language import choose_language, say, shown
 
@@ -143,4 +144,5 @@ def _overview() -> str:
 
 
 def _about_verb(verb: Verb) -> str:
-    return inspect.cleandoc(verb.load().__doc__ or verb.help)
+    english = inspect.cleandoc(verb.load().__doc__ or verb.help)
+    return str(say(english, HELP.get(verb.name, english)))

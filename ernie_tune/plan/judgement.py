@@ -206,9 +206,10 @@ def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ())
             f"put the weights there, or set {setting}: baidu/{name} and download_hub: huggingface, modelscope or aistudio",
             f"请把权重放到那里，或设置 {setting}: baidu/{name} 与 download_hub: huggingface、modelscope 或 aistudio",
         )
-    elif not os.path.isabs(path) and (beside / path).exists():
+    elif (found := _above(path, beside)) is not None:
         remedy = say(
-            f"beside the YAML file there is one: write {beside / path}", f"YAML 文件旁有：请写 {beside / path}"
+            f"seen from {found} there is one: go there, or write {found / path}",
+            f"从 {found} 看则有：请到那里运行，或写成 {found / path}",
         )
     elif names:
         remedy = say(
@@ -222,6 +223,16 @@ def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ())
         f"{setting}（{path}）不存在（当前文件夹为 {here}）：{{remedy}}",
         remedy=remedy,
     )
+
+
+def _above(path: str, beside: Path) -> Path | None:
+    """The folder from which a relative path leads to something: that of the YAML file, or one that
+    holds it, as files of a repository are written from its top.
+    """
+    if os.path.isabs(path):
+        return None
+    folder = beside.resolve()
+    return next((one for one in (folder, *folder.parents) if (one / path).exists()), None)
 
 
 def recipe_that_makes(path: str, beside: Path = Path()) -> Path | None:

@@ -26,10 +26,10 @@ CHILD = """
 import json, resource, sys, time
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.sources import Entry
+from ernie_tune.data.sources import DatasetEntry
 scan = Scan(Processor.bundled())
 start = time.process_time()
-report = scan.run([Entry(sys.argv[1])])
+report = scan.run([DatasetEntry(sys.argv[1])])
 seconds = time.process_time() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"rows": report.stats.rows, "cpu": seconds, "wall": report.seconds, "peak_mib": peak, "found": report.findings.counts}))

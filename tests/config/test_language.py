@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ernie_tune.cli.main import main
+from ernie_tune.cli.verbs import VERBS, Verb
 from ernie_tune.config.language import choose_language, in_language, join, language, say, shown
 
 VARIABLES = ("ERNIE_TUNE_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
@@ -218,3 +219,18 @@ def test_remedies_name_packages_of_others() -> None:
         f"{path.relative_to(PACKAGE)}" for path in FILES if re.search(r"pip install [\"']?ernie.tune", path.read_text())
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_of_a_verb_has_the_same_options_in_chinese(
+    verb: Verb, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {}
+    for wanted in ("en", "zh"):
+        monkeypatch.setenv("ERNIE_TUNE_LANG", wanted)
+        assert main([verb.name, "--help"]) == 0
+        said[wanted] = capsys.readouterr().out
+    assert CHINESE.search(said["zh"])
+    assert not CHINESE.search(said["en"])
+    english, chinese = ({*re.findall(r"--[a-z][\w-]*|[A-Z]{3,}(?:_[A-Z]+)+", said[name])} for name in said)
+    assert english == chinese

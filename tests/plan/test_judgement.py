@@ -79,13 +79,21 @@ def test_the_recipe_that_makes_a_model_is_named(here: Path) -> None:
     assert recipe_that_makes("output", recipes) is None
 
 
-def test_remedies(here: Path) -> None:
+def test_remedies(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "sub").mkdir()
     (here / "sub" / "y.jsonl").write_text(ROW)
     file = here / "sub" / "run.yaml"
     file.write_text(BASE.replace("x.jsonl", "y.jsonl"))
     note = "\n".join(judged(load_config(file, environ={}), f"{file}:1", training=False))
-    assert f"beside the YAML file there is one: write {here / 'sub' / 'y.jsonl'}" in note
+    assert f"seen from {here / 'sub'} there is one: go there, or write {here / 'sub' / 'y.jsonl'}" in note
+    # written from the top of a repository, run from elsewhere
+    (here / "sub" / "deep").mkdir()
+    file = here / "sub" / "deep" / "run.yaml"
+    file.write_text(BASE.replace("x.jsonl", "sub/y.jsonl").replace("tiny-a", "sub"))
+    monkeypatch.chdir(here / "sub")
+    note = "\n".join(judged(load_config(file, environ={}), f"{file}:1", training=False))
+    assert f"train_dataset_path (sub/y.jsonl) is not there, seen from {here / 'sub'}: seen from {here} there is" in note
+    monkeypatch.chdir(here)
     (here / "dataset_info.json").write_text('{"mine": {"file_name": "x.jsonl"}}')
     assert "dataset_info.json names mine; correct it" in notes(BASE.replace("x.jsonl", "theirs"))
 
