@@ -153,7 +153,7 @@ class EndpointJudge:
             while more := reply.read1(1 << 16):
                 content += more
                 if time.monotonic() > end:
-                    raise TimeoutError("the reply came too slowly")
+                    raise TimeoutError(say("the reply came too slowly", "答复过慢"))
                 if len(content) > _REPLY_BYTES:
                     raise _Unclear
         return json.loads(content)

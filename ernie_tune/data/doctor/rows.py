@@ -33,7 +33,7 @@ from ernie_tune.data.records import DataError, Media, Record
 BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-level cache
 BATCH_ROWS = 512  # of files that are not read by blocks
 BOM = b"\xef\xbb\xbf"
-_NAME = re.compile(rb'(?<!\\)"[ \t]*:')
+_NAME = re.compile(rb'(?<!\\)"\s*:')
 _SURROGATE, _PAIR = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 # Between rows of a block that is parsed as one list: a number that no file can foresee, so that no
 # row can pretend to be two.
@@ -151,18 +151,27 @@ def parse_block(block: bytes, path: str, line: int) -> list[Row]:
 def _repeats_a_name(body: bytes, rows: list[Any]) -> bool:
     """Whether an object may have a name twice, of which a parser keeps the last: more names are
     written than were read.
-
-    Written are the quotes that a colon follows, but those within a text, which a backslash
-    precedes.
     """
-    spaced = b'" :' in body or b'"\t:' in body
-    written = len(_NAME.findall(body)) if spaced else body.count(b'":') - body.count(b'\\":')
-    read = sum(map(len, rows))
+    written, read = _names_written(body), sum(map(len, rows))
     field = next((field for field in DIALOGUES if field in rows[0]), "")
     if written > read and field:
-        turns = list(chain.from_iterable(row[field] for row in rows if type(row.get(field)) is list))
-        read += sum(map(len, turns)) if set(map(type, turns)) == {dict} else 0
+        try:
+            turns = list(chain.from_iterable(map(itemgetter(field), rows)))
+            read += sum(map(len, turns)) if set(map(type, turns)) == {dict} else 0
+        except (LookupError, TypeError):  # rows of several kinds: each is counted below
+            pass
     return written > read and written > sum(map(_count_names, rows))
+
+
+def _names_written(body: bytes) -> int:
+    """The quotes that a colon follows, but those within a text, which a backslash precedes."""
+    signs = np.frombuffer(body, np.uint8)
+    colons = np.flatnonzero(signs == ord(":"))
+    colons = colons[colons >= 2]
+    before, first = signs[colons - 1], signs[colons - 2]
+    if np.any((before <= ord(" ")) & ((first == ord('"')) | (first <= ord(" ")))):
+        return len(_NAME.findall(body))
+    return int(np.count_nonzero((before == ord('"')) & (first != ord("\\"))))
 
 
 def _count_names(value: object) -> int:

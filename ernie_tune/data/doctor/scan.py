@@ -218,7 +218,14 @@ class Scan:
             self._findings.add(Finding.from_error(error))
             return None
         except RecursionError:
-            deep = DataError(file.path, line, "row", "values nested too deeply", "json", {"why": "nest them less"})
+            deep = DataError(
+                file.path,
+                line,
+                "row",
+                say("values nested too deeply", "值的嵌套过深"),
+                "json",
+                {"why": "nest them less"},
+            )
             self._findings.add(Finding.from_error(deep))
             return None
         for finding in found:

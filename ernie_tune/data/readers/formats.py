@@ -393,7 +393,9 @@ def read(
         record = form.read(f)
     except RecursionError:
         why = {"why": say("nest them less", "请减少嵌套")}
-        raise DataError(where.path, where.line, "row", "values nested too deeply", "json", why) from None
+        raise DataError(
+            where.path, where.line, "row", say("values nested too deeply", "值的嵌套过深"), "json", why
+        ) from None
     unused = (*check_unused(f, record), *(extra or {}))
     left = {**(extra or {}), **f.extra()}
     return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, left, unused, tuple(f.notes)))
