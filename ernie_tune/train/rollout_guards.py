@@ -185,7 +185,9 @@ class CriticWatch:
 
     def look(self, step: int, values: Mapping[str, float]) -> list[Verdict]:
         """What a step's numbers give reason to say."""
-        if np.isfinite(value := values.get("critic/vf_explained_var", np.nan)):
+        # Where nearly all answers earn the same there is nothing to explain, and any error is much.
+        spread = values.get("reward_std", np.inf) >= 0.1 * abs(values.get("reward", 0.0))
+        if spread and np.isfinite(value := values.get("critic/vf_explained_var", np.nan)):
             self.seen = [*self.seen, float(value)][-CRITIC_WINDOW:]
         if self.told or step <= self.first or len(self.seen) < CRITIC_WINDOW or np.mean(self.seen) >= 0:
             return []

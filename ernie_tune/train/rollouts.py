@@ -225,7 +225,8 @@ class Rollouts:
         lacking, attempts = s.prompts, 0
         while True:
             numbers = self._drawn(lacking)
-            some = self._groups(self.deal.own(numbers, ranks.rank))
+            names = _apart(numbers, len(self.records))
+            some = self._groups(self.deal.own(numbers, ranks.rank), self.deal.own(names, ranks.rank))
             if self.evidence is not None:
                 self.evidence.weigh(some, ranks)
             told = ranks.gather([(g.number, g.spread, g.share_right) for g in some])
@@ -298,17 +299,23 @@ class Rollouts:
         )
         return tokens <= self.settings.max_prompt_length
 
-    def _groups(self, numbers: Sequence[int]) -> list[Rolled]:
-        """Prompts with their judged answers, in this order."""
+    def _groups(self, numbers: Sequence[int], names: Sequence[int]) -> list[Rolled]:
+        """Prompts with their judged answers, in this order; `names`: what chance is drawn by."""
         seed = int(np.random.SeedSequence([self.settings.seed, self.prompts.draws]).generate_state(1)[0])
-        return self.judge(self.sample([self.records[number] for number in numbers], numbers, seed))
+        return self.judge(self.sample([self.records[number] for number in numbers], numbers, seed, names=names))
 
     def sample(
-        self, records: Sequence[Record], numbers: Sequence[int], seed: int, n: int | None = None, greedy: bool = False
+        self,
+        records: Sequence[Record],
+        numbers: Sequence[int],
+        seed: int,
+        n: int | None = None,
+        greedy: bool = False,
+        names: Sequence[int] | None = None,
     ) -> list[AnsweredPrompt]:
         """`n` answers (by default `num_generations`; one that is `greedy`) to each prompt by the
-        policy as it is. `numbers` name the prompts and, with `seed`, what is drawn for them. Raises
-        RowTooLong.
+        policy as it is. `numbers` name the prompts and, with `seed`, what is drawn for them, where
+        `names` does not. Raises RowTooLong.
         """
         tokens = self.processor.tokens
         params = SamplingParams(
@@ -321,8 +328,8 @@ class Rollouts:
         )
         asked = [self._encoded(record) for record in records]
         prompts = [
-            Prompt(one.row, params, key, number, experts=self.settings.note_experts)
-            for key, (one, number) in enumerate(zip(asked, numbers, strict=True))
+            Prompt(one.row, params, key, name, experts=self.settings.note_experts)
+            for key, (one, name) in enumerate(zip(asked, names or numbers, strict=True))
         ]
         found = self.sampler(prompts)
         return [
@@ -570,3 +577,15 @@ def _parts(
         end = at + int(group.length_G.sum())
         yield group, first_N[at:end], second_N[at:end]
         at = end
+
+
+def _apart(numbers: Sequence[int], size: int) -> list[int]:
+    """Another number each time that a prompt of so many is drawn in a round: its answers would be
+    the same ones again.
+    """
+    seen: dict[int, int] = {}
+    out = []
+    for number in numbers:
+        out.append(number + size * seen.get(number, 0))
+        seen[number] = seen.get(number, 0) + 1
+    return out

@@ -99,6 +99,15 @@ def test_rollout_and_training_see_one_policy(model: ErnieModel, temperature: flo
     assert np.abs(loose).max() > 1e-3
 
 
+def test_a_prompt_that_is_drawn_twice_in_a_round_is_answered_anew(model: ErnieModel) -> None:
+    found = rollouts(model, dataclasses.replace(S, prompts=4, dynamic_sample=False), count=2)
+    groups = found.make_round()
+    assert sorted(g.number for g in groups) == [0, 0, 1, 1]
+    told = [[a.token_ids for a in g.answers] for g in sorted(groups, key=lambda g: g.number)]
+    assert told[0] != told[1]
+    assert told[2] != told[3]
+
+
 def test_what_is_trained_is_what_was_sampled(model: ErnieModel) -> None:
     groups = rollouts(model).make_round()
     for group in groups:

@@ -320,6 +320,8 @@ def test_a_critic_that_harms_is_named_once() -> None:
     again = CriticWatch()
     again.load_state_dict(state)
     assert again.look(99, bad) == []
+    settled = CriticWatch(0, 0)
+    assert not any(settled.look(step, {**bad, "reward": 1.0, "reward_std": 0.01}) for step in range(1, 30))
     good = CriticWatch(0, 0)
     assert not any(good.look(step, {"critic/vf_explained_var": 0.1}) for step in range(1, 30))
 
