@@ -20,7 +20,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.config.language import say
-from ernie_tune.generate.sampling import SamplingParams, choose
+from ernie_tune.generate.sampling import SampledToken, SamplingParams, choose, choose_alike, whole
 from ernie_tune.models import mkl
 from ernie_tune.models.cache import Cache, cache_of
 from ernie_tune.models.config import TokenIds
@@ -63,7 +63,7 @@ class TokenEvent:
     ("" while it goes on).
 
     `sampled`: the model chose it; False where `Prompt.steer` forced it, which is nothing to learn
-    from. `logp`: under the model, `sampled_logp`: under what it was drawn from, see `Choice`.
+    from. `logp`: under the model, `sampled_logp`: under what it was drawn from, see `SampledToken`.
     `top`: the likeliest tokens of the step and their log-probabilities,
     `SamplingParams.top_logprobs` of them. `experts`: of the tokens that were read for this one
     (first the prompt's), [t, layers, k], where `Prompt.experts` asks for them. `error`: what ended
@@ -241,7 +241,8 @@ class RunningBatch:
         """One more token of every row, in the order in which they joined."""
         with paddle.no_grad():
             scores_BV = self._advance()
-        events = [self._next(row, scores_V) for row, scores_V in zip(self._live, scores_BV, strict=True)]
+        made = self._alike(scores_BV)
+        events = [self._next(row, scores_BV[i], made.get(i)) for i, row in enumerate(self._live)]
         self._keep([i for i, row in enumerate(self._live) if not row.done.finish_reason])
         return events
 
@@ -256,21 +257,39 @@ class RunningBatch:
             if kept:
                 self._fresh.append(([rows[i] for i in kept], cache, scores_BV[kept]))
 
-    def _next(self, row: _Live, scores_V: np.ndarray) -> TokenEvent:
-        """Choose the row's next token; what goes wrong with one row ends that row."""
+    def _alike(self, scores_BV: np.ndarray) -> dict[int, SampledToken]:
+        """The next tokens of rows that nothing but their parameters shapes: those of one prompt or
+        of prompts with the same parameters are drawn together.
+        """
+        same: dict[int, list[int]] = {}
+        for i, row in enumerate(self._live):
+            if row.steer is None and row.constraint is None and row.failure is None and whole(row.prompt.params):
+                same.setdefault(id(row.prompt.params), []).append(i)
+        out: dict[int, SampledToken] = {}
+        for rows in same.values():
+            if len(rows) > 1:
+                params = self._live[rows[0]].prompt.params
+                found = choose_alike(scores_BV[rows], params, [self._live[i].rng for i in rows])
+                out |= {i: choice for i, choice in zip(rows, found, strict=True) if choice is not None}
+        return out
+
+    def _next(self, row: _Live, scores_V: np.ndarray, made: SampledToken | None) -> TokenEvent:
+        """Choose the row's next token, if it is not `made`; what goes wrong with one row ends that
+        row.
+        """
         try:
             if row.failure is not None:
                 raise row.failure
-            return self._chosen(row, scores_V)
+            return self._chosen(row, scores_V, made)
         except _ROW_ERRORS as error:
             row.done.finish_reason = "error"
             return failed(row.prompt, row.sample, error)
 
-    def _chosen(self, row: _Live, scores_V: np.ndarray) -> TokenEvent:
+    def _chosen(self, row: _Live, scores_V: np.ndarray, made: SampledToken | None) -> TokenEvent:
         params, answer = row.prompt.params, row.done.token_ids
         allowed_V = row.constraint.allowed() if row.constraint else None
         forced = row.steer(answer) if row.steer else None
-        choice = choose(scores_V, params, row.rng, row.seen, answer, allowed_V, forced)
+        choice = made or choose(scores_V, params, row.rng, row.seen, answer, allowed_V, forced)
         if row.constraint:
             row.constraint.accept(choice.token_id)
         if params.repetition_penalty != 1:

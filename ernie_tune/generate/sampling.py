@@ -142,6 +142,47 @@ def choose(
     )
 
 
+# Rows are weighed together as long as so many numbers stay in the processor's cache.
+_TOGETHER = 2**18
+
+
+def whole(params: SamplingParams) -> bool:
+    """Whether nothing but temperature and banned ids shapes the draws, as `choose_alike` has it."""
+    steered = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+    cut = params.top_p != 1 or params.top_k or params.min_p
+    return bool(params.temperature and not steered and not cut and not params.top_logprobs)
+
+
+def choose_alike(
+    scores_BV: np.ndarray, params: SamplingParams, rngs: Sequence[np.random.Generator]
+) -> list[SampledToken | None]:
+    """`choose` for rows of the same parameters, which are `whole`: the same to the last bit, in
+    fewer passes; one number of each generator. None for a row in which no id may be chosen.
+    """
+    out: list[SampledToken | None] = []
+    step = max(1, _TOGETHER // scores_BV.shape[1])
+    for first in range(0, len(rngs), step):
+        scores = scores_BV[first : first + step].astype(np.float64)
+        scores[:, list(params.banned_ids)] = -np.inf
+        top_B1 = scores.max(-1, keepdims=True)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            scores -= top_B1
+            scores /= params.temperature
+            weights = np.exp(scores)
+        total_B, upto = weights.sum(-1), np.cumsum(weights, -1)
+        for i, rng in enumerate(rngs[first : first + step]):
+            uniform = rng.random()
+            if not np.isfinite(top_B1[i, 0]):
+                out.append(None)
+                continue
+            token = int(np.searchsorted(upto[i], uniform * upto[i, -1], side="right"))
+            if token == len(upto[i]):  # by rounding
+                token = int(np.flatnonzero(weights[i])[-1])
+            logp = float(scores[i, token] - np.log(total_B[i]))
+            out.append(SampledToken(token, logp, logp))
+    return out
+
+
 def _plain(params: SamplingParams, untouched: bool, forced: int | None) -> bool:
     """Whether the draw was from the very distribution that `logp` is of."""
     whole = params.top_p == 1 and not params.top_k and not params.min_p

@@ -144,6 +144,11 @@ def exp_(x: Tensor, far: bool) -> Tensor:
     return _vector("EXP", x.clip_(-limit, limit) if far else x)
 
 
+def log_(x: Tensor) -> Tensor:
+    """log in place, of positive numbers."""
+    return _vector("LN", x) if ready(x) else x.log_()
+
+
 def rows_by_matrices(x_MD: Tensor, weight_EDI: Tensor, counts: Sequence[int], transposed: bool = False) -> Tensor:
     """Each expert's rows times its matrix, [M, I]; `transposed`: x is [M, I], the result [M, D]."""
     x_MD, weight_EDI = x_MD.contiguous(), weight_EDI.contiguous()

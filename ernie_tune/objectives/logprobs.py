@@ -57,6 +57,7 @@ class _TokenLogp(PyLayer):
     @staticmethod
     def forward(ctx, hidden_TD, weight, target_T, how, entropy):  # type: ignore[no-untyped-def]
         ctx.how, ctx.entropy = how, entropy
+        ctx.set_materialize_grads(False)  # an entropy that is only logged costs its backward nothing
         tokens, vocab = hidden_TD.shape[0], weight.shape[0 if how.transposed else 1]
         needs_grad = not (hidden_TD.stop_gradient and weight.stop_gradient)
         keep = needs_grad and tokens * vocab * 4 <= KEEP_BYTES
@@ -77,6 +78,8 @@ class _TokenLogp(PyLayer):
     def backward(ctx, grad_T, entropy_grad_T=None):  # type: ignore[no-untyped-def]
         hidden_TD, weight, target_T = ctx.saved_tensor()
         how, part = ctx.how, ctx.how.part
+        if grad_T is None:
+            grad_T = paddle.zeros_like(entropy_grad_T)
         vocab = weight.shape[0 if how.transposed else 1]
         # d logp / d scores = onehot - e / z: the exponentials go through two products as they are,
         # rows of the small side are scaled by grad / z.
@@ -171,14 +174,21 @@ def _fill_(x: Tensor, columns: tuple[int, ...], value: float) -> None:
 
 def _log(e: Tensor) -> Tensor:
     """log of exponentials; of those that are 0, a number that times 0 is 0."""
-    return paddle.log(paddle.clip(e, min=1e-37))
+    return mkl.log_(paddle.clip(e, min=1e-37))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Each row of a times that of b, [n, 1]; without a whole product where memory can be seen."""
+    if not mkl.ready(a, b):
+        return row_sum(a * b)
+    return mkl.made(np.einsum("nv,nv->n", mkl.view(a), mkl.view(b))[:, None])
 
 
 def _entropy(e: Tensor, z: Tensor, part: _Slice | None) -> Tensor:
     """log z - sum e log e / z, [n, 1]: the entropy of e / z, whatever the scores were shifted
     by.
     """
-    own_n1 = row_sum(e * _log(e))
+    own_n1 = _dot(e, _log(e))
     return paddle.log(z) - (own_n1 if part is None else part.group.sum_(own_n1)) / z
 
 

@@ -12,7 +12,9 @@ optimizers, which engine samples, what judges ask.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +154,8 @@ class Rollouts:
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of the newest round: rollout, reward, old_logps
+        self.tokens = 0  # that this rank sampled in it
         self.deal = Deal(settings.num_mini_batches, ranks.size)
         self._fits: dict[int, bool] = {}  # whether a prompt is short enough, once it was drawn
         # The present round: its groups on this rank by their places in it, and the windows that
@@ -187,6 +191,7 @@ class Rollouts:
 
     def make_round(self) -> list[Rolled]:
         """Sample, judge, compare: this rank's groups with their columns."""
+        self.seconds, self.tokens = {}, 0
         groups = self._sampled()
         self.compare(groups)
         self.metrics = self._reported() | measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
@@ -202,6 +207,12 @@ class Rollouts:
         known = {name: [part[name] for part in told if name in part] for name in names}
         out = {n: float(np.sum(v) if n.endswith(totals) else np.mean(v)) for n, v in known.items()}
         return out | ({} if self.evidence is None else self.evidence.metrics)
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def batch(self, groups: Sequence[Rolled]) -> UnitBatch:
         """Groups side by side in one pack, with their columns."""
@@ -331,7 +342,9 @@ class Rollouts:
             Prompt(one.row, params, key, name, experts=self.settings.note_experts)
             for key, (one, name) in enumerate(zip(asked, names or numbers, strict=True))
         ]
-        found = self.sampler(prompts)
+        with self._timed("rollout"):
+            found = self.sampler(prompts)
+        self.tokens += sum(len(one.token_ids) for some in found.values() for one in some)
         return [
             AnsweredPrompt(number, record, one, tuple(found[key]), self._answers(record, found[key]))
             for key, (number, record, one) in enumerate(zip(numbers, records, asked, strict=True))
@@ -339,14 +352,16 @@ class Rollouts:
 
     def judge(self, drawn: Sequence[AnsweredPrompt]) -> list[Rolled]:
         """What the answers earned, ready to be compared."""
-        judged = self.rubric([(one.record, one.answers) for one in drawn])
+        with self._timed("reward"):
+            judged = self.rubric([(one.record, one.answers) for one in drawn])
         return [self._rolled(one, scored) for one, scored in zip(drawn, judged, strict=True)]
 
     def compare(self, groups: Sequence[Rolled]) -> None:
         """Give every group what its tokens were worth before, and how much better than expected its
         answers are.
         """
-        self._attach(groups)
+        with self._timed("old_logps"):
+            self._attach(groups)
         self._advantages(groups)
         for more in self.finish:
             more(groups)

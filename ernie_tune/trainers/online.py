@@ -38,20 +38,21 @@ from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
-from ernie_tune.train.evidence import Evidence, EvidenceSettings, blind_ceiling, without_picture
+from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, answer_advantages, told
 from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch
-from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts, RolloutSettings
+from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+from ernie_tune.trainers.online_settings import evidence_settings, policy_hyper, rollout_settings
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
@@ -316,7 +317,12 @@ class SampledAnswers(Method):
         return windows if self.teaching is None else self.teaching.windows(windows)
 
     def metrics(self) -> Mapping[str, float]:
-        return self.rollouts.metrics
+        """Of the newest round, and where its time went on this process, in seconds."""
+        seconds, tokens = self.rollouts.seconds, self.rollouts.tokens
+        out = {f"timing/{part}": value for part, value in seconds.items()}
+        if seconds.get("rollout"):
+            out["rollout/tokens_per_second"] = tokens / seconds["rollout"]
+        return {**self.rollouts.metrics, **out}
 
     def sample(self, prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
         """Answers to the prompts by the weights as they are now."""
@@ -461,115 +467,6 @@ class RLVRTrainer(Trainer):
         """
         self.rollouts.compare(groups)
         return [answer_advantages(group) for group in groups]
-
-
-# --- from settings --------------------------------------------------------------------------------
-
-
-def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
-    """The settings of a round. `per_device_train_batch_size` counts answers, as TRL's does; raises
-    ValueError where a step does not hold whole groups.
-    """
-    r, p, t, c = config.rollout, config.policy, config.train, config.critic
-    ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
-    answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
-    if answers % r.num_generations:
-        near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
-        raise ValueError(
-            say(
-                f"per_device_train_batch_size x gradient_accumulation_steps ({answers} answers) must be a multiple of num_generations ({r.num_generations}); take one of {near}",
-                f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 num_generations（{r.num_generations}）的倍数；可取 {near}",
-            )
-        )
-    estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
-    kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
-    return RolloutSettings(
-        prompts=answers // r.num_generations * r.num_mini_batches * data_ranks,
-        num_generations=r.num_generations,
-        max_completion_length=r.max_completion_length,
-        max_prompt_length=config.preference.max_prompt_len,
-        temperature=r.temperature,
-        top_p=r.top_p,
-        top_k=r.top_k,
-        seed=t.seed,
-        num_iterations=r.num_iterations,
-        num_mini_batches=r.num_mini_batches,
-        groups_per_batch=max(1, t.per_device_train_batch_size // r.num_generations),
-        dynamic_sample=r.dynamic_sample and estimator != "gae" and r.num_generations > 1 and not taught,
-        unjudged=taught,
-        max_resample_times=r.max_resample_times,
-        advantage_estimator=estimator,
-        scale_rewards=p.scale_rewards,
-        reward_aggregation=r.reward_aggregation,
-        kl_coef=kl_coef,
-        mask_truncated_completions=p.mask_truncated_completions,
-        overlong_buffer=p.overlong_buffer,
-        overlong_penalty=p.overlong_penalty,
-        gamma=c.gamma,
-        lam=c.lam,
-        whiten_rewards=c.whiten_rewards,
-        missing_eos_penalty=c.missing_eos_penalty,
-        prefix_sharing=config.preference.prefix_sharing,
-    )
-
-
-def evidence_settings(config: RunConfig) -> EvidenceSettings:
-    """What the settings say of looking at pictures. Raises ValueError where rewards are compared
-    one by one, of which evidence is no part.
-    """
-    e = config.evidence
-    settings = EvidenceSettings(
-        e.evidence_twins,
-        e.evidence_twin_share,
-        e.evidence_dependence,
-        e.evidence_boxes,
-        e.perception_mask_ratio,
-        e.evidence_scale,
-        config.train.seed,
-        max(1, config.train.per_device_train_batch_size // config.rollout.num_generations),
-    )
-    if settings.wanted and config.rollout.reward_aggregation != "sum_then_normalize":
-        raise ValueError(
-            say(
-                f"reward_aggregation ({config.rollout.reward_aggregation}) must be sum_then_normalize with rewards for "
-                "evidence, which weigh the sum; set it, or leave evidence_twins, _dependence and _boxes out",
-                f"使用证据奖励时 reward_aggregation（{config.rollout.reward_aggregation}）须为 sum_then_normalize，"
-                "因为证据作用于总和；请修改，或去掉 evidence_twins、_dependence 与 _boxes",
-            )
-        )
-    return settings
-
-
-def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:
-    """What the settings say of the policy's loss, or of this one. "auto" is dapo, or ppo with a
-    critic. Raises ValueError as `PolicyHyper`, and for several losses.
-    """
-    p = config.policy
-    names = (loss_type,) if loss_type else config.preference.loss_type
-    if len(names) != 1:
-        raise ValueError(
-            say(
-                f"loss_type ({', '.join(names)}) must be one loss where answers are sampled; choose one",
-                f"采样回答时 loss_type（{', '.join(names)}）只能是一个；请选其一",
-            )
-        )
-    name = names[0] if names[0] != "auto" else "ppo" if config.model.stage == "PPO" else "dapo"
-    narrow = name in ("gspo", "gspo_token")
-    usual = (3e-4, 4e-4) if narrow else (0.2, 0.2) if name == "ppo" else (0.4, 0.4) if name == "gmpo" else (0.2, 0.28)
-    return PolicyHyper(
-        loss_type=name,
-        loss_agg=None if p.loss_agg == "auto" else p.loss_agg,
-        epsilon=usual[0] if p.epsilon is None else p.epsilon,
-        epsilon_high=usual[1] if p.epsilon_high is None else p.epsilon_high,
-        delta=p.delta,
-        dual_clip=p.dual_clip,
-        cispo_cap=p.cispo_cap,
-        sapo_temperature_pos=p.sapo_temperature_pos,
-        sapo_temperature_neg=p.sapo_temperature_neg,
-        off_policy_mask_threshold=p.off_policy_mask_threshold,
-        kl_type=p.kl_type,
-        max_completion_length=config.rollout.max_completion_length,
-    )
 
 
 GRPOTrainer = RLVRTrainer  # TRL's name

@@ -47,7 +47,8 @@ from ernie_tune.trainers.judged import ancestry, compared_with, unit_encoder, wi
 from ernie_tune.trainers.judges import rubric_of
 from ernie_tune.trainers.keeper import StreamPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
-from ernie_tune.trainers.online import SampledAnswers, policy_hyper
+from ernie_tune.trainers.online import SampledAnswers
+from ernie_tune.trainers.online_settings import policy_hyper
 from ernie_tune.trainers.ppo import AgainstCritic
 from ernie_tune.trainers.preference import PreferenceMethod, ReferencePart, hyper_of
 

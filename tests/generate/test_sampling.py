@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_tune.generate.sampling import SamplingParams, choose, heaviest, kept
+from ernie_tune.generate.sampling import SamplingParams, choose, choose_alike, heaviest, kept, whole
 
 
 class Given:
@@ -217,3 +217,26 @@ def test_constraints_and_what_leaves_nothing() -> None:
 def test_bad_sampling_parameters(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         SamplingParams(**change)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [50, 200_000])
+def test_rows_drawn_together_are_drawn_as_alone(temperature: float, vocabulary: int) -> None:
+    """To the last bit, and each generator goes on as if alone; a row without a choice is told."""
+    params = SamplingParams(temperature=temperature, banned_ids=(3, 7))
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((5, vocabulary)).astype(np.float32) * 3
+    together = [np.random.default_rng(i) for i in range(5)]
+    alone = [np.random.default_rng(i) for i in range(5)]
+    for _ in range(3):
+        found = choose_alike(scores, params, together)
+        assert found == [choose(row, params, own) for row, own in zip(scores, alone, strict=True)]
+    scores[2] = -np.inf
+    assert [choice is None for choice in choose_alike(scores, params, together)] == [False, False, True, False, False]
+
+
+def test_what_can_be_drawn_together() -> None:
+    assert whole(SamplingParams(temperature=1.0, banned_ids=(1,), stop_ids=(2,)))
+    for changes in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_logprobs": 1},
+                    {"repetition_penalty": 1.1}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}):  # fmt: skip
+        assert not whole(SamplingParams(**{"temperature": 1.0, **changes}))

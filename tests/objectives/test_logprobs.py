@@ -5,6 +5,7 @@ memory regime.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import paddle
@@ -134,3 +135,25 @@ def test_extreme_scores_stay_finite() -> None:
             token_logp(paddle.to_tensor([[below, 0.0]]), paddle.eye(2), paddle.to_tensor([1]), transposed=True).item()
             == -below
         )
+
+
+def test_what_is_only_logged_costs_the_gradient_nothing() -> None:
+    """Entropy beside a loss of log-probabilities alone, and alone: each has its own gradient."""
+    rng = np.random.default_rng(0)
+
+    def gradient(loss: Any) -> np.ndarray:
+        hidden = paddle.to_tensor(rng_hidden, stop_gradient=False)
+        loss(hidden).backward()
+        return hidden.grad.numpy()
+
+    rng_hidden = rng.standard_normal((6, 8))
+    weight, target = paddle.to_tensor(rng.standard_normal((8, 20))), paddle.to_tensor(np.arange(6))
+    both = lambda hidden: token_logp_and_entropy(hidden, weight, target, transposed=False)  # noqa: E731
+    alone = gradient(lambda hidden: token_logp(hidden, weight, target, transposed=False).sum())
+    np.testing.assert_allclose(gradient(lambda hidden: both(hidden)[0].sum()), alone, atol=1e-12)
+
+    def entropy(hidden: Any) -> Any:
+        logp = paddle.nn.functional.log_softmax(hidden @ weight)
+        return -(logp.exp() * logp).sum()
+
+    np.testing.assert_allclose(gradient(lambda hidden: both(hidden)[1].sum()), gradient(entropy), atol=1e-10)

@@ -17,7 +17,10 @@ from ernie_tune.trainers.sft import SFTTrainer
 
 IMAGES = Path(__file__).parents[2] / "examples" / "digits" / "images"
 # no run repeats these
-CLOCK = ("tokens_per_second", "interval_runtime", "max_memory_gib", "remaining_time")
+CLOCK = (
+    *("tokens_per_second", "interval_runtime", "max_memory_gib", "remaining_time"),
+    *("timing/rollout", "timing/reward", "timing/old_logps", "rollout/tokens_per_second"),
+)
 _WORDS = ("read", "the", "digit", "seven", "九", "看图", "a longer question", "why", "tell me", "one two three")
 
 

@@ -20,7 +20,8 @@ from ernie_tune.data.records import Record, Reward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
-from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer, SampledAnswers, policy_hyper, rollout_settings
+from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer, SampledAnswers
+from ernie_tune.trainers.online_settings import policy_hyper, rollout_settings
 from ernie_tune.trainers.run import Run
 
 
