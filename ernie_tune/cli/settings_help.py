@@ -43,6 +43,7 @@ SECTIONS = {
     "rollout": say("sampled answers and their rewards", "采样的回答及其奖励"),
     "evidence": say("rewards for looking at the picture", "看图的奖励"),
     "policy": say("the loss of a policy that samples its answers", "采样回答的策略的损失"),
+    "mismatch": say("whether sampling and training see one policy", "采样与训练是否为同一策略"),
     "critic": say("what answers are expected to be worth", "回答的预期价值"),
     "teacher": say("a teacher of sampled answers, token by token", "逐 token 指导采样回答的教师模型"),
     "pairs": say("pairs among sampled answers, beside the policy's loss", "采样回答之间的成对比较，与策略损失相加"),

@@ -119,6 +119,18 @@ RENAMED: dict[str, str] = {
     "multi_objective_aggregation": "reward_aggregation",
     "reward_model_plugin": "reward_funcs",
     "rollout_n": "num_generations",
+    "rollout_batch_size": "generation_batch_size",
+    "adv_estimator": "advantage_estimator",
+    "clip_ratio_c": "dual_clip",
+    "kl_loss_coef": "beta",
+    "entropy_coeff": "entropy_coef",
+    "online_filtering": "dynamic_sample",
+    "use_dynamic_sampling": "dynamic_sample",
+    "vllm_importance_sampling_clip_min": "rollout_is_min",
+    "vllm_importance_sampling_clip_max": "rollout_is_max",
+    "vllm_importance_sampling_cap": "rollout_is_max",
+    "rollout_importance_sampling_threshold": "rollout_is_max",
+    "rollout_is_threshold": "rollout_is_max",
     "group_size": "num_generations",
     "num_generations_per_prompt": "num_generations",
     "n_samples_per_prompt": "num_generations",
@@ -157,6 +169,14 @@ _METHODS_OF_SWIFT = {
     "grpo": {"stage": "RLVR"},
     **{name: {"stage": "DPO", "loss_type": name} for name in ("simpo", "orpo", "cpo")},
 }
+_IMPORTANCE = {
+    "token_truncate": {"rollout_is": "tis_token"},
+    "token_mask": {"rollout_is": "icepop"},
+    "sequence_truncate": {"rollout_is": "tis_sequence"},
+    "sequence_mask": {"rollout_is": "mask_sequence"},
+    "none": {"rollout_is": "none"},
+}
+_K3 = {"true": {"kl_type": "k3_is"}, "false": {"kl_type": "k3"}}
 _LORA = {"true": {"fine_tuning": "LoRA"}, "false": {"fine_tuning": "Full"}}
 
 
@@ -184,6 +204,31 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
     "compute_dtype": _DTYPES,
     "model_dtype": _DTYPES,
     "rlhf_type": _METHODS_OF_SWIFT,
+    "vllm_importance_sampling_mode": _IMPORTANCE,
+    "rollout_importance_sampling_mode": _IMPORTANCE,
+    "vllm_importance_sampling_correction": {"true": {}, "false": {"rollout_is": "none"}},
+    "bypass_mode": {"true": {"old_logps": "rollout"}, "false": {"old_logps": "recompute"}},
+    "use_bias_correction_kl": _K3,
+    "use_unbiased_kl": _K3,
+    "kl_loss_type": {
+        **{name: {"kl_type": name} for name in ("k1", "k2", "k3")},
+        "kl": {"kl_type": "k1"},
+        "mse": {"kl_type": "k2"},
+        "low_var_kl": {"kl_type": "k3"},
+    },
+    "loss_mode": {
+        **{name: {"loss_type": name} for name in ("gspo", "sapo", "cispo")},
+        "vanilla": {"loss_type": "dapo"},
+        "geo_mean": {"loss_type": "gmpo"},
+    },
+    "loss_agg_mode": {
+        "token-mean": {"loss_agg": "token"},
+        "seq-mean-token-sum": {"loss_agg": "seq_sum"},
+        "seq-mean-token-mean": {"loss_agg": "seq_mean"},
+        "seq-mean-token-sum-norm": {"loss_agg": "fixed"},
+    },
+    "norm_adv_by_std_in_grpo": {"true": {"scale_rewards": "group"}, "false": {"scale_rewards": "none"}},
+    "disable_grpo_std_normalization": {"true": {"scale_rewards": "none"}, "false": {}},
     "use_peft": _LORA,
     "adapter": {"lora": {"fine_tuning": "LoRA"}, "qlora": {"fine_tuning": "LoRA", "weight_quantize_algo": "nf4"}},
     "load_in_8bit": {"true": _BITS["8"], "false": {}},
@@ -214,6 +259,8 @@ EXPANDED: dict[str, dict[str, dict[str, str]]] = {
 # Other words for a value, in lower case. Empty: the word stands for nothing.
 VALUES: dict[str, dict[str, str]] = {
     "stage": {"vl-sft": "SFT", "vl-dpo": "DPO", "vl-pt": "PT", "grpo": "RLVR", "reward": "RM"},
+    "scale_rewards": {"true": "group", "false": "none"},
+    "top_k": {"-1": "0"},
     "optim": dict.fromkeys(
         ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_custom", "paged_adamw_32bit"),
         "adamw",

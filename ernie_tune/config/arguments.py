@@ -32,6 +32,7 @@ from ernie_tune.config.sections_model import (
 from ernie_tune.config.sections_online import (
     CriticArguments,
     EvidenceArguments,
+    MismatchArguments,
     PairArguments,
     PolicyArguments,
     RolloutArguments,
@@ -73,7 +74,7 @@ VARYING = (
 # Sections whose settings belong together at every stage that compares answers: there, one that the
 # stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
-SAMPLING = ("rollout", "policy", "critic", "pairs", "teacher")  # sections of runs that sample answers
+SAMPLING = ("rollout", "policy", "mismatch", "critic", "pairs", "teacher")  # sections of runs that sample answers
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class RunConfig:
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     evidence: EvidenceArguments = field(default_factory=EvidenceArguments)
     policy: PolicyArguments = field(default_factory=PolicyArguments)
+    mismatch: MismatchArguments = field(default_factory=MismatchArguments)
     critic: CriticArguments = field(default_factory=CriticArguments)
     pairs: PairArguments = field(default_factory=PairArguments)
     teacher: TeacherArguments = field(default_factory=TeacherArguments)

@@ -145,7 +145,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         compute_accuracy eval_iters minimum_eval_times max_evaluate_steps eval_on_each_dataset eval_with_do_generation eval_metric eval_use_evalscope
         eval_dataset_args eval_limit eval_generation_config extra_eval_args eval_packing acc_strategy save_generation_output do_sample num_beams
         length_penalty skip_special_tokens min_tokens frequency_penalty presence_penalty stream stream_options stop_words logprobs top_logprobs
-        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs repetition_penalty min_p
+        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs min_p
         eval_sample_packing eval_table_size max_predict_samples""",
     ),
     (
@@ -249,15 +249,13 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
     (
         "it belongs to stages that sample answers, or to a method that is not named here",
         "属于采样回答的阶段，或未启用的方法",
-        """num_generations_eval generation_batch_size steps_per_generation shuffle_dataset vespo_k_pos
-        vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level
-        top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta
-        max_tool_calling_iterations use_bias_correction_kl normalize_advantages reward_clip_range use_vllm ppo_buffer_size
+        """shuffle_dataset vespo_k_pos
+        vespo_lambda_pos vespo_k_neg vespo_lambda_neg                 max_tool_calling_iterations normalize_advantages use_vllm ppo_buffer_size
         ppo_score_norm ppo_target ppo_whiten_rewards reward_model_adapters reward_model_quantization_bit reward_model_type
         reward_adapters reward_model_revision reward_template
         local_rollout_forward_batch_size num_sample_generations response_length lmbda seq_kd gkd_logits_topk
-        async_generate multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env
-        soft_max_length kl_in_reward advantage_reweight real_tau
+        multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env
+        soft_max_length advantage_reweight real_tau
         repetition_n_grams repetition_max_penalty loss_scale_type num_nodes discopop_tau adapter_act adapter_length asft_alpha eaft_alpha module_dropout
         pissa_iter pissa_convert loraplus_lr_embedding loraga lora_use_mixer use_quick_lora adapter_folder lorapro_x_mode lorapro_scaling_factor
         lokr_path lokr_dim prefix_path ssa_group_size_ratio rope_scaling_factor strategy_type strategy_name rlsd_lambda dropout_warmup_steps
@@ -302,6 +300,22 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
      "dataset_config dataset_train_split=train dataset_test_split=test split=train subset name path columns fraction dataset_split=train"),
     ("write picture paths beside the data file, or absolute", "图片路径请相对数据文件书写，或用绝对路径", "media_dir image_folder image_dir"),
     ("give each stage its own train_dataset_path", "请为每个阶段单独设置 train_dataset_path", "data_split"),
+    ("held-out prompts are answered once, greedily: set 1", "评测提示只贪心回答一次：请设为 1", "num_generations_eval=1"),
+    ("set kl_coef, the penalty in the reward, and beta: 0", "请设置 kl_coef（奖励中的惩罚）与 beta: 0", "kl_in_reward use_kl_in_reward"),
+    ("set beta: 0 for no penalty in the loss", "不要损失中的惩罚请设 beta: 0", "use_kl_loss=true"),
+    ("set max_resample_times, one less: it counts what is drawn again", "请设置 max_resample_times（少 1）：它只计重新抽取的次数",
+     "dynamic_sampling_max_gen_batches max_num_gen_batches"),
+    ("set dynamic_sample: true", "请设置 dynamic_sample: true", "filter_groups"),
+    ("set num_mini_batches, optimizer steps a round", "请设置 num_mini_batches（每轮的优化步数）", "global_mini_batch_size ppo_mini_batch_size"),
+    ("answers are sampled by the weights that are trained, in step with them: remove it", "回答由正在训练的权重同步采样：请删除",
+     "async_steps=0 max_staleness=0 async_generate=false max_head_offpolicyness=0 max_trajectory_age_steps=0 partial_rollout=false"),
+    ("as many prompts are drawn as a round takes, and again where answers do not differ: set 1", "每轮按需抽取提示，并替换回答无差别者：请设为 1",
+     "over_sample=1|1.0 over_sample_rate=0|0.0|1|1.0 over_sampling_batch_size"),
+    ("all tokens are learned from: set 1", "所有 token 都参与学习：请设为 1", "top_entropy_quantile=1|1.0"),
+    ("the coefficient moves by .005 a step between 0 and 1: set those, or remove it", "系数每步移动 0.005，范围 0 到 1：请设为这些值或删除",
+     "entropy_coef_min=0|0.0 entropy_coef_max=1|1.0 entropy_coef_delta=0.005"),
+    ("bound rewards in the reward function", "请在奖励函数中限制奖励范围", "reward_clip_range reward_clip clip_range_score"),
+    ("answers show what the row asks for, nothing is given away: remove it", "不提供提示性内容：请删除", "hint_decay"),
     ("set sharding: stage2 and more cards; offloading is not in this version", "请设置 sharding: stage2 并增加卡数", "offload"),
     ("rows are always shuffled: remove it", "数据总会打乱：请删除", "disable_shuffling random_shuffle=true dataset_shuffle=true train_dataloader_shuffle=true dataloader_shuffle=true"),
     ("mark turns of the rows with loss: true or false", "请在数据的每轮用 loss: true 或 false 标记",

@@ -26,6 +26,7 @@ ESTIMATORS = {
     "gae": ("against a critic (stages PPO and UPO)", "相对价值网络（PPO 与 UPO 阶段）"),
 }
 CORRECTIONS = {
+    "auto": ("icepop where the trainer computes its own", "训练自行计算时用 icepop"),
     "none": ("no correction", "不修正"),
     "tis_token": ("ratios cut above", "截断比率"),
     "icepop": ("tokens outside the bounds are left out", "去除越界 token"),
@@ -284,11 +285,80 @@ class PolicyArguments:
     )
     entropy_target: float = arg(0.2, "entropy to keep, nats a token", "保持的熵（每 token nat）", low=0, stages=_RL)
     rollout_is: str = arg(
-        "none",
+        "auto",
         "correction of what sampling and training see differently",
         "采样与训练差异的修正",
         CORRECTIONS,
         stages=_RL,
+    )
+
+
+@dataclass(frozen=True)
+class MismatchArguments:
+    """Whether sampling and training see one policy. Stages that sample answers."""
+
+    old_logps: str = arg(
+        "auto",
+        "log-probabilities of before: whose",
+        "更新前的对数概率由谁给出",
+        {
+            "auto": ("the engine's, until they differ from the trainer's", "采样引擎；与训练不一致后由训练计算"),
+            "rollout": ("the engine's, until they differ from the trainer's", "采样引擎；与训练不一致后由训练计算"),
+            "recompute": ("the trainer's own, one forward more", "训练自行计算，多一次前向"),
+        },
+        stages=_RL,
+    )
+    mismatch_every: int = arg(
+        20, "rounds between two comparisons of both", "两次比较之间的轮数", low=1, stages=_RL, shapes=False
+    )
+    mismatch_gate: float | None = arg(
+        None,
+        "how far one token's may differ, in nats; null: 1e-5 (0.5 in bfloat16)",
+        "单个 token 允许的差（nat）；null：1e-5（bfloat16 为 0.5）",
+        low=0,
+        stages=_RL,
+    )
+    rollout_is_min: float | None = arg(
+        None,
+        "lower bound of rollout_is; null: 0.5 for icepop",
+        "rollout_is 的下界；null：icepop 为 0.5",
+        low=0,
+        stages=_RL,
+    )
+    rollout_is_max: float | None = arg(
+        None,
+        "upper bound; null: 5 for icepop, 2 for tis_token, 3 for sequences",
+        "上界；null：icepop 为 5，tis_token 为 2，序列为 3",
+        low=0,
+        stages=_RL,
+    )
+    steps_per_generation: int | None = arg(
+        None,
+        "micro-batches that one round of answers fills on a device (TRL); null: gradient_accumulation_steps times num_mini_batches",
+        "每设备一轮回答填充的微批数（TRL）；null：gradient_accumulation_steps × num_mini_batches",
+        low=1,
+        stages=_RL,
+    )
+    generation_batch_size: int | None = arg(
+        None,
+        "answers of one round over all devices (TRL); null: as the batch sizes give it",
+        "全部设备一轮的回答数（TRL）；null：由批大小决定",
+        low=1,
+        stages=_RL,
+    )
+    importance_sampling_level: str = arg(
+        "auto",
+        "what has one ratio; sequence with grpo or dapo is gspo",
+        "比率的粒度；sequence 配 grpo 或 dapo 即 gspo",
+        {
+            "auto": ("as loss_type has it", "由 loss_type 决定"),
+            "token": ("each token", "每个 token"),
+            "sequence": ("each answer", "每个回答"),
+        },
+        stages=_RL,
+    )
+    repetition_penalty: float = arg(
+        1.0, "only 1 while learning: training does not see it", "学习时只能为 1：训练看不到它", low=0.01, stages=_RL
     )
 
 

@@ -30,8 +30,8 @@ class PolicyObjective:
     over its global count.
 
     `banned`: ids that sampling leaves out. `rollout_is`: correction of the rollout engine's
-    mismatch, with its bounds. `entropy` True: the entropy of every token is computed and logged
-    even where nothing rewards it.
+    mismatch, with its bounds; auto: icepop where the trainer computed its own log-probabilities.
+    `entropy` True: the entropy of every token is computed and logged even where nothing rewards it.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class PolicyObjective:
     def sampled(self, outputs: Outputs, batch: UnitBatch) -> Sampled:
         """The batch's answers as the objectives take them."""
         columns = batch.columns
-        weight_N = np.ones(len(batch.target_N))
-        if self.rollout_is != "none":
-            weight_N = correction(
-                columns["old_logp_N"], columns["sampled_logp_N"], batch.candidate_N, self.rollout_is, *self.bounds
-            )
+        old_N, engine_N = columns["old_logp_N"], columns["sampled_logp_N"]
+        mode = self.rollout_is
+        if mode == "auto":  # the engine's own words need none
+            mode = "none" if np.array_equal(old_N, engine_N) else "icepop"
+        weight_N = correction(old_N, engine_N, batch.candidate_N, mode, *self.bounds)
         if "entropy_keep_N" in columns:
             weight_N = weight_N * columns["entropy_keep_N"]
         return Sampled(

@@ -38,6 +38,7 @@ from ernie_tune.objectives.policy import KlControl
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
+from ernie_tune.train.agreement import Agreement
 from ernie_tune.train.dealing import Deal, Seat, seated, seats
 from ernie_tune.train.evidence import Evidence
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of
@@ -144,13 +145,14 @@ class Rollouts:
         ranks: Ranks = ALONE,
         sink: Callable[[int, Sequence[Rolled]], None] = lambda round_number, groups: None,
         finish: Sequence[Callable[[Sequence[Rolled]], None]] = (),
+        agreement: Agreement | None = None,
         evidence: Evidence | None = None,
     ) -> None:
         self.settings, self.processor, self.evidence = settings, processor, evidence
         self.records = records if evidence is None else evidence.records  # twins behind the rows
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
-        self.ranks, self.finish = ranks, tuple(finish)
+        self.ranks, self.finish, self.agreement = ranks, tuple(finish), agreement
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
@@ -195,6 +197,7 @@ class Rollouts:
         groups = self._sampled()
         self.compare(groups)
         self.metrics = self._reported() | measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
+        self.metrics |= {} if self.agreement is None else self.agreement.metrics
         self.sink(self.round, groups)
         self.round += 1
         return groups
@@ -361,6 +364,7 @@ class Rollouts:
         answers are.
         """
         with self._timed("old_logps"):
+            self._agree(groups)
             self._attach(groups)
         self._advantages(groups)
         for more in self.finish:
@@ -434,6 +438,19 @@ class Rollouts:
         )
 
     # --- worth ------------------------------------------------------------------------------------
+
+    def _agree(self, groups: Sequence[Rolled]) -> None:
+        """The trainer's own log-probabilities in the place of the engine's, where it is to compute
+        them.
+        """
+        if self.agreement is None:
+            return
+        size = self.settings.groups_per_batch
+        parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+        told = self.agreement(self.round, [self.batch(part) for part in parts])
+        for part, old_N in zip(parts, told, strict=False):
+            for group, own, _ in _parts(part, old_N, old_N):
+                group.columns["old_logp_N"] = own
 
     def _attach(self, groups: Sequence[Rolled]) -> None:
         """What the policy of this moment, a reference or a critic says of the answers' tokens, kept

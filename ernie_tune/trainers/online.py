@@ -38,6 +38,7 @@ from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
+from ernie_tune.train.agreement import Agreement, Gate
 from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
@@ -59,6 +60,7 @@ from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 COMPLETIONS_FILE = "rollouts.jsonl"
 STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
+AGREEMENT_FILE = "agreement_state.json"
 _ROWS = 64  # answers computed at once
 
 
@@ -250,6 +252,7 @@ class SampledAnswers(Method):
             beta,
             EntropyControl(p.entropy_coef, p.use_adaptive_entropy, p.entropy_target),
             p.rollout_is,
+            (self.config.mismatch.rollout_is_min, self.config.mismatch.rollout_is_max),
             log_entropy=True,
         )
 
@@ -280,6 +283,7 @@ class SampledAnswers(Method):
                 )
         wanted = evidence_settings(self.config)
         evidence = Evidence(wanted, self._prompts.records, self.processor, self._logp) if wanted.wanted else None
+        self.agreement = self._agreement()
         self._rollouts = Rollouts(
             self.settings,
             self._prompts.records,
@@ -291,8 +295,15 @@ class SampledAnswers(Method):
             _DataRanks(self.place),
             self._tell,
             self.finishing(),
+            self.agreement,
             evidence,
         )
+
+    def _agreement(self) -> Agreement:
+        """Whether the forward that trains says of sampled tokens what the engine says."""
+        m = self.config.mismatch
+        gate = Gate.of(str(self.policy.model.compute_dtype), m.mismatch_gate)
+        return Agreement(self._logp, _DataRanks(self.place), gate, m.mismatch_every, m.old_logps == "recompute")
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
         """What is added to a round's groups once they have advantages."""
@@ -401,7 +412,13 @@ class SampledAnswers(Method):
     def parts(self) -> Mapping[str, Stateful]:
         watch = JsonPart(self.place, WATCH_FILE, self.watch)
         taught = {} if self.teaching is None else self.teaching.parts()
-        return {"rollouts": RolloutsPart(self.place, self.rollouts), "rollout watch": watch, **taught}
+        agreement = JsonPart(self.place, AGREEMENT_FILE, self.agreement)
+        return {
+            "rollouts": RolloutsPart(self.place, self.rollouts),
+            "rollout watch": watch,
+            "agreement": agreement,
+            **taught,
+        }
 
 
 class RLVRTrainer(Trainer):

@@ -19,6 +19,16 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     r, p, t, c = config.rollout, config.policy, config.train, config.critic
     ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
+    mini_batches = mini_batches_of(config, answers * data_ranks)
+    if config.mismatch.repetition_penalty != 1:
+        raise ValueError(
+            say(
+                f"repetition_penalty ({config.mismatch.repetition_penalty:g}) must be 1 when learning: training would see "
+                "another policy; leave it out, or punish repetition by a reward",
+                f"学习时 repetition_penalty（{config.mismatch.repetition_penalty:g}）须为 1，否则训练看到的是另一策略；请去掉，"
+                "或用奖励惩罚重复",
+            )
+        )
     if answers % r.num_generations:
         near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
         raise ValueError(
@@ -30,7 +40,7 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
     kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
     return RolloutSettings(
-        prompts=answers // r.num_generations * r.num_mini_batches * data_ranks,
+        prompts=answers // r.num_generations * mini_batches * data_ranks,
         num_generations=r.num_generations,
         max_completion_length=r.max_completion_length,
         max_prompt_length=config.preference.max_prompt_len,
@@ -39,7 +49,7 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         top_k=r.top_k,
         seed=t.seed,
         num_iterations=r.num_iterations,
-        num_mini_batches=r.num_mini_batches,
+        num_mini_batches=mini_batches,
         groups_per_batch=max(1, t.per_device_train_batch_size // r.num_generations),
         dynamic_sample=r.dynamic_sample and estimator != "gae" and r.num_generations > 1 and not taught,
         unjudged=taught,
@@ -86,6 +96,57 @@ def evidence_settings(config: RunConfig) -> EvidenceSettings:
     return settings
 
 
+def mini_batches_of(config: RunConfig, answers: int) -> int:
+    """Optimizer steps a pass over one round: num_mini_batches, or what TRL's steps_per_generation
+    and generation_batch_size say. `answers`: of one step, over all devices. Raises ValueError for
+    sizes that do not come out even, and for several that differ.
+    """
+    r, m, t = config.rollout, config.mismatch, config.train
+    asked = {"num_mini_batches": r.num_mini_batches} if r.num_mini_batches != 1 else {}
+    for name, size, unit in (
+        ("steps_per_generation", m.steps_per_generation, t.gradient_accumulation_steps),
+        ("generation_batch_size", m.generation_batch_size, answers),
+    ):
+        if size is None:
+            continue
+        if size % unit:
+            near = sorted({max(1, size // unit + k) * unit for k in (-1, 0, 1)})
+            raise ValueError(
+                say(
+                    f"{name} ({size}) must be a multiple of what one optimizer step takes ({unit}); take one of {near}",
+                    f"{name}（{size}）须为每个优化步所需（{unit}）的倍数；可取 {near}",
+                )
+            )
+        asked[name] = size // unit
+    if len(set(asked.values())) > 1:
+        raise ValueError(
+            say(
+                f"{' and '.join(asked)} must mean as many optimizer steps a round, not {list(asked.values())}; "
+                "leave one out",
+                f"{' 与 '.join(asked)} 须表示相同的每轮优化步数，而不是 {list(asked.values())}；请去掉其一",
+            )
+        )
+    return next(iter(asked.values()), 1)
+
+
+def _loss_name(config: RunConfig, name: str) -> str:
+    """`loss_type` with TRL's importance_sampling_level. Raises ValueError for losses whose ratio is
+    of another kind.
+    """
+    level = config.mismatch.importance_sampling_level
+    sequences = ("gspo", "gspo_token", "luspo", "vespo", "gmpo")
+    if level == "auto" or (level == "sequence") == (name in sequences):
+        return name
+    if level == "sequence" and name in ("grpo", "dapo"):
+        return "gspo"
+    raise ValueError(
+        say(
+            f"importance_sampling_level ({level}) must go with a loss of that kind, not loss_type {name}; leave it out",
+            f"importance_sampling_level（{level}）与 loss_type {name} 不符；请去掉",
+        )
+    )
+
+
 def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:
     """What the settings say of the policy's loss, or of this one. "auto" is dapo, or ppo with a
     critic. Raises ValueError as `PolicyHyper`, and for several losses.
@@ -100,6 +161,7 @@ def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:
             )
         )
     name = names[0] if names[0] != "auto" else "ppo" if config.model.stage == "PPO" else "dapo"
+    name = _loss_name(config, name)
     narrow = name in ("gspo", "gspo_token")
     usual = (3e-4, 4e-4) if narrow else (0.2, 0.2) if name == "ppo" else (0.4, 0.4) if name == "gmpo" else (0.2, 0.28)
     return PolicyHyper(

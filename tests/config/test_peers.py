@@ -17,6 +17,7 @@ from ernie_tune.config.aliases import EXPANDED, RENAMED
 from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.loader import Loaded, load_config, load_text, split_overrides
+from ernie_tune.config.training_arguments import TrainingArguments
 
 FOLDER = Path(__file__).parent / "peers"
 FILES = sorted(FOLDER.glob("*.yaml"))  # as published by their tools
@@ -181,3 +182,49 @@ def test_rlhf_type_of_swift() -> None:
     flat = load_text("rlhf_type: orpo", "f").config.flat()
     assert (flat["stage"], flat["loss_type"]) == ("DPO", ("orpo",))
     assert load_text("sequence_parallel: true", "f").config.parallel.sequence_parallel is False
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"rollout_batch_size": 32}, {"generation_batch_size": 32}),
+        ({"adv_estimator": "rloo"}, {"advantage_estimator": "rloo"}),
+        ({"clip_ratio_c": 3.0}, {"dual_clip": 3.0}),
+        ({"kl_loss_coef": 0.01}, {"beta": 0.01}),
+        ({"vllm_importance_sampling_mode": "token_mask"}, {"rollout_is": "icepop"}),
+        ({"rollout_importance_sampling_mode": "sequence_mask"}, {"rollout_is": "mask_sequence"}),
+        ({"vllm_importance_sampling_cap": 2.5}, {"rollout_is_max": 2.5}),
+        ({"bypass_mode": False}, {"old_logps": "recompute"}),
+        ({"use_bias_correction_kl": True}, {"kl_type": "k3_is"}),
+        ({"kl_loss_type": "low_var_kl"}, {"kl_type": "k3"}),
+        ({"loss_mode": "geo_mean"}, {"loss_type": ("gmpo",)}),
+        ({"loss_agg_mode": "seq-mean-token-sum-norm"}, {"loss_agg": "fixed"}),
+        ({"norm_adv_by_std_in_grpo": False}, {"scale_rewards": "none"}),
+        ({"scale_rewards": True}, {"scale_rewards": "group"}),
+        ({"online_filtering": False}, {"dynamic_sample": False}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"num_generations_eval": 1, "use_kl_loss": True, "top_entropy_quantile": 1.0}, {}),
+        ({"async_steps": 0, "max_staleness": 0, "over_sample": 1.0, "kl_in_reward": False}, {}),
+    ],
+)
+def test_sampling_by_the_names_of_other_tools(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    flat = TrainingArguments(stage="RLVR", **given).flat()
+    assert {name: flat[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"kl_in_reward": True}, "set kl_coef"),
+        ({"use_kl_loss": False}, "set beta: 0"),
+        ({"num_generations_eval": 4}, "set 1"),
+        ({"async_steps": 1}, "in step with them"),
+        ({"top_entropy_quantile": 0.2}, "all tokens are learned from"),
+        ({"entropy_coef_max": 0.5}, "between 0 and 1"),
+        ({"ppo_mini_batch_size": 64}, "set num_mini_batches"),
+        ({"reward_clip_range": 5}, "in the reward function"),
+    ],
+)
+def test_sampling_that_is_not_offered_has_a_remedy(given: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        TrainingArguments(stage="RLVR", **given)

@@ -20,7 +20,7 @@ from ernie_tune.data.records import Record, Reward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
-from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer, SampledAnswers
+from ernie_tune.trainers.online import AGREEMENT_FILE, COMPLETIONS_FILE, RLVRTrainer, SampledAnswers
 from ernie_tune.trainers.online_settings import policy_hyper, rollout_settings
 from ernie_tune.trainers.run import Run
 
@@ -203,7 +203,57 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     assert made.loop.step == 2
 
 
+def test_a_run_whose_engine_sees_another_policy_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on the trainer computes its own log-probabilities; a run that goes on knows it."""
+    inner = SampledAnswers._logp
+    monkeypatch.setattr(SampledAnswers, "_logp", lambda self, batch: inner(self, batch) + 1e-3)
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    made.train()
+    log = (tmp_path / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = (next(r for r in map(json.loads, log) if r.get("step") == step and "loss" in r) for step in (1, 2))
+    assert first["mismatch/max_abs_dlp"] == pytest.approx(1e-3, rel=0.05)
+    assert "mismatch/max_abs_dlp" in second, "every round, not every twentieth"
+    assert json.loads((tmp_path / "run" / "checkpoint-1" / AGREEMENT_FILE).read_text()) == {"recompute": True}
+    assert 4e-7 < first["approx_kl"] < 6e-7, "half the square: old is the trainer's, off by what was added"
+
+
+def test_the_engine_and_the_trainer_agree(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["log_history"][0]["mismatch/max_abs_dlp"] <= 1e-5
+    own = trainer(tmp_path, max_steps=1, old_logps="recompute", output_dir=str(tmp_path / "own"))
+    own.train()
+    for name, value in weights(made).items():
+        np.testing.assert_allclose(value, weights(own)[name], atol=1e-4, err_msg=name)
+
+
+def test_rounds_as_trl_sizes_them(tmp_path: Path) -> None:
+    """Answers of a round over all devices, or micro-batches of one device: both say how many steps
+    a round has.
+    """
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    for given in ({"steps_per_generation": 6}, {"generation_batch_size": 36}, {"num_mini_batches": 3}):
+        s = rollout_settings(args(tmp_path, **sizes, **given), 2)
+        assert (s.num_mini_batches, s.prompts) == (3, 12)
+    both = args(tmp_path, **sizes, steps_per_generation=4, generation_batch_size=36)
+    with pytest.raises(ValueError, match=r"steps_per_generation and generation_batch_size must mean as many"):
+        rollout_settings(both, 2)
+
+
+def test_one_ratio_an_answer_is_gspo(tmp_path: Path) -> None:
+    for name in ("grpo", "dapo", "gspo"):
+        assert policy_hyper(args(tmp_path, loss_type=name, importance_sampling_level="sequence")).loss_type == "gspo"
+    assert policy_hyper(args(tmp_path, loss_type="grpo", importance_sampling_level="token")).loss_type == "grpo"
+
+
 @pytest.mark.parametrize(("changes", "match"), [
+    ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, r"steps_per_generation \(3\) must be a multiple .* \(2\); take one of \[2, 4\]"),
+    ({"generation_batch_size": 10}, r"generation_batch_size \(10\) must be a multiple .* \(6\); take one of \[6, 12\]"),
+    ({"importance_sampling_level": "sequence", "loss_type": "cispo"}, r"importance_sampling_level \(sequence\) must go with a loss"),
+    ({"repetition_penalty": 1.1}, r"repetition_penalty \(1.1\) must be 1 when learning"),
     ({"per_device_train_batch_size": 5}, r"\(5 answers\) must be a multiple of num_generations \(3\); take one of \[3, 6\]"),
     ({"num_generations": 1, "per_device_train_batch_size": 1}, r"num_generations \(1\) must be at least 2 for advantage_estimator grpo"),
     ({"top_p": 0.9}, r"top_p \(0.9\) and top_k \(0\) must be 1 and 0 when learning"),
