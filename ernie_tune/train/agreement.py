@@ -28,14 +28,14 @@ Ask = Callable[[UnitBatch], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Gate:
+class MismatchGate:
     """How far log-probabilities of one token may differ: at most, and on average (nats)."""
 
     largest: float = 1e-5
     mean: float = 1e-5
 
     @classmethod
-    def of(cls, dtype: str, largest: float | None = None) -> Gate:
+    def of(cls, dtype: str, largest: float | None = None) -> MismatchGate:
         """The gate of a model's dtype; `largest`: another bound of the first kind."""
         usual = cls(0.5, 1e-2) if dtype in ("bfloat16", "float16") else cls()
         return usual if largest is None else cls(largest, largest)
@@ -46,7 +46,7 @@ class Agreement:
     looks. `recompute`: the trainer's own are taken, in every round.
     """
 
-    def __init__(self, ask: Ask, ranks: Ranks, gate: Gate, every: int = 20, recompute: bool = False) -> None:
+    def __init__(self, ask: Ask, ranks: Ranks, gate: MismatchGate, every: int = 20, recompute: bool = False) -> None:
         self.ask, self.ranks, self.gate, self.every, self.recompute = ask, ranks, gate, every, recompute
         self.metrics: dict[str, float] = {}
         self.news: list[Text] = []

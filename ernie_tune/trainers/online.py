@@ -38,7 +38,7 @@ from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
-from ernie_tune.train.agreement import Agreement, Gate
+from ernie_tune.train.agreement import Agreement, MismatchGate
 from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
@@ -302,7 +302,7 @@ class SampledAnswers(Method):
     def _agreement(self) -> Agreement:
         """Whether the forward that trains says of sampled tokens what the engine says."""
         m = self.config.mismatch
-        gate = Gate.of(str(self.policy.model.compute_dtype), m.mismatch_gate)
+        gate = MismatchGate.of(str(self.policy.model.compute_dtype), m.mismatch_gate)
         return Agreement(self._logp, _DataRanks(self.place), gate, m.mismatch_every, m.old_logps == "recompute")
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:

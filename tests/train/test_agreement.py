@@ -12,7 +12,7 @@ import pytest
 from support.thread_ranks import on_ranks
 
 from ernie_tune.checkpoint.state import ALONE
-from ernie_tune.train.agreement import Agreement, Gate
+from ernie_tune.train.agreement import Agreement, MismatchGate
 
 
 def batch(answers: int = 4, tokens: int = 3) -> Any:
@@ -32,7 +32,7 @@ def off_by(gap: float, asked: list[int]) -> Any:
 
 def test_within_the_gate_the_engine_is_believed() -> None:
     asked: list[int] = []
-    agreement = Agreement(off_by(2e-6, asked), ALONE, Gate(), every=3)
+    agreement = Agreement(off_by(2e-6, asked), ALONE, MismatchGate(), every=3)
     for number in range(5):
         assert agreement(number, [batch(40), batch(40), batch(40)]) == []
         assert bool(agreement.metrics) == (number in (0, 3))
@@ -44,7 +44,7 @@ def test_within_the_gate_the_engine_is_believed() -> None:
 
 def test_above_the_gate_the_trainer_computes_its_own() -> None:
     asked: list[int] = []
-    agreement = Agreement(off_by(1e-3, asked), ALONE, Gate(), every=3)
+    agreement = Agreement(off_by(1e-3, asked), ALONE, MismatchGate(), every=3)
     batches = [batch(70), batch(2)]
     told = agreement(0, batches)
     assert [len(one) for one in told] == [210, 6], "of this very round"
@@ -54,13 +54,13 @@ def test_above_the_gate_the_trainer_computes_its_own() -> None:
     assert not agreement.verdicts(), "once"
     assert len(agreement(1, batches)) == 2
     assert agreement.metrics, "measured in every round at no further cost"
-    again = Agreement(off_by(0.0, []), ALONE, Gate(), every=3)
+    again = Agreement(off_by(0.0, []), ALONE, MismatchGate(), every=3)
     again.load_state_dict(agreement.state_dict())
     assert again.recompute
 
 
 def test_a_number_that_is_none_is_above_every_gate() -> None:
-    agreement = Agreement(off_by(np.nan, []), ALONE, Gate(0.5, 0.5))
+    agreement = Agreement(off_by(np.nan, []), ALONE, MismatchGate(0.5, 0.5))
     agreement(0, [batch()])
     assert agreement.recompute
 
@@ -69,7 +69,7 @@ def test_ranks_switch_together() -> None:
     """Only one of two ranks sees a difference; both compute their own from then on."""
 
     def rank(ranks: Any) -> bool:
-        agreement = Agreement(off_by(1e-3 * ranks.rank, []), ranks, Gate())
+        agreement = Agreement(off_by(1e-3 * ranks.rank, []), ranks, MismatchGate())
         agreement(0, [batch()])
         return agreement.recompute
 
@@ -77,6 +77,6 @@ def test_ranks_switch_together() -> None:
 
 
 def test_gates_of_dtypes() -> None:
-    assert Gate.of("float32") == Gate.of("float64") == Gate(1e-5, 1e-5)
-    assert Gate.of("bfloat16") == Gate(0.5, 1e-2)
-    assert Gate.of("float32", 1e-3) == Gate(1e-3, 1e-3)
+    assert MismatchGate.of("float32") == MismatchGate.of("float64") == MismatchGate(1e-5, 1e-5)
+    assert MismatchGate.of("bfloat16") == MismatchGate(0.5, 1e-2)
+    assert MismatchGate.of("float32", 1e-3) == MismatchGate(1e-3, 1e-3)

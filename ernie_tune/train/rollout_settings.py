@@ -1,0 +1,89 @@
+"""What a round of sampled answers is made of.
+
+Refuses to know: where settings are written, who reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernie_tune.config.language import say
+from ernie_tune.objectives import advantages as adv
+
+ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What a round is made of. `prompts`: of one round, over all ranks. `groups_per_batch`: of a
+    micro-batch. `kl_coef`: of the per-token penalty in the reward (k1 against the reference), 0:
+    none. `overlong_buffer` tokens before the limit, and what the whole penalty is worth.
+    """
+
+    prompts: int = 8
+    num_generations: int = 8
+    max_completion_length: int = 512
+    max_prompt_length: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 42
+    num_iterations: int = 1
+    num_mini_batches: int = 1
+    groups_per_batch: int = 1
+    dynamic_sample: bool = True
+    max_resample_times: int = 3
+    advantage_estimator: str = "grpo"
+    scale_rewards: str = "group"
+    reward_aggregation: str = "sum_then_normalize"
+    kl_coef: float = 0.0
+    mask_truncated_completions: bool = False
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+    unjudged: bool = False  # answers without a reward count too: a teacher has something to say of them
+    note_experts: bool = False  # which experts each token goes to while it is sampled
+    prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("advantage_estimator", ESTIMATORS),
+            ("scale_rewards", adv.SCALES),
+            ("reward_aggregation", ("sum_then_normalize", "normalize_then_sum")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    say(
+                        f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}; correct the name",
+                        f"{name}（{getattr(self, name)!r}）须为 {', '.join(known)} 之一；请改正名称",
+                    )
+                )
+        grouped = self.advantage_estimator in ("grpo", "rloo", "max_rl", "reinforce_plus_plus_baseline")
+        if self.num_generations < 2 and grouped:
+            raise ValueError(
+                say(
+                    f"num_generations ({self.num_generations}) must be at least 2 for advantage_estimator "
+                    f"{self.advantage_estimator}, which compares the answers to one prompt; raise it",
+                    f"advantage_estimator {self.advantage_estimator} "
+                    f"要比较同一提问的多个回答，num_generations（{self.num_generations}）须至少为 2；请调大",
+                )
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                say(
+                    f"temperature ({self.temperature:g}) must be above 0 to sample; 1 is usual",
+                    f"采样时 temperature（{self.temperature:g}）须大于 0；通常为 1",
+                )
+            )
+        if self.top_p != 1 or self.top_k:
+            raise ValueError(
+                say(
+                    f"top_p ({self.top_p:g}) and top_k ({self.top_k}) must be 1 and 0 when learning: training "
+                    "would have to know which tokens were left out; leave them out",
+                    f"学习时 top_p（{self.top_p:g}）与 top_k（{self.top_k}）须为 1 和 0，否则训练须知道哪些 "
+                    "token 被排除；请去掉",
+                )
+            )
