@@ -27,7 +27,7 @@ EXAMPLES = ROOT / "examples"
 RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))
 NOTEBOOKS = sorted(EXAMPLES.glob("notebooks/*.ipynb"))
 TEMPLATES = {"28b", "424b"}  # for the reader's own data and weights
-DRAWN = {"rlvr", "evidence"}  # their rows are made by make_data.py, as the recipe says
+DRAWN = {"rlvr", "evidence", "base"}  # their rows are made by make_data.py, as the recipe says
 
 RUNNER = """
 import ast, json, sys, types

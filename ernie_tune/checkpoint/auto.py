@@ -28,7 +28,7 @@ from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.presets import preset
+from ernie_tune.models.presets import preset, shipped_name
 
 Array = np.ndarray[Any, Any]
 # Lays an empty model out and says which part of its whole value a parameter holds, so that a
@@ -111,7 +111,8 @@ class AutoModel(ErnieModel):
             flush=True,
         )
         model = cls._skeleton(config, dtype, empty)
-        model.name_or_path = str(folder)
+        # A model of the package is known by its name on every machine.
+        model.name_or_path = shipped_name(os.fspath(name_or_path)) or str(folder)
         return model, OnDisk(table, reader)
 
     @classmethod

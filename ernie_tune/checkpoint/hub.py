@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_tune.config.language import say
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.models.presets import PRESETS, shipped_folder
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ _OWNERS = {hub.owner for hub in HUBS.values()}
 
 
 def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = None) -> Path:
-    """The folder that `name_or_path` means: a local folder, else a download from `download_hub` if
-    one is given, else the hubs' caches.
+    """The folder that `name_or_path` means: a local folder, else a model that comes with the
+    package ("nano"), else a download from `download_hub` if one is given, else the hubs' caches.
 
     `download_hub` ("huggingface", "modelscope", "aistudio") may also come from
     ERNIE_TUNE_DOWNLOAD_HUB, or USE_MODELSCOPE_HUB=1; without it the network is not touched. Raises
@@ -61,6 +61,9 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
                 f"模型（{name}）须为文件夹，但它是文件；请给出含有它和 config.json 的文件夹",
             )
         )
+    ours = shipped_folder(name)
+    if ours is not None:
+        return ours
     check_repository(name)
     hub = hub_of_environment(download_hub)
     if hub is not None:

@@ -21,6 +21,7 @@ from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import split_overrides
+from ernie_tune.models.presets import shipped_folder
 
 PROMPT = "> "
 COMMANDS = ("/image", "/new", "/think", "/help", "/exit")
@@ -50,7 +51,8 @@ def run(args: list[str]) -> int:
             )
         )
     chosen = options(entries, SAMPLING, "chat")
-    if not Path(words[0]).exists():
+    path = shipped_folder(words[0]) or Path(words[0])
+    if not path.exists():
         raise ValueError(
             say(
                 f"{words[0]} does not exist; give the folder of a model or of a finished run",
@@ -61,7 +63,7 @@ def run(args: list[str]) -> int:
         from ernie_tune.generate.opened import open_engine
         from ernie_tune.trainers.assemble import base_of_run
 
-    engine = open_engine(Path(words[0]), base_of_run)
+    engine = open_engine(path, base_of_run)
     print(HELP)
     return talk(engine, typed() if sys.stdin.isatty() else sys.stdin, print, chosen)
 

@@ -29,7 +29,7 @@ from ernie_tune.data.readers.formats import choose
 from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import DatasetEntry, _files, find, load_dataset, split_paths
 from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.models.presets import PRESETS, shipped_folder
 
 # Options of each subcommand and what their value is; "": none.
 _FLAG, _PAGE, _FOLDERS = "", "[PATH.html]", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
@@ -234,7 +234,7 @@ def _entries(names: Sequence[str], form: str, folder: str) -> list[DatasetEntry]
 
 def _processor(name: str, template: str | None, max_pixels: int | None = None) -> Processor:
     """That of a model folder; else a bundled one, which is said where a model was asked for."""
-    if name and any((Path(name) / file).is_file() for file in (MODEL_FILE, JSON_FILE)):
+    if shipped_folder(name) or (name and any((Path(name) / file).is_file() for file in (MODEL_FILE, JSON_FILE))):
         return Processor.from_pretrained(name, template, max_pixels=max_pixels)
     limits = {} if max_pixels is None else {"max_pixels": max_pixels}
     bundled = "tiny" if name.startswith("tiny") else "small"

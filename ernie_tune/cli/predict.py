@@ -19,6 +19,7 @@ from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import split_overrides
+from ernie_tune.models.presets import shipped_folder
 
 if TYPE_CHECKING:
     from ernie_tune.data.records import Record
@@ -68,7 +69,7 @@ def run(args: list[str]) -> int:
         wanted["temperature"] = 0.0 if wanted["n"] == 1 else 1.0
     if wanted["rows"] < 1:
         raise UsageError(say(f"rows ({wanted['rows']}) must be at least 1", f"rows（{wanted['rows']}）须至少为 1"))
-    return predict(Path(words[0]), words[1], Path(words[2]), wanted)
+    return predict(shipped_folder(words[0]) or Path(words[0]), words[1], Path(words[2]), wanted)
 
 
 def predict(model: Path, rows: str, out: Path, wanted: Mapping[str, Any]) -> int:

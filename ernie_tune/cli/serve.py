@@ -19,6 +19,7 @@ from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, split_overrides
+from ernie_tune.models.presets import shipped_folder
 
 if TYPE_CHECKING:
     from ernie_tune.serve.server import Server
@@ -117,7 +118,7 @@ def run(args: list[str]) -> int:
                 "engine 只能是 paddle（本进程）或 fastdeploy",
             )
         )
-    return _serve(Path(words[0]), settings)
+    return _serve(shipped_folder(words[0]) or Path(words[0]), settings)
 
 
 def read_options(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Plac
 from ernie_tune.data.tensors import Inputs, template_inputs, text_inputs
 from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json, write_file
 from ernie_tune.models.inputs import Row, feature_count
+from ernie_tune.models.presets import shipped_folder
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 # Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is
@@ -156,12 +157,13 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Processor:
-        """Read a model folder: tokenizer, pixel and frame settings, and the template variant if
-        ernie_tune wrote the folder (else "hf").
+        """Read a model folder, or the model that comes with the package ("nano"): tokenizer, pixel
+        and frame settings, and the template variant if ernie_tune wrote the folder (else "hf").
 
         `min_pixels` and `max_pixels` of images replace the folder's. Raises ValueError like
         `Tokenizer.from_folder` and the settings.
         """
+        path = shipped_folder(path) or path
         tokenizer = Tokenizer.from_folder(path)
         saved, images, videos = media_settings(path, min_pixels, max_pixels)
         made = cls(tokenizer, template or tokenizer.config.get(TEMPLATE_KEY, "hf"), images, videos, saved or None)

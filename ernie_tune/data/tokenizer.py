@@ -26,6 +26,7 @@ import sentencepiece
 from ernie_tune.config.foreign import json_object
 from ernie_tune.config.language import say
 from ernie_tune.models.config import TokenIds
+from ernie_tune.models.presets import shipped_folder
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("small", "tiny")  # vocabularies of the presets "small" and "tiny-*"
@@ -117,6 +118,7 @@ class Tokenizer:
         """Read a model folder. Raises ValueError if it holds neither tokenizer.model nor
         tokenizer.json, else like the constructor.
         """
+        path = shipped_folder(path) or path
         folder = folder_with_tokenizer(Path(path))
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         if MODEL_FILE not in files and JSON_FILE not in files:

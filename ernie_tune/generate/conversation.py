@@ -22,7 +22,7 @@ from ernie_tune.generate.batch import generate as continuations
 from ernie_tune.generate.engine import Engine, Request
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.presets import PRESETS, preset
+from ernie_tune.models.presets import is_fresh, preset
 
 # transformers' names of what SamplingParams calls otherwise.
 _RENAMED = {"num_return_sequences": "n", "max_tokens": "max_new_tokens"}
@@ -108,7 +108,7 @@ def processor_of(model: ErnieModel) -> Processor:
     kept = model.__dict__.get("_processor")
     if kept is None:
         name = model.name_or_path
-        if name in PRESETS and not Path(name).is_dir():
+        if is_fresh(name) and not Path(name).is_dir():
             kept = Processor.bundled("small" if preset(name).vocab_size >= 8192 else "tiny")
         elif name:
             kept = Processor.from_pretrained(name)

@@ -8,6 +8,8 @@ reads released ones.
 from __future__ import annotations
 
 import difflib
+import os
+from pathlib import Path
 
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig, MoEConfig, TokenIds, VisionConfig
@@ -19,6 +21,7 @@ _RELEASED = TokenIds(
 # Ids of the shipped tokenizers.
 _TINY = TokenIds(0, 1, 2, image=604, image_start=605, image_end=606, video=604, video_start=607, video_end=608)
 _SMALL = TokenIds(0, 1, 2, image=8004, image_start=8005, image_end=8006, video=8004, video_start=8007, video_end=8008)
+_NANO = TokenIds(0, 1, 2, image=2442, image_start=2443, image_end=2444, video=2442, video_start=2445, video_end=2446)
 _TOWER = VisionConfig(depth=32, hidden_size=1280, num_heads=16, intermediate_size=5120)
 
 
@@ -57,6 +60,10 @@ def _424b(vision: bool) -> ModelConfig:
     )
 
 
+_ASSETS = Path(__file__).parent.parent / "data" / "assets"
+NANO = "ernie-4.5-vl-nano"
+ALIASES = {"nano": NANO}
+SHIPPED = frozenset({NANO})  # shapes whose weights come with the package
 PRESETS: dict[str, ModelConfig] = {
     "ernie-4.5-vl-28b-a3b": _28b(vision=True),
     "ernie-4.5-vl-424b-a47b": _424b(vision=True),
@@ -117,6 +124,21 @@ PRESETS: dict[str, ModelConfig] = {
         tokens=_TINY,
         dtype="float32",
     ),
+    NANO: ModelConfig(
+        vocab_size=2448,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        freq_allocation=4,
+        max_position_embeddings=4096,
+        moe=MoEConfig(8, (80, 48), 2, 1, _layers(1, 4)),
+        vision=VisionConfig(depth=4, hidden_size=112, num_heads=4, intermediate_size=448),
+        tokens=_NANO,
+        dtype="float32",
+    ),
     "small": ModelConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -135,6 +157,30 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+def shipped_name(name: str) -> str | None:
+    """The full name of a model that comes with the package, for it or its alias in any case; None
+    for all others.
+    """
+    key = name.lower()
+    key = ALIASES.get(key, key)
+    return key if key in SHIPPED else None
+
+
+def shipped_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a model that comes with the package. None for other names, and where a folder
+    beside the caller has that name.
+    """
+    full = shipped_name(os.fspath(name))
+    return None if full is None or Path(name).is_dir() else _ASSETS / full
+
+
+def is_fresh(name: str) -> bool:
+    """Whether `name` is that of a preset without weights, which a run draws. A folder of that name
+    has to be looked for first.
+    """
+    return name.rsplit("/", 1)[-1].lower() in PRESETS and shipped_name(name) is None
+
+
 def preset(name: str) -> ModelConfig:
     """The shape called `name` (case and `_`/`-` do not matter, an owner prefix and
     -PT/-Paddle/-Base suffixes are dropped). ValueError with a suggestion.
@@ -142,6 +188,7 @@ def preset(name: str) -> ModelConfig:
     key = name.rsplit("/", 1)[-1].lower().replace("_", "-")
     for suffix in ("-pt", "-paddle", "-base", "-thinking"):
         key = key.removesuffix(suffix)
+    key = ALIASES.get(key, key)
     if key in PRESETS:
         return PRESETS[key]
     close = [name for name in PRESETS if key and key in name] or difflib.get_close_matches(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.models.presets import is_fresh, shipped_name
 from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.layouts import run_problems
@@ -149,7 +149,7 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
 
 def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:
     setting, name = "model_name_or_path", config.model.model_name_or_path
-    if not name or Path(name).exists() or name.rsplit("/", 1)[-1].lower() in PRESETS:
+    if not name or Path(name).exists() or is_fresh(name) or shipped_name(name):
         return
     maker = recipe_that_makes(name, beside)
     repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).parent.is_dir()

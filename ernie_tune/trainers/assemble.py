@@ -30,7 +30,7 @@ from ernie_tune.evaluate.measure import MeasureSettings
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.presets import PRESETS, preset
+from ernie_tune.models.presets import is_fresh, preset
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.objectives.objective import Objective
 from ernie_tune.peft import settings
@@ -229,7 +229,7 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
     """
     m, template = config.media, config.data.template
     limits = {"min_pixels": m.image_min_pixels, "max_pixels": m.image_max_pixels}
-    if str(folder).rsplit("/", 1)[-1].lower() in PRESETS and not Path(folder).is_dir():
+    if is_fresh(str(folder)) and not Path(folder).is_dir():
         given = {k: v for k, v in limits.items() if v is not None}
         name = "small" if preset(str(folder)).vocab_size >= 8192 else "tiny"
         processor = Processor.bundled(name, "hf" if template == "auto" else template, **given)
@@ -324,7 +324,7 @@ def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
     dtype = "float64" if c.float64 else None
     model: AutoModel
     source: Source
-    if not Path(name).is_dir() and name.rsplit("/", 1)[-1].lower() in PRESETS:
+    if not Path(name).is_dir() and is_fresh(name):
         model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
         print(
             say(

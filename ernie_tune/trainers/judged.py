@@ -30,7 +30,7 @@ from ernie_tune.data.units import (
 )
 from ernie_tune.machine.place import Place
 from ernie_tune.models.ernie import ErnieModel
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.models.presets import is_fresh, shipped_name
 from ernie_tune.peft.config import PrefixConfig, PromptConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog
@@ -175,8 +175,10 @@ def ancestry(config: RunConfig) -> tuple[bool | None, str]:
             stage = load_config(file).config.model.stage
             return stage != "PT", f"{folder}, made by {stage}"
     name = m.model_name_or_path.rsplit("/", 1)[-1].lower()
-    if name in PRESETS and not Path(m.model_name_or_path).is_dir():
+    if is_fresh(name) and not Path(m.model_name_or_path).is_dir():
         return False, f"{m.model_name_or_path}, fresh weights"
+    if shipped_name(name):
+        return True, f"{m.model_name_or_path}, made by SFT"
     if "-base" in name:
         return False, f"{m.model_name_or_path}, a base model"
     return (

@@ -1,0 +1,344 @@
+"""Makes the rows and pictures that the base learns from. Knows the drawers beside it, nothing of
+models or training.
+
+Usage: python make_data.py --out output/base/data --part atoms --mix atoms --rows 20000 --seed 8
+A part is a name of your own; `eval` (`eval_grey`: the same rows with --grey) draws held-out
+pictures: other layouts, fonts, pairs of colour and shape, one question each, with its skill.
+The same arguments give the same rows; pictures too, where pillow and the fonts are of the same
+versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import random
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import clips
+import plots
+import printed
+import scenes
+import texts
+from PIL import Image
+from words import COLORS, PLACES, SHAPES, SIZES
+
+Made = tuple[list[Image.Image | list[Image.Image]], list[tuple[str, str]]]  # pictures (a list: a clip), turns
+MIXES = {  # weights of kinds of rows: first one word about one thing, then its name, then what is dense and easily seen, then everything
+    "first": {"first": 1},
+    "names": {"word": 22, "look": 22, "glyph": 33, "digit": 23},
+    "atoms": {"word": 15, "spot": 30, "glyph": 22, "digit": 15, "few": 12, "is": 6},
+    "digits": {"digit": 68, "word": 8, "look": 8, "spot": 8, "few": 5, "is": 3},
+    "cool": {
+        **{"digit": 24, "glyph": 13, "word": 8, "spot": 17, "few": 7, "is": 4, "big": 5, "single": 7},
+        **{"scene": 4, "many": 2, "text": 5, "chart": 1, "words": 3},
+    },
+    "letters": {"glyph": 47, "digit": 20, "spot": 15, "few": 7, "word": 7, "is": 4},
+    "more": {
+        **{"word": 4, "spot": 9, "glyph": 8, "digit": 10, "few": 6, "is": 5, "single": 9, "scene": 14, "many": 5},
+        **{"text": 12, "chart": 9, "receipt": 1, "pair": 2, "clip": 1, "words": 5},
+    },
+    "one": {"big": 45, "single": 30, "glyph": 20, "digit": 5},
+    "see": {"scene": 55, "many": 8, "text": 22, "digit": 4, "receipt": 1, "chart": 2, "words": 8},
+    "all": {
+        "scene": 26,
+        "many": 9,
+        "text": 22,
+        "digit": 6,
+        "receipt": 3,
+        "chart": 14,
+        "pair": 3,
+        "clip": 2,
+        "words": 15,
+    },
+}
+
+
+def _turns(
+    dense: tuple[Callable[..., tuple[str, str]], ...],
+    short: tuple[Callable[..., tuple[str, str]], ...],
+    thing: object,
+    rng: random.Random,
+    zh: bool,
+) -> list[tuple[str, str]]:
+    """One dense answer, or short ones, or both in any order: a later turn sees the picture at no
+    further cost.
+    """
+    draw = rng.random()
+    n = 0 if draw < 0.35 else rng.randint(1, 3)
+    made = [rng.choice(short)(thing, rng, zh) for _ in range(n)]
+    if draw < 0.7:
+        made.insert(rng.randint(0, len(made)), rng.choice(dense)(thing, rng, zh))
+    made = list({q: (q, a) for q, a in made}.values())
+    return sorted(
+        made, key=lambda turn: "<think>" in turn[1]
+    )  # earlier thoughts are not shown, nor trained, when a later question is answered
+
+
+def single(rng: random.Random, zh: bool) -> Made:
+    """One thing, now and then two: the shortest way from a picture to its words."""
+    s = scenes.scene(rng, most=1 if rng.random() < 0.7 else 2)
+    return [s.image], _turns(scenes.DENSE[:5], (scenes.ask_attribute, scenes.ask_list), s, rng, zh)
+
+
+def first(rng: random.Random, zh: bool) -> Made:
+    """One word about one thing that fills the picture, in English: what a blind model learns to see
+    from.
+    """
+    s = scenes.one(rng)
+    thing = s.things[0]
+    return [s.image], [rng.choice((("What colour is it?", thing.color), ("What shape is it?", thing.shape)))]
+
+
+def word(rng: random.Random, zh: bool) -> Made:
+    """`first` in both languages."""
+    return about_one(scenes.one(rng), zh, rng.choice(("color", "shape")))
+
+
+def about_one(s: scenes.Scene, zh: bool, skill: str) -> Made:
+    """One word about the only thing of a scene."""
+    thing = s.things[0]
+    turns = {
+        "place": (("它在哪里？" if zh else "Where is it?"), PLACES[thing.place(s.side)][zh]),
+        "color": (("它是什么颜色？" if zh else "What colour is it?"), COLORS[thing.color][0] if zh else thing.color),
+        "shape": (("它是什么形状？" if zh else "What shape is it?"), SHAPES[thing.shape] if zh else thing.shape),
+        "size": (
+            ("它是大还是小？" if zh else "Is it large or small?"),
+            SIZES.get(thing.size, "") if zh else thing.size,
+        ),
+    }
+    return [s.image], [turns[skill]]
+
+
+def spot(rng: random.Random, zh: bool, skills: str = "place place color shape shape size") -> Made:
+    """One word about one thing anywhere: where it is, its colour, its shape, its size."""
+    return about_one(scenes.scene(rng, most=1), zh, rng.choice(skills.split()))
+
+
+def look(rng: random.Random, zh: bool) -> Made:
+    """Colour or shape of one thing anywhere."""
+    return spot(rng, zh, "color shape shape")
+
+
+def few(rng: random.Random, zh: bool) -> Made:
+    """One to six things, counted."""
+    s = scenes.scene(rng, many=True, sides=(84,))
+    while len(s.things) > 6:
+        s = scenes.scene(rng, many=True, sides=(84,))
+    return [s.image], [("一共有几个图形？" if zh else "How many shapes are there?", str(len(s.things)))]
+
+
+def is_it(rng: random.Random, zh: bool) -> Made:
+    """Yes or no about one or two things."""
+    s = scenes.scene(rng, most=2, sides=(84,))
+    return [s.image], [scenes.ask_exists(s, rng, zh)]
+
+
+def big(rng: random.Random, zh: bool) -> Made:
+    """One thing that fills the picture."""
+    s = scenes.one(rng)
+    asks = (scenes.ask_list, scenes.ask_attribute, scenes.ask_attribute)
+    return [s.image], [rng.choice(asks)(s, rng, zh)]
+
+
+def glyph(rng: random.Random, zh: bool) -> Made:
+    """One letter or digit, or two."""
+    words = "".join(rng.choice(string.ascii_uppercase + 2 * string.digits) for _ in range(rng.choice((1, 1, 2))))
+    image = printed.line(words, rng, False, False, 56 if len(words) > 1 else 28, 56 if len(words) > 1 else 28)
+    return [image], [(rng.choice(printed.READ[zh]), words)]
+
+
+def scene(rng: random.Random, zh: bool) -> Made:
+    s = scenes.scene(rng, most=rng.choice((2, 4, 4, 5)))
+    return [s.image], _turns(scenes.DENSE, scenes.SHORT, s, rng, zh)
+
+
+def many(rng: random.Random, zh: bool) -> Made:
+    s = scenes.scene(rng, many=True)
+    return [s.image], _turns((scenes.ask_think, scenes.ask_count), scenes.MANY, s, rng, zh)
+
+
+def text(rng: random.Random, zh: bool) -> Made:
+    image, words, _ = printed.text(rng)
+    return [image], printed.ask_text(words, rng, zh)
+
+
+def digit(rng: random.Random, zh: bool) -> Made:
+    image, said = printed.digit(rng)
+    return [image], [(rng.choice(printed.READ_DIGIT[zh] + printed.READ[zh]), said)]
+
+
+def receipt(rng: random.Random, zh: bool) -> Made:
+    image, rows = printed.receipt(rng)
+    return [image], printed.ask_receipt(rows, rng, zh)
+
+
+def chart(rng: random.Random, zh: bool) -> Made:
+    c = plots.chart(rng)
+    return [c.image], _turns((plots.ask_table,), (plots.ask_short,), c, rng, zh)
+
+
+def pair(rng: random.Random, zh: bool) -> Made:
+    images, turns = clips.pictures(rng, zh)
+    return list(images), turns
+
+
+def clip(rng: random.Random, zh: bool) -> Made:
+    frames, turns = clips.clip(rng, zh)
+    return [frames], turns
+
+
+def words(rng: random.Random, zh: bool) -> Made:
+    return [], texts.turns(rng, zh)
+
+
+KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
+    **{
+        "word": word,
+        "spot": spot,
+        "look": look,
+        "few": few,
+        "is": is_it,
+        "first": first,
+        "big": big,
+        "single": single,
+        "glyph": glyph,
+        "scene": scene,
+        "many": many,
+        "text": text,
+        "digit": digit,
+        "receipt": receipt,
+    },
+    **{"chart": chart, "pair": pair, "clip": clip, "words": words},
+}
+
+
+def held_out(rng: random.Random, zh: bool, skill: str) -> Made:
+    """One question of a skill about a picture of the held-out kind."""
+    if skill in ("text", "digit"):
+        image, said = printed.text(rng, held_out=True)[:2] if skill == "text" else printed.digit(rng, held_out=True)
+        return [image], [(rng.choice(printed.READ[zh]), said)]
+    if skill in ("chart", "table"):
+        c = plots.chart(rng, held_out=True)
+        turn = plots.ask_table(c, rng, zh) if skill == "table" else plots.ask_short(c, rng, zh)
+        return [c.image], [turn]
+    if skill == "receipt":
+        image, rows = printed.receipt(rng, held_out=True)
+        return [image], [printed.ask_receipt(rows, rng, zh)[0]]
+    if skill == "words":
+        return [], texts.turns(rng, zh)[:1]
+    if skill in ("color", "shape", "place"):
+        return about_one(scenes.scene(rng, held_out=True, most=1), zh, skill)
+    s = scenes.scene(rng, held_out=True, many=skill == "count")
+    ask = {
+        "caption": scenes.ask_caption,
+        "count": scenes.ask_count,
+        "yesno": scenes.ask_exists,
+        "attribute": scenes.ask_attribute,
+        "relation": scenes.ask_relation,
+        "box": scenes.ask_box,
+    }[skill]
+    turn = ask(s, rng, zh)
+    if skill == "count":
+        turn = ("一共有几个图形？" if zh else "How many shapes are there?"), str(len(s.things))
+    return [s.image], [turn]
+
+
+SKILLS = (
+    "color",
+    "shape",
+    "place",
+    "caption",
+    "text",
+    "count",
+    "yesno",
+    "chart",
+    "table",
+    "attribute",
+    "relation",
+    "digit",
+    "receipt",
+    "words",
+)
+
+
+def held_out_questions(examples: Path) -> frozenset[str]:
+    """What the held-out parts of the other examples ask without a picture: no row repeats one."""
+    found: set[str] = set()
+    for path in sorted(examples.glob("*/eval*")):
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            found |= {row["text"] for row in csv.DictReader(io.StringIO(content))}
+            continue
+        for row in (
+            [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else json.loads(content)
+        ):
+            turns = [m["content"] for m in row.get("messages", ()) if m["role"] == "user"]
+            turns += [m["value"] for m in row.get("conversations", ()) if m["from"] == "human"]
+            found |= {t for t in [*turns, row.get("input", "")] if t and "<image>" not in t}
+    return frozenset(found)
+
+
+def row_of(made: Made, name: str, folder: Path) -> dict[str, object]:
+    """The row; its pictures are written to `folder`."""
+    media, turns = made
+    images, videos = [], []
+    for k, item in enumerate(media):
+        if isinstance(item, list):
+            item[0].save(folder / f"{name}_{k}.gif", save_all=True, append_images=item[1:], duration=500, loop=0)
+            videos.append(f"{folder.name}/{name}_{k}.gif")
+        else:
+            item.save(folder / f"{name}_{k}.png")
+            images.append(f"{folder.name}/{name}_{k}.png")
+    tags = "<image>" * len(images) + "<video>" * len(videos)
+    messages = []
+    for i, (question, answer) in enumerate(turns):
+        messages += [
+            {"role": "user", "content": (tags if i == 0 else "") + question},
+            {"role": "assistant", "content": answer},
+        ]
+    row: dict[str, object] = {"messages": messages}
+    if images:
+        row["images"] = images
+    if videos:
+        row["videos"] = videos
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", default="train", help="eval, eval_grey, or a name for a part of train")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--grey", action="store_true", help="grey pictures: what is answered without looking")
+    parser.add_argument("--mix", choices=sorted(MIXES), default="all")
+    o = parser.parse_args()
+    rng = random.Random(f"{o.part.removesuffix('_grey')} {o.seed}")
+    folder = o.out / f"{o.part}_media"
+    folder.mkdir(parents=True, exist_ok=True)
+    mix, forbidden = MIXES[o.mix], held_out_questions(Path(__file__).resolve().parent.parent)
+    with (o.out / f"{o.part}.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(o.rows):
+            zh = rng.random() < 0.5
+            if o.part.startswith("eval"):
+                skill = SKILLS[i % len(SKILLS)]
+                media, turns = held_out(rng, zh, skill)
+                if o.grey:
+                    media = [Image.new("L", m.size, 128) for m in media if isinstance(m, Image.Image)]
+                row = row_of((media, turns), f"{i:06d}", folder) | {"task": skill}
+            else:
+                kind = rng.choices(list(mix), list(mix.values()))[0]
+                made = KINDS[kind](rng, zh)
+                while any(question in forbidden for question, _ in made[1]):
+                    made = KINDS[kind](rng, zh)
+                row = row_of(made, f"{i:06d}", folder)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

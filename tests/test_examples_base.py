@@ -1,0 +1,165 @@
+"""What examples/base draws and asks is true: pixels against words, numerals by hand, held-out parts
+apart, scores against closed forms.
+
+Knows the scripts of examples/base and pixels, nothing of models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+BASE = Path(__file__).parent.parent / "examples" / "base"
+MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "make_data", "score")
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[dict[str, ModuleType]]:
+    """The scripts, imported as they import each other: by bare name, and only for these tests."""
+    before = {name: sys.modules.pop(name, None) for name in MODULES}
+    sys.path.insert(0, str(BASE))
+    yield {name: importlib.import_module(name) for name in MODULES}
+    sys.path.remove(str(BASE))
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def nearest(colors: dict[str, Any], rgb: tuple[int, ...]) -> str:
+    return min(colors, key=lambda n: sum((a - b) ** 2 for a, b in zip(colors[n][1], rgb, strict=True)))
+
+
+def test_things_are_where_and_what_the_scene_says(base: dict[str, ModuleType]) -> None:
+    rng, colors = random.Random(0), base["words"].COLORS
+    for i in range(60):
+        s = base["scenes"].scene(rng, held_out=i % 2 == 0, many=i % 3 == 0)
+        assert 1 <= len(s.things) <= 9
+        for t in s.things:
+            left, top, right, bottom = t.box
+            assert left >= 0 <= top, t
+            assert right <= s.side >= bottom, t
+            ring = t.shape == "ring"
+            x, y = (t.x - t.r + max(1, t.r // 5), t.y) if ring else (t.x, t.y)
+            assert nearest(colors, s.image.getpixel((x, y))) == t.color, t
+            corner = s.image.getpixel((t.x - t.r + 1, t.y - t.r + 1))
+            if t.shape in ("diamond", "star", "cross") and t.r > 7:
+                assert min(corner) > 180, "the corner of its box is ground"
+
+
+def test_captions_name_everything_in_both_languages(base: dict[str, ModuleType]) -> None:
+    thing = base["scenes"].Thing
+    things = [thing("red", "circle", "large", 10, 10, 8), thing("blue", "star", "small", 70, 45, 6)]
+    s = base["scenes"].Scene(Image.new("RGB", (84, 84)), things, 84)
+    assert base["scenes"].caption(s, False) == "large red circle top left, small blue star right"
+    assert base["scenes"].caption(s, True) == "左上大红色圆形，右边小蓝色五角星"
+
+
+def test_held_out_pairs_occur_nowhere_else(base: dict[str, ModuleType]) -> None:
+    rng, scenes = random.Random(3), base["scenes"]
+
+    def pairs(held_out: bool) -> set[tuple[str, str]]:
+        drawn = [scenes.scene(rng, held_out=held_out, many=i % 2 == 0) for i in range(150)]
+        return {(t.color, t.shape) for s in drawn for t in s.things}
+
+    assert not pairs(False) & scenes.HELD_OUT_PAIRS
+    assert pairs(True) & scenes.HELD_OUT_PAIRS
+
+
+def test_yes_and_no_are_balanced_and_true(base: dict[str, ModuleType]) -> None:
+    rng, scenes = random.Random(4), base["scenes"]
+    answers = []
+    for _ in range(300):
+        s = scenes.scene(rng)
+        question, answer = scenes.ask_exists(s, rng, False)
+        there = any(question == f"Is there a {t.name(False)}?" for t in s.things)
+        assert answer == ("yes" if there else "no"), (question, answer)
+        answers.append(answer)
+    assert 0.4 < answers.count("yes") / 300 < 0.6
+
+
+def test_number_words(base: dict[str, ModuleType]) -> None:
+    by_hand = {
+        0: ("zero", "零"),
+        14: ("fourteen", "十四"),
+        40: ("forty", "四十"),
+        99: ("ninety-nine", "九十九"),
+        100: ("one hundred", "一百"),
+        205: ("two hundred and five", "二百零五"),
+        310: ("three hundred and ten", "三百一十"),
+        718: ("seven hundred and eighteen", "七百一十八"),
+    }
+    for number, (english, chinese) in by_hand.items():
+        assert base["texts"].english(number) == english
+        assert base["texts"].chinese(number) == chinese
+
+
+def test_answers_without_pictures_are_right(base: dict[str, ModuleType]) -> None:
+    rng, texts = random.Random(5), base["texts"]
+    for _ in range(200):
+        question, answer = texts.order(rng, False)
+        numbers = [int(n) for n in question.replace("?", " ").replace(".", " ").split() if n.isdigit()]
+        said = [int(n) for n in answer.split()]
+        wanted = (
+            [max(numbers)] if "largest" in question else [min(numbers)] if "smallest" in question
+            else sorted(numbers, reverse=True) if "descending" in question
+            else sorted(numbers) if "ascending" in question else numbers[::-1]
+        )  # fmt: skip
+        assert said == wanted, question
+        question, answer = texts.letters(rng, False)
+        if question.startswith("Count the letter "):
+            letter, word = question.removeprefix("Count the letter ").removesuffix(".").split(" in ")
+            assert int(answer) == word.count(letter)
+
+
+def test_no_row_asks_what_a_held_out_part_asks(base: dict[str, ModuleType]) -> None:
+    forbidden = base["make_data"].held_out_questions(BASE.parent)
+    assert "Who trained you?" in forbidden, "of examples/identity"
+    assert len(forbidden) > 100
+    manners = {q for asked, _ in base["texts"]._MANNERS for q in asked.split("|")}
+    assert not manners & forbidden
+
+
+def test_rows_are_the_same_again_and_their_media_are_there(
+    base: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = base["make_data"]
+    if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")) or not list(
+        Path("/usr/share/fonts").rglob("NotoSansCJK*")
+    ):
+        monkeypatch.setitem(make.MIXES, "all", {"scene": 1, "many": 1, "pair": 1, "clip": 1, "words": 1})
+    texts = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / name), "--part", "some", "--rows", "40"])
+        make.main()
+        texts.append((tmp_path / name / "some.jsonl").read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+    for line in texts[0].splitlines():
+        row = json.loads(line)
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+        for file in (*row.get("images", ()), *row.get("videos", ())):
+            with Image.open(tmp_path / "a" / file) as image:
+                assert image.size >= (8, 8)
+        thoughts = ["<think>" in m["content"] for m in row["messages"]]
+        assert not any(thoughts[:-1]), "a thought on the way to an earlier answer is not trained"
+
+
+def test_scores(base: dict[str, ModuleType]) -> None:
+    score = base["score"].score
+    assert score("caption", "red star top, blue ring left", "blue ring left, red star bottom") == 0.5
+    assert score("caption", "red star top", "red star top, red star top") == 0.5, "saying more costs"
+    assert score("text", "abcd", "abed") == 0.75
+    assert score("text", "ab", "xyz") == 0.0
+    assert score("chart", "100", "104") == 1.0
+    assert score("chart", "100", "106") == 0.0
+    assert score("table", "A 20，B 50", "A 20，B 60") == 0.5
+    assert score("yesno", "yes", "no") == 0.0
