@@ -56,8 +56,9 @@ class RouterTap:
     records: list[RouterRecord] = field(default_factory=list)
     ids_only: bool = False  # keep no more than (layer, modality, chosen [T, k])
     chosen: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
-    # (layer, modality) -> the experts of each of that modality's tokens, [T, k]; -1: its own choice
-    force: Mapping[tuple[int, int], np.ndarray] | None = None
+    # layer -> the experts of each token of the pack, [T, k]; -1: its own choice
+    force: Mapping[int, np.ndarray] | None = None
+    first: int = 0  # where in the pack a layer's tokens begin: a rank's run under sequence parallelism
     # of each router that was forced: (tokens that would choose other experts, forced tokens)
     flips: list[tuple[int, int]] = field(default_factory=list)
     count_usage: bool = False  # add to each layer's expert_usage, for `update_correction_bias`
@@ -430,7 +431,7 @@ class MoELayer(nn.Layer):
             parts = {0: self._sort(x_TD, 0, tap)}
         else:
             parts = {
-                m: self._sort(paddle.gather(x_TD, index), m, tap)
+                m: self._sort(paddle.gather(x_TD, index), m, tap, index)
                 for m, index in enumerate(indices)
                 if index is not None and index.shape[0]
             }
@@ -452,14 +453,19 @@ class MoELayer(nn.Layer):
             out = _AddLoss.apply(out, sum(losses[1:], losses[0]), tap.scale)
         return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
 
-    def _sort(self, x_TD: Tensor, modality: int, tap: RouterTap | None) -> _Sorted | _SortedFew:
+    def _sort(
+        self, x_TD: Tensor, modality: int, tap: RouterTap | None, index: Tensor | None = None
+    ) -> _Sorted | _SortedFew:
         weight_DE, bias_E = self.gate.of(modality), self.moe_statics.e_score_correction_bias[modality]
         if mkl.is_stepping() and (tap is None or (tap.ids_only and tap.force is None)):
             few = _sort_few(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
             if tap is not None:
                 tap.chosen.append((self.layer, modality, few.chosen_Tk))
             return few
-        forced_Tk = None if tap is None or tap.force is None else tap.force[self.layer, modality]
+        forced_Tk = None
+        if tap is not None and tap.force is not None:
+            at_T = np.arange(x_TD.shape[0]) if index is None else index.numpy()
+            forced_Tk = tap.force[self.layer][tap.first + at_T]
         r = route(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min, forced_Tk)
         pair_expert = r.chosen_Tk.reshape([-1])
         order_M = paddle.argsort(pair_expert, stable=True)

@@ -50,20 +50,14 @@ def recorded(forward: Any, batch: Any, config: ModelConfig) -> np.ndarray:
     return chosen_experts(tap, batch.inputs, config)[batch.place_M]
 
 
-def forced_experts(batch: Any, config: ModelConfig) -> Mapping[tuple[int, int], np.ndarray] | None:
-    """What routers of a forward over the batch are to choose; None where nothing is replayed."""
+def forced_experts(batch: Any, config: ModelConfig) -> Mapping[int, np.ndarray] | None:
+    """What routers of a forward over the batch are to choose, by layer; None: what they like."""
     known_MLk = getattr(batch, "columns", {}).get(COLUMN)
     if known_MLk is None:
         return None
-    inputs = batch.inputs
-    out_TLk = np.full((inputs.num_tokens, *known_MLk.shape[1:]), UNKNOWN, known_MLk.dtype)
+    out_TLk = np.full((batch.inputs.num_tokens, *known_MLk.shape[1:]), UNKNOWN, known_MLk.dtype)
     out_TLk[batch.place_M] = known_MLk
-    index = [np.flatnonzero(inputs.vision_T == bool(modality)) for modality in (0, 1)]
-    return {
-        (layer, modality): out_TLk[index[modality], i]
-        for i, layer in enumerate(moe_layers(config))
-        for modality in (0, 1)
-    }
+    return {layer: out_TLk[:, i] for i, layer in enumerate(moe_layers(config))}
 
 
 def of_completions(completions: Sequence[Any], lengths: Sequence[int]) -> np.ndarray | None:

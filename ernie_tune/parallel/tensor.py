@@ -155,7 +155,11 @@ class _Localise:
 
     def __call__(self, layer: nn.Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, text, vision, *rest = args
-        if vision is None or not layer.training:
+        if not layer.training:
+            return args
+        if rest and rest[0] is not None:  # a tap, which may hold what all tokens of the pack are to choose
+            rest[0].first = self.runs.span()[0]
+        if vision is None:
             return args
         if self.known[0] is not vision or self.known[1] != self.runs.total:
             first, end = self.runs.span()

@@ -24,6 +24,7 @@ from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.placed import Placed
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
+from ernie_tune.models.replay import COLUMN as EXPERTS
 from ernie_tune.objectives.loss import LossOut, combine
 from ernie_tune.objectives.objective import Outputs
 from ernie_tune.objectives.policy import KlControl
@@ -150,8 +151,7 @@ class ActorCritic(Loop):
     def _step(self, window: Sequence[Any], start: float) -> StepRecord:
         self.beside.step = self.step
         with self.critic.learning():
-            # rows that were not sampled may ride along: no return is known of them
-            learned = next(self.beside.steps([[batch for batch in window if "return_N" in batch.columns]]))
+            learned = next(self.beside.steps([_valued(window)]))
         acted = self._stay(learned, start) if self.step < self.warmup else super()._step(window, start)
         told = {"critic/grad_norm": learned.grad_norm, "critic/learning_rate": learned.learning_rate}
         metrics = {**acted.metrics, **learned.metrics, **told}
@@ -166,6 +166,16 @@ class ActorCritic(Loop):
         self.tokens, self.rows = self.tokens + learned.num_tokens, self.rows + learned.num_rows
         self.seconds += seconds
         return StepRecord(self.step, 0.0, 0.0, 0.0, learned.num_tokens, learned.num_rows, seconds)
+
+
+def _valued(window: Sequence[UnitBatch]) -> list[UnitBatch]:
+    """What a critic learns from: no rows that ride along, of which no return is known, and with
+    routers that choose for themselves, as they did when its values were noted.
+    """
+    known = [batch for batch in window if "return_N" in batch.columns]
+    return [
+        dataclasses.replace(b, columns={name: x for name, x in b.columns.items() if name != EXPERTS}) for b in known
+    ]
 
 
 # --- what there is to say of a round --------------------------------------------------------------

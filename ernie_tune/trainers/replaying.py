@@ -29,8 +29,6 @@ def replay_mode(config: RunConfig, updates_per_round: int, model: Any) -> str:
         why = say("a model without routers", "没有路由的模型")
     elif config.model.fine_tuning in ("Prompt", "PTuning", "Prefix"):
         why = say("virtual tokens, which are no tokens of an answer", "不属于回答的虚拟 token")
-    elif config.parallel.sequence_parallel:
-        why = say("sequence_parallel, which cuts packs before routers", "在路由之前切分序列的 sequence_parallel")
     if asked in ("off", "auto"):
         return "R3" if asked == "auto" and updates_per_round > 1 and why is None else "off"
     if why is not None:

@@ -25,6 +25,7 @@ from ernie_tune.machine import place
 from ernie_tune.machine.stages import outputs_of
 from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
 from ernie_tune.trainers.ppo import PPOTrainer
+from ernie_tune.trainers.upo import UPOTrainer
 
 # Settings of a layout. One process has a window's micro-batches in turn where several ranks share
 # them.
@@ -59,12 +60,21 @@ CASES: dict[str, dict[str, Any]] = {
     "uneven": {"num_mini_batches": 2, "per_device_train_batch_size": 3, "max_steps": 4},
     "critic": {"stage": "PPO", "kl_target": 0.01, "kl_horizon": 40, "max_steps": 3},
     "critic adapter": {"stage": "PPO", "fine_tuning": "LoRA", "lora_rank": 4, "num_mini_batches": 2, "max_steps": 4},
+    # pairs among sampled answers, whose reference reads them alone; a rank may have none
+    "pairs": {
+        "stage": "UPO",
+        "loss_type": "upo_online",
+        "allow_base": True,
+        "pair_min_gap": 0.4,
+        "pair_weight": "auto",
+        "max_steps": 2,
+    },
 }
 TRIED: dict[str, tuple[str, ...]] = {
-    "DP2": ("reference", "uneven", "critic", "critic adapter"),
+    "DP2": ("reference", "uneven", "critic", "critic adapter", "pairs"),
     "TP2 SP EP2": ("uneven", "critic adapter"),
     "PP2": ("reference", "critic"),
-    "EP2 sharding 2": ("uneven", "critic adapter"),
+    "EP2 sharding 2": ("uneven", "critic adapter", "pairs"),
     "sharding 3": ("reference",),
     "TP2 DP2": ("reference", "uneven"),
 }
@@ -130,8 +140,11 @@ def train(folder: Path, case: str, layout: str = "one process") -> Path:
         **CASES[case],
         **LAYOUTS[layout],
     }
-    kind = PPOTrainer if CASES[case].get("stage") == "PPO" else RLVRTrainer
+    stage = CASES[case].get("stage", "RLVR")
+    kind: Any = {"PPO": PPOTrainer, "UPO": UPOTrainer, "RLVR": RLVRTrainer}[stage]
     made = kind(args=TrainingArguments(**values), reward_funcs=even)
+    if case == "pairs":  # fresh weights never end an answer: every third token does
+        made.processor.stop_ids = (*made.processor.stop_ids, *range(2, 500, 3))
     if case == "uneven":
         made.method.__class__ = Halting
     made.train()
