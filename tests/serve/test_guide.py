@@ -342,5 +342,5 @@ def test_without_the_package_it_is_named(running: Live, monkeypatch: pytest.Monk
     import sys
 
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(openai.BadRequestError, match=r"need llguidance; pip install .*ernie-tune\[serve\]"):
+    with pytest.raises(openai.BadRequestError, match=r"need llguidance; pip install llguidance"):
         ask(running, response_format=FORMAT)
