@@ -6,15 +6,20 @@ Refuses to know: how rewards are computed, how answers are sampled.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ernie_tune.cli.train import trainer_of
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import padded, say
 from ernie_tune.config.loader import load_config
 
 if TYPE_CHECKING:
+    from ernie_tune.config.arguments import RunConfig
     from ernie_tune.rewards.trial import Tried
 
 _ROWS = 200  # rows that are tried, spread over the data
@@ -22,13 +27,14 @@ _SHOWN = 60
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune reward test FILE [--rows N] [key=value | --key value ...]
+    """ernie-tune reward test FILE [--samples N] [--rows N] [key=value | --key value ...]
 
     The rewards of a YAML file (stage RLVR or PPO) on right answers, which must earn 0.95 of what
     they can on average, and on texts that a policy would try instead, which must earn nothing.
-    Exit code 1 where a test fails. --rows N: so many rows (200).
+    Exit code 1 where a test fails. --samples N: also N answers of the model; --rows N: so many rows
+    (200).
     """
-    words, rows = _counted(args)
+    words, samples, rows = _counted(args)
     config = load_config(*file_and_settings(words)).config  # no model is needed yet
     if config.model.stage not in ("RLVR", "PPO"):
         raise ValueError(
@@ -58,6 +64,9 @@ def run(args: list[str]) -> int:
                 f"{len(records)} 行都没有标准答案：未测试正确回答与攻击",
             )
         )
+    if samples:
+        for line in _sampled(config, samples):
+            print(line)
     failed = [line.name for line in [*([reference] if reference else []), *lines] if not line.passed]
     if failed:
         print(say(f"failed: {', '.join(failed)}", f"未通过：{', '.join(failed)}"))
@@ -66,9 +75,9 @@ def run(args: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _counted(args: Sequence[str]) -> tuple[list[str], int]:
-    """The words without --rows N, and its number. Raises UsageError."""
-    rest, numbers = [], {"--rows": _ROWS}
+def _counted(args: Sequence[str]) -> tuple[list[str], int, int]:
+    """The words without --samples N and --rows N, and both numbers. Raises UsageError."""
+    rest, numbers = [], {"--samples": 0, "--rows": _ROWS}
     left = iter(args)
     for word in left:
         name, equals, value = word.partition("=")
@@ -81,7 +90,7 @@ def _counted(args: Sequence[str]) -> tuple[list[str], int]:
                 say(f"{name} ({value}) must be a number, such as 200", f"{name}（{value}）须为数字，如 200")
             )
         numbers[name] = int(value)
-    return rest, numbers["--rows"]
+    return rest, numbers["--samples"], numbers["--rows"]
 
 
 def _spread(records: Sequence[Any], count: int) -> list[Any]:
@@ -108,3 +117,42 @@ def _table(lines: Sequence[Tried]) -> list[str]:
 
 
 _NAMES = {"reference": say("right answers (share)", "正确回答（占比）")}
+
+
+def _sampled(config: RunConfig, count: int) -> list[str]:
+    """What the model's own answers earn."""
+    from ernie_tune.rewards.trial import total
+
+    n = config.rollout.num_generations
+    quiet = dataclasses.replace(config.rollout, log_completions=False)
+    trainer: Any = trainer_of(config)(args=type(config)(**{**vars(config), "rollout": quiet}))
+    records = _spread(trainer.prompts, math.ceil(count / n))
+    groups = trainer.score(trainer.rollout(records, n))
+    earned = [total(one, trainer.rubric) for group in groups for one in group.scored]
+    known = [value for value in earned if value is not None]
+    lines = [
+        str(
+            say(
+                f"{len(earned)} answers of the model: "
+                + (
+                    f"mean {statistics.fmean(known):.3f}, spread {statistics.pstdev(known):.3f}"
+                    if known
+                    else "no reward"
+                )
+                + f"; {sum(g.spread for g in groups)} of {len(groups)} prompts have answers that differ",
+                f"模型的 {len(earned)} 个回答："
+                + (
+                    f"平均 {statistics.fmean(known):.3f}，标准差 {statistics.pstdev(known):.3f}"
+                    if known
+                    else "没有奖励"
+                )
+                + f"；{len(groups)} 个提示中 {sum(g.spread for g in groups)} 个的回答有差别",
+            )
+        )
+    ]
+    answers = [
+        (a.text, t)
+        for g in groups
+        for a, t in zip(g.answers, [total(s, trainer.rubric) for s in g.scored], strict=True)
+    ]
+    return lines + [f"    {'-' if t is None else f'{t:.3f}'}  {text[:_SHOWN]!r}" for text, t in answers[:8]]

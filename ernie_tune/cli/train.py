@@ -81,7 +81,7 @@ def reward(args: list[str]) -> int:
     Trains a reward model on pairs, rankings and ratings, as `ernie-tune train` with stage=RM.
     `ernie-tune score` applies it.
 
-    ernie-tune reward test FILE [--rows N] [key=value | --key value ...]
+    ernie-tune reward test FILE [--samples N] [--rows N] [key=value | --key value ...]
 
     Tries the rewards of FILE (stage RLVR or PPO) before a run: right answers must earn 0.95 of what
     they can on average, what a policy would try instead nothing. Exit code 1 where a test fails.
@@ -129,7 +129,7 @@ def _train(args: list[str], stage: str = "") -> int:
         from ernie_tune.trainers.interrupts import Interrupted
 
     try:
-        _trainer(config)(args=config).train(dry_run=dry_run)
+        trainer_of(config)(args=config).train(dry_run=dry_run)
     except (FloatingPointError, Interrupted) as error:
         print(shown(error), file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
@@ -162,7 +162,7 @@ def evaluate(args: list[str]) -> int:
     from ernie_tune.report.log import metrics_table
 
     answers = Path(config.save.output_dir) / ANSWERS_FILE
-    for line in metrics_table("eval", _trainer(config)(args=config).evaluate(answers)):
+    for line in metrics_table("eval", trainer_of(config)(args=config).evaluate(answers)):
         print(line)
     if answers.is_file() and answers.stat().st_size:
         print(say(f"every answer: {answers}", f"全部回答：{answers}"))
@@ -201,7 +201,7 @@ def demo(args: list[str]) -> int:
     return run([str(folder / "sft.yaml"), *rows, *args])
 
 
-def _trainer(config: RunConfig) -> Any:
+def trainer_of(config: RunConfig) -> Any:
     """The trainer of the stage, which loading the settings has found to be built."""
     module, _, name = STAGES[config.model.stage].trainer.partition(":")
     with while_paddle_loads():

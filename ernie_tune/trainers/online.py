@@ -37,6 +37,7 @@ from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.report.log import RunLog
+from ernie_tune.report.rollout_page import write_rollouts
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.agreement import Agreement, MismatchGate
 from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
@@ -57,7 +58,7 @@ from ernie_tune.trainers.online_settings import evidence_settings, policy_hyper,
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
-COMPLETIONS_FILE = "rollouts.jsonl"
+COMPLETIONS_FILE, PAGE_FILE = "rollouts.jsonl", "rollouts.html"
 STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
 AGREEMENT_FILE = "agreement_state.json"
@@ -452,6 +453,15 @@ class RLVRTrainer(Trainer):
 
     def make_method(self) -> Method:
         return self.method_class(self.args, self.place, self.processor, self.rubric)
+
+    def train(self, dry_run: bool = False) -> dict[str, float]:
+        """As any trainer's; of the answers that were sampled a page is written."""
+        metrics = super().train(dry_run)
+        folder = Path(self.args.save.output_dir)
+        if self.place.is_writer and not dry_run and (folder / COMPLETIONS_FILE).is_file():
+            write_rollouts(folder / COMPLETIONS_FILE, folder / PAGE_FILE, folder.name)
+            print(say(f"sampled answers: {folder / PAGE_FILE}", f"采样的回答：{folder / PAGE_FILE}"))
+        return metrics
 
     # --- one step by hand, in this order ----------------------------------------------------------
 

@@ -45,6 +45,16 @@ def test_rewards_that_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "reference" not in out.splitlines()[-1]
 
 
+def test_answers_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = f"num_generations: 2\nper_device_train_batch_size: 4\nmax_completion_length: 3\noutput_dir: {tmp_path}/run\n"
+    assert main(["reward", "test", settings(tmp_path, more), "--samples", "4"]) == 0
+    assert (
+        "4 answers of the model: mean 0.000, spread 0.000; 0 of 2 prompts have answers that differ"
+        in capsys.readouterr().out
+    )
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+
+
 @pytest.mark.parametrize(("words", "stage", "match"), [
     (["--rows", "many"], "RLVR", "--rows (many) must be a number, such as 200"),
     ([], "SFT", "stage (SFT) must be RLVR or PPO, which learn from rewards"),

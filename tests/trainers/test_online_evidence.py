@@ -74,6 +74,9 @@ def test_a_run_with_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     told = [json.loads(line) for line in (tmp_path / "run" / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
     assert {Path(row["images"][0]).stem[1:] for row in told} == {"", "t"}
     assert {row["gold"] for row in told} == {"a", "b"}
+    page = (tmp_path / "run" / "rollouts.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 8  # two rounds of four groups
+    assert page.count("data:image/png;base64,") == 8
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert 0 <= log[0]["evidence/twin_both_right"] <= 1
     assert log[0]["rewards/even/timeouts"] == 0
