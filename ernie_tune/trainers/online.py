@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped
@@ -36,6 +37,8 @@ from ernie_tune.machine.placed import Placed
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
+from ernie_tune.peft.config import PeftConfig
+from ernie_tune.peft.model import get_peft_model
 from ernie_tune.report.log import RunLog
 from ernie_tune.report.rollout_page import write_rollouts
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
@@ -427,9 +430,11 @@ class RLVRTrainer(Trainer):
 
     `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers,
     "file.py:function", or a list of these, with `reward_weights`; by default what each row names,
-    or what its gold answer asks for. `processing_class`: TRL's name of `processor`. Arguments and
-    errors as `Trainer`'s. Also ValueError for rows that nothing can check, batch sizes that do not
-    hold whole groups, and settings under which training would not see what was sampled.
+    or what its gold answer asks for. `processing_class`: TRL's name of `processor`; as there,
+    `model` may be the name of a folder or repository, and `peft_config` puts an adapter on it.
+    Arguments and errors as `Trainer`'s. Also ValueError for rows that nothing can check, batch
+    sizes that do not hold whole groups, and settings under which training would not see what was
+    sampled.
     """
 
     method_class = SampledAnswers
@@ -445,10 +450,23 @@ class RLVRTrainer(Trainer):
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
         processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
         **watched: Any,
     ) -> None:
         config = RunConfig() if args is None else args
         self.rubric = rubric_of(config, reward_funcs, reward_weights)
+        if isinstance(model, str | Path):
+            model = AutoModel.from_pretrained(model)
+        if peft_config is not None:
+            if model is None:
+                raise ValueError(
+                    say(
+                        "model (None) must be given with peft_config, which is put on it; pass one, or set fine_tuning "
+                        "and the lora_ settings in args",
+                        "使用 peft_config 时须给出 model（现为 None）；请传入模型，或在 args 中设置 fine_tuning 与 lora_ 各项",
+                    )
+                )
+            model = get_peft_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:

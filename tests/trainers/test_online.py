@@ -203,6 +203,53 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     assert made.loop.step == 2
 
 
+def as_dataset(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("datasets").Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("given", [list, iter, as_dataset])
+def test_rows_adapters_and_names_as_trl_takes_them(tmp_path: Path, given: Any) -> None:
+    """A `datasets.Dataset`, a list or a generator of conversations with columns of their own, a
+    model by name, an adapter beside it.
+    """
+    seen: list[Any] = []
+
+    def reward(prompts: list[Any], completions: list[Any], digit: list[int], **_: Any) -> list[float]:
+        seen.extend(digit)
+        assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+        return [float(len(completion[0]["content"]) % 2) for completion in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "digit": i} for i in range(4)]
+    model().save_pretrained(tmp_path / "base")
+    config = ernie_tune.GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=2,
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_vllm=False,
+        remove_unused_columns=False,
+    )
+    made = ernie_tune.GRPOTrainer(
+        model=str(tmp_path / "base"),
+        reward_funcs=[reward],
+        args=config,
+        train_dataset=given(rows),
+        processing_class=processor(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    made.train()
+    assert set(seen) <= {0, 1, 2, 3}
+    assert {name.rsplit(".", 1)[-1] for name in weights(made)} == {"lora_A", "lora_B"}
+
+
+def test_an_adapter_needs_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model \(None\) must be given with peft_config"):
+        RLVRTrainer(None, args(tmp_path), reward_funcs=even, peft_config=LoraConfig(r=2))
+
+
 def test_a_run_whose_engine_sees_another_policy_says_so_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
