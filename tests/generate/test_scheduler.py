@@ -4,6 +4,7 @@ stay with whom they belong to.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.generate.scheduler import Capacity, Scheduler, complete
 from ernie_tune.models.cache import KVCache
 from ernie_tune.models.inputs import Row
-from ernie_tune.models.segments import SegmentCache
+from ernie_tune.models.segments import Segment, SegmentCache
 
 WORDS = Row(np.array([1, 5, 6, 9]))
 
@@ -156,6 +157,50 @@ def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(at: int, model: An
             np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
     assert len(found) == 4 - (at > 2)
     assert all(len(one.done.token_ids) == at for one in left), "what was handed back is the caller's"
+
+
+def test_a_hundred_random_aborts_leave_nothing_behind(model: Any) -> None:
+    """Prompts come, are taken out and go on at random: every answer is what it is undisturbed, the
+    cache holds what lives and no more, and at the end no segment is left.
+    """
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, n=2, seed=3)
+    prompts = [Prompt(Row(np.array([1, 5, 6 + i, 9][: 2 + i % 3])), params, i, i) for i in range(6)]
+    whole = dict(complete(scheduler_of(model), prompts))
+    gc.collect()
+    before = {id(one) for one in gc.get_objects() if isinstance(one, Segment)}
+    rng, scheduler = np.random.default_rng(0), scheduler_of(model)
+    waiting: list[Any] = []
+    aborted = 0
+    while aborted < 100:
+        if len(scheduler) == 0 and not waiting:
+            done = {p.key: {s: Completion() for s in range(2)} for p in prompts}
+            for prompt in prompts:
+                scheduler.submit(prompt)
+        for event in scheduler.step():
+            done[event.prompt][event.sample].add(event)
+        keys = set(rng.choice(6, 2, replace=False).tolist())
+        taken = scheduler.abort(keys)
+        aborted += bool(taken)
+        live = scheduler._batches.get(None)
+        if live is not None and isinstance(live._cache, SegmentCache):
+            most = sum(len(row.prompt.row.input_ids_L) + 12 for row in live._live)
+            assert live._cache.num_tokens <= most
+            assert len(live._cache) == len(live._live)
+        waiting += taken
+        if waiting and rng.random() < 0.5:
+            for one in waiting:  # what it had come to is the caller's; its events go on behind
+                assert one.done.token_ids == done[one.prompt.key][one.sample].token_ids
+            scheduler.resume(waiting)
+            waiting = []
+        if len(scheduler) == 0 and not waiting:
+            for key, some in whole.items():
+                for sample, want in enumerate(some):
+                    assert done[key][sample].token_ids == want.token_ids
+    scheduler.abort(range(6))
+    assert len(scheduler) == scheduler.running == scheduler.waiting == 0
+    del scheduler, live, waiting, taken
+    gc.collect()
+    assert not {id(one) for one in gc.get_objects() if isinstance(one, Segment)} - before
 
 
 def test_seeds_of_several_parts(model: Any) -> None:
