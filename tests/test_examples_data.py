@@ -116,7 +116,10 @@ def test_every_row_parses_and_its_media_open(path: Path) -> None:
         if "task" in row:
             assert set(row) == {"task", "input", "output"}
             continue
-        question, answers = asked(row) if "signal" not in row else judged(row)
+        if len(row["messages"]) == 1 and row.get("signal", {}).get("type", "verifiable") == "verifiable":
+            question, answers = row["messages"][0]["content"], row.get("signal", {}).get("answer", [])
+        else:
+            question, answers = asked(row) if "signal" not in row else judged(row)
         for answer in [answers] if isinstance(answers, str) else answers:
             assert answer
             assert answer == answer.strip()
@@ -513,6 +516,16 @@ def test_the_script_of_preferences_writes_these_rows(tmp_path: Path) -> None:
     script("preferences").make(tmp_path)
     for path in sorted((EXAMPLES / "preferences").glob("*.jsonl")):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_script_of_rlhf_writes_these_rows_and_gives_no_answer_away(tmp_path: Path) -> None:
+    script("rlhf").make(tmp_path)
+    for path in sorted((EXAMPLES / "rlhf").glob("*.jsonl")):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    rows = [json.loads(line) for line in (EXAMPLES / "rlhf" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all([m["role"] for m in row["messages"]] == ["user"] and "signal" not in row for row in rows)
+    held = (EXAMPLES / "rlhf" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    assert not {row["images"][0] for row in rows} & {json.loads(line)["images"][0] for line in held}
 
 
 @pytest.mark.parametrize("fold", range(5))

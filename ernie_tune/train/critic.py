@@ -165,7 +165,9 @@ class ActorCritic(Loop):
         seconds = time.perf_counter() - start
         self.tokens, self.rows = self.tokens + learned.num_tokens, self.rows + learned.num_rows
         self.seconds += seconds
-        return StepRecord(self.step, 0.0, 0.0, 0.0, learned.num_tokens, learned.num_rows, seconds)
+        # The critic's gradient: one of 0 would say that nothing is learned.
+        norm = learned.grad_norm
+        return StepRecord(self.step, 0.0, 0.0, norm, learned.num_tokens, learned.num_rows, seconds)
 
 
 def _valued(window: Sequence[UnitBatch]) -> list[UnitBatch]:

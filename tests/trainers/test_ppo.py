@@ -178,6 +178,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, fine_tuning: str) -> None:
     } <= rows[-1].keys()  # fmt: skip
     assert rows[0]["critic/values/max"] == 0.0  # who knows nothing says 0
     assert rows[0]["learning_rate"] == 0.0
+    assert rows[0]["grad_norm"] == rows[0]["critic/grad_norm"] > 0  # no guard may call it nothing
     assert "frac_reward_zero_std" not in rows[0]  # groups of one
     assert rows[0]["reward_std"] > 0
     assert rows[-1]["objective/kl_coef"] != rows[0]["objective/kl_coef"] == 0.05
