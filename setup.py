@@ -55,6 +55,7 @@ setup(
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
         "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
+        "ui": ["gradio>=6.10", *SERVER],
         "serve": [*SERVER, "pydantic>=2.9", "llguidance>=1.9"],
         "dev": [
             "pytest>=8",

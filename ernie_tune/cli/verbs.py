@@ -92,6 +92,17 @@ VERBS = (
         ("server", "api", "deploy"),
     ),
     Verb(
+        "ui",
+        "ernie_tune.cli.ui:run",
+        say("a studio in the browser: data, training, curves, judging", "浏览器中的工作室：数据、训练、曲线与评判"),
+        ("webui", "web-ui", "studio"),
+    ),
+    Verb(
+        "judge",
+        "ernie_tune.cli.ui:judge",
+        say("judge answers by hand; what you say becomes training rows", "人工评判回答，结果成为训练数据"),
+    ),
+    Verb(
         "export",
         "ernie_tune.cli.export:run",
         say(

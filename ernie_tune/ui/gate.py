@@ -1,0 +1,102 @@
+"""What every request to a studio passes: the name by which it is called, the page it comes from,
+the key where one is set; and what the browser is told about the page.
+
+An ASGI middleware, for websockets too. Refuses to know: gradio, what requests mean.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+COOKIE = "ernie_tune_ui_key"
+# Nothing from elsewhere: gradio's page would fetch fonts and scripts of its makers.
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
+    "'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self' ws: wss: data: blob:; frame-ancestors 'none'; "
+    "base-uri 'self'; form-action 'self'"
+)
+_HEADERS = (
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+class StudioGate:
+    """`hosts`: names by which the studio may be called; empty: any (only with a key). `key`: ""
+    where everyone of this machine may look. A key comes once as `?key=` and stays as a cookie that
+    scripts cannot read.
+    """
+
+    def __init__(self, app: App, hosts: tuple[str, ...] = LOOPBACK, key: str = "") -> None:
+        self.app, self.hosts, self.key = app, hosts, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "")
+        origin = headers.get("origin", "")
+        if self.hosts and _name(f"//{host}") not in self.hosts:
+            return await _refuse(
+                scope, send, 421, "this studio is not called so; open it under the address that it printed"
+            )
+        if origin and urlsplit(origin).netloc != host:
+            return await _refuse(scope, send, 403, "another page must not drive this studio")
+        if not self.key or self._knows(headers):
+            return await self.app(scope, receive, self._told(send))
+        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "GET"
+            and hmac.compare_digest(given.encode(), self.key.encode())
+        ):
+            cookie = f"{COOKIE}={self.key}; HttpOnly; SameSite=Strict; Path=/"
+            return await _answer(send, 303, b"", ((b"location", b"/"), (b"set-cookie", cookie.encode())))
+        await _refuse(scope, send, 401, "this studio asks for a key: open the address with ?key= that it printed")
+
+    def _knows(self, headers: dict[str, str]) -> bool:
+        try:
+            found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            return False
+        return found is not None and hmac.compare_digest(found.value.encode(), self.key.encode())
+
+    def _told(self, send: Send) -> Send:
+        async def tell(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+            await send(message)
+
+        return tell
+
+
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await _answer(send, status, f"{why}\n".encode(), ((b"content-type", b"text/plain; charset=utf-8"),))
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+    start = [*headers, (b"content-length", str(len(body)).encode()), *_HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,82 @@
+"""What the rooms of a studio share: its folder, jobs and models, its words in both languages, and
+pieces of HTML that are safe to make of data.
+
+Labels are turned by the browser's language; HTML carries both languages, of which the page's style
+shows one. Refuses to know: rooms, what gradio does with them.
+"""
+
+from __future__ import annotations
+
+import html as escaping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie_tune.config.language import Text, in_language, say
+from ernie_tune.report import html
+from ernie_tune.ui.asking import ModelServers
+from ernie_tune.ui.jobs import Jobs
+from ernie_tune.ui.workspace import Workspace
+
+
+@dataclass
+class Studio:
+    """One studio. `words`: every label that was asked for, by the key under which the browser looks
+    it up. `label`: makes of a key what gradio understands.
+    """
+
+    workspace: Workspace
+    jobs: Jobs
+    servers: ModelServers
+    label: Callable[[str], Any]
+    words: dict[str, Text] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, root: Path, also: Sequence[Path], label: Callable[[str], Any]) -> Studio:
+        workspace = Workspace(root, also)
+        jobs = Jobs(workspace.own / "jobs")
+        return cls(workspace, jobs, ModelServers(jobs, workspace.root), label)
+
+    def __call__(self, english: str, chinese: str) -> Any:
+        """A label of the page."""
+        self.words[english] = say(english, chinese)
+        return self.label(english)
+
+    def translations(self) -> dict[str, dict[str, str]]:
+        """Language -> key -> words, for the browser's languages that mean Chinese too."""
+        chinese = {key: text.chinese for key, text in self.words.items()}
+        english = {key: text.english for key, text in self.words.items()}
+        return {"en": english, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK"), chinese)}
+
+
+Offers = list[tuple[Any, Callable[[], list[Any]]]]  # lists of names, and what they offer when a room is entered
+
+
+def line(message: object, kind: str = "note") -> str:
+    """A line about what happened: a message in both languages, or an error made of one."""
+    english, chinese = (str(in_language(message, lang)) for lang in ("en", "zh"))
+    return f'<p class="{kind}" role="status">{html.both(Text(english, chinese))}</p>'
+
+
+def lines(messages: Sequence[object], kind: str = "note") -> str:
+    return "".join(line(m, kind) for m in messages)
+
+
+def text(value: object) -> str:
+    """Text from data: escaped, with its line breaks."""
+    return f'<div class="text">{escaping.escape(str(value))}</div>'
+
+
+def pictures(images: Sequence[Any]) -> str:
+    """Pictures of a question, small enough for a page."""
+    return f'<div class="pictures">{"".join(html.picture(image, None) for image in images)}</div>' if images else ""
+
+
+def dialogue(messages: Sequence[Any], images: Sequence[Any]) -> str:
+    """A question as people see it: pictures first, then the turns."""
+    shown = [
+        f'<div class="turn {escaping.escape(str(m.get("role", "")))}">{text(m.get("content") or "")}</div>'
+        for m in messages
+    ]
+    return pictures(images) + "".join(shown)

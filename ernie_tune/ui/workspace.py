@@ -1,0 +1,150 @@
+"""The folder that a studio works in: every path that a browser names is looked up here, and none
+leads out of it.
+
+Refuses to know: what is done with files, pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ernie_tune.checkpoint.hub import HUBS
+from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.language import say
+from ernie_tune.config.loader import ARGS_FILE
+from ernie_tune.models.presets import PRESETS
+from ernie_tune.report.log import LOG_FILE
+
+OWN_FOLDER = ".ernie_tune_ui"  # jobs, uploads
+_DEPTH, _MOST = 4, 400  # of folders that are searched, of names that are offered
+_ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_NOT_ROWS = ("trainer_log", "trainer_state", "ledger", "metrics", "config", "tokenizer", "all_results", "eval_results",
+             "train_results", "before.json", "dataset_info", "added_tokens", "special_tokens", "preprocessor",
+             "processor_config", "adapter_config", "lora_config", "export_report", ".settings.json", "index.json",
+             "_state.json", "rollouts")  # fmt: skip
+
+
+class Workspace:
+    """One folder, with what the command line has let in beside it (`also`, files or folders)."""
+
+    def __init__(self, root: Path, also: Iterable[Path] = ()) -> None:
+        self.root = root.resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.also = tuple(path.resolve() for path in also)
+        self.own = self.root / OWN_FOLDER
+        self.own.mkdir(exist_ok=True)
+
+    def inside(self, text: str) -> Path:
+        """The path that a browser means, links followed. Raises ValueError where it leads out of
+        the workspace, and for what cannot be a path.
+        """
+        if not text.strip() or "\0" in text:
+            raise ValueError(
+                say(f"path ({text[:80]!r}) must not be empty; choose one", f"路径（{text[:80]!r}）不能为空；请选择")
+            )
+        path = Path(os.path.realpath(self.root / text.strip()))
+        if not self.holds(path):
+            raise ValueError(
+                say(
+                    f"path ({text[:200]}) must lie in the workspace ({self.root}); move it there, or start the studio in its folder",
+                    f"路径（{text[:200]}）须在工作区（{self.root}）内；请移入，或在其所在文件夹启动",
+                )
+            )
+        return path
+
+    def holds(self, path: Path) -> bool:
+        """Whether a resolved path is one that this studio may touch; its own folder is not."""
+        if path.is_relative_to(self.own):
+            return path.is_relative_to(self.uploads)
+        return any(path == known or path.is_relative_to(known) for known in (self.root, *self.also))
+
+    @property
+    def uploads(self) -> Path:
+        """Where what a browser sends is kept."""
+        return self.own / "uploads"
+
+    @property
+    def sent(self) -> Path:
+        """Where the page's server puts what a browser sends, before anything is made of it."""
+        return self.own / "sent"
+
+    def received(self, text: str) -> Path:
+        """A file that a browser has just sent. Raises ValueError for any other path."""
+        path = Path(os.path.realpath(text))
+        if not path.is_relative_to(self.sent) or not path.is_file():
+            raise ValueError(say("the file must be sent with the page; send it again", "文件须由页面上传；请重新上传"))
+        return path
+
+    def name(self, path: Path) -> str:
+        """A path as people are shown it: from the workspace where it is in it."""
+        resolved = path.resolve()
+        return str(resolved.relative_to(self.root)) if resolved.is_relative_to(self.root) else str(resolved)
+
+    def check_settings(self, config: RunConfig) -> None:
+        """Raises ValueError where settings name a file or folder outside. Presets and hub names are
+        neither.
+        """
+        m, d = config.model, config.data
+        named = {
+            "model_name_or_path": [m.model_name_or_path],
+            "train_dataset_path": list(d.train_dataset_path),
+            "eval_dataset_path": list(config.flat()["eval_dataset_path"]),
+            "output_dir": [config.save.output_dir],
+            "logging_dir": [config.log.logging_dir],
+            "lora_path": [str(config.flat().get("lora_path") or "")],
+        }
+        for setting, values in named.items():
+            for value in values:
+                plain = str(value or "").rpartition("#")[0] or str(value or "")
+                if plain and not self._is_no_path(setting, plain):
+                    try:
+                        self.inside(plain)
+                    except ValueError as error:
+                        raise ValueError(
+                            say("{setting}: {why}", "{setting}：{why}", setting=setting, why=error)
+                        ) from None
+
+    def _is_no_path(self, setting: str, value: str) -> bool:
+        if setting != "model_name_or_path":
+            return False
+        is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and bool(HUBS)
+        return value in PRESETS or (is_hub_name and not (self.root / value).exists())
+
+    # --- what there is ----------------------------------------------------------------------------
+
+    def runs(self) -> list[str]:
+        """Output folders of runs, the newest first."""
+        found = [p.parent for p in self._files(lambda name: name in (LOG_FILE, ARGS_FILE))]
+        return self._named(sorted(set(found), key=lambda p: -p.stat().st_mtime))
+
+    def models(self) -> list[str]:
+        """Folders that can be asked: models, and runs with an adapter."""
+        found = [
+            p.parent
+            for p in self._files(lambda name: name in ("config.json", "adapter_config.json", "lora_config.json"))
+            if any(p.parent.glob("*.safetensors"))
+        ]
+        return self._named(dict.fromkeys([*[p for p in self.also if p.is_dir()], *found]))
+
+    def rows(self) -> list[str]:
+        """Files that may hold rows."""
+        found = self._files(lambda name: name.lower().endswith(_ROWS) and not any(no in name for no in _NOT_ROWS))
+        return self._named([*[p for p in self.also if p.is_file()], *found])
+
+    def settings(self) -> list[str]:
+        """YAML files."""
+        return self._named(self._files(lambda name: name.endswith((".yaml", ".yml"))))
+
+    def _named(self, paths: Iterable[Path]) -> list[str]:
+        return [self.name(path) for path in paths][:_MOST]
+
+    def _files(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
+        for folder, folders, files in os.walk(self.root):
+            depth = len(Path(folder).relative_to(self.root).parts)
+            folders[:] = sorted(f for f in folders if not f.startswith((".", "checkpoint-"))) if depth < _DEPTH else []
+            for name in sorted(files):
+                path = Path(folder) / name
+                if wanted(name) and self.holds(path.resolve()):
+                    yield path

@@ -1,0 +1,459 @@
+"""What stands behind the studio's page: paths, jobs, settings as fields and YAML, run folders,
+questions, the gate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_runs import IMAGES, write_rows
+
+from ernie_tune.config.arguments import SETTINGS
+from ernie_tune.config.loader import load_text
+from ernie_tune.ui import asking, forms, judging, runs, studio
+from ernie_tune.ui.gate import COOKIE, StudioGate
+from ernie_tune.ui.jobs import DONE, FAILED, RUNNING, STOPPED, Jobs, born
+from ernie_tune.ui.judgements import Judgement, Judgements
+from ernie_tune.ui.questions import questions
+from ernie_tune.ui.workspace import Workspace
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workspace:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.jsonl").write_text("{}")
+    return Workspace(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside/secret.jsonl", "/etc/passwd", "a/../../outside/secret.jsonl", "link/secret.jsonl", "~/x", "\0", "  ",
+     "//etc/passwd", ".ernie_tune_ui/jobs/x/job.json"],
+)  # fmt: skip
+def test_no_path_leads_out(place: Workspace, path: str) -> None:
+    (place.root / "link").symlink_to(place.root.parent / "outside")
+    if path == "~/x":
+        assert place.inside(path) == place.root / "~/x", "a name like any other"
+        return
+    with pytest.raises(ValueError, match="must"):
+        place.inside(path)
+
+
+def test_what_the_command_line_let_in(tmp_path: Path, place: Workspace) -> None:
+    secret = tmp_path / "outside" / "secret.jsonl"
+    wider = Workspace(tmp_path / "work", [secret])
+    assert wider.inside(str(secret)) == secret
+    assert str(secret) in wider.rows()
+    with pytest.raises(ValueError, match="must lie in the workspace"):
+        wider.inside(str(secret.parent))
+
+
+def test_a_file_that_no_browser_sent(place: Workspace) -> None:
+    (place.sent / "ab").mkdir(parents=True)
+    (place.sent / "ab" / "a.png").write_text("")
+    (place.sent / "link").symlink_to("/etc/passwd")
+    assert place.received(str(place.sent / "ab" / "a.png")).name == "a.png"
+    for path in (
+        "/etc/passwd",
+        str(place.sent / "link"),
+        str(place.sent / ".." / "jobs"),
+        "a.png",
+        str(place.sent / "no"),
+    ):
+        with pytest.raises(ValueError, match="must be sent with the page"):
+            place.received(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "setting"),
+    [
+        ("train_dataset_path: /etc/passwd", "train_dataset_path"),
+        ("train_dataset_path: ../outside/secret.jsonl#5", "train_dataset_path"),
+        ("output_dir: ../outside/out", "output_dir"),
+        ("logging_dir: /tmp/logs", "logging_dir"),
+        ("model_name_or_path: /root/model", "model_name_or_path"),
+        ("model_name_or_path: ../outside", "model_name_or_path"),
+        ("eval_dataset_path: /etc/passwd", "eval_dataset_path"),
+    ],
+)
+def test_settings_name_nothing_outside(place: Workspace, changed: str, setting: str) -> None:
+    text = forms.START
+    place.check_settings(load_text(text, "run.yaml").config)
+    place.check_settings(load_text(text.replace("tiny-a", "baidu/ERNIE-4.5-VL-28B-A3B-PT"), "run.yaml").config)
+    name, value = changed.split(": ")
+    with pytest.raises(ValueError, match=f"{setting}: path .* must lie in the workspace"):
+        place.check_settings(load_text(forms.with_value(text, name, value), "run.yaml").config)
+
+
+def test_what_is_offered(place: Workspace) -> None:
+    for name in ("run/trainer_log.jsonl", "run/config.json", "run/model.safetensors", "run/checkpoint-3/config.json",
+                 "data/rows.jsonl", "data/table.csv", "a.yaml", "deep/1/2/3/4/5/rows.jsonl"):  # fmt: skip
+        file = place.root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert place.rows() == ["data/rows.jsonl", "data/table.csv"]
+    assert place.models() == place.runs() == ["run"]
+    assert place.settings() == ["a.yaml"]
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+
+def started(jobs: Jobs, *words: str, **environ: str) -> Any:
+    return jobs.start("train", "a run", words, jobs.folder, environ)
+
+
+def test_a_job_goes_on_without_the_studio_that_started_it(tmp_path: Path) -> None:
+    job = started(Jobs(tmp_path), "version", SECRET="hidden")
+    later = Jobs(tmp_path)  # another studio, which is nobody's parent
+    assert later.get(job.id) == job
+    assert later.wait(job, 60) == DONE
+    assert later.exit_code(job) == 0
+    assert "ernie-tune 0." in later.output(job)
+    assert "hidden" not in "".join(f.read_text() for f in tmp_path.rglob("*") if f.is_file()), (
+        "the environment is not kept"
+    )
+    failed = started(later, "nonsense")
+    assert (later.wait(failed, 60), later.exit_code(failed)) == (FAILED, 2)
+    assert [one.id for one in Jobs(tmp_path).all()] == [failed.id, job.id]
+    with pytest.raises(ValueError, match=r"job \(x\) must be one of this studio"):
+        later.get("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "job.json").write_text("{")
+    assert len(later.all()) == 2
+
+
+def test_a_job_is_asked_to_stop(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    job = started(jobs, "chat", "nowhere")  # a child that would wait
+    place = tmp_path / job.id
+    jobs.wait(job, 60)
+    sleeper = subprocess.Popen(
+        [sys.executable, "-m", "ernie_tune.ui.child", str(place / "code"), sys.executable, "-c",
+         "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(7))\nprint('up', flush=True)\ntime.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert sleeper.stdout is not None
+    sleeper.stdout.readline()
+    known = json.loads((place / "job.json").read_text())
+    (place / "job.json").write_text(json.dumps({**known, "pid": sleeper.pid, "born": born(sleeper.pid)}))
+    (place / "exit_code").unlink()
+    job = jobs.get(job.id)
+    assert Jobs(tmp_path).state(job) == RUNNING
+    Jobs(tmp_path).stop(job)
+    assert sleeper.wait(30) == 7, "the child ended as it wished, and its code was handed on"
+    assert (place / "code").read_text() == "7\n"
+    assert Jobs(tmp_path).state(job) == STOPPED
+
+
+def test_a_number_that_another_process_got_is_not_the_job(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    job = started(jobs, "version")
+    jobs.wait(job, 60)
+    (tmp_path / job.id / "exit_code").unlink()  # the machine was switched off
+    file = tmp_path / job.id / "job.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pid": os.getpid(), "born": 12345}))
+    later = Jobs(tmp_path)
+    again = later.get(job.id)
+    assert later.state(again) == FAILED
+    later.stop(again)  # must not reach this process
+    later.kill(again)
+    assert born(os.getpid()) > 0
+    assert born(2**22 + 1) == 0
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_a_field_and_comes_back() -> None:
+    fields = {field.name: field for field in forms.fields()}
+    assert set(fields) == set(SETTINGS)
+    assert set(forms.FIRST) <= set(fields)
+    text = ""
+    for field in fields.values():
+        text = forms.with_value(text, field.name, field.value)
+    flat = load_text(text, "run.yaml").config.flat()
+    assert flat == load_text("stage: SFT\nfine_tuning: LoRA\n", "run.yaml").config.flat(), (
+        "defaults written are defaults"
+    )
+    assert {f.kind for f in fields.values()} == {"choice", "switch", "text"}
+    assert all(f.label.english != f.label.chinese for f in fields.values())
+    assert {f.name: f.value for f in forms.fields({"seed": "7"})}["seed"] == "7"
+
+
+def test_a_field_changes_its_line_only() -> None:
+    text = "# mine\nlr: 1.0e-3  # peak\nseed: 3\ntrain_dataset_path:\n  - a.jsonl\n  - b.jsonl\n\nmax_steps: 5\n"
+
+    changed = forms.with_value(forms.with_value(text, "seed", "4"), "train_dataset_path", "c.jsonl, d.jsonl")
+    assert changed.startswith("# mine\n")
+    assert "seed: 4\n" in changed
+    assert "a.jsonl" not in changed
+    assert changed.endswith("max_steps: 5\n")
+    assert load_text(changed, "x").config.data.train_dataset_path == ("c.jsonl", "d.jsonl")
+    assert "seed" not in forms.with_value(changed, "seed", "")
+    added = forms.with_value(changed, "bf16", True)
+    assert added.endswith("max_steps: 5\nbf16: true\n")
+    spelt = forms.with_value(
+        "num_epochs: 3\nper_device_train_batch_size: 1  # small\n", "per_device_train_batch_size", 8
+    )
+    assert "per_device_train_batch_size: 8  # small" in spelt
+
+
+@pytest.mark.parametrize(
+    "value", ["a: b", "it's", "# no comment", "[not, closed", "*star", "data#500", "- dash", "x, y", "%1"]
+)
+def test_any_value_survives_the_yaml(value: str) -> None:
+    text = forms.with_value("seed: 1\n", "output_dir", value)
+    assert load_text(text, "x").config.save.output_dir == value
+
+
+def test_mistakes_and_estimates_are_told() -> None:
+    loaded, told = forms.read("stage: SFT\nlearnign_rate: 1\n")
+    assert loaded is None
+    assert "run.yaml:2" in told[0]
+    assert "did you mean 'learning_rate'" in told[0]
+    assert "0.001 B parameters" in forms.estimated(forms.START)
+    assert "learnign_rate" in forms.estimated("learnign_rate: 1\n")
+    assert forms.written("seed: 4\n") == {"seed": "4"}
+    assert forms.written("seed: [\n") == {}
+
+
+# --- run folders ----------------------------------------------------------------------------------
+
+
+def test_what_a_growing_run_tells(tmp_path: Path) -> None:
+    assert runs.curves([tmp_path]) == ""
+    log = tmp_path / "trainer_log.jsonl"
+    log.write_text('{"step": 1, "epoch": 0.1, "loss": 2.0}\n{"step": 2, "epoch": 0.2, "loss": 1.5}\n{"step": 3, "lo')
+    assert [r["loss"] for r in runs.history(tmp_path)] == [2.0, 1.5], "a line that is being written is left"
+    one = runs.curves([tmp_path])
+    assert one.startswith("<svg")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "trainer_log.jsonl").write_text(log.read_text())
+    both = runs.curves([tmp_path, other])
+    assert both.count("polyline") + both.count("<path") > one.count("polyline") + one.count("<path")
+    assert runs.last_numbers(tmp_path) == {"step": 2, "epoch": 0.2, "loss": 1.5}
+    (tmp_path / "before.json").write_text('{"answers": ["x"], "references": ["y"]}')
+    (tmp_path / "eval_answers.jsonl").write_text('{"row": "a:1", "reference": "y", "answer": "z"}\n{"row": ')
+    assert runs.samples(tmp_path) == [("a:1", "y", "x", "z")]
+    (tmp_path / "before.json").write_text("{")
+    assert runs.samples(tmp_path)[0].before == ""
+    (tmp_path / "rollouts.jsonl").write_text("".join(f'{{"n": {i}}}\n' for i in range(100)) + '{"n": 1')
+    assert [row["n"] for row in runs.rollouts(tmp_path, 3)] == [99, 98, 97]
+    assert runs.rollouts(other) == []
+
+
+# --- questions and the judge's session ------------------------------------------------------------
+
+
+def test_questions_of_rows_and_of_predictions(place: Workspace) -> None:
+    (place.root / "a.png").write_bytes((IMAGES / "0003.png").read_bytes())
+    shown = {
+        "messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "3"}],
+        "images": ["a.png"],
+    }
+    outside = {"messages": [{"role": "user", "content": "<image>q"}], "images": [str(IMAGES / "0003.png")]}
+    judged = {"messages": [{"role": "user", "content": "q"}], "responses": ["x", "y"], "scores": [1, 5]}
+    file = Path(write_rows(place.root / "rows.jsonl", [shown]))
+    found, told = questions(file, place)
+    (only,) = found.values()
+    assert (only.reference, only.answers, told) == ("3", (), [])
+    assert only.asked.images == (str(place.root / "a.png"),)
+    found, told = questions(Path(write_rows(place.root / "out.jsonl", [outside])), place)
+    assert not found
+    assert "must lie in the workspace" in told[0]
+    (only,) = questions(Path(write_rows(place.root / "judged.jsonl", [judged])), place)[0].values()
+    assert only.answers == ("x", "y")
+    line = {"row": 4, "line": 4, "messages": shown["messages"][:1], "images": ["a.png"], "reference": "3",
+            "answers": [{"content": "3"}, {"content": "8"}]}  # fmt: skip
+    (only,) = questions(Path(write_rows(place.root / "predicted.jsonl", [line, {"row": 5, "error": "no"}])), place)[
+        0
+    ].values()
+    assert (only.asked.id, only.answers, only.reference) == ("predicted.jsonl:4", ("3", "8"), "3")
+
+
+class NoServers:
+    """Servers of a session that asks no model."""
+
+
+def session(place: Workspace, judge: str = "ann", mode: str = "pick") -> judging.Session:
+    rows = [
+        {
+            "row": i,
+            "messages": [{"role": "user", "content": f"q{i} <b>bold</b>"}],
+            "answers": [{"content": t} for t in "ab"],
+        }
+        for i in range(1, 4)
+    ]
+    write_rows(place.root / "rows.jsonl", rows)
+    return judging.begin(place, NoServers(), "rows.jsonl", "", "judged", judge, mode, 2)  # type: ignore[arg-type]
+
+
+def test_a_session_writes_at_once_and_goes_on_where_it_was(place: Workspace) -> None:
+    now = session(place)
+    now.lay()
+    assert "&lt;b&gt;bold" in now.question_html()
+    assert now.answers_html().count("<article") == 2
+    assert now.press("1")
+    assert len(now.store.all()) == 1
+    assert "1 / 3" in now.progress_html()
+    now.lay()
+    assert not now.press("s")
+    again = session(place)
+    assert again.desk.todo == ("rows.jsonl:2", "rows.jsonl:3"), "what is judged is not asked again"
+    bob = session(place, "bob")
+    assert len(bob.desk.todo) == 3
+    for _ in range(3):
+        bob.lay()
+        bob.press("2")
+    bob.lay()
+    assert "all questions are judged" in bob.question_html()
+    assert judging.judges(bob.store) == ["ann", "bob"]
+    assert "pairs of answers" in judging.agreement_html(bob.store, "ann", "bob")
+    assert "no question was judged by both" in judging.agreement_html(bob.store, "ann", "eve")
+    assert "stage: DPO" in judging.learn_from(bob.store)
+    assert load_text(judging.learn_from(bob.store), "x").config.model.stage == "DPO"
+
+
+def test_what_cannot_be_judged_is_told(place: Workspace) -> None:
+    session(place)
+    write_rows(place.root / "bare.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
+    begin = judging.begin
+    with pytest.raises(ValueError, match="must hold questions with answers"):
+        begin(place, NoServers(), "bare.jsonl", "", "judged", "ann", "pick", 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mode .x. must be one of"):
+        begin(place, NoServers(), "rows.jsonl", "", "judged", "ann", "x", 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="judge must be named"):
+        begin(place, NoServers(), "rows.jsonl", "", "judged", "  ", "pick", 2)  # type: ignore[arg-type]
+    for rows, folder in (("../outside/secret.jsonl", "judged"), ("rows.jsonl", "../outside")):
+        with pytest.raises(ValueError, match="must lie in the workspace"):
+            begin(place, NoServers(), rows, "", folder, "ann", "pick", 2)  # type: ignore[arg-type]
+    now = session(place, mode="rate")
+    now.lay()
+    with pytest.raises(ValueError, match="must prefer, rate, label or correct"):
+        now.press("Enter")
+
+
+@pytest.mark.parametrize(
+    "attack", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div><svg onload=x>"]
+)
+def test_rows_and_answers_stay_text(place: Workspace, attack: str) -> None:
+    row = {
+        "row": 1,
+        "messages": [{"role": "user", "content": attack}],
+        "answers": [{"content": attack}, {"content": "b"}],
+    }
+    write_rows(place.root / "rows.jsonl", [row])
+    now = judging.begin(place, NoServers(), "rows.jsonl", "", "judged", attack, "pick", 2)  # type: ignore[arg-type]
+    now.lay()
+    now.press("1")
+    page = (
+        now.question_html()
+        + now.answers_html()
+        + now.progress_html()
+        + judging.agreement_html(now.store, attack, attack)
+    )
+    page += (
+        studio.line(ValueError(attack))
+        + studio.text(attack)
+        + studio.dialogue([{"role": attack, "content": attack}], [attack])
+    )
+    assert attack not in page
+    assert isinstance(Judgements(place.root / "judged").all()[0], Judgement)
+
+
+# --- models that answer ---------------------------------------------------------------------------
+
+
+def test_the_body_of_a_question_with_pictures(tmp_path: Path) -> None:
+    body = asking.asked_body([{"role": "user", "content": "<image>what"}], [str(IMAGES / "0003.png")], n=2)
+    picture, words = body["messages"][0]["content"]
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    assert words == {"type": "text", "text": "what"}
+    assert body["n"] == 2
+    assert asking.asked_body([{"role": "user", "content": r"the \<image> tag"}], [])["messages"][0]["content"]
+    for content, images in (("<image>", []), ("none", ["a.png"])):
+        with pytest.raises(ValueError, match="must be as many as pictures"):
+            asking.asked_body([{"role": "user", "content": content}], images)
+
+
+def test_a_model_that_does_not_come_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Jobs.start
+    monkeypatch.setattr(Jobs, "start", lambda self, k, t, words, *more: start(self, k, t, ["nonsense", *words], *more))
+    servers = asking.ModelServers(Jobs(tmp_path / "jobs"), tmp_path)
+    server = servers.of(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"must come up, but says: .*unknown verb"):
+        servers.wait(server)
+    assert server.key not in (tmp_path / "jobs" / server.job.id / "job.json").read_text()
+    servers.close()
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def ask(gate: StudioGate, path: str = "/", kind: str = "http", **headers: str) -> dict[str, Any]:
+    """The first message of the answer."""
+    told: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    where, _, query = path.partition("?")
+    scope = {"type": kind, "method": "GET", "path": where, "query_string": query.encode(), "headers": raw}
+    asyncio.run(gate(scope, receive, send))
+    return told[0]
+
+
+async def inside(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"in"})
+
+
+def test_the_gate() -> None:
+    gate = StudioGate(inside)
+    assert ask(gate, host="127.0.0.1:7860")["status"] == 200
+    assert ask(gate, host="localhost:7860", origin="http://localhost:7860")["status"] == 200
+    assert ask(gate, host="evil.example")["status"] == 421, "a name that was bent to this machine"
+    assert ask(gate)["status"] == 421
+    assert ask(gate, host="localhost:7860", origin="http://evil.example")["status"] == 403
+    assert ask(gate, host="localhost:7860", origin="null")["status"] == 403
+    assert ask(gate, host="localhost:7860", origin="http://localhost:9999")["status"] == 403
+    assert ask(gate, kind="websocket", host="evil.example")["type"] == "websocket.close"
+    policy = dict(ask(gate, host="127.0.0.1")["headers"])[b"content-security-policy"].decode()
+    assert "frame-ancestors 'none'" in policy
+    assert "http:" not in policy
+
+
+def test_the_key_opens_once_and_stays_as_a_cookie() -> None:
+    gate = StudioGate(inside, hosts=(), key="open sesame")
+    assert ask(gate, host="10.0.0.4")["status"] == 401
+    assert ask(gate, "/?key=wrong", host="10.0.0.4")["status"] == 401
+    opened = ask(gate, "/?key=open+sesame", host="10.0.0.4")
+    cookie = dict(opened["headers"])[b"set-cookie"].decode()
+    assert opened["status"] == 303
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert ask(gate, host="10.0.0.4", cookie=f'{COOKIE}="open sesame"')["status"] == 200
+    assert ask(gate, host="10.0.0.4", cookie=f"{COOKIE}=other")["status"] == 401
+    assert ask(gate, kind="websocket", host="10.0.0.4")["type"] == "websocket.close"
+
+
+def test_the_studio_loads_neither_paddle_nor_trainers() -> None:
+    names = "asking desk forms gate jobs judgements judging questions runs studio style workspace"
+    code = f"import sys, importlib\nfor name in {names.split()!r}: importlib.import_module('ernie_tune.ui.' + name)\n"
+    code += "print([m for m in sys.modules if m == 'paddle' or m.startswith('ernie_tune.train')])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
