@@ -29,7 +29,7 @@ def run(args: list[str]) -> int:
     curves, compare two models, judge answers by hand, export and serve. It touches nothing outside
     FOLDER. Runs are processes of their own: close the page or the studio, they go on.
     Only this machine can open it; with another --host it asks for a key, which it prints, or that
-    of ERNIE_TUNE_UI_KEY. It sends nothing to anybody. Needs: pip install "ernie-tune[ui]".
+    of ERNIE_TUNE_UI_KEY. It sends nothing to anybody. Needs: pip install gradio.
     """
     words, entries = split_overrides(args)
     if len(words) > 1:
@@ -69,8 +69,8 @@ def _open(root: Path, entries: list[Entry], verb: str, rows: str | None = None, 
     except ImportError as error:
         raise ValueError(
             say(
-                f"the studio needs gradio ({error}); pip install 'ernie-tune[ui]' from the clone, or pip install gradio",
-                f"工作室需要 gradio（{error}）；在克隆目录中 pip install '.[ui]'，或 pip install gradio",
+                f"the studio needs gradio ({error}); pip install gradio",
+                f"工作室需要 gradio（{error}）；请 pip install gradio",
             )
         ) from error
     also = [Path(path).resolve() for path in (rows, model) if path]
