@@ -27,7 +27,8 @@ EXAMPLES = ROOT / "examples"
 RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))
 NOTEBOOKS = sorted(EXAMPLES.glob("notebooks/*.ipynb"))
 TEMPLATES = {"28b", "424b"}  # for the reader's own data and weights
-DRAWN = {"rlvr", "evidence", "base"}  # their rows are made by make_data.py, as the recipe says
+# Rows that a script makes, as the recipe says: the recipe's folder, and that of the script.
+DRAWN = {"rlvr": "rlvr", "evidence": "evidence", "base": "base", "upo": "rlvr"}
 
 RUNNER = """
 import ast, json, sys, types
@@ -70,7 +71,7 @@ def test_recipe(path: Path, root: Path) -> None:
         return
     c = loaded.config
     if path.parent.name in DRAWN and c.data.train_dataset_path[0].startswith("output/"):
-        assert f"`python examples/{path.parent.name}/make_data.py" in path.read_text(encoding="utf-8")
+        assert f"`python examples/{DRAWN[path.parent.name]}/make_data.py" in path.read_text(encoding="utf-8")
         return
     for file in (*c.data.train_dataset_path, *c.data.eval_dataset_path, *c.eval.guard_dataset_path):
         assert Path(file.split("#")[0]).is_file()
