@@ -29,7 +29,7 @@ loss_type：upo_hetero、mpo；upo_online、upo_group、upo_offline 与 dpo_aux 
 
 用成对回答、排序与评分训练奖励模型，即 stage=RM 的 `ernie-tune train`；用 `ernie-tune score` 打分。
 
-ernie-tune reward test FILE [--rows N] [key=value | --key value ...]
+ernie-tune reward test FILE [--samples N] [--rows N] [key=value | --key value ...]
 
 在训练之前试验 FILE（stage 为 RLVR 或 PPO）的奖励：正确回答平均须得到可得的 0.95，
 策略可能尝试的取巧回答须得不到奖励。有不通过的测试时退出码为 1。""",
