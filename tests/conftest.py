@@ -14,6 +14,8 @@ os.environ["ERNIE_TUNE_LANG"] = "en"  # what tests expect does not depend on the
 # a shell lets what it starts in the background ignore Ctrl-C
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # and nohup the end of a terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np
 import pytest

@@ -92,7 +92,7 @@ class RolloutArguments:
     reward_funcs: tuple[str, ...] = arg(
         (),
         "rewards, comma separated: names of checkers, row (what each row names), file.py:function, folders of reward "
-        "models, judge:http://… (an OpenAI-compatible address); empty: what each row names",
+        "models, judge:http://HOST/v1 (an OpenAI-compatible address); empty: what each row names",
         "奖励，逗号分隔：检查器名、row（由每行指定）、file.py:function、奖励模型目录或 judge:http://…（OpenAI 兼容地址）；空表示由每行指定",
         stages=_RL,
     )

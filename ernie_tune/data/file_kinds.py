@@ -78,6 +78,26 @@ _ONE_ROW = frozenset(
         "history",
     )
 )
+# Lists of objects under these names are a row's own, too, in an object that is no table.
+_ROW_LISTS = frozenset(("chosen_response", "rejected_response", "candidates", "verifiers", "evidence", "scene"))
+# Texts, or turns, that a row has, and what holds rows has not.
+_TEXTS = frozenset(
+    (
+        "prompt",
+        "query",
+        "question",
+        "problem",
+        "instruction",
+        "input",
+        "response",
+        "completion",
+        "output",
+        "answer",
+        "chosen",
+        "rejected",
+        "system",
+    )
+)
 _DELIMITERS = (",", "\t", ";", "|")
 
 
@@ -212,8 +232,10 @@ def _is_table(line: bytes) -> bool:
 
 def lists_of(value: Mapping[str, object]) -> list[str]:
     """The names in an object that hold a list of objects, each of which may be a row."""
+    if any(isinstance(value.get(name), str) for name in _TEXTS):
+        return []
     held = [name for name, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    return [name for name in held if name not in _ONE_ROW]
+    return [name for name in held if name not in _ONE_ROW | _ROW_LISTS | _TEXTS]
 
 
 def _goes_on(line: bytes) -> bool:

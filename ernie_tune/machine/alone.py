@@ -39,7 +39,7 @@ from paddle import Tensor
 from paddle.utils import unique_name
 
 from ernie_tune.models.moe import RouterTap, update_correction_bias
-from ernie_tune.models.replay import forced_experts
+from ernie_tune.models.replay import COLUMN, forced_experts
 from ernie_tune.models.router_losses import RouterLossWeights
 from ernie_tune.objectives.loss import LossOut
 from ernie_tune.objectives.objective import Objective
@@ -66,7 +66,8 @@ class Work:
         the window. `scale`: the engine's gradient scale over the number of ranks that read
         different rows.
         """
-        force = None if batch is None else forced_experts(batch, self.model.config)
+        noted = COLUMN in getattr(batch, "columns", {})
+        force = forced_experts(batch, self.model.config) if noted else None
         if not self.router and not self.count_usage and force is None:
             return None
         return RouterTap(self.router, scale=scale / micro_batches, count_usage=self.count_usage, force=force)

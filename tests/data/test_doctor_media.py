@@ -39,7 +39,9 @@ def test_a_turned_photo_is_told(turn: int, told: bool, tmp_path: Path) -> None:
     assert load_image(str(path)).size == (96, 48)  # as it is stored, whatever a viewer shows
     assert (ImageOps.exif_transpose(Image.open(path)).size == (48, 96)) == (turn == 6)
     if told:
-        assert f"'{path}': EXIF orientation {turn} (1 of 1 opened)" in report.findings.kept[0].english
+        found = report.findings.kept[0].english
+        assert "phone" in found or "..." in found  # a long path is cut
+        assert f": EXIF orientation {turn} (1 of 1 opened)" in found
 
 
 @pytest.mark.parametrize(("bits", "told"), [(12, True), (16, False)])

@@ -19,6 +19,7 @@ from ernie_tune.cli import main
 from ernie_tune.data import parquet_rows
 from ernie_tune.data.doctor.convert import convert_file
 from ernie_tune.data.doctor.scan import Scan
+from ernie_tune.data.file_kinds import file_kind
 from ernie_tune.data.media.images import load_image
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError
@@ -264,6 +265,22 @@ def test_json_by_columns_is_read(value: Any, indent: int | None, tmp_path: Path)
         [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in TABLE
     ]
     assert Scan(TINY).run([DatasetEntry(str(path))]).stats.rows == 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"},
+        {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": []},
+        {"question": "q", "answer": "1", "facts": [{"a": 1}]},
+    ],
+)
+def test_one_row_that_has_a_list_is_no_table(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(row))
+    assert file_kind(str(path)) == "lines"
+    path.write_text(json.dumps({"version": 2, "anything": [row, row]}))
+    assert file_kind(str(path)) == "objects"
 
 
 def test_one_row_of_lists_is_no_table(tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ def test_the_grid_of_a_video_is_known_without_decoding_it(tmp_path: Path) -> Non
 def test_without_pyav_the_extra_is_named_and_gifs_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     assert len(load_video(animation(4, "GIF", 500), SMALL)) == 4
-    with pytest.raises(ImportError, match=r'^video of \d+ bytes .*pip install "ernie-tune\[video\]"'):
+    with pytest.raises(ImportError, match=r"^video of \d+ bytes .*pip install av"):
         load_video(b"\0\0\0\x18ftypmp42", SMALL)
 
 

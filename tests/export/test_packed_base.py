@@ -18,7 +18,7 @@ from support.tiny_runs import processor as tiny_processor
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.loader import load_text
 from ernie_tune.export.packed import write_packed
-from ernie_tune.export.source import Source
+from ernie_tune.export.source import ExportSource
 from ernie_tune.generate.opened import open_engine
 from ernie_tune.models.inputs import pack
 from ernie_tune.models.specs import parameter_specs
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A packed folder, and the float model with the rounded weights."""
     root = tmp_path_factory.mktemp("base")
     plain = model_folder(root / "plain")
-    source = Source(plain)
+    source = ExportSource(plain)
     for scheme in ("wint4", "mix", "wint8"):
         write_packed(root / scheme, source, **rtn(source, scheme))
     packed, rounded = load_packed(root / "wint4"), AutoModel.from_pretrained(plain)

@@ -23,19 +23,23 @@ def time_takes_the_first_frequencies(p: np.ndarray, head_dim: int, freq_allocati
     return REAL_TEXT_ANGLES(p[:, [1, 0, 2]], head_dim, head_dim // 2 - freq_allocation, theta)
 
 
-def weights_with_bias(x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float) -> moe.Routing:
+def weights_with_bias(
+    x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float, forced: None = None
+) -> moe.Routing:
     logits = paddle.matmul(x, w)
     weight, chosen = paddle.topk(paddle.nn.functional.softmax(logits, -1) + bias, k)
     return moe.Routing(logits, weight / weight.sum(-1, keepdim=True), chosen)
 
 
 def selection_without_bias(
-    x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float
+    x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float, forced: None = None
 ) -> moe.Routing:
     return REAL_ROUTE(x, w, bias * 0, k, norm_min)
 
 
-def not_renormalised(x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float) -> moe.Routing:
+def not_renormalised(
+    x: paddle.Tensor, w: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float, forced: None = None
+) -> moe.Routing:
     return REAL_ROUTE(x, w, bias, k, 1.0)
 
 

@@ -89,7 +89,9 @@ def test_train_refuses_before_anything_is_loaded(tmp_path: Path, monkeypatch: py
     config = settings("small", fine_tuning="Full", output_dir=str(tmp_path / "out"))
     ran = []
     monkeypatch.setattr(train, "_config", lambda words: config)
-    monkeypatch.setattr(train, "_trainer", lambda c: lambda args: SimpleNamespace(train=lambda dry_run: ran.append(1)))
+    monkeypatch.setattr(
+        train, "trainer_of", lambda c: lambda args: SimpleNamespace(train=lambda dry_run: ran.append(1))
+    )
     monkeypatch.setattr(train, "free_memory", lambda: Free(GB // 10, "this machine"))
     with pytest.raises(ValueError, match=r"memory \(0.1 GB free, by this machine\) must hold at least 0"):
         train._train(["run.yaml"])

@@ -82,7 +82,7 @@ def test_tensorboard_writes_an_event_file(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "visualdl", None)
     with pytest.raises(
-        ValueError, match=r"report_to \(visualdl\) must have the package visualdl .*ernie-tune\[visualdl\]"
+        ValueError, match=r"report_to \(visualdl\) must have the package visualdl .*pip install visualdl"
     ):
         open_writers(["visualdl"], tmp_path, {})
 

@@ -22,7 +22,8 @@ from ernie_tune.objectives.online_pairs import PairRule
 from ernie_tune.objectives.policy import PolicyHyper
 from ernie_tune.objectives.preference import PreferenceHyper
 from ernie_tune.objectives.upo import UpoSettings
-from ernie_tune.rewards.rubric import Function, Rubric
+from ernie_tune.rewards.functions import RewardFunction
+from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.preference import PairObjective
 from ernie_tune.train.rollouts import Rollouts, RolloutSettings
@@ -71,7 +72,7 @@ def batch(of: ErnieModel | None = None, groups_per_batch: int = 2, **settings: A
                 np.arange(len(one.columns["old_logp_N"]))
             )
 
-    rollouts = Rollouts(s, records, PROCESSOR, sampler, Rubric([Function(first)]), finish=[known])
+    rollouts = Rollouts(s, records, PROCESSOR, sampler, Rubric([RewardFunction(first)]), finish=[known])
     return next(rollouts.windows())
 
 

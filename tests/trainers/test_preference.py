@@ -618,13 +618,8 @@ def test_the_verbs(tmp_path: Path, sft: Path, capsys: pytest.CaptureFixture[str]
         (UPOTrainer, {"stage": "UPO"}, "must have been through SFT before UPO"),
         (
             UPOTrainer,
-            {"stage": "UPO", "allow_base": True, "loss_type": "upo_online"},
-            "samples answers while it learns",
-        ),
-        (
-            UPOTrainer,
             {"stage": "UPO", "allow_base": True, "loss_type": "sigmoid"},
-            "must be one of upo_hetero, mpo at stage UPO",
+            "must be one of upo_hetero, mpo, upo_online, upo_offline, upo_group, dpo_aux at stage UPO",
         ),
         (
             UPOTrainer,
