@@ -175,7 +175,7 @@ def test_quickstart_reports_the_run_it_was_given(tmp_path: Path) -> None:
 SHORT = ("max_steps=2", "eval_max_samples=2", "report_max_samples=2", "eval_steps=2", "save_steps=2")
 # What other tests run: servers, several processes, and the check of a recipe whose weights are not
 # here.
-ELSEWHERE = ("serve", "ui", "tensor_model_parallel_size=2", "examples/28b/sft_lora.yaml")
+ELSEWHERE = ("serve", "ui", "judge", "download", "tensor_model_parallel_size=2", "examples/28b/sft_lora.yaml")
 
 
 def runnable(words: list[str]) -> bool:
