@@ -221,6 +221,9 @@ class QuantizedWeight(nn.Layer):
         """The rounded matrix [I, O]; of one expert where they are stacked."""
         if self._mapped or (self.scale is not None and unpack.ready(self.scale)):
             return mkl.made(unpack.whole(self.matrix(expert)))
+        return self.plain(*(x if expert is None else x[expert] for x in self._values()))
+
+    def _values(self) -> tuple[Tensor, Tensor]:
         if self.codes is None or self.scale is None:
             raise ValueError(
                 say(
@@ -228,7 +231,7 @@ class QuantizedWeight(nn.Layer):
                     "量化权重须先有值才能使用；请先把它们读入模型",
                 )
             )
-        return self.plain(*(x if expert is None else x[expert] for x in (self.codes, self.scale)))
+        return self.codes, self.scale
 
     def plain(self, codes: Tensor, scale: Tensor) -> Tensor:
         """`dense` by Paddle's operators, for every device and number format."""
@@ -242,14 +245,7 @@ class QuantizedWeight(nn.Layer):
         """The codes and scales in their own memory, on a CPU; not to be kept."""
         if self._mapped:
             return self._mapped[expert or 0]
-        if self.codes is None or self.scale is None:
-            raise ValueError(
-                say(
-                    "a quantised weight must have its values before it is used; read them into the model first",
-                    "量化权重须先有值才能使用；请先把它们读入模型",
-                )
-            )
-        codes, scale = mkl.view(self.codes), mkl.view(self.scale)
+        codes, scale = map(mkl.view, self._values())
         return Codes(codes, scale, self.bits) if expert is None else Codes(codes[expert], scale[expert], self.bits)
 
 
