@@ -10,7 +10,7 @@ distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
 from ernie_tune.models.config import ModelConfig, MoEConfig
+from ernie_tune.models.grouped import Arriving, Counts, GroupedProduct, on_card, rows_of_experts
 from ernie_tune.models.layers import GatedMLP, gated_halves, row_sum, scale_rows, swiglu, where_needed
 from ernie_tune.models.router_losses import RouterLossWeights, router_loss, tally
 
@@ -139,71 +140,6 @@ def _sum_slots(x_MD: Tensor, slot_of_Tk: Tensor) -> Tensor:
     return total
 
 
-class _GroupedMatmul(PyLayer):
-    @staticmethod
-    def forward(ctx, x_MD, weight_EDI, counts):  # type: ignore[no-untyped-def]
-        ctx.counts = counts
-        ctx.save_for_backward(x_MD, weight_EDI)
-        return _grouped(x_MD, weight_EDI, counts)
-
-    @staticmethod
-    def backward(ctx, grad_MI):  # type: ignore[no-untyped-def]
-        x_MD, weight_EDI = ctx.saved_tensor()
-        dx = dw = None
-        fast = mkl.ready(grad_MI, x_MD, weight_EDI)
-        if not x_MD.stop_gradient and fast:
-            dx = mkl.rows_by_matrices(grad_MI, weight_EDI, ctx.counts, transposed=True)
-        elif not x_MD.stop_gradient:
-            parts = [paddle.matmul(grad_MI[a:b], weight_EDI[e], transpose_y=True) for e, a, b in _slices(ctx.counts)]
-            dx = paddle.concat(parts) if parts else paddle.zeros_like(x_MD)
-        if not weight_EDI.stop_gradient and fast:
-            dw = mkl.rows_by_rows(x_MD, grad_MI, ctx.counts)
-        elif not weight_EDI.stop_gradient:
-            blank = paddle.zeros(weight_EDI.shape[1:], weight_EDI.dtype) if 0 in ctx.counts else None
-            rows = [blank] * len(ctx.counts)
-            for e, a, b in _slices(ctx.counts):
-                rows[e] = paddle.matmul(x_MD[a:b], grad_MI[a:b], transpose_x=True)
-            dw = paddle.stack(rows)
-        return dx, dw
-
-
-def _grouped(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
-    if mkl.ready(x_MD, weight_EDI):
-        return mkl.rows_by_matrices(x_MD, weight_EDI, counts)
-    parts = [paddle.matmul(x_MD[a:b], weight_EDI[e]) for e, a, b in _slices(counts)]
-    if not parts:
-        return paddle.zeros([0, weight_EDI.shape[2]], x_MD.dtype)
-    return paddle.concat(parts) if len(parts) > 1 else parts[0]
-
-
-def _slices(counts: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every non-empty expert."""
-    out, start = [], 0
-    for e, n in enumerate(counts):
-        if n:
-            out.append((e, start, start + n))
-        start += n
-    return out
-
-
-def grouped_matmul(x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Rows sorted by expert times that expert's matrix: [M, D] x [E, D, I] -> [M, I]; `counts[e]`
-    rows belong to expert e.
-    """
-    if paddle.is_grad_enabled():
-        return _GroupedMatmul.apply(x_MD, weight_EDI, counts)
-    return _grouped(x_MD, weight_EDI, counts)
-
-
-class GroupedProduct(nn.Layer):
-    """`grouped_matmul` as a layer without parameters: a place where an adapter can be attached, or
-    a quantised stack can step in.
-    """
-
-    def forward(self, x_MD: Tensor, weight_EDI: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return grouped_matmul(x_MD, weight_EDI, counts)
-
-
 class Experts(nn.Layer):
     """E gated MLPs, stacked: `up_gate_proj` [E, D, 2I] (gate half first) and `down_proj` [E, I,
     D].
@@ -216,7 +152,7 @@ class Experts(nn.Layer):
         self.down_proj = self.create_parameter([num_experts, inner, width], default_initializer=zero)
         self.up_gate_product, self.down_product = GroupedProduct(), GroupedProduct()
 
-    def forward(self, x_MD: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(self, x_MD: Tensor, counts: Counts) -> Tensor:
         both = self.up_gate_product(x_MD, self.up_gate_proj, counts)
         inner = gated_halves(both) if mkl.is_stepping() else swiglu(*_halves(both))
         return self.down_product(inner, self.down_proj, counts)
@@ -230,7 +166,7 @@ class ExpertWork:
 
     experts: Experts
     rows_MD: Tensor | None
-    counts: tuple[int, ...]
+    counts: Counts
 
 
 class ExpertRows(nn.Layer):
@@ -322,7 +258,7 @@ class _Sorted:
     """One modality's (token, expert) pairs, sorted by expert, and the way back to tokens."""
 
     rows_MD: Tensor
-    counts: tuple[int, ...]
+    counts_E: Tensor  # on the device
     routing: Routing
     order_M: Tensor
     token_of_M: Tensor
@@ -338,7 +274,7 @@ class _SortedFew:
     """`_Sorted` while stepping."""
 
     rows_MD: Tensor
-    counts: tuple[int, ...]
+    counts: Counts
     weight_M: np.ndarray
     slot_of_Tk: np.ndarray
     chosen_Tk: np.ndarray
@@ -346,6 +282,14 @@ class _SortedFew:
     def combined(self, out_MD: Tensor) -> Tensor:
         out = mkl.view(out_MD) * self.weight_M[:, None]
         return mkl.made(out[self.slot_of_Tk].sum(1))
+
+
+def _asked_for(parts: Mapping[int, _Sorted | _SortedFew]) -> Callable[[], dict[int, Counts]]:
+    """Start fetching each modality's counts to the host; the result waits for them."""
+    known = {m: part.counts for m, part in parts.items() if isinstance(part, _SortedFew)}
+    asked = {m: part.counts_E for m, part in parts.items() if isinstance(part, _Sorted)}
+    arriving = Arriving(*asked.values()) if asked else None
+    return lambda: {**known, **(dict(zip(asked, arriving.tuples(), strict=True)) if arriving else {})}
 
 
 def _sort_few(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float) -> _SortedFew:
@@ -435,11 +379,14 @@ class MoELayer(nn.Layer):
                 for m, index in enumerate(indices)
                 if index is not None and index.shape[0]
             }
+        counts_of = _asked_for(parts)
         losses = self._losses(parts, tap)
-        nothing = (0,) * self.moe.num_experts
+        # a card computes this while the counts travel to the host
+        shared = self._shared(x_TD) if on_card(x_TD) and type(self.expert_rows) is ExpertRows else None
+        counts, nothing = counts_of(), (0,) * self.moe.num_experts
         families = (self.text_experts, self.vision_experts) if self.moe.num_modalities == 2 else (self.text_experts,)
         work = [
-            ExpertWork(experts, parts[m].rows_MD, parts[m].counts) if m in parts else ExpertWork(experts, None, nothing)
+            ExpertWork(experts, parts[m].rows_MD, counts[m]) if m in parts else ExpertWork(experts, None, nothing)
             for m, experts in enumerate(families)
         ]
         outs = {m: parts[m].combined(rows) for m, rows in enumerate(self.expert_rows(work)) if rows is not None}
@@ -451,7 +398,11 @@ class MoELayer(nn.Layer):
             out = paddle.gather(paddle.concat([outs[m] for m in parts]), paddle.argsort(order))
         if losses and tap is not None:
             out = _AddLoss.apply(out, sum(losses[1:], losses[0]), tap.scale)
-        return out + self.shared_experts(x_TD) if self.moe.num_shared_experts else out
+        shared = self._shared(x_TD) if shared is None else shared
+        return out if shared is None else out + shared
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        return self.shared_experts(x_TD) if self.moe.num_shared_experts else None
 
     def _sort(
         self, x_TD: Tensor, modality: int, tap: RouterTap | None, index: Tensor | None = None
@@ -469,7 +420,7 @@ class MoELayer(nn.Layer):
         r = route(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min, forced_Tk)
         pair_expert = r.chosen_Tk.reshape([-1])
         order_M = paddle.argsort(pair_expert, stable=True)
-        counts_E = paddle.bincount(pair_expert, minlength=self.moe.num_experts)
+        counts_E = rows_of_experts(pair_expert, self.moe.num_experts)
         token_of_M = order_M // self.moe.top_k
         slot_of_Tk = paddle.argsort(order_M).reshape(r.chosen_Tk.shape)
         x_MD = (
@@ -487,7 +438,7 @@ class MoELayer(nn.Layer):
                 tap.records.append(RouterRecord(self.layer, modality, r.logits_TE, r.chosen_Tk))
             if forced_Tk is not None and first_pass:
                 tap.flips.append(_flips(r.logits_TE, bias_E, forced_Tk))
-        return _Sorted(x_MD, tuple(counts_E.tolist()), r, order_M, token_of_M, slot_of_Tk)
+        return _Sorted(x_MD, counts_E, r, order_M, token_of_M, slot_of_Tk)
 
     def _losses(self, parts: dict[int, _Sorted | _SortedFew], tap: RouterTap | None) -> list[Tensor]:
         """The routers' own losses. A frozen router gets none: its gradient would only reach the

@@ -20,16 +20,17 @@ import paddle
 from paddle import Tensor
 
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.data.batching import Sample, collate
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.attention import AttentionPlan, cached_attention, flash_holds, segment_attention
 from ernie_tune.models.config import ModelConfig
+from ernie_tune.models.grouped import copy_holds, grouped_matmul, kernel_holds
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors
-from ernie_tune.models.moe import grouped_matmul, route
+from ernie_tune.models.moe import route
 from ernie_tune.models.presets import preset
 from ernie_tune.models.proven import TOLERANCE, relative_error
 from ernie_tune.objectives.logprobs import token_logp
@@ -76,7 +77,7 @@ def check_card(device: str) -> Iterator[CheckLine]:
             for name, operator in OPERATORS.items():
                 yield _operator(name, operator, device, dtype)
         if device != "cpu":
-            yield _flash()
+            yield from _fast_paths()
         rates = {dtype: _product_rate(device, dtype) for dtype in dtypes}
         for dtype, rate in rates.items():
             yield CheckLine(
@@ -238,15 +239,22 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1].strip()[:120] if lines else ''}"
 
 
-def _flash() -> CheckLine:
+def _fast_paths() -> Iterator[CheckLine]:
+    """Which of a card's own kernels have proven themselves, for the released shapes."""
     config = preset(RELEASED)
+    if config.moe is None:
+        raise AssertionError("the released model has experts")
     paddle.set_device("gpu:0")
-    held = flash_holds(config.num_attention_heads, config.num_key_value_heads, config.head_dim, True, paddle.bfloat16)
-    return CheckLine(
-        say("flash attention, bfloat16", "flash 注意力，bfloat16"),
-        say("used", "启用") if held else say("not used: see above", "未启用：见上"),
-        held,
-    )
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    inner, dtype = config.moe.intermediate_size[0], paddle.bfloat16
+    yield _used(say("flash attention, bfloat16", "flash 注意力，bfloat16"), flash_holds(*heads, True, dtype))
+    both = [kernel_holds(*shape, dtype) for shape in ((config.hidden_size, 2 * inner), (inner, config.hidden_size))]
+    yield _used(say("experts in one grouped product, bfloat16", "专家分组矩阵乘，bfloat16"), all(both))
+    yield _used(say("counts copied while the card works", "计数与计算并行拷贝"), copy_holds())
+
+
+def _used(about: Text, held: bool) -> CheckLine:
+    return CheckLine(about, say("used", "启用") if held else say("not used: see above", "未启用：见上"), held)
 
 
 # --- models ------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import paddle.nn.functional as F
 import pytest
 from weights import case_rows, normal
 
+from ernie_tune.models.grouped import grouped_matmul
 from ernie_tune.models.inputs import Row, pack
-from ernie_tune.models.moe import MoELayer, RouterTap, grouped_matmul, route, update_correction_bias
+from ernie_tune.models.moe import MoELayer, RouterTap, route, update_correction_bias
 from ernie_tune.models.presets import preset
 from ernie_tune.models.router_losses import RouterLossWeights, balance_loss, orthogonal_loss, router_loss, tally, z_loss
 
