@@ -72,8 +72,9 @@ Ctrl-C 停止当前回答。""",
     "serve": """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters
 NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
-以 OpenAI 接口（/v1/chat/completions、/v1/completions、/v1/models；/health、/metrics）提供模型服务：
-模型文件夹、已完成的训练，或导出的 int8、int4 文件夹；/ 是对话网页。
+以 OpenAI 接口（/v1/chat/completions、/v1/completions、/v1/embeddings、/v1/models；/health、/metrics）
+提供模型服务：模型文件夹、已完成的训练，或导出的 int8、int4 文件夹；/ 是对话网页。
+向量为最后隐藏状态的均值，长度为 1；其 input 的一项也可为消息的各部分，含图片。
 需要：pip install fastapi uvicorn pydantic llguidance。
 
 名称      --served_model_name NAME 请求中的模型名（默认：其文件夹名）；适配器用 --adapters 中的名称

@@ -74,9 +74,11 @@ def run(args: list[str]) -> int:
     """ernie-tune serve FOLDER_OR_YAML [--port 8180] [--host 127.0.0.1] [--adapters
     NAME=FOLDER,NAME=FOLDER] [--api_key KEY,KEY] …
 
-    Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models; /health, /metrics) with
-    the model of a folder, of a finished run, or of an exported int8 or int4 folder; / is a page to
-    talk to it. Needs: pip install fastapi uvicorn pydantic llguidance.
+    Answers OpenAI's API (/v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models;
+    /health, /metrics) with the model of a folder, of a finished run, or of an exported int8 or int4
+    folder; / is a page to talk to it. Needs: pip install fastapi uvicorn pydantic llguidance.
+    Embeddings are means of the last hidden states, of length 1; an entry of their `input` may be
+    the parts of a message, pictures among them.
 
     names     --served_model_name NAME what requests call the model (default: its folder's name);
               adapters go by the names in --adapters

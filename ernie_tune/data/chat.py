@@ -152,6 +152,15 @@ class ChatTemplate:
             self._write_prefill(out, think)
         return out.pieces
 
+    def plain(self, content: Any, where: str = "") -> list[Piece]:
+        """A text, or a list of parts, outside of any dialogue: the opening token, then the content
+        as it stands, its media marked as in a turn. Raises ValueError for malformed parts.
+        """
+        out = _Writer(self._tokens)
+        out.token(BEGIN)
+        out.segments(_segments(content, where))
+        return out.pieces
+
     def render(self, messages: Sequence[Message], **options: Any) -> str:
         """The same as one string, a single placeholder for each medium. Options and errors as for
         `pieces`.

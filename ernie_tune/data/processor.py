@@ -256,6 +256,25 @@ class Processor:
         given = {"image": [] if images is None else list(images), "video": [] if videos is None else list(videos)}
         for kind, sources in given.items():
             _check_counts(kind, pieces, sources, where)
+        return self._encode(pieces, given, max_tokens, where, made)
+
+    def encode_plain(self, content: Any, *, max_tokens: int | None = None, where: str = "") -> Encoded:
+        """A text, or a list of parts that carry their media, without a dialogue around it: what is
+        embedded. Nothing of it is a target. Raises as `encode`.
+        """
+        pieces = self.template.plain(content, where)
+        for kind in ("image", "video"):
+            _check_counts(kind, pieces, (), where)
+        return self._encode(pieces, {"image": [], "video": []}, max_tokens, where)
+
+    def _encode(
+        self,
+        pieces: Sequence[Piece],
+        given: dict[str, list[Any]],
+        max_tokens: int | None,
+        where: str,
+        made: dict[tuple[str, int], tuple[np.ndarray, Grid]] | None = None,
+    ) -> Encoded:
         ids: list[int] = []
         trained: list[bool] = []
         patches: list[np.ndarray] = []

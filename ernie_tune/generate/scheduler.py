@@ -15,16 +15,20 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ernie_tune.config.language import say
 from ernie_tune.generate.batch import Completion, Decode, Partial, Prompt, RunningBatch, TokenEvent, eval_mode, failed
+from ernie_tune.generate.pooling import mean_states
 from ernie_tune.models.cache import cache_of
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.ernie import ErnieModel
+from ernie_tune.models.inputs import Row
 from ernie_tune.peft.model import PeftModel
 
 # What a model can raise for one batch without the process being lost: a device out of memory, a
 # shape that slipped through.
-_STEP_ERRORS = (ValueError, RuntimeError, MemoryError, IndexError, OSError)
+STEP_ERRORS = (ValueError, RuntimeError, MemoryError, IndexError, OSError)
 
 # The name under which a PeftModel answers without any of its adapters.
 BASE = ""
@@ -190,6 +194,13 @@ class Scheduler:
                 events += self._step(adapter)
         return events
 
+    def mean_states(self, rows: Sequence[Row], adapter: str | None, begin_id: int) -> np.ndarray:
+        """`pooling.mean_states` of rows with one of the adapters, named as in `submit`, between two
+        steps. What the model raises goes through; what runs is not touched.
+        """
+        with self._acting(adapter):
+            return mean_states(self.model, rows, self._batch_settings[0], begin_id)
+
     def _batch(self) -> RunningBatch:
         return RunningBatch(self.model, *self._batch_settings)
 
@@ -248,7 +259,7 @@ class Scheduler:
         try:
             partials = [partial for one in entering for partial in one.partials]
             batch.join([one.prompt for one in entering if not one.partials], partials)
-        except _STEP_ERRORS as error:
+        except STEP_ERRORS as error:
             if len(entering) > 1:  # one of them spoils it: find out which
                 return [event for one in entering for event in self._join(adapter, [one])]
             self._forget(adapter, {entering[0].prompt.key})
@@ -260,7 +271,7 @@ class Scheduler:
             return []
         try:
             events = self._batches[adapter].step()
-        except _STEP_ERRORS as error:
+        except STEP_ERRORS as error:
             some = [*self._running[adapter].values()]
             self._forget(adapter, {one.prompt.key for one in some})
             return _failures(some, error)

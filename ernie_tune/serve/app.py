@@ -22,8 +22,12 @@ from starlette.types import Receive, Scope, Send
 from ernie_tune import __version__
 from ernie_tune.config.language import say
 from ernie_tune.serve import replies
+from ernie_tune.serve.embedding_request import EmbeddingRequest
+from ernie_tune.serve.embeddings import embed
+from ernie_tune.serve.embeddings import reply as embedding_reply
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.gate import Gate
+from ernie_tune.serve.messages import Strict
 from ernie_tune.serve.metrics import CONTENT_TYPE
 from ernie_tune.serve.page import page, page_headers
 from ernie_tune.serve.requests import R, read_request
@@ -127,13 +131,22 @@ def build(service: Service) -> FastAPI:
         writer = {"chat": False, "logprobs": body.logprobs is not None, "token_ids": body.return_token_ids}
         return await _answer(service, body, request, service.complete(body), writer)
 
+    @app.post("/v1/embeddings", responses=_ERRORS, openapi_extra=_takes(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        body = await _read(service, request, EmbeddingRequest)
+        found = await _while_connected(request, embed(service, body), lambda _: None)
+        request.state.ticket = found  # for the log
+        # Thousands of numbers as text take a while.
+        content = await service.parsing.run(lambda: replies.dumps(embedding_reply(body, found)))
+        return Response(content, media_type=Json.media_type)
+
     return app
 
 
 _COMPONENT = "#/components/schemas/{model}"
 
 
-def _takes(kind: type[Sampling]) -> dict[str, Any]:
+def _takes(kind: type[Strict]) -> dict[str, Any]:
     schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -144,7 +157,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
             found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            models = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+            models = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)]
             _, more = models_json_schema(models, ref_template=_COMPONENT)  # type: ignore[arg-type]
             found.setdefault("components", {}).setdefault("schemas", {}).update(more["$defs"])
             app.openapi_schema = found

@@ -32,7 +32,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 RETRY_AFTER_SECONDS = 1
 _LAST_WORD_SECONDS = 5.0  # to tell a client that its time is over
 _OPEN = ("/", "/health")  # need no key
-_KNOWN = ("/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+_KNOWN = (
+    "/",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+)
 
 
 class Gate:

@@ -190,6 +190,23 @@ COMPLETION: Mapping[str, Idle] = {
     "tool_choice": Idle(say("use /v1/chat/completions", "请用 /v1/chat/completions"), ("none", "auto")),
     "tools": Idle(say("use /v1/chat/completions", "请用 /v1/chat/completions"), ([],)),
 }
+EMBEDDING: Mapping[str, Idle] = {
+    "add_special_tokens": Idle(
+        say(
+            "a text is opened by its special token, ids are not; leave it out", "文本以特殊 token 开头，id 则否；请去掉"
+        ),
+        (True,),
+    ),
+    "embedding_types": Idle(say("use encoding_format", "请用 encoding_format")),
+    "input_type": Idle(say("texts and questions are read alike; leave it out", "文本与问题同样处理；请去掉")),
+    "instruction": Idle(say("write it into the input", "请写进 input"), ("",)),
+    "messages": Idle(say("use input, whose entries may be the parts of a message", "请用 input，其各项可为消息的部分")),
+    "normalize": Idle(say("vectors are of length 1; leave it out", "向量长度均为 1；请去掉"), (True,)),
+    "pooling": Idle(say("vectors are means of hidden states; leave it out", "向量为隐藏状态的均值；请去掉"), ("mean",)),
+    "priority": Idle(say("requests are served as they come; leave it out", "请求按到达顺序处理；请去掉"), (0,)),
+    "prompt": Idle(say("call it input", "请写成 input")),
+    "truncate_prompt_tokens": Idle(say("no input is cut here; cut it into passages", "此处不截断输入；请切成段落")),
+}
 # What the client finds in our answers, or in OpenAI's, and sends back with the dialogue.
 ASSISTANT: Mapping[str, Idle] = {
     "annotations": Idle(say("write citations into the content", "请把引用写进 content"), ([],)),

@@ -16,15 +16,17 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ernie_tune.config.language import say
+from ernie_tune.serve.embedding_request import MAX_INPUTS, EmbeddingRequest
 from ernie_tune.serve.errors import ApiError
-from ernie_tune.serve.schema import CompletionRequest, Sampling
+from ernie_tune.serve.messages import Strict
+from ernie_tune.serve.schema import CompletionRequest
 
 MAX_DEPTH = 100  # of lists and objects in each other
 _LEAST_DATA_BYTES = 1024  # a shorter string counts as text, whatever it begins with
 _DATA = re.compile(rb'"(?i:data):')
 _PLAIN = re.compile(rb'[^"]*')
 
-R = TypeVar("R", bound=Sampling)
+R = TypeVar("R", bound=Strict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ def read_request(raw: bytes, kind: type[R], limits: BodyLimits) -> R:
         )
     value = _parse(raw)
     if kind is CompletionRequest and isinstance(value, dict):
-        _check_prompt(value.get("prompt"), limits)
+        _check_prompt(value.get("prompt"), limits, "prompt", ("prompts", "max_num_seqs", limits.prompts))
+    elif kind is EmbeddingRequest and isinstance(value, dict):
+        _check_prompt(value.get("input"), limits, "input", ("inputs", "the limit of a request", MAX_INPUTS))
     try:
         return kind.model_validate(value)
     except ValidationError as found:
@@ -136,22 +140,35 @@ def _check_tree(value: Any) -> None:
     raise RecursionError
 
 
-def _check_prompt(prompt: Any, limits: BodyLimits) -> None:
-    """Before thousands of its items are looked at one by one."""
+def _check_prompt(prompt: Any, limits: BodyLimits, field: str, counted: tuple[str, str, int]) -> None:
+    """Before thousands of its items are looked at one by one. `counted`: what a list holds that is
+    no list of ids, the name of its limit, and the limit.
+    """
     if not isinstance(prompt, list) or not prompt:
         return
-    ids = not isinstance(prompt[0], str | list)
-    most = limits.prompt_tokens if ids else limits.prompts
+    ids = not isinstance(prompt[0], str | list | dict)
+    what, name, most = ("token ids", "max_model_len", limits.prompt_tokens) if ids else counted
     if len(prompt) > most:
-        what = ("token ids", "max_model_len") if ids else ("prompts", "max_num_seqs")
         raise ApiError(
             400,
             say(
-                f"prompt ({len(prompt)} {what[0]}) must have at most {what[1]} ({most}); send fewer",
-                f"prompt（{len(prompt)} {what[0]}）至多 {what[1]}（{most}）；请减少",
+                f"{field} ({len(prompt)} {what}) must have at most {name} ({most}); send fewer",
+                f"{field}（{len(prompt)} {what}）至多 {name}（{most}）；请减少",
             ),
             code="context_length_exceeded" if ids else None,
-            param="prompt",
+            param=field,
+        )
+    inner = next((one for one in prompt if isinstance(one, list) and len(one) > limits.prompt_tokens), None)
+    if inner is not None:
+        raise ApiError(
+            400,
+            say(
+                f"an entry of {field} ({len(inner)} items) must have at most max_model_len ({limits.prompt_tokens}); "
+                "send fewer",
+                f"{field} 的一项（{len(inner)} 个元素）至多 max_model_len（{limits.prompt_tokens}）；请减少",
+            ),
+            code="context_length_exceeded",
+            param=field,
         )
 
 

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from ernie_tune.serve.pool import Lease, Pool
 from ernie_tune.serve.requests import BodyLimits
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
 from ernie_tune.serve.thread import EngineEnded, EngineFailure, SchedulerThread, Submission
+
+T = TypeVar("T")
+Medium = Callable[[str, str, str], dict[str, Any]]  # (kind, URL, where it stands) -> a part
 
 
 @dataclass
@@ -162,7 +165,7 @@ class Service:
 
         def prepare() -> list[Prepared]:
             texts = [text for message in request.messages for text in message.texts()]
-            self._check_length([*texts, *map(str, request.callable_tools)])
+            self.check_length([*texts, *map(str, request.callable_tools)])
             messages = self._messages(request, lease)
             limit = request.reasoning_max_tokens
             asked = Request(
@@ -198,7 +201,7 @@ class Service:
 
         def prepare() -> list[Prepared]:
             for prompt in request.prompts:
-                self._check_length([prompt] if isinstance(prompt, str) else [])
+                self.check_length([prompt] if isinstance(prompt, str) else [])
             return [self._guided(self._raw(i, prompt, params), request) for i, prompt in enumerate(request.prompts)]
 
         def reader(prepared: Prepared) -> AnswerReader:
@@ -215,7 +218,7 @@ class Service:
             while any(not choice.finish_reason for choice in ticket.choices):
                 events = await ticket.queue.get()
                 if isinstance(events, EngineFailure):
-                    raise _failure(events)
+                    raise failure_of(events)
                 steps = []
                 for event in events:
                     choice = ticket.choices[first[event.prompt] + event.sample]
@@ -265,20 +268,7 @@ class Service:
     ) -> Ticket:
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as undo:
-            # What waits for a place is small: text, or the pictures of the few that are read at a
-            # time.
-            prepared: list[Prepared] = []
-            if lease is not None:
-                await self._wait(self._media_places)
-                undo.callback(held := _once(self._media_places.release))
-                prepared = await self._prepare(self._media, prepare, lease)
-            await self._wait(self._places)
-            leave = _once(self._places.release)
-            undo.callback(leave)
-            if lease is not None:
-                held()
-            else:
-                prepared = await self._prepare(self._text, prepare)
+            prepared, leave = await self.admit(undo, prepare, lease)
             with _refusals():
                 prepared = [self._fit(one, request) for one in prepared]
             queue: asyncio.Queue[list[TokenEvent] | EngineFailure] = asyncio.Queue()
@@ -308,9 +298,30 @@ class Service:
                 for job in jobs:
                     self.scheduler.submit(job)
             except EngineFailure as error:
-                raise _failure(error) from error
+                raise failure_of(error) from error
             undo.pop_all()
             return ticket
+
+    async def admit(
+        self, undo: contextlib.ExitStack, prepare: Callable[[], T], lease: Lease | None = None
+    ) -> tuple[T, Callable[[], None]]:
+        """(what `prepare` made in a thread, what gives the request's place back), once there is a
+        place. `undo` gives back what is held. `lease`: of media, without it there are none.
+
+        Raises ApiError. What waits for a place is small: text, or the pictures of the few that are
+        read at a time.
+        """
+        if lease is not None:
+            await self._wait(self._media_places)
+            undo.callback(held := _once(self._media_places.release))
+            prepared = await self._prepare(self._media, prepare, lease)
+        await self._wait(self._places)
+        leave = _once(self._places.release)
+        undo.callback(leave)
+        if lease is not None:
+            held()
+            return prepared, leave
+        return await self._prepare(self._text, prepare), leave
 
     async def _wait(self, places: asyncio.Semaphore) -> None:
         self._outside += 1
@@ -319,9 +330,7 @@ class Service:
         finally:
             self._outside -= 1
 
-    async def _prepare(
-        self, pool: Pool, prepare: Callable[[], list[Prepared]], lease: Lease | None = None
-    ) -> list[Prepared]:
+    async def _prepare(self, pool: Pool, prepare: Callable[[], T], lease: Lease | None = None) -> T:
         """In a thread of the pool. Nobody waits any more: the lease is given up, and with it
         downloads and decoding.
         """
@@ -351,7 +360,7 @@ class Service:
                 top_logprobs=(top or 0) if logprobs else 0,
             )
         more = tuple(request.stop_token_ids or ())
-        self._check_ids(more, "stop_token_ids")
+        self.check_ids(more, "stop_token_ids")
         return replace(params, stop_ids=(() if request.ignore_eos else params.stop_ids) + more)
 
     def _guided(self, prepared: Prepared, request: Sampling, thinks: bool = False) -> Prepared:
@@ -389,6 +398,12 @@ class Service:
     def _check_media(self, request: ChatRequest) -> bool:
         """Whether there are any. Raises ApiError for too many."""
         parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
+        return self.check_media(parts, "messages")
+
+    def check_media(self, parts: Sequence[Any], field: str) -> bool:
+        """Whether any of the parts of `field` is a picture or a video. Raises ApiError for too
+        many.
+        """
         for kind, limit in (("image", self.options.images), ("video", self.options.videos)):
             count = sum(part.type == f"{kind}_url" for part in parts)
             if count > limit:
@@ -398,11 +413,11 @@ class Service:
                         f"number of {kind}s ({count}) must be at most {limit}; send fewer",
                         f"{kind} 的数量（{count}）至多为 {limit}；请减少",
                     ),
-                    param="messages",
+                    param=field,
                 )
         return any(part.type in ("image_url", "video_url") for part in parts)
 
-    def _check_length(self, texts: Sequence[str]) -> None:
+    def check_length(self, texts: Sequence[str]) -> None:
         """Refuse text that cannot fit however it is cut into tokens, before it is: cutting
         megabytes takes long. Raises RowTooLong.
         """
@@ -418,6 +433,13 @@ class Service:
 
     def _messages(self, request: ChatRequest, lease: Lease | None) -> list[dict[str, Any]]:
         """In the words of data/chat.py. Text goes into parts, where no tag in it means a medium."""
+        medium = self.reading_media(lease)
+        return [_message(message, f"messages[{i}]", medium) for i, message in enumerate(request.messages)]
+
+    def reading_media(self, lease: Lease | None) -> Medium:
+        """What makes a part of (kind, URL, where it stands): it reads the medium under the lease.
+        It raises ValueError for media that cannot be read, or are too large together.
+        """
         left = self.options.max_body_bytes  # of all media together, however they come
         if lease is not None:
             lease.begin()
@@ -439,14 +461,14 @@ class Service:
                 )
             return {"type": kind, kind: data}
 
-        return [_message(message, f"messages[{i}]", medium) for i, message in enumerate(request.messages)]
+        return medium
 
     def _raw(self, index: int, prompt: str | list[int], params: SamplingParams) -> Prepared:
         ids = self.engine.processor.tokenizer.encode(prompt, allow_special=True) if isinstance(prompt, str) else prompt
-        self._check_ids(ids, f"prompt[{index}]")
+        self.check_ids(ids, f"prompt[{index}]")
         return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
         vocabulary = self.engine.model.config.vocab_size
         wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:
@@ -460,20 +482,26 @@ class Service:
             )
 
 
-def _message(message: Any, where: str, medium: Callable[[str, str, str], dict[str, Any]]) -> dict[str, Any]:
-    role = {"developer": "system", "bot": "assistant"}.get(message.role, message.role)
-    parts: list[dict[str, Any]] = []
-    content = message.content
-    for i, part in enumerate([] if content is None else [content] if isinstance(content, str) else content):
+def canonical_parts(parts: Sequence[Any], where: str, medium: Medium) -> list[dict[str, Any]]:
+    """Parts of a request, or strings, in the words of data/chat.py. `where`: the list's name."""
+    out: list[dict[str, Any]] = []
+    for i, part in enumerate(parts):
         if isinstance(part, str):
-            parts.append({"type": "text", "text": part})
+            out.append({"type": "text", "text": part})
         elif part.type in ("text", "refusal"):
-            parts.append({"type": "text", "text": part.text})
+            out.append({"type": "text", "text": part.text})
         elif part.type == "image_url":
-            parts.append(medium("image", part.image_url.url, f"{where}.content[{i}]"))
+            out.append(medium("image", part.image_url.url, f"{where}[{i}]"))
         else:
-            parts.append(medium("video", part.video_url.url, f"{where}.content[{i}]"))
-    out: dict[str, Any] = {"role": role, "content": parts}
+            out.append(medium("video", part.video_url.url, f"{where}[{i}]"))
+    return out
+
+
+def _message(message: Any, where: str, medium: Medium) -> dict[str, Any]:
+    role = {"developer": "system", "bot": "assistant"}.get(message.role, message.role)
+    content = message.content
+    listed = [] if content is None else [content] if isinstance(content, str) else content
+    out: dict[str, Any] = {"role": role, "content": canonical_parts(listed, f"{where}.content", medium)}
     if role == "assistant" and message.reasoning_content:
         out["reasoning_content"] = message.reasoning_content
     if role == "assistant" and message.tool_calls:
@@ -488,7 +516,7 @@ def _job(
     return job
 
 
-def _failure(failure: EngineFailure) -> ApiError:
+def failure_of(failure: EngineFailure) -> ApiError:
     return ApiError(503 if isinstance(failure, EngineEnded) else 500, str(failure), "server_error")
 
 

@@ -13,10 +13,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ernie_tune.config.language import say
 from ernie_tune.generate.batch import TokenEvent
 from ernie_tune.generate.engine import Engine, Prepared
-from ernie_tune.generate.scheduler import BASE, Capacity
+from ernie_tune.generate.scheduler import BASE, STEP_ERRORS, Capacity
+from ernie_tune.models.inputs import Row
 
 
 class EngineFailure(RuntimeError):
@@ -46,6 +49,20 @@ class Submission:
         return self.prepared.prompt.key
 
 
+@dataclass(eq=False)
+class Reading:
+    """Rows whose mean states somebody wants. `report` gets float32 [N, D], or the error that ended
+    it, in the scheduler's thread.
+    """
+
+    rows: Sequence[Row]
+    adapter: str | None
+    begin_id: int  # see `pooling.mean_states`
+    report: Callable[[np.ndarray | EngineFailure], None]
+    read: list[np.ndarray] = field(default_factory=list)
+    done: int = 0
+
+
 @dataclass
 class Load:
     """What the scheduler is doing, for the metrics."""
@@ -67,6 +84,8 @@ class SchedulerThread:
         self._entering: list[Submission] = []
         self._jobs: dict[int, Submission] = {}  # those that the scheduler has
         self._cancelled: set[int] = set()
+        self._readings: list[Reading] = []  # the first is being read
+        self._prefill_tokens = capacity.prefill_tokens
         self._closing = False
         self._load = Load()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -100,9 +119,26 @@ class SchedulerThread:
                 self._cancelled.add(job.key)
             self._changed.notify()
 
+    def read(self, reading: Reading) -> None:
+        """Queue rows to be read, in turns with the steps of the answers. Raises EngineEnded once
+        the thread has ended.
+        """
+        with self._changed:
+            if self._closing or not self.alive:
+                raise EngineEnded(say("the model is no longer running", "模型已不在运行"))
+            self._readings.append(reading)
+            self._changed.notify()
+
+    def stop_reading(self, reading: Reading) -> None:
+        """Take it out; it reports nothing more. Fine for one that is done."""
+        with self._changed:
+            if reading in self._readings:
+                self._readings.remove(reading)
+
     def load(self) -> Load:
         with self._changed:
-            return replace(self._load, waiting=self._load.waiting + len(self._entering))
+            waiting = self._load.waiting + len(self._entering) + len(self._readings)
+            return replace(self._load, waiting=waiting)
 
     def close(self, timeout_seconds: float = 30.0) -> None:
         """End the thread after its current step; jobs that are left fail."""
@@ -122,15 +158,16 @@ class SchedulerThread:
             # also when an error nobody foresaw ends the thread: whoever waits must learn of it
             with self._changed:
                 self._closing = True
-                left = [*self._jobs.values(), *self._entering]
-                self._jobs, self._entering = {}, []
-            for job in left:
-                job.report(EngineEnded("the model is no longer running"))
+                left = [one.report for one in (*self._jobs.values(), *self._entering)]
+                readings = [one.report for one in self._readings]
+                self._jobs, self._entering, self._readings = {}, [], []
+            for report in (*left, *readings):
+                report(EngineEnded("the model is no longer running"))
 
     def _turn(self) -> bool:
         scheduler = self._scheduler
         with self._changed:
-            while not (self._entering or self._jobs or self._cancelled or self._closing):
+            while not (self._entering or self._jobs or self._cancelled or self._readings or self._closing):
                 self._changed.wait()
             if self._closing:
                 return False
@@ -140,6 +177,9 @@ class SchedulerThread:
                 self._jobs[job.key] = job
                 scheduler.submit(job.prepared.prompt, BASE if job.adapter is None else job.adapter)
             self._entering = []
+            reading = self._readings[0] if self._readings else None
+        if reading is not None:
+            self._read(reading)
         started = time.monotonic()
         events = scheduler.step()
         with self._changed:  # before anybody learns that his answer is done
@@ -151,6 +191,33 @@ class SchedulerThread:
                 load.step_seconds += time.monotonic() - started
         self._deliver(events)
         return True
+
+    def _read(self, reading: Reading) -> None:
+        """The next of its rows, as many as are prefilled between two steps; at least one."""
+        start, tokens = reading.done, 0
+        while reading.done < len(reading.rows):
+            tokens += len(reading.rows[reading.done].input_ids_L)
+            if reading.done > start and tokens > self._prefill_tokens:
+                break
+            reading.done += 1
+        news: np.ndarray | EngineFailure | None = None
+        adapter = BASE if reading.adapter is None else reading.adapter
+        try:
+            rows = reading.rows[start : reading.done]
+            reading.read.append(self._scheduler.mean_states(rows, adapter, reading.begin_id))
+            if reading.done == len(reading.rows):
+                news = np.concatenate(reading.read)
+        except STEP_ERRORS as error:
+            traceback.print_exception(error, file=sys.stderr)
+            news = EngineFailure(f"the model failed on this request ({error})")
+        if news is None:
+            return
+        with self._changed:
+            wanted = reading in self._readings
+            if wanted:
+                self._readings.remove(reading)
+        if wanted:
+            reading.report(news)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         by_job: dict[int, list[TokenEvent]] = {}

@@ -24,6 +24,7 @@ from support.tiny_runs import IMAGES, processor
 from ernie_tune.generate.batch import RunningBatch
 from ernie_tune.generate.engine import Engine
 from ernie_tune.serve.connections import log_seldom
+from ernie_tune.serve.embedding_request import EmbeddingRequest
 from ernie_tune.serve.errors import ApiError
 from ernie_tune.serve.fetch import FetchPolicy, fetch
 from ernie_tune.serve.media import MediaPolicy, read_video
@@ -129,6 +130,9 @@ SHAPES: dict[str, tuple[type[Any], bytes, bytes, bytes]] = {
     "prompts": (CompletionRequest, b'{"prompt":[', b"{}", b"]}"),
     "ids": (CompletionRequest, b'{"prompt":[', b"7", b"]}"),
     "lists": (CompletionRequest, b'{"prompt":[[7],', b"[]", b"]}"),
+    "inputs": (EmbeddingRequest, b'{"input":[', b"{}", b"]}"),
+    "parts": (EmbeddingRequest, b'{"input":[[', b'{"a":0}', b"]]}"),
+    "input lists": (EmbeddingRequest, b'{"input":[[7],', b"[]", b"]}"),
     "unknown fields": (ChatRequest, TURN, b'"a":0', b"}"),
 }
 

@@ -35,6 +35,8 @@ CASES = [
     ("/v1/chat/completions", "POST", WRONG),
     ("/v1/completions", "POST", RIGHT),
     ("/v1/completions", "POST", WRONG),
+    ("/v1/embeddings", "POST", RIGHT),
+    ("/v1/embeddings", "POST", WRONG),
     ("/v1/models", "GET", RIGHT),
     ("/v1/models/{name}", "GET", RIGHT),
 ]
@@ -137,7 +139,7 @@ def test_one_field_of_a_good_request_made_anything(field: str, value: Any, targe
     content=st.binary(max_size=200), kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", ""])
 )
 def test_bodies_of_any_bytes(content: bytes, kind: str, target: Live) -> None:
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
         reply = httpx.post(f"{target.root}{path}", content=content, headers={"content-type": kind}, timeout=30)
         assert check(reply, target) >= 400
 
