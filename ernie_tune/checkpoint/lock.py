@@ -1,7 +1,8 @@
 """One writer a folder: a lock with the name of its holder, for the life of a run or of an export.
 
 It is `flock` on a small file, so it ends with the process that holds it, however that ends: what a
-dead process has left never stands in the way. On NFS the kernel turns it into a lock of the
+dead process has left never stands in the way. The next one says that it was ended from outside, and
+whether the system did it for lack of memory. On NFS the kernel turns it into a lock of the
 server's, so that other machines see it, unless the mount says `nolock` or `local_lock`: then each
 machine sees only its own. Where a file system knows no locks at all, a line says so and nothing is
 guarded.
@@ -21,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.host_memory import kills
 from ernie_tune.config.language import Text, say
 
 LOCK_FILE = ".lock"
@@ -82,7 +84,10 @@ def _take(file: Path, folder: Path, what: str) -> int | None:
             print(told, file=sys.stderr)
             return None
         if not held and _still(file, handle):
+            if left := _left(file):
+                print(_ended(left, folder, what), file=sys.stderr)
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+            me |= {"boot": _boot(), "kills": kills()}
             os.truncate(handle, 0)
             os.pwrite(handle, json.dumps(me).encode(), 0)
             return handle
@@ -115,6 +120,57 @@ def _still(file: Path, handle: int) -> bool:
         return os.path.samestat(file.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def _left(file: Path) -> dict[str, Any]:
+    """What a holder has left that could not take its file away; nothing where there was none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "pid" in found else {}
+
+
+def _ended(left: Mapping[str, Any], folder: Path, what: str) -> Text:
+    who = f"pid {left['pid']}, host {left.get('host', '?')}, since {left.get('since', '?')}"
+    here = left.get("host") == socket.gethostname() and left.get("boot") == _boot()
+    if here and isinstance(left.get("kills"), int) and kills() > left["kills"]:
+        why = out_of_memory(what)
+    else:
+        why = say("kill -9, a crash, or the machine was switched off", "kill -9、崩溃，或机器曾断电重启")
+    return say(
+        "ernie_tune: the last {what} in {folder} ({who}) was ended from outside: {why}",
+        "ernie_tune：{folder} 中上一次的 {what}（{who}）被外部终止：{why}",
+        what=what,
+        folder=folder,
+        who=who,
+        why=why,
+    )
+
+
+def out_of_memory(what: str = "run") -> Text:
+    """That the system has ended a process for lack of memory, and what to change."""
+    remedy = (
+        say(
+            "lower max_seq_len or per_device_train_batch_size, set recompute: true, or, with LoRA, "
+            "weight_quantize_algo: weight_only_mix; `ernie-tune estimate FILE` says what fits",
+            "请调小 max_seq_len 或 per_device_train_batch_size，设 recompute: true，LoRA 可设 "
+            "weight_quantize_algo: weight_only_mix；`ernie-tune estimate FILE` 会给出可行的配置",
+        )
+        if what == "run"
+        else say("end other programs, or take a machine with more", "请结束其他程序，或换内存更大的机器")
+    )
+    return say(
+        "the system has ended processes since then because memory ran out; {remedy}",
+        "此后系统因内存不足终止过进程；{remedy}",
+        remedy=remedy,
+    )
+
+
+def _boot() -> str:
+    """Which start of the machine this is; empty where the system does not say."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else ""
 
 
 def _taken(holder: Mapping[str, Any], folder: Path, what: str) -> Text:

@@ -21,6 +21,7 @@ from ernie_tune.cli import workers
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import ParallelArguments
 from ernie_tune.config.cpu import available_cores, read_cpuinfo
+from ernie_tune.config.host_memory import GROUPS, PROC, container_limits, machine_memory
 from ernie_tune.config.language import say
 
 _GIB = 2**30
@@ -254,15 +255,13 @@ def _shared_memory() -> int | None:
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
 
 
-def _memory(meminfo: Path = Path("/proc/meminfo")) -> str:
-    if not meminfo.is_file():
+def _memory(proc: Path = PROC, groups: Path = GROUPS) -> str:
+    machine = machine_memory(proc)
+    if machine is None:
         return "unknown"
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
-    total, free = (int(kib.get(name, 0)) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    texts = [file.read_text().strip() for file in limits if file.is_file()]
-    bounds = [int(text) for text in texts if text.isdecimal() and int(text) < total]
-    return f"{_size(free)} free of {_size(total)}" + (f", container limit {_size(bounds[0])}" if bounds else "")
+    total, free = machine
+    bounds = [limit for limit, _ in container_limits(proc, groups) if limit < total]
+    return f"{_size(free)} free of {_size(total)}" + (f", container limit {_size(min(bounds))}" if bounds else "")
 
 
 def _cards() -> list[str]:

@@ -19,10 +19,11 @@ from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.cpu import while_paddle_loads
+from ernie_tune.config.host_memory import free_memory
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
 from ernie_tune.config.stages import STAGES
-from ernie_tune.plan.free import free_memory, shortage
+from ernie_tune.plan.free import shortage
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.judgement import judged
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_tune import CPU_PLAN
+from ernie_tune.checkpoint.lock import out_of_memory
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import ParallelArguments
+from ernie_tune.config.host_memory import kills
 from ernie_tune.config.language import say
 from ernie_tune.config.secrets import PARENT_VARIABLE, remove_launcher_files, without_secrets
 from ernie_tune.parallel.watch import Limits, Watch
@@ -200,6 +202,8 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
     their step and save; the second one ends them at once. The launcher itself does not see the
     first: it would kill its workers after half a minute.
     """
+    if what.node:  # machines that share output_dir would write into one another's files
+        log_dir = log_dir / f"machine_{what.node}"
     # the launcher's own files are for nobody else
     log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     # or the launcher would show an earlier run's lines again
@@ -213,6 +217,7 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
         file=sys.stderr,
         flush=True,
     )
+    killed_before = kills()
     child = subprocess.Popen(what.command(log_dir, words), env=worker_environ(os.environ), start_new_session=True)
     asked = 0
 
@@ -244,6 +249,8 @@ def start(what: Start, log_dir: Path, words: Sequence[str]) -> int:
             ),
             file=sys.stderr,
         )
+    if code and kills() > killed_before:
+        print(say("ernie_tune: {why}", "ernie_tune：{why}", why=out_of_memory()), file=sys.stderr)
     return 130 if asked and code else code
 
 

@@ -1,17 +1,12 @@
-"""Does a run fit the memory that is free on this machine, before anything is loaded? Free is the
-least that the machine, a container's limit and `ulimit -v` leave.
+"""Does a run fit the memory that is free on this machine, before anything is loaded?
 
-Refuses to know: paddle, numpy, cards (their memory is `ernie-tune estimate`'s matter).
+Refuses to know: what is free, paddle, numpy, cards (`ernie-tune estimate` counts their memory).
 """
 
 from __future__ import annotations
 
-import re
-import resource
-from dataclasses import dataclass
-from pathlib import Path
-
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.host_memory import Free
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.models.config import ModelConfig
@@ -26,38 +21,6 @@ _ALWAYS = (
     *("weights", "quantised base", "vision tower", "adapters", "reference model", "critic", "reward model"),
     *("gradients", "optimizer"),
 )
-# (limit, what is in use) of a container, in either version of control groups
-_CONTAINER = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-
-
-@dataclass(frozen=True)
-class Free:
-    """Bytes that a new process may take, and what sets the bound."""
-
-    bytes: int
-    bound: Text
-
-
-def free_memory(
-    meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup"), statm: Path = Path("/proc/self/statm")
-) -> Free | None:
-    """What is free here; None on a system that does not say."""
-    if not meminfo.is_file():
-        return None
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
-    found = [Free(int(kib.get("MemAvailable", 0)) * 1024, say("this machine", "本机"))]
-    for limit, usage in _CONTAINER:
-        texts = [f.read_text().strip() for f in (groups / limit, groups / usage) if f.is_file()]
-        if len(texts) == 2 and all(text.isdecimal() for text in texts):
-            found.append(Free(max(0, int(texts[0]) - int(texts[1])), say("the container's limit", "容器上限")))
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if soft != resource.RLIM_INFINITY and statm.is_file():
-        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-        found.append(Free(max(0, soft - taken), Text("ulimit -v", "ulimit -v")))
-    return min(found, key=lambda f: f.bytes)
 
 
 def shortage(config: RunConfig, model: ModelConfig, free: Free) -> tuple[Text | None, bool]:

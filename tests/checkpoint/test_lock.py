@@ -56,6 +56,45 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path)
     assert not (folder / LOCK_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ("counted", "boot", "why"),
+    [
+        (
+            3,
+            None,
+            "was ended from outside: the system has ended processes since then because memory ran out; lower max_seq",
+        ),
+        (2, None, "was ended from outside: kill -9, a crash, or the machine was switched off"),
+        (3, "another", "was ended from outside: kill -9, a crash, or the machine was switched off"),
+    ],
+)
+def test_the_next_one_is_told_of_a_kill(  # type: ignore[no-untyped-def]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, counted: int, boot: str | None, why: str
+) -> None:
+    """The system counts whom it ended for lack of memory; after a restart the count is anew."""
+    monkeypatch.setattr(lock, "kills", lambda: 2)
+    child = os.fork()
+    if not child:
+        with locked(tmp_path):
+            os._exit(0)  # as a kill does: nothing is tidied up
+    os.waitpid(child, 0)
+    monkeypatch.setattr(lock, "kills", lambda: counted)
+    if boot:
+        monkeypatch.setattr(lock, "_boot", lambda: boot)
+    with locked(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert f"the last run in {tmp_path} (pid {child}, host {socket.gethostname()}, since 2" in said
+    assert why in said
+    with locked(tmp_path, "export"):
+        assert capsys.readouterr().err == "", "the last one ended well"
+
+
+def test_the_remedy_is_that_of_the_verb() -> None:
+    assert "weight_quantize_algo: weight_only_mix" in lock.out_of_memory()
+    assert "end other programs, or take a machine with more" in lock.out_of_memory("export")
+
+
 def test_the_lock_ends_with_its_block_also_after_an_error(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(KeyError), locked(tmp_path):

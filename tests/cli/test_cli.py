@@ -275,7 +275,10 @@ def test_doctor_reads_cards_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_path
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert doctor._cards() == []
     (tmp_path / "meminfo").write_text("MemTotal:       33554432 kB\nMemFree: 1 kB\nMemAvailable:   16777216 kB\n")
-    assert doctor._memory(tmp_path / "meminfo").startswith("16.0 GiB free of 32.0 GiB")
+    assert doctor._memory(tmp_path, tmp_path) == "16.0 GiB free of 32.0 GiB"
+    for name, text in (("memory.max", "8589934592"), ("memory.current", "0")):
+        (tmp_path / name).write_text(text)
+    assert doctor._memory(tmp_path, tmp_path) == "16.0 GiB free of 32.0 GiB, container limit 8.0 GiB"
     assert doctor._memory(tmp_path / "absent") == "unknown"
 
 

@@ -197,6 +197,23 @@ def test_an_earlier_runs_lines_are_kept_aside_and_a_bad_end_says_where_to_look(
     assert f"ended with exit code 7; each process's lines are in {tmp_path} (workerlog.0, workerlog.0.old)" in said
 
 
+def test_a_kill_for_lack_of_memory_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for after, told in ((5, False), (6, True)):
+        counts = iter((5, after))
+        monkeypatch.setattr(workers, "kills", lambda counts=counts: next(counts))
+        assert workers.start(Ending(2), tmp_path, []) == 7
+        said = capfd.readouterr().err
+        assert ("because memory ran out; lower max_seq_len or per_device_train_batch_size" in said) == told
+
+
+def test_machines_do_not_share_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert workers.start(Ending(1, nodes=2, node=1, master="10.0.0.1:7"), tmp_path, ["x"]) == 7
+    assert (tmp_path / "machine_1" / "workerlog.0").read_text() == "new"
+    assert f"every process writes {tmp_path}/machine_1/workerlog.N" in capfd.readouterr().err
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

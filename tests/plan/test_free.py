@@ -1,10 +1,9 @@
-"""plan/free.py: what is free by machine, container and ulimit; runs that cannot fit are refused
-before anything is loaded, those that may not are told.
+"""plan/free.py: runs that cannot fit are refused before anything is loaded, those that may not are
+told.
 """
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,51 +11,13 @@ import pytest
 from planning import ATTENTION, B28, settings
 
 from ernie_tune.cli import train
+from ernie_tune.config.host_memory import Free
 from ernie_tune.models.presets import preset
 from ernie_tune.peft.packed_header import PackedBits
 from ernie_tune.plan import free as plan
-from ernie_tune.plan.free import Free, free_memory, shortage
+from ernie_tune.plan.free import shortage
 
 GB = 10**9
-
-
-def machine(folder: Path, available_kib: int, version: int = 0, limit: str = "", usage: int = 0) -> dict[str, Path]:
-    meminfo, groups = folder / "meminfo", folder / "groups"
-    meminfo.write_text(f"MemTotal:       99999999 kB\nMemAvailable:   {available_kib} kB\n")
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    place = groups if version == 2 else groups / "memory"
-    place.mkdir(parents=True)
-    if limit:
-        (place / names[0]).write_text(limit + "\n")
-        (place / names[1]).write_text(f"{usage}\n")
-    return {"meminfo": meminfo, "groups": groups}
-
-
-@pytest.mark.parametrize(
-    ("version", "limit", "usage", "want", "bound"),
-    [
-        (2, "", 0, 8 * 2**20 * 1024, "this machine"),
-        (2, "max", 5 * GB, 8 * 2**20 * 1024, "this machine"),
-        (2, str(6 * GB), 2 * GB, 4 * GB, "the container's limit"),
-        (1, str(6 * GB), 2 * GB, 4 * GB, "the container's limit"),
-        (1, str(6 * GB), 7 * GB, 0, "the container's limit"),
-        (1, "9223372036854771712", 2 * GB, 8 * 2**20 * 1024, "this machine"),
-    ],
-)
-def test_the_least_of_what_is_left(tmp_path: Path, version: int, limit: str, usage: int, want: int, bound: str) -> None:
-    found = free_memory(**machine(tmp_path, 8 * 2**20, version, limit, usage))
-    assert found is not None
-    assert (found.bytes, str(found.bound)) == (want, bound)
-
-
-def test_ulimit_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statm = tmp_path / "statm"
-    statm.write_text("1000 5 5\n")
-    monkeypatch.setattr(plan.resource, "getrlimit", lambda what: (3 * GB, resource.RLIM_INFINITY))
-    found = free_memory(**machine(tmp_path, 8 * 2**20), statm=statm)
-    assert found is not None
-    assert (found.bytes, str(found.bound)) == (3 * GB - 1000 * resource.getpagesize(), "ulimit -v")
-    assert free_memory(meminfo=tmp_path / "no") is None
 
 
 def test_what_is_told() -> None:
