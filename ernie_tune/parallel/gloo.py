@@ -149,13 +149,23 @@ class _Links:
             return False
 
     def send(self, to: int, group: int, stream: int, data: memoryview) -> None:
+        """Raises ConnectionError where the receiver has ended."""
         if to == self.rank:
             self._queue((to, group, stream)).put(bytearray(data))
             return
-        link = self._link(to)
-        link.sendall(_HEADER.pack(group, stream, len(data)))
-        if len(data):
-            link.sendall(data)
+        try:
+            link = self._link(to)
+            link.sendall(_HEADER.pack(group, stream, len(data)))
+            if len(data):
+                link.sendall(data)
+        except OSError as error:  # a broken pipe would pass for an output that nobody reads
+            self.closed.add(to)
+            raise ConnectionError(
+                say(
+                    f"rank {to} has ended; rank {self.rank} sent it something (group {group}, {error.strerror})",
+                    f"进程 {to} 已结束；进程 {self.rank} 正在向它发送数据（组 {group}，{error.strerror}）",
+                )
+            ) from error
 
     def receive(self, source: int, group: int, stream: int) -> bytearray:
         """The next message. Raises ConnectionError when its sender has ended, TimeoutError after

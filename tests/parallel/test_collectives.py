@@ -5,6 +5,7 @@ three processes; degrees that cannot be.
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def test_who_waits_for_a_rank_that_has_ended_is_told(tmp_path: Path) -> None:
         said = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert said["message"].startswith("rank 2 has ended; rank ")
         assert said["seconds"] < 20
+
+
+def test_who_sends_to_a_rank_that_has_ended_is_told() -> None:
+    """Not as a broken pipe, which the command line takes for `| head` and passes over."""
+    links = object.__new__(gloo._Links)
+    links.rank, links.closed = 0, set()
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    links.out = {1: ours}
+    with ours, pytest.raises(ConnectionError, match=r"rank 1 has ended; rank 0 sent it something \(group 3") as told:
+        links.send(1, 3, 0, memoryview(b"x"))
+    assert not isinstance(told.value, BrokenPipeError)
 
 
 def test_another_version_of_paddle_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
