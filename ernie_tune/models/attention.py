@@ -4,8 +4,8 @@ continues, at the cost of the segments, not of the pack.
 Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal
 segments in a row of length L, S = L + length of their prefixes (0 without), B rows, C cache
 columns.
-Refuses to know: rope, projections, who calls it. On the CPU neighbouring segments of one length
-share one product; on a GPU the varlen flash kernel runs.
+Refuses to know: rope, projections, who calls it. On the CPU segments of one length share one
+product; on a GPU the varlen flash kernel runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import paddle
@@ -36,15 +36,22 @@ _FAR = 1e30
 
 @dataclass(frozen=True)
 class SegmentRun:
-    """Neighbouring segments of one length (with parents: whose prefixes have one length too), which
-    share one product.
+    """Segments of one length (with parents: whose prefixes have one length too), which share one
+    product.
     """
 
-    start: int  # first token
-    count: int
+    starts: tuple[int, ...]  # first token of each
     length: int
     prefix: int = 0  # tokens of each segment's parent
     parents: tuple[int, ...] = ()  # first token of each segment's parent
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    @property
+    def token_nL(self) -> np.ndarray:
+        return np.asarray(self.starts)[:, None] + np.arange(self.length)
 
     @property
     def keys(self) -> int:
@@ -53,20 +60,18 @@ class SegmentRun:
 
 
 def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[SegmentRun]:
-    """The runs of a pack, in order. `parents`: for each segment the number of the one that it
-    continues, -1 for none.
+    """The runs of a pack, by their first segments. `parents`: for each segment the number of the
+    one that it continues, -1 for none.
     """
     lengths = [b - a for a, b in pairwise(offsets)]
     parents = parents or (-1,) * len(lengths)
-    prefixes = [lengths[p] if p >= 0 else 0 for p in parents]
-    start = 0
-    for (length, prefix), same in groupby(range(len(lengths)), key=lambda i: (lengths[i], prefixes[i])):
-        segments = list(same)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
         if length:
-            yield SegmentRun(
-                start, len(segments), length, prefix, tuple(offsets[parents[i]] for i in segments) if prefix else ()
-            )
-        start += len(segments) * length
+            alike.setdefault((length, lengths[parent] if parent >= 0 else 0), []).append(i)
+    for (length, prefix), segments in alike.items():
+        above = tuple(offsets[parents[i]] for i in segments) if prefix else ()
+        yield SegmentRun(tuple(offsets[i] for i in segments), length, prefix, above)
 
 
 class AttentionPlan:
@@ -93,22 +98,22 @@ class AttentionPlan:
         rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), order)
         return rows.reshape([run.count, kv_heads, length * (heads // kv_heads), width])
 
-    def tokens_first(self, x: Tensor, run: SegmentRun, heads: int) -> Tensor:
-        """Inverse of `heads_first` for the run's own tokens, [n*L, N, H]."""
-        kv_heads, width = x.shape[1], x.shape[-1]
-        key = (run, heads, kv_heads, "back")
+    def tokens_first(self, parts: list[Tensor], heads: int) -> Tensor:
+        """Inverse of `heads_first`: what each run has for its own tokens -> the pack, [T, N, H]."""
+        kv_heads, width = parts[0].shape[1], parts[0].shape[-1]
+        key = (heads, kv_heads, "back")
         if key not in self._kept:
-            order = _head_rows(np.arange(run.count * run.length).reshape(run.count, run.length), heads, kv_heads)
+            order = np.concatenate([_head_rows(run.token_nL, heads, kv_heads) for run in self.runs])
             self._kept[key] = paddle.to_tensor(np.argsort(order))
-        rows = paddle.gather(x.reshape([-1, width]), self._kept[key])
-        return rows.reshape([run.count * run.length, heads, width])
+        rows = paddle.gather(_join([x.reshape([-1, width]) for x in parts], 0), self._kept[key])
+        return rows.reshape([self.offsets[-1], heads, width])
 
     def key_gradients(self, gradients: list[Tensor], kv_heads: int) -> Tensor:
         """Gradients [n, K, S, H] of each run's keys -> [T, K, H]: what the continuations of a
         prefix ask of it is added to its own.
         """
         if not self.shared:
-            return _join([self.tokens_first(x, run, kv_heads) for x, run in zip(gradients, self.runs, strict=True)], 0)
+            return self.tokens_first(gradients, kv_heads)
         width = gradients[0].shape[-1]
         own, slots = self._slots(kv_heads)
         blank = paddle.zeros([1, width], gradients[0].dtype)
@@ -121,7 +126,7 @@ class AttentionPlan:
     def _order(self, run: SegmentRun, heads: int, kv_heads: int, prefixed: bool) -> Tensor:
         key = (run, heads, kv_heads, prefixed)
         if key not in self._kept:
-            own = run.start + np.arange(run.count * run.length).reshape(run.count, run.length)
+            own = run.token_nL
             if prefixed:
                 own = np.concatenate([np.asarray(run.parents)[:, None] + np.arange(run.prefix), own], axis=1)
             self._kept[key] = paddle.to_tensor(_head_rows(own, heads, kv_heads))
@@ -147,7 +152,9 @@ class AttentionPlan:
         for parent, found in uses.items():
             for j, use in enumerate(found):
                 slots[j, parent : parent + len(use)] = use
-        made = paddle.to_tensor(np.concatenate(own)), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
+        pack_order = np.argsort(np.concatenate([run.token_nL.reshape(-1) for run in self.runs]))
+        mine = np.concatenate(own).reshape(-1, kv_heads)[pack_order].reshape(-1)
+        made = paddle.to_tensor(mine), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
         self._uses[kv_heads] = made
         return made
 
@@ -183,9 +190,9 @@ class _SegmentAttention(PyLayer):
                 parts.append((e, z) if keep else None)
                 # Dividing H columns is cheaper than dividing as many as there are keys.
                 pieces.append(scale_rows(paddle.matmul(e, v[:, :, : block[2]]), 1.0 / z))
-            outs.append(plan.tokens_first(_join(pieces, 2), run, heads))
+            outs.append(_join(pieces, 2))
             ctx.kept.append((q, k, v, parts))
-        out = _join(outs, 0)
+        out = plan.tokens_first(outs, heads)
         ctx.plan, ctx.frozen = plan, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
         ctx.save_for_backward(out)
         return out
@@ -214,11 +221,11 @@ class _SegmentAttention(PyLayer):
                 dq.append(paddle.matmul(ds, k[:, :, :end]))
                 dk = _into(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
                 dv = _into(dv, paddle.matmul(e, g_rows, transpose_x=True))
-            grads[0].append(plan.tokens_first(_join(dq[::-1], 2), run, heads).scale_(width**-0.5))
+            grads[0].append(_join(dq[::-1], 2).scale_(width**-0.5))
             grads[1].append(dk)
             grads[2].append(dv)
         keys, values = (plan.key_gradients(parts, k.shape[1]) for parts in grads[1:])
-        return where_needed(ctx.frozen, _join(grads[0], 0), keys, values)
+        return where_needed(ctx.frozen, plan.tokens_first(grads[0], heads), keys, values)
 
 
 def _join(parts: list[Tensor], axis: int) -> Tensor:

@@ -125,7 +125,7 @@ def test_swiglu_values_and_gradients() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
-@pytest.mark.parametrize("offsets", [(0, 150), (0, 5, 10, 15), (0, 3, 3, 140, 141, 150)])
+@pytest.mark.parametrize("offsets", [(0, 150), (0, 5, 10, 15), (0, 3, 3, 140, 141, 150), (0, 5, 13, 18, 26, 29, 34)])
 def test_attention_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...], keep_bytes: int, causal: bool
 ) -> None:
@@ -169,6 +169,7 @@ def test_attention_costs_its_segments() -> None:
         return sum(run.count * (b - a) * end for run in plan.runs for a, b, end in plan.blocks(run))
 
     assert scores(tuple(range(0, 1025, 16))) == 64 * 16 * 16
+    assert len(AttentionPlan((0, 5, 13, 18, 26, 29, 34), causal=True).runs) == 3, "equal lengths share a product"
     assert scores((0, 1024)) == 128 * 128 * 36  # a block skips the keys after it: 36 of 64 squares
 
 
