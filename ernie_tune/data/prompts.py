@@ -75,11 +75,6 @@ class PromptStream:
         """How often every prompt was drawn, on average."""
         return self.drawn / self.size
 
-    @property
-    def retired(self) -> int:
-        """Prompts that rest because every answer was right often enough."""
-        return int(self._resting().sum()) if self.difficulty else 0
-
     def draw(self, count: int) -> list[int]:
         """The next `count` numbers; in one call none twice while there are others."""
         found = self._by_difficulty(count) if self.difficulty else self._in_passes(count)

@@ -161,11 +161,6 @@ class Tokenizer:
         """Ends the last answer."""
         return self.token_id(self._roles["eos_token"])
 
-    @property
-    def end_of_sentence_id(self) -> int:
-        """Ends every earlier answer."""
-        return self.token_id(self._roles["sep_token"])
-
     def token_id(self, token: str) -> int:
         """Id of one token, special or not. Raises ValueError if the vocabulary lacks it."""
         if token not in self._id_of:

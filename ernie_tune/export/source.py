@@ -180,11 +180,6 @@ class ExportSource:
                     )
                 )
 
-    @property
-    def merged_places(self) -> list[Place]:
-        """What the adapters change."""
-        return [*self._changes.factors, *((name, None) for name in self._changes.replaced)]
-
     def read(self, name: str, expert: int | None, code: str) -> Array:
         links = self.table.links_to[name]
         own = self.reader.entries[links[0].disk].dtype
