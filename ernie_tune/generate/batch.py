@@ -24,6 +24,7 @@ from ernie_tune.generate.sampling import SampledToken, SamplingParams, choose, c
 from ernie_tune.models import mkl
 from ernie_tune.models.cache import Cache, cache_of
 from ernie_tune.models.config import TokenIds
+from ernie_tune.models.decoding import StepForward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.inputs import PackedInput, Row, next_position, pack
 from ernie_tune.models.moe import RouterTap
@@ -172,6 +173,8 @@ class RunningBatch:
         self.model, self.tokens, self.decode, self.position_rule = model, tokens, decode, position_rule
         self._live: list[_Live] = []
         self._cache: Cache | None = None
+        self._stepper: StepForward | None = None
+        self._looked = False  # whether the model is plain enough for it, since rows last joined
         # Prefilled since the last step, with the scores of their first tokens.
         self._fresh: list[tuple[list[_Live], Cache, np.ndarray]] = []
 
@@ -336,12 +339,13 @@ class RunningBatch:
             few = isinstance(self._cache, SegmentCache) and len(self._live) <= _FEW_ROWS
             with mkl.stepping() if few else contextlib.nullcontext():
                 inputs, tap = _next_input(self._live), self._tap([row.prompt for row in self._live])
-                scores.append(self._scores(self.model(inputs, cache=self._cache, **tap)))
+                scores.append(self._scores(self._forward(inputs, few, tap)))
             if tap:
                 read = chosen_experts(tap["tap"], inputs, self.model.config)
                 for i, row in enumerate(self._live):
                     row.experts = read[i : i + 1]
             self._cache.advance()
+        self._looked = self._looked and not self._fresh
         for rows, cache, first_BV in self._fresh:
             if self._cache is None:
                 self._cache = cache
@@ -351,6 +355,17 @@ class RunningBatch:
             scores.append(first_BV)
         self._fresh = []
         return np.concatenate(scores) if len(scores) > 1 else scores[0] if scores else np.zeros((0, 0), np.float32)
+
+    def _forward(self, inputs: PackedInput, few: bool, tap: dict[str, RouterTap]) -> Tensor:
+        """The hidden states of one token a row: a plain model's in one go where the rows are
+        few.
+        """
+        if few and mkl.is_stepping():
+            if not self._looked:
+                self._stepper, self._looked = StepForward.of(self.model), True
+            if self._stepper is not None:
+                return self._stepper(inputs, self._cache, **tap)  # type: ignore[arg-type]
+        return self.model(inputs, cache=self._cache, **tap)
 
     def _tap(self, prompts: Sequence[Prompt]) -> dict[str, RouterTap]:
         """What notes the experts of a forward, where a prompt asks for them."""

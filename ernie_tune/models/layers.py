@@ -110,12 +110,18 @@ class _RmsNorm(PyLayer):
         return where_needed(ctx.frozen, dx.astype(grad_TD.dtype), dw)
 
 
+def normalised(x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+    """`rms_norm` of arrays in their own dtype."""
+    inv_T = 1.0 / np.sqrt(np.einsum("td,td->t", x_TD, x_TD) / x_TD.dtype.type(x_TD.shape[1]) + x_TD.dtype.type(eps))
+    out_TD = x_TD * inv_T[:, None]
+    out_TD *= weight_D
+    return out_TD
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) in float32, cast to the input's dtype, then times the weight."""
     if mkl.is_stepping():
-        x = x_TD.numpy()
-        inv_T = 1.0 / np.sqrt(np.einsum("td,td->t", x, x) / x.dtype.type(x.shape[1]) + x.dtype.type(eps))
-        return mkl.made(x * inv_T[:, None] * weight_D.numpy())
+        return mkl.made(normalised(x_TD.numpy(), weight_D.numpy(), eps))
     return _RmsNorm.apply(x_TD, weight_D, eps) if paddle.is_grad_enabled() else _normalise(x_TD, weight_D, eps)[0]
 
 
@@ -155,9 +161,13 @@ def _swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def gated_halves(x_TI: Tensor) -> Tensor:
     """`swiglu` of the first half of each row and the second one, while stepping."""
-    x = x_TI.numpy()
-    half = x.shape[1] // 2
-    return mkl.made(_swiglu(x[:, :half], x[:, half:]))
+    return mkl.made(gated(x_TI.numpy()))
+
+
+def gated(x_TI: np.ndarray) -> np.ndarray:
+    """`gated_halves` of an array."""
+    half = x_TI.shape[1] // 2
+    return _swiglu(x_TI[:, :half], x_TI[:, half:])
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
@@ -230,10 +240,14 @@ def rotate_pairs(x_TNH: Tensor, turn_TNh: Tensor) -> Tensor:
     """
     tokens, heads, width = x_TNH.shape
     if mkl.is_stepping():
-        x, turn = x_TNH.numpy(), turn_TNh.numpy()
-        return mkl.made((x.view(turn.dtype) * turn).view(x.dtype))
+        return mkl.made(turned(x_TNH.numpy(), turn_TNh.numpy()))
     pairs = paddle.as_complex(x_TNH.astype(_real(turn_TNh)).reshape([tokens, heads, width // 2, 2]))
     return paddle.as_real(pairs * turn_TNh).reshape([tokens, heads, width]).astype(x_TNH.dtype)
+
+
+def turned(x_TNH: np.ndarray, turn_TNh: np.ndarray) -> np.ndarray:
+    """`rotate_pairs` of an array in its own dtype; the factors may be [T, 1, H/2]."""
+    return (x_TNH.view(turn_TNh.dtype) * turn_TNh).view(x_TNH.dtype)
 
 
 def rotate_halves(x_PNH: Tensor, cos_PNH: Tensor, sin_PNH: Tensor) -> Tensor:
@@ -249,9 +263,13 @@ def _real(x: Tensor) -> paddle.dtype:
     return paddle.float64 if x.dtype == paddle.complex128 else paddle.float32
 
 
+def turns(angles_Th: np.ndarray, dtype: str) -> np.ndarray:
+    """e^(i angle), complex of as many bits as the real dtype asks for."""
+    return np.exp(1j * angles_Th).astype(np.complex128 if dtype == "float64" else np.complex64)
+
+
 def turn_factors(angles_Th: np.ndarray, heads: int, dtype: str) -> Tensor:
     """e^(i angle) repeated over heads, complex [T, heads, h]: Paddle's CPU broadcast is ten times
     slower than the repeated tensor, built once per forward.
     """
-    turns = np.exp(1j * angles_Th).astype(np.complex128 if dtype == "float64" else np.complex64)
-    return paddle.to_tensor(np.repeat(turns[:, None, :], heads, axis=1))
+    return paddle.to_tensor(np.repeat(turns(angles_Th, dtype)[:, None, :], heads, axis=1))

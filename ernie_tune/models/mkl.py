@@ -249,6 +249,10 @@ class Products:
         self._factors[0], self._factors[1] = factor, float(add)
         self._batch = _function(f"cblas_{'s' if kind.itemsize == 4 else 'd'}gemm_batch")
 
+    def rows(self, first: int, count: np.ndarray) -> None:
+        """From product `first` on they have so many rows; none is nothing to do."""
+        self._ints[2, first:] = count
+
     def run(self, left: np.ndarray | int, right: np.ndarray | int, out: np.ndarray | int) -> None:
         """The operands of product i begin at these addresses."""
         if not self.count:

@@ -270,18 +270,48 @@ class _Sorted:
 
 
 @dataclass(frozen=True)
-class _SortedFew:
-    """`_Sorted` while stepping."""
+class FewChosen:
+    """A few tokens' (token, expert) pairs, sorted by expert, as arrays: their rows, how many each
+    expert has, the weight of each, where each token's k pairs are, and the experts chosen.
+    """
 
-    rows_MD: Tensor
-    counts: Counts
+    rows_MD: np.ndarray
+    counts_E: np.ndarray
     weight_M: np.ndarray
     slot_of_Tk: np.ndarray
     chosen_Tk: np.ndarray
 
+
+def choose_few(x: np.ndarray, weight_DE: np.ndarray, bias_E: np.ndarray, top_k: int, norm_min: float) -> FewChosen:
+    """`route` and the sorting by expert of a few rows [T, D]."""
+    logits = x.astype(weight_DE.dtype, copy=False) @ weight_DE
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    chosen_Tk = np.argsort(-(probs + bias_E), -1, kind="stable")[:, :top_k]
+    share_Tk = np.take_along_axis(probs, chosen_Tk, 1)
+    share_Tk /= np.maximum(share_Tk.sum(-1, keepdims=True), norm_min)
+    expert_M = chosen_Tk.reshape(-1)
+    order_M = np.argsort(expert_M, kind="stable")
+    slot_M = np.empty_like(order_M)
+    slot_M[order_M] = np.arange(len(order_M))
+    return FewChosen(
+        x[order_M // top_k],
+        np.bincount(expert_M, minlength=weight_DE.shape[1]),
+        share_Tk.reshape(-1)[order_M].astype(x.dtype, copy=False),
+        slot_M.reshape(chosen_Tk.shape),
+        chosen_Tk,
+    )
+
+
+class _SortedFew:
+    """`_Sorted` while stepping."""
+
+    def __init__(self, few: FewChosen) -> None:
+        self.few, self.rows_MD, self.counts = few, mkl.made(few.rows_MD), tuple(few.counts_E.tolist())
+
     def combined(self, out_MD: Tensor) -> Tensor:
-        out = mkl.view(out_MD) * self.weight_M[:, None]
-        return mkl.made(out[self.slot_of_Tk].sum(1))
+        out = mkl.view(out_MD) * self.few.weight_M[:, None]
+        return mkl.made(out[self.few.slot_of_Tk].sum(1))
 
 
 def _asked_for(parts: Mapping[int, _Sorted | _SortedFew]) -> Callable[[], dict[int, Counts]]:
@@ -290,28 +320,6 @@ def _asked_for(parts: Mapping[int, _Sorted | _SortedFew]) -> Callable[[], dict[i
     asked = {m: part.counts_E for m, part in parts.items() if isinstance(part, _Sorted)}
     arriving = Arriving(*asked.values()) if asked else None
     return lambda: {**known, **(dict(zip(asked, arriving.tuples(), strict=True)) if arriving else {})}
-
-
-def _sort_few(x_TD: Tensor, weight_DE: Tensor, bias_E: Tensor, top_k: int, norm_min: float) -> _SortedFew:
-    """`route` and the sorting by expert, while stepping."""
-    x, weight = x_TD.numpy(), mkl.view(weight_DE)
-    logits = x.astype(weight.dtype, copy=False) @ weight
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
-    probs /= probs.sum(-1, keepdims=True)
-    chosen_Tk = np.argsort(-(probs + bias_E.numpy()), -1, kind="stable")[:, :top_k]
-    share_Tk = np.take_along_axis(probs, chosen_Tk, 1)
-    share_Tk /= np.maximum(share_Tk.sum(-1, keepdims=True), norm_min)
-    expert_M = chosen_Tk.reshape(-1)
-    order_M = np.argsort(expert_M, kind="stable")
-    slot_M = np.empty_like(order_M)
-    slot_M[order_M] = np.arange(len(order_M))
-    return _SortedFew(
-        mkl.made(x[order_M // top_k]),
-        tuple(np.bincount(expert_M, minlength=weight.shape[1]).tolist()),
-        share_Tk.reshape(-1)[order_M].astype(x.dtype, copy=False),
-        slot_M.reshape(chosen_Tk.shape),
-        chosen_Tk,
-    )
 
 
 class _Gate(nn.Layer):
@@ -409,10 +417,10 @@ class MoELayer(nn.Layer):
     ) -> _Sorted | _SortedFew:
         weight_DE, bias_E = self.gate.of(modality), self.moe_statics.e_score_correction_bias[modality]
         if mkl.is_stepping() and (tap is None or (tap.ids_only and tap.force is None)):
-            few = _sort_few(x_TD, weight_DE, bias_E, self.moe.top_k, self.moe.norm_min)
+            few = choose_few(x_TD.numpy(), mkl.view(weight_DE), bias_E.numpy(), self.moe.top_k, self.moe.norm_min)
             if tap is not None:
                 tap.chosen.append((self.layer, modality, few.chosen_Tk))
-            return few
+            return _SortedFew(few)
         forced_Tk = None
         if tap is not None and tap.force is not None:
             at_T = np.arange(x_TD.shape[0]) if index is None else index.numpy()

@@ -124,18 +124,23 @@ class SegmentCache:
 
     def attend(self, layer: int, q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor) -> Tensor:
         """Write one token of each row and attend from it to its row, [B, N, H]."""
+        q, k, v = (mkl.view(x.contiguous()) for x in (q_BNH, k_BKH, v_BKH))
+        out_BNH = paddle.empty(q_BNH.shape, q_BNH.dtype)
+        self.attend_rows(layer, q, k, v, mkl.view(out_BNH))
+        return out_BNH
+
+    def attend_rows(
+        self, layer: int, q_BNH: np.ndarray, k_BKH: np.ndarray, v_BKH: np.ndarray, out_BNH: np.ndarray
+    ) -> None:
+        """`attend` of arrays, into `out`."""
         if self._step is None:
             for row in self._rows:
                 if row.own.used == row.own.room:
                     row.own = row.own.longer()
             self._step = _Step(self._rows, q_BNH.shape[1])
-        k, v = mkl.view(k_BKH.contiguous()), mkl.view(v_BKH.contiguous())
-        for i, row in enumerate(self._rows):
-            row.own.memory[layer, 0, row.own.used] = k[i]
-            row.own.memory[layer, 1, row.own.used] = v[i]
-        out_BNH = paddle.empty(q_BNH.shape, q_BNH.dtype)
-        self._step.attend(layer, mkl.view(q_BNH.contiguous()), mkl.view(out_BNH))
-        return out_BNH
+        for written, k_KH, v_KH in zip(self._step.written, k_BKH, v_BKH, strict=True):
+            written[layer, 0], written[layer, 1] = k_KH, v_KH
+        self._step.attend(layer, q_BNH, out_BNH)
 
     def advance(self) -> None:
         """The token written by this forward is now part of the past."""
@@ -175,6 +180,7 @@ class _Step:
         _, _, _, kv_heads, width = rows[0].own.memory.shape
         kind = rows[0].own.memory.dtype
         group, size = heads // kv_heads, kind.itemsize
+        self.written = [row.own.memory[:, :, row.own.used] for row in rows]  # where this step's token goes
         self.count, self.kv_heads, self.group, self.width = len(rows), kv_heads, group, width
         longest = max(row.length for row in rows)
         shape = kv_heads, len(rows) * group

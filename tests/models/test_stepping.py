@@ -1,5 +1,5 @@
-"""Decoding with several operators at once in NumPy against the same model with one Paddle operator
-after the other.
+"""Decoding with several operators at once in NumPy, or whole steps, against the same model with one
+Paddle operator after the other.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ import paddle
 import pytest
 from weights import case_rows
 
+from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.generate.batch import Prompt, RunningBatch
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models import mkl
+from ernie_tune.models.decoding import StepForward
+from ernie_tune.models.inputs import Row
 from ernie_tune.models.layers import gated_halves, rms_norm, rotate_pairs, swiglu, turn_factors
+from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.model import get_peft_model
 
 pytestmark = pytest.mark.skipif(not mkl.usable("float32"), reason="needs Paddle's math library for x86")
 
@@ -72,3 +77,81 @@ def test_each_layer_by_itself(dtype: str, tight: float) -> None:
             np.testing.assert_allclose(
                 found.numpy(), plain.numpy(), rtol=0, atol=tight * max(1, abs(plain.numpy()).max())
             )
+
+
+class Whole:
+    """Whether whole steps are taken, and how many were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.on, make, call = 0, True, StepForward.of, StepForward.__call__
+
+        def counted(*args: Any, **tap: Any) -> Any:
+            self.steps += 1
+            return call(*args, **tap)
+
+        monkeypatch.setattr(StepForward, "of", lambda model: make(model) if self.on else None)
+        monkeypatch.setattr(StepForward, "__call__", counted)
+
+
+def sampled(model: Any, prompts: int = 2, n: int = 3, experts: bool = False) -> tuple[list[Any], np.ndarray]:
+    """What events say of rows of which some end early, and others join later."""
+    rng = np.random.default_rng(0)
+    batch = RunningBatch(model, model.config.tokens)
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, n=n, stop_ids=tuple(range(0, 500, 7)))
+    later = [Prompt(Row(rng.integers(10, 400, 5 + k)), params, k, k, experts=experts) for k in range(prompts)]
+    found, logps = [], []
+    while later or len(batch):
+        if later:
+            batch.join([later.pop()])
+        noted = batch.step()
+        found += [(e.prompt, e.sample, e.token_id, None if e.experts is None else e.experts.tolist()) for e in noted]
+        logps += [e.logp for e in noted]
+    return found, np.array(logps)
+
+
+@pytest.mark.parametrize(("dtype", "tight"), [("float32", 4e-6), ("float64", 1e-14)])
+@pytest.mark.parametrize("name", ["tiny-a", "tiny-b", "tiny-c"])
+def test_a_whole_step_is_the_layers_one_by_one(
+    name: str, dtype: str, tight: float, golden_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = golden_model(name, dtype), Whole(monkeypatch)
+    for more in ({}, {"n": 1, "experts": True}):
+        whole.on, steps = True, whole.steps
+        found, logps = sampled(model, **more)
+        assert whole.steps > steps + 2
+        whole.on, steps = False, whole.steps
+        one_by_one, their_logps = sampled(model, **more)
+        assert whole.steps == steps
+        assert found == one_by_one  # tokens, and the experts that each went to
+        np.testing.assert_allclose(logps, their_logps, rtol=0, atol=tight)
+
+
+def test_weights_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModel.from_config("tiny-a")
+    model.eval()
+    step = StepForward.of(model)
+    assert step is not None
+    step._look()
+    weight = model.layers[0].self_attn.q_proj.weight
+    before = step.layers[0].qkv[0]
+    with paddle.no_grad():
+        weight.get_tensor()._clear()
+        weight.set_value(np.ones(weight.shape, np.float32))
+        spare = [paddle.ones(weight.shape) for _ in range(3)]
+    step._look()
+    assert len(spare) == 3
+    assert step.layers[0].qkv[0] == weight.data_ptr()
+    assert before is not None
+
+
+def test_only_plain_models_step_whole() -> None:
+    model = AutoModel.from_config("tiny-a")
+    assert StepForward.of(model) is not None
+    hook = model.layers[1].mlp.register_forward_post_hook(lambda layer, args, out: out * 2)
+    assert StepForward.of(model) is None
+    hook.remove()
+    assert StepForward.of(model) is not None
+    assert StepForward.of(AutoModel.from_config("tiny-a", dtype="bfloat16")) is None
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert StepForward.of(adapted) is None
+    assert StepForward.of(adapted.base) is None
