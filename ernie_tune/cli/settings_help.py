@@ -41,6 +41,9 @@ SECTIONS = {
     "reference": say("the policy that answers are compared with", "用于比较的参考策略"),
     "signals": say("how each kind of judgement is learned", "各类评判如何学习"),
     "rollout": say("sampled answers and their rewards", "采样的回答及其奖励"),
+    "sampling": say(
+        "where sampled answers end, and what of them is learned from", "采样回答何时结束、学习其中哪些部分"
+    ),
     "evidence": say("rewards for looking at the picture", "看图的奖励"),
     "policy": say("the loss of a policy that samples its answers", "采样回答的策略的损失"),
     "mismatch": say("whether sampling and training see one policy", "采样与训练是否为同一策略"),

@@ -118,6 +118,8 @@ RENAMED: dict[str, str] = {
     "off_policy_sequence_mask_delta": "off_policy_mask_threshold",
     "multi_objective_aggregation": "reward_aggregation",
     "reward_model_plugin": "reward_funcs",
+    "reward_clip_range": "reward_clip",
+    "rollout_stop": "stop_strings",
     "rollout_n": "num_generations",
     "rollout_batch_size": "generation_batch_size",
     "adv_estimator": "advantage_estimator",

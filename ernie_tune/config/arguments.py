@@ -31,7 +31,6 @@ from ernie_tune.config.sections_model import (
 )
 from ernie_tune.config.sections_online import (
     CriticArguments,
-    EvidenceArguments,
     MismatchArguments,
     PairArguments,
     PolicyArguments,
@@ -47,6 +46,7 @@ from ernie_tune.config.sections_run import (
     SaveArguments,
     TrainArguments,
 )
+from ernie_tune.config.sections_sampling import EvidenceArguments, SamplingArguments
 from ernie_tune.config.stages import STAGES, samples
 
 __all__ = [
@@ -74,7 +74,15 @@ VARYING = (
 # Sections whose settings belong together at every stage that compares answers: there, one that the
 # stage does not read is a mistake to point at.
 KINDRED = ("preference", "picture", "reference")
-SAMPLING = ("rollout", "policy", "mismatch", "critic", "pairs", "teacher")  # sections of runs that sample answers
+SAMPLING = (
+    "rollout",
+    "sampling",
+    "policy",
+    "mismatch",
+    "critic",
+    "pairs",
+    "teacher",
+)  # sections of runs that sample answers
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class RunConfig:
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)
     signals: SignalArguments = field(default_factory=SignalArguments)
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
+    sampling: SamplingArguments = field(default_factory=SamplingArguments)
     evidence: EvidenceArguments = field(default_factory=EvidenceArguments)
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     mismatch: MismatchArguments = field(default_factory=MismatchArguments)

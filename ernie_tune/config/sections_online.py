@@ -139,51 +139,6 @@ class RolloutArguments:
 
 
 @dataclass(frozen=True)
-class EvidenceArguments:
-    """Rewards that only a policy which looks at the picture can earn. Stage RLVR."""
-
-    evidence_twins: bool = arg(
-        False,
-        "answer each row's scene.twin in the same step: an answer is worth all only where the twin's are right too",
-        "同一步中也回答每行的 scene.twin：孪生图片也答对时回答才得满分",
-        stages=_RLVR,
-    )
-    evidence_twin_share: float = arg(
-        0.5,
-        "share of an answer's worth that does not depend on the twin",
-        "回答得分中与孪生图片无关的部分",
-        low=0,
-        high=1,
-        stages=_RLVR,
-    )
-    evidence_dependence: float = arg(
-        0.0,
-        "added to the reward of a right answer that is unlikely without the picture",
-        "正确回答在看不到图片时概率很低，则最多加此奖励",
-        low=0,
-        stages=_RLVR,
-    )
-    evidence_boxes: float = arg(
-        0.0,
-        "added to the reward of a right answer whose cited box is small, needed and enough",
-        "正确回答引用的框小、必要且充分，则最多加此奖励",
-        low=0,
-        stages=_RLVR,
-    )
-    evidence_scale: float = arg(
-        2.0, "nats a token that are full marks", "得满分所需的每 token nat 数", low=1e-6, stages=_RLVR
-    )
-    perception_mask_ratio: float = arg(
-        0.6,
-        "share of the picture that is grey for a look without it",
-        "遮住图片时变灰的比例",
-        low=0.01,
-        high=1,
-        stages=_RLVR,
-    )
-
-
-@dataclass(frozen=True)
 class PolicyArguments:
     """The policy's loss. Stages RLVR and PPO, and UPO where its preset samples answers."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -291,11 +291,15 @@ def _failures(some: Sequence[_Asked], error: Exception) -> list[TokenEvent]:
 
 
 def complete(
-    scheduler: Scheduler, prompts: Iterable[Prompt], partials: Sequence[Partial] = ()
+    scheduler: Scheduler,
+    prompts: Iterable[Prompt],
+    partials: Sequence[Partial] = (),
+    over: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """(key, completions) of prompts, as they finish, `params.n` of each; of `partials` those of the
     samples that go on, whole, in the order of the samples. Whatever else the scheduler holds goes
-    on with them, unreported.
+    on with them, unreported. Once it is `over`, what is left is given as it is: answers that did
+    not end are cut off ("length"), some perhaps before their first token.
 
     Raises ValueError as `Scheduler.submit`, and what the model raised. However it ends, none of the
     prompts is left in the scheduler.
@@ -309,8 +313,13 @@ def complete(
         for one in sorted(partials, key=lambda one: one.sample):
             found.setdefault(one.prompt.key, {})[one.sample] = copy.deepcopy(one.done)
         with eval_mode(scheduler.model):
-            while found:
+            while found and not over():
                 yield from _finished(scheduler.step(), found)
+        for key, samples in [*found.items()]:
+            for one in samples.values():
+                one.finish_reason = one.finish_reason or "length"
+            scheduler.cancel({key})
+            yield key, [*found.pop(key).values()]
     finally:
         scheduler.cancel(found.keys())
 

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.objectives.logprobs import token_logp
+from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
 from ernie_tune.objectives.loss import LossOut
 
 # Tensors by name, each with its axes at the end of it: logp_N, entropy_N, value_N, reward_C, cut_K,
@@ -78,3 +78,14 @@ def logp_outputs(
 ) -> Outputs:
     """`target_logp` as an objective's outputs: logp_N."""
     return {"logp_N": target_logp(model, hidden_TD, batch, temperature, banned)}
+
+
+def entropy_outputs(
+    model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
+) -> Outputs:
+    """The entropy of each target's whole distribution in nats: entropy_N."""
+    weight, transposed = model.head_weight()
+    hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
+    target_N = paddle.to_tensor(batch.target_N)
+    how: dict[str, Any] = {"transposed": transposed, "temperature": temperature, "banned": banned}
+    return {"entropy_N": token_logp_and_entropy(hidden_ND, weight, target_N, **how)[1]}

@@ -45,6 +45,9 @@ class RolloutSettings:
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
     unjudged: bool = False  # answers without a reward count too: a teacher has something to say of them
+    stop_strings: tuple[str, ...] = ()
+    over_sample: float = 1.0  # prompts that are answered over those that a round lacks
+    reward_clip: tuple[float, ...] = ()  # (low, high) of the weighted reward
     note_experts: bool = False  # which experts each token goes to while it is sampled
     prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 
@@ -69,6 +72,30 @@ class RolloutSettings:
                     f"{self.advantage_estimator}, which compares the answers to one prompt; raise it",
                     f"advantage_estimator {self.advantage_estimator} "
                     f"要比较同一提问的多个回答，num_generations（{self.num_generations}）须至少为 2；请调大",
+                )
+            )
+        if self.reward_clip and (len(self.reward_clip) != 2 or self.reward_clip[0] >= self.reward_clip[1]):
+            raise ValueError(
+                say(
+                    f"reward_clip ({', '.join(map(str, self.reward_clip))}) must be two numbers, low and then high; "
+                    "give both, or leave it out",
+                    f"reward_clip（{', '.join(map(str, self.reward_clip))}）须为两个数，先低后高；请给出两者，或去掉",
+                )
+            )
+        if self.reward_clip and self.reward_aggregation == "normalize_then_sum":
+            raise ValueError(
+                say(
+                    f"reward_clip ({', '.join(map(str, self.reward_clip))}) bounds a sum, reward_aggregation "
+                    "(normalize_then_sum) must then be sum_then_normalize; set it, or leave reward_clip out",
+                    f"reward_clip（{', '.join(map(str, self.reward_clip))}）限制的是总和，reward_aggregation"
+                    "（normalize_then_sum）须为 sum_then_normalize；请修改，或去掉 reward_clip",
+                )
+            )
+        if self.over_sample < 1:
+            raise ValueError(
+                say(
+                    f"over_sample ({self.over_sample:g}) must be at least 1; 1 answers as many prompts as are needed",
+                    f"over_sample（{self.over_sample:g}）至少为 1；1 表示只答所需的提示数",
                 )
             )
         if self.temperature <= 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ class Rollouts:
         found: list[Seat] = []
         lacking, attempts = s.prompts, 0
         while True:
-            numbers = self._drawn(lacking)
+            numbers = self._drawn(math.ceil(lacking * s.over_sample) if s.dynamic_sample else lacking)
             names = _apart(numbers, len(self.records))
             some = self._groups(self.deal.own(numbers, ranks.rank), self.deal.own(names, ranks.rank))
             if self.evidence is not None:
@@ -261,6 +262,7 @@ class Rollouts:
             n=1 if greedy else n or self.settings.num_generations,
             seed=seed,
             stop_ids=self.processor.stop_ids,
+            stop_strings=self.settings.stop_strings,
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
         asked = [self._encoded(record) for record in records]
@@ -323,6 +325,8 @@ class Rollouts:
         s, prompt, answers, completions = self.settings, drawn.prompt, drawn.answers, drawn.completions
         parts_GF = np.array([[number_of(one.parts[name]) for name in self.rubric.names] for one in scored])
         reward_G = adv.weighted_sum(parts_GF, np.array(self.rubric.weights))
+        if s.reward_clip:
+            reward_G = np.clip(reward_G, *s.reward_clip)
         if s.overlong_buffer:
             shaped = [soft_overlong(len(a.token_ids), s.max_completion_length, s.overlong_buffer) for a in answers]
             reward_G = reward_G + s.overlong_penalty * np.array(shaped)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.machine.stages import frozen_outputs
-from ernie_tune.objectives.objective import Objective, Outputs, logp_outputs
+from ernie_tune.objectives.objective import Objective, Outputs, entropy_outputs, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import get_peft_model
@@ -51,13 +53,14 @@ from ernie_tune.train.reference import Reference, choose_mode, make_room, take_c
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, answer_advantages, told
 from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch
 from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts
+from ernie_tune.train.uncertain import mark_uncertain
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
-from ernie_tune.trainers.online_settings import evidence_settings, policy_hyper, rollout_settings
+from ernie_tune.trainers.online_settings import check_timeout, evidence_settings, policy_hyper, rollout_settings
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
@@ -217,6 +220,7 @@ class SampledAnswers(Method):
         prompts are to be computed once.
         """
         check_shared_prompts(model, self.settings.prefix_sharing)
+        check_timeout(self.config.sampling.rollout_timeout_seconds, self.place.mesh.layout)
         updates = self.settings.num_iterations * self.settings.num_mini_batches
         self.replay = replay_mode(self.config, updates, model)
         self.settings = dataclasses.replace(self.settings, note_experts=self.replay == "R3")
@@ -313,6 +317,13 @@ class SampledAnswers(Method):
         """What is added to a round's groups once they have advantages."""
         size = self.settings.groups_per_batch
         more: list[Callable[[Sequence[Rolled]], None]] = []
+        quantile = self.config.sampling.top_entropy_quantile
+        if quantile < 1:
+            more.append(
+                lambda groups: mark_uncertain(
+                    groups, quantile, self._entropy, self.rollouts.batch, size, _DataRanks(self.place)
+                )
+            )
         if self.replay != "off":
             more.append(functools.partial(note_experts, size=size, policy=self.policy, processor=self.processor))
         if self.teaching is not None:
@@ -342,9 +353,12 @@ class SampledAnswers(Method):
     def sample(self, prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
         """Answers to the prompts by the weights as they are now."""
         size = Capacity(rows=max(_ROWS, self.settings.num_generations))
+        limit = self.config.sampling.rollout_timeout_seconds
+        end = time.monotonic() + limit if limit else math.inf
         with self.policy.answering() as forward:
             scheduler = Engine(forward, self.processor).scheduler(size)
-            found = dict(complete(scheduler, sorted(prompts, key=lambda p: len(p.row.input_ids_L))))
+            by_length = sorted(prompts, key=lambda p: len(p.row.input_ids_L))
+            found = dict(complete(scheduler, by_length, over=lambda: time.monotonic() > end))
         self.place.check_alike([one.token_ids for key in sorted(found) for one in found[key]], say("answers", "回答"))
         return found
 
@@ -358,6 +372,13 @@ class SampledAnswers(Method):
         support = functools.partial(logp_outputs, temperature=self.settings.temperature, banned=self.banned)
         with self.policy.whole():
             return frozen_outputs(self.policy.forward, support, batch)["logp_N"]
+
+    def _entropy(self, batch: UnitBatch) -> np.ndarray:
+        """How uncertain the policy of the moment is of a batch's answers, [N] nats, over what can
+        be sampled."""
+        support = functools.partial(entropy_outputs, temperature=self.settings.temperature, banned=self.banned)
+        with self.policy.whole():
+            return frozen_outputs(self.policy.forward, support, batch)["entropy_N"]
 
     def _with_reference(self, batch: UnitBatch) -> UnitBatch:
         assert self.reference is not None
@@ -425,6 +446,25 @@ class SampledAnswers(Method):
         }
 
 
+def given_model(model: Any, peft_config: PeftConfig | None) -> Any:
+    """A model as TRL's trainers take it: at hand, or by the name of a folder or repository; with a
+    fresh adapter where one is described. Raises ValueError for an adapter without a model.
+    """
+    if isinstance(model, str | Path):
+        model = AutoModel.from_pretrained(model)
+    if peft_config is None:
+        return model
+    if model is None:
+        raise ValueError(
+            say(
+                "model (None) must be given with peft_config, which is put on it; pass one, or set fine_tuning "
+                "and the lora_ settings in args",
+                "使用 peft_config 时须给出 model（现为 None）；请传入模型，或在 args 中设置 fine_tuning 与 lora_ 各项",
+            )
+        )
+    return get_peft_model(model, peft_config)
+
+
 class RLVRTrainer(Trainer):
     """Sample answers, judge them, and learn from what was better than expected.
 
@@ -455,18 +495,7 @@ class RLVRTrainer(Trainer):
     ) -> None:
         config = RunConfig() if args is None else args
         self.rubric = rubric_of(config, reward_funcs, reward_weights)
-        if isinstance(model, str | Path):
-            model = AutoModel.from_pretrained(model)
-        if peft_config is not None:
-            if model is None:
-                raise ValueError(
-                    say(
-                        "model (None) must be given with peft_config, which is put on it; pass one, or set fine_tuning "
-                        "and the lora_ settings in args",
-                        "使用 peft_config 时须给出 model（现为 None）；请传入模型，或在 args 中设置 fine_tuning 与 lora_ 各项",
-                    )
-                )
-            model = get_peft_model(model, peft_config)
+        model = given_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
+from ernie_tune.config.layout import Layout
 from ernie_tune.objectives.policy import PolicyHyper
 from ernie_tune.train.evidence import EvidenceSettings
 from ernie_tune.train.rollouts import RolloutSettings
@@ -66,6 +67,9 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         whiten_rewards=c.whiten_rewards,
         missing_eos_penalty=c.missing_eos_penalty,
         prefix_sharing=config.preference.prefix_sharing,
+        stop_strings=config.sampling.stop_strings,
+        over_sample=config.sampling.over_sample,
+        reward_clip=config.sampling.reward_clip,
     )
 
 
@@ -178,3 +182,19 @@ def policy_hyper(config: RunConfig, loss_type: str = "") -> PolicyHyper:
         kl_type=p.kl_type,
         max_completion_length=config.rollout.max_completion_length,
     )
+
+
+def check_timeout(seconds: float, layout: Layout) -> None:
+    """Raises ValueError where ranks sample the same answers together, which no clock of their own
+    may cut off.
+    """
+    together = layout.tensor * layout.pipe > 1 or bool(layout.fleet_experts)
+    if seconds and together:
+        raise ValueError(
+            say(
+                f"rollout_timeout_seconds ({seconds:g}) must be 0 where ranks sample the same answers together (tensor, "
+                "pipeline or expert parallelism); set it, or spread over data and sharding alone",
+                f"多个进程共同采样相同回答（张量、流水线或专家并行）时 rollout_timeout_seconds（{seconds:g}）须为 0；请修改，"
+                "或只用数据与分片并行",
+            )
+        )

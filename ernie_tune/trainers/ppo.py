@@ -25,6 +25,7 @@ from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.objectives.policy import KlControl
+from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.rubric import Rubric
@@ -47,7 +48,7 @@ from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judges import ModelJudge, kept_active, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, RowSets, Stateful
-from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
+from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers, given_model
 
 CRITIC_FOLDER = "critic"
 CONTROL_FILE = "kl_control.json"
@@ -267,11 +268,14 @@ class PPOTrainer(RLVRTrainer):
         reward_model: Any = None,
         value_model: str | Path = "",
         processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        **watched: Any,
     ) -> None:
         self.value_model = str(value_model)
         config = RunConfig() if args is None else args
         self.rubric = rubric_of(config, reward_funcs, reward_weights, reward_model)
-        Trainer.__init__(self, model, args, train_dataset, eval_dataset, processor or processing_class)
+        model = given_model(model, peft_config)
+        Trainer.__init__(self, model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:
         return AgainstCritic(self.args, self.place, self.processor, self.rubric, self.value_model)

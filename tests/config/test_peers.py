@@ -203,8 +203,10 @@ def test_rlhf_type_of_swift() -> None:
         ({"scale_rewards": True}, {"scale_rewards": "group"}),
         ({"online_filtering": False}, {"dynamic_sample": False}),
         ({"top_k": -1}, {"top_k": 0}),
-        ({"num_generations_eval": 1, "use_kl_loss": True, "top_entropy_quantile": 1.0}, {}),
-        ({"async_steps": 0, "max_staleness": 0, "over_sample": 1.0, "kl_in_reward": False}, {}),
+        ({"num_generations_eval": 1, "use_kl_loss": True}, {}),
+        ({"async_steps": 0, "max_staleness": 0, "over_sample_rate": 0.0, "kl_in_reward": False}, {}),
+        ({"top_entropy_quantile": 0.2, "reward_clip_range": "-1,2"}, {"reward_clip": (-1.0, 2.0)}),
+        ({"over_sample": 1.5, "rollout_stop": ["</answer>"]}, {"over_sample": 1.5, "stop_strings": ("</answer>",)}),
     ],
 )
 def test_sampling_by_the_names_of_other_tools(given: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -219,10 +221,11 @@ def test_sampling_by_the_names_of_other_tools(given: dict[str, Any], wanted: dic
         ({"use_kl_loss": False}, "set beta: 0"),
         ({"num_generations_eval": 4}, "set 1"),
         ({"async_steps": 1}, "in step with them"),
-        ({"top_entropy_quantile": 0.2}, "all tokens are learned from"),
+        ({"top_entropy_quantile": 0}, "top_entropy_quantile"),
+        ({"over_sample_rate": 0.5}, "set over_sample"),
         ({"entropy_coef_max": 0.5}, "between 0 and 1"),
         ({"ppo_mini_batch_size": 64}, "set num_mini_batches"),
-        ({"reward_clip_range": 5}, "in the reward function"),
+        ({"clip_range_score": 5}, "set reward_clip: low,high"),
     ],
 )
 def test_sampling_that_is_not_offered_has_a_remedy(given: dict[str, Any], remedy: str) -> None:

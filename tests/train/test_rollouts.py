@@ -263,6 +263,62 @@ def test_shaping(model: ErnieModel) -> None:
             assert group.reward_G[i] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(
+    ("clip", "wanted"), [((-1.0, 0.5), lambda r: min(r, 0.5)), ((0.25, 2.0), lambda r: max(r, 0.25))]
+)
+def test_rewards_are_bounded_before_they_are_compared(
+    model: ErnieModel, clip: tuple[float, float], wanted: Callable[[float], float]
+) -> None:
+    changes: dict[str, Any] = {"dynamic_sample": False, "missing_eos_penalty": 3.0, "reward_clip": clip}
+    bounded = 0
+    for group in rollouts(model, dataclasses.replace(S, **changes)).make_round():
+        earned = [float(one.parts["even"] or 0) for one in group.scored]
+        bounded += sum(wanted(r) != r for r in earned)
+        shaped = [wanted(r) - 3.0 * (not a.finished) for r, a in zip(earned, group.answers, strict=True)]
+        assert group.reward_G.tolist() == pytest.approx(shaped)
+    assert bounded
+
+
+def test_more_prompts_at_once_spare_drawing_again(model: ErnieModel) -> None:
+    def of_odd_rows(completion_ids: list[Any], group_id: list[int], **_: Any) -> list[float]:
+        return [float(i % 2) if prompt % 2 else 1.0 for i, prompt in enumerate(group_id)]
+
+    def asked(factor: float) -> tuple[Rollouts, list[int], list[Rolled]]:
+        sizes: list[int] = []
+        sample = sampler(model)
+
+        def counted(prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
+            sizes.append(len(prompts))
+            return sample(prompts)
+
+        settings = dataclasses.replace(S, over_sample=factor, max_resample_times=6)
+        found = rollouts(model, settings, rubric=Rubric([RewardFunction(of_odd_rows)]), sampler=counted)
+        return found, sizes, found.make_round()
+
+    usual, few, _ = asked(1.0)
+    spare, many, groups = asked(3.0)
+    assert many[0] == 3 * few[0] == 3 * S.prompts
+    assert len(many) <= len(few)
+    assert [len(groups), all(group.spread for group in groups)] == [S.prompts, True]
+    assert spare.metrics["groups_refilled"] <= usual.metrics["groups_refilled"]
+
+
+def test_a_stop_string_ends_an_answer_and_its_token_is_learned_from(model: ErnieModel) -> None:
+    plain = rollouts(model, dataclasses.replace(S, max_completion_length=8)).make_round()
+    longest = max((answer for group in plain for answer in group.answers), key=lambda a: len(a.token_ids))
+    token = longest.token_ids[1]
+    stop = PROCESSOR.decode([token])
+    for group in rollouts(model, dataclasses.replace(S, max_completion_length=8, stop_strings=(stop,))).make_round():
+        for answer, dialogue in zip(group.answers, group.unit.dialogues, strict=True):
+            tokens = [PROCESSOR.decode([i]) for i in answer.token_ids]
+            ended = [stop in text for text in tokens]
+            assert not any(ended[:-1])
+            assert answer.finish_reason == (
+                "stop" if ended[-1] or answer.token_ids[-1] in PROCESSOR.stop_ids else "length"
+            )
+            assert dialogue.trained_L[-len(answer.token_ids) :].all()
+
+
 def test_passes_and_mini_batches(model: ErnieModel) -> None:
     settings = dataclasses.replace(S, prompts=4, num_iterations=2, num_mini_batches=2, groups_per_batch=2)
     found = rollouts(model, settings)

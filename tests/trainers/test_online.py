@@ -15,13 +15,14 @@ from support.tiny_runs import IMAGES, processor
 
 import ernie_tune
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.layout import Layout
 from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.data.records import Record, Reward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.trainers.online import AGREEMENT_FILE, COMPLETIONS_FILE, RLVRTrainer, SampledAnswers
-from ernie_tune.trainers.online_settings import policy_hyper, rollout_settings
+from ernie_tune.trainers.online_settings import check_timeout, policy_hyper, rollout_settings
 from ernie_tune.trainers.run import Run
 
 
@@ -275,6 +276,40 @@ def test_the_engine_and_the_trainer_agree(tmp_path: Path) -> None:
     own.train()
     for name, value in weights(made).items():
         np.testing.assert_allclose(value, weights(own)[name], atol=1e-4, err_msg=name)
+
+
+def test_the_most_uncertain_tokens_are_found_by_the_policy_that_sampled(tmp_path: Path) -> None:
+    made = trainer(tmp_path, top_entropy_quantile=0.4, dynamic_sample=False)
+    groups = made.score(made.rollout(made.prompts[:4], n=3))
+    made.advantages(groups)
+    batch = made.rollouts.batch(groups)
+    method = made.method
+    assert isinstance(method, SampledAnswers)
+    outputs = method.policy_objective(policy_hyper(made.args), 0.0)
+    with paddle.no_grad():
+        entropy_N = outputs.outputs(made.model, made.model(batch.inputs), batch)["entropy_N"].numpy()
+    kept = batch.columns["entropy_keep_N"]
+    assert kept.tolist() == (entropy_N >= np.quantile(entropy_N, 0.6)).astype(float).tolist()
+    assert 0 < kept.mean() < 0.6
+    made.train()
+
+
+def test_sampling_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path, rollout_timeout_seconds=5.0, max_completion_length=6, dynamic_sample=False)
+    clock = iter([0.0, *(float(i) for i in range(1, 1000))])  # a second a look
+    monkeypatch.setattr("ernie_tune.trainers.online.time.monotonic", lambda: next(clock))
+    groups = made.score(made.rollout(made.prompts[:2]))
+    answers = [answer for group in groups for answer in group.answers]
+    assert max(len(answer.token_ids) for answer in answers) == 5
+    assert {answer.finish_reason for answer in answers if len(answer.token_ids) == 5} >= {"length"}
+    made.train()  # answers of no token among them, in the end: they count for nothing
+
+
+def test_a_clock_needs_ranks_that_sample_apart() -> None:
+    check_timeout(3.0, Layout(data=2, sharding=2))
+    check_timeout(0.0, Layout(tensor=2))
+    with pytest.raises(ValueError, match=r"rollout_timeout_seconds \(3\) must be 0 where ranks sample"):
+        check_timeout(3.0, Layout(tensor=2))
 
 
 def test_rounds_as_trl_sizes_them(tmp_path: Path) -> None:

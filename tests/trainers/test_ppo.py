@@ -343,3 +343,14 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     assert made.loop.step == 2
     assert made.method.settings.num_generations == 1
     assert made.method.settings.missing_eos_penalty == 1.0
+
+
+def test_an_adapter_and_a_name_as_trl_takes_them(tmp_path: Path) -> None:
+    folder = saved_base(tmp_path)
+    made = PPOTrainer(
+        str(folder), args(tmp_path), processing_class=processor(), reward_funcs=even,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )  # fmt: skip
+    assert {name.rsplit(".", 1)[-1] for name in policy(made)} == {"lora_A", "lora_B"}
+    with pytest.raises(ValueError, match="peft_config"):
+        PPOTrainer(None, args(tmp_path), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))

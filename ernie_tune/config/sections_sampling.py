@@ -1,0 +1,102 @@
+"""Settings of sampled answers beyond the usual ones: where an answer ends, which of them and of
+their tokens are learned from, and what looking at the picture earns. Sections of at most 20 fields.
+
+Refuses to know: other spellings (aliases.py), where a value was written (loader.py), which values
+fit together (checks.py), paddle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernie_tune.config.field import arg
+
+_RL = ("RLVR", "PPO", "UPO")
+_RLVR = ("RLVR", "UPO")
+
+
+@dataclass(frozen=True)
+class SamplingArguments:
+    """Where sampled answers end, and what of them is learned from. Stages RLVR and PPO, and UPO
+    where its preset samples answers.
+    """
+
+    stop_strings: tuple[str, ...] = arg(
+        (),
+        "texts that end an answer, comma separated or a list; the token that completes one is kept and learned from",
+        "使回答结束的文本，逗号分隔或列表；补全该文本的 token 保留并参与学习",
+        stages=_RL,
+    )
+    rollout_timeout_seconds: float = arg(
+        0.0,
+        "sampling time of a draw of prompts, after which answers under way are cut off as too long; 0: any. Runs then depend on the machine's speed",
+        "一次抽取的采样时限（秒），到时未完成的回答按超长截断；0 表示不限。运行结果将取决于机器速度",
+        low=0,
+        stages=_RL,
+    )
+    over_sample: float = arg(
+        1.0,
+        "prompts that are answered, over those that a round lacks, with dynamic_sample: spares drawing again",
+        "启用 dynamic_sample 时，所答提示数与一轮所缺数之比：减少再次抽取",
+        low=1,
+        stages=_RLVR,
+    )
+    reward_clip: tuple[float, ...] = arg(
+        (),
+        "bounds of an answer's weighted reward, before penalties for its length: low,high",
+        "回答加权奖励的上下界（在长度惩罚之前）：低,高",
+        stages=_RL,
+    )
+    top_entropy_quantile: float = arg(
+        1.0,
+        "share of a round's tokens, the most uncertain ones, that the policy's loss learns from; below 1 costs a forward",
+        "策略损失只学习一轮中最不确定的这一部分 token；小于 1 时多一次前向",
+        low=1e-6,
+        high=1,
+        stages=_RL,
+    )
+
+
+@dataclass(frozen=True)
+class EvidenceArguments:
+    """Rewards that only a policy which looks at the picture can earn. Stage RLVR."""
+
+    evidence_twins: bool = arg(
+        False,
+        "answer each row's scene.twin in the same step: an answer is worth all only where the twin's are right too",
+        "同一步中也回答每行的 scene.twin：孪生图片也答对时回答才得满分",
+        stages=_RLVR,
+    )
+    evidence_twin_share: float = arg(
+        0.5,
+        "share of an answer's worth that does not depend on the twin",
+        "回答得分中与孪生图片无关的部分",
+        low=0,
+        high=1,
+        stages=_RLVR,
+    )
+    evidence_dependence: float = arg(
+        0.0,
+        "added to the reward of a right answer that is unlikely without the picture",
+        "正确回答在看不到图片时概率很低，则最多加此奖励",
+        low=0,
+        stages=_RLVR,
+    )
+    evidence_boxes: float = arg(
+        0.0,
+        "added to the reward of a right answer whose cited box is small, needed and enough",
+        "正确回答引用的框小、必要且充分，则最多加此奖励",
+        low=0,
+        stages=_RLVR,
+    )
+    evidence_scale: float = arg(
+        2.0, "nats a token that are full marks", "得满分所需的每 token nat 数", low=1e-6, stages=_RLVR
+    )
+    perception_mask_ratio: float = arg(
+        0.6,
+        "share of the picture that is grey for a look without it",
+        "遮住图片时变灰的比例",
+        low=0.01,
+        high=1,
+        stages=_RLVR,
+    )
