@@ -100,3 +100,35 @@ class EvidenceArguments:
         high=1,
         stages=_RLVR,
     )
+    evidence_scope: str = arg(
+        "both",
+        "where free text is read for claims that the scene contradicts, which cost what the checker evidence says",
+        "在何处读取自由文本中的陈述；与场景矛盾者按检查器 evidence 扣分",
+        {
+            "answer": ("in the answer", "回答中"),
+            "thought": ("in the thought", "思考中"),
+            "both": ("in both", "两者"),
+        },
+        stages=_RL,
+    )
+    process_rewards: str = arg(
+        "off",
+        "whether parts of an answer are credited apart from the whole",
+        "是否对回答的各部分分别计奖",
+        {
+            "off": ("no", "否"),
+            "claims": (
+                "tokens of a claim that the row's scene contradicts lose advantage",
+                "与该行场景矛盾的陈述，其 token 的优势降低",
+            ),
+        },
+        stages=_RL,
+    )
+    process_weight: float = arg(
+        0.1,
+        "share of its own size that the advantage of such a token loses",
+        "这些 token 的优势按自身大小降低的比例",
+        low=0,
+        stages=_RL,
+        needs=("process_rewards", ("claims",)),
+    )

@@ -47,6 +47,20 @@ class Claim:
         return self.type, squash(fold(self.subject)), squash(fold(str(self.value))), squash(fold(self.other))
 
 
+def claim_spans(text: str) -> list[tuple[int, int]]:
+    """Where each claim of the only evidence block stands in the text, [start, end), in the order of
+    `read_claims`; none where that reads nothing.
+    """
+    if not read_claims(text):
+        return []
+    at, spans, decoder = text.index(_OPEN) + len(_OPEN), [], json.JSONDecoder()
+    end = text.index(_CLOSE)
+    while (start := text.find("{", at, end)) >= 0:
+        _, at = decoder.raw_decode(text, start)
+        spans.append((start, at))
+    return spans
+
+
 def read_claims(text: str) -> list[Claim] | None:
     """The claims of the only <evidence>[…]</evidence> block; None where there is none, several, or
     no list of objects in it.
@@ -179,6 +193,7 @@ class Grounded:
     contradicted: float
     precision: float
     recall: float
+    count: int = 0  # claims that are told apart
 
 
 def grounded(verdicts: Sequence[tuple[int, float]], required: int, claims: Sequence[Claim] = ()) -> Grounded:
@@ -201,7 +216,7 @@ def grounded(verdicts: Sequence[tuple[int, float]], required: int, claims: Seque
     total = sum(quality for v, quality in kept if v > 0)
     p = total / (supported + against) if supported + against else 0.0
     q = min(1.0, total / max(required, 1))
-    return Grounded(2 * p * q / (p + q) if p + q else 0.0, against / max(len(kept), 1), p, q)
+    return Grounded(2 * p * q / (p + q) if p + q else 0.0, against / max(len(kept), 1), p, q, len(kept))
 
 
 @dataclass(frozen=True)
@@ -233,8 +248,10 @@ def judge_evidence(
     scene: Mapping[str, Any],
     required: Sequence[Mapping[str, Any]] | int = 1,
     answer_from: str = "",
+    beside: Sequence[Claim] = (),
 ) -> Judged:
-    """The claims of an answer's evidence block against the scene (`grounded`).
+    """The claims of an answer's evidence block against the scene (`grounded`). `beside`: what the
+    text claims elsewhere, which earns nothing and may be contradicted.
 
     `required`: the claims that prove the answer, of which only those that are stated count as
     found; or how many there must be. `answer_from`: the rule by which `answer` follows from what is
@@ -242,8 +259,9 @@ def judge_evidence(
     read, or in a thought, is evidence. Raises ValueError for another rule.
     """
     after = without_thought(text)
-    claims = read_claims(after) if after is not None else None
-    if not claims:
+    claims = (read_claims(after) if after is not None else None) or []
+    others = [judge_claim(claim, scene)[0] for claim in {claim.key: claim for claim in beside}.values()]
+    if not claims and not others:
         return NOTHING_SAID
     verdicts = [judge_claim(claim, scene) for claim in claims]
     listed = None if isinstance(required, int) else [_claim(item).key for item in required]
@@ -259,8 +277,10 @@ def judge_evidence(
     p, score = found.precision, 0.0
     if p + recall and not (answer_from and not (answer is not None and follows(claims, answer_from, answer))):
         score = 2 * p * recall / (p + recall)
-    unknown = sum(verdict == 0 for verdict, _ in verdicts) / len(verdicts)
-    return Judged(score, found.contradicted, unknown, p, recall)
+    every = [*(verdict for verdict, _ in verdicts), *others]
+    unknown = sum(verdict == 0 for verdict in every) / len(every)
+    against = found.contradicted * found.count + sum(verdict < 0 for verdict in others)
+    return Judged(score, against / max(found.count + len(others), 1), unknown, p, recall)
 
 
 def follows(claims: Sequence[Claim], rule: str, answer: str) -> bool:

@@ -18,6 +18,7 @@ from ernie_tune.rewards.endpoint import EndpointJudge
 from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
 from ernie_tune.rewards.reading import read_quantity
+from ernie_tune.rewards.spoken import claims_beside
 from ernie_tune.rewards.verifiers import GROUNDS, SHAPING, VERIFIERS, verifier_for
 
 ROW = "row"  # the column of what rows themselves name
@@ -56,8 +57,9 @@ class RowVerifiers:
 
     name = ROW
 
-    def __init__(self, max_completion_tokens: int = 512) -> None:
-        self.limit = max_completion_tokens
+    def __init__(self, max_completion_tokens: int = 512, evidence_scope: str = "both") -> None:
+        """`evidence_scope`: where free text is read for claims that the scene contradicts."""
+        self.limit, self.scope = max_completion_tokens, evidence_scope
         self.details: list[list[dict[str, float | None]]] = []  # of the last call
         self.worth: list[list[Worth]] = []
 
@@ -136,7 +138,7 @@ class RowVerifiers:
             try:
                 out[name] = check(answer.text if name in GROUNDS else text, **filled, **spec)
                 if name in GROUNDS:
-                    out |= _told(answer.text, {**filled, **spec})
+                    out |= _told(answer.text, {**filled, **spec}, self.scope)
             except TypeError as error:
                 raise ValueError(
                     say(
@@ -175,9 +177,10 @@ def _evidence_of(record: Record) -> dict[str, Any]:
     }
 
 
-def _told(text: str, given: Mapping[str, Any]) -> dict[str, float | None]:
+def _told(text: str, given: Mapping[str, Any], scope: str) -> dict[str, float | None]:
     """E's parts, for the log and for what contradictions cost."""
-    judged = judge_evidence(text, None, given["scene"], given.get("required", 1))
+    beside = [one.claim for one in claims_beside(text, scope)]
+    judged = judge_evidence(text, None, given["scene"], given.get("required", 1), beside=beside)
     names = ("contradicted", "unverifiable", "precision", "recall")
     return {f"evidence/{name}": float(getattr(judged, name)) for name in names}
 
@@ -228,8 +231,9 @@ class Rubric:
         weights: Sequence[float] = (),
         max_completion_tokens: int = 512,
         check: bool = True,
+        evidence_scope: str = "both",
     ) -> None:
-        self.judges: tuple[Judge, ...] = tuple(judges) or (RowVerifiers(max_completion_tokens),)
+        self.judges: tuple[Judge, ...] = tuple(judges) or (RowVerifiers(max_completion_tokens, evidence_scope),)
         self.weights = tuple(weights) or (1.0,) * len(self.judges)
         self.unchecked = check
         if len(self.weights) != len(self.judges):

@@ -186,14 +186,15 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
         tuple(weights if weights is not None else r.reward_weights),
         r.max_completion_length,
         r.reward_check,
+        config.evidence.evidence_scope,
     )
 
 
 class _Named:
     """A checker by name, for rows that give its gold answer."""
 
-    def __init__(self, name: str, limit: int) -> None:
-        self.name, self.rows = name, RowVerifiers(limit)
+    def __init__(self, name: str, limit: int, scope: str) -> None:
+        self.name, self.rows = name, RowVerifiers(limit, scope)
 
     def __call__(self, groups: Sequence[Any]) -> Any:
         mine = []
@@ -226,9 +227,9 @@ def _judge(config: RunConfig, given: Any) -> Judge:
     if text.startswith(SCHEME):
         return EndpointJudge(text, r.reward_timeout_seconds)
     if text == ROW:
-        return RowVerifiers(r.max_completion_length)
+        return RowVerifiers(r.max_completion_length, config.evidence.evidence_scope)
     if text in VERIFIERS:
-        return _Named(text, r.max_completion_length)
+        return _Named(text, r.max_completion_length, config.evidence.evidence_scope)
     if ".py:" in text:
         return RewardFunction(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
     if Path(text).is_dir():

@@ -45,6 +45,7 @@ from ernie_tune.report.log import RunLog
 from ernie_tune.report.rollout_page import write_rollouts
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.agreement import Agreement, MismatchGate
+from ernie_tune.train.claims import credit_claims
 from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
@@ -324,6 +325,9 @@ class SampledAnswers(Method):
                     groups, quantile, self._entropy, self.rollouts.batch, size, _DataRanks(self.place)
                 )
             )
+        e = self.config.evidence
+        if e.process_rewards == "claims":
+            more.append(lambda groups: credit_claims(groups, self.processor, e.process_weight, e.evidence_scope))
         if self.replay != "off":
             more.append(functools.partial(note_experts, size=size, policy=self.policy, processor=self.processor))
         if self.teaching is not None:
