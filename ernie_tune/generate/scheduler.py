@@ -316,8 +316,8 @@ def complete(
             while found and not over():
                 yield from _finished(scheduler.step(), found)
         for key, samples in [*found.items()]:
-            for one in samples.values():
-                one.finish_reason = one.finish_reason or "length"
+            for done in samples.values():
+                done.finish_reason = done.finish_reason or "length"
             scheduler.cancel({key})
             yield key, [*found.pop(key).values()]
     finally:

@@ -56,10 +56,12 @@ def reference_text(record: Record) -> str | None:
     if shown:
         thought = shown[-1].get("reasoning_content", "")
         return (f"<think>\n{thought}\n</think>\n\n" if thought else "") + shown[-1]["content"]
+    specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
+    if "redraw" in specs and record.reward is not None and record.reward.scene.get("objects"):
+        return json.dumps(record.reward.scene["objects"])
     gold = gold_of(record)
     if gold is None:
         return None
-    specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
     text = _table(gold) if "table" in specs and isinstance(gold, list) else reference_answer(_as_stated(gold, specs))
     style = next((spec["style"] for spec in specs.values() if "style" in spec), "auto")
     text = f"\\boxed{{{text}}}" if style == "boxed" else f"<answer>{text}</answer>" if style == "tag" else text

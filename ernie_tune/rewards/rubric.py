@@ -121,6 +121,8 @@ class RowVerifiers:
             "tokens": len(answer.token_ids),
             "limit": self.limit,
             "mode": record.mode if record.mode != "auto" else "nothink",
+            "where": str(record.meta),
+            **({"picture": record.images[0]} if record.images else {}),
             **_evidence_of(record),
         }
         text, grounds = answer.text, {"leak", "contradiction"}

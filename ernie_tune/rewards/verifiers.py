@@ -16,6 +16,7 @@ from typing import Any
 
 from ernie_tune.config.language import say
 from ernie_tune.rewards import mathematics
+from ernie_tune.rewards.drawing import redraw
 from ernie_tune.rewards.evidence import judge_evidence, without_evidence
 from ernie_tune.rewards.reading import MAX_SPAN, UNITS, answer_span, fold, read_quantity, squash
 from ernie_tune.rewards.scores import edit_distance
@@ -198,6 +199,7 @@ VERIFIERS: Mapping[str, Verify] = {
     "table": table,
     "date": date,
     "evidence": evidence,
+    "redraw": redraw,
     "format": think_format,
     "language": language,
     "repetition": repetition,

@@ -326,7 +326,7 @@ class Rollouts:
         parts_GF = np.array([[number_of(one.parts[name]) for name in self.rubric.names] for one in scored])
         reward_G = adv.weighted_sum(parts_GF, np.array(self.rubric.weights))
         if s.reward_clip:
-            reward_G = np.clip(reward_G, *s.reward_clip)
+            reward_G = np.clip(reward_G, s.reward_clip[0], s.reward_clip[1])
         if s.overlong_buffer:
             shaped = [soft_overlong(len(a.token_ids), s.max_completion_length, s.overlong_buffer) for a in answers]
             reward_G = reward_G + s.overlong_penalty * np.array(shaped)
