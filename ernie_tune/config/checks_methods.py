@@ -36,6 +36,7 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _kto_rows(c)
+    yield from _dealt_rows(c)
     if c.samples and c.data.packing:
         yield (
             "packing",
@@ -50,6 +51,23 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
             say(
                 f"reward_weights ({weights} values) must have one value a reward ({rewards}); match them",
                 f"reward_weights（{weights} 个）须与奖励一一对应（{rewards} 个）；请使个数一致",
+            ),
+        )
+
+
+def _dealt_rows(c: RunConfig) -> Iterator[tuple[str, str]]:
+    """Router losses are means over micro-batches, so another cut would be another loss."""
+    t = c.train
+    coefficients = ("router_aux_loss_coef", "router_z_loss_coef", "moe_orthogonal_loss_lambda")
+    given = next((name for name in coefficients if getattr(t, name)), None)
+    if t.auto_find_batch_size and given:
+        yield (
+            "auto_find_batch_size",
+            say(
+                f"auto_find_batch_size (true) must go without {given} ({getattr(t, given):g}), a mean over micro-batches; "
+                "set it to 0, or write per_device_train_batch_size yourself",
+                f"{given}（{getattr(t, given):g}）按微批取平均，auto_find_batch_size（true）不能与之同用；请设为 0，"
+                "或自行写出 per_device_train_batch_size",
             ),
         )
 

@@ -209,11 +209,6 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         "average_tokens_across_devices",
     ),
     (
-        "the batch is as written; --dry-run tries the heaviest",
-        "批大小以所写为准；--dry-run 会试最重的一批",
-        "auto_find_batch_size",
-    ),
-    (
         "mistakes are always said",
         "错误总会指出",
         "ignore_args_error strict check_model load_args load_data_args",

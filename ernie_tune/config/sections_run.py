@@ -33,6 +33,13 @@ class TrainArguments:
         1, "rows a device and micro-step; KTO: 2", "每设备每微步的行数；KTO 默认 2", low=1
     )
     gradient_accumulation_steps: int = arg(1, "micro-steps an optimizer step", "每个优化步的微步数", low=1)
+    auto_find_batch_size: bool = arg(
+        False,
+        "deal the rows of a step into micro-batches as large as memory allows; the gradient is the same",
+        "把一步的各行分成内存所允许的最大微批；梯度不变",
+        stages=("SFT", "PT", "DPO", "RM"),
+        shapes=False,
+    )
     seed: int = arg(42, "seed of weights, order and dropout", "权重、顺序与 dropout 的种子", low=0, high=2**32 - 1)
     data_seed: int | None = arg(
         None, "seed of the order alone; null: seed", "仅数据顺序的种子；null 表示同 seed", low=0, high=2**32 - 1

@@ -58,7 +58,8 @@ def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
         return loaded.sources[setting].where if setting in loaded.sources else where
 
     lacks = list(absent(config, Path(where.rpartition(":")[0]).parent))
-    wrong = [f"{at(name)}: {message}" for name, message in (*foreign(config), *packed_base(config))]
+    packed = packed_conflicts(config) if is_packed(Path(config.model.model_name_or_path)) else ()
+    wrong = [f"{at(name)}: {message}" for name, message in (*foreign(config), *packed)]
     wrong += [f"{at(lack.setting)}: {lack.message}" for lack in lacks if training and lack.certain]
     notes = [f"{at(lack.setting)}: {lack.message}" for lack in lacks if not training]
     shape = known_shape(config.model.model_name_or_path)
@@ -94,15 +95,15 @@ def foreign(config: RunConfig) -> Iterator[tuple[str, Text]]:
         )
 
 
-def packed_base(config: RunConfig) -> Iterator[tuple[str, Text]]:
-    """What a base of int8 or int4 codes cannot follow, for nothing trains or rounds these again."""
+def packed_conflicts(config: RunConfig) -> Iterator[tuple[str, Text]]:
+    """What a base of int8 or int4 codes cannot follow, for nothing trains or rounds these again.
+    The model of `config` is taken to be one.
+    """
     folder, method, algorithm = (
         Path(config.model.model_name_or_path),
         config.model.fine_tuning,
         config.compute.weight_quantize_algo,
     )
-    if not is_packed(folder):
-        return
     if method in ("Full", "Freeze"):
         yield (
             "fine_tuning",

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import paddle
+
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.source import Source, fill
 from ernie_tune.config.arguments import ADDED, AddedArguments, RunConfig
 from ernie_tune.config.checks import problems
+from ernie_tune.config.host_memory import free_memory
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import load_config
 from ernie_tune.config.sections_run import OptimArguments
@@ -27,7 +30,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.evaluate.measure import MeasureSettings
-from ernie_tune.machine.place import Place
+from ernie_tune.machine.place import Place, layout_of_run
 from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import is_fresh, preset
@@ -41,9 +44,12 @@ from ernie_tune.peft.model import PeftModel, get_peft_model
 from ernie_tune.peft.packed import load_packed
 from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.peft.quantize import quantize_base, takers
-from ernie_tune.plan.job import known_shape
-from ernie_tune.plan.judgement import packed_base
+from ernie_tune.plan.cards import card
+from ernie_tune.plan.job import job_of, known_shape
+from ernie_tune.plan.judgement import packed_conflicts
 from ernie_tune.plan.layouts import check_run
+from ernie_tune.plan.room import fitting_rows
+from ernie_tune.train.kept_layers import KeptLayers
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import LrRatios, Schedule, adamw_maker, build_adamw
 
@@ -279,10 +285,11 @@ def is_packed_base(config: RunConfig) -> bool:
     """Whether model_name_or_path is a folder of int8 or int4 codes. Raises ValueError for settings
     that such a base cannot follow.
     """
-    problems = [message for _, message in packed_base(config)]
-    if problems:
+    if not is_packed(Path(config.model.model_name_or_path)):
+        return False
+    if problems := [message for _, message in packed_conflicts(config)]:
         raise ValueError("\n".join(problems))
-    return is_packed(Path(config.model.model_name_or_path))
+    return True
 
 
 def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
@@ -401,7 +408,7 @@ def loop_of(
     settings = LoopSettings(
         max_grad_norm=o.max_grad_norm,
         router=weights if weights != RouterLossWeights() else None,
-        recompute=recompute() if config.compute.recompute else None,
+        recompute=_recompute_of(config, policy) if config.compute.recompute else None,
         seed=t.seed,
         bias_update=t.moe_use_aux_free_update_coef,
     )
@@ -429,6 +436,44 @@ def recompute() -> Any:
     from paddle.distributed.fleet.utils import recompute
 
     return opened(recompute)
+
+
+def _recompute_of(config: RunConfig, policy: Placed) -> Any:
+    """`recompute`, or, on a quantised base and one CPU process, of what does not fit alone."""
+    name, algorithm = config.model.model_name_or_path, config.compute.weight_quantize_algo
+    coded = algorithm != "none" or is_packed(Path(name))
+    if policy.place.several or not coded or paddle.get_device() != "cpu":
+        return recompute()
+    return KeptLayers(recompute(), job_of(config, policy.model.config, on_cpu=True), free_memory)
+
+
+def dealt(config: RunConfig, model: ErnieModel | None) -> RunConfig:
+    """`config` with the rows of a step in micro-batches as large as memory allows, where
+    auto_find_batch_size asks for it; a line says what was chosen.
+    """
+    t = config.train
+    shape = known_shape(config.model.model_name_or_path) if model is None else model.config
+    if not t.auto_find_batch_size or shape is None:
+        return config
+    world = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    on_cpu = paddle.get_device() == "cpu"
+    if on_cpu:
+        free = free_memory()
+        room = free.bytes / world if free else 0.0
+    else:
+        room = float(paddle.device.cuda.get_device_properties().total_memory)
+    job = job_of(config, shape, on_cpu=on_cpu)
+    rows = fitting_rows(job, room, layout_of_run(config.parallel, world), card("cpu" if on_cpu else "80g"))
+    steps = t.per_device_train_batch_size * t.gradient_accumulation_steps // rows
+    print(
+        say(
+            f"ernie_tune: auto_find_batch_size: {steps} micro-batch(es) of {rows} row(s) a step, for {room / 1e9:.1f} GB",
+            f"ernie_tune：auto_find_batch_size：每步 {steps} 个微批，每个 {rows} 行（可用 {room / 1e9:.1f} GB）",
+        ),
+        file=sys.stderr,
+    )
+    chosen = dataclasses.replace(t, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+    return RunConfig(**{**vars(config), "train": chosen})
 
 
 def added_config(config: RunConfig) -> PeftConfig:

@@ -63,7 +63,7 @@ class Trainer:
         compute_metrics: Metrics | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self.args = RunConfig() if args is None else args
+        self.args = assemble.dealt(RunConfig() if args is None else args, model)
         self.compute_metrics, self.observers = compute_metrics, Observers(args=self.args)
         for callback in callbacks:
             self.add_callback(callback)
