@@ -1,12 +1,15 @@
 """A rehearsal at the real size: the verbs that a user of the 28B types, on a folder of its true
 shapes, with the memory and the time that each takes.
 
-usage: python tests/bench/bench_real_size.py FOLDER [--layers 28] [--drawn 0,1] [--tokens 128,512]
-                                             [--steps 3] [--only make,train,export,packed]
+usage: python tests/bench/bench_real_size.py FOLDER [--preset ernie-4.5-vl-28b-a3b] [--layers 28]
+           [--drawn 0,1] [--tokens 128,512] [--steps 3]
+           [--only make,train,export,packed,resume,eval,merge,serve]
 
 FOLDER gets `model/` (bfloat16, the paddle layout; layers in --drawn have random values, the others
 are holes of the file and take no disk), rows, runs and the packed folder. With --layers 28 a disk
-holds the drawn layers alone, 2 GB each; fewer layers make a slice for smaller machines.
+holds the drawn layers alone, 2 GB each; fewer layers make a slice for smaller machines, and
+`--preset ernie-4.5-vl-424b-a47b --layers 4` one of the larger model, 9 GB a routing layer.
+`resume`, `eval` and `merge` go on from what `packed` left, `serve` from the packed folder.
 Every verb is a process of its own. `anonymous`: its largest memory that is no mapped file;
 `resident`: mapped pages counted too, which the system takes back when others need them. A step's
 time stands beside the time that its products take on this machine in float32.
@@ -30,8 +33,9 @@ from typing import Any
 
 import numpy as np
 
-PRESET = "ernie-4.5-vl-28b-a3b"
+RELEASED = "ernie-4.5-vl-28b-a3b"
 GB = 1e9
+_KEPT = re.compile(r"not run again for \d+ tokens, whose activations \(([\d.]+) GB\)")
 _STEP = re.compile(r"^\[\S+ (\d+):(\d+):([\d,]+)\].*loss: [\d.]+.*global_step: (\d+)", re.MULTILINE)
 RUN = {"fine_tuning": "LoRA", "lora_rank": 16, "lora_target_modules": "attention", "learning_rate": 1e-4}
 QUIET = {"plot_loss": False, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "recompute": True}
@@ -51,14 +55,19 @@ class Measured:
         found = [int(h) * 3600 + int(m) * 60 + float(s.replace(",", ".")) for h, m, s, _ in _STEP.findall(self.output)]
         return [b - a for a, b in itertools.pairwise(found)]
 
+    def kept_bytes(self) -> float:
+        """Of activations that layers kept instead of being run again, as the run said."""
+        found = _KEPT.search(self.output)
+        return float(found[1]) * GB if found else 0.0
 
-def shape_of(layers: int) -> Any:
+
+def shape_of(preset_name: str, layers: int) -> Any:
     """The released shape, cut to its first layers, with token numbers of the bundled tokenizer."""
     import dataclasses
 
     from ernie_tune.models.presets import preset
 
-    config = preset(PRESET)
+    config = preset(preset_name)
     if config.moe is None:
         raise AssertionError("the released shape has experts")
     kept = tuple(i for i in config.moe.layer_indices if i < layers)
@@ -66,14 +75,13 @@ def shape_of(layers: int) -> Any:
     return config.replace(num_hidden_layers=layers, moe=moe, tokens=preset("small").tokens)
 
 
-def make(folder: Path, layers: int, drawn: set[int]) -> None:
+def make(folder: Path, config: Any, drawn: set[int]) -> None:
     """The model's folder: one file, holes where nothing was drawn."""
     from ernie_tune.checkpoint.names import FLAVOURS, layout
     from ernie_tune.checkpoint.tensors import NUMPY_TYPES
     from ernie_tune.data.processor import Processor
     from ernie_tune.models.config_dialects import write_config
 
-    config = shape_of(layers)
     table = layout(config, "paddle")
     folder.mkdir(parents=True)
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
@@ -130,7 +138,11 @@ def write_rows(path: Path, tokens: int, count: int = 4) -> None:
 
 def verb(*words: object) -> Measured:
     """`ernie-tune` with these words, watched."""
-    command = [sys.executable, "-W", "ignore", "-m", "ernie_tune", *map(str, words)]
+    return verb_of([sys.executable, "-W", "ignore", "-m", "ernie_tune", *map(str, words)])
+
+
+def verb_of(command: list[str]) -> Measured:
+    """A process, watched. SystemExit where it fails."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
@@ -138,7 +150,7 @@ def verb(*words: object) -> Measured:
         while process.poll() is None:
             now = dict(_memory(process.pid))
             anonymous, resident = max(anonymous, now.get("RssAnon", 0)), max(resident, now.get("VmHWM", 0))
-            time.sleep(0.05)
+            time.sleep(0.2)
         printed.seek(0)
         text = printed.read()
     if process.returncode:
@@ -170,22 +182,20 @@ def product_rate() -> float:
     return 2 * 2048**3 / best
 
 
-def products_seconds(layers: int, tokens: int, rate: float) -> float:
+def products_seconds(config: Any, tokens: int, rate: float) -> float:
     """Of a LoRA step with recompute: forward twice and back to the inputs once."""
-    from ernie_tune.models.presets import preset
-    from ernie_tune.plan.job import Job
     from ernie_tune.plan.weights import active_values
 
-    job = Job(shape_of(layers), PRESET, row_tokens=tokens)
     visual = 256 if tokens > 300 else 0
-    head = preset(PRESET).vocab_size * job.model.hidden_size
-    active = (tokens - visual) * (active_values(job.model, False) + head) + visual * active_values(job.model, True)
+    head = config.vocab_size * config.hidden_size
+    active = (tokens - visual) * (active_values(config, False) + head) + visual * active_values(config, True)
     return 2 * 3 * active / rate
 
 
-def estimated(yaml: Path) -> float:
-    """Bytes that `ernie-tune estimate` says."""
-    command = [sys.executable, "-W", "ignore", "-m", "ernie_tune", "estimate", str(yaml), "card=cpu-24g", "--json"]
+def estimated(yaml: Path, tokens: int) -> float:
+    """Bytes that `ernie-tune estimate` says for rows with a picture of 256 tokens, or without."""
+    words = ["estimate", str(yaml), "card=cpu-24g", f"visual_tokens={256 if tokens > 300 else 0}", "--json"]
+    command = [sys.executable, "-W", "ignore", "-m", "ernie_tune", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
@@ -196,6 +206,7 @@ def report(what: str, m: Measured, told: float | None = None, products: float | 
     steps = m.steps()
     line = f"{what:<34}{m.seconds:>8.1f} s {m.anonymous / GB:>7.2f} GB anonymous {m.resident / GB:>7.2f} GB resident"
     if told is not None:
+        told += m.kept_bytes()
         line += f" {told / GB:>7.2f} GB estimated ({m.resident / told - 1:+.0%})"
     if steps:
         line += f"   step {min(steps):.2f} s"
@@ -204,69 +215,133 @@ def report(what: str, m: Measured, told: float | None = None, products: float | 
     print(line, flush=True)
 
 
+def speak(folder: Path, prompt_tokens: int = 100, new_tokens: int = 24) -> dict[str, float]:
+    """Seconds to the first token of a prompt and between later ones, best of three; bytes of
+    weights that one token reads, and bytes a second that a copy moves here.
+    """
+    import paddle
+
+    from ernie_tune.checkpoint.tensors import TensorReader
+    from ernie_tune.generate.batch import stream_prompts
+    from ernie_tune.generate.engine import Request
+    from ernie_tune.generate.opened import open_engine
+    from ernie_tune.trainers.assemble import base_of_run
+
+    engine = open_engine(folder, base_of_run)
+    words = "7 " * (prompt_tokens // 2)
+    prepared = engine.prepare(
+        Request([{"role": "user", "content": words}], []), engine.params(max_new_tokens=new_tokens, temperature=0.0)
+    )
+    first, later = 1e9, 1e9
+    for _ in range(3):
+        at = [time.perf_counter()]
+        for _event in stream_prompts(engine.model, [prepared.prompt], engine.processor.tokens, engine.processor.decode):
+            at.append(time.perf_counter())
+        first = min(first, at[1] - at[0])
+        later = min([later, *(b - a for a, b in itertools.pairwise(at[1:]))])
+    config, read = engine.model.config, 0.0
+    for name, entry in TensorReader(folder).entries.items():
+        size = float(np.prod(entry.shape)) * {"U8": 1, "I8": 1, "BF16": 4}.get(entry.dtype, 4)
+        if "vision" not in name and "resampler" not in name:
+            read += size * (config.moe.top_k / config.moe.num_experts if "text_experts" in name else 1)
+    x = paddle.ones([2**26])
+    copy = min(_seconds(lambda: x + 0.0) for _ in range(5))
+    tokens = len(prepared.prompt.row.input_ids_L)
+    return {"prompt_tokens": tokens, "first": first, "later": later, "read": read, "copy": 2 * 4 * 2**26 / copy}
+
+
+def _seconds(function: Any) -> float:
+    start = time.perf_counter()
+    function().numpy()
+    return time.perf_counter() - start
+
+
+def report_speech(packed: Path) -> None:
+    """`speak` in a process of its own, and its memory."""
+    m = verb_of([sys.executable, "-W", "ignore", __file__, str(packed), "--speak"])
+    found = json.loads(m.output.splitlines()[-1])
+    report("serve", m)
+    share = found["read"] / found["later"] / found["copy"]
+    print(
+        f"  {found['prompt_tokens']:.0f} tokens of a prompt: first token after {found['first']:.2f} s; then "
+        f"{1 / found['later']:.2f} tokens/s, which read {found['read'] / GB:.2f} GB each: {share:.0%} of the "
+        f"{found['copy'] / GB:.1f} GB/s that a copy moves",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", default=RELEASED)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--drawn", default="0,1")
     parser.add_argument("--tokens", default="128,512")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", default="make,train,export,packed")
+    parser.add_argument("--only", default="make,train,export,packed,resume,eval,merge,serve")
+    parser.add_argument("--speak", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    phases, root = a.only.split(","), a.folder
+    if a.speak:
+        print(json.dumps(speak(a.folder)))
+        return
+    phases, root, config = a.only.split(","), a.folder, shape_of(a.preset, a.layers)
     model, packed = root / "model", root / "packed"
     if "make" in phases and not model.exists():
-        make(model, a.layers, {int(i) for i in a.drawn.split(",")})
+        make(model, config, {int(i) for i in a.drawn.split(",")})
         held = sum(p.stat().st_blocks * 512 for p in model.iterdir())
         whole = sum(p.stat().st_size for p in model.iterdir())
         print(f"{model}: {whole / GB:.1f} GB, {held / GB:.1f} GB of disk", flush=True)
     rate = product_rate()
     print(f"float32 products here: {rate / GB:.0f} GFLOP/s", flush=True)
-    settings = {
-        **RUN,
-        **QUIET,
-        "max_steps": a.steps,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-    }
-    bases = {"train": (model, {"weight_quantize_algo": "weight_only_mix"}), "packed": (packed, {})}
     if "export" in phases:
-        done = verb(
-            "export",
-            model,
-            "--output_dir",
-            packed,
-            "--quantization",
-            "wint4",
-            "--method",
-            "rtn",
-            "--emit",
-            "packed",
-            "--verify",
-            "files",
-        )
+        out = ("--output_dir", packed, "--quantization", "wint4", "--method", "rtn", "--emit", "packed")
+        done = verb("export", model, *out, "--verify", "files")
         size = sum(p.stat().st_size for p in packed.iterdir())
         report(f"export packed, {size / GB:.1f} GB", done)
-    for phase, (base, extra) in bases.items():
-        if phase not in phases:
-            continue
-        for tokens in map(int, a.tokens.split(",")):
-            rows = root / f"rows_{tokens}.jsonl"
-            write_rows(rows, tokens)
-            out = root / f"run_{phase}_{tokens}"
-            words = {
-                **settings,
-                **extra,
-                "model_name_or_path": base,
-                "train_dataset_path": rows,
-                "max_seq_len": tokens + 64,
-                "output_dir": out,
-            }
-            yaml = root / f"{phase}_{tokens}.yaml"
-            yaml.write_text("".join(f"{k}: {json.dumps(v, default=str)}\n" for k, v in words.items()))
+    lengths = list(map(int, a.tokens.split(",")))
+    for phase, base, extra in (
+        ("train", model, {"weight_quantize_algo": "weight_only_mix"}),
+        ("packed", packed, {"save_strategy": "steps", "save_steps": a.steps}),
+    ):
+        for tokens in lengths if phase in phases else ():
+            yaml = write_run(root, phase, tokens, {"model_name_or_path": base, "max_steps": a.steps, **extra})
             done = verb("train", yaml)
-            told = estimated(yaml)
-            report(f"{phase} {tokens} tokens", done, told, products_seconds(a.layers, tokens, rate))
+            report(f"{phase} {tokens} tokens", done, estimated(yaml, tokens), products_seconds(config, tokens, rate))
+    after(root, phases, lengths[0], a.steps)
+
+
+def write_run(root: Path, phase: str, tokens: int, more: dict[str, Any]) -> Path:
+    """Rows of so many tokens, and the YAML file of a run on them."""
+    rows = root / f"rows_{tokens}.jsonl"
+    write_rows(rows, tokens)
+    words = {
+        **RUN,
+        **QUIET,
+        "train_dataset_path": rows,
+        "max_seq_len": tokens + 64,
+        "output_dir": root / f"run_{phase}_{tokens}",
+        **more,
+    }
+    yaml = root / f"{phase}_{tokens}.yaml"
+    yaml.write_text("".join(f"{k}: {json.dumps(v, default=str)}\n" for k, v in words.items()))
+    return yaml
+
+
+def after(root: Path, phases: list[str], tokens: int, steps: int) -> None:
+    """What follows a run on the packed folder."""
+    model, packed, run = root / "model", root / "packed", root / f"run_packed_{tokens}"
+    if "resume" in phases:
+        yaml = root / f"packed_{tokens}.yaml"
+        report("resume, one step more", verb("train", yaml, f"max_steps={steps + 1}"), estimated(yaml, tokens))
+    if "eval" in phases:
+        rows = root / f"rows_{tokens}.jsonl"
+        done = verb("eval", run, f"eval_dataset_path={rows}", "eval_max_new_tokens=8", "eval_max_samples=2")
+        report("eval with generation", done)
+    if "merge" in phases:
+        words = ("--output_dir", root / "merged", "--verify", "files")
+        report("export merged, bfloat16", verb("export", model, run, *words))
+    if "serve" in phases:
+        report_speech(packed)
 
 
 if __name__ == "__main__":
