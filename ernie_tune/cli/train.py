@@ -23,7 +23,8 @@ from ernie_tune.config.host_memory import free_memory
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
 from ernie_tune.config.stages import STAGES
-from ernie_tune.plan.free import shortage
+from ernie_tune.peft.packed_header import is_packed
+from ernie_tune.plan.free import check_weights, shortage
 from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.judgement import judged
 
@@ -160,6 +161,11 @@ def evaluate(args: list[str]) -> int:
     eval_answers.jsonl in output_dir.
     """
     config = _config([*args, *_result_of(args)])
+    name = config.model.model_name_or_path
+    model = known_shape(name)
+    on_cpu = not workers.visible_cards(os.environ, installed("paddlepaddle-gpu"))
+    if model is not None and on_cpu and not is_packed(Path(name)):
+        check_weights(model, config.compute.weight_quantize_algo, free_memory())
     from ernie_tune.report.log import metrics_table
 
     answers = Path(config.save.output_dir) / ANSWERS_FILE

@@ -1,5 +1,5 @@
 """A folder -> the engine of the model in it: a checkpoint, a packed int8 or int4 export, or a
-finished run with its adapter.
+finished run with its adapter. On a CPU weights that do not fit are refused before they are read.
 
 Refuses to know: a run's settings; the caller brings what builds its base model from them.
 """
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import paddle
+
 from ernie_tune.checkpoint.auto import AutoModel
+from ernie_tune.config.host_memory import free_memory
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.data.processor import Processor
@@ -18,6 +21,8 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.packed import load_packed
 from ernie_tune.peft.packed_header import is_packed
+from ernie_tune.plan.free import check_weights
+from ernie_tune.plan.job import model_shape
 
 
 def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine:
@@ -32,6 +37,8 @@ def open_engine(path: Path, base_of_run: Callable[[Path], ErnieModel]) -> Engine
     if is_packed(folder):
         return Engine(load_packed(folder), processor)
     if (folder / "config.json").is_file():
+        if paddle.get_device() == "cpu":
+            check_weights(model_shape(str(folder)), "none", free_memory())
         return Engine(AutoModel.from_pretrained(folder), processor)
     arguments = folder / ARGS_FILE
     if not arguments.is_file():

@@ -10,17 +10,37 @@ from ernie_tune.config.host_memory import Free
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.models.config import ModelConfig
+from ernie_tune.peft.config import LoraConfig
 from ernie_tune.plan.cards import card
-from ernie_tune.plan.job import job_of
+from ernie_tune.plan.job import Job, job_of
 from ernie_tune.plan.memory import memory
 from ernie_tune.plan.search import changes_that_fit
 
 GB = 1e9
+_WEIGHTS = ("weights", "quantised base", "vision tower")
 # What a run holds from its first step on, however short its rows are.
 _ALWAYS = (
-    *("weights", "quantised base", "vision tower", "adapters", "reference model", "critic", "reward model"),
-    *("gradients", "optimizer"),
+    *_WEIGHTS,
+    *("adapters", "reference model", "critic", "reward model", "gradients", "optimizer"),
 )
+
+
+def check_weights(model: ModelConfig, algorithm: str, free: Free | None) -> None:
+    """ValueError for weights that one CPU process cannot hold to answer with: float32, or quantised
+    by `algorithm` ("none" for a folder as it is). Codes of a packed folder need no check.
+    """
+    job = Job(model, method="LoRA", lora=LoraConfig(), quantize=algorithm, element_bytes=4, row_tokens=1)
+    items = memory(job, Layout(), card("cpu")).items
+    held = sum(items.get(name, 0.0) for name in _WEIGHTS)
+    if free is not None and held > free.bytes:
+        raise ValueError(
+            say(
+                f"memory ({free.bytes / GB:.1f} GB free, by {free.bound}) must hold {held / GB:.1f} GB of weights; export them once "
+                "with --quantization wint4 --emit packed and name that folder, whose codes stay in their files",
+                f"内存（剩余 {free.bytes / GB:.1f} GB，受限于{free.bound}）须容纳 {held / GB:.1f} GB 的权重；请先用 "
+                "--quantization wint4 --emit packed 导出一次，再使用该文件夹，其编码留在文件中",
+            )
+        )
 
 
 def shortage(config: RunConfig, model: ModelConfig, free: Free) -> tuple[Text | None, bool]:

@@ -45,6 +45,7 @@ from ernie_tune.peft.packed import load_packed
 from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.peft.quantize import quantize_base, takers
 from ernie_tune.plan.cards import card
+from ernie_tune.plan.free import check_weights
 from ernie_tune.plan.job import job_of, known_shape
 from ernie_tune.plan.judgement import packed_conflicts
 from ernie_tune.plan.layouts import check_run
@@ -258,6 +259,9 @@ def load_base(config: RunConfig) -> ErnieModel:
     if is_packed_base(config):
         return load_packed(Path(config.model.model_name_or_path))
     algorithm = config.compute.weight_quantize_algo
+    shape = known_shape(config.model.model_name_or_path)
+    if shape is not None and paddle.get_device() == "cpu":
+        check_weights(shape, algorithm, free_memory())
     if algorithm == "none":
         return load_model(config)
     model, source = unread_model(config)

@@ -4,6 +4,7 @@ told.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,14 @@ from planning import ATTENTION, B28, settings
 
 from ernie_tune.cli import train
 from ernie_tune.config.host_memory import Free
+from ernie_tune.data.processor import Processor
+from ernie_tune.generate import opened
+from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.presets import preset
 from ernie_tune.peft.packed_header import PackedBits
 from ernie_tune.plan import free as plan
-from ernie_tune.plan.free import shortage
+from ernie_tune.plan.free import check_weights, shortage
+from ernie_tune.trainers import assemble
 
 GB = 10**9
 
@@ -33,6 +38,32 @@ def test_what_is_told() -> None:
     assert shortage(lora, model, Free(400 * GB, "this machine")) == (None, False)
     small = settings("tiny-a", fine_tuning="Full", max_seq_len=512)
     assert shortage(small, preset("tiny-a"), Free(2 * GB, "this machine")) == (None, False)
+
+
+def test_weights_that_answer_must_fit() -> None:
+    check_weights(preset(B28), "weight_only_mix", Free(20 * GB, "this machine"))
+    check_weights(preset(B28), "none", None)
+    for algorithm, size in (("none", 117), ("weight_only_mix", 18)):
+        with pytest.raises(
+            ValueError, match=rf"memory \(8.0 GB free, by this machine\) must hold {size}\.\d GB of weights"
+        ):
+            check_weights(preset(B28), algorithm, Free(8 * GB, "this machine"))
+
+
+def test_a_model_that_does_not_fit_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(preset(B28), "paddle")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    Processor.bundled("tiny").save_pretrained(tmp_path)
+    for module in (opened, assemble, train):
+        monkeypatch.setattr(module, "free_memory", lambda: Free(8 * GB, "this machine"))
+    with pytest.raises(ValueError, match=r"must hold 117\.\d GB of weights; export them once"):
+        opened.open_engine(tmp_path, lambda _: None)  # type: ignore[arg-type, return-value]
+    run = settings(str(tmp_path), **ATTENTION)
+    with pytest.raises(ValueError, match="--emit packed"):
+        assemble.load_base(run)
+    monkeypatch.setattr(train, "_config", lambda words: run)
+    with pytest.raises(ValueError, match="--emit packed"):
+        train.evaluate(["run.yaml"])
 
 
 def test_codes_of_a_file_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
