@@ -32,11 +32,12 @@ def write_packed(
     bits: Callable[[str], int],
     shards: Callable[[str], int],
     grid: Callable[[str, int | None], Grid],
+    scale: Callable[[str, int | None], Array],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows;
-    `grid(name, expert)`: the codes, asked for twice, since scales and codes lie apart in the file.
-    Returns the paths.
+    `grid(name, expert)`: the codes, `scale(name, expert)` their scales, which lie apart in the
+    file. Returns the paths.
 
     ValueError for an odd input width with 4 bits.
     """
@@ -69,9 +70,9 @@ def write_packed(
             if len(spec.shape) == 3:  # a stack that stays as it is
                 return np.stack([weights.read(name, e, entries[key][1]) for e in range(spec.shape[0])])
             return weights.read(name, None, entries[key][1])
-        made = grid(name, expert)
         if key.endswith(".scale"):
-            return cast(made.scale_SN, "F32", EXPORT_CODE)
+            return cast(scale(name, expert), "F32", EXPORT_CODE)
+        made = grid(name, expert)
         return pack_halves(made.codes_KN) if made.bits == 4 else made.codes_KN
 
     config = write_config(weights.config.replace(dtype="bfloat16"), "paddle")
