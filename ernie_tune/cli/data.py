@@ -16,11 +16,11 @@ from typing import TextIO
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.convert import did_you_mean
-from ernie_tune.config.language import counted, say, shown
+from ernie_tune.config.language import counted, join, say, shown
 from ernie_tune.config.loader import Loaded, load_config
 from ernie_tune.config.stages import STAGES, signals_of
 from ernie_tune.data.doctor.convert import WRITERS, convert_file
-from ernie_tune.data.doctor.fix import fix_file, fixed_path
+from ernie_tune.data.doctor.fix import COUNTED, fix_file, fixed_path
 from ernie_tune.data.doctor.report import as_json, as_text, stats_text
 from ernie_tune.data.doctor.scan import DECODED, DataFile, Report, Scan
 from ernie_tune.data.doctor.show import COLOUR, PLAIN, show_record
@@ -35,7 +35,7 @@ from ernie_tune.models.presets import PRESETS, shipped_folder
 _FLAG, _PAGE, _FOLDERS = "", "[PATH.html]", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
 _COMMON = {"format": "NAME", "template": "NAME", **_FOLDERS}
 _OPTIONS = {
-    "check": {**_COMMON, "eval": "FILE", "stage": "NAME", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "json": _FLAG, "html": _PAGE},
+    "check": {**_COMMON, "eval": "FILE", "stage": "NAME", "max-seq-len": "N", "decode": "N|all", "limit": "N", "fix": _FLAG, "drop": _FLAG, "force": _FLAG, "json": _FLAG, "html": _PAGE},
     "stats": {**_COMMON, "decode": "N|all"},
     "show": {**_COMMON, "row": "N"},
     "convert": {**_COMMON, "to": "|".join(WRITERS), "out": "FILE"},
@@ -45,22 +45,25 @@ _YAML = (".yaml", ".yml")
 
 
 def run(args: list[str]) -> int:
-    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html [PATH.html]]
+    """ernie-tune data check FILE… [--eval FILE] [--fix [--drop] [--force]] [--json]
+                          [--html [PATH.html]]
                           [--max-seq-len N] [--decode N|all] [--limit N]
     ernie-tune data show FILE [--row N]
     ernie-tune data stats FILE… [--decode N|all]
     ernie-tune data convert FILE… --to messages|sharegpt|alpaca|pairs [--out NEW.jsonl]
-    A FILE is jsonl, json, csv, tsv or parquet, a folder, a pattern, a name in dataset_info.json, or
-    for check and stats a run.yaml, whose evaluation files, formats and max_seq_len are then used
-    too. Everywhere: --format NAME, --media-dir FOLDER, --dataset-dir FOLDER, --tokenizer FOLDER
-    (default: the bundled small one), --template hf|ernie_vl|ernie_vl_nothink.
+    A FILE is jsonl, json, csv, tsv, parquet or txt, a folder, a pattern, a name in
+    dataset_info.json, or for check and stats a run.yaml, whose evaluation files, formats and
+    max_seq_len are then used too. Everywhere: --format NAME, --media-dir FOLDER,
+    --dataset-dir FOLDER, --tokenizer FOLDER (default: the bundled small one),
+    --template hf|ernie_vl|ernie_vl_nothink.
 
     check    says what is wrong, where, and how to repair it; exit code 1 if there are errors.
-             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired; --html
-             writes a page of rows with pictures, findings and statistics (FILE.check.html, or
-             PATH.html); --json prints one object; --decode opens the first N pictures and ever
-             fewer of the rest (default 200); --limit shows N problems of a kind (default 20, 0:
-             all); --stage NAME also says which rows that stage cannot use.
+             --fix writes FILE.fixed.jsonl, --drop leaves out of it what cannot be repaired, --force
+             replaces one that is there; --html writes a page of rows with pictures, findings and
+             statistics (FILE.check.html, or PATH.html); --json prints one object; --decode opens
+             the first N pictures and ever fewer of the rest (default 200); --limit shows N problems
+             of a kind (default 20, 0: all); --stage NAME also says which rows that stage cannot
+             use.
              A column or key whose name begins with _ is left out on purpose; \\<image> in a text is
              the word, not a picture.
     show     prints a row as the model sees it, the trained text marked. --row is a line number, as
@@ -264,8 +267,9 @@ def _scan(inputs: _Inputs, options: Mapping[str, str], limit: int) -> Report:
 
 def _check(words: list[str], options: Mapping[str, str]) -> int:
     inputs, limit = _inputs(words, options), _number(options, "limit", 20) or sys.maxsize
-    if "drop" in options and "fix" not in options:
-        raise UsageError(say("--drop needs --fix", "--drop 须与 --fix 同用"))
+    for name in ("drop", "force"):
+        if name in options and "fix" not in options:
+            raise UsageError(say(f"--{name} needs --fix", f"--{name} 须与 --fix 同用"))
     report = _scan(inputs, options, limit)
     if "json" in options:
         print(as_json(report))
@@ -296,11 +300,11 @@ def _check(words: list[str], options: Mapping[str, str]) -> int:
 def _fix(entry: DatasetEntry, options: Mapping[str, str], limit: int, written: TextIO) -> None:
     """Write the repaired copy of a file and say what was changed."""
     counts: Counter[str] = Counter()
-    for change in fix_file(entry, options.get("media-dir", ""), "drop" in options):
+    for change in fix_file(entry, options.get("media-dir", ""), "drop" in options, "force" in options):
         counts[change.code] += 1
         if counts[change.code] <= limit:
             print(f"{entry.path}:{change.line}: {change}", file=written)
-    said = ", ".join(f"{code} {count:,}" for code, count in counts.items())
+    said = join(", ", [say(f"{COUNTED[code][0]}: {n:,}", f"{COUNTED[code][1]}：{n:,}") for code, n in counts.items()])
     target, nothing = fixed_path(entry.path), say("no row needed a change", "没有需要改动的行")
     print(say("wrote {t}: {said}", "已写入 {t}：{said}", t=target, said=said or nothing), file=written)
 

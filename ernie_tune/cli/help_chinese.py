@@ -155,18 +155,19 @@ visual_tokens=4096（每个微批）  row_tokens=600（最长的行，若小于 
 
 不加载 paddle，检查名称、类型、选项、范围与组合，本版本能否训练所要求的内容，模型能否按并行度切分，
 并指出尚不存在的文件；打印每个有效的设置及其来处。其输出本身就是可重复该训练的 YAML 文件。""",
-    "data": """ernie-tune data check FILE… [--eval FILE] [--fix [--drop]] [--json] [--html [PATH.html]]
+    "data": """ernie-tune data check FILE… [--eval FILE] [--fix [--drop] [--force]] [--json]
+                      [--html [PATH.html]]
                       [--max-seq-len N] [--decode N|all] [--limit N]
 ernie-tune data show FILE [--row N]
 ernie-tune data stats FILE… [--decode N|all]
 ernie-tune data convert FILE… --to messages|sharegpt|alpaca|pairs [--out NEW.jsonl]
-FILE 为 jsonl、json、csv、tsv 或 parquet，文件夹，通配路径，dataset_info.json 中的名称；check 与 stats
+FILE 为 jsonl、json、csv、tsv、parquet 或 txt，文件夹，通配路径，dataset_info.json 中的名称；check 与 stats
 也可用 run.yaml，并采用其中的评测文件、格式与 max_seq_len。通用：--format NAME、--media-dir FOLDER、
 --dataset-dir FOLDER、--tokenizer FOLDER（默认：自带的小分词器）、
 --template hf|ernie_vl|ernie_vl_nothink。
 
 check    指出哪里有什么问题、如何修复；有错误时退出码为 1。--fix 写出 FILE.fixed.jsonl，
-         --drop 去掉无法修复的行；--html 写出含数据行与图片、问题与统计的网页（FILE.check.html，或
+         --drop 去掉无法修复的行，--force 替换已有的文件；--html 写出含数据行与图片、问题与统计的网页（FILE.check.html，或
          PATH.html）；--json 打印一个对象；--decode 打开前 N 张图片，其余逐渐减少（默认 200）；
          --limit 每类显示 N 个问题（默认 20，0：全部）；--stage NAME 还指出该阶段不能使用的行。
          名称以 _ 开头的列或键是有意不用的；文本中的 \\<image> 指这个词，而不是图片。

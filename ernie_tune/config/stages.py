@@ -37,7 +37,7 @@ class Stage:
     @property
     def compares(self) -> bool:
         """Whether it learns from judged answers."""
-        return self.signals != ("sft",) and not self.samples
+        return "sft" not in self.signals and not self.samples
 
 
 # Names of losses on pairs; `objectives/pairwise.py` computes them.
@@ -141,11 +141,11 @@ _ALL = (
     Stage(
         "PT",
         f"{_TRAINERS}.sft:SFTTrainer",
-        ("sft",),
+        ("sft", "text"),
         samples=False,
         reference=False,
-        help="go on with pre-training",
-        help_zh="继续预训练",
+        help="go on with pre-training: learn all of plain texts, and answers in dialogues",
+        help_zh="继续预训练：学习整段纯文本，以及对话中的回答",
         rates=_TAUGHT,
     ),
     Stage(

@@ -198,6 +198,7 @@ def place_of(record: Record) -> str:
 
 
 OPEN_THOUGHT = say("a thought that never ends", "思考没有结束")
+_EMPTY_TEXT = say("an empty text", "空白文本")
 _NOTHING_LEARNT = say("no token to learn from", "没有可学习的 token")
 
 
@@ -302,7 +303,7 @@ class Encoder:
 
     def __call__(self, record: Record, dropped: Dropped) -> Sample | None:
         where = place_of(record)
-        if self._is_cut(record, dropped):
+        if self._is_void(record, dropped):
             return None
         encoded = self.processor.encode(
             record.messages,
@@ -339,9 +340,11 @@ class Encoder:
         if self.truncation != "delete" or 0 in (record.weight, self.thought_weight, self.answer_weight):
             # what is cut or weighs nothing only the tokens tell
             return self(record, dropped) is not None
-        if self._is_cut(record, dropped):
+        if self._is_void(record, dropped):
             return False
-        if not any(message["role"] == "assistant" and message.get("loss", True) for message in record.messages):
+        if not any(
+            message["role"] in ("assistant", "text") and message.get("loss", True) for message in record.messages
+        ):
             dropped.add(_NOTHING_LEARNT, where)
             return False
         if most_tokens(record, None, self.processor) <= self.max_tokens:
@@ -354,11 +357,13 @@ class Encoder:
         dropped.add(_too_long(self.max_tokens), where)
         return False
 
-    def _is_cut(self, record: Record, dropped: Dropped) -> bool:
+    def _is_void(self, record: Record, dropped: Dropped) -> bool:
+        """Whether a thought never ends, or a text holds nothing; the reason is noted."""
+        empty = record.signal == "text" and not record.messages[0]["content"].strip()
         cut = any(message.get("loss", True) and has_open_thought(message) for message in record.messages)
-        if cut:
-            dropped.add(OPEN_THOUGHT, place_of(record))
-        return cut
+        if empty or cut:
+            dropped.add(_EMPTY_TEXT if empty else OPEN_THOUGHT, place_of(record))
+        return empty or cut
 
     def collate(self, samples: Sequence[Sample]) -> MicroBatch:
         return collate(samples, self.processor.tokens)

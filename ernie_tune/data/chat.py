@@ -121,15 +121,18 @@ class ChatTemplate:
         where: str = "",
     ) -> list[Piece]:
         """Render a dialogue. Targets are the assistant turns with their closing token, unless
-        `loss` is false.
+        `loss` is false. Of a text (one message of role "text") all is a target, its end too unless
+        its `ends` is false.
 
         With `add_generation_prompt` the dialogue ends where an answer begins. Raises ValueError,
         opened by `where`, for malformed messages.
         """
-        check_messages(messages, add_generation_prompt, where)
-        think = self.thinks(messages, thinking)
         out = _Writer(self._tokens)
         out.token(BEGIN)
+        if is_text(messages):
+            return _write_text(out, messages[0], where)
+        check_messages(messages, add_generation_prompt, where)
+        think = self.thinks(messages, thinking)
         rest = list(messages)
         system = _segments(rest.pop(0).get("content"), where) if rest[0]["role"] == "system" else []
         if system or tools:
@@ -205,6 +208,18 @@ class ChatTemplate:
             out.text(call, trained)
             out.own("\n</tool_call>", trained)
         out.token(END if last else SEPARATOR, trained)
+
+
+def is_text(messages: Sequence[Message]) -> bool:
+    """Whether this is no dialogue but a text, as continued pre-training reads it."""
+    return len(messages) == 1 and messages[0].get("role") == "text"
+
+
+def _write_text(out: _Writer, message: Message, where: str) -> list[Piece]:
+    out.segments(_segments(message.get("content"), where), trained=True)
+    if message.get("ends", True):
+        out.token(END, trained=True)
+    return out.pieces
 
 
 class ReasoningSplitter:

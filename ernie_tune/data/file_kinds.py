@@ -102,12 +102,12 @@ _DELIMITERS = (",", "\t", ";", "|")
 
 
 def file_kind(path: str) -> str:
-    """ "lines", "list", "objects", "table", "parquet", "arrow" or "classes", by the first bytes of
-    a file. Raises DataError for what holds no rows.
+    """ "lines", "list", "objects", "table", "text", "parquet", "arrow" or "classes", by the first
+    bytes of a file. Raises DataError for what holds no rows.
 
     lines: one JSON object (or list of messages) a line; list: one JSON list; objects: JSON objects
     one after the other, wherever lines end, or one object with a list of rows or with columns in
-    it; classes: a folder with one sub-folder a class.
+    it; text: a .txt file that is one text; classes: a folder with one sub-folder a class.
     """
     if os.path.isdir(path):
         return "classes"
@@ -149,11 +149,14 @@ def _kind_of_text(path: str, raw: bytes) -> str:
         return "lines"
     if delimiter(path, raw) == "\t":
         return "table"
+    if path.lower().endswith(".txt"):
+        return "text"
     first = show(_readable(lines))
     named = say(f"text without rows ({first})", f"没有数据行的文本（{first}）")
     remedy = say(
-        'write each row as an object on a line of its own: {"prompt": "...", "response": "..."}',
-        '将每行写成一个对象：{"prompt": "...", "response": "..."}',
+        'write each row as an object on a line of its own: {"prompt": "...", "response": "..."}, or name the file '
+        ".txt to learn all of it (stage PT)",
+        '将每行写成一个对象：{"prompt": "...", "response": "..."}；若要学习全文（stage PT），请将文件命名为 .txt',
     )
     raise DataError(path, 1, "file", named, "foreign", {"remedy": remedy})
 

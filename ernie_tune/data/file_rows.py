@@ -49,6 +49,10 @@ def open_file(path: str) -> Rows:
         return ArrowRows(path)
     if kind == "classes":
         return ClassRows(path)
+    if kind == "text":
+        with open(path, "rb") as file:
+            text = decode(file.read().removeprefix(BOM), path, 1)
+        return MemoryRows([{"text": text}], path)
     rows = FileRows(path, kind)
     if kind == "objects" and len(rows) == 1 and (table := columns_of(rows[0])):
         return MemoryRows(table, path)

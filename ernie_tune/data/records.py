@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypedDict
 
 from ernie_tune.config.language import in_language, say
 
-# sft: messages end with the answer. prompt, verifiable: they end before it. The others: candidates
-# continue the messages.
-SIGNALS = ("sft", "prompt", "pair", "rating", "ranking", "label", "verifiable")
+# sft: messages end with the answer. prompt, verifiable: they end before it. text: the only message
+# is a text of role "text", all of which is learnt. The others: candidates continue the messages.
+SIGNALS = ("sft", "prompt", "pair", "rating", "ranking", "label", "verifiable", "text")
 MODES = ("auto", "think", "nothink")
 ROLES = ("system", "user", "assistant", "tool")
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
@@ -54,7 +54,7 @@ Media = str | bytes | tuple[str, ...]
 
 class Message(TypedDict, total=False):
     """One turn. `content` holds a tag for each image and video (`\\<image>` is the word); `loss`
-    False keeps an assistant turn out of the loss.
+    False keeps an assistant turn out of the loss; `ends` False: a text goes on in another record.
     """
 
     role: str
@@ -62,6 +62,7 @@ class Message(TypedDict, total=False):
     reasoning_content: str
     tool_calls: list[Any]
     loss: bool
+    ends: bool
 
 
 @dataclass(frozen=True)

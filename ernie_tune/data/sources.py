@@ -1,5 +1,5 @@
-"""Files of rows -> a lazy, indexable sequence of records: jsonl, json, csv, tsv, parquet; folders,
-patterns, `path#500`, dataset_info.json.
+"""Files of rows -> a lazy, indexable sequence of records: jsonl, json, csv, tsv, parquet, txt;
+folders, patterns, `path#500`, dataset_info.json.
 
 Refuses to know: what a row means (`readers/formats.py`), tokens, pixels, how data sets are mixed,
 the network.
@@ -26,6 +26,7 @@ from ernie_tune.data.records import DataError, Record, show
 
 INFO_FILE = "dataset_info.json"
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_TEXT = ".txt"  # a text each, where a folder holds no rows
 # which are then refused with what to do
 _COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")
 _SAMPLED_ROWS = 32  # read to recognise a format
@@ -121,6 +122,7 @@ _SIGNAL_WORDS = {
     "pair": ("a better and a worse answer", "较优与较差的回答"), "rating": ("scored answers", "带评分的回答"),
     "ranking": ("ranked answers", "带排序的回答"), "label": ("an answer labelled good or bad", "标注好坏的回答"),
     "verifiable": ("what checks an answer", "可检验回答的依据"),
+    "text": ("a text, all of which is learnt", "整段学习的文本"),
 }  # fmt: skip
 
 
@@ -141,6 +143,11 @@ def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: 
     name = _other_format(row, where, signals)
     hint = say(f"set train_dataset_type: {name}, which reads it so", f"设置 train_dataset_type: {name} 即可如此读取")
     nothing = say("add it, or use data of that kind", "补上该内容，或换用这类数据")
+    if record.signal == "text":
+        nothing = say(
+            "set stage: PT to learn all of the text, or name its columns prompt and response",
+            "设置 stage: PT 以学习整段文本，或将各列命名为 prompt 与 response",
+        )
     return DataError(
         where.path, where.line, "signal", found, "signal", {"options": options, "hint": hint if name else nothing}
     )
@@ -309,7 +316,7 @@ def _files(path: str, must: bool = True) -> list[str]:
     if os.path.isdir(path):
         found = _in_folder(path)
     else:
-        found = [name for name in glob.glob(path, recursive=True) if name.lower().endswith(_EXTENSIONS)]
+        found = [name for name in glob.glob(path, recursive=True) if name.lower().endswith((*_EXTENSIONS, _TEXT))]
         found = sorted(name for name in found if os.path.basename(name) != INFO_FILE)
     if must and not found:
         raise DataError(path, 0, "path", _not_found(path), "file", {})
@@ -345,7 +352,10 @@ def _in_folder(path: str) -> list[str]:
             found = [name for name in found if "train" in name.lower()]  # not the tests beside them
         if found:
             return [os.path.join(folder, name) for name in found]
-    return [path] if class_folders(path) else []
+    if class_folders(path):
+        return [path]
+    texts = (os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
+    return sorted(name for name in texts if name.lower().endswith(_TEXT))
 
 
 def _small(folder: str, name: str) -> bytes:

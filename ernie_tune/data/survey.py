@@ -22,7 +22,9 @@ SURVEYED_ROWS = 1_000_000  # of which the rest is told by what they are, not loo
 
 @dataclass
 class Survey:
-    """What a look at all rows found. `seen` rows were looked at, of `rows`."""
+    """What a look at all rows found. `seen` rows were looked at, of `rows`; `said`: what else there
+    is to say of them.
+    """
 
     rows: int = 0
     seen: int = 0
@@ -30,10 +32,13 @@ class Survey:
     dropped: Dropped = field(default_factory=Dropped)
     notes: dict[str, FileNotes] = field(default_factory=dict)  # by file
     read: dict[str, int] = field(default_factory=dict)  # rows of each file
+    said: list[Text] = field(default_factory=list)
 
     def lines(self) -> Iterator[tuple[Text, str]]:
         """(what to say, "INFO" or "WARNING")."""
         yield self._counts(), "INFO" if self.usable == self.seen else "WARNING"
+        for line in self.said:
+            yield line, "INFO"
         for line in self.dropped.lines():
             yield line, "WARNING"
         for path, notes in self.notes.items():

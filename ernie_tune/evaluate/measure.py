@@ -81,7 +81,8 @@ class Measure:
 
     def _questions(self, limit: int) -> list[Question]:
         count = min(limit, len(self.rows))
-        return [question(self.rows[i * len(self.rows) // count]) for i in range(count)]
+        drawn = (self.rows[i * len(self.rows) // count] for i in range(count))
+        return [question(record) for record in drawn if record.signal != "text"]  # a text asks nothing
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
         every = (rows[i] for i in range(len(rows)))

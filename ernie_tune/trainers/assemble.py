@@ -245,16 +245,17 @@ def load_processor(config: RunConfig, folder: str | Path) -> Processor:
     return processor.with_videos(fps=m.video_fps, max_frames=m.video_max_frames, max_pixels=m.video_max_pixels)
 
 
-def load_model(config: RunConfig) -> AutoModel:
+def load_model(config: RunConfig, tell: bool = True) -> AutoModel:
     """The weights of a folder, or fresh ones for the name of a preset; bf16 becomes float32 on the
-    CPU, and a line says so.
+    CPU, and a line says so. `tell` False: who asks says that fresh weights are taken, if they are
+    (`tell_fresh`).
     """
-    model, source = _named_model(config, empty=False)
+    model, source = _named_model(config, empty=False, tell=tell)
     fill(model, source)
     return model
 
 
-def load_base(config: RunConfig) -> ErnieModel:
+def load_base(config: RunConfig, tell: bool = True) -> ErnieModel:
     """`load_model` as an adapter's base: quantised, where the settings say so, while it is read."""
     if is_packed_base(config):
         return load_packed(Path(config.model.model_name_or_path))
@@ -263,8 +264,8 @@ def load_base(config: RunConfig) -> ErnieModel:
     if shape is not None and paddle.get_device() == "cpu":
         check_weights(shape, algorithm, free_memory())
     if algorithm == "none":
-        return load_model(config)
-    model, source = unread_model(config)
+        return load_model(config, tell)
+    model, source = unread_model(config, tell)
     read_parts(quantize_base(model, algorithm), source)
     return model
 
@@ -296,11 +297,11 @@ def is_packed_base(config: RunConfig) -> bool:
     return True
 
 
-def unread_model(config: RunConfig) -> tuple[ErnieModel, Source]:
+def unread_model(config: RunConfig, tell: bool = True) -> tuple[ErnieModel, Source]:
     """`load_model` for a rank that keeps a part: a model without values, and what they are read
     from once it lies over the ranks.
     """
-    return _named_model(config, empty=True)
+    return _named_model(config, empty=True, tell=tell)
 
 
 def model_for(config: RunConfig, place: Place) -> tuple[ErnieModel, Source | None]:
@@ -311,8 +312,8 @@ def model_for(config: RunConfig, place: Place) -> tuple[ErnieModel, Source | Non
     if is_packed_base(config):
         return load_base(config), None
     if place.several or config.compute.weight_quantize_algo != "none":
-        return unread_model(config)
-    return load_model(config), None
+        return unread_model(config, tell=False)
+    return load_model(config, tell=False), None
 
 
 def measured(config: RunConfig, place: Place, samples: Sequence[Any], source: Source | None) -> Any:
@@ -323,27 +324,40 @@ def measured(config: RunConfig, place: Place, samples: Sequence[Any], source: So
     if not samples or source is None:
         return None
     if not place.several:
-        return load_base(config)
-    model, source = unread_model(config)
+        return load_base(config, tell=False)
+    model, source = unread_model(config, tell=False)
     if config.compute.weight_quantize_algo != "none":
         quantize_base(model, config.compute.weight_quantize_algo)
     return place.put(model, source, trained=False).forward
 
 
-def _named_model(config: RunConfig, empty: bool) -> tuple[AutoModel, Source]:
+def _draws(config: RunConfig) -> bool:
+    name = config.model.model_name_or_path
+    return not Path(name).is_dir() and is_fresh(name)
+
+
+def tell_fresh(config: RunConfig) -> None:
+    """Say that the model's weights are drawn, where they are."""
+    name, seed = config.model.model_name_or_path, config.train.seed
+    if _draws(config):
+        print(
+            say(
+                f"ernie_tune: {name}: fresh weights drawn from seed {seed}",
+                f"ernie_tune：{name}：权重由种子 {seed} 随机初始化",
+            ),
+            file=sys.stderr,
+        )
+
+
+def _named_model(config: RunConfig, empty: bool, tell: bool) -> tuple[AutoModel, Source]:
     name, c = config.model.model_name_or_path, config.compute
     dtype = "float64" if c.float64 else None
     model: AutoModel
     source: Source
-    if not Path(name).is_dir() and is_fresh(name):
+    if _draws(config):
         model, source = AutoModel.undrawn(name, config.train.seed, dtype, empty)
-        print(
-            say(
-                f"ernie_tune: {name}: fresh weights drawn from seed {config.train.seed}",
-                f"ernie_tune：{name}：权重由种子 {config.train.seed} 随机初始化",
-            ),
-            file=sys.stderr,
-        )
+        if tell:
+            tell_fresh(config)
     else:
         hub = config.model.download_hub
         model, source = AutoModel.unread(name, dtype, None if hub == "none" else hub, empty=empty)

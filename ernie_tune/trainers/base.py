@@ -81,6 +81,7 @@ class Trainer:
         assemble.check_layout(self.args, model)
         self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
         plain, self._source = assemble.model_for(self.args, self.place) if model is None else (model, None)
+        self._named = model is None
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
@@ -183,7 +184,7 @@ class Trainer:
                 )
             )
         self.train_rows = sum(len(rows) for rows in sets)
-        self.rows = RowSets(self.method.more_rows(sets), held)
+        self.rows = RowSets(self.method.more_rows(sets), self.method.held_rows(held))
         self.stream = self.method.stream(self.rows)
 
     def _rows(self, data: Any) -> Sequence[Record]:
@@ -274,6 +275,8 @@ class Trainer:
         if found.finished:
             self._push(dry_run)
             return self.folder.metrics()
+        if found.checkpoint is None:
+            self._tell_fresh()
         self.put(optimizer_next=True)
         t = self.args.train
         length = self.total_steps()
@@ -333,6 +336,7 @@ class Trainer:
                     "没有评测数据（eval_dataset 为 0 行）；请设置 eval_dataset_path 或 val_size",
                 )
             )
+        self._tell_fresh()
         with self.place.watched():
             if not self._prepared:
                 self.prepare()
@@ -341,6 +345,11 @@ class Trainer:
             if answers is not None and self.place.is_writer:
                 measure.write_answers(Path(answers), asked, given)
             return metrics
+
+    def _tell_fresh(self) -> None:
+        """Say where weights are those of no training, once it is known that they are used."""
+        if self._named and self.place.is_writer:
+            assemble.tell_fresh(self.args)
 
     def measure(self) -> Measure:
         """What measures the model on held-out rows and guard sets."""

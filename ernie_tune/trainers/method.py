@@ -92,6 +92,10 @@ class Method:
         where it can make none of what is asked for."""
         return sets
 
+    def held_rows(self, held: Rows) -> Rows:
+        """The rows to measure on, as the method measures on them."""
+        return held
+
     def stream(self, rows: RowSets) -> BatchStream:
         """An endless stream of this rank's windows, at its beginning."""
         return assemble.stream_of(self.config, rows.train, self.encoder, *self.place.batch)

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
+from ernie_tune.config.stages import STAGES
+from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.mixing import Mixture
+from ernie_tune.data.processor import Processor
+from ernie_tune.data.survey import Survey
+from ernie_tune.data.texts import TextPieces, cut_note
+from ernie_tune.machine.place import Place
 from ernie_tune.train.sft import SFTObjective, TaskBalance
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.base import Trainer
@@ -20,12 +27,26 @@ class SupervisedTuning(Method):
     """Weighted likelihood of the answers in dialogues, or of texts."""
 
     stages = ("SFT", "PT")
-    signals = ("sft",)
+    signals: tuple[str, ...] = ("sft",)
+
+    def __init__(self, config: RunConfig, place: Place, processor: Processor) -> None:
+        self.signals = STAGES[config.model.stage].signals
+        self._cut: list[TextPieces] = []
+        super().__init__(config, place, processor)
+
+    def held_rows(self, held: Rows) -> Rows:
+        """The rows, texts that are too long in pieces."""
+        d = self.config.data
+        # the other strategies say what else becomes of a row that is too long
+        whole = "text" not in self.signals or d.truncation_strategy != "delete"
+        return held if whole or not len(held) else TextPieces(held, self.processor, d.max_seq_len)
 
     def more_rows(self, sets: Sequence[Rows]) -> Sequence[Rows]:
-        """The rows as they are. Raises ValueError where tasks are to be balanced that the rows do
-        not name.
+        """The rows, texts that are too long in pieces. Raises ValueError where tasks are to be
+        balanced that the rows do not name.
         """
+        sets = [self.held_rows(rows) for rows in sets]
+        self._cut = [rows for rows in sets if isinstance(rows, TextPieces)]
         balance, d = self.config.train.balance, self.config.data
         if balance != "static":
             mixture = Mixture(sets, d.train_dataset_prob or None, d.mix_strategy, seed=assemble.data_seed(self.config))
@@ -39,6 +60,11 @@ class SupervisedTuning(Method):
                     )
                 )
         return sets
+
+    def surveyed(self, stream: BatchStream) -> Survey:
+        found = super().surveyed(stream)
+        found.said += cut_note(self._cut)
+        return found
 
     def objective(self, total_steps: int, steps_per_pass: float) -> SFTObjective:
         t = self.config.train

@@ -278,6 +278,18 @@ def test_pictures_tell_rows_apart(tmp_path: Path) -> None:
     ]  # by content: a and b are the same picture
 
 
+def test_findings_about_two_rows_show_both(tmp_path: Path) -> None:
+    """Answers that part far inside are shown from shortly before."""
+    long = "The shop in the old town opens every day of the week at {} and closes late."
+    rows = [("When?", long.format("eight")), ("When?", long.format("nine")), ("A?", "b"), ("A?", "b")]
+    report = scan(write(tmp_path / "a.jsonl", [{"prompt": q, "response": a} for q, a in rows]))
+    found = {finding.code: finding.english for finding in report.findings.kept}
+    assert "found 'When?' answered '… of the week at nine and closes late.'" in found["conflict"]
+    assert "a.jsonl:1 ('… of the week at eight and closes late.')" in found["conflict"]
+    assert r"found 'A?\nb'" in found["duplicate"]
+    assert "回答为" in report.findings.kept[-1].chinese + report.findings.kept[0].chinese
+
+
 def test_labels_and_prompts_with_many_answers_do_not_conflict(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
     assert scan(write(tmp_path / "a.jsonl", rows)).findings.counts == {}

@@ -92,6 +92,13 @@ def test_copies_are_not_overwritten(tmp_path: Path) -> None:
     fix(tmp_path, GOOD.encode())
     with pytest.raises(ValueError, match="exists and is not overwritten"):
         list(fix_file(DatasetEntry(str(tmp_path / "a.jsonl"))))
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "other", "response": "row"}\n{"image": "lost.png", "prompt": "q", "response": "a"}'
+    )
+    changes = list(fix_file(DatasetEntry(str(tmp_path / "a.jsonl")), force=True))
+    assert Path(fixed_path(str(tmp_path / "a.jsonl"))).read_text(encoding="utf-8").startswith('{"prompt": "other"')
+    assert "still wrong: images: found" in str(changes[0])
+    assert "expected an existing file" in str(changes[0])
     with pytest.raises(ValueError, match="parquet"):
         list(fix_file(DatasetEntry("a.parquet")))
     assert str(RowChange(3, "repeated", {"n": 1})) == "dropped: repeats line 1"

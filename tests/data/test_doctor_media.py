@@ -56,6 +56,26 @@ def test_a_scan_that_uses_part_of_its_range_is_told(bits: int, told: bool, tmp_p
         assert "brightest of 65,535 is 4,032" in report.findings.kept[0].english
 
 
+def test_a_file_of_several_pictures_is_told(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(3)]
+    for name in ("scan.tiff", "loop.gif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        report = check(tmp_path, image=name)
+        assert dict(report.findings.counts) == {"frames": 1}
+        assert "3 pictures in one file" in report.findings.kept[0].english
+
+
+@pytest.mark.parametrize(("ink", "told"), [(255, True), (0, False)])
+def test_a_drawing_that_is_white_on_nothing_is_told(ink: int, told: bool, tmp_path: Path) -> None:
+    """Transparent pixels are white to the model: white ink on them is lost, black ink is not."""
+    pixels = np.full((32, 32, 4), (ink, ink, ink, 0), np.uint8)
+    pixels[8:24, 8:24, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "drawing.png")
+    report = check(tmp_path, image="drawing.png")
+    assert dict(report.findings.counts) == ({"blank": 1} if told else {})
+    assert (np.asarray(load_image(str(tmp_path / "drawing.png"))).min() == 255) == told
+
+
 def test_frames_without_room_for_their_time_are_an_error(tmp_path: Path) -> None:
     for side, found in ((9, {"clip_broken": 1}), (10, {})):
         Image.new("RGB", (30, side)).save(tmp_path / "a.png")

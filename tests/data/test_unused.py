@@ -4,18 +4,21 @@ what training would miss is an error.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from ernie_tune.data.batching import Dropped, Encoder
 from ernie_tune.data.chat import ChatTemplate
 from ernie_tune.data.doctor.scan import Report, Scan
 from ernie_tune.data.doctor.show import show_record
+from ernie_tune.data.media.images import load_image
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers.formats import match, read
 from ernie_tune.data.readers.row import Where
@@ -120,6 +123,49 @@ def test_a_picture_in_the_source_of_a_part_is_read() -> None:
     ):
         record = load(asked(content=[{"type": "image", "source": source}, {"type": "text", "text": "q"}]))
         assert (record.images, record.meta.unused) == ((image,), ())
+
+
+SPELLINGS = {
+    "bare": lambda text: text,
+    "in lines": lambda text: "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+    "for URLs": lambda text: text.replace("+", "-").replace("/", "_"),
+    "unpadded": lambda text: text.rstrip("="),
+    "with a scheme": lambda text: f"base64://{text}",
+    "Python's bytes": lambda text: f"b'{text}'",
+    "an object": lambda text: {"base64": text},
+    "JSON's bytes": lambda text: {"bytes": text, "path": None},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_base64_is_read_however_it_is_written(format: str, spelling: str, tmp_path: Path) -> None:
+    if not features.check("avif") and format == "AVIF":
+        pytest.skip("pillow without AVIF")
+    stream = io.BytesIO()
+    Image.new("RGB", (28, 28), (200, 30, 251)).save(stream, format)
+    raw = stream.getvalue()
+    row = {"question": "q", "answer": "a", "image": SPELLINGS[spelling](base64.b64encode(raw).decode())}
+    (medium,) = load(row).images
+    assert isinstance(medium, str)
+    assert base64.b64decode(medium.removeprefix("data:application/octet-stream;base64,"), validate=True) == raw
+    assert load_image(medium).size == (28, 28)
+    assert dict(check(tmp_path, row).findings.counts) == {}
+
+
+def test_a_clip_in_base64_is_read() -> None:
+    clip = base64.b64encode(b"\0\0\0\x20ftypisom" + bytes(range(60))).decode()
+    assert load({"question": "q", "answer": "a", "video": clip}).videos == (
+        f"data:application/octet-stream;base64,{clip}",
+    )
+
+
+def test_base64_of_something_else_is_called_so(tmp_path: Path) -> None:
+    """What is too long for a path is not looked for as a file; what may be one is."""
+    for text, code in ((base64.b64encode(b"hello world" * 50).decode(), "media_broken"), ("a" * 60, "media_missing")):
+        report = check(tmp_path, {"question": "q", "answer": "a", "image": text})
+        assert dict(report.findings.counts) == {code: 1}
+    assert load({"question": "q", "answer": "a", "signature": "QUJD" * 100}).meta.unused == ("signature",)
 
 
 def test_two_columns_agree_or_are_refused() -> None:

@@ -449,6 +449,24 @@ def test_dropped_rows_are_told(tmp_path: Path, capsys: Any) -> None:
     assert "Total optimization steps = 5" in said, "nine of twelve rows fit, two a step"
 
 
+def test_texts_are_learnt_whole_and_held_out_ones_measured(tmp_path: Path, capsys: Any) -> None:
+    """The held-out texts are 81 tokens long, far more than fit: they are measured in pieces, and
+    nothing is asked of them.
+    """
+    texts = [{"text": "the sea is deep and wide " * 8 + str(i)} for i in range(4)]
+    data, held = (write_rows(tmp_path / name, rows) for name, rows in (("t.jsonl", texts), ("h.jsonl", texts[:2])))
+    many = {"stage": "PT", "max_seq_len": 32, "per_device_train_batch_size": 4, "max_steps": 6}
+    out = train(tmp_path, train_dataset_path=data, eval_dataset_path=held, **many)
+    said = capsys.readouterr().out
+    assert "4 texts longer than max_seq_len: learnt in" in said
+    assert "dropped" not in said
+    assert read(out / "eval_results.json")["eval_loss"] < read(out / "before.json")["metrics"]["eval_loss"] - 0.1
+    assert read(out / "before.json")["answers"] == []
+    assert "before_after.html" not in names(out)
+    with pytest.raises(ValueError, match="set stage: PT"):
+        train(tmp_path, train_dataset_path=data, output_dir=str(tmp_path / "sft"))
+
+
 def test_lora_plus_reaches_the_optimizer(tmp_path: Path) -> None:
     rate = 1e-3
     data = write_rows(tmp_path / "one.jsonl", [text_row(3)])

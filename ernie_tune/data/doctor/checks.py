@@ -33,6 +33,7 @@ CHECKS = {
     "empty_answer": _Check("error", "an answer", "write it, or drop the row (--fix drops it)", "非空的回答", "补写回答，或删去该行（--fix 会删去）"),
     "unanswered": _Check("error", "an answer to learn, or what judges one", "add it as the last turn or in an answer column; questions alone are for --stage RLVR or PPO", "要学习的回答，或评判回答的依据", "补上最后一轮或回答列；仅有问题的数据请加 --stage RLVR 或 PPO"),
     "no_question": _Check("note", "a question to each picture", "nothing to do: the same question is asked of each; add a question column to ask otherwise", "每张图片都有问题", "可不处理：对每张图片提同一问题；如需其他问题请添加 question 列"),
+    "empty_text": _Check("warning", "a text", "drop the row: it is not trained", "非空的文本", "删去该行：不会用于训练"),
     "mute_answer": _Check("warning", "words", "write the answer out, or drop the row", "文字", "补写回答，或删去该行"),
     "padded_answer": _Check("warning", "no space around the answer", "strip it (--fix does)", "首尾无空白的回答", "去掉首尾空白（--fix 会处理）"),
     "empty_prompt": _Check("warning", "a question or a picture", "write the question, or drop the row", "问题或图片", "补写问题，或删去该行"),
@@ -49,6 +50,8 @@ CHECKS = {
     "clip_package": _Check("error", "the package PyAV, which training needs too", "pip install av", "已安装 PyAV（训练同样需要）", "pip install av"),
     "turned": _Check("warning", "pictures stored the way they are seen", "save them turned (ImageOps.exif_transpose), boxes too: the model sees them as they are stored", "按所见方向存储的图片", "旋转后另存（ImageOps.exif_transpose），标注框同样处理：模型看到的是存储方向"),
     "dim": _Check("warning", "16-bit pictures that use their range", "rescale them to 8 bits: only the upper byte of 16 reaches the model", "用满范围的 16 位图片", "重新缩放为 8 位：模型只看到 16 位中的高位字节"),
+    "frames": _Check("warning", "one picture a file", "give it as a clip (videos), or save the pages that matter as files of their own: the model sees the first one alone", "每个文件一张图片", "作为视频（videos）给出，或将需要的页另存为单独文件：模型只看到第一张"),
+    "blank": _Check("warning", "pictures with something to see on white", "save them on a background that shows them: transparent pixels are white to the model", "在白底上可见的图片", "换成能看清内容的底色后另存：模型看到的透明像素为白色"),
     "duplicate": _Check("warning", "a row unlike {other}", "drop one (--fix does)", "与 {other} 不同的行", "删去其一（--fix 会处理）"),
     "near_duplicate": _Check("warning", "a row that differs more from {other}", "keep one, or leave them on purpose", "与 {other} 差异更大的行", "保留其一，或确认有意为之"),
     "conflict": _Check("warning", "the answer of {other}, since the question is the same", "make them agree, or drop one", "与 {other} 相同的回答，因为问题相同", "统一回答，或删去其一"),
@@ -204,6 +207,8 @@ def check_record(record: Record) -> Iterator[Finding]:
             yield found("mute_answer", name, show(text))
         elif turn["content"] != turn["content"].strip():
             yield found("padded_answer", name, show(turn["content"]))
+    if record.signal == "text" and not record.messages[0]["content"].strip():
+        yield found("empty_text", "text", show(record.messages[0]["content"]))
     for i, turn in enumerate(record.messages):
         if turn["role"] == "user" and not turn["content"].strip():
             yield found("empty_prompt", f"messages[{i}]", show(turn["content"]))

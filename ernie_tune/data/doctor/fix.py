@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ernie_tune.config.language import say
-from ernie_tune.data.doctor.checks import CHECKS, check_record
+from ernie_tune.config.language import Text, join, say
+from ernie_tune.data.doctor.checks import Finding, check_record
 from ernie_tune.data.doctor.media import Pictures
 from ernie_tune.data.doctor.rows import JsonLines
 from ernie_tune.data.doctor.scan import DataFile
@@ -40,6 +40,18 @@ CHANGES = {
 }
 
 
+COUNTED = {
+    "comma": ("trailing commas removed", "删去多余逗号"),
+    "tag": ("tags added", "补上标记"),
+    "stripped": ("answers stripped", "去掉首尾空白"),
+    "no_answer": ("rows without an answer dropped", "删去无回答的行"),
+    "empty": ("rows without fields dropped", "删去无字段的行"),
+    "repeated": ("repeated rows dropped", "删去重复的行"),
+    "dropped": ("wrong rows dropped", "删去错误的行"),
+    "kept": ("wrong rows kept", "保留仍有错误的行"),
+}
+
+
 class RowChange(NamedTuple):
     """What was done to the row of a line."""
 
@@ -57,9 +69,10 @@ def fixed_path(path: str) -> str:
     return os.path.splitext(path)[0] + ".fixed.jsonl"
 
 
-def fix_file(entry: DatasetEntry, media_dir: str = "", drop: bool = False) -> Iterator[RowChange]:
+def fix_file(entry: DatasetEntry, media_dir: str = "", drop: bool = False, force: bool = False) -> Iterator[RowChange]:
     """Write FILE.fixed.jsonl beside a file while the changes are taken. With `drop`, rows that stay
-    wrong are left out.
+    wrong are left out; with `force`, a copy that is there gives way to the new one once that is
+    whole.
 
     Raises DataError for files that cannot be read, ValueError where the copy exists already or the
     file is no text.
@@ -72,11 +85,11 @@ def fix_file(entry: DatasetEntry, media_dir: str = "", drop: bool = False) -> It
             )
         )
     target = fixed_path(entry.path)
-    if os.path.exists(target):
+    if os.path.exists(target) and not force:
         raise ValueError(
             say(
-                f"{target} exists and is not overwritten; remove or rename it",
-                f"{target} 已存在，不会覆盖；请删除或改名",
+                f"{target} exists and is not overwritten; remove or rename it, or add --force",
+                f"{target} 已存在，不会覆盖；请删除或改名，或加上 --force",
             )
         )
     file = DataFile(entry, media_dir)
@@ -116,14 +129,14 @@ class _Fixer:
         if isinstance(row, DataError):
             row = self._parse_again(line, offset, row)
         if isinstance(row, DataError):
-            return self._give_up(line, offset, row, str(row.fix))
+            return self._give_up(line, offset, row, say(row.fix, row.fix_zh))
         if not any(value not in (None, "", [], {}) for value in row.values()):
             self._say(line, "empty")
             return None
         try:
             mended, problem = self._mend_fields(line, dict(row))
         except RecursionError:
-            return self._give_up(line, offset, before, "values nested too deeply")
+            return self._give_up(line, offset, before, say("values nested too deeply", "值的嵌套过深"))
         if mended is None:
             return None
         if problem:
@@ -135,7 +148,7 @@ class _Fixer:
             return None
         return self._raw(offset) if mended == before and isinstance(self._file.source, JsonLines) else _dump(mended)
 
-    def _mend_fields(self, line: int, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    def _mend_fields(self, line: int, row: dict[str, Any]) -> tuple[dict[str, Any] | None, Text | None]:
         """(the row after repairs or None to drop it, what is still wrong with it)."""
         for _ in range(_TRIES):
             try:
@@ -143,22 +156,29 @@ class _Fixer:
             except DataError as error:
                 tagged = self._add_tags(line, row, error)
                 if tagged is None:
-                    return row, f"{error.field}: {error.found}, {error.fix}"
+                    return row, say(
+                        "{field}: {found}, {fix}",
+                        "{field}：{found}，{fix}",
+                        field=error.field,
+                        found=error.found,
+                        fix=say(error.fix, error.fix_zh),
+                    )
                 row = tagged
                 continue
-            codes = [finding.code for finding in check_record(record)]
+            found = list(check_record(record))
+            codes = [finding.code for finding in found]
             if "empty_answer" in codes:
                 self._say(line, "no_answer")
-                return None, ""
+                return None, None
             stripped = _strip_answers(row, record) if "padded_answer" in codes else row
             if stripped != row:
                 self._say(line, "stripped")
                 row = stripped
                 continue
-            wrong = [code for code in codes if CHECKS[code].severity == "error"]
-            wrong += [finding.code for finding in self._pictures.check(record)]
-            return row, ", ".join(dict.fromkeys(wrong))
-        return row, "several mistakes"
+            found += self._pictures.check(record)
+            wrong = {one.code: _problem_of(one) for one in found if one.severity == "error"}
+            return row, join(", ", [*wrong.values()]) if wrong else None
+        return row, say("several mistakes", "有多处错误")
 
     def _add_tags(self, line: int, row: dict[str, Any], error: DataError) -> dict[str, Any] | None:
         """The row with the media tags that it lacks before its first question, or None where that
@@ -192,7 +212,7 @@ class _Fixer:
         self._say(line, "comma")
         return row
 
-    def _give_up(self, line: int, offset: int, row: Mapping[str, Any] | DataError, why: str) -> bytes | None:
+    def _give_up(self, line: int, offset: int, row: Mapping[str, Any] | DataError, why: Text) -> bytes | None:
         lines = isinstance(self._file.source, JsonLines)
         # a broken csv row has no place in a jsonl file
         if self._drop or (isinstance(row, DataError) and not lines):
@@ -208,6 +228,17 @@ class _Fixer:
 
     def _say(self, line: int, code: str, **params: object) -> None:
         self._changes.append(RowChange(line, code, params))
+
+
+def _problem_of(finding: Finding) -> Text:
+    """What is wrong, and what was expected, in words."""
+    return say(
+        "{field}: found {found}, expected {wanted}",
+        "{field}：实际为 {found}，应为 {wanted}",
+        field=finding.field,
+        found=finding.found,
+        wanted=say(finding.expected, finding.expected_zh),
+    )
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:

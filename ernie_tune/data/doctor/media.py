@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.data.doctor.checks import Finding
 from ernie_tune.data.media.images import ImageSettings, decode_errors, describe, open_image, open_source, to_rgb
 from ernie_tune.data.media.video import VideoSettings, video_grid
@@ -29,6 +29,7 @@ from ernie_tune.models.inputs import feature_count
 _MARKER_TOKENS = 2  # around the placeholders of one picture
 _REMEMBERED_FILES = 100_000
 _ORIENTATION = 0x0112  # of EXIF: 1 is upright
+_FLAT = 8  # of 255: less than this between dark and bright is nothing to see
 _DIM = 1 << 14  # a 16-bit picture below a quarter of its range is nearly black to the model
 
 
@@ -84,7 +85,7 @@ class Pictures:
             if why:
                 yield Finding.of("media_broken", path, line, field, show(source), why=why)
             for code, found in odd:
-                count, first = self.odd.get(code, (0, Finding.of(code, path, line, field, f"{show(source)}: {found}")))
+                count, first = self.odd.get(code, (0, Finding.of(code, path, line, field, _told(source, found))))
                 self.odd[code] = count + 1, first
 
     def _open_clip(self, source: Media, path: str, line: int) -> Iterator[Finding]:
@@ -124,7 +125,7 @@ class Pictures:
             self._step *= 2
         return self.decode > 0 and self.seen % self._step == 0
 
-    def _open(self, source: Media) -> tuple[str, list[tuple[str, str]]]:
+    def _open(self, source: Media) -> tuple[str, list[tuple[str, Text]]]:
         """Decode a picture and note its size; returns what is wrong with it, and what is
         strange.
         """
@@ -132,12 +133,12 @@ class Pictures:
             return "", []
         self.opened += 1
         label = describe("image", source, "")
-        odd: list[tuple[str, str]] = []
+        odd: list[tuple[str, Text]] = []
         try:
             with open_source(source, label) as stream:
                 picture = open_image(stream, label)
                 image = to_rgb(picture, label)
-                odd = list(_oddities(picture))
+                odd = list(_oddities(picture, image))
                 self.settings.target_size(image.height, image.width)
                 if self.decode is None and isinstance(source, str):
                     stream.seek(0)
@@ -149,16 +150,30 @@ class Pictures:
         return "", odd
 
 
-def _oddities(picture: Image.Image) -> Iterator[tuple[str, str]]:
-    """(code, what) of a decoded picture that people see otherwise than the model."""
+def _told(source: Media, found: Text) -> Text:
+    return say("{source}: {found}", "{source}：{found}", source=show(source), found=found)
+
+
+def _oddities(picture: Image.Image, seen: Image.Image) -> Iterator[tuple[str, Text]]:
+    """(code, what) of a decoded picture that people see otherwise than the model, which sees
+    `seen`.
+    """
     with decode_errors("image"):
         turn = picture.getexif().get(_ORIENTATION, 1)
+        frames = getattr(picture, "n_frames", 1)
     if turn in range(2, 9):
-        yield "turned", f"EXIF orientation {turn}"
+        yield "turned", say(f"EXIF orientation {turn}", f"EXIF 方向为 {turn}")
+    if frames > 1:
+        yield "frames", say(f"{frames:,} pictures in one file", f"一个文件中有 {frames:,} 张图片")
+    if ("A" in picture.getbands() or "transparency" in picture.info) and all(
+        high - low < _FLAT
+        for low, high in seen.getextrema()  # type: ignore[misc, has-type]
+    ):
+        yield "blank", say("one colour where transparent pixels are white", "透明像素变为白色后只剩一种颜色")
     if picture.mode.startswith("I;16"):
         brightest = int(np.asarray(picture).max())
         if brightest < _DIM:
-            yield "dim", f"brightest of 65,535 is {brightest:,}"
+            yield "dim", say(f"brightest of 65,535 is {brightest:,}", f"65,535 级中最亮为 {brightest:,}")
 
 
 def image_tokens(size: tuple[int, int], settings: ImageSettings) -> int:

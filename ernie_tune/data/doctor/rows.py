@@ -304,6 +304,8 @@ def _is_idle(value: object) -> bool:
 def _reader_of(known: frozenset[str], form: str, orders: set[tuple[str, ...]]) -> _Reader | None:
     """The reader of rows of this format that have these fields and no others that matter."""
     queries, others = sorted(known & set(QUERIES)), sorted(known - set(QUERIES))
+    if form == "text" and not queries and len(others) == 1:
+        return _plain_text_reader(others[0])
     if form in ("messages", "sharegpt") and not queries and len(others) == 1 and others[0] in DIALOGUES:
         return _dialogue_reader(others[0], orders)
     if queries == ["input", "instruction"]:
@@ -338,6 +340,16 @@ def _dialogue_reader(field: str, orders: set[tuple[str, ...]]) -> _Reader:
             if not all(map(_plain_answer, texts[-3:0:-2])):
                 return None
         return (prompt, answer, "", (), "sft", "") if _plain(prompt) and _plain_answer(answer) else None
+
+    return read
+
+
+def _plain_text_reader(field: str) -> _Reader:
+    """Rows of one text, all of which is learnt."""
+
+    def read(row: Any) -> Facts | None:
+        text = row[field]
+        return (text, "", "", (), "text", "") if _plain(text) else None
 
     return read
 

@@ -38,6 +38,7 @@ from ernie_tune.data.sources import DatasetEntry, rename, signal_error
 
 DECODED = 200  # pictures that are opened unless more or fewer are asked for
 _SNIFFED_ROWS = 32
+_BEFORE = 20  # characters shown before two texts part
 _COMPARED = 400  # pairs of nearly equal rows that are read again to make sure
 # parts of a place
 _LINE, _TAUGHT, _EVAL = np.uint64((1 << 40) - 1), np.uint64(1 << 40), np.uint64(1 << 41)
@@ -244,6 +245,8 @@ class Scan:
         """Complain about a row that is too long. What cannot be measured has been complained about,
         or is a clip that needs a package.
         """
+        if record.signal == "text":
+            return  # a long one is learnt in pieces
         tokens = count_tokens(record, self._processor)
         where = record.meta.path, record.meta.line
         if tokens > self._max_tokens:
@@ -316,10 +319,12 @@ class Scan:
         first_k, shown_k = first_k[order], later_k[order]
 
         def findings() -> Iterator[Finding]:
-            places = zip(self._places(shown_k), self._places(first_k), self._read(shown_k), strict=True)
-            for (file, line), (other, other_line), facts in places:
-                params = {"other": f"{other.path}:{other_line}"}
-                yield Finding.of(code, file.path, line, "row", show(facts[0]), **params)
+            places = zip(self._places(shown_k), self._places(first_k), strict=True)
+            rows = zip(self._read(shown_k), self._read(first_k), strict=True)
+            for ((file, line), (other, other_line)), (facts, first) in zip(places, rows, strict=True):
+                found, differs = _shown_rows(code, facts, first)
+                params = {"other": f"{other.path}:{other_line}{differs}"}
+                yield Finding.of(code, file.path, line, "row", found, **params)
 
         self._findings.add_all(findings(), len(later_k) if total is None else total, code)
 
@@ -339,6 +344,28 @@ class Scan:
     def _known(self, facts: Facts) -> Facts:
         """The same with media as they are compared."""
         return (*facts[:3], self._pictures.identity(facts[3]), *facts[4:])
+
+
+def _shown_rows(code: str, row: Facts, first: Facts) -> tuple[str, str]:
+    """(what a row says, how the one before it differs) for a finding about the two: question and
+    answer, where they part.
+    """
+    if code in ("prompt_overlap", "conflict"):
+        answer, other = _parting(row[1], first[1])
+        found = say(
+            "{question} answered {answer}", "{question} 的回答为 {answer}", question=show(row[0]), answer=answer
+        )
+        return found, f" ({other})"
+    whole = ["\n".join(filter(None, facts[:3])) for facts in (row, first)]
+    found, other = _parting(*whole)
+    return found, f" ({other})" if code.startswith("near_") else ""
+
+
+def _parting(one: str, other: str) -> tuple[str, str]:
+    """Two texts as they are shown, from shortly before where they part, if that is far inside."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = at - _BEFORE if at > _BEFORE * 2 and one != other else 0
+    return show("…" * bool(start) + one[start:]), show("…" * bool(start) + other[start:])
 
 
 @contextmanager

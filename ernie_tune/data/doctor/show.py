@@ -42,7 +42,7 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
     pair = record.signal == "pair"
     for i, (messages, images, videos) in enumerate(dialogues):
         judged = (("chosen", "rejected")[i] if pair else f"answer {i + 1} of {count}") if count else record.signal
-        generates = messages[-1]["role"] != "assistant"
+        generates = messages[-1]["role"] not in ("assistant", "text")
         cut = any(message.get("loss", True) and has_open_thought(message) for message in messages)
         encoded = processor.encode(
             messages,

@@ -35,7 +35,7 @@ from ernie_tune.data.readers.fields import (
     read_dialogue,
     read_flag,
 )
-from ernie_tune.data.readers.media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES
+from ernie_tune.data.readers.media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES, suffix_kind
 from ernie_tune.data.readers.preference import (
     read_canonical,
     read_labelled,
@@ -44,7 +44,7 @@ from ernie_tune.data.readers.preference import (
     read_verifiable,
 )
 from ernie_tune.data.readers.unused import check_unused
-from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Verifier, show
+from ernie_tune.data.records import DataError, Message, Meta, Record, Reward, Verifier, as_words, show
 
 
 def read_sft(f: Fields) -> Record:
@@ -70,9 +70,29 @@ def read_classification(f: Fields) -> Record:
     return finish(f, "sft", turns, reward=Reward(answer, (Verifier("exact"),)))
 
 
+# Where texts that are not about a question stand: web and code corpora.
+TEXTS = ("text", "content", "raw_content", "document")
 PICTURE_ANSWERS = ("label", "class", "category", "caption", "description", "text")
 _PICTURE_QUESTIONS = {"label": "What is this?", "class": "What is this?", "category": "What is this?"}
 _DESCRIBE = "Describe the picture."
+
+
+def read_text(f: Fields) -> Record:
+    """A text alone, all of which is learnt: what continued pre-training reads. A list of texts
+    (PaddleFormers) is one text of several lines. Its tags are words.
+    """
+    name = f.name(*TEXTS)
+    value = f.take(name)
+    parts = value if isinstance(value, list) else [value]
+    text = as_words("\n".join(f.typed(name, part, str) for part in parts))
+    row_id = f.take("id")
+    return Record(
+        "text",
+        ({"role": "text", "content": text},),
+        domain=f.text("domain", "task", "channel") if f.has("domain", "task", "channel") else "",
+        weight=f.number_or(1.0, "weight", 0.0),
+        id=f"{f.where.path}:{f.where.line}" if row_id is None else str(row_id),
+    )
 
 
 def read_picture(f: Fields) -> Record:
@@ -227,7 +247,7 @@ class Format(NamedTuple):
 # Every field that some reader takes, but those of plain rows of texts.
 SPECIAL_FIELDS = frozenset(
     (
-        *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers",
+        *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers", "raw_content", "document",
         *(f"{side}_{name}" for side in ("chosen", "rejected") for names in MEDIA_NAMES for name in names),
         "class", "category", "caption", "description", "history", "tools", "mode", "weight", "domain", "task", "channel", "score", "scores", "rating", "ratings", "scale",
         "margin", "confidence", "order", "ranking", "ranks", "label", "kto_tag", "responses", "candidates", "reward",
@@ -239,6 +259,7 @@ SPECIAL_FIELDS = frozenset(
 PLAIN_FIELDS = frozenset((*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected", "id")) - SPECIAL_FIELDS
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[\s\-]+")
 
+_FILES = frozenset(FILE_NAMES)
 _ASKED = (*DIALOGUES, *QUERIES)
 _CHECKED = ("solution", "ground_truth", "verifiers", "reward", "reward_model", "evidence")
 _ORDERED = ("order", "ranking", "ranks", "responses.rank")
@@ -265,6 +286,7 @@ FORMATS = (
     Format("classification", (("text",), ("label",)), read_classification),
     Format("prompt", (QUERIES,), read_prompt),
     Format("pictures", ((*IMAGE_NAMES, *FILE_NAMES), PICTURE_ANSWERS), read_picture),
+    Format("text", (TEXTS,), read_text),
 )
 
 
@@ -320,8 +342,11 @@ def nearest_name(name: str) -> str:
 
 
 def match(row: Mapping[str, Any], formats: Sequence[Format] = FORMATS) -> Format | None:
-    """The first format whose fields the row has."""
+    """The first format whose fields the row has. The name of a file tells nothing unless it is that
+    of a picture or a clip.
+    """
     keys = {str(key) for key, value in row.items() if value is not None}
+    keys -= {name for name in keys & _FILES if not isinstance(row[name], str) or suffix_kind(row[name]) is None}
     for key, value in row.items():
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, dict):
@@ -350,7 +375,7 @@ def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> Da
     """
     keys = {str(key) for key, value in row.items() if value is not None}
     met = {form.name: sum(not keys.isdisjoint(group) for group in form.needs) / len(form.needs) for form in formats}
-    usual = ("prompt_response", "messages", "classification", "pictures")
+    usual = ("prompt_response", "messages", "classification", "pictures", "text")
     order = [*usual, *(form.name for form in formats if form.name not in usual)]
     by_name = {form.name: form for form in formats}
     near = sorted((name for name in order if name in by_name), key=lambda name: -met[name])[:2]

@@ -6,6 +6,7 @@ Refuses to know: formats of rows, whether a file exists as a picture, pixels.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ VIDEO_NAMES = (
     "clip", "clips", "clip_path", "movie",
 )  # fmt: skip
 # Names that say only that there is a file: what its name ends with tells of what kind.
+_ENCODED = ("bytes", "data", "base64", "b64", "b64_json")  # keys of an object whose value is encoded
 FILE_NAMES = ("file_name", "filename", "file", "file_path", "filepath", "path")
 MEDIA_NAMES = (IMAGE_NAMES, VIDEO_NAMES)
 TAGS = (IMAGE_TAG, VIDEO_TAG)
@@ -51,13 +53,38 @@ IMAGE_SUFFIXES = (
 )
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp")
 SUFFIXES = (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
-# How the base64 of a PNG, JPEG, GIF, RIFF (WebP), TIFF and BMP begins.
-_BASE64 = re.compile(r"(?:iVBORw0KGg|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-9A-Za-z+/]{2})[A-Za-z0-9+/\s]{32,}={0,2}\s*")
+_PLAIN = str.maketrans("-_", "+/")  # base64 as URLs have it
+# What may stand around base64 that is no data: URL: OpenCompass's and ours, Python's repr of bytes.
+_WRAPPED = re.compile(r"(?:base64://|base64,|b(?P<quote>['\"]))(.*?)(?(quote)(?P=quote))\s*", re.DOTALL)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
+# The first bytes of a PNG, JPEG, GIF, WebP and AVI, TIFF, BMP, JPEG 2000, Matroska, FLV; MP4 and
+# AVIF say so after four bytes.
+_MAGIC = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM"),
+    *(b"\0\0\0\x0cjP  ", b"\x1aE\xdf\xa3", b"FLV"),
+)
+_NO_PATH_CHARACTERS = 256  # without a dot: longer than a file's name may be
 
 
-def is_base64_picture(text: str) -> bool:
-    """Whether a text is an encoded picture without the head of a data: URL."""
-    return len(text) >= 40 and text[:2] in ("iV", "/9", "R0", "Uk", "SU", "TU", "Qk") and bool(_BASE64.fullmatch(text))
+def as_data_url(text: str, sure: bool = False) -> str | None:
+    """A text that is an encoded picture or clip without the head of a data: URL, as one; None for
+    any other text. Unless one must be `sure`, base64 that is too long for a path counts too, so
+    that whoever opens it says what is wrong.
+    """
+    if len(text) < 40:
+        return None
+    wrapped = _WRAPPED.fullmatch(text) if text[:1] == "b" else None
+    text = wrapped[2] if wrapped else text
+    if "." in text[:80] or not _BASE64.fullmatch(text):
+        return None
+    plain = "".join(text.split()).rstrip("=").translate(_PLAIN)
+    if len(plain) % 4 == 1:
+        return None
+    head = base64.b64decode(plain[:16])
+    known = head.startswith(_MAGIC) or head[4:8] == b"ftyp"
+    if not known and (sure or not (wrapped or len(text) >= _NO_PATH_CHARACTERS)):
+        return None
+    return f"data:application/octet-stream;base64,{plain}{'=' * (-len(plain) % 4)}"
 
 
 def suffix_kind(text: str) -> int | None:
@@ -121,20 +148,19 @@ def read_medium(f: Fields, kind: int, field: str, value: Any) -> Media:
     """
     if isinstance(value, dict):
         row = f.nested(field, value)
-        value = row.take("bytes", "data", "url", "path", "image", "video")
+        value = row.take(*_ENCODED, "url", "path", "image", "video")
         row.use(
-            "bytes", "url", "path", "type", "media_type"
+            "bytes", "url", "path", "type", "media_type", "detail"
         )  # the last two: Anthropic's {"type": "base64", "media_type", "data"}
         if value is None:
             raise row.missing("path", "url", "bytes")
-        if (
-            isinstance(value, str) and row.has("bytes", "data") and value[:5] != "data:"
-        ):  # JSON has no bytes, so they come as base64
-            return f"data:application/octet-stream;base64,{value}"
+        if isinstance(value, str) and row.has(*_ENCODED) and value[:5] != "data:":
+            # JSON has no bytes, so they come as base64
+            return as_data_url(value) or f"data:application/octet-stream;base64,{value}"
     if kind == 1 and isinstance(value, list):
         return tuple(cast(str, read_medium(f, 0, field, frame)) for frame in value)
-    if isinstance(value, str) and is_base64_picture(value):
-        return f"data:application/octet-stream;base64,{''.join(value.split())}"
+    if isinstance(value, str) and (url := as_data_url(value)):
+        return url
     # pictures of Pillow and arrays of numpy too
     if isinstance(value, bytes) or hasattr(value, "__array_interface__"):
         return cast("Media", value)

@@ -24,7 +24,7 @@ from ernie_tune.data.readers.fields import (
     read_flag,
 )
 from ernie_tune.data.readers.media import MEDIA_NAMES, read_columns
-from ernie_tune.data.records import SIGNALS, Media, Record, Reward, Verifier, show
+from ernie_tune.data.records import SIGNALS, Media, Message, Record, Reward, Verifier, show
 
 _ANSWER = Turn({"role": "assistant", "content": ""})
 DEFAULT_SCALE = (1.0, 5.0)  # of ratings, where a row names none
@@ -279,7 +279,21 @@ def read_sft_signal(f: Fields) -> Record:
     return finish(f, "sft", turns)
 
 
+def read_text_signal(f: Fields) -> Record:
+    """Our own form of a text, as `convert` writes it: one message of role "text"."""
+    messages = f.items("messages")
+    f.same_length("messages", messages, 1, "row of signal text")
+    row = f.nested("messages[0]", messages[0])
+    if row.text("role") != "text":
+        raise row.error("choice", "role", show(row.row["role"]), options="text")
+    message: Message = {"role": "text", "content": row.text("content")}
+    if row.has("ends"):
+        message["ends"] = read_flag(row, "ends")
+    return Record("text", (message,), weight=f.number_or(1.0, "weight", 0.0), id=str(f.take("id") or ""))
+
+
 _CANONICAL = {
+    "text": read_text_signal,
     "sft": read_sft_signal,
     "prompt": lambda f: finish(f, "prompt", read_dialogue(f)),
     "pair": read_pair,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ernie_tune.data.readers.fields import THOUGHTS
-from ernie_tune.data.readers.media import KIND_NAMES, base_name, is_base64_picture, suffix_kind
+from ernie_tune.data.readers.media import KIND_NAMES, as_data_url, base_name, suffix_kind
 from ernie_tune.data.readers.row import Fields, read_list
 from ernie_tune.data.records import Media, Record, show
 
@@ -156,7 +156,7 @@ def _text_medium(key: str, text: str) -> str:
     if text[:5].lower() == "data:":
         kind = text[5:11].lower()
         return {"image/": "image", "video/": "video", "audio/": _SOUNDS}.get(kind, "")
-    if is_base64_picture(text):
+    if as_data_url(text, sure=True):
         return "image"
     if len(text) > 1024 or "\n" in text:
         return ""
