@@ -11,7 +11,7 @@ from typing import Any
 
 import paddle
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import join, say
 from ernie_tune.data.batching import THINKING, Dropped, Encoder, Sample, collate
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.processor import Processor
@@ -53,9 +53,9 @@ def nothing_to_measure(dropped: Dropped) -> ValueError:
     """What is raised where no held-out row can be used: a mean would be a number about nothing."""
     return ValueError(
         say(
-            "evaluation rows must hold one that can be measured: "
-            f"{'; '.join(dropped.lines()) or 'there is none'}; raise max_seq_len or change them",
-            f"评测数据中没有可用的行：{'; '.join(dropped.lines()) or 'there is none'}；请调大 max_seq_len，或更换数据",
+            "evaluation rows must hold one that can be measured: {why}; raise max_seq_len or change them",
+            "评测数据中没有可用的行：{why}；请调大 max_seq_len，或更换数据",
+            why=join("; ", dropped.lines()) if dropped.count else say("there is none", "没有数据"),
         )
     )
 

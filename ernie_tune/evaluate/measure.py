@@ -267,7 +267,7 @@ class Measure:
             for path, rows in sets.items()
         }
         for line in dropped.lines():
-            log.info(say(f"guard sets: {line}", f"守护数据集：{line}"), "WARNING")
+            log.info(say("guard sets: {line}", "守护数据集：{line}", line=line), "WARNING")
         if not self.guard_sets:
             return None
         file = self.output_dir / GUARD_FILE

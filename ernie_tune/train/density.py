@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.machine.stages import frozen_outputs
 from ernie_tune.objectives.density import PromptClassifier, density_ratio
@@ -85,13 +85,16 @@ class PromptDensity:
             weights.append(1.0 if good is not False else self.weights[key])
         return batch.with_columns(density_C=np.array(weights))
 
-    def line(self) -> str:
+    def line(self) -> Text:
         """What to tell of it."""
         weight = np.array(list(self.weights.values()))
         low, high = (float((weight == bound).mean()) for bound in (self.low, self.high))
-        return (
-            f"bco_density: prompts of good and bad answers are told apart with accuracy {self.accuracy:.2f}; weights of {len(weight)} bad answers: mean "
-            f"{weight.mean():.3g}, {low:.0%} at bco_density_min, {high:.0%} at bco_density_max"
+        n, mean = len(weight), f"{weight.mean():.3g}"
+        return say(
+            f"bco_density: prompts of good and bad answers are told apart with accuracy {self.accuracy:.2f}; weights "
+            f"of {n} bad answers: mean {mean}, {low:.0%} at bco_density_min, {high:.0%} at bco_density_max",
+            f"bco_density：好坏回答的提问可区分，准确率 {self.accuracy:.2f}；{n} 个坏回答的权重：平均 {mean}，"
+            f"{low:.0%} 为 bco_density_min，{high:.0%} 为 bco_density_max",
         )
 
 

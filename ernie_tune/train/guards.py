@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,14 @@ class GuardScore:
     alarm: bool
 
     @property
-    def message(self) -> str:
-        words = f"guard set {self.name}: {self.baseline:.4f} before training, {self.score:.4f} now"
-        return f"{words} (change {self.score - self.baseline:+.4f}, 95 % interval {self.low:+.4f} to {self.high:+.4f})"
+    def message(self) -> Text:
+        change = f"{self.score - self.baseline:+.4f}"
+        return say(
+            f"guard set {self.name}: {self.baseline:.4f} before training, {self.score:.4f} now (change {change}, "
+            f"95 % interval {self.low:+.4f} to {self.high:+.4f})",
+            f"守护数据集 {self.name}：训练前 {self.baseline:.4f}，现在 {self.score:.4f}（变化 {change}，"
+            f"95 % 区间 {self.low:+.4f} 至 {self.high:+.4f}）",
+        )
 
 
 class ForgettingGuard:
@@ -100,11 +105,12 @@ class ForgettingGuard:
         low, high = np.percentile(means_B, [2.5, 97.5])
         alarm = bool(change_R.mean() < -self.tolerance and high < 0)
         seen = GuardScore(name, float(before_R.mean()), float(np.mean(scores)), float(low), float(high), alarm)
-        advice = "mix in general data, lower the learning rate, or train fewer parameters"
-        return seen, Verdict(
-            say(f"the model is forgetting: {seen.message}; {advice}", f"模型正在遗忘：{seen.message}；{advice}"),
-            self.stop,
-        ) if alarm else None
+        told = say(
+            "the model is forgetting: {seen}; mix in general data, lower the learning rate, or train fewer parameters",
+            "模型正在遗忘：{seen}；请混入通用数据、调小学习率，或减少可训练参数",
+            seen=seen.message,
+        )
+        return seen, Verdict(told, self.stop) if alarm else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
@@ -188,11 +194,12 @@ class DivergenceGuard:
     def look(self, step: int, loss: float, grad_norm: float = 0.0) -> Verdict | None:
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
-                how = "lower learning_rate, or set bf16 instead of fp16; resume from the last checkpoint"
                 return Verdict(
                     say(
-                        f"{name} is {value} at step {step}; stopped before it spoils the weights: {how}",
-                        f"第 {step} 步 {name} 为 {value}；已在破坏权重之前停止：{how}",
+                        f"{name} is {value} at step {step}; stopped before it spoils the weights: lower learning_rate, "
+                        "or set bf16 instead of fp16; resume from the last checkpoint",
+                        f"第 {step} 步 {name} 为 {value}；已在破坏权重之前停止：请调小 learning_rate，或用 bf16 代替 "
+                        "fp16；然后从最近的检查点继续",
                     ),
                     True,
                 )
@@ -200,13 +207,12 @@ class DivergenceGuard:
         if usual > 0 and loss > self.factor * usual:
             self.above += 1
             if self.above == self.patience:
-                words = (
-                    f"loss {loss:.4g} is above {self.factor:g} times its median ({usual:.4g}) for {self.above} steps"
-                )
                 return Verdict(
                     say(
-                        f"the run is diverging at step {step}: {words}; lower learning_rate or add warmup_steps",
-                        f"训练在第 {step} 步发散：{words}；请调小 learning_rate，或增加 warmup_steps",
+                        f"the run is diverging at step {step}: loss {loss:.4g} is above {self.factor:g} times its "
+                        f"median ({usual:.4g}) for {self.above} steps; lower learning_rate or add warmup_steps",
+                        f"训练在第 {step} 步发散：损失 {loss:.4g} 连续 {self.above} 步高于中位数（{usual:.4g}）的 "
+                        f"{self.factor:g} 倍；请调小 learning_rate，或增加 warmup_steps",
                     )
                 )
             return None
@@ -231,17 +237,18 @@ class _Sign:
     steps: int
     wrong: Callable[[float, float], bool]
     message: str
+    message_zh: str
 
 
 _SIGNS = (
-    _Sign("grad_norm", 3, lambda now, _: now == 0, "the gradient is zero: nothing is trained; look at the table of trainable parameters"),
-    _Sign("loss", 20, lambda now, before: now == before, "the loss is constant: check the labels, the learning rate and what is frozen"),
-    _Sign("learning_rate", 20, lambda now, _: now == 0, "the learning rate is zero: check learning_rate, warmup_steps and max_steps"),
-    _Sign("frac_reward_zero_std", 10, lambda now, _: now == 1, "every answer of a prompt gets the same reward: there is nothing to learn from; test the reward on reference answers, or raise temperature"),
-    _Sign("reward_std", 10, lambda now, _: now == 0, "the reward is constant: there is nothing to learn from; test it on reference answers"),
-    _Sign("rewards/accuracies", 50, lambda now, _: now == 0, "the rejected answer is always preferred: chosen and rejected may be swapped"),
-    _Sign("moe/text/dead", 20, lambda now, _: now > 0, "some text experts get no token: raise router_aux_loss_coef"),
-    _Sign("moe/visual/dead", 20, lambda now, _: now > 0, "some vision experts get no token: raise router_aux_loss_coef"),
+    _Sign("grad_norm", 3, lambda now, _: now == 0, "the gradient is zero: nothing is trained; look at the table of trainable parameters", "梯度为零，没有任何内容得到训练；请查看可训练参数表"),
+    _Sign("loss", 20, lambda now, before: now == before, "the loss is constant: check the labels, the learning rate and what is frozen", "损失不变；请检查标签、学习率与被冻结的部分"),
+    _Sign("learning_rate", 20, lambda now, _: now == 0, "the learning rate is zero: check learning_rate, warmup_steps and max_steps", "学习率为零；请检查 learning_rate、warmup_steps 与 max_steps"),
+    _Sign("frac_reward_zero_std", 10, lambda now, _: now == 1, "every answer of a prompt gets the same reward: there is nothing to learn from; test the reward on reference answers, or raise temperature", "同一提问的所有回答奖励相同，没有可学的差别；请用参考回答检验奖励，或调大 temperature"),
+    _Sign("reward_std", 10, lambda now, _: now == 0, "the reward is constant: there is nothing to learn from; test it on reference answers", "奖励不变，没有可学的差别；请用参考回答检验奖励"),
+    _Sign("rewards/accuracies", 50, lambda now, _: now == 0, "the rejected answer is always preferred: chosen and rejected may be swapped", "总是偏好 rejected；chosen 与 rejected 可能写反了"),
+    _Sign("moe/text/dead", 20, lambda now, _: now > 0, "some text experts get no token: raise router_aux_loss_coef", "部分文本专家没有分到 token；请调大 router_aux_loss_coef"),
+    _Sign("moe/visual/dead", 20, lambda now, _: now > 0, "some vision experts get no token: raise router_aux_loss_coef", "部分视觉专家没有分到 token；请调大 router_aux_loss_coef"),
 )  # fmt: skip
 
 
@@ -270,7 +277,7 @@ class LearningWatch:
                     Verdict(
                         say(
                             f"step {step}: {sign.message} ({sign.metric}: {now:g} for {sign.steps} records)",
-                            f"第 {step} 步：{sign.message}（{sign.metric}：连续 {sign.steps} 条记录为 {now:g}）",
+                            f"第 {step} 步：{sign.message_zh}（{sign.metric}：连续 {sign.steps} 条记录为 {now:g}）",
                         )
                     )
                 )

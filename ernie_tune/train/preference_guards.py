@@ -46,17 +46,23 @@ class DisplacementGuard:
         if before - now <= self.drop * abs(before):
             return None
         self.told = True
-        how = (
-            "raise the weight of its NLL term, lower learning_rate or raise beta"
-            if self.anchored
-            else "anchor them: loss_type [sigmoid, sft] or rpo (adds their NLL), or dpop"
+        anchored = say(
+            "raise the weight of its NLL term, lower learning_rate or raise beta",
+            "请调大其 NLL 项的权重，调小 learning_rate，或调大 beta",
+        )
+        free = say(
+            "anchor them: loss_type [sigmoid, sft] or rpo (adds their NLL), or dpop",
+            "请加以约束：loss_type 设为 [sigmoid, sft] 或 rpo（加入其 NLL），或 dpop",
         )
         return Verdict(
             say(
-                f"step {step}: chosen answers became less probable: logps/chosen {before:.4g} to {now:.4g}"
-                f" within {step - self.seen[0][0]} steps; {how}",
-                f"第 {step} 步：更优回答的概率在下降：logps/chosen 在 {step - self.seen[0][0]} 步内由 "
-                f"{before:.4g} 变为 {now:.4g}；{how}",
+                "step {step}: chosen answers became less probable: logps/chosen {before} to {now} within {n} steps; {how}",
+                "第 {step} 步：更优回答的概率在下降：logps/chosen 在 {n} 步内由 {before} 变为 {now}；{how}",
+                step=step,
+                before=f"{before:.4g}",
+                now=f"{now:.4g}",
+                n=step - self.seen[0][0],
+                how=anchored if self.anchored else free,
             )
         )
 

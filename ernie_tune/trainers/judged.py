@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import ARGS_FILE, load_config
 from ernie_tune.data.batching import Dropped
 from ernie_tune.data.media.corruption import CorruptedPairs
@@ -164,7 +164,7 @@ def with_mismatched(
     return [window[0].with_columns(mismatch_S=np.array([total, len(answers)])), *window[1:]]
 
 
-def ancestry(config: RunConfig) -> tuple[bool | None, str]:
+def ancestry(config: RunConfig) -> tuple[bool | None, Text]:
     """(whether the policy has been through SFT, None where nothing says so; what is known of it).
     Read from the arguments that our runs leave beside their weights, and from the names of presets
     and base models."""
@@ -173,15 +173,16 @@ def ancestry(config: RunConfig) -> tuple[bool | None, str]:
         file = Path(folder) / ARGS_FILE
         if folder and file.is_file():
             stage = load_config(file).config.model.stage
-            return stage != "PT", f"{folder}, made by {stage}"
+            return stage != "PT", say(f"{folder}, made by {stage}", f"{folder}，由 {stage} 训练")
     name = m.model_name_or_path.rsplit("/", 1)[-1].lower()
     if is_fresh(name) and not Path(m.model_name_or_path).is_dir():
-        return False, f"{m.model_name_or_path}, fresh weights"
+        return False, say(f"{m.model_name_or_path}, fresh weights", f"{m.model_name_or_path}，随机初始化的权重")
     if shipped_name(name):
-        return True, f"{m.model_name_or_path}, made by SFT"
+        return True, say(f"{m.model_name_or_path}, made by SFT", f"{m.model_name_or_path}，由 SFT 训练")
     if "-base" in name:
-        return False, f"{m.model_name_or_path}, a base model"
-    return (
-        None,
-        f"{m.model_name_or_path or 'a model given as an object'}, of which no arguments tell how it was trained",
+        return False, say(f"{m.model_name_or_path}, a base model", f"{m.model_name_or_path}，基座模型")
+    return None, say(
+        "{model}, of which no arguments tell how it was trained",
+        "{model}，没有参数文件说明它如何训练",
+        model=m.model_name_or_path or say("a model given as an object", "以对象给出的模型"),
     )

@@ -225,15 +225,16 @@ class PreferenceMethod(Method):
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         reference = self.prepared()
         known, words = ancestry(self.config)
-        log.info(say(f"policy: {words}; reference: {reference.mode}", f"策略：{words}；参考：{reference.mode}"))
+        log.info(say("policy: {w}; reference: {r}", "策略：{w}；参考：{r}", w=words, r=reference.mode))
         self.pictures.tell(log)
         if self.density is not None:
             log.info(self.density.line())
         if known is False and not resumed:
             log.info(
                 say(
-                    f"{words}: preferences are learned best after SFT; train it on demonstrations first",
-                    f"{words}：偏好学习宜在 SFT 之后进行；请先用示范数据训练",
+                    "{words}: preferences are learned best after SFT; train it on demonstrations first",
+                    "{words}：偏好学习宜在 SFT 之后进行；请先用示范数据训练",
+                    words=words,
                 ),
                 "WARNING",
             )

@@ -72,7 +72,7 @@ class RewardMethod(Method):
         return RewardObjective(s.center_rewards_coefficient, margins, s.edge_weight, s.rating_loss, s.rating_levels)
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
-        log.info(say(f"reward head on {ancestry(self.config)[1]}", f"打分头接在 {ancestry(self.config)[1]} 上"))
+        log.info(say("reward head on {model}", "打分头接在 {model} 上", model=ancestry(self.config)[1]))
         self.pictures.tell(log)
 
     def weights(self, policy: Placed) -> Mapping[str, Stateful]:

@@ -63,9 +63,10 @@ def check_ancestor(config: RunConfig) -> None:
     if known is False and not config.signals.allow_base:
         raise ValueError(
             say(
-                f"model_name_or_path ({words}) must have been through SFT before UPO; train it on "
+                "model_name_or_path ({words}) must have been through SFT before UPO; train it on "
                 "demonstrations first, or set allow_base: true",
-                f"UPO 之前 model_name_or_path（{words}）须经过 SFT；请先用示范数据训练，或设 allow_base: true",
+                "UPO 之前 model_name_or_path（{words}）须经过 SFT；请先用示范数据训练，或设 allow_base: true",
+                words=words,
             )
         )
 

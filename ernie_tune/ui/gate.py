@@ -12,6 +12,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from ernie_tune.config.language import say
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -50,10 +52,17 @@ class StudioGate:
         origin = headers.get("origin", "")
         if self.hosts and _name(f"//{host}") not in self.hosts:
             return await _refuse(
-                scope, send, 421, "this studio is not called so; open it under the address that it printed"
+                scope,
+                send,
+                421,
+                say(
+                    "this studio is not called so; open it under the address that it printed",
+                    "此工作室不叫这个名称；请用启动时打印的地址打开",
+                ),
             )
         if origin and urlsplit(origin).netloc != host:
-            return await _refuse(scope, send, 403, "another page must not drive this studio")
+            told = say("another page must not drive this studio", "其他网页不得操作此工作室")
+            return await _refuse(scope, send, 403, told)
         if not self.key or self._knows(headers):
             return await self.app(scope, receive, self._told(send))
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
@@ -64,7 +73,11 @@ class StudioGate:
         ):
             cookie = f"{COOKIE}={self.key}; HttpOnly; SameSite=Strict; Path=/"
             return await _answer(send, 303, b"", ((b"location", b"/"), (b"set-cookie", cookie.encode())))
-        await _refuse(scope, send, 401, "this studio asks for a key: open the address with ?key= that it printed")
+        told = say(
+            "this studio asks for a key: open the address with ?key= that it printed",
+            "此工作室需要密钥：请打开启动时打印的带 ?key= 的地址",
+        )
+        await _refuse(scope, send, 401, told)
 
     def _knows(self, headers: dict[str, str]) -> bool:
         try:
