@@ -165,10 +165,8 @@ def _oddities(picture: Image.Image, seen: Image.Image) -> Iterator[tuple[str, Te
         yield "turned", say(f"EXIF orientation {turn}", f"EXIF 方向为 {turn}")
     if frames > 1:
         yield "frames", say(f"{frames:,} pictures in one file", f"一个文件中有 {frames:,} 张图片")
-    if ("A" in picture.getbands() or "transparency" in picture.info) and all(
-        high - low < _FLAT
-        for low, high in seen.getextrema()  # type: ignore[misc, has-type]
-    ):
+    see_through = "A" in picture.getbands() or "transparency" in picture.info
+    if see_through and int(np.ptp(np.asarray(seen), axis=(0, 1)).max()) < _FLAT:
         yield "blank", say("one colour where transparent pixels are white", "透明像素变为白色后只剩一种颜色")
     if picture.mode.startswith("I;16"):
         brightest = int(np.asarray(picture).max())

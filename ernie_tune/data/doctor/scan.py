@@ -357,8 +357,8 @@ def _shown_rows(code: str, row: Facts, first: Facts) -> tuple[str, str]:
         )
         return found, f" ({other})"
     whole = ["\n".join(filter(None, facts[:3])) for facts in (row, first)]
-    found, other = _parting(*whole)
-    return found, f" ({other})" if code.startswith("near_") else ""
+    text, other = _parting(*whole)
+    return text, f" ({other})" if code.startswith("near_") else ""
 
 
 def _parting(one: str, other: str) -> tuple[str, str]:
