@@ -284,8 +284,8 @@ def test_findings_about_two_rows_show_both(tmp_path: Path) -> None:
     rows = [("When?", long.format("eight")), ("When?", long.format("nine")), ("A?", "b"), ("A?", "b")]
     report = scan(write(tmp_path / "a.jsonl", [{"prompt": q, "response": a} for q, a in rows]))
     found = {finding.code: finding.english for finding in report.findings.kept}
-    assert "found 'When?' answered '… of the week at nine and closes late.'" in found["conflict"]
-    assert "a.jsonl:1 ('… of the week at eight and closes late.')" in found["conflict"]
+    assert "found 'When?' answered '… day of the week at nine and closes late.'" in found["conflict"]
+    assert "a.jsonl:1 ('… day of the week at eight and closes late.')" in found["conflict"]
     assert r"found 'A?\nb'" in found["duplicate"]
     assert "回答为" in report.findings.kept[-1].chinese + report.findings.kept[0].chinese
 
