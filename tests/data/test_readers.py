@@ -597,7 +597,7 @@ def test_sniff_of_nothing_known() -> None:
     for rows, found, nearest in (
         ([{"x": 1, "y": 2}], "fields x, y", "prompt + response (prompt_response); messages (messages)"),
         ([], "fields none", "prompt + response (prompt_response); messages (messages)"),
-        ([{"text": "t", "mood": 1}], "fields text, mood", "text + label (classification)"),
+        ([{"label": "t", "mood": 1}], "fields label, mood", "text + label (classification)"),
         ([{"image": "a.png"}], "fields image", "image + label (pictures)"),
         ([{"rejected": None, "src": ["q"]}], "fields rejected, src", "src + tgt (erniekit)"),
     ):
