@@ -356,6 +356,8 @@ def _shown_rows(code: str, row: Facts, first: Facts) -> tuple[str, str]:
             "{question} answered {answer}", "{question} 的回答为 {answer}", question=show(row[0]), answer=answer
         )
         return found, f" ({other})"
+    if code == "overlap":
+        return show(row[0]), ""
     whole = ["\n".join(filter(None, facts[:3])) for facts in (row, first)]
     text, other = _parting(*whole)
     return text, f" ({other})" if code.startswith("near_") else ""
