@@ -54,6 +54,20 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "visualdl": ["visualdl>=2.5"],
         "hub": ["huggingface_hub>=0.23", "modelscope>=1.15", "aistudio-sdk>=0.2.6"],
+        "rag": ["bm25s>=0.2", "jieba>=0.42", "qdrant-client>=1.10", "scikit-learn>=1.4"],
+        # The neighbours, whose objects are taken as they are. Each belongs in an environment of its
+        # own: these pins are the ones that install and import cleanly on Python 3.10 to 3.12.
+        "paddlenlp": [
+            "paddlepaddle==3.3.1",
+            "paddlenlp==3.0.0b4",
+            "aistudio-sdk==0.2.6",
+            "datasets<4.5",
+            "pyarrow<23",
+        ],
+        "paddleformers": ["paddlepaddle==3.3.1", "paddleformers==1.2.0", "pyarrow<26"],
+        # Not on PyPI; the README says from where.
+        "paddlemix": ["paddlemix"],
+        "fastdeploy": ["fastdeploy-gpu"],
         "rl": ["math-verify>=0.8", "jsonschema>=4.20"],
         "ui": ["gradio>=6.10", *SERVER],
         "serve": [*SERVER, "pydantic>=2.9", "llguidance>=1.9"],

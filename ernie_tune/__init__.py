@@ -41,8 +41,10 @@ _PUBLIC = {
     "SFTTrainer": "ernie_tune.trainers.sft",
     "TrainingArguments": "ernie_tune.config.training_arguments",
     "UPOTrainer": "ernie_tune.trainers.upo",
+    "adopt": "ernie_tune.trainers.neighbours",
     "estimate": "ernie_tune.plan.estimate",
     "export": "ernie_tune.export",
+    "give_back": "ernie_tune.trainers.neighbours",
     "get_peft_model": "ernie_tune.peft.model",
     "launch": "ernie_tune.cli.launch",
     "load_dataset": "ernie_tune.data.sources",
@@ -71,9 +73,11 @@ __all__ = [
     "TrainingArguments",
     "UPOTrainer",
     "__version__",
+    "adopt",
     "estimate",
     "export",
     "get_peft_model",
+    "give_back",
     "launch",
     "load_dataset",
     "preset",
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
     from ernie_tune.peft.config import LoraConfig
     from ernie_tune.peft.model import PeftModel, get_peft_model
     from ernie_tune.plan.estimate import estimate
+    from ernie_tune.trainers.neighbours import adopt, give_back
     from ernie_tune.trainers.online import GRPOTrainer, RLVRTrainer
     from ernie_tune.trainers.ppo import PPOTrainer
     from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer

@@ -98,7 +98,7 @@ class AutoModel(ErnieModel):
         table = layout(config, detect_flavour(reader.shapes, config))
         unused = check_names(table, reader.shapes)
         check_tied_head(table, reader)
-        dtype = _compute_dtype(dtype)
+        dtype = compute_dtype(dtype)
         print(
             say(
                 f"ernie_tune: {folder}: {len(table.disk)} tensors in layout {table.flavour!r} ("
@@ -137,7 +137,7 @@ class AutoModel(ErnieModel):
     ) -> tuple[AutoModel, Drawn]:
         """As `unread`, for fresh weights."""
         shape = preset(config) if isinstance(config, str) else config
-        model = cls._skeleton(shape, _compute_dtype(dtype), empty)
+        model = cls._skeleton(shape, compute_dtype(dtype), empty)
         model.name_or_path = config if isinstance(config, str) else ""
         return model, Drawn(shape, seed)
 
@@ -194,7 +194,8 @@ class AutoModel(ErnieModel):
         )
 
 
-def _compute_dtype(dtype: str | None) -> str:
+def compute_dtype(dtype: str | None) -> str:
+    """What was asked for, else what this machine computes in. ValueError for an unknown type."""
     if dtype is None:
         return "float32" if paddle.get_device() == "cpu" else "bfloat16"
     return _one_of(dtype, _COMPUTE_DTYPES)

@@ -16,7 +16,7 @@ import numpy as np
 from paddle import Tensor
 
 from ernie_tune.checkpoint.names import NameTable
-from ernie_tune.checkpoint.tensors import FLOAT_CODES, NUMPY_TYPES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, NUMPY_TYPES, all_finite, cast
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import ErnieModel, in_stages
@@ -32,6 +32,24 @@ Where = Callable[[Tensor, tuple[int, ...]], Index | None]
 # Takes float32 matrices as `read(expert)` gives them: one expert of a stack by its number in the
 # whole, or the whole parameter for None.
 Taker = Callable[[Callable[[int | None], Array]], None]
+
+
+class Typed(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def dtype(self) -> str:
+        """A safetensors code."""
+
+
+class Tensors(Protocol):
+    """Tensors by the names of a layout: a folder's (`TensorReader`), or those that somebody
+    holds."""
+
+    @property
+    def entries(self) -> Mapping[str, Typed]: ...
+
+    def read(self, name: str) -> Array: ...
 
 
 class Source(Protocol):
@@ -71,9 +89,9 @@ class Drawn:
 
 
 class OnDisk:
-    """The tensors of a folder by their canonical names (`table`)."""
+    """The tensors of a folder, or of another model, by their canonical names (`table`)."""
 
-    def __init__(self, table: NameTable, reader: TensorReader) -> None:
+    def __init__(self, table: NameTable, reader: Tensors) -> None:
         self.table, self.reader, self.specs = table, reader, table.canonical
         self.not_finite: dict[str, None] = {}
 

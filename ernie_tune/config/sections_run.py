@@ -322,7 +322,7 @@ class LogArguments:
         (),
         "further writers",
         "另外写到哪里",
-        ("visualdl", "tensorboard", "wandb", "swanlab", "all"),
+        ("visualdl", "tensorboard", "wandb", "swanlab", "mlflow", "all"),
         shapes=False,
     )
     disable_tqdm: bool = arg(False, "plain lines instead of a progress bar", "以文本行代替进度条", shapes=False)

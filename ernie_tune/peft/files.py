@@ -344,6 +344,16 @@ def _lora_config(settings: Mapping[str, Any], tensors: dialects.Tensors) -> Lora
     )
 
 
+def lora_of_tensors(config: LoraConfig, tensors: dialects.Tensors, model: ModelConfig) -> Stored:
+    """An adapter in memory, its layers as its tensors (of our names) have them. ValueError for
+    tensors that do not fit the model.
+    """
+    _check_factors(tensors, model, config.r, Path("LoRAModel"))
+    tensors = dialects.with_both_products(tensors, model, config.r)
+    found = _lora_config(dataclasses.asdict(config), tensors)
+    return Stored(dataclasses.replace(found, freeze_config="", lora_alpha=config.alpha), tensors)
+
+
 def _check_factors(tensors: dialects.Tensors, model: ModelConfig, r: int, file: Path) -> None:
     """Every A has its B and both have the shapes of their module."""
     for key, value in tensors.items():

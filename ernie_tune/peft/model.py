@@ -24,6 +24,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from ernie_tune.checkpoint.in_memory import is_model, take_model
 from ernie_tune.config.language import say
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
@@ -36,6 +37,7 @@ from ernie_tune.peft.config import LoraConfig, PeftConfig, PrefixConfig, PromptC
 from ernie_tune.peft.files import Stored, read_adapter, write_adapter
 from ernie_tune.peft.freeze import opened
 from ernie_tune.peft.lora import ExpertLora, LinearLora
+from ernie_tune.peft.other_lora import is_lora_config, take_lora_config
 from ernie_tune.peft.quantize import SWAPPED, is_quantised
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.peft.targets import modules_named
@@ -357,14 +359,7 @@ class PeftModel(ErnieModel):
         Errors: `read_adapter`, `add_adapter`.
         """
         stored = read_adapter(Path(folder), self.config)
-        before = self.active
-        self.add_adapter(stored.config, name)
-        try:
-            self._fill(self.adapters[name], stored, folder)
-        except ValueError:
-            self.delete_adapter(name)
-            self._activate(before)
-            raise
+        self.take(stored, folder, name)
         kind = type(stored.config).__name__.removesuffix("Config")
         scale = f", scaling {stored.config.scaling:g}" if isinstance(stored.config, LoraConfig) else ""
         print(
@@ -375,6 +370,19 @@ class PeftModel(ErnieModel):
             file=sys.stderr,
             flush=True,
         )
+
+    def take(self, stored: Stored, source: str | os.PathLike[str], name: str = "default") -> None:
+        """Add an adapter with its values, and make it the active one; `source` is what errors call
+        it. Errors: `add_adapter`, and ValueError for tensors that it has no place for.
+        """
+        before = self.active
+        self.add_adapter(stored.config, name)
+        try:
+            self._fill(self.adapters[name], stored, source)
+        except ValueError:
+            self.delete_adapter(name)
+            self._activate(before)
+            raise
 
     def _fill(self, adapter: Adapter, stored: Stored, folder: str | os.PathLike[str]) -> None:
         rest = build.fill(stored.config, adapter.places, stored.tensors)
@@ -473,10 +481,13 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.astype("float32").numpy() for name, value in tensors.items()}
 
 
-def get_peft_model(model: ErnieModel, config: PeftConfig, adapter_name: str = "default") -> PeftModel:
-    """`model` with a fresh adapter; its own parameters are frozen. ValueError for a model that has
-    adapters already (use `add_adapter`).
+def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> PeftModel:
+    """`model` with a fresh adapter; its own parameters are frozen. A model and a `LoRAConfig` of
+    PaddleNLP or PaddleFormers are taken as they are. ValueError for a model that has adapters
+    already (use `add_adapter`), and as `take_model` and `take_lora_config`.
     """
+    model = take_model(model) if is_model(model) else model
+    config = take_lora_config(config) if is_lora_config(config) else config
     if isinstance(model, PeftModel):
         raise ValueError(
             say(

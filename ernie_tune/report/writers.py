@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ PACKAGES = {
     "tensorboard": ("tensorboardX", "pip install tensorboardX"),
     "wandb": ("wandb", "pip install wandb"),
     "swanlab": ("swanlab", "pip install swanlab"),
+    "mlflow": ("mlflow", "pip install mlflow"),
 }
 PROJECT = "ernie_tune"
 
@@ -66,6 +68,8 @@ def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> LogWriter:
         place = {"dir" if name == "wandb" else "logdir": str(folder)}
         module.init(project=PROJECT, config=dict(settings), **place)
         return LogWriter(lambda values, step: module.log(dict(values), step=step), module.finish)
+    if name == "mlflow":
+        return _mlflow(module, folder, settings)
     log = module.LogWriter(logdir=str(folder)) if name == "visualdl" else module.SummaryWriter(logdir=str(folder))
 
     def write(values: Mapping[str, float], step: int) -> None:
@@ -73,3 +77,14 @@ def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> LogWriter:
             log.add_scalar(tag, value, step)
 
     return LogWriter(write, log.close)
+
+
+def _mlflow(module: Any, folder: Path, settings: Mapping[str, Any]) -> LogWriter:
+    """To where MLFLOW_TRACKING_URI says, else into a database below `folder`."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        module.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+    module.set_experiment(PROJECT)
+    module.start_run()
+    # of a setting it keeps 500 characters, as text
+    module.log_params({name: str(value)[:500] for name, value in settings.items()})
+    return LogWriter(lambda values, step: module.log_metrics(dict(values), step=step), module.end_run)

@@ -17,7 +17,6 @@ from ernie_tune.checkpoint.ledger import Ledger
 from ernie_tune.checkpoint.push import push
 from ernie_tune.checkpoint.run_folder import RunFolder
 from ernie_tune.checkpoint.state import Checkpoint, find_checkpoint
-from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
@@ -27,12 +26,11 @@ from ernie_tune.evaluate.measure import Measure
 from ernie_tune.evaluate.own_metrics import Metrics
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
-from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.peft.report import trainable_table
 from ernie_tune.report.log import RunLog, stamp
 from ernie_tune.train.loop import Loop
-from ernie_tune.trainers import assemble
+from ernie_tune.trainers import assemble, neighbours
 from ernie_tune.trainers.ledger import ledger_of
 from ernie_tune.trainers.method import Method, Rows, RowSets
 from ernie_tune.trainers.observers import Observers
@@ -42,6 +40,7 @@ from ernie_tune.trainers.run import Assembled, Run
 class Trainer:
     """A run of one method on `model`.
 
+    Objects of PaddleNLP and PaddleFormers are taken in the place of each argument (neighbours.py).
     `args`: a `TrainingArguments` or `RunConfig`. `train_dataset`, `eval_dataset`: what
     `load_dataset` gives, a path, or a sequence of records; by default the files named in `args`.
     `processor`: by default that of the model's folder. A plain model gets the adapters or the
@@ -54,16 +53,19 @@ class Trainer:
 
     def __init__(
         self,
-        model: ErnieModel | None = None,
-        args: RunConfig | None = None,
+        model: Any = None,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processor: Processor | None = None,
+        processor: Any = None,
         *,
         compute_metrics: Metrics | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self.args = assemble.dealt(RunConfig() if args is None else args, model)
+        given = neighbours.adopt_model(model)
+        self.args = assemble.dealt(neighbours.settings_for(args, self.method_class.stages), given)
+        if processor is not None and not isinstance(processor, Processor):
+            processor = neighbours.adopt(processor)
         self.compute_metrics, self.observers = compute_metrics, Observers(args=self.args)
         for callback in callbacks:
             self.add_callback(callback)
@@ -78,10 +80,10 @@ class Trainer:
                 )
             )
         assemble.refuse(self.args)
-        assemble.check_layout(self.args, model)
+        assemble.check_layout(self.args, given)
         self.place = Place(self.args.parallel, self.args.train.gradient_accumulation_steps)
-        plain, self._source = assemble.model_for(self.args, self.place) if model is None else (model, None)
-        self._named = model is None
+        plain, self._source = assemble.model_for(self.args, self.place) if given is None else (given, None)
+        self._named = given is None
         name = plain.name_or_path or self.args.model.model_name_or_path
         if not name and processor is None:
             raise ValueError(
@@ -107,7 +109,7 @@ class Trainer:
         self.method.attach(self.model)
         # What ernie_tune_args.yaml and the model card say: the settings, corrected where a model
         # came as an object.
-        self.described = self.args if model is None else assemble.as_trained(self.args, self.model, name)
+        self.described = self.args if given is None else assemble.as_trained(self.args, self.model, name)
         self.output_dir = Path(self.args.save.output_dir)
         self.folder = RunFolder(
             self.args.save,

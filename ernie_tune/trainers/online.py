@@ -61,6 +61,7 @@ from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+from ernie_tune.trainers.neighbours import settings_for
 from ernie_tune.trainers.online_settings import check_timeout, evidence_settings, policy_hyper, rollout_settings
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
@@ -486,7 +487,7 @@ class RLVRTrainer(Trainer):
     def __init__(
         self,
         model: Any = None,
-        args: RunConfig | None = None,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processor: Any = None,
@@ -497,7 +498,7 @@ class RLVRTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **watched: Any,
     ) -> None:
-        config = RunConfig() if args is None else args
+        config = args = settings_for(args, self.method_class.stages)
         self.rubric = rubric_of(config, reward_funcs, reward_weights)
         model = given_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)

@@ -48,6 +48,7 @@ from ernie_tune.trainers.base import Trainer
 from ernie_tune.trainers.judges import ModelJudge, kept_active, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, RowSets, Stateful
+from ernie_tune.trainers.neighbours import settings_for
 from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers, given_model
 
 CRITIC_FOLDER = "critic"
@@ -258,7 +259,7 @@ class PPOTrainer(RLVRTrainer):
     def __init__(
         self,
         model: Any = None,
-        args: RunConfig | None = None,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processor: Any = None,
@@ -272,7 +273,7 @@ class PPOTrainer(RLVRTrainer):
         **watched: Any,
     ) -> None:
         self.value_model = str(value_model)
-        config = RunConfig() if args is None else args
+        config = args = settings_for(args, self.method_class.stages)
         self.rubric = rubric_of(config, reward_funcs, reward_weights, reward_model)
         model = given_model(model, peft_config)
         Trainer.__init__(self, model, args, train_dataset, eval_dataset, processor or processing_class, **watched)

@@ -47,6 +47,7 @@ from ernie_tune.trainers.judged import ancestry, compared_with, unit_encoder, wi
 from ernie_tune.trainers.judges import rubric_of
 from ernie_tune.trainers.keeper import StreamPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
+from ernie_tune.trainers.neighbours import settings_for
 from ernie_tune.trainers.online import SampledAnswers
 from ernie_tune.trainers.online_settings import policy_hyper
 from ernie_tune.trainers.ppo import AgainstCritic
@@ -344,7 +345,7 @@ class UPOTrainer(Trainer):
     def __init__(
         self,
         model: Any = None,
-        args: RunConfig | None = None,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processor: Any = None,
@@ -353,7 +354,7 @@ class UPOTrainer(Trainer):
         reward_weights: Sequence[float] | None = None,
         processing_class: Any = None,
     ) -> None:
-        config = RunConfig() if args is None else args
+        config = args = settings_for(args, self.method_class.stages)
         if not config.samples and reward_funcs is not None:
             preset = ",".join(config.preference.loss_type)
             raise ValueError(

@@ -4,6 +4,9 @@ before the first step.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -92,4 +95,64 @@ def test_all_means_those_that_are_installed(tmp_path: Path, monkeypatch: pytest.
     fake = use(monkeypatch, "wandb")
     assert len(open_writers(["all"], tmp_path, {})) == 1
     assert fake.told[0]["project"] == "ernie_tune"
-    assert set(PACKAGES) == {"visualdl", "tensorboard", "wandb", "swanlab"}
+    assert set(PACKAGES) == {"visualdl", "tensorboard", "wandb", "swanlab", "mlflow"}
+
+
+# --- the libraries themselves, where they are installed ------------------------------------------
+
+OWN = """
+import os, sys, tempfile
+from pathlib import Path
+os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "SWANLAB_MODE": "offline", "SWANLAB_LOG_LEVEL": "error"}
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+import socket
+connect = socket.socket.connect
+def local(self, address):
+    assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), address
+    return connect(self, address)
+socket.socket.connect = local
+from ernie_tune.report.writers import open_writers
+(writer,) = open_writers([sys.argv[1]], Path(sys.argv[2]), {"seed": 1, "learning_rate": 1e-3})
+for step in (1, 2):
+    writer.write(step, {"loss": 0.5 / step, "done": True, "note": "text"})
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_each_library_writes_offline_below_the_folder(name: str, tmp_path: Path) -> None:
+    package, install = PACKAGES[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"NOT TESTED: report_to: {name} needs the package {package}; {install}")
+    done = subprocess.run(
+        [sys.executable, "-c", OWN, name, str(tmp_path / "runs")],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = b"".join(path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file())
+    assert b"loss" in written, sorted(map(str, tmp_path.rglob("*")))
+
+
+def test_mlflow_gets_numbers_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, "mlflow")
+    for call in ("set_tracking_uri", "set_experiment", "log_params"):
+        setattr(fake, call, lambda value, call=call: fake.told.append((call, value)))
+    fake.start_run = lambda: fake.told.append("started")  # type: ignore[attr-defined]
+    fake.log_metrics, fake.end_run = fake.log, fake.finish  # type: ignore[attr-defined]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (writer,) = open_writers(["mlflow"], tmp_path, {"seed": 1, "long": "x" * 900})
+    writer.write(3, RECORD)
+    writer.close()
+    assert fake.told[0] == ("set_tracking_uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert fake.told[3] == ("log_params", {"seed": "1", "long": "x" * 500})
+    assert fake.told[4][0] == 3
+    assert fake.told[4][1]["done"] == 1.0
+    assert fake.told[-1] == "finished"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    fake.told.clear()
+    open_writers(["mlflow"], tmp_path, {})
+    assert fake.told[0][0] == "set_experiment", "the user's own server"
