@@ -143,7 +143,7 @@ HF_TOKEN、MODELSCOPE_API_TOKEN、AISTUDIO_ACCESS_TOKEN）。""",
 按所给的阶段、模型与方法写出 FOLDER/run.yaml（默认：当前文件夹），每行都有注释，例如
 `ernie-tune init my_run stage=DPO fine_tuning=Full model=./my_model`。它可直接训练，并留出十分之一的数据。
 未给 train_dataset_path 时，另写出 FOLDER/data/train.jsonl，含几行示例数据与图片。
-本机没有模型时：model=tiny-a，即从头训练的预设（另有 small、tiny-b、tiny-c）。不覆盖任何文件。""",
+本机没有模型时：model=nano，即随包附带的小模型；从头训练：model=tiny-a（另有 small、tiny-b、tiny-c）。不覆盖任何文件。""",
     "estimate": """ernie-tune estimate MODEL|FILE.yaml [key=value | --key value ...] [--json]
 
 逐项列出一次训练在每张卡上的需求与每步用时；哪种并行布局最好，放不下时须改什么。

@@ -1,9 +1,9 @@
 """`ernie-tune init`: a commented YAML file, and a few rows to start from, that train as they are on
 this machine.
 
-Where no model is named and the released one is not on this machine, a small preset with fresh
-weights and its own learning rate stands in. Refuses to know: paddle, the readers of data (the rows
-are in the two plainest formats).
+Where no model is named and the released one is not on this machine, the small one that comes with
+the package stands in, at its own learning rate. Refuses to know: paddle, the readers of data (the
+rows are in the two plainest formats).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ernie_tune.config.convert import to_yaml
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import Entry, Loaded, resolve, split_overrides
 from ernie_tune.config.stages import STAGES
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.models.presets import PRESETS, is_fresh, shipped_name
 from ernie_tune.models.specs import parameter_count
 from ernie_tune.plan.judgement import judged
 
@@ -28,6 +28,7 @@ _COLOURS = ("red", "green", "blue")
 _RECIPE = "recipe"  # where a value comes from that init chose
 _QUESTIONS = ("What colour is the picture?", "Name the colour.", "Which colour do you see?", "这张图片是什么颜色？")
 _RELEASED = "baidu/ERNIE-4.5-VL-28B-A3B-Paddle"
+_STAND_IN = "nano"
 _SMALL = 200_000_000  # parameters: a preset below it trains on any machine
 
 # The usual headings of ERNIEKit's files, and under each the settings worth seeing. Settings without
@@ -88,8 +89,8 @@ def run(args: list[str]) -> int:
     and method given, e.g.
     `ernie-tune init my_run stage=DPO fine_tuning=Full model=./my_model`. It trains as it is, with a
     tenth of the rows held out. Unless train_dataset_path is given, also FOLDER/data/train.jsonl
-    with a few sample rows and pictures. Without a model on this machine: model=tiny-a, a preset
-    with fresh weights (others: small, tiny-b, tiny-c). Overwrites nothing.
+    with a few sample rows and pictures. Without a model on this machine: model=nano, which comes
+    with the package; fresh weights: model=tiny-a (or small, tiny-b, tiny-c). Overwrites nothing.
     """
     words, given = split_overrides(args)
     if len(words) > 1:
@@ -125,12 +126,12 @@ def _tell(loaded: Loaded, given: list[Entry], folder: Path) -> None:
     """Notes, and the commands that come next."""
     model = loaded.config.model
     chosen = not {"model_name_or_path", "model", "base_model", "model_id_or_path"} & {entry.name for entry in given}
-    if chosen and model.model_name_or_path in PRESETS:
+    if chosen and model.model_name_or_path == _STAND_IN:
         print(
             say(
-                f"note: the released 28B is not on this machine; {model.model_name_or_path}, small and with fresh weights, stands in. "
+                f"note: the released 28B is not on this machine; {_STAND_IN}, a small one that comes with the package, stands in. "
                 f"For the released one: model={_RELEASED} download_hub=huggingface (or modelscope, aistudio)",
-                f"说明：本机没有已发布的 28B 模型，以小型全新权重的 {model.model_name_or_path} 代替。使用已发布模型："
+                f"说明：本机没有已发布的 28B 模型，以随包附带的小模型 {_STAND_IN} 代替。使用已发布模型："
                 f"model={_RELEASED} download_hub=huggingface（或 modelscope、aistudio）",
             )
         )
@@ -146,13 +147,14 @@ def _tell(loaded: Loaded, given: list[Entry], folder: Path) -> None:
 
 def _start(folder: Path, rows: Path, given: list[Entry]) -> list[Entry]:
     """What init writes where nothing is given: the recipe of ERNIEKit's 28B files, or, for a small
-    preset, that of fresh weights on any machine.
+    model, one for any machine.
     """
     some = Entry("freeze_config", "freeze_vision", _RECIPE)  # without which Freeze is refused
     asked = resolve([[some], given], "command line").config
-    name = asked.model.model_name_or_path or (_RELEASED if cached(_RELEASED) else "tiny-a")
+    name = asked.model.model_name_or_path or (_RELEASED if cached(_RELEASED) else _STAND_IN)
     stage, method = asked.model.stage, asked.model.fine_tuning
-    small = name in PRESETS and parameter_count(PRESETS[name]) < _SMALL and not Path(name).is_dir()
+    known = PRESETS.get(shipped_name(name) or name)
+    small = known is not None and parameter_count(known) < _SMALL and not Path(name).is_dir()
     recipe = {
         "model_name_or_path": name,
         "train_dataset_path": rows.as_posix(),
@@ -167,9 +169,9 @@ def _start(folder: Path, rows: Path, given: list[Entry]) -> list[Entry]:
         "train_type",
         "lora",
     }
-    if small and not named:
+    if small and is_fresh(name) and not named:
         recipe["fine_tuning"] = method = "Full"  # an adapter on fresh weights has nothing to adapt
-    recipe.update(_fresh_recipe(stage, method) if small else _released_recipe(method))
+    recipe.update(_small_recipe(stage, method, is_fresh(name)) if small else _released_recipe(method))
     return [Entry(name, value, _RECIPE) for name, value in recipe.items()]
 
 
@@ -185,16 +187,17 @@ def _released_recipe(method: str) -> dict[str, str]:
     return recipe if method == "LoRA" else {name: value for name, value in recipe.items() if name != "lora_rank"}
 
 
-def _fresh_recipe(stage: str, method: str) -> dict[str, str]:
-    """Fresh weights learn at a rate of their own, router and tower as fast as the rest
-    (examples/digits).
+def _small_recipe(stage: str, method: str, fresh: bool) -> dict[str, str]:
+    """Small models learn at rates of their own, router and tower as fast as the rest
+    (examples/digits): all weights slower where they know something already.
     """
+    rate = 5.0e-4 if method == "Full" and not fresh else 2.0e-3
     recipe = {
         "max_seq_len": "512",
         "num_train_epochs": "20",
         "per_device_train_batch_size": "8" if STAGES[stage].samples else "4",
         **({"num_generations": "4", "max_completion_length": "16"} if STAGES[stage].samples else {}),
-        "learning_rate": "2.0e-4" if STAGES[stage].compares else "2.0e-3",
+        "learning_rate": f"{rate / 10 if STAGES[stage].compares else rate:.1e}",
         "warmup_ratio": "0.05",
         "weight_decay": "0.01",
         "adam_beta2": "0.99",
@@ -204,6 +207,8 @@ def _fresh_recipe(stage: str, method: str) -> dict[str, str]:
     }
     if STAGES[stage].compares:
         recipe["max_prompt_len"] = "256"
+    if method == "LoRA":
+        recipe["lora_rank"] = "16"
     if stage == "UPO":
         recipe["allow_base"] = "true"  # no SFT has made it; for a trial of the settings
     if method == "Freeze":

@@ -42,11 +42,20 @@ def test_every_stage_and_method_trains_as_written(
     assert (Path("run/output") / "all_results.json").is_file()
 
 
-def test_without_the_released_model_a_preset_stands_in(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_released_model_the_shipped_one_stands_in(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "run"]) == 0
-    assert "the released 28B is not on this machine; tiny-a" in capsys.readouterr().out
+    assert (
+        "the released 28B is not on this machine; nano, a small one that comes with the package"
+        in capsys.readouterr().out
+    )
     flat = load_config("run/run.yaml", environ={}).config.flat()
-    assert (flat["model_name_or_path"], flat["fine_tuning"], flat["learning_rate"]) == ("tiny-a", "Full", 2e-3)
+    assert (flat["model_name_or_path"], flat["fine_tuning"], flat["learning_rate"]) == ("nano", "LoRA", 2e-3)
+    assert main(["init", "full", "fine_tuning=Full"]) == 0
+    assert load_config("full/run.yaml", environ={}).config.flat()["learning_rate"] == 5e-4
+    assert main(["init", "fresh", "model=tiny-a", "stage=DPO"]) == 0
+    flat = load_config("fresh/run.yaml", environ={}).config.flat()
+    assert (flat["fine_tuning"], flat["learning_rate"]) == ("Full", 2e-4), "an adapter has nothing to adapt there"
+    capsys.readouterr()
     cache = here / "caches" / "models" / "PaddlePaddle" / "ERNIE-4___5-VL-28B-A3B-Paddle"
     cache.mkdir(parents=True)
     (cache / "config.json").write_text("{}")
