@@ -28,7 +28,7 @@ _SAMPLED = np.uint64(1 << 61)  # an eighth of all shingles, the same ones in eve
 _PART_ROWS = 1 << 17  # rows whose hashes are sorted at once, more or less
 _IN_MEMORY = 1 << 17  # bytes of a column before it goes to disk
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIERS_H1 = (np.arange(BANDS * BAND_HASHES, dtype=np.uint64) * _MIX | np.uint64(1))[:, None]
+_MULTIPLIERS_H1 = (np.arange(BANDS * BAND_HASHES, dtype=np.uint32) * np.uint32(0x9E3779B1) | np.uint32(1))[:, None]
 
 
 def hashes(values: Sequence[Any]) -> np.ndarray:
@@ -63,8 +63,9 @@ def sketch(joined: bytes, ends_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts_n = np.concatenate([[0], np.searchsorted(at_S, ends_n)])
     if not len(at_S):
         return np.zeros((BANDS, len(ends_n)), np.uint64), np.zeros(len(ends_n), bool)
-    kept_S = shingles_B[at_S]
-    kept_S ^= kept_S >> np.uint64(31)
+    # the best mixed bits of a product are the upper ones; its three highest are zero here
+    kept_S = (shingles_B[at_S] >> np.uint64(29)).astype(np.uint32)
+    kept_S ^= kept_S >> np.uint32(15)
     first_n = np.minimum(starts_n[:-1], len(at_S) - 1)
     least_Hn = np.minimum.reduceat(_MULTIPLIERS_H1 * kept_S, first_n, axis=1)
     bands = np.zeros((BANDS, len(ends_n)), np.uint64)

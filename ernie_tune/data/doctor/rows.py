@@ -229,6 +229,11 @@ class Quick:
         self._readers: dict[tuple[str, ...], _Reader | None] = {}
         self._orders: set[tuple[str, ...]] = set()
 
+    @property
+    def shapes(self) -> int:
+        """How many sequences of roles are believed."""
+        return len(self._orders)
+
     def facts(self, rows: Sequence[Row]) -> list[Facts | None]:
         """For each row its facts, or None where the slow road must look."""
         readers, out = self._readers, []

@@ -161,14 +161,16 @@ class Scan:
     def _add(self, number: int, batch: Batch) -> None:
         """Check a batch and remember what comparisons need of it."""
         file, rows = self._files[number], batch.rows
-        found: list[Facts | None] = file.quick.facts(rows) if file.quick else [None] * len(rows)
-        if self._signals:
-            found = [facts if facts is None or facts[4] in self._signals else None for facts in found]
+        found = self._quick_facts(file, rows, batch.lines_n)
         slow = [i for i, facts in enumerate(found) if facts is None]
-        if self._max_tokens < math.inf:
-            self._measure_plain(file, batch, found)
-        for i in slow:
+        while slow:
+            i, known = slow.pop(0), file.quick.shapes if file.quick else 0
             found[i] = self._look(file, rows[i], int(batch.lines_n[i]))
+            if file.quick and file.quick.shapes > known:  # the fast road now knows others of its shape
+                again = self._quick_facts(file, [rows[j] for j in slow], batch.lines_n[slow])
+                for j, facts in zip(slow, again, strict=True):
+                    found[j] = facts
+                slow = [j for j in slow if found[j] is None]
         file.rows += len(rows) - rows.count(None)
         kept_n = np.array([i for i, facts in enumerate(found) if facts is not None], np.int64)
         if not len(kept_n):
@@ -178,6 +180,17 @@ class Scan:
         answer_n = self._note(number, batch, kept_n, columns, joined, ends_n)
         if not file.evaluation:
             self._stats.add(columns, joined, ends_n, answer_n)
+
+    def _quick_facts(self, file: DataFile, rows: Sequence[Row], lines_n: np.ndarray) -> list[Facts | None]:
+        """The facts of the rows that the fast road takes and that suit the wanted signals, too long
+        ones told.
+        """
+        found: list[Facts | None] = file.quick.facts(rows) if file.quick else [None] * len(rows)
+        if self._signals:
+            found = [facts if facts is None or facts[4] in self._signals else None for facts in found]
+        if self._max_tokens < math.inf:
+            self._measure_plain(file, rows, lines_n, found)
+        return found
 
     def _note(
         self, number: int, batch: Batch, kept_n: np.ndarray, columns: Columns, joined: bytes, ends_n: np.ndarray
@@ -235,9 +248,11 @@ class Scan:
             file.quick.learn(row, facts)
         return self._known(facts)
 
-    def _measure_plain(self, file: DataFile, batch: Batch, found: Sequence[Facts | None]) -> None:
+    def _measure_plain(
+        self, file: DataFile, rows: Sequence[Row], lines_n: np.ndarray, found: Sequence[Facts | None]
+    ) -> None:
         """Measure the rows of the fast road that may be too long."""
-        for facts, row, line in zip(found, batch.rows, batch.lines_n.tolist(), strict=True):
+        for facts, row, line in zip(found, rows, lines_n.tolist(), strict=True):
             if facts and isinstance(row, Mapping) and _most_tokens(facts) > self._max_tokens:
                 self._measure(file.record(row, line))
 
@@ -338,8 +353,10 @@ class Scan:
         offsets = self._log.take("offset", rows_k).tolist()
         for (file, line), offset in zip(self._places(rows_k), offsets, strict=True):
             with _further_down():
-                record = file.record(file.source.reread(offset, line), line)
-            yield self._known(facts_of(record))
+                row = file.source.reread(offset, line)
+                quick = file.quick.facts([row])[0] if file.quick else None
+                facts = quick or facts_of(file.record(row, line))
+            yield self._known(facts)
 
     def _known(self, facts: Facts) -> Facts:
         """The same with media as they are compared."""
