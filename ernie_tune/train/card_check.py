@@ -82,9 +82,9 @@ def check_card(device: str) -> Iterator[CheckLine]:
         for dtype, rate in rates.items():
             yield CheckLine(
                 say(f"products, {dtype}", f"矩阵乘，{dtype}"),
-                f"{rate / 1e12:.2f} TFLOP/s",
+                f"{rate / 1e12:.3g} TFLOP/s",
             )
-        yield CheckLine(say("copying memory", "内存复制"), f"{_copy_rate(device) / 1e9:.0f} GB/s")
+        yield CheckLine(say("copying memory", "内存复制"), f"{_copy_rate(device) / 1e9:.3g} GB/s")
         yield from _models(device, dtypes, rates)
         if device != "cpu":
             yield _memory(device)

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,19 @@ class Measured:
     anonymous: int
     resident: int
     output: str
+    started: float  # seconds of the day
+
+    def _lines(self) -> list[float]:
+        """When each step's line was written, in seconds of the day."""
+        return [int(h) * 3600 + int(m) * 60 + float(s.replace(",", ".")) for h, m, s, _ in _STEP.findall(self.output)]
 
     def steps(self) -> list[float]:
         """Seconds between the lines of successive steps."""
-        found = [int(h) * 3600 + int(m) * 60 + float(s.replace(",", ".")) for h, m, s, _ in _STEP.findall(self.output)]
-        return [b - a for a, b in itertools.pairwise(found)]
+        return [b - a for a, b in itertools.pairwise(self._lines())]
+
+    def first_step(self) -> float | None:
+        """Seconds from the command to the line of the first step."""
+        return next((at - self.started for at in self._lines()), None)
 
     def kept_bytes(self) -> float:
         """Of activations that layers kept instead of being run again, as the run said."""
@@ -136,6 +145,36 @@ def write_rows(path: Path, tokens: int, count: int = 4) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def longest(rows: Path) -> int:
+    """Tokens of the longest row, so that an estimate counts what is there."""
+    from ernie_tune.data.processor import Processor
+
+    processor = Processor.bundled("small")
+    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    return max(
+        processor.measure(row["messages"], [str(rows.parent / name) for name in row.get("images", ())])[0]
+        for row in read
+    )
+
+
+def codes_bytes(folder: Path) -> float:
+    """Of a packed folder's codes: pages of its files, which are no memory of the process."""
+    from ernie_tune.checkpoint.tensors import TensorReader
+
+    entries = TensorReader(folder).entries.values()
+    return sum(float(np.prod(entry.shape)) for entry in entries if entry.dtype in ("U8", "I8"))
+
+
+def library_bytes() -> float:
+    """Of a process with Paddle loaded, what is pages of its libraries: an estimate counts them as
+    the process's, `anonymous` does not.
+    """
+    code = "import paddle; print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    found = re.search(r"^RssFile:\s+(\d+) kB$", done.stdout, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0.0
+
+
 def verb(*words: object) -> Measured:
     """`ernie-tune` with these words, watched."""
     return verb_of([sys.executable, "-W", "ignore", "-m", "ernie_tune", *map(str, words)])
@@ -143,7 +182,8 @@ def verb(*words: object) -> Measured:
 
 def verb_of(command: list[str]) -> Measured:
     """A process, watched. SystemExit where it fails."""
-    started = time.perf_counter()
+    started, now = time.perf_counter(), datetime.now()
+    of_day = now.hour * 3600 + now.minute * 60 + now.second + now.microsecond / 1e6
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
         anonymous, resident = 0, 0
@@ -156,7 +196,7 @@ def verb_of(command: list[str]) -> Measured:
     if process.returncode:
         print(text[-3000:], file=sys.stderr)
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return Measured(time.perf_counter() - started, anonymous, resident, text)
+    return Measured(time.perf_counter() - started, anonymous, resident, text, of_day)
 
 
 def _memory(pid: int) -> Iterator[tuple[str, int]]:
@@ -203,11 +243,14 @@ def estimated(yaml: Path, tokens: int) -> float:
 
 
 def report(what: str, m: Measured, told: float | None = None, products: float | None = None) -> None:
+    """One line. `told`: the estimate, less what lies in mapped files."""
     steps = m.steps()
     line = f"{what:<34}{m.seconds:>8.1f} s {m.anonymous / GB:>7.2f} GB anonymous {m.resident / GB:>7.2f} GB resident"
     if told is not None:
         told += m.kept_bytes()
-        line += f" {told / GB:>7.2f} GB estimated ({m.resident / told - 1:+.0%})"
+        line += f" {told / GB:>7.2f} GB estimated ({m.anonymous / told - 1:+.0%})"
+    if (first := m.first_step()) is not None:
+        line += f"   first step after {first:.1f} s"
     if steps:
         line += f"   step {min(steps):.2f} s"
     if steps and products:
@@ -293,6 +336,7 @@ def main() -> None:
         print(f"{model}: {whole / GB:.1f} GB, {held / GB:.1f} GB of disk", flush=True)
     rate = product_rate()
     print(f"float32 products here: {rate / GB:.0f} GFLOP/s", flush=True)
+    libraries = library_bytes()
     if "export" in phases:
         out = ("--output_dir", packed, "--quantization", "wint4", "--method", "rtn", "--emit", "packed")
         done = verb("export", model, *out, "--verify", "files")
@@ -306,7 +350,8 @@ def main() -> None:
         for tokens in lengths if phase in phases else ():
             yaml = write_run(root, phase, tokens, {"model_name_or_path": base, "max_steps": a.steps, **extra})
             done = verb("train", yaml)
-            report(f"{phase} {tokens} tokens", done, estimated(yaml, tokens), products_seconds(config, tokens, rate))
+            told = estimated(yaml, tokens) - libraries - (codes_bytes(packed) if phase == "packed" else 0)
+            report(f"{phase} {tokens} tokens", done, told, products_seconds(config, tokens, rate))
     after(root, phases, lengths[0], a.steps)
 
 
@@ -318,7 +363,7 @@ def write_run(root: Path, phase: str, tokens: int, more: dict[str, Any]) -> Path
         **RUN,
         **QUIET,
         "train_dataset_path": rows,
-        "max_seq_len": tokens + 64,
+        "max_seq_len": longest(rows),
         "output_dir": root / f"run_{phase}_{tokens}",
         **more,
     }
@@ -332,7 +377,8 @@ def after(root: Path, phases: list[str], tokens: int, steps: int) -> None:
     model, packed, run = root / "model", root / "packed", root / f"run_packed_{tokens}"
     if "resume" in phases:
         yaml = root / f"packed_{tokens}.yaml"
-        report("resume, one step more", verb("train", yaml, f"max_steps={steps + 1}"), estimated(yaml, tokens))
+        done = verb("train", yaml, f"max_steps={steps + 1}")
+        report("resume, one step more", done, estimated(yaml, tokens) - library_bytes() - codes_bytes(packed))
     if "eval" in phases:
         rows = root / f"rows_{tokens}.jsonl"
         done = verb("eval", run, f"eval_dataset_path={rows}", "eval_max_new_tokens=8", "eval_max_samples=2")
