@@ -92,6 +92,9 @@ setup(
             "math-verify>=0.8",
             "jsonschema>=4.20",
             "pyarrow>=16",
+            "gradio>=6.10",
+            "playwright>=1.48",  # drives a Chromium that the machine has
+            "axe-playwright-python>=0.1.4",  # brings axe-core along
         ],
     },
     entry_points={"console_scripts": ["ernie-tune = ernie_tune.cli.main:main"]},

@@ -10,6 +10,15 @@ if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,dev]"
   touch "$stamp"
 fi
+# The studio is tried in a browser: $CHROMIUM, the system's, or one that playwright may fetch.
+# Without any the rest is tested all the same, and the line below and pytest's summary say so.
+browser() {
+  for name in "${CHROMIUM:-}" chromium chromium-browser google-chrome google-chrome-stable; do
+    [ -n "$name" ] && command -v "$name" >/dev/null && return 0
+  done
+  timeout 60 .venv/bin/playwright install --no-shell chromium >/dev/null 2>&1
+}
+browser || echo "NO CHROMIUM HERE: THE STUDIO IS NOT TRIED IN A BROWSER (apt-get install chromium)" >&2
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy ernie_tune

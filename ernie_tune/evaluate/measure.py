@@ -6,6 +6,7 @@ Refuses to know: the loop, optimizers, when it is called.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from ernie_tune.train.guards import ForgettingGuard, Verdict
 GUARD_FILE = "guard_baseline.json"
 # answers and scores before training, so that a resumed run can still compare
 BEFORE_FILE = "before.json"
+# answers to a few of those rows, one line each, added to at every evaluation
+SAMPLES_FILE, _SAMPLES = "samples.jsonl", 8
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class Measure:
         self.first = {"metrics": metrics, "answers": given, "references": [q.reference for q in asked]}
         if log.is_main:
             write_atomically(file, json.dumps(self.first, ensure_ascii=False, indent=1) + "\n")
+            self._note_samples(0, asked, given)
         shown = ", ".join(f"{k}: {number(k, v)}" for k, v in metrics.items())
         log.info(say("before training: {m}", "训练前：{m}", m=shown))
 
@@ -162,9 +166,30 @@ class Measure:
         """Loss on every row, scores of the answers to eval_max_samples rows; logged and
         returned.
         """
-        metrics = self._measured(say("eval", "评测"), self.settings.eval.eval_max_samples)[0]
+        metrics, asked, given = self._measured(say("eval", "评测"), self.settings.eval.eval_max_samples)
         log.log(step, metrics, epoch)
+        if log.is_main:
+            self._note_samples(step, asked, given)
         return metrics
+
+    def _note_samples(self, step: int, asked: Sequence[Question], given: Sequence[str]) -> None:
+        """Add the answers to a few rows, so that they can be watched as they change. Best effort: a
+        full disk does not end a run.
+        """
+        every = max(1, len(asked) // _SAMPLES)
+        lines = [
+            {
+                "step": step,
+                "row": str(q.record.meta),
+                "question": q.record.messages[-2]["content"] if len(q.record.messages) > 1 else "",
+                "images": [i for i in q.images if isinstance(i, str) and not i.startswith("data:")],
+                "reference": q.reference,
+                "answer": answer,
+            }
+            for q, answer in list(zip(asked, given, strict=True))[::every][:_SAMPLES]
+        ]
+        with contextlib.suppress(OSError), (self.output_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def after(self, log: RunLog, train: Mapping[str, float], epoch: float) -> dict[str, float]:
         """The last measurement: results files and the before/after page. `train`: what there is to

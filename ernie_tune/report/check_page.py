@@ -7,7 +7,7 @@ Refuses to know: how things were found, terminals, paddle.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -41,14 +41,22 @@ class _Rows:
 
     sampled: list[tuple[DataFile, Record]]
     flagged: dict[tuple[str, int], Record | DataError | Mapping[str, Any]]
+    may_show: Callable[[str], bool] = lambda path: True
 
 
 def check_page(report: Report) -> str:
     """The whole page. Reads the files once more, as far as the last row that is shown."""
-    rows = _collect(report)
-    body = [_facts(report), _findings(report, rows), _sample(rows), _spread(report)]
     name = ", ".join(dict.fromkeys(os.path.basename(file.path) for file in report.files))
-    return html.page(say("Data check", "数据检查"), name, body)
+    return html.page(say("Data check", "数据检查"), name, check_body(report))
+
+
+def check_body(report: Report, may_show: Callable[[str], bool] = lambda path: True) -> list[str]:
+    """What the page shows, as pieces of HTML. Pictures whose file `may_show` refuses appear by name
+    alone.
+    """
+    rows = _collect(report)
+    rows.may_show = may_show
+    return [_facts(report), _findings(report, rows), _sample(rows), _spread(report)]
 
 
 def _facts(report: Report) -> str:
@@ -105,7 +113,7 @@ def _cards(found: list[Finding], rows: _Rows, severity: str) -> tuple[list[str],
         row = rows.flagged.get((finding.path, finding.line))
         if isinstance(row, Record) and len(cards) < _FLAGGED_ROWS:
             said = f'<p class="said">{html.both(finding.text)}</p>'
-            cards.append(_card(row, severity, said))
+            cards.append(_card(row, severity, said, rows.may_show))
         else:
             rest.append(finding)
     return cards, rest
@@ -116,13 +124,18 @@ def _sample(rows: _Rows) -> str:
     cards = []
     for file, record in rows.sampled:
         held = say(" · evaluation", " · 评测") if file.evaluation else say("", "")
-        cards.append(_card(record, "", f'<p class="src">{html.both(held)}</p>' if file.evaluation else ""))
+        more = f'<p class="src">{html.both(held)}</p>' if file.evaluation else ""
+        cards.append(_card(record, "", more, rows.may_show))
     title = html.both(say("Rows, drawn evenly", "样本（均匀抽取）"))
     return f"<h2>{title}</h2>{''.join(cards)}" if cards else ""
 
 
-def _card(record: Record, kind: str, more: str) -> str:
-    pictures = html.media(_shown(record.images), _clips(record.videos), None, small=True)
+def _card(record: Record, kind: str, more: str, may_show: Callable[[str], bool]) -> str:
+    images, clips = _shown(record.images), _clips(record.videos)
+    hidden = [str(medium) for medium in (*images, *clips) if not _allowed(medium, may_show)]
+    pictures = html.media(
+        [i for i in images if _allowed(i, may_show)], [c for c in clips if _allowed(c, may_show)], None, small=True
+    ) + "".join(map(html.gone, hidden))
     turns = [_turn(message) for message in record.messages]
     for i, candidate in enumerate(record.candidates):
         name = _judged(record, i)
@@ -155,6 +168,13 @@ def _judged(record: Record, index: int) -> Text:
     known = candidate.rank if candidate.rank is not None else candidate.score
     number = "" if known is None else f" ({known:g})"
     return say(f"Answer {index + 1}{number}", f"回答 {index + 1}{number}")
+
+
+def _allowed(medium: Any, may_show: Callable[[str], bool]) -> bool:
+    if isinstance(medium, tuple):
+        return all(_allowed(one, may_show) for one in medium)
+    is_file = isinstance(medium, str) and not medium.startswith(("data:", "http://", "https://"))
+    return not is_file or may_show(medium)
 
 
 def _shown(images: tuple[Any, ...]) -> list[html.Picture]:

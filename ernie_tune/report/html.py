@@ -117,7 +117,7 @@ def picture(source: Picture, files: Path | None, small: bool = False) -> str:
     kind = next((mime for magic, mime in _MAGIC.items() if data.startswith(magic)), "")
     if not kind:
         name = "" if isinstance(source, bytes) else str(source)[:200]
-        return f"<div class=gone>{escape(name)}<br>{both(_MISSING)}</div>"
+        return gone(name)
     if small or (files is None and len(data) > _EMBEDDED_BYTES):
         data, kind = _thumbnail(data, kind)
     if len(data) <= _EMBEDDED_BYTES or files is None:
@@ -128,6 +128,11 @@ def picture(source: Picture, files: Path | None, small: bool = False) -> str:
     name = f"{hashlib.sha256(data).hexdigest()[:16]}.{kind.removeprefix('image/')}"
     (files / name).write_bytes(data)
     return _image(f"{files.name}/{name}")
+
+
+def gone(name: str) -> str:
+    """A box with the name of what is not shown."""
+    return f"<div class=gone>{escape(name)}<br>{both(_MISSING)}</div>"
 
 
 def clip(source: Clip, files: Path | None, small: bool = False) -> str:

@@ -62,7 +62,7 @@ def write_rollouts(path: Path, page: Path, title: str = "") -> int:
         groups = rounds[number]
         picked = sorted(groups)[:: max(1, len(groups) // PROMPTS)][:PROMPTS]
         body.append(f"<h2>{html.both(_WORDS['round'])} {number}</h2>")
-        body += [_group(groups[prompt], files) for prompt in picked]
+        body += [group_html(groups[prompt], files) for prompt in picked]
     write_atomically(page, html.page(_WORDS["title"], title, body))
     return len(shown)
 
@@ -78,8 +78,10 @@ def _trend(rounds: Mapping[int, Mapping[int, Sequence[Mapping[str, Any]]]]) -> s
     return html.table(head, facts)
 
 
-def _group(rows: Sequence[Mapping[str, Any]], files: Path) -> str:
-    """One prompt: its pictures, and its answers, best first."""
+def group_html(rows: Sequence[Mapping[str, Any]], files: Path | None) -> str:
+    """One prompt: its pictures, and its answers, best first. `files`: where large pictures go;
+    None: they are drawn smaller.
+    """
     first = rows[0]
     names = [name for name in first.get("images", ()) if name]
     gold = "" if first.get("gold") is None else f" · {html.both(_WORDS['gold'])}: <b>{escape(str(first['gold']))}</b>"
@@ -92,7 +94,7 @@ def _group(rows: Sequence[Mapping[str, Any]], files: Path) -> str:
         cells.append([text + cut, _shown(row["reward"]), f"{row['advantage']:+.3f}", parts])
     head = [html.both(_WORDS[name]) for name in ("answer", "reward", "advantage")]
     table = html.table([*head, html.both(_WORDS["reward"])], cells)
-    return f"<article>{html.media(names, (), files)}<p class=sub>{escape(first['row'])}{gold}</p>{table}</article>"
+    return f"<article>{html.media(names, (), files)}<p class=sub>{escape(str(first['row']))}{gold}</p>{table}</article>"
 
 
 def _shown(value: float | None) -> str:

@@ -74,7 +74,8 @@ def build(studio: Studio, room: str = "", rows: str | None = None, model: str | 
             ("judge", studio("Judge", "评判"), partial(room_judge.room, rows=rows, model=model)),
             ("serve", studio("Export and serve", "导出与服务"), room_serve.room),
         )
-        with gr.Tabs(selected=room or "data"):
+        with gr.Tabs(selected=room or "data") as tabs:
+            studio.parts["tabs"] = tabs
             for name, label, make in rooms:
                 with gr.Tab(label, id=name) as tab:
                     offers = make(studio)

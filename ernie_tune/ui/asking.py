@@ -14,6 +14,7 @@ import json
 import mimetypes
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from ernie_tune.config.language import say
 from ernie_tune.data.records import IMAGE_TAG, TAG
 from ernie_tune.ui.jobs import RUNNING, ChildJob, Jobs
 
-KIND = "ask"
+KIND, SERVED = "ask", "serve"
 MOST = 2  # servers at once
 _READY_SECONDS = 300.0
 _ANSWER_SECONDS = 600.0
@@ -32,7 +33,7 @@ _ANSWER_SECONDS = 600.0
 
 @dataclass
 class ModelServer:
-    """A model's server. `key`: known to this studio alone."""
+    """A model's server. `key`: known to this studio alone; `asking`: how many need it now."""
 
     model: str
     job: ChildJob
@@ -40,45 +41,78 @@ class ModelServer:
     key: str = field(repr=False)
     used: float = field(default_factory=time.monotonic)
     ready: bool = False
+    asking: int = 0
 
 
 class ModelServers:
-    """The models that answer now; the one that was asked least recently goes when there are too
-    many.
+    """The models that answer now. One that nobody asks goes when another is wanted; they end with
+    this process, however it ends.
     """
 
     def __init__(self, jobs: Jobs, root: Path) -> None:
         self.jobs, self.root = jobs, root
         self.running: dict[str, ModelServer] = {}
-        for job in jobs.all():  # of an earlier studio; their keys are gone with it
-            if job.kind == KIND:
-                jobs.kill(job)
+        self.served: dict[str, ModelServer] = {}  # by job; those that people asked for
+        self._lock = threading.Lock()  # of `running`: tabs and judges ask at the same time
 
-    def of(self, model: Path) -> ModelServer:
-        """The server of a model, started if need be; it may not be ready yet."""
-        name = str(model)
-        server = self.running.get(name)
-        if server is not None and self.jobs.state(server.job) != RUNNING:
-            server = None
-        if server is None:
-            others = sorted((s for n, s in self.running.items() if n != name), key=lambda s: s.used)
-            for old in others[: max(0, len(others) - MOST + 1)]:
-                self.jobs.kill(self.running.pop(old.model).job)
-            port, key = free_port(), secrets.token_urlsafe(24)
-            words = ["serve", name, "--host", "127.0.0.1", "--port", str(port), "--served_model_name", "model"]
-            job = self.jobs.start(KIND, name, words, self.root, {"ERNIE_TUNE_API_KEY": key})
-            server = self.running[name] = ModelServer(name, job, port, key)
-        server.used = time.monotonic()
+    @contextlib.contextmanager
+    def asked(self, model: str) -> Iterator[ModelServer]:
+        """The server of a model (a folder, or a name that `serve` knows), started if need be and
+        ready, kept as long as it is asked. Raises ValueError where it does not come up, and where
+        as many others as may run are being asked.
+        """
+        with self._lock:
+            server = self._of(model)
+            server.asking += 1
+        try:
+            self.wait(server)
+            yield server
+        finally:
+            with self._lock:
+                server.asking -= 1
+                server.used = time.monotonic()
+
+    def _of(self, model: str) -> ModelServer:
+        server = self.running.get(model)
+        if server is not None and self.jobs.state(server.job) == RUNNING:
+            return server
+        others = [s for name, s in self.running.items() if name != model and self.jobs.state(s.job) == RUNNING]
+        if len(others) >= MOST:
+            idle = sorted((s for s in others if not s.asking), key=lambda s: s.used)
+            if not idle:
+                raise ValueError(
+                    say(
+                        f"models that answer ({len(others)}) must be fewer than {MOST + 1}; wait until one of them is done",
+                        f"正在回答的模型（{len(others)} 个）不得超过 {MOST} 个；请等其中一个答完",
+                    )
+                )
+            self.jobs.kill(self.running.pop(idle[0].model).job)
+        self.running[model] = self._started(KIND, model, model, tied=True)
+        return self.running[model]
+
+    def serve(self, model: str, title: str) -> ModelServer:
+        """A server of its own for others to ask; it goes on when this process ends."""
+        server = self._started(SERVED, model, title, tied=False)
+        self.served[server.job.id] = server
         return server
+
+    def _started(self, kind: str, model: str, title: str, tied: bool) -> ModelServer:
+        port, key = free_port(), secrets.token_urlsafe(24)
+        words = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--served_model_name", "model"]
+        job = self.jobs.start(kind, title, words, self.root, {"ERNIE_TUNE_API_KEY": key}, tied=tied)
+        return ModelServer(model, job, port, key)
+
+    def is_ready(self, server: ModelServer) -> bool:
+        """Whether it answers now."""
+        if not server.ready:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                server.ready = request(server, "GET", "/health").status == 200
+        return server.ready
 
     def wait(self, server: ModelServer, seconds: float = _READY_SECONDS) -> None:
         """Until it answers. Raises ValueError with the end of its output where it has died."""
         end = time.monotonic() + seconds
-        while not server.ready:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                server.ready = request(server, "GET", "/health").status == 200
-            if server.ready:
-                return
+        while not self.is_ready(server):
             if self.jobs.state(server.job) != RUNNING or time.monotonic() > end:
                 last = [line for line in self.jobs.output(server.job).splitlines() if line.strip()][-3:]
                 raise ValueError(
@@ -86,16 +120,17 @@ class ModelServers:
                         "{model} must come up, but says: {why}",
                         "{model} 未能启动，输出为：{why}",
                         model=server.model,
-                        why=" ".join(last) or "nothing",
+                        why=" ".join(last) or "–",
                     )
                 )
             time.sleep(0.1)
 
     def close(self) -> None:
         """End them all."""
-        for server in self.running.values():
-            self.jobs.kill(server.job)
-        self.running.clear()
+        with self._lock:
+            for server in self.running.values():
+                self.jobs.kill(server.job)
+            self.running.clear()
 
 
 def free_port() -> int:

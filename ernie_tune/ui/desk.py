@@ -21,16 +21,33 @@ from ernie_tune.ui.judgements import STARS, AskedRow, Judgement
 
 PICK, RANK, RATE, LABEL = "pick", "rank", "rate", "label"
 MODES = (PICK, RANK, RATE, LABEL)
+_DIGITS = tuple("0123456789")
 HELP = {
-    PICK: say("1–9: the best answer, and on   0: all alike", "1–9：选最好的回答并继续   0：都一样"),
-    RANK: say("1–9: the place of the marked answer; equal places are ties", "1–9：所标回答的名次；名次相同即并列"),
-    RATE: say("1–5: stars of the marked answer", "1–5：所标回答的星级"),
-    LABEL: say("g: good   b: bad, with the reason below", "g：好   b：不好，并可在下方写原因"),
+    PICK: say("the number of the best answer writes it and goes on", "按最好回答的编号：写入并继续"),
+    RANK: say(
+        "each answer in turn gets its place, 1 is best; equal places are ties; then write",
+        "依次给每个回答名次，1 为最好；名次相同即并列；然后写入",
+    ),
+    RATE: say("each answer in turn gets 1 to 5 stars; then write", "依次给每个回答 1 至 5 星；然后写入"),
+    LABEL: say(
+        "each answer in turn is good or bad, bad ones with a reason if you like; then write",
+        "依次判断每个回答好或不好，不好的可写原因；然后写入",
+    ),
 }
-KEYS = say(
-    "← → mark an answer   Enter: write and on   s: skip   u: back",
-    "← → 选择回答   Enter：写入并继续   s：跳过   u：返回",
-)
+ALIKE, GOOD, BAD = say("all alike", "都一样"), say("good", "好"), say("bad", "不好")
+EDIT, REASON = say("correct it", "改写"), say("reason", "原因")
+WRITE, SKIP, BACK = say("write and on", "写入并继续"), say("skip", "跳过"), say("back", "返回")
+
+
+def keys(mode: str, count: int) -> list[tuple[str, Text | str]]:
+    """(key, what it does) for a question with so many answers."""
+    numbers = min(count, 9) if mode in (PICK, RANK) else len(STARS) if mode == RATE else 0
+    own: list[tuple[str, Text | str]] = [(str(n), "★" * n if mode == RATE else "") for n in range(1, numbers + 1)]
+    if mode == PICK and count > 1:
+        own.append(("0", ALIKE))
+    if mode == LABEL and count:
+        own += [("g", GOOD), ("b", BAD), ("r", REASON)]
+    return [*own, *([("e", EDIT), ("Enter", WRITE)] if count else []), ("s", SKIP), ("u", BACK)]
 
 
 @dataclass(frozen=True)
@@ -97,16 +114,20 @@ def press(desk: Desk, key: str) -> tuple[Desk, bool]:
         return desk.moved(1, say("skipped", "已跳过")), False
     if key == "u":
         return desk.moved(-1), False
-    if key in ("ArrowRight", "ArrowLeft") and desk.answers:
+    if not desk.answers:
+        return desk, False
+    if key in ("ArrowRight", "ArrowLeft"):
         step = 1 if key == "ArrowRight" else -1
         return dataclasses.replace(desk, marked=(desk.marked + step) % len(desk.answers), told=""), False
+    if key.startswith("mark") and key[4:].isdecimal() and int(key[4:]) < len(desk.answers):
+        return dataclasses.replace(desk, marked=int(key[4:]), told=""), False
     if key == "Enter":
         return desk, True
     return _said(desk, key)
 
 
 def _said(desk: Desk, key: str) -> tuple[Desk, bool]:
-    count, digit = len(desk.answers), int(key) if key.isdigit() and len(key) == 1 else None
+    count, digit = len(desk.answers), int(key) if key in _DIGITS else None
     if desk.mode == PICK and digit is not None and digit <= count:
         ranks = tuple(1 if digit in (0, k + 1) else 2 for k in range(count))
         return _with(desk, ranks=ranks), True

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ernie_tune.config.language import say
+from ernie_tune.ui.child import NO_LEASH
 
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
 _JOB, _LOG, _CODE, _ASKED = "job.json", "output.log", "exit_code", "stop_asked"
@@ -41,31 +42,44 @@ class ChildJob:
 
 
 class Jobs:
-    """The jobs of one folder, old ones too."""
+    """The jobs of one folder, old ones too. `command`: what the words of a job are given to."""
+
+    command: tuple[str, ...] = (sys.executable, "-m", "ernie_tune")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._pipe: tuple[int, int] | None = None
 
     def start(
-        self, kind: str, title: str, words: Sequence[str], cwd: Path, environ: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        title: str,
+        words: Sequence[str],
+        cwd: Path,
+        environ: Mapping[str, str] | None = None,
+        tied: bool = False,
     ) -> ChildJob:
         """`python -m ernie_tune words…` in a session of its own, in `cwd`. `environ` is added to
-        the environment and written nowhere.
+        the environment and written nowhere. `tied`: it ends when this process does, even a killed
+        one; otherwise it goes on.
         """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}-{os.urandom(3).hex()}"
         place = self.folder / name
         place.mkdir()
-        command = [sys.executable, "-m", "ernie_tune", *words]
+        command = [*self.command, *words]
+        leash = [self._leash()] if tied else []
+        holder = [sys.executable, "-m", "ernie_tune.ui.child", str(place / _CODE)]
         with (place / _LOG).open("wb") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "ernie_tune.ui.child", str(place / _CODE), *command],
+                [*holder, str(leash[0]) if leash else NO_LEASH, *command],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=leash,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(environ or {})},
             )
         self._children[name] = child
@@ -74,6 +88,14 @@ class Jobs:
         unfinished.write_text(json.dumps(asdict(job), ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, place / _JOB)
         return job
+
+    def _leash(self) -> int:
+        """The reading end of the pipe that closes when this process ends. The writing end is passed
+        to nobody and lives as long as the process.
+        """
+        if self._pipe is None:
+            self._pipe = os.pipe()
+        return self._pipe[0]
 
     def all(self) -> list[ChildJob]:
         """Every job, the newest first. Folders that hold none are left alone."""

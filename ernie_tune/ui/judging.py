@@ -7,24 +7,47 @@ Refuses to know: gradio, which keys mean what (`desk`), formats of rows (`judgem
 from __future__ import annotations
 
 import html as escaping
-from collections.abc import Sequence
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ernie_tune.config.language import Text, say
+from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.report import html
-from ernie_tune.ui import asking, desk, studio
+from ernie_tune.ui import asking, desk, forms, studio
 from ernie_tune.ui.asking import ModelServers
-from ernie_tune.ui.judgements import PAIRS, Judgements, JudgesAgreement, agreement
+from ernie_tune.ui.judgements import (
+    CORRECTED,
+    LABELS,
+    PAIRS,
+    RANKINGS,
+    RATINGS,
+    Judgements,
+    JudgesAgreement,
+    agreement,
+)
 from ernie_tune.ui.questions import ToJudge, questions
 from ernie_tune.ui.workspace import Workspace
 
 _STARS = "★"
+LORA_FILE = "lora_config.json"
+# file -> the stage that learns it, and a learning rate that does no harm to small models
+_LEARNT = {
+    PAIRS: ("DPO", "1.0e-4"),
+    RANKINGS: ("DPO", "1.0e-4"),
+    RATINGS: ("DPO", "1.0e-4"),
+    LABELS: ("KTO", "1.0e-4"),
+    CORRECTED: ("SFT", "1.0e-3"),
+}
+_TRIES = 3  # times that a model is asked until its answers differ
 
 
 @dataclass
 class Session:
-    """`model`: "" judges the answers that the rows bring along. `n`: answers to each question."""
+    """What one judge does in one tab. `model`: "" judges the answers that the rows bring along.
+    `n`: answers to each question; `before`: questions that were judged earlier; `turn`: grows with
+    whatever was pressed, so that the page knows that it has been heard.
+    """
 
     store: Judgements
     questions: dict[str, ToJudge]
@@ -35,38 +58,76 @@ class Session:
     temperature: float = 1.0
     max_tokens: int = 256
     told: list[str] = field(default_factory=list)
+    before: int = 0
+    turn: int = 0
+    _said: dict[str, Future[list[str]]] = field(default_factory=dict, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
     def question(self) -> ToJudge | None:
         return self.questions[self.desk.question] if self.desk.question is not None else None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the model has yet to answer the present question."""
+        name = self.desk.question
+        known = self._said.get(name) if name is not None else None
+        return bool(self.model) and name is not None and not self.desk.answers and not (known and known.done())
+
     def lay(self) -> None:
-        """Get the answers to the present question, if they do not lie here yet. Raises ValueError
-        where the model cannot give them.
+        """Get the answers to the present question, if they do not lie here yet, and begin to get
+        those to the next one. Raises ValueError where the model cannot give them.
         """
         question = self.question
         if question is None or self.desk.answers:
             return
-        said: Sequence[str] = question.answers
-        if self.model:
-            server = self.servers.of(Path(self.model))
-            self.servers.wait(server)
-            sampling = {"n": self.n, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": 0}
-            said = asking.answers(server, asking.asked_body(question.asked.messages, question.asked.images, **sampling))
-        self.desk = self.desk.laid(list(dict.fromkeys(text.strip() for text in said)))
+        said = self._answers(question).result() if self.model else list(question.answers)
+        with self._lock:
+            if self.question is question:
+                self.desk = self.desk.laid(list(dict.fromkeys(text.strip() for text in said)))
+        if self.model and self.desk.at + 1 < len(self.desk.todo):
+            self._answers(self.questions[self.desk.todo[self.desk.at + 1]])
 
-    def press(self, key: str, reason: str = "", corrected: str = "") -> bool:
-        """What a key does; whether something was written. Raises ValueError for a judgement that
-        says nothing.
+    def _answers(self, question: ToJudge) -> Future[list[str]]:
+        """What the model says, now or later: asked once, and again where it failed."""
+        with self._lock:
+            known = self._said.get(question.asked.id)
+            if known is None or (known.done() and known.exception()):
+                known = self._said[question.asked.id] = Future()
+                threading.Thread(target=self._ask, args=(question, known), daemon=True).start()
+            return known
+
+    def _ask(self, question: ToJudge, into: Future[list[str]]) -> None:
+        try:
+            found: dict[str, None] = {}
+            with self.servers.asked(self.model) as server:
+                for seed in range(_TRIES if self.temperature > 0 else 1):
+                    sampling = {"n": self.n, "temperature": self.temperature, "max_tokens": self.max_tokens}
+                    body = asking.asked_body(question.asked.messages, question.asked.images, seed=seed, **sampling)
+                    found.update(dict.fromkeys(text.strip() for text in asking.answers(server, body)))
+                    if len(found) >= self.n:
+                        break
+            into.set_result(list(found)[: self.n])
+        except Exception as error:  # whatever it is, who waits for the answers is told
+            into.set_exception(error)
+
+    def press(self, key: str, reason: str = "", corrected: str = "", at: int | None = None) -> bool:
+        """What a key does; whether something was written. `at`: the place of the question that was
+        seen when it was pressed; a key that was meant for another one does nothing. Raises
+        ValueError for a judgement that says nothing.
         """
-        question = self.question
-        after, complete = desk.press(self.desk, key)
-        if complete and question is not None:
-            models = [self.model] * len(after.order) if self.model else ()
-            self.store.add(desk.judgement(after, question.asked, reason=reason, corrected=corrected, models=models))
-            after = after.moved(1, say("written", "已写入"))
-        self.desk = after
-        return complete and question is not None
+        with self._lock:
+            self.turn += 1
+            question = self.question
+            if at is not None and at != self.desk.at:
+                return False
+            after, complete = desk.press(self.desk, key)
+            if complete and question is not None:
+                models = [self.model] * len(after.order) if self.model else ()
+                self.store.add(desk.judgement(after, question.asked, reason=reason, corrected=corrected, models=models))
+                after = after.moved(1, say("written", "已写入"))
+            self.desk = after
+            return complete and question is not None
 
     # --- what is shown ----------------------------------------------------------------------------
 
@@ -77,16 +138,26 @@ class Session:
         return studio.dialogue(question.asked.messages, question.asked.images)
 
     def answers_html(self) -> str:
+        """The answers, and the keys that judge them, as buttons too."""
         cards = []
         for k, said in enumerate(self.desk.answers):
             marked = " marked" if k == self.desk.marked else ""
             cards.append(
-                f'<article class="answer{marked}" data-answer="{k}"><header><b>{k + 1}</b>{self._said(k)}</header>'
+                f'<article class="answer{marked}" data-key="mark{k}"><header><b>{k + 1}</b>{self._of(k)}</header>'
                 f"{studio.text(said) if said.strip() else html.both(say('(empty)', '（空）'))}</article>"
             )
-        return f'<div class="answers">{"".join(cards)}</div>'
+        shown = [] if self.question is None else desk.keys(self.desk.mode, len(self.desk.answers))
+        buttons = "".join(
+            f'<button type="button" data-key="{key}"{" class=primary" if key == "Enter" else ""}>'
+            f"<kbd>{key}</kbd> {html.both(what) if isinstance(what, Text) else what}</button>"
+            for key, what in shown
+        )
+        return (
+            f'<div class="desk" data-turn="{self.turn}" data-at="{self.desk.at}"><div class="answers">'
+            f'{"".join(cards)}</div><div class="keys">{buttons}</div></div>'
+        )
 
-    def _said(self, k: int) -> str:
+    def _of(self, k: int) -> str:
         draft, parts = self.desk.draft, []
         if draft.ranks and draft.ranks[k] is not None:
             parts.append(html.both(say(f"place {draft.ranks[k]}", f"第 {draft.ranks[k]} 名")))
@@ -97,18 +168,18 @@ class Session:
         return f"<span>{' '.join(parts)}</span>"
 
     def progress_html(self) -> str:
-        done, total = self.desk.at, len(self.desk.todo)
+        done, total = self.before + self.desk.at, self.before + len(self.desk.todo)
         share = 100 * done / max(total, 1)
         counts = ", ".join(
             f"{name.removesuffix('.jsonl')} {count}" for name, count in self.store.counts().items() if count
         )
-        help_ = html.both(desk.HELP[self.desk.mode]) + " &nbsp; " + html.both(desk.KEYS)
+        help_ = html.both(desk.HELP[self.desk.mode]) if self.question else ""
         told = html.both(self.desk.told) if isinstance(self.desk.told, Text) else escaping.escape(str(self.desk.told))
         return (
             f'<div class="meter" role="progressbar" aria-valuenow="{done}" aria-valuemin="0" aria-valuemax="{total}" '
             f'aria-label="{done} / {total}"><i style="width:{share:.1f}%"></i></div>'
-            f'<p class="note">{done} / {total} · {escaping.escape(counts)} <b role="status">{told}</b></p>'
-            f'<p class="note keys">{help_}</p>'
+            f'<p class="note">{done} / {total}{" · " if counts else ""}{escaping.escape(counts)} <b role="status">{told}</b></p>'
+            f'<p class="note">{help_}</p>'
         )
 
     def marked_text(self) -> str:
@@ -137,8 +208,8 @@ def begin(
         )
     found, told = questions(workspace.inside(rows), workspace)
     store = Judgements(workspace.inside(folder))
-    asked_model = str(workspace.inside(model)) if model else ""
-    done = store.done(judge.strip())
+    asked_model = workspace.model(model) if model else ""
+    done = store.done(judge.strip()) & found.keys()
     todo = [name for name, q in found.items() if name not in done and (asked_model or q.answers)]
     if not todo and not done:
         raise ValueError(
@@ -148,7 +219,7 @@ def begin(
             )
         )
     table = desk.Desk(judge.strip(), mode, tuple(todo))
-    return Session(store, found, table, servers, asked_model, max(1, int(n)), temperature, max_tokens, told)
+    return Session(store, found, table, servers, asked_model, max(1, int(n)), temperature, max_tokens, told, len(done))
 
 
 def agreement_html(store: Judgements, first: str, second: str) -> str:
@@ -173,20 +244,32 @@ def judges(store: Judgements) -> list[str]:
     return sorted({one.judge for one in store.standing()})
 
 
-def learn_from(store: Judgements) -> str:
-    """The settings that learn from what was judged: the start of a YAML."""
+def learn_from(store: Judgements, workspace: Workspace, model: str = "") -> str:
+    """The settings that learn from what was judged: a whole YAML. `model`: who gave the answers, a
+    folder of the workspace or a name; "" leaves the setting to the user. Raises ValueError where
+    there are no rows yet.
+    """
     counts = store.counts()
-    kind, stage = max(
-        (
-            (PAIRS, "DPO"),
-            ("rankings.jsonl", "DPO"),
-            ("ratings.jsonl", "DPO"),
-            ("labels.jsonl", "KTO"),
-            ("corrected.jsonl", "SFT"),
-        ),
-        key=lambda one: counts[one[0]],
-    )
-    return f"stage: {stage}\ntrain_dataset_path: {store.folder / kind}\n"
+    kind = max(_LEARNT, key=lambda name: counts[name])
+    if not counts[kind]:
+        raise ValueError(
+            say(
+                f"{workspace.name(store.folder)} must hold judgements that training can learn from; judge some answers first",
+                f"{workspace.name(store.folder)} 中须有可供训练的评判；请先评判",
+            )
+        )
+    stage, rate = _LEARNT[kind]
+    start = [f"model_name_or_path: {model or 'tiny-a'}", "fine_tuning: LoRA"]
+    file = workspace.root / model / ARGS_FILE
+    if model and file.is_file():  # a run: an adapter is trained on, on the model that it belongs to
+        known = forms.written(file.read_text(encoding="utf-8"))
+        start[1] = f"fine_tuning: {known.get('fine_tuning', 'LoRA')}"
+        if (file.parent / LORA_FILE).is_file():
+            start[0] = f"model_name_or_path: {known.get('model_name_or_path', model)}"
+            start.append(f"lora_path: {model}")
+    out = f"output/{stage.lower()}-{store.folder.name}"
+    rows = [f"train_dataset_path: {workspace.name(store.folder / kind)}", f"output_dir: {out}"]
+    return "\n".join([f"stage: {stage}", *start, *rows, "max_steps: 40", f"learning_rate: {rate}", ""])
 
 
 def _share(value: float | None) -> str:

@@ -57,7 +57,9 @@ def _of_record(record: Record, i: int, file: Path, workspace: Workspace) -> ToJu
     videos = record.videos[: count_tags(text, VIDEO_TAG)]
     own = record.messages[len(prompt) :]
     said = tuple(str(c.messages[-1]["content"]) for c in record.candidates if c.messages)
-    name = record.id or f"{file.name}:{record.meta.line or i + 1}"
+    line = f"{file}:{record.meta.line or i + 1}"  # the name that rows without one have
+    own_id = record.id if record.id and record.id != line else ""
+    name = own_id or f"{workspace.name(file)}:{record.meta.line or i + 1}"
     reference = str(own[-1]["content"]) if own else ""
     return ToJudge(
         AskedRow(name, tuple(dict(m) for m in prompt), images, videos), said if len(said) > 1 else (), reference
@@ -94,7 +96,7 @@ def _of_prediction(line: Mapping[str, Any], file: Path, workspace: Workspace) ->
     if "answers" not in line:
         return None
     images = [str(file.parent / one) for one in line.get("images") or () if isinstance(one, str)]
-    name = str(line.get("id") or f"{file.name}:{line['row']}")
+    name = str(line.get("id") or f"{workspace.name(file)}:{line['row']}")
     said = tuple(str(answer["content"]) for answer in line["answers"])
     asked = AskedRow(name, tuple(line["messages"]), _allowed(images, file, workspace), tuple(line.get("videos") or ()))
     return ToJudge(asked, said, str(line.get("reference") or ""))

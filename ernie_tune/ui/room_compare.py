@@ -33,7 +33,11 @@ def room(studio: Studio) -> Offers:
         )
     with gr.Row():
         picture = gr.Image(
-            type="filepath", label=studio("picture", "图片"), sources=["upload", "clipboard"], height=200
+            type="filepath",
+            label=studio("picture", "图片"),
+            sources=["upload", "clipboard"],
+            elem_id="compare-picture",
+            height=200,
         )
         with gr.Column():
             question = gr.Textbox(label=studio("question", "问题"), lines=3, elem_id="compare-question")
@@ -59,16 +63,15 @@ def _both(
 
     def ask(side: int, name: str) -> None:
         try:
-            server = studio.servers.of(studio.workspace.inside(name))
-            studio.servers.wait(server)
             body = asking.asked_body(
                 [{"role": "user", "content": content}],
                 [str(studio.workspace.received(picture))] if picture else [],
                 temperature=temperature,
                 max_tokens=_MOST_TOKENS,
             )
-            for text in asking.stream(server, body):
-                news.put((side, kit.text(text)))
+            with studio.servers.asked(studio.workspace.model(name)) as server:
+                for text in asking.stream(server, body):
+                    news.put((side, kit.text(text)))
         except (ValueError, OSError) as error:
             news.put((side, kit.line(error, "bad")))
         news.put((side, None))

@@ -15,11 +15,11 @@ import gradio as gr
 
 from ernie_tune.config.language import say
 from ernie_tune.data.doctor.fix import fix_file, fixed_path
-from ernie_tune.data.doctor.report import as_text
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.doctor.show import show_record
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.sources import DatasetEntry, load_dataset
+from ernie_tune.report.check_page import check_body
 from ernie_tune.ui import studio as kit
 from ernie_tune.ui.questions import questions
 from ernie_tune.ui.studio import Offers, Studio
@@ -72,7 +72,7 @@ def _checked(studio: Studio, name: str | None) -> str:
     try:
         path = str(studio.workspace.inside(name or ""))
         report = Scan(Processor.bundled("small"), limit=_FINDINGS).run([DatasetEntry(path)], [])
-        return f'<pre class="log">{escape(chr(10).join(as_text(report)))}</pre>'
+        return kit.page(check_body(report, studio.workspace.may_show))
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
 

@@ -6,6 +6,7 @@ Refuses to know: what keys do (`desk`), what is written (`judgements`), how mode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,16 @@ from ernie_tune.ui import desk, judging
 from ernie_tune.ui import studio as kit
 from ernie_tune.ui.judgements import Judgements
 from ernie_tune.ui.studio import Offers, Studio
+from ernie_tune.ui.style import DESK_SCRIPT
 
 FOLDER = "judgements"
-_SEEN = 9  # parts of the page that a key may change
+_MOST_KEYS = 64  # of one event
+_MODES = {
+    desk.PICK: say("pick the best", "选出最好的"),
+    desk.RANK: say("rank, with ties", "排名，可并列"),
+    desk.RATE: say("rate 1 to 5", "评 1 至 5 星"),
+    desk.LABEL: say("good or bad, with a reason", "好或不好，附原因"),
+}
 
 
 def room(studio: Studio, rows: str | None = None, model: str | None = None, folder: str = FOLDER) -> Offers:
@@ -33,7 +41,7 @@ def room(studio: Studio, rows: str | None = None, model: str | None = None, fold
         )
         asked = gr.Dropdown(
             ["", *studio.workspace.models()],
-            label=studio("answers of", "由谁回答"),
+            label=studio("answers of (empty: those in the file)", "由谁回答（空：文件中已有的）"),
             value=model or "",
             allow_custom_value=True,
             elem_id="judge-model",
@@ -42,110 +50,127 @@ def room(studio: Studio, rows: str | None = None, model: str | None = None, fold
     with gr.Row():
         judge = gr.Textbox("", label=studio("your name", "你的姓名"), elem_id="judge-name")
         mode = gr.Dropdown(
-            [(_mode(m), m) for m in desk.MODES], value=desk.PICK, label=studio("how", "方式"), elem_id="judge-mode"
+            [(studio(t.english, t.chinese), m) for m, t in _MODES.items()],
+            value=desk.PICK,
+            label=studio("how", "方式"),
+            elem_id="judge-mode",
         )
         count = gr.Slider(1, 8, 2, step=1, label=studio("answers to each", "每题回答数"), elem_id="judge-n")
         temperature = gr.Slider(0.0, 2.0, 1.0, step=0.1, label=studio("temperature ", "温度 "))
-        begin = gr.Button(studio("begin", "开始评判"), variant="primary", elem_id="judge-begin")
-    seen, key, buttons = _desk(studio)
-    session, reason, corrected = seen[0], seen[5], seen[6]
-    begin.click(partial(_start, studio), [file, asked, into, judge, mode, count, temperature], seen)
-    key.input(_press, [session, key, reason, corrected], seen, show_progress="hidden", concurrency_limit=1)
-    for button, pressed in buttons:
-        button.click(partial(_pressed, pressed), [session, reason, corrected], seen, show_progress="hidden")
-    _two_judges(studio, into, seen[7:])
+    begin = gr.Button(studio("begin", "开始评判"), variant="primary", elem_id="judge-begin")
+    session, told = gr.State(None), gr.HTML(elem_id="judge-told")
+    with gr.Column(elem_id="judge-desk"):
+        progress, question = gr.HTML(elem_id="judge-progress"), gr.HTML(elem_id="judge-question")
+        answers = gr.HTML(elem_id="judge-answers", js_on_load=DESK_SCRIPT)
+        with gr.Row(elem_id="judge-fields"):
+            reason = gr.Textbox(
+                label=studio("reason of bad ones (r)", "不好的原因（r）"), elem_id="judge-reason", lines=2
+            )
+            corrected = gr.Textbox(
+                label=studio("what the marked one should say (e)", "所标回答应改为（e）"),
+                lines=2,
+                elem_id="judge-corrected",
+            )
+    seen = [told, progress, question, answers, reason, corrected]
+    begin.click(
+        partial(_start, studio), [file, asked, into, judge, mode, count, temperature], [session, *seen],
+        show_progress="hidden",
+    )  # fmt: skip
+    answers.select(_keys, [session, reason, corrected], seen, show_progress="hidden", trigger_mode="multiple")
+    learn = gr.Button(studio("train on these judgements", "用这些评判训练"), elem_id="judge-learn")
+    learnt = learn.click(partial(_learn, studio), [into, asked], [told, studio.parts["yaml"], studio.parts["tabs"]])
+    studio.parts["filled"](learnt.then)
+    _two_judges(studio, into)
     return [(file, studio.workspace.rows), (asked, lambda: ["", *studio.workspace.models()])]
 
 
-def _desk(studio: Studio) -> tuple[list[Any], Any, list[tuple[Any, str]]]:
-    """(all that a key may change, the field that keys go to, buttons for who has no keys)."""
-    session, told = gr.State(None), gr.HTML(elem_id="judge-told")
-    with gr.Column(elem_id="judge-desk"):
-        progress, question, answers = (gr.HTML(elem_id=f"judge-{name}") for name in ("progress", "question", "answers"))
-        key = gr.Textbox(label=studio("key", "按键"), elem_id="judge-key", elem_classes="offscreen", container=False)
-        with gr.Row(elem_classes="keys"):
-            said = [(str(n), str(n)) for n in range(1, 6)]
-            said += [(studio("all alike", "都一样"), "0"), (studio("good", "好"), "g"), (studio("bad", "不好"), "b")]
-            buttons = [(gr.Button(label, size="sm", min_width=40), pressed) for label, pressed in said]
+def _two_judges(studio: Studio, into: Any) -> None:
+    with gr.Accordion(studio("two judges", "两位评判者"), open=False) as fold:
         with gr.Row():
-            reason = gr.Textbox(label=studio("reason of bad ones", "不好的原因"), elem_id="judge-reason")
-            corrected = gr.Textbox(
-                label=studio("what the marked one should say", "所标回答应改为"), lines=2, elem_id="judge-corrected"
-            )
-        with gr.Row():
-            for label, pressed in (
-                (studio("write and on", "写入并继续"), "Enter"),
-                (studio("skip", "跳过"), "s"),
-                (studio("back", "返回"), "u"),
-            ):
-                buttons.append((gr.Button(label, elem_id=f"judge-press-{pressed}"), pressed))
-    first = gr.Dropdown([], label=studio("first judge", "第一位"), allow_custom_value=True, render=False)
-    second = gr.Dropdown([], label=studio("second judge", "第二位"), allow_custom_value=True, render=False)
-    return [session, told, progress, question, answers, reason, corrected, first, second], key, buttons
-
-
-def _two_judges(studio: Studio, into: Any, judges: list[Any]) -> None:
-    with gr.Accordion(studio("two judges", "两位评判者"), open=False), gr.Row():
-        for judge in judges:
-            judge.render()
-        compare = gr.Button(studio("compare judges", "比较"))
-    agreed = gr.HTML(elem_id="judge-agreement")
+            judges = [
+                gr.Dropdown([], label=studio(english, chinese), allow_custom_value=True, elem_id=f"judge-{name}")
+                for name, english, chinese in (
+                    ("first", "first judge", "第一位"),
+                    ("second", "second judge", "第二位"),
+                )
+            ]
+            compare = gr.Button(studio("compare judges", "比较评判者"), elem_id="judge-compare")
+        agreed = gr.HTML(elem_id="judge-agreement")
+    fold.expand(lambda folder: _names(studio, folder), into, judges, show_progress="hidden")
     compare.click(partial(_agreement, studio), [into, *judges], agreed)
 
 
-def _start(studio: Studio, *chosen: Any) -> list[Any]:
+def _names(studio: Studio, folder: str) -> list[Any]:
+    try:
+        known = judging.judges(Judgements(studio.workspace.inside(folder)))
+    except (ValueError, OSError):
+        known = []
+    return [gr.update(choices=known)] * 2
+
+
+def _start(studio: Studio, *chosen: Any) -> Iterator[list[Any]]:
     rows, model, folder, judge, mode, n, temperature = chosen
     try:
         place, servers = studio.workspace, studio.servers
-        made = judging.begin(place, servers, rows or "", model or "", folder, judge, mode, n, temperature)
-        return _seen(made, kit.lines(made.told[:10], "bad"))
+        made = judging.begin(place, servers, rows or "", model or "", folder, judge or "", mode, n, temperature)
     except (ValueError, OSError) as error:
-        return _refused(error)
+        yield [gr.skip(), kit.line(error, "bad"), *[gr.skip()] * 5]
+        return
+    told = kit.lines(made.told[:10], "bad")
+    if made.waits:
+        yield [made, told + kit.line(say("the model is starting …", "模型正在启动……")), *[gr.skip()] * 5]
+    yield [made, *_seen(made, told)]
 
 
-def _press(now: judging.Session | None, pressed: str, why: str, better: str) -> list[Any]:
-    if now is None or not pressed:
-        return [gr.skip()] * _SEEN
+def _keys(now: judging.Session | None, why: str, better: str, event: gr.EventData) -> Iterator[list[Any]]:
+    """What the page's keys do, in their order, and what is to be seen then."""
+    if now is None:
+        yield [gr.skip()] * 6
+        return
+    before, told, kept, wrote = now.desk.at, "", (why, better), False
     try:
-        at = now.desk.at
-        wrote = now.press(pressed.split(" ")[0], why, better)
-        stays = now.desk.at == at and not wrote
-        return _seen(now, "", (why, better) if stays else None)
+        for key, at in _pressed(event):
+            wrote = now.press(key, why, better, at) or wrote
+            if key == "e" and at == now.desk.at:
+                kept = (why, better or now.marked_text())
     except (ValueError, OSError) as error:
-        return _refused(error)
+        told = kit.line(error, "bad")
+    moved = now.desk.at != before
+    if now.waits:
+        yield [kit.line(say("the model is answering …", "模型正在回答……")), *[gr.skip()] * 5]
+    yield _seen(now, told, ("", "") if moved or wrote else kept, moved)
 
 
-def _pressed(pressed: str, now: judging.Session | None, why: str, better: str) -> list[Any]:
-    return _press(now, pressed, why, better)
+def _pressed(event: gr.EventData) -> Iterator[tuple[str, int]]:
+    """(key, place of the question that was seen) of what a browser sent; nothing of what has
+    another form.
+    """
+    data = event._data
+    sent = data.get("keys") if isinstance(data, dict) else None
+    for one in sent[:_MOST_KEYS] if isinstance(sent, list) else ():
+        if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and type(one[1]) is int:
+            yield one[0], one[1]
 
 
-def _refused(error: Exception) -> list[Any]:
-    return [gr.skip(), kit.line(error, "bad"), *[gr.skip()] * (_SEEN - 2)]
-
-
-def _mode(mode: str) -> str:
-    names = {desk.PICK: "pick 选", desk.RANK: "rank 排", desk.RATE: "rate 1–5 评", desk.LABEL: "good, bad 好坏"}
-    return names[mode]
-
-
-def _seen(now: judging.Session, told: str, kept: tuple[str, str] | None = None) -> list[Any]:
-    """All that the desk shows; `kept`: what stands in the two fields, where it is to stay."""
+def _seen(now: judging.Session, told: str, fields: tuple[str, str] = ("", ""), question: bool = True) -> list[Any]:
+    """All that the desk shows. `question`: whether it is another one than before."""
     try:
         now.lay()
     except (ValueError, OSError) as error:
         told += kit.line(error, "bad")
-    judges = judging.judges(now.store)
-    return [
-        now,
-        told,
-        now.progress_html(),
-        now.question_html(),
-        now.answers_html(),
-        kept[0] if kept else "",
-        kept[1] if kept else "",
-        gr.update(choices=judges),
-        gr.update(choices=judges),
-    ]
+    shown = now.question_html() if question else gr.skip()
+    return [told, now.progress_html(), shown, now.answers_html(), *fields]
+
+
+def _learn(studio: Studio, folder: str, model: str | None) -> list[Any]:
+    """Settings that learn from the judgements, in the room Train."""
+    try:
+        place = studio.workspace
+        named = place.model(model) if model else ""
+        text = judging.learn_from(Judgements(place.inside(folder)), place, named and (model or ""))
+    except (ValueError, OSError) as error:
+        return [kit.line(error, "bad"), gr.skip(), gr.skip()]
+    return ["", text, gr.Tabs(selected="train")]
 
 
 def _agreement(studio: Studio, folder: str, first: str | None, second: str | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ernie_tune.config.language import say
+from ernie_tune.report import html
 from ernie_tune.ui import forms
 from ernie_tune.ui import studio as kit
 from ernie_tune.ui.jobs import RUNNING
@@ -47,6 +48,7 @@ def room(studio: Studio) -> Offers:
             with gr.Row():
                 start = gr.Button(studio("start", "开始训练"), variant="primary", elem_id="train-start")
                 stop = gr.Button(studio("stop", "停止"), variant="stop", elem_id="train-stop")
+                resume = gr.Button(studio("resume", "继续训练"), elem_id="train-resume")
             told = gr.HTML(elem_id="train-told")
     job = gr.Dropdown(
         _jobs(studio), label=studio("jobs", "任务"), value=None, allow_custom_value=True, elem_id="train-job"
@@ -60,12 +62,19 @@ def room(studio: Studio) -> Offers:
         # gradio's `input` misses the first change after an update; these two do not
         for event in (part.blur, part.submit) if isinstance(part, gr.Textbox) else (part.change,):
             event(partial(_set, setting), [yaml, part, known], [yaml, known], show_progress="hidden")
-    for event in (opened.then, yaml.blur):  # not as it changes: the form writes into it too
+
+    def filled(event: Any) -> None:
+        """Have the form follow the YAML after an event: not as it changes, the form writes too."""
         event(partial(_filled, list(parts)), [yaml, known], [known, *parts.values()], show_progress="hidden")
-    check.click(_judged, yaml, told)
-    estimate.click(lambda text: f'<pre class="log">{escape(forms.estimated(text))}</pre>', yaml, told)
+
+    for event in (opened.then, yaml.blur):
+        filled(event)
+    studio.parts.update(yaml=yaml, filled=filled)
+    check.click(lambda text: _judged(studio, text), yaml, told)
+    estimate.click(lambda text: _estimated(studio, text), yaml, told)
     start.click(lambda text, saved: _start(studio, text, saved), [yaml, name], [told, job])
     stop.click(lambda chosen: _stop(studio, chosen), job, told)
+    resume.click(lambda chosen: _resume(studio, chosen), job, [told, job])
     timer = gr.Timer(_LOOK_SECONDS)
     timer.tick(lambda chosen: _look(studio, chosen), job, [job, output], show_progress="hidden")
     return [(file, studio.workspace.settings)]
@@ -126,27 +135,45 @@ def _opened(studio: Studio, chosen: str | None) -> tuple[Any, Any, str]:
         return gr.skip(), gr.skip(), kit.line(error, "bad")
 
 
-def _judged(text: str) -> str:
+def _loaded(studio: Studio, text: str) -> tuple[Any, list[str]]:
+    """As `forms.read`, for settings that stay in the workspace."""
     loaded, told = forms.read(text)
+    if loaded is not None:
+        studio.workspace.check_settings(loaded.config)
+    return loaded, told
+
+
+def _judged(studio: Studio, text: str) -> str:
+    try:
+        loaded, told = _loaded(studio, text)
+    except ValueError as error:
+        return kit.line(error, "bad")
     if loaded is None:
         return kit.lines(told, "bad")
     return kit.lines(told) + kit.line(say("these settings are valid", "设置有效"), "good")
+
+
+def _estimated(studio: Studio, text: str) -> str:
+    try:
+        _loaded(studio, text)
+    except ValueError as error:
+        return kit.line(error, "bad")
+    return f'<pre class="log">{escape(forms.estimated(text))}</pre>'
 
 
 def _start(studio: Studio, text: str, name: str) -> tuple[str, Any]:
     """Save the YAML and train as it says. An output_dir in which a run goes on is refused by the
     run itself.
     """
-    loaded, told = forms.read(text)
-    if loaded is None:
-        return kit.lines(told, "bad"), gr.skip()
     try:
+        loaded, told = _loaded(studio, text)
+        if loaded is None:
+            return kit.lines(told, "bad"), gr.skip()
         path = studio.workspace.inside(name)
         if path.suffix not in (".yaml", ".yml"):
             raise ValueError(
                 say(f"name ({name}) must end in .yaml; correct it", f"文件名（{name}）须以 .yaml 结尾；请改正")
             )
-        studio.workspace.check_settings(loaded.config)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
         unfinished.write_text(text, encoding="utf-8")
@@ -167,10 +194,28 @@ def _stop(studio: Studio, chosen: str | None) -> str:
         return kit.line(error, "bad")
     return kit.line(
         say(
-            "asked to stop: it finishes its step and saves; start again to go on",
-            "已请求停止：完成当前步并保存；再次开始即可继续",
+            "asked to stop: it finishes its step and saves; resume goes on from there",
+            "已请求停止：完成当前步并保存；“继续训练”从该处继续",
         )
     )
+
+
+def _resume(studio: Studio, chosen: str | None) -> tuple[str, Any]:
+    """The chosen job once more: training goes on from its newest checkpoint."""
+    try:
+        old = studio.jobs.get(chosen or "")
+        if old.kind != KIND or studio.jobs.state(old) == RUNNING:
+            raise ValueError(
+                say(
+                    f"job ({old.title}) must be training that has ended; choose one",
+                    f"任务（{old.title}）须为已结束的训练；请选择",
+                )
+            )
+        job = studio.jobs.start(KIND, old.title, old.argv, studio.workspace.root)
+    except (ValueError, OSError) as error:
+        return kit.line(error, "bad"), gr.skip()
+    told = kit.line(say(f"started {job.id}, from the newest checkpoint", f"已启动 {job.id}，从最新检查点继续"), "good")
+    return told, gr.update(choices=_jobs(studio), value=job.id)
 
 
 def _jobs(studio: Studio) -> list[tuple[str, str]]:
@@ -186,7 +231,8 @@ def _look(studio: Studio, chosen: str | None) -> tuple[Any, Any]:
         newest = next((job for job in studio.jobs.all() if job.kind == KIND), None)
         return (gr.update(choices=_jobs(studio), value=newest.id), "") if newest else (gr.skip(), gr.skip())
     state = studio.jobs.state(job)
-    shown = f'<p class="note" data-state="{state}">{state}</p><pre class="log">{escape(_end(studio.jobs.output(job)))}</pre>'
+    word = html.both(kit.STATES[state])
+    shown = f'<p class="state" data-state="{state}">{word}</p><pre class="log">{escape(_end(studio.jobs.output(job)))}</pre>'
     return gr.update(choices=_jobs(studio)), shown
 
 

@@ -1,5 +1,5 @@
-"""What run folders tell while they grow: curves of one or several runs, answers before and after,
-sampled answers with their rewards, the end of the story.
+"""What run folders tell while they grow: curves of one or several runs, answers to held-out rows as
+they change, sampled answers with their rewards.
 
 Reads only; a line that is being written is left for the next look. Refuses to know: pages,
 processes.
@@ -8,9 +8,10 @@ processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ernie_tune.report.log import LOG_FILE, read_log
 from ernie_tune.report.plot import curves_svg, short_names
@@ -19,13 +20,17 @@ _NOTHING: list[dict[str, Any]] = []
 _ROLLOUT_TAIL_BYTES = 1 << 20
 
 
-class BeforeAfter(NamedTuple):
-    """A held-out question with what was expected and what the model said before and after."""
+@dataclass
+class SampledRow:
+    """A held-out question with its pictures' files, what was expected, and what the model said at
+    which step.
+    """
 
+    row: str
     question: str
+    images: tuple[str, ...]
     reference: str
-    before: str
-    after: str
+    answers: dict[int, str]
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -50,20 +55,19 @@ def last_numbers(folder: Path) -> dict[str, float]:
     return found
 
 
-def samples(folder: Path) -> list[BeforeAfter]:
-    """Answers to held-out rows: those before training, and those of the newest evaluation that
-    wrote them down.
+def samples(folder: Path) -> list[SampledRow]:
+    """Answers to held-out rows as they have changed so far. What a resumed run says again counts as
+    it was said last.
     """
-    before = _object(folder / "before.json")
-    answers, references = before.get("answers") or [], before.get("references") or []
-    later = list(_lines(folder / "eval_answers.jsonl"))
-    out = []
-    for i in range(max(len(answers), len(later))):
-        after = later[i] if i < len(later) else {}
-        reference = references[i] if i < len(references) else after.get("reference", "")
-        said = answers[i] if i < len(answers) else ""
-        out.append(BeforeAfter(str(after.get("row", i + 1)), str(reference), str(said), str(after.get("answer", ""))))
-    return out
+    found: dict[str, SampledRow] = {}
+    for line in _lines(folder / "samples.jsonl"):
+        step, row = line.get("step"), str(line.get("row", ""))
+        if not isinstance(step, int):
+            continue
+        images = tuple(i for i in line.get("images") or () if isinstance(i, str))
+        about = SampledRow(row, str(line.get("question", "")), images, str(line.get("reference", "")), {})
+        found.setdefault(row, about).answers[step] = str(line.get("answer", ""))
+    return list(found.values())
 
 
 def rollouts(folder: Path, most: int = 50) -> list[dict[str, Any]]:
@@ -78,14 +82,6 @@ def rollouts(folder: Path, most: int = 50) -> list[dict[str, Any]]:
         raw = stream.read().split(b"\n")
     whole = raw[1 if start else 0 : -1]  # the last one is being written, or empty
     return list(_parsed(whole[-most:]))[::-1]
-
-
-def _object(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:  # being replaced, or damaged; the run says so itself
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

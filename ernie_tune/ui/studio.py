@@ -15,15 +15,17 @@ from typing import Any
 
 from ernie_tune.config.language import Text, in_language, say
 from ernie_tune.report import html
+from ernie_tune.report.pages import without_tags
 from ernie_tune.ui.asking import ModelServers
-from ernie_tune.ui.jobs import Jobs
+from ernie_tune.ui.jobs import DONE, FAILED, RUNNING, STOPPED, Jobs
 from ernie_tune.ui.workspace import Workspace
 
 
 @dataclass
 class Studio:
     """One studio. `words`: every label that was asked for, by the key under which the browser looks
-    it up. `label`: makes of a key what gradio understands.
+    it up. `label`: makes of a key what gradio understands. `parts`: what one room shows to another,
+    by name: "tabs" and, of the room Train, "yaml" and "filled".
     """
 
     workspace: Workspace
@@ -31,6 +33,7 @@ class Studio:
     servers: ModelServers
     label: Callable[[str], Any]
     words: dict[str, Text] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def at(cls, root: Path, also: Sequence[Path], label: Callable[[str], Any]) -> Studio:
@@ -50,6 +53,12 @@ class Studio:
         return {"en": english, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK"), chinese)}
 
 
+STATES = {
+    RUNNING: say("running", "运行中"),
+    DONE: say("done", "已完成"),
+    FAILED: say("failed", "失败"),
+    STOPPED: say("stopped", "已停止"),
+}
 Offers = list[tuple[Any, Callable[[], list[Any]]]]  # lists of names, and what they offer when a room is entered
 
 
@@ -73,10 +82,15 @@ def pictures(images: Sequence[Any]) -> str:
     return f'<div class="pictures">{"".join(html.picture(image, None) for image in images)}</div>' if images else ""
 
 
+def page(body: Sequence[str]) -> str:
+    """Pieces of a page of the report's kit, in its own style."""
+    return f'<div class="ernie-tune inside">{"".join(body)}</div>'
+
+
 def dialogue(messages: Sequence[Any], images: Sequence[Any]) -> str:
     """A question as people see it: pictures first, then the turns."""
     shown = [
-        f'<div class="turn {escaping.escape(str(m.get("role", "")))}">{text(m.get("content") or "")}</div>'
+        f'<div class="turn {escaping.escape(str(m.get("role", "")))}">{text(without_tags(str(m.get("content") or "")))}</div>'
         for m in messages
     ]
     return pictures(images) + "".join(shown)

@@ -6,15 +6,18 @@ Refuses to know: what is done with files, pages.
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
-from ernie_tune.checkpoint.hub import HUBS
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE
-from ernie_tune.models.presets import PRESETS
+from ernie_tune.data.records import DataError
+from ernie_tune.data.sources import INFO_FILE, find
+from ernie_tune.models.presets import SHIPPED
 from ernie_tune.report.log import LOG_FILE
 
 OWN_FOLDER = ".ernie_tune_ui"  # jobs, uploads
@@ -54,11 +57,21 @@ class Workspace:
             )
         return path
 
+    def model(self, text: str) -> str:
+        """What `serve` is told for a model that a browser means: a folder of the workspace, or the
+        name of the model that comes with the package. Raises ValueError as `inside`.
+        """
+        return text if text in SHIPPED and not (self.root / text).exists() else str(self.inside(text))
+
     def holds(self, path: Path) -> bool:
         """Whether a resolved path is one that this studio may touch; its own folder is not."""
         if path.is_relative_to(self.own):
             return path.is_relative_to(self.uploads)
         return any(path == known or path.is_relative_to(known) for known in (self.root, *self.also))
+
+    def may_show(self, path: str) -> bool:
+        """Whether a file that data name may be shown: links followed, it lies in here."""
+        return "\0" not in path and self.holds(Path(os.path.realpath(self.root / path)))
 
     @property
     def uploads(self) -> Path:
@@ -83,34 +96,50 @@ class Workspace:
         return str(resolved.relative_to(self.root)) if resolved.is_relative_to(self.root) else str(resolved)
 
     def check_settings(self, config: RunConfig) -> None:
-        """Raises ValueError where settings name a file or folder outside. Presets and hub names are
-        neither.
+        """Raises ValueError where a setting, whichever, names a file or folder outside, and where
+        one would hand a secret of this machine to an address.
         """
-        m, d = config.model, config.data
-        named = {
-            "model_name_or_path": [m.model_name_or_path],
-            "train_dataset_path": list(d.train_dataset_path),
-            "eval_dataset_path": list(config.flat()["eval_dataset_path"]),
-            "output_dir": [config.save.output_dir],
-            "logging_dir": [config.log.logging_dir],
-            "lora_path": [str(config.flat().get("lora_path") or "")],
-        }
-        for setting, values in named.items():
-            for value in values:
-                plain = str(value or "").rpartition("#")[0] or str(value or "")
-                if plain and not self._is_no_path(setting, plain):
-                    try:
-                        self.inside(plain)
-                    except ValueError as error:
-                        raise ValueError(
-                            say("{setting}: {why}", "{setting}：{why}", setting=setting, why=error)
-                        ) from None
+        for name, value in config.flat().items():
+            for text in _texts(value):
+                try:
+                    self._check_value(text)
+                    if name.endswith("dataset_path"):
+                        self._check_rows(text, str(config.data.dataset_dir or ""))
+                except ValueError as error:
+                    raise ValueError(say("{setting}: {why}", "{setting}：{why}", setting=name, why=error)) from None
 
-    def _is_no_path(self, setting: str, value: str) -> bool:
-        if setting != "model_name_or_path":
-            return False
-        is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and bool(HUBS)
-        return value in PRESETS or (is_hub_name and not (self.root / value).exists())
+    def _check_value(self, text: str) -> None:
+        """Whatever a value means, none of the paths that it may be read as leads out."""
+        if text.startswith("judge:"):
+            asked = parse_qs(urlsplit(text.removeprefix("judge:")).query)
+            if "token_env" in asked:
+                raise ValueError(
+                    say(
+                        f"token_env ({asked['token_env'][0]}) must not be sent from here; start this run with ernie-tune train",
+                        f"不得从此处发送 token_env（{asked['token_env'][0]}）；请用 ernie-tune train 启动",
+                    )
+                )
+            readings = asked.get("prompt", [])
+        else:
+            # rows.jsonl#500, rewards.py:function
+            readings = [text, text.rpartition("#")[0], text.rpartition(":")[0]]
+        for reading in readings:
+            if reading.strip():
+                self.inside(os.path.expanduser(reading))
+
+    def _check_rows(self, text: str, dataset_dir: str) -> None:
+        """The files that a pattern, or a name of dataset_info.json, stands for."""
+        base = text.rpartition("#")[0] or text
+        for file in glob.glob(str(self.root / base), recursive=True):
+            self.inside(file)
+        info = self.root / dataset_dir
+        if not (self.root / base).exists() and (info / INFO_FILE).is_file():
+            try:
+                entries = find(base, str(info))
+            except DataError:  # the run says so
+                return
+            for entry in entries:
+                self.inside(entry.path)
 
     # --- what there is ----------------------------------------------------------------------------
 
@@ -120,13 +149,13 @@ class Workspace:
         return self._named(sorted(set(found), key=lambda p: -p.stat().st_mtime))
 
     def models(self) -> list[str]:
-        """Folders that can be asked: models, and runs with an adapter."""
+        """What can be asked: models, runs with an adapter, the model that comes along."""
         found = [
             p.parent
             for p in self._files(lambda name: name in ("config.json", "adapter_config.json", "lora_config.json"))
             if any(p.parent.glob("*.safetensors"))
         ]
-        return self._named(dict.fromkeys([*[p for p in self.also if p.is_dir()], *found]))
+        return [*self._named(dict.fromkeys([*[p for p in self.also if p.is_dir()], *found])), *sorted(SHIPPED)]
 
     def rows(self) -> list[str]:
         """Files that may hold rows."""
@@ -148,3 +177,15 @@ class Workspace:
                 path = Path(folder) / name
                 if wanted(name) and self.holds(path.resolve()):
                     yield path
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)

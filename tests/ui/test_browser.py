@@ -1,6 +1,7 @@
-"""The whole loop of the studio in a real browser: look at rows, see a finding, train with the curve
-moving, close and reopen, compare on a picture, judge by keys, learn from the judgements, ask the
-result.
+"""The studio in a real browser: the whole loop in one walk (look at rows, see a finding, train with
+the curve moving, close and reopen, compare before and after on a picture, judge by keys, learn from
+the judgements, serve, ask); languages, colours, narrow screens; what axe-core finds; two tabs at
+once.
 
 Needs gradio, playwright and a Chromium; where one is missing a line says so, and nothing is tested
 here.
@@ -15,9 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,39 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-SECONDS = 240  # for what a busy machine may take; nothing is measured by it
-YAML = """stage: {stage}
-fine_tuning: Full
-model_name_or_path: {model}
-train_dataset_path: {rows}
-output_dir: {out}
-max_steps: {steps}
-learning_rate: 2.0e-3
+NANO = "ernie-4.5-vl-nano"
+WAIT_MS = 240_000  # what a busy machine may take; nothing is measured by it
+YAML = f"""stage: SFT
+fine_tuning: LoRA
+model_name_or_path: {NANO}
+train_dataset_path: train.jsonl
+eval_dataset_path: held_out.jsonl
+output_dir: output/sft
+max_steps: 40
+learning_rate: 5.0e-3
 per_device_train_batch_size: 2
 logging_steps: 1
+eval_strategy: steps
+eval_steps: 20
+eval_max_new_tokens: 4
 save_strategy: "no"
 max_seq_len: 256
-max_prompt_len: 200
 plot_loss: false
 """
+
+
+def chromium() -> str | None:
+    """A Chromium: $CHROMIUM, the system's, or playwright's own."""
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((found for name in names if name and (found := shutil.which(name))), None) or _of_playwright()
+
+
+def _of_playwright() -> str | None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).exists() else None
 
 
 def missing() -> str:
@@ -51,7 +66,7 @@ def missing() -> str:
         from playwright import sync_api  # noqa: F401
     except ImportError as error:
         return f"{error}; pip install gradio playwright"
-    return "" if CHROMIUM else "no Chromium on this machine; apt install chromium, or playwright install chromium"
+    return "" if chromium() else "no Chromium on this machine; apt-get install chromium, or playwright install chromium"
 
 
 WHY = missing()
@@ -60,29 +75,32 @@ if WHY:
 pytestmark = pytest.mark.skipif(bool(WHY), reason=f"THE STUDIO WAS NOT TRIED IN A BROWSER: {WHY}")
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("studio")
-    (folder / "images").mkdir()
-    rows = [json.loads(line) for line in (DIGITS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
-    for row in rows:
-        shutil.copy(DIGITS / row["images"][0], folder / row["images"][0])
-    rows[3]["messages"][1]["content"] = ""  # the finding
-    rows[4]["messages"][0]["content"] += " <script>window.broken = 1</script> ${window.broken = 2}"
-    write(folder / "train.jsonl", rows)
-    write(folder / "questions.jsonl", [{**row, "messages": row["messages"][:1]} for row in rows[10:20]])
-    return folder
-
-
 def write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studio")
+    (folder / "images").mkdir()
+    rows = [json.loads(line) for line in (DIGITS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:60]]
+    for row in rows:
+        shutil.copy(DIGITS / row["images"][0], folder / row["images"][0])
+    rows[3]["messages"][1]["content"] = ""  # the finding
+    rows[4]["messages"][0]["content"] += " <script>window.broken = 1</script> ${window.broken = 2}"
+    write(folder / "train.jsonl", rows[:40])
+    write(folder / "held_out.jsonl", rows[50:54])
+    write(folder / "questions.jsonl", [{**row, "messages": row["messages"][:1]} for row in rows[40:50]])
+    said = [{"content": "<img src=x onerror='window.broken = 3'>"}, {"content": "two"}, {"content": "three"}]
+    asked = {"messages": [{"role": "user", "content": "<b>which</b>"}], "answers": said}
+    write(folder / "predicted.jsonl", [{"row": n, **asked} for n in (1, 2, 3)])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def address(workspace: Path) -> Iterator[str]:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "ernie_tune", "ui", str(workspace), "--port", "0"]
-    command[-1] = str(free_port())
+    command = [sys.executable, "-m", "ernie_tune", "ui", str(workspace), "--port", str(free_port())]
     studio = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     try:
         assert studio.stdout is not None
@@ -104,135 +122,181 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        opened = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
 
 
 def visit(browser: Any, address: str, **context: Any) -> Any:
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US", **context}).new_page()
-    page.set_default_timeout(60_000)
-    page.outside = []
+    page.set_default_timeout(WAIT_MS)
+    page.outside, page.broken = [], []
     page.on(
         "request", lambda r: page.outside.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None
     )
+    page.on("pageerror", lambda error: page.broken.append(str(error)))
     page.goto(address)
-    page.wait_for_selector("#data-check", timeout=SECONDS * 1000)
+    page.wait_for_selector("#data-check")
     return page
 
 
-def until(look: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not look():
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.2)
-
-
 def choose(page: Any, where: str, what: str) -> None:
+    """Pick an entry of a list as people do: open it, write, take what it offers."""
     box = page.locator(f"#{where} input").first
     box.click()
     box.fill(what)
-    page.locator(f"#{where} [role=option]", has_text=what).or_(
-        page.locator("[role=listbox] [role=option]", has_text=what)
-    ).first.click()
-    page.keyboard.press("Tab")
+    page.get_by_role("option", name=what, exact=True).click()
+    page.wait_for_function("([id, what]) => document.querySelector(`#${id} input`).value === what", arg=[where, what])
 
 
 def room(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def train(page: Any, text: str, name: str) -> None:
-    room(page, "Train")
-    page.locator("#train-name textarea, #train-name input").first.fill(name)
-    page.locator("#train-yaml textarea").fill(text)
-    page.locator("#train-yaml textarea").blur()
+def says(page: Any, where: str, what: str) -> None:
+    page.wait_for_function(
+        "([at, what]) => document.querySelector(at)?.innerText.includes(what)", arg=[f"#{where}", what]
+    )
+
+
+def field(page: Any, name: str) -> Any:
+    return page.locator(f"#{name} textarea, #{name} input").first
+
+
+def start(page: Any, name: str) -> None:
+    field(page, "train-name").fill(name)
     page.locator("#train-start").click()
     page.wait_for_selector("#train-told .good")
 
 
-def test_the_loop(workspace: Path, address: str, browser: Any, tmp_path: Path) -> None:
+def ended(page: Any) -> None:
+    """Wait for the end of the job that the room Train shows; it must have gone well."""
+    page.wait_for_selector("#train-output .state:is([data-state=done], [data-state=failed])")
+    assert page.locator("#train-output .state[data-state=done]").count(), page.locator("#train-output").inner_text()
+
+
+def test_the_loop(workspace: Path, address: str, browser: Any) -> None:
     page = visit(browser, address)
-    # look at rows, see a finding
+    look_at_rows(page)
+    settings_both_ways(page)
+    start(page, "sft.yaml")
+    # the page is closed while it trains, and opened again
+    page.context.close()
+    page = visit(browser, address)
+    watch(page, workspace)
+    compare(page, workspace)
+    judge(page, workspace)
+    learn(page, workspace)
+    serve_and_ask(page, workspace)
+    for path in ("/etc/passwd", str(workspace / "train.jsonl"), str(workspace / ".ernie_tune_ui" / "jobs")):
+        assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
+    assert page.outside == [], "nothing is fetched from elsewhere"
+    assert page.evaluate("window.broken") is None
+    page.context.close()
+
+
+def look_at_rows(page: Any) -> None:
     choose(page, "data-file", "train.jsonl")
     page.locator("#data-check").click()
-    page.wait_for_function("document.querySelector('#data-found').innerText.includes('train.jsonl:4')")
+    says(page, "data-found", "train.jsonl:4")
+    page.wait_for_selector("#data-found article img")
     page.locator("#data-show").click()
     page.wait_for_selector("#data-rows img")
     assert "<script>window.broken" in page.locator("#data-rows").inner_text(), "shown as text"
     assert page.evaluate("window.broken") is None
-    # form and YAML, each from the other
+
+
+def settings_both_ways(page: Any) -> None:
     room(page, "Train")
-    page.locator("#train-yaml textarea").fill(
-        YAML.format(stage="SFT", model="tiny-a", rows="train.jsonl", out="output/sft", steps=40)
-    )
-    page.locator("#train-yaml textarea").blur()
-    page.wait_for_function("document.querySelector('#set-max_steps textarea, #set-max_steps input').value == '40'")
-    steps = page.locator("#set-max_steps textarea, #set-max_steps input").first
-    steps.fill("41")
+    yaml, steps = page.locator("#train-yaml textarea"), field(page, "set-max_steps")
+    yaml.fill(YAML.replace("max_steps: 40", "max_steps: 39"))
+    yaml.blur()
+    page.wait_for_function("document.querySelector('#set-max_steps :is(input, textarea)').value == '39'")
+    steps.fill("40")
     steps.blur()
-    page.wait_for_function("document.querySelector('#train-yaml textarea').value.includes('max_steps: 41')")
+    page.wait_for_function("document.querySelector('#train-yaml textarea').value.includes('max_steps: 40')")
     page.locator("#train-estimate").click()
-    page.wait_for_function("document.querySelector('#train-told').innerText.includes('parameters')")
-    # train, with the curve moving; the page is closed and opened again meanwhile
-    train(page, YAML.format(stage="SFT", model="tiny-a", rows="train.jsonl", out="output/sft", steps=40), "sft.yaml")
-    until((workspace / "output/sft/trainer_log.jsonl").exists, "the run writes its log")
-    page.context.close()
-    page = visit(browser, address)
+    says(page, "train-told", "parameters")
+
+
+def watch(page: Any, workspace: Path) -> None:
+    """The curve is drawn while the run goes on, and grows; answers to held-out rows change."""
     room(page, "Watch")
-    page.locator("#watch-again").click()
-    seen: set[str] = set()
-
-    def moving() -> bool:
-        seen.add(page.locator("#watch-curves").inner_html())
-        return len([s for s in seen if "<svg" in s]) > 1 or (
-            (workspace / "output/sft/ledger.json").exists() and any("<svg" in s for s in seen)
-        )
-
-    until(moving, "a curve is drawn")
-    until((workspace / "output/sft/README.md").exists, "the run ends")
-    # compare before and after on a picture
-    room(page, "Judge")
-    judge_and_learn(page, workspace)
-    for path in ("/etc/passwd", str(workspace / "train.jsonl"), str(workspace / ".ernie_tune_ui" / "jobs")):
-        assert page.request.get(f"{address}gradio_api/file={path}").status == 403
-    assert page.outside == [], "nothing is fetched from elsewhere"
-    page.context.close()
+    points = (
+        "Math.max(0, ...[...document.querySelectorAll('#watch-curves svg path')].map(p => p.getAttribute('d').length))"
+    )
+    page.wait_for_function(f"{points} > 0")
+    before = page.evaluate(points)
+    page.wait_for_function(f"{points} > {before}")
+    page.wait_for_selector("#watch-samples article tr:nth-child(4)")  # before, at 20 and 40 steps
+    room(page, "Train")
+    ended(page)
 
 
-def judge_and_learn(page: Any, workspace: Path) -> None:
-    """Ten questions by keys, the corrected ones too, then DPO on them, then the result is asked on
-    a picture."""
-    choose(page, "judge-rows", "questions.jsonl")
-    choose(page, "judge-model", "output/sft")
-    page.locator("#judge-name textarea, #judge-name input").first.fill("ann")
-    page.locator("#judge-begin").click()
-    page.wait_for_selector("#judge-answers article", timeout=SECONDS * 1000)
-    source = workspace / "judgements" / "judgements.jsonl"
-    for i in range(10):
-        page.wait_for_function(f"document.querySelector('#judge-progress').innerText.includes('{i} / 10')")
-        page.wait_for_selector("#judge-answers article")
-        if page.locator("#judge-answers article").count() < 2:  # both samples said the same
-            field = page.locator("#judge-corrected textarea")
-            field.fill(f"it is {i}")
-            field.blur()
-        page.locator("h1").click()
-        page.keyboard.press("1" if page.locator("#judge-answers article").count() > 1 else "Enter")
-        until(
-            lambda i=i: source.exists() and source.read_bytes().count(b"\n") == i + 1, f"judgement {i + 1} is written"
-        )
-    page.wait_for_function("document.querySelector('#judge-question').innerText.includes('all questions are judged')")
-    text = YAML.format(stage="DPO", model="output/sft", rows="judgements/pairs.jsonl", out="output/dpo", steps=2)
-    train(page, text, "dpo.yaml")
-    until((workspace / "output/dpo/README.md").exists, "DPO on the judgements ends")
+def compare(page: Any, workspace: Path) -> None:
+    """The model before and after, on the same picture."""
     room(page, "Compare")
-    choose(page, "compare-left", "output/sft")
-    choose(page, "compare-right", "output/dpo")
-    page.locator("input[type=file]").last.set_input_files(str(workspace / "images" / "0003.png"))
-    page.locator("#compare-question textarea").fill("What number does the picture show?")
+    choose(page, "compare-left", NANO)
+    choose(page, "compare-right", "output/sft")
+    page.locator("#compare-picture input[type=file]").set_input_files(str(workspace / "images" / "0003.png"))
+    page.wait_for_selector("#compare-picture img")
+    page.locator("#compare-question textarea").fill("What number does the picture show? Answer with the digit only.")
     page.locator("#compare-ask").click()
     for side in ("left", "right"):
-        page.wait_for_selector(f"#compare-said-{side} .text", timeout=SECONDS * 1000)
+        page.wait_for_selector(f"#compare-said-{side} .text")
+    page.wait_for_function("/^\\d$/.test(document.querySelector('#compare-said-right .text').innerText.trim())")
+
+
+def judge(page: Any, workspace: Path) -> None:
+    """Ten questions by keys alone; what cannot be preferred is corrected."""
+    room(page, "Judge")
+    choose(page, "judge-rows", "questions.jsonl")
+    choose(page, "judge-model", "output/sft")
+    field(page, "judge-name").fill("ann")
+    page.locator("#judge-begin").click()
+    for i in range(10):
+        page.wait_for_selector(f"#judge-answers .desk[data-at='{i}'] article")
+        if i == 0:
+            page.locator("h1").click()  # out of the button; from here on keys alone
+        if i == 4 or page.locator("#judge-answers article").count() == 1:
+            page.keyboard.press("e")
+            page.wait_for_function("document.activeElement.closest('#judge-corrected')")
+            page.keyboard.type(f" (it is {i})")
+            page.keyboard.press("Control+Enter")
+        else:
+            page.keyboard.press("1")
+            page.keyboard.press("2")  # too early for the next question: it must not judge it
+    says(page, "judge-question", "all questions are judged")
+    lines = (workspace / "judgements" / "judgements.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 10
+    assert len((workspace / "judgements" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()) >= 9
+
+
+def learn(page: Any, workspace: Path) -> None:
+    """DPO on the judgements, with the settings that the room Judge hands to the room Train."""
+    page.locator("#judge-learn").click()
+    page.wait_for_function("document.querySelector('#train-yaml textarea')?.value.includes('stage: DPO')")
+    yaml = page.locator("#train-yaml textarea")
+    text = yaml.input_value()
+    assert "lora_path: output/sft" in text
+    yaml.fill(text.replace("max_steps: 40", "max_steps: 4") + 'save_strategy: "no"\nplot_loss: false\n')
+    start(page, "dpo.yaml")
+    ended(page)
+    assert (workspace / "output" / "dpo-judgements" / "README.md").exists()
+
+
+def serve_and_ask(page: Any, workspace: Path) -> None:
+    room(page, "Export and serve")
+    choose(page, "serve-model", "output/dpo-judgements")
+    page.locator("#serve-start").click()
+    page.wait_for_selector("#serve-running .state[data-state=ready]")
+    page.locator("#serve-picture input[type=file]").set_input_files(str(workspace / "images" / "0003.png"))
+    page.wait_for_selector("#serve-picture img")
+    field(page, "serve-question").fill("What number does the picture show? Answer with the digit only.")
+    page.locator("#serve-ask").click()
+    page.wait_for_function("/\\d/.test(document.querySelector('#serve-said .text')?.innerText || '')")
+    page.locator("#serve-end").click()
+    page.wait_for_selector("#serve-running .state[data-state=stopped]")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +306,6 @@ def test_languages_colours_and_narrow_screens(browser: Any, address: str, width:
     page = visit(browser, address, viewport={"width": width, "height": 844}, color_scheme=scheme, locale=locale)
     chinese = locale == "zh-CN"
     assert page.get_by_role("tab", name="数据" if chinese else "Data", exact=True).count() == 1
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1"), "nothing runs out of the screen"
     page.locator("#data-check").click()
     page.wait_for_selector("#data-found .bad")
     told = page.locator("#data-found").inner_text()

@@ -4,8 +4,6 @@ questions, the gate."""
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +14,9 @@ from support.tiny_runs import IMAGES, write_rows
 
 from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.loader import load_text
-from ernie_tune.ui import asking, forms, judging, runs, studio
+from ernie_tune.ui import forms, judging, runs, studio
 from ernie_tune.ui.gate import COOKIE, StudioGate
-from ernie_tune.ui.jobs import DONE, FAILED, RUNNING, STOPPED, Jobs, born
-from ernie_tune.ui.judgements import Judgement, Judgements
+from ernie_tune.ui.judgements import AskedRow, Judgement, Judgements
 from ernie_tune.ui.questions import questions
 from ernie_tune.ui.workspace import Workspace
 
@@ -73,6 +70,24 @@ def test_a_file_that_no_browser_sent(place: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
+    "value", ["/etc/rewards.py:score", "../outside/rewards.py:score", "linked/rewards.py:score", "~/rewards.py:score",
+              "judge:http://127.0.0.1/v1?prompt=/etc/passwd", "judge:http://127.0.0.1/v1?token_env=HF_TOKEN"]
+)  # fmt: skip
+def test_settings_of_online_methods_name_nothing_outside(place: Workspace, value: str) -> None:
+    (place.root / "linked").symlink_to(place.root.parent / "outside")
+    text = "stage: GRPO\nmodel_name_or_path: tiny-a\ntrain_dataset_path: train.jsonl\n"
+    place.check_settings(load_text(text + "reward_funcs: row, rewards.py:score\n", "run.yaml").config)
+    with pytest.raises(ValueError, match=r"reward_funcs: (path|token_env) "):
+        place.check_settings(load_text(forms.with_value(text, "reward_funcs", value), "run.yaml").config)
+
+
+def test_data_sets_by_name_lead_nowhere_else(place: Workspace) -> None:
+    (place.root / "dataset_info.json").write_text('{"mine": {"file_name": "../outside/secret.jsonl"}}')
+    with pytest.raises(ValueError, match=r"train_dataset_path: path .* must lie in the workspace"):
+        place.check_settings(load_text(forms.with_value(forms.START, "train_dataset_path", "mine"), "x").config)
+
+
+@pytest.mark.parametrize(
     ("changed", "setting"),
     [
         ("train_dataset_path: /etc/passwd", "train_dataset_path"),
@@ -82,10 +97,18 @@ def test_a_file_that_no_browser_sent(place: Workspace) -> None:
         ("model_name_or_path: /root/model", "model_name_or_path"),
         ("model_name_or_path: ../outside", "model_name_or_path"),
         ("eval_dataset_path: /etc/passwd", "eval_dataset_path"),
+        ("eval_dataset_path: linked*/secret.jsonl", "eval_dataset_path"),
+        ("dataset_dir: ../outside", "dataset_dir"),
+        ("guard_dataset_path: /etc/passwd", "guard_dataset_path"),
+        ("lora_path: ~/adapter", "lora_path"),
+        ("freeze_spec: ../outside/spec.json", "freeze_spec"),
+        ("resume_from_checkpoint: /tmp/checkpoint-3", "resume_from_checkpoint"),
+        ("model_name_or_path: .ernie_tune_ui/jobs/x", "model_name_or_path"),
     ],
 )
 def test_settings_name_nothing_outside(place: Workspace, changed: str, setting: str) -> None:
-    text = forms.START
+    text = forms.START + "eval_strategy: steps\neval_steps: 5\neval_dataset_path: held_out.jsonl\n"
+    (place.root / "linked").symlink_to(place.root.parent / "outside")
     place.check_settings(load_text(text, "run.yaml").config)
     place.check_settings(load_text(text.replace("tiny-a", "baidu/ERNIE-4.5-VL-28B-A3B-PT"), "run.yaml").config)
     name, value = changed.split(": ")
@@ -100,74 +123,13 @@ def test_what_is_offered(place: Workspace) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
     assert place.rows() == ["data/rows.jsonl", "data/table.csv"]
-    assert place.models() == place.runs() == ["run"]
+    assert place.runs() == ["run"]
+    assert place.models() == ["run", "ernie-4.5-vl-nano"], "and the model that comes along"
+    assert place.model("ernie-4.5-vl-nano") == "ernie-4.5-vl-nano"
+    assert place.model("run") == str(place.root / "run")
+    with pytest.raises(ValueError, match="must lie in the workspace"):
+        place.model("../outside")
     assert place.settings() == ["a.yaml"]
-
-
-# --- jobs -----------------------------------------------------------------------------------------
-
-
-def started(jobs: Jobs, *words: str, **environ: str) -> Any:
-    return jobs.start("train", "a run", words, jobs.folder, environ)
-
-
-def test_a_job_goes_on_without_the_studio_that_started_it(tmp_path: Path) -> None:
-    job = started(Jobs(tmp_path), "version", SECRET="hidden")
-    later = Jobs(tmp_path)  # another studio, which is nobody's parent
-    assert later.get(job.id) == job
-    assert later.wait(job, 60) == DONE
-    assert later.exit_code(job) == 0
-    assert "ernie-tune 0." in later.output(job)
-    assert "hidden" not in "".join(f.read_text() for f in tmp_path.rglob("*") if f.is_file()), (
-        "the environment is not kept"
-    )
-    failed = started(later, "nonsense")
-    assert (later.wait(failed, 60), later.exit_code(failed)) == (FAILED, 2)
-    assert [one.id for one in Jobs(tmp_path).all()] == [failed.id, job.id]
-    with pytest.raises(ValueError, match=r"job \(x\) must be one of this studio"):
-        later.get("x")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "job.json").write_text("{")
-    assert len(later.all()) == 2
-
-
-def test_a_job_is_asked_to_stop(tmp_path: Path) -> None:
-    jobs = Jobs(tmp_path)
-    job = started(jobs, "chat", "nowhere")  # a child that would wait
-    place = tmp_path / job.id
-    jobs.wait(job, 60)
-    sleeper = subprocess.Popen(
-        [sys.executable, "-m", "ernie_tune.ui.child", str(place / "code"), sys.executable, "-c",
-         "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(7))\nprint('up', flush=True)\ntime.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert sleeper.stdout is not None
-    sleeper.stdout.readline()
-    known = json.loads((place / "job.json").read_text())
-    (place / "job.json").write_text(json.dumps({**known, "pid": sleeper.pid, "born": born(sleeper.pid)}))
-    (place / "exit_code").unlink()
-    job = jobs.get(job.id)
-    assert Jobs(tmp_path).state(job) == RUNNING
-    Jobs(tmp_path).stop(job)
-    assert sleeper.wait(30) == 7, "the child ended as it wished, and its code was handed on"
-    assert (place / "code").read_text() == "7\n"
-    assert Jobs(tmp_path).state(job) == STOPPED
-
-
-def test_a_number_that_another_process_got_is_not_the_job(tmp_path: Path) -> None:
-    jobs = Jobs(tmp_path)
-    job = started(jobs, "version")
-    jobs.wait(job, 60)
-    (tmp_path / job.id / "exit_code").unlink()  # the machine was switched off
-    file = tmp_path / job.id / "job.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "pid": os.getpid(), "born": 12345}))
-    later = Jobs(tmp_path)
-    again = later.get(job.id)
-    assert later.state(again) == FAILED
-    later.stop(again)  # must not reach this process
-    later.kill(again)
-    assert born(os.getpid()) > 0
-    assert born(2**22 + 1) == 0
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -242,11 +204,11 @@ def test_what_a_growing_run_tells(tmp_path: Path) -> None:
     both = runs.curves([tmp_path, other])
     assert both.count("polyline") + both.count("<path") > one.count("polyline") + one.count("<path")
     assert runs.last_numbers(tmp_path) == {"step": 2, "epoch": 0.2, "loss": 1.5}
-    (tmp_path / "before.json").write_text('{"answers": ["x"], "references": ["y"]}')
-    (tmp_path / "eval_answers.jsonl").write_text('{"row": "a:1", "reference": "y", "answer": "z"}\n{"row": ')
-    assert runs.samples(tmp_path) == [("a:1", "y", "x", "z")]
-    (tmp_path / "before.json").write_text("{")
-    assert runs.samples(tmp_path)[0].before == ""
+    line = '{"step": %d, "row": "a:1", "question": "q", "images": ["a.png", 3], "reference": "y", "answer": "%s"}\n'
+    (tmp_path / "samples.jsonl").write_text(line % (0, "x") + line % (20, "w") + line % (20, "z") + '{"step": ')
+    (sample,) = runs.samples(tmp_path)
+    assert sample == runs.SampledRow("a:1", "q", ("a.png",), "y", {0: "x", 20: "z"})
+    assert runs.samples(other) == []
     (tmp_path / "rollouts.jsonl").write_text("".join(f'{{"n": {i}}}\n' for i in range(100)) + '{"n": 1')
     assert [row["n"] for row in runs.rollouts(tmp_path, 3)] == [99, 98, 97]
     assert runs.rollouts(other) == []
@@ -310,6 +272,7 @@ def test_a_session_writes_at_once_and_goes_on_where_it_was(place: Workspace) -> 
     assert not now.press("s")
     again = session(place)
     assert again.desk.todo == ("rows.jsonl:2", "rows.jsonl:3"), "what is judged is not asked again"
+    assert "1 / 3" in again.progress_html(), "and counts as done"
     bob = session(place, "bob")
     assert len(bob.desk.todo) == 3
     for _ in range(3):
@@ -320,8 +283,44 @@ def test_a_session_writes_at_once_and_goes_on_where_it_was(place: Workspace) -> 
     assert judging.judges(bob.store) == ["ann", "bob"]
     assert "pairs of answers" in judging.agreement_html(bob.store, "ann", "bob")
     assert "no question was judged by both" in judging.agreement_html(bob.store, "ann", "eve")
-    assert "stage: DPO" in judging.learn_from(bob.store)
-    assert load_text(judging.learn_from(bob.store), "x").config.model.stage == "DPO"
+    assert load_text(judging.learn_from(bob.store, place), "x").config.model.stage == "DPO"
+
+
+def test_keys_judge_the_question_that_was_seen_only(place: Workspace) -> None:
+    now = session(place)
+    now.lay()
+    assert now.press("1", at=0)
+    assert not now.press("1", at=0), "pressed twice: the second one was meant for the first question"
+    now.lay()
+    assert not now.press("2", at=7)
+    assert not now.press("mark1", at=1)
+    assert now.desk.marked == 1
+    for nonsense in ("mark9", "mark", "markx", "", "10", "²", "Escape"):
+        assert not now.press(nonsense, at=1)
+    assert now.desk.marked == 1
+    assert f'data-turn="{now.turn}" data-at="1"' in now.answers_html()
+    assert len(now.store.all()) == 1
+    assert now.press("2", at=1)
+    assert [one.asked.id for one in now.store.all()] == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
+def test_settings_that_learn_from_judgements(place: Workspace) -> None:
+    store = Judgements(place.root / "judged")
+    with pytest.raises(ValueError, match="must hold judgements that training can learn from"):
+        judging.learn_from(store, place)
+    asked = AskedRow("q", ({"role": "user", "content": "q"},))
+    store.add(Judgement(asked, "ann", ("a", "b"), labels=(True, False)))
+    config = load_text(judging.learn_from(store, place), "x").config
+    assert (config.model.stage, list(config.data.train_dataset_path)) == ("KTO", ["judged/labels.jsonl"])
+    run = place.root / "output" / "first"
+    run.mkdir(parents=True)
+    (run / "ernie_tune_args.yaml").write_text("model_name_or_path: nano\nfine_tuning: LoRA\nstage: SFT\n")
+    (run / "lora_config.json").write_text("{}")
+    config = load_text(judging.learn_from(store, place, "output/first"), "x").config
+    assert (config.model.model_name_or_path, config.lora.lora_path) == ("nano", "output/first")
+    (run / "lora_config.json").unlink()
+    config = load_text(judging.learn_from(store, place, "output/first"), "x").config
+    assert (config.model.model_name_or_path, config.lora.lora_path) == ("output/first", "")
 
 
 def test_what_cannot_be_judged_is_told(place: Workspace) -> None:
@@ -369,32 +368,6 @@ def test_rows_and_answers_stay_text(place: Workspace, attack: str) -> None:
     )
     assert attack not in page
     assert isinstance(Judgements(place.root / "judged").all()[0], Judgement)
-
-
-# --- models that answer ---------------------------------------------------------------------------
-
-
-def test_the_body_of_a_question_with_pictures(tmp_path: Path) -> None:
-    body = asking.asked_body([{"role": "user", "content": "<image>what"}], [str(IMAGES / "0003.png")], n=2)
-    picture, words = body["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
-    assert words == {"type": "text", "text": "what"}
-    assert body["n"] == 2
-    assert asking.asked_body([{"role": "user", "content": r"the \<image> tag"}], [])["messages"][0]["content"]
-    for content, images in (("<image>", []), ("none", ["a.png"])):
-        with pytest.raises(ValueError, match="must be as many as pictures"):
-            asking.asked_body([{"role": "user", "content": content}], images)
-
-
-def test_a_model_that_does_not_come_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = Jobs.start
-    monkeypatch.setattr(Jobs, "start", lambda self, k, t, words, *more: start(self, k, t, ["nonsense", *words], *more))
-    servers = asking.ModelServers(Jobs(tmp_path / "jobs"), tmp_path)
-    server = servers.of(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"must come up, but says: .*unknown verb"):
-        servers.wait(server)
-    assert server.key not in (tmp_path / "jobs" / server.job.id / "job.json").read_text()
-    servers.close()
 
 
 # --- the gate -------------------------------------------------------------------------------------
