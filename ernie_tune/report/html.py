@@ -33,6 +33,7 @@ _MAGIC = {
 _EMBEDDED_BYTES = 200_000
 _FRAMES = 3
 _THUMBNAIL, _TINY = 320, 32  # pixels of the longer side
+_MOST_PIXELS = 50_000_000  # of a picture that is made smaller
 _TINY_BYTES = 4_000  # a picture with more is not looked at for its size
 _MISSING = say("cannot be shown", "无法显示")
 
@@ -120,6 +121,8 @@ def picture(source: Picture, files: Path | None, small: bool = False) -> str:
         return gone(name)
     if small or (files is None and len(data) > _EMBEDDED_BYTES):
         data, kind = _thumbnail(data, kind)
+        if not data:
+            return gone("" if isinstance(source, bytes) else str(source)[:200])
     if len(data) <= _EMBEDDED_BYTES or files is None:
         return _image(
             f"data:{kind};base64,{base64.b64encode(data).decode()}", len(data) < _TINY_BYTES and _is_tiny(data)
@@ -178,6 +181,8 @@ def _thumbnail(data: bytes, kind: str) -> tuple[bytes, str]:
         return data, kind
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:  # few bytes that would fill the memory
+                return b"", kind
             return _jpeg(opened), "image/jpeg"
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
         return data, kind

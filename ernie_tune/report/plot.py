@@ -323,7 +323,7 @@ def curves_svg(runs: Mapping[str, History], title: str = "") -> str:
     head = [_text(20, 29, title, "head")] if title else []
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" width="{_WIDTH}" height="{height:.0f}" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" width="{_WIDTH}" height="{height:.0f}" role="img" aria-label="training curves">',
             f'<style>{_STYLE}</style>\n<rect width="100%" height="100%" class="page"/>',
             *head,
             *parts,
@@ -456,7 +456,7 @@ def mini_svg(points: Sequence[Point], width: int = 620, height: int = 90) -> str
     frame = _Frame(2, 4, width - 4, height - 8, frame.x, frame.y)
     shared = f'fill="none" stroke="{COLOURS[0]}" stroke-linejoin="round"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="curve">'
         f'<path d="{frame.path(finite)}" {shared} stroke-opacity=".28"/>'
         f'<path d="{frame.path(smooth(finite))}" {shared} stroke-width="2"/></svg>'
     )

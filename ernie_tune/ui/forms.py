@@ -62,6 +62,9 @@ def _field(setting: _Setting, written: str | None, stage: str, method: str) -> F
     kind = "switch" if setting.kind is bool and not setting.many else "choice" if _closed(setting) else "text"
     default = to_yaml(default_for(name, stage, method) if name in VARYING else setting.default)
     value = default if written is None else written
+    if setting.many:  # [a.jsonl, b.jsonl]: people write a list without its brackets
+        plain = re.fullmatch(r"\[([^\[\]{}\"']*)\]", value)
+        value = plain[1] if plain else value
     label = say(about.help, about.help_zh)
     return FormField(name, setting.section, kind, label, tuple(about.choices), value.strip("\"'"))
 

@@ -30,6 +30,7 @@ from ernie_tune.ui.questions import ToJudge, questions
 from ernie_tune.ui.workspace import Workspace
 
 _STARS = "★"
+_MOST_ANSWERS = 8
 LORA_FILE = "lora_config.json"
 # file -> the stage that learns it, and a learning rate that does no harm to small models
 _LEARNT = {
@@ -108,8 +109,11 @@ class Session:
                     if len(found) >= self.n:
                         break
             into.set_result(list(found)[: self.n])
-        except Exception as error:  # whatever it is, who waits for the answers is told
+        except (ValueError, OSError) as error:
             into.set_exception(error)
+        finally:
+            if not into.done():  # whatever it was, who waits for the answers is told
+                into.set_exception(ValueError(say("the model could not be asked", "未能向模型提问")))
 
     def press(self, key: str, reason: str = "", corrected: str = "", at: int | None = None) -> bool:
         """What a key does; whether something was written. `at`: the place of the question that was
@@ -170,9 +174,7 @@ class Session:
     def progress_html(self) -> str:
         done, total = self.before + self.desk.at, self.before + len(self.desk.todo)
         share = 100 * done / max(total, 1)
-        counts = ", ".join(
-            f"{name.removesuffix('.jsonl')} {count}" for name, count in self.store.counts().items() if count
-        )
+        counts = ", ".join(f"{name} {count}" for name, count in self.store.counts().items() if count)
         help_ = html.both(desk.HELP[self.desk.mode]) if self.question else ""
         told = html.both(self.desk.told) if isinstance(self.desk.told, Text) else escaping.escape(str(self.desk.told))
         return (
@@ -219,7 +221,18 @@ def begin(
             )
         )
     table = desk.Desk(judge.strip(), mode, tuple(todo))
-    return Session(store, found, table, servers, asked_model, max(1, int(n)), temperature, max_tokens, told, len(done))
+    return Session(
+        store,
+        found,
+        table,
+        servers,
+        asked_model,
+        min(max(1, int(n)), _MOST_ANSWERS),
+        temperature,
+        max_tokens,
+        told,
+        len(done),
+    )
 
 
 def agreement_html(store: Judgements, first: str, second: str) -> str:

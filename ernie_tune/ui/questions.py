@@ -22,11 +22,14 @@ from ernie_tune.ui.workspace import Workspace
 
 @dataclass(frozen=True)
 class ToJudge:
-    """A row to judge: what is asked, the answers that the row brings along, its reference."""
+    """A row to judge: what is asked, the answers that the row brings along, its reference.
+    `number`: which row of the file it is, from 0; None for what `predict` wrote.
+    """
 
     asked: AskedRow
     answers: tuple[str, ...] = ()
     reference: str = ""
+    number: int | None = None
 
 
 def questions(file: Path, workspace: Workspace, most: int = 100_000) -> tuple[dict[str, ToJudge], list[str]]:
@@ -62,7 +65,7 @@ def _of_record(record: Record, i: int, file: Path, workspace: Workspace) -> ToJu
     name = own_id or f"{workspace.name(file)}:{record.meta.line or i + 1}"
     reference = str(own[-1]["content"]) if own else ""
     return ToJudge(
-        AskedRow(name, tuple(dict(m) for m in prompt), images, videos), said if len(said) > 1 else (), reference
+        AskedRow(name, tuple(dict(m) for m in prompt), images, videos), said if len(said) > 1 else (), reference, i
     )
 
 
@@ -74,7 +77,7 @@ def _predictions(file: Path) -> list[dict[str, Any]] | None:
         first = stream.readline(1 << 22)
     try:
         known = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not (isinstance(known, dict) and "row" in known and ("answers" in known or "error" in known)):
         return None
@@ -82,7 +85,7 @@ def _predictions(file: Path) -> list[dict[str, Any]] | None:
     for number, raw in enumerate(file.read_bytes().splitlines(), 1):
         try:
             out.append(json.loads(raw))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 say(
                     f"{file}:{number} must be one JSON object ({error})",

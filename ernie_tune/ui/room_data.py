@@ -6,7 +6,9 @@ Refuses to know: how rows are checked, read or mended (data/).
 
 from __future__ import annotations
 
+import re
 import shutil
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ from ernie_tune.data.doctor.fix import fix_file, fixed_path
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.doctor.show import show_record
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.sources import DatasetEntry, load_dataset
+from ernie_tune.data.sources import INFO_FILE, DatasetEntry, load_dataset
+from ernie_tune.report import html
 from ernie_tune.report.check_page import check_body
 from ernie_tune.ui import studio as kit
-from ernie_tune.ui.questions import questions
+from ernie_tune.ui.questions import ToJudge, questions
 from ernie_tune.ui.studio import Offers, Studio
 
 _SHOWN_ROWS, _FINDINGS = 8, 20
+_SENT = (".jsonl", ".json", ".csv")
 
 
 def room(studio: Studio) -> Offers:
@@ -38,7 +42,7 @@ def room(studio: Studio) -> Offers:
             allow_custom_value=True,
             scale=3,
         )
-        sent = gr.UploadButton(studio("send a file", "上传文件"), file_types=[".jsonl", ".json", ".csv"], scale=1)
+        sent = gr.UploadButton(studio("send a file", "上传文件"), file_types=list(_SENT), scale=1)
     with gr.Row():
         check = gr.Button(studio("check", "检查"), variant="primary", elem_id="data-check")
         show = gr.Button(studio("show rows", "查看数据"), elem_id="data-show")
@@ -53,16 +57,26 @@ def room(studio: Studio) -> Offers:
 
 
 def _keep(studio: Studio, path: str) -> tuple[Any, str]:
-    """What a browser sent, in the workspace's uploads, never over another file."""
+    """What a browser sent, in the workspace's uploads, never over another file. Only rows are kept:
+    nothing that a run would execute, or that tells where other rows lie.
+    """
     try:
         source = studio.workspace.received(path)
-    except ValueError as error:
+        if source.suffix.lower() not in _SENT or source.name == INFO_FILE:
+            raise ValueError(
+                say(
+                    f"file ({source.name[:80]}) must be rows ({', '.join(_SENT)}); send another",
+                    f"文件（{source.name[:80]}）须为数据行（{'、'.join(_SENT)}）；请另选",
+                )
+            )
+        uploads = studio.workspace.uploads
+        uploads.mkdir(exist_ok=True)
+        stem = re.sub(r"[^\w.-]+", "_", source.stem)[:60].strip("._") or "rows"
+        numbered = (uploads / f"{stem}{f'-{n}' if n else ''}{source.suffix.lower()}" for n in range(10_000))
+        target = next(file for file in numbered if not file.exists())
+        shutil.copyfile(source, target)
+    except (ValueError, OSError) as error:
         return gr.update(), kit.line(error, "bad")
-    studio.workspace.uploads.mkdir(exist_ok=True)
-    stem, suffix = Path(path).stem[:60], Path(path).suffix
-    names = (f"{stem}{f'-{n}' if n else ''}{suffix}" for n in range(10_000))
-    target = next(studio.workspace.uploads / name for name in names if not (studio.workspace.uploads / name).exists())
-    shutil.copyfile(source, target)
     name = studio.workspace.name(target)
     choices = [*studio.workspace.rows(), name]
     return gr.update(choices=choices, value=name), kit.line(say(f"kept as {name}", f"已保存为 {name}"), "good")
@@ -71,36 +85,42 @@ def _keep(studio: Studio, path: str) -> tuple[Any, str]:
 def _checked(studio: Studio, name: str | None) -> str:
     try:
         path = str(studio.workspace.inside(name or ""))
-        report = Scan(Processor.bundled("small"), limit=_FINDINGS).run([DatasetEntry(path)], [])
+        report = Scan(_processor(), limit=_FINDINGS).run([DatasetEntry(path)], [])
         return kit.page(check_body(report, studio.workspace.may_show))
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
 
 
 def _rows(studio: Studio, name: str | None) -> str:
-    """The first rows as people see them, then as the model does."""
+    """The first rows as people see them, and each as the model does."""
     try:
         path = studio.workspace.inside(name or "")
         found, told = questions(path, studio.workspace, _SHOWN_ROWS)
-        cards = [
-            kit.dialogue(q.asked.messages, q.asked.images)
-            + "".join(
-                f'<div class="turn assistant">{kit.text(said)}</div>' for said in (q.reference, *q.answers) if said
-            )
-            for q in found.values()
-        ]
-        seen = f'<pre class="log">{escape(_as_the_model_sees_it(path))}</pre>' if found else ""
-        return kit.lines(told, "bad") + "<hr>".join(cards) + seen
+        return kit.lines(told, "bad") + "<hr>".join(_card(studio, path, q) for q in found.values())
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
 
 
-def _as_the_model_sees_it(path: Path) -> str:
+def _card(studio: Studio, path: Path, row: ToJudge) -> str:
+    said = [text for text in (row.reference, *row.answers) if text]
+    turns = "".join(f'<div class="turn assistant">{kit.text(text)}</div>' for text in said)
+    title = html.both(say("as the model sees it", "模型看到的样子"))
+    seen = _as_the_model_sees_it(path, row)
+    below = f'<details><summary>{title}</summary><pre class="log">{escape(seen)}</pre></details>' if seen else ""
+    return kit.dialogue(row.asked.messages, row.asked.images) + turns + below
+
+
+def _as_the_model_sees_it(path: Path, row: ToJudge) -> str:
+    """By the tokenizer that comes along; "" for what `predict` wrote, which is no row."""
     try:
-        record = load_dataset(str(path))[0]
-        return "\n".join(show_record(record, Processor.bundled("small")))
+        return "" if row.number is None else "\n".join(show_record(load_dataset(str(path))[row.number], _processor()))
     except (ValueError, OSError) as error:
         return str(error)
+
+
+@cache
+def _processor() -> Processor:
+    return Processor.bundled("small")
 
 
 def _mended(studio: Studio, name: str | None) -> tuple[str, Any]:

@@ -7,12 +7,12 @@ Refuses to know: how either is done; all are child processes.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -167,21 +167,26 @@ def _fastdeploy(studio: Studio, name: str | None) -> str:
     """The command for a folder, as `ernie-tune serve` itself makes it."""
     try:
         model = studio.workspace.inside(name or "")
-        words = [sys.executable, "-m", "ernie_tune", "--lang", "both", "serve", str(model)]
-        made = subprocess.run(
-            [*words, "--engine", "fastdeploy", "--print"],
-            cwd=studio.workspace.root,
-            env=os.environ,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_SECONDS,
-        )
+        made = _printed(studio, model, "en")
         if made.returncode:
-            raise ValueError(made.stderr.strip()[-2000:])
+            why = [(_printed(studio, model, lang).stderr if lang == "zh" else made.stderr) for lang in ("en", "zh")]
+            english, chinese = (text.strip()[-2000:].removeprefix("ernie-tune: ") for text in why)
+            raise ValueError(say(english, chinese))
     except (ValueError, OSError, subprocess.TimeoutExpired) as error:
         return kit.line(error, "bad")
     told = say("on a machine with cards and FastDeploy:", "在装有显卡与 FastDeploy 的机器上：")
     return kit.line(told) + f'<pre class="log">{escape(made.stdout.strip())}</pre>' + _notes(made.stderr)
+
+
+def _printed(studio: Studio, model: Path, lang: str) -> subprocess.CompletedProcess[str]:
+    words = ["--lang", lang, "serve", str(model), "--engine", "fastdeploy", "--print"]
+    return subprocess.run(
+        [sys.executable, "-m", "ernie_tune", *words],
+        cwd=studio.workspace.root,
+        capture_output=True,
+        text=True,
+        timeout=_COMMAND_SECONDS,
+    )
 
 
 def _notes(text: str) -> str:

@@ -6,6 +6,7 @@ Refuses to know: what settings mean (config/), how a run goes (its own process).
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from html import escape
 from itertools import groupby
@@ -15,6 +16,7 @@ from typing import Any
 import gradio as gr
 
 from ernie_tune.config.language import say
+from ernie_tune.config.section_titles import SECTIONS
 from ernie_tune.report import html
 from ernie_tune.ui import forms
 from ernie_tune.ui import studio as kit
@@ -38,7 +40,7 @@ def room(studio: Studio) -> Offers:
         )
         name = gr.Textbox("run.yaml", label=studio("save as", "另存为"), elem_id="train-name", scale=2)
     with gr.Row():
-        with gr.Column(scale=1):
+        with gr.Column(scale=1, elem_id="train-form"):
             parts = _form(studio)
         with gr.Column(scale=1):
             yaml = gr.Textbox(forms.START, label="YAML", lines=22, max_lines=40, elem_id="train-yaml", interactive=True)
@@ -50,10 +52,10 @@ def room(studio: Studio) -> Offers:
                 stop = gr.Button(studio("stop", "停止"), variant="stop", elem_id="train-stop")
                 resume = gr.Button(studio("resume", "继续训练"), elem_id="train-resume")
             told = gr.HTML(elem_id="train-told")
-    job = gr.Dropdown(
-        _jobs(studio), label=studio("jobs", "任务"), value=None, allow_custom_value=True, elem_id="train-job"
-    )
-    output = gr.HTML(elem_id="train-output")
+            job = gr.Dropdown(
+                _jobs(studio), label=studio("jobs", "任务"), value=None, allow_custom_value=True, elem_id="train-job"
+            )
+            output = gr.HTML(elem_id="train-output")
     opened = file.input(lambda chosen: _opened(studio, chosen), file, [yaml, name, told])
     # What the form shows, so that only what differs is sent to it: an answer that comes late must
     # not overwrite what somebody has written meanwhile.
@@ -86,7 +88,8 @@ def _form(studio: Studio) -> dict[str, Any]:
     parts = {name: _part(studio, every[name]) for name in forms.FIRST if name in every}
     rest = [field for field in every.values() if field.name not in parts]
     for section, some in groupby(rest, key=lambda field: field.section):
-        with gr.Accordion(section, open=False):
+        title = SECTIONS[section]
+        with gr.Accordion(studio(f"{section}: {title.english}", f"{section}：{title.chinese}"), open=False):
             parts.update({field.name: _part(studio, field) for field in some})
     return parts
 
@@ -221,7 +224,11 @@ def _resume(studio: Studio, chosen: str | None) -> tuple[str, Any]:
 def _jobs(studio: Studio) -> list[tuple[str, str]]:
     marks = {RUNNING: "▶", "done": "✓", "failed": "✗", "stopped": "■"}
     jobs = [job for job in studio.jobs.all() if job.kind in (KIND, "export", "serve")]
-    return [(f"{marks[studio.jobs.state(job)]} {job.title} · {job.id}", job.id) for job in jobs]
+    when = "%m-%d %H:%M:%S"
+    return [
+        (f"{marks[studio.jobs.state(job)]} {job.title} · {time.strftime(when, time.localtime(job.started))}", job.id)
+        for job in jobs
+    ]
 
 
 def _look(studio: Studio, chosen: str | None) -> tuple[Any, Any]:

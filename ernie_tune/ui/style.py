@@ -12,14 +12,17 @@ CSS = (
     html.STYLE
     + """
 .ernie-tune.inside { max-width: none; padding: 0; background: none; font-size: 14px }
-html[data-tongue=zh] .ernie-tune .zh { display: inline } html[data-tongue=zh] .ernie-tune .en { display: none }
+html[data-tongue=zh] .ernie-tune .zh { display: inline !important } html[data-tongue=zh] .ernie-tune .en { display: none !important }
+.ernie-tune.inside .src, .ernie-tune.inside .zero { color: var(--soft) } .ernie-tune.inside table { border-color: var(--line) !important }
+.ernie-tune.inside tr.ok td { color: var(--ok) !important }
 .gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important }
 .gradio-container main, .gradio-container main > .wrap { width: 100% !important; max-width: none !important }
 html:not([data-tongue=zh]) .zh { display: none }
 html[data-tongue=zh] .en { display: none }
-.note { color: var(--body-text-color-subdued); margin: .3em 0 }
-.bad { color: #b91c1c; margin: .3em 0 } .good { color: #047857; margin: .3em 0 }
-.dark .bad { color: #fca5a5 } .dark .good { color: #6ee7b7 }
+p.note, p.bad, p.good { margin: .3em 0 }
+p.note, p.note span { color: var(--body-text-color-subdued) !important }
+p.bad, p.bad span { color: #b91c1c !important } p.good, p.good span { color: #047857 !important }
+.dark p.bad, .dark p.bad span { color: #fca5a5 !important } .dark p.good, .dark p.good span { color: #6ee7b7 !important }
 .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .turn { border-left: 3px solid var(--border-color-primary); padding: .2em .8em; margin: .4em 0 }
 .turn.user { border-color: #2563eb } .turn.assistant { border-color: #059669 }
@@ -31,7 +34,7 @@ html[data-tongue=zh] .en { display: none }
 .answer.marked { border-color: #2563eb; box-shadow: 0 0 0 2px #2563eb55 }
 .answer { cursor: pointer }
 .desk .keys { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px }
-.desk .keys button { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 12px; min-height: 40px; cursor: pointer;
+.desk .keys button { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 12px; height: 40px; margin: 0 !important; cursor: pointer;
   background: var(--background-fill-primary); color: var(--body-text-color) }
 .desk .keys button:hover { border-color: #2563eb } .desk .keys button.primary { background: #1d4ed8; color: #fff; border-color: #1d4ed8 }
 .desk .keys button, .desk .keys button span { font-weight: 500 !important; font-size: 14px !important; color: inherit !important; line-height: 1.4 }
@@ -45,14 +48,16 @@ html[data-tongue=zh] .en { display: none }
 .meter i { display: block; height: 100%; background: #2563eb }
 .numbers { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: .3em 0 } .scroll { overflow-x: auto } .scroll table { border-collapse: collapse; width: 100% }
 .scroll td, .scroll th { padding: .3em .6em; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top }
-.curves { border-radius: 8px; overflow-x: auto } .curves svg { width: 100%; height: auto }
+.curves { border-radius: 8px; overflow-x: auto } .curves svg { width: 100%; min-width: 720px; height: auto }
+#train-yaml textarea { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 13px }
+details summary { cursor: pointer } details summary:focus-visible { outline: 3px solid #2563eb }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 320px; overflow-y: auto; font-size: 12px; margin: 0 }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1em } dl.facts dd { margin: 0 }
 button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px }
 @media (max-width: 640px) {
   .gradio-container, .gradio-container main { padding: 4px !important; min-width: 0 !important }
   .row { flex-direction: column !important } .row > *, .form > * { min-width: 0 !important; width: 100% !important }
-  .answers { grid-template-columns: 1fr }
+  .answers { grid-template-columns: 1fr } #train-form { order: 2 }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important } }
 """

@@ -314,3 +314,71 @@ def test_languages_colours_and_narrow_screens(browser: Any, address: str, width:
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
     page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_names_and_the_order_of_focus(browser: Any, address: str, scheme: str) -> None:
+    """What axe-core finds of WCAG 2 A and AA in every room; the tab key goes as the eye does."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    page = visit(browser, address, color_scheme=scheme)
+    rules = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa"]}, "resultTypes": ["violations"]}
+    for name in ("Data", "Train", "Watch", "Compare", "Export and serve", "Judge"):
+        room(page, name)
+        if name == "Data":
+            choose(page, "data-file", "train.jsonl")
+            page.locator("#data-check").click()
+            page.wait_for_selector("#data-found article img")
+        if name == "Judge":
+            begin(page, f"axe {scheme}")
+        found = axe.Axe().run(page, options=rules).response["violations"]
+        assert not found, (name, [(v["id"], [node["target"] for node in v["nodes"]]) for v in found])
+    page.locator("#judge-name :is(input, textarea)").focus()
+    seen: list[str] = []
+    while "judge-learn" not in seen:
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("(a => a.dataset.key || a.closest('[id^=judge]')?.id || '')(document.activeElement)"))
+        assert len(seen) < 40, seen
+    order = ["judge-mode", "judge-begin", "1", "2", "3", "0", "e", "Enter", "s", "u", "judge-reason", "judge-corrected"]
+    assert [name for name in seen if name in order] == order
+    page.context.close()
+
+
+def begin(page: Any, who: str, rows: str = "predicted.jsonl") -> None:
+    """Judge the answers that rows bring along."""
+    choose(page, "judge-rows", rows)
+    field(page, "judge-name").fill(who)
+    page.locator("#judge-begin").click()
+    page.wait_for_selector("#judge-answers .desk[data-at='0'] article")
+
+
+def test_two_judges_at_once_and_their_agreement(browser: Any, address: str, workspace: Path) -> None:
+    """Two tabs, keys in turns, then taps; answers that are scripts stay text."""
+    tabs = [visit(browser, address), visit(browser, address, viewport={"width": 390, "height": 844}, has_touch=True)]
+    for tab, who in zip(tabs, ("cleo", "dan"), strict=True):
+        if tab is tabs[0]:
+            room(tab, "Judge")
+        else:  # on a narrow screen the last rooms wait behind a button
+            tab.locator("button:has-text('…'), .overflow-menu > button").first.click()
+            tab.locator(".overflow-dropdown button", has_text="Judge").click()
+        begin(tab, who)
+    for at in (0, 1, 2):
+        for tab in tabs:
+            tab.wait_for_selector(f"#judge-answers .desk[data-at='{at}'] article")
+            if tab is tabs[0]:
+                tab.locator("h1").click()
+                tab.keyboard.press("2")
+            else:
+                tab.locator("#judge-answers button[data-key='1']").tap()
+    for tab in tabs:
+        says(tab, "judge-question", "all questions are judged")
+        assert tab.evaluate("window.broken") is None
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth + 1"), "nothing runs out of the screen"
+    lines = [json.loads(x) for x in (workspace / "judgements" / "judgements.jsonl").read_text().splitlines()]
+    assert sorted(x["judge"] for x in lines if x["judge"] in ("cleo", "dan")) == ["cleo"] * 3 + ["dan"] * 3
+    tabs[0].get_by_role("button", name="two judges").click()
+    for name, who in (("first", "cleo"), ("second", "dan")):
+        choose(tabs[0], f"judge-{name}", who)
+    tabs[0].locator("#judge-compare").click()
+    says(tabs[0], "judge-agreement", "pairs of answers")
+    for tab in tabs:
+        tab.context.close()
