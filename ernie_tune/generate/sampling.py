@@ -133,12 +133,12 @@ def choose(
         own = weights if steered is scores else _weights(steered, temperature)
         token, drawn_logp = _draw(own, uniform, params)
     top = heaviest(weights, params.top_logprobs) if params.top_logprobs else []
-    logp = _log_share(scores, token, temperature, total)
+    logp, *others = _log_shares(scores, [token, *top], temperature, total)
     return SampledToken(
         token,
         logp,
         logp if _plain(params, steered is scores, forced) else drawn_logp,
-        tuple((i, _log_share(scores, i, temperature, total)) for i in top),
+        tuple(zip(top, others, strict=True)),
     )
 
 
@@ -232,10 +232,13 @@ def _weights(scores_V: np.ndarray, temperature: float) -> np.ndarray:
         return np.exp((scores_V - scores_V.max()) / temperature)
 
 
-def _log_share(scores_V: np.ndarray, token: int, temperature: float, total: float) -> float:
-    """log softmax(scores / temperature) of one id; `total`: the sum of the weights."""
+def _log_shares(scores_V: np.ndarray, ids: Sequence[int], temperature: float, total: float) -> list[float]:
+    """log softmax(scores / temperature) of some ids; `total`: the sum of the weights. The whole
+    vocabulary is passed once, however many ids are asked for.
+    """
     with np.errstate(over="ignore"):
-        return float((scores_V[token] - scores_V.max()) / temperature - np.log(total))
+        shares = (scores_V[list(ids)] - scores_V.max()) / temperature - np.log(total)
+    return [float(share) for share in shares]
 
 
 def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tuple[int, float]:
