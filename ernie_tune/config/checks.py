@@ -308,6 +308,14 @@ def _weights(c: RunConfig) -> Iterator[tuple[str, str]]:
                 "lora_alpha（0）须大于 0，或取 -1 用默认值；0 会使适配器失效",
             ),
         )
+    if c.lora.dora and c.lora.adapter_format == "paddlenlp":
+        yield (
+            "adapter_format",
+            say(
+                "adapter_format (paddlenlp) must be peft with dora (true): PaddleNLP has no DoRA; set peft or auto",
+                "dora（true）时 adapter_format（paddlenlp）须为 peft：PaddleNLP 没有 DoRA；请设为 peft 或 auto",
+            ),
+        )
     if c.model.fine_tuning in ("Full", "Freeze") and x.weight_quantize_algo != "none":
         yield (
             "weight_quantize_algo",

@@ -172,6 +172,14 @@ class LoraArguments:
         "加适配器的层；空表示注意力与稠密前馈层；all 表示所有线性层",
         methods=_ADAPTED,
     )
+    adapter_format: str = arg(
+        "auto",
+        "files of the adapter: paddlenlp's, or peft's with their names; auto: paddlenlp's where it can hold it",
+        "适配器的文件格式：paddlenlp，或 peft 的格式与文件名；auto 表示能用 paddlenlp 则用它",
+        ("auto", "paddlenlp", "peft"),
+        methods=_ADAPTED,
+        shapes=False,
+    )
     lora_path: str = arg("", "adapter folder to continue from", "从哪个适配器文件夹继续训练", methods=_ADAPTED)
     rslora: bool = arg(
         False, "scale by alpha/sqrt(rank) instead of alpha/rank", "按 alpha/sqrt(rank) 缩放", methods=_ADAPTED

@@ -75,6 +75,7 @@ class PeftModel(ErnieModel):
         self.adapters: dict[str, Adapter] = {}
         self.originals: dict[str, Tensor] = {}  # what `copies` replace
         self.active: str | None = None
+        self.dialect = "auto"  # the form in which adapters are saved
         for value in base.parameters():
             value.stop_gradient = True
         if config is not None:
@@ -330,12 +331,12 @@ class PeftModel(ErnieModel):
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
-        dialect: str = "auto",
+        dialect: str | None = None,
         adapter_name: str | None = None,
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> list[Path]:
-        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft"
-        (`files.py`); returns the paths. `tensors`: its values where not all of them are here.
+        """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (by
+        default `self.dialect`; `files.py`); returns the paths. `tensors`: its values where not all of them are here.
         """
         name = adapter_name or self.active
         if name is None:
@@ -352,7 +353,7 @@ class PeftModel(ErnieModel):
         )
         stored = Stored(config, {key: np.asarray(value, np.float32) for key, value in values.items()})
         code = "BF16" if self.compute_dtype == "bfloat16" else "F32"
-        return write_adapter(Path(folder), stored, self.config, dialect, code)
+        return write_adapter(Path(folder), stored, self.config, dialect or self.dialect, code)
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:
         """Add the adapter in a folder, of either dialect, under `name`, and make it the active one.

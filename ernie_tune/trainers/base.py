@@ -103,6 +103,8 @@ class Trainer:
             self.model = assemble.apply_method(
                 self.args, plain, samples, self._source, assemble.measured(self.args, self.place, samples, self._source)
             )
+        if isinstance(self.model, PeftModel) and self.args.lora.adapter_format != "auto":
+            self.model.dialect = self.args.lora.adapter_format
         self._placed: Placed | None = None
         if not self.place.several:  # nothing is to be cut first
             self._placed = self.place.put(self.model, self._source)
