@@ -336,7 +336,8 @@ class PeftModel(ErnieModel):
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> list[Path]:
         """Write one adapter (the active one by default) in the form "paddlenlp" or "peft" (by
-        default `self.dialect`; `files.py`); returns the paths. `tensors`: its values where not all of them are here.
+        default `self.dialect`; `files.py`); returns the paths. `tensors`: its values where not all
+        of them are here.
         """
         name = adapter_name or self.active
         if name is None:

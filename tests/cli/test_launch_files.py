@@ -233,3 +233,18 @@ def test_processes_on_a_cpu_for_real(tmp_path: Path) -> None:
     assert {"model.safetensors", "config.json", "checkpoint-3"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "log" / "workerlog.1").read_text().count("Traceback") == 0
+
+
+def test_the_dockerfile_names_extras_that_exist_and_runs_a_shell_script_that_parses() -> None:
+    """It is never built here: what can be known without building it is."""
+    text = (LAUNCH / "Dockerfile").read_text(encoding="utf-8")
+    assert "NOT BUILT BY US" in text
+    named = {extra for line in re.findall(r"EXTRAS=([\w,]+)", text) for extra in line.split(",")}
+    declared = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named
+    assert named <= declared
+    joined = re.sub(r"\\\n", " ", text)
+    for command in re.findall(r"^RUN (.*)$", joined, re.MULTILINE):
+        assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0, command
+    assert all(word.split()[0] in {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "CMD"} for word in
+               (line for line in joined.splitlines() if line.strip() and not line.startswith("#")))  # fmt: skip
