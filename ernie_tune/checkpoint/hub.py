@@ -213,6 +213,8 @@ def missing_package(source: str, hub: str, package: str, error: Exception, other
 
 def reason_of(error: Exception, token: str = "") -> str:
     """The first line of what a hub's client says, without the token."""
+    if isinstance(error, KeyError):  # the client looked for a field that the hub did not send
+        return say(f"an answer without {error}", f"回复中没有 {error}")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].replace(token, "***") if token else lines[0]
 
@@ -221,7 +223,8 @@ def errors_of(package: str) -> tuple[type[Exception], ...]:
     """What a download may raise: the exceptions that a hub's package defines are not all OSError or
     ValueError.
     """
-    found: list[type[Exception]] = [OSError, ValueError, RuntimeError]
+    # KeyError: an answer of the hub that the client does not understand
+    found: list[type[Exception]] = [OSError, ValueError, RuntimeError, KeyError]
     for name in (f"{package}.errors", f"{package}.hub.errors", f"{package}.exceptions", "httpx"):
         try:
             module = importlib.import_module(name)

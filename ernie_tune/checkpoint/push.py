@@ -159,14 +159,16 @@ def _checked(folder: Path, files: Sequence[str], there: Mapping[str, str], hub: 
 
 
 def check_download(folder: Path, name: str, hub: str) -> int:
-    """Compare the files that came from a hub with the SHA-256 that it tells of them; how many it
-    tells of (AI Studio: none). A file that differs is deleted, so that the next download fetches
-    it. Raises ValueError naming such files, and for what the hub says.
+    """Look for every file that a hub lists, and compare it with the SHA-256 that it tells; how many
+    it tells of (AI Studio: none). A file that differs is deleted, and what was left of one that did
+    not come, so that the next download fetches it. Raises ValueError naming such files, and for
+    what the hub says.
     """
     package = HUBS[hub].module.split(".")[0]
     token = next((os.environ[v] for v in _TOKENS[hub] if os.environ.get(v)), "")
     try:
-        there = _CLIENTS[hub](token).listing(owned(name, hub), [])
+        client: Any = _CLIENTS[hub](token)
+        there: Mapping[str, str] = client.listing(owned(name, hub), [])
     except errors_of(package) as error:
         raise ValueError(
             say(
@@ -178,7 +180,10 @@ def check_download(folder: Path, name: str, hub: str) -> int:
             )
         ) from None
     known = [file for file, sha256 in there.items() if sha256]
-    differ = [f for f in known if not (folder / f).is_file() or sha256_of(folder / f) != there[f]]
+    absent = [f for f in there if not (folder / f).is_file()]
+    differ = [f for f in known if f not in absent and sha256_of(folder / f) != there[f]]
+    for file in absent:
+        client.forget(owned(name, hub), folder, file)
     for file in differ:
         (folder / file).resolve().unlink(missing_ok=True)  # in a cache the name is a link
         (folder / file).unlink(missing_ok=True)
@@ -189,10 +194,24 @@ def check_download(folder: Path, name: str, hub: str) -> int:
                 f"{'、'.join(differ)} 与 {hub} 上的不同，已删去；请再执行同一命令",
             )
         )
+    if absent:
+        raise ValueError(
+            say(
+                f"{', '.join(absent)} must have come from {hub}, but did not; give the same command again",
+                f"{'、'.join(absent)} 没有从 {hub} 下载下来；请再执行同一命令",
+            )
+        )
     return len(known)
 
 
-class _HuggingFace:
+class _Client:
+    def forget(self, name: str, folder: Path, file: str) -> None:
+        """Drop what the client keeps of a file that did not come whole: most go on by
+        themselves.
+        """
+
+
+class _HuggingFace(_Client):
     def __init__(self, token: str) -> None:
         self.api = importlib.import_module("huggingface_hub").HfApi(token=token or None)
 
@@ -209,9 +228,9 @@ class _HuggingFace:
         return {s.rfilename: (s.lfs.sha256 if s.lfs else "") for s in siblings}
 
 
-class _ModelScope:
+class _ModelScope(_Client):
     def __init__(self, token: str) -> None:
-        self.api = importlib.import_module("modelscope.hub.api").HubApi(token=token or None)
+        self.api, self.token = importlib.import_module("modelscope.hub.api").HubApi(token=token or None), token
 
     def create(self, name: str, private: bool) -> None:
         self.api.create_repo(name, visibility="private" if private else "public", exist_ok=True)
@@ -226,10 +245,15 @@ class _ModelScope:
         )
 
     def listing(self, name: str, files: Sequence[str]) -> dict[str, str]:
-        return {f["Path"]: f.get("Sha256") or "" for f in self.api.get_model_files(name, recursive=True)}
+        try:  # what newer versions stand on; their own listing leaves the checksums out
+            newer = importlib.import_module("modelscope_hub")
+        except ImportError:
+            return {f["Path"]: f.get("Sha256") or "" for f in self.api.get_model_files(name, recursive=True)}
+        found = newer.HubApi(token=self.token or None).list_repo_files(name, "model", recursive=True)
+        return {f.path: f.sha256 or "" for f in found if not f.is_dir}
 
 
-class _AIStudio:
+class _AIStudio(_Client):
     def __init__(self, token: str) -> None:
         self.hub, self.token = importlib.import_module("aistudio_sdk.hub"), {"token": token} if token else {}
 
@@ -250,8 +274,20 @@ class _AIStudio:
 
     def listing(self, name: str, files: Sequence[str]) -> dict[str, str]:
         # the client tells failures of single files in lines that it prints
+        if not files:
+            module = importlib.import_module("aistudio_sdk.snapshot_download")
+            listed, _ = module.get_model_files(name, **self.token)
+            return {one["path"]: "" for one in listed if one.get("type") != "tree"}
         there = [f for f in files if self.hub.file_exists(name, f, **self.token) is True]
         return dict.fromkeys(there, "")
+
+    def forget(self, name: str, folder: Path, file: str) -> None:
+        """A file that the client goes on with is complete in its temporary folder, and never moved
+        out of it (0.3.9): the part is dropped, and the file fetched anew.
+        """
+        parts = importlib.import_module("aistudio_sdk.config").TEMPORARY_FOLDER_NAME
+        for place in (folder / parts, folder.parent.parent / parts / name):
+            (place / file).unlink(missing_ok=True)
 
 
 def _literal(name: str) -> str:

@@ -202,6 +202,7 @@ def other_client(monkeypatch: pytest.MonkeyPatch, kind: str, there: list[str], f
             get_model_files=called("list", listing),
         )
         module, names = ModuleType("modelscope.hub.api"), ("modelscope", "modelscope.hub")
+        monkeypatch.setitem(sys.modules, "modelscope_hub", None)  # of newer versions
         module.HubApi = lambda token: calls.append(("token", token, {})) or api  # type: ignore[attr-defined]
     else:
         made = {"error_code": 10001, "error_msg": "no rights"} if fails else {"repo_id": "small"}
