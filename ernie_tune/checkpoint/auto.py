@@ -23,7 +23,7 @@ from ernie_tune.checkpoint.names import FLAVOURS, NameTable, check_names, detect
 from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
-from ernie_tune.config.foreign import read_json_object
+from ernie_tune.config.foreign import read_json_object, reading
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import read_config, write_config
@@ -228,9 +228,12 @@ def _read_config_file(folder: Path) -> ModelConfig:
         )
     settings = read_json_object(file)
     try:
-        return read_config(settings)
+        with reading(file):
+            return read_config(settings)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        if str(file) in str(error):
+            raise
+        raise ValueError(say("{file}: {why}", "{file}：{why}", file=file, why=error)) from error
 
 
 def check_tied_head(table: NameTable, reader: TensorReader) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,28 @@ def json_object(content: bytes | str, file: str | os.PathLike[str], remedy: Text
             )
         )
     return found
+
+
+@contextmanager
+def reading(place: str | os.PathLike[str]) -> Iterator[None]:
+    """What a value of a kind that its reader did not expect raises inside is a ValueError that
+    names the place.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, LookupError, ArithmeticError, RecursionError, ValueError) as error:
+        if isinstance(error, ValueError) and error.args and isinstance(error.args[0], Text):
+            raise  # a message of ours
+        raise ValueError(
+            say(
+                "{place} must hold what released models have there ({kind}: {error}); {remedy}",
+                "{place} 的内容须与已发布的模型一致（{kind}：{error}）；{remedy}",
+                place=os.fspath(place),
+                kind=type(error).__name__,
+                error=error,
+                remedy=_AGAIN,
+            )
+        ) from error
 
 
 def read_json_object(file: Path, remedy: Text = _AGAIN) -> dict[str, Any]:

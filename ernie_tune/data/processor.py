@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.foreign import reading
 from ernie_tune.config.language import say
 from ernie_tune.data.chat import (
     END,
@@ -464,8 +465,9 @@ def media_settings(
     saved = read_json({PREPROCESSOR_FILE: file.read_bytes()} if file.is_file() else {}, PREPROCESSOR_FILE, str(path))
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     values = {**_known(saved, _IMAGE_KEYS), **{name: limit for name, limit in limits.items() if limit is not None}}
-    images = ImageSettings(**values)
-    return saved, images, VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
+    with reading(file):
+        images = ImageSettings(**values)
+        return saved, images, VideoSettings(**_known(saved, _VIDEO_KEYS), image=images)
 
 
 def _named(preprocessor: Mapping[str, Any], placeholders: Placeholders) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from ernie_tune.config.foreign import json_object
+from ernie_tune.config.foreign import json_object, reading
 from ernie_tune.config.language import say
 from ernie_tune.models.config import TokenIds
 from ernie_tune.models.presets import shipped_folder
@@ -133,7 +133,9 @@ class Tokenizer:
         # says so.
         config = Path(path) / "config.json"
         native = {"config.json": config.read_bytes()} if config.is_file() else {}
-        return cls(files, str(folder), separate_video="video_token_id" in read_json(native, "config.json", str(folder)))
+        separate = "video_token_id" in read_json(native, "config.json", str(folder))
+        with reading(folder):
+            return cls(files, str(folder), separate_video=separate)
 
     from_pretrained = from_folder
 

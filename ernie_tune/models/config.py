@@ -7,8 +7,11 @@ Refuses to know: files, weights, training settings, paddle.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ernie_tune.config.language import say
 
 
 @dataclass(frozen=True)
@@ -114,42 +117,56 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok: bool, english: str, chinese: str) -> None:
     if not ok:
-        raise ValueError(message)
+        raise ValueError(say(english, chinese))
 
 
-# Far beyond any release: larger numbers are mistakes, and would take hours to be found out.
+# Far beyond any release: larger numbers are mistakes, and would take hours, or all of the memory,
+# to be found out.
 _LARGEST = {
     "vocab_size": 10**7, "hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 2000,
     "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "head_dim": 10**5,
 }  # fmt: skip
+_LARGEST_VISION = {
+    "depth": 2000, "hidden_size": 10**6, "num_heads": 10**5, "intermediate_size": 10**7, "in_channels": 64,
+    "patch_size": 1024, "spatial_merge_size": 64, "temporal_merge_size": 64,
+}  # fmt: skip
+_LARGEST_MOE = {"num_experts": 10**5, "top_k": 10**5}
+
+
+def _check_counts(part: object, largest: Mapping[str, int], where: str = "") -> None:
+    """Refuse what is no positive integer or beyond any model, in the part of the config that
+    `where` names.
+    """
+    for name, most in largest.items():
+        value = getattr(part, name)
+        _require(
+            type(value) is int and value > 0,
+            f"{where}{name} ({value!r}) must be a positive integer; fix config.json",
+            f"{where}{name}（{value!r}）须为正整数；请修改 config.json",
+        )
+        _require(
+            value <= most,
+            f"{where}{name} ({value!r}) must be at most {most:,}; fix config.json",
+            f"{where}{name}（{value!r}）不能超过 {most:,}；请修改 config.json",
+        )
 
 
 def check_config(c: ModelConfig) -> None:
     """Refuse shapes that cannot be built, naming both values and the remedy."""
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ):
-        value = getattr(c, name)
-        _require(
-            isinstance(value, int) and value > 0, f"{name} ({value!r}) must be a positive integer; fix config.json"
-        )
-        _require(value <= _LARGEST[name], f"{name} ({value!r}) must be at most {_LARGEST[name]:,}; fix config.json")
+    _check_counts(c, _LARGEST)
     _require(
         c.num_attention_heads % c.num_key_value_heads == 0,
         f"num_attention_heads ({c.num_attention_heads}) must be a multiple of num_key_value_heads "
         f"({c.num_key_value_heads}); fix config.json",
+        f"num_attention_heads（{c.num_attention_heads}）须为 num_key_value_heads（{c.num_key_value_heads}"
+        "）的倍数；请修改 config.json",
     )
     _require(
         c.head_dim % 2 == 0,
         f"head_dim ({c.head_dim}) must be even for rotary pairs; fix hidden_size or num_attention_heads",
+        f"head_dim（{c.head_dim}）须为偶数（旋转位置编码成对）；请修改 hidden_size 或 num_attention_heads",
     )
     half = c.head_dim // 2
     _require(
@@ -157,6 +174,8 @@ def check_config(c: ModelConfig) -> None:
         f"freq_allocation ({c.freq_allocation}) must leave an even number of height/width frequencies of "
         f"head_dim/2 ({half}); "
         "set freq_allocation (or rope mrope_section) to match",
+        f"freq_allocation（{c.freq_allocation}）须在 head_dim/2（{half}）中留下偶数个高、宽频率；"
+        "请相应修改 freq_allocation（或 rope mrope_section）",
     )
     _check_vision(c)
     _check_moe(c)
@@ -166,19 +185,25 @@ def _check_vision(c: ModelConfig) -> None:
     v = c.vision
     if v is None:
         return
+    _check_counts(v, _LARGEST_VISION, "vision_config: ")
     _require(
         v.hidden_size % v.num_heads == 0,
         f"vision hidden_size ({v.hidden_size}) must be a multiple of num_heads ({v.num_heads}); fix vision_config",
+        f"视觉的 hidden_size（{v.hidden_size}）须为 num_heads（{v.num_heads}）的倍数；请修改 vision_config",
     )
     _require(
         (v.hidden_size // v.num_heads) % 4 == 0,
         f"vision head width ({v.hidden_size // v.num_heads}) must be a multiple of 4 for 2-D rope; fix vision "
         "hidden_size or num_heads",
+        f"视觉注意力头的宽度（{v.hidden_size // v.num_heads}）须为 4 的倍数（二维旋转位置编码）；请修改视觉的 "
+        "hidden_size 或 num_heads",
     )
     _require(
         v.spatial_merge_size == 2 and v.temporal_merge_size == 2,
         f"spatial_merge_size ({v.spatial_merge_size}) and temporal_merge_size ({v.temporal_merge_size}) must be "
         "2: no released model has others",
+        f"spatial_merge_size（{v.spatial_merge_size}）与 temporal_merge_size（{v.temporal_merge_size}"
+        "）须为 2：已发布的模型都是如此",
     )
 
 
@@ -186,19 +211,38 @@ def _check_moe(c: ModelConfig) -> None:
     m = c.moe
     if m is None:
         return
+    _check_counts(m, _LARGEST_MOE, "moe ")
     _require(
-        1 <= m.top_k <= m.num_experts,
+        m.top_k <= m.num_experts,
         f"moe_k ({m.top_k}) must be between 1 and moe_num_experts ({m.num_experts}); lower moe_k",
+        f"moe_k（{m.top_k}）须在 1 与 moe_num_experts（{m.num_experts}）之间；请调小 moe_k",
+    )
+    _require(
+        type(m.num_shared_experts) is int and 0 <= m.num_shared_experts <= _LARGEST_MOE["num_experts"],
+        f"moe_num_shared_experts ({m.num_shared_experts!r}) must be from 0 to {_LARGEST_MOE['num_experts']:,}; "
+        "fix config.json",
+        f"moe_num_shared_experts（{m.num_shared_experts!r}）须在 0 与 {_LARGEST_MOE['num_experts']:,} 之间；"
+        "请修改 config.json",
     )
     want = 1 if c.vision is None else 2
     _require(
         m.num_modalities == want,
         f"moe_intermediate_size {list(m.intermediate_size)} must have {want} value(s) for a "
         f"{'text-only' if want == 1 else 'vision-language'} model; fix config.json",
+        f"{'纯文本' if want == 1 else '视觉语言'}模型的 moe_intermediate_size {list(m.intermediate_size)} 须有 "
+        f"{want} 个值；请修改 config.json",
+    )
+    wide = [width for width in m.intermediate_size if not 0 < width <= _LARGEST["intermediate_size"]]
+    _require(
+        not wide,
+        f"moe_intermediate_size {wide} must be from 1 to {_LARGEST['intermediate_size']:,}; fix config.json",
+        f"moe_intermediate_size {wide} 须在 1 与 {_LARGEST['intermediate_size']:,} 之间；请修改 config.json",
     )
     bad = [i for i in m.layer_indices if not 0 <= i < c.num_hidden_layers]
     _require(
         not bad,
         f"moe layer indices {bad} must be below num_hidden_layers ({c.num_hidden_layers}); fix "
+        "moe_layer_start_index / moe_layer_end_index",
+        f"MoE 层的序号 {bad} 须小于 num_hidden_layers（{c.num_hidden_layers}）；请修改 "
         "moe_layer_start_index / moe_layer_end_index",
     )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ernie_tune.config.language import say
 from ernie_tune.models.specs import MODALITIES
 from ernie_tune.peft.parts import frozen_parts
 
@@ -17,9 +18,9 @@ EXPERT_WORDS = (*MODALITIES, "both", "shared")
 Expert = tuple[int, str, int]  # layer, modality, expert
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok: bool, english: str, chinese: str) -> None:
     if not ok:
-        raise ValueError(message)
+        raise ValueError(say(english, chinese))
 
 
 def _tuple(value: str | Iterable[str]) -> tuple[str, ...]:
@@ -64,24 +65,45 @@ class LoraConfig:
             object.__setattr__(
                 self, "expert_targets", tuple((int(a), str(b), int(c)) for a, b, c in self.expert_targets)
             )
-        _require(self.r >= 1, f"r ({self.r}) must be at least 1; 8 and 16 are usual")
+        _require(
+            self.r >= 1, f"r ({self.r}) must be at least 1; 8 and 16 are usual", f"r（{self.r}）至少为 1；常用 8 与 16"
+        )
         _require(
             self.lora_alpha > 0 or self.lora_alpha == -1,
             f"lora_alpha ({self.lora_alpha}) must be above 0; use -1 for the default",
+            f"lora_alpha（{self.lora_alpha}）须大于 0；默认值请用 -1",
         )
-        _require(0 <= self.lora_dropout < 1, f"lora_dropout ({self.lora_dropout}) must be in [0, 1); 0 is none")
-        _require(self.lora_plus_scale > 0, f"lora_plus_scale ({self.lora_plus_scale}) must be above 0; 1 is plain LoRA")
-        _require(self.task_type == "CAUSAL_LM", f"task_type ({self.task_type!r}) must be 'CAUSAL_LM'; leave it out")
-        _require(self.bias == "none", f"bias ({self.bias!r}) must be 'none': biases are frozen; use modules_to_save")
+        _require(
+            0 <= self.lora_dropout < 1,
+            f"lora_dropout ({self.lora_dropout}) must be in [0, 1); 0 is none",
+            f"lora_dropout（{self.lora_dropout}）须在 [0, 1) 内；0 为不使用",
+        )
+        _require(
+            self.lora_plus_scale > 0,
+            f"lora_plus_scale ({self.lora_plus_scale}) must be above 0; 1 is plain LoRA",
+            f"lora_plus_scale（{self.lora_plus_scale}）须大于 0；1 即普通 LoRA",
+        )
+        _require(
+            self.task_type == "CAUSAL_LM",
+            f"task_type ({self.task_type!r}) must be 'CAUSAL_LM'; leave it out",
+            f"task_type（{self.task_type!r}）须为 'CAUSAL_LM'；可省略",
+        )
+        _require(
+            self.bias == "none",
+            f"bias ({self.bias!r}) must be 'none': biases are frozen; use modules_to_save",
+            f"bias（{self.bias!r}）须为 'none'：偏置不训练；请用 modules_to_save",
+        )
         words = isinstance(self.expert_targets, str)
         _require(
             not words or self.expert_targets in EXPERT_WORDS,
             f"expert_targets ({self.expert_targets!r}) must be one of {EXPERT_WORDS} or a list of (layer, "
             "modality, expert)",
+            f"expert_targets（{self.expert_targets!r}）须为 {EXPERT_WORDS} 之一，或由（层、模态、专家）组成的列表",
         )
         _require(
             not (self.use_dora and self.expert_targets and self.expert_targets != "shared"),
             f"use_dora (True) must not go with expert_targets ({self.expert_targets!r}); use plain LoRA for experts",
+            f"use_dora（True）不能与 expert_targets（{self.expert_targets!r}）同用；专家请用普通 LoRA",
         )
         frozen_parts(self.freeze_config)
 
@@ -110,11 +132,16 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "after", _tuple(self.after))
-        _require(self.width >= 1, f"width ({self.width}) must be at least 1; 64 is usual")
+        _require(
+            self.width >= 1,
+            f"width ({self.width}) must be at least 1; 64 is usual",
+            f"width（{self.width}）至少为 1；常用 64",
+        )
         known = ("attention", "mlp")
         _require(
             bool(self.after) and set(self.after) <= set(known),
             f"after ({list(self.after)}) must name one or both of {known}; leave it out for both",
+            f"after（{list(self.after)}）须为 {known} 之一或两者；省略即两者",
         )
 
 
@@ -134,12 +161,21 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_ids", tuple(self.init_ids))
-        _require(self.num_virtual_tokens >= 1, f"num_virtual_tokens ({self.num_virtual_tokens}) must be at least 1")
-        _require(self.encoder_width >= 0, f"encoder_width ({self.encoder_width}) must be at least 0; 0 is no encoder")
+        _require(
+            self.num_virtual_tokens >= 1,
+            f"num_virtual_tokens ({self.num_virtual_tokens}) must be at least 1",
+            f"num_virtual_tokens（{self.num_virtual_tokens}）至少为 1",
+        )
+        _require(
+            self.encoder_width >= 0,
+            f"encoder_width ({self.encoder_width}) must be at least 0; 0 is no encoder",
+            f"encoder_width（{self.encoder_width}）至少为 0；0 即没有编码器",
+        )
         _require(
             len(self.init_ids) in (0, self.num_virtual_tokens),
             f"init_ids ({len(self.init_ids)}) must be as many as num_virtual_tokens ({self.num_virtual_tokens}); "
             "repeat or cut them",
+            f"init_ids（{len(self.init_ids)} 个）须与 num_virtual_tokens（{self.num_virtual_tokens}）一样多；请重复或截短",
         )
 
 
@@ -153,7 +189,11 @@ class PrefixConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.num_virtual_tokens >= 1, f"num_virtual_tokens ({self.num_virtual_tokens}) must be at least 1")
+        _require(
+            self.num_virtual_tokens >= 1,
+            f"num_virtual_tokens ({self.num_virtual_tokens}) must be at least 1",
+            f"num_virtual_tokens（{self.num_virtual_tokens}）至少为 1",
+        )
 
 
 PeftConfig = LoraConfig | BottleneckConfig | PromptConfig | PrefixConfig

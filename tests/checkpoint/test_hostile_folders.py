@@ -5,8 +5,10 @@ long.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +110,42 @@ def test_numbers_beyond_any_model_are_refused_at_once(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, name: 10**12}), encoding="utf-8")
         with pytest.raises(ValueError, match=r"config\.json"):
             AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [10**9, 0, -1, "two", [4]])
+@pytest.mark.parametrize(
+    "name", ["moe_num_experts", "moe_k", "moe_intermediate_size", "depth", "patch_size", "num_heads"]
+)
+def test_counts_inside_a_config_are_bounded_too(folder: Path, name: str, value: Any) -> None:
+    """A thousand million experts would fill the memory with their names."""
+    if (name, value) == ("moe_num_experts", 0):
+        return  # a dense model
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vision = config["vision_config"]
+    if name in vision:
+        vision[name] = value
+    else:
+        config[name] = [value] * len(config[name]) if isinstance(config[name], list) else value
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        AutoConfig.from_pretrained(folder)
+
+
+STRANGE = {
+    "tokenizer_config.json": ({"added_tokens_decoder": 5}, {"added_tokens_decoder": {"x": {"content": "a"}}}),
+    "preprocessor_config.json": ({"min_pixels": "many"}, {"image_mean": 0.5}, {"patch_size": [14]}),
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, values) for name, each in STRANGE.items() for values in each])
+def test_values_of_another_kind_are_refused_by_the_name_of_the_folder(
+    folder: Path, name: str, values: dict[str, Any]
+) -> None:
+    file = folder / name
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps({**kept, **values}), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        Processor.from_pretrained(folder)
 
 
 def test_tokenizers(folder: Path) -> None:
