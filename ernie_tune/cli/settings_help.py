@@ -121,7 +121,7 @@ def page() -> str:
             where = escape(_where(setting))
             default = "<br>".join(escape(str(line)) for line in _defaults(setting))
             rows.append([f"<code>{setting.name}</code>", meaning, default, values or told, where, names])
-        body.append(f"<h2>{section}: {html.both(SECTIONS[section])}</h2>{html.table(head, rows)}")
+        body.append(f"<h2>{section}: {html.both(SECTIONS[section])}</h2>{html.table(head, rows, 'words')}")
     return html.page(say("Settings", "设置"), "ernie_tune", body)
 
 

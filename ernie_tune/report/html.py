@@ -209,7 +209,7 @@ def _image(source: str, tiny: bool = False) -> str:
 
 STYLE = """
 html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
-.ernie-tune{--bg:#f8fafc;--card:#fff;--ink:#0f172a;--soft:#475569;--faint:#94a3b8;--line:#e2e8f0;--ok:#15803d;--no:#b91c1c;--part:#a16207;--bar:#2563eb;
+.ernie-tune{--bg:#f8fafc;--card:#fff;--ink:#0f172a;--soft:#475569;--faint:#64748b;--line:#e2e8f0;--ok:#15803d;--no:#b91c1c;--part:#a16207;--bar:#2563eb;
  color-scheme:light;font:15px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans SC','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif;
  color:var(--ink);background:var(--bg);max-width:1060px;margin:0 auto;padding:24px 20px 60px;box-sizing:border-box}
 .ernie-tune *{box-sizing:border-box}.ernie-tune a{color:var(--bar)}
@@ -227,6 +227,7 @@ html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
 .ernie-tune th,.ernie-tune td{padding:7px 16px;text-align:right;border:0;border-bottom:1px solid var(--line);font-weight:400;background:none}
 .ernie-tune tr:last-child>*{border-bottom:0}.ernie-tune th{color:var(--soft);font-size:13px;white-space:nowrap}
 .ernie-tune th:first-child,.ernie-tune td:first-child{text-align:left;overflow-wrap:anywhere}
+.ernie-tune .words th,.ernie-tune .words td{text-align:left;vertical-align:top}.ernie-tune .words td:first-child{white-space:nowrap}
 .ernie-tune .conf th,.ernie-tune .conf td{text-align:center;min-width:38px;padding:6px 9px}.ernie-tune .conf :first-child{text-align:left}
 .ernie-tune details{margin:10px 0}.ernie-tune summary{cursor:pointer;color:var(--soft)}
 .ernie-tune .ok{color:var(--ok)}.ernie-tune .no{color:var(--no)}.ernie-tune .part{color:var(--part)}
@@ -248,7 +249,7 @@ html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
 .ernie-tune .turns{display:grid;grid-template-columns:max-content 1fr;gap:6px 16px;margin:0}.ernie-tune .turns dt{color:var(--soft)}
 .ernie-tune .turns dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:20em;overflow-y:auto}
 .ernie-tune .mark{font-weight:700}.ernie-tune .src{color:var(--faint);font-size:12px;margin:10px 0 0;overflow-wrap:anywhere}
-.ernie-tune .said{margin:6px 0;overflow-wrap:anywhere}.ernie-tune ul{padding-left:1.2em;margin:8px 0}
+.ernie-tune .said{margin:6px 0;overflow-wrap:anywhere}.ernie-tune ul{padding-left:1.2em;margin:8px 0;overflow-wrap:anywhere}
 .ernie-tune .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:14px}
 .ernie-tune .chart{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .ernie-tune .bar{display:grid;grid-template-columns:minmax(64px,7em) 1fr 5.5em;gap:10px;align-items:center;font-size:12.5px;line-height:1.6;
@@ -259,9 +260,12 @@ html.ernie-tune-page{background:#f8fafc}html.ernie-tune-page>body{margin:0}
 .ernie-tune .hero strong{display:block;font-size:30px;line-height:1.25;color:var(--ink);font-variant-numeric:tabular-nums}
 .ernie-tune .hero s{text-decoration:none;color:var(--faint);font-weight:400}
 @media(max-width:640px){.ernie-tune{padding:18px 14px 40px}.ernie-tune article{flex-direction:column}.ernie-tune .pics{flex-basis:auto}
- .ernie-tune .turns{grid-template-columns:1fr;gap:0}.ernie-tune .turns dd{margin-bottom:8px}.ernie-tune th,.ernie-tune td{padding:6px 10px}}
+ .ernie-tune .turns{grid-template-columns:1fr;gap:0}.ernie-tune .turns dd{margin-bottom:8px}.ernie-tune th,.ernie-tune td{padding:6px 10px}
+ .ernie-tune .words,.ernie-tune .words tbody,.ernie-tune .words tr,.ernie-tune .words td{display:block}.ernie-tune .words tr:has(th),
+ .ernie-tune .words td:empty{display:none}.ernie-tune .words td{border:0;padding:2px 12px;overflow-wrap:anywhere}
+ .ernie-tune .words td:first-child{white-space:normal;font-weight:600;padding-top:8px}.ernie-tune .words tr{border-bottom:1px solid var(--line);padding-bottom:6px}}
 @media(prefers-color-scheme:dark){html.ernie-tune-page{background:#0b1220}
- .ernie-tune{--bg:#0b1220;--card:#131c2e;--ink:#e2e8f0;--soft:#a3b1c6;--faint:#64748b;--line:#26334a;--ok:#4ade80;--no:#f87171;--part:#facc15;--bar:#60a5fa;
+ .ernie-tune{--bg:#0b1220;--card:#131c2e;--ink:#e2e8f0;--soft:#a3b1c6;--faint:#8d9bb0;--line:#26334a;--ok:#4ade80;--no:#f87171;--part:#facc15;--bar:#60a5fa;
  color-scheme:dark}}
 @media print{.ernie-tune nav,.ernie-tune button{display:none}}
 """

@@ -343,6 +343,30 @@ def test_contrast_names_and_the_order_of_focus(browser: Any, address: str, schem
     page.context.close()
 
 
+def test_written_pages_fit_and_can_be_read(browser: Any, workspace: Path, tmp_path: Path) -> None:
+    """The doctor's page and that of all settings: contrast, names, nothing cut off when narrow."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    from ernie_tune.cli import settings_help
+    from ernie_tune.data.doctor.scan import Scan
+    from ernie_tune.data.processor import Processor
+    from ernie_tune.data.sources import DatasetEntry
+    from ernie_tune.report.check_page import check_page
+
+    settings_help.run(["--all", f"--html={tmp_path / 'settings.html'}"])
+    report = Scan(Processor.bundled("small")).run([DatasetEntry(str(workspace / "train.jsonl"))], [])
+    (tmp_path / "check.html").write_text(check_page(report), encoding="utf-8")
+    rules = {"runOnly": ["color-contrast", "image-alt", "button-name", "svg-img-alt"], "resultTypes": ["violations"]}
+    for name, scheme in (("check", "light"), ("check", "dark"), ("settings", "dark")):
+        viewport = {"width": 390, "height": 844}
+        page = browser.new_context(viewport=viewport, color_scheme=scheme, locale="zh-CN").new_page()
+        page.goto((tmp_path / f"{name}.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing runs out of the screen"
+        if name == "check":
+            found = axe.Axe().run(page, options=rules).response["violations"]
+            assert not found, [(v["id"], [node["target"] for node in v["nodes"]]) for v in found]
+        page.context.close()
+
+
 def begin(page: Any, who: str, rows: str = "predicted.jsonl") -> None:
     """Judge the answers that rows bring along."""
     choose(page, "judge-rows", rows)
