@@ -7,8 +7,10 @@ No telemetry, no share link, nothing fetched from elsewhere. Refuses to know: wh
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -120,6 +122,28 @@ def serve(studio: Studio, blocks: gr.Blocks, host: str = "127.0.0.1", port: int 
     key = key or ("" if alone else secrets.token_urlsafe(18))
     address = f"http://{'127.0.0.1' if alone else host}:{port}/"
     told = f"{address}?key={key}" if key else address
-    print(say(f"studio of {studio.workspace.root}: {told}", f"{studio.workspace.root} 的工作室：{told}"), flush=True)
     app = application(studio, blocks, key, LOOPBACK if alone else ())
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, date_header=False)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config)
+    server.line = say(f"studio of {studio.workspace.root}: {told}", f"{studio.workspace.root} 的工作室：{told}")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+
+
+class _Server(uvicorn.Server):
+    """Says `line` once it can be reached, not before."""
+
+    line: str = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self.line, flush=True)

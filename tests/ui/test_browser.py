@@ -328,6 +328,9 @@ def test_contrast_names_and_the_order_of_focus(browser: Any, address: str, schem
             choose(page, "data-file", "train.jsonl")
             page.locator("#data-check").click()
             page.wait_for_selector("#data-found article img")
+        if name == "Export and serve":
+            page.locator("#serve-start").click()
+            page.wait_for_selector("#serve-told .bad")  # an error is to be read too
         if name == "Judge":
             begin(page, f"axe {scheme}")
         found = axe.Axe().run(page, options=rules).response["violations"]
