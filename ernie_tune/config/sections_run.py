@@ -320,8 +320,8 @@ class LogArguments:
     )
     report_to: tuple[str, ...] = arg(
         (),
-        "further writers",
-        "另外写到哪里",
+        "further loggers, each through its own package; all: those that are installed. visualdl, tensorboard and mlflow write below logging_dir (mlflow to MLFLOW_TRACKING_URI where that is set); wandb and swanlab send to their services unless WANDB_MODE or SWANLAB_MODE is offline",
+        "另外的记录工具，各用其自己的软件包；all 表示已安装的全部。visualdl、tensorboard、mlflow 写入 logging_dir（设置了 MLFLOW_TRACKING_URI 时 mlflow 写到那里）；wandb 与 swanlab 会发送到其服务，除非 WANDB_MODE 或 SWANLAB_MODE 为 offline",
         ("visualdl", "tensorboard", "wandb", "swanlab", "mlflow", "all"),
         shapes=False,
     )
