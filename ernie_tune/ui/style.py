@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from ernie_tune.report import html
 
+# gradio puts a prefix before every selector, part by part between commas: no :is(a, b), and what
+# depends on light and dark stands in a media rule.
 CSS = (
     html.STYLE
     + """
 .ernie-tune.inside { max-width: none; padding: 0; background: none; font-size: 14px }
 html[data-tongue=zh] .ernie-tune .zh { display: inline !important } html[data-tongue=zh] .ernie-tune .en { display: none !important }
-.ernie-tune.inside .src, .ernie-tune.inside .zero { color: var(--soft) } .ernie-tune.inside :is(table, tr, th, td) { border-color: var(--line) !important }
+.ernie-tune.inside .src, .ernie-tune.inside .zero { color: var(--soft) } .ernie-tune.inside table, .ernie-tune.inside tr, .ernie-tune.inside th, .ernie-tune.inside td { border-color: var(--line) !important }
 .ernie-tune.inside tr.ok td { color: var(--ok) !important }
 .gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important }
 .gradio-container main, .gradio-container main > .wrap { width: 100% !important; max-width: none !important }
@@ -21,9 +23,7 @@ html:not([data-tongue=zh]) .zh { display: none }
 html[data-tongue=zh] .en { display: none }
 p.note, p.bad, p.good { margin: .3em 0 }
 p.note, p.note span { color: var(--body-text-color-subdued) !important }
-.gradio-container { --bad: #b91c1c; --good: #047857 }
-@media (prefers-color-scheme: dark) { .gradio-container { --bad: #fca5a5; --good: #6ee7b7 } }
-p.bad, p.bad span { color: var(--bad) !important } p.good, p.good span { color: var(--good) !important }
+p.bad, p.bad span { color: #b91c1c !important } p.good, p.good span { color: #047857 !important }
 .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .turn { border-left: 3px solid var(--border-color-primary); padding: .2em .8em; margin: .4em 0 }
 .turn.user { border-color: #2563eb } .turn.assistant { border-color: #059669 }
@@ -41,7 +41,11 @@ p.bad, p.bad span { color: var(--bad) !important } p.good, p.good span { color: 
 .desk .keys button, .desk .keys button span { font-weight: 500 !important; font-size: 14px !important; color: inherit !important; line-height: 1.4 }
 .desk .keys button.primary, .desk .keys button.primary span { color: #fff !important }
 .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6em .8em; margin: .4em 0; overflow-wrap: anywhere }
-.state { font-weight: 600 } .state:is([data-state=ready], [data-state=done]) { color: var(--good) } .state[data-state=failed] { color: var(--bad) }
+.state { font-weight: 600 } .state[data-state=ready], .state[data-state=done] { color: #047857 } .state[data-state=failed] { color: #b91c1c }
+@media (prefers-color-scheme: dark) {
+  p.bad, p.bad span, .state[data-state=failed] { color: #fca5a5 !important }
+  p.good, p.good span, .state[data-state=ready], .state[data-state=done] { color: #6ee7b7 !important }
+}
 .desk kbd { font: 600 12px ui-monospace, monospace; background: none; color: inherit; border: 0; padding: 0; margin-right: 2px; box-shadow: none }
 .answer header { display: flex; justify-content: space-between; gap: 8px; margin-bottom: .3em }
 .meter { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden }
