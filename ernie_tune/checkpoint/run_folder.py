@@ -39,7 +39,7 @@ _OURS = (
     "adapter_config.json", "lora_config.json", "*tokenizer*", "*preprocessor_config.json", "added_tokens.json",
     "special_tokens_map.json", "chat_template*", "*.npz", "reward_head*", "before*.json", "before_after*",
     "guard_baseline.json", "*_results.json", "metrics.csv", "trainer_log*.jsonl", STATE_FILE, "training_loss.*",
-    "rollouts*.jsonl", "runs", CARD, ARGS_FILE, LEDGER_FILE,
+    "rollouts*.jsonl", "samples.jsonl", "runs", CARD, ARGS_FILE, LEDGER_FILE,
 )  # fmt: skip
 
 

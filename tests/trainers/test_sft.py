@@ -91,6 +91,10 @@ def test_the_files_of_a_run_and_its_repetition(tmp_path: Path, capsys: pytest.Ca
     wanted = {*RUN_FILES, "before_after.html", "before.json", "eval_results.json", "config.json", "model.safetensors"}
     assert wanted <= names(out)
     assert not [n for n in names(out) if n.endswith(".tmp")]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [s["step"] for s in samples] == [0] * 4 + [2] * 4 + [4] * 4, "answers to held-out rows as they change"
+    assert len({(s["row"], s["question"], *s["images"]) for s in samples}) == 4
+    assert [s["answer"] for s in samples[:4]] == read(out / "before.json")["answers"]
     assert {*CHECKPOINT_FILES, "config.json", "model.safetensors"} == names(out / "checkpoint-4")
 
     log = history(out)
