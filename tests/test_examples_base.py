@@ -75,16 +75,50 @@ def test_held_out_pairs_occur_nowhere_else(base: dict[str, ModuleType]) -> None:
     assert pairs(True) & scenes.HELD_OUT_PAIRS
 
 
+def test_held_out_pairs_are_not_asked_for_where_they_are_not_shown(base: dict[str, ModuleType]) -> None:
+    rng, scenes = random.Random(9), base["scenes"]
+    asked = {scenes.ask_exists(scenes.scene(rng, most=2), rng, False)[0] for _ in range(2000)}
+    assert len(asked) > 60
+    for color, shape in scenes.HELD_OUT_PAIRS:
+        assert not any(question.endswith(f" {color} {shape}?") for question in asked)
+
+
 def test_yes_and_no_are_balanced_and_true(base: dict[str, ModuleType]) -> None:
     rng, scenes = random.Random(4), base["scenes"]
     answers = []
     for _ in range(300):
         s = scenes.scene(rng)
         question, answer = scenes.ask_exists(s, rng, False)
-        there = any(question == f"Is there a {t.name(False)}?" for t in s.things)
+        there = any(question == f"Is there {'an' if t.color == 'orange' else 'a'} {t.name(False)}?" for t in s.things)
         assert answer == ("yes" if there else "no"), (question, answer)
         answers.append(answer)
     assert 0.4 < answers.count("yes") / 300 < 0.6
+
+
+def test_a_colour_or_a_shape_alone(base: dict[str, ModuleType]) -> None:
+    rng, scenes, words = random.Random(6), base["scenes"], base["words"]
+    answers = []
+    for _ in range(300):
+        s = scenes.scene(rng)
+        question, answer = scenes.ask_has(s, rng, False)
+        asked = set(question.rstrip("?").split())
+        held = {t.color for t in s.things} | {t.shape for t in s.things}
+        (value,) = asked & (set(words.COLORS) | set(words.SHAPES))
+        assert answer == ("yes" if (value in held) != ("no" in asked) else "no"), (question, answer)
+        answers.append(answer)
+    assert 0.4 < answers.count("yes") / 300 < 0.6
+
+
+def test_no_turn_about_one_thing_tells_another(base: dict[str, ModuleType]) -> None:
+    """What an earlier answer says would be copied, not seen."""
+    rng, make = random.Random(7), base["make_data"]
+    facts = (*base["words"].COLORS, *base["words"].SHAPES)
+    for _ in range(200):
+        _, turns = make.single(rng, False)
+        for i, (question, answer) in enumerate(turns):
+            said = " ".join(f"{q} {a}" for q, a in turns[:i])
+            assert not any(fact in said.split() for fact in facts if fact in answer.split()), turns
+            assert len({q for q, _ in turns}) == len(turns), question
 
 
 def test_number_words(base: dict[str, ModuleType]) -> None:
@@ -136,7 +170,7 @@ def test_rows_are_the_same_again_and_their_media_are_there(
     if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")) or not list(
         Path("/usr/share/fonts").rglob("NotoSansCJK*")
     ):
-        monkeypatch.setitem(make.MIXES, "all", {"scene": 1, "many": 1, "pair": 1, "clip": 1, "words": 1})
+        monkeypatch.setitem(make.MIXES, "wide", {"scene": 1, "many": 1, "pair": 1, "clip": 1, "words": 1})
     texts = []
     for name in ("a", "b"):
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / name), "--part", "some", "--rows", "40"])

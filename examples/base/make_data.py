@@ -28,32 +28,14 @@ from PIL import Image
 from words import COLORS, PLACES, SHAPES, SIZES
 
 Made = tuple[list[Image.Image | list[Image.Image]], list[tuple[str, str]]]  # pictures (a list: a clip), turns
-MIXES = {  # weights of kinds of rows: first one word about one thing, then its name, then what is dense and easily seen, then everything
+MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is everything that can be drawn
     "first": {"first": 1},
-    "names": {"word": 22, "look": 22, "glyph": 33, "digit": 23},
-    "atoms": {"word": 15, "spot": 30, "glyph": 22, "digit": 15, "few": 12, "is": 6},
-    "digits": {"digit": 68, "word": 8, "look": 8, "spot": 8, "few": 5, "is": 3},
-    "cool": {
-        **{"digit": 24, "glyph": 13, "word": 8, "spot": 17, "few": 7, "is": 4, "big": 5, "single": 7},
-        **{"scene": 4, "many": 2, "text": 5, "chart": 1, "words": 3},
-    },
-    "letters": {"glyph": 47, "digit": 20, "spot": 15, "few": 7, "word": 7, "is": 4},
-    "more": {
-        **{"word": 4, "spot": 9, "glyph": 8, "digit": 10, "few": 6, "is": 5, "single": 9, "scene": 14, "many": 5},
-        **{"text": 12, "chart": 9, "receipt": 1, "pair": 2, "clip": 1, "words": 5},
-    },
-    "one": {"big": 45, "single": 30, "glyph": 20, "digit": 5},
-    "see": {"scene": 55, "many": 8, "text": 22, "digit": 4, "receipt": 1, "chart": 2, "words": 8},
-    "all": {
-        "scene": 26,
-        "many": 9,
-        "text": 22,
-        "digit": 6,
-        "receipt": 3,
-        "chart": 14,
-        "pair": 3,
-        "clip": 2,
-        "words": 15,
+    "one": {"single": 60, "word": 5, "glyph": 17, "digit": 18},
+    "all": {"single": 40, "word": 6, "digit": 22, "glyph": 14, "scene": 9, "many": 5, "words": 4},
+    "last": {"digit": 36, "single": 22, "scene": 14, "glyph": 12, "many": 6, "words": 6, "word": 4},
+    "wide": {
+        **{"single": 7, "scene": 26, "many": 13, "glyph": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
+        **{"pair": 2, "clip": 1, "words": 12},
     },
 }
 
@@ -65,14 +47,12 @@ def _turns(
     rng: random.Random,
     zh: bool,
 ) -> list[tuple[str, str]]:
-    """One dense answer, or short ones, or both in any order: a later turn sees the picture at no
-    further cost.
+    """One dense answer, or short ones: a later turn sees the picture at no further cost, but copies
+    what a dense one has said.
     """
-    draw = rng.random()
-    n = 0 if draw < 0.35 else rng.randint(1, 3)
-    made = [rng.choice(short)(thing, rng, zh) for _ in range(n)]
-    if draw < 0.7:
-        made.insert(rng.randint(0, len(made)), rng.choice(dense)(thing, rng, zh))
+    made = [rng.choice(dense)(thing, rng, zh)]
+    if rng.random() < 0.55:
+        made = [rng.choice(short)(thing, rng, zh) for _ in range(rng.randint(1, 3))]
     made = list({q: (q, a) for q, a in made}.values())
     return sorted(
         made, key=lambda turn: "<think>" in turn[1]
@@ -80,9 +60,20 @@ def _turns(
 
 
 def single(rng: random.Random, zh: bool) -> Made:
-    """One thing, now and then two: the shortest way from a picture to its words."""
-    s = scenes.scene(rng, most=1 if rng.random() < 0.7 else 2)
-    return [s.image], _turns(scenes.DENSE[:5], (scenes.ask_attribute, scenes.ask_list), s, rng, zh)
+    """One thing of any size anywhere: named in full, or asked for facts of which none tells
+    another, since what earlier turns say is copied, not seen.
+    """
+    s = scenes.lone(rng)
+    draw = rng.random()
+    if draw < 0.25:
+        return [s.image], [rng.choice(scenes.DENSE[:5])(s, rng, zh)]
+    facts = ["place", "size"]
+    turns = [rng.choice((scenes.ask_exists, scenes.ask_has))(s, rng, zh)] if draw < 0.45 else []
+    if not turns:
+        facts += ["color", "shape", "shape"]
+    turns += [about_one(s, zh, skill, rng)[1][0] for skill in dict.fromkeys(rng.sample(facts, len(facts)))]
+    rng.shuffle(turns)
+    return [s.image], turns[:3]
 
 
 def first(rng: random.Random, zh: bool) -> Made:
@@ -96,59 +87,33 @@ def first(rng: random.Random, zh: bool) -> Made:
 
 def word(rng: random.Random, zh: bool) -> Made:
     """`first` in both languages."""
-    return about_one(scenes.one(rng), zh, rng.choice(("color", "shape")))
+    return about_one(scenes.one(rng), zh, rng.choice(("color", "shape")), rng)
 
 
-def about_one(s: scenes.Scene, zh: bool, skill: str) -> Made:
-    """One word about the only thing of a scene."""
+ASKED = {
+    "place": (("Where is it?", "In which part of the picture is it?"), ("它在哪里？", "它在图的什么位置？")),
+    "color": (("What colour is it?", "What color is the shape?"), ("它是什么颜色？", "图形是什么颜色？")),
+    "shape": (("What shape is it?", "Which shape is in the picture?"), ("它是什么形状？", "图里是什么形状？")),
+    "size": (("Is it large or small?", "How large is it?"), ("它是大还是小？", "它有多大？")),
+}
+
+
+def about_one(s: scenes.Scene, zh: bool, skill: str, rng: random.Random | None = None) -> Made:
+    """One word about the only thing of a scene; without `rng` in the first wording."""
     thing = s.things[0]
-    turns = {
-        "place": (("它在哪里？" if zh else "Where is it?"), PLACES[thing.place(s.side)][zh]),
-        "color": (("它是什么颜色？" if zh else "What colour is it?"), COLORS[thing.color][0] if zh else thing.color),
-        "shape": (("它是什么形状？" if zh else "What shape is it?"), SHAPES[thing.shape] if zh else thing.shape),
-        "size": (
-            ("它是大还是小？" if zh else "Is it large or small?"),
-            SIZES.get(thing.size, "") if zh else thing.size,
-        ),
+    said = {
+        "place": PLACES[thing.place(s.side)][zh],
+        "color": COLORS[thing.color][0] if zh else thing.color,
+        "shape": SHAPES[thing.shape] if zh else thing.shape,
+        "size": SIZES.get(thing.size, "") if zh else thing.size,
     }
-    return [s.image], [turns[skill]]
-
-
-def spot(rng: random.Random, zh: bool, skills: str = "place place color shape shape size") -> Made:
-    """One word about one thing anywhere: where it is, its colour, its shape, its size."""
-    return about_one(scenes.scene(rng, most=1), zh, rng.choice(skills.split()))
-
-
-def look(rng: random.Random, zh: bool) -> Made:
-    """Colour or shape of one thing anywhere."""
-    return spot(rng, zh, "color shape shape")
-
-
-def few(rng: random.Random, zh: bool) -> Made:
-    """One to six things, counted."""
-    s = scenes.scene(rng, many=True, sides=(84,))
-    while len(s.things) > 6:
-        s = scenes.scene(rng, many=True, sides=(84,))
-    return [s.image], [("一共有几个图形？" if zh else "How many shapes are there?", str(len(s.things)))]
-
-
-def is_it(rng: random.Random, zh: bool) -> Made:
-    """Yes or no about one or two things."""
-    s = scenes.scene(rng, most=2, sides=(84,))
-    return [s.image], [scenes.ask_exists(s, rng, zh)]
-
-
-def big(rng: random.Random, zh: bool) -> Made:
-    """One thing that fills the picture."""
-    s = scenes.one(rng)
-    asks = (scenes.ask_list, scenes.ask_attribute, scenes.ask_attribute)
-    return [s.image], [rng.choice(asks)(s, rng, zh)]
+    return [s.image], [(ASKED[skill][zh][rng.randrange(2) if rng else 0], said[skill])]
 
 
 def glyph(rng: random.Random, zh: bool) -> Made:
     """One letter or digit, or two."""
     words = "".join(rng.choice(string.ascii_uppercase + 2 * string.digits) for _ in range(rng.choice((1, 1, 2))))
-    image = printed.line(words, rng, False, False, 56 if len(words) > 1 else 28, 56 if len(words) > 1 else 28)
+    image = printed.line(words, rng, False, False, 56, 56, least=rng.choice((0.45, 0.7)))
     return [image], [(rng.choice(printed.READ[zh]), words)]
 
 
@@ -169,7 +134,7 @@ def text(rng: random.Random, zh: bool) -> Made:
 
 def digit(rng: random.Random, zh: bool) -> Made:
     image, said = printed.digit(rng)
-    return [image], [(rng.choice(printed.READ_DIGIT[zh] + printed.READ[zh]), said)]
+    return [image], [(printed.ask_digit(rng, zh), said)]
 
 
 def receipt(rng: random.Random, zh: bool) -> Made:
@@ -197,23 +162,8 @@ def words(rng: random.Random, zh: bool) -> Made:
 
 
 KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
-    **{
-        "word": word,
-        "spot": spot,
-        "look": look,
-        "few": few,
-        "is": is_it,
-        "first": first,
-        "big": big,
-        "single": single,
-        "glyph": glyph,
-        "scene": scene,
-        "many": many,
-        "text": text,
-        "digit": digit,
-        "receipt": receipt,
-    },
-    **{"chart": chart, "pair": pair, "clip": clip, "words": words},
+    made.__name__: made
+    for made in (first, word, single, glyph, digit, scene, many, text, receipt, chart, pair, clip, words)
 }
 
 
@@ -232,7 +182,7 @@ def held_out(rng: random.Random, zh: bool, skill: str) -> Made:
     if skill == "words":
         return [], texts.turns(rng, zh)[:1]
     if skill in ("color", "shape", "place"):
-        return about_one(scenes.scene(rng, held_out=True, most=1), zh, skill)
+        return about_one(scenes.lone(rng, held_out=True), zh, skill)
     s = scenes.scene(rng, held_out=True, many=skill == "count")
     ask = {
         "caption": scenes.ask_caption,
@@ -316,7 +266,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--grey", action="store_true", help="grey pictures: what is answered without looking")
-    parser.add_argument("--mix", choices=sorted(MIXES), default="all")
+    parser.add_argument("--mix", choices=sorted(MIXES), default="wide")
     o = parser.parse_args()
     rng = random.Random(f"{o.part.removesuffix('_grey')} {o.seed}")
     folder = o.out / f"{o.part}_media"

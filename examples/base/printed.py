@@ -66,11 +66,13 @@ def _draw_at(words: str, path: str, size: int, paper: tuple[int, int, int], ink:
     return image
 
 
-def line(words: str, rng: random.Random, chinese: bool, held_out: bool, height: int, width: int) -> Image.Image:
+def line(
+    words: str, rng: random.Random, chinese: bool, held_out: bool, height: int, width: int, least: float = 0.45
+) -> Image.Image:
     """`words` on one line, anywhere in a picture of this size; smaller where they do not fit."""
     paper, ink = colors(rng)
     path = rng.choice(fonts(chinese, held_out))
-    size = rng.randint(int(height * 0.45), int(height * 0.85))
+    size = rng.randint(int(height * least), int(height * (least + 0.4)))
     ink_image = _draw_at(words, path, size, paper, ink)
     while size > 9 and (ink_image.width > width - 4 or ink_image.height > height - 2):
         size -= 2
@@ -105,6 +107,18 @@ READ_DIGIT = (
 )
 
 
+_ALONE = (
+    (" Answer with one digit.", " One digit, nothing else.", " Reply with the digit alone.", " Digit only, please."),
+    ("只写数字。", "用一个数字回答。", "只需回答一个数字。", "答案只要一个阿拉伯数字。"),
+)
+
+
+def ask_digit(rng: random.Random, zh: bool) -> str:
+    """One of many wordings, half of them with how to answer."""
+    asked = rng.choice(READ_DIGIT[zh] + READ_DIGIT[zh] + READ[zh])
+    return asked + (rng.choice(_ALONE[zh]) if rng.random() < 0.5 else "")
+
+
 def _letters(rng: random.Random, least: int, most: int, alphabet: str) -> str:
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(least, most)))
 
@@ -112,17 +126,15 @@ def _letters(rng: random.Random, least: int, most: int, alphabet: str) -> str:
 def words_of(rng: random.Random) -> tuple[str, bool]:
     """What to print, and whether it is Chinese."""
     draw = rng.random()
-    if draw < 0.22:
+    if draw < 0.25:
         return _letters(rng, 1, 6, string.digits), False
-    if draw < 0.34:
+    if draw < 0.43:
         return _letters(rng, 1, 4, string.ascii_uppercase), False
-    if draw < 0.42:
-        return _letters(rng, 1, 4, string.ascii_letters), False
-    if draw < 0.48:
+    if draw < 0.49:
         return _letters(rng, 2, 5, string.ascii_uppercase + string.digits), False
-    if draw < 0.52:
+    if draw < 0.54:
         return f"{rng.randint(0, 99)}.{rng.randint(0, 9)}" + rng.choice(("", "%")), False
-    if draw < 0.72:
+    if draw < 0.84:
         word = rng.choice(ENGLISH) if rng.random() < 0.5 else rng.choice(LEXICON)[0]
         return rng.choice((word, word, word.capitalize(), word.upper())), False
     return (rng.choice(CHINESE) if rng.random() < 0.5 else rng.choice(LEXICON)[1]), True
@@ -131,7 +143,7 @@ def words_of(rng: random.Random) -> tuple[str, bool]:
 def text(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str, bool]:
     """A picture of one line, what it says, whether that is Chinese."""
     words, chinese = words_of(rng)
-    height = rng.choice((28, 56, 56))
+    height = rng.choice((28, 56, 56, 56))
     width = min(140, max(height, 28 * math.ceil(len(words) * (1.0 if chinese else 0.6) * height * 0.75 / 28)))
     return line(words, rng, chinese, held_out, height, width), words, chinese
 
@@ -148,6 +160,23 @@ def ask_text(words: str, rng: random.Random, zh: bool) -> list[Turn]:
             turns.append(("有几个字符？" if zh else "How many characters are there?", str(len(words))))
         rng.shuffle(turns)
     return turns
+
+
+def _bent(board: Image.Image, rng: random.Random, reach: float) -> Image.Image:
+    """Its sixteen tiles pulled out of shape, each corner by up to `reach` pixels."""
+    step = board.width // 4
+    corner = {
+        (i, j): (j * step + rng.uniform(-reach, reach), i * step + rng.uniform(-reach, reach))
+        for i in range(5)
+        for j in range(5)
+    }
+    tiles = []
+    for i in range(4):
+        for j in range(4):
+            around = [corner[i, j], corner[i + 1, j], corner[i + 1, j + 1], corner[i, j + 1]]
+            box = (j * step, i * step, (j + 1) * step, (i + 1) * step)
+            tiles.append((box, tuple(v for point in around for v in point)))
+    return board.transform(board.size, Image.Transform.MESH, tiles, Image.Resampling.BILINEAR)
 
 
 def digit(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str]:
@@ -171,6 +200,7 @@ def digit(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str]
         (1, slant + turn, -c * (slant + turn), bend - turn, 1, -c * (bend - turn)),
         Image.Resampling.BILINEAR,
     )
+    board = _bent(board, rng, rng.uniform(0, 6))
     small = rng.choice((8, 8, 8, 10, 12, 16))
     board = board.resize((small, small), Image.Resampling.BOX)
     gain = rng.uniform(0.85, 1.25)

@@ -25,6 +25,7 @@ HELD_OUT_PAIRS = frozenset(
         ("black", "triangle"),
     }
 )
+SIDES = (84, 84, 84, 112)  # pixels
 _TINTS = ((255, 255, 255), (245, 245, 240), (232, 240, 250), (250, 240, 228), (236, 248, 236), (225, 225, 228))
 
 
@@ -106,16 +107,19 @@ def _pair(rng: random.Random, held_out: bool, colors: list[str], shapes: list[st
             return pair
 
 
-def _spots(rng: random.Random, n: int, side: int, held_out: bool, radii: list[int]) -> list[tuple[int, int]]:
-    """Centres that do not touch. Held-out pictures lay most things on a ring, the others on a grid
-    or anywhere.
+def _spots(
+    rng: random.Random, n: int, side: int, held_out: bool, radii: list[int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Centres of things that do not touch, and their radii, smaller where room lacks. Held-out
+    pictures lay most things on a ring, the others on a grid or anywhere.
     """
     kind = rng.choice(("ring", "free")) if held_out else rng.choice(("grid", "free", "free"))
     if kind == "grid":
-        cells = 2 if n <= 4 and rng.random() < 0.5 else 3
+        fit = int(side // (2 * max(radii) + 2))  # cells in a row that hold the largest
+        cells = 2 if n <= 4 and (fit < 3 or rng.random() < 0.5) else 3
         step = side / cells
         spots = []
-        for k in rng.sample(range(cells * cells), n):
+        for k in rng.sample(range(cells * cells), n) if fit >= cells else ():
             room = max(0, int(step / 2 - max(radii) - 1))
             spots.append(
                 (
@@ -123,7 +127,8 @@ def _spots(rng: random.Random, n: int, side: int, held_out: bool, radii: list[in
                     int(step * (k // cells + 0.5)) + rng.randint(-room, room),
                 )
             )
-        return spots
+        if spots:
+            return spots, radii
     if kind == "ring":
         start, reach = rng.random() * 2 * math.pi, side / 2 - max(radii) - 2
         if n == 1 or 2 * reach * math.sin(math.pi / n) > 2 * max(radii) + 1:
@@ -133,7 +138,7 @@ def _spots(rng: random.Random, n: int, side: int, held_out: bool, radii: list[in
                     round(side / 2 + reach * math.sin(start + 2 * math.pi * k / n)),
                 )
                 for k in range(n)
-            ]
+            ], radii
     for _ in range(200):
         spots = []
         for r in radii:
@@ -143,12 +148,12 @@ def _spots(rng: random.Random, n: int, side: int, held_out: bool, radii: list[in
                     spots.append((x, y))
                     break
         if len(spots) == n:
-            return spots
+            return spots, radii
     return _spots(rng, n, side, held_out, [max(4, r - 1) for r in radii])
 
 
 def scene(
-    rng: random.Random, held_out: bool = False, many: bool = False, sides: tuple[int, ...] = (84, 112), most: int = 4
+    rng: random.Random, held_out: bool = False, many: bool = False, sides: tuple[int, ...] = SIDES, most: int = 4
 ) -> Scene:
     """A picture of one to `most` things; `many`: up to nine, smaller ones, few kinds."""
     side = rng.choice(sides)
@@ -163,15 +168,20 @@ def scene(
     unit = side / 84
     radii = [
         round(
-            unit * (rng.randint(6, 8) if s == "small" else rng.randint(12, 15) if s == "large" else rng.randint(6, 9))
+            unit * (rng.randint(8, 10) if s == "small" else rng.randint(14, 17) if s == "large" else rng.randint(7, 10))
         )
         for s in sizes
     ]
-    spots = _spots(rng, n, side, held_out, radii)
+    spots, radii = _spots(rng, n, side, held_out, radii)
     things = []
     for (x, y), r, s in zip(spots, radii, sizes, strict=True):
         color, shape = _pair(rng, held_out, colors, shapes)
         things.append(Thing(color, shape, s, x, y, r))
+    return _drawn(things, side, rng)
+
+
+def _drawn(things: list[Thing], side: int, rng: random.Random) -> Scene:
+    """On a ground of its own, with soft edges or hard ones."""
     scale = rng.choice((1, 3))
     ground = rng.choice(_TINTS) if rng.random() < 0.7 else tuple(rng.randint(215, 255) for _ in range(3))
     image = Image.new("RGB", (side * scale, side * scale), ground)
@@ -182,6 +192,17 @@ def scene(
         image = image.resize((side, side), Image.Resampling.BOX)
     things.sort(key=lambda t: (t.place(side), t.x, t.y))
     return Scene(image, things, side)
+
+
+def lone(rng: random.Random, held_out: bool = False) -> Scene:
+    """One thing anywhere, from a sixth to most of the picture: below that its shape is lost in the
+    tower's patches.
+    """
+    side, size = rng.choice((56, 84)), rng.choice(("small", "large"))
+    r = round(side * (rng.uniform(0.15, 0.21) if size == "small" else rng.uniform(0.27, 0.42)))
+    color, shape = _pair(rng, held_out, list(COLORS), list(SHAPES))
+    ((x, y),), _ = _spots(rng, 1, side, held_out, [r])
+    return _drawn([Thing(color, shape, size, x, y, r)], side, rng)
 
 
 def one(rng: random.Random) -> Scene:
@@ -304,15 +325,39 @@ def _exists(s: Scene, rng: random.Random) -> tuple[str, str, bool]:
             if draw < 0.7
             else (rng.choice(list(COLORS)), t.shape)
         )
-        if pair not in held:
+        # never asked where it is never shown: "no" would be learned as what it is
+        if pair not in held and (pair not in HELD_OUT_PAIRS or held & HELD_OUT_PAIRS):
             return *pair, False
         t, o = rng.choice(s.things), Thing("red", rng.choice(list(SHAPES)), "", 0, 0, 0)
 
 
 def ask_exists(s: Scene, rng: random.Random, zh: bool) -> Turn:
     color, shape, right = _exists(s, rng)
-    q = f"有{COLORS[color][0]}的{SHAPES[shape]}吗？" if zh else f"Is there a {color} {shape}?"
+    q = (
+        f"有{COLORS[color][0]}的{SHAPES[shape]}吗？"
+        if zh
+        else f"Is there {'an' if color[0] in 'aeiou' else 'a'} {color} {shape}?"
+    )
     return q, _yes(right, zh)
+
+
+def ask_has(s: Scene, rng: random.Random, zh: bool) -> Turn:
+    """Yes or no about a colour or a shape alone, one in three in the negative."""
+    key, words = rng.choice((("color", list(COLORS)), ("shape", list(SHAPES))))
+    held = {getattr(t, key) for t in s.things}
+    value = rng.choice(sorted(held)) if rng.random() < 0.5 else rng.choice([w for w in words if w not in held])
+    said = (f"{COLORS[value][0]}的图形" if key == "color" else SHAPES[value]) if zh else ""
+    named = (f"{value} shape" if key == "color" else value) if not zh else ""
+    article = "an" if named[:1] in "aeio" and named else "a"
+    if rng.random() < 0.33:
+        q = f"图里没有{said}吗？" if zh else rng.choice((f"Is there no {named}?", f"Is no {named} in the picture?"))
+        return q, _yes(value not in held, zh)
+    q = (
+        rng.choice((f"图里有{said}吗？", f"能看到{said}吗？"))
+        if zh
+        else rng.choice((f"Is there {article} {named}?", f"Does the picture show {article} {named}?"))
+    )
+    return q, _yes(value in held, zh)
 
 
 def ask_relation(s: Scene, rng: random.Random, zh: bool) -> Turn:
@@ -410,6 +455,7 @@ SHORT = (
     ask_attribute,
     ask_exists,
     ask_exists,
+    ask_has,
     ask_relation,
     ask_compare,
     ask_box,

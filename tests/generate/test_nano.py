@@ -9,9 +9,7 @@ layouts, fonts and pairs of colour and shape that training never had.
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,25 +26,24 @@ from ernie_tune.data.tokenizer import Tokenizer
 from ernie_tune.generate.engine import Engine, Request
 from ernie_tune.models.presets import is_fresh, preset, shipped_folder, shipped_name
 
-HERE = Path(__file__).parent
-PICTURES = HERE / "nano_pictures.zip"
-SCORE = HERE.parent.parent / "examples" / "base" / "score.py"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+GUARD = EXAMPLES / "chain" / "guard"
+SCORE = EXAMPLES / "base" / "score.py"
 NANO = "ernie-4.5-vl-nano"
 # Means over ten pictures each.
-SEEN = {"color": 0.6, "digit": 0.6, "count": 0.2}
-BLIND = {"color": 0.4, "digit": 0.4, "count": 0.5}
+SEEN = {"color": 0.8, "place": 0.7, "digit": 0.4, "count": 0.4}
+BLIND = {"color": 0.4, "place": 0.5, "digit": 0.3, "count": 0.4}
 
 
 def read_pictures() -> list[tuple[str, str, str, Image.Image]]:
     """(skill, question, answer, picture) of every row."""
-    with zipfile.ZipFile(PICTURES) as packed:
-        rows = [json.loads(line) for line in packed.read("rows.jsonl").decode().splitlines()]
-        found = []
-        for row in rows:
-            question, answer = (message["content"] for message in row["messages"])
-            image = Image.open(io.BytesIO(packed.read(row["images"][0])))
+    found = []
+    for line in (GUARD / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question, answer = (message["content"] for message in row["messages"])
+        with Image.open(GUARD / row["images"][0]) as image:
             image.load()
-            found.append((row["task"], question, answer, image))
+        found.append((row["task"], question, answer, image))
     return found
 
 
