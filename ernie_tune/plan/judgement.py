@@ -89,8 +89,9 @@ def foreign(config: RunConfig) -> Iterator[tuple[str, Text]]:
             "model_name_or_path",
             say(
                 f"model_name_or_path ({name}) must be an ERNIE 4.5 model, no other family is trained here; take e.g. "
-                "baidu/ERNIE-4.5-VL-28B-A3B-PT, or a preset: tiny-a, small",
-                f"model_name_or_path（{name}）须为 ERNIE 4.5 模型，此处不训练其他系列；可用 baidu/ERNIE-4.5-VL-28B-A3B-PT，或预设 tiny-a、small",
+                "baidu/ERNIE-4.5-VL-28B-A3B-PT, nano (comes with the package), or a preset: tiny-a, small",
+                f"model_name_or_path（{name}）须为 ERNIE 4.5 模型，此处不训练其他系列；可用 baidu/ERNIE-4.5-VL-28B-A3B-PT、"
+                "随包附带的 nano，或预设 tiny-a、small",
             ),
         )
 
