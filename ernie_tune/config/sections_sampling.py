@@ -132,3 +132,22 @@ class EvidenceArguments:
         stages=_RL,
         needs=("process_rewards", ("claims",)),
     )
+    perception_coef: float = arg(
+        0.0,
+        "weight of the distance of right answers from the same ones with grey pictures (PAPO), which is to grow; at most 0.02 is usual",
+        "正确回答与图片变灰时的距离（PAPO）的权重，使之增大；通常不超过 0.02",
+        low=0,
+        stages=("RLVR",),
+    )
+    perception_cap: float = arg(
+        1.0, "bound of that distance, a token", "每 token 该距离的上限", low=1e-6, high=1e6, stages=("RLVR",)
+    )
+    perception_entropy: tuple[float, ...] = arg(
+        (),
+        "weights of the entropy with the picture and with the grey one, which are kept down beside it: seen,blind",
+        "同时压低看图与看灰图时的熵，其权重：看图,灰图",
+        stages=("RLVR",),
+    )
+    perception_every: int = arg(
+        4, "rounds from one with that term to the next", "相邻两次使用该项的轮数之差", low=1, stages=("RLVR",)
+    )

@@ -33,7 +33,7 @@ from ernie_tune.rewards.scores import Box
 from ernie_tune.train.rolled import Rolled
 
 _CLOSE = "</evidence>"
-_RIGHT = 1.0 - 1e-9
+RIGHT = 1.0 - 1e-9
 _GREY = (122, 116, 104)  # about the mean of what processors expect
 Logp = Callable[[UnitBatch], np.ndarray]  # log-probabilities [N] of a batch's targets
 
@@ -263,12 +263,12 @@ class Evidence:
 
     def _dependence(self, groups: Sequence[Rolled], ranks: Ranks, said: dict[str, list[float]]) -> None:
         s = self.settings
-        shown = [group for group in groups if _sees(group) and (group.right_G >= _RIGHT).any()]
+        shown = [group for group in groups if sees(group) and (group.right_G >= RIGHT).any()]
         hidden = [some_hidden(group.unit.dialogues[0], s.mask_ratio, s.seed, group.number) for group in shown]
         units = [_greyed_unit(group.unit, h) for group, h in zip(shown, hidden, strict=True)]
         for group, blind in zip(shown, self._logps(units, groups, ranks), strict=True):
             for i, (seen, without) in enumerate(zip(self._seen(group), blind, strict=True)):
-                if group.right_G[i] >= _RIGHT and len(seen):
+                if group.right_G[i] >= RIGHT and len(seen):
                     at = answer_start(group, i, self.processor)
                     group.reward_G[i] += s.dependence * dependence(seen[at:].tolist(), without[at:].tolist(), s.scale)
                     said.setdefault("image_delta", []).append(float(np.mean(seen[at:] - without[at:])))
@@ -278,8 +278,8 @@ class Evidence:
         cited = []
         for group in groups:
             for i, answer in enumerate(group.answers):
-                if group.right_G[i] >= _RIGHT:
-                    box = cited_box(answer.text) if _sees(group) else None
+                if group.right_G[i] >= RIGHT:
+                    box = cited_box(answer.text) if sees(group) else None
                     said.setdefault("cites_box", []).append(float(box is not None))
                     if box is None:
                         said.setdefault("box", []).append(0.0)
@@ -340,7 +340,8 @@ class Evidence:
         return out
 
 
-def _sees(group: Rolled) -> bool:
+def sees(group: Rolled) -> bool:
+    """Whether the prompt shows a picture."""
     return group.unit.dialogues[0].row.pixel_values_PC is not None and bool(group.record.images)
 
 

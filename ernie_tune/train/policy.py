@@ -22,7 +22,10 @@ from ernie_tune.objectives.correction import correction, mismatch_sums
 from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
 from ernie_tune.objectives.loss import LossOut, combine
 from ernie_tune.objectives.objective import Outputs
+from ernie_tune.objectives.perception import Perception, perception_term
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper, Sampled, policy_counts, policy_terms
+
+BLIND = "blind_N"  # the column of counterparts without the picture
 
 
 class PolicyObjective:
@@ -31,7 +34,8 @@ class PolicyObjective:
 
     `banned`: ids that sampling leaves out. `rollout_is`: correction of the rollout engine's
     mismatch, with its bounds; auto: icepop where the trainer computed its own log-probabilities.
-    `entropy` True: the entropy of every token is computed and logged even where nothing rewards it.
+    `perception`: the term of batches that show answers without the picture, too. `log_entropy`: the
+    entropy of every token is computed and logged even where nothing rewards it.
     """
 
     def __init__(
@@ -44,10 +48,12 @@ class PolicyObjective:
         rollout_is: str = "none",
         bounds: tuple[float | None, float | None] = (None, None),
         log_entropy: bool = False,
+        perception: Perception | None = None,
     ) -> None:
         self.hyper, self.banned, self.temperature, self.beta = hyper, tuple(banned), temperature, beta
         self.entropy = entropy or EntropyControl()
         self.rollout_is, self.bounds, self.log_entropy = rollout_is, bounds, log_entropy
+        self.perception = perception
         self._counts: dict[str, float] = {}
 
     @property
@@ -61,11 +67,14 @@ class PolicyObjective:
     @property
     def weights(self) -> dict[str, float]:
         """Of the terms, as they are now."""
-        return {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef}
+        return {"pg": 1.0, "kl": self.beta, "ent": self.entropy.coef, "see": 1.0}
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
         total = sum(policy_counts(b.length_C, kept_answers(b), self.hyper) for b in window)
-        return dict.fromkeys(("pg", *self._extra()), float(total))
+        counts = dict.fromkeys(("pg", *self._extra()), float(total))
+        if self.perception is not None:
+            counts["see"] = float(sum((b.columns[BLIND] >= 0).sum() for b in window if BLIND in b.columns))
+        return counts
 
     def _extra(self) -> tuple[str, ...]:
         return (*(("kl",) if self.beta else ()), *(("ent",) if self.rewards_entropy else ()))
@@ -88,6 +97,9 @@ class PolicyObjective:
     def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
         sampled = self.sampled(outputs, batch)
         terms = policy_terms(sampled, self.hyper, kl=self.beta > 0, entropy=self.rewards_entropy)
+        if self.perception is not None and BLIND in batch.columns:
+            blind_N = batch.columns[BLIND].astype(np.int64)
+            terms["see"] = perception_term(outputs["logp_N"], outputs.get("entropy_N"), blind_N, self.perception)
         out = combine(terms, self.weights, self._counts, "policy/{}_loss")
         named = {k: v for k, v in out.metrics.items() if len(terms) > 1 or k != "policy/pg_loss"}
         return LossOut(out.total, out.count, {**named, **self.mismatch(sampled, batch)})

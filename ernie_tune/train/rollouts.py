@@ -47,13 +47,15 @@ from ernie_tune.train.rollout_settings import RolloutSettings
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
 Sampler = Callable[[Sequence[Prompt]], Mapping[int, Sequence[Completion]]]
 Attach = Callable[[UnitBatch], UnitBatch]
+Beside = Callable[[UnitBatch, Sequence[Rolled], int], UnitBatch]  # batch, its groups, the round
 THINK_OPEN = "<think>\n"
 
 
 class Rollouts:
     """`windows()` yields micro-batches (`UnitBatch`) with the columns old_logp_N, sampled_logp_N,
     advantage_N (and ref_logp_N, value_N, return_N where attached). `finish`: what is added to a
-    round's groups once they have advantages. `metrics` are those of the newest round; `sink` gets
+    round's groups once they have advantages; `beside`: what rides along in the batches that are
+    learned from. `metrics` are those of the newest round; `sink` gets
     every judged group once. Raises ValueError where no prompt fits.
     """
 
@@ -71,12 +73,13 @@ class Rollouts:
         finish: Sequence[Callable[[Sequence[Rolled]], None]] = (),
         agreement: Agreement | None = None,
         evidence: Evidence | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.settings, self.processor, self.evidence = settings, processor, evidence
         self.records = records if evidence is None else evidence.records  # twins behind the rows
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
-        self.ranks, self.finish, self.agreement = ranks, tuple(finish), agreement
+        self.ranks, self.finish, self.agreement, self.beside = ranks, tuple(finish), agreement, beside
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
@@ -113,7 +116,7 @@ class Rollouts:
                 self._left = self.deal.passes(s.prompts, s.num_iterations, s.seed, self.round)
             mine = [self._groups_at[at] for at in self._left.pop(0) if at in self._groups_at]
             size = s.groups_per_batch
-            yield [self.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+            yield [self._learned(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def make_round(self) -> list[Rolled]:
         """Sample, judge, compare: this rank's groups with their columns."""
@@ -140,6 +143,11 @@ class Rollouts:
         start = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def _learned(self, groups: Sequence[Rolled]) -> UnitBatch:
+        """A micro-batch as it is learned from."""
+        batch = self.batch(groups)
+        return batch if self.beside is None else self.beside(batch, groups, self.round - 1)
 
     def batch(self, groups: Sequence[Rolled]) -> UnitBatch:
         """Groups side by side in one pack, with their columns."""

@@ -49,6 +49,7 @@ from ernie_tune.train.claims import credit_claims
 from ernie_tune.train.evidence import Evidence, blind_ceiling, without_picture
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import StepRecord
+from ernie_tune.train.perception import Beside
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, answer_advantages, told
@@ -62,7 +63,13 @@ from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 from ernie_tune.trainers.neighbours import settings_for
-from ernie_tune.trainers.online_settings import check_timeout, evidence_settings, policy_hyper, rollout_settings
+from ernie_tune.trainers.online_settings import (
+    check_timeout,
+    evidence_settings,
+    perception_of,
+    policy_hyper,
+    rollout_settings,
+)
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
@@ -264,6 +271,7 @@ class SampledAnswers(Method):
             p.rollout_is,
             (self.config.mismatch.rollout_is_min, self.config.mismatch.rollout_is_max),
             log_entropy=True,
+            perception=perception_of(self.config),
         )
 
     @property
@@ -307,7 +315,15 @@ class SampledAnswers(Method):
             self.finishing(),
             self.agreement,
             evidence,
+            self._beside(),
         )
+
+    def _beside(self) -> Beside | None:
+        """What the perception term compares answers with."""
+        e, seed = self.config.evidence, self.config.train.seed
+        if perception_of(self.config) is None:
+            return None
+        return Beside(self.processor, e.perception_mask_ratio, seed, e.perception_every)
 
     def _agreement(self) -> Agreement:
         """Whether the forward that trains says of sampled tokens what the engine says."""

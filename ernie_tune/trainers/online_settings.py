@@ -8,6 +8,7 @@ from __future__ import annotations
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
 from ernie_tune.config.layout import Layout
+from ernie_tune.objectives.perception import Perception
 from ernie_tune.objectives.policy import PolicyHyper
 from ernie_tune.train.evidence import EvidenceSettings
 from ernie_tune.train.rollouts import RolloutSettings
@@ -98,6 +99,24 @@ def evidence_settings(config: RunConfig) -> EvidenceSettings:
             )
         )
     return settings
+
+
+def perception_of(config: RunConfig) -> Perception | None:
+    """The term for looking at the picture; None without one. Raises ValueError for entropies that
+    are not two.
+    """
+    e = config.evidence
+    if not e.perception_coef and not any(e.perception_entropy):
+        return None
+    if len(e.perception_entropy) not in (0, 2):
+        given = ", ".join(map(str, e.perception_entropy))
+        raise ValueError(
+            say(
+                f"perception_entropy ({given}) must be two weights, with the picture and without; give both",
+                f"perception_entropy（{given}）须为两个权重：看图与不看图；请给出两者",
+            )
+        )
+    return Perception(e.perception_coef, e.perception_cap, *e.perception_entropy)
 
 
 def mini_batches_of(config: RunConfig, answers: int) -> int:

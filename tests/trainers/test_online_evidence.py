@@ -19,6 +19,7 @@ from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.train import rollout_guards
 from ernie_tune.trainers import online
 from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer
+from ernie_tune.trainers.online_settings import perception_of
 
 
 def even(completion_text: list[str], **_: Any) -> list[float]:
@@ -100,3 +101,15 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
     batch = made.rollouts.batch(groups)
     assert len(batch.columns["advantage_N"]) == len(batch.target_N)
     assert not (tmp_path / "run" / COMPLETIONS_FILE).exists()
+
+
+def test_a_run_with_the_perception_term(tmp_path: Path) -> None:
+    made = trainer(tmp_path, perception_coef=0.02, perception_entropy="0.01,0.02", perception_every=2, max_steps=3)
+    made.train()
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    steps = [row for row in state["log_history"] if "reward" in row]
+    told = ["perception/distance" in row for row in steps]
+    assert not told[1]  # round 1 is between
+    assert any(told)
+    with pytest.raises(ValueError, match=r"perception_entropy \(0.1\) must be two weights"):
+        perception_of(TrainingArguments(stage="RLVR", perception_coef=0.02, perception_entropy="0.1"))
