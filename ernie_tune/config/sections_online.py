@@ -49,16 +49,16 @@ class RolloutArguments:
     temperature: float = arg(1.0, "sampling temperature", "采样温度", low=0.01, stages=_RL)
     top_p: float = arg(
         1.0,
-        "nucleus that is sampled from; only 1 while learning",
-        "核采样的概率和；学习时只能为 1",
+        "nucleus that is sampled from; below 1 with keep_sampling_mask only",
+        "核采样的概率和；仅在 keep_sampling_mask 下可小于 1",
         low=0.01,
         high=1,
         stages=_RL,
     )
     top_k: int = arg(
         0,
-        "likeliest tokens that are sampled from; only 0 (all) while learning",
-        "只从最可能的若干 token 采样；学习时只能为 0（全部）",
+        "likeliest tokens that are sampled from; other than 0 (all) with keep_sampling_mask only",
+        "只从最可能的若干 token 采样；仅在 keep_sampling_mask 下可不为 0（全部）",
         low=0,
         stages=_RL,
     )

@@ -34,6 +34,20 @@ class SamplingArguments:
         low=0,
         stages=_RL,
     )
+    min_p: float = arg(
+        0.0,
+        "least probability of a sampled token, over that of the likeliest; above 0 with keep_sampling_mask only",
+        "采样 token 的最小概率（相对最可能者）；仅在 keep_sampling_mask 下可大于 0",
+        low=0,
+        high=1,
+        stages=_RL,
+    )
+    keep_sampling_mask: bool = arg(
+        False,
+        "note what top_k (1 to 64), top_p and min_p left to draw from, and learn over that",
+        "记录 top_k（1 至 64）、top_p 与 min_p 留下的可选 token，并在其上学习",
+        stages=("RLVR", "PPO"),
+    )
     over_sample: float = arg(
         1.0,
         "prompts that are answered, over those that a round lacks, with dynamic_sample: spares drawing again",

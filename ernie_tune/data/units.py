@@ -122,6 +122,7 @@ COLUMNS = {
     "experts_MLk": "the experts that each token of each dialogue went to, by layer; -1: unknown",
     "may_win_C": "1 for sampled answers that may be the better of a pair: complete and well formed",
     "entropy_keep_N": "1 for targets whose entropy is high enough to be learned from, else 0",
+    "support_NK": "the ids that each could be sampled from; -1: none",
     "blind_N": "the number among the targets of the same one without the picture; -1: none",
     "density_C": "what bad answers weigh by their prompts, others 1",
     "mismatch_S": "log-ratios of the window's mismatched answers, on one of its batches: what KTO compares with",

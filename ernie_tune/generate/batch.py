@@ -67,7 +67,8 @@ class TokenEvent:
     from. `logp`: under the model, `sampled_logp`: under what it was drawn from, see `SampledToken`.
     `top`: the likeliest tokens of the step and their log-probabilities,
     `SamplingParams.top_logprobs` of them. `experts`: of the tokens that were read for this one
-    (first the prompt's), [t, layers, k], where `Prompt.experts` asks for them. `error`: what ended
+    (first the prompt's), [t, layers, k], where `Prompt.experts` asks for them. `kept`: the ids that
+    it was drawn from, where `SamplingParams.note_kept` asks for them. `error`: what ended
     the sample (finish_reason "error"); such an event has no token, its id is -1.
     """
 
@@ -81,6 +82,7 @@ class TokenEvent:
     sampled_logp: float = 0.0
     experts: np.ndarray | None = None
     error: Exception | None = None
+    kept: np.ndarray | None = None
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Completion:
     sampled: list[bool] = field(default_factory=list)
     sampled_logps: list[float] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)  # see `TokenEvent`
+    kept: list[np.ndarray] = field(default_factory=list)
 
     def add(self, event: TokenEvent) -> None:
         """Take the next token of this continuation."""
@@ -104,6 +107,7 @@ class Completion:
         self.sampled_logps.append(event.sampled_logp)
         self.finish_reason = event.finish_reason
         self.experts += [] if event.experts is None else [event.experts]
+        self.kept += [] if event.kept is None else [event.kept]
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,7 @@ class RunningBatch:
             sampled=forced is None,
             sampled_logp=choice.sampled_logp,
             experts=row.experts if row.prompt.experts else None,
+            kept=choice.kept,
         )
         row.experts = None
         row.done.add(event)

@@ -39,6 +39,7 @@ class SamplingParams:
     n: int = 1
     seed: int = 0
     top_logprobs: int = 0  # how many of the likeliest tokens to tell beside the chosen one
+    note_kept: bool = False  # tell which ids top_k, top_p and min_p left for each draw
 
     def __post_init__(self) -> None:
         checks = (
@@ -86,13 +87,15 @@ class SampledToken:
     `logp`: under softmax(scores / temperature) over what is not banned (temperature 1 when greedy),
     before penalties, truncation and constraints. `sampled_logp`: under the distribution that it was
     drawn from, all of these included; equal to `logp` where there are none; 0 for a token that had
-    no other choice (greedy, forced). `top`: the likeliest ids and their `logp`.
+    no other choice (greedy, forced). `top`: the likeliest ids and their `logp`. `kept`: the ids
+    that it was drawn from, in order, where `SamplingParams.note_kept` asks for them.
     """
 
     token_id: int
     logp: float
     sampled_logp: float
     top: tuple[tuple[int, float], ...] = ()
+    kept: np.ndarray | None = None
 
 
 def choose(
@@ -124,14 +127,14 @@ def choose(
         )
     weights = _weights(scores, temperature)
     total = weights.sum()
-    drawn_logp = 0.0
+    drawn_logp, ids = 0.0, None
     if forced is not None:
         token = forced
     elif params.temperature == 0:
         token = int(steered.argmax())
     else:
         own = weights if steered is scores else _weights(steered, temperature)
-        token, drawn_logp = _draw(own, uniform, params)
+        token, drawn_logp, ids = _draw(own, uniform, params)
     top = heaviest(weights, params.top_logprobs) if params.top_logprobs else []
     logp, *others = _log_shares(scores, [token, *top], temperature, total)
     return SampledToken(
@@ -139,6 +142,7 @@ def choose(
         logp,
         logp if _plain(params, steered is scores, forced) else drawn_logp,
         tuple(zip(top, others, strict=True)),
+        ids if params.note_kept else None,
     )
 
 
@@ -241,9 +245,9 @@ def _log_shares(scores_V: np.ndarray, ids: Sequence[int], temperature: float, to
     return [float(share) for share in shares]
 
 
-def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tuple[int, float]:
-    """(id, log of the probability with which it is drawn): inverse transform sampling over the ids
-    that are kept, in their order.
+def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tuple[int, float, np.ndarray]:
+    """(id, log of the probability with which it is drawn, the ids that it is drawn from): inverse
+    transform sampling over the ids that are kept, in their order.
     """
     ids = kept(weights_V, params.top_k, params.top_p, params.min_p)
     weights = weights_V if ids is None else weights_V[ids]
@@ -251,7 +255,11 @@ def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tupl
     at = int(np.searchsorted(upto, uniform * upto[-1], side="right"))
     if at == len(upto):  # by rounding
         at = int(np.flatnonzero(weights)[-1])
-    return at if ids is None else int(ids[at]), float(np.log(weights[at] / upto[-1]))
+    logp = float(np.log(weights[at] / upto[-1]))
+    if not params.note_kept:
+        return at if ids is None else int(ids[at]), logp, np.zeros(0, np.int64)
+    left = np.flatnonzero(weights)  # a banned id has no weight
+    return at if ids is None else int(ids[at]), logp, left if ids is None else ids[left]
 
 
 def kept(weights_V: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray | None:

@@ -15,6 +15,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_tune.config.language import say
 from ernie_tune.models import mkl
 from ernie_tune.models.layers import row_sum, scale_rows
 from ernie_tune.parallel.mesh import MAX, Group
@@ -219,6 +220,52 @@ def token_logp(
     """
     target_T, how = _prepared(weight, target_T, transposed, temperature, group, banned)
     return _TokenLogp.apply(hidden_TD, weight, target_T, how, False)
+
+
+def supported_logp(
+    hidden_TD: Tensor,
+    weight: Tensor,
+    target_T: np.ndarray,
+    support_TK: np.ndarray,
+    *,
+    transposed: bool,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ W / temperature)[target] over the ids of `support` alone (-1: none), and
+    the entropy of that distribution, [T] each, with a gradient: what was drawn under top-k, top-p
+    and min-p (DeepSeek-V3.2, arXiv 2512.02556).
+
+    Scores of no other ids are made: K rows of the weight a token. Raises ValueError for a target
+    that is not among them, and for a vocabulary that is split over ranks.
+    """
+    if placement_of(weight).axis is not None:
+        raise ValueError(
+            say(
+                "keep_sampling_mask (true) must be false where the vocabulary is split over tensor ranks; set it",
+                "词表切分到张量并行进程时 keep_sampling_mask（true）须为 false；请修改",
+            )
+        )
+    found_TK = support_TK == np.asarray(target_T)[:, None]
+    if not found_TK.any(1).all():
+        raise ValueError(
+            say(
+                f"targets ({int((~found_TK.any(1)).sum())}) must be among the ids that they were sampled from; note both together",
+                f"目标（{int((~found_TK.any(1)).sum())} 个）须在其采样时可选的 id 之中；请一并记录",
+            )
+        )
+    tokens, size = support_TK.shape
+    ids = paddle.to_tensor(np.maximum(support_TK, 0).reshape(-1))
+    rows = paddle.gather(weight if transposed else weight.t(), ids).reshape([tokens, size, -1])
+    hidden = hidden_TD.astype(rows.dtype)
+    scores = paddle.matmul(rows, hidden.unsqueeze(2)).squeeze(2)
+    if scores.dtype in (paddle.bfloat16, paddle.float16):
+        scores = scores.astype("float32")
+    dead_TK = paddle.to_tensor((support_TK < 0).astype(np.float32)).astype(scores.dtype)
+    logp_TK = paddle.nn.functional.log_softmax(scores / temperature + dead_TK * _LOWEST, axis=-1)
+    picked = paddle.to_tensor(np.arange(tokens) * size + found_TK.argmax(1))
+    live_TK = 1 - dead_TK
+    entropy_T = -(paddle.exp(logp_TK) * logp_TK * live_TK).sum(-1)
+    return paddle.gather(logp_TK.reshape([-1]), picked), entropy_T
 
 
 def token_logp_and_entropy(

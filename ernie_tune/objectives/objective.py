@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
+from ernie_tune.objectives.logprobs import supported_logp, token_logp, token_logp_and_entropy
 from ernie_tune.objectives.loss import LossOut
 
 # Tensors by name, each with its axes at the end of it: logp_N, entropy_N, value_N, reward_C, cut_K,
@@ -61,16 +61,33 @@ class Targets(Protocol):
     def target_N(self) -> np.ndarray: ...
 
 
+SUPPORT = "support_NK"  # the column of ids that targets were sampled from, where not from all
+
+
 def target_logp(
     model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
 ) -> Tensor:
     """Log-probability of each target, [N] float32; the head runs on target positions only.
-    `temperature` and `banned`: see `token_logp`.
+    `temperature` and `banned`: see `token_logp`; a batch that says what its targets were sampled
+    from is read over that.
     """
+    return _read(model, hidden_TD, batch, temperature, banned, entropy=False)[0]
+
+
+def _read(
+    model: Any, hidden_TD: Tensor, batch: Targets, temperature: float, banned: Sequence[int], entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     weight, transposed = model.head_weight()
     hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
+    support_NK = getattr(batch, "columns", {}).get(SUPPORT)
+    if support_NK is not None:
+        how: dict[str, Any] = {"transposed": transposed, "temperature": temperature}
+        return supported_logp(hidden_ND, weight, batch.target_N, support_NK, **how)
     target_N = paddle.to_tensor(batch.target_N)
-    return token_logp(hidden_ND, weight, target_N, transposed=transposed, temperature=temperature, banned=banned)
+    how = {"transposed": transposed, "temperature": temperature, "banned": banned}
+    if entropy:
+        return token_logp_and_entropy(hidden_ND, weight, target_N, **how)
+    return token_logp(hidden_ND, weight, target_N, **how), None
 
 
 def logp_outputs(
@@ -80,12 +97,10 @@ def logp_outputs(
     return {"logp_N": target_logp(model, hidden_TD, batch, temperature, banned)}
 
 
-def entropy_outputs(
+def logp_and_entropy(
     model: Any, hidden_TD: Tensor, batch: Targets, temperature: float = 1.0, banned: Sequence[int] = ()
 ) -> Outputs:
-    """The entropy of each target's whole distribution in nats: entropy_N."""
-    weight, transposed = model.head_weight()
-    hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
-    target_N = paddle.to_tensor(batch.target_N)
-    how: dict[str, Any] = {"transposed": transposed, "temperature": temperature, "banned": banned}
-    return {"entropy_N": token_logp_and_entropy(hidden_ND, weight, target_N, **how)[1]}
+    """The same, and the entropy of each target's whole distribution in nats: entropy_N."""
+    logp_N, entropy_N = _read(model, hidden_TD, batch, temperature, banned, entropy=True)
+    assert entropy_N is not None
+    return {"logp_N": logp_N, "entropy_N": entropy_N}

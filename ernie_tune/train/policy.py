@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import Tensor
 
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.objectives.correction import correction, mismatch_sums
-from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
 from ernie_tune.objectives.loss import LossOut, combine
-from ernie_tune.objectives.objective import Outputs
+from ernie_tune.objectives.objective import Outputs, logp_and_entropy, logp_outputs
 from ernie_tune.objectives.perception import Perception, perception_term
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper, Sampled, policy_counts, policy_terms
 
@@ -85,14 +83,8 @@ class PolicyObjective:
 
     def outputs(self, model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
         """logp_N, and entropy_N where something rewards or logs it."""
-        weight, transposed = model.head_weight()
-        hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N))
-        target_N = paddle.to_tensor(batch.target_N)
-        how: dict[str, Any] = {"transposed": transposed, "temperature": self.temperature, "banned": self.banned}
-        if not (self.rewards_entropy or self.log_entropy):
-            return {"logp_N": token_logp(hidden_ND, weight, target_N, **how)}
-        logp_N, entropy_N = token_logp_and_entropy(hidden_ND, weight, target_N, **how)
-        return {"logp_N": logp_N, "entropy_N": entropy_N}
+        read = logp_and_entropy if self.rewards_entropy or self.log_entropy else logp_outputs
+        return read(model, hidden_TD, batch, self.temperature, self.banned)
 
     def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
         sampled = self.sampled(outputs, batch)

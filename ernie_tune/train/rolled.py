@@ -18,6 +18,7 @@ from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit
 from ernie_tune.generate.batch import Completion
 from ernie_tune.objectives.advantages import deviation
+from ernie_tune.objectives.objective import SUPPORT
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Scored
 
@@ -76,6 +77,8 @@ def group_state(group: Rolled) -> dict[str, Any]:
     and its columns.
     """
     size = group.unit.shared or None
+    # what an answer's tokens and log-probabilities do not tell again
+    noted = ("sampled_logp_N", "old_logp_N", SUPPORT) if SUPPORT in group.columns else ()
     completions = []
     for dialogue, answer in zip(group.unit.dialogues, group.answers, strict=True):
         start = size if size is not None else dialogue.num_tokens - len(answer.token_ids)
@@ -87,7 +90,25 @@ def group_state(group: Rolled) -> dict[str, Any]:
         "scored": [[dict(one.parts), dict(one.details), one.right, one.earned] for one in group.scored],
         "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
         "counts": group.counts_G.tolist(),
+        **({"columns": {name: group.columns[name].tolist() for name in noted}} if noted else {}),
     }
+
+
+def support_of(completions: Sequence[Completion], most: int) -> np.ndarray:
+    """The ids that each chosen token was drawn from, [N, most], -1 behind them; of a token that was
+    drawn from something that nobody noted, the token alone.
+    """
+    rows = []
+    for done in completions:
+        kept = iter(done.kept)
+        for token, chosen in zip(done.token_ids, done.sampled, strict=True):
+            ids = next(kept, None) if done.kept else None
+            if chosen:
+                rows.append(np.array([token]) if ids is None or not len(ids) else ids)
+    out = np.full((len(rows), most), -1, np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
 
 
 def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ranks: Ranks) -> dict[str, float]:

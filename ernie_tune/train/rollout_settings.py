@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ernie_tune.config.language import say
 from ernie_tune.objectives import advantages as adv
 
+MOST_KEPT = 64  # ids that are noted of one draw
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 
 
@@ -27,6 +28,8 @@ class RolloutSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    keep_sampling_mask: bool = False  # learn over what these left to draw from
     seed: int = 42
     num_iterations: int = 1
     num_mini_batches: int = 1
@@ -105,12 +108,22 @@ class RolloutSettings:
                     f"采样时 temperature（{self.temperature:g}）须大于 0；通常为 1",
                 )
             )
-        if self.top_p != 1 or self.top_k:
+        cut = self.top_p != 1 or self.top_k or self.min_p
+        if cut and not self.keep_sampling_mask:
             raise ValueError(
                 say(
-                    f"top_p ({self.top_p:g}) and top_k ({self.top_k}) must be 1 and 0 when learning: training "
-                    "would have to know which tokens were left out; leave them out",
-                    f"学习时 top_p（{self.top_p:g}）与 top_k（{self.top_k}）须为 1 和 0，否则训练须知道哪些 "
-                    "token 被排除；请去掉",
+                    f"top_p ({self.top_p:g}), top_k ({self.top_k}) and min_p ({self.min_p:g}) must be 1, 0 and 0 when "
+                    "learning without keep_sampling_mask: training would have to know which tokens were left out; "
+                    "leave them out, or set it",
+                    f"学习时若不启用 keep_sampling_mask，top_p（{self.top_p:g}）、top_k（{self.top_k}）与 min_p"
+                    f"（{self.min_p:g}）须为 1、0 和 0，否则训练须知道哪些 token 被排除；请去掉，或启用它",
+                )
+            )
+        if self.keep_sampling_mask and not 1 <= self.top_k <= MOST_KEPT:
+            raise ValueError(
+                say(
+                    f"top_k ({self.top_k}) must be from 1 to {MOST_KEPT} with keep_sampling_mask, which notes the ids of "
+                    "every draw; set it",
+                    f"启用 keep_sampling_mask（记录每次可选的 id）时 top_k（{self.top_k}）须为 1 至 {MOST_KEPT}；请设置",
                 )
             )

@@ -34,6 +34,7 @@ from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.replay import COLUMN as EXPERTS
 from ernie_tune.models.replay import of_completions
 from ernie_tune.objectives import advantages as adv
+from ernie_tune.objectives.objective import SUPPORT
 from ernie_tune.objectives.policy import KlControl
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
@@ -41,7 +42,7 @@ from ernie_tune.rewards.shaping import soft_overlong
 from ernie_tune.train.agreement import Agreement
 from ernie_tune.train.dealing import Deal, Seat, seated, seats
 from ernie_tune.train.evidence import Evidence
-from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of
+from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of, support_of
 from ernie_tune.train.rollout_settings import RolloutSettings
 
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
@@ -267,6 +268,10 @@ class Rollouts:
         params = SamplingParams(
             max_new_tokens=self.settings.max_completion_length,
             temperature=0.0 if greedy else self.settings.temperature,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+            min_p=self.settings.min_p,
+            note_kept=self.settings.keep_sampling_mask and not greedy,
             n=1 if greedy else n or self.settings.num_generations,
             seed=seed,
             stop_ids=self.processor.stop_ids,
@@ -362,9 +367,12 @@ class Rollouts:
             domain=record.domain,
             where=str(record.meta),
         )
-        logps = [np.asarray(c.logps, np.float64)[chosen] for c, chosen in zip(completions, sampled, strict=True)]
+        said = [c.sampled_logps if s.keep_sampling_mask and c.kept else c.logps for c in completions]
+        logps = [np.asarray(one, np.float64)[chosen] for one, chosen in zip(said, sampled, strict=True)]
         logp_N = np.concatenate(logps)
         columns = {"sampled_logp_N": logp_N, "old_logp_N": logp_N.copy()}
+        if s.keep_sampling_mask:
+            columns[SUPPORT] = support_of(completions, s.top_k)
         experts_MLk = of_completions(completions, [d.num_tokens for d in dialogues])
         if experts_MLk is not None:
             columns[EXPERTS] = experts_MLk
@@ -531,6 +539,7 @@ class Rollouts:
         group = self._rolled(
             AnsweredPrompt(number, record, prompt, completions, self._answers(record, completions)), scored
         )
+        group.columns |= {name: np.array(values) for name, values in state.get("columns", {}).items()}
         group.reward_G = group.unit.score_C[:] = np.array([number_of(r) for r in state["reward"]])
         group.counts_G = np.array(state["counts"], np.float64)
         return group

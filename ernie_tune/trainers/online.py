@@ -37,7 +37,7 @@ from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
 from ernie_tune.machine.stages import frozen_outputs
-from ernie_tune.objectives.objective import Objective, Outputs, entropy_outputs, logp_outputs
+from ernie_tune.objectives.objective import Objective, Outputs, logp_and_entropy, logp_outputs
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import get_peft_model
@@ -397,7 +397,7 @@ class SampledAnswers(Method):
     def _entropy(self, batch: UnitBatch) -> np.ndarray:
         """How uncertain the policy of the moment is of a batch's answers, [N] nats, over what can
         be sampled."""
-        support = functools.partial(entropy_outputs, temperature=self.settings.temperature, banned=self.banned)
+        support = functools.partial(logp_and_entropy, temperature=self.settings.temperature, banned=self.banned)
         with self.policy.whole():
             return frozen_outputs(self.policy.forward, support, batch)["entropy_N"]
 

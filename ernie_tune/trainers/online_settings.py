@@ -68,6 +68,8 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         whiten_rewards=c.whiten_rewards,
         missing_eos_penalty=c.missing_eos_penalty,
         prefix_sharing=config.preference.prefix_sharing,
+        min_p=config.sampling.min_p,
+        keep_sampling_mask=config.sampling.keep_sampling_mask,
         stop_strings=config.sampling.stop_strings,
         over_sample=config.sampling.over_sample,
         reward_clip=config.sampling.reward_clip,

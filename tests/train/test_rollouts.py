@@ -426,7 +426,14 @@ def test_prompts_by_difficulty(model: ErnieModel) -> None:
     ({"reward_aggregation": "sum"}, r"reward_aggregation \('sum'\) must be one of sum_then_normalize"),
     ({"num_generations": 1}, r"num_generations \(1\) must be at least 2 for advantage_estimator grpo"),
     ({"temperature": 0.0}, r"temperature \(0\) must be above 0 to sample"),
-    ({"top_p": 0.9}, r"top_p \(0.9\) and top_k \(0\) must be 1 and 0 when learning"),
+    ({"top_p": 0.9}, r"top_p \(0.9\), top_k \(0\) and min_p \(0\) must be 1, 0 and 0 when learning"),
+    ({"min_p": 0.1}, r"min_p \(0.1\) must be 1, 0 and 0"),
+    ({"keep_sampling_mask": True}, r"top_k \(0\) must be from 1 to 64 with keep_sampling_mask"),
+    ({"keep_sampling_mask": True, "top_k": 65}, r"top_k \(65\) must be from 1 to 64"),
+    ({"reward_clip": (1.0,)}, r"reward_clip \(1.0\) must be two numbers"),
+    ({"reward_clip": (1.0, 0.0)}, r"low and then high"),
+    ({"reward_clip": (0.0, 1.0), "reward_aggregation": "normalize_then_sum"}, r"reward_aggregation"),
+    ({"over_sample": 0.5}, r"over_sample \(0.5\) must be at least 1"),
 ])  # fmt: skip
 def test_bad_settings(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
