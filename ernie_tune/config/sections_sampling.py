@@ -27,6 +27,23 @@ class SamplingArguments:
         "使回答结束的文本，逗号分隔或列表；补全该文本的 token 保留并参与学习",
         stages=_RL,
     )
+    tools: tuple[str, ...] = arg(
+        (),
+        "tools that answers may call, in the format of tool calls; zoom shows a part of the row's first picture",
+        "回答可以调用的工具（按工具调用格式）；zoom 显示该行第一张图片的局部",
+        ("zoom",),
+        stages=("RLVR", "PPO"),
+    )
+    max_turns: int = arg(
+        4, "turns of one answer with tools, at most", "使用工具时一个回答最多的轮数", low=1, stages=("RLVR", "PPO")
+    )
+    max_pictures: int = arg(
+        8,
+        "pictures that tools show one answer, at most",
+        "工具最多为一个回答显示的图片数",
+        low=0,
+        stages=("RLVR", "PPO"),
+    )
     rollout_timeout_seconds: float = arg(
         0.0,
         "sampling time of a draw of prompts, after which answers under way are cut off as too long; 0: any. Runs then depend on the machine's speed",

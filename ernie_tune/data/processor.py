@@ -259,6 +259,19 @@ class Processor:
             _check_counts(kind, pieces, sources, where)
         return self._encode(pieces, given, max_tokens, where, made)
 
+    def encode_result(self, content: str, images: Sequence[Any] = (), *, thinking: bool | None = None) -> Encoded:
+        """What follows an assistant's turn that called a tool: the end of that turn, the tool's
+        result, and the beginning of the next turn. Nothing of it is a target. Raises as `encode`.
+        """
+        turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
+        turns.append({"role": "tool", "content": content})
+        pieces = self.template.pieces(turns, thinking=thinking, add_generation_prompt=True)
+        end = max(i for i, piece in enumerate(pieces) if piece.kind == "token" and piece.text == SEPARATOR)
+        _check_counts("image", pieces, images, "")
+        encoded = self._encode(pieces[end:], {"image": list(images), "video": []}, None, "")
+        encoded.trained_L[:] = False
+        return encoded
+
     def encode_plain(self, content: Any, *, max_tokens: int | None = None, where: str = "") -> Encoded:
         """A text, or a list of parts that carry their media, without a dialogue around it: what is
         embedded. Nothing of it is a target. Raises as `encode`.

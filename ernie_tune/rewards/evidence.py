@@ -139,10 +139,11 @@ def _placed(claim: Claim, box: Any) -> float:
     if claim.box is None or box is None:
         return 0.0
     there = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
-    return iou(claim.box, there) if _area(claim.box) <= LARGEST_BOX * _area(there) else 0.0
+    return iou(claim.box, there) if box_area(claim.box) <= LARGEST_BOX * box_area(there) else 0.0
 
 
-def _area(box: Box) -> float:
+def box_area(box: Box) -> float:
+    """Of what it holds, 0 for corners in the wrong order."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
@@ -388,7 +389,7 @@ def box_evidence(
 def cover(crop: Box, target: Box) -> float:
     """The share of the target that lies in the crop."""
     width, height = min(crop[2], target[2]) - max(crop[0], target[0]), min(crop[3], target[3]) - max(crop[1], target[1])
-    return max(0.0, width) * max(0.0, height) / _area(target) if _area(target) else 0.0
+    return max(0.0, width) * max(0.0, height) / box_area(target) if box_area(target) else 0.0
 
 
 def zoom_reward(
@@ -397,7 +398,7 @@ def zoom_reward(
     """.8 right + .1 form + .1 where the answer is right and some crop shows the target without
     being half of the picture. A call alone earns nothing.
     """
-    seen = any(cover(crop, target) >= least and _area(crop) <= 0.5 * picture_area for crop in crops)
+    seen = any(cover(crop, target) >= least and box_area(crop) <= 0.5 * picture_area for crop in crops)
     return 0.8 * right + 0.1 * form + 0.1 * float(right == 1 and seen)
 
 

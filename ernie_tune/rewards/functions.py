@@ -24,6 +24,7 @@ from typing import Any
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.reading import without_thought
+from ernie_tune.rewards.scores import Box
 
 _SHOWN_CHARACTERS = 80
 # What a user's function may raise; what is left (MemoryError, an interrupt) ends the run.
@@ -42,15 +43,30 @@ _USERS = (
 
 
 @dataclass(frozen=True)
+class Called:
+    """A call of a tool within an answer: the box that was asked for, None where it could not be
+    understood (`problem`), and what was shown of the picture, both in its pixels.
+    """
+
+    name: str
+    box: Box | None = None
+    problem: str = ""
+    shown: Box | None = None
+    size: tuple[int, int] = (0, 0)  # of the picture
+
+
+@dataclass(frozen=True)
 class Answered:
     """One sampled answer: all of its text, thought included, the ids of its tokens and, where
-    known, their log-probabilities, and why it ended ("stop", "length", "abort").
+    known, their log-probabilities, and why it ended ("stop", "length", "abort"). `calls` of tools,
+    in order; `text` is then that of the last turn.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str = "stop"
     logps: tuple[float, ...] = ()
+    calls: tuple[Called, ...] = ()
 
     @property
     def finished(self) -> bool:

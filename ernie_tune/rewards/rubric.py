@@ -124,6 +124,7 @@ class RowVerifiers:
             "where": str(record.meta),
             **({"picture": record.images[0]} if record.images else {}),
             **_evidence_of(record),
+            **_zoomed(record, answer),
         }
         text, grounds = answer.text, {"leak", "contradiction"}
         out: dict[str, float | None] = {}
@@ -139,7 +140,7 @@ class RowVerifiers:
                 filled["gold"] = _gold_number(record, name)
             try:
                 out[name] = check(answer.text if name in GROUNDS else text, **filled, **spec)
-                if name in GROUNDS:
+                if name == "evidence":
                     out |= _told(answer.text, {**filled, **spec}, self.scope)
             except TypeError as error:
                 raise ValueError(
@@ -177,6 +178,15 @@ def _evidence_of(record: Record) -> dict[str, Any]:
         "required": asked.get("required", 1),
         "answer_from": asked.get("answer_from", ""),
     }
+
+
+def _zoomed(record: Record, answer: Answered) -> dict[str, Any]:
+    """What the checker of zooming is given: what tools showed, and the scene's target."""
+    target = record.reward.scene.get("target") if record.reward else None
+    if target is None:
+        return {}
+    shown = [call.shown for call in answer.calls if call.shown is not None]
+    return {"target": target, "crops": shown, "area": max((c.size[0] * c.size[1] for c in answer.calls), default=0)}
 
 
 def _told(text: str, given: Mapping[str, Any], scope: str) -> dict[str, float | None]:

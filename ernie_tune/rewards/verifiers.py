@@ -17,9 +17,9 @@ from typing import Any
 from ernie_tune.config.language import say
 from ernie_tune.rewards import mathematics
 from ernie_tune.rewards.drawing import redraw
-from ernie_tune.rewards.evidence import judge_evidence, without_evidence
+from ernie_tune.rewards.evidence import box_area, cover, judge_evidence, without_evidence
 from ernie_tune.rewards.reading import MAX_SPAN, UNITS, answer_span, fold, read_quantity, squash
-from ernie_tune.rewards.scores import edit_distance
+from ernie_tune.rewards.scores import Box, edit_distance
 from ernie_tune.rewards.shaping import language, length, repetition, think_format
 from ernie_tune.rewards.structures import box, boxes, date, json_schema, kie, table
 
@@ -180,6 +180,15 @@ def evidence(
     return judge_evidence(text, answer_span(without_evidence(text), style), scene, required, answer_from).score
 
 
+def zoom(text: str, crops: Sequence[Box], target: Sequence[float], area: float, least: float = 0.9) -> float:
+    """1 where some part of the picture that the answer had shown holds `least` of the target and is
+    no more than half of the picture (`area`: of all of it, in pixels).
+    """
+    left, top, right, bottom = (float(x) for x in target)
+    seen = any(cover(c, (left, top, right, bottom)) >= least and box_area(c) <= 0.5 * area for c in crops)
+    return float(seen)
+
+
 VERIFIERS: Mapping[str, Verify] = {
     "numeric": numeric,
     "math": math,
@@ -200,6 +209,7 @@ VERIFIERS: Mapping[str, Verify] = {
     "date": date,
     "evidence": evidence,
     "redraw": redraw,
+    "zoom": zoom,
     "format": think_format,
     "language": language,
     "repetition": repetition,
@@ -209,7 +219,7 @@ VERIFIERS: Mapping[str, Verify] = {
 # instead of the task.
 SHAPING = ("format", "language", "repetition", "length")
 # What an answer rests on: worth something beside a right answer only.
-GROUNDS = ("evidence",)
+GROUNDS = ("evidence", "zoom")
 
 
 def verifier_for(answer: Any) -> tuple[str, dict[str, Any]]:

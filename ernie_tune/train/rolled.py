@@ -6,6 +6,7 @@ Refuses to know: how they are sampled, dealt out or learned from.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class AnsweredPrompt:
     prompt: Encoded
     completions: tuple[Completion, ...]
     answers: tuple[Answered, ...]
+    dialogues: tuple[Encoded, ...] = ()  # with what tools said and showed, where answers may call some
 
 
 @dataclass
@@ -78,6 +80,7 @@ def group_state(group: Rolled) -> dict[str, Any]:
     """
     size = group.unit.shared or None
     # what an answer's tokens and log-probabilities do not tell again
+    called = any(answer.calls for answer in group.answers)
     noted = ("sampled_logp_N", "old_logp_N", SUPPORT) if SUPPORT in group.columns else ()
     completions = []
     for dialogue, answer in zip(group.unit.dialogues, group.answers, strict=True):
@@ -90,6 +93,7 @@ def group_state(group: Rolled) -> dict[str, Any]:
         "scored": [[dict(one.parts), dict(one.details), one.right, one.earned] for one in group.scored],
         "reward": [None if np.isnan(r) else float(r) for r in group.reward_G],
         "counts": group.counts_G.tolist(),
+        **({"calls": [[dataclasses.astuple(call) for call in a.calls] for a in group.answers]} if called else {}),
         **({"columns": {name: group.columns[name].tolist() for name in noted}} if noted else {}),
     }
 
@@ -102,9 +106,8 @@ def support_of(completions: Sequence[Completion], most: int) -> np.ndarray:
     for done in completions:
         kept = iter(done.kept)
         for token, chosen in zip(done.token_ids, done.sampled, strict=True):
-            ids = next(kept, None) if done.kept else None
             if chosen:
-                rows.append(np.array([token]) if ids is None or not len(ids) else ids)
+                rows.append(next(kept, np.array([token])))
     out = np.full((len(rows), most), -1, np.int64)
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ernie_tune.config.language import say
 from ernie_tune.objectives import advantages as adv
+from ernie_tune.train.turns import TOOLS
 
 MOST_KEPT = 64  # ids that are noted of one draw
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
@@ -51,6 +52,9 @@ class RolloutSettings:
     stop_strings: tuple[str, ...] = ()
     over_sample: float = 1.0  # prompts that are answered over those that a round lacks
     reward_clip: tuple[float, ...] = ()  # (low, high) of the weighted reward
+    tools: tuple[str, ...] = ()  # that answers may call
+    max_turns: int = 4
+    max_pictures: int = 8
     note_experts: bool = False  # which experts each token goes to while it is sampled
     prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 
@@ -92,6 +96,13 @@ class RolloutSettings:
                     "(normalize_then_sum) must then be sum_then_normalize; set it, or leave reward_clip out",
                     f"reward_clip（{', '.join(map(str, self.reward_clip))}）限制的是总和，reward_aggregation"
                     "（normalize_then_sum）须为 sum_then_normalize；请修改，或去掉 reward_clip",
+                )
+            )
+        if unknown := [name for name in self.tools if name not in TOOLS]:
+            raise ValueError(
+                say(
+                    f"tools ({', '.join(unknown)}) must be of {', '.join(TOOLS)}; correct the name",
+                    f"tools（{', '.join(unknown)}）须为 {', '.join(TOOLS)}；请改正名称",
                 )
             )
         if self.over_sample < 1:

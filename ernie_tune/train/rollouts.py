@@ -25,6 +25,7 @@ import numpy as np
 from ernie_tune.checkpoint.state import ALONE, Ranks
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING
+from ernie_tune.data.chat import CALL_END
 from ernie_tune.data.processor import Encoded, Processor, RowTooLong
 from ernie_tune.data.prompts import PromptStream
 from ernie_tune.data.records import Record
@@ -36,7 +37,7 @@ from ernie_tune.models.replay import of_completions
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.objectives.objective import SUPPORT
 from ernie_tune.objectives.policy import KlControl
-from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.functions import Answered, Called
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
 from ernie_tune.train.agreement import Agreement
@@ -44,6 +45,7 @@ from ernie_tune.train.dealing import Deal, Seat, seated, seats
 from ernie_tune.train.evidence import Evidence
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of, support_of
 from ernie_tune.train.rollout_settings import RolloutSettings
+from ernie_tune.train.turns import Turns, last_turn, rebuilt, tool_metrics
 
 ROLLOUTS_FILE, ARRAYS_FILE = "rollouts.json", "rollouts.npz"
 Sampler = Callable[[Sequence[Prompt]], Mapping[int, Sequence[Completion]]]
@@ -81,6 +83,7 @@ class Rollouts:
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
         self.ranks, self.finish, self.agreement, self.beside = ranks, tuple(finish), agreement, beside
+        self.turns = Turns(processor, settings.max_turns, settings.max_pictures) if settings.tools else None
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
@@ -126,6 +129,10 @@ class Rollouts:
         self.compare(groups)
         self.metrics = self._reported() | measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
         self.metrics |= {} if self.agreement is None else self.agreement.metrics
+        if self.turns:
+            told = self.ranks.gather(tool_metrics([a.calls for group in self._seen[0] for a in group.answers]))
+            sums = {name: np.sum([part[name] for part in told], axis=0) for name in told[0]}
+            self.metrics |= {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
         self.sink(self.round, groups)
         self.round += 1
         return groups
@@ -275,7 +282,7 @@ class Rollouts:
             n=1 if greedy else n or self.settings.num_generations,
             seed=seed,
             stop_ids=self.processor.stop_ids,
-            stop_strings=self.settings.stop_strings,
+            stop_strings=(*self.settings.stop_strings, *((CALL_END,) if self.turns else ())),
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
         asked = [self._encoded(record) for record in records]
@@ -285,11 +292,15 @@ class Rollouts:
         ]
         with self._timed("rollout"):
             found = self.sampler(prompts)
-        self.tokens += sum(len(one.token_ids) for some in found.values() for one in some)
-        return [
-            AnsweredPrompt(number, record, one, tuple(found[key]), self._answers(record, found[key]))
-            for key, (number, record, one) in enumerate(zip(numbers, records, asked, strict=True))
-        ]
+            talks = self.turns.go_on(records, prompts, asked, found, self.sampler) if self.turns else []
+        drawn = []
+        for key, (number, record, one) in enumerate(zip(numbers, records, asked, strict=True)):
+            done = tuple(talk.done for talk in talks[key]) if talks else tuple(found[key])
+            self.tokens += sum(sum(answer.sampled) for answer in done)
+            calls = [talk.calls for talk in talks[key]] if talks else ()
+            dialogues = tuple(talk.dialogue for talk in talks[key]) if talks else ()
+            drawn.append(AnsweredPrompt(number, record, one, done, self._answers(record, done, calls), dialogues))
+        return drawn
 
     def judge(self, drawn: Sequence[AnsweredPrompt]) -> list[Rolled]:
         """What the answers earned, ready to be compared."""
@@ -308,9 +319,12 @@ class Rollouts:
         for more in self.finish:
             more(groups)
 
-    def _answers(self, record: Record, completions: Sequence[Completion]) -> tuple[Answered, ...]:
+    def _answers(
+        self, record: Record, completions: Sequence[Completion], calls: Sequence[Sequence[Called]] = ()
+    ) -> tuple[Answered, ...]:
         opened = self._opened(record)
-        return tuple(self._read(done, opened) for done in completions)
+        calls = calls or [()] * len(completions)
+        return tuple(self._read(done, opened, called) for done, called in zip(completions, calls, strict=True))
 
     def _encoded(self, record: Record) -> Encoded:
         """The prompt as the model sees it. Raises RowTooLong."""
@@ -329,10 +343,12 @@ class Rollouts:
         template = self.processor.template
         return template.opens_thought(template.thinks(record.prompt, THINKING.get(record.mode)))
 
-    def _read(self, done: Completion, opened: bool) -> Answered:
-        ids = [i for i in done.token_ids if i not in self.processor.stop_ids]
-        text = (THINK_OPEN if opened else "") + self.processor.decode(ids)
-        return Answered(text, tuple(done.token_ids), done.finish_reason, tuple(done.logps))
+    def _read(self, done: Completion, opened: bool, calls: Sequence[Called] = ()) -> Answered:
+        said = done.token_ids[last_turn(done) :] if calls else done.token_ids
+        text = (THINK_OPEN if opened else "") + self.processor.decode(
+            [i for i in said if i not in self.processor.stop_ids]
+        )
+        return Answered(text, tuple(done.token_ids), done.finish_reason, tuple(done.logps), tuple(calls))
 
     def _rolled(self, drawn: AnsweredPrompt, scored: Sequence[Scored]) -> Rolled:
         s, prompt, answers, completions = self.settings, drawn.prompt, drawn.answers, drawn.completions
@@ -348,15 +364,16 @@ class Rollouts:
         finished_G = np.array([a.finished for a in answers])
         counts_G = (~np.isnan(reward_G) | s.unjudged) & (finished_G | (not s.mask_truncated_completions))
         sampled = [np.array(c.sampled, bool) for c in completions]
-        dialogues = []
-        for completion, chosen in zip(completions, sampled, strict=True):
+        dialogues = list(drawn.dialogues)
+        for completion, chosen in zip(completions, sampled, strict=True) if not dialogues else ():
             dialogue = prompt.extended(completion.token_ids)
             dialogue.trained_L[:] = False
             dialogue.trained_L[prompt.num_tokens :] = chosen
             dialogues.append(dialogue)
         nothing = np.full(len(answers), np.nan)
         record = drawn.record
-        shared = prompt.num_tokens if s.prefix_sharing and len(dialogues) > 1 else 0
+        alike = all(d.num_images == prompt.num_images for d in dialogues)  # else the prompt's are not all
+        shared = prompt.num_tokens if s.prefix_sharing and len(dialogues) > 1 and alike else 0
         unit = Unit(
             tuple(dialogues),
             shared,
@@ -536,9 +553,18 @@ class Rollouts:
             ) from error
         record, completions = self.records[number], tuple(Completion(*known) for known in state["completions"])
         scored = [Scored(*known) for known in state["scored"]]
-        group = self._rolled(
-            AnsweredPrompt(number, record, prompt, completions, self._answers(record, completions)), scored
+        calls = [[_called(known) for known in some] for some in state.get("calls", ())]
+        dialogues = (
+            tuple(
+                rebuilt(self.turns, record, prompt, done, some)
+                for done, some in zip(completions, calls, strict=True)
+                if self.turns
+            )
+            if calls
+            else ()
         )
+        answers = self._answers(record, completions, calls)
+        group = self._rolled(AnsweredPrompt(number, record, prompt, completions, answers, dialogues), scored)
         group.columns |= {name: np.array(values) for name, values in state.get("columns", {}).items()}
         group.reward_G = group.unit.score_C[:] = np.array([number_of(r) for r in state["reward"]])
         group.counts_G = np.array(state["counts"], np.float64)
@@ -553,6 +579,12 @@ def _parts(
         end = at + int(group.length_G.sum())
         yield group, first_N[at:end], second_N[at:end]
         at = end
+
+
+def _called(known: Sequence[Any]) -> Called:
+    """A call from what JSON made of it."""
+    name, box, problem, shown, size = known
+    return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size))
 
 
 def _apart(numbers: Sequence[int], size: int) -> list[int]:

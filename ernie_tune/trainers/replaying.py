@@ -30,7 +30,11 @@ def replay_mode(config: RunConfig, updates_per_round: int, model: Any) -> str:
     elif config.model.fine_tuning in ("Prompt", "PTuning", "Prefix"):
         why = say("virtual tokens, which are no tokens of an answer", "不属于回答的虚拟 token")
     if asked in ("off", "auto"):
-        return "R3" if asked == "auto" and updates_per_round > 1 and why is None else "off"
+        wanted = asked == "auto" and updates_per_round > 1 and why is None
+        # what a turn's routers chose is noted for that turn alone
+        return "off" if not wanted else "R2" if config.sampling.tools else "R3"
+    if asked == "R3" and config.sampling.tools:
+        why = say("tools, whose turns are sampled apart (R2 can)", "工具（各轮分别采样；可用 R2）")
     if why is not None:
         raise ValueError(
             say(

@@ -83,7 +83,7 @@ def test_forced_tokens_have_none_and_rest_is_blank() -> None:
         [True, False, True],
         [0.0] * 3,
         [],
-        [np.array([4, 5]), np.array([1, 6]), np.array([7])],
+        [np.array([4, 5]), np.array([7])],
     )
     assert support_of([done], 3).tolist() == [[4, 5, -1], [7, -1, -1]]
 
