@@ -39,6 +39,7 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
                 f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 num_generations（{r.num_generations}）的倍数；可取 {near}",
             )
         )
+    check_together(config)
     estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
     kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
     return RolloutSettings(
@@ -77,6 +78,29 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         over_sample=config.sampling.over_sample,
         reward_clip=config.sampling.reward_clip,
     )
+
+
+def check_together(config: RunConfig) -> None:
+    """Raises ValueError for settings of sampling that do not go with rewards that read answers once
+    more: those see one picture a prompt, and all that could be sampled.
+    """
+    e, s = config.evidence, config.sampling
+    again = {
+        "evidence_dependence": e.evidence_dependence > 0,
+        "evidence_boxes": e.evidence_boxes > 0,
+        "perception_coef": e.perception_coef > 0 and bool(s.tools),
+        "perception_entropy": bool(e.perception_entropy) and bool(s.tools),
+        "teacher_model": bool(config.teacher.teacher_model),
+    }
+    for name, given in (("tools", ", ".join(s.tools)), ("keep_sampling_mask", "true" if s.keep_sampling_mask else "")):
+        other = next((key for key, used in again.items() if used), None)
+        if given and other is not None:
+            raise ValueError(
+                say(
+                    f"{name} ({given}) must not be set with {other}, which reads answers once more; leave one out",
+                    f"{name}（{given}）不能与会再次读取回答的 {other} 同时使用；请去掉其一",
+                )
+            )
 
 
 def evidence_settings(config: RunConfig) -> EvidenceSettings:

@@ -164,7 +164,8 @@ def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
     image = Image.new("L", (CANVAS, CANVAS), 0)
     with Image.open(digit[1]) as one:
         image.paste(one.convert("L").resize((NEEDLE, NEEDLE), Image.Resampling.BICUBIC), (left, top))
-    return image, digit[0], {"ocr": [{"text": digit[0], "box": [left, top, left + NEEDLE, top + NEEDLE]}]}
+    box = [left, top, left + NEEDLE, top + NEEDLE]
+    return image, digit[0], {"ocr": [{"text": digit[0], "box": box}], "target": box}
 
 
 def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tuple[str, list[Drawn]]:

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reference": {"beta": 0.05, "num_iterations": 2, "max_steps": 2},
     # answers of one rank end with their first token; fewer prompts than ranks are drawn again, so a
     # rank has none
-    "uneven": {"router_replay": "off", "num_mini_batches": 2, "per_device_train_batch_size": 3, "max_steps": 4},
+    "uneven": {"num_mini_batches": 2, "per_device_train_batch_size": 3, "max_steps": 4},
     "critic": {"stage": "PPO", "kl_target": 0.01, "kl_horizon": 40, "max_steps": 3},
     "critic adapter": {"stage": "PPO", "fine_tuning": "LoRA", "lora_rank": 4, "num_mini_batches": 2, "max_steps": 4},
     # pairs among sampled answers, whose reference reads them alone; a rank may have none

@@ -98,3 +98,25 @@ def test_four_processes(case: str, tmp_path: Path, alone: Callable[[str], Path])
     code, tails = launch(tmp_path, 4, HERE / "online_worker.py", str(tmp_path), FOUR, timeout_s=300)
     assert code == 0, tails
     assert_same(tmp_path / FOUR.replace(" ", "_") / case.replace(" ", "_"), alone(case), 4)
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    """SIGKILL while a round is sampled, two steps after what was saved in the middle of another."""
+    code, tails = launch(tmp_path, 2, HERE / "killed_worker.py", str(tmp_path), timeout_s=240)
+    assert code not in (0, 124), tails  # not by the time limit
+    part, whole = tmp_path / "part" / "run", tmp_path / "whole" / "run"
+    assert (whole / "trainer_state.json").is_file(), tails
+    assert not list(part.glob("*.safetensors"))
+    assert [folder.name for folder in part.glob("checkpoint-*")] == ["checkpoint-3"]
+    before = len(told(part))
+    code, tails = launch(tmp_path, 2, HERE / "killed_worker.py", str(tmp_path), "again", timeout_s=240)
+    assert code == 0, tails
+    weights, wanted = (
+        {k: v for file in run.glob("*.safetensors") for k, v in load_file(file).items()} for run in (part, whole)
+    )
+    assert set(weights) == set(wanted) != set()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+    answers = {(r["round"], r["prompt"], r["sample"]): r for r in told(part)}
+    assert len(told(part)) > before
+    assert [*answers.values()] == [*{(r["round"], r["prompt"], r["sample"]): r for r in told(whole)}.values()]

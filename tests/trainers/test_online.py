@@ -294,6 +294,23 @@ def test_the_most_uncertain_tokens_are_found_by_the_policy_that_sampled(tmp_path
     made.train()
 
 
+def test_tools_and_a_sampling_mask_in_a_run(tmp_path: Path) -> None:
+    """Two updates a round: what was chosen is trained under the mask, routers repeat what a pass of
+    the trainer noted.
+    """
+    made = trainer(
+        tmp_path, tools="zoom", keep_sampling_mask=True, top_k=8, top_p=0.9, num_iterations=2, dynamic_sample=False,
+        process_rewards="claims", mismatch_every=1,
+    )  # fmt: skip
+    made.train()
+    assert made.method.replay == "R2"  # type: ignore[attr-defined]
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    first = state["log_history"][0]
+    assert first["tools/turns_mean"] == 1
+    assert first["mismatch/max_abs_dlp"] < 1e-5
+    assert first["entropy"] < np.log(8)
+
+
 def test_sampling_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, rollout_timeout_seconds=5.0, max_completion_length=6, dynamic_sample=False)
     clock = iter([0.0, *(float(i) for i in range(1, 1000))])  # a second a look
@@ -338,7 +355,11 @@ def test_one_ratio_an_answer_is_gspo(tmp_path: Path) -> None:
     ({"repetition_penalty": 1.1}, r"repetition_penalty \(1.1\) must be 1 when learning"),
     ({"per_device_train_batch_size": 5}, r"\(5 answers\) must be a multiple of num_generations \(3\); take one of \[3, 6\]"),
     ({"num_generations": 1, "per_device_train_batch_size": 1}, r"num_generations \(1\) must be at least 2 for advantage_estimator grpo"),
-    ({"top_p": 0.9}, r"top_p \(0.9\) and top_k \(0\) must be 1 and 0 when learning"),
+    ({"top_p": 0.9}, r"top_p \(0.9\), top_k \(0\) and min_p \(0\) must be 1, 0 and 0 when learning"),
+    ({"tools": "zoom", "evidence_boxes": 0.1}, r"tools \(zoom\) must not be set with evidence_boxes"),
+    ({"tools": "zoom", "perception_coef": 0.1}, r"tools \(zoom\) must not be set with perception_coef"),
+    ({"keep_sampling_mask": True, "top_k": 5, "evidence_dependence": 0.1}, r"keep_sampling_mask \(true\) must not be set with evidence_dependence"),
+    ({"tools": "zoom", "router_replay": "R3"}, r"router_replay \(R3\) must be off with tools"),
     ({"beta": 0.1, "ref_mode": "precomputed"}, r"ref_mode \(precomputed\) must give a reference for answers that nobody knows before"),
     ({"loss_type": ("grpo", "dapo")}, r"loss_type \(grpo, dapo\) must be one loss"),
 ])  # fmt: skip
