@@ -16,6 +16,7 @@ import online_worker
 
 from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.generate.batch import Completion, Prompt
+from ernie_tune.machine import place
 from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
 
 STEPS, DIES_IN = 6, 2  # of three rounds the last; what was saved is in the middle of the second
@@ -61,8 +62,18 @@ def train(folder: Path, die: bool = False) -> Path:
     return folder / "run"
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[2:] != ["again"]:
+def main() -> None:
+    from paddle.distributed.fleet.base import topology
+
+    folder, again = Path(sys.argv[1]), sys.argv[2:] == ["again"]
+    if not again:
+        watch = place._watch
+        place._watch = lambda world: None  # its address is the launcher's, for one run: the other
         train(folder / "whole")
-    train(folder / "part", die=sys.argv[2:] != ["again"])
+        place._watch = watch
+        topology._HYBRID_PARALLEL_GROUP = None  # Fleet lays out a process once; here a second time
+    train(folder / "part", die=not again)
+
+
+if __name__ == "__main__":
+    main()
