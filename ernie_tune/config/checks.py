@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.checks_methods import METHOD_RULES
+from ernie_tune.config.checks_sampling import sampling_rules
 from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import say
 from ernie_tune.config.sections_model import TEMPLATES
@@ -43,6 +44,7 @@ def problems(c: RunConfig) -> list[Problem]:
         _best,
         _parallel,
         *METHOD_RULES,
+        sampling_rules,
     )
     wrong = [Problem(*p) for rule in rules for p in rule(c)]
     return wrong + [Problem(name, message, unbuilt=True) for name, message in _unbuilt(c)]

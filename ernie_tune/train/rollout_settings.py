@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_tune.config.checks_sampling import clip_problem, cut_problem
 from ernie_tune.config.language import say
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.train.turns import TOOLS
 
-MOST_KEPT = 64  # ids that are noted of one draw
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
 
 
@@ -81,23 +81,12 @@ class RolloutSettings:
                     f"要比较同一提问的多个回答，num_generations（{self.num_generations}）须至少为 2；请调大",
                 )
             )
-        if self.reward_clip and (len(self.reward_clip) != 2 or self.reward_clip[0] >= self.reward_clip[1]):
-            raise ValueError(
-                say(
-                    f"reward_clip ({', '.join(map(str, self.reward_clip))}) must be two numbers, low and then high; "
-                    "give both, or leave it out",
-                    f"reward_clip（{', '.join(map(str, self.reward_clip))}）须为两个数，先低后高；请给出两者，或去掉",
-                )
-            )
-        if self.reward_clip and self.reward_aggregation == "normalize_then_sum":
-            raise ValueError(
-                say(
-                    f"reward_clip ({', '.join(map(str, self.reward_clip))}) bounds a sum, reward_aggregation "
-                    "(normalize_then_sum) must then be sum_then_normalize; set it, or leave reward_clip out",
-                    f"reward_clip（{', '.join(map(str, self.reward_clip))}）限制的是总和，reward_aggregation"
-                    "（normalize_then_sum）须为 sum_then_normalize；请修改，或去掉 reward_clip",
-                )
-            )
+        for problem in (
+            clip_problem(self.reward_clip, self.reward_aggregation),
+            cut_problem(self.top_p, self.top_k, self.min_p, self.keep_sampling_mask),
+        ):
+            if problem is not None:
+                raise ValueError(problem)
         if unknown := [name for name in self.tools if name not in TOOLS]:
             raise ValueError(
                 say(
@@ -117,24 +106,5 @@ class RolloutSettings:
                 say(
                     f"temperature ({self.temperature:g}) must be above 0 to sample; 1 is usual",
                     f"采样时 temperature（{self.temperature:g}）须大于 0；通常为 1",
-                )
-            )
-        cut = self.top_p != 1 or self.top_k or self.min_p
-        if cut and not self.keep_sampling_mask:
-            raise ValueError(
-                say(
-                    f"top_p ({self.top_p:g}), top_k ({self.top_k}) and min_p ({self.min_p:g}) must be 1, 0 and 0 when "
-                    "learning without keep_sampling_mask: training would have to know which tokens were left out; "
-                    "leave them out, or set it",
-                    f"学习时若不启用 keep_sampling_mask，top_p（{self.top_p:g}）、top_k（{self.top_k}）与 min_p"
-                    f"（{self.min_p:g}）须为 1、0 和 0，否则训练须知道哪些 token 被排除；请去掉，或启用它",
-                )
-            )
-        if self.keep_sampling_mask and not 1 <= self.top_k <= MOST_KEPT:
-            raise ValueError(
-                say(
-                    f"top_k ({self.top_k}) must be from 1 to {MOST_KEPT} with keep_sampling_mask, which notes the ids of "
-                    "every draw; set it",
-                    f"启用 keep_sampling_mask（记录每次可选的 id）时 top_k（{self.top_k}）须为 1 至 {MOST_KEPT}；请设置",
                 )
             )

@@ -22,15 +22,6 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
     mini_batches = mini_batches_of(config, answers * data_ranks)
-    if config.mismatch.repetition_penalty != 1:
-        raise ValueError(
-            say(
-                f"repetition_penalty ({config.mismatch.repetition_penalty:g}) must be 1 when learning: training would see "
-                "another policy; leave it out, or punish repetition by a reward",
-                f"学习时 repetition_penalty（{config.mismatch.repetition_penalty:g}）须为 1，否则训练看到的是另一策略；请去掉，"
-                "或用奖励惩罚重复",
-            )
-        )
     if answers % r.num_generations:
         near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
         raise ValueError(
@@ -39,7 +30,6 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
                 f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 num_generations（{r.num_generations}）的倍数；可取 {near}",
             )
         )
-    check_together(config)
     estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
     kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
     return RolloutSettings(
@@ -80,29 +70,6 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     )
 
 
-def check_together(config: RunConfig) -> None:
-    """Raises ValueError for settings of sampling that do not go with rewards that read answers once
-    more: those see one picture a prompt, and all that could be sampled.
-    """
-    e, s = config.evidence, config.sampling
-    again = {
-        "evidence_dependence": e.evidence_dependence > 0,
-        "evidence_boxes": e.evidence_boxes > 0,
-        "perception_coef": e.perception_coef > 0 and bool(s.tools),
-        "perception_entropy": bool(e.perception_entropy) and bool(s.tools),
-        "teacher_model": bool(config.teacher.teacher_model),
-    }
-    for name, given in (("tools", ", ".join(s.tools)), ("keep_sampling_mask", "true" if s.keep_sampling_mask else "")):
-        other = next((key for key, used in again.items() if used), None)
-        if given and other is not None:
-            raise ValueError(
-                say(
-                    f"{name} ({given}) must not be set with {other}, which reads answers once more; leave one out",
-                    f"{name}（{given}）不能与会再次读取回答的 {other} 同时使用；请去掉其一",
-                )
-            )
-
-
 def evidence_settings(config: RunConfig) -> EvidenceSettings:
     """What the settings say of looking at pictures. Raises ValueError where rewards are compared
     one by one, of which evidence is no part.
@@ -131,20 +98,10 @@ def evidence_settings(config: RunConfig) -> EvidenceSettings:
 
 
 def perception_of(config: RunConfig) -> Perception | None:
-    """The term for looking at the picture; None without one. Raises ValueError for entropies that
-    are not two.
-    """
+    """The term for looking at the picture; None without one."""
     e = config.evidence
     if not e.perception_coef and not any(e.perception_entropy):
         return None
-    if len(e.perception_entropy) not in (0, 2):
-        given = ", ".join(map(str, e.perception_entropy))
-        raise ValueError(
-            say(
-                f"perception_entropy ({given}) must be two weights, with the picture and without; give both",
-                f"perception_entropy（{given}）须为两个权重：看图与不看图；请给出两者",
-            )
-        )
     return Perception(e.perception_coef, e.perception_cap, *e.perception_entropy)
 
 

@@ -19,7 +19,6 @@ from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.train import rollout_guards
 from ernie_tune.trainers import online
 from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer
-from ernie_tune.trainers.online_settings import perception_of
 
 
 def even(completion_text: list[str], **_: Any) -> list[float]:
@@ -112,4 +111,4 @@ def test_a_run_with_the_perception_term(tmp_path: Path) -> None:
     assert not told[1]  # round 1 is between
     assert any(told)
     with pytest.raises(ValueError, match=r"perception_entropy \(0.1\) must be two weights"):
-        perception_of(TrainingArguments(stage="RLVR", perception_coef=0.02, perception_entropy="0.1"))
+        trainer(tmp_path, perception_coef=0.02, perception_entropy="0.1").train()
