@@ -35,6 +35,7 @@ _PUBLIC = {
     "PPOTrainer": "ernie_tune.trainers.ppo",
     "PaddleTrainer": "ernie_tune.trainers.sft",
     "PeftModel": "ernie_tune.peft.model",
+    "PretrainTrainer": "ernie_tune.trainers.sft",
     "RLVRTrainer": "ernie_tune.trainers.online",
     "RewardModel": "ernie_tune.trainers.reward",
     "RewardTrainer": "ernie_tune.trainers.reward",
@@ -66,6 +67,7 @@ __all__ = [
     "PPOTrainer",
     "PaddleTrainer",
     "PeftModel",
+    "PretrainTrainer",
     "RLVRTrainer",
     "RewardModel",
     "RewardTrainer",
@@ -101,7 +103,7 @@ if TYPE_CHECKING:
     from ernie_tune.trainers.ppo import PPOTrainer
     from ernie_tune.trainers.preference import DPOTrainer, KTOTrainer
     from ernie_tune.trainers.reward import RewardModel, RewardTrainer
-    from ernie_tune.trainers.sft import PaddleTrainer, SFTTrainer
+    from ernie_tune.trainers.sft import PaddleTrainer, PretrainTrainer, SFTTrainer
     from ernie_tune.trainers.upo import UPOTrainer
 
 

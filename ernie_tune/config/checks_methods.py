@@ -111,13 +111,15 @@ def _losses(c: RunConfig) -> Iterator[tuple[str, str]]:
     they need.
     """
     stage, names = STAGES[c.model.stage], c.preference.loss_type
-    if not stage.compares:
+    if not (stage.compares or stage.samples):
         return
     several = stage.name == "DPO"
     known = stage.losses if several or len(names) == 1 else ()
     if names != ("auto",):
         for name in names if known else (",".join(names),):
             yield from _loss_name(stage.name, name, stage.losses)
+    if not stage.compares:
+        return
     referenced = {name not in UNREFERENCED for name in names if name in PAIR_LOSSES and name != "sft"}
     shown = ",".join(names)
     if several and len(referenced) > 1:

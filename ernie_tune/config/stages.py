@@ -140,7 +140,7 @@ _ALL = (
     ),
     Stage(
         "PT",
-        f"{_TRAINERS}.sft:SFTTrainer",
+        f"{_TRAINERS}.sft:PretrainTrainer",
         ("sft", "text"),
         samples=False,
         reference=False,

@@ -79,4 +79,17 @@ class SFTTrainer(Trainer):
     method_class = SupervisedTuning
 
 
+class Pretraining(SupervisedTuning):
+    """Weighted likelihood of whole texts, and of the answers in dialogues."""
+
+    stages = ("PT",)
+    signals = STAGES["PT"].signals
+
+
+class PretrainTrainer(SFTTrainer):
+    """Go on with pre-training on texts. Arguments and errors as `Trainer`'s."""
+
+    method_class = Pretraining
+
+
 PaddleTrainer = SFTTrainer  # the founding article's name

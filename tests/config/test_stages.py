@@ -150,6 +150,8 @@ WRONG = [
     ({"stage": "KTO", "ref_mode": "precomputed"}, "ref_mode (precomputed) must not go with kto"),
     ({"stage": "UPO", "edge_loss": "cpo"}, "edge_loss (cpo) must be one of sigmoid"),
     ({"stage": "RM", "loss_type": ("sigmoid",)}, "loss_type (sigmoid) must be auto at stage RM"),
+    ({"stage": "RLVR", "loss_type": ("sigmoid",)}, "loss_type (sigmoid) must be one of grpo, dapo"),
+    ({"stage": "PPO", "loss_type": ("ppo", "grpo")}, "loss_type (ppo,grpo) must be one of grpo, dapo"),
     ({"stage": "KTO"}, "per_device_train_batch_size (1) must be at least 2 at stage KTO"),
     ({"stage": "DPO", "fine_tuning": "Prompt"}, "prefix_sharing (true) must be false with fine_tuning Prompt"),
     ({"fine_tuning": "Freeze"}, "fine_tuning (Freeze) must come with trainable_layers"),
