@@ -26,7 +26,7 @@ from ernie_tune.trainers.method import Method, Rows
 class SupervisedTuning(Method):
     """Weighted likelihood of the answers in dialogues, or of texts."""
 
-    stages = ("SFT", "PT")
+    stages: tuple[str, ...] = ("SFT", "PT")
     signals: tuple[str, ...] = ("sft",)
 
     def __init__(self, config: RunConfig, place: Place, processor: Processor) -> None:
