@@ -78,7 +78,7 @@ def zipped(name: str) -> bytes:
         ("rows.jsonl", b"\x89PNG\r\n\x1a\n", "a picture", "name it in the images of a row"),
         ("rows.jsonl", b"- prompt: a\n  response: b\n", "YAML", "write its rows as jsonl"),
         ("rows.xml", b"<?xml version='1.0'?><rows/>", "XML", "write its rows as jsonl"),
-        ("notes.md", b"# Notes\n\nhello\n", "text without rows ('# Notes')", "write each row as an object"),
+        ("NOTES.md", b"# Notes\n\nhello\n", "text without rows ('# Notes')", "write each row as an object"),
         ("rows.jsonl", b"<!DOCTYPE html><html></html>", "a web page", "download the raw file"),
     ],
 )
