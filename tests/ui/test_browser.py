@@ -146,6 +146,7 @@ def choose(page: Any, where: str, what: str) -> None:
     box.click()
     box.fill(what)
     page.get_by_role("option", name=what, exact=True).click()
+    page.get_by_role("option").first.wait_for(state="detached")  # the list fades: two open ones offer the same
     page.wait_for_function("([id, what]) => document.querySelector(`#${id} input`).value === what", arg=[where, what])
 
 
