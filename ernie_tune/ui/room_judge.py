@@ -127,18 +127,19 @@ def _keys(now: judging.Session | None, why: str, better: str, event: gr.EventDat
     if now is None:
         yield [gr.skip()] * 6
         return
-    before, told, kept, wrote = now.desk.at, "", (why, better), False
+    before, told, wrote = now.desk.at, "", False
+    fields: tuple[Any, Any] = (gr.skip(), gr.skip())  # what is being written there is left alone
     try:
         for key, at in _pressed(event):
             wrote = now.press(key, why, better, at) or wrote
-            if key == "e" and at == now.desk.at:
-                kept = (why, better or now.marked_text())
+            if key == "e" and at == now.desk.at and not better:
+                fields = (gr.skip(), now.marked_text())
     except (ValueError, OSError) as error:
         told = kit.line(error, "bad")
     moved = now.desk.at != before
     if now.waits:
         yield [kit.line(say("the model is answering …", "模型正在回答……")), *[gr.skip()] * 5]
-    yield _seen(now, told, ("", "") if moved or wrote else kept, moved)
+    yield _seen(now, told, ("", "") if moved or wrote else fields, moved)
 
 
 def _pressed(event: gr.EventData) -> Iterator[tuple[str, int]]:
@@ -152,7 +153,7 @@ def _pressed(event: gr.EventData) -> Iterator[tuple[str, int]]:
             yield one[0], one[1]
 
 
-def _seen(now: judging.Session, told: str, fields: tuple[str, str] = ("", ""), question: bool = True) -> list[Any]:
+def _seen(now: judging.Session, told: str, fields: tuple[Any, Any] = ("", ""), question: bool = True) -> list[Any]:
     """All that the desk shows. `question`: whether it is another one than before."""
     try:
         now.lay()

@@ -239,7 +239,7 @@ def _look(studio: Studio, chosen: str | None) -> tuple[Any, Any]:
         return (gr.update(choices=_jobs(studio), value=newest.id), "") if newest else (gr.skip(), gr.skip())
     state = studio.jobs.state(job)
     word = html.both(kit.STATES[state])
-    shown = f'<p class="state" data-state="{state}">{word}</p><pre class="log">{escape(_end(studio.jobs.output(job)))}</pre>'
+    shown = f'<p class="state" data-state="{state}">{escape(job.title)} · {word}</p><pre class="log">{escape(_end(studio.jobs.output(job)))}</pre>'
     return gr.update(choices=_jobs(studio)), shown
 
 

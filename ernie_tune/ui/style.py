@@ -93,11 +93,12 @@ let waiting = [], since = 0, turn = "", goal = "";
 const send = () => {
   if (!waiting.length || (since && Date.now() - since < PATIENCE_MS)) return;
   since = Date.now();
-  trigger("select", { keys: waiting.splice(0) });
+  const keys = waiting.splice(0);
+  goal = FIELDS[keys[keys.length - 1][0]] || "";  // entered once these keys have been heard
+  trigger("select", { keys });
 };
 const press = key => {
   if (!desk()) return;
-  goal = FIELDS[key] || "";
   waiting.push([key, Number(desk().dataset.at)]);
   send();
 };

@@ -170,10 +170,11 @@ def start(page: Any, name: str) -> None:
     page.wait_for_selector("#train-told .good")
 
 
-def ended(page: Any) -> None:
-    """Wait for the end of the job that the room Train shows; it must have gone well."""
-    page.wait_for_selector("#train-output .state:is([data-state=done], [data-state=failed])")
-    assert page.locator("#train-output .state[data-state=done]").count(), page.locator("#train-output").inner_text()
+def ended(page: Any, title: str) -> None:
+    """Wait for the end of a job that the room Train shows; it must have gone well."""
+    shown = page.locator("#train-output .state", has_text=title)
+    shown.and_(page.locator("[data-state=done], [data-state=failed]")).wait_for()
+    assert shown.get_attribute("data-state") == "done", page.locator("#train-output").inner_text()
 
 
 def test_the_loop(workspace: Path, address: str, browser: Any) -> None:
@@ -231,7 +232,7 @@ def watch(page: Any, workspace: Path) -> None:
     page.wait_for_function(f"{points} > {before}")
     page.wait_for_selector("#watch-samples article tr:nth-child(4)")  # before, at 20 and 40 steps
     room(page, "Train")
-    ended(page)
+    ended(page, "SFT output/sft")
 
 
 def compare(page: Any, workspace: Path) -> None:
@@ -282,7 +283,7 @@ def learn(page: Any, workspace: Path) -> None:
     assert "lora_path: output/sft" in text
     yaml.fill(text.replace("max_steps: 40", "max_steps: 4") + 'save_strategy: "no"\nplot_loss: false\n')
     start(page, "dpo.yaml")
-    ended(page)
+    ended(page, "DPO output/dpo-judgements")
     assert (workspace / "output" / "dpo-judgements" / "README.md").exists()
 
 

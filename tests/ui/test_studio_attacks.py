@@ -238,6 +238,22 @@ def test_keys_that_no_page_sends(studio: Studio, sent: Any) -> None:
     assert list(room_judge._keys(None, "", "", gr.EventData(None, sent)))
 
 
+def test_a_late_answer_leaves_what_is_being_written_alone(studio: Studio) -> None:
+    answers = [{"content": "a"}, {"content": "b"}]
+    rows = [{"row": n, "messages": [{"role": "user", "content": "q"}], "answers": answers} for n in (1, 2)]
+    write_rows(studio.workspace.root / "rows.jsonl", rows)
+    *_, first = room_judge._start(studio, "rows.jsonl", "", "judged", "ann", "pick", 2, 1.0)
+
+    def fields(key: str, at: int, better: str = "") -> list[Any]:
+        return list(room_judge._keys(first[0], "", better, gr.EventData(None, {"keys": [[key, at]]})))[-1][-2:]
+
+    assert fields("1", 0) == ["", ""], "another question"
+    assert fields("2", 0) == [gr.skip(), gr.skip()], "meant for the first one"
+    assert fields("ArrowRight", 1) == [gr.skip(), gr.skip()]
+    assert fields("e", 1) == [gr.skip(), first[0].marked_text()]
+    assert fields("e", 1, "mine") == [gr.skip(), gr.skip()]
+
+
 def test_two_judges_in_two_tabs(studio: Studio) -> None:
     answers = [{"content": "a"}, {"content": "b"}]
     rows = [{"row": n, "messages": [{"role": "user", "content": "q"}], "answers": answers} for n in (1, 2)]
