@@ -244,6 +244,14 @@ def _loss_name(stage: str, name: str, known: tuple[str, ...], setting: str = "lo
                 f"{stage} 阶段 {setting}（{name}）须为 auto；请去掉",
             ),
         )
+    elif set(name.split(",")) <= set(known):  # several, of which each alone would do
+        yield (
+            setting,
+            say(
+                f"{setting} ({name}) must be one of {', '.join(known)} at stage {stage}; choose one",
+                f"{stage} 阶段 {setting}（{name}）须为 {', '.join(known)} 之一；请选其一",
+            ),
+        )
     else:
         yield (
             setting,

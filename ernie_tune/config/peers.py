@@ -145,7 +145,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         compute_accuracy eval_iters minimum_eval_times max_evaluate_steps eval_on_each_dataset eval_with_do_generation eval_metric eval_use_evalscope
         eval_dataset_args eval_limit eval_generation_config extra_eval_args eval_packing acc_strategy save_generation_output do_sample num_beams
         length_penalty skip_special_tokens min_tokens frequency_penalty presence_penalty stream stream_options stop_words logprobs top_logprobs
-        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs min_p
+        structured_outputs_regex infer_backend max_eval_samples use_legacy_prediction_loop generation_kwargs
         eval_sample_packing eval_table_size max_predict_samples""",
     ),
     (
@@ -249,7 +249,7 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         ppo_score_norm ppo_target ppo_whiten_rewards reward_model_adapters reward_model_quantization_bit reward_model_type
         reward_adapters reward_model_revision reward_template
         local_rollout_forward_batch_size num_sample_generations response_length lmbda seq_kd gkd_logits_topk
-        multi_turn_scheduler max_turns completion_length_limit_scope use_gym_env gym_env
+        multi_turn_scheduler completion_length_limit_scope use_gym_env gym_env
         soft_max_length advantage_reweight real_tau
         repetition_n_grams repetition_max_penalty loss_scale_type num_nodes discopop_tau adapter_act adapter_length asft_alpha eaft_alpha module_dropout
         pissa_iter pissa_convert loraplus_lr_embedding loraga lora_use_mixer use_quick_lora adapter_folder lorapro_x_mode lorapro_scaling_factor
