@@ -152,11 +152,9 @@ def _spots(
     return _spots(rng, n, side, held_out, [max(4, r - 1) for r in radii])
 
 
-def scene(
-    rng: random.Random, held_out: bool = False, many: bool = False, sides: tuple[int, ...] = SIDES, most: int = 4
-) -> Scene:
+def scene(rng: random.Random, held_out: bool = False, many: bool = False, most: int = 4) -> Scene:
     """A picture of one to `most` things; `many`: up to nine, smaller ones, few kinds."""
-    side = rng.choice(sides)
+    side = rng.choice(SIDES)
     n = rng.randint(1, 9) if many else rng.randint(1, most)
     colors, shapes = list(COLORS), list(SHAPES)
     if many:
