@@ -6,14 +6,17 @@ At a few rows Paddle's operators take longer to get going than to compute, and l
 of the library, on memory that is kept from layer to layer. The formulas are those of the layers,
 which say them for arrays (`layers.py`, `moe.py`); so is the order of sums.
 
-Only for models whose layers are the library's own, without hooks, adapters or quantised weights
-(`StepForward.of` gives None for others), and rows in a `SegmentCache`.
+Only for models whose layers are the library's own, without hooks or quantised weights
+(`StepForward.of` gives None for others), and rows in a `SegmentCache`. Adapters may add products of
+low rank to linear layers (LoRA): the one that acts is read at the moment of the call, too.
 Legend: B rows, D width, N query and K key/value heads, H head width, E experts, k choices, M = B*k
-pairs sorted by expert, I inner width. Refuses to know: sampling, training, distribution.
+pairs sorted by expert, I inner width, r rank, P products. Refuses to know: sampling, training,
+distribution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,21 +26,22 @@ from ernie_tune.models import ernie, grouped, layers, mkl, moe
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.ernie import Elsewhere, ErnieModel
 from ernie_tune.models.inputs import PackedInput
-from ernie_tune.models.layers import gated, normalised, text_angles, turned, turns
+from ernie_tune.models.layers import LowRank, gated, normalised, text_angles, turned, turns
 from ernie_tune.models.moe import RouterTap, choose_few
 from ernie_tune.models.segments import SegmentCache
 
 _OURS = frozenset(module.__name__ for module in (ernie, grouped, layers, moe))
 
 
-def _plain(layer: nn.Layer) -> bool:
-    """Whether a layer does what its class says and nothing beside."""
+def _plain(layer: nn.Layer, added: Mapping[int, LowRank]) -> bool:
+    """Whether a layer does what its class says and nothing beside what is added to it."""
+    slot = added.get(id(layer))
     return (
         (type(layer).__module__ in _OURS or type(layer) is nn.LayerList)
         and not isinstance(layer, Elsewhere)
         and not layer._forward_pre_hooks
-        and not layer._forward_post_hooks
-        and all(map(_plain, layer._sub_layers.values()))
+        and len(layer._forward_post_hooks) == (slot is not None)
+        and all(part is slot or _plain(part, added) for part in layer._sub_layers.values())
     )
 
 
@@ -46,13 +50,15 @@ class StepForward:
     call.
     """
 
-    def __init__(self, model: ErnieModel) -> None:
+    def __init__(self, model: ErnieModel, added: Mapping[int, LowRank]) -> None:
+        """`added`: `model.low_rank()`."""
         self.config = model.config
         self.eps = model.norm.eps
-        self.layers = [_Layer(layer) for layer in model.layers]
+        self.layers = [_Layer(layer, added) for layer in model.layers]
         self.weights: list[Tensor] = [model.embed_tokens.weight, model.norm.weight]
         for layer in self.layers:
             self.weights += layer.weights
+        self.added = [part for layer in self.layers for part in layer.added]
         self.kind = np.dtype(model.compute_dtype)
         self._at: list[int] = []  # where the weights were when they were last looked at
         self._room: _Room | None = None
@@ -60,14 +66,17 @@ class StepForward:
     @classmethod
     def of(cls, model: Any) -> StepForward | None:
         """None for a model that is not plain, or does not compute where the library can."""
+        added = model.low_rank() if isinstance(model, ErnieModel) else None
         own = getattr(type(model), "forward", None) is ErnieModel.forward
-        if not own or not mkl.usable(model.compute_dtype):
+        if added is None or not (own or added) or not mkl.usable(model.compute_dtype):
             return None
         parts = (model.embed_tokens, model.layers, model.norm)
-        if model._forward_pre_hooks or model._forward_post_hooks or not all(map(_plain, parts)):
+        hooked = model._forward_pre_hooks or model._forward_post_hooks
+        if hooked or not all(_plain(part, added) for part in parts):
             return None
-        made = cls(model)
-        return made if mkl.ready(*made.weights) and all(w.is_contiguous() for w in made.weights) else None
+        made = cls(model, added)
+        held = [*made.weights, *(x for part in made.added for x in part.tensors())]
+        return made if mkl.ready(*held) and all(w.is_contiguous() for w in held) else None
 
     def __call__(self, inputs: PackedInput, cache: SegmentCache, tap: RouterTap | None = None) -> Tensor:
         """[B, D], after the last norm. `tap` may ask for the experts that are chosen, no more."""
@@ -86,11 +95,16 @@ class StepForward:
         return mkl.made(normalised(x_BD, self.norm, self.eps))
 
     def _look(self) -> None:
-        """Arrays and addresses of the weights, again where one has moved."""
-        at = [weight.data_ptr() for weight in self.weights]
+        """Arrays and addresses of the weights, again where one has moved or another adapter
+        acts.
+        """
+        low = [weight.data_ptr() for part in self.added for weight in part.tensors()]
+        at = [*(weight.data_ptr() for weight in self.weights), *low]
         if at == self._at:
             return
         self._at = at
+        for part in self.added:
+            part.look(self.kind)
         self.embed, self.norm = mkl.view(self.weights[0]), mkl.view(self.weights[1])
         rest = at[2:]
         for layer in self.layers:
@@ -98,10 +112,53 @@ class StepForward:
             rest = rest[len(layer.weights) :]
 
 
+class _Added:
+    """What low-rank adapters add to neighbouring products of the same rows."""
+
+    def __init__(self, layers: Sequence[nn.Layer], added: Mapping[int, LowRank]) -> None:
+        self.slots = [(i, added[id(layer)]) for i, layer in enumerate(layers) if id(layer) in added]
+        self.rows = 0
+
+    def tensors(self) -> list[Tensor]:
+        """A and B of those that act."""
+        return [x for _, slot in self.slots if (found := slot.low_rank()) is not None for x in found[:2]]
+
+    def look(self, kind: np.dtype[Any]) -> None:
+        """Take those that act now."""
+        found = [(i, slot.low_rank()) for i, slot in self.slots]
+        acting = [(i, one) for i, one in found if one is not None]
+        a, b = [one[0] for _, one in acting], [one[1] for _, one in acting]
+        self.kind, self.rows = kind, 0
+        self.which = np.array([i for i, _ in acting], np.intp)
+        self.a, self.b = (np.array([x.data_ptr() for x in some], np.uintp) for some in (a, b))
+        self.depth = np.array([x.shape[0] for x in a])
+        self.rank, self.width = (np.array([x.shape[k] for x in b], np.int64) for k in (0, 1))
+        self.scale = np.array([one[2] for _, one in acting], kind)
+
+    def run(self, rows: int, x_at: int, out_at: np.ndarray | int, step: int = 0) -> None:
+        """out += scale (x A) B. `out_at`: where each layer's product begins; `step`: elements from
+        row to row of it, its own width without.
+        """
+        if not len(self.which):
+            return
+        if rows != self.rows:
+            self.rows, count = rows, len(self.which)
+            self.low = np.empty(rows * int(self.rank.sum()), self.kind)
+            begin = (np.cumsum(self.rank) - self.rank) * (rows * self.low.itemsize)
+            self.low_at = (begin + self.low.ctypes.data).astype(np.uintp)
+            self.down = mkl.Products(
+                self.kind, count, (rows, self.rank, self.depth), (self.depth, self.rank, self.rank), factor=self.scale
+            )
+            steps = (self.rank, self.width, step or self.width)
+            self.up = mkl.Products(self.kind, count, (rows, self.width, self.rank), steps, add=True)
+        self.down.run(x_at, self.a, self.low_at)
+        self.up.run(self.low_at, self.b, np.asarray(out_at, np.uintp).reshape(-1)[self.which])
+
+
 class _Layer:
     """One decoder layer's weights."""
 
-    def __init__(self, layer: ernie.DecoderLayer) -> None:
+    def __init__(self, layer: ernie.DecoderLayer, added: Mapping[int, LowRank]) -> None:
         a, m = layer.self_attn, layer.mlp
         self.eps = layer.input_layernorm.eps
         self.weights: list[Tensor] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
@@ -115,6 +172,13 @@ class _Layer:
             experts = self.moe.text_experts
             self.weights += [experts.up_gate_proj, experts.down_proj]
             self.weights += [self.moe.gate.weight, self.moe.moe_statics.e_score_correction_bias]
+        self.to_qkv, self.to_out = _Added((a.q_proj, a.k_proj, a.v_proj), added), _Added((a.o_proj,), added)
+        inner = () if self.mlp is None else (self.mlp.gate_proj, self.mlp.up_proj)
+        self.to_up, self.to_down = (
+            _Added(inner, added),
+            _Added(() if self.mlp is None else (self.mlp.down_proj,), added),
+        )
+        self.added = (self.to_qkv, self.to_out, self.to_up, self.to_down)
 
     def look(self, at: list[int]) -> None:
         """`at`: the weights' addresses."""
@@ -140,8 +204,10 @@ class _Layer:
         """Add what the layer adds to x, in place."""
         h_BD = normalised(x_BD, self.norms[0], self.eps)
         room.project.run(h_BD.ctypes.data, self.qkv, room.qkv_at)
+        self.to_qkv.run(room.count, h_BD.ctypes.data, room.qkv_at)
         cache.attend_rows(number, turned(room.q, turn_B1h), turned(room.k, turn_B1h), room.v, room.attended)
         room.merge.run(room.attended_at, self.out, room.merged_at)
+        self.to_out.run(room.count, room.attended_at, room.merged_at)
         x_BD += room.merged
         h_BD = normalised(x_BD, self.norms[1], self.eps)
         x_BD += self._dense(h_BD, room) if self.moe is None else self._experts(self.moe, h_BD, room, tap)
@@ -150,8 +216,10 @@ class _Layer:
         assert self.mlp is not None
         dense = room.mlp(self.mlp.gate_proj.weight.shape[1])
         dense.up.run(h_BD.ctypes.data, self.up, dense.both_at)
+        self.to_up.run(room.count, h_BD.ctypes.data, dense.both_at, dense.both.shape[1])
         inner = gated(dense.both)
         dense.down.run(inner.ctypes.data, self.down, dense.out_at)
+        self.to_down.run(room.count, inner.ctypes.data, dense.out_at)
         return dense.out
 
     def _experts(self, layer: moe.MoELayer, h_BD: np.ndarray, room: _Room, tap: RouterTap | None) -> np.ndarray:
@@ -251,6 +319,8 @@ class _ExpertRoom:
         self.up_at[0, two:] = rows_MD.ctypes.data + start_E * (self.width * size)
         self.up_at[1, two:] = self.both_at + start_E * (2 * self.inner * size)
         self.up.run(self.up_at[0], layer.up, self.up_at[1])
+        if one:
+            layer.to_up.run(len(h_BD), h_BD.ctypes.data, self.up_at[1, :two], self.both_shared.shape[1])
         inner = gated(self.both)
         self.down.rows(one, counts_E)
         if one:
@@ -259,4 +329,6 @@ class _ExpertRoom:
         self.down_at[0, one:] = inner.ctypes.data + start_E * (self.inner * size)
         self.down_at[1, one:] = self.out_at + start_E * (self.width * size)
         self.down.run(self.down_at[0], layer.down, self.down_at[1])
+        if one:
+            layer.to_down.run(len(h_BD), inner_shared.ctypes.data, self.down_at[1, :1])
         return self.out

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.inputs import PackedInput
-from ernie_tune.models.layers import GatedMLP, Linear, RMSNorm, rotate_pairs, text_angles, turn_factors
+from ernie_tune.models.layers import GatedMLP, Linear, LowRank, RMSNorm, rotate_pairs, text_angles, turn_factors
 from ernie_tune.models.moe import MoELayer, RouterTap
 from ernie_tune.models.startup import CPU_PLAN, DEBUG_VARIABLE, prepare_device
 from ernie_tune.models.vision import Resampler, VisionTower
@@ -349,6 +349,12 @@ class ErnieModel(nn.Layer):
         for layer in self.layers:
             x_TD = recompute(layer, x_TD, ctx) if recompute else layer(x_TD, ctx)
         return self.norm(x_TD)
+
+    def low_rank(self) -> Mapping[int, LowRank] | None:
+        """By `id` of a linear layer, what adds to its product; None where adapters do anything
+        else.
+        """
+        return {}
 
     def head_weight(self) -> tuple[Tensor, bool]:
         """(matrix, transposed): [V, D] and True when tied to the embedding, else [D, V] and

@@ -12,6 +12,7 @@ compute the same numbers in fewer passes, on every device.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import paddle
@@ -191,6 +192,14 @@ class Linear(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return x_TD @ self.weight  # `paddle.matmul` takes as long again to get going
+
+
+class LowRank(Protocol):
+    """What adds `scale * (x A) B` to the product of a linear layer, when anything acts."""
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A [I, r], B [r, O], scale); None where nothing acts."""
+        ...
 
 
 class GatedMLP(nn.Layer):

@@ -235,7 +235,7 @@ class Products:
         sizes: tuple[int | np.ndarray, int | np.ndarray, int | np.ndarray],
         steps: tuple[int | np.ndarray, int | np.ndarray, int | np.ndarray],
         transposed: tuple[bool, bool] = (False, False),
-        factor: float = 1.0,
+        factor: float | np.ndarray = 1.0,
         add: bool = False,
     ) -> None:
         """`sizes`: (rows, columns, depth) of each product; `steps`: from row to row, in elements,

@@ -168,6 +168,15 @@ class LinearLora(nn.Layer):
         scaled = _ScaleColumns.apply(_add_product(bare, self.project(args[0]), self.lora_B), self.magnitude / norm_O)
         return scaled if linear.bias is None else scaled + linear.bias
 
+    @property
+    def only_adds(self) -> bool:
+        """Whether the output is y + scaling (x A) B while nothing is dropped, and no more."""
+        return "magnitude" not in self._parameters and self.sum_over is None
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, scaling)."""
+        return self.lora_A, self.lora_B, self.scaling
+
     def delta(self) -> Tensor:
         """scaling * A B, [I, O]."""
         return paddle.matmul(self.lora_A, self.lora_B) * self.scaling

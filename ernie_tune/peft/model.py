@@ -29,7 +29,7 @@ from ernie_tune.config.language import say
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.ernie import Elsewhere, ErnieModel, Recompute
 from ernie_tune.models.inputs import PackedInput
-from ernie_tune.models.layers import has_values
+from ernie_tune.models.layers import LowRank, has_values
 from ernie_tune.models.moe import RouterTap
 from ernie_tune.peft import build, slots
 from ernie_tune.peft.build import Places
@@ -259,6 +259,17 @@ class PeftModel(ErnieModel):
         if decoding:
             return dataclasses.replace(inputs, position_ids_T3=inputs.position_ids_T3 + shift), None
         return with_virtual_tokens(inputs, count, shift)
+
+    def low_rank(self) -> Mapping[int, LowRank] | None:
+        """As `ErnieModel.low_rank`: for LoRA of linear layers alone."""
+        found: dict[int, LowRank] = {}
+        layers = dict(self.named_sublayers())
+        for adapter in self.adapters.values():
+            plain = isinstance(adapter.config, LoraConfig) and not adapter.copies
+            if not plain or not all(isinstance(own, LinearLora) and own.only_adds for own in adapter.places.values()):
+                return None
+            found |= {id(layers[name]): layers[name].adapters for name in adapter.places}
+        return found
 
     def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
         """As `ErnieModel.embed`; an active prompt is told which rows are its own."""

@@ -35,6 +35,12 @@ class Slot(nn.Layer):
         adapter = None if self.active is None else self._sub_layers.get(self.active)
         return out if adapter is None else adapter(module, args, out)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """What the active adapter says under that name; None where none acts, or does more."""
+        adapter = None if self.active is None else self._sub_layers.get(self.active)
+        found: tuple[Tensor, Tensor, float] | None = None if adapter is None else adapter.low_rank()
+        return found
+
 
 def _act(module: nn.Layer, args: tuple[Any, ...], out: Tensor) -> Tensor:
     return module.adapters(module, args, out)

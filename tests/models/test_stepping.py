@@ -4,6 +4,7 @@ Paddle operator after the other.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from ernie_tune.models import mkl
 from ernie_tune.models.decoding import StepForward
 from ernie_tune.models.inputs import Row
 from ernie_tune.models.layers import gated_halves, rms_norm, rotate_pairs, swiglu, turn_factors
-from ernie_tune.peft.config import LoraConfig
-from ernie_tune.peft.model import get_peft_model
+from ernie_tune.peft.config import LoraConfig, PromptConfig
+from ernie_tune.peft.model import PeftModel, get_peft_model
 
 pytestmark = pytest.mark.skipif(not mkl.usable("float32"), reason="needs Paddle's math library for x86")
 
@@ -152,6 +153,65 @@ def test_only_plain_models_step_whole() -> None:
     hook.remove()
     assert StepForward.of(model) is not None
     assert StepForward.of(AutoModel.from_config("tiny-a", dtype="bfloat16")) is None
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert StepForward.of(adapted) is None
-    assert StepForward.of(adapted.base) is None
+    for config in (
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+        LoraConfig(r=2, target_modules=["text_experts"]),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+        PromptConfig(num_virtual_tokens=2),
+    ):
+        adapted = get_peft_model(AutoModel.from_config("tiny-a"), config)
+        assert StepForward.of(adapted) is None
+        assert StepForward.of(adapted.base) is None
+
+
+def adapted(dtype: str = "float32", targets: tuple[str, ...] = ()) -> PeftModel:
+    """A model with two adapters of unlike ranks that do something."""
+    paddle.seed(3)
+    made = get_peft_model(AutoModel.from_config("tiny-a", dtype=dtype), LoraConfig(r=4, target_modules=targets))
+    made.add_adapter(LoraConfig(r=3, lora_alpha=12, target_modules=["v_proj", "down_proj"]), "other")
+    rng = np.random.default_rng(1)
+    for name, value in made.named_parameters():
+        if name.endswith(".lora_B"):
+            value.set_value(paddle.to_tensor(rng.normal(0, 0.3, value.shape), value.dtype))
+    made.set_adapter("default")
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "tight"), [("float32", 2e-5), ("float64", 1e-13)])
+@pytest.mark.parametrize("targets", [(), ("k_proj", "gate_proj")], ids=["default", "some"])
+def test_adapters_are_part_of_a_whole_step(
+    targets: tuple[str, ...], dtype: str, tight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each adapter, and none; what they say differs, so that one that was left out is noticed."""
+    model, whole = adapted(dtype, targets), Whole(monkeypatch)
+    seen = []
+    for name in ("default", "other", None):
+        with model.acting(name):
+            whole.on, steps = True, whole.steps
+            found, logps = sampled(model)
+            assert whole.steps > steps + 2
+            whole.on = False
+            one_by_one, their_logps = sampled(model)
+        assert found == one_by_one
+        np.testing.assert_allclose(logps, their_logps, rtol=0, atol=tight)
+        seen.append(logps)
+    assert all(len(a) != len(b) or abs(a - b).max() > 1e-3 for a, b in itertools.combinations(seen, 2))
+
+
+def test_another_adapter_may_act_from_one_step_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = adapted(), Whole(monkeypatch)
+
+    def switching() -> list[float]:
+        model.set_adapter("default")
+        batch = RunningBatch(model, model.config.tokens)
+        batch.join([Prompt(Row(np.arange(10, 15)), SamplingParams(max_new_tokens=9))])
+        logps = []
+        for name in (None, "other", "default", "other", None) * 2:
+            logps += [event.logp for event in batch.step()] if len(batch) else []
+            model._activate(name)
+        return logps
+
+    found = switching()
+    assert whole.steps == 8
+    whole.on = False
+    np.testing.assert_allclose(found, switching(), rtol=0, atol=2e-5)
