@@ -231,7 +231,13 @@ class EvalArguments:
         low=0,
         shapes=False,
     )
-    eval_max_new_tokens: int = arg(64, "tokens of an answer, at most", "每个回答最多的 token 数", low=1, shapes=False)
+    eval_max_new_tokens: int = arg(
+        64,
+        "tokens of an answer, at most; where answers are sampled to learn from, no fewer than max_completion_length",
+        "每个回答最多的 token 数；采样学习的阶段不少于 max_completion_length",
+        low=1,
+        shapes=False,
+    )
     eval_metrics: tuple[str, ...] = arg(
         (),
         "scores of the answers; empty: those that fit the references",

@@ -106,22 +106,20 @@ class Measure:
         return {f"eval_{k}": v for k, v in {**loss, **scores}.items()}, asked, given
 
     def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
-        e = self.settings.eval
         if not asked:
             return {}, []
-        given = answers(
-            self.model,
-            self.processor,
-            asked,
-            max_new_tokens=e.eval_max_new_tokens,
-            rows=max(8, e.per_device_eval_batch_size),
-            done=done,
-        )
+        given = self._given(asked, done)
         references = [q.reference for q in asked]
         scores = score_answers(given, references, self.metric_names(asked))
         if self.compute_metrics is not None:
             scores.update(own_metrics(self.compute_metrics, given, references))
         return scores, given
+
+    def _given(self, asked: Sequence[Question], done: Callable[[int], object]) -> list[str]:
+        """What the model answers, thoughts cut off."""
+        e = self.settings.eval
+        rows = max(8, e.per_device_eval_batch_size)
+        return answers(self.model, self.processor, asked, max_new_tokens=e.eval_max_new_tokens, rows=rows, done=done)
 
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""

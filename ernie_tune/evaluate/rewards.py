@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.records import Record
 from ernie_tune.evaluate.answers import Question, question
 from ernie_tune.evaluate.measure import Measure
+from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.evidence import control_of, twin_of, without_picture
 from ernie_tune.train.rollout_guards import RolloutWatch
+
+Ask = Callable[[Sequence[Record]], list[Answered]]
 
 
 class OnlineMeasure(Measure):
@@ -26,14 +30,25 @@ class OnlineMeasure(Measure):
     that nobody wrote.
     """
 
-    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch) -> None:
+    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch, ask: Ask) -> None:
+        """`ask`: the policy's likeliest answers to prompts, as judges are given those of a
+        round.
+        """
         super().__init__(*args)
-        self.rubric, self.watch = rubric, watch
+        self.rubric, self.watch, self.ask = rubric, watch, ask
+        self._whole: list[Answered] = []  # the newest answers, with tokens, thoughts and calls
+        self._totals: list[float] = []  # what they earned, row by row
+
+    def before(self, log: RunLog, resumed: bool) -> None:
+        """As any method's; the watch hears of it, unless it heard before the run was stopped."""
+        super().before(log, resumed)
+        if not resumed:
+            self.watch.measured(self._totals)
 
     def during(self, *args: Any, **more: Any) -> dict[str, float]:
         """As any method's; the watch hears of it."""
         metrics = super().during(*args, **more)
-        self.watch.measured(metrics)
+        self.watch.measured(self._totals)
         return metrics
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
@@ -48,11 +63,20 @@ class OnlineMeasure(Measure):
         count = min(limit, len(self.rows))
         return [_asked(self.rows[i * len(self.rows) // count]) for i in range(count)]
 
+    def _given(self, asked: Sequence[Question], done: Callable[[int], object]) -> list[str]:
+        self._whole, size = [], max(8, self.settings.eval.per_device_eval_batch_size)
+        for k in range(0, len(asked), size):
+            part = [q.record for q in asked[k : k + size]]
+            self._whole += self.ask(part)
+            done(len(part))
+        return [_content(answer) for answer in self._whole]
+
     def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
         scores, given = super()._answers(asked, done)
         if not asked:
             return scores, given
-        judged = self.rubric([(q.record, [Answered(text)]) for q, text in zip(asked, given, strict=True)])
+        whole = self._whole
+        judged = self.rubric([(q.record, [answer]) for q, answer in zip(asked, whole, strict=True)])
         for name in self.rubric.names:
             known = [value for one in judged if (value := one[0].parts[name]) is not None]
             if known:
@@ -61,8 +85,17 @@ class OnlineMeasure(Measure):
             sum(w * (one[0].parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
             for one in judged
         ]
+        self._totals = totals
         scores = {"reward": float(np.mean(totals)), **scores}
+        for name in sorted({name for one in judged for name in one[0].details}):
+            known = [value for one in judged if (value := one[0].details.get(name)) is not None]
+            scores |= {name: float(np.mean(known))} if known else {}
         right = [(one[0].right or 0.0) >= 1 for one in judged]
+        if any(answer.calls for answer in whole):
+            scores["tools/call_frequency"] = float(np.mean([bool(answer.calls) for answer in whole]))
+            if any(right):
+                called = [bool(answer.calls) for answer, good in zip(whole, right, strict=True) if good]
+                scores["tools/calls_of_right_answers"] = float(np.mean(called))
         return scores | self._looked([q.record for q in asked], given, right), given
 
     def _looked(self, records: Sequence[Record], given: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
@@ -85,16 +118,22 @@ class OnlineMeasure(Measure):
         controls = [(control, said) for r, said in zip(records, given, strict=True) if (control := control_of(r))]
         if controls:
             again = self._said([control for control, _ in controls])
-            same = [a.strip() == b.strip() for a, (_, b) in zip(again, controls, strict=True)]
+            same = [_content(a) == b for a, (_, b) in zip(again, controls, strict=True)]
             out["evidence/invariance"] = float(np.mean(same))
         return out
 
-    def _said(self, records: Sequence[Record]) -> list[str]:
-        return super()._answers([_asked(record) for record in records], lambda count: None)[1]
+    def _said(self, records: Sequence[Record]) -> list[Answered]:
+        self._given([_asked(record) for record in records], lambda count: None)
+        return self._whole
 
-    def _right(self, records: Sequence[Record], said: Sequence[str]) -> list[bool]:
-        judged = self.rubric([(record, [Answered(text)]) for record, text in zip(records, said, strict=True)])
+    def _right(self, records: Sequence[Record], said: Sequence[Answered]) -> list[bool]:
+        judged = self.rubric([(record, [answer]) for record, answer in zip(records, said, strict=True)])
         return [(one[0].right or 0.0) >= 1 for one in judged]
+
+
+def _content(answer: Answered) -> str:
+    """The answer without its thought."""
+    return split_reasoning(answer.text)[1].strip()
 
 
 def _asked(record: Record) -> Question:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.endpoint import EndpointJudge
-from ernie_tune.rewards.evidence import judge_evidence, without_evidence
+from ernie_tune.rewards.evidence import judge_evidence, read_claims, without_evidence
 from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.spoken import claims_beside
@@ -129,7 +129,8 @@ class RowVerifiers:
         text, grounds = answer.text, {"leak", "contradiction"}
         out: dict[str, float | None] = {}
         checks = self._checks(record)
-        if any(name in GROUNDS for name, _, _ in checks):  # the answer is what stands beside the evidence
+        # the answer is what stands beside the evidence, also where nothing asks for that
+        if any(name in GROUNDS for name, _, _ in checks) or read_claims(answer.text) is not None:
             text = without_evidence(answer.text)
         for name, _, whole in checks:
             check = VERIFIERS[name]

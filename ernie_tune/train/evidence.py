@@ -34,6 +34,7 @@ from ernie_tune.train.rolled import Rolled
 
 _CLOSE = "</evidence>"
 RIGHT = 1.0 - 1e-9
+_HALF = 0.5  # of the picture: a box that says nothing
 _GREY = (122, 116, 104)  # about the mean of what processors expect
 Logp = Callable[[UnitBatch], np.ndarray]  # log-probabilities [N] of a batch's targets
 
@@ -296,7 +297,10 @@ class Evidence:
             )
             worth = box_evidence(full, none, alone, area, s.scale)
             group.reward_G[i] += s.boxes * worth
-            for name, value in (("box", worth), ("need", full - none), ("lost", full - alone), ("area", area)):
+            whole = float(area > _HALF)
+            for name, value in (
+                ("box", worth), ("need", full - none), ("lost", full - alone), ("area", area), ("whole_box", whole)
+            ):  # fmt: skip
                 said.setdefault(name, []).append(value)
 
     def _in_picture(self, group: Rolled, box: Box) -> tuple[np.ndarray, float]:

@@ -8,7 +8,7 @@ uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,11 @@ class RolloutWatch:
         """`by_reward` False: something else teaches, and rewards may be missing or alike."""
         self.by_reward = by_reward
         self.seen: dict[str, list[float]] = {}
+        # Means of held-out rewards, that of before training first; the rewards of the best of them,
+        # row by row; how many in a row were clearly below it.
         self.held: list[float] = []
+        self.best: list[float] = []
+        self.falls = 0
         self.told: set[str] = set()
 
     def look(self, step: int, values: Mapping[str, float]) -> list[Verdict]:
@@ -59,10 +63,23 @@ class RolloutWatch:
         }
         return self._say(step, found)
 
-    def measured(self, metrics: Mapping[str, float]) -> None:
-        """Take in an evaluation; what it gives reason to say comes with the next step."""
-        if "eval_reward" in metrics:
-            self.held.append(float(metrics["eval_reward"]))
+    def measured(self, rewards: Sequence[float]) -> None:
+        """Take in the held-out rewards of an evaluation, row by row; what they give reason to say
+        comes with the next step. Below the best means by more than two standard errors of the
+        difference, which the same rows make small.
+        """
+        if not len(rewards):
+            return
+        now, best = np.asarray(rewards, np.float64), np.asarray(self.best, np.float64)
+        self.held.append(float(now.mean()))
+        if not len(best) or now.mean() > best.mean():
+            self.best, self.falls = now.tolist(), 0
+            return
+        error = np.inf
+        if (least := min(len(now), len(best))) > 1:
+            spread = (now - best).var(ddof=1) if len(now) == len(best) else now.var(ddof=1) + best.var(ddof=1)
+            error = np.sqrt(spread / least)
+        self.falls = self.falls + 1 if best.mean() - now.mean() > 2 * error else 0
 
     def sight(self, step: int, seen: float, blind: float, ceiling: float) -> list[Verdict]:
         """What the shares of right answers with pictures and with grey ones give reason to say.
@@ -80,13 +97,12 @@ class RolloutWatch:
         return self._say(step, {"blind": words if blindly else None})
 
     def _hacking(self) -> Text | None:
-        """Held-out answers twice in a row below the best by more than .02, while the reward of
-        sampled ones rose.
+        """Held-out answers twice in a row clearly below the best, while the reward of sampled ones
+        rose.
         """
         rewards = self.seen.get("reward", [])
-        falls = len(self.held) >= 3 and max(self.held[-2:]) < max(self.held[:-2]) - 0.02
         half = len(rewards) // 2
-        if not (falls and half >= 2 and np.mean(rewards[half:]) > np.mean(rewards[:half])):
+        if not (self.falls >= 2 and half >= 2 and np.mean(rewards[half:]) > np.mean(rewards[:half])):
             return None
         best = max(self.held)
         return say(
@@ -165,11 +181,18 @@ class RolloutWatch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": {k: list(v) for k, v in self.seen.items()}, "held": list(self.held), "told": sorted(self.told)}
+        return {
+            "seen": {k: list(v) for k, v in self.seen.items()},
+            "held": list(self.held),
+            "best": list(self.best),
+            "falls": self.falls,
+            "told": sorted(self.told),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = {k: list(v) for k, v in state["seen"].items()}
         self.held, self.told = list(state["held"]), set(state["told"])
+        self.best, self.falls = list(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
 
 
 class CriticWatch:

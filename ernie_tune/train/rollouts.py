@@ -266,14 +266,15 @@ class Rollouts:
         n: int | None = None,
         greedy: bool = False,
         names: Sequence[int] | None = None,
+        most_tokens: int = 0,
     ) -> list[AnsweredPrompt]:
-        """`n` answers (by default `num_generations`; one that is `greedy`) to each prompt by the
-        policy as it is. `numbers` name the prompts and, with `seed`, what is drawn for them, where
-        `names` does not. Raises RowTooLong.
+        """`n` answers (num_generations) to each prompt by the policy as it is, or one that is
+        `greedy`, to prompts of any length. `numbers` name the prompts and, with `seed`, what is
+        drawn for them, where `names` does not. `most_tokens` of an answer. Raises RowTooLong.
         """
         tokens = self.processor.tokens
         params = SamplingParams(
-            max_new_tokens=self.settings.max_completion_length,
+            max_new_tokens=most_tokens or self.settings.max_completion_length,
             temperature=0.0 if greedy else self.settings.temperature,
             top_p=self.settings.top_p,
             top_k=self.settings.top_k,
@@ -285,7 +286,7 @@ class Rollouts:
             stop_strings=(*self.settings.stop_strings, *((CALL_END,) if self.turns else ())),
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
-        asked = [self._encoded(record) for record in records]
+        asked = [self._encoded(record, None if greedy else self.settings.max_prompt_length) for record in records]
         prompts = [
             Prompt(one.row, params, key, name, experts=self.settings.note_experts)
             for key, (one, name) in enumerate(zip(asked, names or numbers, strict=True))
@@ -326,7 +327,7 @@ class Rollouts:
         calls = calls or [()] * len(completions)
         return tuple(self._read(done, opened, called) for done, called in zip(completions, calls, strict=True))
 
-    def _encoded(self, record: Record) -> Encoded:
+    def _encoded(self, record: Record, most_tokens: int | None) -> Encoded:
         """The prompt as the model sees it. Raises RowTooLong."""
         return self.processor.encode(
             record.prompt,
@@ -335,7 +336,7 @@ class Rollouts:
             tools=record.tools,
             thinking=THINKING.get(record.mode),
             add_generation_prompt=True,
-            max_tokens=self.settings.max_prompt_length,
+            max_tokens=most_tokens,
             where=str(record.meta),
         )
 
@@ -542,7 +543,7 @@ class Rollouts:
         """A group from what `_group_state` says of it."""
         number = state["number"]
         try:
-            prompt = self._encoded(self.records[number])
+            prompt = self._encoded(self.records[number], self.settings.max_prompt_length)
         except RowTooLong as error:
             raise ValueError(
                 say(

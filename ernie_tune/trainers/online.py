@@ -43,6 +43,7 @@ from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.report.log import RunLog
 from ernie_tune.report.rollout_page import write_rollouts
+from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.agreement import Agreement, MismatchGate
 from ernie_tune.train.claims import credit_claims
@@ -422,7 +423,17 @@ class SampledAnswers(Method):
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         encoder = assemble.encoder_of(self.config, self.processor)
         given = (assemble.measure_settings(self.config), policy.forward, self.processor, encoder, rows.held, output_dir)
-        return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch)
+        return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch, ask=self._likeliest)
+
+    def _likeliest(self, records: Sequence[Record]) -> list[Answered]:
+        """One greedy answer to each prompt, made as those that are learned from and no shorter;
+        what is told of the newest round does not count it.
+        """
+        rounds, most = self.rollouts, max(self.config.eval.eval_max_new_tokens, self.settings.max_completion_length)
+        told = dict(rounds.seconds), rounds.tokens
+        drawn = rounds.sample(records, range(len(records)), 0, greedy=True, most_tokens=most)
+        rounds.seconds, rounds.tokens = told
+        return [one.answers[0] for one in drawn]
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         """Say what answers would earn without looking."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from ernie_tune.train.rollout_guards import ROUNDS, WINDOW, RolloutWatch
 
 HEALTHY = {
@@ -61,15 +63,40 @@ def test_entropy_that_collapses() -> None:
     assert "entropy collapsed from 1.000" in words
 
 
+def rewards(right: int, rows: int = 297) -> list[float]:
+    """Of the rows those at the front are right."""
+    return [1.0] * right + [0.0] * (rows - right)
+
+
 def test_rewards_up_and_held_out_down() -> None:
     for slope, said in ((0.01, 1), (-0.01, 0)):
         watch = RolloutWatch()
         spoken(40, lambda s, slope=slope: {"reward": 0.5 + s * slope}, watch)
-        for held in (0.86, 0.83, 0.81):
-            watch.measured({"eval_reward": held})
+        for right in (255, 243, 239):
+            watch.measured(rewards(right))
         verdicts = watch.look(41, {**HEALTHY, "reward": 0.5 + 41 * slope})
         assert len(verdicts) == said
-        assert not said or "held-out answers fell from 0.860 to 0.810" in str(verdicts[0].message)
+        assert not said or "held-out answers fell from 0.859 to 0.805" in str(verdicts[0].message)
+
+
+@pytest.mark.parametrize(("held", "falls"), [
+    ([rewards(255)], 0),
+    ([rewards(255), rewards(239)], 1),
+    ([rewards(255), rewards(239), rewards(256), rewards(240)], 1),  # it came back
+    ([rewards(255), rewards(252), rewards(253)], 0),  # three rows may be chance: sqrt(3) a standard error
+    ([rewards(255), rewards(245)[::-1], rewards(246)[::-1]], 0),  # other rows right and wrong: less sure
+    ([rewards(255), rewards(245), rewards(246)], 2),  # the same rows as before, and ten fewer
+    ([rewards(255), rewards(7, 10), rewards(7, 10)], 0),  # other rows, and few
+    ([rewards(255), rewards(2, 10), rewards(2, 10)], 2),
+    ([rewards(255), [1.0], [0.0]], 0),
+    ([[], rewards(255), rewards(239)], 1),
+])  # fmt: skip
+def test_what_is_clearly_below_the_best(held: list[list[float]], falls: int) -> None:
+    watch = RolloutWatch()
+    for one in held:
+        watch.measured(one)
+        watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert watch.falls == falls
 
 
 def test_a_resumed_watch_goes_on() -> None:

@@ -161,13 +161,29 @@ def test_rows_are_judged_by_what_they_name(tmp_path: Path) -> None:
     assert all(set(row["rewards"]) == {"row", "count"} for row in told)
 
 
-def test_held_out_prompts_are_answered_and_judged(tmp_path: Path) -> None:
-    held = [Record("verifiable", ({"role": "user", "content": "read the digit"},), reward=Reward("7"))]
-    made = RLVRTrainer(
-        model(), args(tmp_path, max_steps=1), eval_dataset=held, processor=processor(), reward_funcs=even
+def test_held_out_prompts_are_answered_and_judged_as_in_training(tmp_path: Path) -> None:
+    """With their tokens and the end they came to, as long as answers may be, to prompts of any
+    length; each checker of the rows has its mean."""
+    told: list[tuple[list[list[int]], list[str]]] = []
+
+    def judge(completion_ids: list[list[int]], finish_reason: list[str], **_: Any) -> list[float]:
+        told.append((completion_ids, finish_reason))
+        return even(completion_ids)
+
+    long = "read " * 40 + "the digit"
+    asked = [({"role": "user", "content": words},) for words in ("read the digit", long)]
+    held = [Record("verifiable", words, reward=Reward("7")) for words in asked]
+    settings = args(
+        tmp_path, max_steps=1, max_prompt_len=30, max_completion_length=5, eval_max_new_tokens=2, learning_rate=0.0
     )
+    funcs = {"reward_funcs": [judge, "row"], "reward_weights": [1.0, 0.5]}
+    made = RLVRTrainer(model(), settings, eval_dataset=held, processor=processor(), **funcs)
     metrics = made.train()
-    assert 0 <= metrics["eval_reward"] <= 1
+    answers, ends = told[-1]
+    assert [len(ids) for ids in answers] == [5, 5]
+    assert ends == ["length", "length"]
+    assert metrics["eval_reward/judge"] == pytest.approx(np.mean(even(answers)))
+    assert metrics["eval_reward"] == pytest.approx(metrics["eval_reward/judge"] + 0.5 * metrics["eval_count"])
     assert "eval_loss" not in metrics
 
 
