@@ -344,6 +344,12 @@ class CriticArguments:
         low=0.0001,
         stages=_PPO,
     )
+    normalize_values: bool = arg(
+        False,
+        "let the critic learn returns less their mean over their deviation, over all rounds so far",
+        "价值网络学习标准化的回报（减去迄今各轮的均值，除以标准差）",
+        stages=_PPO,
+    )
     whiten_rewards: bool = arg(False, "scale rewards to unit spread", "把奖励缩放到单位方差", stages=_PPO)
     missing_eos_penalty: float | None = arg(
         None, "taken from answers that do not end", "未结束的回答扣除的奖励", low=0, stages=_PPO

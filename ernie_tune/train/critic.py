@@ -55,13 +55,58 @@ def values(model: Any, hidden_TD: Tensor, batch: UnitBatch) -> Outputs:
     return {"value_N": model.value_head(paddle.gather(hidden_TD, paddle.to_tensor(batch.source_N)))}
 
 
-class ValueObjective:
-    """`coef` times the clipped squared error of values (`value_loss`), a mean over the tokens of
-    all answers that count in the window, over all ranks.
+class ValueScale:
+    """The unit that a critic thinks in: mean and deviation of all returns so far, so that what it
+    learns are differences, however large rewards are and wherever they lie (value normalisation,
+    arXiv 2103.01955; 1602.07714 without its correction of the head). State: what was seen, and the
+    unit in which the newest values were noted.
     """
 
-    def __init__(self, coef: float = 0.1, cliprange: float | None = 0.2) -> None:
-        self.coef, self.cliprange = coef, cliprange
+    def __init__(self) -> None:
+        self.seen = np.zeros(3)  # count, sum, sum of squares
+        self.noted = (0.0, 1.0)
+
+    @property
+    def unit(self) -> tuple[float, float]:
+        """(mean, deviation); (0, 1) before anything was seen, or where all returns were alike."""
+        count, total, squares = self.seen
+        if count < 2:
+            return 0.0, 1.0
+        mean = total / count
+        deviation = math.sqrt(max(squares / count - mean * mean, 0.0))
+        return float(mean), deviation if deviation > 1e-6 else 1.0
+
+    def take(self, return_N: np.ndarray, gather: Callable[[Any], list[Any]]) -> None:
+        """A round's returns, whose values were noted in the unit of before. All ranks call it."""
+        self.noted = self.unit
+        sums = np.array([len(return_N), return_N.sum(), (return_N**2).sum()], np.float64)
+        self.seen = self.seen + np.sum(gather(sums), axis=0)
+
+    def real(self, thought_N: np.ndarray) -> np.ndarray:
+        """Values from what the head says now."""
+        mean, deviation = self.unit
+        return mean + deviation * thought_N
+
+    def thought(self, value_N: np.ndarray, return_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what the head said when the values were noted, what it is to say)."""
+        (before, width), (mean, deviation) = self.noted, self.unit
+        return (value_N - before) / width, (return_N - mean) / deviation
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen.tolist(), "noted": list(self.noted)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen, self.noted = np.array(state["seen"]), (state["noted"][0], state["noted"][1])
+
+
+class ValueObjective:
+    """`coef` times the clipped squared error of values (`value_loss`), a mean over the tokens of
+    all answers that count in the window, over all ranks; in the unit of `scale`, where one is
+    given.
+    """
+
+    def __init__(self, coef: float = 0.1, cliprange: float | None = 0.2, scale: ValueScale | None = None) -> None:
+        self.coef, self.cliprange, self.scale = coef, cliprange, scale
         self._counts: dict[str, float] = {}
 
     def counts(self, window: Sequence[UnitBatch]) -> dict[str, float]:
@@ -76,7 +121,10 @@ class ValueObjective:
 
     def loss(self, outputs: Outputs, batch: UnitBatch) -> LossOut:
         c = batch.columns
-        out = value_loss(outputs["value_N"], c["value_N"], c["return_N"], c["keep_N"], self.cliprange)
+        old_N, return_N = c["value_N"], c["return_N"]
+        if self.scale is not None:
+            old_N, return_N = self.scale.thought(old_N, return_N)
+        out = value_loss(outputs["value_N"], old_N, return_N, c["keep_N"], self.cliprange)
         return combine({"vf": out}, {"vf": self.coef}, self._counts, "critic/{}_loss")
 
     def end(self, metrics: Mapping[str, tuple[float, float]]) -> None:
@@ -92,11 +140,11 @@ class ValueObjective:
 class Critic:
     """A critic at work. `placed`: its model on the mesh, with an engine for what of it is trained.
     `policy_adapter`: the adapter that acts for the policy on the same model; None for a critic with
-    a model of its own.
+    a model of its own. `scale`: the unit that its head thinks in; None: that of the rewards.
     """
 
-    def __init__(self, placed: Placed, policy_adapter: str | None = None) -> None:
-        self.placed, self.policy_adapter = placed, policy_adapter
+    def __init__(self, placed: Placed, policy_adapter: str | None = None, scale: ValueScale | None = None) -> None:
+        self.placed, self.policy_adapter, self.scale = placed, policy_adapter, scale
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
@@ -117,7 +165,8 @@ class Critic:
         model = self.placed.model
         shared = isinstance(model, PeftModel) and self.policy_adapter is not None
         with model.acting(ADAPTER) if shared else contextlib.nullcontext():
-            return frozen_outputs(self.placed.forward, values, batch)["value_N"].astype(np.float64)
+            found_N = frozen_outputs(self.placed.forward, values, batch)["value_N"].astype(np.float64)
+        return found_N if self.scale is None else self.scale.real(found_N)
 
 
 @contextlib.contextmanager
@@ -186,19 +235,21 @@ Gather = Callable[[Any], list[Any]]
 
 
 class RoundOfCritic:
-    """What a round of judged answers says of the critic and of the penalty, and the penalty's next
-    coefficient. State: the coefficient."""
+    """What a round of judged answers says of the critic and of the penalty, the penalty's next
+    coefficient, and the critic's unit. State: coefficient and unit."""
 
-    def __init__(self, control: KlControl, gather: Gather) -> None:
-        self.control, self.gather = control, gather
+    def __init__(self, control: KlControl, gather: Gather, scale: ValueScale | None = None) -> None:
+        self.control, self.gather, self.scale = control, gather, scale
 
     def look(self, groups: Sequence[Rolled]) -> dict[str, float]:
         """Means, least and greatest over the answers that count of all ranks: critic/* (values,
         returns and advantages of tokens, rewards of answers with the penalty, score without),
         critic/vf_explained_var, objective/kl (nats an answer) and objective/kl_coef, which was part
-        of the rewards; then the coefficient moves. All ranks call it."""
+        of the rewards; then the coefficient and the unit move. All ranks call it."""
         coef = self.control.coef
         columns = _columns(groups, coef)
+        if self.scale is not None:
+            self.scale.take(columns["returns"], self.gather)
         out: dict[str, float] = {"objective/kl_coef": coef}
         for name in ("values", "returns", "advantages", "rewards", "score"):
             known = columns[name]
@@ -232,10 +283,13 @@ class RoundOfCritic:
         return math.fsum(self.gather(float(((x_N - mean) ** 2).sum())))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_coef": self.control.coef}
+        scale = {} if self.scale is None else {"scale": self.scale.state_dict()}
+        return {"kl_coef": self.control.coef, **scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.control.coef = state["kl_coef"]
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
 
 
 def _low(x: np.ndarray) -> float:

@@ -35,6 +35,7 @@ from ernie_tune.train.critic import (
     Critic,
     RoundOfCritic,
     ValueObjective,
+    ValueScale,
     attach_value_head,
     critic_of,
 )
@@ -95,6 +96,7 @@ class AgainstCritic(SampledAnswers):
         self.value_model = value_model or config.critic.value_model
         self.watch_critic = CriticWatch(config.critic.critic_warmup)
         self.critic: Critic | None = None
+        self.scale = ValueScale() if config.critic.normalize_values else None
         self.steps: ActorCritic | None = None
         self._start = ""  # the reward model that the critic starts from; "": the policy
 
@@ -148,7 +150,7 @@ class AgainstCritic(SampledAnswers):
         if self.critic is None:
             model = policy.model
             own = not isinstance(model, PeftModel)
-            self.critic = Critic(self._own(policy)) if own else self._shared(policy, model)
+            self.critic = Critic(self._own(policy), scale=self.scale) if own else self._shared(policy, model)
             if self._start:
                 self._take_head(self.critic.placed.model)
         return self.critic
@@ -158,7 +160,7 @@ class AgainstCritic(SampledAnswers):
         if not self._start:
             model.mix_adapter(active, ADAPTER, 1.0)
         with critic_of(model, active):
-            return Critic(policy.beside(), active)
+            return Critic(policy.beside(), active, self.scale)
 
     def _own(self, policy: Placed) -> Placed:
         """A second model with the values of the reward model, or of the policy as it is now."""
@@ -185,7 +187,7 @@ class AgainstCritic(SampledAnswers):
         c = self.config
         rate = c.critic.value_learning_rate
         rate = 10 * c.optim.learning_rate if rate is None else rate
-        objective = ValueObjective(c.critic.vf_coef, c.critic.cliprange_value)
+        objective = ValueObjective(c.critic.vf_coef, c.critic.cliprange_value, self.scale)
 
         def make(placed: Placed) -> Loop:
             return assemble.loop_of(c, placed, objective, total_steps, rate)
@@ -200,7 +202,7 @@ class AgainstCritic(SampledAnswers):
         super().prepare(policy, rows, dry_run)
         c = self.config.critic
         self.rollouts.kl = KlControl(self.settings.kl_coef, c.kl_target, c.kl_horizon)
-        self.told = RoundOfCritic(self.rollouts.kl, self.place.gather_batch)
+        self.told = RoundOfCritic(self.rollouts.kl, self.place.gather_batch, self.scale)
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         super().started(log, rows, resumed)

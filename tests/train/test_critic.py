@@ -17,7 +17,7 @@ from support.thread_ranks import on_ranks
 from ernie_tune.objectives import advantages as adv
 from ernie_tune.objectives.policy import KlControl
 from ernie_tune.objectives.value import explained_variance
-from ernie_tune.train.critic import RoundOfCritic, ValueObjective
+from ernie_tune.train.critic import RoundOfCritic, ValueObjective, ValueScale
 
 ORACLE = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))
 IN, OUT = ORACLE["inputs"], ORACLE["outputs"]["ppo"]
@@ -108,6 +108,64 @@ def test_a_round_says_the_same_on_one_and_two_ranks() -> None:
     again = RoundOfCritic(KlControl(0.05), lambda value: [value])
     again.load_state_dict(json.loads(json.dumps(told.state_dict())))
     assert again.control.coef == told.control.coef
+
+
+def one_rank(value: Any) -> list[Any]:
+    return [value]
+
+
+def test_the_unit_of_values_is_that_of_all_returns_so_far() -> None:
+    scale = ValueScale()
+    assert scale.unit == (0.0, 1.0)
+    rounds = np.split(RETURN, [7, 20])
+    for k, some in enumerate(rounds):
+        before = scale.unit
+        scale.take(some, one_rank)
+        seen = np.concatenate(rounds[: k + 1])
+        assert scale.unit == pytest.approx((seen.mean(), seen.std()), abs=1e-12)
+        assert scale.noted == before
+    np.testing.assert_allclose(scale.real(np.array([-1.0, 0.0])), [RETURN.mean() - RETURN.std(), RETURN.mean()])
+    again = ValueScale()
+    again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    assert (again.unit, again.noted) == (scale.unit, scale.noted)
+    alike = ValueScale()
+    alike.take(np.full(5, 0.3), one_rank)
+    assert alike.unit == pytest.approx((0.3, 1.0))
+
+    def rank(ranks: Any) -> tuple[float, float]:
+        mine = ValueScale()
+        mine.take(RETURN[:9] if ranks.rank == 0 else RETURN[9:], ranks.gather)
+        return mine.unit
+
+    assert on_ranks(2, rank)[1] == pytest.approx((RETURN.mean(), RETURN.std()), abs=1e-12)
+
+
+def test_a_critic_in_units_has_the_loss_of_one_in_rewards_that_are_standardised() -> None:
+    """What the head said and is to say, clipped there: the published loss of rewards that had mean
+    0 and deviation 1 from the start. Rewards a hundred times as large change nothing."""
+    outs = []
+    for factor, shift in ((1.0, 0.0), (100.0, 7.0)):
+        scale = ValueScale()
+        returns = factor * RETURN + shift
+        scale.take(returns - factor, one_rank)  # a round before
+        said = (NEW - 0.5, OLD - 0.5)
+        noted = scale.real(said[1])
+        scale.take(returns, one_rank)
+        objective, batch = (
+            ValueObjective(0.1, 0.2, scale),
+            SimpleNamespace(columns={"value_N": noted, "return_N": returns, "keep_N": np.ones(len(OLD))}),
+        )
+        objective.begin(objective.counts([batch]))  # type: ignore[list-item]
+        outs.append(float(objective.loss({"value_N": paddle.to_tensor(said[0])}, batch).total))  # type: ignore[arg-type]
+        mean, spread = scale.unit
+        plain = ValueObjective(0.1, 0.2)
+        batch.columns |= {"value_N": said[1], "return_N": (returns - mean) / spread}
+        plain.begin(plain.counts([batch]))  # type: ignore[list-item]
+        assert outs[-1] == pytest.approx(
+            float(plain.loss({"value_N": paddle.to_tensor(said[0])}, batch).total),
+            abs=1e-12,  # type: ignore[arg-type]
+        )
+    assert outs[0] == pytest.approx(outs[1], abs=1e-9)
 
 
 def test_whitening_each_rank_by_itself_is_another_advantage() -> None:

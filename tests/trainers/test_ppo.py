@@ -190,7 +190,8 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, fine_tuning: str) -> None:
 
 @pytest.mark.parametrize(("fine_tuning", "changes"), [
     ("Full", {"num_iterations": 2, "critic_warmup": 1}),
-    ("LoRA", {"num_mini_batches": 2, "kl_target": 0.001, "kl_horizon": 40, "whiten_rewards": True}),
+    ("LoRA", {"num_mini_batches": 2, "kl_target": 0.001, "kl_horizon": 40, "whiten_rewards": True,
+              "normalize_values": True}),
 ])  # fmt: skip
 def test_stopping_and_going_on_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_tuning: str, changes: dict[str, Any]
