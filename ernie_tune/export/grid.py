@@ -22,6 +22,7 @@ from ernie_tune.config.language import say
 Array = np.ndarray[Any, Any]
 LARGEST = {8: 127, 4: 7}  # -128 and -8 are never produced
 _BELOW_HALF = np.float32(np.nextafter(np.float32(0.5), np.float32(0)))
+_SIGN = np.uint32(1 << 31)
 _BLOCK_BYTES = 1 << 18  # of float32: what is worked on at once stays in the processor's cache
 ROUNDINGS = ("cpu", "gpu")
 
@@ -45,16 +46,25 @@ class Grid:
 
 
 def round_half_away(x: Array) -> Array:
-    """Nearest integers as int8, halves away from zero, exactly: 0.49999997 stays below a half, and
-    0.5 plus the number below it is 1.
+    """Nearest integers of float32 as int8, halves away from zero, exactly: 0.49999997 stays below a
+    half, and 0.5 plus the number below it is 1.
     """
-    return (x + np.copysign(_BELOW_HALF, x)).astype(np.int8)
+    pushed = np.array(x, np.float32, order="C")
+    _push(pushed, np.empty_like(pushed))
+    return pushed.astype(np.int8)
 
 
 def round_in_place(x: Array) -> None:
     """The same, kept as floats."""
-    x += np.copysign(_BELOW_HALF, x)
+    _push(x, np.empty_like(x))
     np.trunc(x, out=x)
+
+
+def _push(x: Array, buffer: Array) -> None:
+    """x += copysign(_BELOW_HALF, x) by its bits: that function's loop takes twice as long."""
+    signed = np.bitwise_and(x.view(np.uint32), _SIGN, out=buffer.view(np.uint32))
+    np.bitwise_or(signed, _BELOW_HALF.view(np.uint32), out=signed)
+    x += buffer
 
 
 def check_shards(rows: int, shards: int) -> None:
@@ -126,11 +136,16 @@ def nearest_codes(bits_KN: Array, scale_SN: Array, bits: int) -> Array:
     largest = np.float32(LARGEST[bits])
     divisor = np.where(scale_SN == 0, np.float32(1), scale_SN)
     codes = np.empty(bits_KN.shape, np.int8)
-    for shard, rows in _blocks(bits_KN.shape, len(scale_SN)):
-        x = widen_bfloat16(bits_KN[rows])
+    blocks = list(_blocks(bits_KN.shape, len(scale_SN)))
+    # used again by every block: pages that are asked for anew cost as much as the arithmetic
+    buffers = np.empty((2, max(rows.stop - rows.start for _, rows in blocks), bits_KN.shape[1]), np.float32)
+    for shard, rows in blocks:
+        x, halves = buffers[:, : rows.stop - rows.start]
+        np.left_shift(bits_KN[rows], 16, out=x.view(np.uint32), dtype=np.uint32)
         x /= divisor[shard]
         np.clip(x, -largest, largest, out=x)
-        codes[rows] = round_half_away(x)
+        _push(x, halves)
+        codes[rows] = x
     return codes
 
 
