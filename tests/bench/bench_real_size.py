@@ -2,14 +2,16 @@
 shapes, with the memory and the time that each takes.
 
 usage: python tests/bench/bench_real_size.py FOLDER [--preset ernie-4.5-vl-28b-a3b] [--layers 28]
-           [--drawn 0,1] [--tokens 128,512] [--steps 3]
-           [--only make,train,export,packed,resume,eval,merge,serve]
+           [--drawn 0,1] [--layout paddle] [--tokens 128,512] [--steps 3]
+           [--only make,train,export,packed,resume,eval,merge,serve,equal]
 
-FOLDER gets `model/` (bfloat16, the paddle layout; layers in --drawn have random values, the others
-are holes of the file and take no disk), rows, runs and the packed folder. With --layers 28 a disk
-holds the drawn layers alone, 2 GB each; fewer layers make a slice for smaller machines, and
-`--preset ernie-4.5-vl-424b-a47b --layers 4` one of the larger model, 9 GB a routing layer.
-`resume`, `eval` and `merge` go on from what `packed` left, `serve` from the packed folder.
+FOLDER gets `model/` (bfloat16, the layout of the Paddle release or with `--layout hf` of the other;
+random values, but for the experts of layers that are not in --drawn, which are holes of the file
+and take no disk), rows, runs and the packed folder. Experts take 2 GB a drawn layer; fewer layers
+make a slice for smaller machines, and `--preset ernie-4.5-vl-424b-a47b --layers 4` one of the
+larger model, 9 GB a routing layer. `resume`, `eval` and `merge` go on from what `packed` left,
+`serve` from the packed folder. `equal` makes a slice of two layers of its own, trains ten steps on
+its codes and ten on the float model that has its rounded weights, and compares their losses.
 Every verb is a process of its own. `anonymous`: its largest memory that is no mapped file;
 `resident`: mapped pages counted too, which the system takes back when others need them. A step's
 time stands beside the time that its products take on this machine in float32.
@@ -84,14 +86,14 @@ def shape_of(preset_name: str, layers: int) -> Any:
     return config.replace(num_hidden_layers=layers, moe=moe, tokens=preset("small").tokens)
 
 
-def make(folder: Path, config: Any, drawn: set[int]) -> None:
+def make(folder: Path, config: Any, drawn: set[int], flavour: str = "paddle") -> None:
     """The model's folder: one file, holes where nothing was drawn."""
     from ernie_tune.checkpoint.names import FLAVOURS, layout
     from ernie_tune.checkpoint.tensors import NUMPY_TYPES
     from ernie_tune.data.processor import Processor
     from ernie_tune.models.config_dialects import write_config
 
-    table = layout(config, "paddle")
+    table = layout(config, flavour)
     folder.mkdir(parents=True)
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
     at = 0
@@ -114,15 +116,21 @@ def make(folder: Path, config: Any, drawn: set[int]) -> None:
             values = block if entry["dtype"] == "F32" else halves
             file.seek(begin + entry["data_offsets"][0])
             left = entry["data_offsets"][1] - entry["data_offsets"][0]
+            if "norm" in name and len(entry["shape"]) == 1:
+                values = np.full(left // values.itemsize, 1.0 if entry["dtype"] == "F32" else 0x3F80, values.dtype)
             while left:
                 left -= file.write(values.tobytes()[:left])
-    (folder / "config.json").write_text(json.dumps(write_config(config, FLAVOURS["paddle"].dialect), indent=2))
+    (folder / "config.json").write_text(json.dumps(write_config(config, FLAVOURS[flavour].dialect), indent=2))
     Processor.bundled("small").save_pretrained(folder)
 
 
 def _is_drawn(name: str, drawn: set[int]) -> bool:
+    """Holes are the experts of other layers, so that their routers deal tokens to all of them, and
+    the routers' biases.
+    """
     layer = re.search(r"layers\.(\d+)\.", name)
-    return layer is None or int(layer.group(1)) in drawn
+    held = layer is None or int(layer.group(1)) in drawn or ".mlp.experts." not in name
+    return held and "e_score_correction_bias" not in name
 
 
 def write_rows(path: Path, tokens: int, count: int = 4) -> None:
@@ -319,9 +327,10 @@ def main() -> None:
     parser.add_argument("--preset", default=RELEASED)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--drawn", default="0,1")
+    parser.add_argument("--layout", choices=("paddle", "hf"), default="paddle")
     parser.add_argument("--tokens", default="128,512")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", default="make,train,export,packed,resume,eval,merge,serve")
+    parser.add_argument("--only", default="make,train,export,packed,resume,eval,merge,serve,equal")
     parser.add_argument("--speak", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.speak:
@@ -330,7 +339,7 @@ def main() -> None:
     phases, root, config = a.only.split(","), a.folder, shape_of(a.preset, a.layers)
     model, packed = root / "model", root / "packed"
     if "make" in phases and not model.exists():
-        make(model, config, {int(i) for i in a.drawn.split(",")})
+        make(model, config, {int(i) for i in a.drawn.split(",")}, a.layout)
         held = sum(p.stat().st_blocks * 512 for p in model.iterdir())
         whole = sum(p.stat().st_size for p in model.iterdir())
         print(f"{model}: {whole / GB:.1f} GB, {held / GB:.1f} GB of disk", flush=True)
@@ -353,6 +362,8 @@ def main() -> None:
             told = estimated(yaml, tokens) - libraries - (codes_bytes(packed) if phase == "packed" else 0)
             report(f"{phase} {tokens} tokens", done, told, products_seconds(config, tokens, rate))
     after(root, phases, lengths[0], a.steps)
+    if "equal" in phases:
+        equal(root / "slice", a.preset, lengths[0])
 
 
 def write_run(root: Path, phase: str, tokens: int, more: dict[str, Any]) -> Path:
@@ -388,6 +399,26 @@ def after(root: Path, phases: list[str], tokens: int, steps: int) -> None:
         report("export merged, bfloat16", verb("export", model, run, *words))
     if "serve" in phases:
         report_speech(packed)
+
+
+def equal(root: Path, preset_name: str, tokens: int, steps: int = 10) -> None:
+    """Losses of a run on codes beside those on the float model with the same rounded weights."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from support.rounded import write_rounded
+    from support.tiny_runs import history
+
+    plain, packed, rounded = root / "model", root / "packed", root / "rounded"
+    if not plain.exists():
+        make(plain, shape_of(preset_name, 2), {0, 1})
+        verb("export", plain, "--output_dir", packed, "--quantization", "wint4", "--method", "rtn", "--emit", "packed")
+        write_rounded(plain, packed, rounded)
+    found = {}
+    for base in (packed, rounded):
+        yaml = write_run(root, base.name, tokens, {"model_name_or_path": base, "max_steps": steps})
+        verb("train", yaml, "overwrite_output_dir=true")
+        found[base.name] = [r["loss"] for r in history(root / f"run_{base.name}_{tokens}") if "loss" in r]
+    apart = max(abs(a / b - 1) for a, b in zip(found["packed"], found["rounded"], strict=True))
+    print(f"{steps} steps on codes and on the rounded float weights: losses apart by {apart:.1e} at most")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 from export_cases import model_folder, rtn
+from support.rounded import write_rounded
 from support.tiny_runs import history, settings, train
 from support.tiny_runs import processor as tiny_processor
 
-from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.loader import load_text
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.source import ExportSource
 from ernie_tune.generate.opened import open_engine
 from ernie_tune.models.inputs import pack
-from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft.packed import load_packed
-from ernie_tune.peft.quantize import QuantizedLinear, QuantizedProduct, weight_bytes
+from ernie_tune.peft.quantize import weight_bytes
 from ernie_tune.plan.job import job_of, model_shape
 from ernie_tune.plan.judgement import judged
 from ernie_tune.plan.weights import base_bytes
@@ -41,20 +39,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = ExportSource(plain)
     for scheme in ("wint4", "mix", "wint8"):
         write_packed(root / scheme, source, **rtn(source, scheme))
-    packed, rounded = load_packed(root / "wint4"), AutoModel.from_pretrained(plain)
-    layers, state = dict(packed.named_sublayers()), rounded.state_dict()
-    values = packed.state_dict()
-    for name, spec in parameter_specs(packed.config).items():
-        module, _, leaf = name.rpartition(".")
-        owner = layers[module]
-        if isinstance(owner, QuantizedLinear):
-            state[name].set_value(owner.weight)
-        elif isinstance(product := getattr(owner, leaf.replace("proj", "product"), None), QuantizedProduct):
-            state[name].set_value(paddle.stack([product.quant.dense(e) for e in range(spec.shape[0])]))
-        else:
-            state[name].set_value(values[name])
-    rounded.save_pretrained(root / "rounded")
-    for name in ("wint4", "mix", "wint8", "rounded"):
+    write_rounded(plain, root / "wint4", root / "rounded")
+    for name in ("wint4", "mix", "wint8"):
         for file in plain.iterdir():
             if file.suffix != ".safetensors" and file.name != "config.json":
                 shutil.copy(file, root / name / file.name)
