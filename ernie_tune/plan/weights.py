@@ -88,7 +88,7 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
         return plain
     if job.packed is not None:
         chosen_bits = _packed_bits(name, spec, job.packed)
-        return _quantised(spec, chosen_bits, job.element_bytes) if chosen_bits else plain
+        return _quantised(spec, chosen_bits, job.element_bytes, 1) if chosen_bits else plain
     if job.quantize not in ALGORITHMS:
         raise ValueError(
             say(
@@ -113,10 +113,11 @@ def _packed_bits(name: str, spec: ParameterSpec, packed: PackedBits) -> int:
     return getattr(packed, kind_of(name)) if len(spec.shape) == 3 or _is_linear(name, spec) else 0
 
 
-def _quantised(spec: ParameterSpec, bits: int, scale_bytes: int) -> float:
+def _quantised(spec: ParameterSpec, bits: int, scale_bytes: int, groups: int | None = None) -> float:
+    """`groups`: rows of its scales where the matrix does not decide; a packed folder has one."""
     n_in, n_out = spec.shape[-2:]
     stack = spec.size // (n_in * n_out)
-    return spec.size * bits / 8 + stack * num_groups(n_in, bits) * n_out * scale_bytes
+    return spec.size * bits / 8 + stack * (groups or num_groups(n_in, bits)) * n_out * scale_bytes
 
 
 def adapters(job: Job) -> Iterator[tuple[str, str, int]]:

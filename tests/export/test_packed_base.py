@@ -77,6 +77,15 @@ def test_an_estimate_counts_the_codes(folders: dict[str, Path], scheme: str) -> 
     assert counted < 0.75 * base_bytes(job_of(plain, model_shape(str(folders["plain"])), on_cpu=True))
 
 
+def test_an_estimate_counts_one_scale_a_column(tmp_path: Path) -> None:
+    plain = model_folder(tmp_path / "plain", "nano")  # 192 rows are three groups of int4 made at load
+    source = ExportSource(plain)
+    write_packed(tmp_path / "packed", source, **rtn(source, "wint4"))
+    config = load_text(f"model_name_or_path: {tmp_path / 'packed'}\nfine_tuning: LoRA\n", "test").config
+    counted = base_bytes(job_of(config, model_shape(str(tmp_path / "packed")), on_cpu=True))
+    assert counted == pytest.approx(weight_bytes(load_packed(tmp_path / "packed")), rel=0.002)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
