@@ -15,7 +15,7 @@ from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import GB, Card
 from ernie_tune.plan.job import Job
 from ernie_tune.plan.segments import bounds_of
-from ernie_tune.plan.weights import EXPERT, TENSOR, Held, held
+from ernie_tune.plan.weights import EXPERT, TENSOR, Held, bare, held
 
 # What the code keeps, in its own constants (a test holds them together): exponentials of scores for
 # the backward of the loss, and attention probabilities (CPU only; the flash kernel keeps none),
@@ -227,13 +227,16 @@ class _Activations:
 
     def mlp(self, layer: int) -> float:
         """Input and normed input; then gate, up, their product and what the product needs, of the
-        dense, shared and chosen experts' layers.
+        dense, shared and chosen experts' layers. A product with codes that no adapter stands beside
+        keeps neither its input nor, behind it, that of the next: gate and up alone.
         """
         m, moe = self.job.model, self.job.model.moe
         hidden = 2 * self.local * m.hidden_size
+        parts = 2 if bare(self.job, "linear") else 4
         if moe is None or not m.is_moe_layer(layer):
-            return self.wide * (hidden + self._gathered() + 4 * self.job.tokens * self.share * m.intermediate_size)
-        shared = 4 * self.job.tokens * self.share * moe.shared_intermediate_size
+            return self.wide * (hidden + self._gathered() + parts * self.job.tokens * self.share * m.intermediate_size)
+        shared = parts * self.job.tokens * self.share * moe.shared_intermediate_size
+        inputs, parts = (1, 2) if bare(self.job, "experts") else (2, 4)
         # dispatched rows arrive in buffers of their own, and go back so
         exchanged = 2 if self.layout.expert > 1 else 0
         uneven = IMBALANCE if self.layout.expert > 1 else 1.0
@@ -241,7 +244,7 @@ class _Activations:
         routed = 0.0
         for tokens, inner in zip((self.job.tokens - visual, visual), (*moe.intermediate_size, 0), strict=False):
             rows = uneven * moe.top_k * tokens * self.share
-            routed += rows * ((2 + exchanged) * m.hidden_size + 4 * inner)
+            routed += rows * ((inputs + exchanged) * m.hidden_size + parts * inner)
         # logits, probabilities and their gradients, float32
         router = 4 * 5 * self.local * moe.num_experts
         return self.wide * (hidden + shared + routed) + router

@@ -34,11 +34,11 @@ def fitting_rows(job: Job, free_bytes: float, layout: Layout | None = None, on: 
     return 1
 
 
-def kept_layers(job: Job, tokens: int, free_bytes: float) -> tuple[int, float]:
+def kept_layers(job: Job, tokens: int, visual_tokens: int, free_bytes: float) -> tuple[int, float]:
     """(decoder layers that need not be run again for a pack of so many tokens, bytes that they
     keep), on one CPU process that has loaded its weights and may take `free_bytes` more.
     """
-    pack = job.replace(rows=1, row_tokens=tokens, visual_tokens=0)
+    pack = job.replace(rows=1, row_tokens=tokens, visual_tokens=visual_tokens)
     again, once = (memory(pack.replace(recompute=flag), Layout(), card("cpu")).items for flag in (True, False))
     layers = job.model.num_hidden_layers
     each = (once.get("kept activations", 0.0) - again.get("kept activations", 0.0)) / layers

@@ -120,6 +120,11 @@ def _quantised(spec: ParameterSpec, bits: int, scale_bytes: int, groups: int | N
     return spec.size * bits / 8 + stack * (groups or num_groups(n_in, bits)) * n_out * scale_bytes
 
 
+def _linears(model: ModelConfig) -> list[str]:
+    """Linear layers, which a target of LoRA may name."""
+    return [n.removesuffix(".weight") for n, spec in parameter_specs(model).items() if _is_linear(n, spec)]
+
+
 def adapters(job: Job) -> Iterator[tuple[str, str, int]]:
     """(place, cut, values) of everything that is added to the frozen base."""
     if job.lora is not None:
@@ -136,12 +141,7 @@ def _lora(job: Job) -> Iterator[tuple[str, str, int]]:
     lora, specs = job.lora, parameter_specs(job.model)
     if lora is None:
         return
-    linears = [
-        name.removesuffix(".weight")
-        for name, spec in specs.items()
-        if len(spec.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
-    ]
-    for name in linear_targets(lora, linears):
+    for name in linear_targets(lora, _linears(job.model)):
         n_in, n_out = specs[f"{name}.weight"].shape
         column, row = bool(_COLUMN.match(name)), bool(_ROW.match(name))
         yield place_of(name), TENSOR if row else WHOLE, n_in * lora.r
@@ -152,6 +152,17 @@ def _lora(job: Job) -> Iterator[tuple[str, str, int]]:
         for product in ("up_gate_proj", "down_proj"):
             shape = specs[f"layers.{layer}.mlp.{MODALITIES[modality]}_experts.{product}"].shape
             yield f"layers.{layer}", EXPERT, len(chosen) * lora.r * (shape[-2] + shape[-1])
+
+
+def bare(job: Job, kind: str) -> bool:
+    """Whether the feed-forward's matrices are codes that no adapter stands beside: those of its
+    "linear" layers, dense and shared, or of its "experts".
+    """
+    if not job.coded or job.lora is None:
+        return job.coded
+    if kind == "experts":
+        return not expert_targets(job.lora, job.model)
+    return not any(".mlp." in name for name in linear_targets(job.lora, _linears(job.model)))
 
 
 def trained_values(job: Job) -> int:

@@ -30,12 +30,15 @@ class KeptLayers:
     def __init__(self, recompute: Callable[..., Tensor], job: Job, free: Callable[[], Free | None]) -> None:
         self.recompute, self.job, self._free = recompute, job, free
         self._budget_bytes: float | None = None
-        self._again: dict[int, int] = {}  # tokens of a pack -> decoder layers that are run again
+        # tokens and visual tokens of a pack -> decoder layers that are run again
+        self._again: dict[tuple[int, int], int] = {}
 
     def __call__(self, layer: Any, x: Tensor, *rest: Any) -> Tensor:
-        if not isinstance(layer, DecoderLayer) or layer.self_attn.layer < self.run_again(x.shape[0]):
+        ctx = next((r for r in rest if isinstance(r, SequenceContext)), None)
+        visual = ctx.vision_index.shape[0] if ctx is not None and ctx.vision_index is not None else 0
+        if not isinstance(layer, DecoderLayer) or layer.self_attn.layer < self.run_again(x.shape[0], visual):
             return self.recompute(layer, x, *rest)
-        tap = next((r.tap for r in rest if isinstance(r, SequenceContext)), None)
+        tap = ctx.tap if ctx is not None else None
         if tap is None:
             return layer(x, *rest)
         before, tap.recomputed = tap.recomputed, False  # its routers count in this, its only pass
@@ -44,19 +47,22 @@ class KeptLayers:
         finally:
             tap.recomputed = before
 
-    def run_again(self, tokens: int) -> int:
-        """How many decoder layers, from the first, are run again for a pack of so many tokens."""
-        if tokens not in self._again:
+    def run_again(self, tokens: int, visual: int = 0) -> int:
+        """How many decoder layers, from the first, are run again for a pack of so many tokens,
+        `visual` of them of pictures.
+        """
+        pack = tokens, visual
+        if pack not in self._again:
             first = self._budget_bytes is None
             if self._budget_bytes is None:
                 free = self._free()
                 self._budget_bytes = free.bytes if free else 0.0
             layers = self.job.model.num_hidden_layers
-            kept, kept_bytes = kept_layers(self.job, tokens, self._budget_bytes)
-            self._again[tokens] = layers - kept
+            kept, kept_bytes = kept_layers(self.job, tokens, visual, self._budget_bytes)
+            self._again[pack] = layers - kept
             if first:
                 self._tell(tokens, kept, kept_bytes)
-        return self._again[tokens]
+        return self._again[pack]
 
     def _tell(self, tokens: int, kept: int, kept_bytes: float) -> None:
         budget, layers = KEPT_SHARE * (self._budget_bytes or 0.0) / GB, self.job.model.num_hidden_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from planning import ATTENTION, B28, settings
 
 from ernie_tune.config.layout import Layout
@@ -51,11 +52,34 @@ def test_codes_of_a_file_take_no_room() -> None:
 
 def test_layers_are_kept_while_they_fit_half() -> None:
     job = quantised(max_seq_len=4096)
-    counts = [kept_layers(job, 512, gigabytes * GB)[0] for gigabytes in (0, 2, 4, 8, 100)]
+    counts = [kept_layers(job, 512, 0, gigabytes * GB)[0] for gigabytes in (0, 2, 4, 8, 100)]
     assert counts == sorted(counts)
     assert counts[0] == 0
     assert counts[-1] == 28
     assert 0 < counts[2] < 28
-    assert kept_layers(job, 128, 4 * GB)[0] > counts[2] > kept_layers(job, 1024, 4 * GB)[0]
+    assert kept_layers(job, 128, 0, 4 * GB)[0] > counts[2] > kept_layers(job, 1024, 0, 4 * GB)[0]
     for gigabytes in (2, 4, 8):
-        assert kept_layers(job, 512, gigabytes * GB)[1] <= KEPT_SHARE * gigabytes * GB
+        assert kept_layers(job, 512, 0, gigabytes * GB)[1] <= KEPT_SHARE * gigabytes * GB
+
+
+def test_codes_alone_keep_neither_input_nor_product() -> None:
+    def kept(**lora: str) -> float:
+        config = settings(
+            B28, **{**ATTENTION, **lora}, weight_quantize_algo="weight_only_mix", recompute=False, max_seq_len=100
+        )
+        job = job_of(config, preset(B28), on_cpu=True, visual_tokens=0)
+        return memory(job, Layout(), card("cpu")).items["kept activations"]
+
+    model = preset(B28)
+    assert model.moe is not None
+    inner, shared = model.moe.intermediate_size[0], model.moe.shared_intermediate_size
+    sparse, dense = len(model.moe.layer_indices), model.num_hidden_layers - len(model.moe.layer_indices)
+    experts = kept(lora_experts="both") - kept()
+    assert experts == pytest.approx(4 * 100 * model.moe.top_k * sparse * (model.hidden_size + 2 * inner))
+    linear = kept(lora_target_modules="all") - kept()
+    assert linear == pytest.approx(4 * 100 * 2 * (sparse * shared + dense * model.intermediate_size))
+
+
+def test_a_pack_with_pictures_keeps_less() -> None:
+    job = quantised(max_seq_len=4096)  # the experts of pictures are narrower
+    assert kept_layers(job, 512, 256, 5 * GB)[0] > kept_layers(job, 512, 0, 5 * GB)[0]

@@ -65,7 +65,7 @@ def passed(model: Any, recompute: Any, tap: RouterTap | None = None) -> tuple[li
 def test_gradients_and_passes(model: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, kept: int) -> None:
     layers = model.config.num_hidden_layers
     kept = min(kept, layers)
-    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, free: (kept, 1.0))
+    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, visual, free: (kept, 1.0))
     job = job_of(build({"model_name_or_path": "tiny-a", "fine_tuning": "LoRA"}), model.config, on_cpu=True)
     plain, twice = passed(model, assemble.recompute())
     assert twice == [*range(layers), *reversed(range(layers))]
@@ -77,7 +77,7 @@ def test_gradients_and_passes(model: Any, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_routers_count_in_the_only_pass(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, free: (1, 1.0))
+    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, visual, free: (1, 1.0))
     job = job_of(build({"model_name_or_path": "tiny-a"}), model.config, on_cpu=True)
     routers = [layer for layer in model.sublayers() if isinstance(layer, MoELayer)]
     usage = []
@@ -93,7 +93,7 @@ def test_routers_count_in_the_only_pass(model: Any, monkeypatch: pytest.MonkeyPa
 
 def test_what_is_free_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, free: (int(free) // tokens, 0.0))
+    monkeypatch.setattr(kept_layers, "kept_layers", lambda job, tokens, visual, free: (int(free) // tokens, 0.0))
     job = job_of(build({"model_name_or_path": "tiny-a"}), AutoModel.from_config("tiny-a").config, on_cpu=True)
     keeper = KeptLayers(lambda *_: None, job, lambda: asked.append(1))  # type: ignore[arg-type, func-returns-value, return-value]
     assert [keeper.run_again(tokens) for tokens in (5, 7, 5)] == [job.model.num_hidden_layers] * 3
