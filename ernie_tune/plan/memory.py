@@ -225,18 +225,19 @@ class _Activations:
             * sum((min(a + ATTENTION_BLOCK, length) - a) * min(a + ATTENTION_BLOCK, length) for a in blocks)
         )
 
-    def mlp(self, layer: int) -> float:
+    def mlp(self, layer: int, gradients: bool = False) -> float:
         """Input and normed input; then gate, up, their product and what the product needs, of the
         dense, shared and chosen experts' layers. A product with codes that no adapter stands beside
-        keeps neither its input nor, behind it, that of the next: gate and up alone.
+        keeps neither its input nor, behind it, that of the next: gate and up alone. Their
+        `gradients` are all made.
         """
         m, moe = self.job.model, self.job.model.moe
         hidden = 2 * self.local * m.hidden_size
-        parts = 2 if bare(self.job, "linear") else 4
+        parts = 2 if bare(self.job, "linear") and not gradients else 4
         if moe is None or not m.is_moe_layer(layer):
             return self.wide * (hidden + self._gathered() + parts * self.job.tokens * self.share * m.intermediate_size)
         shared = parts * self.job.tokens * self.share * moe.shared_intermediate_size
-        inputs, parts = (1, 2) if bare(self.job, "experts") else (2, 4)
+        inputs, parts = (1, 2) if bare(self.job, "experts") and not gradients else (2, 4)
         # dispatched rows arrive in buffers of their own, and go back so
         exchanged = 2 if self.layout.expert > 1 else 0
         uneven = IMBALANCE if self.layout.expert > 1 else 1.0
@@ -270,10 +271,11 @@ class _Activations:
         """
         if not self.layers:
             return 0.0
-        halves = [(self.attention(), self.mlp(i)) for i in {self.layers[0], self.layers[-1]}]
+        ends = {self.layers[0], self.layers[-1]}
+        gradients = {i: max(self.attention(), self.mlp(i, gradients=True)) for i in ends}
         if self.job.recompute:
-            return max(2 * max(pair) + min(pair) for pair in halves)
-        return max(max(pair) for pair in halves)
+            return max(self.attention() + self.mlp(i) + gradients[i] for i in ends)
+        return max(gradients.values())
 
     def loss(self) -> float:
         """Exponentials kept for the backward, a chunk of scores, hidden states and their gradient,

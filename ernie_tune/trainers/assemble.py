@@ -520,23 +520,28 @@ def lora_config(config: RunConfig, model: Any, calibration: Sequence[Sample]) ->
     return settings.lora_config(*given, picked)
 
 
-def longest(stream: BatchStream, scan_rows: int = 256) -> list[Packable]:
+ALIKE = 0.95  # of the heaviest: the first step needs as much
+
+
+def longest(stream: BatchStream, scan_rows: int = 256) -> tuple[list[Packable], bool]:
     """The heaviest micro-batch that the first `scan_rows` rows can make: the longest rows (tokens
-    plus patches), or a full pack. For provoking out-of-memory before the first step. Reads rows by
-    position, so the stream stays where it is.
+    plus patches), or a full pack; and whether it stands out, the lightest being smaller. For
+    provoking out-of-memory before the first step. Reads rows by position, so the stream stays where
+    it is.
     """
     mixture = stream.shard.mixture
     dropped = Dropped()
     found = [stream.encoder(mixture[i], dropped) for i in range(min(scan_rows, len(mixture)))]
     samples = sorted((s for s in found if s is not None), key=_weight, reverse=True)
     if not stream.packing:
-        return samples[: stream.rows]
+        heavy, light = (sum(map(_weight, part)) for part in (samples[: stream.rows], samples[-stream.rows :]))
+        return samples[: stream.rows], light < ALIKE * heavy
     room, chosen = stream.rows * stream.encoder.max_tokens, []
     for s in samples:
         if s.num_tokens <= room:
             chosen.append(s)
             room -= s.num_tokens
-    return chosen
+    return chosen, True
 
 
 def _weight(sample: Packable) -> int:

@@ -137,11 +137,11 @@ class Method:
         """
         return survey(stream.shard.mixture.sources, stream.encoder)
 
-    def heaviest(self, stream: BatchStream) -> Window | None:
+    def heaviest(self, stream: BatchStream, always: bool = True) -> Window | None:
         """The window that needs most memory, for a forward and backward before the first step; None
-        where that cannot be known."""
-        samples = assemble.longest(stream)
-        return [self.encoder.collate(samples)] if samples else None
+        where that cannot be known, or unless `always` where all need as much."""
+        samples, stands_out = assemble.longest(stream)
+        return [self.encoder.collate(samples)] if samples and (always or stands_out) else None
 
     def windows(self, stream: BatchStream) -> Iterator[Window]:
         """The windows of the run."""

@@ -357,7 +357,7 @@ class SampledAnswers(Method):
     def surveyed(self, stream: Any) -> Survey:
         return survey([stream.records], UsablePrompts(self.processor, self.settings.max_prompt_length))
 
-    def heaviest(self, stream: Any) -> None:
+    def heaviest(self, stream: Any, always: bool = True) -> None:
         """Nobody knows the longest answer beforehand."""
 
     def windows(self, stream: Any) -> Iterator[Sequence[Any]]:

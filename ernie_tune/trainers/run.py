@@ -153,7 +153,7 @@ class Run:
             self._announce(log.info)
             if checkpoint:
                 self._announce_resume(checkpoint)
-            self._provoke_memory(log.info)
+            self._provoke_memory(log.info, always=False)
             self.method.started(log, self.parts.rows, resumed)
             self.place.mark("measuring before training")
             self.measure.before(log, resumed)
@@ -396,10 +396,11 @@ class Run:
                 )
             )
 
-    def _provoke_memory(self, say: Callable[[str], None]) -> None:
+    def _provoke_memory(self, say: Callable[[str], None], always: bool = True) -> None:
         """Forward and backward of the heaviest batch before the first step: if memory is short, it
-        is short now."""
-        heaviest = self.method.heaviest(self.stream)
+        is short now. Where all batches are as heavy the first step shows it, unless `always`.
+        """
+        heaviest = self.method.heaviest(self.stream, always)
         if heaviest is None:
             return
         batch, window = heaviest[0], self.method.window(heaviest)

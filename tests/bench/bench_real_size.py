@@ -358,7 +358,7 @@ def main() -> None:
     ):
         for tokens in lengths if phase in phases else ():
             yaml = write_run(root, phase, tokens, {"model_name_or_path": base, "max_steps": a.steps, **extra})
-            done = verb("train", yaml)
+            done = verb("train", yaml, "overwrite_output_dir=true")
             told = estimated(yaml, tokens) - libraries - (codes_bytes(packed) if phase == "packed" else 0)
             report(f"{phase} {tokens} tokens", done, told, products_seconds(config, tokens, rate))
     after(root, phases, lengths[0], a.steps)

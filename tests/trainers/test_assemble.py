@@ -152,20 +152,28 @@ def test_the_heaviest_batch(tmp_path: Path) -> None:
     sets = assemble.train_sets(config, ("sft",))
     encoder = assemble.encoder_of(config, processor())
     stream = assemble.stream_of(config, sets, encoder)
-    samples = assemble.longest(stream)
+    samples, stands_out = assemble.longest(stream)
     found = [s.num_tokens + (0 if s.row.pixel_values_PC is None else len(s.row.pixel_values_PC)) for s in samples]
     # rows have 28 24 52 34 46 72 32 82 77 29 18 24 tokens and each third one 16 patches; 82 is too
     # long
     assert found == [77, 72]
     assert stream.shard.position == 0
+    assert stands_out
     packed = dataclasses.replace(config.data, packing=True)
     config = RunConfig(**{**vars(config), "data": packed})
-    sizes = [s.num_tokens for s in assemble.longest(assemble.stream_of(config, sets, encoder))]
+    sizes = [s.num_tokens for s in assemble.longest(assemble.stream_of(config, sets, encoder))[0]]
     assert sizes == [77, 72], "as much as two packs of 80 hold"
-    assert (
-        assemble.longest(assemble.stream_of(config, sets, assemble.encoder_of(build({"max_seq_len": 2}), processor())))
-        == []
-    )
+    tight = assemble.encoder_of(build({"max_seq_len": 2}), processor())
+    assert assemble.longest(assemble.stream_of(config, sets, tight))[0] == []
+
+
+def test_no_batch_stands_out_of_rows_alike(tmp_path: Path) -> None:
+    config = settings(tmp_path, train_dataset_path=write_rows(tmp_path / "r.jsonl", [text_row(1)] * 6))
+    encoder = assemble.encoder_of(config, processor())
+    stream = assemble.stream_of(config, assemble.train_sets(config, ("sft",)), encoder)
+    samples, stands_out = assemble.longest(stream)
+    assert len(samples) == stream.rows
+    assert not stands_out
 
 
 def test_pictures_weigh_with_their_patches(tmp_path: Path) -> None:
@@ -180,7 +188,7 @@ def test_pictures_weigh_with_their_patches(tmp_path: Path) -> None:
     assert text is not None
     assert picture is not None
     assert picture.num_tokens < text.num_tokens < picture.num_tokens + 16
-    assert assemble.longest(stream)[0].row.pixel_values_PC is not None
+    assert assemble.longest(stream)[0][0].row.pixel_values_PC is not None
 
 
 # --- models ---------------------------------------------------------------------------------------

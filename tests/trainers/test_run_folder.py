@@ -164,7 +164,7 @@ def test_a_run_killed_before_its_last_files_writes_them(tmp_path: Path) -> None:
 
 
 def test_settings_are_written_with_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise RuntimeError("before the first step")
 
     monkeypatch.setattr(Run, "_provoke_memory", stop)

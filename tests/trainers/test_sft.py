@@ -429,6 +429,14 @@ def test_a_dry_run_computes_the_heaviest_batch_and_writes_nothing(
     assert not out.exists()
 
 
+def test_the_first_step_tells_where_batches_are_alike(tmp_path: Path, capsys: Any) -> None:
+    alike = write_rows(tmp_path / "alike.jsonl", [text_row(1)] * 8)
+    train(tmp_path, output_dir=tmp_path / "a", train_dataset_path=alike)
+    assert "heaviest batch first" not in capsys.readouterr().out
+    train(tmp_path, output_dir=tmp_path / "b")
+    assert "heaviest batch first" in capsys.readouterr().out
+
+
 def test_a_dry_run_beside_a_finished_run_leaves_it_alone(tmp_path: Path) -> None:
     out = train(tmp_path, save_steps=2)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -438,7 +446,7 @@ def test_a_dry_run_beside_a_finished_run_leaves_it_alone(tmp_path: Path) -> None
 
 def test_the_heaviest_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path, output_dir=tmp_path / "a", lora_dropout=0.5, fine_tuning="LoRA")
-    monkeypatch.setattr(Run, "_provoke_memory", lambda *_: None)
+    monkeypatch.setattr(Run, "_provoke_memory", lambda *_, **__: None)
     bare = train(tmp_path, output_dir=tmp_path / "b", lora_dropout=0.5, fine_tuning="LoRA")
     assert history(whole) == history(bare)
     name = "peft_model-00001-of-00001.safetensors"
