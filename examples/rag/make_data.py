@@ -75,7 +75,8 @@ def questions() -> Iterator[dict[str, Any]]:
                 yield {"question": asked, "language": language, "answer": answer, "rule": key, "in": [place]}
         for key, figure in FIGURES.items():
             answer = FIGURE_ANSWERS[key][language]
-            yield {"question": figure[language][1], "language": language, "answer": answer, "rule": key, "in": [key]}
+            for asked in figure[language][1:]:
+                yield {"question": asked, "language": language, "answer": answer, "rule": key, "in": [key]}
         for asked in UNANSWERED[language]:
             yield {"question": asked, "language": language, "answer": NOT_FOUND[language], "rule": "", "in": []}
 

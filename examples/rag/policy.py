@@ -77,15 +77,22 @@ def _read(values: dict[str, Any]) -> tuple[str, Rule]:
 _TEXT = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
 RULES: dict[str, Rule] = dict(map(_read, json.loads(_TEXT)))
 
-# Pictures among the documents: what only they show, and how it is asked for.
-FIGURES: dict[str, dict[str, tuple[str, str]]] = {
+# Pictures among the documents: their captions, then how what they show is asked for.
+FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
     "closing_days": {
-        "zh": ("图一：公司全年统一放假安排，各月放假天数的柱状图", "统一放假安排中，哪个月放假天数最多？"),
-        "en": ("Figure 1: company closing days, bars of days by month", "In which month are there most company closing days?"),
+        "zh": ("图一：公司全年统一放假安排，各月放假天数的柱状图", "统一放假安排中，哪个月放假天数最多？",
+               "公司哪个月统一放假最久？", "全年里，各月放假天数最多的是几月？", "我想知道公司放假最多的月份。"),
+        "en": ("Figure 1: company closing days, bars of days by month", "In which month are there most company closing days?",
+               "When is the company closed for most days?", "Which month has the longest closing?",
+               "Are there more closing days in October or in February?"),
     },
     "approval": {
-        "zh": ("图二：请假审批流程，从员工到主管再到人事的流程图", "请假审批流程中，主管之后由谁审批？"),
-        "en": ("Figure 2: approval of leave, a flow chart from staff to human resources", "In the flow chart of approval, who approves after the manager?"),
+        "zh": ("图二：请假审批流程，从员工到主管再到人事的流程图", "请假审批流程中，主管之后由谁审批？",
+               "主管同意请假以后，下一步找谁审批？", "请假最后由谁批？", "请假流程图里，最后一格是谁？"),
+        "en": ("Figure 2: approval of leave, a flow chart from staff to human resources",
+               "In the flow chart of approval, who approves after the manager?",
+               "After my manager agrees to the leave, who is next?", "Who is the last to approve leave?",
+               "Whose approval do I need besides the manager's?"),
     },
 }  # fmt: skip
 FIGURE_ANSWERS = {"closing_days": {"zh": "10 月", "en": "October"}, "approval": {"zh": "人事", "en": "human resources"}}

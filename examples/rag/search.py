@@ -13,6 +13,7 @@ import logging
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,22 @@ _STOP = frozenset(
     re.split(" ", "a an the is are of for in on to do i my me at be how many much what when which and or have has")
 )
 _STOP_ZH = frozenset(re.split(" ", "的 了 吗 呢 几 多少 是 有 我 要 可以 能 在 和 与 得 想 一 个"))
+_ENDING = re.compile("(ing|ed|al|e)$")
 
 Vectors = Callable[[Sequence[Any]], np.ndarray]  # texts, or lists of parts -> float [n, d]
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of English without their plural, words of Chinese as jieba cuts them."""
+    """Lower-case words of English without their usual endings, of Chinese as jieba cuts them."""
     found = [w.strip().lower() for w in jieba.cut(text)]
     found = [w for w in found if re.search(r"\w", w) and w not in _STOP and w not in _STOP_ZH]
-    return [w[:-1] if len(w) > 3 and w.endswith("s") and w.isascii() else w for w in found]
+    return [_stem(w) if w.isascii() else w for w in found]
+
+
+def _stem(word: str) -> str:
+    """`approv` of approves, approval and approved."""
+    word = word[:-1] if len(word) > 3 and word.endswith("s") else word
+    return _ENDING.sub("", word) if len(word) > 5 else word
 
 
 class Bm25:
@@ -126,8 +134,21 @@ class Index:
         self._database.upsert(_COLLECTION, points)
         self._bm25 = Bm25(passages)
 
+        shown = [set(words(one.words)) for one in passages]
+        counts = Counter(word for some in shown for word in some)
+        self._weights = {word: _weight(len(shown), n) for word, n in counts.items()}
+        self._unseen = _weight(len(shown), 0)
+
     def close(self) -> None:
         self._database.close()
+
+    def covered(self, question: str, passage: Passage) -> float:
+        """How much of a question a passage speaks of: the weight of the words that it has, of all
+        words asked, rare ones weighing more; 0 to 1.
+        """
+        asked, has = set(words(question)), set(words(passage.words))
+        weights = {word: self._weights.get(word, self._unseen) for word in asked}
+        return sum(w for word, w in weights.items() if word in has) / max(sum(weights.values()), 1e-9)
 
     def by_words(self, question: str) -> list[int]:
         return self._bm25.rank(question)
@@ -149,6 +170,11 @@ class Index:
         """The `k` best by both; with `language` only passages in it."""
         found = [self.passages[i] for i in self.by_both(question)]
         return [one for one in found if language in (None, one.language)][:k]
+
+
+def _weight(passages: int, with_word: int) -> float:
+    """The weight of a word in BM25 (Robertson and Spärck Jones)."""
+    return float(np.log(1 + (passages - with_word + 0.5) / (with_word + 0.5)))
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
