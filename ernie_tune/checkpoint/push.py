@@ -8,7 +8,9 @@ never from a command line, and is never shown. Refuses to know: how a model was 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -35,8 +37,10 @@ _TOKENS = {
     "aistudio": ("AISTUDIO_ACCESS_TOKEN",),
 }
 _LOOKS_LIKE_A_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|ms-[0-9a-f]{8}-[0-9a-f-]{27,}|sk-[A-Za-z0-9_-]{20,})")
-_TEXT_BYTES = 4 << 20  # text files up to this are searched for tokens
+_TEXT_BYTES = 8 << 20  # files up to this are searched for tokens, and may stand in a git repository as they are
+_GIT_DIGITS = 40
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HEAD = re.compile(r"^---\s.*?\s---", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ def push(
             )
         )
     files = model_files(folder)
+    if hub == "aistudio" and not _HEAD.search((folder / "README.md").read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            say(
+                f"{folder / 'README.md'} must begin with a head (---, license: …, ---), or AI Studio leaves it out; write one",
+                f"{folder / 'README.md'} 须以元数据开头（---、license: …、---），否则 AI Studio 会略过它；请补上",
+            )
+        )
     token = token or next((os.environ[v] for v in _TOKENS[hub] if os.environ.get(v)), "")
     check_no_token(folder, files, token)
     package = HUBS[hub].module.split(".")[0]
@@ -146,7 +157,7 @@ def _checked(folder: Path, files: Sequence[str], there: Mapping[str, str], hub: 
     """How many files the hub has confirmed. ValueError for those that are missing or differ."""
     missing = [file for file in files if file not in there]
     known = [file for file in files if there.get(file)]
-    differ = [file for file in known if there[file] != sha256_of(folder / file)]
+    differ = [file for file in known if not _same(folder / file, there[file])]
     if missing or differ:
         told = ", ".join([*missing, *differ])
         raise ValueError(
@@ -156,6 +167,18 @@ def _checked(folder: Path, files: Sequence[str], there: Mapping[str, str], hub: 
             )
         )
     return len(known)
+
+
+def _same(file: Path, told: str) -> bool:
+    """Whether a file is what a hub tells of: a SHA-256, or (40 digits) git's id of what the
+    repository holds, which for large files is Git LFS' pointer to them.
+    """
+    if len(told) != _GIT_DIGITS:
+        return told == sha256_of(file)
+    size = file.stat().st_size
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_of(file)}\nsize {size}".encode()
+    held = [pointer, pointer + b"\n", *([file.read_bytes()] if size <= _TEXT_BYTES else [])]
+    return told in [hashlib.sha1(b"blob %d\0" % len(c) + c, usedforsecurity=False).hexdigest() for c in held]
 
 
 def check_download(folder: Path, name: str, hub: str) -> int:
@@ -236,12 +259,16 @@ class _ModelScope(_Client):
         self.api.create_repo(name, visibility="private" if private else "public", exist_ok=True)
 
     def upload(self, name: str, folder: Path, files: Sequence[str], message: str) -> None:
+        # Newer versions write down in the folder what they have sent, and believe it even where the
+        # repository was made anew; what the hub holds already it says itself.
+        trusting = {"use_cache": False} if importlib.util.find_spec("modelscope_hub") else {}
         self.api.upload_folder(
             name,
             folder_path=str(folder),
             allow_patterns=[_literal(f) for f in files],
             commit_message=message,
             repo_type="model",
+            **trusting,
         )
 
     def listing(self, name: str, files: Sequence[str]) -> dict[str, str]:
@@ -279,7 +306,18 @@ class _AIStudio(_Client):
             listed, _ = module.get_model_files(name, **self.token)
             return {one["path"]: "" for one in listed if one.get("type") != "tree"}
         there = [f for f in files if self.hub.file_exists(name, f, **self.token) is True]
-        return dict.fromkeys(there, "")
+        return {f: self._git_id(name, f) for f in there}
+
+    def _git_id(self, name: str, file: str) -> str:
+        """What git calls the file that is there; "" where the client does not find out."""
+        try:
+            ask = importlib.import_module("aistudio_sdk.requests.hub").request_aistudio_git_file_info
+            config = importlib.import_module("aistudio_sdk.config")
+        except (ImportError, AttributeError):
+            return ""
+        host = os.environ.get("STUDIO_GIT_HOST") or config.STUDIO_GIT_HOST_DEFAULT
+        told = str(ask(host, *name.split("/"), file, "master", self.token.get("token", "")).get("sha", ""))
+        return told if len(told) == _GIT_DIGITS else ""
 
     def forget(self, name: str, folder: Path, file: str) -> None:
         """A file that the client goes on with is complete in its temporary folder, and never moved

@@ -75,8 +75,8 @@ def push(args: list[str]) -> int:
     )
     print(
         say(
-            f"{done.hub}:{done.name} holds {counted(len(done.files), 'file')}, {done.checked} of them checked by SHA-256",
-            f"{done.hub}:{done.name} 现有 {len(done.files)} 个文件，其中 {done.checked} 个已按 SHA-256 核对",
+            f"{done.hub}:{done.name} holds {counted(len(done.files), 'file')}, {done.checked} of them checked by checksum",
+            f"{done.hub}:{done.name} 现有 {len(done.files)} 个文件，其中 {done.checked} 个已按校验和核对",
         )
     )
     return 0

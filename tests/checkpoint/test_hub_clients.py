@@ -1,5 +1,5 @@
-"""ModelScope's and AI Studio's own clients against hubs on this machine: downloads, cut and gone on
-with, damaged, refused; a token that never shows. Loud where a client is not installed.
+"""ModelScope's and AI Studio's own clients against hubs on this machine: downloads and uploads, cut
+and gone on with, damaged, refused; a token that never shows. Loud where a client is not installed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import pytest
 from support.other_hubs import OtherHub, serving_other
 
 from ernie_tune.checkpoint.hub import resolve
+from ernie_tune.checkpoint.push import push
 
 TOKEN = "SECRET" * 8
 FILES = {"config.json": b"{}", "README.md": b"card", "model.safetensors": b"weights" * 450_000}
 CLIENTS = {"modelscope": "modelscope", "aistudio": "aistudio_sdk"}
 
 
-# One process a command, as users have it: a client keeps the address that it first saw.
+# A process of its own, as users have it: a client keeps the address that it first saw. Commands are
+# separated by "+"; before each but the first the hub is told to go on to its next plan.
 CHILD = """
-import sys, time
+import itertools, os, sys, time, urllib.request
 import urllib3.util.retry
 time.sleep = lambda _: None  # clients sleep longer from try to try
 urllib3.util.retry.Retry.sleep = lambda *_, **__: None
@@ -31,7 +33,14 @@ if sys.argv[1] == "aistudio":  # its count of downloads goes to a fixed address,
     import aistudio_sdk.snapshot_download as client
     client.post_repo_statistic = lambda *_: None
 from ernie_tune.cli.main import main
-sys.exit(main(sys.argv[2:]))
+commands = [list(words) for more, words in itertools.groupby(sys.argv[2:], lambda word: word == "+") if not more]
+for number, words in enumerate(commands):
+    if number:
+        print("done", code, flush=True)
+        print("done", file=sys.stderr, flush=True)
+        urllib.request.urlopen(os.environ["STUDIO_GIT_HOST"] + "/next").close()
+    code = main(words)
+sys.exit(code)
 """
 
 
@@ -147,10 +156,59 @@ def test_an_unknown_repository_is_one_line(client: Client, tmp_path: Path) -> No
 def test_a_push_without_rights_is_one_line_without_the_token(client: Client, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("config.json", "model.safetensors", "README.md"):
-        (tmp_path / "run" / name).write_text("{}")
+        (tmp_path / "run" / name).write_text("---\n{}\n---\n")
     client.hub.token = "another"
     done = client.run(["push", str(tmp_path / "run"), "me/new", "--to", client.name], token=TOKEN)
     assert done.returncode == 1
     assert f"{client.name} must take me/new, but says" in done.stderr.splitlines()[-1]
     assert TOKEN not in done.stdout + done.stderr
     assert "me/new" not in client.hub.repositories
+
+
+def model_folder(folder: Path, weights: bytes) -> Path:
+    """What a run leaves, in names and sizes, and something that belongs to nobody else."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(f"{{}} {weights!r}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# card\n")
+    (folder / "model-1.safetensors").write_bytes(b"first" * 1000)
+    (folder / "model-2.safetensors").write_bytes(weights * 1000)
+    (folder / "trainer_log.jsonl").write_text("own")
+    return folder
+
+
+def test_uploads_that_are_cut_refused_spoiled_and_forgotten(client: Client, tmp_path: Path) -> None:
+    """Six pushes of two runs into one repository."""
+    one, two = model_folder(tmp_path / "one", b"second"), model_folder(tmp_path / "two", b"another")
+    hub, given = client.hub, {folder: {f.name: f.read_bytes() for f in folder.iterdir()} for folder in (one, two)}
+    hub.token, hub.refuse_blob = TOKEN, 2
+    hub.plans = [{}, {"refuse_commits": True}, {"spoil": "model-2.safetensors"}, {}, {"forget": True}]
+    pushes = [["push", str(folder), "me/new", "--to", client.name] for folder in (one, one, two, two, two, two)]
+    done = client.run([word for push in pushes for word in ("+", *push)][1:], token=TOKEN)
+    assert hub.plans == [], done.stderr[-2000:]
+    codes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("done ")]
+    assert [*codes, done.returncode] == [1, 0, 1, 1, 0, 0], done.stderr[-2000:]
+    told = [part.strip().splitlines()[-1] for part in done.stderr.split("\ndone\n")]
+    assert "is missing or differs" in told[0] or "1 file(s) failed to upload" in told[0]
+    assert "5 file(s) failed to upload" in told[2] or "config.json, model-2.safetensors, tokenizer_config" in told[2], (
+        "old ones"
+    )
+    assert "new must hold every file as it is here, but model-2.safetensors is missing or differs" in told[3]
+    assert all("give the same command" in told[n] for n in (0, 2, 3))
+    assert done.stdout.count("me/new holds 5 files, 5 of them checked") == 3
+    assert len(hub.sent()) == len(set(hub.sent())) + 1 == 4, "what had come is not sent again"
+    held = {name: content for name, content in given[two].items() if name != "trainer_log.jsonl"}
+    assert hub.repositories["me/new"] == held
+    assert hub.private["me/new"], "private unless told otherwise"
+    assert TOKEN not in done.stdout + done.stderr
+    for folder in (one, two):
+        assert {f.name: f.read_bytes() for f in folder.iterdir()} == given[folder], (
+            "nothing is left in the run's folder"
+        )
+
+
+def test_a_card_that_ai_studio_would_leave_out(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "run", b"weights")
+    (folder / "README.md").write_text("# a card without a head\n")
+    with pytest.raises(ValueError, match=r"README.md must begin with a head .* AI Studio"):
+        push(folder, "me/new", "aistudio")

@@ -46,7 +46,7 @@ def run_folder(tmp_path: Path) -> Path:
     for name in ("checkpoint-3", "runs", "reward_head"):
         (folder / name).mkdir(parents=True)
     for name in ("config.json", "tokenizer_config.json", "ernie_tune_args.yaml", "README.md", "training_loss.svg"):
-        (folder / name).write_text(f"{{}} {name}")
+        (folder / name).write_text(f"---\n{name}\n---\n")
     (folder / "tokenizer.model").write_bytes(bytes(range(256)) * 10)
     (folder / "model-1.safetensors").write_bytes(b"first" * 1000)
     (folder / "model-2.safetensors").write_bytes(b"second" * 1000)
@@ -73,7 +73,7 @@ def test_push_sends_the_model_and_nothing_else(
     assert all(hub.repositories[NAME][name] == (run_folder / name).read_bytes() for name in BELONGS)
     assert hub.private[NAME], "private unless told otherwise"
     told = capsys.readouterr()
-    assert "9 files, 3 of them checked by SHA-256" in told.out
+    assert "9 files, 3 of them checked by checksum" in told.out
     assert TOKEN not in told.out + told.err
     assert main(["push", str(run_folder), "me/open", "--public", "true"]) == 0
     assert not hub.private["me/open"]
