@@ -373,8 +373,13 @@ def load_function(place: str) -> Callable[..., Any]:
             )
         )
     spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(
+            say(
+                f"reward_funcs ({place}) must name a file of Python, as rewards.py:my_reward; rename it, or name another",
+                f"reward_funcs（{place}）须指向 Python 文件，如 rewards.py:my_reward；请改名或另选",
+            )
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that its classes find their module, and pickle
     spec.loader.exec_module(module)

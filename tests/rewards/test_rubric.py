@@ -218,6 +218,11 @@ def test_functions_from_files(tmp_path: Path) -> None:
         load_function(f"{tmp_path}/none.py:good")
     with pytest.raises(ValueError, match="which has none called 'bad'"):
         load_function(f"{file}:bad")
+    rows = tmp_path / "rows.jsonl"  # what somebody has sent must not be run as a program
+    rows.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef good(**_): return []\n")
+    with pytest.raises(ValueError, match="must name a file of Python"):
+        load_function(f"{rows}:good")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_rows_name_their_checkers() -> None:
