@@ -21,18 +21,23 @@ Refuses to know: what is said, where it is shown.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 LANGUAGES = ("en", "zh", "both")
 VARIABLE = "ERNIE_TUNE_LANG"
 _CHINESE = re.compile("[\u4e00-\u9fff]")
+_present: ContextVar[str] = ContextVar("_present", default="")
 
 
 def language(environ: Mapping[str, str] = os.environ) -> str:
     """`en`, `zh` or `both`, as the environment says; English where it says something else."""
+    if environ is os.environ and _present.get():
+        return _present.get()
     wanted = environ.get(VARIABLE, "")
     if wanted in LANGUAGES:
         return wanted
@@ -47,6 +52,29 @@ def choose_language(wanted: str) -> None:
     if wanted not in LANGUAGES:
         raise ValueError(say("lang ({w}) must be en, zh or both", "lang（{w}）须为 en、zh 或 both", w=wanted))
     os.environ[VARIABLE] = wanted
+
+
+@contextlib.contextmanager
+def _speaking(wanted: str) -> Iterator[None]:
+    token = _present.set(wanted)
+    try:
+        yield
+    finally:
+        _present.reset(token)
+
+
+def spoken(make: Callable[[], Sequence[object]]) -> list[Text]:
+    """The lines that `make` gives, made once in each language: of what is put together from
+    messages before anybody knows who reads it. Where the languages need different numbers of lines
+    they are one message.
+    """
+    with _speaking("en"):
+        english = [str(line) for line in make()]
+    with _speaking("zh"):
+        chinese = [str(line) for line in make()]
+    if len(english) != len(chinese):
+        return [Text("\n".join(english), "\n".join(chinese))]
+    return [Text(*pair) for pair in zip(english, chinese, strict=True)]
 
 
 class Text(str):
@@ -124,6 +152,14 @@ def shown(message: object) -> str:
     if wanted == "both" or isinstance(message, Text) or not _CHINESE.search(text):
         return text
     return "\n".join(_half(line, wanted) for line in text.split("\n"))
+
+
+def halves(text: str) -> Text:
+    """What another process said in both languages, taken apart; what it said in one is whole in
+    both.
+    """
+    english, chinese = ("\n".join(_half(line, wanted) for line in text.split("\n")) for wanted in ("en", "zh"))
+    return Text(english, chinese)
 
 
 def _half(line: str, wanted: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import VARIABLE, halves, say
 from ernie_tune.data.records import IMAGE_TAG, TAG
 from ernie_tune.ui.jobs import RUNNING, ChildJob, Jobs
 
@@ -99,7 +99,9 @@ class ModelServers:
     def _started(self, kind: str, model: str, title: str, tied: bool) -> ModelServer:
         port, key = free_port(), secrets.token_urlsafe(24)
         words = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--served_model_name", "model"]
-        job = self.jobs.start(kind, title, words, self.root, {"ERNIE_TUNE_API_KEY": key}, tied=tied)
+        # both languages: whoever asks it later reads one of them
+        environ = {"ERNIE_TUNE_API_KEY": key, VARIABLE: "both"}
+        job = self.jobs.start(kind, title, words, self.root, environ, tied=tied)
         return ModelServer(model, job, port, key)
 
     def is_ready(self, server: ModelServer) -> bool:
@@ -120,7 +122,7 @@ class ModelServers:
                         "{model} must come up, but says: {why}",
                         "{model} 未能启动，输出为：{why}",
                         model=server.model,
-                        why=" ".join(last) or "–",
+                        why=halves("\n".join(last)) if last else "–",
                     )
                 )
             time.sleep(0.1)
@@ -217,7 +219,7 @@ def stream(server: ModelServer, body: Mapping[str, Any]) -> Iterator[str]:
                 continue
             found = json.loads(line[5:])
             if "error" in found:
-                raise ValueError(str(found["error"].get("message", found["error"])))
+                raise ValueError(halves(str(found["error"].get("message", found["error"]))))
             text += "".join(choice["delta"].get("content") or "" for choice in found.get("choices", ()))
             yield text
 
@@ -231,7 +233,7 @@ def _spoken(server: ModelServer, body: Mapping[str, Any]) -> Iterator[http.clien
                 said = response.read().decode("utf-8", "replace")
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     said = json.loads(said)["error"]["message"]
-                raise ValueError(said)
+                raise ValueError(halves(said))
             yield response
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise ValueError(

@@ -16,7 +16,7 @@ from ernie_tune.config.aliases import RENAMED
 from ernie_tune.config.arguments import SETTINGS, VARYING, Setting, default_for
 from ernie_tune.config.convert import to_yaml
 from ernie_tune.config.field import Setting as _Setting
-from ernie_tune.config.language import Text, say, shown
+from ernie_tune.config.language import Text, say, shown, spoken
 from ernie_tune.config.loader import Loaded, load_text
 from ernie_tune.plan.estimate import estimate
 from ernie_tune.plan.judgement import judged
@@ -30,11 +30,11 @@ FIRST = (
 )  # fmt: skip
 START = """stage: SFT
 fine_tuning: LoRA
-model_name_or_path: tiny-a
+model_name_or_path: nano
 train_dataset_path: train.jsonl
 output_dir: output/first
 max_steps: 40
-learning_rate: 1.0e-3
+learning_rate: 2.0e-3
 """
 
 
@@ -73,14 +73,22 @@ def _closed(setting: Setting) -> bool:
     return bool(setting.about.choices) and not setting.many
 
 
-def read(text: str) -> tuple[Loaded | None, list[str]]:
+def read(text: str) -> tuple[Loaded | None, list[Text]]:
     """The settings of a YAML, and what there is to say of it: mistakes (then there are no
     settings), or notes."""
     try:
         loaded = load_text(text, NAME, for_training=True)
-        return loaded, [shown(n) for n in (*loaded.notes, *judged(loaded, f"{NAME}:1", training=False))]
+    except (ValueError, OSError):
+        loaded = None
+    return loaded, spoken(lambda: _told(text))
+
+
+def _told(text: str) -> list[str]:
+    try:
+        loaded = load_text(text, NAME, for_training=True)
+        return [shown(n) for n in (*loaded.notes, *judged(loaded, f"{NAME}:1", training=False))]
     except (ValueError, OSError) as error:
-        return None, str(shown(error)).splitlines()
+        return shown(error).splitlines()
 
 
 def written(text: str) -> dict[str, str]:
@@ -130,12 +138,16 @@ def _quoted(raw: str) -> str:
     return raw
 
 
-def estimated(text: str) -> str:
+def estimated(text: str) -> Text:
     """Memory and time of the run that a YAML describes, as text; or why there are none."""
+    return spoken(lambda: ["\n".join(_estimated(text))])[0]
+
+
+def _estimated(text: str) -> list[str]:
     loaded, told = read(text)
     if loaded is None:
-        return "\n".join(told)
+        return [str(line) for line in told]
     try:
-        return str(estimate(loaded.config))
+        return [str(estimate(loaded.config))]
     except (ValueError, OSError) as error:
-        return str(shown(error))
+        return [shown(error)]

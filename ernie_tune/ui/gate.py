@@ -12,7 +12,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, in_language, say
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -52,6 +52,7 @@ class StudioGate:
         origin = headers.get("origin", "")
         if self.hosts and _name(f"//{host}") not in self.hosts:
             return await _refuse(
+                headers,
                 scope,
                 send,
                 421,
@@ -62,7 +63,7 @@ class StudioGate:
             )
         if origin and urlsplit(origin).netloc != host:
             told = say("another page must not drive this studio", "其他网页不得操作此工作室")
-            return await _refuse(scope, send, 403, told)
+            return await _refuse(headers, scope, send, 403, told)
         if not self.key or self._knows(headers):
             return await self.app(scope, receive, self._told(send))
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
@@ -77,7 +78,7 @@ class StudioGate:
             "this studio asks for a key: open the address with ?key= that it printed",
             "此工作室需要密钥：请打开启动时打印的带 ?key= 的地址",
         )
-        await _refuse(scope, send, 401, told)
+        await _refuse(headers, scope, send, 401, told)
 
     def _knows(self, headers: dict[str, str]) -> bool:
         try:
@@ -102,11 +103,14 @@ def _name(url: str) -> str:
         return ""
 
 
-async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
+async def _refuse(headers: dict[str, str], scope: Scope, send: Send, status: int, why: Text) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await _answer(send, status, f"{why}\n".encode(), ((b"content-type", b"text/plain; charset=utf-8"),))
+    tongue = "zh" if headers.get("accept-language", "").lower().startswith("zh") else "en"
+    await _answer(
+        send, status, f"{in_language(why, tongue)}\n".encode(), ((b"content-type", b"text/plain; charset=utf-8"),)
+    )
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> None:

@@ -58,7 +58,7 @@ class Session:
     n: int = 2
     temperature: float = 1.0
     max_tokens: int = 256
-    told: list[str] = field(default_factory=list)
+    told: list[ValueError] = field(default_factory=list)
     before: int = 0
     turn: int = 0
     _said: dict[str, Future[list[str]]] = field(default_factory=dict, repr=False)
@@ -272,7 +272,7 @@ def learn_from(store: Judgements, workspace: Workspace, model: str = "") -> str:
             )
         )
     stage, rate = _LEARNT[kind]
-    start = [f"model_name_or_path: {model or 'tiny-a'}", "fine_tuning: LoRA"]
+    start = [f"model_name_or_path: {model or 'nano'}", "fine_tuning: LoRA"]
     file = workspace.root / model / ARGS_FILE
     if model and file.is_file():  # a run: an adapter is trained on, on the model that it belongs to
         known = forms.written(file.read_text(encoding="utf-8"))

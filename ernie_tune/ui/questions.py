@@ -32,22 +32,23 @@ class ToJudge:
     number: int | None = None
 
 
-def questions(file: Path, workspace: Workspace, most: int = 100_000) -> tuple[dict[str, ToJudge], list[str]]:
-    """(questions by id, a line for each row that cannot be used). Raises ValueError for a file that
-    cannot be read at all.
+def questions(file: Path, workspace: Workspace, most: int = 100_000) -> tuple[dict[str, ToJudge], list[ValueError]]:
+    """(questions by id, what is wrong with each row that cannot be used). Raises ValueError for a
+    file that cannot be read at all.
     """
     predicted = _predictions(file)
     if predicted is not None:
         found = [_of_prediction(line, file, workspace) for line in predicted[:most]]
         return {q.asked.id: q for q in found if q}, []
     rows = load_dataset(str(file))
-    out, told = {}, []
+    out: dict[str, ToJudge] = {}
+    told = []
     for i in range(min(len(rows), most)):
         try:
             record: Record = rows[i]
             out_of = _of_record(record, i, file, workspace)
         except ValueError as error:
-            told.append(str(error))
+            told.append(error)
             continue
         out[out_of.asked.id] = out_of
     return out, told

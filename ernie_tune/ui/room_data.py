@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import shutil
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say, shown, spoken
 from ernie_tune.data.doctor.fix import fix_file, fixed_path
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.doctor.show import show_record
@@ -106,16 +105,21 @@ def _card(studio: Studio, path: Path, row: ToJudge) -> str:
     turns = "".join(f'<div class="turn assistant">{kit.text(text)}</div>' for text in said)
     title = html.both(say("as the model sees it", "模型看到的样子"))
     seen = _as_the_model_sees_it(path, row)
-    below = f'<details><summary>{title}</summary><pre class="log">{escape(seen)}</pre></details>' if seen else ""
+    below = f"<details><summary>{title}</summary>{kit.log(seen)}</details>" if seen else ""
     return kit.dialogue(row.asked.messages, row.asked.images) + turns + below
 
 
-def _as_the_model_sees_it(path: Path, row: ToJudge) -> str:
-    """By the tokenizer that comes along; "" for what `predict` wrote, which is no row."""
+def _as_the_model_sees_it(path: Path, row: ToJudge) -> list[Text]:
+    """By the tokenizer that comes along; nothing for what `predict` wrote, which is no row."""
+    number = row.number
+    if number is None:
+        return []
     try:
-        return "" if row.number is None else "\n".join(show_record(load_dataset(str(path))[row.number], _processor()))
+        record = load_dataset(str(path))[number]
+        return spoken(lambda: list(show_record(record, _processor())))
     except (ValueError, OSError) as error:
-        return str(error)
+        why = error
+    return spoken(lambda: [shown(why)])
 
 
 @cache
@@ -126,12 +130,12 @@ def _processor() -> Processor:
 def _mended(studio: Studio, name: str | None) -> tuple[str, Any]:
     try:
         path = str(studio.workspace.inside(name or ""))
-        changes = [f"{change.line}: {change}" for change in fix_file(DatasetEntry(path))]
+        changes = list(fix_file(DatasetEntry(path)))
         target = studio.workspace.name(Path(fixed_path(path)))
         told = kit.line(
             say(f"wrote {target}: {len(changes)} changes", f"已写入 {target}：{len(changes)} 处修改"), "good"
         )
-        shown = told + f'<pre class="log">{escape(chr(10).join(changes[:200]))}</pre>'
-        return shown, gr.update(choices=studio.workspace.rows(), value=target)
+        lines = spoken(lambda: [f"{change.line}: {change}" for change in changes[:200]])
+        return told + kit.log(lines), gr.update(choices=studio.workspace.rows(), value=target)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.update()

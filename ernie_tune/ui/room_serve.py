@@ -12,12 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ernie_tune.config.language import Text, say
+from ernie_tune.config.language import VARIABLE, Text, halves, say
 from ernie_tune.data.records import IMAGE_TAG
 from ernie_tune.report import html
 from ernie_tune.ui import asking
@@ -70,7 +69,12 @@ def room(studio: Studio) -> Offers:
     end.click(lambda: _end(studio), outputs=told)
     question.submit(lambda q, p: (yield from _ask(studio, q, p)), [question, picture], said, show_progress="hidden")
     ask.click(lambda q, p: (yield from _ask(studio, q, p)), [question, picture], said, show_progress="hidden")
-    export.click(lambda name, q, to: _export(studio, name, q, to), [model, kind, target], exported)
+    export.click(
+        lambda name, q, to, tongue: _export(studio, name, q, to, tongue),
+        [model, kind, target, target],
+        exported,
+        js=kit.IN_TONGUE,
+    )
     command.click(lambda name: _fastdeploy(studio, name), model, exported)
     gr.Timer(_LOOK_SECONDS).tick(
         lambda seen: _look(studio, seen), shown, [running, shown], show_progress="hidden", api_visibility="private"
@@ -102,7 +106,7 @@ def _card(studio: Studio, server: ModelServer) -> str:
     head = f'<p><b>{escape(server.job.title)}</b> · <span class="state" data-state="{"ready" if ready else state}">{html.both(word)}</span></p>'
     if not ready:
         last = [line for line in studio.jobs.output(server.job).splitlines() if line.strip()][-5:]
-        return f'<div class="card">{head}<pre class="log">{escape(chr(10).join(last))}</pre></div>'
+        return f'<div class="card">{head}{kit.log([halves(line) for line in last])}</div>'
     body = json.dumps({"model": "model", "messages": [{"role": "user", "content": "…"}]}, ensure_ascii=False)
     curl = (
         f"curl {address}/v1/chat/completions -H 'Authorization: Bearer {server.key}' "
@@ -143,7 +147,7 @@ def _end(studio: Studio) -> str:
     return kit.line(say(f"{len(running)} servers were asked to end", f"已请求停止 {len(running)} 个服务"))
 
 
-def _export(studio: Studio, name: str | None, quantization: str, target: str) -> str:
+def _export(studio: Studio, name: str | None, quantization: str, target: str, tongue: str) -> str:
     try:
         model, to = studio.workspace.model(name or ""), studio.workspace.inside(target)
         if quantization not in QUANTIZATIONS:
@@ -155,7 +159,8 @@ def _export(studio: Studio, name: str | None, quantization: str, target: str) ->
             )
         words = ["export", model, str(to)]
         words += [] if quantization == "none" else ["--quantization", quantization]
-        job = studio.jobs.start("export", f"export {studio.workspace.name(to)}", words, studio.workspace.root)
+        title, spoken = f"export {studio.workspace.name(to)}", {VARIABLE: kit.tongue(tongue)}
+        job = studio.jobs.start("export", title, words, studio.workspace.root, spoken)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
     return kit.line(
@@ -166,20 +171,20 @@ def _export(studio: Studio, name: str | None, quantization: str, target: str) ->
 def _fastdeploy(studio: Studio, name: str | None) -> str:
     """The command for a folder, as `ernie-tune serve` itself makes it."""
     try:
-        model = studio.workspace.inside(name or "")
-        made = _printed(studio, model, "en")
-        if made.returncode:
-            why = [(_printed(studio, model, lang).stderr if lang == "zh" else made.stderr) for lang in ("en", "zh")]
-            english, chinese = (text.strip()[-2000:].removeprefix("ernie-tune: ") for text in why)
-            raise ValueError(say(english, chinese))
+        model = studio.workspace.model(name or "")
+        made = [_printed(studio, model, lang) for lang in ("en", "zh")]
+        told = Text(*(one.stderr.strip()[-2000:].removeprefix("ernie-tune: ") for one in made))
+        if made[0].returncode:
+            raise ValueError(told)
     except (ValueError, OSError, subprocess.TimeoutExpired) as error:
         return kit.line(error, "bad")
-    told = say("on a machine with cards and FastDeploy:", "在装有显卡与 FastDeploy 的机器上：")
-    return kit.line(told) + f'<pre class="log">{escape(made.stdout.strip())}</pre>' + _notes(made.stderr)
+    where = say("on a machine with cards and FastDeploy:", "在装有显卡与 FastDeploy 的机器上：")
+    command = f'<pre class="log">{escape(made[0].stdout.strip())}</pre>'
+    return kit.line(where) + command + (kit.log([told]) if told.english else "")
 
 
-def _printed(studio: Studio, model: Path, lang: str) -> subprocess.CompletedProcess[str]:
-    words = ["--lang", lang, "serve", str(model), "--engine", "fastdeploy", "--print"]
+def _printed(studio: Studio, model: str, lang: str) -> subprocess.CompletedProcess[str]:
+    words = ["--lang", lang, "serve", model, "--engine", "fastdeploy", "--print"]
     return subprocess.run(
         [sys.executable, "-m", "ernie_tune", *words],
         cwd=studio.workspace.root,
@@ -187,7 +192,3 @@ def _printed(studio: Studio, model: Path, lang: str) -> subprocess.CompletedProc
         text=True,
         timeout=_COMMAND_SECONDS,
     )
-
-
-def _notes(text: str) -> str:
-    return f'<pre class="log">{escape(text.strip()[-2000:])}</pre>' if text.strip() else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import VARIABLE, Text, say
 from ernie_tune.config.section_titles import SECTIONS
 from ernie_tune.report import html
 from ernie_tune.ui import forms
@@ -74,9 +74,9 @@ def room(studio: Studio) -> Offers:
     studio.parts.update(yaml=yaml, filled=filled)
     check.click(lambda text: _judged(studio, text), yaml, told)
     estimate.click(lambda text: _estimated(studio, text), yaml, told)
-    start.click(lambda text, saved: _start(studio, text, saved), [yaml, name], [told, job])
+    start.click(partial(_start, studio), [yaml, name, name], [told, job], js=kit.IN_TONGUE)
     stop.click(lambda chosen: _stop(studio, chosen), job, told)
-    resume.click(lambda chosen: _resume(studio, chosen), job, [told, job])
+    resume.click(partial(_resume, studio), [job, name], [told, job], js=kit.IN_TONGUE)
     timer = gr.Timer(_LOOK_SECONDS)
     timer.tick(lambda chosen: _look(studio, chosen), job, [job, output], show_progress="hidden")
     return [(file, studio.workspace.settings)]
@@ -138,7 +138,7 @@ def _opened(studio: Studio, chosen: str | None) -> tuple[Any, Any, str]:
         return gr.skip(), gr.skip(), kit.line(error, "bad")
 
 
-def _loaded(studio: Studio, text: str) -> tuple[Any, list[str]]:
+def _loaded(studio: Studio, text: str) -> tuple[Any, list[Text]]:
     """As `forms.read`, for settings that stay in the workspace."""
     loaded, told = forms.read(text)
     if loaded is not None:
@@ -161,12 +161,12 @@ def _estimated(studio: Studio, text: str) -> str:
         _loaded(studio, text)
     except ValueError as error:
         return kit.line(error, "bad")
-    return f'<pre class="log">{escape(forms.estimated(text))}</pre>'
+    return kit.log([forms.estimated(text)])
 
 
-def _start(studio: Studio, text: str, name: str) -> tuple[str, Any]:
-    """Save the YAML and train as it says. An output_dir in which a run goes on is refused by the
-    run itself.
+def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]:
+    """Save the YAML and train as it says, speaking as the page does. An output_dir in which a run
+    goes on is refused by the run itself.
     """
     try:
         loaded, told = _loaded(studio, text)
@@ -182,7 +182,8 @@ def _start(studio: Studio, text: str, name: str) -> tuple[str, Any]:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
         title = f"{loaded.config.model.stage} {studio.workspace.name(Path(loaded.config.save.output_dir))}"
-        job = studio.jobs.start(KIND, title, ["train", str(path)], studio.workspace.root)
+        spoken = {VARIABLE: kit.tongue(tongue)}
+        job = studio.jobs.start(KIND, title, ["train", str(path)], studio.workspace.root, spoken)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.skip()
     return kit.lines(told) + kit.line(say(f"started {job.id}", f"已启动 {job.id}"), "good"), gr.update(
@@ -203,7 +204,7 @@ def _stop(studio: Studio, chosen: str | None) -> str:
     )
 
 
-def _resume(studio: Studio, chosen: str | None) -> tuple[str, Any]:
+def _resume(studio: Studio, chosen: str | None, tongue: str) -> tuple[str, Any]:
     """The chosen job once more: training goes on from its newest checkpoint."""
     try:
         old = studio.jobs.get(chosen or "")
@@ -214,7 +215,7 @@ def _resume(studio: Studio, chosen: str | None) -> tuple[str, Any]:
                     f"任务（{old.title}）须为已结束的训练；请选择",
                 )
             )
-        job = studio.jobs.start(KIND, old.title, old.argv, studio.workspace.root)
+        job = studio.jobs.start(KIND, old.title, old.argv, studio.workspace.root, {VARIABLE: kit.tongue(tongue)})
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.skip()
     told = kit.line(say(f"started {job.id}, from the newest checkpoint", f"已启动 {job.id}，从最新检查点继续"), "good")

@@ -53,6 +53,8 @@ class Studio:
         return {"en": english, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK"), chinese)}
 
 
+# A script of an event: the last of its inputs is given away for the language that the page speaks.
+IN_TONGUE = "(...given) => [...given.slice(0, -1), document.documentElement.dataset.tongue]"
 STATES = {
     RUNNING: say("running", "运行中"),
     DONE: say("done", "已完成"),
@@ -70,6 +72,17 @@ def line(message: object, kind: str = "note") -> str:
 
 def lines(messages: Sequence[object], kind: str = "note") -> str:
     return "".join(line(m, kind) for m in messages)
+
+
+def log(messages: Sequence[Text]) -> str:
+    """What a command says, line by line, in both languages."""
+    english, chinese = ("\n".join(getattr(m, lang) for m in messages) for lang in ("english", "chinese"))
+    return f'<pre class="log">{html.both(Text(english, chinese))}</pre>' if messages else ""
+
+
+def tongue(asked: object) -> str:
+    """The language that a page speaks, as it says; English for anything else."""
+    return "zh" if asked == "zh" else "en"
 
 
 def text(value: object) -> str:

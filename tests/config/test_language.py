@@ -14,7 +14,7 @@ import pytest
 
 from ernie_tune.cli.main import main
 from ernie_tune.cli.verbs import VERBS, Verb
-from ernie_tune.config.language import choose_language, in_language, join, language, say, shown
+from ernie_tune.config.language import choose_language, halves, in_language, join, language, say, shown, spoken
 
 VARIABLES = ("ERNIE_TUNE_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
 
@@ -48,6 +48,22 @@ def test_message_shows_itself_in_the_language_of_the_moment(monkeypatch: pytest.
     assert str(say("a\nb", "甲\n乙")) == "a\nb\n甲\n乙"
     for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
         assert (same.english, same.chinese) == ("saved x", "已保存 x")
+
+
+@pytest.mark.parametrize("system", ["en", "zh", "both"])
+def test_what_is_put_together_is_made_in_each_language(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    monkeypatch.setenv("ERNIE_TUNE_LANG", system)
+    told = spoken(lambda: [f"1. {say('one', '一')}", str(ValueError(say("two", "二")))])
+    assert [(t.english, t.chinese) for t in told] == [("1. one", "1. 一"), ("two", "二")]
+    [uneven] = spoken(lambda: ["a", "b"] if language() == "en" else ["甲"])
+    assert (uneven.english, uneven.chinese) == ("a\nb", "甲")
+    assert language() == system, "as before"
+
+
+def test_what_a_process_said_in_both_languages_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERNIE_TUNE_LANG", "both")
+    told = halves(f"{say('no /x/y here', '没有 /x/y')}\nplain / text")
+    assert (told.english, told.chinese) == ("no /x/y here\nplain / text", "没有 /x/y\nplain / text")
 
 
 def test_part_of_a_message_is_in_the_language_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

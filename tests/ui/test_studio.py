@@ -4,6 +4,7 @@ questions, the gate."""
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from support.tiny_runs import IMAGES, write_rows
 
 from ernie_tune.config.arguments import SETTINGS
+from ernie_tune.config.language import in_language
 from ernie_tune.config.loader import load_text
-from ernie_tune.ui import forms, judging, runs, studio
+from ernie_tune.ui import asking, forms, judging, runs, studio
 from ernie_tune.ui.gate import COOKIE, StudioGate
+from ernie_tune.ui.jobs import Jobs
 from ernie_tune.ui.judgements import AskedRow, Judgement, Judgements
 from ernie_tune.ui.questions import questions
 from ernie_tune.ui.workspace import Workspace
@@ -110,7 +113,7 @@ def test_settings_name_nothing_outside(place: Workspace, changed: str, setting: 
     text = forms.START + "eval_strategy: steps\neval_steps: 5\neval_dataset_path: held_out.jsonl\n"
     (place.root / "linked").symlink_to(place.root.parent / "outside")
     place.check_settings(load_text(text, "run.yaml").config)
-    place.check_settings(load_text(text.replace("tiny-a", "baidu/ERNIE-4.5-VL-28B-A3B-PT"), "run.yaml").config)
+    place.check_settings(load_text(text.replace(": nano", ": baidu/ERNIE-4.5-VL-28B-A3B-PT"), "run.yaml").config)
     name, value = changed.split(": ")
     with pytest.raises(ValueError, match=f"{setting}: path .* must lie in the workspace"):
         place.check_settings(load_text(forms.with_value(text, name, value), "run.yaml").config)
@@ -182,10 +185,55 @@ def test_mistakes_and_estimates_are_told() -> None:
     assert loaded is None
     assert "run.yaml:2" in told[0]
     assert "did you mean 'learning_rate'" in told[0]
-    assert "0.001 B parameters" in forms.estimated(forms.START)
+    assert "0.005 B parameters" in forms.estimated(forms.START)
     assert "learnign_rate" in forms.estimated("learnign_rate: 1\n")
     assert forms.written("seed: 4\n") == {"seed": "4"}
     assert forms.written("seed: [\n") == {}
+
+
+@pytest.mark.parametrize("system", ["en", "zh"])
+def test_what_is_told_does_not_depend_on_the_language_of_the_process(
+    place: Workspace, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.setenv("ERNIE_TUNE_LANG", system)
+    chinese = re.compile("[\u4e00-\u9fff]")
+    _, mistakes = forms.read("stage: SFT\nlearnign_rate: 1\nmax_steps: many\n")
+    _, notes = forms.read(forms.START + "dataloader_num_workers: 4\n")
+    shown = {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "3"}]}
+    _, rows = questions(Path(write_rows(place.root / "bad.jsonl", [shown])), place)
+    assert len(mistakes) == 2
+    assert notes
+    assert rows
+    for told in (*mistakes, *notes, *rows, forms.estimated(forms.START), forms.estimated("stage: no\n")):
+        assert not chinese.search(str(in_language(told, "en"))), told
+        assert chinese.search(str(in_language(told, "zh"))), told
+        shown_both = studio.line(told)
+        assert '<span class="en">' in shown_both
+        assert '<span class="zh">' in shown_both
+    gate = StudioGate(inside)
+    for tongue, language in (("zh-CN,zh;q=0.9", "zh"), ("en-US", "en")):
+        _, body = answers_of(gate, host="evil.example", accept_language=tongue)
+        assert bool(chinese.search(body["body"].decode())) == (language == "zh")
+
+
+def test_servers_speak_both_languages_and_each_browser_reads_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, given = Jobs.start, []
+
+    def started(self: Jobs, kind: str, title: str, words: Any, cwd: Path, environ: Any = None, **rest: Any) -> Any:
+        given.append(environ)
+        return start(self, kind, title, ["nonsense", *words], cwd, environ, **rest)
+
+    monkeypatch.setattr(Jobs, "start", started)
+    servers = asking.ModelServers(Jobs(tmp_path / "jobs"), tmp_path)
+    with pytest.raises(ValueError, match="must come up") as raised, servers.asked("nothing"):
+        pass
+    servers.close()
+    assert "unknown verb" in str(in_language(raised.value, "en"))
+    assert "未知" in str(in_language(raised.value, "zh"))
+    assert "未知" not in str(in_language(raised.value, "en"))
+    assert given[0]["ERNIE_TUNE_LANG"] == "both"
 
 
 # --- run folders ----------------------------------------------------------------------------------
@@ -232,7 +280,7 @@ def test_questions_of_rows_and_of_predictions(place: Workspace) -> None:
     assert only.asked.images == (str(place.root / "a.png"),)
     found, told = questions(Path(write_rows(place.root / "out.jsonl", [outside])), place)
     assert not found
-    assert "must lie in the workspace" in told[0]
+    assert "must lie in the workspace" in str(told[0])
     (only,) = questions(Path(write_rows(place.root / "judged.jsonl", [judged])), place)[0].values()
     assert only.answers == ("x", "y")
     line = {"row": 4, "line": 4, "messages": shown["messages"][:1], "images": ["a.png"], "reference": "3",
@@ -375,6 +423,11 @@ def test_rows_and_answers_stay_text(place: Workspace, attack: str) -> None:
 
 def ask(gate: StudioGate, path: str = "/", kind: str = "http", **headers: str) -> dict[str, Any]:
     """The first message of the answer."""
+    return answers_of(gate, path, kind, **headers)[0]
+
+
+def answers_of(gate: StudioGate, path: str = "/", kind: str = "http", **headers: str) -> list[dict[str, Any]]:
+    """The messages of the answer."""
     told: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -387,7 +440,7 @@ def ask(gate: StudioGate, path: str = "/", kind: str = "http", **headers: str) -
     where, _, query = path.partition("?")
     scope = {"type": kind, "method": "GET", "path": where, "query_string": query.encode(), "headers": raw}
     asyncio.run(gate(scope, receive, send))
-    return told[0]
+    return told
 
 
 async def inside(scope: Any, receive: Any, send: Any) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ernie_tune.config.language import counted, say
+from ernie_tune.config.language import Text, counted, say
 from ernie_tune.data.batching import thinking_of
 from ernie_tune.data.chat import has_open_thought
 from ernie_tune.data.processor import Encoded, Processor
@@ -41,7 +41,7 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
     dialogues = [record.dialogue(i) for i in range(count)] or [(record.messages, record.images, record.videos)]
     pair = record.signal == "pair"
     for i, (messages, images, videos) in enumerate(dialogues):
-        judged = (("chosen", "rejected")[i] if pair else f"answer {i + 1} of {count}") if count else record.signal
+        judged = (("chosen", "rejected")[i] if pair else _place(i, count)) if count else record.signal
         generates = messages[-1]["role"] not in ("assistant", "text")
         cut = any(message.get("loss", True) and has_open_thought(message) for message in messages)
         encoded = processor.encode(
@@ -66,6 +66,10 @@ def show_record(record: Record, processor: Processor, style: Style = PLAIN) -> I
                 f"--- 共 {tokens} 个 token，训练 {trained} 个，图片与视频 {media} 个",
             )
         )
+
+
+def _place(i: int, count: int) -> Text:
+    return say(f"answer {i + 1} of {count}", f"第 {i + 1} 个回答，共 {count} 个")
 
 
 def render(encoded: Encoded, processor: Processor, style: Style) -> str:
