@@ -37,7 +37,8 @@ class OnlineMeasure(Measure):
         super().__init__(*args)
         self.rubric, self.watch, self.ask = rubric, watch, ask
         self._whole: list[Answered] = []  # the newest answers, with tokens, thoughts and calls
-        self._totals: list[float] = []  # what they earned, row by row
+        self._drawn: list[int] = []  # the rows that were asked last
+        self._totals: dict[int, float] = {}  # what their answers earned
 
     def before(self, log: RunLog, resumed: bool) -> None:
         """As any method's; the watch hears of it, unless it heard before the run was stopped."""
@@ -61,7 +62,8 @@ class OnlineMeasure(Measure):
 
     def _questions(self, limit: int) -> list[Question]:
         count = min(limit, len(self.rows))
-        return [_asked(self.rows[i * len(self.rows) // count]) for i in range(count)]
+        self._drawn = [i * len(self.rows) // count for i in range(count)]
+        return [_asked(self.rows[i]) for i in self._drawn]
 
     def _given(self, asked: Sequence[Question], done: Callable[[int], object]) -> list[str]:
         self._whole, size = [], max(8, self.settings.eval.per_device_eval_batch_size)
@@ -85,7 +87,7 @@ class OnlineMeasure(Measure):
             sum(w * (one[0].parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
             for one in judged
         ]
-        self._totals = totals
+        self._totals = dict(zip(self._drawn, totals, strict=True))
         scores = {"reward": float(np.mean(totals)), **scores}
         for name in sorted({name for one in judged for name in one[0].details}):
             known = [value for one in judged if (value := one[0].details.get(name)) is not None]

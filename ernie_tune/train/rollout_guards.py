@@ -8,7 +8,7 @@ uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,10 @@ class RolloutWatch:
         """`by_reward` False: something else teaches, and rewards may be missing or alike."""
         self.by_reward = by_reward
         self.seen: dict[str, list[float]] = {}
-        # Means of held-out rewards, that of before training first; the rewards of the best of them,
-        # row by row; how many in a row were clearly below it.
+        # Means of held-out rewards, that of before training first; the rewards of the best of them
+        # by row; how many in a row were clearly below it.
         self.held: list[float] = []
-        self.best: list[float] = []
+        self.best: dict[int, float] = {}
         self.falls = 0
         self.told: set[str] = set()
 
@@ -63,23 +63,22 @@ class RolloutWatch:
         }
         return self._say(step, found)
 
-    def measured(self, rewards: Sequence[float]) -> None:
-        """Take in the held-out rewards of an evaluation, row by row; what they give reason to say
-        comes with the next step. Below the best means by more than two standard errors of the
-        difference, which the same rows make small.
+    def measured(self, rewards: Mapping[int, float]) -> None:
+        """Take in an evaluation, the rewards of held-out rows by their numbers; what they give
+        reason to say comes with the next step. Clearly below the best: on the rows that both know
+        by more than two standard errors of the mean difference.
         """
-        if not len(rewards):
+        if not rewards:
             return
-        now, best = np.asarray(rewards, np.float64), np.asarray(self.best, np.float64)
-        self.held.append(float(now.mean()))
-        if not len(best) or now.mean() > best.mean():
-            self.best, self.falls = now.tolist(), 0
-            return
-        error = np.inf
-        if (least := min(len(now), len(best))) > 1:
-            spread = (now - best).var(ddof=1) if len(now) == len(best) else now.var(ddof=1) + best.var(ddof=1)
-            error = np.sqrt(spread / least)
-        self.falls = self.falls + 1 if best.mean() - now.mean() > 2 * error else 0
+        self.held.append(float(np.mean(list(rewards.values()))))
+        both = sorted(set(rewards) & set(self.best))
+        loss = np.array([self.best[row] - rewards[row] for row in both])
+        if not both or loss.mean() < 0:
+            self.best, self.falls = dict(rewards), 0
+        elif len(loss) > 1 and loss.mean() > 2 * loss.std(ddof=1) / np.sqrt(len(loss)):
+            self.falls += 1
+        else:
+            self.falls = 0
 
     def sight(self, step: int, seen: float, blind: float, ceiling: float) -> list[Verdict]:
         """What the shares of right answers with pictures and with grey ones give reason to say.
@@ -184,7 +183,7 @@ class RolloutWatch:
         return {
             "seen": {k: list(v) for k, v in self.seen.items()},
             "held": list(self.held),
-            "best": list(self.best),
+            "best": sorted(self.best.items()),
             "falls": self.falls,
             "told": sorted(self.told),
         }
@@ -192,7 +191,7 @@ class RolloutWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = {k: list(v) for k, v in state["seen"].items()}
         self.held, self.told = list(state["held"]), set(state["told"])
-        self.best, self.falls = list(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
+        self.best, self.falls = dict(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
 
 
 class CriticWatch:

@@ -63,9 +63,14 @@ def test_entropy_that_collapses() -> None:
     assert "entropy collapsed from 1.000" in words
 
 
-def rewards(right: int, rows: int = 297) -> list[float]:
+def rewards(right: int, rows: int = 297, first: int = 0) -> dict[int, float]:
     """Of the rows those at the front are right."""
-    return [1.0] * right + [0.0] * (rows - right)
+    return {first + i: float(i < right) for i in range(rows)}
+
+
+def turned(held: dict[int, float]) -> dict[int, float]:
+    """As many are right, those at the end."""
+    return dict(zip(held, reversed(held.values()), strict=True))
 
 
 def test_rewards_up_and_held_out_down() -> None:
@@ -79,19 +84,24 @@ def test_rewards_up_and_held_out_down() -> None:
         assert not said or "held-out answers fell from 0.859 to 0.805" in str(verdicts[0].message)
 
 
+SOME = {i * 297 // 64: 1.0 for i in range(64)}  # an evaluation of fewer rows
+
+
 @pytest.mark.parametrize(("held", "falls"), [
     ([rewards(255)], 0),
     ([rewards(255), rewards(239)], 1),
     ([rewards(255), rewards(239), rewards(256), rewards(240)], 1),  # it came back
-    ([rewards(255), rewards(252), rewards(253)], 0),  # three rows may be chance: sqrt(3) a standard error
-    ([rewards(255), rewards(245)[::-1], rewards(246)[::-1]], 0),  # other rows right and wrong: less sure
+    ([rewards(255), rewards(252), rewards(253)], 0),  # three rows may be chance: 1.7 standard errors
+    ([rewards(255), turned(rewards(245)), turned(rewards(246))], 0),  # other rows right and wrong: less sure
     ([rewards(255), rewards(245), rewards(246)], 2),  # the same rows as before, and ten fewer
-    ([rewards(255), rewards(7, 10), rewards(7, 10)], 0),  # other rows, and few
-    ([rewards(255), rewards(2, 10), rewards(2, 10)], 2),
-    ([rewards(255), [1.0], [0.0]], 0),
-    ([[], rewards(255), rewards(239)], 1),
+    ([rewards(297), SOME], 0),
+    ([rewards(297), {**SOME, 0: 0.0, 4: 0.0}, {**SOME, 0: 0.0, 4: 0.0, 9: 0.0}], 0),
+    ([rewards(297), {i: float(i > 40) for i in SOME}, {i: float(i > 30) for i in SOME}], 2),
+    ([rewards(255), rewards(9, 40, first=1000), rewards(2, 40, first=1000)], 1),  # no row in common: begun again
+    ([rewards(255), {3: 0.0}, {3: 0.0}], 0),
+    ([{}, rewards(255), rewards(239)], 1),
 ])  # fmt: skip
-def test_what_is_clearly_below_the_best(held: list[list[float]], falls: int) -> None:
+def test_what_is_clearly_below_the_best(held: list[dict[int, float]], falls: int) -> None:
     watch = RolloutWatch()
     for one in held:
         watch.measured(one)
