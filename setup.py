@@ -31,7 +31,10 @@ setup(
     packages=find_packages(include=["ernie_tune", "ernie_tune.*"]),
     package_data={"ernie_tune": ["py.typed", "data/assets/*", "data/assets/*/*", "serve/*.html"]},
     data_files=[
-        (str(SHARE / DEMO), [str(DEMO / name) for name in ("README.md", "sft.yaml", "train.jsonl", "eval.jsonl")]),
+        (
+            str(SHARE / DEMO),
+            [str(DEMO / name) for name in ("README.md", "sft.yaml", "rlvr.yaml", "train.jsonl", "eval.jsonl")],
+        ),
         (
             str(SHARE / DEMO / "images"),
             [str(DEMO / "images" / f.name) for f in sorted((HERE / DEMO / "images").glob("*.png"))],

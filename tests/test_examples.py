@@ -28,7 +28,15 @@ RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))
 NOTEBOOKS = sorted(EXAMPLES.glob("notebooks/*.ipynb"))
 TEMPLATES = {"28b", "424b"}  # for the reader's own data and weights
 # Rows that a script makes, as the recipe says: the recipe's folder, and that of the script.
-DRAWN = {"rlvr": "rlvr", "evidence": "evidence", "base": "base", "upo": "rlvr", "chain": "rlvr", "rag": "rag"}
+DRAWN = {
+    "rlvr": "rlvr",
+    "digits": "rlvr",
+    "evidence": "evidence",
+    "base": "base",
+    "upo": "rlvr",
+    "chain": "rlvr",
+    "rag": "rag",
+}
 
 RUNNER = """
 import ast, json, sys, types

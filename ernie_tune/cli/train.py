@@ -1,4 +1,4 @@
-"""The verbs that train and measure: train, eval, demo.
+"""The verbs that train and measure: train and its stages, eval.
 
 Refuses to know how training works; paddle loads when a verb runs, after the settings are known to
 be right.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.checkpoint.lock import check_free
 from ernie_tune.cli import workers
 from ernie_tune.cli.doctor import installed
-from ernie_tune.cli.verbs import UsageError, file_and_settings
+from ernie_tune.cli.verbs import file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.host_memory import free_memory
@@ -29,12 +28,6 @@ from ernie_tune.plan.job import known_shape
 from ernie_tune.plan.judgement import judged
 
 ANSWERS_FILE = "eval_answers.jsonl"
-
-# In the source tree, and where an installed wheel puts it (setup.py, data_files).
-DIGITS = (
-    Path(__file__).parents[2] / "examples" / "digits",
-    Path(sysconfig.get_path("data")) / "share" / "ernie_tune" / "examples" / "digits",
-)
 
 
 def run(args: list[str]) -> int:
@@ -187,25 +180,6 @@ def _result_of(args: list[str]) -> list[str]:
         return []
     name = "model_name_or_path" if (Path(folder) / "config.json").is_file() else "lora_path"
     return [f"{name}={folder}", *([] if "output_dir" in given else [f"output_dir={folder}"])]
-
-
-def demo(args: list[str]) -> int:
-    """ernie-tune demo [key=value | --key value ...]
-
-    A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on
-    the CPU, in a few minutes.
-    """
-    folder = next((folder for folder in DIGITS if (folder / "sft.yaml").is_file()), None)
-    if folder is None:
-        raise UsageError(
-            say(
-                f"demo needs examples/digits, found neither at {' nor at '.join(map(str, DIGITS))}; "
-                "install ernie_tune again, or clone the repository",
-                f"demo 需要 examples/digits，以下位置都没有：{'、'.join(map(str, DIGITS))}；请重新安装 ernie_tune，或克隆仓库",
-            )
-        )
-    rows = [f"{split}_dataset_path={folder / f'{split}.jsonl'}" for split in ("train", "eval")]
-    return run([str(folder / "sft.yaml"), *rows, *args])
 
 
 def trainer_of(config: RunConfig) -> Any:

@@ -125,7 +125,7 @@ VERBS = (
     Verb("plot", "ernie_tune.cli.plot:run", say("draw the curves of one or several runs", "绘制一次或多次运行的曲线")),
     Verb(
         "demo",
-        "ernie_tune.cli.train:demo",
+        "ernie_tune.cli.demo:run",
         say("the first minutes: a small model learns to read digits", "最初几分钟：小模型学会识别数字"),
     ),
     Verb(

@@ -1,4 +1,4 @@
-"""`ernie-tune train`, `eval` and `demo`: exit codes and lines; the runs themselves are tested in
+"""`ernie-tune train` and `eval`: exit codes and lines; the runs themselves are tested in
 tests/trainers.
 """
 
@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from support.tiny_runs import mixed_rows, picture_row, settings, train, write_rows
 
-from ernie_tune.cli import train as verb
 from ernie_tune.cli.main import main
 from ernie_tune.config.loader import dump_config
-from ernie_tune.trainers.sft import SFTTrainer
 
 
 def test_settings_that_cannot_be_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,18 +67,3 @@ def test_eval_measures_what_was_trained(tmp_path: Path, capsys: pytest.CaptureFi
     file.write_text(dump_config(settings(tmp_path)), encoding="utf-8")
     assert main(["eval", str(file)]) == 1
     assert "eval_dataset (0 rows) must have rows to evaluate" in capsys.readouterr().err
-
-
-def test_demo_is_the_digits_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[SFTTrainer] = []
-    monkeypatch.setattr(SFTTrainer, "train", lambda self, dry_run: seen.append(self))
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", "max_steps=2", "output_dir=here"]) == 0
-    assert (seen[0].train_rows, len(seen[0].eval_rows), seen[0].args.train.max_steps) == (1500, 297, 2)
-    monkeypatch.setattr(verb, "DIGITS", (tmp_path / "a", verb.DIGITS[0]))
-    assert main(["demo"]) == 0
-    monkeypatch.setattr(verb, "DIGITS", (tmp_path / "a", tmp_path / "b"))
-    assert main(["demo"]) == 2
-    assert f"demo needs examples/digits, found neither at {tmp_path / 'a'} nor at" in capsys.readouterr().err
