@@ -29,6 +29,7 @@ from ernie_tune.config.language import say
 Array = np.ndarray[Any, Any]
 Entries = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, safetensors code
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_WORD_BYTES = 8  # the widest element's; the header is padded to it
 _PIECE_BYTES = 1 << 18
 _FLUSH_BYTES = 1 << 26
 
@@ -134,9 +135,14 @@ def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
-    """Cut the entries, in their order, into shards; within a shard wide element types come first,
-    which keeps every tensor aligned.
+    """Cut the entries, in their order, into shards. Within a shard those of whole words keep their
+    order and come first, of the others those of wide element types: so every tensor is aligned.
     """
+
+    def place(name: str) -> tuple[bool, int]:
+        odd = _nbytes(*entries[name]) % _WORD_BYTES > 0
+        return odd, -NUMPY_TYPES[entries[name][1]].itemsize if odd else 0
+
     shards: list[list[str]] = [[]]
     used = 0
     for name, entry in entries.items():
@@ -146,7 +152,7 @@ def _plan(entries: Entries, max_shard_bytes: int) -> list[list[str]]:
             used = 0
         shards[-1].append(name)
         used += size
-    return [sorted(shard, key=lambda name: -NUMPY_TYPES[entries[name][1]].itemsize) for shard in shards]
+    return [sorted(shard, key=place) for shard in shards]
 
 
 class TwoBuffers:

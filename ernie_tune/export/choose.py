@@ -191,12 +191,6 @@ class Chosen:
         """What FastDeploy makes of the unquantised matrix."""
         return grids.quantize(self.original(name, expert), self.bits(name), self.shards(name))
 
-    def scale(self, name: str, expert: int | None) -> Array:
-        """The scales of `grid`, without the codes where these do not decide them."""
-        if self.method == "rtn" or self.bits(name) == 8:
-            return grids.column_scales(self.original(name, expert), self.bits(name), self.shards(name))
-        return self.grid(name, expert).scale_SN
-
     def grid(self, name: str, expert: int | None) -> Grid:
         """The grid of one matrix by the method."""
         if self.method == "rtn" or self.bits(name) == 8:

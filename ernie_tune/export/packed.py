@@ -32,11 +32,10 @@ def write_packed(
     bits: Callable[[str], int],
     shards: Callable[[str], int],
     grid: Callable[[str, int | None], Grid],
-    scale: Callable[[str, int | None], Array],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows;
-    `grid(name, expert)`: the codes, `scale(name, expert)` their scales, which lie apart in the
+    `grid(name, expert)`: codes and scales, asked for once where scales follow their codes in the
     file. Returns the paths.
 
     ValueError for an odd input width with 4 bits.
@@ -63,6 +62,8 @@ def write_packed(
             entries[f"{stem}.scale"] = ((shards(name), columns), EXPORT_CODE)
             origin[f"{stem}.codes"] = origin[f"{stem}.scale"] = (name, expert)
 
+    made: dict[Place, Grid] = {}  # the newest alone
+
     def produce(key: str) -> Array:
         name, expert = origin[key]
         if key in specs:
@@ -70,10 +71,12 @@ def write_packed(
             if len(spec.shape) == 3:  # a stack that stays as it is
                 return np.stack([weights.read(name, e, entries[key][1]) for e in range(spec.shape[0])])
             return weights.read(name, None, entries[key][1])
+        newest = made.pop((name, expert), None) or grid(name, expert)
         if key.endswith(".scale"):
-            return cast(scale(name, expert), "F32", EXPORT_CODE)
-        made = grid(name, expert)
-        return pack_halves(made.codes_KN) if made.bits == 4 else made.codes_KN
+            return cast(newest.scale_SN, "F32", EXPORT_CODE)
+        made.clear()
+        made[name, expert] = newest
+        return pack_halves(newest.codes_KN) if newest.bits == 4 else newest.codes_KN
 
     config = write_config(weights.config.replace(dtype="bfloat16"), "paddle")
     config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}

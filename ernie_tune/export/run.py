@@ -397,8 +397,7 @@ class _Export:
     def _write(self, weights: Weights, chosen: Chosen | None) -> dict[str, float]:
         start, o = time.monotonic(), self.o
         if o.emit == "packed" and chosen:
-            how = (chosen.bits, chosen.shards, chosen.grid, chosen.scale)
-            write_packed(self.staged, weights, *how, o.max_shard_bytes)
+            write_packed(self.staged, weights, chosen.bits, chosen.shards, chosen.grid, o.max_shard_bytes)
         else:
             told = self._hf_config() if o.layout == "hf" else None
             write_layout(

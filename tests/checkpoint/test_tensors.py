@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from ernie_tune.checkpoint import names, tensors, writer
 from ernie_tune.checkpoint.tensors import (
     INDEX_NAME,
+    NUMPY_TYPES,
     SINGLE_NAME,
     Array,
     TensorReader,
@@ -300,11 +301,21 @@ def test_cast_and_all_finite() -> None:
     assert not all_finite(np.array([np.inf, 1], np.float32), "F32")
 
 
-def test_wide_types_come_first_so_that_tensors_stay_aligned(tmp_path: Path) -> None:
-    write(tmp_path / "m", TENSORS)
+def test_tensors_stay_aligned(tmp_path: Path) -> None:
+    """Those of whole words in their order, then the rest, wide types first."""
+    more = {
+        "odd": np.zeros(3, np.int8),
+        "pair": np.zeros(1, np.uint16),
+        "codes": np.zeros(16, np.int8),
+        "scale": np.zeros(4, np.uint16),
+        "wide": np.zeros(1, np.int64),
+        "single": np.zeros(3, np.float32),
+    }
+    codes = {"odd": "I8", "pair": "BF16", "codes": "I8", "scale": "BF16", "wide": "I64", "single": "F32"}
+    write_folder(tmp_path / "m", {n: (a.shape, codes[n]) for n, a in more.items()}, more.__getitem__)
     entries, _ = read_header(tmp_path / "m" / SINGLE_NAME)
-    assert list(entries) == ["c", "a", "empty", "scalar", "b.odd"]
-    assert all(e.offset % 8 == 0 for e in entries.values() if e.dtype == "I64")
+    assert list(entries) == ["codes", "scale", "wide", "single", "pair", "odd"]
+    assert all(e.offset % NUMPY_TYPES[e.dtype].itemsize == 0 for e in entries.values())
 
 
 def test_the_next_tensor_is_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

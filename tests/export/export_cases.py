@@ -13,7 +13,7 @@ import numpy as np
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import narrow_bfloat16
 from ernie_tune.data.processor import Processor
-from ernie_tune.export.grid import LARGEST, Grid, column_scales, quantize
+from ernie_tune.export.grid import LARGEST, Grid, quantize
 from ernie_tune.export.scheme import bits_of, row_parallel, scheme
 from ernie_tune.export.source import ExportSource
 from ernie_tune.models.config import ModelConfig
@@ -46,10 +46,7 @@ def rtn(source: ExportSource, quantization: str, tp: int = 1) -> dict[str, Any]:
     def grid(name: str, expert: int | None) -> Grid:
         return quantize(source.read(name, expert, "BF16"), bits_of(name, chosen), shards(name))
 
-    def scale(name: str, expert: int | None) -> np.ndarray:
-        return column_scales(source.read(name, expert, "BF16"), bits_of(name, chosen), shards(name))
-
-    return {"bits": lambda name: bits_of(name, chosen), "shards": shards, "grid": grid, "scale": scale}
+    return {"bits": lambda name: bits_of(name, chosen), "shards": shards, "grid": grid}
 
 
 def aligned_config() -> ModelConfig:

@@ -121,20 +121,9 @@ def test_written_is_what_fastdeploy_turns_into_served() -> None:
         ):
             found = grids.quantize(written.read(name, expert, "BF16"), chosen.bits(name), chosen.shards(name))
             np.testing.assert_array_equal(found.dense(), served.read(name, expert, "F32"))
-            np.testing.assert_array_equal(chosen.scale(name, expert), chosen.grid(name, expert).scale_SN)
     assert (written.read(EXPERT, 3, "BF16") != weights.read(EXPERT, 3, "BF16")).any()
     name = "layers.0.self_attn.o_proj.weight"  # int8: untouched
     np.testing.assert_array_equal(written.read(name, None, "BF16"), weights.read(name, None, "BF16"))
-
-
-def test_scales_alone_round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A packed file holds all scales before the codes: asked for alone, they cost no second
-    rounding of every matrix.
-    """
-    chosen = Chosen(Made(preset("tiny-a")), scheme("wint4"), "rtn", 1, {})
-    want = chosen.grid(EXPERT, 3).scale_SN
-    monkeypatch.setattr(grids, "nearest_codes", lambda *_: pytest.fail("codes were made"))
-    np.testing.assert_array_equal(chosen.scale(EXPERT, 3), want)
 
 
 def test_what_each_word_quantises() -> None:

@@ -18,6 +18,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.checkpoint.tensors import TensorReader
 from ernie_tune.checkpoint.writer import write_folder
 from ernie_tune.data.processor import Processor
+from ernie_tune.export.grid import Grid
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.scheme import bits_of, scheme
 from ernie_tune.export.source import ExportSource
@@ -38,6 +39,19 @@ def inputs(processor: Processor):  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("packed") / "plain")
+
+
+def test_every_matrix_is_rounded_once(plain: Path, tmp_path: Path) -> None:
+    source, asked = ExportSource(plain), []
+    parts = rtn(source, "wint4")
+
+    def grid(name: str, expert: int | None) -> Grid:
+        asked.append((name, expert))
+        return parts["grid"](name, expert)
+
+    write_packed(tmp_path / "packed", source, **{**parts, "grid": grid}, max_shard_bytes=100_000)
+    matrices = [name for name in TensorReader(tmp_path / "packed").entries if name.endswith(".codes")]
+    assert len(asked) == len(set(asked)) == len(matrices)
 
 
 @pytest.mark.parametrize(("quantization", "tp"), [("wint8", 1), ("wint4", 1), ("wint4", 2), ("mix", 4)])
