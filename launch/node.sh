@@ -8,7 +8,7 @@
 #   MASTER_ADDR           address of machine 0, the same on every machine; only for several machines
 #   MASTER_PORT           a free port there (29500)
 #   CUDA_VISIBLE_DEVICES  the cards to use (all)
-#   ERNIEKIT_DIST_LOG     folder of the processes' lines, workerlog.N (output/dist_log)
+#   ERNIEKIT_DIST_LOG     folder of the processes' lines, workerlog.N (output/dist_log; of several machines, output/dist_log/machine-RANK)
 #   VERB                  train (default) or eval
 #   PYTHON                the interpreter (.venv/bin/python here, or python3)
 set -euo pipefail
@@ -22,8 +22,9 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 nodes="${NNODES:-1}" rank="${RANK:-0}" port="${MASTER_PORT:-29500}"
 
-place=()
+place=() logs=output/dist_log
 if [ "$nodes" -gt 1 ]; then
+  logs="$logs/machine-$rank"  # processes of the same number would otherwise share a file of a shared disk
   : "${MASTER_ADDR:?several machines (NNODES=$nodes) need MASTER_ADDR, the address of machine 0}"
   [ "$rank" -lt "$nodes" ] || { echo "RANK ($rank) must be below NNODES ($nodes); number the machines from 0" >&2; exit 2; }
   place=(--nnodes "$nodes" --rank "$rank" --master "$MASTER_ADDR:$port")
@@ -48,5 +49,5 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Paddle's launcher writes its environment into the log folder: secrets stay out of it. (`ernie-tune train` hands them to the workers another way.)
 while read -r name; do unset "$name"; done < <(compgen -e | grep -iE 'token|key|secret|passw|credential|auth|cookie|private' || true)
 unset NNODES RANK MASTER_ADDR MASTER_PORT
-exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-output/dist_log}" \
+exec "$PYTHON" -u -W "ignore:No ccache found" -m paddle.distributed.launch --log_level WARNING --log_dir "${ERNIEKIT_DIST_LOG:-$logs}" \
   "${place[@]}" "${cards[@]}" "$root/ernie_tune/launcher.py" "${VERB:-train}" "$@"

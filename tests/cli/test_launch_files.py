@@ -104,6 +104,7 @@ def test_some_cards_and_several_machines(place: Path) -> None:
     words, inside = launched(place)
     assert [option(words, o) for o in ("--gpus", "--nnodes", "--rank", "--master")] == ["3,5", "2", "1", "10.0.0.1:777"]
     assert words[-2:] == ["eval", "run.yaml"]
+    assert option(words, "--log_dir") == "output/dist_log/machine-1"
     assert not {"NNODES", "RANK", "MASTER_ADDR", "MASTER_PORT"} & set(inside), (
         "the launcher sets its own for the workers"
     )
