@@ -2,8 +2,8 @@
 time are unpacked into memory that the processor keeps near, multiplied, and written over.
 
 Two thirds of a step on a quantised base went into writing whole float32 matrices to main memory and
-reading them again. What need not be done to every value is done to the rows instead: int8's one
-scale a column multiplies the result, and int4 codes stay above zero, their offset of 8 is taken off
+reading them again. What need not be done to every value is done to the rows instead: one scale a
+column multiplies the result, and int4 codes stay above zero, their offset of 8 is taken off
 by a product with the sums of each group. `whole` stays as the oracle: the same numbers, only the
 sums run in another order. Several experts, or parts of one matrix, are worked on at once,
 by as many threads as the math library would take.
@@ -58,7 +58,7 @@ class Codes:
     @property
     def scaled_after(self) -> bool:
         """Whether a product with bare codes needs but one factor a column."""
-        return self.bits == 8 and self.scale.shape[0] == 1
+        return self.scale.shape[0] == 1
 
     def unpack(self, first: int, end: int, columns: slice, scratch: Scratch) -> Iterator[tuple[int, Array]]:
         """(row of the matrix, rows from there on) of a range of code rows: one part for int8, two
@@ -77,7 +77,8 @@ class Codes:
         for row, take, by in ((first, np.bitwise_and, 15), (self.codes.shape[0] + first, np.right_shift, 4)):
             take(codes, by, out=halves)
             np.copyto(made, halves)
-            made *= self.scale[row // group_rows, columns]
+            if not self.scaled_after:
+                made *= self.scale[row // group_rows, columns]
             yield row, made
 
 
@@ -160,7 +161,10 @@ def _forward(x_MI: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
     def job(matrix: Codes, a: int, b: int, columns: slice) -> None:
         width, scratch = columns.stop - columns.start, _scratch(matrix, columns.stop - columns.start)
         target, add = (made + 4 * (a * n_out + columns.start), n_out), False
-        if matrix.bits == 4:
+        if matrix.bits == 4 and matrix.scaled_after:
+            rows[a:b, columns] = -_OFFSET * sums_MG[a:b]
+            add = True
+        elif matrix.bits == 4:
             groups = matrix.scale.shape[0]
             sums = (sums_MG.ctypes.data + 4 * a * groups, groups)
             _multiply((b - a, width, groups), sums, (matrix.scale[:, columns], n_out), target, factor=-_OFFSET)
