@@ -40,6 +40,7 @@ from ernie_tune.report.progress import Progress, resident_gib
 from ernie_tune.report.writers import open_writers
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import Loop, StepRecord
+from ernie_tune.trainers import neighbours_state
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
 from ernie_tune.trainers.method import Method, RowSets
@@ -193,12 +194,13 @@ class Run:
 
     def _open_log(self, checkpoint: Checkpoint | None, progress: Progress) -> RunLog:
         c, folder = self.config.log, self.output_dir
+        own = checkpoint if checkpoint and not neighbours_state.is_neighbours(checkpoint.path) else None
         names = c.report_to if self.place.is_writer else ()
         return RunLog(
             folder,
             self.place.is_writer,
             resume_step=self.loop.step if checkpoint else None,
-            history=checkpoint.read_json("trainer_state.json")["log_history"] if checkpoint else (),
+            history=own.read_json("trainer_state.json")["log_history"] if own else (),
             echo=progress.write,
             writers=open_writers(names, Path(c.logging_dir or folder / "runs"), self.parts.described.flat()),
         )
@@ -312,6 +314,11 @@ class Run:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         policy = self.policy
+        if neighbours_state.is_neighbours(checkpoint.path):
+            t = self.config.train
+            rows = t.per_device_train_batch_size * t.gradient_accumulation_steps
+            neighbours_state.resume(checkpoint, policy, self.loop, rows)
+            return
         with policy.whole():
             named = policy.moved()
             load_optimizer(checkpoint, self.loop.optimizer, named, cut=policy.shards(named), ranks=self.place)
@@ -380,6 +387,8 @@ class Run:
                 f"从 {checkpoint.path} 继续：第 {checkpoint.step} / {self.total_steps} 步，已完成 {done:.2f} 遍数据",
             )
         )
+        if neighbours_state.is_neighbours(checkpoint.path):
+            log.info(neighbours_state.told(checkpoint), "WARNING")
         for path in set_aside_later(self.output_dir, checkpoint.step) if self.place.is_writer else ():
             log.info(
                 say(
