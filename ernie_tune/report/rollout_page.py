@@ -15,6 +15,7 @@ from typing import Any
 from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.language import say
 from ernie_tune.report import html
+from ernie_tune.report.pages import without_tags
 
 ROUNDS, PROMPTS = 6, 8  # rounds that are shown, spread over the run, and prompts of each
 _LONGEST = 600  # characters of an answer
@@ -23,6 +24,9 @@ _WORDS = {
     "round": say("Round", "轮次"),
     "gold": say("Gold answer", "标准答案"),
     "answer": say("Answer", "回答"),
+    "answers": say("Answers", "回答数"),
+    "mean": say("Mean reward", "平均奖励"),
+    "parts": say("Made up of", "组成"),
     "reward": say("Reward", "奖励"),
     "advantage": say("Advantage", "优势"),
     "empty": say("(empty)", "（空）"),
@@ -74,27 +78,29 @@ def _trend(rounds: Mapping[int, Mapping[int, Sequence[Mapping[str, Any]]]]) -> s
         known = [row["reward"] for group in rounds[number].values() for row in group if row["reward"] is not None]
         mean = f"{sum(known) / len(known):.3f}" if known else "-"
         facts.append([str(number), mean, str(sum(map(len, rounds[number].values())))])
-    head = [html.both(_WORDS["round"]), html.both(_WORDS["reward"]), html.both(_WORDS["answer"])]
-    return html.table(head, facts)
+    return html.table([html.both(_WORDS[name]) for name in ("round", "mean", "answers")], facts)
 
 
 def group_html(rows: Sequence[Mapping[str, Any]], files: Path | None) -> str:
-    """One prompt: its pictures, and its answers, best first. `files`: where large pictures go;
-    None: they are drawn smaller.
+    """One prompt: its pictures and question, and its answers, best first. `files`: where large
+    pictures go; None: they are drawn smaller.
     """
     first = rows[0]
     names = [name for name in first.get("images", ()) if name]
+    asked = without_tags(next((str(row["question"]) for row in rows if row.get("question")), ""))
+    question = f'<p class="q">{escape(asked[:_LONGEST])}</p>' if asked.strip() else ""
     gold = "" if first.get("gold") is None else f" · {html.both(_WORDS['gold'])}: <b>{escape(str(first['gold']))}</b>"
     order = sorted(rows, key=lambda row: -(row["reward"] if row["reward"] is not None else float("-inf")))
     cells = []
     for row in order:
-        text = html.lines(row["text"][:_LONGEST], _WORDS["empty"])
+        text = html.lines(row["text"][:_LONGEST], _WORDS["empty"]).replace("\n", "<br>")
         cut = f" <i>{html.both(_WORDS['cut'])}</i>" if row["finish_reason"] == "length" else ""
         parts = "<br>".join(f"{escape(name)} {_shown(value)}" for name, value in row["rewards"].items())
         cells.append([text + cut, _shown(row["reward"]), f"{row['advantage']:+.3f}", parts])
-    head = [html.both(_WORDS[name]) for name in ("answer", "reward", "advantage")]
-    table = html.table([*head, html.both(_WORDS["reward"])], cells)
-    return f"<article>{html.media(names, (), files)}<p class=sub>{escape(str(first['row']))}{gold}</p>{table}</article>"
+    table = html.table([html.both(_WORDS[name]) for name in ("answer", "reward", "advantage", "parts")], cells)
+    source = f'<p class="src">{escape(str(first["row"]))}{gold}</p>'
+    pictures = html.media(names, (), files)
+    return f'<article><div class="pics">{pictures}</div><div class="text">{question}{table}{source}</div></article>'
 
 
 def _shown(value: float | None) -> str:

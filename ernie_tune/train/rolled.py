@@ -169,11 +169,13 @@ def answer_advantages(group: Rolled) -> np.ndarray:
 def told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
     """What the log of answers says of a group: one object an answer."""
     advantage_G = answer_advantages(group)
+    asked = next((m["content"] for m in reversed(group.record.prompt) if m["role"] == "user"), "")
     for i, (answer, scored) in enumerate(zip(group.answers, group.scored, strict=True)):
         yield {
             "round": number,
             "prompt": group.number,
             "row": str(group.record.meta),
+            **({"question": asked} if i == 0 else {}),  # once a group
             "images": [name if isinstance(name, str) else "" for name in group.record.images],
             "gold": group.record.reward.answer if group.record.reward else None,
             "sample": i,

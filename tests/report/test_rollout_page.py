@@ -31,18 +31,21 @@ def test_a_log_that_was_cut_and_gone_on_with(tmp_path: Path) -> None:
         row(0, 3, 0, "<b>6</b>", 0.0),
         row(0, 3, 1, "7", 1.0),
         row(1, 4, 0, "stale", None),
-        row(1, 4, 0, "new", None),
+        {**row(1, 4, 0, "new\nlines", None), "question": "<image>What <i>is</i> it?"},
+        row(1, 4, 1, "newer", None),
     ]
     log.write_text("".join(json.dumps(one) + "\n" for one in rows) + '{"round": 2, "pro', encoding="utf-8")
     found = read_rollouts(log)
     assert {n: {p: [r["text"] for r in g] for p, g in some.items()} for n, some in found.items()} == {
         0: {3: ["<b>6</b>", "7"]},
-        1: {4: ["new"]},
+        1: {4: ["new\nlines", "newer"]},
     }
     assert write_rollouts(log, page, "run") == 2
     text = page.read_text(encoding="utf-8")
     assert "<b>6</b>" not in text
     assert text.index("<td>7") < text.index("&lt;b&gt;6")
     assert "stale" not in text
+    assert '<p class="q">What &lt;i&gt;is&lt;/i&gt; it?</p>' in text, "asked once, shown above its answers"
+    assert "new<br>lines" in text
     assert "x.jsonl:4" in text
-    assert text.count("<article>") == 2
+    assert text.count("<article>") == text.count('<div class="text">') == 2
