@@ -127,10 +127,20 @@ def rows_of(one: Judgement, beside: Path | None = None) -> dict[str, list[dict[s
 
 
 class Judgements:
-    """The judgements of one folder. Raises ValueError for a file that is none of its own."""
+    """The judgements of one folder. Raises ValueError for a file that is none of its own: rows that
+    nobody has judged here would be written over.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        others = [] if (folder / SOURCE).exists() else [name for name in KINDS if (folder / name).exists()]
+        if others:
+            raise ValueError(
+                say(
+                    f"{folder} must not hold a {others[0]} of somebody else, which would be written over; choose another folder",
+                    f"{folder} 中已有他人的 {others[0]}，会被覆盖；请换一个文件夹",
+                )
+            )
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, one: Judgement) -> None:

@@ -69,6 +69,17 @@ def test_every_kind_is_read_by_the_trainers_that_learn_it(tmp_path: Path) -> Non
     assert store.counts() == {PAIRS: 2, RANKINGS: 1, RATINGS: 1, LABELS: 2, CORRECTED: 1}
 
 
+def test_rows_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / PAIRS).write_text('{"prompt": "mine", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(ValueError, match=r"must not hold a pairs.jsonl of somebody else"):
+        Judgements(tmp_path)
+    assert "mine" in (tmp_path / PAIRS).read_text()
+    (tmp_path / PAIRS).unlink()
+    for _ in range(2):
+        Judgements(tmp_path).add(judged(ranks=(1, 2, 3)))
+    assert Judgements(tmp_path).counts()[RANKINGS] == 1
+
+
 def test_judging_again_replaces_rows_and_keeps_the_line(tmp_path: Path) -> None:
     store = Judgements(tmp_path)
     store.add(judged(ratings=(1, 1, 1)))

@@ -85,6 +85,19 @@ def test_another_page_drives_nothing(page: tuple[TestClient, Path], headers: dic
 # --- uploads ---
 
 
+@pytest.mark.parametrize("name", ["x.svg", "x.html", "x.xhtml", "x.js", "x.jsonl", "noend"])
+def test_what_somebody_sent_is_never_run_by_a_browser(page: tuple[TestClient, Path], name: str) -> None:
+    client, _ = page
+    script = b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>"
+    sent = client.post("/gradio_api/upload", files={"files": (name, script, "text/html")}, headers=HOST)
+    assert sent.status_code == 200
+    answer = client.get(f"/gradio_api/file={sent.json()[0]}", headers=HOST)
+    if answer.status_code == 200:
+        kind = answer.headers["content-type"].split(";")[0]
+        assert "attachment" in answer.headers.get("content-disposition", "") or kind == "text/plain", answer.headers
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
 def sent(studio: Studio, name: str, data: bytes) -> str:
     file = studio.workspace.sent / "ab" / name
     file.parent.mkdir(parents=True, exist_ok=True)
