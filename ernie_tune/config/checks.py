@@ -78,7 +78,7 @@ def _unread_at(c: RunConfig, name: str) -> str:
 def _idle(c: RunConfig) -> Iterator[tuple[str, str]]:
     """Settings that others switch off."""
     e, s, o, p = c.eval, c.save, c.optim, c.parallel
-    if not s.push_to_hub:
+    if not s.push_to_hub and s.push_hub != SETTINGS["push_hub"].default:
         yield (
             "push_hub",
             say(

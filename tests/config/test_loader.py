@@ -20,6 +20,7 @@ from ernie_tune.config.arguments import SETTINGS, LoraArguments, RunConfig
 from ernie_tune.config.convert import convert
 from ernie_tune.config.loader import Loaded, dump_config, load_config, load_text, split_overrides
 from ernie_tune.config.peers import IGNORED, REFUSED
+from ernie_tune.config.stages import STAGES
 from ernie_tune.config.training_arguments import TrainingArguments
 
 # a YAML of ERNIEKit, as published
@@ -445,3 +446,10 @@ def test_a_file_full_of_unknown_keys_is_refused_without_comparing_each(monkeypat
     with pytest.raises(ValueError, match="unknown key 'key_4999'"):
         load_text("".join(f"key_{i}: 1\n" for i in range(5000)), "run.yaml")
     assert len(asked) == 20
+
+
+@pytest.mark.parametrize("stage", [*STAGES])
+def test_what_a_run_wrote_down_is_read_without_a_word(stage: str) -> None:
+    for method in ("LoRA", "Full"):
+        config = load_text(f"stage: {stage}\nfine_tuning: {method}\nmax_seq_len: 512\n", "x").config
+        assert load_text(dump_config(config), "x").notes == ()
