@@ -199,12 +199,12 @@ def _heading(e: Estimate) -> list[str]:
     spelled = " ".join(f"{k}: {v}," for k, v in layout.settings().items()).rstrip(",")
     spelled = f"  ({spelled})" if spelled else ""
     how = say("chosen", "自动选择") if e.searched else say("as set", "按设置")
-    all_b, trained_b = parameter_count(job.model) / 1e9, trained_values(job) / 1e9
+    every, trained = _values(parameter_count(job.model)), _values(trained_values(job))
     recompute, where = str(job.recompute).lower(), f"{layout.world} x {e.card.name}"
     said = [
         say(
-            f"{job.name}: {all_b:,.3f} B parameters, {trained_b:,.3f} B trained by {job.stage} {method}",
-            f"{job.name}：{all_b:,.3f} B 参数，{job.stage} {method} 训练其中 {trained_b:,.3f} B",
+            f"{job.name}: {every} parameters, {trained} trained by {job.stage} {method}",
+            f"{job.name}：{every} 参数，{job.stage} {method} 训练其中 {trained}",
         ),
         say(
             "micro-batch: {n:,} tokens{visual}; x {times} accumulated; recompute: {recompute}",
@@ -219,10 +219,15 @@ def _heading(e: Estimate) -> list[str]:
     return list(map(str, said))
 
 
+def _values(count: float) -> str:
+    """`28.405 B`, and of small models `4.84 M`."""
+    return f"{count / 1e9:,.3f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
+
+
 def _memory_lines(e: Estimate) -> list[str]:
     m, out = e.plan.memory, []
     for name, chinese, gb in rows(m.items):
-        out.append(f"  {padded(say(name, chinese), 20)}{gb:>9.2f}".rstrip())
+        out.append(f"  {padded(say(name, chinese), 20)}{abs(gb) if abs(gb) < 0.005 else gb:>9.2f}".rstrip())
     several = len(m.stages) > 1
     worst = say(f", pipeline stage {m.stage} of {len(m.stages)}", f"，最重的流水段 {m.stage} / {len(m.stages)}")
     verdict = str(say("fits", "可行") if e.plan.fits else say("DOES NOT FIT", "显存不足"))

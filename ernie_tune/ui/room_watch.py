@@ -95,7 +95,8 @@ def _samples(folder: Path, workspace: Workspace) -> str:
 def _rollouts(folder: Path, workspace: Workspace) -> str:
     """The newest groups of sampled answers, the best answer of each first."""
     found = runs.rollouts(folder, _ROLLOUTS)
-    parts = []
+    parts: list[str] = []
+    last: object = None
     for (number, _), group in groupby(found, key=lambda row: (row.get("round"), row.get("prompt"))):
         rows = [
             {**row, "images": [i for i in row.get("images") or () if isinstance(i, str) and workspace.may_show(i)]}
@@ -105,6 +106,8 @@ def _rollouts(folder: Path, workspace: Workspace) -> str:
             shown = group_html(rows, None)
         except (KeyError, TypeError, AttributeError, ValueError):  # written by something else
             continue
-        parts.append(f"<h3>{html.both(say('Round', '轮次'))} {escape(str(number))}</h3>{shown}")
+        head = f"<h3>{html.both(say('Round', '轮次'))} {escape(str(number))}</h3>" if number != last else ""
+        parts.append(head + shown)
+        last = number
     title = html.both(say("Sampled answers and their rewards", "采样的回答与奖励"))
     return f"<h2>{title} · {escape(folder.name)}</h2>{''.join(parts)}" if parts else ""

@@ -97,8 +97,17 @@ class Workspace:
 
     def check_settings(self, config: RunConfig) -> None:
         """Raises ValueError where a setting, whichever, names a file or folder outside, and where
-        one would hand a secret of this machine to an address.
+        one would hand a secret of this machine to an address, or act under its owner's name.
         """
+        if config.save.push_to_hub:
+            raise ValueError(
+                say(
+                    f"push_to_hub ({config.save.push_to_hub[:80]}) must not be used from here: whoever opens this page would "
+                    "publish under your name; push the finished run with ernie-tune push",
+                    f"此处不得使用 push_to_hub（{config.save.push_to_hub[:80]}）：任何打开此页的人都会以您的名义发布；请在训练完成后用 "
+                    "ernie-tune push 上传",
+                )
+            )
         for name, value in config.flat().items():
             for text in _texts(value):
                 try:

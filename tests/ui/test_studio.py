@@ -84,6 +84,11 @@ def test_settings_of_online_methods_name_nothing_outside(place: Workspace, value
         place.check_settings(load_text(forms.with_value(text, "reward_funcs", value), "run.yaml").config)
 
 
+def test_nobody_publishes_under_the_name_of_the_machines_owner(place: Workspace) -> None:
+    with pytest.raises(ValueError, match=r"push_to_hub \(me/model\) must not be used from here"):
+        place.check_settings(load_text(forms.with_value(forms.START, "push_to_hub", "me/model"), "x").config)
+
+
 def test_data_sets_by_name_lead_nowhere_else(place: Workspace) -> None:
     (place.root / "dataset_info.json").write_text('{"mine": {"file_name": "../outside/secret.jsonl"}}')
     with pytest.raises(ValueError, match=r"train_dataset_path: path .* must lie in the workspace"):
@@ -185,7 +190,7 @@ def test_mistakes_and_estimates_are_told() -> None:
     assert loaded is None
     assert "run.yaml:2" in told[0]
     assert "did you mean 'learning_rate'" in told[0]
-    assert "0.005 B parameters" in forms.estimated(forms.START)
+    assert "4.84 M parameters, 0.0" in forms.estimated(forms.START)
     assert "learnign_rate" in forms.estimated("learnign_rate: 1\n")
     assert forms.written("seed: 4\n") == {"seed": "4"}
     assert forms.written("seed: [\n") == {}
