@@ -30,6 +30,7 @@ from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import DatasetEntry, _files, find, load_dataset, split_paths
 from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
 from ernie_tune.models.presets import PRESETS, shipped_folder
+from ernie_tune.plan.judgement import absent, foreign
 
 # Options of each subcommand and what their value is; "": none.
 _FLAG, _PAGE, _FOLDERS = "", "[PATH.html]", dict.fromkeys(("media-dir", "dataset-dir", "tokenizer"), "FOLDER")
@@ -42,6 +43,7 @@ _OPTIONS = {
 }  # fmt: skip
 _HTML = ".check.html"
 _YAML = (".yaml", ".yml")
+_ROWS = ("train_dataset_path", "eval_dataset_path")
 
 
 def run(args: list[str]) -> int:
@@ -181,6 +183,7 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
                 f"{words[0]}:1：缺少 train_dataset_path（训练数据）；请补上",
             )
         )
+    _check_named(loaded, words[0], options)
     folder = options.get("dataset-dir", data.dataset_dir or ".")
     with _blaming(loaded, "train_dataset_path"):
         train = _typed_entries(data.train_dataset_path, data.train_dataset_type, folder)
@@ -193,6 +196,22 @@ def _run_inputs(words: list[str], options: Mapping[str, str]) -> _Inputs:
     learned = signals_of(loaded.config.model.stage, loaded.config.preference.loss_type)
     signals = _signals(options["stage"]) if "stage" in options else learned
     return _Inputs(train, evaluation, processor, limit, signals)
+
+
+def _check_named(loaded: Loaded, file: str, options: Mapping[str, str]) -> None:
+    """Raise ValueError, one line a mistake, for what training would refuse before it reads a row:
+    rows that are not there, and models of other families.
+    """
+    wrong = list(foreign(loaded.config))
+    if "dataset-dir" not in options:
+        lacks = absent(loaded.config, Path(file).parent)
+        wrong += [(lack.setting, lack.message) for lack in lacks if lack.setting in _ROWS]
+    if wrong:
+        raise ValueError("\n".join(f"{_place(loaded, setting)}: {message}" for setting, message in wrong))
+
+
+def _place(loaded: Loaded, setting: str) -> str:
+    return loaded.sources[setting].where if setting in loaded.sources else "command line"
 
 
 def _signals(stage: str) -> tuple[str, ...]:
@@ -213,8 +232,7 @@ def _blaming(loaded: Loaded, setting: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        place = loaded.sources[setting].where if setting in loaded.sources else "command line"
-        raise ValueError(f"{place}: {setting}: {error}") from error
+        raise ValueError(f"{_place(loaded, setting)}: {setting}: {error}") from error
 
 
 def _typed_entries(paths: Sequence[str], forms: Sequence[str], folder: str) -> list[DatasetEntry]:

@@ -27,6 +27,12 @@ METHODS = {
 FREEZE_WORDS = tuple(
     f"freeze_{part}" for part in ("vision", "aligner", "llm", "router", "text_experts", "vision_experts")
 )
+# Names of row formats, families of them among them; `data/readers/formats.py` reads them.
+ROW_FORMATS = (
+    *("auto", "canonical", "erniekit", "erniekit_vl", "erniekit_dpo", "alpaca", "sharegpt", "pairs", "ranked"),
+    *("scored", "labels", "verifiable", "messages", "vqa", "task", "prompt_response", "classification", "prompt"),
+    *("pictures", "text"),
+)
 TEMPLATES = ("auto", "hf", "ernie_vl", "ernie_vl_nothink")
 _ADAPTED = ("LoRA",)
 
@@ -41,14 +47,14 @@ class DataArguments:
         "训练文件，逗号分隔；path#500 表示取 500 行",
     )
     train_dataset_type: tuple[str, ...] = arg(
-        ("auto",), "row format, one for all files or one a file", "数据格式：全部文件一个，或每个文件一个"
+        ("auto",), "row format, one for all files or one a file", "数据格式：全部文件一个，或每个文件一个", ROW_FORMATS
     )
     train_dataset_prob: tuple[float, ...] = arg((), "mixing weights, one a file", "混合权重，每个文件一个", low=0)
     eval_dataset_path: tuple[str, ...] = arg(
         (), "evaluation files, comma separated", "评估文件，逗号分隔", shapes=False
     )
     eval_dataset_type: tuple[str, ...] = arg(
-        ("auto",), "row format of the evaluation files", "评估文件的数据格式", shapes=False
+        ("auto",), "row format of the evaluation files", "评估文件的数据格式", ROW_FORMATS, shapes=False
     )
     val_size: float = arg(
         0.0,

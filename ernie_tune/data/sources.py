@@ -30,6 +30,7 @@ _TEXT = ".txt"  # a text each, where a folder holds no rows
 # which are then refused with what to do
 _COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".xlsx", ".xls")
 _SAMPLED_ROWS = 32  # read to recognise a format
+_SHOWN_NAMES = 8  # of data sets, in a message
 # LLaMA-Factory's column roles -> the field our readers know; the others keep their names.
 _COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAG_ROLES = {
@@ -279,8 +280,7 @@ def find(name: str, dataset_dir: str) -> list[DatasetEntry]:
     with open(info, "rb") as file:
         table = parse_json(file.read(), info, 1)
     if target not in table:
-        names = {"names": f"{target}, or a file of this name"}
-        raise DataError(info, 0, target, f"names {', '.join(table)}", "missing", names)
+        raise DataError(target, 0, "path", _not_found(target, info, list(table)), "file", {})
     entry = read_info(table[target], target, info)
     return [entry if samples is None else replace(entry, samples=samples)]
 
@@ -323,12 +323,20 @@ def _files(path: str, must: bool = True) -> list[str]:
     return found
 
 
-def _not_found(path: str) -> str:
-    """What a name that leads to no rows is, and where it was looked for."""
+def _not_found(path: str, info: str = "", names: Sequence[str] = ()) -> str:
+    """What a name that leads to no rows is, and where it was looked for: in a folder, and among the
+    `names` that the file `info` gives to data sets.
+    """
     if os.path.isdir(path):
         return say("a folder without rows or classes of pictures", "文件夹中没有数据行，也没有按类别存放的图片")
     seen = "" if os.path.isabs(path) else os.getcwd()
-    return say(f"nothing of this name{seen and f' in {seen}'}", f"{seen and f'{seen} 中'}没有该名称")
+    shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    english = f", and none of the data sets of {info}" + (f" ({shown})" if shown else "")
+    chinese = f"，{info} 中也没有该数据集" + (f"（现有 {shown}）" if shown else "")
+    return say(
+        f"nothing of this name{seen and f' in {seen}'}{info and english}",
+        f"{seen and f'{seen} 中'}没有该名称{info and chinese}",
+    )
 
 
 def _in_folder(path: str) -> list[str]:
@@ -354,6 +362,9 @@ def _in_folder(path: str) -> list[str]:
             return [os.path.join(folder, name) for name in found]
     if class_folders(path):
         return [path]
+    if splits := [entry.path for entry in os.scandir(path) if entry.is_dir() and class_folders(entry.path)]:
+        found = say("folders of classes of pictures", "各含按类别存放图片的文件夹")
+        raise DataError(path, 0, "path", found, "split", {"names": ", ".join(sorted(splits))})
     texts = (os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
     return sorted(name for name in texts if name.lower().endswith(_TEXT))
 

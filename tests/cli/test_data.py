@@ -102,8 +102,9 @@ def test_a_run_file(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "check", run)[2].startswith("note: hub/name has no tokenizer here")
     for text, message in [
         ("seed: 1\n", "run.yaml:1: train_dataset_path must name the rows"),
-        ("seed: 1\ntrain_dataset_path: no.jsonl\n", "run.yaml:2: train_dataset_path: no.jsonl: path: found nothing of this name"),
-        ("train_dataset_path: good.jsonl\ntrain_dataset_type: x\n", "run.yaml:1: train_dataset_path: format ('x') must be one of"),
+        ("seed: 1\ntrain_dataset_path: no.jsonl\n", "run.yaml:2: train_dataset_path (no.jsonl) is not there, seen from"),
+        ("train_dataset_path: good.jsonl\nmodel: Qwen/Qwen2-VL-7B\n", "run.yaml:2: model_name_or_path (Qwen/Qwen2-VL-7B) must be an ERNIE"),
+        ("train_dataset_path: good.jsonl\ntrain_dataset_type: x\n", "run.yaml:2: train_dataset_type ('x') must be one of auto"),
         ("train_dataset_path: good.jsonl\nsed: 1\n", "run.yaml:2: unknown key 'sed'"),
     ]:  # fmt: skip
         run.write_text(text)

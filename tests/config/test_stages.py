@@ -13,7 +13,7 @@ import pytest
 from ernie_tune.config.arguments import SETTINGS, build, default_for, shapes_weights
 from ernie_tune.config.checks import problems, remarks
 from ernie_tune.config.loader import load_text
-from ernie_tune.config.sections_model import METHODS
+from ernie_tune.config.sections_model import METHODS, ROW_FORMATS
 from ernie_tune.config.sections_run import OptimArguments
 from ernie_tune.config.stages import (
     EDGE_LOSSES,
@@ -27,6 +27,7 @@ from ernie_tune.config.stages import (
     UPO_PRESETS,
     UPO_TERMS,
 )
+from ernie_tune.data.readers.formats import FORMATS
 
 BUILT = list(STAGES.values())
 
@@ -57,6 +58,12 @@ def test_names_of_losses_are_those_that_are_computed() -> None:
     for name in (n for n in PAIR_LOSSES if n != "sft"):
         terms = pairwise.expand([name], None, pairwise.PreferenceHyper(label_smoothing=0.1))
         assert pairwise.needs_reference(terms) == (name not in UNREFERENCED), name
+
+
+def test_names_of_row_formats_are_those_that_are_read() -> None:
+    known = {"auto", *(name for form in FORMATS for name in (form.name, *form.families))}
+    assert set(ROW_FORMATS) == known
+    assert len(ROW_FORMATS) == len(known)
 
 
 def test_every_setting_is_explained_in_two_languages() -> None:

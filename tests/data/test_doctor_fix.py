@@ -161,7 +161,7 @@ def test_show_candidates_prompts_and_thoughts(tmp_path: Path) -> None:
 
 
 def test_show_needs_its_pictures(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: image .* must exist"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: image .* must exist, .* start beside the data file"):
         shown(tmp_path, {"prompt": "<image>q", "response": "a", "image": "no.png"})
 
 

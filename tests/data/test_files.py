@@ -17,6 +17,7 @@ from PIL import Image
 
 from ernie_tune.cli import main
 from ernie_tune.data import parquet_rows
+from ernie_tune.data.doctor import rows as doctor_rows
 from ernie_tune.data.doctor.convert import convert_file
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.file_kinds import file_kind
@@ -145,6 +146,11 @@ def test_folders(tmp_path: Path) -> None:
     (packed / "rows.jsonl.gz").write_bytes(gzip.compress(LINE))
     with pytest.raises(DataError, match=r"found gzip.*gunzip -k"):
         load_dataset(str(packed))
+    for split, label in (("train", "cat"), ("val", "cat")):
+        (tmp_path / "splits" / split / label).mkdir(parents=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / "splits" / split / label / "0.png")
+    with pytest.raises(DataError, match=r"expected one split; fix: name one: .*splits/train, .*splits/val"):
+        load_dataset(str(tmp_path / "splits"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found a folder without rows"):
         load_dataset(str(tmp_path / "empty"))
@@ -185,6 +191,34 @@ def test_a_picture_with_a_label_or_a_caption(
     assert Scan(TINY).run([DatasetEntry(str(tmp_path / "x.csv"))]).findings.counts == {"no_question": 1}
 
 
+@pytest.mark.parametrize(
+    ("columns", "near", "entry"),
+    [
+        ("foto,art", "image + label (pictures)", {"image": "foto", "label": "art"}),
+        ("标签,图片", "image + label (pictures)", {"image": "图片", "label": "标签"}),
+        ("bild,frage,antwort", "image + label (pictures)", {"image": "bild", "prompt": "frage", "response": "antwort"}),
+    ],
+)
+def test_a_cell_that_names_a_picture_tells_what_its_column_is(
+    columns: str, near: str, entry: dict[str, str], tmp_path: Path
+) -> None:
+    """The entry of dataset_info.json that the refusal proposes reads the file as it is."""
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    names = columns.split(",")
+    shows = names.index(entry["image"])
+    cells = ["a.png" if i == shows else f"text {i}" for i in range(len(names))]
+    (tmp_path / "x.csv").write_text(f"{columns}\n{','.join(cells)}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(tmp_path / "x.csv"))
+    assert near in caught.value.english
+    proposed = json.loads(caught.value.english.split("dataset_info.json: ")[1].partition("; the first")[0])
+    assert proposed["mine"]["columns"] == entry
+    (tmp_path / "dataset_info.json").write_text(json.dumps(proposed), encoding="utf-8")
+    record = load_dataset("mine", dataset_dir=str(tmp_path))[0]
+    assert record.images == (str(tmp_path / "a.png"),)
+    assert record.messages[-1]["content"] == cells[max(i for i in range(len(names)) if i != shows)]
+
+
 def test_rows_in_memory(tmp_path: Path) -> None:
     picture = Image.new("RGB", (30, 30))
     rows: list[dict[str, Any]] = [ROW, {"messages": ROW["messages"], "images": [picture]}]
@@ -198,7 +232,7 @@ def test_rows_in_memory(tmp_path: Path) -> None:
         _ = load_dataset([ROW, {**ROW, "foto": "a.png"}])[1]
 
 
-def test_parquet_by_row_groups(tmp_path: Path) -> None:
+def test_parquet_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"question": f"q{i}", "answer": "a", "blob": bytes(50_000)} for i in range(40)]
     # a name that lies
@@ -209,6 +243,10 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     assert data._parts[0].rows._held.table.num_rows <= 7  # type: ignore[attr-defined]
     report = Scan(TINY).run([DatasetEntry(str(tmp_path / "big.jsonl"))])
     assert report.stats.rows == 40
+    monkeypatch.setattr(doctor_rows, "_BATCH_BYTES", 200_000)
+    batches = list(doctor_rows.open_rows(str(tmp_path / "big.jsonl")).batches())
+    assert [len(batch.rows) for batch in batches] == [4] * 10, "pictures in cells make small batches"
+    assert [line for batch in batches for line in batch.lines_n] == list(range(1, 41))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(20))
     with pytest.raises(DataError, match="write or download it again"):
         load_dataset(str(tmp_path / "cut.parquet"))

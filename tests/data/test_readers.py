@@ -694,7 +694,7 @@ def outcome_of(row, form) -> Record | DataError:
 
 def assert_consistent(record: Record) -> None:
     """What every trainer relies on."""
-    ends = "assistant" if record.signal == "sft" else ("user", "tool")
+    ends = {"sft": ("assistant",), "text": ("text",)}.get(record.signal, ("user", "tool"))
     assert record.messages[-1]["role"] in ends
     for i in range(-1, len(record.candidates)):
         messages, images, videos = record.dialogue(i) if i >= 0 else (record.messages, record.images, record.videos)

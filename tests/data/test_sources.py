@@ -348,7 +348,10 @@ def test_dataset_info_complaints(info) -> None:
         ("broken", "broken: found 3, expected an object"),
         ("typo", r"typo.columns: found \[\], expected an object"),
         ("odd", r"odd.prompt: found 3, expected a string"),
-        ("absent", "absent: found names identity, wikiqa"),
+        (
+            "absent",
+            r"absent: path: found nothing of this name in .*, and none of the data sets of .* \(identity, wikiqa",
+        ),
     ):
         with pytest.raises(DataError, match=text):
             load_dataset(name, dataset_dir=info)

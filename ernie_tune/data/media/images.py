@@ -263,8 +263,9 @@ def open_source(source: object, label: str) -> BinaryIO:
     except FileNotFoundError as error:
         raise ValueError(
             say(
-                f"{label} must exist, no such file; correct the path, relative ones start at the current folder",
-                f"{label} 不存在；请改正路径（相对路径从当前文件夹算起）",
+                f"{label} must exist, no such file; correct the path: relative ones start beside the data file "
+                "that names them, or in its media folder, others at the current folder",
+                f"{label} 不存在；请改正路径（数据文件中的相对路径从该文件所在文件夹或其媒体文件夹算起，其他从当前文件夹算起）",
             )
         ) from error
     except (OSError, ValueError) as error:
@@ -312,10 +313,14 @@ def decode_errors(label: str) -> Iterator[None]:
             )
         ) from error
     except _DECODE_ERRORS as error:
+        # pillow names the Python object that it read from, which means nothing to a reader
+        why = say("its head is damaged", "文件头已损坏") if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
             say(
-                f"{label} cannot be decoded ({error}); replace the file, or save it again as PNG or JPEG",
-                f"{label} 无法解码（{error}）；请替换该文件，或另存为 PNG 或 JPEG",
+                "{label} cannot be decoded ({why}); replace the file, or save it again as PNG or JPEG",
+                "{label} 无法解码（{why}）；请替换该文件，或另存为 PNG 或 JPEG",
+                label=label,
+                why=why,
             )
         ) from error
 

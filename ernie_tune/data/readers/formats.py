@@ -35,7 +35,7 @@ from ernie_tune.data.readers.fields import (
     read_dialogue,
     read_flag,
 )
-from ernie_tune.data.readers.media import FILE_NAMES, IMAGE_NAMES, MEDIA_NAMES, VIDEO_NAMES, suffix_kind
+from ernie_tune.data.readers.media import FILE_NAMES, IMAGE_NAMES, KIND_NAMES, MEDIA_NAMES, VIDEO_NAMES, suffix_kind
 from ernie_tune.data.readers.preference import (
     read_canonical,
     read_labelled,
@@ -374,16 +374,19 @@ def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> Da
     column is what.
     """
     keys = {str(key) for key, value in row.items() if value is not None}
-    met = {form.name: sum(not keys.isdisjoint(group) for group in form.needs) / len(form.needs) for form in formats}
+    strange = {str(key): value for key, value in row.items() if key not in SPECIAL_FIELDS | PLAIN_FIELDS}
+    media = {key: KIND_NAMES[kind] for key, cell in strange.items() if (kind := _kind_of_cell(cell)) is not None}
+    known = keys | set(media.values())  # a cell names a picture, whatever its column is called
+    met = {form.name: sum(not known.isdisjoint(group) for group in form.needs) / len(form.needs) for form in formats}
     usual = ("prompt_response", "messages", "classification", "pictures", "text")
     order = [*usual, *(form.name for form in formats if form.name not in usual)]
     by_name = {form.name: form for form in formats}
     near = sorted((name for name in order if name in by_name), key=lambda name: -met[name])[:2]
-    described = "; ".join(f"{by_name[name].describe(keys)} ({name})" for name in near)
-    strange = [str(key) for key in row if key not in SPECIAL_FIELDS | PLAIN_FIELDS][:2]
-    columns = ", ".join(
-        f'"{ours}": "{yours}"' for ours, yours in zip(("prompt", "response"), [*strange, "...", "..."], strict=False)
-    )
+    described = "; ".join(f"{by_name[name].describe(known)} ({name})" for name in near)
+    words = [key for key in strange if key not in media]
+    ours = ("label",) if media and len(words) < 2 and keys.isdisjoint(QUERIES) else ("prompt", "response")
+    named = [*((kind, key) for key, kind in media.items()), *zip(ours, [*words, "...", "..."], strict=False)]
+    columns = ", ".join(f'"{name}": "{yours}"' for name, yours in named)
     entry = f'{{"mine": {{"file_name": "{os.path.basename(path)}", "columns": {{{columns}}}}}}}'
     names, table = list(map(str, row)), path.lower().endswith((".csv", ".tsv"))
     more = ", ..." if len(names) > _SHOWN_FIELDS else ""
@@ -397,6 +400,10 @@ def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> Da
         + ("；表格首行须为列名" if table else ""),
     )
     return DataError(path, 0, "format", found, "unknown", {"hint": hint})
+
+
+def _kind_of_cell(value: object) -> int | None:
+    return suffix_kind(value) if isinstance(value, str) else None
 
 
 def read(
