@@ -32,6 +32,7 @@ from ernie_tune.data.records import DataError, Media, Record
 
 BLOCK_BYTES = 1 << 17  # a block and what it is parsed into stay in the second-level cache
 BATCH_ROWS = 512  # of files that are not read by blocks
+_BATCH_BYTES = 4 << 20  # of their cells, from which a batch ends
 BOM = b"\xef\xbb\xbf"
 _NAME = re.compile(rb'(?<!\\)"\s*:')
 _SURROGATE, _PAIR = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
@@ -112,10 +113,16 @@ class Indexed:
         self._rows = open_file(path)
 
     def batches(self) -> Iterator[Batch]:
-        for first in range(0, len(self._rows), BATCH_ROWS):
-            numbers = range(first, min(first + BATCH_ROWS, len(self._rows)))
-            lines_n = np.array([self._rows.line(i) for i in numbers])
-            yield Batch(lines_n, np.array(numbers), [self._row(i) for i in numbers])
+        """Up to BATCH_ROWS rows at a time, fewer where they are large, as pictures in cells are."""
+        first, end = 0, len(self._rows)
+        while first < end:
+            rows, size = [], 0
+            while first + len(rows) < min(end, first + BATCH_ROWS) and size < _BATCH_BYTES:
+                rows.append(self._row(first + len(rows)))
+                size += _cell_bytes(rows[-1])
+            numbers = range(first, first + len(rows))
+            yield Batch(np.array([self._rows.line(i) for i in numbers]), np.array(numbers), rows)
+            first += len(rows)
 
     def reread(self, offset: int, line: int) -> Mapping[str, Any]:
         return self._rows[offset]
@@ -125,6 +132,15 @@ class Indexed:
             return self._rows[i]
         except DataError as error:
             return error
+
+
+def _cell_bytes(value: object) -> int:
+    """Bytes and characters in a row or a cell, more or less."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_cell_bytes, value.values()))
+    return sum(map(_cell_bytes, value)) if isinstance(value, list | tuple) else 8
 
 
 def open_rows(path: str) -> JsonLines | Indexed:

@@ -305,8 +305,13 @@ class Scan:
         for band in range(BANDS):
             for first_k, later_k in self._pairs(f"band{band}", done_n):
                 candidate_n[later_k] = True
-                sample = np.unique(np.concatenate([sample, np.stack([later_k, first_k], 1)]), axis=0)
-                sample = sample[_drawn(sample[:, 0], step)]
+                drawn_k = _drawn(later_k, step)
+                sample = np.concatenate([sample, np.stack([later_k[drawn_k], first_k[drawn_k]], 1)])
+                # A pair is there at most once a band: so many are too many, however many are equal.
+                while len(sample) > BANDS * _COMPARED:
+                    step *= 2
+                    sample = sample[_drawn(sample[:, 0], step)]
+                sample = np.unique(sample, axis=0)
                 while len(sample) > _COMPARED:
                     step *= 2
                     sample = sample[_drawn(sample[:, 0], step)]
