@@ -121,6 +121,13 @@ class Tokenizer:
         path = shipped_folder(path) or path
         folder = folder_with_tokenizer(Path(path))
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if not folder.exists():
+            raise ValueError(
+                say(
+                    f"{folder} does not exist; give the folder of a model or of a finished run",
+                    f"{folder} 不存在；请给出模型文件夹，或已完成运行的输出目录",
+                )
+            )
         if MODEL_FILE not in files and JSON_FILE not in files:
             raise ValueError(
                 say(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,16 @@ def test_a_finished_run_can_be_talked_to(
     out = train(tmp_path, max_steps=1)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {DIGIT}\nread\n/exit\n"))
-    assert main(["chat", str(out), "--max_new_tokens", "3", "--seed", "1"]) == 0
+    written, other = tmp_path / "run.yaml", tmp_path / "other.yaml"  # as a run was started
+    written.write_text(f"output_dir: {out}\n", encoding="utf-8")
+    other.write_text("output_dir: not/run\n", encoding="utf-8")
+    assert main(["chat", str(written), "--max_new_tokens", "3", "--seed", "1"]) == 0
+    for path, told in (
+        (other, "names output_dir (not/run), which is not there; run `ernie-tune train"),
+        (DIGIT, "must be the folder of a model, or the folder or YAML file of a run"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            open_engine(Path(path), base_of_run)
     said = capsys.readouterr().out
     assert said.startswith(str(HELP))
     assert f"image 1: {DIGIT}" in said
