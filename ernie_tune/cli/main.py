@@ -8,6 +8,7 @@ Refuses to know what verbs do.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
@@ -21,6 +22,19 @@ from ernie_tune.cli.verbs import VERBS, UsageError, Verb, find_verb
 from ernie_tune.config.language import choose_language, say, shown
 
 _HELP = ("-h", "--help")
+
+
+# What the system says in English alone.
+_REASONS = {
+    errno.ENOENT: "没有该文件或文件夹",
+    errno.EACCES: "没有权限",
+    errno.EPERM: "不允许的操作",
+    errno.EISDIR: "这是文件夹，须为文件",
+    errno.ENOTDIR: "路径中有一部分不是文件夹",
+    errno.EEXIST: "已经存在",
+    errno.ENOSPC: "磁盘空间不足",
+    errno.EROFS: "文件系统只读",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +98,8 @@ def _without_language(words: list[str]) -> list[str]:
 
 def _message(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        reason = error.strerror or type(error).__name__
+        return str(say(f"{error.filename}: {reason}", f"{error.filename}：{_REASONS.get(error.errno or 0, reason)}"))
     return shown(error)
 
 

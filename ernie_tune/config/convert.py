@@ -18,7 +18,8 @@ import yaml
 
 from ernie_tune.config.aliases import VALUES
 from ernie_tune.config.arguments import Setting
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
+from ernie_tune.config.stages import STAGES
 
 # What a file or a command line can hold: a text, a list of texts, or nothing (null).
 Raw = str | tuple[str, ...] | None
@@ -136,14 +137,27 @@ def _word(setting: Setting, text: str) -> str:
     negation = "!" if word.startswith("!") and setting.name == "freeze_config" else ""
     known = {choice.lower(): choice for choice in setting.choices}
     if word.removeprefix(negation) not in known:
-        hint = did_you_mean(word, known, typo=0.6)
+        loss = _loss_of_stage(word) if setting.name == "stage" else None
         raise ValueError(
             say(
-                f"{setting.name} ({text!r}) must be one of {', '.join(setting.choices)}{hint}",
-                f"{setting.name}（{text!r}）须为 {', '.join(setting.choices)} 之一{hint}",
+                "{name} ({text!r}) must be one of {choices}{hint}",
+                "{name}（{text!r}）须为 {choices} 之一{hint}",
+                name=setting.name,
+                text=text,
+                choices=", ".join(setting.choices),
+                hint=loss or did_you_mean(word, known, typo=0.6),
             )
         )
     return negation + known[word.removeprefix(negation)]
+
+
+def _loss_of_stage(word: str) -> Text | None:
+    """Where a stage is asked for by the name of a loss, such as ORPO: how to write it here."""
+    stage = next((stage.name for stage in STAGES.values() if word in stage.losses), None)
+    return stage and say(
+        f"; {word} is a loss: write stage: {stage} and loss_type: {word}",
+        f"；{word} 是损失函数：请写 stage: {stage} 与 loss_type: {word}",
+    )
 
 
 def _number(setting: Setting, text: str) -> int | float:

@@ -21,6 +21,16 @@ _WHOLE_LAYERS = "recompute recomputes whole layers, each on its own"
 _SEQUENCES = "use tensor_model_parallel_size with sequence_parallel"
 
 
+# What `report_to` takes -> the package that it needs.
+LOGGERS = {
+    "visualdl": "visualdl",
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+    "swanlab": "swanlab",
+    "mlflow": "mlflow",
+}
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """How long, in what batches, on which loss."""
@@ -328,7 +338,7 @@ class LogArguments:
         (),
         "further loggers, each through its own package; all: those that are installed. visualdl, tensorboard and mlflow write below logging_dir (mlflow to MLFLOW_TRACKING_URI where that is set); wandb and swanlab send to their services unless WANDB_MODE or SWANLAB_MODE is offline",
         "另外的记录工具，各用其自己的软件包；all 表示已安装的全部。visualdl、tensorboard、mlflow 写入 logging_dir（设置了 MLFLOW_TRACKING_URI 时 mlflow 写到那里）；wandb 与 swanlab 会发送到其服务，除非 WANDB_MODE 或 SWANLAB_MODE 为 offline",
-        ("visualdl", "tensorboard", "wandb", "swanlab", "mlflow", "all"),
+        (*LOGGERS, "all"),
         shapes=False,
     )
     disable_tqdm: bool = arg(False, "plain lines instead of a progress bar", "以文本行代替进度条", shapes=False)

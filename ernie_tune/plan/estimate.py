@@ -12,7 +12,7 @@ from typing import Any
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.convert import to_raw
-from ernie_tune.config.language import padded, say, shown
+from ernie_tune.config.language import Text, padded, say, shown
 from ernie_tune.config.layout import Layout
 from ernie_tune.config.loader import Entry, load_config, load_text
 from ernie_tune.models.specs import parameter_count
@@ -43,7 +43,7 @@ class Estimate:
     plan: Plan
     searched: bool
     better: Plan | None
-    changes: tuple[tuple[str, ...], ...]
+    changes: tuple[tuple[Text, ...], ...]
 
     @property
     def fits(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.host_memory import Free
-from ernie_tune.config.language import Text, say
+from ernie_tune.config.language import Text, join, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.peft.config import LoraConfig
@@ -56,23 +56,24 @@ def shortage(config: RunConfig, model: ModelConfig, free: Free) -> tuple[Text | 
         return None, False
     certain = held > free.bytes
     machine = card(f"cpu-{max(1, int(free.bytes / GB))}g")
-    fits = [" + ".join(texts) for texts in changes_that_fit(job, machine, 1, count=2)]
-    remedy = say(f"; it would fit with {' or '.join(fits)}", f"；改用 {' 或 '.join(fits)} 则放得下") if fits else ""
+    fits = [join(" + ", list(texts)) for texts in changes_that_fit(job, machine, 1, count=2)]
+    english, chinese = " or ".join(fit.english for fit in fits), " 或 ".join(fit.chinese for fit in fits)
+    remedy = say(f"; it would fit with {english}", f"；改用 {chinese} 则放得下") if fits else say("", "")
     if certain:
         return (
             say(
                 f"memory ({free.bytes / GB:.1f} GB free, by {free.bound}) must hold at least {held / GB:.1f} GB of weights, "
-                f"gradients and optimizer states{remedy}",
-                f"内存（剩余 {free.bytes / GB:.1f} GB，受限于{free.bound}）至少须容纳 {held / GB:.1f} GB 的权重、梯度与优化器状态{remedy}",
+                f"gradients and optimizer states{remedy.english}",
+                f"内存（剩余 {free.bytes / GB:.1f} GB，受限于{free.bound}）至少须容纳 {held / GB:.1f} GB 的权重、梯度与优化器状态{remedy.chinese}",
             ),
             True,
         )
     return (
         say(
             f"memory: rows as long as allowed need {needed / GB:.1f} GB, {free.bytes / GB:.1f} GB are free, by {free.bound}; "
-            f"the system may end the run{remedy}",
+            f"the system may end the run{remedy.english}",
             f"内存：若各行都达到允许的长度，需要 {needed / GB:.1f} GB，剩余 {free.bytes / GB:.1f} GB（受限于{free.bound}）；"
-            f"系统可能会终止训练{remedy}",
+            f"系统可能会终止训练{remedy.chinese}",
         ),
         False,
     )

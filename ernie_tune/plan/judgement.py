@@ -11,6 +11,7 @@ Refuses to know: paddle, the hubs' caches (checkpoint/hub.py looks there), what 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
+from ernie_tune.config.sections_run import LOGGERS
 from ernie_tune.models.presets import is_fresh, shipped_name
 from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.plan.job import known_shape
@@ -138,6 +140,14 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     ):
         for path in paths:
             yield from _rows(setting, path, d.dataset_dir or ".", beside)
+    for name in config.log.report_to:
+        package = LOGGERS.get(name)
+        if package is not None and not _installed(package):
+            message = say(
+                f"report_to ({name}) needs the package {package}; pip install {package}, or take it out",
+                f"report_to（{name}）需要软件包 {package}；请 pip install {package}，或去掉该项",
+            )
+            yield Lack("report_to", message, True)
     resumed = config.save.resume_from_checkpoint
     named = {
         "lora_path": config.lora.lora_path,
@@ -147,6 +157,13 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     for setting, path in named.items():
         if path and not os.path.exists(path):
             yield Lack(setting, _lacking(setting, path, beside), True)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ernie_tune.config.language import Text, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import Card
 from ernie_tune.plan.job import Job
@@ -85,18 +86,25 @@ def smallest(job: Job, card: Card) -> Plan:
 class Change:
     """One setting to write instead, and what the job is then."""
 
-    text: str
+    text: Text
     job: Job
     cards: int
     offload: bool = False
 
 
+def _setting(line: str) -> Text:
+    return say(line, line)
+
+
 def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
     """Changes of one setting, those that change the result least first."""
     if not job.recompute:
-        yield Change("recompute: true", job.replace(recompute=True), cards, offload)
+        yield Change(_setting("recompute: true"), job.replace(recompute=True), cards, offload)
     if job.rows > 1:
-        text = "per_device_train_batch_size: 1, with more gradient_accumulation_steps"
+        text = say(
+            "per_device_train_batch_size: 1, with more gradient_accumulation_steps",
+            "per_device_train_batch_size: 1（并增大 gradient_accumulation_steps）",
+        )
         smaller = job.replace(
             rows=1,
             accumulation=job.accumulation * job.rows,
@@ -104,14 +112,18 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
         )
         yield Change(text, smaller, cards, offload)
     if job.full and job.model.vision is not None and "freeze_vision" not in job.freeze:
-        yield Change("freeze_config: freeze_vision", job.replace(freeze=(*job.freeze, "freeze_vision")), cards, offload)
+        yield Change(
+            _setting("freeze_config: freeze_vision"), job.replace(freeze=(*job.freeze, "freeze_vision")), cards, offload
+        )
     if not job.full and not job.coded:
-        yield Change("weight_quantize_algo: weight_only_mix", job.replace(quantize="weight_only_mix"), cards, offload)
+        yield Change(
+            _setting("weight_quantize_algo: weight_only_mix"), job.replace(quantize="weight_only_mix"), cards, offload
+        )
     if job.lora is not None and job.lora.r > 8:
-        yield Change("lora_rank: 8", job.replace(lora=replace(job.lora, r=8)), cards, offload)
+        yield Change(_setting("lora_rank: 8"), job.replace(lora=replace(job.lora, r=8)), cards, offload)
     if job.lora is not None and job.lora.expert_targets:
         only = replace(job.lora, expert_targets=())
-        yield Change("lora_experts: none", job.replace(lora=only), cards, offload)
+        yield Change(_setting("lora_experts: none"), job.replace(lora=only), cards, offload)
     if job.row_tokens >= 2 * _SHORTEST and job.row_tokens % 2 == 0:
         half = job.replace(
             row_tokens=job.row_tokens // 2,
@@ -119,28 +131,30 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
             sequence_tokens=job.sequence_tokens // 2,
             completion_tokens=job.completion_tokens // 2,
         )
-        yield Change(f"max_seq_len: {half.row_tokens}", half, cards, offload)
-    yield Change(f"{2 * cards} cards instead of {cards}", job, 2 * cards, offload)
+        yield Change(_setting(f"max_seq_len: {half.row_tokens}"), half, cards, offload)
+    more = say(f"{2 * cards} cards instead of {cards}", f"用 {2 * cards} 张卡代替 {cards} 张")
+    yield Change(more, job, 2 * cards, offload)
 
 
-def changes_that_fit(job: Job, card: Card, cards: int, offload: bool = False, count: int = 3) -> list[tuple[str, ...]]:
+def changes_that_fit(job: Job, card: Card, cards: int, offload: bool = False, count: int = 3) -> list[tuple[Text, ...]]:
     """Up to `count` sets of at most three changes with which the job fits some layout, smaller sets
-    first, none containing another.
+    first, none containing another. More processes share the memory of a CPU, so they are none
+    there.
     """
-    found: list[tuple[str, ...]] = []
-    one = [c.text for c in _changes(job, cards, offload)]
+    found: list[tuple[Text, ...]] = []
+    one = [c.text for c in _changes(job, cards, offload) if c.cards == cards or not card.is_cpu]
     # Layouts that lack least stand for all where several changes are combined.
     few = [p.layout for p in plans(job, card, cards)[:4]]
     for size in range(1, _MOST_CHANGES + 1):
         for texts in itertools.combinations(one, size):
             if len(found) < count and not any(set(f) <= set(texts) for f in found):
-                changed = _apply(texts, Change("", job, cards, offload))
+                changed = _apply(texts, Change(_setting(""), job, cards, offload))
                 if changed is not None and _fits(changed, card, few if size > 1 else None):
                     found.append(texts)
     return found
 
 
-def _apply(texts: tuple[str, ...], start: Change) -> Change | None:
+def _apply(texts: tuple[Text, ...], start: Change) -> Change | None:
     current = start
     for text in texts:
         options = {c.text: c for c in _changes(current.job, current.cards, current.offload)}

@@ -134,7 +134,7 @@ def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, 
         old = before.get(name)
         change = value - old if _is_number(old) and _is_number(value) else None
         mark = {1: "+", -1: "-", 0: " "}[gain(name, old, value)] if change is not None else " "
-        moved = "" if change is None else f"{round(change, 4) + 0.0:+.4f}"
+        moved = "" if change is None else f"{change:+.4f}" if round(change, 4) else "0.0000"
         cells = (name, "" if old is None else number(name, old), number(name, value), moved, mark)
         # two scores that agree before and after are one to the reader; a first value that nothing
         # repeats is kept

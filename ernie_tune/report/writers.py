@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.language import say
+from ernie_tune.config.sections_run import LOGGERS
 
-# logger -> (package, what installs it)
-PACKAGES = {
-    "visualdl": ("visualdl", "pip install visualdl"),
-    "tensorboard": ("tensorboardX", "pip install tensorboardX"),
-    "wandb": ("wandb", "pip install wandb"),
-    "swanlab": ("swanlab", "pip install swanlab"),
-    "mlflow": ("mlflow", "pip install mlflow"),
-}
 PROJECT = "ernie_tune"
 
 Write = Callable[[Mapping[str, float], int], object]
@@ -48,19 +41,19 @@ def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
     """The loggers that `report_to` names, writing below `folder`; "all": those whose package is
     installed. Raises ValueError for one whose package is not.
     """
-    wanted = [n for n in PACKAGES if importlib.util.find_spec(PACKAGES[n][0])] if "all" in names else list(names)
+    wanted = [n for n in LOGGERS if importlib.util.find_spec(LOGGERS[n])] if "all" in names else list(names)
     return [_open(name, folder, settings) for name in wanted]
 
 
 def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> LogWriter:
-    package, install = PACKAGES[name]
+    package = LOGGERS[name]
     try:
         module = importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
             say(
-                f"report_to ({name}) must have the package {package} ({error}); {install}, or remove it",
-                f"report_to（{name}）需要软件包 {package}（{error}）；{install}，或去掉该项",
+                f"report_to ({name}) must have the package {package} ({error}); pip install {package}, or remove it",
+                f"report_to（{name}）需要软件包 {package}（{error}）；pip install {package}，或去掉该项",
             )
         ) from None
     folder.mkdir(parents=True, exist_ok=True)

@@ -118,9 +118,14 @@ def test_wrong_command_lines(args: list[str], message: str, capsys: pytest.Captu
     assert err.count("\n") == 1
 
 
-def test_wrong_settings_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_settings_and_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "run.yaml"
     assert call(capsys, "validate", file) == (1, "", f"{file}: No such file or directory\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("ERNIE_TUNE_LANG", "zh")
+        assert call(capsys, "validate", file) == (1, "", f"{file}：没有该文件或文件夹\n")
     file.write_text(YAML + "lerning_rate: 3\n")
     code, out, err = call(capsys, "validate", file)
     assert (code, out) == (1, "")

@@ -64,6 +64,16 @@ def test_what_is_not_there(here: Path, line: str, setting: str, words: str) -> N
     assert f"run.yaml:{number}: {setting} {words}" in notes(text)
 
 
+def test_loggers_need_their_packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "visualdl" else None)
+    text = BASE + "report_to: visualdl, swanlab\n"
+    wanted = "report_to (swanlab) needs the package swanlab; pip install swanlab"
+    assert wanted in refusal(text)
+    assert wanted in notes(text)
+    assert "visualdl" not in notes(text)
+    assert notes(BASE + "report_to: all\n") == ""
+
+
 def test_the_recipe_that_makes_a_model_is_named(here: Path) -> None:
     recipes = here / "recipes"
     recipes.mkdir()

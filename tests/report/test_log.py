@@ -109,15 +109,15 @@ def test_comparison_table_says_what_training_did(monkeypatch: pytest.MonkeyPatch
         # macro_f1 says the same and is left out
         "  eval_exact_match     0.0  0.9375  +0.9375  better",
         "  kl                   0.1     0.2  +0.1000",
-        "  eval_token_acc      0.25    0.25  +0.0000",
+        "  eval_token_acc      0.25    0.25   0.0000",
         "  new                          1.0",
     ]
     worse = comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 1.5})[-1]
     assert worse == "  eval_loss     1.0    1.5  +0.5000  worse"
     monkeypatch.setenv("ERNIE_TUNE_LANG", "zh")
     assert comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 0.99996})[1:] == [
-        "             训练前  训练后     变化",
-        "  eval_loss     1.0     1.0  +0.0000",
+        "             训练前  训练后    变化",
+        "  eval_loss     1.0     1.0  0.0000",
     ]
 
 

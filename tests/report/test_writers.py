@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from ernie_tune.config.sections_run import LOGGERS
 from ernie_tune.report.log import RunLog
-from ernie_tune.report.writers import PACKAGES, open_writers
+from ernie_tune.report.writers import open_writers
 
 RECORD = {"loss": 0.5, "step": 3, "done": True, "note": "text", "nan": float("nan"), "table": [1]}
 
@@ -95,7 +96,7 @@ def test_all_means_those_that_are_installed(tmp_path: Path, monkeypatch: pytest.
     fake = use(monkeypatch, "wandb")
     assert len(open_writers(["all"], tmp_path, {})) == 1
     assert fake.told[0]["project"] == "ernie_tune"
-    assert set(PACKAGES) == {"visualdl", "tensorboard", "wandb", "swanlab", "mlflow"}
+    assert set(LOGGERS) == {"visualdl", "tensorboard", "wandb", "swanlab", "mlflow"}
 
 
 # --- the libraries themselves, where they are installed ------------------------------------------
@@ -119,11 +120,11 @@ writer.close()
 """
 
 
-@pytest.mark.parametrize("name", sorted(PACKAGES))
+@pytest.mark.parametrize("name", sorted(LOGGERS))
 def test_each_library_writes_offline_below_the_folder(name: str, tmp_path: Path) -> None:
-    package, install = PACKAGES[name]
+    package = LOGGERS[name]
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"NOT TESTED: report_to: {name} needs the package {package}; {install}")
+        pytest.skip(f"NOT TESTED: report_to: {name} needs the package {package}; pip install {package}")
     done = subprocess.run(
         [sys.executable, "-c", OWN, name, str(tmp_path / "runs")],
         cwd=tmp_path,
