@@ -146,8 +146,9 @@ def read(url: str, policy: MediaPolicy, label: str, lease: Lease | None = None) 
 
 def _read_local(url: str, policy: MediaPolicy, label: str) -> bytes:
     parts = urlsplit(url)
-    refused = (
-        f"{label} must be inside the folder that the server allows (allow_local_media); send the data as a data: URL"
+    refused = say(
+        f"{label} must be inside the folder that the server allows (allow_local_media); send the data as a data: URL",
+        f"{label} 须位于服务器允许的文件夹内（allow_local_media）；请以 data: URL 发送数据",
     )
     if policy.local_folder is None or parts.netloc or parts.query or parts.fragment or "%00" in parts.path:
         raise ValueError(refused)

@@ -122,9 +122,11 @@ class ReplyWriter:
             message |= {"content": content or None, "tool_calls": calls}
         return {**out, "message": message, "logprobs": logprobs(self.processor, events) if self.logprobs else None}
 
-    def _ids(self, choice: Choice, answer: Sequence[int]) -> dict[str, Any]:
+    def _ids(self, choice: Choice, answer: Sequence[int], with_prompt: bool = True) -> dict[str, Any]:
         if not self.token_ids:
             return {}
+        if not with_prompt:
+            return {"completion_token_ids": list(answer)}
         n = len(self.ticket.choices) // len(self.ticket.prepared)
         prompt = self.ticket.prepared[choice.index // n].prompt.row.input_ids_L.tolist()
         return {"prompt_token_ids": prompt, "completion_token_ids": list(answer)}
@@ -168,9 +170,7 @@ class ReplyWriter:
         choice, delta = step.choice, step.delta
         first = choice.index not in self._begun
         self._begun.add(choice.index)
-        ids = self._ids(choice, [step.event.token_id])
-        if ids and not first:
-            ids.pop("prompt_token_ids")
+        ids = self._ids(choice, [step.event.token_id], first)
         out: dict[str, Any] = {"index": choice.index, "finish_reason": delta.finish_reason or None}
         if not self.chat:
             found = None

@@ -469,6 +469,15 @@ class Service:
         return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
+        if not len(ids):
+            raise ApiError(
+                400,
+                say(
+                    f"{field} must hold at least one token; write something into it",
+                    f"{field} 至少须有一个 token；请写入内容",
+                ),
+                param=field.partition("[")[0],
+            )
         vocabulary = self.engine.model.config.vocab_size
         wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:

@@ -118,8 +118,9 @@ def test_codes_of_common_errors(tight: Live) -> None:
     [
         ([700], "prompt[0] token id (700) must be from 0 to 639"),
         ([-1], "token id (-1)"),
-        ("", "must have at least 1"),
+        ("", "prompt[0] must hold at least one token"),
         ([], "must have at least 1"),
+        (["a", ""], "prompt[1] must hold at least one token"),
         ([["x"]], "prompt"),
         ("<|IMAGE_PLACEHOLDER|>", "placeholder"),
         (["a"] * 5, "prompt (5 prompts) must have at most max_num_seqs (4)"),

@@ -361,6 +361,8 @@ def test_videos(monkeypatch: pytest.MonkeyPatch) -> None:
             read_video(data_url(data, "video/mp4"), MediaPolicy())
     with pytest.raises(ValueError, match="cannot be decoded"):
         read_video(data_url(mp4()[:60], "video/mp4"), MediaPolicy())
+    with pytest.raises(ValueError, match=r"cannot be decoded \(its head is damaged\)"):
+        read_video(data_url(b"GIF89a\x10\0\x10\0", "image/gif"), MediaPolicy())
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImportError, match="needs PyAV"):
         read_video(data_url(b"\x1aE\xdf\xa3....", "video/webm"), MediaPolicy())
