@@ -122,10 +122,12 @@ def test_rows_given_as_objects_are_compared_too(tmp_path: Path) -> None:
 
 def test_a_longer_run_under_another_rate_goes_on_and_says_so(tmp_path: Path, capsys: Any) -> None:
     out = train(tmp_path, save_steps=2, lr_scheduler_type="constant", warmup_steps=0)
-    capsys.readouterr()
+    drawn = "tiny-a: fresh weights drawn from seed"
+    assert drawn in capsys.readouterr().err
     changes = {"max_steps": 6, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_steps": 0}
     train(tmp_path, save_steps=2, **changes)
-    said = capsys.readouterr().out
+    said, beside = capsys.readouterr()
+    assert drawn not in beside, "a run that goes on has the checkpoint's weights"
     for line in ("learning_rate: 0.001 -> 0.0001", "max_steps: 4 -> 6"):
         assert f"[ WARNING] - changed since the run began: {line}" in said
     assert [r["learning_rate"] for r in history(out)] == [1e-3] * 4 + [1e-4] * 2
