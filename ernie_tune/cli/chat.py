@@ -103,7 +103,7 @@ def talk(engine: Any, lines: Iterable[str], write: Callable[..., None], options:
     for raw in lines:
         line = raw.strip()
         command, _, rest = line.partition(" ")
-        if command == "/exit":
+        if command in ("/exit", "/quit"):
             break
         if raw.startswith("/"):
             _obey(said, command, rest.strip(), write)

@@ -62,7 +62,8 @@ def remarks(c: RunConfig, given: Collection[str]) -> list[tuple[str, str]]:
         elif setting.about.unread and flat[name] != setting.default:
             value, why = to_yaml(flat[name]), setting.about.unread
             found.append((name, say(f"{name} ({value}) has no effect: {why}", f"{name}（{value}）无效：{why}")))
-    found += [(name, line) for name, line in _idle(c) if name in given]
+    # A default that is written down, as every run's own file has them, asks for nothing.
+    found += [(name, line) for name, line in _idle(c) if name in given and flat[name] != SETTINGS[name].default]
     return found
 
 

@@ -236,10 +236,12 @@ def _lacking(setting: str, path: str, beside: Path, names: tuple[str, ...] = ())
         )
     else:
         remedy = say("correct the path", "请修改路径")
-    here = Path.cwd()
     return say(
-        f"{setting} ({path}) is not there, seen from {here}: {{remedy}}",
-        f"{setting}（{path}）不存在（当前文件夹为 {here}）：{{remedy}}",
+        "{setting} ({path}) is not there, seen from {here}: {remedy}",
+        "{setting}（{path}）不存在（当前文件夹为 {here}）：{remedy}",
+        setting=setting,
+        path=path,  # which may hold braces
+        here=Path.cwd(),
         remedy=remedy,
     )
 

@@ -373,7 +373,9 @@ def test_dump_replays(stage: str, method: str) -> None:
         "- z",
     )
     text = dump_config(config)
-    assert load_text(text, "again.yaml").config == config
+    again = load_text(text, "again.yaml")
+    assert again.config == config
+    assert not again.notes, "a run's own file gives rise to no complaint"
     plain = yaml.safe_load(text)  # any other reader sees the same types
     assert plain["adam_epsilon"] == 1e-8
     assert plain["output_dir"] == "off"

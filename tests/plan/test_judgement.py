@@ -45,6 +45,7 @@ def test_what_is_there_is_silent(here: Path) -> None:
     ("line", "setting", "words"),
     [
         ("train_dataset_path: gone.jsonl", "train_dataset_path", "(gone.jsonl) is not there, seen from"),
+        ("train_dataset_path: 'gone{}{x}.jsonl'", "train_dataset_path", "(gone{}{x}.jsonl) is not there"),
         ("eval_dataset_path: gone.jsonl#7", "eval_dataset_path", "(gone.jsonl) is not there"),
         ("guard_set: gone.jsonl\neval_strategy: epoch", "guard_dataset_path", "(gone.jsonl) is not there"),
         ("model: ./gone", "model_name_or_path", "(./gone) is not there"),
