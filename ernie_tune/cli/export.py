@@ -6,12 +6,13 @@ measures with.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.cpu import while_paddle_loads
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Entry, split_overrides
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -60,18 +61,41 @@ def run(args: list[str]) -> int:
 
     limits = options.pop("eval_max_samples", 200), options.pop("eval_max_new_tokens", 32)
     rows = options.get("eval") or options.get("calib")
-    report = export(words, options.pop("output_dir"), score=task_score(rows, *limits) if rows else None, **options)
+    folder = options.pop("output_dir")
+    report = export(words, folder, score=task_score(rows, *limits) if rows else None, **options)
     for note in report["notes"]:
         print(f"note: {note}")
-    print(
-        say(
-            f"{len(report['sha256'])} files, {report['weight_bytes'] / 1000000.0:.1f} MB of weights, "
-            f"every check passed; serve it with\n\n{report['command']}",
-            f"{len(report['sha256'])} 个文件，权重 {report['weight_bytes'] / 1000000.0:.1f} "
-            f"MB，全部检查通过；部署命令：\n\n{report['command']}",
-        )
+    if report["replaced"]:
+        print(say(f"note: the earlier export in {folder} was replaced", f"提示：已替换 {folder} 中原有的导出"))
+    later = report["quantization"] != "none" and report["layout"] != "packed"
+    told = say(
+        "{files} files, {size} MB of {kind}, every check passed; {use}",
+        "{files} 个文件，{kind} {size} MB，全部检查通过；{use}",
+        files=len(report["sha256"]),
+        size=f"{report['weight_bytes'] / 1e6:.1f}",
+        kind=say("bfloat16 weights", "bfloat16 权重") if later else say("weights", "权重"),
+        use=_use(folder, report),
     )
+    print(told)
     return 0
+
+
+def _use(folder: str, report: Mapping[str, Any]) -> Text:
+    """What to do with the result: FastDeploy's command, or ours where its kernels cannot multiply
+    with this model.
+    """
+    if report["unservable"]:
+        ours = f"ernie-tune serve {shlex.quote(folder)}"
+        return say(
+            f"FastDeploy cannot serve this model (see the note), our own server does:\n\n{ours}",
+            f"FastDeploy 无法部署该模型（见提示），可用本工具的服务器：\n\n{ours}",
+        )
+    if report["quantization"] != "none" and report["layout"] != "packed":
+        return say(
+            f"FastDeploy makes {report['quantization']} of them when it loads; serve it with\n\n{report['command']}",
+            f"FastDeploy 加载时转为 {report['quantization']}；部署命令：\n\n{report['command']}",
+        )
+    return say(f"serve it with\n\n{report['command']}", f"部署命令：\n\n{report['command']}")
 
 
 def _options(entries: list[Entry]) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def _word(setting: Setting, text: str) -> str:
 def _loss_of_stage(word: str) -> Text | None:
     """Where a stage is asked for by the name of a loss, such as ORPO: how to write it here."""
     stage = next((stage.name for stage in STAGES.values() if word in stage.losses), None)
-    return stage and say(
+    if stage is None:
+        return None
+    return say(
         f"; {word} is a loss: write stage: {stage} and loss_type: {word}",
         f"；{word} 是损失函数：请写 stage: {stage} 与 loss_type: {word}",
     )

@@ -363,8 +363,8 @@ def _in_folder(path: str) -> list[str]:
     if class_folders(path):
         return [path]
     if splits := [entry.path for entry in os.scandir(path) if entry.is_dir() and class_folders(entry.path)]:
-        found = say("folders of classes of pictures", "各含按类别存放图片的文件夹")
-        raise DataError(path, 0, "path", found, "split", {"names": ", ".join(sorted(splits))})
+        held = say("folders of classes of pictures", "各含按类别存放图片的文件夹")
+        raise DataError(path, 0, "path", held, "split", {"names": ", ".join(sorted(splits))})
     texts = (os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
     return sorted(name for name in texts if name.lower().endswith(_TEXT))
 

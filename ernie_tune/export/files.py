@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ model that was trained without thoughts must be asked with
 `"chat_template_kwargs": {"enable_thinking": false}` (with OpenAI's client: in `extra_body`).
 """
 CARD, SCRIPT, REPORT = "README.md", "serve.sh", "export_report.json"
+_USE = re.compile(r"\n## Use\n[^#]*?ernie-tune chat .*?(?=\n## |\Z)", re.DOTALL)  # of the folder that was exported
 
 
 def copy_files(
@@ -109,12 +111,18 @@ def serve_script(command: FastDeployCommand | None) -> str:
 
 
 def card(existing: str, name: str, report: Mapping[str, Any], shell: str) -> str:
-    """README.md: what the model's own folder had, and what the export did."""
+    """README.md: what the model's own folder had, what the export did, and how to use the result,
+    the folder `name`.
+    """
+    own = f"\n## Use\n\nFrom the folder that holds this one:\n\n```bash\nernie-tune chat {shlex.quote(name)}\n```\n"
+    existing = _USE.sub(lambda _: own, existing)
     head = existing.split("\n## Export\n")[0].rstrip() or (
         f"---\nlibrary_name: ernie_tune\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n\n# {name}"
     )
     rows = [("layout", report["layout"]), ("read by", _READ_BY[report["layout"]])]
-    rows += [("quantization", report["quantization"]), ("method", report["method"])]
+    later = report["quantization"] != "none" and report["layout"] != "packed"
+    when = ", when FastDeploy loads it: the weights here are bfloat16" if later else ""
+    rows += [("quantization", report["quantization"] + when), ("method", report["method"])]
     rows += [("tensor parallel size it is made for", report["target_tp"])] if report["quantization"] != "none" else []
     rows += [("adapters merged", ", ".join(map(str, report["adapters"])))] if report["adapters"] else []
     rows += [("verification", report["verify"])]
@@ -122,8 +130,11 @@ def card(existing: str, name: str, report: Mapping[str, Any], shell: str) -> str
     table = f"\n```text\n{report['table']}\n```\n" if report.get("table") else ""
     thinking = _THINKING if report["layout"] in ("paddle", "pt") else ""
     notes = "".join(f"\nNote: {note}\n" for note in report.get("notes", ()))
+    serve = f"Serve it with `bash {SCRIPT}`, which runs\n\n```bash\n{shell}\n```\n{thinking}"
+    if report["unservable"]:
+        serve = f"FastDeploy cannot serve it, see above; `ernie-tune serve {shlex.quote(name)}` does.\n"
     return (
-        f"{head}\n\n## Export\n\n| | |\n|---|---|\n{lines}\n{table}{notes}\nServe it with `bash {SCRIPT}`, which runs\n\n```bash\n{shell}\n```\n{thinking}\n"
+        f"{head}\n\n## Export\n\n| | |\n|---|---|\n{lines}\n{table}{notes}\n{serve}\n"
         f"`{REPORT}` holds the checks, the errors of every class of layers and the sha256 of every file.\n"
     )
 

@@ -240,6 +240,7 @@ class _Export:
         self.full = options.verify == "full"
         self.probes: list[Probe] = []
         self.notes: list[str] = []
+        self.unservable: list[str] = []  # layers that FastDeploy's kernels cannot multiply with
         self.checks: dict[str, Any] = {}
         self.table = ""
         _check_target(self.target, self.base, self.adapters)
@@ -283,6 +284,7 @@ class _Export:
         o, weights = self.o, self.source  # type: ExportOptions, Weights
         quantised = o.quantization != "none"
         problems = kernel_problems(self.config, self.scheme, o.target_tp) if quantised and o.emit != "packed" else []
+        self.unservable = list(problems)
         if problems:
             self.notes.append(
                 "FastDeploy's kernels need rows in 64s and columns in 16s on every rank, so they cannot multiply "
@@ -495,6 +497,8 @@ class _Export:
             "checked_against": CHECKED,
             "table": self.table,
             "notes": self.notes,
+            "unservable": self.unservable,
+            "replaced": (self.target / files.REPORT).is_file(),
             **written,
             "seconds": seconds,
             "versions": {"ernie_tune": __version__, **_versions()},

@@ -16,6 +16,7 @@ from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.cli.export import shard_bytes
 from ernie_tune.cli.main import main
 from ernie_tune.data.processor import Processor
+from ernie_tune.export import files
 
 
 @pytest.fixture
@@ -43,9 +44,31 @@ def test_writes_and_prints_the_command(base: Path, tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     assert "every check passed" in out
     assert "note: FastDeploy's kernels need rows in 64s" in out
-    assert f"--model {tmp_path / 'out'}" in out
-    assert "--tensor-parallel-size 2 --quantization wint8" in out
+    assert f"ernie-tune serve {tmp_path / 'out'}" in out, "not the command of a server that cannot"
+    assert "fastdeploy.entrypoints" not in out
+    assert "of bfloat16 weights" in out
+    assert "replaced" not in out
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| quantization | wint8, when FastDeploy loads it: the weights here are bfloat16 |" in card
+    assert "`ernie-tune serve out` does" in card
+    script = (tmp_path / "out" / "serve.sh").read_text(encoding="utf-8")
+    assert "--tensor-parallel-size 2" in script
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
+
+
+def test_the_card_speaks_of_the_exported_folder() -> None:
+    run = "# run\n\n## Use\n\nTalk to it:\n\n```bash\nernie-tune chat run\n```\n\nScore it:\n\n```bash\nernie-tune eval run\n```\n"
+    report = {"layout": "packed", "quantization": "wint4", "method": "clip", "target_tp": 1, "adapters": []}
+    told = files.card(
+        f"{run}\n## Arguments\n\n| a | b |\n", "my out", {**report, "verify": "full", "unservable": []}, "x"
+    )
+    assert "ernie-tune chat 'my out'" in told
+    assert "chat run" not in told
+    assert "eval run" not in told
+    assert told.index("# run") < told.index("## Use") < told.index("## Arguments") < told.index("## Export")
+    assert files.card(
+        "# mine\n\n## Use\n\nAs you like.\n", "out", {**report, "verify": "full", "unservable": []}, "x"
+    ).count("As you like.")
 
 
 def test_scores_the_task(base: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class Indexed:
         """Up to BATCH_ROWS rows at a time, fewer where they are large, as pictures in cells are."""
         first, end = 0, len(self._rows)
         while first < end:
-            rows, size = [], 0
+            rows: list[Row] = []
+            size = 0
             while first + len(rows) < min(end, first + BATCH_ROWS) and size < _BATCH_BYTES:
                 rows.append(self._row(first + len(rows)))
                 size += _cell_bytes(rows[-1])
