@@ -465,19 +465,19 @@ class Service:
 
     def _raw(self, index: int, prompt: str | list[int], params: SamplingParams) -> Prepared:
         ids = self.engine.processor.tokenizer.encode(prompt, allow_special=True) if isinstance(prompt, str) else prompt
-        self.check_ids(ids, f"prompt[{index}]")
-        return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
-
-    def check_ids(self, ids: Sequence[int], field: str) -> None:
         if not len(ids):
             raise ApiError(
                 400,
                 say(
-                    f"{field} must hold at least one token; write something into it",
-                    f"{field} 至少须有一个 token；请写入内容",
+                    f"prompt[{index}] must hold at least one token; write something into it",
+                    f"prompt[{index}] 至少须有一个 token；请写入内容",
                 ),
-                param=field.partition("[")[0],
+                param="prompt",
             )
+        self.check_ids(ids, f"prompt[{index}]")
+        return Prepared(Prompt(Row(np.asarray(ids, np.int64)), params, next(self._keys), index), len(ids), False)
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
         vocabulary = self.engine.model.config.vocab_size
         wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:
