@@ -119,7 +119,7 @@ def test_codes_of_common_errors(tight: Live) -> None:
         ([700], "prompt[0] token id (700) must be from 0 to 639"),
         ([-1], "token id (-1)"),
         ("", "prompt[0] must hold at least one token"),
-        ([], "must have at least 1"),
+        ([], "prompt[0] must hold at least one token"),
         (["a", ""], "prompt[1] must hold at least one token"),
         ([["x"]], "prompt"),
         ("<|IMAGE_PLACEHOLDER|>", "placeholder"),
