@@ -155,9 +155,11 @@ def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: 
 
 
 def _other_format(row: Mapping[str, Any], where: Where, signals: Sequence[str]) -> str:
-    """The format that reads a row as one of these signals, or ""."""
+    """The format that reads a row as one of these signals, or "". What is an answer to learn by its
+    looks may be what a checker is to compare with.
+    """
     keys = {str(key) for key, value in row.items() if value is not None}
-    for form in filter(lambda form: form.matches(keys), FORMATS):
+    for form in (one for one in FORMATS if one.matches(keys) or ("answer" in keys and one.name == "verifiable")):
         try:
             if set(signals) & set(read(row, form, where).serves):
                 return form.name

@@ -265,6 +265,17 @@ def test_signals(tmp_path) -> None:
     )
 
 
+def test_an_answer_to_learn_may_be_one_to_check_by(tmp_path) -> None:
+    """The commonest rows of checkable questions; without the hint the answer would be lost."""
+    path = write(tmp_path / "a.jsonl", jsonl([{"prompt": "What is 2+2?", "answer": "4"}]))
+    error = error_of(load_dataset(path, signals=("verifiable", "prompt")), 0)
+    assert str(error).endswith("fix: set train_dataset_type: verifiable, which reads it so")
+    record = load_dataset(path, format="verifiable", signals=("verifiable", "prompt"))[0]
+    assert (record.signal, record.reward.answer, record.prompt[0]["content"]) == ("verifiable", "4", "What is 2+2?")
+    told = error_of(load_dataset(path, signals=("pair",)), 0)
+    assert "which reads it so" not in str(told)
+
+
 def test_classification_serves_verifiable_training(tmp_path) -> None:
     path = write(tmp_path / "a.csv", "text,label\nt,good\n")
     assert load_dataset(path, signals=["verifiable"])[0].reward.answer == "good"
