@@ -23,16 +23,17 @@ DIGITS = (
     Path(sysconfig.get_path("data")) / "share" / "ernie_tune" / "examples" / "digits",
 )
 SPLITS = ("train", "eval")
-ALSO = ("seed", "report_max_samples", "eval_max_samples")  # settings that hold for the second run, too
+ALSO = ("seed", "report_max_samples", "eval_max_samples")  # settings that hold for the other runs, too
+FEW_ROWS, FEW_STEPS = 200, 90
 
 
 def run(args: list[str]) -> int:
     """ernie-tune demo [key=value | --key value ...]
 
     A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on
-    the CPU, in a few minutes: from 1,500 answers that it is shown, then some steps from answers of
-    its own, which a checker judges (RLVR). The settings are those of the first run; the second
-    takes no more steps than it.
+    the CPU, in a few minutes: from 1,500 answers that it is shown; then again from 200, and from
+    there by answers of its own, which a checker judges (RLVR). The settings are those of the first
+    run; the others take no more steps than it.
     """
     folder = next((folder for folder in DIGITS if (folder / "sft.yaml").is_file()), None)
     if folder is None:
@@ -44,27 +45,33 @@ def run(args: list[str]) -> int:
             )
         )
     first = [str(folder / "sft.yaml"), *(f"{split}_dataset_path={folder / f'{split}.jsonl'}" for split in SPLITS)]
-    print(say("[1/2] SFT: from answers that are shown", "[1/2] SFT：从给出的答案学习"))
+    print(say("[1/3] SFT from 1,500 answers that are shown", "[1/3] SFT：从给出的 1,500 条答案学习"))
     code = train.run([*first, *args])
     if code or "--dry-run" in args:
         return code
     settings = split_overrides([*first[1:], *args])[1]
     shown = load_config(first[0], settings).config
-    start = Path(shown.save.output_dir)
-    if not (start / "config.json").is_file():
-        print(say("[2/2] RLVR: left out, it goes on from whole models", "[2/2] RLVR：略过，仅从完整模型继续"))
-        return 0
-    out = start.with_name(f"{start.name}_rlvr")
-    print(say("[2/2] RLVR: from answers of its own and a checker", "[2/2] RLVR：从自己的回答与检查器学习"))
-    most = load_config(folder / "rlvr.yaml").config.train.max_steps
-    steps = min(shown.train.max_steps, most) if shown.train.max_steps > 0 else most
-    paths = [f"{split}_dataset_path={questions(folder / f'{split}.jsonl', out)}" for split in SPLITS]
     also = [f"{entry.name}={entry.raw}" for entry in settings if entry.name in ALSO]
-    names = [f"model_name_or_path={start}", f"output_dir={out}", f"max_steps={steps}"]
+    start = Path(shown.save.output_dir)
+    few, out = (start.with_name(f"{start.name}_{name}") for name in ("200", "rlvr"))
+    print(say("[2/3] SFT from 200 of them", "[2/3] SFT：只从其中 200 条学习"))
+    steps = _no_more(shown.train.max_steps, FEW_STEPS)
+    file, rows, *held = first
+    code = train.run([file, f"{rows}#{FEW_ROWS}", *held, *also, f"max_steps={steps}", f"output_dir={few}"])
+    if code:
+        return code
+    print(say("[3/3] RLVR from there: its own answers and a checker", "[3/3] RLVR：再从自己的回答与检查器学习"))
+    steps = _no_more(shown.train.max_steps, load_config(folder / "rlvr.yaml").config.train.max_steps)
+    paths = [f"{split}_dataset_path={questions(folder / f'{split}.jsonl', out)}" for split in SPLITS]
+    names = [f"model_name_or_path={few}", f"output_dir={out}", f"max_steps={steps}"]
     code = train.rlvr([str(folder / "rlvr.yaml"), *paths, *names, *also])
-    for line in () if code else summary(start, out):
+    for line in () if code else summary(start, few, out):
         print(line)
     return code
+
+
+def _no_more(given: int, usual: int) -> int:
+    return min(given, usual) if given > 0 else usual
 
 
 def questions(rows: Path, out: Path) -> Path:
@@ -84,32 +91,24 @@ def questions(rows: Path, out: Path) -> Path:
     return path
 
 
-def summary(start: Path, out: Path) -> list[str]:
-    """How many held-out digits are read before, between and after, and what sampled answers
-    earned.
-    """
+def summary(start: Path, few: Path, out: Path) -> list[str]:
+    """How many held-out digits are read after each run."""
 
     def read(folder: Path, name: str) -> dict[str, Any]:
         path = folder / name
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     def digits(metrics: dict[str, Any]) -> str:
-        value = metrics.get("eval_exact_match")
+        value = metrics.get("eval_exact_match", metrics.get("eval_reward"))
         return "-" if value is None else f"{value:.1%}"
 
-    before = read(start, "before.json").get("metrics", {})
-    earned = [row["reward"] for row in read(out, "trainer_state.json").get("log_history", ()) if "reward" in row]
-    reward = f" ({earned[0]:.2f} -> {earned[-1]:.2f})" if earned else ""
+    before = digits(read(start, "before.json").get("metrics", {}))
+    every, some, own = (digits(read(folder, "eval_results.json")) for folder in (start, few, out))
     return [
         say("held-out digits read exactly", "完全读对的留出数字"),
-        say(f"  before        {digits(before):>6}", f"  训练前      {digits(before):>6}"),
-        say(
-            f"  after SFT     {digits(read(start, 'eval_results.json')):>6}",
-            f"  SFT 之后    {digits(read(start, 'eval_results.json')):>6}",
-        ),
-        say(
-            f"  after RLVR    {digits(read(out, 'eval_results.json')):>6}   reward of sampled answers{reward}",
-            f"  RLVR 之后   {digits(read(out, 'eval_results.json')):>6}   采样回答的奖励{reward}",
-        ),
+        say(f"  before                          {before:>6}", f"  训练前                     {before:>6}"),
+        say(f"  after 1,500 answers (SFT)       {every:>6}", f"  1,500 条答案之后（SFT）    {every:>6}"),
+        say(f"  after 200 answers (SFT)         {some:>6}", f"  200 条答案之后（SFT）      {some:>6}"),
+        say(f"  and answers of its own (RLVR)   {own:>6}", f"  再加自己的回答（RLVR）     {own:>6}"),
         say(f"every sampled answer: {out / 'rollouts.html'}", f"全部采样回答：{out / 'rollouts.html'}"),
     ]

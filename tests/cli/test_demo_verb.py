@@ -17,48 +17,48 @@ from ernie_tune.data.sources import load_dataset
 from ernie_tune.trainers.sft import SFTTrainer
 
 
-def test_its_first_run_is_that_of_the_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_its_first_run_is_that_of_the_digits_and_the_second_has_fewer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[SFTTrainer] = []
     monkeypatch.setattr(SFTTrainer, "train", lambda self, dry_run: seen.append(self))
+    monkeypatch.setattr(train, "rlvr", lambda words: 0)
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "max_steps=2", "output_dir=here"]) == 0
-    assert (seen[0].train_rows, len(seen[0].eval_rows), seen[0].args.train.max_steps) == (1500, 297, 2)
+    every, few = seen
+    assert (every.train_rows, len(every.eval_rows), every.args.train.max_steps) == (1500, 297, 2)
+    assert (few.train_rows, len(few.eval_rows), few.args.train.max_steps) == (200, 297, 2)
+    assert (every.args.save.output_dir, few.args.save.output_dir) == ("here", "here_200")
 
 
-def test_its_second_run_goes_on_from_the_first(
+def test_its_last_run_goes_on_by_a_checker_of_the_same_pictures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a checker of the same pictures, and no more steps; both are told of."""
     asked: list[Any] = []
 
-    def first(words: list[str]) -> int:
-        (tmp_path / "here").mkdir()
-        (tmp_path / "here" / "config.json").write_text("{}")
-        (tmp_path / "here" / "before.json").write_text(json.dumps({"metrics": {"eval_exact_match": 0.01}}))
-        (tmp_path / "here" / "eval_results.json").write_text(json.dumps({"eval_exact_match": 0.5}))
+    def shown(words: list[str]) -> int:
+        files, settings = split_overrides(words)
+        out = tmp_path / load_config(files[0], settings, for_training=True).config.save.output_dir
+        out.mkdir()
+        (out / "before.json").write_text(json.dumps({"metrics": {"eval_exact_match": 0.01}}))
+        (out / "eval_results.json").write_text(json.dumps({"eval_exact_match": 0.5 if out.name == "here" else 0.25}))
         return 0
 
-    def second(words: list[str]) -> int:
+    def own(words: list[str]) -> int:
         files, settings = split_overrides(words)
         asked.append(load_config(files[0], settings, for_training=True).config)
         out = tmp_path / "here_rlvr"
-        (out / "eval_results.json").write_text(json.dumps({"eval_exact_match": 0.625}))
-        history = [{"reward": 0.25}, {"loss": 1.0}, {"reward": 0.75}]
-        (out / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        (out / "eval_results.json").write_text(json.dumps({"eval_exact_match": 0.375}))
         return 0
 
-    monkeypatch.setattr(train, "run", first)
-    monkeypatch.setattr(train, "rlvr", second)
+    monkeypatch.setattr(train, "run", shown)
+    monkeypatch.setattr(train, "rlvr", own)
     monkeypatch.setattr(demo, "DIGITS", (tmp_path / "a", demo.DIGITS[0]))
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "max_steps=3", "--output_dir", "here", "seed=7"]) == 0
     (config,) = asked
-    assert (config.model.stage, config.model.model_name_or_path, config.save.output_dir) == (
-        "RLVR",
-        "here",
-        "here_rlvr",
-    )
-    assert (config.train.max_steps, config.train.seed, config.optim.learning_rate) == (3, 7, 1e-4)
+    assert (config.model.stage, config.model.model_name_or_path) == ("RLVR", "here_200")
+    assert (config.save.output_dir, config.train.max_steps, config.train.seed) == ("here_rlvr", 3, 7)
     for path, count in ((config.data.train_dataset_path, 1500), (config.data.eval_dataset_path, 297)):
         rows = load_dataset(list(path), signals=("verifiable",))
         assert len(rows) == count
@@ -66,25 +66,22 @@ def test_its_second_run_goes_on_from_the_first(
         assert rows[7].reward is not None
         assert str(rows[7].reward.answer).isdigit()
         assert Path(str(rows[7].images[0])).is_file()
-    said = capsys.readouterr().out
-    assert [line.split()[-1] for line in said.splitlines() if "before" in line or "after SFT" in line] == [
-        "1.0%",
-        "50.0%",
-    ]
-    assert "62.5%   reward of sampled answers (0.25 -> 0.75)" in said
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [next(word for word in words if "%" in word) for words in told] == ["1.0%", "50.0%", "25.0%", "37.5%"]
 
 
 def test_what_cannot_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def never(words: list[str]) -> int:
-        raise AssertionError("no second run")
+        raise AssertionError("no last run")
 
     monkeypatch.setattr(train, "rlvr", never)
     monkeypatch.chdir(tmp_path)
-    for code in (0, 130):  # an adapter; interrupted
-        monkeypatch.setattr(train, "run", lambda words, code=code: code)
-        assert main(["demo"]) == code
-    assert capsys.readouterr().out.count("it goes on from whole models") == 1
-    assert main(["demo", "--dry-run"]) == 130
+    for codes in ([130], [0, 1]):  # interrupted; a second run that fails
+        left = list(codes)
+        monkeypatch.setattr(train, "run", lambda words, left=left: left.pop(0))
+        assert main(["demo"]) == codes[-1]
+    monkeypatch.setattr(train, "run", lambda words: 0)
+    assert main(["demo", "--dry-run"]) == 0
     monkeypatch.setattr(demo, "DIGITS", (tmp_path / "a", tmp_path / "b"))
     assert main(["demo"]) == 2
     assert f"demo needs examples/digits, found neither at {tmp_path / 'a'} nor at" in capsys.readouterr().err
