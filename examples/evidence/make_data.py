@@ -4,7 +4,8 @@ another answer. Knows pillow and arithmetic, nothing of models or training.
 Usage: python examples/evidence/make_data.py bars --rows 2000 --demonstrations 300 --eval 200
 Kinds: `bars` (which colour is the tallest bar), `shapes` (which shape has a colour, and where),
 `digits_grid` (the digit in one quarter of four), `needle` (a small digit somewhere on a large
-canvas). Each row's `scene` holds what is true of its picture, its `twin` (a minimal edit that
+canvas, which demonstrations zoom to), `scenes` (one or two shapes, to be stated so that they can be
+drawn again). Each row's `scene` holds what is true of its picture, its `twin` (a minimal edit that
 changes the answer) and its `control` (an edit that must not). What the held-out rows show, places
 and pairs of colours, no row to learn from has.
 """
@@ -124,6 +125,24 @@ def shapes(rng: random.Random, held: bool, most: int = 4) -> tuple[str, list[Dra
     return f"Which shape is {colours[0]}?", [draw_shapes(some, colours[0]) for some in (objects, twin, control)]
 
 
+def scenes(rng: random.Random, held: bool) -> tuple[str, list[Drawn]]:
+    """One or two shapes; the answer states them, from the top left on. The twin has another shape
+    in one place, the control is the picture itself.
+    """
+    _, (one, twin, _) = shapes(rng, held, most=2)
+    drawn = []
+    for image, _, scene in (one, twin, one):
+        objects = sorted(scene["objects"], key=lambda o: (o["box"][1], o["box"][0]))
+        stated = [{"shape": o["shape"], "colour": o["colour"], "box": inside(o["box"])} for o in objects]
+        drawn.append((image, json.dumps(stated), {"objects": objects}))
+    return "State the shapes, so that they can be drawn again.", drawn
+
+
+def inside(cell: Box) -> Box:
+    """What of its cell a shape fills."""
+    return [cell[0] + 3, cell[1] + 3, cell[2] - 3, cell[3] - 3]
+
+
 # --- digits: real ones ----------------------------------------------------------------------------
 
 QUARTERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
@@ -157,7 +176,7 @@ def digits_grid(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) ->
     return f"Which digit is {place}?", [draw_grid(some, asked) for some in variants]
 
 
-CANVAS, NEEDLE = 448, 12
+CANVAS, NEEDLE, PATCH = 448, 12, 56  # pixels a side: of the picture, of the digit, of what zooming to it shows
 
 
 def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
@@ -169,8 +188,15 @@ def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
 
 
 def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tuple[str, list[Drawn]]:
-    """A digit of twelve pixels on a canvas that a processor for 112 makes unreadable."""
-    left, top = (rng.randrange(0, CANVAS - NEEDLE) for _ in range(2))
+    """A digit of twelve pixels on a canvas that a processor for 112 makes unreadable. It lies
+    within one of 8 x 8 parts of the canvas, held-out digits in parts that no row to learn from
+    uses.
+    """
+    while True:
+        column, line = (rng.randrange(CANVAS // PATCH) for _ in range(2))
+        if ((column + 3 * line) % 8 == 0) == held:
+            break
+    left, top = (PATCH * k + rng.randrange(PATCH - NEEDLE + 1) for k in (column, line))
     digit = rng.choice(pool)
     other = rng.choice([one for one in pool if one[0] != digit[0]])
     again = rng.choice([one for one in pool if one[0] == digit[0]])
@@ -182,6 +208,7 @@ KINDS: dict[str, Callable[..., tuple[str, list[Drawn]]]] = {
     "shapes": shapes,
     "digits_grid": digits_grid,
     "needle": needle,
+    "scenes": scenes,
 }
 
 
@@ -212,6 +239,10 @@ def row(question: str, drawn: list[Drawn], folder: Path, name: str, evidence: bo
     assert answer == same
     paths = [f"{folder.name}/{one}" for one in names]
     signal: dict[str, Any] = {"type": "verifiable", "answer": answer}
+    if "target" in scene:
+        signal["verifiers"] = [{"name": "exact", "weight": 0.9}, {"name": "zoom", "weight": 0.1}]
+    elif answer.startswith("["):
+        signal["verifiers"], evidence = [{"name": "redraw"}], False
     if evidence:
         signal["verifiers"] = [{"name": "exact", "weight": 0.8}, {"name": "evidence", "weight": 0.2}]
         signal["evidence"] = {"required": claims(scene, answer, question)}
@@ -222,6 +253,12 @@ def row(question: str, drawn: list[Drawn], folder: Path, name: str, evidence: bo
     return {"messages": [{"role": "user", "content": words}], "images": paths[:1], "signal": signal}
 
 
+def plain(asked: dict[str, Any]) -> dict[str, Any]:
+    """The same row with nothing to check but its answer."""
+    signal = {name: value for name, value in asked["signal"].items() if name not in ("verifiers", "evidence")}
+    return {**asked, "signal": signal}
+
+
 def demonstration(asked: dict[str, Any]) -> dict[str, Any]:
     """The same row with its right answer to imitate."""
     signal = asked["signal"]
@@ -229,6 +266,24 @@ def demonstration(asked: dict[str, Any]) -> dict[str, Any]:
     proof = f"<evidence>{json.dumps(required)}</evidence>" if required else ""
     said = {"role": "assistant", "content": f"{proof}{signal['answer']}"}
     return {"messages": [*asked["messages"], said], "images": asked["images"]}
+
+
+def zoomed(asked: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A demonstration that calls the tool for the part of the picture in which the digit lies, is
+    shown it, and answers.
+    """
+    left, top = (PATCH * (x // PATCH) for x in asked["signal"]["scene"]["target"][:2])
+    box, (name,) = [left, top, left + PATCH, top + PATCH], asked["images"]
+    shown = f"{name.removesuffix('.png')}z.png"
+    with Image.open(out / name) as whole:
+        png(whole.crop(tuple(box)), out / shown)
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"box": box}}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "<image>"},
+        {"role": "assistant", "content": asked["signal"]["answer"]},
+    ]
+    return {"messages": [*asked["messages"], *turns], "images": [name, shown]}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -261,6 +316,11 @@ def main(argv: list[str] | None = None) -> None:
     write(out / "eval.jsonl", found["eval"])
     write(out / "sft.jsonl", [demonstration(one) for one in found["train"][: args.demonstrations]])
     write(out / "sft_eval.jsonl", [demonstration(one) for one in found["eval"]])
+    if args.evidence:
+        for split, rows in found.items():
+            write(out / f"{split}_plain.jsonl", [plain(one) for one in rows])
+    if args.kind == "needle":
+        write(out / "sft_zoom.jsonl", [zoomed(one, out) for one in found["train"][: args.demonstrations]])
 
 
 if __name__ == "__main__":

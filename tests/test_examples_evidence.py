@@ -1,0 +1,61 @@
+"""Pictures of examples/evidence against the checkers that reward answers about them: what is stated
+of a scene draws it again, what demonstrations zoom to holds the digit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ernie_tune.rewards.drawing import redraw
+from ernie_tune.rewards.verifiers import zoom
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "evidence" / "make_data.py"
+
+
+def main(words: list[str]) -> None:
+    spec = importlib.util.spec_from_file_location("make_evidence", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(words)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_scenes_drawn_again_are_their_pictures(tmp_path: Path) -> None:
+    """By the checker that they are rewarded by; a twin's answer draws another picture."""
+    main(["scenes", "--out", str(tmp_path), "--rows", "12", "--eval", "6", "--demonstrations", "3"])
+    train, held, shown = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "sft"))
+    assert [row["messages"][1]["content"] for row in shown] == [row["signal"]["answer"] for row in train[:3]]
+    for row in train + held:
+        picture, twin = str(tmp_path / row["images"][0]), row["signal"]["scene"]["twin"]
+        assert redraw(row["signal"]["answer"], picture) > 0.95
+        assert redraw(twin["answer"], picture) < 0.95
+        assert redraw(twin["answer"], str(tmp_path / twin["images"][0])) > 0.95
+
+
+def test_needles_lie_in_what_demonstrations_zoom_to(tmp_path: Path) -> None:
+    """The crop is that part of the picture and holds the digit; held-out digits lie elsewhere."""
+    main(["needle", "--out", str(tmp_path), "--rows", "9", "--eval", "9", "--demonstrations", "9"])
+    train, held, shown = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "sft_zoom"))
+    places = []
+    for row in train + held:
+        left, top, right, bottom = row["signal"]["scene"]["target"]
+        places.append((left // 56, top // 56))
+        assert ((right - 1) // 56, (bottom - 1) // 56) == places[-1]
+    assert not set(places[: len(train)]) & set(places[len(train) :])
+    for row, asked_row in zip(shown, train, strict=True):
+        whole, part = (Image.open(tmp_path / name) for name in row["images"])
+        _, call, told, answer = row["messages"]
+        box = call["tool_calls"][0]["function"]["arguments"]["box"]
+        assert whole.crop(box).tobytes() == part.tobytes()
+        assert zoom("", [box], asked_row["signal"]["scene"]["target"], 448 * 448) == 1
+        assert (told["content"], answer["content"]) == ("<image>", asked_row["signal"]["answer"])
