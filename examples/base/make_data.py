@@ -30,50 +30,109 @@ from words import COLORS, PLACES, SHAPES, SIZES
 Made = tuple[list[Image.Image | list[Image.Image]], list[tuple[str, str]]]  # pictures (a list: a clip), turns
 MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is everything that can be drawn
     "first": {"first": 1},
-    "one": {"single": 60, "word": 5, "glyph": 17, "digit": 18},
-    "all": {"single": 40, "word": 6, "digit": 22, "glyph": 14, "scene": 9, "many": 5, "words": 4},
-    "last": {"digit": 36, "single": 22, "scene": 14, "glyph": 12, "many": 6, "words": 6, "word": 4},
+    "one": {"facts": 42, "single": 18, "word": 5, "glyph": 17, "digit": 18},
+    "all": {
+        **{"facts": 28, "single": 12, "word": 6, "digit": 22, "glyph": 14},
+        **{"scene": 9, "many": 5, "words": 4},
+    },
+    "last": {
+        **{"digit": 36, "facts": 15, "single": 7, "scene": 14, "glyph": 12},
+        **{"many": 6, "words": 6, "word": 4},
+    },
+    "facts": {"plain": 46, "single": 10, "two": 8, "dots": 7, "digit": 12, "few": 12, "words": 5},
+    "match": {
+        **{"told": 34, "retold": 14, "yes": 10, "words": 12},
+        **{"digit": 15, "two": 6, "dots": 3, "few": 3, "single": 3},
+    },
+    "copy": {
+        **{"copied": 46, "retold": 8, "told": 18, "words": 4},
+        **{"digit": 12, "two": 5, "dots": 2, "few": 2, "single": 3},
+    },
+    "rest": {
+        **{"told": 24, "yes": 8, "facts": 10, "single": 5, "two": 9, "scene": 4, "dots": 3, "many": 5},
+        **{"digit": 14, "copied": 10, "retold": 4, "words": 4},
+    },
     "wide": {
-        **{"single": 7, "scene": 26, "many": 13, "glyph": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
+        **{"facts": 7, "scene": 26, "many": 13, "few": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
         **{"pair": 2, "clip": 1, "words": 12},
     },
 }
 
 
-def _turns(
-    dense: tuple[Callable[..., tuple[str, str]], ...],
-    short: tuple[Callable[..., tuple[str, str]], ...],
-    thing: object,
-    rng: random.Random,
-    zh: bool,
-) -> list[tuple[str, str]]:
-    """One dense answer, or short ones: a later turn sees the picture at no further cost, but copies
-    what a dense one has said.
-    """
-    made = [rng.choice(dense)(thing, rng, zh)]
-    if rng.random() < 0.55:
-        made = [rng.choice(short)(thing, rng, zh) for _ in range(rng.randint(1, 3))]
-    made = list({q: (q, a) for q, a in made}.values())
-    return sorted(
-        made, key=lambda turn: "<think>" in turn[1]
-    )  # earlier thoughts are not shown, nor trained, when a later question is answered
+def _distinct(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each question once."""
+    return list({q: (q, a) for q, a in turns}.values())
 
 
-def single(rng: random.Random, zh: bool) -> Made:
-    """One thing of any size anywhere: named in full, or asked for facts of which none tells
+def facts(rng: random.Random, zh: bool, negated: float = 0.3) -> Made:
+    """One thing of any size anywhere. Each of its facts once, open or as yes or no: no answer tells
     another, since what earlier turns say is copied, not seen.
     """
     s = scenes.lone(rng)
-    draw = rng.random()
-    if draw < 0.25:
-        return [s.image], [rng.choice(scenes.DENSE[:5])(s, rng, zh)]
-    facts = ["place", "size"]
-    turns = [rng.choice((scenes.ask_exists, scenes.ask_has))(s, rng, zh)] if draw < 0.45 else []
-    if not turns:
-        facts += ["color", "shape", "shape"]
-    turns += [about_one(s, zh, skill, rng)[1][0] for skill in dict.fromkeys(rng.sample(facts, len(facts)))]
+    keys = ["shape", "color", "place"] + ["size"] * bool(s.things[0].size)
+    rng.shuffle(keys)
+    turns = []
+    for key in keys:
+        asks = rng.random() < 0.6
+        turns.append(scenes.ask_is(s, rng, zh, key, negated) if asks else about_one(s, zh, key, rng)[1][0])
+    return [s.image], turns
+
+
+def plain(rng: random.Random, zh: bool) -> Made:
+    """`facts` without a question in the negative."""
+    return facts(rng, zh, negated=0.0)
+
+
+def yes(rng: random.Random, zh: bool) -> Made:
+    """Yes or no about the colour and the shape of one thing, few of both, in one wording."""
+    s, keys = scenes.lone(rng, common=True), ["color", "shape"]
+    keys += ["place"] * (rng.random() < 0.3)
+    rng.shuffle(keys)
+    return [s.image], [scenes.ask_is(s, rng, zh, key, common=True) for key in keys]
+
+
+def told(rng: random.Random, zh: bool) -> Made:
+    """Colour and shape of one thing, each asked open and as yes or no, in any order: half of the
+    answers can be had by comparing words, from which comparing with the picture is learned.
+    """
+    s = scenes.lone(rng, common=True)
+    turns = [about_one(s, zh, key, rng)[1][0] for key in ("color", "shape")]
+    turns += [scenes.ask_is(s, rng, zh, key, common=True) for key in ("color", "shape")]
     rng.shuffle(turns)
-    return [s.image], turns[:3]
+    return [s.image], _distinct(turns)
+
+
+def copied(rng: random.Random, zh: bool) -> Made:
+    return [], [texts.copied(rng, zh)]
+
+
+def retold(rng: random.Random, zh: bool) -> Made:
+    """A picture in words, and the questions that pictures are asked: what to do with a question is
+    learned without looking.
+    """
+    s = scenes.scene(rng, least=1, most=3)
+    turns = _distinct([rng.choice(_ASKED_OF_WORDS)(s, rng, zh) for _ in range(rng.randint(1, 3))])
+    question, answer = turns[0]
+    story = scenes.caption(s, zh)
+    return [], [(f"{story}。{question}" if zh else f"{story}. {question}", answer), *turns[1:]]
+
+
+_ASKED_OF_WORDS = (
+    *(scenes.ask_exists, scenes.ask_exists, scenes.ask_has, scenes.ask_attribute, scenes.ask_total),
+    *(scenes.ask_count, scenes.ask_relation, scenes.ask_list),
+)
+
+
+def single(rng: random.Random, zh: bool) -> Made:
+    """One thing: named in full, or whether a colour and a shape are there together, and its
+    place.
+    """
+    s = scenes.lone(rng)
+    if s.things[0].size and rng.random() < 0.5:
+        return [s.image], [scenes.ask_caption(s, rng, zh)]
+    turns = [scenes.ask_exists(s, rng, zh), about_one(s, zh, "place", rng)[1][0]]
+    rng.shuffle(turns)
+    return [s.image], turns
 
 
 def first(rng: random.Random, zh: bool) -> Made:
@@ -117,14 +176,52 @@ def glyph(rng: random.Random, zh: bool) -> Made:
     return [image], [(rng.choice(printed.READ[zh]), words)]
 
 
+def _several(s: scenes.Scene, rng: random.Random, zh: bool) -> list[tuple[str, str]]:
+    """Everything in one answer, or short answers of which none tells another."""
+    draw = rng.random()
+    if draw < 0.45:
+        return [(scenes.ask_caption if draw < 0.4 else scenes.ask_list)(s, rng, zh)]
+    if draw < 0.68:
+        if draw < 0.52:
+            return [scenes.ask_has(s, rng, zh, key) for key in rng.sample(("color", "shape"), 2)]
+        return _distinct([scenes.ask_exists(s, rng, zh) for _ in range(3)])
+    if draw < 0.82:
+        return _distinct([scenes.ask_relation(s, rng, zh, axes) for axes in rng.sample(("x", "y"), 2)])
+    if draw < 0.95:
+        return [scenes.ask_attribute(s, rng, zh), scenes.ask_total(s, rng, zh)]
+    return [rng.choice(scenes.RARE)(s, rng, zh)]
+
+
+def two(rng: random.Random, zh: bool) -> Made:
+    s = scenes.scene(rng, least=2, most=2)
+    return [s.image], _several(s, rng, zh)
+
+
 def scene(rng: random.Random, zh: bool) -> Made:
-    s = scenes.scene(rng, most=rng.choice((2, 4, 4, 5)))
-    return [s.image], _turns(scenes.DENSE, scenes.SHORT, s, rng, zh)
+    s = scenes.scene(rng, most=rng.choice((3, 4, 4, 5)))
+    return [s.image], _several(s, rng, zh)
+
+
+def dots(rng: random.Random, zh: bool) -> Made:
+    """Up to five, to be counted, and one fact about them."""
+    s = scenes.crowd(rng, most=5)
+    total = scenes.ask_total(s, rng, zh)
+    return [s.image], [total, scenes.ask_has(s, rng, zh)] if rng.random() < 0.5 else [total]
 
 
 def many(rng: random.Random, zh: bool) -> Made:
-    s = scenes.scene(rng, many=True)
-    return [s.image], _turns((scenes.ask_think, scenes.ask_count), scenes.MANY, s, rng, zh)
+    """Up to nine: counted in all, aloud, by colour and shape."""
+    s = scenes.crowd(rng)
+    if rng.random() < 0.12:
+        return [s.image], [scenes.ask_think(s, rng, zh)]
+    counts = [scenes.ask_total(s, rng, zh)] + [scenes.ask_count(s, rng, zh) for _ in range(rng.randint(0, 2))]
+    return [s.image], _distinct(counts)
+
+
+def few(rng: random.Random, zh: bool) -> Made:
+    """Up to three large capitals and digits."""
+    image, said = printed.few(rng, 3)
+    return [image], [(rng.choice(printed.READ[zh]), said)]
 
 
 def text(rng: random.Random, zh: bool) -> Made:
@@ -144,7 +241,9 @@ def receipt(rng: random.Random, zh: bool) -> Made:
 
 def chart(rng: random.Random, zh: bool) -> Made:
     c = plots.chart(rng)
-    return [c.image], _turns((plots.ask_table,), (plots.ask_short,), c, rng, zh)
+    if rng.random() < 0.5:
+        return [c.image], [plots.ask_table(c, rng, zh)]
+    return [c.image], _distinct([plots.ask_short(c, rng, zh) for _ in range(rng.randint(1, 3))])
 
 
 def pair(rng: random.Random, zh: bool) -> Made:
@@ -163,7 +262,10 @@ def words(rng: random.Random, zh: bool) -> Made:
 
 KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
-    for made in (first, word, single, glyph, digit, scene, many, text, receipt, chart, pair, clip, words)
+    for made in (
+        *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
+        *(glyph, few, digit, text, receipt, chart, pair, clip, words),
+    )
 }
 
 
@@ -183,18 +285,24 @@ def held_out(rng: random.Random, zh: bool, skill: str) -> Made:
         return [], texts.turns(rng, zh)[:1]
     if skill in ("color", "shape", "place"):
         return about_one(scenes.lone(rng, held_out=True), zh, skill)
-    s = scenes.scene(rng, held_out=True, many=skill == "count")
+    if skill == "count":
+        s = scenes.crowd(rng, held_out=True)
+        return [s.image], [("一共有几个图形？" if zh else "How many shapes are there?", str(len(s.things)))]
+    if skill == "yesno":
+        s = scenes.lone(rng, held_out=True)
+        key = rng.choice(("color", "shape", "place", "size", "both"))
+        if key == "both" or (key == "size" and not s.things[0].size):
+            return [s.image], [scenes.ask_exists(s, rng, zh)]
+        return [s.image], [scenes.ask_is(s, rng, zh, key, 0.3)]
+    s = scenes.scene(rng, held_out=True, least=1 + (skill == "relation"))
     ask = {
         "caption": scenes.ask_caption,
-        "count": scenes.ask_count,
-        "yesno": scenes.ask_exists,
+        "exists": scenes.ask_exists,
         "attribute": scenes.ask_attribute,
         "relation": scenes.ask_relation,
         "box": scenes.ask_box,
     }[skill]
     turn = ask(s, rng, zh)
-    if skill == "count":
-        turn = ("一共有几个图形？" if zh else "How many shapes are there?"), str(len(s.things))
     return [s.image], [turn]
 
 
@@ -206,6 +314,7 @@ SKILLS = (
     "text",
     "count",
     "yesno",
+    "exists",
     "chart",
     "table",
     "attribute",

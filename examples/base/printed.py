@@ -15,7 +15,8 @@ import string
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import strokes
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from words import CHINESE, ENGLISH, LEXICON
 
 Turn = tuple[str, str]
@@ -140,6 +141,13 @@ def words_of(rng: random.Random) -> tuple[str, bool]:
     return (rng.choice(CHINESE) if rng.random() < 0.5 else rng.choice(LEXICON)[1]), True
 
 
+def few(rng: random.Random, most: int) -> tuple[Image.Image, str]:
+    """A picture that one to `most` large capitals or digits fill: a square where there is one."""
+    n = rng.randint(1, most)
+    words = _letters(rng, n, n, string.digits if rng.random() < 0.3 else string.ascii_uppercase + string.digits)
+    return line(words, rng, False, False, 56, 28 * max(2, n), least=rng.choice((0.55, 0.7))), words
+
+
 def text(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str, bool]:
     """A picture of one line, what it says, whether that is Chinese."""
     words, chinese = words_of(rng)
@@ -180,12 +188,25 @@ def _bent(board: Image.Image, rng: random.Random, reach: float) -> Image.Image:
 
 
 def digit(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str]:
-    """One printed digit, slanted, stretched and coarse: as little as 8 x 8 pixels."""
+    """One digit, printed in a font and bent, or drawn in strokes; coarse: as little as 8 x 8
+    pixels. Held-out ones are printed.
+    """
     said = rng.choice(string.digits)
+    stroked = not held_out and rng.random() < 0.6
+    board = _bent(strokes.digit(said, rng), rng, rng.uniform(0, 3)) if stroked else _printed_digit(said, rng, held_out)
+    small = 8 if stroked and rng.random() < 0.8 else rng.choice((8, 8, 8, 10, 12, 16))
+    board = board.resize((small, small), Image.Resampling.BOX)
+    gain = rng.uniform(0.85, 1.25)
+    board = board.point(lambda v: min(255, int(v * gain)))
+    if rng.random() < (0.1 if stroked else 0.3):
+        board = board.point(lambda v: 255 - v)
+    return board.convert("L"), said
+
+
+def _printed_digit(said: str, rng: random.Random, held_out: bool) -> Image.Image:
+    """Light on black, slanted, stretched and bent."""
     ink = _draw_at(said, rng.choice(fonts(False, held_out)), 48, (0, 0, 0), (255, 255, 255))
     if rng.random() < 0.5:  # round strokes of another weight
-        from PIL import ImageFilter
-
         ink = ink.filter(ImageFilter.MinFilter(3) if rng.random() < 0.4 else ImageFilter.MaxFilter(3))
     side = 64
     board = Image.new("RGB", (side, side))
@@ -200,14 +221,7 @@ def digit(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str]
         (1, slant + turn, -c * (slant + turn), bend - turn, 1, -c * (bend - turn)),
         Image.Resampling.BILINEAR,
     )
-    board = _bent(board, rng, rng.uniform(0, 6))
-    small = rng.choice((8, 8, 8, 10, 12, 16))
-    board = board.resize((small, small), Image.Resampling.BOX)
-    gain = rng.uniform(0.85, 1.25)
-    board = board.point(lambda v: min(255, int(v * gain)))
-    if rng.random() < 0.3:
-        board = board.point(lambda v: 255 - v)
-    return board.convert("L"), said
+    return _bent(board, rng, rng.uniform(0, 6))
 
 
 def receipt(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, list[tuple[str, int]]]:

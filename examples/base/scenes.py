@@ -25,7 +25,15 @@ HELD_OUT_PAIRS = frozenset(
         ("black", "triangle"),
     }
 )
-SIDES = (84, 84, 84, 112)  # pixels
+SIDE = 112  # pixels, of pictures of several things
+# Half widths as shares of the picture's side: what lies between the two is neither small nor large.
+SMALL, LARGE = (0.1, 0.125), (0.165, 0.2)
+# What yes and no are learned from first: a few words that come again and again.
+COMMON = {
+    "color": [*COLORS, *["red", "blue"] * 5, *["green"] * 2, "yellow"],
+    "shape": [*SHAPES, *["circle", "square"] * 5, *["triangle"] * 2, "star"],
+}
+EDGE = 0.04  # no thing that is asked for its place lies nearer to the border of two places, as a share of the side
 _TINTS = ((255, 255, 255), (245, 245, 240), (232, 240, 250), (250, 240, 228), (236, 248, 236), (225, 225, 228))
 
 
@@ -107,75 +115,94 @@ def _pair(rng: random.Random, held_out: bool, colors: list[str], shapes: list[st
             return pair
 
 
+def _between(v: int, side: int) -> bool:
+    """Whether a coordinate lies where one place turns into the next."""
+    return any(abs(v - side * k / 3) < EDGE * side for k in (1, 2))
+
+
+def _ring(rng: random.Random, side: int, radii: list[int], clear: bool) -> list[tuple[int, int]]:
+    n, start, reach = len(radii), rng.random() * 2 * math.pi, side / 2 - max(radii) - 2
+    if n > 1 and 2 * reach * math.sin(math.pi / n) <= 2 * max(radii) + 1:
+        return []
+    turns = [start + 2 * math.pi * k / n for k in range(n)]
+    spots = [(round(side / 2 + reach * math.cos(a)), round(side / 2 + reach * math.sin(a))) for a in turns]
+    return [] if clear and any(_between(v, side) for spot in spots for v in spot) else spots
+
+
+def _grid(rng: random.Random, side: int, radii: list[int], clear: bool) -> list[tuple[int, int]]:
+    n, fit = len(radii), int(side // (2 * max(radii) + 2))  # cells in a row that hold the largest
+    cells = 2 if n <= 4 and (fit < 3 or rng.random() < 0.5) else 3
+    if fit < cells:
+        return []
+    step = side / cells
+    room = max(0, int(step / 2 - max(radii) - 1))
+    spots = []
+    for k in rng.sample(range(cells * cells), n):
+        x, y = (int(step * (c + 0.5)) + rng.randint(-room, room) for c in (k % cells, k // cells))
+        spots.append((x, y))
+    return [] if clear and any(_between(v, side) for spot in spots for v in spot) else spots
+
+
+def _free(rng: random.Random, side: int, radii: list[int], clear: bool) -> list[tuple[int, int]]:
+    spots: list[tuple[int, int]] = []
+    for r in radii:
+        for _ in range(30):
+            x, y = rng.randint(r + 1, side - r - 2), rng.randint(r + 1, side - r - 2)
+            if clear and (_between(x, side) or _between(y, side)):
+                continue
+            if all(math.hypot(x - a, y - b) > 1.25 * (r + q) for (a, b), q in zip(spots, radii, strict=False)):
+                spots.append((x, y))
+                break
+        else:
+            return []
+    return spots
+
+
 def _spots(
-    rng: random.Random, n: int, side: int, held_out: bool, radii: list[int]
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Centres of things that do not touch, and their radii, smaller where room lacks. Held-out
-    pictures lay most things on a ring, the others on a grid or anywhere.
+    rng: random.Random, side: int, held_out: bool, radii: list[int], clear: bool = True
+) -> list[tuple[int, int]]:
+    """Centres of things that do not touch; none where room lacks. Held-out pictures lay most things
+    on a ring, the others on a grid or anywhere. `clear`: none between two places.
     """
-    kind = rng.choice(("ring", "free")) if held_out else rng.choice(("grid", "free", "free"))
-    if kind == "grid":
-        fit = int(side // (2 * max(radii) + 2))  # cells in a row that hold the largest
-        cells = 2 if n <= 4 and (fit < 3 or rng.random() < 0.5) else 3
-        step = side / cells
-        spots = []
-        for k in rng.sample(range(cells * cells), n) if fit >= cells else ():
-            room = max(0, int(step / 2 - max(radii) - 1))
-            spots.append(
-                (
-                    int(step * (k % cells + 0.5)) + rng.randint(-room, room),
-                    int(step * (k // cells + 0.5)) + rng.randint(-room, room),
-                )
-            )
-        if spots:
-            return spots, radii
-    if kind == "ring":
-        start, reach = rng.random() * 2 * math.pi, side / 2 - max(radii) - 2
-        if n == 1 or 2 * reach * math.sin(math.pi / n) > 2 * max(radii) + 1:
-            return [
-                (
-                    round(side / 2 + reach * math.cos(start + 2 * math.pi * k / n)),
-                    round(side / 2 + reach * math.sin(start + 2 * math.pi * k / n)),
-                )
-                for k in range(n)
-            ], radii
-    for _ in range(200):
-        spots = []
-        for r in radii:
-            for _ in range(30):
-                x, y = rng.randint(r + 1, side - r - 2), rng.randint(r + 1, side - r - 2)
-                if all(math.hypot(x - a, y - b) > 1.25 * (r + q) for (a, b), q in zip(spots, radii, strict=False)):
-                    spots.append((x, y))
-                    break
-        if len(spots) == n:
-            return spots, radii
-    return _spots(rng, n, side, held_out, [max(4, r - 1) for r in radii])
+    lay = rng.choice((_ring, _free)) if held_out else rng.choice((_grid, _free, _free))
+    for _ in range(40):
+        if spots := lay(rng, side, radii, clear):
+            return spots
+    for _ in range(40):
+        if spots := _free(rng, side, radii, clear):
+            return spots
+    return []
 
 
-def scene(rng: random.Random, held_out: bool = False, many: bool = False, most: int = 4) -> Scene:
-    """A picture of one to `most` things; `many`: up to nine, smaller ones, few kinds."""
-    side = rng.choice(SIDES)
-    n = rng.randint(1, 9) if many else rng.randint(1, most)
-    colors, shapes = list(COLORS), list(SHAPES)
-    if many:
-        colors, shapes = rng.sample(colors, rng.randint(1, 3)), rng.sample(shapes, rng.randint(1, 3))
-        while not held_out and all((c, s) in HELD_OUT_PAIRS for c in colors for s in shapes):
-            colors = rng.sample(list(COLORS), 2)
-    sized = not many
-    sizes = [rng.choice(("small", "large")) if sized else "" for _ in range(n)]
-    unit = side / 84
-    radii = [
-        round(
-            unit * (rng.randint(8, 10) if s == "small" else rng.randint(14, 17) if s == "large" else rng.randint(7, 10))
-        )
-        for s in sizes
-    ]
-    spots, radii = _spots(rng, n, side, held_out, radii)
+def scene(rng: random.Random, held_out: bool = False, least: int = 1, most: int = 4) -> Scene:
+    """A picture of `least` to `most` things, small or large; of more than three two are large at
+    most.
+    """
+    n = rng.randint(least, most)
+    while True:
+        sizes = [rng.choice(("small", "large")) for _ in range(n)]
+        radii = [round(SIDE * rng.uniform(*(SMALL if s == "small" else LARGE))) for s in sizes]
+        if (n <= 3 or sizes.count("large") <= 2) and (spots := _spots(rng, SIDE, held_out, radii)):
+            break
     things = []
     for (x, y), r, s in zip(spots, radii, sizes, strict=True):
-        color, shape = _pair(rng, held_out, colors, shapes)
+        color, shape = _pair(rng, held_out, list(COLORS), list(SHAPES))
         things.append(Thing(color, shape, s, x, y, r))
-    return _drawn(things, side, rng)
+    return _drawn(things, SIDE, rng)
+
+
+def crowd(rng: random.Random, held_out: bool = False, most: int = 9) -> Scene:
+    """One to `most` things of few kinds, none of them small or large: to be counted."""
+    side = rng.choice((84, SIDE))
+    colors, shapes = rng.sample(list(COLORS), rng.randint(1, 3)), rng.sample(list(SHAPES), rng.randint(1, 3))
+    while not held_out and all((c, s) in HELD_OUT_PAIRS for c in colors for s in shapes):
+        colors = rng.sample(list(COLORS), 2)
+    radii = [round(side * rng.uniform(0.085, 0.12)) for _ in range(rng.randint(1, most))]
+    while not (spots := _spots(rng, side, held_out, radii, clear=False)):
+        radii = [max(4, r - 1) for r in radii]
+    pairs = [_pair(rng, held_out, colors, shapes) for _ in radii]
+    made = zip(pairs, spots, radii, strict=True)
+    return _drawn([Thing(color, shape, "", x, y, r) for (color, shape), (x, y), r in made], side, rng)
 
 
 def _drawn(things: list[Thing], side: int, rng: random.Random) -> Scene:
@@ -192,14 +219,19 @@ def _drawn(things: list[Thing], side: int, rng: random.Random) -> Scene:
     return Scene(image, things, side)
 
 
-def lone(rng: random.Random, held_out: bool = False) -> Scene:
-    """One thing anywhere, from a sixth to most of the picture: below that its shape is lost in the
-    tower's patches.
+def lone(rng: random.Random, held_out: bool = False, common: bool = False) -> Scene:
+    """One thing anywhere, from a quarter to most of the picture, small below a share, large above
+    another; `common`: mostly of a few colours and shapes.
     """
-    side, size = rng.choice((56, 84)), rng.choice(("small", "large"))
-    r = round(side * (rng.uniform(0.15, 0.21) if size == "small" else rng.uniform(0.27, 0.42)))
-    color, shape = _pair(rng, held_out, list(COLORS), list(SHAPES))
-    ((x, y),), _ = _spots(rng, 1, side, held_out, [r])
+    side = rng.choice((56, 84, 84))
+    share = rng.uniform(0.12, 0.4)
+    size = "small" if share < 0.15 else "large" if share > 0.19 else ""
+    words = COMMON if common else {"color": list(COLORS), "shape": list(SHAPES)}
+    color, shape = _pair(rng, held_out, words["color"], words["shape"])
+    r = round(side * share)
+    while not (spots := _spots(rng, side, held_out, [r])):
+        r -= 1
+    ((x, y),) = spots
     return _drawn([Thing(color, shape, size, x, y, r)], side, rng)
 
 
@@ -218,10 +250,11 @@ def _place(k: int, zh: bool) -> str:
 
 
 def caption(s: Scene, zh: bool) -> str:
-    """Every thing with size, colour, shape and place, by place."""
-    if zh:
-        return "，".join(f"{_place(t.place(s.side), True)}{t.name(True, size=True)}" for t in s.things)
-    return ", ".join(f"{t.name(False, size=True)} {_place(t.place(s.side), False)}" for t in s.things)
+    """Every thing by place: where it is, its size, colour and shape. Where comes first: who has
+    said it knows where to look for the rest.
+    """
+    between, gap = ("，", "") if zh else (", ", " ")
+    return between.join(f"{_place(t.place(s.side), zh)}{gap}{t.name(zh, size=True)}" for t in s.things)
 
 
 def ask_caption(s: Scene, rng: random.Random, zh: bool) -> Turn:
@@ -242,16 +275,15 @@ def ask_list(s: Scene, rng: random.Random, zh: bool) -> Turn:
     return q, ("，" if zh else ", ").join(t.name(zh) for t in s.things)
 
 
+def ask_total(s: Scene, rng: random.Random, zh: bool) -> Turn:
+    q = rng.choice(("一共有几个图形？", "数一数图形。") if zh else ("How many shapes are there?", "Count the shapes."))
+    return q, str(len(s.things))
+
+
 def ask_count(s: Scene, rng: random.Random, zh: bool) -> Turn:
-    kind, t = rng.random(), rng.choice(s.things)
-    if kind < 0.5:
-        q, n = (
-            rng.choice(
-                ("一共有几个图形？", "数一数图形。") if zh else ("How many shapes are there?", "Count the shapes.")
-            ),
-            len(s.things),
-        )
-    elif kind < 0.75:
+    """Things of one colour or of one shape."""
+    t = rng.choice(s.things)
+    if rng.random() < 0.5:
         q = f"有几个{COLORS[t.color][0]}的图形？" if zh else f"How many {t.color} shapes are there?"
         n = sum(o.color == t.color for o in s.things)
     else:
@@ -339,31 +371,72 @@ def ask_exists(s: Scene, rng: random.Random, zh: bool) -> Turn:
     return q, _yes(right, zh)
 
 
-def ask_has(s: Scene, rng: random.Random, zh: bool) -> Turn:
-    """Yes or no about a colour or a shape alone, one in three in the negative."""
-    key, words = rng.choice((("color", list(COLORS)), ("shape", list(SHAPES))))
+def _told(key: str, value: str, zh: bool) -> str:
+    """`a red shape`, 红色的图形, `an orange shape`, `a star`."""
+    if zh:
+        return f"{COLORS[value][0]}的图形" if key == "color" else SHAPES[value]
+    return f"{'an' if value[0] in 'aeiou' else 'a'} {value}" + (" shape" if key == "color" else "")
+
+
+def _value(s: Scene, key: str, rng: random.Random, common: bool = False) -> tuple[str, bool]:
+    """A colour or shape, in half of the cases one that is there; `common`: mostly one of a few."""
     held = {getattr(t, key) for t in s.things}
-    value = rng.choice(sorted(held)) if rng.random() < 0.5 else rng.choice([w for w in words if w not in held])
-    said = (f"{COLORS[value][0]}的图形" if key == "color" else SHAPES[value]) if zh else ""
-    named = (f"{value} shape" if key == "color" else value) if not zh else ""
-    article = "an" if named[:1] in "aeio" and named else "a"
-    if rng.random() < 0.33:
-        q = f"图里没有{said}吗？" if zh else rng.choice((f"Is there no {named}?", f"Is no {named} in the picture?"))
-        return q, _yes(value not in held, zh)
+    words = COMMON[key] if common else list(COLORS) if key == "color" else list(SHAPES)
+    right = rng.random() < 0.5
+    return rng.choice(sorted(held) if right else [w for w in words if w not in held]), right
+
+
+def ask_has(s: Scene, rng: random.Random, zh: bool, key: str = "", negated: float = 0.3) -> Turn:
+    """Yes or no about a colour or a shape alone, a share of the questions in the negative."""
+    key = key or rng.choice(("color", "shape"))
+    value, right = _value(s, key, rng)
+    told = _told(key, value, zh)
+    if rng.random() < negated:
+        bare = told.split(" ", 1)[-1]
+        q = (
+            rng.choice((f"图里没有{told}吗？", f"没有{told}吗？"))
+            if zh
+            else rng.choice((f"Is there no {bare}?", f"Is no {bare} in the picture?", f"Is there not {told}?"))
+        )
+        return q, _yes(not right, zh)
     q = (
-        rng.choice((f"图里有{said}吗？", f"能看到{said}吗？"))
+        rng.choice((f"图里有{told}吗？", f"能看到{told}吗？", f"有{told}吗？"))
         if zh
-        else rng.choice((f"Is there {article} {named}?", f"Does the picture show {article} {named}?"))
+        else rng.choice((f"Is there {told}?", f"Does the picture show {told}?", f"Does the image contain {told}?"))
     )
-    return q, _yes(value in held, zh)
+    return q, _yes(right, zh)
 
 
-def ask_relation(s: Scene, rng: random.Random, zh: bool) -> Turn:
-    """Left, right, above, below between two things of different names, clearly apart."""
+def ask_is(s: Scene, rng: random.Random, zh: bool, key: str, negated: float = 0.0, common: bool = False) -> Turn:
+    """Yes or no about one fact of the only thing: its colour, shape, place or size; `common`: a few
+    colours and shapes mostly, in one wording.
+    """
+    t = s.things[0]
+    if key in ("color", "shape"):
+        if not common and rng.random() < 0.5:
+            return ask_has(s, rng, zh, key, negated)
+        value, right = _value(s, key, rng, common)
+        if zh:
+            return f"它是{COLORS[value][0] if key == 'color' else SHAPES[value]}吗？", _yes(right, True)
+        return f"Is it {value if key == 'color' else _told(key, value, False)}?", _yes(right, False)
+    right = rng.random() < 0.5
+    if key == "size":
+        size = t.size if right else "small" if t.size == "large" else "large"
+        return (f"它{SIZES[size]}吗？" if zh else f"Is it {size}?"), _yes(right, zh)
+    here = t.place(s.side)
+    k = here if right else rng.choice([k for k in range(9) if k != here])
+    where = _place(k, zh)
+    return (f"它在{where}吗？" if zh else f"Is it {'in' if k == 4 else 'at'} the {where}?"), _yes(right, zh)
+
+
+def ask_relation(s: Scene, rng: random.Random, zh: bool, axes: str = "xy") -> Turn:
+    """Left, right, above, below between two things of different names, clearly apart on one of the
+    axes.
+    """
     pairs = [(a, b) for a in s.things for b in s.things if a.name(False) != b.name(False)]
     names = [t.name(False) for t in s.things]
     pairs = [(a, b) for a, b in pairs if names.count(a.name(False)) == names.count(b.name(False)) == 1]
-    clear = [(a, b, axis) for a, b in pairs for axis in "xy" if abs(getattr(a, axis) - getattr(b, axis)) > s.side / 6]
+    clear = [(a, b, axis) for a, b in pairs for axis in axes if abs(getattr(a, axis) - getattr(b, axis)) > s.side / 6]
     if not clear:
         return ask_exists(s, rng, zh)
     a, b, axis = rng.choice(clear)
@@ -446,18 +519,4 @@ def ask_evidence(s: Scene, rng: random.Random, zh: bool) -> Turn:
     return q, f"{COLORS[t.color][0] if zh else t.color}<evidence>{json.dumps([claim])}</evidence>"
 
 
-DENSE = (ask_caption, ask_caption, ask_caption, ask_caption, ask_list, ask_think)
-SHORT = (
-    ask_count,
-    ask_attribute,
-    ask_attribute,
-    ask_exists,
-    ask_exists,
-    ask_has,
-    ask_relation,
-    ask_compare,
-    ask_box,
-    ask_format,
-    ask_evidence,
-)
-MANY = (ask_count, ask_count, ask_think, ask_compare, ask_exists)
+RARE = (ask_compare, ask_box, ask_format, ask_evidence)

@@ -263,6 +263,38 @@ def manners(rng: random.Random, zh: bool) -> Turn:
     return rng.choice(asked.split("|")), answer
 
 
+def _yes(right: bool, zh: bool) -> str:
+    return ("是" if right else "否") if zh else ("yes" if right else "no")
+
+
+def copied(rng: random.Random, zh: bool) -> Turn:
+    """Answers that stand in the question: a few words again, the next one, whether one is there.
+    What comparing a question with anything is learned from.
+    """
+    k = int(zh)
+    pool = [
+        [COLORS[c][0] if zh else c for c in COLORS],
+        [SHAPES[x] if zh else x for x in SHAPES],
+        [e[k] for e in rng.sample(LEXICON, 12)],
+        list("0123456789"),
+    ]
+    some, kind = rng.choice(pool), rng.random()
+    words = rng.sample(some, rng.randint(*((3, min(9, len(some))) if kind < 0.5 else (1, 4))))
+    # nothing between the words: what follows a word is then told by that word alone
+    joined = ("" if zh or some is pool[-1] else " ").join(words)
+    if kind < 0.5:
+        return (f"照写：{joined}" if zh else f"Repeat: {joined}"), joined
+    if kind < 0.65 and len(words) > 1:
+        i = rng.randrange(len(words) - 1)
+        return (f"{joined}。{words[i]}后面是什么？" if zh else f"{joined}. What comes after {words[i]}?"), words[i + 1]
+    others = [w for w in some if w not in words]
+    right = rng.random() < 0.5 or not others
+    word = rng.choice(words) if right else rng.choice(others)
+    if len(words) == 1:
+        return (f"{joined}。它是{word}吗？" if zh else f"{joined}. Is it {word}?"), _yes(right, zh)
+    return (f"{joined}。有{word}吗？" if zh else f"{joined}. Is there {word}?"), _yes(right, zh)
+
+
 def facts(rng: random.Random, zh: bool) -> Turn:
     """Names of colours and shapes in the other language."""
     table = {k: v[0] for k, v in COLORS.items()} if rng.random() < 0.6 else SHAPES
