@@ -31,8 +31,8 @@ GUARD = EXAMPLES / "chain" / "guard"
 SCORE = EXAMPLES / "base" / "score.py"
 NANO = "ernie-4.5-vl-nano"
 # Means over ten pictures each.
-SEEN = {"color": 0.8, "place": 0.7, "digit": 0.4, "count": 0.4}
-BLIND = {"color": 0.4, "place": 0.5, "digit": 0.3, "count": 0.4}
+SEEN = {"color": 0.8, "shape": 0.8, "place": 0.8, "digit": 0.4, "count": 0.3}
+BLIND = {"color": 0.4, "shape": 0.3, "place": 0.5, "digit": 0.4, "count": 0.3}
 
 
 def read_pictures() -> list[tuple[str, str, str, Image.Image]]:
