@@ -8,8 +8,8 @@ attack comes before and after. The attacks: hosts that trickle their header, chu
 Continue or body (four each, their clients gone after a second); an animation of 2,000 frames of 49
 megapixels, four at once; bodies of 4 MiB and 1 MiB of lists; answers that nobody reads; connections
 that say nothing; half surrogates in stop strings. At last SIGTERM while hosts trickle.
-Prints one JSON line: seconds at the median and at most, growth of the resident memory in MB,
-statuses; exit code 1 for a 5xx or a wrong answer.
+Prints one JSON line: seconds at the median and at most, processor time of the server, growth of
+the resident memory in MB, statuses; exit code 1 for a 5xx or a wrong answer.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class Target:
         for thread in threads:
             thread.start()
 
+    def cpu_seconds(self) -> float:
+        """Processor time of the server so far."""
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def resident_mb(self) -> float:
         status = Path(f"/proc/{self.child.pid}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
@@ -173,18 +178,32 @@ def lists(size: int, target: Target) -> Iterator[None]:
     thread.join(120)
 
 
+def drain(sock: socket.socket) -> None:
+    try:
+        while sock.recv(65536):
+            pass
+    except OSError:
+        return
+
+
 @contextmanager
-def unread(target: Target) -> Iterator[None]:
+def streams(target: Target, read: bool) -> Iterator[None]:
+    """Twelve answers of 60 tokens ahead of the text requests, for eight places. Read or not, the
+    model has the same to do; only what unread ones cost more is an attack.
+    """
     body = {**TEXT, "max_tokens": 60, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
     raw = json.dumps({**body, "return_token_ids": True}).encode()
     socks = []
     for _ in range(12):
         sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        if not read:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.connect(("127.0.0.1", target.port))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
         sock.sendall(head.encode() + b"\r\n\r\n" + raw)
         socks.append(sock)
+        if read:
+            threading.Thread(target=drain, args=(sock,), daemon=True).start()
     yield
     for sock in socks:
         sock.close()
@@ -215,7 +234,8 @@ ATTACKS: dict[str, Callable[[Target], Any]] = {
     "animation": animation,
     "lists of 4 MiB": lambda target: lists(2**22, target),
     "lists of 1 MiB": lambda target: lists(2**20 - 100, target),
-    "unread": unread,
+    "read": lambda target: streams(target, True),
+    "unread": lambda target: streams(target, False),
     "silent": silent,
     "surrogates": surrogates,
     "after": nothing,
@@ -225,6 +245,7 @@ ATTACKS: dict[str, Callable[[Target], Any]] = {
 def measured(target: Target, attack: Callable[[Target], Any], seconds: float) -> dict[str, Any]:
     """One phase."""
     took: list[float] = []
+    started_cpu = target.cpu_seconds()
     failed = 0
     memory, start_mb = [], target.resident_mb()
     target.statuses.clear()
@@ -243,6 +264,7 @@ def measured(target: Target, attack: Callable[[Target], Any], seconds: float) ->
         "failed": failed,
         "median_seconds": round(took[len(took) // 2], 3),
         "most_seconds": round(took[-1], 3),
+        "cpu_seconds": round(target.cpu_seconds() - started_cpu, 2),
         "grew_mb": round(max(memory) - start_mb, 1),
         "statuses": dict(target.statuses),
     }
