@@ -58,7 +58,11 @@ def take_model(theirs: Any, dtype: str | None = None) -> AutoModel:
     model.name_or_path = str(getattr(theirs, "name_or_path", "") or "")
     fill(model, OnDisk(table, held))
     if unused:
-        print(f"ernie_tune: not used of their model: {len(unused)} ({unused[0]}, ...)", flush=True)
+        told = say(
+            f"ernie_tune: not used of their model: {len(unused)} ({unused[0]}, ...)",
+            f"ernie_tune：其模型中未用到的：{len(unused)} 个（{unused[0]} 等）",
+        )
+        print(told, flush=True)
     return model
 
 

@@ -64,7 +64,7 @@ def run(args: list[str]) -> int:
     folder = options.pop("output_dir")
     report = export(words, folder, score=task_score(rows, *limits) if rows else None, **options)
     for note in report["notes"]:
-        print(f"note: {note}")
+        print(say("note: {note}", "提示：{note}", note=note))
     if report["replaced"]:
         print(say(f"note: the earlier export in {folder} was replaced", f"提示：已替换 {folder} 中原有的导出"))
     later = report["quantization"] != "none" and report["layout"] != "packed"

@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from ernie_tune.config.language import say
 from ernie_tune.serve.app import build
 from ernie_tune.serve.connections import RESERVED_FILES, Connection, Connections, log_seldom, open_files
 from ernie_tune.serve.gate import Gate
@@ -57,7 +58,11 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         seconds = self.service.options.shutdown_timeout_seconds
-        print(f"ernie_tune: shutting down: {self.gate.inside} request(s) to finish", file=sys.stderr, flush=True)
+        told = say(
+            f"ernie_tune: shutting down: {self.gate.inside} request(s) to finish",
+            f"ernie_tune：正在关闭：还有 {self.gate.inside} 个请求待完成",
+        )
+        print(told, file=sys.stderr, flush=True)
         if not await self._emptied(seconds):
             print(
                 f"ernie_tune: {self.gate.inside} request(s) given up after {seconds:g} seconds",

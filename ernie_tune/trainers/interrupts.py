@@ -11,6 +11,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+from ernie_tune.config.language import say
+
 # Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -34,6 +36,11 @@ def deferred_interrupt() -> Iterator[list[int]]:
     What was told to be ignored (nohup) stays so. Outside the main thread nothing changes.
     """
     seen: list[int] = []
+    told = say(
+        "ernie_tune: finishing this step, then saving; once more to stop at once",
+        "ernie_tune：完成当前步后保存；再按一次立即停止",
+    )
+    line = f"{told}\n".encode()
 
     def note(number: int, frame: Any) -> None:
         if seen:
@@ -42,7 +49,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
         # not print: a signal may come while something is being printed, and streams cannot be
         # entered twice
         try:
-            os.write(2, b"ernie_tune: finishing this step, then saving; once more to stop at once\n")
+            os.write(2, line)
         except OSError:
             _forget_terminal()
 

@@ -260,11 +260,14 @@ class Run:
             self._tell("on_save")
         if asked_to_end:
             self._settle()
-            how = "the same command" if s.resume_from_checkpoint == "auto" else "resume_from_checkpoint: auto"
+            auto = s.resume_from_checkpoint == "auto"
+            how = say("the same command", "再执行同一命令") if auto else "resume_from_checkpoint: auto"
             raise Interrupted(
                 say(
-                    f"interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it",
-                    f"在第 {step} 步中断；已保存 checkpoint-{step}，{how} 可从此继续",
+                    "interrupted at step {step}; checkpoint-{step} is saved, {how} goes on from it",
+                    "在第 {step} 步中断；已保存 checkpoint-{step}，{how} 可从此继续",
+                    step=step,
+                    how=how,
                 )
             )
         return stop
@@ -405,7 +408,7 @@ class Run:
                 )
             )
 
-    def _provoke_memory(self, say: Callable[[str], None], always: bool = True) -> None:
+    def _provoke_memory(self, tell: Callable[[str], None], always: bool = True) -> None:
         """Forward and backward of the heaviest batch before the first step: if memory is short, it
         is short now. Where all batches are as heavy the first step shows it, unless `always`.
         """
@@ -416,8 +419,12 @@ class Run:
         self.policy.model.train()
         self.loop.accumulate(window)
         self.loop.clear_gradients()
-        say(
-            f"heaviest batch first: {batch.num_rows} rows, {batch.inputs.num_tokens} tokens, {resident_gib(peak=True):.2f} GiB at most"
+        rows, tokens, peak_gib = batch.num_rows, batch.inputs.num_tokens, resident_gib(peak=True)
+        tell(
+            say(
+                f"heaviest batch first: {rows} rows, {tokens} tokens, {peak_gib:.2f} GiB at most",
+                f"先试最重的一批：{rows} 行，{tokens} 个 token，最多 {peak_gib:.2f} GiB",
+            )
         )
 
     def _finish(self) -> dict[str, float]:
