@@ -44,6 +44,8 @@ from ernie_tune.models.inputs import Row, feature_count
 from ernie_tune.models.presets import shipped_folder
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+# Both sides of a frame are multiples of 28: between limits that are equal only some squares fit.
+_ROOM = 0.6
 # Our settings -> keys of preprocessor_config.json. Released files hold the first four; a font is
 # local to a machine and never written.
 _IMAGE_KEYS = {
@@ -192,7 +194,7 @@ class Processor:
         self, *, fps: float | None = None, max_frames: int | None = None, max_pixels: int | None = None
     ) -> Processor:
         """The same processor with other limits for videos; None keeps a value. Lower limits give
-        way to a smaller upper one.
+        way to a smaller upper one, that of pixels so far that frames of every shape fit.
         """
         v = self.videos
         frames = v.max_frames if max_frames is None else max_frames
@@ -203,7 +205,7 @@ class Processor:
             max_frames=frames,
             min_frames=min(v.min_frames, frames),
             max_pixels=pixels,
-            min_pixels=min(v.min_pixels, pixels),
+            min_pixels=v.min_pixels if v.min_pixels <= pixels else int(_ROOM * pixels),
         )
         made = Processor(self.tokenizer, self.template.variant, self.images, videos, self._preprocessor)
         made.sees = self.sees

@@ -296,8 +296,12 @@ def test_bundled_processors() -> None:
 def test_with_videos_replaces_limits() -> None:
     """Upper limits below the lower ones take those along; None keeps a value."""
     before = Processor.bundled("tiny")
-    after = before.with_videos(max_frames=8, max_pixels=3136)
+    after = before.with_videos(max_frames=8, max_pixels=12_544)
     assert (after.videos.max_frames, after.videos.min_frames) == (8, 8)
-    assert (after.videos.max_pixels, after.videos.min_pixels) == (3136, 3136)
+    assert (after.videos.max_pixels, after.videos.min_pixels) == (12_544, 7_526)
     assert after.videos.fps == before.videos.fps
+    assert before.with_videos(max_pixels=900_000).videos.min_pixels == before.videos.min_pixels
+    for height, width in ((56, 56), (112, 112), (84, 112), (480, 640), (1280, 720), (300, 700)):
+        h, w = after.videos.frame.target_size(height, width)
+        assert 7_526 <= h * w <= 12_544
     assert before.with_videos().videos == before.videos
