@@ -21,6 +21,7 @@ from ernie_tune.plan.time import StepTime, step_time
 TIGHT = 0.93  # of a card's memory: above it a run may still meet a batch that does not fit
 CARD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _MOST_CHANGES = 3
+_LENGTH = "max_seq_len: "
 _SHORTEST = 2048  # tokens: a row is not proposed to be cut below this
 
 
@@ -131,15 +132,15 @@ def _changes(job: Job, cards: int, offload: bool) -> Iterable[Change]:
             sequence_tokens=job.sequence_tokens // 2,
             completion_tokens=job.completion_tokens // 2,
         )
-        yield Change(_setting(f"max_seq_len: {half.row_tokens}"), half, cards, offload)
+        yield Change(_setting(f"{_LENGTH}{half.row_tokens}"), half, cards, offload)
     more = say(f"{2 * cards} cards instead of {cards}", f"用 {2 * cards} 张卡代替 {cards} 张")
     yield Change(more, job, 2 * cards, offload)
 
 
 def changes_that_fit(job: Job, card: Card, cards: int, offload: bool = False, count: int = 3) -> list[tuple[Text, ...]]:
     """Up to `count` sets of at most three changes with which the job fits some layout, smaller sets
-    first, none containing another. More processes share the memory of a CPU, so they are none
-    there.
+    first, none containing another; where there is none, with rows half as long besides. More
+    processes share the memory of a CPU, so they are none there.
     """
     found: list[tuple[Text, ...]] = []
     one = [c.text for c in _changes(job, cards, offload) if c.cards == cards or not card.is_cpu]
@@ -151,7 +152,14 @@ def changes_that_fit(job: Job, card: Card, cards: int, offload: bool = False, co
                 changed = _apply(texts, Change(_setting(""), job, cards, offload))
                 if changed is not None and _fits(changed, card, few if size > 1 else None):
                     found.append(texts)
-    return found
+    shorter = next((c for c in _changes(job, cards, offload) if c.job.row_tokens < job.row_tokens), None)
+    if found or shorter is None:
+        return found
+    # rows half as long, as one change more, unless they are halved once again
+    return [
+        texts if any(text.startswith(_LENGTH) for text in texts) else (*texts, shorter.text)
+        for texts in changes_that_fit(shorter.job, card, cards, offload, count)
+    ]
 
 
 def _apply(texts: tuple[Text, ...], start: Change) -> Change | None:
