@@ -3,8 +3,7 @@ time are unpacked into memory that the processor keeps near, multiplied, and wri
 
 Two thirds of a step on a quantised base went into writing whole float32 matrices to main memory and
 reading them again. What need not be done to every value is done to the rows instead: one scale a
-column multiplies the result, and int4 codes stay above zero, their offset of 8 is taken off
-by a product with the sums of each group. `whole` stays as the oracle: the same numbers, only the
+column multiplies the result. `whole` stays as the oracle: the same numbers, only the
 sums run in another order. Several experts, or parts of one matrix, are worked on at once,
 by as many threads as the math library would take.
 Legend: M rows, I input width, O output width, G groups of input rows that share a scale. int4 codes
@@ -33,7 +32,7 @@ Array = np.ndarray[Any, Any]
 # Unpacked at once: within a core's second-level cache, beside the rows that it is multiplied with.
 PIECE_BYTES = 2**20
 _FLOAT = np.dtype(np.float32)
-_OFFSET = 8.0  # of int4 codes, which lie as 0 to 15
+_OFFSET = 8  # of int4 codes, which lie as 0 to 15
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Codes:
     def unpack(self, first: int, end: int, columns: slice, scratch: Scratch) -> Iterator[tuple[int, Array]]:
         """(row of the matrix, rows from there on) of a range of code rows: one part for int8, two
         for int4. Each is in `scratch`, which the next one writes over. Times their scales, unless
-        `scaled_after`; int4 codes 0 to 15, which are 8 too large.
+        `scaled_after`.
         """
         codes, group_rows = self.codes[first:end, columns], self.shape[0] // self.scale.shape[0]
         made = scratch.floats[: codes.size].reshape(codes.shape)
@@ -76,7 +75,8 @@ class Codes:
         halves = scratch.halves[: codes.size].reshape(codes.shape)
         for row, take, by in ((first, np.bitwise_and, 15), (self.codes.shape[0] + first, np.right_shift, 4)):
             take(codes, by, out=halves)
-            np.copyto(made, halves)
+            halves -= _OFFSET  # as bytes, which turn over: int8's values
+            np.copyto(made, halves.view(np.int8))
             if not self.scaled_after:
                 made *= self.scale[row // group_rows, columns]
             yield row, made
@@ -156,19 +156,10 @@ def _forward(x_MI: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
     n_in, n_out = shape
     out = paddle.empty([x_MI.shape[0], n_out], x_MI.dtype)
     x, made, rows = x_MI.data_ptr(), out.data_ptr(), mkl.view(out)
-    sums_MG = _group_sums(x_MI, work)
 
     def job(matrix: Codes, a: int, b: int, columns: slice) -> None:
         width, scratch = columns.stop - columns.start, _scratch(matrix, columns.stop - columns.start)
         target, add = (made + 4 * (a * n_out + columns.start), n_out), False
-        if matrix.bits == 4 and matrix.scaled_after:
-            rows[a:b, columns] = -_OFFSET * sums_MG[a:b]
-            add = True
-        elif matrix.bits == 4:
-            groups = matrix.scale.shape[0]
-            sums = (sums_MG.ctypes.data + 4 * a * groups, groups)
-            _multiply((b - a, width, groups), sums, (matrix.scale[:, columns], n_out), target, factor=-_OFFSET)
-            add = True
         for first, end in matrix.pieces():
             for row, unpacked in matrix.unpack(first, end, columns, scratch):
                 left = (x + 4 * (a * n_in + row), n_in)
@@ -181,20 +172,11 @@ def _forward(x_MI: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
     return out
 
 
-def _group_sums(x_MI: Tensor, work: Work) -> Array:
-    """Sums of each row over the inputs that share a scale, [M, G], where int4 asks for them."""
-    first = next((matrix for matrix, _, _ in work), None)
-    if first is None or first.bits == 8:
-        return np.empty((0, 0), np.float32)
-    groups = first.scale.shape[0]
-    return np.ascontiguousarray(mkl.view(x_MI).reshape(x_MI.shape[0], groups, -1).sum(-1))
-
-
 def _backward(grad_MO: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
     grad_MO = grad_MO.contiguous()
     n_in, n_out = shape
     out = paddle.empty([grad_MO.shape[0], n_in], grad_MO.dtype)
-    grad, made, grads, rows = grad_MO.data_ptr(), out.data_ptr(), mkl.view(grad_MO), mkl.view(out)
+    grad, made, grads = grad_MO.data_ptr(), out.data_ptr(), mkl.view(grad_MO)
     everything = slice(0, n_out)
 
     def job(matrix: Codes, a: int, b: int, pieces: slice) -> None:
@@ -207,17 +189,7 @@ def _backward(grad_MO: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
                 sizes = (b - a, len(unpacked), n_out)
                 _multiply(sizes, (left, n_out), (unpacked, n_out), target, transposed=True)
 
-    def without_offset(matrix: Codes, a: int, b: int) -> None:
-        groups = matrix.scale.shape[0]
-        pull_MG = np.empty((b - a, groups), np.float32)
-        target = (pull_MG.ctypes.data, groups)
-        left = (grad + 4 * a * n_out, n_out)
-        _multiply((b - a, groups, n_out), left, (matrix.scale, n_out), target, transposed=True, factor=_OFFSET)
-        grouped = rows[a:b].reshape(b - a, groups, -1)
-        grouped -= pull_MG[:, :, None]
-
     _run([(job, (m, a, b, part)) for m, a, b in work if b > a for part in _shares(len(m.pieces()), len(work))])
-    _run([(without_offset, (m, a, b)) for m, a, b in work if b > a and m.bits == 4])
     return out
 
 
