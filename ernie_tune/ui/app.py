@@ -111,7 +111,7 @@ def application(studio: Studio, blocks: gr.Blocks, key: str = "", hosts: tuple[s
         ssr_mode=False,
         enable_monitoring=False,
     )
-    return StudioGate(app, hosts, key)
+    return StudioGate(app, hosts, key, studio.workspace.sent)
 
 
 def serve(studio: Studio, blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, key: str = "") -> None:

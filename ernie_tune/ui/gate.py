@@ -1,5 +1,5 @@
 """What every request to a studio passes: the name by which it is called, the page it comes from,
-the key where one is set; and what the browser is told about the page.
+the key where one is set, files that only were sent; and what the browser is told about the page.
 
 An ASGI middleware, for websockets too. Refuses to know: gradio, what requests mean.
 """
@@ -7,8 +7,11 @@ An ASGI middleware, for websockets too. Refuses to know: gradio, what requests m
 from __future__ import annotations
 
 import hmac
+import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,6 +24,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 COOKIE = "ernie_tune_ui_key"
+_LARGEST_BYTES = 64 << 20
 # Nothing from elsewhere: gradio's page would fetch fonts and scripts of its makers.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
@@ -37,11 +41,12 @@ _HEADERS = (
 class StudioGate:
     """`hosts`: names by which the studio may be called; empty: any (only with a key). `key`: ""
     where everyone of this machine may look. A key comes once as `?key=` and stays as a cookie that
-    scripts cannot read.
+    scripts cannot read. `sent`: the folder of what browsers have sent; a request that names a file
+    anywhere else as if it had been sent is refused, for the page's server would read it.
     """
 
-    def __init__(self, app: App, hosts: tuple[str, ...] = LOOPBACK, key: str = "") -> None:
-        self.app, self.hosts, self.key = app, hosts, key
+    def __init__(self, app: App, hosts: tuple[str, ...] = LOOPBACK, key: str = "", sent: Path | None = None) -> None:
+        self.app, self.hosts, self.key, self.sent = app, hosts, key, sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -65,6 +70,12 @@ class StudioGate:
             told = say("another page must not drive this studio", "其他网页不得操作此工作室")
             return await _refuse(headers, scope, send, 403, told)
         if not self.key or self._knows(headers):
+            if self.sent is not None and scope["type"] == "http" and _holds_events(scope, headers):
+                body = await _body(receive)
+                if body is None or _foreign(body, self.sent):
+                    told = say("the file must be sent with the page; send it again", "文件须由页面上传；请重新上传")
+                    return await _refuse(headers, scope, send, 403, told)
+                receive = _again(body, receive)
             return await self.app(scope, receive, self._told(send))
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
         if (
@@ -94,6 +105,65 @@ class StudioGate:
             await send(message)
 
         return tell
+
+
+def _holds_events(scope: Scope, headers: dict[str, str]) -> bool:
+    """Whether a request's body is what a page says; not files, which the server takes apart."""
+    return scope["method"] not in ("GET", "HEAD", "OPTIONS") and not headers.get("content-type", "").startswith(
+        "multipart/form-data"
+    )
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """All of it; None for one that is cut off, or larger than any page's."""
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > _LARGEST_BYTES:
+            return None
+        parts.append(part)
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What gives a body that was read once more, then whatever comes."""
+    left = [body]
+
+    async def give() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
+
+    return give
+
+
+def _foreign(body: bytes, sent: Path) -> bool:
+    """Whether a body names a file outside `sent` as one that was sent."""
+    try:
+        waiting = [json.loads(body)] if body.strip() else []
+    except (ValueError, RecursionError):
+        return True
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            path = value.get("path")
+            named = "meta" in value or "orig_name" in value
+            if named and isinstance(path, str) and not _inside(path, sent):
+                return True
+    return False
+
+
+def _inside(path: str, folder: Path) -> bool:
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a zero in its name
+        return False
 
 
 def _name(url: str) -> str:

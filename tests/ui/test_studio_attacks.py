@@ -82,6 +82,30 @@ def test_another_page_drives_nothing(page: tuple[TestClient, Path], headers: dic
     assert sorted(root.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://192.0.2.1/x", "{root}/rows.jsonl", "{sent}/../../rows.jsonl", "a\x00b"]
+)
+def test_a_file_that_nobody_sent_is_not_taken_for_one(page: tuple[TestClient, Path], path: str) -> None:
+    client, root = page
+    before = sorted(root.rglob("*"))
+    named = path.format(root=root, sent=root / ".ernie_tune_ui" / "sent")
+    file = {"path": named, "meta": {"_type": "gradio.FileData"}}
+    for route in ("call/lambda", "call/lambda_2", "run/lambda", "queue/join"):
+        for data in ([file], [[{"image": file}]]):
+            asked = {"data": data, "fn_index": 0, "session_hash": "x"}
+            answer = client.post(f"/gradio_api/{route}", json=asked, headers={**HOST, "accept-language": "zh"})
+            assert (answer.status_code, answer.text) == (403, "文件须由页面上传；请重新上传\n"), route
+    assert client.post("/gradio_api/queue/join", content=b"{", headers=HOST).status_code == 403
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_file_that_was_sent_is_taken(page: tuple[TestClient, Path]) -> None:
+    client, _ = page
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.jsonl", b"{}")}, headers=HOST).json()
+    asked = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
+    assert client.post("/gradio_api/call/lambda", json=asked, headers=HOST).status_code == 200
+
+
 # --- uploads ---
 
 
