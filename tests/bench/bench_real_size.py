@@ -234,7 +234,7 @@ def products_seconds(config: Any, tokens: int, rate: float) -> float:
     """Of a LoRA step with recompute: forward twice and back to the inputs once."""
     from ernie_tune.plan.weights import active_values
 
-    visual = 256 if tokens > 300 else 0
+    visual = 256 if tokens > 300 else 0  # as `write_rows` deals them
     head = config.vocab_size * config.hidden_size
     active = (tokens - visual) * (active_values(config, False) + head) + visual * active_values(config, True)
     return 2 * 3 * active / rate
@@ -360,7 +360,8 @@ def main() -> None:
             yaml = write_run(root, phase, tokens, {"model_name_or_path": base, "max_steps": a.steps, **extra})
             done = verb("train", yaml, "overwrite_output_dir=true")
             told = estimated(yaml, tokens) - libraries - (codes_bytes(packed) if phase == "packed" else 0)
-            report(f"{phase} {tokens} tokens", done, told, products_seconds(config, tokens, rate))
+            held = longest(root / f"rows_{tokens}.jsonl")
+            report(f"{phase} {held} tokens", done, told, products_seconds(config, held, rate))
     after(root, phases, lengths[0], a.steps)
     if "equal" in phases:
         equal(root / "slice", a.preset, lengths[0])
@@ -410,7 +411,8 @@ def equal(root: Path, preset_name: str, tokens: int, steps: int = 10) -> None:
     plain, packed, rounded = root / "model", root / "packed", root / "rounded"
     if not plain.exists():
         make(plain, shape_of(preset_name, 2), {0, 1})
-        verb("export", plain, "--output_dir", packed, "--quantization", "wint4", "--method", "rtn", "--emit", "packed")
+        out = ("--output_dir", packed, "--quantization", "wint4", "--method", "rtn", "--emit", "packed")
+        verb("export", plain, *out, "--verify", "files")
         write_rounded(plain, packed, rounded)
     found = {}
     for base in (packed, rounded):
