@@ -24,6 +24,7 @@ from ernie_tune.models.specs import parameter_specs
 from ernie_tune.peft import dialects
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.files import PADDLE_FILES, PEFT_FILES, Stored, read_adapter
+from ernie_tune.peft.packed_header import is_packed
 
 Array = np.ndarray[Any, Any]
 Place = tuple[str, int | None]  # canonical parameter, expert of a stack
@@ -156,6 +157,15 @@ class ExportSource:
 
     def __init__(self, folder: Path, adapters: Sequence[Path] = ()) -> None:
         self.folder, self.adapters = folder, tuple(adapters)
+        if is_packed(folder):
+            raise ValueError(
+                say(
+                    f"model ({folder}) must be unquantised, but is a packed folder, whose codes are not exported again; give "
+                    "the folder that it was made of, and a run trained on it after that: ernie-tune export MODEL RUN --output_dir OUT",
+                    f"模型（{folder}）须未经量化，但它是打包文件夹，其编码不能再次导出；请给出制作它的原文件夹，"
+                    "在其后写上基于它训练的结果：ernie-tune export MODEL RUN --output_dir OUT",
+                )
+            )
         self.config = AutoConfig.from_pretrained(folder)
         self.reader = TensorReader(folder)
         self.table = layout(self.config, detect_flavour(self.reader.shapes, self.config))

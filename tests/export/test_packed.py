@@ -41,6 +41,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("packed") / "plain")
 
 
+def test_a_packed_folder_is_no_source(plain: Path, tmp_path: Path) -> None:
+    source = ExportSource(plain)
+    write_packed(tmp_path / "packed", source, **rtn(source, "wint4"))
+    with pytest.raises(ValueError, match=r"packed\) must be unquantised, .*ernie-tune export MODEL RUN"):
+        ExportSource(tmp_path / "packed")
+
+
 def test_every_matrix_is_rounded_once(plain: Path, tmp_path: Path) -> None:
     source, asked = ExportSource(plain), []
     parts = rtn(source, "wint4")
