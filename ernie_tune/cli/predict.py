@@ -125,16 +125,23 @@ def part_of(out: Path) -> Path:
 def _settled(out: Path, settings: Mapping[str, Any]) -> bool:
     """Whether OUT is there and made by these settings; if not, they are written down first."""
     note = out.with_name(out.name + ".settings.json")
-    here = out.exists() or part_of(out).exists()
-    if here:
+    if out.exists() and not note.is_file():
+        raise ValueError(
+            say(
+                f"OUT ({out}) is there, and predict did not write it; name another file",
+                f"输出文件（{out}）已存在，且不是 predict 写的；请换一个文件名",
+            )
+        )
+    part = part_of(out)
+    if out.exists() or (part.is_file() and part.stat().st_size):  # a start that failed left an empty one
         saved = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         other = [name for name in settings if saved.get(name, None) != settings[name]]
         if other:
             told = ", ".join(f"{name}: {saved.get(name)} -> {settings[name]}" for name in other)
             raise ValueError(
                 say(
-                    f"{out} holds answers made with other settings ({told}); name another file, or delete it and {part_of(out).name}",
-                    f"{out} 中是以其他设置生成的回答（{told}）；请换一个文件名，或删去它和 {part_of(out).name}",
+                    f"{out} holds answers made with other settings ({told}); name another file, or delete it and {part.name}",
+                    f"{out} 中是以其他设置生成的回答（{told}）；请换一个文件名，或删去它和 {part.name}",
                 )
             )
         return out.exists()

@@ -117,6 +117,22 @@ def test_answers_of_other_settings_are_not_mixed(model: Path, rows: Path, tmp_pa
     assert "must be the answer to row 2" in capsys.readouterr().err
 
 
+def test_somebodys_file_is_not_an_answer_of_other_settings(model: Path, rows: Path, capsys: Any) -> None:
+    before = rows.read_bytes()
+    assert main(["predict", str(model), str(rows), str(rows)]) != 0
+    said = capsys.readouterr().err
+    assert "is there, and predict did not write it; name another file" in said
+    assert "delete" not in said
+    assert rows.read_bytes() == before
+
+
+def test_a_start_that_failed_is_in_nobodys_way(model: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["predict", str(model), str(rows), str(tmp_path / "out.jsonl"), "--max_new_tokens", "2"]
+    assert main([*command, "--temperature", "-1"]) != 0
+    assert main(command) == 0, capsys.readouterr().err
+    assert len(read(tmp_path / "out.jsonl")) == ROWS
+
+
 def test_samples_with_log_probabilities(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", mixed_rows(3))
     out = tmp_path / "out.jsonl"
