@@ -110,12 +110,13 @@ def test_other_answers_are_not_seen(golden_model: Golden) -> None:
     other = inputs.input_ids_T.copy()
     other[first[shared:]] += 1
     after = model(dataclasses.replace(inputs, input_ids_T=other)).numpy()
-    assert np.array_equal(before[second], after[second])
-    assert not np.array_equal(before[first], after[first])
+    # an expert that gets one row more may add up the others in another order, on some processors
+    assert np.abs(before[second] - after[second]).max() < 1e-12
+    assert (np.abs(before[first[shared:]] - after[first[shared:]]).max(1) > 1e-6).all()
     other = inputs.input_ids_T.copy()
     other[first[shared - 1]] += 1
     after = model(dataclasses.replace(inputs, input_ids_T=other)).numpy()
-    assert (np.abs(before[second[shared:]] - after[second[shared:]]).max(1) > 0).all()
+    assert (np.abs(before[second[shared:]] - after[second[shared:]]).max(1) > 1e-9).all()
 
 
 def test_the_tokens_and_the_work_are_shared() -> None:
