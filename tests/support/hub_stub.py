@@ -62,8 +62,9 @@ def answering(hub: Any, handler: type[BaseHTTPRequestHandler]) -> Iterator[None]
         server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+class Answering(BaseHTTPRequestHandler):
+    """How any of the hubs answers."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -77,6 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+class _Handler(Answering):
+    hub: Hub
 
     def _read(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -15,11 +15,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from support.hub_stub import answering
+from support.hub_stub import Answering, answering
 
 REVISION = "a" * 40
 _LARGE = ".safetensors"  # what AI Studio stores by its SHA-256; ModelScope's client decides itself
@@ -71,21 +70,8 @@ def serving_other(hub: OtherHub) -> Iterator[OtherHub]:
         yield hub
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     hub: OtherHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-    def _answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
