@@ -7,7 +7,6 @@ Refuses to know how training works; both runs are those of the verbs.
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ernie_tune.cli import train
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import load_config, split_overrides
+from ernie_tune.data.tokenizer import write_file
 
 # In the source tree, and where an installed wheel puts it (setup.py, data_files).
 DIGITS = (
@@ -85,9 +85,7 @@ def questions(rows: Path, out: Path) -> Path:
         lines.append(json.dumps({"messages": [asked], "images": pictures, "signal": signal}, ensure_ascii=False))
     path = out / "questions" / rows.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
     return path
 
 
