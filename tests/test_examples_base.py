@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 BASE = Path(__file__).parent.parent / "examples" / "base"
-MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "make_data", "score")
+MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "lookups", "make_data", "score")
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,42 @@ def test_a_colour_or_a_shape_alone(base: dict[str, ModuleType]) -> None:
         asked = set(question.rstrip("?").split())
         held = {t.color for t in s.things} | {t.shape for t in s.things}
         (value,) = asked & (set(words.COLORS) | set(words.SHAPES))
-        assert answer == ("yes" if (value in held) != bool({"no", "not"} & asked) else "no"), (question, answer)
+        assert answer == ("yes" if (value in held) != bool({"no", "missing", "without"} & asked) else "no"), (
+            question,
+            answer,
+        )
         answers.append(answer)
+        assert not question.startswith(("Is there no", "Is no ")), "yes and no would both be right"
     assert 0.4 < answers.count("yes") / 300 < 0.6
+
+
+def test_lookups_are_answered_by_their_context(base: dict[str, ModuleType]) -> None:
+    rng, lookups = random.Random(8), base["lookups"]
+    answers = []
+    for _ in range(200):
+        ((question, answer),) = lookups.echo(rng, False)
+        assert question.endswith(answer)
+        turns = lookups.pairs(rng, False)
+        story = turns[0][0].partition(". ")[0].split()
+        told = dict(zip(story[::2], story[1::2], strict=True))
+        said = [(q.rpartition(". ")[2].rstrip("?"), a) for q, a in turns]
+        for key, value in said:
+            pairs = [(key, value)] if key in told else zip(value.split()[::2], value.split()[1::2], strict=True)
+            assert all(told[k] == v for k, v in pairs), (turns, key)
+        turns = lookups.after(rng, False)
+        words = turns[0][0].partition(". ")[0].split()
+        for question, answer in turns:
+            word = question.rpartition("What comes after ")[2].rstrip("?")
+            assert words[words.index(word) + 1] == answer
+        turns = lookups.there(rng, False)
+        words = turns[0][0].partition(". ")[0].split()
+        for question, answer in turns:
+            assert answer == ("yes" if question.rstrip("?").split()[-1] in words else "no"), turns
+            answers.append(answer)
+        for question, answer in lookups.same(rng, False):
+            a, b = question.removeprefix("Is ").rstrip("?").split(" the same as ")
+            assert answer == ("yes" if a == b else "no")
+    assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 
 def test_no_turn_about_one_thing_tells_another(base: dict[str, ModuleType]) -> None:

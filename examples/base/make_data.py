@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import clips
+import lookups
 import plots
 import printed
 import scenes
@@ -51,6 +52,10 @@ MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is eve
     "rest": {
         **{"told": 24, "yes": 8, "facts": 10, "single": 5, "two": 9, "scene": 4, "dots": 3, "many": 5},
         **{"digit": 14, "copied": 10, "retold": 4, "words": 4},
+    },
+    "lookups": {
+        **{"echo": 20, "pairs": 12, "after": 5, "there": 8, "same": 4, "retold": 5, "words": 4},
+        **{"digit": 9, "facts": 8, "told": 6, "two": 6, "scene": 4, "dots": 4, "single": 5},
     },
     "wide": {
         **{"facts": 7, "scene": 26, "many": 13, "few": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
@@ -104,6 +109,26 @@ def told(rng: random.Random, zh: bool) -> Made:
 
 def copied(rng: random.Random, zh: bool) -> Made:
     return [], [texts.copied(rng, zh)]
+
+
+def echo(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.echo(rng, zh)
+
+
+def pairs(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.pairs(rng, zh)
+
+
+def after(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.after(rng, zh)
+
+
+def there(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.there(rng, zh)
+
+
+def same(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.same(rng, zh)
 
 
 def retold(rng: random.Random, zh: bool) -> Made:
@@ -264,6 +289,7 @@ KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
     for made in (
         *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
+        *(echo, pairs, after, there, same),
         *(glyph, few, digit, text, receipt, chart, pair, clip, words),
     )
 }

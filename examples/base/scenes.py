@@ -392,11 +392,18 @@ def ask_has(s: Scene, rng: random.Random, zh: bool, key: str = "", negated: floa
     value, right = _value(s, key, rng)
     told = _told(key, value, zh)
     if rng.random() < negated:
+        # not "Is there no …?", which English answers with "no" as often as with "yes"
         bare = told.split(" ", 1)[-1]
         q = (
             rng.choice((f"图里没有{told}吗？", f"没有{told}吗？"))
             if zh
-            else rng.choice((f"Is there no {bare}?", f"Is no {bare} in the picture?", f"Is there not {told}?"))
+            else rng.choice(
+                (
+                    f"Is it true that there is no {bare}?",
+                    f"Is {told} missing from the picture?",
+                    f"Is the picture without {told}?",
+                )
+            )
         )
         return q, _yes(not right, zh)
     q = (
