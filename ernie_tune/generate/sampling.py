@@ -151,17 +151,20 @@ _TOGETHER = 2**18
 
 
 def whole(params: SamplingParams) -> bool:
-    """Whether nothing but temperature and banned ids shapes the draws, as `choose_alike` has it."""
+    """Whether nothing but temperature and banned ids shapes the draws, as `choose_alike` has it; of
+    greedy ones the likeliest stays, whatever is cut.
+    """
     steered = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
-    cut = params.top_p != 1 or params.top_k or params.min_p
-    return bool(params.temperature and not steered and not cut and not params.top_logprobs)
+    cut = params.temperature and (params.top_p != 1 or params.top_k or params.min_p)
+    return not (steered or cut or params.top_logprobs)
 
 
 def choose_alike(
     scores_BV: np.ndarray, params: SamplingParams, rngs: Sequence[np.random.Generator]
 ) -> list[SampledToken | None]:
     """`choose` for rows of the same parameters, which are `whole`: the same to the last bit, in
-    fewer passes; one number of each generator. None for a row in which no id may be chosen.
+    fewer passes; one number of each generator unless greedy. None for a row in which no id may be
+    chosen.
     """
     out: list[SampledToken | None] = []
     step = max(1, _TOGETHER // scores_BV.shape[1])
@@ -169,21 +172,22 @@ def choose_alike(
         scores = scores_BV[first : first + step].astype(np.float64)
         scores[:, list(params.banned_ids)] = -np.inf
         top_B1 = scores.max(-1, keepdims=True)
+        best_B = scores.argmax(-1)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             scores -= top_B1
-            scores /= params.temperature
+            if params.temperature:
+                scores /= params.temperature
             weights = np.exp(scores)
-        total_B, upto = weights.sum(-1), np.cumsum(weights, -1)
+        total_B = weights.sum(-1)
+        upto = np.cumsum(weights, -1) if params.temperature else None
         for i, rng in enumerate(rngs[first : first + step]):
-            uniform = rng.random()
+            uniform = rng.random() if upto is not None else 0.0
             if not np.isfinite(top_B1[i, 0]):
                 out.append(None)
                 continue
-            token = int(np.searchsorted(upto[i], uniform * upto[i, -1], side="right"))
-            if token == len(upto[i]):  # by rounding
-                token = int(np.flatnonzero(weights[i])[-1])
+            token = int(best_B[i]) if upto is None else _walked(upto[i], weights[i], uniform)
             logp = float(scores[i, token] - np.log(total_B[i]))
-            out.append(SampledToken(token, logp, logp))
+            out.append(SampledToken(token, logp, logp if params.temperature else 0.0))
     return out
 
 
@@ -252,14 +256,18 @@ def _draw(weights_V: np.ndarray, uniform: float, params: SamplingParams) -> tupl
     ids = kept(weights_V, params.top_k, params.top_p, params.min_p)
     weights = weights_V if ids is None else weights_V[ids]
     upto = np.cumsum(weights)
-    at = int(np.searchsorted(upto, uniform * upto[-1], side="right"))
-    if at == len(upto):  # by rounding
-        at = int(np.flatnonzero(weights)[-1])
+    at = _walked(upto, weights, uniform)
     logp = float(np.log(weights[at] / upto[-1]))
     if not params.note_kept:
         return at if ids is None else int(ids[at]), logp, np.zeros(0, np.int64)
     left = np.flatnonzero(weights)  # a banned id has no weight
     return at if ids is None else int(ids[at]), logp, left if ids is None else ids[left]
+
+
+def _walked(upto: np.ndarray, weights: np.ndarray, uniform: float) -> int:
+    """Where the walk along the sums of the weights comes to this share of them."""
+    at = int(np.searchsorted(upto, uniform * upto[-1], side="right"))
+    return at if at < len(upto) else int(np.flatnonzero(weights)[-1])  # the end is rounding
 
 
 def kept(weights_V: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray | None:

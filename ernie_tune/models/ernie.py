@@ -22,6 +22,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from ernie_tune.config.language import say
+from ernie_tune.models import mkl
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
@@ -146,6 +147,8 @@ class Scores(nn.Layer):
     """
 
     def forward(self, hidden_TD: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        if transposed and mkl.is_stepping() and mkl.ready(hidden_TD, weight):
+            return mkl.rows_by_table(hidden_TD, weight)
         return paddle.matmul(hidden_TD, weight, transpose_y=transposed)
 
 

@@ -16,7 +16,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _VIEWS = {**_NUMPY, paddle.int8: np.dtype(np.int8), paddle.uint8: np.dtype(np.ui
 _CPU = paddle.CPUPlace()
 # Below so many elements Paddle's one operator beats three passes.
 _SMALL = 2**14
+_TABLE_ROWS = 256
 # Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long.
 _EXP_LIMIT = {paddle.float32: 80.0, paddle.float64: 700.0}
 
@@ -187,6 +188,21 @@ def rows_by_rows(x_MD: Tensor, grad_MI: Tensor, counts: Sequence[int]) -> Tensor
     return out
 
 
+def rows_by_table(x_TD: Tensor, table_VD: Tensor) -> Tensor:
+    """x table^T of a few rows, [T, V], in products of a few hundred columns: each piece of the
+    table is read once, where one product of all columns copies it before.
+    """
+    x_TD, table_VD = x_TD.contiguous(), table_VD.contiguous()
+    (rows, depth), vocabulary = x_TD.shape, table_VD.shape[0]
+    out, kind = paddle.empty([rows, vocabulary], x_TD.dtype), _NUMPY[x_TD.dtype]
+    first = np.arange(0, vocabulary, _TABLE_ROWS)
+    columns = np.minimum(vocabulary - first, _TABLE_ROWS)
+    products = Products(kind, len(first), (rows, columns, depth), (depth, depth, vocabulary), (False, True))
+    size = kind.itemsize
+    products.run(_address(x_TD), first * (depth * size) + _address(table_VD), first * size + _address(out))
+    return out
+
+
 def _check(counts: Sequence[int], experts: int, x: Tensor, width: int) -> None:
     """The library believes what it is told and would read beyond the end."""
     if len(counts) != experts or x.shape != [sum(counts), width]:
@@ -225,7 +241,8 @@ class Products:
     """Many products out = factor * left @ right (+ out, with `add`), in one call of
     `cblas_?gemm_batch`: prepared once, run on any memory.
 
-    The library believes what it is told: the caller answers for sizes and addresses.
+    The library believes what it is told: the caller answers for sizes and addresses. One thread at
+    a time.
     """
 
     def __init__(
@@ -247,23 +264,33 @@ class Products:
         for row, value in zip(self._ints, (*flags, *sizes, *steps, 1), strict=True):
             row[:] = value
         self._factors[0], self._factors[1] = factor, float(add)
-        self._batch = _function(f"cblas_{'s' if kind.itemsize == 4 else 'd'}gemm_batch")
+        self._at = np.empty((3, count), np.uintp)
+        function = _function(f"cblas_{'s' if kind.itemsize == 4 else 'd'}gemm_batch")
+        # The tables never move: where their rows begin is said once, a step has hundreds of calls.
+        transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(self._ints)
+        (a, b, c), (alpha, beta) = _rows(self._at), _rows(self._factors)
+        self._batch = partial(
+            function, _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, count, group
+        )  # fmt: skip
 
     def rows(self, first: int, count: np.ndarray) -> None:
         """From product `first` on they have so many rows; none is nothing to do."""
         self._ints[2, first:] = count
 
+    def columns(self, first: int, count: np.ndarray) -> None:
+        """From product `first` on they have so many columns."""
+        self._ints[3, first:] = count
+
+    def depth(self, count: np.ndarray) -> None:
+        """They are sums of so many terms."""
+        self._ints[4] = count
+
     def run(self, left: np.ndarray | int, right: np.ndarray | int, out: np.ndarray | int) -> None:
         """The operands of product i begin at these addresses."""
         if not self.count:
             return
-        at = np.empty((3, self.count), np.uintp)
-        at[0], at[1], at[2] = left, right, out
-        transposed_a, transposed_b, m, n, k, step_a, step_b, step_c, group = _rows(self._ints)
-        (a, b, c), (alpha, beta) = _rows(at), _rows(self._factors)
-        self._batch(
-            _ROW_MAJOR, transposed_a, transposed_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, self.count, group
-        )  # fmt: skip
+        self._at[0], self._at[1], self._at[2] = left, right, out
+        self._batch()
 
 
 class _Stepping(threading.local):
@@ -303,7 +330,7 @@ def usable(dtype: str) -> bool:
     return paddle.get_device() == "cpu" and dtype in ("float32", "float64") and _library() is not None
 
 
-def _rows(table: np.ndarray) -> range:
+def _rows(table: np.ndarray) -> list[ctypes.c_void_p]:
     """Where each row of a C-contiguous table begins."""
-    begin = table.__array_interface__["data"][0]
-    return range(begin, begin + table.nbytes, table.strides[0])
+    begin, step = table.__array_interface__["data"][0], table.strides[0]
+    return [ctypes.c_void_p(begin + i * step) for i in range(len(table))]

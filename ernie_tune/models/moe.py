@@ -288,7 +288,7 @@ def choose_few(x: np.ndarray, weight_DE: np.ndarray, bias_E: np.ndarray, top_k: 
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     chosen_Tk = np.argsort(-(probs + bias_E), -1, kind="stable")[:, :top_k]
-    share_Tk = np.take_along_axis(probs, chosen_Tk, 1)
+    share_Tk = probs[np.arange(len(x))[:, None], chosen_Tk]
     share_Tk /= np.maximum(share_Tk.sum(-1, keepdims=True), norm_min)
     expert_M = chosen_Tk.reshape(-1)
     order_M = np.argsort(expert_M, kind="stable")

@@ -146,14 +146,15 @@ class SegmentCache:
         """The token written by this forward is now part of the past."""
         for row in self._rows:
             row.own.used += 1
-        self._step = None
+        if self._step is not None and not self._step.next():
+            self._step = None
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row named twice has its prompt in common with itself (n
         samples of one prompt).
         """
         old, taken = self._rows, set()
-        self._rows = []
+        self._rows, self._step = [], None
         for i in rows:
             own = old[i].own
             if i in taken:
@@ -169,24 +170,27 @@ class SegmentCache:
         afterwards.
         """
         self._rows += other._rows
+        self._step = None
 
 
 class _Step:
     """One decode step's products, the same in every layer but for where the layer's keys and values
-    begin.
+    begin; and in the steps after it, as long as no row comes, goes or moves, but for one token.
     """
 
     def __init__(self, rows: Sequence[_Row], heads: int) -> None:
-        _, _, _, kv_heads, width = rows[0].own.memory.shape
+        layers, _, _, kv_heads, width = rows[0].own.memory.shape
         kind = rows[0].own.memory.dtype
         group, size = heads // kv_heads, kind.itemsize
-        self.written = [row.own.memory[:, :, row.own.used] for row in rows]  # where this step's token goes
+        self.rows = list(rows)
         self.count, self.kv_heads, self.group, self.width = len(rows), kv_heads, group, width
-        longest = max(row.length for row in rows)
+        self.longest = max(row.length for row in rows)
+        self.ragged = any(row.length < self.longest for row in rows)
+        # until a segment is full, then this is made again
+        room = self.longest + min(row.own.room - row.own.used for row in rows) - 1
         shape = kv_heads, len(rows) * group
         self.q, self.out = np.empty((*shape, width), kind), np.empty((*shape, width), kind)
-        self.scores = np.empty((*shape, longest), kind)
-        self.ragged = any(row.length < longest for row in rows)
+        self.scores = np.empty((*shape, room), kind)
         # (segment, tokens, first row, rows, first column): each prompt with all of its rows, then
         # each row's own
         pieces, at = [], 0
@@ -200,9 +204,13 @@ class _Step:
         segments = [piece[0] for piece in pieces]
         tokens, first, many, column = (np.array(x)[:, None] for x in list(zip(*pieces, strict=True))[1:])
         row = head * shape[1] + first * group  # [pieces, K]
-        self.q_at, self.scores_at = row * width * size, (row * longest + column) * size
-        self.keys_at = np.array([s.address for s in segments])[:, None] + head * width * size
-        self.step_at = np.array([s.step for s in segments])[:, None]
+        q, scores, out = (x.ctypes.data for x in (self.q, self.scores, self.out))
+        self.q_at, out_at = (row * width * size + begin for begin in (q, out))
+        scores_at = (row * room + column) * size + scores
+        step = np.array([s.step for s in segments])[:, None]
+        begin = np.array([s.address for s in segments])[:, None] + head * width * size
+        each = 2 * np.arange(layers)[:, None, None]
+        self.keys_at, values_at = begin + each * step, begin + (each + 1) * step  # [layers, pieces, K]
         lengths = np.repeat(tokens, kv_heads, 1)
         counts = np.repeat(many * group, kv_heads, 1)
         token = kv_heads * width  # elements from token to token
@@ -210,36 +218,58 @@ class _Step:
             kind,
             lengths.size,
             (counts.ravel(), lengths.ravel(), width),
-            (width, token, longest),
+            (width, token, room),
             (False, True),
             width**-0.5,
         )
+        # (products, where the scores are, the values in each layer, the sums)
         self.write = [
-            mkl.Products(
-                kind,
-                lengths[part].size,
-                (counts[part].ravel(), width, lengths[part].ravel()),
-                (longest, token, width),
-                add=add,
+            (
+                mkl.Products(
+                    kind,
+                    lengths[part].size,
+                    (counts[part].ravel(), width, lengths[part].ravel()),
+                    (room, token, width),
+                    add=add,
+                ),
+                scores_at[part].ravel(),
+                values_at[:, part].reshape(layers, -1),
+                out_at[part].ravel(),
             )
             for part, add in ((slice(0, shared), False), (slice(shared, None), True))
         ]
-        self.shared = shared
+        self.q_at, self.scores_at = self.q_at.ravel(), scores_at.ravel()
+        self.keys_at = self.keys_at.reshape(layers, -1)
+        self.own, self.lengths = shared * kv_heads, lengths[shared:].ravel()
+        self._write_here()
+
+    def _write_here(self) -> None:
+        self.written = [row.own.memory[:, :, row.own.used] for row in self.rows]  # this step's token
+        self.live = self.scores[..., : self.longest]
+
+    def next(self) -> bool:
+        """Go on to the next token of every row; False where one of them has no room for it."""
+        if self.longest == self.scores.shape[-1]:
+            return False
+        self.longest += 1
+        self.lengths += 1
+        self.read.columns(self.own, self.lengths)
+        self.write[1][0].depth(self.lengths)
+        self._write_here()
+        return True
 
     def attend(self, layer: int, q_BNH: np.ndarray, out_BNH: np.ndarray) -> None:
         """softmax(q k^T / sqrt(H)) v of each row over its prompt and its own tokens."""
         split = self.count, self.kv_heads, self.group, self.width
         heads_first = self.kv_heads, self.count, self.group, self.width
         self.q.reshape(heads_first)[...] = q_BNH.reshape(split).transpose(1, 0, 2, 3)
-        scores, keys = self.scores, self.keys_at + 2 * layer * self.step_at
+        scores = self.live
         if self.ragged:
             scores.fill(_DEAD)
-        q, s, out = (x.ctypes.data for x in (self.q, scores, self.out))
-        self.read.run((self.q_at + q).ravel(), keys.ravel(), (self.scores_at + s).ravel())
+        self.read.run(self.q_at, self.keys_at[layer], self.scores_at)
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)
-        for part, products in zip((slice(0, self.shared), slice(self.shared, None)), self.write, strict=True):
-            values = (keys + self.step_at)[part]
-            products.run((self.scores_at + s)[part].ravel(), values.ravel(), (self.q_at + out)[part].ravel())
+        for products, scores_at, values_at, out_at in self.write:
+            products.run(scores_at, values_at[layer], out_at)
         self.out /= scores.sum(-1, keepdims=True)
         out_BNH.reshape(split)[...] = self.out.reshape(heads_first).transpose(1, 0, 2, 3)

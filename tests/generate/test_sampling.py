@@ -219,7 +219,7 @@ def test_bad_sampling_parameters(change: dict, match: str) -> None:
         SamplingParams(**change)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("vocabulary", [50, 200_000])
 def test_rows_drawn_together_are_drawn_as_alone(temperature: float, vocabulary: int) -> None:
     """To the last bit, and each generator goes on as if alone; a row without a choice is told."""
@@ -237,6 +237,8 @@ def test_rows_drawn_together_are_drawn_as_alone(temperature: float, vocabulary: 
 
 def test_what_can_be_drawn_together() -> None:
     assert whole(SamplingParams(temperature=1.0, banned_ids=(1,), stop_ids=(2,)))
-    for changes in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_logprobs": 1},
+    assert whole(SamplingParams(temperature=0.0, banned_ids=(1,), top_p=0.9, top_k=5))
+    assert not whole(SamplingParams(temperature=0.0, top_logprobs=1))
+    for changes in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_logprobs": 1},
                     {"repetition_penalty": 1.1}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}):  # fmt: skip
         assert not whole(SamplingParams(**{"temperature": 1.0, **changes}))

@@ -67,6 +67,14 @@ def test_products_of_every_expert(dtype: str) -> None:
     )
 
 
+@pytest.mark.parametrize("vocabulary", [1, 256, 300, 1000])
+def test_rows_by_a_table_of_any_length(vocabulary: int) -> None:
+    x, table = normal("x", (3, 7)), normal("t", (vocabulary, 7))
+    wide = paddle.to_tensor(np.concatenate([x, x], axis=1))
+    found = mkl.rows_by_table(wide[:, :7], paddle.to_tensor(table)).numpy()
+    np.testing.assert_allclose(found, x @ table.T, atol=1e-13)
+
+
 def test_in_place_functions_refuse_views_with_gaps() -> None:
     with pytest.raises(AssertionError, match="contiguous"):
         mkl.exp_(paddle.zeros([4, 4])[:, :2], far=False)
