@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import online_worker
+from support.online_runs import even, sampled_run
 
-from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.machine import place
 from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
@@ -36,26 +36,9 @@ def train(folder: Path, die: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rank = os.environ.get("PADDLE_TRAINER_ID", "0")
     data = online_worker.write_rows(folder / f"rows_{rank}.jsonl", online_worker.rows("killed"))
-    values = {
-        "model_name_or_path": "tiny-a",
-        "train_dataset_path": (data,),
-        "output_dir": str(folder / "run"),
-        "num_generations": 3,
-        "per_device_train_batch_size": 6,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": STEPS,
-        "num_mini_batches": 2,
-        "learning_rate": 1e-3,
-        "save_steps": 3,
-        "save_strategy": "steps",
-        "logging_steps": 1,
-        "plot_loss": False,
-        "disable_tqdm": True,
-    }
-    args = TrainingArguments(stage="RLVR", fine_tuning="Full", **values)
-    made = RLVRTrainer(args=args, reward_funcs=online_worker.even)
+    saved = {"save_steps": 3, "save_strategy": "steps"}
+    more = {"model_name_or_path": "tiny-a", "max_steps": STEPS, "num_mini_batches": 2, **saved}
+    made = RLVRTrainer(args=sampled_run(data, folder / "run", **more), reward_funcs=even)
     if die:
         made.method.__class__ = Dying
     made.train()

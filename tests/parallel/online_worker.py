@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import paddle
+from support.online_runs import sampled_run
 from support.tiny_runs import IMAGES, write_rows
 
-from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.generate.batch import Completion, Prompt, eval_mode
 from ernie_tune.generate.engine import Engine
 from ernie_tune.generate.scheduler import complete
@@ -117,37 +117,19 @@ def train(folder: Path, case: str, layout: str = "one process") -> Path:
     out = folder / case.replace(" ", "_")
     out.mkdir(parents=True, exist_ok=True)
     data = write_rows(out / f"rows_{os.environ.get('PADDLE_TRAINER_ID', '0')}.jsonl", rows(case))
-    values = {
-        "stage": "RLVR",
-        "model_name_or_path": "tiny-a",
-        "fine_tuning": "Full",
-        "train_dataset_path": (data,),
-        "output_dir": str(out / "run"),
-        "num_generations": 3,
-        "per_device_train_batch_size": 6,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "learning_rate": 1e-3,
-        "adam_epsilon": 1e-5,
-        "float64": True,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "plot_loss": False,
-        "disable_tqdm": True,
-        **CASES[case],
-        **LAYOUTS[layout],
-    }
+    exact = {"adam_epsilon": 1e-5, "float64": True, "lr_scheduler_type": "constant"}
+    whole = {"model_name_or_path": "tiny-a", "gradient_accumulation_steps": 2, **exact}
+    args = sampled_run(data, out / "run", **{**whole, **CASES[case], **LAYOUTS[layout]})
     stage = CASES[case].get("stage", "RLVR")
     kind: Any = {"PPO": PPOTrainer, "UPO": UPOTrainer, "RLVR": RLVRTrainer}[stage]
-    made = kind(args=TrainingArguments(**values), reward_funcs=even)
+    made = kind(args=args, reward_funcs=even)
     if case == "pairs":  # fresh weights never end an answer: every third token does
         made.processor.stop_ids = (*made.processor.stop_ids, *range(2, 500, 3))
     if case == "uneven":
         made.method.__class__ = Halting
     made.train()
+    replayed = made.method.settings.num_iterations * made.method.settings.num_mini_batches > 1
+    assert made.method.replay == ("R3" if replayed else "off")
     method = made.method
     assert isinstance(method, SampledAnswers)
     greedy = greedy_answers(method)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from support.online_runs import even
 from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.checkpoint.state import Ranks
@@ -49,11 +50,6 @@ def records(count: int, pictures: bool = True) -> list[Record]:
             )
         )
     return out
-
-
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The share of even ids: what fresh weights get in all shades."""
-    return [float(np.mean([i % 2 == 0 for i in ids])) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.online_runs import even, sampled_run
 from support.tiny_runs import processor
-from test_online import even, rows
+from test_online import rows
 
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset
 from ernie_tune.models.replay import COLUMN, UNKNOWN
@@ -27,27 +27,9 @@ from ernie_tune.trainers.online import RLVRTrainer
 def trainer(folder: Path, given: Any = None, **changes: Any) -> RLVRTrainer:
     file = folder / "ask.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(6)), encoding="utf-8")
-    values: dict[str, Any] = {
-        "stage": "RLVR",
-        "train_dataset_path": str(file),
-        "output_dir": str(folder / "run"),
-        "num_generations": 3,
-        "per_device_train_batch_size": 6,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": 2,
-        "num_mini_batches": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "fine_tuning": "Full",
-        "disable_tqdm": True,
-        **changes,
-    }
-    return RLVRTrainer(
-        given or AutoModel.from_config("tiny-a"), TrainingArguments(**values), processor=processor(), reward_funcs=even
-    )
+    small = {"max_steps": 2, "num_mini_batches": 2, "learning_rate": 1e-2}
+    settings = sampled_run(file, folder / "run", **{**small, **changes})
+    return RLVRTrainer(given or AutoModel.from_config("tiny-a"), settings, processor=processor(), reward_funcs=even)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from support.online_runs import sampled_run
 from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.checkpoint.auto import AutoModel
-from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
@@ -65,25 +65,9 @@ def trainer(folder: Path, given: Any = None, data: list[dict[str, Any]] | None =
         if some:
             files.append(str(folder / f"{name}.jsonl"))
             Path(files[-1]).write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-    values: dict[str, Any] = {
-        "stage": "RLVR",
-        "train_dataset_path": ",".join(files),
-        "output_dir": str(folder / "run"),
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": 3,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "fine_tuning": "Full",
-        "disable_tqdm": True,
-        "reward_check": False,
-        **changes,
-    }
-    return RLVRTrainer(given or model(), TrainingArguments(**values), processor=processor(), reward_funcs=nothing)
+    small = {"num_generations": 2, "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 3e-3}
+    settings = sampled_run(",".join(files), folder / "run", **{**small, "reward_check": False, **changes})
+    return RLVRTrainer(given or model(), settings, processor=processor(), reward_funcs=nothing)
 
 
 def logged(made: Any) -> list[dict[str, float]]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from support.online_runs import even, sampled_run
 from support.tiny_runs import IMAGES, processor
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.checks import problems, remarks
 from ernie_tune.config.loader import load_text
-from ernie_tune.config.training_arguments import TrainingArguments
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.units import UnitBatch
 from ernie_tune.models.ernie import ErnieModel
@@ -59,36 +59,15 @@ def judged(count: int, kind: str = "pair") -> list[dict[str, Any]]:
     return out
 
 
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The share of even ids: what fresh weights get in all shades."""
-    return [float(np.mean([i % 2 == 0 for i in ids])) for ids in completion_ids]
-
-
 def write(path: Path, data: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
     return str(path)
 
 
 def args(folder: Path, stage: str = "UPO", data: list[dict[str, Any]] | None = None, **changes: Any) -> Any:
-    values: dict[str, Any] = {
-        "stage": stage,
-        "train_dataset_path": write(folder / "rows.jsonl", rows(8) if data is None else data),
-        "output_dir": str(folder / f"run_{stage}"),
-        "num_generations": 3,
-        "per_device_train_batch_size": 6,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "fine_tuning": "Full",
-        "disable_tqdm": True,
-        **({"loss_type": "upo_online", "allow_base": True, "pair_min_gap": 0.1} if stage == "UPO" else {}),
-        **changes,
-    }
-    return TrainingArguments(**values)
+    pairs = {"loss_type": "upo_online", "allow_base": True, "pair_min_gap": 0.1} if stage == "UPO" else {}
+    asked = write(folder / "rows.jsonl", rows(8) if data is None else data)
+    return sampled_run(asked, folder / f"run_{stage}", **{"stage": stage, "max_steps": 3, **pairs, **changes})
 
 
 def model() -> ErnieModel:
