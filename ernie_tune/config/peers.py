@@ -295,7 +295,6 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
      "dataset_config dataset_train_split=train dataset_test_split=test split=train subset name path columns fraction dataset_split=train"),
     ("write picture paths beside the data file, or absolute", "图片路径请相对数据文件书写，或用绝对路径", "media_dir image_folder image_dir"),
     ("give each stage its own train_dataset_path", "请为每个阶段单独设置 train_dataset_path", "data_split"),
-    ("held-out prompts are answered once, greedily: set 1", "评测提示只贪心回答一次：请设为 1", "num_generations_eval=1"),
     ("set kl_coef, the penalty in the reward, and beta: 0", "请设置 kl_coef（奖励中的惩罚）与 beta: 0", "kl_in_reward use_kl_in_reward"),
     ("set beta: 0 for no penalty in the loss", "不要损失中的惩罚请设 beta: 0", "use_kl_loss=true"),
     ("set max_resample_times, one less: it counts what is drawn again", "请设置 max_resample_times（少 1）：它只计重新抽取的次数",

@@ -248,6 +248,15 @@ class EvalArguments:
         low=1,
         shapes=False,
     )
+    num_generations_eval: int = arg(
+        1,
+        "answers sampled to each held-out prompt: above 1 eval_pass@k and their mean reward are measured beside the "
+        "likeliest answer's",
+        "每个留出提示采样的回答数：大于 1 时除最可能的回答外，还统计 eval_pass@k 与平均奖励",
+        low=1,
+        stages=("RLVR", "PPO", "UPO"),
+        shapes=False,
+    )
     eval_metrics: tuple[str, ...] = arg(
         (),
         "scores of the answers; empty: those that fit the references",

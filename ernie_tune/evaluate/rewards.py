@@ -18,11 +18,14 @@ from ernie_tune.evaluate.measure import Measure
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.functions import Answered
-from ernie_tune.rewards.rubric import Rubric
+from ernie_tune.rewards.rubric import Rubric, Scored
+from ernie_tune.rewards.scores import pass_at
 from ernie_tune.train.evidence import control_of, twin_of, without_picture
 from ernie_tune.train.rollout_guards import RolloutWatch
 
 Ask = Callable[[Sequence[Record]], list[Answered]]
+# records, what numbers them, how many answers to each
+Draw = Callable[[Sequence[Record], Sequence[int], int], list[Sequence[Answered]]]
 
 
 class OnlineMeasure(Measure):
@@ -30,12 +33,12 @@ class OnlineMeasure(Measure):
     that nobody wrote.
     """
 
-    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch, ask: Ask) -> None:
-        """`ask`: the policy's likeliest answers to prompts, as judges are given those of a
-        round.
+    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch, ask: Ask, draw: Draw, draws: int = 1) -> None:
+        """`ask`: the policy's likeliest answers to prompts, as judges are given those of a round;
+        `draw`: answers that are sampled, `draws` to each prompt, where it is more than one.
         """
         super().__init__(*args)
-        self.rubric, self.watch, self.ask = rubric, watch, ask
+        self.rubric, self.watch, self.ask, self.draw, self.draws = rubric, watch, ask, draw, draws
         self._whole: list[Answered] = []  # the newest answers, with tokens, thoughts and calls
         self._drawn: list[int] = []  # the rows that were asked last
         self._totals: dict[int, float] = {}  # what their answers earned
@@ -83,10 +86,7 @@ class OnlineMeasure(Measure):
             known = [value for one in judged if (value := one[0].parts[name]) is not None]
             if known:
                 scores[f"reward/{name}"] = float(np.mean(known))
-        totals = [
-            sum(w * (one[0].parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
-            for one in judged
-        ]
+        totals = [self._total(one[0]) for one in judged]
         self._totals = dict(zip(self._drawn, totals, strict=True))
         scores = {"reward": float(np.mean(totals)), **scores}
         for name in sorted({name for one in judged for name in one[0].details}):
@@ -98,7 +98,29 @@ class OnlineMeasure(Measure):
             if any(right):
                 called = [bool(answer.calls) for answer, good in zip(whole, right, strict=True) if good]
                 scores["tools/calls_of_right_answers"] = float(np.mean(called))
-        return scores | self._looked([q.record for q in asked], given, right), given
+        records = [q.record for q in asked]
+        return scores | self._sampled(records) | self._looked(records, given, right), given
+
+    def _sampled(self, records: Sequence[Record]) -> dict[str, float]:
+        """Of `draws` answers sampled to each prompt: their mean reward (reward/mean@n), and the
+        chance that one of k of them is right (pass@k; k: powers of two, and all). The same numbers
+        of chance at each evaluation, so that two differ by the policy alone.
+        """
+        if self.draws < 2:
+            return {}
+        size, n = max(1, max(8, self.settings.eval.per_device_eval_batch_size) // self.draws), self.draws
+        found: list[Sequence[Answered]] = []
+        for k in range(0, len(records), size):
+            found += self.draw(records[k : k + size], self._drawn[k : k + size], n)
+        judged = self.rubric(list(zip(records, found, strict=True)))
+        right = [sum((one.right or 0.0) >= 1 for one in group) for group in judged]
+        ks = sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
+        out = {f"pass@{k}": float(np.mean([pass_at(k, n, count) for count in right])) for k in ks}
+        return out | {f"reward/mean@{n}": float(np.mean([self._total(one) for group in judged for one in group]))}
+
+    def _total(self, one: Scored) -> float:
+        """What an answer earned; 0 for what nobody judged."""
+        return sum(w * (one.parts[n] or 0.0) for n, w in zip(self.rubric.names, self.rubric.weights, strict=True))
 
     def _looked(self, records: Sequence[Record], given: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
         """Whether the answers come from the pictures, of rows that have twins. twin_consistency:

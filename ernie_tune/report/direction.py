@@ -6,6 +6,8 @@ bad news.
 
 from __future__ import annotations
 
+import re
+
 _MORE = 1
 _LESS = -1
 # Full names win over the part before their first slash: `rewards/rejected` over `rewards`,
@@ -16,6 +18,7 @@ BETTER = {
             *("exact_match", "token_f1", "squad_exact_match", "squad_f1", "anls", "relaxed_accuracy", "iou"),
             *("accuracy", "macro_f1", "token_acc", "preference_accuracy", "rating_spearman"),
             *("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "reward", "margin"),
+            "pass",
         ),
         _MORE,
     ),
@@ -31,11 +34,11 @@ BETTER = {
 
 def better(name: str) -> int:
     """1 where more is better, -1 where less is, 0 where neither can be said. `eval_` and `train_`
-    before a name, and a part after it, do not count.
+    before a name, and a part after it (`/charts`, `@8`), do not count.
     """
     for prefix in ("eval_", "train_"):
         name = name.removeprefix(prefix)
-    found = BETTER.get(name, BETTER.get(name.partition("/")[0], 0))
+    found = BETTER.get(name, BETTER.get(re.split("[/@]", name)[0], 0))
     return found or (_LESS if name.endswith("_loss") else 0)
 
 

@@ -10,6 +10,7 @@ ChartQA's relaxed accuracy (arXiv 2203.10244).
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -267,6 +268,22 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "iou": box_iou,
 }
 CLASSIFICATION, MACRO_F1 = "accuracy", "macro_f1"
+
+
+def pass_at(k: int, sampled: int, right: int) -> float:
+    """The chance that one of `k` answers is right, of a prompt that `sampled` answers were sampled
+    to, `right` of them right: 1 - C(n - c, k) / C(n, k), without bias (Chen et al. 2021, arXiv
+    2107.03374, equation 1). Raises ValueError unless 1 <= k <= sampled and 0 <= right <= sampled.
+    """
+    if not (1 <= k <= sampled and 0 <= right <= sampled):
+        raise ValueError(
+            say(
+                f"k ({k}) must be from 1 to the answers sampled ({sampled}), and right ({right}) at most these; "
+                "sample more answers",
+                f"k（{k}）须在 1 与采样的回答数（{sampled}）之间，且 right（{right}）不超过后者；请多采样",
+            )
+        )
+    return 1.0 - math.comb(sampled - right, k) / math.comb(sampled, k)
 
 
 def row_scores(predictions: Sequence[str], references: Sequence[Gold], name: str) -> list[float]:

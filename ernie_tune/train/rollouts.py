@@ -268,25 +268,25 @@ class Rollouts:
         names: Sequence[int] | None = None,
         most_tokens: int = 0,
     ) -> list[AnsweredPrompt]:
-        """`n` answers (num_generations) to each prompt by the policy as it is, or one that is
-        `greedy`, to prompts of any length. `numbers` name the prompts and, with `seed`, what is
-        drawn for them, where `names` does not. `most_tokens` of an answer. Raises RowTooLong.
+        """`n` answers (num_generations) to each prompt by the policy as it is, or one `greedy` one.
+        `numbers` name the prompts and, with `seed`, what is drawn for them, where `names` does not.
+        `most_tokens` of an answer: then, or greedily, to prompts of any length. Raises RowTooLong.
         """
-        tokens = self.processor.tokens
+        tokens, free = self.processor.tokens, greedy or most_tokens > 0
         params = SamplingParams(
             max_new_tokens=most_tokens or self.settings.max_completion_length,
             temperature=0.0 if greedy else self.settings.temperature,
             top_p=self.settings.top_p,
             top_k=self.settings.top_k,
             min_p=self.settings.min_p,
-            note_kept=self.settings.keep_sampling_mask and not greedy,
+            note_kept=self.settings.keep_sampling_mask and not free,
             n=1 if greedy else n or self.settings.num_generations,
             seed=seed,
             stop_ids=self.processor.stop_ids,
             stop_strings=(*self.settings.stop_strings, *((CALL_END,) if self.turns else ())),
             banned_ids=tokens.placeholders() + tokens.markers(),
         )
-        asked = [self._encoded(record, None if greedy else self.settings.max_prompt_length) for record in records]
+        asked = [self._encoded(record, None if free else self.settings.max_prompt_length) for record in records]
         prompts = [
             Prompt(one.row, params, key, name, experts=self.settings.note_experts)
             for key, (one, name) in enumerate(zip(asked, names or numbers, strict=True))

@@ -423,17 +423,29 @@ class SampledAnswers(Method):
     def measure(self, policy: Placed, rows: RowSets, output_dir: Path) -> Measure:
         encoder = assemble.encoder_of(self.config, self.processor)
         given = (assemble.measure_settings(self.config), policy.forward, self.processor, encoder, rows.held, output_dir)
-        return OnlineMeasure(*given, rubric=self.rubric, watch=self.watch, ask=self._likeliest)
+        draws = self.config.eval.num_generations_eval
+        return OnlineMeasure(
+            *given, rubric=self.rubric, watch=self.watch, ask=self._likeliest, draw=self._several, draws=draws
+        )
 
     def _likeliest(self, records: Sequence[Record]) -> list[Answered]:
         """One greedy answer to each prompt, made as those that are learned from and no shorter;
         what is told of the newest round does not count it.
         """
+        return [answers[0] for answers in self._untold(records, range(len(records)), 1, greedy=True)]
+
+    def _several(self, records: Sequence[Record], numbers: Sequence[int], n: int) -> list[Sequence[Answered]]:
+        """`n` answers to each prompt, sampled as those that are learned from."""
+        return self._untold(records, numbers, n, greedy=False)
+
+    def _untold(
+        self, records: Sequence[Record], numbers: Sequence[int], n: int, greedy: bool
+    ) -> list[Sequence[Answered]]:
         rounds, most = self.rollouts, max(self.config.eval.eval_max_new_tokens, self.settings.max_completion_length)
         told = dict(rounds.seconds), rounds.tokens
-        drawn = rounds.sample(records, range(len(records)), 0, greedy=True, most_tokens=most)
+        drawn = rounds.sample(records, numbers, self.settings.seed, n, greedy, most_tokens=most)
         rounds.seconds, rounds.tokens = told
-        return [one.answers[0] for one in drawn]
+        return [one.answers for one in drawn]
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
         """Say what answers would earn without looking."""

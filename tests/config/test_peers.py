@@ -203,7 +203,7 @@ def test_rlhf_type_of_swift() -> None:
         ({"scale_rewards": True}, {"scale_rewards": "group"}),
         ({"online_filtering": False}, {"dynamic_sample": False}),
         ({"top_k": -1}, {"top_k": 0}),
-        ({"num_generations_eval": 1, "use_kl_loss": True}, {}),
+        ({"num_generations_eval": 4, "use_kl_loss": True}, {"num_generations_eval": 4}),
         ({"async_steps": 0, "max_staleness": 0, "over_sample_rate": 0.0, "kl_in_reward": False}, {}),
         ({"top_entropy_quantile": 0.2, "reward_clip_range": "-1,2"}, {"reward_clip": (-1.0, 2.0)}),
         ({"over_sample": 1.5, "rollout_stop": ["</answer>"]}, {"over_sample": 1.5, "stop_strings": ("</answer>",)}),
@@ -219,7 +219,6 @@ def test_sampling_by_the_names_of_other_tools(given: dict[str, Any], wanted: dic
     [
         ({"kl_in_reward": True}, "set kl_coef"),
         ({"use_kl_loss": False}, "set beta: 0"),
-        ({"num_generations_eval": 4}, "set 1"),
         ({"async_steps": 1}, "in step with them"),
         ({"top_entropy_quantile": 0}, "top_entropy_quantile"),
         ({"over_sample_rate": 0.5}, "set over_sample"),

@@ -58,6 +58,8 @@ def test_state_goes_on_in_the_middle_of_a_line() -> None:
         ("eval_rewards/margins", 1),
         ("eval_logps/chosen", 1),
         ("eval_exact_match", 1),
+        ("eval_pass@8", 1),
+        ("eval_reward/mean@8", 1),
         ("eval_accuracy/charts", 1),
         ("eval_preference_accuracy/d", 1),
         ("eval_calibration_error", -1),

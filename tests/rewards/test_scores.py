@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 
 from ernie_tune.rewards.scores import (
@@ -18,6 +21,7 @@ from ernie_tune.rewards.scores import (
     normalise_answer,
     parse_boxes,
     parse_number,
+    pass_at,
     relaxed_match,
     row_scores,
     score_answers,
@@ -257,3 +261,23 @@ def test_fitting_metrics() -> None:
     assert score_answers(["yes", "no", "no"], ["yes", "yes", "no"], ["macro_f1"]) == pytest.approx({"macro_f1": 2 / 3})
     with pytest.raises(ValueError, match=r"metric \(macro_f1\) must go with one gold answer a row; take accuracy"):
         score_answers(["yes"], [["yes", "y"]], ["macro_f1"])
+
+
+@pytest.mark.parametrize(("sampled", "right"), [(1, 0), (1, 1), (4, 1), (6, 2), (7, 7), (9, 8)])
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(sampled: int, right: int) -> None:
+    """All ways to take k of the answers, counted out; 1 - (1 - c/n)^k would be too low."""
+    answers = [i < right for i in range(sampled)]
+    for k in range(1, sampled + 1):
+        choices = list(itertools.combinations(answers, k))
+        assert pass_at(k, sampled, right) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-12)
+    assert pass_at(1, sampled, right) == pytest.approx(right / sampled, abs=1e-12)
+
+
+def test_pass_at_k_of_published_numbers_and_of_none() -> None:
+    # the product form of the paper's own code, 1 - prod(1 - k / arange(n - c + 1, n + 1))
+    for n, c, k in ((200, 7, 100), (100, 3, 10)):
+        product = math.prod(1 - k / i for i in range(n - c + 1, n + 1))
+        assert pass_at(k, n, c) == pytest.approx(1 - product, abs=1e-12)
+    for k, n, c in ((0, 4, 1), (5, 4, 1), (1, 4, 5)):
+        with pytest.raises(ValueError, match="sample more answers"):
+            pass_at(k, n, c)

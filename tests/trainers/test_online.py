@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from support.online_runs import even, sampled_run
 from support.tiny_runs import IMAGES, processor
 
 import ernie_tune
@@ -41,33 +42,11 @@ def rows(count: int) -> list[dict[str, Any]]:
     return out
 
 
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The share of even ids: what fresh weights get in all shades."""
-    return [float(np.mean([i % 2 == 0 for i in ids])) for ids in completion_ids]
-
-
 def args(folder: Path, **changes: Any) -> TrainingArguments:
     data = folder / "ask.jsonl"
     if not data.exists():
         data.write_text("".join(json.dumps(row) + "\n" for row in rows(8)), encoding="utf-8")
-    values: dict[str, Any] = {
-        "stage": "RLVR",
-        "train_dataset_path": str(data),
-        "output_dir": str(folder / "run"),
-        "num_generations": 3,
-        "per_device_train_batch_size": 6,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "fine_tuning": "Full",
-        "disable_tqdm": True,
-        **changes,
-    }
-    return TrainingArguments(**values)
+    return sampled_run(data, folder / "run", **changes)
 
 
 def model() -> ErnieModel:
@@ -185,6 +164,42 @@ def test_held_out_prompts_are_answered_and_judged_as_in_training(tmp_path: Path)
     assert metrics["eval_reward/judge"] == pytest.approx(np.mean(even(answers)))
     assert metrics["eval_reward"] == pytest.approx(metrics["eval_reward/judge"] + 0.5 * metrics["eval_count"])
     assert "eval_loss" not in metrics
+
+
+def test_held_out_prompts_may_be_answered_several_times(tmp_path: Path) -> None:
+    """Sampled, the same at each evaluation, whatever the batch: pass@k as counted by hand from what
+    the function was asked, and the mean reward; the likeliest answer's numbers stay as they were.
+    """
+    told: list[list[float]] = []
+
+    def first_even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        told.append([float(ids[0] % 2 == 0) for ids in completion_ids])
+        return told[-1]
+
+    held = [Record("verifiable", ({"role": "user", "content": f"say {i} " * 20},), reward=Reward("7")) for i in "abcd"]
+
+    def run(name: str, **changes: Any) -> dict[str, float]:
+        settings = args(
+            tmp_path, max_steps=1, learning_rate=0.0, output_dir=str(tmp_path / name), max_prompt_len=30, **changes
+        )
+        made = RLVRTrainer(model(), settings, eval_dataset=held, processor=processor(), reward_funcs=first_even)
+        return made.train()
+
+    metrics = run("a", num_generations_eval=3, per_device_eval_batch_size=6)
+    rewards = np.array(told[-1]).reshape(4, 3)
+    assert 0 < rewards.mean() < 1
+    missed = [[1 - c / 3, (3 - c) * (2 - c) / 6, float(c == 0)] for c in rewards.sum(axis=1)]
+    for k, lost in zip((1, 2, 3), np.mean(missed, axis=0), strict=True):
+        assert metrics[f"eval_pass@{k}"] == pytest.approx(1 - lost)
+    assert metrics["eval_reward/mean@3"] == pytest.approx(rewards.mean())
+    before = json.loads((tmp_path / "a" / "before.json").read_text(encoding="utf-8"))["metrics"]
+    assert {k: v for k, v in before.items() if "@" in k} == {k: v for k, v in metrics.items() if "@" in k}
+    once = run("b")
+    assert {k: v for k, v in metrics.items() if k.startswith("eval_") and "@" not in k} == {
+        k: v for k, v in once.items() if k.startswith("eval_")
+    }
+    wider = run("c", num_generations_eval=3, per_device_eval_batch_size=64)
+    assert {k: wider[k] for k in metrics if "@" in k} == {k: v for k, v in metrics.items() if "@" in k}
 
 
 def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> None:
