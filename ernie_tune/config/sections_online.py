@@ -337,11 +337,11 @@ class CriticArguments:
     gamma: float = arg(1.0, "discount of later rewards", "后续奖励的折扣", low=0, high=1, stages=_PPO)
     lam: float = arg(0.95, "lambda of generalised advantages", "广义优势估计的 lambda", low=0, high=1, stages=_PPO)
     vf_coef: float = arg(0.1, "weight of the critic's loss", "价值损失的权重", low=0, stages=_PPO)
-    cliprange_value: float | None = arg(
+    cliprange_value: float = arg(
         0.2,
-        "how far values may move from before; null: any distance",
-        "价值相对之前的最大变化；null：不限",
-        low=0.0001,
+        "how far values may move from before; 0: any distance",
+        "价值相对之前的最大变化；0 表示不限",
+        low=0,
         stages=_PPO,
     )
     normalize_values: bool = arg(

@@ -27,8 +27,8 @@ def value_loss(
     if cliprange is not None and cliprange <= 0:
         raise ValueError(
             say(
-                f"cliprange_value ({cliprange:g}) must be positive, or null for none; 0.2 is usual",
-                f"cliprange_value（{cliprange:g}）须为正，或用 null 表示不裁剪；通常为 0.2",
+                f"cliprange_value ({cliprange:g}) must be positive, or None for any distance; 0.2 is usual",
+                f"cliprange_value（{cliprange:g}）须为正，或用 None 表示不裁剪；通常为 0.2",
             )
         )
     count = float(np.sum(weight_N))

@@ -187,7 +187,7 @@ class AgainstCritic(SampledAnswers):
         c = self.config
         rate = c.critic.value_learning_rate
         rate = 10 * c.optim.learning_rate if rate is None else rate
-        objective = ValueObjective(c.critic.vf_coef, c.critic.cliprange_value, self.scale)
+        objective = ValueObjective(c.critic.vf_coef, c.critic.cliprange_value or None, self.scale)
 
         def make(placed: Placed) -> Loop:
             return assemble.loop_of(c, placed, objective, total_steps, rate)

@@ -77,7 +77,7 @@ def main() -> None:
             learning_rate=a.rate, value_learning_rate=a.value_rate, lr_scheduler_type="constant",
             logging_steps=a.iterations, seed=a.seed, save_strategy="no", plot_loss=False, disable_tqdm=True,
             critic_warmup=a.warmup * a.iterations, normalize_values=a.normalize, lam=a.lam,
-            cliprange_value=a.clip or None,
+            cliprange_value=a.clip,
         )  # fmt: skip
         started = time.process_time()
         PPOTrainer(

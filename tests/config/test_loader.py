@@ -152,6 +152,14 @@ def test_spellings(name: str, value: Any, ours: str, want: Any) -> None:
         assert loaded.sources[ours].name == name
 
 
+def test_null_is_offered_only_where_it_is_the_default() -> None:
+    """null means the default: a setting whose default is a value cannot be given null."""
+    offered = {name for name, one in SETTINGS.items() if "null" in one.help or "null" in one.about.help_zh}
+    assert {name for name in offered if SETTINGS[name].default is not None} == set()
+    assert {"kl_coef", "epsilon", "max_samples"} <= offered
+    assert load("stage: PPO\ncliprange_value: null").config.critic.cliprange_value == 0.2
+
+
 def test_tables_lead_to_settings() -> None:
     spelled = [*RENAMED, *EXPANDED, *IGNORED, *REFUSED]
     assert len(spelled) == len(set(spelled))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from support.online_runs import even, sampled_run
 from support.tiny_runs import IMAGES, processor, write_rows
 
 import ernie_tune
@@ -20,18 +21,13 @@ from ernie_tune.generate.batch import eval_mode
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import PeftModel, get_peft_model
-from ernie_tune.train.critic import ADAPTER, HEAD, ActorCritic
+from ernie_tune.train.critic import ADAPTER, HEAD, ActorCritic, ValueObjective
 from ernie_tune.train.rollout_guards import CriticWatch
 from ernie_tune.train.rollouts import Rolled
 from ernie_tune.trainers.judges import judged
 from ernie_tune.trainers.ppo import CRITIC_FOLDER, PPOTrainer
 from ernie_tune.trainers.reward import RewardTrainer
 from ernie_tune.trainers.run import Run
-
-
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The share of even ids: what fresh weights get in all shades."""
-    return [float(np.mean([i % 2 == 0 for i in ids])) for ids in completion_ids]
 
 
 def args(folder: Path, **changes: Any) -> TrainingArguments:
@@ -41,24 +37,8 @@ def args(folder: Path, **changes: Any) -> TrainingArguments:
         asked = [("<image>" if p else "") + f"say {'so ' * (i % 3)}{i}" for i, p in enumerate(pictures)]
         rows = [{"messages": [{"role": "user", "content": q}], **p} for q, p in zip(asked, pictures, strict=True)]
         write_rows(data, rows)
-    values: dict[str, Any] = {
-        "stage": "PPO",
-        "train_dataset_path": str(data),
-        "output_dir": str(folder / "run"),
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 3,
-        "max_prompt_len": 64,
-        "max_seq_len": 128,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "fine_tuning": "Full",
-        "disable_tqdm": True,
-        "plot_loss": False,
-        **changes,
-    }
-    return TrainingArguments(**values)
+    small = {"stage": "PPO", "num_generations": 1, "per_device_train_batch_size": 4}
+    return sampled_run(data, folder / "run", **{**small, **changes})
 
 
 def model() -> ErnieModel:
@@ -189,7 +169,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, fine_tuning: str) -> None:
 
 
 @pytest.mark.parametrize(("fine_tuning", "changes"), [
-    ("Full", {"num_iterations": 2, "critic_warmup": 1}),
+    ("Full", {"num_iterations": 2, "critic_warmup": 1, "cliprange_value": 0}),
     ("LoRA", {"num_mini_batches": 2, "kl_target": 0.001, "kl_horizon": 40, "whiten_rewards": True,
               "normalize_values": True}),
 ])  # fmt: skip
@@ -221,6 +201,8 @@ def test_stopping_and_going_on_is_the_same_run(
     again = trainer(part, fine_tuning, **stop)
     again.train()
     assert again.loop.step == 3
+    assert isinstance(again.loop.beside.objective, ValueObjective)
+    assert again.loop.beside.objective.cliprange == (None if fine_tuning == "Full" else 0.2)
     assert again.method.rollouts.kl.coef == straight.method.rollouts.kl.coef
     for ours, theirs in ((policy(straight), policy(again)), (critic(straight), critic(again))):
         assert not moved(ours, theirs)
@@ -342,6 +324,9 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     )  # fmt: skip
     made.train()
     assert made.loop.step == 2
+    assert isinstance(made.loop, ActorCritic)
+    assert isinstance(made.loop.beside.objective, ValueObjective)
+    assert made.loop.beside.objective.cliprange == 0.3
     assert made.method.settings.num_generations == 1
     assert made.method.settings.missing_eos_penalty == 1.0
 
