@@ -51,6 +51,32 @@ def clip_problem(reward_clip: Sequence[float], aggregation: str) -> Text | None:
     return None
 
 
+def group_problem(answers: int, generations: int) -> Text | None:
+    """Why a process cannot take so many answers a step, None where they are whole groups."""
+    if answers % generations == 0:
+        return None
+    near = sorted({max(1, answers // generations + k) * generations for k in (-1, 0, 1)})
+    return say(
+        f"per_device_train_batch_size x gradient_accumulation_steps ({answers} answers) must be a multiple of "
+        f"num_generations ({generations}); take one of {near}",
+        f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 "
+        f"num_generations（{generations}）的倍数；可取 {near}",
+    )
+
+
+def round_problem(name: str, size: int | None, unit: int) -> Text | None:
+    """Why a round cannot be as large as the setting `name` says; None where it is a whole number of
+    optimizer steps of `unit`, or nobody says.
+    """
+    if size is None or size % unit == 0:
+        return None
+    near = sorted({max(1, size // unit + k) * unit for k in (-1, 0, 1)})
+    return say(
+        f"{name} ({size}) must be a multiple of what one optimizer step takes ({unit}); take one of {near}",
+        f"{name}（{size}）须为每个优化步所需（{unit}）的倍数；可取 {near}",
+    )
+
+
 def sampling_rules(c: RunConfig) -> Iterator[tuple[str, str]]:
     """Settings of runs that sample answers."""
     if not c.samples:
@@ -66,6 +92,18 @@ def sampling_rules(c: RunConfig) -> Iterator[tuple[str, str]]:
                 "或用奖励惩罚重复",
             ),
         )
+    answers = c.train.per_device_train_batch_size * c.train.gradient_accumulation_steps
+    group = group_problem(answers, r.num_generations)
+    if group is not None:
+        yield "per_device_train_batch_size", group
+    # of one device; several take multiples of it
+    for name, size, unit in (
+        ("steps_per_generation", c.mismatch.steps_per_generation, c.train.gradient_accumulation_steps),
+        ("generation_batch_size", c.mismatch.generation_batch_size, answers),
+    ):
+        whole = round_problem(name, size, unit)
+        if whole is not None:
+            yield name, whole
     cut = cut_problem(r.top_p, r.top_k, s.min_p, s.keep_sampling_mask)
     if cut is not None:
         yield "top_k" if s.keep_sampling_mask else "top_p", cut

@@ -63,7 +63,10 @@ class DataArguments:
         low=0,
     )
     max_samples: int | None = arg(
-        None, "rows taken of each file, the first ones; null: all", "每个文件最多取前多少行；null 表示全部", low=1
+        None,
+        "rows taken of each training and evaluation file, the first ones; null: all",
+        "每个训练与评估文件最多取前多少行；null 表示全部",
+        low=1,
     )
     dataset_dir: str = arg(
         "", "folder of dataset_info.json; empty: this folder", "dataset_info.json 所在文件夹；空表示当前文件夹"

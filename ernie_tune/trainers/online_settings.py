@@ -6,6 +6,7 @@ Refuses to know: how they are used, files, models.
 from __future__ import annotations
 
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.checks_sampling import group_problem, round_problem
 from ernie_tune.config.language import say
 from ernie_tune.config.layout import Layout
 from ernie_tune.objectives.perception import Perception
@@ -22,14 +23,8 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
     ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
     answers = t.per_device_train_batch_size * t.gradient_accumulation_steps
     mini_batches = mini_batches_of(config, answers * data_ranks)
-    if answers % r.num_generations:
-        near = sorted({max(1, answers // r.num_generations + k) * r.num_generations for k in (-1, 0, 1)})
-        raise ValueError(
-            say(
-                f"per_device_train_batch_size x gradient_accumulation_steps ({answers} answers) must be a multiple of num_generations ({r.num_generations}); take one of {near}",
-                f"per_device_train_batch_size × gradient_accumulation_steps（{answers} 个回答）须为 num_generations（{r.num_generations}）的倍数；可取 {near}",
-            )
-        )
+    if (uneven := group_problem(answers, r.num_generations)) is not None:
+        raise ValueError(uneven)
     estimator = p.advantage_estimator if p.advantage_estimator != "auto" else "gae" if ppo else "grpo"
     kl_coef = p.kl_coef if p.kl_coef is not None else 0.05 if ppo else 0.0
     return RolloutSettings(
@@ -116,17 +111,10 @@ def mini_batches_of(config: RunConfig, answers: int) -> int:
         ("steps_per_generation", m.steps_per_generation, t.gradient_accumulation_steps),
         ("generation_batch_size", m.generation_batch_size, answers),
     ):
-        if size is None:
-            continue
-        if size % unit:
-            near = sorted({max(1, size // unit + k) * unit for k in (-1, 0, 1)})
-            raise ValueError(
-                say(
-                    f"{name} ({size}) must be a multiple of what one optimizer step takes ({unit}); take one of {near}",
-                    f"{name}（{size}）须为每个优化步所需（{unit}）的倍数；可取 {near}",
-                )
-            )
-        asked[name] = size // unit
+        if (uneven := round_problem(name, size, unit)) is not None:
+            raise ValueError(uneven)
+        if size is not None:
+            asked[name] = size // unit
     if len(set(asked.values())) > 1:
         raise ValueError(
             say(

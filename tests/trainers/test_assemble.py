@@ -93,6 +93,7 @@ def test_files_have_one_format_or_one_each(tmp_path: Path) -> None:
     fewer = assemble.train_sets(build({"train_dataset_path": (a, b), "max_samples": 2}), ("sft",))
     assert [len(s) for s in fewer] == [2, 1]  # never more than there are
     assert [fewer[0][i].messages for i in range(2)] == [sets[0][i].messages for i in range(2)]
+    assert len(assemble.eval_set(build({**held, "max_samples": 2}), ("sft",))) == 3  # of each file, held-out ones too
     # the type is that of the second file
     with pytest.raises(ValueError, match=r"b\.jsonl:1: .*rejected"):
         assemble.eval_set(build({**held, "eval_dataset_type": ("messages", "pairs")}), ("sft",))[3]
