@@ -23,10 +23,11 @@ from ernie_tune.checkpoint.names import FLAVOURS, NameTable, check_names, detect
 from ernie_tune.checkpoint.source import Drawn, OnDisk, Where, fill, router_dtype
 from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, cast
 from ernie_tune.checkpoint.writer import DEFAULT_SHARD_BYTES, write_folder
-from ernie_tune.config.foreign import read_json_object, reading
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.config_dialects import read_config, write_config
+from ernie_tune.models.config_dialects import write_config
+from ernie_tune.models.config_file import config_in
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.presets import preset, shipped_name
 
@@ -226,14 +227,7 @@ def _read_config_file(folder: Path) -> ModelConfig:
                 f"{folder} 中须有 config.json；请给出完整模型的文件夹（适配器须加载在其底座之上）",
             )
         )
-    settings = read_json_object(file)
-    try:
-        with reading(file):
-            return read_config(settings)
-    except ValueError as error:
-        if str(file) in str(error):
-            raise
-        raise ValueError(say("{file}: {why}", "{file}：{why}", file=file, why=error)) from error
+    return config_in(file, read_json_object(file))
 
 
 def check_tied_head(table: NameTable, reader: TensorReader) -> None:

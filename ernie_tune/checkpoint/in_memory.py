@@ -173,7 +173,9 @@ def _config_of(theirs: Any) -> ModelConfig:
     told = dict(theirs.config.to_dict())
     # They tell of every way to quantise, also where none was asked for.
     quantised = told.get("quantization_config") or {}
-    if not any(quantised.get(name) for name in ("weight_quantize_algo", "quant_type", "quant_method", "quantization")):
+    if isinstance(quantised, dict) and not any(
+        quantised.get(name) for name in ("weight_quantize_algo", "quant_type", "quant_method", "quantization")
+    ):
         told.pop("quantization_config", None)
     told = {name: value for name, value in told.items() if value not in (None, "None")}
     parts = [name for name in told if name.endswith("model_parallel_size") and told[name] not in (None, 1, -1)]

@@ -77,6 +77,7 @@ class TensorReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._maps: dict[Path, Array] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         files, promised = _find_files(path)
@@ -110,6 +111,17 @@ class TensorReader:
             return np.empty(entry.shape, kind)
         data = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.nbytes,))
         return np.asarray(data).view(kind).reshape(entry.shape)
+
+    def part(self, name: str) -> Array:
+        """`read`, from one map of the whole file: for many tensors that are kept. A map a tensor
+        takes longer, and a process may have 65,530 of them.
+        """
+        entry = self.entries[name]
+        if entry.nbytes and entry.file not in self._maps:
+            self._maps[entry.file] = np.asarray(np.memmap(entry.file, np.uint8, "r"))
+        whole = self._maps.get(entry.file, np.empty(0, np.uint8))
+        data = whole[entry.offset : entry.offset + entry.nbytes]
+        return data.view(NUMPY_TYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _find_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:

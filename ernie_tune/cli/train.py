@@ -18,7 +18,7 @@ from ernie_tune.cli.doctor import installed
 from ernie_tune.cli.verbs import file_and_settings
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.cpu import while_paddle_loads
-from ernie_tune.config.host_memory import free_memory
+from ernie_tune.config.host_memory import free_addresses, free_memory
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import load_config, split_overrides
 from ernie_tune.config.stages import STAGES
@@ -138,7 +138,7 @@ def _check_memory(config: RunConfig) -> None:
     model, free = known_shape(config.model.model_name_or_path), free_memory()
     if model is None or free is None:
         return
-    told, certain = shortage(config, model, free)
+    told, certain = shortage(config, model, free, free_addresses())
     if certain:
         raise ValueError(told)
     if told:

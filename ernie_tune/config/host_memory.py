@@ -21,8 +21,8 @@ _VERSIONS = (
     ("", "memory.max", "memory.current", ("active_file", "inactive_file")),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 )
-# limit, its name, and the column of /proc/self/statm that counts against it
-_ULIMITS = ((resource.RLIMIT_AS, "ulimit -v", 0), (resource.RLIMIT_DATA, "ulimit -d", 5))
+# limit -> its name, and the column of /proc/self/statm that counts against it
+_ULIMITS = {resource.RLIMIT_AS: ("ulimit -v", 0), resource.RLIMIT_DATA: ("ulimit -d", 5)}
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,25 @@ def free_memory(proc: Path = PROC, groups: Path = GROUPS) -> Free | None:
         Free(max(0, limit - used), say("the container's limit", "容器上限"))
         for limit, used in container_limits(proc, groups)
     ]
-    statm = proc / "self" / "statm"
-    for kind, name, column in _ULIMITS:
-        soft = resource.getrlimit(kind)[0]
-        if soft != resource.RLIM_INFINITY and statm.is_file():
-            taken = int(statm.read_text().split()[column]) * resource.getpagesize()
-            found.append(Free(max(0, soft - taken), Text(name, name)))
+    found += [left for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA) if (left := _left(kind, proc)) is not None]
     return min(found, key=lambda f: f.bytes)
+
+
+def free_addresses(proc: Path = PROC) -> Free | None:
+    """What `ulimit -v` leaves, which counts mapped files too, page by page whether they are read or
+    not; None without such a limit. (Control groups count pages that were read, and take them back
+    when room is short: a file does not have to fit them.)
+    """
+    return _left(resource.RLIMIT_AS, proc)
+
+
+def _left(kind: int, proc: Path) -> Free | None:
+    soft, statm = resource.getrlimit(kind)[0], proc / "self" / "statm"
+    if soft == resource.RLIM_INFINITY or not statm.is_file():
+        return None
+    name, column = _ULIMITS[kind]
+    taken = int(statm.read_text().split()[column]) * resource.getpagesize()
+    return Free(max(0, soft - taken), Text(name, name))
 
 
 def container_limits(proc: Path = PROC, groups: Path = GROUPS) -> list[tuple[int, int]]:

@@ -153,7 +153,7 @@ def quantisation(config: Mapping[str, Any], argument: str) -> Quantisation:
                     f"含 torch_dtype 的 config.json 中不能有 quantization_config（{about}）：FastDeploy 会把权重当作已量化；请删去它",
                 )
             )
-        if "quantization" not in about:
+        if not isinstance(about, dict) or "quantization" not in about:
             raise ValueError(
                 say(
                     f"quantization_config ({about}) must hold the key quantization, FastDeploy stops without it; "

@@ -4,6 +4,7 @@ memory. Refuses to know: paddle, layers.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -25,6 +26,15 @@ ALGORITHMS: dict[str, Algorithm] = {
     "weight_only_mix": Algorithm(8, 4, embedding=False),
 }
 GROUP_ROWS = 64
+
+
+# 2-D weights that are no linear layers, or stay as they are: an untied head
+_NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm|layers\.\d+\.mlp\.gate)\.")
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a canonical parameter is the matrix of a linear layer that may be held as codes."""
+    return len(shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
 
 
 def num_groups(n_in: int, bits: int) -> int:

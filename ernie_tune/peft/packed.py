@@ -7,16 +7,19 @@ Tensors have canonical names. A quantised matrix `<name>` is two tensors, `<name
 `<name>.scale`, where `<name>` is the module of a linear layer (`layers.0.self_attn.q_proj`) or one
 expert (`layers.1.mlp.text_experts.3.up_gate_proj`):
     int8: codes I8 [I, O] in +-127;  int4: codes U8 [I/2, O] as `quantize.pack_halves` packs them;
-                                     scale [G, O], one for each of G groups of input rows.
-W' = codes * scale. All other tensors are the float parameters themselves. Which matrices are
-quantised, and to how many bits, follows from the tensors.
-Legend: I input width, O output width, G groups, E experts of a stack. Refuses to know: how codes
+                                     scale [G, O], one for each of G groups of input rows, as
+                                     many in every expert of a stack.
+W' = codes * scale, scale in float32 or bfloat16. The table `embed_tokens` may be int8 codes [V, D]
+with a scale a row, [V, 1]. All other tensors are the float parameters themselves. Which matrices
+are quantised, and to how many bits, follows from the tensors.
+Legend: I input width, O output width, G groups, V vocabulary, D width. Refuses to know: how codes
 were chosen, inference kernels, tokenizers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,18 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorEntry, TensorReader, all_finite, cast
+from ernie_tune.config.host_memory import free_addresses, free_memory
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.config_dialects import read_config
+from ernie_tune.models.config_file import config_in
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.moe import Experts
 from ernie_tune.models.specs import ParameterSpec, parameter_specs
 from ernie_tune.peft import unpack
-from ernie_tune.peft.packed_header import BITS, METHOD, VERSION, matrix_name, packed_settings
-from ernie_tune.peft.quantize import QuantizedLinear, QuantizedWeight, swap_stack
+from ernie_tune.peft.formats import is_linear
+from ernie_tune.peft.packed_header import BITS, TABLE, matrix_name, packed_settings, room_problem
+from ernie_tune.peft.quantize import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, swap_stack
 from ernie_tune.peft.unpack import Codes
 
 Array = np.ndarray[Any, Any]
@@ -44,9 +49,13 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
     stacks: an adapter can be put on it. On a CPU the codes stay in the files, which are mapped:
     loading takes seconds whatever the size, and the system drops pages when memory is short.
 
+    Where they are mapped, what else is needed is held against the memory that is free, and their
+    files against `ulimit -v`, before anything is read.
+
     `dtype`: of activations, "float32" or "bfloat16"; by default float32 on the CPU. Raises
     FileNotFoundError where there is no such folder, and ValueError for one that is not packed or of
-    another version, and for tensors that are missing, unexpected, misshapen or not finite.
+    another version, and for tensors that are missing, unexpected, misshapen, of another type or not
+    finite.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -56,29 +65,24 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
                 f"{folder} 中须有 config.json；请给出由 `ernie-tune export --emit packed` 写出的文件夹",
             )
         )
-    settings = packed_settings(file)
-    about = settings.pop("quantization_config", None) or {}
-    if about.get("quant_method") != METHOD or about.get("version") != VERSION:
-        raise ValueError(
-            say(
-                f"{file}: quantization_config ({about}) must be {METHOD!r} of version {VERSION}; load other "
-                "folders with AutoModel.from_pretrained",
-                f"{file}：quantization_config（{about}）须为 {VERSION} 版的 {METHOD!r}；其他文件夹请用 AutoModel.from_pretrained 加载",
-            )
-        )
-    config = read_config(settings)
+    config = config_in(file, packed_settings(file))
     dtype = dtype or ("float32" if paddle.get_device() == "cpu" else "bfloat16")
     source = _Packed(TensorReader(folder), config, dtype)
     source.check()
     # A CPU multiplies with the codes where they lie, so they are not even read here.
     mapped = paddle.get_device() == "cpu" and unpack.ready(paddle.zeros([1], dtype))
+    if mapped and (problem := room_problem(*source.bytes(), free_memory(), free_addresses())):
+        raise ValueError(say("{folder}: {problem}", "{folder}：{problem}", folder=folder, problem=problem))
     with paddle.LazyGuard():  # matrices that are packed never get their place in memory
         model = ErnieModel(config, dtype)
     layers, parameters = dict(model.named_sublayers()), model.state_dict()
     with paddle.no_grad():
         for name in source.specs:
             bits = source.bits(name)
-            if bits and mapped:
+            if bits and name == TABLE:
+                model.embed_tokens = QuantizedEmbedding(parameters[name])
+                model.embed_tokens.put(*source.table())
+            elif bits and mapped:
                 _swap(layers, name, QuantizedWeight.mapped(source.codes(name), len(source.specs[name].shape) == 3))
             elif bits:
                 _swap(layers, name, QuantizedWeight(*source.quantised(name), bits))
@@ -102,6 +106,20 @@ def _swap(layers: Mapping[str, nn.Layer], parameter: str, weight: QuantizedWeigh
         layers[parent]._sub_layers[child] = QuantizedLinear(weight, owner.bias)
 
 
+def _fits(name: str, entry: TensorEntry, spec: ParameterSpec, what: str, bits: int) -> bool:
+    """Whether a tensor has the shape and type of `what` it is of a parameter."""
+    if what == "floats":
+        return entry.shape == spec.shape and entry.dtype in FLOAT_CODES.values()
+    rows, columns = spec.shape[-2:]
+    if what == "codes":
+        return entry.shape == (rows * bits // 8, columns) and BITS.get(entry.dtype) == bits and rows * bits % 8 == 0
+    if entry.dtype not in ("F32", "BF16"):
+        return False
+    if name.startswith(matrix_name(TABLE, None)):
+        return entry.shape == (rows, 1)
+    return len(entry.shape) == 2 and entry.shape[1] == columns and entry.shape[0] > 0 and rows % entry.shape[0] == 0
+
+
 class _Packed:
     """The tensors of a packed folder by canonical parameter."""
 
@@ -115,10 +133,12 @@ class _Packed:
 
     def bits(self, name: str) -> int:
         """8, 4, or 0 where the parameter is there as floats."""
-        if name in self.reader.entries:
+        shape = self.specs[name].shape
+        if name in self.reader.entries or not (name == TABLE or len(shape) == 3 or is_linear(name, shape)):
             return 0
         entry = self.reader.entries.get(f"{self._matrices(name)[0]}.codes")
-        return BITS.get(entry.dtype, 0) if entry else 0
+        bits = BITS.get(entry.dtype, 0) if entry else 0
+        return 0 if name == TABLE and bits != 8 else bits
 
     def _wanted(self) -> Iterator[tuple[str, ParameterSpec, str, int]]:
         """(tensor, spec, what it is, bits) of everything that must be there."""
@@ -144,19 +164,7 @@ class _Packed:
                         f"{self.reader.path} 中须有 {name!r}；它不完整或属于别的模型：请重新导出",
                     )
                 )
-            rows, columns = spec.shape[-2:] if bits else (0, 0)
-            if what == "scale":
-                fits = (
-                    len(entry.shape) == 2
-                    and entry.shape[1] == columns
-                    and entry.shape[0]
-                    and rows % entry.shape[0] == 0
-                )
-            elif what == "codes":
-                fits = entry.shape == (rows // 2 if bits == 4 else rows, columns) and BITS.get(entry.dtype) == bits
-            else:
-                fits = entry.shape == spec.shape
-            if not fits:
+            if not _fits(name, entry, spec, what, bits):
                 raise ValueError(
                     say(
                         f"{self.reader.path}: {name} ({entry.dtype} {list(entry.shape)}) must be the {what} of "
@@ -174,6 +182,37 @@ class _Packed:
                 )
             )
 
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """ValueError for experts of one stack whose scales are not alike."""
+        for name, spec in self.specs.items():
+            if len(spec.shape) != 3 or not self.bits(name):
+                continue
+            entries = [(scale := f"{m}.scale", self.reader.entries[scale]) for m in self._matrices(name)]
+            (_, first), *others = entries
+            for scale, entry in others:
+                if entry.shape != first.shape or entry.dtype != first.dtype:
+                    raise ValueError(
+                        say(
+                            f"{entry.file}: {scale} ({entry.dtype} {list(entry.shape)}) must be as that of the first "
+                            f"expert of its stack ({first.dtype} {list(first.shape)}); export the folder again",
+                            f"{entry.file}：{scale}（{entry.dtype} {list(entry.shape)}）须与该组首个专家的相同"
+                            f"（{first.dtype} {list(first.shape)}）；请重新导出该文件夹",
+                        )
+                    )
+
+    def bytes(self) -> tuple[float, float]:
+        """(in memory once the codes are mapped, of files that are mapped): floats, of which the
+        largest is there twice while it is read, scales that are converted, and a table of codes.
+        """
+        entries = self.reader.entries
+        floats = [4 * self.specs[name].size for name in self.specs if not self.bits(name)]
+        scales = [4 * prod(e.shape) for name, e in entries.items() if name.endswith(".scale") and e.dtype != "F32"]
+        table = self.specs[TABLE].size if self.bits(TABLE) else 0
+        files = {entry.file for entry in entries.values()}
+        return sum(floats) + max(floats, default=0) + sum(scales) + table, sum(file.stat().st_size for file in files)
+
     def check_finite(self) -> None:
         if self.not_finite:
             raise ValueError(
@@ -185,7 +224,7 @@ class _Packed:
             )
 
     def _floats(self, name: str, code: str) -> Array:
-        raw, own = self.reader.read(name), self.reader.entries[name].dtype
+        raw, own = self.reader.part(name), self.reader.entries[name].dtype
         if not all_finite(raw, own):
             self.not_finite.append(name)
         return cast(raw, own, code)
@@ -196,9 +235,14 @@ class _Packed:
     def codes(self, name: str) -> list[Codes]:
         """Of every matrix: codes as views of the mapped file, scales in memory."""
         return [
-            Codes(self.reader.read(f"{matrix}.codes"), self._floats(f"{matrix}.scale", "F32"), self.bits(name))
+            Codes(self.reader.part(f"{matrix}.codes"), self._floats(f"{matrix}.scale", "F32"), self.bits(name))
             for matrix in self._matrices(name)
         ]
+
+    def table(self) -> tuple[Array, Array]:
+        """Codes [V, D] and scales [V, 1] of the embedding."""
+        stem = matrix_name(TABLE, None)
+        return self.reader.part(f"{stem}.codes"), self._floats(f"{stem}.scale", "F32")
 
     def quantised(self, name: str) -> tuple[Tensor, Tensor]:
         matrices, stacked = self.codes(name), len(self.specs[name].shape) == 3

@@ -10,6 +10,7 @@ tokens, V vocabulary, D width, F features. Refuses to know: adapters, files, inf
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,7 +25,7 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.layers import across, has_values
 from ernie_tune.models.moe import Experts
 from ernie_tune.peft import unpack
-from ernie_tune.peft.formats import ALGORITHMS, GROUP_ROWS, num_groups
+from ernie_tune.peft.formats import ALGORITHMS, num_groups
 from ernie_tune.peft.slots import Slot
 from ernie_tune.peft.unpack import Codes
 
@@ -68,6 +69,24 @@ def _part(values: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.split(values, size, axis=axis)[rank])
 
 
+def _part_groups(rows: int, groups: int, size: int) -> int:
+    """Groups of a part of `rows` rows in `size`: of as many rows as divide both a group and a
+    part.
+    """
+    part = rows // size
+    return part // math.gcd(rows // groups, part)
+
+
+def _part_scale(scale_GO: np.ndarray, rows: int, rank: int, size: int) -> np.ndarray:
+    """The scales of the rows of a part. Where a border of parts runs through a group, its scale is
+    repeated: each row keeps its own.
+    """
+    groups = scale_GO.shape[-2]
+    fine = rows // size // _part_groups(rows, groups, size)
+    first = rank * (rows // size) + np.arange(0, rows // size, fine)
+    return np.ascontiguousarray(scale_GO[..., first // (rows // groups), :])
+
+
 def _columns(weight_IO: np.ndarray, cuts: Sequence[tuple[int | None, int, int]]) -> np.ndarray:
     """The columns that the cuts leave; each has scales of its own, so they are cut before
     rounding.
@@ -75,6 +94,20 @@ def _columns(weight_IO: np.ndarray, cuts: Sequence[tuple[int | None, int, int]])
     for axis, rank, size in cuts:
         weight_IO = _part(weight_IO, 1, rank, size) if axis == 1 else weight_IO
     return weight_IO
+
+
+class Filled:
+    """A tensor that is filled piece by piece: on a CPU in its own memory, so that it is there
+    once.
+    """
+
+    def __init__(self, shape: list[int], kind: type[np.generic]) -> None:
+        self._tensor = paddle.empty(shape, np.dtype(kind).name)
+        self._direct = bool(self._tensor.place.is_cpu_place())
+        self.array = mkl.view(self._tensor) if self._direct else np.empty(shape, kind)
+
+    def tensor(self) -> Tensor:
+        return self._tensor if self._direct else paddle.to_tensor(self.array)
 
 
 class QuantizedWeight(nn.Layer):
@@ -157,23 +190,24 @@ class QuantizedWeight(nn.Layer):
         expert by its number in the whole stack. Cuts that were made before decide what is asked for
         and what is kept: the codes are those of cutting afterwards.
         """
-        cuts = self._cuts
-        experts: Sequence[int | None] = [None]
-        if len(self.shape) == 3:
-            size = self.shape[0]
-            first = sum(rank * size for axis, rank, _ in cuts if axis is None)
-            experts = range(first, first + size)
-        parts = [quantize(_columns(read(e), cuts), self.bits) for e in experts]
-        codes, scale = (np.stack(x) if len(self.shape) == 3 else x[0] for x in zip(*parts, strict=True))
-        for _, rank, size in (cut for cut in cuts if cut[0] == 0):
-            codes, scale = self._rows(codes, scale, rank, size)
-        self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
+        cuts, stacked = self._cuts, len(self.shape) == 3
+        count, (rows, columns) = (self.shape[0] if stacked else 1), self.shape[-2:]
+        first = sum(rank * count for axis, rank, _ in cuts if axis is None)
+        codes = Filled([count, rows * self.bits // 8, columns], np.uint8 if self.bits == 4 else np.int8)
+        scales = np.empty((count, self._groups, columns), np.float32)
+        for i in range(count):
+            made = quantize(_columns(read(first + i if stacked else None), cuts), self.bits)
+            for _, rank, size in (cut for cut in cuts if cut[0] == 0):
+                made = self._rows(*made, rank, size)
+            codes.array[i], scales[i] = made
+        both = codes.tensor(), paddle.to_tensor(scales).astype(self.dtype)
+        self._set(*(x if stacked else x.reshape(x.shape[1:]) for x in both))
 
     def cut(self, axis: int | None, rank: int, size: int) -> None:
         """Keep one of `size` equal parts: of the rows (0), of the columns (1), or of the experts
-        (None). The kept codes and scales stay as they are.
+        (None). The kept codes stay as they are, and each keeps its scale.
 
-        Raises ValueError where the part would cut a group of 4-bit rows, or does not divide.
+        Raises ValueError where it does not divide, or leaves an odd number of 4-bit rows.
         """
         dim, rows = 0 if axis is None else axis - 2, self.shape[-2]
         if self.shape[dim] % size:
@@ -183,38 +217,45 @@ class QuantizedWeight(nn.Layer):
                     f"维度 {self.shape} 须能被 {size} 个进程整除；请降低并行度",
                 )
             )
-        if axis == 0 and self.bits == 4 and self._groups > 1 and rows // size % GROUP_ROWS:
+        if axis == 0 and self.bits == 4 and rows // size % 2:
             raise ValueError(
                 say(
-                    f"rows of a rank ({rows} / {size}) must be a multiple of the {GROUP_ROWS} rows of one scale; "
-                    "lower the degree, or use weight_only_int8",
-                    f"每个进程的行数（{rows} / {size}）须为一个缩放因子的 {GROUP_ROWS} 行的整数倍；请降低并行度，或用 weight_only_int8",
+                    f"rows of a rank ({rows} / {size}) must be even for 4 bits; lower the degree, or use 8 bits "
+                    "(weight_only_int8, or export with wint8)",
+                    f"4 位编码要求每个进程的行数（{rows} / {size}）为偶数；请降低并行度，或用 8 位（weight_only_int8，或以 wint8 导出）",
                 )
             )
         shape = list(self.shape)
         shape[dim] //= size
         self.shape = tuple(shape)
-        if axis == 0 and self._groups > 1:
-            self._groups //= size
+        if axis == 0:
+            self._groups = _part_groups(rows, self._groups, size)
         self._cuts.append((axis, rank, size))
-        if self._mapped:
-            arrays = ([getattr(m, which) for m in self._mapped] for which in ("codes", "scale"))
-            codes, scale = (np.stack(a) if len(self.shape) == 3 else a[0] for a in arrays)
+        if self._mapped and axis is None:  # which stay where they are
+            self._mapped = self._mapped[rank * self.shape[0] : (rank + 1) * self.shape[0]]
+        elif self._mapped:
+            parts = [self._cut_arrays(m.codes, m.scale, axis, rank, size) for m in self._mapped]
+            codes, scale = (np.stack(a) if len(self.shape) == 3 else a[0] for a in zip(*parts, strict=True))
             self._mapped = ()
             self._set(paddle.to_tensor(codes), paddle.to_tensor(scale))
-        if self.codes is None or self.scale is None:
-            return
-        codes, scale = self.codes.numpy(), self.scale.astype("float32").numpy()
-        codes, scale = (
-            self._rows(codes, scale, rank, size) if axis == 0 else (_part(x, dim, rank, size) for x in (codes, scale))
-        )
-        self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
+        elif self.codes is not None and self.scale is not None:
+            whole = self.codes.numpy(), self.scale.astype("float32").numpy()
+            codes, scale = self._cut_arrays(*whole, axis, rank, size)
+            self._set(paddle.to_tensor(codes), paddle.to_tensor(scale).astype(self.dtype))
+
+    def _cut_arrays(
+        self, codes: np.ndarray, scale: np.ndarray, axis: int | None, rank: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if axis == 0:
+            return self._rows(codes, scale, rank, size)
+        dim = 0 if axis is None else axis - 2
+        return _part(codes, dim, rank, size), _part(scale, dim, rank, size)
 
     def _rows(self, codes: np.ndarray, scale: np.ndarray, rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """A part of the rows, which two halves of a byte and one scale for many rows may share."""
         plain = unpack_halves(codes) if self.bits == 4 else codes
+        kept = _part_scale(scale, plain.shape[-2], rank, size)
         plain = _part(plain, -2, rank, size)
-        kept = scale if scale.shape[-2] == 1 else _part(scale, -2, rank, size)
         return pack_halves(plain) if self.bits == 4 else plain, kept
 
     def dense(self, expert: int | None = None) -> Tensor:
@@ -352,8 +393,12 @@ class QuantizedEmbedding(nn.Layer):
     def take(self, read: Callable[[int | None], np.ndarray]) -> None:
         """Round the float32 table that `read(None)` gives."""
         codes_DV, scale_1V = quantize(read(None).T, bits=8)
-        self.register_buffer("codes", paddle.to_tensor(np.ascontiguousarray(codes_DV.T)))
-        self.register_buffer("scale", paddle.to_tensor(np.ascontiguousarray(scale_1V.T)).astype(self.dtype))
+        self.put(codes_DV.T, scale_1V.T)
+
+    def put(self, codes_VD: np.ndarray, scale_V1: np.ndarray) -> None:
+        """Take codes and scales that were made before."""
+        self.register_buffer("codes", paddle.to_tensor(np.ascontiguousarray(codes_VD)))
+        self.register_buffer("scale", paddle.to_tensor(np.ascontiguousarray(scale_V1)).astype(self.dtype))
 
     @property
     def weight(self) -> Tensor:

@@ -11,6 +11,7 @@ from ernie_tune.config.language import Text, join, say
 from ernie_tune.config.layout import Layout
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.peft.config import LoraConfig
+from ernie_tune.peft.packed_header import room_problem
 from ernie_tune.plan.cards import card
 from ernie_tune.plan.job import Job, job_of
 from ernie_tune.plan.memory import memory
@@ -43,14 +44,21 @@ def check_weights(model: ModelConfig, algorithm: str, free: Free | None) -> None
         )
 
 
-def shortage(config: RunConfig, model: ModelConfig, free: Free) -> tuple[Text | None, bool]:
+def shortage(
+    config: RunConfig, model: ModelConfig, free: Free, addresses: Free | None = None
+) -> tuple[Text | None, bool]:
     """What to say of a run of one process on a CPU that may not fit, and whether it is certain: its
-    weights and states alone are too much. (None, False) for one that fits.
+    weights and states alone are too much. (None, False) for one that fits. `addresses`: what
+    `ulimit -v` leaves, against which a packed folder's files count too.
     """
     job = job_of(config, model, on_cpu=True)
     items = memory(job, Layout(), card("cpu")).items
     # codes of a packed folder are pages of a file, which the system takes back
-    held = sum(v for k, v in items.items() if k in _ALWAYS and not (job.packed is not None and k == "quantised base"))
+    mapped = items.get("quantised base", 0.0) if job.packed is not None else 0.0
+    held = sum(v for k, v in items.items() if k in _ALWAYS) - mapped
+    files = float(job.packed.file_bytes) if job.packed is not None else 0.0
+    if job.packed is not None and (problem := room_problem(held, files, None, addresses)):
+        return problem, True
     needed = sum(items.values())
     if needed <= free.bytes:
         return None, False

@@ -8,18 +8,18 @@ config.json.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ernie_tune.config.arguments import ADDED, RunConfig
+from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import say
 from ernie_tune.config.stages import STAGES
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.config_dialects import read_config
+from ernie_tune.models.config_file import config_in
 from ernie_tune.models.presets import preset
 from ernie_tune.peft.config import LoraConfig
-from ernie_tune.peft.packed_header import PackedBits, is_packed, packed_bits
+from ernie_tune.peft.packed_header import PackedBits, is_packed, packed_bits, packed_settings
 from ernie_tune.peft.settings import lora_config
 
 PAIRED = ("DPO", "RM")  # stages whose rows are two answers
@@ -32,10 +32,7 @@ def model_shape(name: str) -> ModelConfig:
     """
     file = Path(name) / "config.json"
     if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if is_packed(Path(name)):
-            del settings["quantization_config"]
-        return read_config(settings)
+        return config_in(file, packed_settings(file) if is_packed(Path(name)) else read_json_object(file))
     return preset(name)
 
 
@@ -61,7 +58,7 @@ class Job:
     (a second frozen model). While answers are sampled the key/value cache holds `sequences` of
     them, of `completion_tokens` each, and once each of the `sequence_prompts` prompts that they
     share; prompt and answer take `sequence_tokens`.
-    `packed`: how wide the codes are where the base is a packed folder.
+    `packed`: how its matrices lie there where the base is a packed folder.
     `moment_bytes` and `gradient_bytes` (0: what this library does) exist to compare with recipes
     that store them otherwise.
     `critic`: "none", "adapter" (on the policy's base) or "copy" (a second trained model).

@@ -156,7 +156,10 @@ def _states(items: dict[str, float], mine: list[Held], job: Job, layout: Layout,
         towers = h.place in ("vision_model", "resampler_model")
         base = "vision tower" if towers else "weights" if not job.coded else "quantised base"
         stored = sharded if layout.sharding_stage == 3 else 1
-        items[base] += h.base_bytes / cut / stored
+        if job.packed is not None:  # what is no code counts as in any model
+            base = "vision tower" if towers else "weights"
+            items["quantised base"] += h.mapped_bytes / cut / stored
+        items[base] += (h.base_bytes - (h.mapped_bytes if job.packed is not None else 0.0)) / cut / stored
         items["adapters"] += h.adapters / cut * wide / stored
         items["reference model"] += h.base_bytes / cut if job.reference == "copy" else 0.0
         items["reward model"] += h.base_bytes / cut if job.reward_model else 0.0

@@ -16,8 +16,8 @@ from functools import lru_cache
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES, ParameterSpec, parameter_specs
-from ernie_tune.peft.formats import ALGORITHMS, num_groups
-from ernie_tune.peft.packed_header import PackedBits, kind_of
+from ernie_tune.peft.formats import ALGORITHMS, is_linear, num_groups
+from ernie_tune.peft.packed_header import TABLE
 from ernie_tune.peft.parts import frozen_parts, part_of
 from ernie_tune.peft.targets import expert_targets, linear_targets
 from ernie_tune.plan.job import Job
@@ -32,7 +32,6 @@ WHOLE, TENSOR, EXPERT = (
 _COLUMN = re.compile(r"layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(shared_experts\.)?(gate|up)_proj)")
 _ROW = re.compile(r"layers\.\d+\.(self_attn\.o_proj|mlp\.(shared_experts\.)?down_proj)")
 _EXPERTS = re.compile(r"layers\.\d+\.mlp\.(text|vision)_experts\.")
-_NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm|layers\.\d+\.mlp\.gate)\.")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -45,6 +44,7 @@ class Held:
     place: str  # "embed_tokens", "layers.7", "norm", "lm_head", "vision_model", "resampler_model"
     cut: str
     base_bytes: float = 0.0
+    mapped_bytes: float = 0.0  # of them: pages of a packed folder's files, where one CPU process runs
     trained: int = 0
     trained_float32: int = 0  # of `trained`: kept in float32 whatever the model's format
     adapters: int = 0
@@ -69,14 +69,15 @@ def held(job: Job) -> tuple[Held, ...]:
     sums: dict[tuple[str, str], list[float]] = {}
     frozen = frozen_parts(job.freeze) if job.full else frozenset()
     for name, spec in parameter_specs(job.model).items():
-        entry = sums.setdefault((place_of(name), cut_of(name)), [0.0, 0, 0, 0])
+        entry = sums.setdefault((place_of(name), cut_of(name)), [0.0, 0.0, 0, 0, 0])
         entry[0] += stored_bytes(name, spec, job)
+        entry[1] += mapped_bytes(name, spec, job)
         if job.full and spec.trainable and part_of(name) not in frozen:
-            entry[1] += spec.size
-            entry[2] += spec.size if spec.float32 else 0
+            entry[2] += spec.size
+            entry[3] += spec.size if spec.float32 else 0
     for place, cut, count in adapters(job):
-        sums.setdefault((place, cut), [0.0, 0, 0, 0])[3] += count
-    return tuple(Held(place, cut, a, int(b), int(c), int(d)) for (place, cut), (a, b, c, d) in sums.items())
+        sums.setdefault((place, cut), [0.0, 0.0, 0, 0, 0])[4] += count
+    return tuple(Held(place, cut, a, m, int(b), int(c), int(d)) for (place, cut), (a, m, b, c, d) in sums.items())
 
 
 def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
@@ -87,8 +88,12 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
     if not job.coded:
         return plain
     if job.packed is not None:
-        chosen_bits = _packed_bits(name, spec, job.packed)
-        return _quantised(spec, chosen_bits, job.element_bytes, 1) if chosen_bits else plain
+        matrix = job.packed.of.get(name)
+        if matrix is None:
+            return plain
+        if name == TABLE:
+            return _of_table(spec, job.element_bytes)
+        return _quantised(spec, matrix.bits, job.element_bytes, matrix.groups)
     if job.quantize not in ALGORITHMS:
         raise ValueError(
             say(
@@ -97,27 +102,37 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
             )
         )
     chosen = ALGORITHMS[job.quantize]
-    if name == "embed_tokens.weight":
-        return spec.size + spec.shape[0] * job.element_bytes if chosen.embedding else plain
+    if name == TABLE:
+        return _of_table(spec, job.element_bytes) if chosen.embedding else plain
     if len(spec.shape) == 3:
         return _quantised(spec, chosen.experts, job.element_bytes)
     return _quantised(spec, chosen.linear, job.element_bytes) if _is_linear(name, spec) else plain
 
 
 def _is_linear(name: str, spec: ParameterSpec) -> bool:
-    return len(spec.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
-
-
-def _packed_bits(name: str, spec: ParameterSpec, packed: PackedBits) -> int:
-    """Bits of a parameter in a packed folder; 0: it lies there as it is."""
-    return getattr(packed, kind_of(name)) if len(spec.shape) == 3 or _is_linear(name, spec) else 0
+    return is_linear(name, spec.shape)
 
 
 def _quantised(spec: ParameterSpec, bits: int, scale_bytes: int, groups: int | None = None) -> float:
-    """`groups`: rows of its scales where the matrix does not decide; a packed folder has one."""
+    """`groups`: rows of its scales where the matrix does not decide."""
     n_in, n_out = spec.shape[-2:]
     stack = spec.size // (n_in * n_out)
     return spec.size * bits / 8 + stack * (groups or num_groups(n_in, bits)) * n_out * scale_bytes
+
+
+def _of_table(spec: ParameterSpec, scale_bytes: int) -> float:
+    """An embedding of int8 codes, with a scale a token."""
+    return spec.size + spec.shape[0] * scale_bytes
+
+
+def mapped_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
+    """Of `stored_bytes`, what one CPU process uses where it lies in a packed folder's files: codes,
+    and scales that need no converting.
+    """
+    matrix = job.packed.of.get(name) if job.packed is not None else None
+    if matrix is None or name == TABLE:
+        return 0.0
+    return stored_bytes(name, spec, job) if matrix.mapped_scales else spec.size * matrix.bits / 8
 
 
 def _linears(model: ModelConfig) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ernie_tune.config import host_memory
-from ernie_tune.config.host_memory import container_limits, free_memory, kills, machine_memory
+from ernie_tune.config.host_memory import container_limits, free_addresses, free_memory, kills, machine_memory
 
 GB = 10**9
 FREE = 8 * 2**20 * 1024
@@ -89,6 +89,10 @@ def test_ulimits_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         found = free_memory(proc, groups)
         assert found is not None
         assert (found.bytes, str(found.bound)) == (3 * GB - pages * page, name)
+        # addresses alone are what mapped files take
+        addresses = free_addresses(proc)
+        assert (addresses is None) == (kind != resource.RLIMIT_AS)
+        assert addresses in (None, found)
 
 
 def test_a_system_that_does_not_say(tmp_path: Path) -> None:

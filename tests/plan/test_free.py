@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from planning import ATTENTION, B28, settings
+from support.packed_shapes import packed_shape
 
 from ernie_tune.cli import train
 from ernie_tune.config.host_memory import Free
@@ -17,7 +18,6 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.generate import opened
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.presets import preset
-from ernie_tune.peft.packed_header import PackedBits
 from ernie_tune.plan import free as plan
 from ernie_tune.plan.free import check_weights, shortage
 from ernie_tune.trainers import assemble
@@ -71,10 +71,18 @@ def test_codes_of_a_file_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     quantised = settings(B28, **ATTENTION, weight_quantize_algo="weight_only_mix")
     assert shortage(quantised, preset(B28), Free(9 * GB, "this machine"))[1]
     packed = settings(B28, **ATTENTION)
-    monkeypatch.setattr(plan, "job_of", lambda *a, **k: real(*a, **k).replace(packed=PackedBits(8, 0, 4, 4)))
+    monkeypatch.setattr(
+        plan, "job_of", lambda *a, **k: real(*a, **k).replace(packed=packed_shape(preset(B28), file_bytes=17 * GB))
+    )
     told, certain = shortage(packed, preset(B28), Free(9 * GB, "this machine"))
     assert told is not None
     assert not certain
+    # but `ulimit -v` counts its files
+    assert shortage(packed, preset(B28), Free(9 * GB, "this machine"), Free(30 * GB, "ulimit -v")) == (told, False)
+    told, certain = shortage(packed, preset(B28), Free(12 * GB, "ulimit -v"), Free(12 * GB, "ulimit -v"))
+    assert certain
+    assert "GB of address space (17.0" in str(told)
+    assert "12.0 GB are allowed, by ulimit -v" in str(told)
 
 
 def test_train_refuses_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from planning import ATTENTION, B28, settings
+from support.packed_shapes import packed_shape
 
 from ernie_tune.config.layout import Layout
 from ernie_tune.models.presets import preset
-from ernie_tune.peft.packed_header import PackedBits
 from ernie_tune.plan.cards import card
 from ernie_tune.plan.job import Job, job_of
 from ernie_tune.plan.memory import memory
@@ -43,7 +43,7 @@ def test_large_micro_batches_are_cut_where_they_do_not_fit() -> None:
 
 def test_codes_of_a_file_take_no_room() -> None:
     packed = quantised(max_seq_len=512, gradient_accumulation_steps=8).replace(
-        quantize="none", packed=PackedBits(8, 0, 4, 4)
+        quantize="none", packed=packed_shape(preset(B28))
     )
     assert fitting_rows(packed, 12 * GB) > fitting_rows(
         packed.replace(packed=None, quantize="weight_only_mix"), 12 * GB
