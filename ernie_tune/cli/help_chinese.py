@@ -55,7 +55,7 @@ FILE：YAML 文件，评测其中指定的模型。回答写入 output_dir 的 e
 用 MODEL（模型文件夹，或某次训练的 output_dir）回答 ROWS 的每一行（训练可读的任何格式；
 其中的回答保留为 `reference`，模型看不到）。OUT.jsonl 按顺序每行一条：row、line、id、messages、
 images、reference、answers（content、reasoning_content、finish_reason、logp：回答各 token 之和）。
-无法提问的行得到 `error`。中断后再次执行同一命令即继续。
+无法提问的行得到 `error`，在结尾列出，并使退出码为 1；0 表示每行都有回答。中断后再次执行同一命令即继续。
 
 --n 1               每行的回答数；多个回答默认以温度 1 采样
 --temperature 0     0 为贪心；另有 --top_p 1、--top_k 0、--seed 0
@@ -100,7 +100,8 @@ ernie-tune serve FOLDER --engine fastdeploy [--tensor_parallel_size 8 --quantiza
     "judge": """ernie-tune judge [MODEL] ROWS [--host 127.0.0.1] [--port 7860]
 
 打开工作室评判 ROWS：MODEL（模型文件夹，或某次训练的 output_dir）的回答；不给 MODEL 时，
-评判各行自带的回答（来自 `ernie-tune predict --n 4`，或已有评判的数据）。
+评判各行自带的回答（来自 `ernie-tune predict --n 4`，或已有评判的数据）。ROWS、其图片与 MODEL
+可在任何位置；MODEL 也可为 nano。
 用按键挑选、排序、评分、标好坏、改写；DPO、KTO、UPO、奖励模型与 SFT 可读的数据逐行写入
 当前文件夹的 judgements/。""",
     "export": """ernie-tune export FOLDER [ADAPTER …] --output_dir OUT [--layout paddle] [--quantization

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -37,6 +38,7 @@ DEFAULTS: Mapping[str, Any] = {
     "format": "auto",
 }
 _KNOWN: Mapping[str, Callable[[Any], Any]] = {**SAMPLING, "n": int, "rows": int, "logprobs": switch, "format": str}
+_NAMED_ROWS = 10  # that have no answer
 _NOT_IN_ANSWERS = ("rows",)  # options that change no answer
 
 
@@ -47,7 +49,8 @@ def run(args: list[str]) -> int:
     `reference`, the model does not see it) with the model in MODEL, a model folder or a run's
     output_dir. OUT.jsonl gets one line a row, in order: row, line, id, messages, images, reference,
     answers (content, reasoning_content, finish_reason, logp: the sum over the answer's tokens).
-    A row that cannot be asked gets an `error`. Killed, the same command goes on where it stopped.
+    A row that cannot be asked gets an `error`, is named at the end, and makes the exit code 1; 0:
+    every row has its answers. Killed, the same command goes on where it stopped.
 
     --n 1               answers to each row; several are sampled at temperature 1 unless given
     --temperature 0     0 is greedy; also --top_p 1, --top_k 0, --seed 0
@@ -98,23 +101,53 @@ def predict(model: Path, rows: str, out: Path, wanted: Mapping[str, Any]) -> int
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent, "predict", file=out.with_name(f".{out.name}.lock")):
+        rows_said = counted(len(records), "row")
         if _settled(out, settings):
-            print(say(f"{out} is finished ({len(records)} rows)", f"{out} 已完成（{len(records)} 行）"))
-            return 0
-        with while_paddle_loads():
-            from ernie_tune.generate.opened import open_engine
-            from ernie_tune.trainers.assemble import base_of_run
+            print(say(f"{out} is finished ({rows_said})", f"{out} 已完成（{len(records)} 行）"))
+        else:
+            with while_paddle_loads():
+                from ernie_tune.generate.opened import open_engine
+                from ernie_tune.trainers.assemble import base_of_run
 
-        failed = _write(lambda: open_engine(model, base_of_run), records, out, wanted)
-    print(say(f"wrote {out} ({len(records)} rows)", f"已写入 {out}（{len(records)} 行）"))
-    if failed:
-        print(
-            say(
-                f"{counted(failed, 'row')} could not be asked: see `error` in {out}",
-                f"{failed} 行无法提问：见 {out} 中的 error",
-            )
-        )
-    return 1 if failed == len(records) else 0
+            _write(lambda: open_engine(model, base_of_run), records, out, wanted)
+            print(say(f"wrote {out} ({rows_said})", f"已写入 {out}（{len(records)} 行）"))
+    return _tell_failed(out, records)
+
+
+def _tell_failed(out: Path, records: Sequence[Record]) -> int:
+    """Name the rows of a finished file that have no answer; the exit code that says whether there
+    are any.
+    """
+    failed = [line for line in _lines(out) if "error" in line]
+    if not failed:
+        return 0
+    told = [_placed(records, line) for line in failed[:_NAMED_ROWS]]
+    more = len(failed) - len(told)
+    rest = (
+        [str(say(f"… and {more} more, as `error` in {out}", f"……另有 {more} 行，见 {out} 中的 error"))] if more else []
+    )
+    head = say(
+        f"{counted(len(failed), 'row')} of {len(records)} could not be asked; mend or drop what they name, then ask "
+        f"again into another file, or delete {out}:",
+        f"{len(records)} 行中有 {len(failed)} 行无法提问；请改正或删去所指之处，再输出到另一文件，或删去 {out} 后重试：",
+    )
+    print("\n".join([str(head), *(f"  {line}" for line in (*told, *rest))]), file=sys.stderr)
+    return 1
+
+
+def _placed(records: Sequence[Record], line: Mapping[str, Any]) -> str:
+    """What is wrong with a row, behind its file and line."""
+    error = str(line["error"])
+    try:
+        place = str(records[line["row"] - 1].meta)
+    except ValueError:  # one that cannot be read says where it stands
+        return error
+    return error if error.startswith(place) else f"{place}: {error}"
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open("rb") as stream:
+        yield from map(json.loads, stream)
 
 
 def part_of(out: Path) -> Path:
@@ -151,15 +184,14 @@ def _settled(out: Path, settings: Mapping[str, Any]) -> bool:
     return False
 
 
-def _write(open_model: Callable[[], Engine], records: Sequence[Record], out: Path, wanted: Mapping[str, Any]) -> int:
-    """Append what is missing to the part file and give it its name; the number of rows without
-    answers."""
+def _write(open_model: Callable[[], Engine], records: Sequence[Record], out: Path, wanted: Mapping[str, Any]) -> None:
+    """Append what is missing to the part file and give it its name."""
     from ernie_tune.generate.bulk import in_order
     from ernie_tune.report.progress import Progress
 
     part, sampled = part_of(out), {name: wanted[name] for name in ("n", *SAMPLING)}
     with part.open("a+b") as file:
-        done, failed = _whole_lines(file, part)
+        done = _whole_lines(file, part)
         with Progress(len(records), title="predict", start_step=done, inner=True) as progress:
             if done < len(records):
                 if done:
@@ -169,19 +201,17 @@ def _write(open_model: Callable[[], Engine], records: Sequence[Record], out: Pat
                 outcomes = in_order(engine, _requests(records, done), params, wanted["rows"], done)
                 for i, outcome in enumerate(outcomes, done):
                     line = _line(i, records, outcome, engine, out.parent, wanted["logprobs"])
-                    failed += "error" in line
                     file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
                     file.flush()
                     progress.advance()
     os.replace(part, out)
-    return failed
 
 
-def _whole_lines(file: BinaryIO, part: Path) -> tuple[int, int]:
-    """(rows answered, those of them with an error); what a kill cut short is taken off the file.
-    Raises ValueError for a line that is not the row whose turn it is."""
+def _whole_lines(file: BinaryIO, part: Path) -> int:
+    """How many rows were done; what a kill cut short is taken off the file. Raises ValueError for a
+    line that is not the row whose turn it is."""
     file.seek(0)
-    size = done = failed = 0
+    size = done = 0
     for raw in file:
         if not raw.endswith(b"\n"):
             break
@@ -197,10 +227,10 @@ def _whole_lines(file: BinaryIO, part: Path) -> tuple[int, int]:
                     f"{part}:{done + 1} 须为 predict 写入的第 {done + 1} 行的回答；要重新开始请删去该文件",
                 )
             )
-        done, size, failed = done + 1, size + len(raw), failed + ("error" in line)
+        done, size = done + 1, size + len(raw)
     file.truncate(size)
     file.seek(0, os.SEEK_END)
-    return done, failed
+    return done
 
 
 def _requests(records: Sequence[Record], first: int) -> Iterator[Any]:

@@ -158,12 +158,41 @@ def test_a_row_that_cannot_be_asked_costs_no_other_its_answer(
     lines[1] = lines[1][:-3]
     path.write_text("\n".join(lines) + "\n")
     out = tmp_path / "answers" / "out.jsonl"
-    assert main(["predict", str(model), str(path), str(out), "max_new_tokens=2"]) == 0
+    assert main(["predict", str(model), str(path), str(out), "max_new_tokens=2"]) == 1, "not every row was answered"
     found = read(out)
     assert ["error" in line for line in found] == [False, True, False, True, False]
     assert "rows.jsonl:2" in found[1]["error"]
     assert "gone.png" in found[3]["error"]
-    assert "2 rows could not be asked" in capsys.readouterr().out
+    for _ in range(2):  # and again, where nothing is left to do
+        told = capsys.readouterr().err.splitlines()[-3:]
+        assert "2 rows of 5 could not be asked" in told[0]
+        assert [line.split(": ")[0].strip() for line in told[1:]] == ["rows.jsonl:2", "rows.jsonl:4"]
+        assert main(["predict", str(model), str(path), str(out), "max_new_tokens=2"]) == 1
+
+
+BAD = ("{", "3", "null", "[]", '{"a": 1}', '{"messages": []}', '{"messages": 3}', '{"messages": [{"role": "x", "content": "q"}]}',
+       '{"messages": [{"role": "assistant", "content": "a"}]}', '{"messages": [{"role": "user", "content": "<image>"}]}',
+       '{"messages": [{"role": "user", "content": "<image>"}], "images": ["no.png"]}',
+       '{"messages": [{"role": "user", "content": "<image>"}], "images": ["rows.jsonl"]}',
+       '{"messages": [{"role": "user", "content": "<image>"}], "images": ["http://127.0.0.1:1/x.png"]}',
+       '{"messages": [{"role": "user", "content": "<video>"}], "videos": ["no.mp4"]}',
+       json.dumps({"messages": [{"role": "user", "content": "long " * 9000}]}))  # fmt: skip
+
+
+def test_any_row_without_an_answer_is_named(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(write_rows(Path("rows.jsonl"), mixed_rows(3)[1:]))
+    path.write_text(path.read_text() + "\n".join(BAD) + "\n")
+    for named in (len(BAD), 4):
+        monkeypatch.setattr(predict, "_NAMED_ROWS", named)
+        assert main(["predict", str(model), "rows.jsonl", "out.jsonl", "max_new_tokens=1"]) == 1
+        told = capsys.readouterr().err.splitlines()
+        at = next(i for i, line in enumerate(told) if f"{len(BAD)} rows of {len(BAD) + 2} could not be asked" in line)
+        for number, line in enumerate(told[at + 1 : at + 1 + named], 3):
+            assert line.startswith(f"  rows.jsonl:{number}: "), line
+    assert told[-1] == f"  … and {len(BAD) - 4} more, as `error` in out.jsonl"
 
 
 def test_a_picture_is_named_from_beside_the_answers(tmp_path: Path) -> None:
