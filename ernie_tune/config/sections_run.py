@@ -21,6 +21,18 @@ _WHOLE_LAYERS = "recompute recomputes whole layers, each on its own"
 _SEQUENCES = "use tensor_model_parallel_size with sequence_parallel"
 
 
+# What `eval_metrics` takes: the names of rewards/scores.py.
+SCORES = {
+    "exact_match": ("the same after normalising", "规范化后相同"),
+    "token_f1": ("words (Chinese: characters) that are right", "词（中文为字）的 F1"),
+    "squad_exact_match": ("SQuAD's exact match", "SQuAD 的精确匹配"),
+    "squad_f1": ("SQuAD's F1 of words", "SQuAD 的词 F1"),
+    "anls": ("DocVQA's likeness of letters", "DocVQA 的字符相似度"),
+    "relaxed_accuracy": ("ChartQA's: numbers within 5 %", "ChartQA 的数值误差 5 % 以内"),
+    "iou": ("overlap of boxes", "框的重叠度"),
+    "accuracy": ("the right one of few answers, as classes", "作为类别时答对的比例"),
+    "macro_f1": ("mean F1 of classes", "各类别 F1 的平均"),
+}
 # What `report_to` takes -> the package that it needs.
 LOGGERS = {
     "visualdl": "visualdl",
@@ -261,6 +273,7 @@ class EvalArguments:
         (),
         "scores of the answers; empty: those that fit the references",
         "回答的评分指标；空表示由参考答案决定",
+        SCORES,
         shapes=False,
     )
     guard_dataset_path: tuple[str, ...] = arg(

@@ -16,6 +16,7 @@ from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.sections_model import METHODS
 from ernie_tune.config.stages import STAGES
 from ernie_tune.models.presets import PRESETS
+from ernie_tune.rewards.scores import CLASSIFICATION, MACRO_F1, METRICS, score_answers
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -106,3 +107,19 @@ def test_names_of_others_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help", *words]) == 2
     assert "help --all takes --html or nothing more" in capsys.readouterr().err
+
+
+def test_scores_are_judged_before_a_run_by_the_names_that_it_computes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = (*METRICS, CLASSIFICATION, MACRO_F1)
+    assert SETTINGS["eval_metrics"].choices == names
+    assert f"one of: {', '.join(names)}" in told(capsys, "eval_metrics")
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: tiny-a\ntrain_dataset_path: rows.jsonl\n")
+    for wrong in ("foo", "os:getcwd", "metrics.py:f", "exact_match,foo", "[foo]"):
+        assert main(["validate", str(file), f"eval_metrics={wrong}"]) == 1
+        assert "must be one of exact_match, " in capsys.readouterr().err
+    assert main(["validate", str(file), f"eval_metrics={','.join(names)}"]) == 0
+    scored = score_answers(["a", "b", "a"], ["a", "b", "b"], names)
+    assert set(scored) == set(names), "each is computed"
