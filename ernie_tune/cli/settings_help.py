@@ -10,7 +10,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from ernie_tune.cli.verbs import UsageError
+from ernie_tune.cli.verbs import VERBS, UsageError
 from ernie_tune.config import peers
 from ernie_tune.config.aliases import EXPANDED, RENAMED, VALUES
 from ernie_tune.config.arguments import SETTINGS, VARYING, RunConfig, Setting, default_for
@@ -61,7 +61,9 @@ def about(word: str) -> str:
         return str(say(f"{name}: not used here: {{why}}", f"{name}：在此不使用：{{why}}", why=why))
     if word.upper() in STAGES:
         return "\n".join(map(str, _stage_lines(word.upper())))
-    hint = did_you_mean(word, [*SETTINGS, *RENAMED, *EXPANDED])
+    verbs = [known for verb in VERBS for known in (verb.name, *verb.aliases)]
+    # a verb or stage is short: one wrong letter weighs more in it
+    hint = did_you_mean(word, [*verbs, *STAGES], 0.72) or did_you_mean(word, [*SETTINGS, *RENAMED, *EXPANDED])
     raise UsageError(
         say(
             f"no verb or setting is named {word!r}{hint}; `ernie-tune help` lists the verbs, `ernie-tune help --all` the settings",

@@ -6,13 +6,14 @@ Refuses to know what a verb does: its module is imported when the verb runs.
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 
 if TYPE_CHECKING:
     from ernie_tune.config.loader import Entry
@@ -175,6 +176,24 @@ def find_verb(word: str) -> Verb:
     return by_word[word]
 
 
+def _no_file(word: str) -> Text:
+    """That neither a YAML file nor a run is there, and what may be meant."""
+    from ernie_tune.config.convert import did_you_mean
+
+    folder = os.path.dirname(word) or "."
+    near = glob.glob(os.path.join(glob.escape(folder), "*.y*ml")) if os.path.isdir(folder) else []
+    hint = did_you_mean(word, [os.path.relpath(one) if folder == "." else one for one in near])
+    here = os.getcwd()
+    return say(
+        "{word} is not there, seen from {here}{hint}; give a YAML file or the output_dir of a run "
+        "(`ernie-tune init` writes a YAML file)",
+        "没有 {word}（当前文件夹为 {here}）{hint}；请给出 YAML 文件，或某次运行的 output_dir（`ernie-tune init` 可生成 YAML 文件）",
+        word=word,
+        here=here,
+        hint=hint,
+    )
+
+
 def file_and_settings(args: Sequence[str]) -> tuple[str, list[Entry]]:
     """The one file that `args` must name, and the settings beside it; of the folder of a run, its
     settings file. Raises UsageError for none or several files, and for a folder of something else.
@@ -189,6 +208,8 @@ def file_and_settings(args: Sequence[str]) -> tuple[str, list[Entry]]:
                 f"需要一个 YAML 文件，得到 {len(words)} 个：{' '.join(words) or '无'}",
             )
         )
+    if not os.path.exists(words[0]):
+        raise ValueError(_no_file(words[0]))
     if not os.path.isdir(words[0]):
         return words[0], entries
     file = os.path.join(words[0], ARGS_FILE)

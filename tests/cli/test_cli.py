@@ -109,6 +109,11 @@ def test_every_verb_can_be_loaded_and_every_word_is_used_once() -> None:
         (["validate", "a", "b"], "expected one YAML file, got 2: a b"),
         (["init", "a", "b"], "expected one folder, got 2: a b"),
         (["doctor", "now"], "doctor takes no words, got 'now'"),
+        (["help", "predit"], "no verb or setting is named 'predit'; did you mean 'predict'?"),
+        (["help", "exprot"], "no verb or setting is named 'exprot'; did you mean 'export'?"),
+        (["help", "SFTT"], "no verb or setting is named 'SFTT'; did you mean 'sft'?"),
+        (["help", "lerning_rate"], "no verb or setting is named 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["help", "zzz"], "no verb or setting is named 'zzz'; `ernie-tune help` lists"),
     ],
 )
 def test_wrong_command_lines(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,10 +127,20 @@ def test_wrong_settings_and_files(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "run.yaml"
-    assert call(capsys, "validate", file) == (1, "", f"{file}: No such file or directory\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.yaml").touch()
+    for verb in ("train", "eval", "validate"):
+        code, out, err = call(capsys, verb, "nowhere")
+        assert (code, out) == (1, "")
+        assert err.startswith(
+            f"nowhere is not there, seen from {tmp_path}; give a YAML file or the output_dir of a run"
+        )
+    assert "; did you mean 'runs.yaml'?" in call(capsys, "validate", "run.yaml")[2]
     with monkeypatch.context() as patch:
         patch.setenv("ERNIE_TUNE_LANG", "zh")
-        assert call(capsys, "validate", file) == (1, "", f"{file}：没有该文件或文件夹\n")
+        assert call(capsys, "eval", "nowhere")[2].startswith(
+            f"没有 nowhere（当前文件夹为 {tmp_path}）；请给出 YAML 文件"
+        )
     file.write_text(YAML + "lerning_rate: 3\n")
     code, out, err = call(capsys, "validate", file)
     assert (code, out) == (1, "")
@@ -287,7 +302,9 @@ def test_doctor_reads_cards_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert doctor._memory(tmp_path / "absent") == "unknown"
 
 
-def test_file_and_settings() -> None:
+def test_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").touch()
     path, entries = verbs.file_and_settings(["--seed", "1", "run.yaml", "lr=2"])
     assert path == "run.yaml"
     assert [(e.name, e.raw) for e in entries] == [("seed", "1"), ("lr", "2")]
