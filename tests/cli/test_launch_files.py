@@ -247,5 +247,13 @@ def test_the_dockerfile_names_extras_that_exist_and_runs_a_shell_script_that_par
     joined = re.sub(r"\\\n", " ", text)
     for command in re.findall(r"^RUN (.*)$", joined, re.MULTILINE):
         assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0, command
-    assert all(word.split()[0] in {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "CMD"} for word in
+    user, made = (
+        re.search(r"^USER tuner$", joined, re.MULTILINE),
+        re.search(r"mkdir -p /work/output.*chmod 1777 [^&]*/work/output", joined),
+    )
+    assert user
+    assert made
+    assert made.start() < user.start(), "a volume takes the owner of what it covers"
+    assert '--user "$(id -u):$(id -g)"' in text, "a folder of the host keeps its own"
+    assert all(word.split()[0] in {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "EXPOSE", "CMD"} for word in
                (line for line in joined.splitlines() if line.strip() and not line.startswith("#")))  # fmt: skip
