@@ -233,15 +233,12 @@ def listen(host: str, port: int) -> socket.socket:
             )
         )
     try:
+        if not host.strip():
+            raise OSError("empty")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ValueError(
-            say(
-                f"host ({host}) must be an address of this machine ({error}); use 127.0.0.1 or 0.0.0.0",
-                f"host（{host}）须为本机地址（{error}）；请用 127.0.0.1 或 0.0.0.0",
-            )
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise _elsewhere(host, error) from error
     try:
         if os.name == "posix":  # elsewhere it would let two programs listen
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -252,7 +249,18 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def _elsewhere(host: str, error: Exception) -> ValueError:
+    return ValueError(
+        say(
+            f"host ({host}) must be an address of this machine ({error}); use 127.0.0.1 or 0.0.0.0",
+            f"host（{host}）须为本机地址（{error}）；请用 127.0.0.1 或 0.0.0.0",
+        )
+    )
+
+
 def _taken(host: str, port: int, error: OSError) -> ValueError:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return _elsewhere(host, error)
     return ValueError(
         say(
             f"port ({port}) of {host} must be free for this program ({error.strerror}); "

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ernie_tune.cli.options import options
+from ernie_tune.cli.serve import listen
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import Entry, split_overrides
+from ernie_tune.models.presets import shipped_folder, shipped_name
 
 KEY_VARIABLE = "ERNIE_TUNE_UI_KEY"
 _KNOWN: Mapping[str, Any] = {"host": str, "port": int}
-_PORT = 7860
+_PORT, _TRIES = 7860, 20
 
 
 def run(args: list[str]) -> int:
@@ -40,8 +42,9 @@ def run(args: list[str]) -> int:
 def judge(args: list[str]) -> int:
     """ernie-tune judge [MODEL] ROWS [--host 127.0.0.1] [--port 7860]
 
-    Opens the studio's desk for ROWS: answers of MODEL (a model folder or a run's output_dir), or,
-    without MODEL, those that the rows bring along (of `ernie-tune predict --n 4`, or judged rows).
+    Opens the studio's desk for ROWS: answers of MODEL (a model folder, a run's output_dir, or
+    nano), or, without MODEL, those that the rows bring along (of `ernie-tune predict --n 4`, or
+    judged rows). ROWS and their pictures may lie anywhere; MODEL too.
     Pick, rank, rate, call good or bad, correct, by keys; rows that DPO, KTO, UPO, reward models and
     SFT read are written to judgements/ in the present folder, one after the other.
     """
@@ -50,9 +53,16 @@ def judge(args: list[str]) -> int:
         raise UsageError(
             say(f"expected [MODEL] ROWS, got {len(words)} words", f"需要 [模型] 数据文件，得到 {len(words)} 个词")
         )
-    missing = [word for word in words if not os.path.exists(word)]
-    if missing:
-        raise ValueError(say(f"{missing[0]} does not exist; correct the path", f"{missing[0]} 不存在；请改正路径"))
+    for word in words:
+        if not os.path.exists(word) and (word is words[-1] or shipped_folder(word) is None):
+            raise ValueError(say(f"{word} does not exist; correct the path", f"{word} 不存在；请改正路径"))
+    if os.path.isdir(words[-1]):
+        raise ValueError(
+            say(
+                f"ROWS ({words[-1]}) must be a file of rows, not a folder; name the file, after the model",
+                f"ROWS（{words[-1]}）须为数据文件，而不是文件夹；请在模型之后写出文件",
+            )
+        )
     return _open(Path(), entries, "judge", words[-1], words[0] if len(words) == 2 else None)
 
 
@@ -63,9 +73,8 @@ def _open(root: Path, entries: list[Entry], verb: str, rows: str | None = None, 
         raise UsageError(say(f"{KEY_VARIABLE} must hold a key, or not be set", f"{KEY_VARIABLE} 须为密钥，或不设置"))
     if not root.is_dir():
         raise ValueError(say(f"{root} must be a folder; make it first", f"{root} 须为文件夹；请先创建"))
-    port = _free(chosen["host"], chosen["port"], "port" in {e.name for e in entries})
     try:
-        from ernie_tune.ui import app
+        from ernie_tune.ui import app, judging
     except ImportError as error:
         raise ValueError(
             say(
@@ -73,27 +82,37 @@ def _open(root: Path, entries: list[Entry], verb: str, rows: str | None = None, 
                 f"工作室需要 gradio（{error}）；请 pip install gradio",
             )
         ) from error
-    also = [Path(path).resolve() for path in (rows, model) if path]
-    os.chdir(root)  # settings name files from here
-    studio = app.open_studio(Path(), also)
-    named = [studio.workspace.name(path) for path in also]
-    page = app.build(studio, "judge" if rows else "", named[0] if rows else None, named[1] if model else None)
-    app.serve(studio, page, chosen["host"], port, key)
+    shipped = shipped_name(model) if model and shipped_folder(model) else None
+    also = [Path(path).resolve() for path in (rows, None if shipped else model) if path]
+    with _listening(chosen["host"], chosen["port"], "port" in {e.name for e in entries}) as sock:
+        os.chdir(root)  # settings name files from here
+        studio = app.open_studio(Path(), also)
+        named = [studio.workspace.name(path) for path in also]
+        answered = shipped or (named[1] if model else None)
+        if rows:
+            judging.to_judge(studio.workspace, named[0], bool(answered))
+        page = app.build(studio, "judge" if rows else "", named[0] if rows else None, answered)
+        app.serve(studio, page, chosen["host"], sock, key)
     return 0
 
 
-def _free(host: str, port: int, asked: bool) -> int:
-    """The port, or the next free one where nobody asked for it. ValueError for a taken one."""
-    for candidate in range(port, port + (1 if asked else 20)):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    continue
+def _listening(host: str, port: int, asked: bool) -> socket.socket:
+    """A socket that nobody else gets, of the port, or of the next free one where nobody asked for
+    it. Raises ValueError as `listen`.
+    """
+    for candidate in range(port, port + (1 if asked else _TRIES)):
+        try:
+            sock = listen(host, candidate)
+            sock.listen()
+            return sock
+        except OSError as error:  # of one that was started at the same moment
+            taken = error.errno == errno.EADDRINUSE
+            if not taken:
                 raise
-            return candidate
+        except ValueError as error:
+            taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+            if asked or not taken:
+                raise
     raise ValueError(
         say(
             f"port ({port}) must be free; stop what listens there, or take another --port",

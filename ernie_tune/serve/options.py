@@ -74,10 +74,10 @@ class ServeOptions:
                 raise ValueError(
                     say(f"{name} ({value}) must be at least {low}; raise it", f"{name}（{value}）至少为 {low}；请调大")
                 )
-        if any(not key.isascii() or not key.strip() for key in self.api_keys):
+        if any(not (key.isascii() and key.isprintable() and key == key.strip() != "") for key in self.api_keys):
             raise ValueError(
                 say(
-                    "api_key must be of ASCII characters and not empty; choose another",
-                    "api_key 须为非空的 ASCII 字符；请另选",
+                    "api_key must be of printable ASCII characters, none of them a blank at its ends; choose another",
+                    "api_key 须为可打印的 ASCII 字符，首尾不得为空格；请另选",
                 )
             )

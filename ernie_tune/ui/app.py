@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 # Before gradio loads: it reports its use, looks for newer versions, and keeps uploads in /tmp.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -114,19 +115,17 @@ def application(studio: Studio, blocks: gr.Blocks, key: str = "", hosts: tuple[s
     return StudioGate(app, hosts, key, studio.workspace.sent)
 
 
-def serve(studio: Studio, blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, key: str = "") -> None:
-    """Until it is interrupted. Elsewhere than on this machine alone a key is asked for; one is made
-    where none is given.
+def serve(studio: Studio, blocks: gr.Blocks, host: str, sock: socket.socket, key: str = "") -> None:
+    """Until it is interrupted, on a bound socket. Elsewhere than on this machine alone a key is
+    asked for; one is made where none is given.
     """
     alone = host in LOOPBACK
     key = key or ("" if alone else secrets.token_urlsafe(18))
-    address = f"http://{'127.0.0.1' if alone else host}:{port}/"
-    told = f"{address}?key={key}" if key else address
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/"
+    told = f"{address}?key={quote(os.fsencode(key), safe='')}" if key else address
     app = application(studio, blocks, key, LOOPBACK if alone else ())
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         server_header=False,
         date_header=False,
@@ -135,7 +134,7 @@ def serve(studio: Studio, blocks: gr.Blocks, host: str = "127.0.0.1", port: int 
     server = _Server(config)
     server.line = say(f"studio of {studio.workspace.root}: {told}", f"{studio.workspace.root} 的工作室：{told}")
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets=[sock])
 
 
 class _Server(uvicorn.Server):

@@ -83,6 +83,19 @@ def read(text: str) -> tuple[Loaded | None, list[Text]]:
     return loaded, spoken(lambda: _told(text))
 
 
+def lacking(text: str) -> list[Text]:
+    """What keeps the run of a YAML that is valid from starting: what it names and is not there."""
+    return spoken(lambda: _lacking(text))
+
+
+def _lacking(text: str) -> list[str]:
+    try:
+        judged(load_text(text, NAME, for_training=True), f"{NAME}:1", training=True)
+    except (ValueError, OSError) as error:
+        return shown(error).splitlines()
+    return []
+
+
 def _told(text: str) -> list[str]:
     try:
         loaded = load_text(text, NAME, for_training=True)

@@ -6,6 +6,7 @@ An ASGI middleware, for websockets too. Refuses to know: gradio, what requests m
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from ernie_tune.config.language import Text, in_language, say
 
@@ -23,7 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-COOKIE = "ernie_tune_ui_key"
+COOKIE = "ernie_tune_ui_key_"  # and what tells one key from another
 _LARGEST_BYTES = 64 << 20
 # Nothing from elsewhere: gradio's page would fetch fonts and scripts of its makers.
 POLICY = (
@@ -40,13 +41,18 @@ _HEADERS = (
 
 class StudioGate:
     """`hosts`: names by which the studio may be called; empty: any (only with a key). `key`: ""
-    where everyone of this machine may look. A key comes once as `?key=` and stays as a cookie that
-    scripts cannot read. `sent`: the folder of what browsers have sent; a request that names a file
-    anywhere else as if it had been sent is refused, for the page's server would read it.
+    where everyone of this machine may look. A key comes once as `?key=`; what stays, in a cookie
+    that scripts cannot read, is made of it: keys hold signs that cookies cannot. `sent`: the folder
+    of what browsers have sent; a request that names a file anywhere else as if it had been sent is
+    refused, for the page's server would read it.
     """
 
     def __init__(self, app: App, hosts: tuple[str, ...] = LOOPBACK, key: str = "", sent: Path | None = None) -> None:
-        self.app, self.hosts, self.key, self.sent = app, hosts, key, sent
+        self.app, self.hosts, self.key, self.sent = app, hosts, os.fsencode(key), sent
+        # a cookie goes to every port of a host: each key has its own, so that two studios do not
+        # take each other's
+        self.cookie = COOKIE + hashlib.sha256(b"name" + self.key).hexdigest()[:12]
+        self.token = hashlib.sha256(b"studio" + self.key).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -77,13 +83,8 @@ class StudioGate:
                     return await _refuse(headers, scope, send, 403, told)
                 receive = _again(body, receive)
             return await self.app(scope, receive, self._told(send))
-        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
-        if (
-            scope["type"] == "http"
-            and scope["method"] == "GET"
-            and hmac.compare_digest(given.encode(), self.key.encode())
-        ):
-            cookie = f"{COOKIE}={self.key}; HttpOnly; SameSite=Strict; Path=/"
+        if scope["type"] == "http" and scope["method"] == "GET" and self._is_given(scope.get("query_string", b"")):
+            cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
             return await _answer(send, 303, b"", ((b"location", b"/"), (b"set-cookie", cookie.encode())))
         told = say(
             "this studio asks for a key: open the address with ?key= that it printed",
@@ -93,10 +94,19 @@ class StudioGate:
 
     def _knows(self, headers: dict[str, str]) -> bool:
         try:
-            found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+            found = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
         except CookieError:
             return False
-        return found is not None and hmac.compare_digest(found.value.encode(), self.key.encode())
+        return found is not None and hmac.compare_digest(found.value.encode(), self.token.encode())
+
+    def _is_given(self, query: bytes) -> bool:
+        """Whether the key is in an address: as the printed link has it, or as people type it, with
+        its own + and &.
+        """
+        text = query.decode("latin-1")
+        typed = text[4:] if text.startswith("key=") else ""
+        read = (unquote(typed, errors="surrogateescape"), *parse_qs(text, errors="surrogateescape").get("key", [])[:1])
+        return sum(hmac.compare_digest(key.encode("utf-8", "surrogateescape"), self.key) for key in read) > 0
 
     def _told(self, send: Send) -> Send:
         async def tell(message: MutableMapping[str, Any]) -> None:

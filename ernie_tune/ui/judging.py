@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ernie_tune.config.language import Text, say
+from ernie_tune.config.language import Text, counted, say
 from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.report import html
 from ernie_tune.ui import asking, desk, forms, studio
@@ -208,18 +208,11 @@ def begin(
         raise ValueError(
             say("judge must be named, in at most 80 characters; write a name", "请填写评判者姓名（不超过 80 字）")
         )
-    found, told = questions(workspace.inside(rows), workspace)
+    found, told = to_judge(workspace, rows, bool(model))
     store = Judgements(workspace.inside(folder))
     asked_model = workspace.model(model) if model else ""
     done = store.done(judge.strip()) & found.keys()
-    todo = [name for name, q in found.items() if name not in done and (asked_model or q.answers)]
-    if not todo and not done:
-        raise ValueError(
-            say(
-                f"{rows} must hold questions with answers, or a model must answer them; choose a model",
-                f"{rows} 中须有带回答的问题，或选择一个模型来回答",
-            )
-        )
+    todo = [name for name in found if name not in done]
     table = desk.Desk(judge.strip(), mode, tuple(todo))
     return Session(
         store,
@@ -233,6 +226,48 @@ def begin(
         told,
         len(done),
     )
+
+
+def to_judge(workspace: Workspace, rows: str, answered: bool) -> tuple[dict[str, ToJudge], list[ValueError]]:
+    """The questions of a file that can be judged, and what is wrong with its other rows.
+    `answered`: whether a model answers; otherwise rows must bring answers along. Raises ValueError
+    where no row can be judged, and why.
+    """
+    found, told = questions(workspace.inside(rows), workspace)
+    if not found:
+        more = len(told) - 1
+        raise ValueError(
+            say(
+                "no row of {rows} can be judged: {why}{more}",
+                "{rows} 中没有可评判的行：{why}{more}",
+                rows=rows,
+                why=told[0] if told else say("it holds none", "文件为空"),
+                more=say(f" (and {more} more)", f"（另有 {more} 行）") if more > 0 else "",
+            )
+        )
+    fit = {name: q for name, q in found.items() if answered or q.answers}
+    if not fit:
+        raise ValueError(
+            say(
+                f"{rows} must hold questions with answers, or a model must answer them; choose a model",
+                f"{rows} 中须有带回答的问题，或选择一个模型来回答",
+            )
+        )
+    return fit, told + _without_answers(rows, len(found) - len(fit))
+
+
+def _without_answers(rows: str, count: int) -> list[ValueError]:
+    if not count:
+        return []
+    what = counted(count, "row")
+    return [
+        ValueError(
+            say(
+                f"{rows}: {what} without several answers must be answered by a model to be judged; choose one",
+                f"{rows}：{count} 行没有多个回答，须由模型回答才能评判；请选择模型",
+            )
+        )
+    ]
 
 
 def agreement_html(store: Judgements, first: str, second: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from ernie_tune.config.language import Text, say, shown, spoken
+from ernie_tune.config.language import Text, counted, say, shown, spoken
 from ernie_tune.data.doctor.fix import fix_file, fixed_path
 from ernie_tune.data.doctor.scan import Scan
 from ernie_tune.data.doctor.show import show_record
@@ -83,8 +83,10 @@ def _keep(studio: Studio, path: str) -> tuple[Any, str]:
 
 def _checked(studio: Studio, name: str | None) -> str:
     try:
-        path = str(studio.workspace.inside(name or ""))
-        report = Scan(_processor(), limit=_FINDINGS).run([DatasetEntry(path)], [])
+        path = studio.workspace.inside(name or "")
+        if path in studio.workspace.also:
+            questions(path, studio.workspace)  # whose pictures may be shown
+        report = Scan(_processor(), limit=_FINDINGS).run([DatasetEntry(studio.workspace.here(path))], [])
         return kit.page(check_body(report, studio.workspace.may_show))
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
@@ -95,7 +97,7 @@ def _rows(studio: Studio, name: str | None) -> str:
     try:
         path = studio.workspace.inside(name or "")
         found, told = questions(path, studio.workspace, _SHOWN_ROWS)
-        return kit.lines(told, "bad") + "<hr>".join(_card(studio, path, q) for q in found.values())
+        return kit.few(told) + "<hr>".join(_card(studio, path, q) for q in found.values())
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
 
@@ -104,18 +106,18 @@ def _card(studio: Studio, path: Path, row: ToJudge) -> str:
     said = [text for text in (row.reference, *row.answers) if text]
     turns = "".join(f'<div class="turn assistant">{kit.text(text)}</div>' for text in said)
     title = html.both(say("as the model sees it", "模型看到的样子"))
-    seen = _as_the_model_sees_it(path, row)
+    seen = _as_the_model_sees_it(studio.workspace.here(path), row)
     below = f"<details><summary>{title}</summary>{kit.log(seen)}</details>" if seen else ""
     return kit.dialogue(row.asked.messages, row.asked.images) + turns + below
 
 
-def _as_the_model_sees_it(path: Path, row: ToJudge) -> list[Text]:
+def _as_the_model_sees_it(path: str, row: ToJudge) -> list[Text]:
     """By the tokenizer that comes along; nothing for what `predict` wrote, which is no row."""
     number = row.number
     if number is None:
         return []
     try:
-        record = load_dataset(str(path))[number]
+        record = load_dataset(path)[number]
         return spoken(lambda: list(show_record(record, _processor())))
     except (ValueError, OSError) as error:
         why = error
@@ -129,11 +131,15 @@ def _processor() -> Processor:
 
 def _mended(studio: Studio, name: str | None) -> tuple[str, Any]:
     try:
-        path = str(studio.workspace.inside(name or ""))
+        path = studio.workspace.here(studio.workspace.inside(name or ""))
+        target = studio.workspace.name(studio.workspace.inside(fixed_path(path)))
         changes = list(fix_file(DatasetEntry(path)))
-        target = studio.workspace.name(Path(fixed_path(path)))
         told = kit.line(
-            say(f"wrote {target}: {len(changes)} changes", f"已写入 {target}：{len(changes)} 处修改"), "good"
+            say(
+                f"wrote {target}: {counted(len(changes), 'change')}",
+                f"已写入 {target}：{len(changes)} 处修改",
+            ),
+            "good",
         )
         lines = spoken(lambda: [f"{change.line}: {change}" for change in changes[:200]])
         return told + kit.log(lines), gr.update(choices=studio.workspace.rows(), value=target)

@@ -116,7 +116,7 @@ def _start(studio: Studio, *chosen: Any) -> Iterator[list[Any]]:
     except (ValueError, OSError) as error:
         yield [gr.skip(), kit.line(error, "bad"), *[gr.skip()] * 5]
         return
-    told = kit.lines(made.told[:10], "bad")
+    told = kit.few(made.told)
     if made.waits:
         yield [made, told + kit.line(say("the model is starting …", "模型正在启动……")), *[gr.skip()] * 5]
     yield [made, *_seen(made, told)]

@@ -144,7 +144,10 @@ def _end(studio: Studio) -> str:
     for job in running:
         studio.jobs.kill(job)
     studio.servers.close()
-    return kit.line(say(f"{len(running)} servers were asked to end", f"已请求停止 {len(running)} 个服务"))
+    if not running:
+        return kit.line(say("no server is running", "没有正在运行的服务"))
+    what = "1 server was" if len(running) == 1 else f"{len(running)} servers were"
+    return kit.line(say(f"{what} asked to end", f"已请求停止 {len(running)} 个服务"))
 
 
 def _export(studio: Studio, name: str | None, quantization: str, target: str, tongue: str) -> str:
@@ -157,7 +160,7 @@ def _export(studio: Studio, name: str | None, quantization: str, target: str, to
                     f"量化（{quantization}）须为 {'、'.join(QUANTIZATIONS)} 之一",
                 )
             )
-        words = ["export", model, str(to)]
+        words = ["export", model, f"./{studio.workspace.name(to)}"]
         words += [] if quantization == "none" else ["--quantization", quantization]
         title, spoken = f"export {studio.workspace.name(to)}", {VARIABLE: kit.tongue(tongue)}
         job = studio.jobs.start("export", title, words, studio.workspace.root, spoken)

@@ -153,7 +153,20 @@ def _judged(studio: Studio, text: str) -> str:
         return kit.line(error, "bad")
     if loaded is None:
         return kit.lines(told, "bad")
+    lacks = forms.lacking(text)
+    if lacks:
+        end = say(
+            "these settings fit together, but the run cannot start before the above is there",
+            "设置相互匹配，但须先备齐以上各项才能开始训练",
+        )
+        return _notes(told, lacks) + kit.lines(lacks, "bad") + kit.line(end)
     return kit.lines(told) + kit.line(say("these settings are valid", "设置有效"), "good")
+
+
+def _notes(told: list[Text], lacks: list[Text]) -> str:
+    """What there is to say beside what is not there."""
+    known = {str(one.english) for one in lacks}
+    return kit.lines([one for one in told if one.english not in known])
 
 
 def _estimated(studio: Studio, text: str) -> str:
@@ -170,8 +183,9 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
     """
     try:
         loaded, told = _loaded(studio, text)
-        if loaded is None:
-            return kit.lines(told, "bad"), gr.skip()
+        lacks = told if loaded is None else forms.lacking(text)
+        if loaded is None or lacks:
+            return kit.lines(lacks, "bad"), gr.skip()
         path = studio.workspace.inside(name)
         if path.suffix not in (".yaml", ".yml"):
             raise ValueError(
@@ -183,7 +197,8 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
         unfinished.replace(path)
         title = f"{loaded.config.model.stage} {studio.workspace.name(Path(loaded.config.save.output_dir))}"
         spoken = {VARIABLE: kit.tongue(tongue)}
-        job = studio.jobs.start(KIND, title, ["train", str(path)], studio.workspace.root, spoken)
+        words = ["train", f"./{studio.workspace.name(path)}"]  # as people know it, in what it says
+        job = studio.jobs.start(KIND, title, words, studio.workspace.root, spoken)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.skip()
     return kit.lines(told) + kit.line(say(f"started {job.id}", f"已启动 {job.id}"), "good"), gr.update(
@@ -193,7 +208,18 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
 
 def _stop(studio: Studio, chosen: str | None) -> str:
     try:
-        studio.jobs.stop(studio.jobs.get(chosen or ""))
+        job = studio.jobs.get(chosen or "")
+        state = studio.jobs.state(job)
+        if state != RUNNING:
+            raise ValueError(
+                say(
+                    "job ({title}) must be running to be stopped, but is: {state}",
+                    "任务（{title}）须在运行中才能停止，现为：{state}",
+                    title=job.title,
+                    state=kit.STATES[state],
+                )
+            )
+        studio.jobs.stop(job)
     except ValueError as error:
         return kit.line(error, "bad")
     return kit.line(
@@ -240,7 +266,7 @@ def _look(studio: Studio, chosen: str | None) -> tuple[Any, Any]:
         return (gr.update(choices=_jobs(studio), value=newest.id), "") if newest else (gr.skip(), gr.skip())
     state = studio.jobs.state(job)
     word = html.both(kit.STATES[state])
-    shown = f'<p class="state" data-state="{state}">{escape(job.title)} · {word}</p><pre class="log">{escape(_end(studio.jobs.output(job)))}</pre>'
+    shown = f'<p class="state" data-state="{state}">{escape(job.title)} · {word}</p><pre class="log">{escape(kit.from_here(_end(studio.jobs.output(job))))}</pre>'
     return gr.update(choices=_jobs(studio)), shown
 
 

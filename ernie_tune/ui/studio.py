@@ -66,17 +66,30 @@ Offers = list[tuple[Any, Callable[[], list[Any]]]]  # lists of names, and what t
 
 def line(message: object, kind: str = "note") -> str:
     """A line about what happened: a message in both languages, or an error made of one."""
-    english, chinese = (str(in_language(message, lang)) for lang in ("en", "zh"))
+    english, chinese = (from_here(str(in_language(message, lang))) for lang in ("en", "zh"))
     return f'<p class="{kind}" role="status">{html.both(Text(english, chinese))}</p>'
+
+
+def from_here(said: str) -> str:
+    """Paths in a text as people know them: from the folder in which the studio works."""
+    here = str(Path.cwd())
+    return said if here == "/" else said.replace(f"{here}/", "").replace(here, Path(here).name)
 
 
 def lines(messages: Sequence[object], kind: str = "note") -> str:
     return "".join(line(m, kind) for m in messages)
 
 
+def few(messages: Sequence[object], most: int = 10) -> str:
+    """What is wrong with rows: the first of them, and how many more there are."""
+    more = len(messages) - most
+    rest = line(say(f"and {more} more like these", f"另有 {more} 条类似信息"), "bad") if more > 0 else ""
+    return lines(messages[:most], "bad") + rest
+
+
 def log(messages: Sequence[Text]) -> str:
     """What a command says, line by line, in both languages."""
-    english, chinese = ("\n".join(getattr(m, lang) for m in messages) for lang in ("english", "chinese"))
+    english, chinese = (from_here("\n".join(getattr(m, lang) for m in messages)) for lang in ("english", "chinese"))
     return f'<pre class="log">{html.both(Text(english, chinese))}</pre>' if messages else ""
 
 

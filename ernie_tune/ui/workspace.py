@@ -17,7 +17,7 @@ from ernie_tune.config.language import say
 from ernie_tune.config.loader import ARGS_FILE
 from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import INFO_FILE, find
-from ernie_tune.models.presets import SHIPPED
+from ernie_tune.models.presets import SHIPPED, shipped_name
 from ernie_tune.report.log import LOG_FILE
 
 OWN_FOLDER = ".ernie_tune_ui"  # jobs, uploads
@@ -30,12 +30,16 @@ _NOT_ROWS = ("trainer_log", "trainer_state", "ledger", "metrics", "config", "tok
 
 
 class Workspace:
-    """One folder, with what the command line has let in beside it (`also`, files or folders)."""
+    """One folder, with what the command line has let in beside it (`also`, files or folders). Of
+    files of rows among these the pictures are let in too, one by one and only to be shown
+    (`let_in`): whoever sits at a browser chooses none of them.
+    """
 
     def __init__(self, root: Path, also: Iterable[Path] = ()) -> None:
         self.root = root.resolve()
         self.root.mkdir(parents=True, exist_ok=True)
         self.also = tuple(path.resolve() for path in also)
+        self.pictures: set[Path] = set()
         self.own = self.root / OWN_FOLDER
         self.own.mkdir(exist_ok=True)
 
@@ -51,8 +55,8 @@ class Workspace:
         if not self.holds(path):
             raise ValueError(
                 say(
-                    f"path ({text[:200]}) must lie in the workspace ({self.root}); move it there, or start the studio in its folder",
-                    f"路径（{text[:200]}）须在工作区（{self.root}）内；请移入，或在其所在文件夹启动",
+                    f"path ({text[:200]}) must lie in the workspace ({self.root.name}); move it there, or start the studio in its folder",
+                    f"路径（{text[:200]}）须在工作区（{self.root.name}）内；请移入，或在其所在文件夹启动",
                 )
             )
         return path
@@ -61,7 +65,12 @@ class Workspace:
         """What `serve` is told for a model that a browser means: a folder of the workspace, or the
         name of the model that comes with the package. Raises ValueError as `inside`.
         """
-        return text if text in SHIPPED and not (self.root / text).exists() else str(self.inside(text))
+        shipped = None if (self.root / text).exists() else shipped_name(text)
+        if shipped:
+            return shipped
+        path = self.inside(text)
+        name = self.name(path)
+        return name if os.path.isabs(name) else f"./{name}"  # every process of a studio works in its folder
 
     def holds(self, path: Path) -> bool:
         """Whether a resolved path is one that this studio may touch; its own folder is not."""
@@ -70,8 +79,17 @@ class Workspace:
         return any(path == known or path.is_relative_to(known) for known in (self.root, *self.also))
 
     def may_show(self, path: str) -> bool:
-        """Whether a file that data name may be shown: links followed, it lies in here."""
-        return "\0" not in path and self.holds(Path(os.path.realpath(self.root / path)))
+        """Whether a file that data name may be shown: links followed, it lies in here, or the rows
+        of the command line name it.
+        """
+        if "\0" in path:
+            return False
+        file = Path(os.path.realpath(self.root / path))
+        return self.holds(file) or file in self.pictures
+
+    def let_in(self, picture: Path) -> None:
+        """Have a picture shown that rows of the command line name, wherever it lies."""
+        self.pictures.add(picture.resolve())
 
     @property
     def uploads(self) -> Path:
@@ -94,6 +112,12 @@ class Workspace:
         """A path as people are shown it: from the workspace where it is in it."""
         resolved = path.resolve()
         return str(resolved.relative_to(self.root)) if resolved.is_relative_to(self.root) else str(resolved)
+
+    def here(self, path: Path) -> str:
+        """How this process opens a path: from the workspace where it works in it, so that whatever
+        is said of the file names it as people know it.
+        """
+        return self.name(path) if Path.cwd() == self.root else str(path)
 
     def check_settings(self, config: RunConfig) -> None:
         """Raises ValueError where a setting, whichever, names a file or folder outside, and where

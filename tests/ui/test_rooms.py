@@ -38,8 +38,9 @@ class Told(Jobs):
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Iterator[Studio]:
+def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
     made = Studio.at(tmp_path / "work", (), lambda key: key)
+    monkeypatch.chdir(made.workspace.root)  # as the command line does
     made.jobs = Told(made.jobs.folder)
     write_rows(made.workspace.root / "train.jsonl", [ROW] * 4)
     yield made
@@ -62,7 +63,7 @@ def test_start_stop_and_resume(studio: Studio) -> None:
     told, update = room_train._start(studio, forms.START, "runs/mine.yaml", "zh")
     job = newest(studio, RUNNING)
     path = studio.workspace.root / "runs" / "mine.yaml"
-    assert (job.argv, update["value"]) == (("train", str(path)), job.id)
+    assert (job.argv, update["value"]) == (("train", "./runs/mine.yaml"), job.id)
     assert path.read_text(encoding="utf-8") == forms.START
     assert "started" in halves_of(told)[0]
     assert "已启动" in halves_of(told)[1]
@@ -78,12 +79,15 @@ def test_start_stop_and_resume(studio: Studio) -> None:
         pass
     assert "resume goes on" in halves_of(room_train._stop(studio, job.id))[0]
     assert studio.jobs.wait(job, 60) == STOPPED
+    refused = halves_of(room_train._stop(studio, job.id))
+    assert "must be running to be stopped, but is: stopped" in refused[0]
+    assert "现为：已停止" in refused[1]
     (studio.workspace.root / "wait").unlink()
     told, update = room_train._resume(studio, job.id, "en")
     again = newest(studio)
     assert again.id != job.id
     assert (again.title, again.argv, update["value"]) == (job.title, job.argv, again.id), "the same words: it goes on"
-    assert studio.jobs.output(again).split() == ["en", "train", str(path)]
+    assert studio.jobs.output(again).split() == ["en", "train", "./runs/mine.yaml"]
     assert "newest checkpoint" in halves_of(told)[0]
     room_serve._export(studio, "ernie-4.5-vl-nano", "wint8", "output/x", "zh")
     export = newest(studio)
@@ -92,6 +96,21 @@ def test_start_stop_and_resume(studio: Studio) -> None:
     _, shown = room_train._look(studio, again.id)
     assert 'data-state="done"' in shown
     assert 'class="zh">已完成' in shown
+
+
+@pytest.mark.parametrize("name", ["train_dataset_path", "eval_dataset_path", "lora_path", "model_name_or_path"])
+def test_settings_that_name_what_is_not_there_are_not_called_ready(studio: Studio, name: str) -> None:
+    whole = forms.with_value(forms.START, "eval_dataset_path", "train.jsonl")
+    assert 'class="good"' in room_train._judged(studio, whole)
+    text = forms.with_value(whole, name, "gone/nowhere/x")
+    page = room_train._judged(studio, text)
+    assert "is not there" in halves_of(page)[0]
+    assert "cannot start before" in halves_of(page)[0]
+    assert 'class="good"' not in page
+    told, _ = room_train._start(studio, text, "run.yaml", "en")
+    assert 'class="bad"' in told
+    assert not studio.jobs.all(), "no run that cannot begin"
+    assert str(studio.workspace.root) not in page
 
 
 @pytest.mark.parametrize("asked", ["both", "", None, "zh; rm -rf", 3])

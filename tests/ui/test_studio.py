@@ -4,11 +4,13 @@ questions, the gate."""
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from support.tiny_runs import IMAGES, write_rows
@@ -17,7 +19,7 @@ from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.language import in_language
 from ernie_tune.config.loader import load_text
 from ernie_tune.ui import asking, forms, judging, runs, studio
-from ernie_tune.ui.gate import COOKIE, StudioGate
+from ernie_tune.ui.gate import StudioGate
 from ernie_tune.ui.jobs import Jobs
 from ernie_tune.ui.judgements import AskedRow, Judgement, Judgements
 from ernie_tune.ui.questions import questions
@@ -134,7 +136,10 @@ def test_what_is_offered(place: Workspace) -> None:
     assert place.runs() == ["run"]
     assert place.models() == ["run", "ernie-4.5-vl-nano"], "and the model that comes along"
     assert place.model("ernie-4.5-vl-nano") == "ernie-4.5-vl-nano"
-    assert place.model("run") == str(place.root / "run")
+    assert place.model("nano") == "ernie-4.5-vl-nano"
+    assert place.model("run") == "./run", "from the folder that every process of the studio works in"
+    (place.root / "--help").mkdir()
+    assert place.model("--help") == "./--help", "never taken for an option"
     with pytest.raises(ValueError, match="must lie in the workspace"):
         place.model("../outside")
     assert place.settings() == ["a.yaml"]
@@ -477,9 +482,26 @@ def test_the_key_opens_once_and_stays_as_a_cookie() -> None:
     assert opened["status"] == 303
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
-    assert ask(gate, host="10.0.0.4", cookie=f'{COOKIE}="open sesame"')["status"] == 200
-    assert ask(gate, host="10.0.0.4", cookie=f"{COOKIE}=other")["status"] == 401
+    kept = cookie.split(";")[0]
+    assert ask(gate, host="10.0.0.4", cookie=kept)["status"] == 200
+    assert ask(gate, host="10.0.0.4", cookie=f"{kept.split('=')[0]}=other")["status"] == 401
     assert ask(gate, kind="websocket", host="10.0.0.4")["type"] == "websocket.close"
+
+
+@pytest.mark.parametrize("key", ["a;b", " a b ", "\"q\" 'q'", "密钥", "100%", "%41", "a&key=b", "a#b", "a+b", "a=b", ",", "\n\t\\",
+                                 "é", "\udcff", "<b>"])  # fmt: skip
+def test_any_key_opens_and_stays_with_its_owner(key: str) -> None:
+    gate, other = StudioGate(inside, hosts=(), key=key), StudioGate(inside, hosts=(), key="another")
+    opened = ask(gate, f"/?key={quote(os.fsencode(key), safe='')}", host="10.0.0.4")
+    cookie = dict(opened["headers"])[b"set-cookie"].decode("ascii").split(";")[0]
+    assert re.fullmatch(r"\w+=\w+", cookie), "needs no quotes"
+    theirs = dict(ask(other, "/?key=another", host="10.0.0.4")["headers"])[b"set-cookie"].decode().split(";")[0]
+    for sent in (cookie, f"{cookie}; {theirs}", f"{theirs}; {cookie}"):
+        assert ask(gate, host="10.0.0.4", cookie=sent)["status"] == 200
+    assert ask(gate, host="10.0.0.4", cookie=theirs)["status"] == 401
+    assert ask(gate, f"/?key={quote(os.fsencode(key + 'x'), safe='')}", host="10.0.0.4")["status"] == 401
+    if key in ("a+b", "a;b", "a&key=b", "100%"):  # as people type it
+        assert ask(gate, f"/?key={key}", host="10.0.0.4")["status"] == 303
 
 
 def test_the_studio_loads_neither_paddle_nor_trainers() -> None:
