@@ -101,16 +101,15 @@ def predict(model: Path, rows: str, out: Path, wanted: Mapping[str, Any]) -> int
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent, "predict", file=out.with_name(f".{out.name}.lock")):
-        rows_said = counted(len(records), "row")
         if _settled(out, settings):
-            print(say(f"{out} is finished ({rows_said})", f"{out} 已完成（{len(records)} 行）"))
+            print(say(f"{out} is finished ({counted(len(records), 'row')})", f"{out} 已完成（{len(records)} 行）"))
         else:
             with while_paddle_loads():
                 from ernie_tune.generate.opened import open_engine
                 from ernie_tune.trainers.assemble import base_of_run
 
             _write(lambda: open_engine(model, base_of_run), records, out, wanted)
-            print(say(f"wrote {out} ({rows_said})", f"已写入 {out}（{len(records)} 行）"))
+            print(say(f"wrote {out} ({counted(len(records), 'row')})", f"已写入 {out}（{len(records)} 行）"))
     return _tell_failed(out, records)
 
 
