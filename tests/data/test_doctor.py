@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ernie_tune.data.doctor.checks import CHECKS, Finding, Findings
-from ernie_tune.data.doctor.compare import RowLog, join_texts, similarity, sketch
+from ernie_tune.data.doctor.compare import RowLog, _members, join_texts, similarity, sketch
 from ernie_tune.data.doctor.media import Pictures
 from ernie_tune.data.doctor.rows import Columns
 from ernie_tune.data.doctor.scan import DataFile, Report, Scan, count_tokens
@@ -332,6 +332,15 @@ def test_similarity_counts_common_shingles() -> None:
     assert similarity(row("abcdefghij"), row("abcdefghijk")) == pytest.approx(3 / 8)
     assert similarity(row("abc"), row("xyz")) == 0.0
     assert similarity(row("abc", ("p.png",)), row("abc")) == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 50, 5000])
+def test_members_are_those_of_numpy(count: int) -> None:
+    random = np.random.default_rng(count)
+    values = random.integers(0, 1 << 63, 5000).astype(np.uint64) << np.uint64(1)
+    ordered = np.sort(random.choice(values, count, replace=False))
+    near = np.concatenate([values, ordered + np.uint64(1), ordered ^ np.uint64(1 << 63)])
+    np.testing.assert_array_equal(_members(near, ordered), np.flatnonzero(np.isin(near, ordered)))
 
 
 def test_row_log_finds_equal_values_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:

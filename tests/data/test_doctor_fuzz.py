@@ -275,6 +275,38 @@ def test_the_fast_road_is_taken() -> None:
     assert Quick(form, FORMATS).facts([row]) == [("q", "good", "bad", (), "pair", "")]
 
 
+ODD_TEXTS = ("", "  ", " padded", "padded\n", "(well)", "!!!", "a <image> b", "[THINK]x", "[x] y", "◁think▷", 7, None)
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt_response", "pairs"])
+def test_many_rows_at_once_are_each_row_on_its_own(name: str) -> None:
+    """One odd text among plain rows, in each place: the others keep their facts, and it has what it
+    has alone.
+    """
+    made = {
+        "messages": lambda a, b: {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]},
+        "prompt_response": lambda a, b: {"prompt": a, "response": b},
+        "pairs": lambda a, b: {"prompt": a, "chosen": b, "rejected": "worse"},
+    }[name]
+    form = next(form for form in FORMATS if form.name == name)
+    quick = Quick(form, FORMATS)
+    plain = [made(f"问 {i}", f"“{i}” is right") for i in range(5)]
+    quick.learn(plain[0], facts_of(read(plain[0], form, Where(), FORMATS)))
+    assert None not in quick.facts(plain)
+    assert quick._facts_at_once(plain) == quick.facts(plain)
+    odd = [made(text, "yes") for text in ODD_TEXTS] + [made("why", text) for text in ODD_TEXTS]
+    odd += [{**plain[0], "source": "x"}, plain[0] | {"images": ["a.png"]}, made("why", "worse"), None]
+    if name == "messages":
+        odd += [{"messages": plain[0]["messages"] * 2}, {"messages": plain[0]["messages"][::-1]}, {"messages": "ab"}]
+        odd += [{"messages": [{**plain[0]["messages"][0], "name": "x"}, plain[0]["messages"][1]]}, {"messages": {}}]
+    seen = set()
+    for row in odd:
+        for rows_ in ([*plain, row], [row, *plain], [row] * 3):
+            assert quick.facts(rows_) == [quick.facts([one])[0] for one in rows_], row
+        seen.add(quick._facts_at_once([*plain, row]) is None)
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize("size", [1, 1 << 17])
 def test_blocks_keep_lines_and_offsets(tmp_path, monkeypatch, size) -> None:
     from ernie_tune.data.doctor import rows as doctor_rows

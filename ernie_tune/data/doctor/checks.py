@@ -226,7 +226,7 @@ def check_record(record: Record) -> Iterator[Finding]:
 
 def may_hold_marks(text: str) -> bool:
     """Whether `THOUGHT_MARK` is worth a search."""
-    return "<" in text or "[THINK]" in text or "◁" in text
+    return "<" in text or ("[" in text and "[THINK]" in text) or "◁" in text
 
 
 def _is_thought(turn: Message, hit: re.Match[str]) -> bool:

@@ -69,8 +69,8 @@ def sketch(joined: bytes, ends_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first_n = np.minimum(starts_n[:-1], len(at_S) - 1)
     least_Hn = np.minimum.reduceat(_MULTIPLIERS_H1 * kept_S, first_n, axis=1)
     bands = np.zeros((BANDS, len(ends_n)), np.uint64)
-    for i, least_n in enumerate(least_Hn):
-        bands[i // BAND_HASHES] = (bands[i // BAND_HASHES] ^ least_n) * _MIX
+    for i in range(BAND_HASHES):
+        bands = (bands ^ least_Hn[i::BAND_HASHES]) * _MIX
     return bands, np.diff(starts_n) > 0
 
 
@@ -79,14 +79,29 @@ def similarity(one: Facts, other: Facts) -> float:
     if one[3] != other[3]:
         return 0.0
     a, b = _shingles(one), _shingles(other)
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / (len(a) + len(b) - common)
+    either = len(_distinct(np.concatenate([a, b])))
+    return (len(a) + len(b) - either) / either
 
 
 def _shingles(facts: Facts) -> np.ndarray:
     """The distinct shingles of a row's texts."""
     text = "\0".join(facts[:3]).encode().ljust(SHINGLE_BYTES, b"\0")
-    return np.unique(np.ndarray((len(text) - SHINGLE_BYTES + 1,), "<u8", text, 0, (1,)))
+    return _distinct(np.ndarray((len(text) - SHINGLE_BYTES + 1,), "<u8", text, 0, (1,)))
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """What `np.unique` gives, at a third of its price for some hundred values."""
+    ordered = np.sort(values)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])]
+
+
+def _members(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Indices of the values that stand in `ordered`; bits of their own leave few to search for."""
+    low, mask = np.uint64(20), np.uint64(0xFFFF)  # the lowest may be those of the part
+    marked = np.zeros(1 << 16, bool)
+    marked[ordered >> low & mask] = True
+    at = np.flatnonzero(marked[values >> low & mask])
+    return at[ordered[np.searchsorted(ordered, values[at]).clip(max=len(ordered) - 1)] == values[at]]
 
 
 class RowLog:
@@ -124,7 +139,7 @@ class RowLog:
             ordered = np.sort(values)
             repeated = ordered[1:][ordered[1:] == ordered[:-1]]
             if len(repeated):
-                here = np.isin(values, repeated)
+                here = _members(values, repeated)
                 order = np.argsort(values[here], kind="stable")
                 yield rows[here][order], values[here][order]
 

@@ -162,7 +162,7 @@ class Scan:
         """Check a batch and remember what comparisons need of it."""
         file, rows = self._files[number], batch.rows
         found = self._quick_facts(file, rows, batch.lines_n)
-        slow = [i for i, facts in enumerate(found) if facts is None]
+        slow = [i for i, facts in enumerate(found) if facts is None] if None in found else []
         while slow:
             i, known = slow.pop(0), file.quick.shapes if file.quick else 0
             found[i] = self._look(file, rows[i], int(batch.lines_n[i]))
@@ -172,7 +172,7 @@ class Scan:
                     found[j] = facts
                 slow = [j for j in slow if found[j] is None]
         file.rows += len(rows) - rows.count(None)
-        kept_n = np.array([i for i, facts in enumerate(found) if facts is not None], np.int64)
+        kept_n = np.flatnonzero([facts is not None for facts in found]) if None in found else np.arange(len(found))
         if not len(kept_n):
             return
         columns = Columns(*zip(*filter(None, found), strict=True))
@@ -311,7 +311,7 @@ class Scan:
                 while len(sample) > BANDS * _COMPARED:
                     step *= 2
                     sample = sample[_drawn(sample[:, 0], step)]
-                sample = np.unique(sample, axis=0)
+                sample = np.array(sorted(set(map(tuple, sample.tolist()))), np.int64).reshape(-1, 2)
                 while len(sample) > _COMPARED:
                     step *= 2
                     sample = sample[_drawn(sample[:, 0], step)]
@@ -322,7 +322,7 @@ class Scan:
             if similarity(*texts) >= NEAR
         }
         later_k, first_k = np.array(list(alike), np.int64), np.array(list(alike.values()), np.int64)
-        share = np.count_nonzero(candidate_n) / max(1, len(np.unique(sample[:, 0])))
+        share = np.count_nonzero(candidate_n) / max(1, len(set(sample[:, 0].tolist())))
         held_out_k = self._crosses(first_k, later_k)
         for code, here_k in (("near_overlap", held_out_k), ("near_duplicate", ~held_out_k)):
             self._report(code, first_k[here_k], later_k[here_k], round(share * np.count_nonzero(here_k)))

@@ -96,7 +96,8 @@ class Stats:
         (`doctor_compare.join_texts`).
         """
         self.rows += len(ends_n)
-        self.signals.update(columns.signal)
+        first = columns.signal[0]
+        self.signals.update({first: len(ends_n)} if columns.signal.count(first) == len(ends_n) else columns.signal)
         self.media.update(map(len, columns.media) if any(columns.media) else {0: len(ends_n)})
         if any(columns.domain):
             self.domains.update(columns.domain)
