@@ -18,7 +18,7 @@ from ernie_tune.evaluate.measure import Measure
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.functions import Answered
-from ernie_tune.rewards.rubric import Rubric, Scored
+from ernie_tune.rewards.rubric import ROW, RowVerifiers, Rubric, Scored
 from ernie_tune.rewards.scores import pass_at
 from ernie_tune.train.evidence import control_of, twin_of, without_picture
 from ernie_tune.train.rollout_guards import RolloutWatch
@@ -33,26 +33,38 @@ class OnlineMeasure(Measure):
     that nobody wrote.
     """
 
-    def __init__(self, *args: Any, rubric: Rubric, watch: RolloutWatch, ask: Ask, draw: Draw, draws: int = 1) -> None:
-        """`ask`: the policy's likeliest answers to prompts, as judges are given those of a round;
-        `draw`: answers that are sampled, `draws` to each prompt, where it is more than one.
+    def __init__(
+        self,
+        *args: Any,
+        rubric: Rubric,
+        own: RowVerifiers,
+        watch: RolloutWatch,
+        ask: Ask,
+        draw: Draw,
+        draws: int = 1,
+    ) -> None:
+        """`own`: what rows themselves name, whatever is rewarded. `ask`: the policy's likeliest
+        answers to prompts, as judges are given those of a round; `draw`: answers that are sampled,
+        `draws` to each prompt, where it is more than one.
         """
         super().__init__(*args)
+        self.own = own
         self.rubric, self.watch, self.ask, self.draw, self.draws = rubric, watch, ask, draw, draws
         self._whole: list[Answered] = []  # the newest answers, with tokens, thoughts and calls
         self._drawn: list[int] = []  # the rows that were asked last
         self._totals: dict[int, float] = {}  # what their answers earned
+        self._rights: dict[int, float] = {}  # how right their own checkers call them
 
     def before(self, log: RunLog, resumed: bool) -> None:
         """As any method's; the watch hears of it, unless it heard before the run was stopped."""
         super().before(log, resumed)
         if not resumed:
-            self.watch.measured(self._totals)
+            self.watch.measured(self._totals, self._rights)
 
     def during(self, *args: Any, **more: Any) -> dict[str, float]:
         """As any method's; the watch hears of it."""
         metrics = super().during(*args, **more)
-        self.watch.measured(self._totals)
+        self.watch.measured(self._totals, self._rights)
         return metrics
 
     def _loss(self, rows: Sequence[Record], done: Callable[[int], object] = lambda count: None) -> dict[str, float]:
@@ -88,6 +100,7 @@ class OnlineMeasure(Measure):
                 scores[f"reward/{name}"] = float(np.mean(known))
         totals = [self._total(one[0]) for one in judged]
         self._totals = dict(zip(self._drawn, totals, strict=True))
+        self._rights = self._by_own_checkers([q.record for q in asked], judged)
         scores = {"reward": float(np.mean(totals)), **scores}
         for name in sorted({name for one in judged for name in one[0].details}):
             known = [value for one in judged if (value := one[0].details.get(name)) is not None]
@@ -100,6 +113,17 @@ class OnlineMeasure(Measure):
                 scores["tools/calls_of_right_answers"] = float(np.mean(called))
         records = [q.record for q in asked]
         return scores | self._sampled(records) | self._looked(records, given, right), given
+
+    def _by_own_checkers(self, records: Sequence[Record], judged: Sequence[Sequence[Scored]]) -> dict[int, float]:
+        """How right the rows' own checkers call the newest answers, by the rows' numbers, also
+        where something else is rewarded; nothing of rows that these cannot check.
+        """
+        rows = list(zip(self._drawn, records, self._whole, strict=True))
+        if ROW in self.rubric.names:
+            found = [one[0].right for one in judged]
+        else:
+            found = [_right(self.own, record, answer) for _, record, answer in rows]
+        return {row: right for (row, _, _), right in zip(rows, found, strict=True) if right is not None}
 
     def _sampled(self, records: Sequence[Record]) -> dict[str, float]:
         """Of `draws` answers sampled to each prompt: their mean reward (reward/mean@n), and the
@@ -158,6 +182,15 @@ class OnlineMeasure(Measure):
 def _content(answer: Answered) -> str:
     """The answer without its thought."""
     return split_reasoning(answer.text)[1].strip()
+
+
+def _right(own: RowVerifiers, record: Record, answer: Answered) -> float | None:
+    """How right a row's own checkers call an answer; None where it names none that can be asked."""
+    try:
+        own([(record, [answer])])
+    except ValueError:  # a row that is meant for other rewards alone
+        return None
+    return own.worth[0][0].right
 
 
 def _asked(record: Record) -> Question:

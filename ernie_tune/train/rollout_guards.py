@@ -25,6 +25,40 @@ _AS_GOOD = 0.9
 LOOKS_EVERY, LOOKS_ROWS = 50, 16  # steps between two looks without pictures, and rows of a look
 
 
+class HeldOut:
+    """Evaluations of held-out rows under one score. State: their means, that of before training
+    first; the scores of the best of them by row; how many in a row were clearly below it.
+    """
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+        self.best: dict[int, float] = {}
+        self.falls = 0
+
+    def take(self, scores: Mapping[int, float]) -> None:
+        """An evaluation, scores of rows by their numbers. Clearly below the best: on the rows that
+        both know by more than two standard errors of the mean difference.
+        """
+        if not scores:
+            return
+        self.means.append(float(np.mean(list(scores.values()))))
+        both = sorted(set(scores) & set(self.best))
+        loss = np.array([self.best[row] - scores[row] for row in both])
+        if not both or loss.mean() < 0:
+            self.best, self.falls = dict(scores), 0
+        elif len(loss) > 1 and loss.mean() > 2 * loss.std(ddof=1) / np.sqrt(len(loss)):
+            self.falls += 1
+        else:
+            self.falls = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": list(self.means), "best": sorted(self.best.items()), "falls": self.falls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.means = list(state["held"])
+        self.best, self.falls = dict(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
+
+
 class RolloutWatch:
     """`look` after each step, `measured` after each evaluation. State: the means seen, what was
     said.
@@ -34,11 +68,7 @@ class RolloutWatch:
         """`by_reward` False: something else teaches, and rewards may be missing or alike."""
         self.by_reward = by_reward
         self.seen: dict[str, list[float]] = {}
-        # Means of held-out rewards, that of before training first; the rewards of the best of them
-        # by row; how many in a row were clearly below it.
-        self.held: list[float] = []
-        self.best: dict[int, float] = {}
-        self.falls = 0
+        self.held, self.right = HeldOut(), HeldOut()  # what held-out answers earn, and how right they are
         self.told: set[str] = set()
 
     def look(self, step: int, values: Mapping[str, float]) -> list[Verdict]:
@@ -63,22 +93,13 @@ class RolloutWatch:
         }
         return self._say(step, found)
 
-    def measured(self, rewards: Mapping[int, float]) -> None:
-        """Take in an evaluation, the rewards of held-out rows by their numbers; what they give
-        reason to say comes with the next step. Clearly below the best: on the rows that both know
-        by more than two standard errors of the mean difference.
+    def measured(self, rewards: Mapping[int, float], right: Mapping[int, float] | None = None) -> None:
+        """Take in an evaluation: what the answers to held-out rows earn, by the rows' numbers, and
+        how right the rows' own checkers call them, whatever is rewarded. What that gives reason to
+        say comes with the next step.
         """
-        if not rewards:
-            return
-        self.held.append(float(np.mean(list(rewards.values()))))
-        both = sorted(set(rewards) & set(self.best))
-        loss = np.array([self.best[row] - rewards[row] for row in both])
-        if not both or loss.mean() < 0:
-            self.best, self.falls = dict(rewards), 0
-        elif len(loss) > 1 and loss.mean() > 2 * loss.std(ddof=1) / np.sqrt(len(loss)):
-            self.falls += 1
-        else:
-            self.falls = 0
+        self.held.take(rewards)
+        self.right.take(right or {})
 
     def sight(self, step: int, seen: float, blind: float, ceiling: float) -> list[Verdict]:
         """What the shares of right answers with pictures and with grey ones give reason to say.
@@ -101,15 +122,27 @@ class RolloutWatch:
         """
         rewards = self.seen.get("reward", [])
         half = len(rewards) // 2
-        if not (self.falls >= 2 and half >= 2 and np.mean(rewards[half:]) > np.mean(rewards[:half])):
+        if half < 2 or np.mean(rewards[half:]) <= np.mean(rewards[:half]):
             return None
-        best = max(self.held)
+        if self.held.falls < 2:
+            return self._beside_the_point() if self.right.falls >= 2 else None
+        best, now = max(self.held.means), self.held.means[-1]
         return say(
-            f"the reward of sampled answers rises while held-out answers fell from {best:.3f} to {self.held[-1]:.3f}: "
+            f"the reward of sampled answers rises while held-out answers fell from {best:.3f} to {now:.3f}: "
             "what is rewarded is no longer what is meant; lower learning_rate, set beta, or take the best checkpoint "
             "(load_best_model_at_end)",
-            f"采样回答的奖励在上升，而评测回答由 {best:.3f} 降到 {self.held[-1]:.3f}：奖励已偏离目标；"
+            f"采样回答的奖励在上升，而评测回答由 {best:.3f} 降到 {now:.3f}：奖励已偏离目标；"
             "请调低 learning_rate、设置 beta，或取最佳检查点（load_best_model_at_end）",
+        )
+
+    def _beside_the_point(self) -> Text:
+        best, now = max(self.right.means), self.right.means[-1]
+        return say(
+            f"the reward rises while fewer held-out answers are right by their own checkers, {best:.3f} before and "
+            f"{now:.3f} now: the reward can be earned without what is meant; look at rollouts.jsonl and at "
+            "reward_funcs (ernie-tune reward test), add row to them, or set beta",
+            f"奖励在上升，而按各行自己的检查器，评测回答的正确率由 {best:.3f} 降到 {now:.3f}：不做到目标也能得到奖励；"
+            "请查看 rollouts.jsonl 与 reward_funcs（ernie-tune reward test），在其中加入 row，或设置 beta",
         )
 
     def _say(self, step: int, found: Mapping[str, Text | None]) -> list[Verdict]:
@@ -182,16 +215,16 @@ class RolloutWatch:
     def state_dict(self) -> dict[str, Any]:
         return {
             "seen": {k: list(v) for k, v in self.seen.items()},
-            "held": list(self.held),
-            "best": sorted(self.best.items()),
-            "falls": self.falls,
+            **self.held.state_dict(),
+            "right": self.right.state_dict(),
             "told": sorted(self.told),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = {k: list(v) for k, v in state["seen"].items()}
-        self.held, self.told = list(state["held"]), set(state["told"])
-        self.best, self.falls = dict(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
+        self.told = set(state["told"])
+        self.held.load_state_dict(state)
+        self.right.load_state_dict(state.get("right", {"held": ()}))
 
 
 class CriticWatch:

@@ -424,8 +424,9 @@ class SampledAnswers(Method):
         encoder = assemble.encoder_of(self.config, self.processor)
         given = (assemble.measure_settings(self.config), policy.forward, self.processor, encoder, rows.held, output_dir)
         draws = self.config.eval.num_generations_eval
+        own = RowVerifiers(self.config.rollout.max_completion_length, self.config.evidence.evidence_scope)
         return OnlineMeasure(
-            *given, rubric=self.rubric, watch=self.watch, ask=self._likeliest, draw=self._several, draws=draws
+            *given, rubric=self.rubric, own=own, watch=self.watch, ask=self._likeliest, draw=self._several, draws=draws
         )
 
     def _likeliest(self, records: Sequence[Record]) -> list[Answered]:

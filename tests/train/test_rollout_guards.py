@@ -84,6 +84,25 @@ def test_rewards_up_and_held_out_down() -> None:
         assert not said or "held-out answers fell from 0.859 to 0.805" in str(verdicts[0].message)
 
 
+def test_rewards_up_and_right_answers_down() -> None:
+    """Where what is rewarded can be earned without being right, the held-out reward rises, too."""
+    for rising, said in ((0.01, 1), (-0.01, 0)):
+        watch = RolloutWatch()
+        spoken(40, lambda s, rising=rising: {"reward": 0.5 + s * rising}, watch)
+        for earned, right in ((0.5, 255), (0.7, 30), (0.9, 12)):
+            watch.measured(dict.fromkeys(range(297), earned), rewards(right))
+            watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+        verdicts = watch.look(41, {**HEALTHY, "reward": 0.5 + 41 * rising})
+        assert [
+            v for v in verdicts if "by their own checkers, 0.859 before and 0.040 now" in str(v.message)
+        ] == verdicts
+        assert len(verdicts) == said
+    older = RolloutWatch().state_dict()
+    del older["right"]  # of a run of before
+    watch.load_state_dict(older)
+    assert watch.right.means == []
+
+
 SOME = {i * 297 // 64: 1.0 for i in range(64)}  # an evaluation of fewer rows
 
 
@@ -106,7 +125,7 @@ def test_what_is_clearly_below_the_best(held: list[dict[int, float]], falls: int
     for one in held:
         watch.measured(one)
         watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert watch.falls == falls
+    assert watch.held.falls == falls
 
 
 def test_a_resumed_watch_goes_on() -> None:

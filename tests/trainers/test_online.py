@@ -4,6 +4,7 @@ way of calling it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,31 @@ def test_held_out_prompts_may_be_answered_several_times(tmp_path: Path) -> None:
     }
     wider = run("c", num_generations_eval=3, per_device_eval_batch_size=64)
     assert {k: wider[k] for k in metrics if "@" in k} == {k: v for k, v in metrics.items() if "@" in k}
+
+
+def test_rewards_that_rise_while_right_answers_fall_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the policy says anyway is the gold answer of the held-out rows, and something else is
+    rewarded: the reward rises, also of held-out answers, and fewer are right."""
+    held = [Record("verifiable", ({"role": "user", "content": f"say {i}"},), reward=Reward("?")) for i in range(6)]
+    short = {"max_completion_length": 1, "eval_max_new_tokens": 1, "num_generations": 16, "dynamic_sample": False}
+    asked = trainer(tmp_path, **short, per_device_train_batch_size=32)
+    asked.prepare()
+    said = [answer.text for answer in asked.method._likeliest(held)]  # type: ignore[attr-defined]
+    held = [dataclasses.replace(r, reward=Reward(gold)) for r, gold in zip(held, said, strict=True)]
+    settings = args(
+        tmp_path, max_steps=8, eval_strategy="steps", eval_steps=2, learning_rate=1e-2, per_device_train_batch_size=32,
+        lr_scheduler_type="constant", warmup_ratio=0, **short,
+    )  # fmt: skip
+    made = RLVRTrainer(model(), settings, eval_dataset=held, processor=processor(), reward_funcs=even)
+    metrics = made.train()
+    before = json.loads((tmp_path / "run" / "before.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["eval_reward"] > before["eval_reward"]
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if "right by their own checkers, 1.000 before" in line
+    ]
+    assert len(told) == 1
 
 
 def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> None:
