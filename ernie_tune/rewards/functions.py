@@ -272,16 +272,21 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
         **_columns(flat),
     }
     parameters = inspect.signature(function.__call__ if instance else function).parameters
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        name
+        for name, p in parameters.items()
+        if name not in given and p.default is inspect.Parameter.empty and p.kind not in rest
+    ]
+    if missing:
+        fields = ", ".join(sorted({"answer", *(key for record, _, _ in flat for key in record.meta.extra)}))
+        raise TypeError(
+            say(
+                f"it asks for {missing[0]!r}, and no row has a field of that name; rows have {fields}",
+                f"它需要 {missing[0]!r}，而数据没有该字段；数据有 {fields}",
+            )
+        )
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        missing = [
-            name
-            for name, p in parameters.items()
-            if name not in given
-            and p.default is inspect.Parameter.empty
-            and p.kind is not inspect.Parameter.VAR_POSITIONAL
-        ]
-        if missing:
-            raise TypeError(f"it asks for {missing[0]!r}, and no row has a field of that name")
         given = {name: value for name, value in given.items() if name in parameters}
     return function(**given)
 

@@ -114,6 +114,14 @@ def support_of(completions: Sequence[Completion], most: int) -> np.ndarray:
     return out
 
 
+def _deviation(reward_G: np.ndarray) -> float:
+    """Of the rewards of one prompt's answers: 0 of a single answer, nan where fewer than two of
+    several were judged.
+    """
+    known = reward_G[~np.isnan(reward_G)]
+    return 0.0 if len(reward_G) == 1 else float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
+
+
 def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ranks: Ranks) -> dict[str, float]:
     """Means over all ranks and all that was sampled, also what was replaced, under TRL's names.
     `attempts`: how often was drawn again.
@@ -132,7 +140,7 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
     for name in details:
         key = name if "/" in name else f"rewards/{name}/mean"
         columns[key] = np.array([number_of(one.details.get(name)) for one in scored])
-    columns["reward_std"] = np.array([np.nanstd(g.reward_G, ddof=1) if len(g.reward_G) > 1 else 0.0 for g in groups])
+    columns["reward_std"] = np.array([_deviation(g.reward_G) for g in groups])
     columns["frac_groups_all_right"] = np.array([g.share_right == 1 for g in groups], np.float64)
     for name in judges:
         columns[f"rewards/{name}/none_share"] = np.array([one.parts[name] is None for one in scored], np.float64)

@@ -90,6 +90,7 @@ class RolloutWatch:
             "cut_off": self._cut_off(),
             "entropy": self._entropy(),
             "hacking": self._hacking(),
+            "failing": self._failing(values),
         }
         return self._say(step, found)
 
@@ -163,6 +164,25 @@ class RolloutWatch:
         return say(
             "no answer of this round got a reward, every function said None; look at rollouts.jsonl, and at what the rows name",
             "本轮没有回答得到奖励，所有函数均返回 None；请查看 rollouts.jsonl 及各行指定的检查器",
+        )
+
+    def _failing(self, values: Mapping[str, float]) -> Text | None:
+        """Of a function or judge that fails again and again, and is missed where others judge."""
+        lost: dict[str, float] = {}
+        for name, count in values.items():
+            whose, _, what = name.removeprefix("rewards/").rpartition("/")
+            if name.startswith("rewards/") and what in ("errors", "timeouts"):
+                lost[whose] = lost.get(whose, 0.0) + count
+        worst = max(lost, key=lambda name: lost[name], default="")
+        self.seen.setdefault("failures", []).append(lost.get(worst, 0.0))
+        if min(self._last("failures") or [0.0]) <= 0:
+            return None
+        return say(
+            f"{worst} gave no number for {lost[worst]:.0f} answers of this round, and for some of each of the last "
+            f"{ROUNDS}: errors or too little time (rewards/{worst}/errors, /timeouts); mend it, or raise "
+            "reward_timeout_seconds",
+            f"{worst} 本轮有 {lost[worst]:.0f} 个回答未给出分数，且最近 {ROUNDS} 轮均有：出错或超时"
+            f"（rewards/{worst}/errors、/timeouts）；请修正，或调大 reward_timeout_seconds",
         )
 
     def _constant(self) -> Text | None:

@@ -225,7 +225,7 @@ def _judge(config: RunConfig, given: Any) -> Judge:
         )
     text = str(given)
     if text.startswith(SCHEME):
-        return EndpointJudge(text, r.reward_timeout_seconds)
+        return EndpointJudge(text, r.reward_timeout_seconds, r.reward_error)
     if text == ROW:
         return RowVerifiers(r.max_completion_length, config.evidence.evidence_scope)
     if text in VERIFIERS:

@@ -141,6 +141,20 @@ def test_slow_servers_and_none_at_all() -> None:
     assert time.monotonic() - started < 5  # refused at once: the time is a bound, no wait
 
 
+def test_an_address_that_never_answers_ends_the_run_and_one_that_did_does_not() -> None:
+    with stub(lambda body, count: said("good")) as server:
+        with pytest.raises(ValueError, match="first 1 answers: the reply 'good' is not one number from 0 to 10"):
+            EndpointJudge(f"judge:{server.url}", on_error="raise")([group("a")])
+    with pytest.raises(ValueError, match=r"first 2 answers: .*refused.*; start the server"):
+        EndpointJudge(f"judge:{server.url}?retries=0", on_error="raise")([group("a", "b")])
+    with stub(lambda body, count: said("5") if count == 1 else (404, {})) as server:
+        judge = EndpointJudge(f"judge:{server.url}", on_error="raise")
+        assert judge([group("a")]) == [[0.5]]
+        assert judge([group("b", "c")]) == [[None, None]]
+        assert judge.asked.errors == 2
+    assert EndpointJudge(f"judge:{server.url}?retries=0", on_error="raise")([]) == []
+
+
 def test_among_other_judges() -> None:
     with stub(lambda body, count: said("8")) as server:
         rubric = Rubric([EndpointJudge(f"judge:{server.url}?scale=8")], (2.0,))

@@ -44,6 +44,14 @@ def test_rewards_that_are_none() -> None:
     assert watch.look(2, {"completions/mean_length": 3.0}) == []
 
 
+def test_judges_that_fail_round_after_round() -> None:
+    lost = {"rewards/judge/errors": 3.0, "rewards/judge/timeouts": 1.0, "rewards/form/errors": 1.0}
+    ((step, words),) = spoken(9, lambda s: lost if s != 2 else {**HEALTHY, "rewards/judge/errors": 0.0})
+    assert step == 2 + ROUNDS
+    assert "judge gave no number for 4 answers of this round" in words
+    assert spoken(9, lambda s: lost if s % 3 else {}) == []
+
+
 def test_prompts_that_are_too_easy_or_too_hard() -> None:
     ((step, easy),) = spoken(30, lambda s: {"frac_reward_zero_std": 0.9, "frac_groups_all_right": 0.85})
     assert step == WINDOW
