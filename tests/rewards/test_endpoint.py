@@ -142,9 +142,9 @@ def test_slow_servers_and_none_at_all() -> None:
 
 
 def test_an_address_that_never_answers_ends_the_run_and_one_that_did_does_not() -> None:
-    with stub(lambda body, count: said("good")) as server:
-        with pytest.raises(ValueError, match="first 1 answers: the reply 'good' is not one number from 0 to 10"):
-            EndpointJudge(f"judge:{server.url}", on_error="raise")([group("a")])
+    unclear = "first 1 answers: the reply 'good' is not one number from 0 to 10"
+    with stub(lambda body, count: said("good")) as server, pytest.raises(ValueError, match=unclear):
+        EndpointJudge(f"judge:{server.url}", on_error="raise")([group("a")])
     with pytest.raises(ValueError, match=r"first 2 answers: .*refused.*; start the server"):
         EndpointJudge(f"judge:{server.url}?retries=0", on_error="raise")([group("a", "b")])
     with stub(lambda body, count: said("5") if count == 1 else (404, {})) as server:
