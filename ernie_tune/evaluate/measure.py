@@ -27,7 +27,7 @@ from ernie_tune.evaluate.answers import Question, answers, evaluation_loss, ques
 from ernie_tune.evaluate.own_metrics import Metrics, own_metrics
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.models.specs import parameter_specs
-from ernie_tune.report.log import RunLog, number
+from ernie_tune.report.log import RunLog, keep_lines, number
 from ernie_tune.report.pages import ReportRow, write_before_after
 from ernie_tune.report.progress import Progress
 from ernie_tune.rewards.scores import MACRO_F1, confusion, fitting_metrics, has_classes, row_scores, score_answers
@@ -139,6 +139,9 @@ class Measure:
         if not len(self.rows):
             return
         if resumed:
+            reached = max((record["step"] for record in log.history), default=0)
+            if log.is_main:
+                keep_lines(self.output_dir / SAMPLES_FILE, lambda line: line.get("step", 0) <= reached)
             why = say("{f} is not there", "没有找到 {f}", f=file)
             try:
                 self.first = read_json_object(file) if file.is_file() else {}

@@ -182,6 +182,22 @@ def read_log(path: Path) -> tuple[History, int]:
     return history, whole
 
 
+def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Take what a resumed run will write again out of a file of one JSON object a line, and a last
+    line that a kill cut short; a file that is not there stays away. Raises OSError.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if wanted(json.loads(line)):
+                kept.append(line + "\n")
+        except ValueError:  # torn
+            continue
+    write_atomically(path, "".join(kept))
+
+
 class RunLog:
     """The records of one run and the files made of them. Ranks other than the main one keep the
     records and write nothing.

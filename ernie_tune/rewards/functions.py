@@ -15,6 +15,7 @@ import inspect
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -159,10 +160,11 @@ class RewardFunction:
         if not isinstance(values, _USERS):
             return self._checked(values, flat)
         if self.on_error == "raise":
+            line = _line(values, self.function)
             raise ValueError(
                 say(
-                    f"reward function {self.name} failed at {flat[0][0].meta} with {type(values).__name__}: {values}; mend it, or set reward_error: none",
-                    f"奖励函数 {self.name} 在 {flat[0][0].meta} 处出错 {type(values).__name__}：{values}；请修正，或设置 reward_error: none",
+                    f"reward function {self.name}{line} failed at {flat[0][0].meta} with {type(values).__name__}: {values}; mend it, or set reward_error: none",
+                    f"奖励函数 {self.name}{line} 在 {flat[0][0].meta} 处出错 {type(values).__name__}：{values}；请修正，或设置 reward_error: none",
                 )
             ) from values
         self.asked.errors += len(flat)
@@ -199,6 +201,15 @@ class RewardFunction:
                 )
             out.append(number)
         return out
+
+
+def _line(error: BaseException, function: Callable[..., Any]) -> str:
+    """Where in the function's own file an error arose, as " (rewards.py:12)"; "" where that cannot
+    be said.
+    """
+    code = getattr(function if inspect.isroutine(function) else type(function).__call__, "__code__", None)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _number(value: Any) -> float | None:

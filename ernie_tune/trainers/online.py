@@ -41,7 +41,7 @@ from ernie_tune.objectives.objective import Objective, Outputs, logp_and_entropy
 from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import get_peft_model
-from ernie_tune.report.log import RunLog
+from ernie_tune.report.log import RunLog, keep_lines
 from ernie_tune.report.rollout_page import write_rollouts
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
@@ -449,7 +449,11 @@ class SampledAnswers(Method):
         return [one.answers for one in drawn]
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
-        """Say what answers would earn without looking."""
+        """Say what answers would earn without looking; a resumed run forgets the answers of rounds
+        that it will make again.
+        """
+        if resumed and self.place.is_writer and (made := self.rollouts.round):
+            keep_lines(self.output_dir / COMPLETIONS_FILE, lambda row: row.get("round", 0) < made)
         right, reward = blind_ceiling(self.rollouts.records, self.config.evidence.evidence_twin_share)
         if right:
             twins = reward > 0 and self.config.evidence.evidence_twins

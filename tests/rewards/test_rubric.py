@@ -155,7 +155,9 @@ def test_async_functions_wait_together_and_fail_apart() -> None:
     assert rubric(GROUPS)[0][0].parts == {"one": 1.0, "two": 2.0, "broken": None}
     said = rubric.reported()
     assert (said["rewards/broken/errors"], said["rewards/one/timeouts"]) == (3.0, 0.0)
-    with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
+    with pytest.raises(
+        ValueError, match=r"reward function broken \(test_rubric.py:\d+\) failed at x.jsonl:3 with KeyError"
+    ):
         Rubric([RewardFunction(broken)], check=False)(GROUPS)
 
 
@@ -197,7 +199,9 @@ def test_none_nan_and_errors() -> None:
     def broken(**_: Any) -> Any:
         raise KeyError("gone")
 
-    with pytest.raises(ValueError, match=r"reward function broken failed at x.jsonl:3 with KeyError"):
+    with pytest.raises(
+        ValueError, match=r"reward function broken \(test_rubric.py:\d+\) failed at x.jsonl:3 with KeyError"
+    ):
         RewardFunction(broken)(GROUPS)
     judge = RewardFunction(broken, on_error="none")
     assert judge(GROUPS) == [[None, None], [None]]

@@ -98,7 +98,7 @@ def test_stopping_and_going_on_is_the_same_run(
     whole.mkdir(), part.mkdir()
     straight = trainer(whole, **changes)
     straight.train()
-    stop = {"save_strategy": "steps", "save_steps": 3, **changes}
+    stop = {"save_strategy": "steps", "save_steps": 2, **changes}
     with monkeypatch.context() as patched:
         looked = Run._stop_now
 
@@ -114,6 +114,14 @@ def test_stopping_and_going_on_is_the_same_run(
     again = trainer(part, **stop)
     again.train()
     assert again.loop.step == 4
+    one, two = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "row"}  # its place on the disk
+            for line in (folder / "run" / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
+        ]
+        for folder in (whole, part)
+    )
+    assert one == two, "no answer is told twice"
     for name, value in weights(straight).items():
         np.testing.assert_array_equal(value, weights(again)[name], err_msg=name)
 
