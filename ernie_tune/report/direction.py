@@ -18,7 +18,8 @@ BETTER = {
             *("exact_match", "token_f1", "squad_exact_match", "squad_f1", "anls", "relaxed_accuracy", "iou"),
             *("accuracy", "macro_f1", "token_acc", "preference_accuracy", "rating_spearman"),
             *("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "reward", "margin"),
-            "pass",
+            *("pass", "evidence", "evidence/precision", "evidence/recall", "evidence/twin_consistency"),
+            *("evidence/invariance", "zoom", "redraw", "exact", "count", "numeric"),
         ),
         _MORE,
     ),
@@ -26,6 +27,7 @@ BETTER = {
         (
             *("loss", "nll", "perplexity", "calibration_error", "rating_mae", "dropped_rows", "frac_reward_zero_std"),
             *("rewards/rejected", "rewards/longer_preferred", "rewards/saturated", "logps/rejected"),
+            *("evidence/contradicted", "evidence/unverifiable", "evidence/blind_consistency"),
         ),
         _LESS,
     ),
