@@ -21,7 +21,6 @@ from ernie_tune.data.doctor.rows import Columns
 from ernie_tune.data.doctor.scan import DataFile, Report, Scan, count_tokens
 from ernie_tune.data.media.images import ImageSettings
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers.formats import FORMATS, PLAIN_FIELDS, SPECIAL_FIELDS
 from ernie_tune.data.records import DataError, Record
 from ernie_tune.data.sources import DatasetEntry
 
@@ -208,11 +207,6 @@ def test_nesting_at_the_edge_of_what_can_be_parsed(where: str, tmp_path: Path) -
 
     for frames in range(0, 24, 4):
         assert below(frames) == 40
-
-
-def test_every_field_that_chooses_a_format_is_known_to_the_fast_road() -> None:
-    names = {name.partition(".")[0] for form in FORMATS for group in form.needs for name in group}
-    assert names <= SPECIAL_FIELDS | PLAIN_FIELDS
 
 
 # ----------------------------------------------------------------------------------------------

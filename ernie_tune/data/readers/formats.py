@@ -244,19 +244,15 @@ class Format(NamedTuple):
         return " + ".join(next((name for name in group if name in keys), group[0]) for group in self.needs)
 
 
-# Every field that some reader takes, but those of plain rows of texts.
-SPECIAL_FIELDS = frozenset(
+# What some reader takes beside the fields that choose its format.
+_BESIDE = frozenset(
     (
-        *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers", "raw_content", "document",
+        *IMAGE_NAMES, *VIDEO_NAMES, *FILE_NAMES, *THOUGHTS, *SYSTEMS, *SWITCHES, "answers",
         *(f"{side}_{name}" for side in ("chosen", "rejected") for names in MEDIA_NAMES for name in names),
-        "class", "category", "caption", "description", "history", "tools", "mode", "weight", "domain", "task", "channel", "score", "scores", "rating", "ratings", "scale",
-        "margin", "confidence", "order", "ranking", "ranks", "label", "kto_tag", "responses", "candidates", "reward",
-        "reward_model", "verifiers", "evidence", "scene", "hint", "solution", "ground_truth", "signal",
-        "rejected_response", "rejected_messages", "text_info", "text_list", "image_info", "video_info", "is_system", "src",
-        "tgt", "sort",
+        "history", "tools", "mode", "weight", "domain", "channel", "scale", "margin", "confidence", "scene", "hint",
+        "image_info", "video_info", "is_system", "sort",
     )
 )  # fmt: skip
-PLAIN_FIELDS = frozenset((*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected", "id")) - SPECIAL_FIELDS
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[\s\-]+")
 
 _FILES = frozenset(FILE_NAMES)
@@ -288,6 +284,11 @@ FORMATS = (
     Format("pictures", ((*IMAGE_NAMES, *FILE_NAMES), PICTURE_ANSWERS), read_picture),
     Format("text", (TEXTS,), read_text),
 )
+_TEXTUAL = frozenset((*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected", "id"))
+_CHOOSING = frozenset(name.partition(".")[0] for form in FORMATS for group in form.needs for name in group)
+# Every field that some reader takes, but those of plain rows of texts.
+SPECIAL_FIELDS = _BESIDE | (_CHOOSING - _TEXTUAL)
+PLAIN_FIELDS = _TEXTUAL - SPECIAL_FIELDS
 
 
 @dataclass(frozen=True)
