@@ -2,11 +2,12 @@
 instead of the task.
 
 Texts made from a row's own gold, so that no constant can happen to be right. None of the attacks
-may earn more than saying nothing. Refuses to know: which checkers or functions judge them.
+may earn more than saying nothing. Refuses to know: how checkers or functions judge them.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.scores import Box, iou
+from ernie_tune.rewards.verifiers import PARTIAL, VERIFIERS
 
 _CIRCLED = str.maketrans("0123456789", "⓪①②③④⑤⑥⑦⑧⑨")
 _LONG = 1 << 20
@@ -22,12 +24,6 @@ _LONG = 1 << 20
 ALLOWED = {"whole_picture": 0.1}
 ABSTENTIONS = ("I do not know.", "不知道。")
 _THOUGHT = "<think>\nlook at it\n</think>\n\n"
-_NEAR = {
-    "numeric": (0.0, 1e-6),
-    "chart": (0.0, 0.05),
-    "chart_value": (0.0, 0.05),
-}  # (tol, rel) where the spec says none
-_SOFT = ("ocr_ned", "anls", "kie", "table", "boxes")  # half an answer is worth half by design
 
 
 def reference_answer(gold: Any) -> str:
@@ -170,13 +166,21 @@ def _near_numbers(gold: Any, right: str, specs: Mapping[str, Mapping[str, Any]])
     found = {"range": f"between {number.value - 10:g} and {number.value + 10:g}"}
     if any(sign.isdigit() for sign in right):
         found["circled"] = right.translate(_CIRCLED)
-    name = next((name for name in specs if name in _NEAR), None)
-    if not any(soft in specs for soft in _SOFT):
-        tol, rel = _NEAR.get(name or "", (0.0, 0.0))
-        spec = specs.get(name or "", {})
-        width = max(spec.get("tol", tol), spec.get("rel", rel) * abs(number.value))
+    if not any(soft in specs for soft in PARTIAL):
+        width = _tolerance(number.value, specs)
         found["near"] = f"{number.value + (1.5 * width if width > 1e-3 else 0.5 * abs(number.value) + 1):.10g}"
     return found
+
+
+def _tolerance(number: float, specs: Mapping[str, Mapping[str, Any]]) -> float:
+    """How far from a gold number the first checker that has a tolerance goes, by its row's spec or
+    its own default; 0 where none has."""
+    for name, spec in specs.items():
+        known = inspect.signature(VERIFIERS[name]).parameters if name in VERIFIERS else {}
+        tol, rel = (spec.get(n, known[n].default) if n in known else None for n in ("tol", "rel"))
+        if rel is not None:
+            return float(max(tol or 0.0, rel * abs(number)))
+    return 0.0
 
 
 def _boxes_again(gold: Any) -> dict[str, str]:
@@ -210,7 +214,7 @@ def allowed(record: Record, name: str) -> float:
         return 1 / len(gold)
     if "ocr_ned" in specs:  # any two texts have letters in common
         return 0.5
-    if name in ("gold_or_not", "said_a_thousand_times", "another_box", "two_tags") and any(s in specs for s in _SOFT):
+    if name in ("gold_or_not", "said_a_thousand_times", "another_box", "two_tags") and any(s in specs for s in PARTIAL):
         return 0.5
     return ALLOWED.get(name, 0.0)
 

@@ -220,6 +220,8 @@ VERIFIERS: Mapping[str, Verify] = {
 SHAPING = ("format", "language", "repetition", "length")
 # What an answer rests on: worth something beside a right answer only.
 GROUNDS = ("evidence", "zoom")
+# What gives part of an answer its part: the gold among other words may earn half.
+PARTIAL = ("ocr_ned", "anls", "kie", "table", "boxes")
 
 
 def verifier_for(answer: Any) -> tuple[str, dict[str, Any]]:
