@@ -248,25 +248,26 @@ def _comment(name: str) -> str:
 
 def _sample_rows(stage: str) -> list[dict[str, Any]]:
     """A few rows of what the stage learns from."""
+    signals = STAGES[stage].signals
     rows: list[dict[str, Any]] = []
     for asked in _QUESTIONS:
         for colour, other in zip(_COLOURS, _COLOURS[1:] + _COLOURS[:1], strict=True):
             right, wrong = f"The picture is {colour}.", f"The picture is {other}."
             dialogue = [{"role": "user", "content": f"<image>{asked}"}]
             question: dict[str, Any] = {"messages": dialogue, "images": [f"images/{colour}.png"]}
-            if stage in ("SFT", "PT"):
+            if "sft" in signals:
                 rows.append({**question, "messages": [*dialogue, {"role": "assistant", "content": right}]})
-            elif stage in ("DPO", "RM"):
+            elif "verifiable" in signals:
+                rows.append({**question, "signal": {"type": "verifiable", "answer": colour}})
+            elif "pair" in signals and "label" in signals:
+                rows += [{**question, "signal": signal} for signal in _signals(right, wrong, colour)]
+            elif "pair" in signals:
                 rows.append(
                     {"prompt": f"<image>{asked}", "chosen": right, "rejected": wrong, "images": question["images"]}
                 )
-            elif stage == "KTO":
+            elif "label" in signals:
                 for answer, good in ((right, "good"), (wrong, "bad")):
                     rows.append({**question, "signal": {"type": "label", "response": answer, "label": good}})
-            elif stage in ("RLVR", "PPO"):
-                rows.append({**question, "signal": {"type": "verifiable", "answer": colour}})
-            elif stage == "UPO":
-                rows += [{**question, "signal": signal} for signal in _signals(right, wrong, colour)]
             else:
                 raise ValueError(
                     say(
