@@ -20,7 +20,7 @@ class Stage:
     `trainer`: "module:class". `signals`: kinds of judgement that its rows may carry. `samples`: it
     samples answers while it learns. `reference`: it compares with another policy. `losses`: names
     that `loss_type` takes beside "auto"; empty: it takes none. `rates`: default peak learning rate
-    of full tuning, and of adapters. `verb`: its own word on the command line, beside `train`.
+    of full tuning, and of adapters.
     """
 
     name: str
@@ -32,7 +32,6 @@ class Stage:
     help_zh: str
     losses: tuple[str, ...] = ()
     rates: tuple[float, float] = (1e-6, 1e-5)
-    verb: str = ""
 
     @property
     def compares(self) -> bool:
@@ -92,7 +91,6 @@ _ALL = (
         help="learn from demonstrations: dialogues with the answers to give",
         help_zh="有监督微调：从示范对话学习",
         rates=_TAUGHT,
-        verb="sft",
     ),
     Stage(
         "DPO",
@@ -103,7 +101,6 @@ _ALL = (
         help="learn from pairs of answers, rankings and ratings",
         help_zh="从成对回答、排序与评分学习",
         losses=PAIR_LOSSES,
-        verb="dpo",
     ),
     Stage(
         "KTO",
@@ -114,7 +111,6 @@ _ALL = (
         help="learn from single answers called good or bad",
         help_zh="从标为好或坏的单个回答学习",
         losses=LABEL_LOSSES,
-        verb="kto",
     ),
     Stage(
         "UPO",
@@ -125,7 +121,6 @@ _ALL = (
         help="learn from pairs, rankings, ratings and labels together",
         help_zh="同时从成对、排序、评分与标签学习",
         losses=(*UPO_PRESETS, *ONLINE_PRESETS),
-        verb="upo",
     ),
     Stage(
         "RLVR",
@@ -136,7 +131,6 @@ _ALL = (
         help="sample answers and learn from rewards that can be checked",
         help_zh="采样回答，从可验证的奖励学习",
         losses=POLICY_LOSSES,
-        verb="rlvr",
     ),
     Stage(
         "PT",
@@ -156,7 +150,6 @@ _ALL = (
         reference=False,
         help="train a reward model on pairs, rankings and ratings",
         help_zh="用成对、排序与评分训练奖励模型",
-        verb="reward",
     ),
     Stage(
         "PPO",
@@ -167,7 +160,6 @@ _ALL = (
         help="sample answers and learn from a reward model or checkers, with a critic",
         help_zh="采样回答，从奖励模型或检查器学习，带价值网络",
         losses=POLICY_LOSSES,
-        verb="ppo",
     ),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}
