@@ -343,8 +343,8 @@ class DPO(PreferenceMethod):
 
 class DPOTrainer(Trainer):
     """Learn from comparisons. `loss_type` names one loss or several, as TRL does: sigmoid (the
-    default), cdpo, robust, hinge, ipo, sigmoid_norm, odpo, simpo, orpo, cpo, dpop, rpo, bco_pair,
-    mpo, nca_pair, exo_pair, sppo_hard, apo_zero, apo_down. Arguments and errors as `Trainer`'s.
+    default), or another of `config.stages.PAIR_LOSSES` (`ernie-tune help loss_type` lists them).
+    Arguments and errors as `Trainer`'s.
     """
 
     method_class = DPO

@@ -104,6 +104,11 @@ def test_values_and_gradients(name: str, value: float, h: PreferenceHyper, pairs
     assert_gradient(lambda x: loss(name, x, h, pairs, b), LOGP)
 
 
+def test_every_loss_has_a_worked_value() -> None:
+    """exo_pair's is computed below."""
+    assert {name for name, *_ in ORACLE} == {*NAMES, "kto_pair"} - {"exo_pair"}
+
+
 def test_values_in_float32() -> None:
     for name, value, h, pairs, b in ORACLE:
         x = paddle.to_tensor(LOGP.astype(np.float32))
