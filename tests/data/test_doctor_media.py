@@ -4,6 +4,8 @@ cannot use.
 
 from __future__ import annotations
 
+import base64
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from ernie_tune.data.doctor import rows
+from ernie_tune.data.doctor.notes import FileNotes
 from ernie_tune.data.doctor.scan import Report, Scan
 from ernie_tune.data.media.images import load_image
 from ernie_tune.data.media.video import load_video
 from ernie_tune.data.processor import Processor
+from ernie_tune.data.records import Record
 from ernie_tune.data.sources import DatasetEntry
 
 TINY = Processor.bundled("tiny")
@@ -83,3 +88,24 @@ def test_frames_without_room_for_their_time_are_an_error(tmp_path: Path) -> None
     Image.new("RGB", (30, 9)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"x.jsonl:1: video .* \(9x30 pixels\) must be at least 10x10, since the time"):
         load_video([str(tmp_path / "a.png")], TINY.videos, where="x.jsonl:1")
+
+
+def test_broken_pictures_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hangs in its own traceback, a cycle; the collector of the scan is off."""
+    alive: list[int] = []
+    told = FileNotes.add
+
+    def add(self: FileNotes, record: Record) -> None:
+        errors = [one for one in gc.get_objects() if type(one).__name__ == "UnidentifiedImageError"]
+        alive.append(len(errors))
+        told(self, record)
+
+    monkeypatch.setattr(FileNotes, "add", add)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 400)
+    picture = "data:image/png;base64," + base64.b64encode(bytes(range(100))).decode()
+    lines = [{"question": f"{i}?", "answer": "x", "image": picture} for i in range(12)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = Scan(TINY).run([DatasetEntry(str(tmp_path / "x.jsonl"))])
+    assert report.findings.counts["media_broken"] == 12
+    assert len(alive) == 12
+    assert max(alive) <= 3

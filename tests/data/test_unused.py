@@ -5,6 +5,7 @@ what training would miss is an error.
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 from pathlib import Path
@@ -512,3 +513,35 @@ def test_numbers_and_lists_as_answers() -> None:
 def test_developer_is_the_system() -> None:
     row = {"messages": [{"role": "developer", "content": "s"}, *asked()["messages"]]}
     assert load(row).messages[0] == {"role": "system", "content": "s"}
+
+
+def test_a_row_is_gone_with_its_record() -> None:
+    """No cycles: the doctor reads without a collector, so each would keep its row, pictures and
+    all, to the end of the file.
+    """
+    rows = [
+        asked(images=["a.png"], source="x", content=[{"type": "image", "image": PNG}, {"type": "text", "text": "?"}]),
+        {"question": "Which?", "answers": [{"answer": "1", "answer_id": 1}], "image": PNG},
+        {"prompt": "q", "chosen": "<think>a", "rejected": [{"role": "assistant", "content": "b"}]},
+        {"question": "Which?", "answer": "1", "foto": "a.png"},
+        {"messages": [{"role": "user", "content": 7}]},
+        {"messages": "none"},
+    ]
+
+    def read_all() -> int:
+        refused = 0
+        for row in rows:
+            try:
+                load(row)
+            except DataError:
+                refused += 1
+        return refused
+
+    read_all()
+    gc.collect()
+    gc.disable()
+    try:
+        assert read_all() == 4
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

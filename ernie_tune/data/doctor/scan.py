@@ -163,6 +163,7 @@ class Scan:
         file, rows = self._files[number], batch.rows
         found = self._quick_facts(file, rows, batch.lines_n)
         slow = [i for i, facts in enumerate(found) if facts is None] if None in found else []
+        looked = len(slow) > 0
         while slow:
             i, known = slow.pop(0), file.quick.shapes if file.quick else 0
             found[i] = self._look(file, rows[i], int(batch.lines_n[i]))
@@ -171,6 +172,8 @@ class Scan:
                 for j, facts in zip(slow, again, strict=True):
                     found[j] = facts
                 slow = [j for j in slow if found[j] is None]
+        if looked:  # what could not be opened hangs in its own traceback, with all its bytes
+            gc.collect(0)
         file.rows += len(rows) - rows.count(None)
         kept_n = np.flatnonzero([facts is not None for facts in found]) if None in found else np.arange(len(found))
         if not len(kept_n):

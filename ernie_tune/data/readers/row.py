@@ -10,7 +10,7 @@ import ast
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -73,16 +73,21 @@ class Draft:
 
 class Fields:
     """A row that remembers which fields were taken. null counts as absent. Every complaint is a
-    DataError with file, line and field.
+    DataError with file, line and field. An object knows those inside it and not the one it is in: a
+    cycle would keep each row, pictures and all, until a collector came by.
     """
 
-    def __init__(self, row: Mapping[str, Any], where: Where, prefix: str = "", root: Fields | None = None) -> None:
+    def __init__(self, row: Mapping[str, Any], where: Where, prefix: str = "", notes: list[Note] | None = None) -> None:
         self.row, self.where, self.prefix = row, where, prefix
-        self.root = self if root is None else root
-        # of the root: the fields of every object inside the row that was looked into
-        self.parts: list[Fields] = []
-        self.notes: list[Note] = []  # of the root
+        self.parts: list[Fields] = []  # the fields of every object in this one that was looked into
+        self.notes: list[Note] = [] if notes is None else notes  # of the row
         self._taken: set[str] = set()
+
+    def all_parts(self) -> Iterator[Fields]:
+        """These fields and those of all objects inside."""
+        yield self
+        for part in self.parts:
+            yield from part.all_parts()
 
     def error(self, problem: str, field: str, found: str, **params: object) -> DataError:
         return DataError(self.where.path, self.where.line, self.prefix + field, found, problem, params)
@@ -123,7 +128,7 @@ class Fields:
 
     def note(self, code: str, field: str, found: str) -> None:
         """Remember something that the reader had to decide, to be told once for the file."""
-        self.root.notes.append((code, self.prefix + field, found))
+        self.notes.append((code, self.prefix + field, found))
 
     def typed(self, field: str, value: Any, kind: type) -> Any:
         """The value if it is of this kind, else the error."""
@@ -164,8 +169,8 @@ class Fields:
 
     def nested(self, field: str, value: Any) -> Fields:
         """The fields of an object inside the row."""
-        inner = Fields(self.typed(field, value, dict), self.where, f"{self.prefix}{field}.", self.root)
-        self.root.parts.append(inner)
+        inner = Fields(self.typed(field, value, dict), self.where, f"{self.prefix}{field}.", self.notes)
+        self.parts.append(inner)
         return inner
 
     def extra(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def check_unused(f: Fields, record: Record) -> tuple[str, ...]:
     DataError for what training would miss.
     """
     found: dict[str, None] = {}
-    for part in (f, *f.parts):
+    for part in f.all_parts():
         for key, value in part.extra().items():
             if isinstance(value, str | bytes | list | dict) and not value:
                 continue
