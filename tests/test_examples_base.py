@@ -15,11 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 BASE = Path(__file__).parent.parent / "examples" / "base"
-MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "lookups", "make_data", "score")
+MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "lookups", "heads", "make_data", "score")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,25 @@ def test_lookups_are_answered_by_their_context(base: dict[str, ModuleType]) -> N
             a, b = question.removeprefix("Is ").rstrip("?").split(" the same as ")
             assert answer == ("yes" if a == b else "no")
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
+
+
+def test_attention_of_a_head_that_copies(base: dict[str, ModuleType]) -> None:
+    """Of a run of ten tokens twice in a template of one before and six behind."""
+    heads, tokens, period = base["heads"], 1 + 20 + 6, 10
+    before, copies, same = np.zeros((3, tokens, tokens))
+    before[np.arange(1, tokens), np.arange(tokens - 1)] = 1.0
+    second = np.arange(1 + period, 1 + 2 * period)
+    copies[second, second - period + 1] = 0.5
+    same[second, second - period] = 1.0
+    got = heads.shares(np.stack([before, copies, same]), period)
+    np.testing.assert_allclose(got, [[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
+    q, k = np.random.default_rng(0).standard_normal((2, 5, 4, 8))
+    weights = heads.attention(q, k[:, :2])
+    assert weights.shape == (4, 5, 5)
+    np.testing.assert_allclose(weights.sum(-1), 1.0)
+    score = np.array([q[1, 3] @ k[j, 1] for j in range(2)]) / 8**0.5
+    np.testing.assert_allclose(weights[3, 1, :2], np.exp(score) / np.exp(score).sum())
+    assert weights[0, 1, 2] == 0.0, "nothing later"
 
 
 def test_no_turn_about_one_thing_tells_another(base: dict[str, ModuleType]) -> None:

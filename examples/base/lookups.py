@@ -41,9 +41,14 @@ def _joined(words: list[str], zh: bool) -> str:
     return ("" if zh and not words[0].isascii() else " ").join(words)
 
 
-def echo(rng: random.Random, zh: bool) -> list[Turn]:
-    """Three to forty words, characters, letters or digits, again."""
-    n = rng.randint(*rng.choice(((3, 8), (6, 20), (16, 40))))
+def run(rng: random.Random, zh: bool, count: int) -> str:
+    """Different words of a language, Chinese ones of one character; " " before each English one."""
+    return "".join(rng.sample(_HAN, count)) if zh else "".join(f" {w}" for w in rng.sample(_all(False), count))
+
+
+def echo(rng: random.Random, zh: bool, few: bool = False) -> list[Turn]:
+    """Three to forty words, characters, letters or digits, again; `few`: two to six."""
+    n = rng.randint(2, 6) if few else rng.randint(*rng.choice(((3, 8), (6, 20), (16, 40))))
     draw = rng.random()
     if draw < 0.6:
         words = rng.sample(_all(zh), n)
@@ -68,12 +73,12 @@ def _keys_and_values(rng: random.Random, zh: bool) -> tuple[list[str], list[str]
     return keys, [v for v in values if v not in keys]
 
 
-def pairs(rng: random.Random, zh: bool) -> list[Turn]:
+def pairs(rng: random.Random, zh: bool, few: bool = False) -> list[Turn]:
     """Keys, each with a value behind it; then some of the keys, in another order, one at a time or
-    all in one answer.
+    all in one answer. Up to seven of them; `few`: up to three.
     """
     keys, values = _keys_and_values(rng, zh)
-    keys = rng.sample(keys, rng.randint(2, min(7, len(keys))))
+    keys = rng.sample(keys, rng.randint(2, 3 if few else min(7, len(keys))))
     held = {k: rng.choice(values) for k in keys}
     end, gap = ("。", "") if zh else (". ", " ")
     told = gap.join(f"{k}{gap}{v}" for k, v in held.items())

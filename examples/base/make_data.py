@@ -53,9 +53,22 @@ MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is eve
         **{"told": 24, "yes": 8, "facts": 10, "single": 5, "two": 9, "scene": 4, "dots": 3, "many": 5},
         **{"digit": 14, "copied": 10, "retold": 4, "words": 4},
     },
+    "brief": {
+        **{"echo_few": 48, "pairs_few": 14, "there": 10, "same": 6},
+        **{"digit": 6, "facts": 5, "told": 5, "two": 3, "dots": 2, "single": 2},
+    },
     "lookups": {
         **{"echo": 20, "pairs": 12, "after": 5, "there": 8, "same": 4, "retold": 5, "words": 4},
         **{"digit": 9, "facts": 8, "told": 6, "two": 6, "scene": 4, "dots": 4, "single": 5},
+    },
+    "search": {
+        **{"named": 20, "traits": 14, "presence": 9, "sides": 5, "dots": 5, "many": 6, "facts": 6, "told": 5},
+        **{"digit": 10, "glyph": 3, "echo": 4, "echo_few": 3, "pairs": 4, "there": 2, "retold": 4, "words": 5},
+    },
+    "settle": {
+        **{"named": 20, "traits": 14, "presence": 10, "sides": 6, "dots": 5, "many": 7, "facts": 8, "told": 6},
+        **{"digit": 12, "glyph": 2, "single": 3, "word": 2},
+        **{"echo_few": 3, "pairs_few": 3, "there": 2, "retold": 3, "words": 4},
     },
     "wide": {
         **{"facts": 7, "scene": 26, "many": 13, "few": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
@@ -115,8 +128,16 @@ def echo(rng: random.Random, zh: bool) -> Made:
     return [], lookups.echo(rng, zh)
 
 
+def echo_few(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.echo(rng, zh, few=True)
+
+
 def pairs(rng: random.Random, zh: bool) -> Made:
     return [], lookups.pairs(rng, zh)
+
+
+def pairs_few(rng: random.Random, zh: bool) -> Made:
+    return [], lookups.pairs(rng, zh, few=True)
 
 
 def after(rng: random.Random, zh: bool) -> Made:
@@ -227,6 +248,32 @@ def scene(rng: random.Random, zh: bool) -> Made:
     return [s.image], _several(s, rng, zh)
 
 
+def named(rng: random.Random, zh: bool) -> Made:
+    """How many things, then all of them by name; or the names alone."""
+    s = scenes.scene(rng, most=rng.choice((2, 3, 4)))
+    turns = [scenes.ask_total(s, rng, zh)] * (rng.random() < 0.4)
+    return [s.image], [*turns, scenes.ask_caption(s, rng, zh)]
+
+
+def traits(rng: random.Random, zh: bool) -> Made:
+    """Colour, shape or place of one of several things, up to three times."""
+    s = scenes.scene(rng, least=2, most=rng.choice((2, 3, 4)))
+    return [s.image], _distinct([scenes.ask_attribute(s, rng, zh) for _ in range(3)])
+
+
+def presence(rng: random.Random, zh: bool) -> Made:
+    """Whether colours, shapes and both together are there, up to four times."""
+    s = scenes.scene(rng, most=rng.choice((1, 2, 3)))
+    asks = rng.choices((scenes.ask_exists, scenes.ask_has), k=4)
+    return [s.image], _distinct([ask(s, rng, zh) for ask in asks])
+
+
+def sides(rng: random.Random, zh: bool) -> Made:
+    """Left or right, above or below, of two or three things."""
+    s = scenes.scene(rng, least=2, most=rng.choice((2, 3)))
+    return [s.image], _distinct([scenes.ask_relation(s, rng, zh, axes) for axes in rng.sample("xyxy", 3)])
+
+
 def dots(rng: random.Random, zh: bool) -> Made:
     """Up to five, to be counted, and one fact about them."""
     s = scenes.crowd(rng, most=5)
@@ -289,7 +336,8 @@ KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
     for made in (
         *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
-        *(echo, pairs, after, there, same),
+        *(named, traits, presence, sides),
+        *(echo, echo_few, pairs, pairs_few, after, there, same),
         *(glyph, few, digit, text, receipt, chart, pair, clip, words),
     )
 }
