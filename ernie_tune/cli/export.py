@@ -40,12 +40,16 @@ def run(args: list[str]) -> int:
                                that of transformers 5
     --quantization none|wint8|wint4|mix    what FastDeploy will quantise to; wint4: experts int4,
                                            the rest int8; mix: vision experts int8 too
+    --quantization weight_only_mix|weight_only_int8|weight_only_int4    (with --emit packed) what
+                               weight_quantize_algo makes while a run loads, bit for bit: scales of
+                               64 rows for int4, nearer to the weights; FastDeploy cannot read it
     --method rtn|clip|gptq     how int4 codes are chosen (default clip); with --calib FILE by what
                                the layers see
     --calib FILE, --calib_rows 128, --eval FILE    rows to choose by, and rows to check and score on
     --target_tp N              cards that will serve together: each has scales of its own
     --emit weights|cache|packed    weights (default); with a load cache for FastDeploy beside them;
-                                   or packed codes for `ernie-tune serve`
+                                   or packed codes: a base for `ernie-tune train`, and for
+                               `ernie-tune serve`
     --awq 0.25                 fold activation-aware scales into the weights first (needs --calib)
     --max_shard_size 5GB, --port 8180, --verify full|files, --eval_max_samples 200,
     --eval_max_new_tokens 32

@@ -113,10 +113,14 @@ export_report.json。只给一个适配器时，由其设置找到基础模型�
 --layout paddle|pt|hf      供 FastDeploy 的 Paddle 布局（默认）、-PT 版的布局、transformers 5 的布局
 --quantization none|wint8|wint4|mix    FastDeploy 将量化到的类型；wint4：专家为 int4，其余 int8；
                                        mix：视觉专家也为 int8
+--quantization weight_only_mix|weight_only_int8|weight_only_int4    （配合 --emit packed）与训练加载时
+                           weight_quantize_algo 所得逐位相同：int4 每 64 行一个缩放因子，更接近原权重；
+                           FastDeploy 无法读取
 --method rtn|clip|gptq     选取 int4 编码的方法（默认 clip）；有 --calib FILE 时按各层所见的数据
 --calib FILE、--calib_rows 128、--eval FILE    用于选取的数据，以及用于校验与评分的数据
 --target_tp N              将一起提供服务的卡数：各卡有自己的缩放因子
---emit weights|cache|packed    权重（默认）；另附 FastDeploy 的加载缓存；或供 `ernie-tune serve` 的压缩编码
+--emit weights|cache|packed    权重（默认）；另附 FastDeploy 的加载缓存；或压缩编码：可作为 `ernie-tune train` 的底座，
+                               也可用 `ernie-tune serve` 部署
 --awq 0.25                 先把激活感知的缩放合并进权重（需要 --calib）
 --max_shard_size 5GB、--port 8180、--verify full|files、--eval_max_samples 200、
 --eval_max_new_tokens 32""",

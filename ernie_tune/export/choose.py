@@ -22,7 +22,9 @@ import numpy as np
 
 from ernie_tune.checkpoint.tensors import cast, widen_bfloat16
 from ernie_tune.config.language import say
+from ernie_tune.export import at_load
 from ernie_tune.export import grid as grids
+from ernie_tune.export.at_load import AtLoad
 from ernie_tune.export.grid import Grid
 from ernie_tune.export.scheme import Scheme, bits_of, row_parallel
 from ernie_tune.export.source import Place, Rounded, Weights
@@ -181,6 +183,7 @@ class Chosen:
         return bits_of(name, self.scheme)
 
     def shards(self, name: str) -> int:
+        """Parts of the rows that have scales of their own."""
         return self.target_tp if row_parallel(name) else 1
 
     def original(self, name: str, expert: int | None) -> Array:
@@ -233,12 +236,13 @@ class Served:
     FastDeploy rounded for itself.
     """
 
-    def __init__(self, chosen: Chosen, plain: bool = False) -> None:
-        self.chosen, self.plain, self.unquantised = chosen, plain, Rounded(chosen.weights)
+    def __init__(self, chosen: Chosen | AtLoad, plain: bool = False) -> None:
+        self.chosen, self.plain = chosen, plain
+        self.unquantised = chosen.weights if isinstance(chosen, AtLoad) else Rounded(chosen.weights)
         self.config: ModelConfig = chosen.weights.config
 
     def read(self, name: str, expert: int | None, code: str) -> Array:
         if not self.chosen.bits(name):
             return self.unquantised.read(name, expert, code)
         made = self.chosen.rtn(name, expert) if self.plain else self.chosen.grid(name, expert)
-        return cast(made.dense(), "F32", code)
+        return cast(at_load.dense(name, made), "F32", code)

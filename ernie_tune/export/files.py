@@ -34,7 +34,7 @@ _READ_BY = {
     "paddle": "FastDeploy. PaddleFormers, vLLM and transformers read other names: `--layout pt`, `--layout hf`",
     "pt": "FastDeploy, PaddleFormers, vLLM",
     "hf": "transformers 5",
-    "packed": "`ernie-tune serve`",
+    "packed": "`ernie-tune serve`, and `ernie-tune train` as a frozen base",
 }
 _THINKING = """
 FastDeploy lets the model think unless a request says otherwise, and the server has no switch for it. A

@@ -20,7 +20,7 @@ from ernie_tune.export.grid import Grid
 from ernie_tune.export.source import EXPORT_CODE, Place, Weights
 from ernie_tune.models.config_dialects import write_config
 from ernie_tune.models.specs import parameter_specs
-from ernie_tune.peft.packed_header import METHOD, VERSION, matrix_name
+from ernie_tune.peft.packed_header import MARK, METHOD, TABLE, matrix_name
 from ernie_tune.peft.quantize import pack_halves
 
 Array = np.ndarray[Any, Any]
@@ -33,10 +33,13 @@ def write_packed(
     shards: Callable[[str], int],
     grid: Callable[[str, int | None], Grid],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    scale_code: str = EXPORT_CODE,
+    float_code: str = EXPORT_CODE,
 ) -> list[Path]:
     """Write a packed folder. `bits(name)`: 8, 4 or 0; `shards(name)`: scales down the rows;
     `grid(name, expert)`: codes and scales, asked for once where scales follow their codes in the
-    file. Returns the paths.
+    file, of the table of tokens those of its transpose. `scale_code`, `float_code`: safetensors
+    types of the scales and of what stays float. Returns the paths.
 
     ValueError for an odd input width with 4 bits.
     """
@@ -45,7 +48,7 @@ def write_packed(
     origin: dict[str, Place] = {}
     for name, spec in specs.items():
         if not bits(name):
-            entries[name] = (spec.shape, "F32" if spec.float32 else EXPORT_CODE)
+            entries[name] = (spec.shape, "F32" if spec.float32 else float_code)
             origin[name] = (name, None)
             continue
         rows, columns = spec.shape[-2:]
@@ -59,7 +62,7 @@ def write_packed(
         for expert in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
             stem = matrix_name(name, expert)
             entries[f"{stem}.codes"] = ((rows // 2, columns), "U8") if bits(name) == 4 else ((rows, columns), "I8")
-            entries[f"{stem}.scale"] = ((shards(name), columns), EXPORT_CODE)
+            entries[f"{stem}.scale"] = ((rows, 1) if name == TABLE else (shards(name), columns), scale_code)
             origin[f"{stem}.codes"] = origin[f"{stem}.scale"] = (name, expert)
 
     made: dict[Place, Grid] = {}  # the newest alone
@@ -73,13 +76,15 @@ def write_packed(
             return weights.read(name, None, entries[key][1])
         newest = made.pop((name, expert), None) or grid(name, expert)
         if key.endswith(".scale"):
-            return cast(newest.scale_SN, "F32", EXPORT_CODE)
+            return cast(newest.scale_SN.reshape(entries[key][0]), "F32", scale_code)
         made.clear()
         made[name, expert] = newest
+        if name == TABLE:
+            return np.ascontiguousarray(newest.codes_KN.T)
         return pack_halves(newest.codes_KN) if newest.bits == 4 else newest.codes_KN
 
     config = write_config(weights.config.replace(dtype="bfloat16"), "paddle")
-    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
+    config["quantization_config"] = MARK
     return write_folder(
         folder,
         entries,

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED, TRANSFORMERS
 from ernie_tune.data.tokenizer import VIDEO, folder_with_tokenizer
 from ernie_tune.export import files, verify
+from ernie_tune.export.at_load import AtLoad
 from ernie_tune.export.awq import Folded, folded_moments
 from ernie_tune.export.cache import check_caches, write_cache
 from ernie_tune.export.calibrate import moments, samples
-from ernie_tune.export.choose import METHODS, Chosen, Served, Written
+from ernie_tune.export.choose import Chosen, Moment, Served, Written
 from ernie_tune.export.measure import (
     Look,
     Probe,
@@ -49,11 +50,12 @@ from ernie_tune.export.measure import (
     read_batches,
     set_weights,
 )
+from ernie_tune.export.options import LAYOUTS, ExportOptions
 from ernie_tune.export.packed import write_packed
 from ernie_tune.export.processor_rules import CHECKED, vocabulary_findings
 from ernie_tune.export.scheme import bits_of, kernel_problems, quantised_names, scheme
 from ernie_tune.export.served import media_arguments
-from ernie_tune.export.source import EXPORT_CODE, ExportSource, Rounded, Weights, is_adapter
+from ernie_tune.export.source import EXPORT_CODE, ExportSource, Place, Rounded, Weights, is_adapter
 from ernie_tune.export.transformers_files import write_files
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_dialects import write_config
@@ -61,100 +63,7 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 
 Score = Callable[[ErnieModel, Processor], Mapping[str, float]]
-# layout -> how it is written (checkpoint/names.py)
-LAYOUTS = {"paddle": "paddle", "pt": "hf", "hf": "hf_saved"}
-EMITS = ("weights", "cache", "packed")
-VERIFY = ("full", "files")
 _MERGE_KL = 0.02  # what rounding to bfloat16 may cost, in nats; a wrong merge costs whole ones
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export. `layout`: "paddle" (-Paddle releases, FastDeploy), "pt" (-PT releases,
-    FastDeploy and vLLM), "hf" (transformers 5).
-
-    `quantization`: "none", "wint8", "wint4", "mix" (`scheme.py`); `method`: "rtn", "clip", "gptq"
-    (`choose.py`); `calib`: rows that activations come from, a quarter of them kept for the checks
-    unless `eval` names others. `emit`: "weights" that FastDeploy quantises itself, those and a load
-    "cache" beside them, or "packed" codes for our own server. `awq`: exponent of the
-    activation-aware scaling, 0 for none. `verify`: "full", or "files" without comparing models in
-    memory. Raises ValueError for values that do not exist or contradict each other.
-    """
-
-    layout: str = "paddle"
-    quantization: str = "none"
-    method: str = "clip"
-    calib: str = ""
-    eval: str = ""
-    calib_rows: int = 128
-    target_tp: int = 1
-    emit: str = "weights"
-    awq: float = 0.0
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    verify: str = "full"
-    port: int = 8180
-
-    def __post_init__(self) -> None:
-        scheme(self.quantization)
-        for name, value, known in (
-            ("layout", self.layout, tuple(LAYOUTS)),
-            ("method", self.method, METHODS),
-            ("emit", self.emit, EMITS),
-            ("verify", self.verify, VERIFY),
-        ):
-            if value not in known:
-                raise ValueError(
-                    say(
-                        f"{name} ({value!r}) must be one of {known}; choose one of them",
-                        f"{name}（{value!r}）须为 {known} 之一；请选一种",
-                    )
-                )
-        if self.target_tp < 1:
-            raise ValueError(
-                say(
-                    f"target_tp ({self.target_tp}) must be at least 1; give the number of cards that will serve",
-                    f"target_tp（{self.target_tp}）须至少为 1；请给出部署的卡数",
-                )
-            )
-        if self.quantization == "none" and self.emit != "weights":
-            raise ValueError(
-                say(
-                    f"emit ({self.emit}) must go with a quantization, not none; give wint8, wint4 or mix",
-                    f"emit（{self.emit}）须与量化同用，不能为 none；请给出 wint8、wint4 或 mix",
-                )
-            )
-        if self.quantization != "none" and self.layout == "hf":
-            raise ValueError(
-                say(
-                    f"quantization ({self.quantization}) must go with layout paddle or pt: transformers has "
-                    "no such grid; leave it out",
-                    f"quantization（{self.quantization}）须与 layout paddle 或 pt 同用：transformers "
-                    "没有这种格式；请去掉",
-                )
-            )
-        if self.awq and (self.quantization not in ("wint4", "mix") or not self.calib):
-            raise ValueError(
-                say(
-                    f"awq ({self.awq:g}) must go with quantization wint4 or mix and with calib; leave it out, "
-                    "or give them",
-                    f"awq（{self.awq:g}）须与 quantization wint4 或 mix 以及 calib 同用；请去掉，或补上它们",
-                )
-            )
-        if not 0 <= self.awq <= 1:
-            raise ValueError(
-                say(
-                    f"awq ({self.awq:g}) must be from 0 to 1; 0.25 is a good start",
-                    f"awq（{self.awq:g}）须在 0 到 1 之间；可从 0.25 开始",
-                )
-            )
-        FastDeployCommand("", port=self.port)
-        if self.method == "gptq" and not self.calib:
-            raise ValueError(
-                say(
-                    "method (gptq) must come with calibration data; give --calib FILE, or take method clip",
-                    "method（gptq）需要校准数据；请给出 --calib FILE，或改用 clip",
-                )
-            )
 
 
 def export(
@@ -279,7 +188,7 @@ class _Export:
 
     # --- choosing ---------------------------------------------------------------------------------
 
-    def _choose(self) -> tuple[Weights, Chosen | None, Look | None]:
+    def _choose(self) -> tuple[Weights, Chosen | AtLoad | None, Look | None]:
         """The weights to quantise, their codes, and what the served model does on the probes."""
         o, weights = self.o, self.source  # type: ExportOptions, Weights
         quantised = o.quantization != "none"
@@ -292,7 +201,7 @@ class _Export:
                 f"{'; '.join(problems)}. `ernie-tune export --emit packed` makes a folder for our own server."
             )
         if not self.full and not o.calib:
-            return weights, Chosen(weights, self.scheme, o.method, o.target_tp) if quantised else None, None
+            return weights, self._codes(weights) if quantised else None, None
         calib, self.probes = self._data()
         model = model_of(Rounded(weights))
         before = look(model, self.probes)
@@ -307,10 +216,18 @@ class _Export:
             weights, seen = folded, folded_moments(seen, folded)
             set_weights(model, Rounded(weights))
             self._check_fold(before, look(model, self.probes))
-        chosen = Chosen(weights, self.scheme, o.method, o.target_tp, seen)
+        chosen = self._codes(weights, seen)
         if not self.full:
             return weights, chosen, None
         return weights, chosen, self._compare(model, chosen, before)
+
+    def _codes(self, weights: Weights, seen: Mapping[Place, Moment] | None = None) -> Chosen | AtLoad:
+        o = self.o
+        return (
+            AtLoad(weights, o.quantization)
+            if o.at_load
+            else Chosen(weights, self.scheme, o.method, o.target_tp, seen or {})
+        )
 
     def _check_fold(self, before: Look, after: Look) -> None:
         """Powers of two change nothing before quantisation; sums may be taken in another order."""
@@ -368,7 +285,7 @@ class _Export:
                 )
             )
 
-    def _compare(self, model: ErnieModel, chosen: Chosen, before: Look) -> Look:
+    def _compare(self, model: ErnieModel, chosen: Chosen | AtLoad, before: Look) -> Look:
         """V3 to V5: three sets of weights through one model, one after the other."""
         inputs = samples(model, [p.inputs for p in self.probes], quantised_names(self.config, self.scheme))
         errors = verify.layer_errors(chosen, inputs)
@@ -396,18 +313,19 @@ class _Export:
 
     # --- writing and checking ---------------------------------------------------------------------
 
-    def _write(self, weights: Weights, chosen: Chosen | None) -> dict[str, float]:
+    def _write(self, weights: Weights, chosen: Chosen | AtLoad | None) -> dict[str, float]:
         start, o = time.monotonic(), self.o
         if o.emit == "packed" and chosen:
-            write_packed(self.staged, weights, chosen.bits, chosen.shards, chosen.grid, o.max_shard_bytes)
-        else:
+            codes = (chosen.scale_code, self.source.float_code) if isinstance(chosen, AtLoad) else ()
+            write_packed(self.staged, weights, chosen.bits, chosen.shards, chosen.grid, o.max_shard_bytes, *codes)
+        elif not isinstance(chosen, AtLoad):
             told = self._hf_config() if o.layout == "hf" else None
             write_layout(
                 self.staged, Written(chosen) if chosen else weights, LAYOUTS[o.layout], o.max_shard_bytes, told
             )
         seconds = time.monotonic() - start
         size = sum(path.stat().st_size for path in self.staged.glob("*.safetensors"))
-        if o.emit == "cache" and chosen:
+        if o.emit == "cache" and isinstance(chosen, Chosen):
             write_cache(self.staged, chosen)
         searched = TRANSFORMERS if o.layout == "hf" else RELEASED
         for change in files.copy_files([*reversed(self.adapters), self.base], self.staged, self.processor, searched):
@@ -433,13 +351,13 @@ class _Export:
             )
         return config.replace(tokens=dataclasses.replace(tokens, video=tokens.video if video is None else video))
 
-    def _verify(self, weights: Weights, chosen: Chosen | None, planned: Look | None) -> None:
+    def _verify(self, weights: Weights, chosen: Chosen | AtLoad | None, planned: Look | None) -> None:
         o = self.o
         reader = "packed" if o.emit == "packed" else "transformers" if o.layout == "hf" else "fastdeploy"
         opened = verify.reopen(
             self.staged,
             reader,
-            Written(chosen) if chosen else weights,
+            Written(chosen) if isinstance(chosen, Chosen) else weights,
             chosen,
             flavour=LAYOUTS[o.layout],
             probes=self.probes if planned else (),
@@ -448,7 +366,7 @@ class _Export:
             source=self._processor_folder(),
         )
         self.notes += opened.differences
-        if o.emit == "cache" and chosen:
+        if o.emit == "cache" and isinstance(chosen, Chosen):
             opened.problems.extend(check_caches(self.staged, chosen))
         self.checks |= verify.check_opened(opened, planned)
 

@@ -4,6 +4,8 @@ it for ERNIE.
 "wint4" is int8 for attention, dense and shared feed-forward and int4 for routed experts: FastDeploy
 rewrites the word so. "wint8" is int8 for all of them. "mix" is wint4 with int8 vision experts,
 which are smaller and see outliers. Towers, routers, norms, embedding and head stay as they are.
+"weight_only_int8", "weight_only_int4", "weight_only_mix" are what those settings of a run make
+while it loads a model (`at_load.py`); FastDeploy has no kernels for them.
 Refuses to know: how codes are chosen, files, paddle.
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import parameter_specs
+from ernie_tune.peft.formats import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,18 @@ CLASSES = ("attention", "dense feed-forward", "shared experts", "text experts", 
 
 
 def scheme(name: str) -> Scheme:
-    """ValueError for an unknown name."""
+    """Of FastDeploy's, or of the algorithms that quantise while a model is loaded. ValueError for
+    an unknown name.
+    """
+    if name in ALGORITHMS:
+        at_load = ALGORITHMS[name]
+        return Scheme(at_load.linear, (at_load.experts, at_load.experts), "")
     if name not in SCHEMES:
+        known = [*sorted(SCHEMES), *sorted(ALGORITHMS)]
         raise ValueError(
             say(
-                f"quantization ({name!r}) must be one of {sorted(SCHEMES)}; choose one of them",
-                f"quantization（{name!r}）须为 {sorted(SCHEMES)} 之一；请选一种",
+                f"quantization ({name!r}) must be one of {known}; choose one of them",
+                f"quantization（{name!r}）须为 {known} 之一；请选一种",
             )
         )
     return SCHEMES[name]

@@ -190,6 +190,16 @@ class ExportSource:
                     )
                 )
 
+    @property
+    def float_code(self) -> str:
+        """A safetensors type that holds the folder's values as they are."""
+        kinds = {
+            self.reader.entries[links[0].disk].dtype
+            for n, links in self.table.links_to.items()
+            if not self.table.canonical[n].float32
+        }
+        return EXPORT_CODE if kinds == {EXPORT_CODE} and not self.adapters else "F32"
+
     def read(self, name: str, expert: int | None, code: str) -> Array:
         links = self.table.links_to[name]
         own = self.reader.entries[links[0].disk].dtype

@@ -23,6 +23,7 @@ import numpy as np
 from ernie_tune.config.language import say
 from ernie_tune.data.processor import Processor
 from ernie_tune.export import prompts
+from ernie_tune.export.at_load import AtLoad
 from ernie_tune.export.choose import Chosen
 from ernie_tune.export.measure import Look, Probe, log_softmax, save_inputs
 from ernie_tune.export.reopen import digest
@@ -56,7 +57,7 @@ def reopen(
     folder: Path,
     reader: str,
     weights: Weights,
-    chosen: Chosen | None,
+    chosen: Chosen | AtLoad | None,
     *,
     flavour: str = "",
     probes: Sequence[Probe] = (),
@@ -160,7 +161,7 @@ class LayerErrors:
         return [name for name in self.ours if self.ours[name] > self.rtn[name] * (1 + 1e-6)]
 
 
-def layer_errors(chosen: Chosen, inputs: Mapping[Place, Array]) -> LayerErrors:
+def layer_errors(chosen: Chosen | AtLoad, inputs: Mapping[Place, Array]) -> LayerErrors:
     """Relative output error of each class of layers on held-out inputs, for the chosen codes and
     for rtn's.
     """

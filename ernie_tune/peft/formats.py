@@ -37,6 +37,16 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.match(name)
 
 
+def bits_at_load(name: str, shape: tuple[int, ...], algorithm: str) -> int:
+    """Bits of a canonical parameter of this shape that an algorithm makes codes of; 0: it stays."""
+    chosen = ALGORITHMS[algorithm]
+    if name == "embed_tokens.weight":
+        return 8 if chosen.embedding else 0
+    if len(shape) == 3:
+        return chosen.experts
+    return chosen.linear if is_linear(name, shape) else 0
+
+
 def num_groups(n_in: int, bits: int) -> int:
     """Rows of the scales of a matrix with `n_in` input rows: int4 has one scale a group and column,
     int8 one a column.

@@ -16,7 +16,7 @@ from functools import lru_cache
 from ernie_tune.config.language import say
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.specs import MODALITIES, ParameterSpec, parameter_specs
-from ernie_tune.peft.formats import ALGORITHMS, is_linear, num_groups
+from ernie_tune.peft.formats import ALGORITHMS, bits_at_load, is_linear, num_groups
 from ernie_tune.peft.packed_header import TABLE
 from ernie_tune.peft.parts import frozen_parts, part_of
 from ernie_tune.peft.targets import expert_targets, linear_targets
@@ -101,12 +101,10 @@ def stored_bytes(name: str, spec: ParameterSpec, job: Job) -> float:
                 f"weight_quantize_algo（{job.quantize!r}）须为 {sorted(ALGORITHMS)} 之一；请选一种",
             )
         )
-    chosen = ALGORITHMS[job.quantize]
-    if name == TABLE:
-        return _of_table(spec, job.element_bytes) if chosen.embedding else plain
-    if len(spec.shape) == 3:
-        return _quantised(spec, chosen.experts, job.element_bytes)
-    return _quantised(spec, chosen.linear, job.element_bytes) if _is_linear(name, spec) else plain
+    bits = bits_at_load(name, spec.shape, job.quantize)
+    if bits and name == TABLE:
+        return _of_table(spec, job.element_bytes)
+    return _quantised(spec, bits, job.element_bytes) if bits else plain
 
 
 def _is_linear(name: str, spec: ParameterSpec) -> bool:
