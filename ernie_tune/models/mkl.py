@@ -64,7 +64,8 @@ def ready(*tensors: Tensor) -> bool:
     """
     first = tensors[0].dtype
     return (
-        first in _LETTER
+        not _ALONE.on
+        and first in _LETTER
         and all(x.dtype == first and x.place.is_cpu_place() and numel(x) < 2**31 for x in tensors)
         and _library() is not None
     )
@@ -293,11 +294,21 @@ class Products:
         self._batch()
 
 
-class _Stepping(threading.local):
+class _Flag(threading.local):
     on = False
 
 
-_STEPPING = _Stepping()
+_STEPPING, _ALONE = _Flag(), _Flag()
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Paddle's operators do everything: what this file does can be held against them."""
+    before, _ALONE.on = _ALONE.on, True
+    try:
+        yield
+    finally:
+        _ALONE.on = before
 
 
 @contextlib.contextmanager
@@ -327,7 +338,8 @@ def made(x: np.ndarray) -> Tensor:
 
 def usable(dtype: str) -> bool:
     """Whether a model of this dtype computes where the library can."""
-    return paddle.get_device() == "cpu" and dtype in ("float32", "float64") and _library() is not None
+    known = dtype in ("float32", "float64") and _library() is not None
+    return not _ALONE.on and paddle.get_device() == "cpu" and known
 
 
 def _rows(table: np.ndarray) -> list[ctypes.c_void_p]:

@@ -1,8 +1,10 @@
 """Does a card compute what a CPU computes, and how fast? Operators, steps of small models and of
 two layers of the released width, memory, rates: one line each, with a verdict.
 
-The reference is the CPU in a wider format: float64 for operators and the small model, float32 for
-wide layers. The same lines are made with the CPU in the card's place, in float32.
+The reference is the CPU in float64 (wide layers beside a card: float32), without the fast paths
+that are looked at: operators by their formulas (card_operators.py), models with all that the math
+library does left to Paddle's operators, decoding by forwards of whole sequences. So the same lines,
+made with the CPU in the card's place, show a fault of its own fast paths too.
 Refuses to know: how lines are shown, several cards (`ernie-tune doctor --dist` has them talk).
 """
 
@@ -25,22 +27,21 @@ from ernie_tune.config.layout import Layout
 from ernie_tune.data.batching import Sample, collate
 from ernie_tune.generate.batch import generate
 from ernie_tune.generate.sampling import SamplingParams
-from ernie_tune.models.attention import AttentionPlan, cached_attention, flash_holds, segment_attention
+from ernie_tune.models import mkl
+from ernie_tune.models.attention import flash_holds
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.grouped import copy_holds, grouped_matmul, kernel_holds
-from ernie_tune.models.inputs import Row
-from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors
-from ernie_tune.models.moe import route
+from ernie_tune.models.grouped import copy_holds, kernel_holds
+from ernie_tune.models.inputs import Row, pack
 from ernie_tune.models.presets import preset
 from ernie_tune.models.proven import TOLERANCE, relative_error
-from ernie_tune.objectives.logprobs import token_logp
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
-from ernie_tune.peft.quantize import QuantizedLinear, QuantizedWeight
+from ernie_tune.peft.quantize import quantize_base
 from ernie_tune.plan.cards import card
 from ernie_tune.plan.job import Job
 from ernie_tune.plan.memory import memory
 from ernie_tune.plan.time import flops_per_token
+from ernie_tune.train.card_operators import OPERATORS, Operator
 from ernie_tune.train.loop import Loop, LoopSettings
 from ernie_tune.train.optim import Schedule, build_adamw
 from ernie_tune.train.sft import SFTObjective
@@ -63,9 +64,6 @@ class CheckLine:
     passed: bool | None = None
 
 
-Operator = Callable[[Callable[..., Tensor]], Sequence[Tensor]]
-
-
 def check_card(device: str) -> Iterator[CheckLine]:
     """The lines for a device ("gpu:0", "cpu"), as they are found. The device is the process's own
     again afterwards.
@@ -75,7 +73,7 @@ def check_card(device: str) -> Iterator[CheckLine]:
     try:
         for dtype in dtypes:
             for name, operator in OPERATORS.items():
-                yield _operator(name, operator, device, dtype)
+                yield operator_line(name, operator, device, dtype)
         if device != "cpu":
             yield from _fast_paths()
         rates = {dtype: _product_rate(device, dtype) for dtype in dtypes}
@@ -88,7 +86,8 @@ def check_card(device: str) -> Iterator[CheckLine]:
         yield from _models(device, dtypes, rates)
         if device != "cpu":
             yield _memory(device)
-        yield _decoding(device, dtypes[-1])
+        for quantised in (False, True):
+            yield decoding_line(device, dtypes[-1], quantised)
     finally:
         paddle.set_device(before)
 
@@ -96,138 +95,19 @@ def check_card(device: str) -> Iterator[CheckLine]:
 # --- operators ---------------------------------------------------------------------------------
 
 
-def _normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def _with_gradients(
-    make: Callable[..., Tensor], function: Callable[..., Tensor], *arrays: np.ndarray
-) -> Sequence[Tensor]:
-    inputs = [make(array) for array in arrays]
-    for x in inputs:
-        x.stop_gradient = False
-    out = function(*inputs)
-    return [out, *paddle.grad(out, inputs, make(_normal(99, *out.shape)))]
-
-
-def _attention(offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> Operator:
-    def run(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-        tokens = offsets[-1]
-        arrays = [_normal(i, tokens, heads, 64) for i, heads in enumerate((4, 2, 2))]
-        return _with_gradients(
-            make, lambda q, k, v: segment_attention(q, k, v, AttentionPlan(offsets, causal, parents)), *arrays
-        )
-
-    return run
-
-
-def _cached(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    bias = np.zeros((3, 40))
-    bias[0, :7] = -1e30
-    q, k, v = make(_normal(0, 3, 4, 64)), make(_normal(1, 3, 2, 40, 64)), make(_normal(2, 3, 2, 40, 64))
-    return [cached_attention(q, k, v, make(bias, "float64" if q.dtype == paddle.float64 else "float32"))]
-
-
-def _rope(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    angles = text_angles(np.arange(60).reshape(20, 3), 64, 8, 1e4)
-
-    def turned(x: Tensor) -> Tensor:
-        return rotate_pairs(x, turn_factors(angles, 4, str(x.dtype).rsplit(".", 1)[-1]))
-
-    return _with_gradients(make, turned, _normal(0, 20, 4, 64))
-
-
-def _experts(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    counts = (5, 0, 17, 10)
-    return _with_gradients(make, lambda x, w: grouped_matmul(x, w, counts), _normal(0, 32, 48), _normal(1, 4, 48, 24))
-
-
-def _router(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    wide = "float64" if make(np.zeros(1)).dtype == paddle.float64 else "float32"
-    routing = route(make(_normal(0, 32, 48), wide), make(_normal(1, 48, 8), wide), make(np.zeros(8), wide), 2)
-    return [routing.logits_TE, routing.weight_Tk, routing.chosen_Tk.astype(wide)]
-
-
-def _logp(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    targets = paddle.to_tensor(np.arange(16) * 31)
-    return _with_gradients(
-        make, lambda h, w: token_logp(h, w, targets, transposed=True), _normal(0, 16, 48), _normal(1, 500, 48)
-    )
-
-
-def _quantised(bits: int) -> Operator:
-    def run(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-        # the codes are made from one set of float32 numbers, so that all formats have the same
-        weight = QuantizedWeight.rounded(paddle.to_tensor(_normal(1, 128, 48).astype(np.float32)), bits)
-        scale = make(weight.scale.astype("float64").numpy()) if weight.scale is not None else None
-        if weight.codes is None or scale is None:
-            raise AssertionError("a rounded weight has values")
-        return _with_gradients(make, QuantizedLinear(QuantizedWeight(weight.codes, scale, bits)), _normal(0, 16, 128))
-
-    return run
-
-
-def _adamw(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    parameter = paddle.create_parameter([64], "float64" if make(np.zeros(1)).dtype == paddle.float64 else "float32")
-    parameter.set_value(_normal(0, 64).astype(str(parameter.dtype).rsplit(".", 1)[-1]))
-    optimizer = build_adamw([("w", parameter)], lambda _: 1.0, weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8)
-    optimizer.set_lr(0.1)
-    for step in range(3):
-        (parameter * paddle.to_tensor(_normal(step + 1, 64)).astype(parameter.dtype)).sum().backward()
-        optimizer.step()
-        optimizer.clear_grad()
-    return [parameter]
-
-
-def _product(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    return _with_gradients(make, paddle.matmul, _normal(0, 40, 64), _normal(1, 64, 32))
-
-
-def _norm(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    return _with_gradients(make, lambda x, w: rms_norm(x, w, 1e-5), _normal(0, 40, 64), _normal(1, 64))
-
-
-def _swiglu(make: Callable[..., Tensor]) -> Sequence[Tensor]:
-    return _with_gradients(make, swiglu, _normal(0, 40, 64), _normal(1, 40, 64))
-
-
-OPERATORS: dict[str, Operator] = {
-    "product": _product,
-    "RMSNorm": _norm,
-    "SwiGLU": _swiglu,
-    "rotary embedding": _rope,
-    "attention, causal": _attention((0, 5, 37, 165), True),
-    "attention, whole pictures": _attention((0, 16, 80), False),
-    "attention, shared prefix": _attention((0, 40, 52, 70), True, (-1, 0, 0)),
-    "attention, decoding": _cached,
-    "router": _router,
-    "experts": _experts,
-    "log-probabilities": _logp,
-    "int8 layer": _quantised(8),
-    "int4 layer": _quantised(4),
-    "AdamW": _adamw,
-}
-
-
-def _operator(name: str, operator: Operator, device: str, dtype: str) -> CheckLine:
-    want = _results(operator, "cpu", "float64")
+def operator_line(name: str, operator: Operator, device: str, dtype: str) -> CheckLine:
+    """The library's operator on a device beside its formula in float64 on the CPU."""
     about = say(f"operator {name}, {dtype}", f"算子 {name}，{dtype}")
+    paddle.set_device("cpu")
+    want = operator.results(lambda array: paddle.to_tensor(array), plain=True)
+    paddle.set_device(device)
     try:
-        got = _results(operator, device, dtype)
+        got = operator.results(lambda array: paddle.to_tensor(array).astype(dtype))
     except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
         return CheckLine(about, _short(error), False)
     tolerance = TOLERANCE[getattr(paddle, dtype)]
     worst = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
-    return CheckLine(about, _off(worst, tolerance), worst <= tolerance)
-
-
-def _results(operator: Operator, device: str, dtype: str) -> list[np.ndarray]:
-    paddle.set_device(device)
-
-    def make(array: np.ndarray, kind: str = dtype) -> Tensor:
-        return paddle.to_tensor(array).astype(kind)
-
-    return [x.astype("float64").numpy() for x in operator(make)]
+    return CheckLine(about, _off(worst, tolerance), bool(worst <= tolerance))
 
 
 def _off(worst: float, tolerance: float) -> str:
@@ -283,7 +163,8 @@ def _models(device: str, dtypes: Sequence[str], rates: dict[str, float]) -> Iter
     for about, (config, lora, reference) in cases.items():
         # with the CPU in the card's place the wide layers are compared with float64
         exact = "float64" if device == "cpu" else reference
-        want, _ = _steps("cpu", exact, config, lora)
+        with mkl.left_alone():
+            want, _ = _steps("cpu", exact, config, lora)
         for dtype in dtypes:
             title = say(f"step of {about}, {dtype}", f"训练步：{about}，{dtype}")
             try:
@@ -378,29 +259,41 @@ def _copy_rate(device: str) -> float:
     return 2 * 4 * x.shape[0] / _best(lambda: x + 0.0)
 
 
-def _decoding(device: str, dtype: str) -> CheckLine:
-    """Greedy tokens a second of eight rows; the first tokens are those of the CPU."""
-    rows = [Row(np.random.default_rng(seed).integers(10, 7900, 64)) for seed in range(8)]
-    params = SamplingParams(max_new_tokens=16, temperature=0.0)
-
-    def run(where: str, kind: str) -> tuple[list[list[int]], float]:
-        paddle.set_device(where)
-        model = AutoModel.from_config("small", seed=1, dtype=kind)
-        model.eval()
-        start = time.perf_counter()
-        done = generate(model, rows, model.config.tokens, params)
-        return [list(answers[0].token_ids) for answers in done], time.perf_counter() - start
-
-    want, _ = run("cpu", "float32")
-    got, seconds = run(device, dtype)
-    tokens = sum(map(len, got))
-    equal = np.mean([a[:1] == b[:1] for a, b in zip(got, want, strict=True)])
-    least = 1.0 if dtype == "float32" else 0.75  # near ties decide otherwise in bfloat16
-    return CheckLine(
-        say(f"decoding of small, {dtype}", f"small 解码，{dtype}"),
-        say(
-            f"{tokens / seconds:.0f} tokens/s; first tokens as on the CPU: {equal:.0%}",
-            f"{tokens / seconds:.0f} token/s；首个 token 与 CPU 一致：{equal:.0%}",
-        ),
-        bool(equal >= least),
+def decoding_line(device: str, dtype: str, quantised: bool, name: str = "small", rows: int = 8) -> CheckLine:
+    """Greedy tokens a second, one step after the other, and how far their log-probabilities are
+    from those of whole sequences in one forward of float64. `quantised`: on int8 and int4 codes.
+    """
+    paddle.set_device(device)
+    model = _speaking(name, dtype, quantised)
+    last = min(7900, model.config.vocab_size)
+    given = [Row(np.random.default_rng(seed).integers(10, last, 64)) for seed in range(rows)]
+    start = time.perf_counter()
+    done = generate(model, given, model.config.tokens, SamplingParams(max_new_tokens=16, temperature=0.0))
+    seconds = time.perf_counter() - start
+    got = np.concatenate([answers[0].logps for answers in done])
+    paddle.set_device("cpu")
+    with mkl.left_alone(), paddle.no_grad():
+        model, want = _speaking(name, "float64", quantised), []
+        for row, (answer,) in zip(given, done, strict=True):
+            ids = np.concatenate([row.input_ids_L, np.array(answer.token_ids, np.int64)])
+            scores = model.logits(model(pack([Row(ids)], model.config.tokens))).numpy()[63:-1]
+            top = scores.max(-1, keepdims=True)
+            log = scores - top - np.log(np.exp(scores - top).sum(-1, keepdims=True))
+            want.append(log[np.arange(len(log)), ids[64:]])
+    tolerance = TOLERANCE[getattr(paddle, dtype)]
+    off = relative_error(got, np.concatenate(want))
+    about = (
+        say(f"decoding of {name} on int8 and int4 codes, {dtype}", f"{name} 在 int8 与 int4 编码上解码，{dtype}")
+        if quantised
+        else say(f"decoding of {name}, {dtype}", f"{name} 解码，{dtype}")
     )
+    speed = say(f"{len(got) / seconds:.0f} tokens/s", f"{len(got) / seconds:.0f} token/s")
+    return CheckLine(
+        about, say("{off}; {speed}", "{off}；{speed}", off=_off(off, tolerance), speed=speed), bool(off <= tolerance)
+    )
+
+
+def _speaking(name: str, dtype: str, quantised: bool) -> Any:
+    model = AutoModel.from_config(name, seed=1, dtype=dtype)
+    model.eval()
+    return quantize_base(model, "weight_only_mix") if quantised else model

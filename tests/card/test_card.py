@@ -4,66 +4,33 @@ its line red; and what fast paths do where they do not hold. With a card, its li
 
 from __future__ import annotations
 
+import numpy as np
 import paddle
 import pytest
 
 from ernie_tune.cli import doctor
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.models import proven as trials
-from ernie_tune.models.attention import flash_holds, segment_attention
+from ernie_tune.models.attention import flash_holds
 from ernie_tune.models.presets import preset
 from ernie_tune.train import card_check
-from ernie_tune.train.card_check import OPERATORS, CheckLine, _operator, _steps, check_card
+from ernie_tune.train.card_check import CheckLine, _steps, check_card, operator_line
+from ernie_tune.train.card_operators import OPERATORS, Operator
 
 CARD = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_on_a_cpu(name: str) -> None:
-    line = _operator(name, OPERATORS[name], "cpu", "float32")
+    line = operator_line(name, OPERATORS[name], "cpu", "float32")
     assert line.passed, line
 
 
-def broken_attention(q, k, v, plan):  # type: ignore[no-untyped-def]
-    return segment_attention(q, k, v, plan) * 1.001
+def test_an_operator_that_fails_is_a_line() -> None:
+    def fails(x):  # type: ignore[no-untyped-def]
+        raise RuntimeError("\n\nno such kernel here\n")
 
-
-def without_gradient(x, w, counts):  # type: ignore[no-untyped-def]
-    return card_check.paddle.concat([x, x], 1)[:, :24] * 0.0
-
-
-@pytest.mark.parametrize(
-    ("what", "mutant", "red"),
-    [
-        ("segment_attention", broken_attention, "attention, causal"),
-        ("grouped_matmul", without_gradient, "experts"),
-        ("swiglu", lambda a, b: a * b, "SwiGLU"),
-        ("rms_norm", lambda x, w, eps: x * w, "RMSNorm"),
-    ],
-)
-def test_a_broken_path_is_red(monkeypatch, what: str, mutant, red: str) -> None:  # type: ignore[no-untyped-def]
-    # the reference is computed by the sound path, the device by the broken one
-    sound, devices = getattr(card_check, what), []
-    real = card_check._results
-
-    def results(operator, device, dtype):  # type: ignore[no-untyped-def]
-        devices.append(dtype)
-        monkeypatch.setattr(card_check, what, mutant if dtype == "float32" else sound)
-        return real(operator, device, dtype)
-
-    monkeypatch.setattr(card_check, "_results", results)
-    line = _operator(red, OPERATORS[red], "cpu", "float32")
-    assert devices == ["float64", "float32"]
-    assert line.passed is False
-
-
-def test_an_operator_that_fails_is_a_line(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    def fails(make):  # type: ignore[no-untyped-def]
-        if make([0.0]).dtype == paddle.float32:
-            raise RuntimeError("\n\nno such kernel here\n")
-        return [make([1.0])]
-
-    line = _operator("x", fails, "cpu", "float32")
+    line = operator_line("x", Operator(fails, lambda x: x, (np.ones(2),)), "cpu", "float32")
     assert line.passed is False
     assert line.found == "RuntimeError: no such kernel here"
 
@@ -79,11 +46,15 @@ def test_a_step_agrees_with_float64() -> None:
 
 
 def test_the_page(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(card_check, "OPERATORS", {"product": OPERATORS["product"]})
+    monkeypatch.setattr(card_check, "_best", lambda function: 1.0)  # no clock
     monkeypatch.setattr(card_check, "_models", lambda *_: [CheckLine("step", "off by 1", False)])
-    monkeypatch.setattr(card_check, "_decoding", lambda *_: CheckLine("decoding", "9 tokens/s", True))
+    monkeypatch.setattr(card_check, "decoding_line", lambda *_: CheckLine("decoding", "9 tokens/s", True))
     assert doctor.run(["--card", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "BAD  step: off by 1" in lines
+    assert any(line.startswith("ok   operator product, float32: off by ") for line in lines)
+    assert lines.count("ok   decoding: 9 tokens/s") == 2
     assert lines[-1] == "cpu: 1 lines are wrong"
     monkeypatch.setattr(card_check, "_models", lambda *_: [])
     assert doctor.run(["--card", "cpu"]) == 0
