@@ -287,7 +287,7 @@ def decoding_line(device: str, dtype: str, quantised: bool, name: str = "small",
         if quantised
         else say(f"decoding of {name}, {dtype}", f"{name} 解码，{dtype}")
     )
-    speed = say(f"{len(got) / seconds:.0f} tokens/s", f"{len(got) / seconds:.0f} token/s")
+    speed = say(f"{len(got) / seconds:.0f} tokens/s", f"每秒 {len(got) / seconds:.0f} 个 token")
     return CheckLine(
         about, say("{off}; {speed}", "{off}；{speed}", off=_off(off, tolerance), speed=speed), bool(off <= tolerance)
     )
