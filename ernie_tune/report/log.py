@@ -28,7 +28,7 @@ from ernie_tune.checkpoint.ledger import STATE_FILE
 from ernie_tune.checkpoint.writer import write_atomically
 from ernie_tune.config.foreign import read_json_object
 from ernie_tune.config.language import columns, padded, say, shown
-from ernie_tune.report.direction import better, gain
+from ernie_tune.report.direction import gain
 from ernie_tune.report.writers import LogWriter
 
 LOG_FILE, CSV_FILE = "trainer_log.jsonl", "metrics.csv"
@@ -125,21 +125,27 @@ def metrics_table(split: str, values: Mapping[str, Any]) -> list[str]:
     return [f"***** {split} metrics *****", *(f"  {name:<{left}} = {value:>{right}}" for name, value in shown.items())]
 
 
+# scores of answers that are exact_match where each answer is one word
+_LIKE_EXACT_MATCH = frozenset(
+    ("token_f1", "macro_f1", "squad_exact_match", "squad_f1", "anls", "relaxed_accuracy", "accuracy")
+)
+
+
 def comparison_table(split: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """`***** eval metrics *****` and a line a number: before training, after it, and the change, in
-    the order of measuring. What says the same as a line above it is left out.
+    the order of measuring. A score of answers that agrees with exact_match before and after is left
+    out: all of them do where answers are one word.
     """
-    lines: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    rows: list[tuple[str, ...]] = []
+    exact = [values.get("eval_exact_match") for values in (before, after)]
     for name, value in after.items():
         old = before.get(name)
         change = value - old if _is_number(old) and _is_number(value) else None
         mark = {1: "+", -1: "-", 0: " "}[gain(name, old, value)] if change is not None else " "
         moved = "" if change is None else f"{change:+.4f}" if round(change, 4) else "0.0000"
         cells = (name, "" if old is None else number(name, old), number(name, value), moved, mark)
-        # two scores that agree before and after are one to the reader; a first value that nothing
-        # repeats is kept
-        lines.setdefault((old, value, better(name)) if change is not None else (name,), cells)
-    rows = list(lines.values())
+        if name.removeprefix("eval_") not in _LIKE_EXACT_MATCH or change is None or [old, value] != exact:
+            rows.append(cells)
     heads = ("", str(say("before", "训练前")), str(say("after", "训练后")), str(say("change", "变化")))
     widths = [max(columns(r[i]) for r in [*rows, heads]) for i in range(4)]
 

@@ -114,6 +114,13 @@ def test_comparison_table_says_what_training_did(monkeypatch: pytest.MonkeyPatch
     ]
     worse = comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 1.5})[-1]
     assert worse == "  eval_loss     1.0    1.5  +0.5000  worse"
+    before = {"eval_token_acc": 0.0, "eval_exact_match": 0.0, "eval_token_f1": 0.0, "eval_length/chosen": 3.5}
+    after = {"eval_token_acc": 1.0, "eval_exact_match": 1.0, "eval_token_f1": 1.0, "eval_length/chosen": 3.5}
+    pair = {"eval_length/rejected": 3.5}  # equal by chance: another thing, and told
+    for last in (after, before):  # learnt whole, or nothing at all
+        shown = [line.split()[0] for line in comparison_table("eval", before | pair, last | pair)[2:]]
+        assert shown == ["eval_token_acc", "eval_exact_match", "eval_length/chosen", "eval_length/rejected"]
+    assert "eval_token_f1" in comparison_table("eval", {"eval_token_f1": 0.0}, {"eval_token_f1": 1.0})[2]
     monkeypatch.setenv("ERNIE_TUNE_LANG", "zh")
     assert comparison_table("eval", {"eval_loss": 1.0}, {"eval_loss": 0.99996})[1:] == [
         "             训练前  训练后    变化",
