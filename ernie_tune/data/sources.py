@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,17 @@ import numpy as np
 from ernie_tune.config.language import counted, say
 from ernie_tune.data.file_rows import MemoryRows, Rows, class_folders, open_file, parse_json
 from ernie_tune.data.readers.fields import Fields, Where
-from ernie_tune.data.readers.formats import FORMATS, Format, Sniff, choose, read, sniff, spelt_otherwise
+from ernie_tune.data.readers.formats import (
+    EXAMPLE_ROWS,
+    FORMATS,
+    IN_MEMORY,
+    Format,
+    Sniff,
+    choose,
+    read,
+    sniff,
+    spelt_otherwise,
+)
 from ernie_tune.data.readers.media import kinds_shown
 from ernie_tune.data.records import DataError, Record, show
 
@@ -220,7 +230,7 @@ def load_dataset(
     """
     given = in_memory(path)
     if given is not None:
-        part = _part(MemoryRows(given), DatasetEntry("train_dataset", format, columns or {}))
+        part = _part(MemoryRows(given), DatasetEntry(IN_MEMORY, format, columns or {}))
         return Dataset([part], media_dir, signals, np.arange(len(given)))
     listed = [path] if isinstance(path, str | os.PathLike) else list(cast("Sequence[str]", path))
     names = [name for item in listed for name in split_paths(os.fspath(item))]
@@ -241,15 +251,36 @@ def load_dataset(
 
 def in_memory(given: Any) -> Sequence[Mapping[str, Any]] | None:
     """Rows as dicts where they were given so: a list, a `datasets.Dataset`, or anything that yields
-    dicts; None for names of files and records.
+    dicts; None for names of files and records. Raises ValueError for what is none of these.
     """
     if isinstance(given, str | os.PathLike):
         return None
-    if not isinstance(given, Sequence) and not hasattr(given, "__getitem__"):
-        given = list(given)  # a generator
-    if len(given) and isinstance(given[0], Mapping):
-        return cast("Sequence[Mapping[str, Any]]", given)
-    return None
+    listed = given
+    if isinstance(given, Iterator | Set) or (hasattr(given, "__iter__") and not hasattr(given, "__getitem__")):
+        listed = list(given)  # a generator
+    try:
+        first = listed[0] if len(listed) and not isinstance(listed, Mapping | bytes) else None
+    except (KeyError, TypeError):  # a table of another kind, a number
+        raise _no_rows(given) from None
+    if isinstance(first, Mapping):
+        return cast("Sequence[Mapping[str, Any]]", listed)
+    if isinstance(given, Mapping | bytes) or (len(listed) and not isinstance(first, str | os.PathLike | Record)):
+        raise _no_rows(given)
+    return None if listed is given else listed
+
+
+def _no_rows(given: Any) -> ValueError:
+    kind = type(given).__name__
+    inner = type(given[0]).__name__ if isinstance(given, list | tuple) and given else ""
+    what = f"{kind} of {inner}" if inner else kind
+    return ValueError(
+        say(
+            f"train_dataset ({what}) must be rows: the name of a file, a list of dicts, or a datasets.Dataset; pass "
+            f"{EXAMPLE_ROWS}, of a table table.to_dict('records')",
+            f"train_dataset（{what}）须为数据：文件名、由 dict 组成的列表，或 datasets.Dataset；请传入 "
+            f"{EXAMPLE_ROWS}，表格请用 table.to_dict('records')",
+        )
+    )
 
 
 def split_paths(text: str) -> list[str]:

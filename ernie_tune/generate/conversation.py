@@ -54,7 +54,7 @@ def chat(
     Raises ValueError for malformed messages, media that cannot be read, and unknown names.
     """
     engine = Engine(model, processor or processor_of(model))
-    given = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    given = _messages(messages)
     pictures, clips = _several(images), _several(videos)
     _add_tags(given, {IMAGE_TAG: len(pictures), VIDEO_TAG: len(clips)})
     params = engine.params(**_sampling({"max_new_tokens": 256, **sampling}))
@@ -86,13 +86,13 @@ def generate(model: ErnieModel, input_ids: Any = None, **given: Any) -> Any:
     processor, ends = given.pop("processor", None), given.pop("eos_token_id", None)
     known = processor or processor_of(model)
     params = _sampling({"max_new_tokens": 128, **given})
-    stop_ids = known.stop_ids if ends is None else tuple(np.atleast_1d(ends).tolist())
+    stop_ids = known.stop_ids if ends is None else _ends(ends, model.config.vocab_size)
     banned = known.tokens.placeholders() + known.tokens.markers()
-    rows = rows_of(ids, tokens=known.tokens, **tensors)
+    prompts_BL = _ids(ids, model.config.vocab_size)
+    rows = rows_of(prompts_BL, tokens=known.tokens, **_arrays(tensors))
     found = continuations(
         model, rows, known.tokens, SamplingParams(stop_ids=stop_ids, banned_ids=banned, **params), known.decode
     )
-    prompts_BL = np.atleast_2d(np.asarray(ids, np.int64))
     new = max(len(one.token_ids) for some in found for one in some)
     out = [
         [*prompts_BL[b], *one.token_ids, *[stop_ids[0]] * (new - len(one.token_ids))]
@@ -100,6 +100,81 @@ def generate(model: ErnieModel, input_ids: Any = None, **given: Any) -> Any:
         for one in some
     ]
     return paddle.to_tensor(np.asarray(out, np.int64))
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages as dicts of their own. Raises ValueError for what is none."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    listed = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, bytes) else None
+    wrong = next((m for m in listed or () if not _is_message(m)), None)
+    if not listed or wrong is not None:
+        shown = repr(messages if wrong is None else wrong)[:80]
+        raise ValueError(
+            say(
+                f"messages ({shown}) must be a question, or messages with role and content, one at least; pass "
+                'model.chat("What is this?", images=["a.png"]) or model.chat([{"role": "user", "content": "..."}])',
+                f"messages（{shown}）须为一个问题，或至少一条含 role 与 content 的消息；请传入 "
+                'model.chat("这是什么？", images=["a.png"]) 或 model.chat([{"role": "user", "content": "..."}])',
+            )
+        )
+    return [dict(m) for m in listed]
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, Mapping) and "role" in given and ("content" in given or "tool_calls" in given)
+
+
+def _ids(given: Any, vocabulary: int) -> np.ndarray:
+    """int64 [B, L]. Raises ValueError for what is no rows of token ids."""
+    try:
+        ids = np.asarray(given)
+    except ValueError:  # rows of different lengths
+        ids = np.zeros(0, object)
+    whole = ids.dtype.kind in "iu" and ids.ndim in (1, 2) and ids.size > 0
+    if not whole or ids.min() < 0 or ids.max() >= vocabulary:
+        shown = f"{given!r:.60}" if not hasattr(given, "shape") else f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(
+            say(
+                f"input_ids ({shown}) must be int64 [rows, tokens] of ids from 0 to {vocabulary - 1}, rows of one length; take them "
+                "from processor.apply_chat_template(messages), or ask in words: model.chat(messages)",
+                f"input_ids（{shown}）须为 int64 [行, token]，编号从 0 到 {vocabulary - 1}，各行等长；可由 "
+                "processor.apply_chat_template(messages) 生成，或用文字提问：model.chat(messages)",
+            )
+        )
+    return np.atleast_2d(ids.astype(np.int64))
+
+
+def _ends(given: Any, vocabulary: int) -> tuple[int, ...]:
+    """Ids that end an answer. Raises ValueError for what is none."""
+    ids = np.atleast_1d(np.asarray(given))
+    if ids.dtype.kind not in "iu" or ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(
+            say(
+                f"eos_token_id ({given!r:.60}) must be an id from 0 to {vocabulary - 1}, or several; leave it out for the model's own",
+                f"eos_token_id（{given!r:.60}）须为 0 到 {vocabulary - 1} 的编号，或多个；不给出时用模型自己的",
+            )
+        )
+    return tuple(ids.tolist())
+
+
+def _arrays(given: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+    """Mask, patches and grids as arrays. Raises ValueError for what is none."""
+    wanted = {MASK: 2, "pixel_values": 2, "image_grid_thw": 2}
+    out: dict[str, np.ndarray | None] = {}
+    for name, value in given.items():
+        found = None if value is None else np.asarray(value)
+        if found is not None and name == MASK:
+            found = np.atleast_2d(found)
+        if found is not None and (found.dtype.kind not in "iufb" or found.ndim != wanted[name]):
+            raise ValueError(
+                say(
+                    f"{name} ({value!r:.60}) must be the array that processor.apply_chat_template made; pass it as it came",
+                    f"{name}（{value!r:.60}）须为 processor.apply_chat_template 生成的数组；请原样传入",
+                )
+            )
+        out[name] = found
+    return out
 
 
 def processor_of(model: ErnieModel) -> Processor:
@@ -154,6 +229,6 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if samples is False:
         named["temperature"] = 0.0
-    elif samples or named.get("n", 1) > 1:
+    elif samples or named.get("n", 1) != 1:
         named.setdefault("temperature", _DEFAULT_TEMPERATURE)
     return named

@@ -8,6 +8,7 @@ Refuses to know: the model, caches, text, other rows.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ class SamplingParams:
     note_kept: bool = False  # tell which ids top_k, top_p and min_p left for each draw
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
             ("temperature", self.temperature >= 0, "be at least 0; 0 is greedy"),
@@ -73,6 +75,24 @@ class SamplingParams:
                     f"temperature 为 0 时 n（{self.n}）须为 1：贪心采样的结果都相同；请将 temperature 设为大于 0",
                 )
             )
+
+    def _check_kinds(self) -> None:
+        """Raises ValueError for a number that is none, or no whole one where that is meant."""
+        for name, default in type(self).__dataclass_fields__.items():
+            value, whole = getattr(self, name), isinstance(default.default, int)
+            number = isinstance(value, numbers.Integral if whole else numbers.Real)
+            asked = isinstance(default.default, float | int) and not isinstance(default.default, bool)
+            if asked and (not number or isinstance(value, bool)):
+                kind = say("a whole number", "整数") if whole else say("a number", "数字")
+                raise ValueError(
+                    say(
+                        "{name} ({value!r}) must be {kind}",
+                        "{name}（{value!r}）须为{kind}",
+                        name=name,
+                        value=value,
+                        kind=kind,
+                    )
+                )
 
     @cached_property
     def stop_bytes(self) -> int:

@@ -194,7 +194,7 @@ class Trainer:
     def _rows(self, data: Any) -> Sequence[Record]:
         """Names of files, and rows as dicts, through the readers; records as they are."""
         given = in_memory(data)
-        if given is None and not isinstance(data, str | Path):
+        if given is None and not isinstance(data, str | Path) and not (len(data) and isinstance(data[0], str | Path)):
             return data
         return load_dataset(data if given is None else given, signals=self.method.signals)
 

@@ -219,6 +219,20 @@ def test_a_cell_that_names_a_picture_tells_what_its_column_is(
     assert record.messages[-1]["content"] == cells[max(i for i in range(len(names)) if i != shows)]
 
 
+@pytest.mark.parametrize(
+    "given", [3, None, [3], b"x", {"a": 1}, {"prompt": ["q"]}, iter([1]), [None], [["q"]], object()]
+)
+def test_what_are_no_rows_is_told_what_to_pass(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"train_dataset \(.*\) must be rows: .* pass \[\{\"messages\""):
+        load_dataset(given)
+
+
+def test_fields_of_no_format_in_memory_are_told_what_to_pass() -> None:
+    with pytest.raises(DataError, match=r"found fields a, .* pass rows such as \[\{\"messages\"") as error:
+        load_dataset([{"a": 1}])
+    assert "dataset_info.json" not in str(error.value)
+
+
 def test_rows_in_memory(tmp_path: Path) -> None:
     picture = Image.new("RGB", (30, 30))
     rows: list[dict[str, Any]] = [ROW, {"messages": ROW["messages"], "images": [picture]}]

@@ -148,6 +148,44 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
         ErnieModel.chat(model, "why")  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [[], None, 3, [3], [{}], [[]], b"x", {"role": "user", "content": "q"}, [{"role": "user"}], [{"content": "q"}]],
+)
+def test_what_is_no_conversation_is_told_what_to_pass(model: Any, given: Any) -> None:
+    with pytest.raises(ValueError, match=r"messages \(.*\) must be a question, or messages .* pass model\.chat\("):
+        model.chat(given, processor=PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    "given", ["text", [], [[]], [["a"]], [[1.5]], [1.5, 2.0], [[True]], [[-1]], [[10**9]], [[1, 2], [3]], [[[1]]], {"input_ids": [[1]]},
+              object(), 3]
+)  # fmt: skip
+def test_what_are_no_ids_is_told_what_to_pass(model: Any, given: Any) -> None:
+    with pytest.raises(ValueError, match=r"input_ids \(.*\) must be int64 \[rows, tokens\] .* model\.chat\(messages\)"):
+        model.generate(given, processor=PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", "x"), ("max_new_tokens", 2.5), ("temperature", "x"), ("temperature", None), ("top_p", "x"), ("top_k", 1.5),
+     ("seed", 1.5), ("seed", "x"), ("n", "2"), ("n", True)],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused(model: Any, name: str, value: Any) -> None:
+    for ask in (lambda **more: model.chat("q", **more), lambda **more: model.generate([[5, 6]], **more)):
+        with pytest.raises(ValueError, match=rf"{name} \(.*\) must be a( whole)? number"):
+            ask(**{name: value}, processor=PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eos_token_id", "x"), ("eos_token_id", -1), ("eos_token_id", []), ("pixel_values", 3), ("image_grid_thw", "x"), ("attention_mask", "x")],
+)  # fmt: skip
+def test_arrays_of_another_kind_are_refused(model: Any, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) must be"):
+        model.generate([[5, 6]], **{name: value}, processor=PROCESSOR)
+
+
 def test_a_model_from_a_folder_or_preset_knows_its_processor(tmp_path: Any, model: Any) -> None:
     made = ernie_tune.AutoModel.from_config("tiny-a", seed=1)
     told = made.chat("why", max_new_tokens=3)

@@ -368,6 +368,11 @@ def sniff(rows: Sequence[Mapping[str, Any]], formats: Sequence[Format] = FORMATS
 
 
 _SHOWN_FIELDS = 12
+IN_MEMORY = "train_dataset"  # what rows are called that came from no file
+EXAMPLE_ROWS = (
+    '[{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}] or '
+    '[{"prompt": "...", "response": "..."}]'
+)
 
 
 def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> DataError:
@@ -394,6 +399,12 @@ def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> Da
     found = say(
         "fields {names}", "字段 {names}", names=f"{', '.join(names[:_SHOWN_FIELDS])}{more}" or say("none", "无")
     )
+    if path == IN_MEMORY:
+        hint = say(
+            f"name them {described}; pass rows such as {EXAMPLE_ROWS}",
+            f"将其命名为 {described}；请传入如 {EXAMPLE_ROWS} 的数据",
+        )
+        return DataError(path, 0, "format", found, "unknown", {"hint": hint})
     hint = say(
         f"name them {described}, or say which is which in dataset_info.json: {entry}"
         + ("; the first line of a table must name its columns" if table else ""),
