@@ -9,7 +9,9 @@ import importlib.util
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,8 +96,19 @@ def test_documents_become_passages(modules: dict[str, ModuleType], tmp_path: Pat
     (tmp_path / "doc.en.md").write_text("![A picture](b.png)\n")
     with pytest.raises(ValueError, match=r"doc.en.md: picture \(b.png\) must be a file beside it"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="must hold documents"):
+    with pytest.raises(ValueError, match=r"documents \(.*nowhere\) must be a folder"):
         read(tmp_path / "nowhere")
+    (tmp_path / "doc.en.md").unlink()
+    with pytest.raises(ValueError, match="must hold documents"):
+        read(tmp_path)
+    for name in ("notes.md", "notes.fr.md", ".en.md"):
+        (tmp_path / name).write_text("# T\n\ntext\n")
+        with pytest.raises(ValueError, match=f"{re.escape(name)}.* must say its language"):
+            read(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "doc.en.md").write_bytes(b"\xff\xfetext")
+    with pytest.raises(ValueError, match=r"doc.en.md\) must be text in UTF-8"):
+        read(tmp_path)
 
 
 def test_words_of_both_languages(modules: dict[str, ModuleType]) -> None:
@@ -126,6 +139,77 @@ def test_prompts_and_citations(modules: dict[str, ModuleType], index: Any) -> No
     assert prompt.read_answer("[1] 13 天", shown) == ("13 天", [shown[0]])
     assert prompt.read_answer("13 天 [2][9]", shown) == ("13 天", [shown[1]])
     assert prompt.read_answer("no idea", shown) == ("no idea", [])
+
+
+SAID = {"html": b"<html>", "object": b'{"a": 1}', "list": b"[]", "none": b'{"choices": []}', "text": b'"x"',
+        "uneven": b'{"data": [{"index": 0, "embedding": [1.0]}, {"index": 1, "embedding": [1.0]}]}'}  # fmt: skip
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A server that says what no model says, by its address."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = SAID[self.path.split("/")[1]]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_goes_wrong_is_one_line(
+    modules: dict[str, ModuleType], odd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, none = tmp_path / "one" / "documents", tmp_path / "none"
+    for folder in (one, none):
+        folder.mkdir(parents=True)
+    (one / "a.en.md").write_text("# T\n\n## Tea\n\nTea is at four.\n")
+    (tmp_path / "file").write_text("")
+    asked = ["ask", "When is tea?", "--documents", str(one)]
+    cases: list[tuple[list[str], str]] = [
+        ([*asked, "--server", "http://127.0.0.1:1/v1"], "must be reached"),
+        ([*asked, "--vectors", "http://127.0.0.1:1/v1"], "must be reached"),
+        ([*asked, "--server", "ftp://127.0.0.1/v1"], "must begin with http://"),
+        ([*asked, "--vectors", "nonsense"], "must begin with http://"),
+        ([*asked, "--index", str(tmp_path / "file")], "must be a folder that nobody else uses"),
+        ([*asked[:2], "--documents", str(none)], "must hold documents"),
+        ([*asked[:2], "--documents", str(tmp_path / "gone")], "must be a folder of files"),
+        (["measure", "--documents", str(one)], "measure needs"),
+        *(
+            ([*asked, "--server", f"{odd}/{said}"], "must answer")
+            for said in ("html", "object", "list", "none", "text")
+        ),
+        *(([*asked, "--vectors", f"{odd}/{said}"], "must answer") for said in ("html", "object", "list", "text")),
+        ([*asked, "--vectors", f"{odd}/none"], "must answer with vectors"),
+        ([*asked, "--vectors", f"{odd}/uneven"], "must give a vector for each of 1 inputs"),
+    ]
+    for words, why in cases:
+        assert modules["rag"].main(words) == 1, words
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert why in told.err, (words, told.err)
+        assert len(told.err.splitlines()) == 1
+    for words, why in ((["ask", ""], "of some words"), (["ask", " ?! "], "of some words"), (["ask"], "of some words"),
+                       ([*asked, "--k", "0"], "--k (0) must be at least 1"), ([*asked, "--k", "-3"], "--k (-3)")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            modules["rag"].main(words)
+        assert why in capsys.readouterr().err
+    assert modules["rag"].main(asked) == 0
+    assert "Tea is at four." in capsys.readouterr().out
+    (one.parent / "questions.json").write_text('[{"in": ["leave/1"], "question": "q", "language": "en"}]')
+    assert modules["rag"].main(["measure", "--documents", str(one)]) == 1
+    assert "must ask for passages of these documents, which have no leave/1" in capsys.readouterr().err
 
 
 def test_what_counts_as_right(modules: dict[str, ModuleType]) -> None:

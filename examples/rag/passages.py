@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+LANGUAGES = ("zh", "en")
 _PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)]+)\)$")
 
 
@@ -33,14 +34,26 @@ class Passage:
 
 def read_documents(folder: Path) -> list[Passage]:
     """The passages of all `*.LANGUAGE.md` in a folder, in order of their names. Raises ValueError
-    for a folder without any, and for a picture that is not there.
+    for a folder without any, for a document of no language or other letters, and for a picture that
+    is not there.
     """
+    if not folder.is_dir():
+        raise ValueError(f"documents ({folder}) must be a folder of files named like leave.zh.md; correct the path")
     found: list[Passage] = []
     for path in sorted(folder.glob("*.md")):
-        language = path.name.split(".")[-2]
-        found += split(path.read_text(encoding="utf-8"), path.name.removesuffix(f".{language}.md"), language, folder)
+        name, _, language = path.name.removesuffix(".md").rpartition(".")
+        if not name or language not in LANGUAGES:
+            raise ValueError(
+                f"document ({path}) must say its language, as leave.zh.md and leave.en.md do; rename it to "
+                f"{path.stem}.en.md or {path.stem}.zh.md"
+            )
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"document ({path}) must be text in UTF-8 ({error.reason}); save it so") from error
+        found += split(text, name, language, folder)
     if not found:
-        raise ValueError(f"folder ({folder}) must hold documents named like leave.zh.md; add some")
+        raise ValueError(f"folder ({folder}) must hold documents with text, named like leave.zh.md; add some")
     return found
 
 

@@ -49,14 +49,18 @@ def quoting(index: Index, least: float = LEAST) -> Reader:
 
 def asking(url: str, captions: bool, model: str | None = None, max_tokens: int = 64) -> Reader:
     """A reader that asks a server, pictures of the passages and all (`captions`: their captions
-    alone, for a model that does not see).
+    alone, for a model that does not see). It raises ValueError for a server that gives no answer.
     """
 
     def read(asked: str, passages: Sequence[Passage], language: str) -> str:
         content = question(asked, passages, language) if captions else parts(asked, passages, language)
         body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
         body |= {"temperature": 0, "max_tokens": max_tokens, **({"model": model} if model else {})}
-        return str(post(f"{url}/chat/completions", body)["choices"][0]["message"]["content"])
+        found = post(f"{url}/chat/completions", body)
+        try:
+            return found["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{url} must answer the question, but says: {str(found)[:200]}") from error
 
     return read
 
@@ -155,6 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", action="store_true", help="send captions in place of pictures")
     parser.add_argument("--index", type=Path, help="a folder for the database; default: in memory")
     o = parser.parse_args(argv)
+    if o.verb == "ask" and not words(o.question or ""):
+        parser.error("ask needs a question of some words")
+    if o.k < 1:
+        parser.error(f"--k ({o.k}) must be at least 1: passages to answer from")
+    try:
+        return _run(o)
+    except (ValueError, OSError) as error:
+        print(f"rag.py: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(o: argparse.Namespace) -> int:
     passages = read_documents(o.documents)
     vectors = lsa(passages) if o.vectors == "lsa" else served(o.vectors, o.model)
     index = Index(passages, vectors, o.index, pictures=o.vectors != "lsa" and not o.captions)
@@ -162,12 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader = asking(o.server, o.captions, o.model) if o.server else quote
     try:
         if o.verb == "measure":
-            rows = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
+            rows = _questions(o.documents.resolve().parent / "questions.json", index)
             readers = {"quoting": quote, **({"the served model": reader} if o.server else {})}
             print("\n".join(measure(index, rows, readers, o.k)))
             return 0
-        if not o.question:
-            parser.error("ask needs a question")
         language = language_of(o.question)
         shown = index.find(o.question, o.k, language)
         answer, cited = read_answer(reader(o.question, shown, language), shown)
@@ -177,6 +191,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         index.close()
     return 0
+
+
+def _questions(file: Path, index: Index) -> list[dict[str, Any]]:
+    """What is asked of documents, from beside their folder. Raises ValueError where it is not
+    there, or asks for other documents.
+    """
+    if not file.is_file():
+        raise ValueError(f"measure needs {file}, as examples/rag/questions.json is; write it, or use ask")
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    known = {one.key for one in index.passages}
+    strange = next((key for row in rows for key in row["in"] if key not in known), None)
+    if strange is not None:
+        raise ValueError(f"{file} must ask for passages of these documents, which have no {strange}; correct it")
+    return rows
 
 
 if __name__ == "__main__":

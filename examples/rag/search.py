@@ -8,8 +8,10 @@ prompts, answers.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import logging
+import os
 import re
 import urllib.error
 import urllib.request
@@ -70,8 +72,12 @@ class Bm25:
 def lsa(passages: Sequence[Passage], dimensions: int = 64) -> Vectors:
     """Vectors of the words that the passages have, by their singular values: no model is needed."""
     tfidf = TfidfVectorizer(analyzer=words, sublinear_tf=True)
-    counts = tfidf.fit_transform([one.words for one in passages])
-    svd = TruncatedSVD(min(dimensions, min(counts.shape) - 1), random_state=0).fit(counts)
+    try:
+        counts = tfidf.fit_transform([one.words for one in passages])
+    except ValueError as error:
+        raise ValueError("documents must hold words to search by; add some text") from error
+    with np.errstate(invalid="ignore"):  # one passage has no variance
+        svd = TruncatedSVD(max(1, min(dimensions, min(counts.shape) - 1)), random_state=0).fit(counts)
 
     def embed(inputs: Sequence[Any]) -> np.ndarray:
         texts = [one if isinstance(one, str) else " ".join(p.get("text", "") for p in one) for one in inputs]
@@ -81,28 +87,50 @@ def lsa(passages: Sequence[Passage], dimensions: int = 64) -> Vectors:
 
 
 def served(url: str, model: str | None = None, key: str = "none", batch: int = 32) -> Vectors:
-    """Vectors of a server: `url` ends in /v1. Pictures are sent as parts where there are any."""
+    """Vectors of a server: `url` ends in /v1. Pictures are sent as parts where there are any.
+    Raises ValueError for a server that cannot be reached or gives none.
+    """
 
     def embed(inputs: Sequence[Any]) -> np.ndarray:
         out: list[list[float]] = []
         for start in range(0, len(inputs), batch):
             body = {"input": list(inputs[start : start + batch]), **({"model": model} if model else {})}
-            found = post(f"{url}/embeddings", body, key)["data"]
-            out += [one["embedding"] for one in sorted(found, key=lambda one: one["index"])]
-        return np.array(out)
+            found = post(f"{url}/embeddings", body, key)
+            try:
+                out += [one["embedding"] for one in sorted(found["data"], key=lambda one: one["index"])]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{url}/embeddings must answer with vectors, but says: {str(found)[:200]}") from error
+        if len(out) != len(inputs) or len({len(one) for one in out}) != 1:
+            raise ValueError(f"{url}/embeddings must give a vector for each of {len(inputs)} inputs, all of one length")
+        return np.array(out, np.float64)
 
     return embed
 
 
 def post(url: str, body: dict[str, Any], key: str = "none") -> Any:
-    """JSON to JSON. Raises ValueError with what the server says."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    """JSON to JSON. `key`: "none": that of OPENAI_API_KEY, where there is one. Raises ValueError
+    with what the server says, or why it says nothing.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"server ({url}) must begin with http:// or https://, as http://127.0.0.1:8180/v1; correct it")
+    known = os.environ.get("OPENAI_API_KEY", key) if key == "none" else key
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {known}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as reply:
-            return json.loads(reply.read())
+            said = reply.read()
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url} must answer, but says: {error.read().decode('utf-8', 'replace')[:500]}") from error
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", error)
+        raise ValueError(
+            f"{url} must be reached ({why}); start it with ernie-tune serve, or correct the address"
+        ) from error
+    try:
+        return json.loads(said)
+    except ValueError as error:
+        shown = said[:100].decode("utf-8", "replace")
+        raise ValueError(f"{url} must answer with JSON, but says: {shown}; the address ends in /v1") from error
 
 
 def as_input(one: Passage, pictures: bool) -> Any:
@@ -122,7 +150,12 @@ class Index:
     ) -> None:
         self.passages, self._vectors = list(passages), vectors
         values = _unit(vectors([as_input(one, pictures) for one in passages]))
-        self._database = QdrantClient(path=str(folder)) if folder else QdrantClient(":memory:")
+        try:
+            self._database = QdrantClient(path=str(folder)) if folder else QdrantClient(":memory:")
+        except (OSError, RuntimeError) as error:  # no folder, or another process has it
+            raise ValueError(
+                f"index ({folder}) must be a folder that nobody else uses ({error}); name another"
+            ) from error
         if self._database.collection_exists(_COLLECTION):
             self._database.delete_collection(_COLLECTION)
         size = models.VectorParams(size=values.shape[1], distance=models.Distance.COSINE)
