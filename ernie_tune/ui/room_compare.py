@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from html import escape
 
 import gradio as gr
 
@@ -19,6 +20,7 @@ from ernie_tune.ui import studio as kit
 from ernie_tune.ui.studio import Offers, Studio
 
 _MOST_TOKENS = 256
+EMPTY = say("(empty)", "（空）")
 
 
 def room(studio: Studio) -> Offers:
@@ -58,6 +60,7 @@ def _both(
 ) -> Iterator[tuple[str, str]]:
     """What both have said so far, again and again; a model that fails says why."""
     shown = ["", ""]
+    titles = [f'<p class="who"><b>{escape(name or "")}</b></p>' for name in models]
     news: queue.Queue[tuple[int, str | None]] = queue.Queue()
     content = (IMAGE_TAG if picture else "") + question
 
@@ -70,8 +73,11 @@ def _both(
                 max_tokens=_MOST_TOKENS,
             )
             with studio.servers.asked(studio.workspace.model(name)) as server:
+                text = ""
                 for text in asking.stream(server, body):
                     news.put((side, kit.text(text)))
+            if not text.strip():
+                news.put((side, kit.line(EMPTY)))
         except (ValueError, OSError) as error:
             news.put((side, kit.line(error, "bad")))
         news.put((side, None))
@@ -82,7 +88,7 @@ def _both(
         yield hint, ""
         return
     for side, name in asked:
-        shown[side] = kit.line(say("asking …", "正在提问……"))
+        shown[side] = titles[side] + kit.line(say("asking …", "正在提问……"))
         threading.Thread(target=ask, args=(side, name), daemon=True).start()
     yield shown[0], shown[1]
     left = len(asked)
@@ -91,5 +97,5 @@ def _both(
         if said is None:
             left -= 1
             continue
-        shown[side] = said
+        shown[side] = titles[side] + said
         yield shown[0], shown[1]

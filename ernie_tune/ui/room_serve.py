@@ -25,6 +25,7 @@ from ernie_tune.ui.asking import SERVED, ModelServer
 from ernie_tune.ui.jobs import RUNNING
 from ernie_tune.ui.studio import Offers, Studio
 
+EXPORT = "export"
 QUANTIZATIONS = ("none", "wint8", "wint4")
 _LOOK_SECONDS = 2.0
 _COMMAND_SECONDS = 60.0
@@ -65,6 +66,7 @@ def room(studio: Studio) -> Offers:
         export = gr.Button(studio("export", "导出"), elem_id="serve-export")
         command = gr.Button(studio("FastDeploy command", "FastDeploy 命令"), elem_id="serve-fastdeploy")
     exported = gr.HTML(elem_id="serve-exported")
+    going, gone = gr.HTML(elem_id="serve-exporting"), gr.State("")
     serve.click(lambda name: _serve(studio, name), model, told)
     end.click(lambda: _end(studio), outputs=told)
     question.submit(lambda q, p: (yield from _ask(studio, q, p)), [question, picture], said, show_progress="hidden")
@@ -79,7 +81,22 @@ def room(studio: Studio) -> Offers:
     gr.Timer(_LOOK_SECONDS).tick(
         lambda seen: _look(studio, seen), shown, [running, shown], show_progress="hidden", api_visibility="private"
     )
+    gr.Timer(_LOOK_SECONDS).tick(
+        lambda seen: _exporting(studio, seen), gone, [going, gone], show_progress="hidden", api_visibility="private"
+    )
     return [(model, studio.workspace.models)]
+
+
+def _exporting(studio: Studio, seen: str) -> tuple[Any, Any]:
+    """How the newest export goes; nothing is sent where nothing has changed."""
+    job = next((job for job in studio.jobs.all() if job.kind == EXPORT), None)
+    if job is None:
+        return gr.skip(), gr.skip()
+    state = studio.jobs.state(job)
+    last = [line.strip() for line in studio.jobs.output(job).splitlines() if line.strip()][-5:]
+    head = f'<p><b>{escape(job.title)}</b> · <span class="state" data-state="{state}">{html.both(kit.STATES[state])}</span></p>'
+    now = f'<div class="card">{head}{kit.log([halves(line) for line in last])}</div>'
+    return (gr.skip(), gr.skip()) if now == seen else (now, now)
 
 
 def _serve(studio: Studio, name: str | None) -> str:
@@ -160,15 +177,13 @@ def _export(studio: Studio, name: str | None, quantization: str, target: str, to
                     f"量化（{quantization}）须为 {'、'.join(QUANTIZATIONS)} 之一",
                 )
             )
-        words = ["export", model, f"./{studio.workspace.name(to)}"]
+        words = ["export", model, "--output_dir", f"./{studio.workspace.name(to)}"]
         words += [] if quantization == "none" else ["--quantization", quantization]
         title, spoken = f"export {studio.workspace.name(to)}", {VARIABLE: kit.tongue(tongue)}
-        job = studio.jobs.start("export", title, words, studio.workspace.root, spoken)
+        job = studio.jobs.start(EXPORT, title, words, studio.workspace.root, spoken)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad")
-    return kit.line(
-        say(f"exporting as {job.id}; its output is in the room Train", f"正在导出（{job.id}）；输出见“训练”"), "good"
-    )
+    return kit.line(say(f"exporting as {job.id}; see below how it goes", f"正在导出（{job.id}）；进展见下"), "good")
 
 
 def _fastdeploy(studio: Studio, name: str | None) -> str:

@@ -55,7 +55,8 @@ def _look(studio: Studio, chosen: list[str] | None, seen: str) -> tuple[Any, Any
     try:
         folders = [studio.workspace.inside(name) for name in chosen or studio.workspace.runs()[:1]]
         drawn = runs.curves(folders)
-        facts = "".join(_numbers(studio.workspace.name(f), runs.last_numbers(f)) for f in folders)
+        colours = runs.colours(folders)
+        facts = "".join(_numbers(studio.workspace.name(f), runs.last_numbers(f), colours.get(f, "")) for f in folders)
         below = "".join(_samples(f, studio.workspace) + _rollouts(f, studio.workspace) for f in folders)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.skip(), gr.skip(), ""
@@ -66,9 +67,11 @@ def _look(studio: Studio, chosen: list[str] | None, seen: str) -> tuple[Any, Any
     return facts, f'<div class="curves">{drawn}</div>' if drawn else empty, kit.page([below]), mark
 
 
-def _numbers(name: str, known: dict[str, float]) -> str:
+def _numbers(name: str, known: dict[str, float], colour: str) -> str:
+    """The newest numbers of a run, behind the colour of its curves."""
     cells = [f"<span><b>{escape(key)}</b> {known[key]:.4g}</span>" for key in _NUMBERS if key in known]
-    return f'<p class="numbers"><span><b>{escape(name)}</b></span>{"".join(cells)}</p>' if cells else ""
+    mark = f'<i style="background: {colour}"></i>' if colour else ""
+    return f'<p class="numbers"><span>{mark}<b>{escape(name)}</b></span>{"".join(cells)}</p>' if cells else ""
 
 
 def _samples(folder: Path, workspace: Workspace) -> str:

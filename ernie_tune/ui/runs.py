@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.report.log import LOG_FILE, read_log
-from ernie_tune.report.plot import curves_svg, short_names
+from ernie_tune.report.plot import COLOURS, curves_svg, short_names
 
 _NOTHING: list[dict[str, Any]] = []
 _ROLLOUT_TAIL_BYTES = 1 << 20
@@ -36,15 +37,33 @@ class SampledRow:
 def history(folder: Path) -> list[dict[str, Any]]:
     """The records that a run has logged so far; none for a folder without a log."""
     file = folder / LOG_FILE
-    return read_log(file)[0] if file.is_file() else list(_NOTHING)
+    if not file.is_file():
+        return list(_NOTHING)
+    known = file.stat()
+    return _read(file, known.st_size, known.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _read(file: Path, size_bytes: int, changed_ns: int) -> list[dict[str, Any]]:
+    """Once for each state of a file: it is looked at every other second."""
+    return read_log(file)[0]
 
 
 def curves(folders: Sequence[Path]) -> str:
     """The curves of these runs on one chart, as SVG; "" where nothing was logged yet."""
     names = short_names([str(f) for f in folders])
-    logged = {names[str(f)]: history(f) for f in folders}
-    logged = {name: records for name, records in logged.items() if any("loss" in r or len(r) > 3 for r in records)}
+    logged = {names[str(f)]: history(f) for f in _drawn(folders)}
     return curves_svg(logged) if logged else ""
+
+
+def colours(folders: Sequence[Path]) -> dict[Path, str]:
+    """The colour of each run whose curves are drawn; of one run alone the curves have others."""
+    drawn = _drawn(folders)
+    return {f: COLOURS[i % len(COLOURS)] for i, f in enumerate(drawn)} if len(drawn) > 1 else {}
+
+
+def _drawn(folders: Sequence[Path]) -> list[Path]:
+    return [f for f in dict.fromkeys(folders) if any("loss" in r or len(r) > 3 for r in history(f))]
 
 
 def last_numbers(folder: Path) -> dict[str, float]:

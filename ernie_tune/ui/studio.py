@@ -105,7 +105,8 @@ def text(value: object) -> str:
 
 def pictures(images: Sequence[Any]) -> str:
     """Pictures of a question, small enough for a page."""
-    return f'<div class="pictures">{"".join(html.picture(image, None) for image in images)}</div>' if images else ""
+    named = (from_here(one) if isinstance(one, str) and not one.startswith("data:") else one for one in images)
+    return f'<div class="pictures">{"".join(html.picture(image, None) for image in named)}</div>' if images else ""
 
 
 def page(body: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ p.bad, p.bad span { color: #b91c1c !important } p.good, p.good span { color: #04
 .turn.user { border-color: #2563eb } .turn.assistant { border-color: #059669 }
 .pictures { display: flex; flex-wrap: wrap; gap: 8px; margin: .4em 0 }
 .pictures img { max-width: min(320px, 100%); max-height: 320px; image-rendering: auto; border-radius: 6px }
+#compare-picture img, #serve-picture img { min-width: 96px; min-height: 96px; object-fit: contain }
+p.who { margin: .4em 0; overflow-wrap: anywhere }
 .pictures img.tiny, .pictures img[width] { min-width: 96px; image-rendering: pixelated }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); gap: 12px }
 .answer { border: 2px solid var(--border-color-primary); border-radius: 8px; padding: .6em .8em }
@@ -50,6 +52,7 @@ p.bad, p.bad span { color: #b91c1c !important } p.good, p.good span { color: #04
 .answer header { display: flex; justify-content: space-between; gap: 8px; margin-bottom: .3em }
 .meter { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden }
 .meter i { display: block; height: 100%; background: #2563eb }
+.numbers i { display: inline-block; width: 1.1em; height: .28em; border-radius: 2px; margin-right: .5em; vertical-align: middle }
 .numbers { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: .3em 0 } .scroll { overflow-x: auto } .scroll table { border-collapse: collapse; width: 100% }
 .scroll td, .scroll th { padding: .3em .6em; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top }
 .curves { border-radius: 8px; overflow-x: auto } .curves svg { width: 100%; min-width: 720px; height: auto }
@@ -61,6 +64,8 @@ button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px
 @media (max-width: 640px) {
   .gradio-container, .gradio-container main { padding: 4px !important; min-width: 0 !important }
   .row { flex-direction: column !important } .row > *, .form > * { min-width: 0 !important; width: 100% !important }
+  .ernie-tune.inside td { min-width: 5.5em; overflow-wrap: normal } .ernie-tune.inside td:first-child { min-width: 11em }
+  .ernie-tune.inside td:last-child { white-space: nowrap }
   .answers { grid-template-columns: 1fr } #train-form { order: 2 }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important } }

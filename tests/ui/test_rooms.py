@@ -4,8 +4,11 @@ export, the FastDeploy command; each in the language of the page that asked.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ import pytest
 
 pytest.importorskip("gradio", reason="THE STUDIO'S ROOMS WERE NOT TRIED: pip install gradio")
 
+import gradio as gr
 from support.tiny_runs import write_rows
 
-from ernie_tune.ui import forms, room_data, room_serve, room_train
+import ernie_tune
+from ernie_tune.ui import asking, forms, room_compare, room_data, room_judge, room_serve, room_train, room_watch
 from ernie_tune.ui.jobs import DONE, RUNNING, STOPPED, ChildJob, Jobs
 from ernie_tune.ui.studio import Studio
 
@@ -158,3 +163,91 @@ def test_the_fastdeploy_command(studio: Studio, monkeypatch: pytest.MonkeyPatch)
         assert ('class="bad"' in page) == (code == 1)
     assert asked == [("ernie-4.5-vl-nano", "en"), ("ernie-4.5-vl-nano", "zh")] * 2
     assert "must lie in the workspace" in room_serve._fastdeploy(studio, "/etc")
+
+
+def test_what_the_studio_starts_are_command_lines_that_the_verbs_take(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each word for word, given to the verb itself, with the work behind it taken away."""
+    from ernie_tune.cli import serve
+    from ernie_tune.cli.main import main
+
+    done: list[Any] = []
+    report = {"notes": [], "replaced": False, "quantization": "wint8", "layout": "paddle", "sha256": {}, "kind": "x",
+              "weight_bytes": 0, "use": ""}  # fmt: skip
+    run = types.ModuleType("run")
+    vars(run)["export"] = lambda words, folder, **more: done.append(("export", words, folder, more)) or report
+    monkeypatch.setitem(sys.modules, "ernie_tune.export.run", run)
+    monkeypatch.setattr(serve, "_serve", lambda path, settings: done.append(("serve", str(path), settings)) or 0)
+    monkeypatch.setattr(studio.servers, "close", lambda: None)
+    for quantization in room_serve.QUANTIZATIONS:
+        assert 'class="good"' in room_serve._export(studio, "nano", quantization, "output/x", "en")
+    (studio.workspace.root / "model").mkdir()
+    assert 'class="good"' in room_serve._serve(studio, "model")
+    for job in studio.jobs.all():
+        with contextlib.suppress(KeyError):  # what a report without content lacks
+            assert main(list(job.argv)) == 0
+    kinds = [("none", {}), ("wint8", {"quantization": "wint8"}), ("wint4", {"quantization": "wint4"})]
+    made = sorted((one for one in done if one[0] == "export"), key=lambda one: one[3].get("quantization", ""))
+    assert [one[1:3] for one in made] == [(["ernie-4.5-vl-nano"], "./output/x")] * len(kinds)
+    assert [{k: v for k, v in one[3].items() if k == "quantization"} for one in made] == [
+        kinds[0][1],
+        kinds[2][1],
+        kinds[1][1],
+    ]
+    (served,) = [one for one in done if one[0] == "serve"]
+    assert served[1] == "model"
+    assert served[2]["host"] == "127.0.0.1"
+    shown, _ = room_serve._exporting(studio, "")
+    assert "export output/x" in shown
+    assert room_serve._exporting(studio, shown)[0] == gr.skip()
+
+
+def test_each_side_of_a_comparison_says_who_speaks(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def asked(model: str) -> Iterator[str]:
+        yield model
+
+    monkeypatch.setattr(studio.servers, "asked", asked)
+    monkeypatch.setattr(asking, "stream", lambda model, body: iter([" "] if model == "./b" else ["one", "one two"]))
+    seen = list(room_compare._both(studio, ["<a>", "b"], "q", None, 0.0))
+    left, right = seen[-1]
+    assert "<b>&lt;a&gt;</b>" in left
+    assert "one two" in left
+    assert any("one</div>" in some[0] for some in seen), "as it comes"
+    assert "<b>b</b>" in right
+    assert "(empty)" in right
+
+
+def test_several_runs_have_the_colours_of_their_curves(studio: Studio) -> None:
+    root = studio.workspace.root
+    for name, steps in (("a", 3), ("empty", 0), ("b", 4)):
+        (root / name).mkdir()
+        lines = [
+            json.dumps({"step": n, "loss": 1.0 / n, "epoch": 0.1, "learning_rate": 1e-3}) for n in range(1, steps + 1)
+        ]
+        (root / name / "trainer_log.jsonl").write_text("".join(line + "\n" for line in lines))
+    facts, curves, _, _ = room_watch._look(studio, ["a", "empty", "b"], "")
+    found = re.findall(r'background: (#\w+)"></i><b>(\w+)</b>', facts)
+    assert [name for _, name in found] == ["a", "b"]
+    for colour, name in found:
+        assert re.search(rf"{colour}[^>]*>(?:(?!stroke=).)*?{name}\b", curves, re.DOTALL)
+    assert "<i " not in room_watch._look(studio, ["b"], "")[0]
+
+
+def test_no_page_says_where_the_workspace_lies(studio: Studio) -> None:
+    root = studio.workspace.root
+    write_rows(root / "rows.jsonl", [ROW, {"messages": 3}, {**ROW, "images": ["gone.png"]}])
+    write_rows(root / "out.jsonl", [{"row": 1, "answers": 3}, {"row": 2, "error": "rows.jsonl:2: no"}])
+    (root / "text.jsonl").write_text("{")
+    for page in (
+        *(room(studio, name) for room in (room_data._checked, room_data._rows, lambda s, n: room_data._mended(s, n)[0])
+          for name in ("rows.jsonl", "out.jsonl", "text.jsonl", "gone.jsonl", "../x", "train.jsonl")),
+        *(list(room_judge._start(studio, name, "", "judged", "ann", "pick", 2, 1.0))[-1][1] for name in ("rows.jsonl", "out.jsonl")),
+        room_train._judged(studio, "train_dataset_path: gone.jsonl\n"),
+        room_train._estimated(studio, "model_name_or_path: gone\n"),
+        room_serve._export(studio, "gone/../..", "none", "out", "en"),
+        room_serve._fastdeploy(studio, "gone"),
+    ):  # fmt: skip
+        assert str(root) not in page, page
+        assert str(Path(ernie_tune.__file__).parent) not in page

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ernie_tune.config.language import Text, counted, say
@@ -16,6 +17,7 @@ from ernie_tune.data.doctor.checks import one_line
 from ernie_tune.data.doctor.scan import Report
 from ernie_tune.data.doctor.stats import Histogram, Stats
 
+_ASSETS = Path(__file__).parent.parent / "assets"
 _BAR_CHARACTERS = 40
 SHOWN_BARS = 24
 
@@ -46,14 +48,26 @@ def charts(stats: Stats) -> list[Chart]:
     return [chart for chart in found if chart.bars and [label for label, _ in chart.bars] != ["0"]]
 
 
+def _named(folder: str) -> str:
+    """A tokenizer's folder; of one that comes with the package its name, for where a package lies
+    is nobody's concern.
+    """
+    return Path(folder).name if Path(folder).is_relative_to(_ASSETS) else folder
+
+
 def facts_lines(stats: Stats) -> Iterator[Text]:
     """What is to be said in words."""
     kinds = ", ".join(f"{name} {count:,}" for name, count in stats.signals.most_common())
-    yield say(f"rows: {stats.rows:,} ({kinds})", f"行数：{stats.rows:,}（{kinds}）")
+    yield (
+        say(f"rows: {stats.rows:,} ({kinds})", f"行数：{stats.rows:,}（{kinds}）")
+        if kinds
+        else say(f"rows: {stats.rows:,}", f"行数：{stats.rows:,}")
+    )
     tokens, mean = stats.text.total * stats.tokens_per_byte, stats.text.mean * stats.tokens_per_byte
+    where = _named(str(stats.processor.tokenizer.where))
     yield say(
-        f"text: about {tokens:,.0f} tokens, {mean:,.1f} a row, by the tokenizer of {stats.processor.tokenizer.where}",
-        f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个（分词器：{stats.processor.tokenizer.where}）",
+        f"text: about {tokens:,.0f} tokens, {mean:,.1f} a row, by the tokenizer of {where}",
+        f"文本：约 {tokens:,.0f} 个 token，每行 {mean:,.1f} 个（分词器：{where}）",
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.languages().items())
     yield say(f"letters: {shares}", f"文字：{shares}")

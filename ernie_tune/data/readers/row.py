@@ -14,11 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
+from ernie_tune.config.language import say
 from ernie_tune.data.records import DataError, Media, Message, Note, show
 
 T = TypeVar("T")
 
-KINDS = {str: "a string", list: "a list", dict: "an object", float: "a number", bool: "true or false"}
+KINDS = {
+    str: say("a string", "字符串"),
+    list: say("a list", "列表"),
+    dict: say("an object", "对象"),
+    float: say("a number", "数字"),
+    bool: say("true or false", "true 或 false"),
+}
 
 
 def read_list(value: object) -> list[Any] | None:
@@ -107,7 +114,8 @@ class Fields:
         present = [str(key) for key, value in self.row.items() if value is not None]
         close = [(key, match) for key in present for match in difflib.get_close_matches(key, names, 1)]
         hint = f" ({close[0][0]} -> {close[0][1]})" if close else ""
-        found, field = f"fields {', '.join(present) or 'none'}", close[0][1] if close else names[0]
+        found = say("fields {names}", "字段 {names}", names=", ".join(present) or say("none", "无"))
+        field = close[0][1] if close else names[0]
         return self.error("missing", field, found, names=" or ".join(names), hint=hint)
 
     def take(self, *names: str) -> Any:
