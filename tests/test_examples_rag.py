@@ -101,7 +101,7 @@ def test_documents_become_passages(modules: dict[str, ModuleType], tmp_path: Pat
     (tmp_path / "doc.en.md").unlink()
     with pytest.raises(ValueError, match="must hold documents"):
         read(tmp_path)
-    for name in ("notes.md", "notes.fr.md", ".en.md"):
+    for name in ("notes" + ".md", "notes.fr.md", ".en.md"):
         (tmp_path / name).write_text("# T\n\ntext\n")
         with pytest.raises(ValueError, match=f"{re.escape(name)}.* must say its language"):
             read(tmp_path)
