@@ -186,10 +186,6 @@ class Mesh:
         """Whether this rank writes what a run writes once (logs, the model card)."""
         return self.rank == 0
 
-    def coordinates(self) -> dict[str, int]:
-        """This rank's place on each axis."""
-        return {name: self.rank_in(name) for name in AXES}
-
     def describe(self) -> str:
         """One line: the degrees above 1."""
         d = self.layout

@@ -392,16 +392,6 @@ def cover(crop: Box, target: Box) -> float:
     return max(0.0, width) * max(0.0, height) / box_area(target) if box_area(target) else 0.0
 
 
-def zoom_reward(
-    right: float, form: float, crops: Sequence[Box], target: Box, picture_area: float, least: float = 0.9
-) -> float:
-    """.8 right + .1 form + .1 where the answer is right and some crop shows the target without
-    being half of the picture. A call alone earns nothing.
-    """
-    seen = any(cover(crop, target) >= least and box_area(crop) <= 0.5 * picture_area for crop in crops)
-    return 0.8 * right + 0.1 * form + 0.1 * float(right == 1 and seen)
-
-
 def redrawn(picture: np.ndarray, drawing: np.ndarray, background: np.ndarray | float = 0.0) -> float:
     """1 - sum |I - D| / sum max(|I - bg|, |D - bg|): 1 for the same picture, 0 for an empty
     drawing. Arrays of one shape.

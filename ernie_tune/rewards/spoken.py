@@ -114,7 +114,6 @@ def spoken_claims(text: str) -> list[Spoken]:
     return sorted(out, key=lambda one: one.start)
 
 
-SCOPES = ("answer", "thought", "both")
 _BLOCK = re.compile(r"<evidence>.*?(?:</evidence>|\Z)", re.DOTALL)
 
 

@@ -27,15 +27,6 @@ from ernie_tune.rewards.scores import Box
 
 TOOLS = ("zoom",)
 LEAST_SIDE = 28  # pixels of what is shown
-ZOOM = {
-    "name": "zoom",
-    "description": "Show a part of the picture larger.",
-    "parameters": {
-        "type": "object",
-        "properties": {"box": {"type": "array", "items": {"type": "number"}, "description": "x1, y1, x2, y2"}},
-        "required": ["box"],
-    },
-}
 Sample = Callable[[Sequence[Prompt]], Mapping[int, Sequence[Completion]]]
 
 

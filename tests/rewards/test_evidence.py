@@ -12,8 +12,9 @@ from conftest import GOLDEN
 from ernie_tune.data.records import Record, Reward, Verifier
 from ernie_tune.rewards import evidence as ev
 from ernie_tune.rewards.evidence import Claim, grounded, judge_claim, read_claims
-from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.functions import Answered, Called
 from ernie_tune.rewards.rubric import RowVerifiers
+from ernie_tune.rewards.scores import Box
 
 E = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))["outputs"]["evidence"]
 INPUTS = json.loads((GOLDEN / "online" / "oracle.json").read_text(encoding="utf-8"))["inputs"]
@@ -137,6 +138,19 @@ def test_boxes_that_are_needed_and_enough() -> None:
     assert ev.box_evidence(-0.1, -1.3, -0.6, 0.2) == pytest.approx(E["d4_half"])
 
 
+def zoomed(target: Box, right: int, shown: list[Box]) -> float | None:
+    """What a row earns that asks for the answer, its form and a look at the target."""
+    checks = (Verifier("exact", 0.8), Verifier("format", 0.1, {"mode": "nothink"}), Verifier("zoom", 0.1))
+    record = Record(
+        "verifiable",
+        ({"role": "user", "content": "what?"},),
+        reward=Reward("x", checks, scene={"target": list(target)}),
+    )
+    calls = tuple(Called("zoom", box, shown=box, size=(100, 100)) for box in shown)
+    ((earned,),) = RowVerifiers()([(record, [Answered("x" if right else "y", calls=calls)])])
+    return earned
+
+
 def test_zooming() -> None:
     target = (20.0, 20.0, 40.0, 40.0)
     crops = {"inside": (10.0, 10.0, 60.0, 60.0), "half": (30.0, 10.0, 60.0, 60.0), "miss": (50.0, 50.0, 60.0, 60.0)}
@@ -149,9 +163,8 @@ def test_zooming() -> None:
         "wrong_covered": (0, ["inside"]),
     }
     for name, (right, used) in rewards.items():
-        found = ev.zoom_reward(right, 1.0, [crops[u] for u in used], target, 100 * 100)
-        assert found == pytest.approx(E["d5_reward"][name])
-    assert ev.zoom_reward(1, 1.0, [(0.0, 0.0, 100.0, 100.0)], target, 100 * 100) == pytest.approx(0.9)
+        assert zoomed(target, right, [crops[u] for u in used]) == pytest.approx(E["d5_reward"][name])
+    assert zoomed(target, 1, [(0.0, 0.0, 100.0, 100.0)]) == pytest.approx(0.9), "the whole picture shows nothing"
 
 
 def test_drawing_again() -> None:
