@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.convert import did_you_mean
 from ernie_tune.config.language import counted, join, say, shown
 from ernie_tune.config.loader import Loaded, load_config
@@ -28,7 +29,7 @@ from ernie_tune.data.processor import Processor
 from ernie_tune.data.readers.formats import choose
 from ernie_tune.data.records import DataError
 from ernie_tune.data.sources import DatasetEntry, _files, find, load_dataset, split_paths
-from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE, write_file
+from ernie_tune.data.tokenizer import JSON_FILE, MODEL_FILE
 from ernie_tune.models.presets import PRESETS, shipped_folder
 from ernie_tune.plan.judgement import absent, foreign
 
@@ -301,7 +302,7 @@ def _check(words: list[str], options: Mapping[str, str]) -> int:
         target = Path(options["html"]) if options["html"] else beside
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, check_page(report).encode())
+            write_atomically(target, check_page(report))
         except OSError as error:
             raise ValueError(
                 say(

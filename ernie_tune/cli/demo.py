@@ -13,9 +13,9 @@ from typing import Any
 
 from ernie_tune.cli import train
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.language import say
 from ernie_tune.config.loader import load_config, split_overrides
-from ernie_tune.data.tokenizer import write_file
 
 # In the source tree, and where an installed wheel puts it (setup.py, data_files).
 DIGITS = (
@@ -85,7 +85,7 @@ def questions(rows: Path, out: Path) -> Path:
         lines.append(json.dumps({"messages": [asked], "images": pictures, "signal": signal}, ensure_ascii=False))
     path = out / "questions" / rows.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
     return path
 
 

@@ -8,14 +8,15 @@ rows are in the two plainest formats).
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.checkpoint.hub import cached
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.convert import to_yaml
 from ernie_tune.config.language import say, shown
 from ernie_tune.config.loader import Entry, Loaded, resolve, split_overrides
@@ -295,13 +296,11 @@ def _write_pictures(folder: Path) -> None:
     for colour in _COLOURS:
         target = folder / f"{colour}.png"
         if not target.exists():
-            unfinished = target.with_suffix(".tmp")
-            Image.new("RGB", (56, 56), colour).save(unfinished, format="PNG")
-            os.replace(unfinished, target)
+            drawn = io.BytesIO()
+            Image.new("RGB", (56, 56), colour).save(drawn, format="PNG")
+            write_atomically(target, drawn.getvalue())
 
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, text)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ernie_tune.cli.options import SAMPLING, options, switch
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import split_overrides
@@ -177,9 +178,7 @@ def _settled(out: Path, settings: Mapping[str, Any]) -> bool:
                 )
             )
         return out.exists()
-    unfinished = note.with_name(note.name + ".tmp")
-    unfinished.write_text(json.dumps(dict(settings), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, note)
+    write_atomically(note, json.dumps(dict(settings), ensure_ascii=False, indent=1) + "\n")
     return False
 
 

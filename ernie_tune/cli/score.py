@@ -6,10 +6,10 @@ Refuses to know: how rewards are made, the formats of rows.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from ernie_tune.cli.verbs import UsageError
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import say
 
@@ -49,8 +49,6 @@ def run(args: list[str]) -> int:
         print(text, end="")
         return 0
     out = Path(args[2])
-    unfinished = out.with_name(out.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+    write_atomically(out, text)
     print(say(f"wrote {out} ({len(lines)} rows)", f"已写入 {out}（{len(lines)} 行）"))
     return 0

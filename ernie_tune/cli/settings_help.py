@@ -7,13 +7,13 @@ Refuses to know: verbs, files but the page it is told to write, what a setting d
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from ernie_tune.cli.verbs import VERBS, UsageError
 from ernie_tune.config import peers
 from ernie_tune.config.aliases import EXPANDED, RENAMED, VALUES
 from ernie_tune.config.arguments import SETTINGS, VARYING, RunConfig, Setting, default_for
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import Text, join, say
 from ernie_tune.config.section_titles import SECTIONS
@@ -35,9 +35,7 @@ def run(words: list[str]) -> int:
         print(everything())
         return 0
     target = Path(pages[0].partition("=")[2] or PAGE)
-    unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_text(page(), encoding="utf-8")
-    os.replace(unfinished, target)
+    write_atomically(target, page())
     print(say(f"wrote {target}", f"已写入 {target}"))
     return 0
 

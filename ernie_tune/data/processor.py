@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.foreign import reading
 from ernie_tune.config.language import say
 from ernie_tune.data.chat import (
@@ -39,7 +40,7 @@ from ernie_tune.data.media.images import Grid, ImageSettings, image_size, load_i
 from ernie_tune.data.media.video import VideoSettings, load_video, patchify_video, video_grid
 from ernie_tune.data.templates import RELEASED, TEMPLATE_KEY, TRANSFORMERS, Placeholders, with_template
 from ernie_tune.data.tensors import Inputs, template_inputs, text_inputs
-from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json, write_file
+from ernie_tune.data.tokenizer import StreamDecoder, Tokenizer, folder_with_tokenizer, read_json
 from ernie_tune.models.inputs import Row, feature_count
 from ernie_tune.models.presets import shipped_folder
 
@@ -229,7 +230,7 @@ class Processor:
             **{key: images[name] for name, key in _IMAGE_KEYS.items()},
             **{key: videos[name] for name, key in _VIDEO_KEYS.items()},
         }
-        write_file(Path(folder) / PREPROCESSOR_FILE, (json.dumps(settings, indent=2) + "\n").encode())
+        write_atomically(Path(folder) / PREPROCESSOR_FILE, json.dumps(settings, indent=2) + "\n")
         return changes
 
     def encode(

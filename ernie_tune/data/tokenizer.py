@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.foreign import json_object, reading
 from ernie_tune.config.language import say
 from ernie_tune.models.config import TokenIds
@@ -277,7 +278,7 @@ class Tokenizer:
         if config:
             files[CONFIG_FILE] = (json.dumps({**self.config, **config}, indent=2, ensure_ascii=False) + "\n").encode()
         for name, content in files.items():
-            write_file(target / name, content)
+            write_atomically(target / name, content)
 
     def _read_special(self) -> dict[str, int]:
         added = read_json(self._files, ADDED_FILE, self.where)
@@ -333,13 +334,6 @@ def folder_with_tokenizer(folder: Path) -> Path:
     place = folder.absolute()
     of_run = place.name.startswith("checkpoint-") and not has(place) and has(place.parent)
     return folder.parent if of_run else folder
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

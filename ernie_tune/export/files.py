@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.fastdeploy import FastDeployCommand
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.templates import RELEASED, Placeholders, with_template
-from ernie_tune.data.tokenizer import TEMPLATE_FILE, TEMPLATE_JSON_FILE, write_file
+from ernie_tune.data.tokenizer import TEMPLATE_FILE, TEMPLATE_JSON_FILE
 
 # copied byte for byte from the model's folder; what the processor writes itself is not here
 COPIED = (
@@ -62,7 +63,7 @@ def copy_files(
         if folder and not (target / name).is_file():
             held = {name: (folder / name).read_bytes()}
             made, more = with_template(held, str(folder), placeholders, ours, variant, processor.sees)
-            write_file(target / name, made[name])
+            write_atomically(target / name, made[name])
             changes += more
     for name in COPIED:
         source = next((folder / name for folder in folders if (folder / name).is_file()), None)

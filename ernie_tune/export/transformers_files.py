@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.data.media.video import font_bytes
 from ernie_tune.data.processor import PREPROCESSOR_FILE, Processor
 from ernie_tune.data.tokenizer import (
@@ -26,7 +27,6 @@ from ernie_tune.data.tokenizer import (
     VIDEO,
     VIDEO_END,
     VIDEO_START,
-    write_file,
 )
 
 VIDEO_FILE, FONT_FILE = "video_preprocessor_config.json", "timestamps.ttf"
@@ -51,7 +51,7 @@ def write_files(target: Path, folders: Sequence[Path], processor: Processor) -> 
     held = _read(target / CONFIG_FILE)
     if isinstance(held.get("chat_template"), str) and not (target / TEMPLATE_FILE).is_file():
         # its processor reads no other
-        write_file(target / TEMPLATE_FILE, held["chat_template"].encode())
+        write_atomically(target / TEMPLATE_FILE, held["chat_template"].encode())
     names = {name: token if token in special else IMAGE for name, token in _TOKENS.items()}
     _write(target / CONFIG_FILE, {**held, "extra_special_tokens": {**_named(held), **names}})
     images, videos = processor.images, processor.videos
@@ -76,7 +76,7 @@ def write_files(target: Path, folders: Sequence[Path], processor: Processor) -> 
     name = Path(str(clips.get("font") or FONT_FILE)).name
     brought = next((folder / name for folder in folders if (folder / name).is_file()), None)
     clips["font"] = name if brought else FONT_FILE
-    write_file(target / clips["font"], brought.read_bytes() if brought else font_bytes(videos.font_path))
+    write_atomically(target / clips["font"], brought.read_bytes() if brought else font_bytes(videos.font_path))
     _write(target / VIDEO_FILE, clips)
 
 
@@ -95,4 +95,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    write_file(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+from ernie_tune.config.atomic import write_atomically
 
 NO_LEASH = "-"
 _GRACE_SECONDS = 10.0
@@ -43,9 +44,7 @@ def main(words: list[str]) -> int:
     if tied:
         threading.Thread(target=_hold, args=(int(leash), child), daemon=True).start()
     code = child.wait()
-    unfinished = result.with_name(result.name + ".tmp")
-    unfinished.write_text(f"{code}\n", encoding="utf-8")
-    os.replace(unfinished, result)
+    write_atomically(result, f"{code}\n")
     return code
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.language import say
 from ernie_tune.ui.child import NO_LEASH
 
@@ -84,9 +85,7 @@ class Jobs:
             )
         self._children[name] = child
         job = ChildJob(name, kind, title, tuple(words), child.pid, born(child.pid), time.time())
-        unfinished = place / f"{_JOB}.tmp"
-        unfinished.write_text(json.dumps(asdict(job), ensure_ascii=False), encoding="utf-8")
-        os.replace(unfinished, place / _JOB)
+        write_atomically(place / _JOB, json.dumps(asdict(job), ensure_ascii=False))
         return job
 
     def _leash(self) -> int:

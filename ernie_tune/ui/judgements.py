@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.language import say
 
 SOURCE, LOCK = "judgements.jsonl", ".judging.lock"
@@ -205,9 +206,7 @@ class Judgements:
         for name, rows in made.items():
             target = self.folder / name
             if rows or target.exists():
-                unfinished = target.with_name(name + ".tmp")
-                unfinished.write_text("".join(map(_line, rows)), encoding="utf-8")
-                os.replace(unfinished, target)
+                write_atomically(target, "".join(map(_line, rows)))
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:

@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from ernie_tune.config.atomic import write_atomically
 from ernie_tune.config.language import VARIABLE, Text, say
 from ernie_tune.config.section_titles import SECTIONS
 from ernie_tune.report import html
@@ -192,9 +193,7 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
                 say(f"name ({name}) must end in .yaml; correct it", f"文件名（{name}）须以 .yaml 结尾；请改正")
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(path, text)
         title = f"{loaded.config.model.stage} {studio.workspace.name(Path(loaded.config.save.output_dir))}"
         spoken = {VARIABLE: kit.tongue(tongue)}
         words = ["train", f"./{studio.workspace.name(path)}"]  # as people know it, in what it says
