@@ -35,6 +35,10 @@ GOLDEN = ROOT / "tests" / "golden" / "trajectories.json"
 STEPS = 20
 _QUESTIONS = ("read", "read the digit", "why is it so", "tell me")
 _LORA = {"fine_tuning": "LoRA", "lora_rank": 4, "lora_target_modules": "all-linear", "lora_experts": "both"}
+_SAMPLED = {
+    **{"num_generations": 2, "max_completion_length": 8, "num_iterations": 2},
+    "reward_funcs": f"{Path(__file__)}:parity",
+}
 
 # name -> (trainer, kinds of rows, settings)
 METHODS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -50,7 +54,14 @@ METHODS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "upo": ("UPOTrainer", ("pair", "ranking", "rating", "label"), {"stage": "UPO", "allow_base": True}),
     "rm": ("RewardTrainer", ("pair", "ranking"), {"stage": "RM"}),
     "rm_levels": ("RewardTrainer", ("pair", "rating"), {"stage": "RM", "rating_loss": "ordinal"}),
+    "rlvr": ("RLVRTrainer", ("verifiable",), {"stage": "RLVR", **_SAMPLED}),
+    "ppo": ("PPOTrainer", ("verifiable",), {"stage": "PPO", **_SAMPLED}),
 }
+
+
+def parity(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that differs between nearly all answers of a model that has learned nothing."""
+    return [sum(map(ord, answer[0]["content"])) % 7 / 7 for answer in completions]
 
 
 def row(kind: str, i: int) -> dict[str, Any]:
@@ -66,6 +77,8 @@ def row(kind: str, i: int) -> dict[str, Any]:
         signal: dict[str, Any] = {"chosen": right, "rejected": wrong}
     elif kind == "ranking":
         signal = {"responses": [f"no {i}", right, f"digit {right}", "no"], "order": "B>C>A=D"}
+    elif kind == "verifiable":
+        signal = {"answer": right}
     elif kind == "rating":
         rated = ((right, 5), (f"it is {right}", 3), ("no", 1))
         signal = {"responses": [{"text": text, "score": score} for text, score in rated], "scale": [1, 5]}
