@@ -15,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,6 +294,10 @@ class Processor:
         where: str,
         made: dict[tuple[str, int], tuple[np.ndarray, Grid]] | None = None,
     ) -> Encoded:
+        if max_tokens is not None and any(piece.kind == "image" for piece in pieces):
+            # by the heads of its pictures: one of 49 million pixels is 200 MB when decoded
+            tokens = self._count(pieces, {kind: [*sources] for kind, sources in given.items()}, where)[0]
+            _check_length(tokens, max_tokens, where)
         ids: list[int] = []
         trained: list[bool] = []
         patches: list[np.ndarray] = []
@@ -306,7 +312,8 @@ class Processor:
             source = piece.source if piece.source is not None else given[piece.kind].pop(0)
             key = (piece.kind, id(source))
             found = made.get(key) if made is not None else None
-            pixels_PC, grid = found or self.patches(piece.kind, source, where)
+            with _turn(piece.kind, source, where) if max_tokens is not None else nullcontext():
+                pixels_PC, grid = found or self.patches(piece.kind, source, where)
             if made is not None:
                 made[key] = (pixels_PC, grid)
             patches.append(pixels_PC)
@@ -314,15 +321,7 @@ class Processor:
             new = self._placeholders(piece.kind, grid)
             ids += new
             trained += [False] * len(new)
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise RowTooLong(
-                say(
-                    f"{prefix(where)}row ({len(ids)} tokens) must have at most max_tokens ({max_tokens}); "
-                    "raise it, lower max_pixels, or drop the row",
-                    f"{prefix(where)}该行（{len(ids)} 个 token）不能超过 max_tokens（{max_tokens}"
-                    "）；请调大、减小 max_pixels，或去掉该行",
-                )
-            )
+        _check_length(len(ids), max_tokens, where)
         row = Row(
             np.asarray(ids, np.int64),
             np.concatenate(patches) if patches else None,
@@ -365,6 +364,10 @@ class Processor:
         given = {"image": list(images), "video": list(videos)}
         for kind, sources in given.items():
             _check_counts(kind, pieces, sources, where)
+        return self._count(pieces, given, where)
+
+    def _count(self, pieces: Sequence[Piece], given: dict[str, list[Any]], where: str) -> tuple[int, int]:
+        """What `measure` returns. Empties the lists of media."""
         tokens, prompt = 0, -1
         for run in runs(pieces):
             piece = run[0]
@@ -463,6 +466,30 @@ class Processor:
                 )
             )
         return [start, *[placeholder] * feature_count(grid), end]
+
+
+_LARGE_PIXELS = 1 << 24
+_large_pictures = threading.Lock()
+
+
+def _turn(kind: str, source: Any, where: str) -> AbstractContextManager[Any]:
+    """One large picture at a time: while it is decoded it takes four to eight bytes a pixel, and a
+    server, which alone sets `max_tokens`, prepares several requests at once.
+    """
+    height, width = image_size(source, where) if kind == "image" else (0, 0)
+    return _large_pictures if height * width > _LARGE_PIXELS else nullcontext()
+
+
+def _check_length(tokens: int, max_tokens: int | None, where: str) -> None:
+    if max_tokens is not None and tokens > max_tokens:
+        raise RowTooLong(
+            say(
+                f"{prefix(where)}row ({tokens} tokens) must have at most max_tokens ({max_tokens}); "
+                "raise it, lower max_pixels, or drop the row",
+                f"{prefix(where)}该行（{tokens} 个 token）不能超过 max_tokens（{max_tokens}"
+                "）；请调大、减小 max_pixels，或去掉该行",
+            )
+        )
 
 
 AutoProcessor = Processor  # the name users of other libraries look for

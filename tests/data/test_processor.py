@@ -4,6 +4,7 @@ rows again.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ernie_tune.data import processor as processor_module
 from ernie_tune.data.chat import split_reasoning
 from ernie_tune.data.media.images import ImageSettings, patchify_image
 from ernie_tune.data.media.video import VideoSettings
@@ -199,6 +201,40 @@ def test_long_rows_are_refused_not_cut() -> None:
     assert PROCESSOR.encode(dialogue, [picture(84, 56)], max_tokens=27).num_tokens == 27
     with pytest.raises(RowTooLong, match=r"x:3: row \(27 tokens\) must have at most max_tokens \(26\)"):
         PROCESSOR.encode(dialogue, [picture(84, 56)], max_tokens=26, where="x:3")
+
+
+def png(height: int, width: int) -> bytes:
+    """A picture whose file is small, whatever its size."""
+    stream = io.BytesIO()
+    Image.new("1", (width, height)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_picture_that_makes_a_row_too_long_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(processor_module, "load_image", lambda *_: decoded.append(1))
+    with pytest.raises(RowTooLong, match=r"row \(\d{4,} tokens\) must have at most max_tokens \(100\)"):
+        PROCESSOR.encode(
+            [user("<image><image>")], [png(28, 28), png(4000, 4000)], max_tokens=100, add_generation_prompt=True
+        )
+    assert decoded == []
+
+
+def test_large_pictures_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a limit is set, as a server does: at most one is decoded at any time."""
+    small, large, held = png(28, 28), png(5000, 5000), []
+    patches = Processor.patches
+
+    def watched(self: Processor, kind: str, source: Any, where: str = "") -> Any:
+        held.append(processor_module._large_pictures.locked())
+        return patches(self, kind, small, where)
+
+    monkeypatch.setattr(Processor, "patches", watched)
+    for source in (small, large):
+        PROCESSOR.encode([user("<image>")], [source], max_tokens=100_000, add_generation_prompt=True)
+        PROCESSOR.encode([user("<image>")], [source], add_generation_prompt=True)
+    assert held == [False, False, True, False]
+    assert not processor_module._large_pictures.locked()
 
 
 def test_a_vocabulary_without_needed_tokens_is_refused(tmp_path: Path) -> None:
