@@ -527,6 +527,7 @@ class RLVRTrainer(Trainer):
     """
 
     method_class = SampledAnswers
+    reward_model: Any = None  # beside the functions, where a kind of trainer takes one
 
     def __init__(
         self,
@@ -543,7 +544,7 @@ class RLVRTrainer(Trainer):
         **watched: Any,
     ) -> None:
         config = args = settings_for(args, self.method_class.stages)
-        self.rubric = rubric_of(config, reward_funcs, reward_weights)
+        self.rubric = rubric_of(config, reward_funcs, reward_weights, self.reward_model)
         model = given_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 

@@ -45,12 +45,10 @@ from ernie_tune.train.reward_model import read_head
 from ernie_tune.train.rollout_guards import CriticWatch
 from ernie_tune.train.rollouts import Rolled
 from ernie_tune.trainers import assemble
-from ernie_tune.trainers.base import Trainer
-from ernie_tune.trainers.judges import ModelJudge, kept_active, rubric_of
+from ernie_tune.trainers.judges import ModelJudge, kept_active
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, RowSets, Stateful
-from ernie_tune.trainers.neighbours import settings_for
-from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers, given_model
+from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
 
 CRITIC_FOLDER = "critic"
 CONTROL_FILE = "kl_control.json"
@@ -274,11 +272,19 @@ class PPOTrainer(RLVRTrainer):
         peft_config: PeftConfig | None = None,
         **watched: Any,
     ) -> None:
-        self.value_model = str(value_model)
-        config = args = settings_for(args, self.method_class.stages)
-        self.rubric = rubric_of(config, reward_funcs, reward_weights, reward_model)
-        model = given_model(model, peft_config)
-        Trainer.__init__(self, model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
+        self.value_model, self.reward_model = str(value_model), reward_model
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processor,
+            reward_funcs=reward_funcs,
+            reward_weights=reward_weights,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **watched,
+        )
 
     def make_method(self) -> Method:
         return AgainstCritic(self.args, self.place, self.processor, self.rubric, self.value_model)

@@ -353,6 +353,7 @@ class UPOTrainer(Trainer):
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
         processing_class: Any = None,
+        **watched: Any,
     ) -> None:
         config = args = settings_for(args, self.method_class.stages)
         if not config.samples and reward_funcs is not None:
@@ -365,7 +366,7 @@ class UPOTrainer(Trainer):
                 )
             )
         self.rubric: Rubric | None = rubric_of(config, reward_funcs, reward_weights) if config.samples else None
-        super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class)
+        super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:
         if self.rubric is None:

@@ -3,6 +3,7 @@ change it."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from support.tiny_runs import mixed_rows, same_bytes, settings
 
+from ernie_tune.config.stages import STAGES
 from ernie_tune.evaluate.own_metrics import EvalPrediction, own_metrics
 from ernie_tune.trainers.observers import EVENTS, Observers, RunState
 from ernie_tune.trainers.sft import SFTTrainer
@@ -95,6 +97,16 @@ def test_callbacks_observe(tmp_path: Path) -> None:
         observers.add(3)
     with pytest.raises(AttributeError):
         STATE.global_step = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_trainer_can_be_watched(stage: str, tmp_path: Path) -> None:
+    """Whoever hears of a run gets as far as the refusal of what cannot hear."""
+    module, _, name = STAGES[stage].trainer.partition(":")
+    trainer = vars(importlib.import_module(module))[name]
+    args = settings(tmp_path, stage=stage, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match="must be callable or have one of"):
+        trainer(args=args, train_dataset=mixed_rows(2), callbacks=[3], compute_metrics=shares)
 
 
 @pytest.mark.parametrize(
