@@ -22,7 +22,7 @@ from ernie_tune.report import html
 from ernie_tune.ui import asking
 from ernie_tune.ui import studio as kit
 from ernie_tune.ui.asking import SERVED, ModelServer
-from ernie_tune.ui.jobs import RUNNING
+from ernie_tune.ui.jobs import DONE, RUNNING, STOPPED
 from ernie_tune.ui.studio import Offers, Studio
 
 EXPORT = "export"
@@ -121,6 +121,8 @@ def _card(studio: Studio, server: ModelServer) -> str:
     word = say("ready", "就绪") if ready else kit.STATES[state] if state != RUNNING else say("starting", "正在启动")
     address = f"http://127.0.0.1:{server.port}"
     head = f'<p><b>{escape(server.job.title)}</b> · <span class="state" data-state="{"ready" if ready else state}">{html.both(word)}</span></p>'
+    if state in (DONE, STOPPED):
+        return f'<div class="card">{head}</div>'
     if not ready:
         last = [line for line in studio.jobs.output(server.job).splitlines() if line.strip()][-5:]
         return f'<div class="card">{head}{kit.log([halves(line) for line in last])}</div>'
