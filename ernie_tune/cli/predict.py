@@ -71,6 +71,9 @@ def run(args: list[str]) -> int:
     wanted = {**DEFAULTS, **options(entries, _KNOWN, "predict")}
     if wanted["temperature"] is None:
         wanted["temperature"] = 0.0 if wanted["n"] == 1 else 1.0
+    for name, word in (("ROWS", words[1]), ("OUT", words[2])):
+        if not word.strip():
+            raise UsageError(say(f"{name} ({word!r}) must be a file; name it", f"{name}（{word!r}）须为文件；请写出"))
     if wanted["rows"] < 1:
         raise UsageError(say(f"rows ({wanted['rows']}) must be at least 1", f"rows（{wanted['rows']}）须至少为 1"))
     return predict(shipped_folder(words[0]) or Path(words[0]), words[1], Path(words[2]), wanted)
@@ -92,6 +95,20 @@ def predict(model: Path, rows: str, out: Path, wanted: Mapping[str, Any]) -> int
             )
         )
     records = load_dataset(rows, wanted["format"])
+    if not len(records):
+        raise ValueError(
+            say(
+                f"{rows} must hold rows to answer; add some, or correct the path",
+                f"{rows} 中须有待回答的行；请补充，或改正路径",
+            )
+        )
+    if out.is_dir():
+        raise ValueError(
+            say(
+                f"OUT ({out}) must be a file, not a folder; name one in it",
+                f"输出（{out}）须为文件，而不是文件夹；请写出其中的文件名",
+            )
+        )
     settings = {
         "model": str(model),
         "model_fingerprint": fingerprint(folder),

@@ -16,12 +16,13 @@ from ernie_tune.cli.options import options
 from ernie_tune.cli.serve import listen
 from ernie_tune.cli.verbs import UsageError
 from ernie_tune.config.language import say
-from ernie_tune.config.loader import Entry, split_overrides
+from ernie_tune.config.loader import ARGS_FILE, Entry, split_overrides
 from ernie_tune.models.presets import shipped_folder, shipped_name
 
 KEY_VARIABLE = "ERNIE_TUNE_UI_KEY"
 _KNOWN: Mapping[str, Any] = {"host": str, "port": int}
 _PORT, _TRIES = 7860, 20
+_SIGNS = ("config.json", "adapter_config.json", "lora_config.json", ARGS_FILE)
 
 
 def run(args: list[str]) -> int:
@@ -56,6 +57,13 @@ def judge(args: list[str]) -> int:
     for word in words:
         if not os.path.exists(word) and (word is words[-1] or shipped_folder(word) is None):
             raise ValueError(say(f"{word} does not exist; correct the path", f"{word} 不存在；请改正路径"))
+    if len(words) == 2 and shipped_folder(words[0]) is None and not _is_model(Path(words[0])):
+        raise ValueError(
+            say(
+                f"MODEL ({words[0]}) must be a folder with a model, an adapter or a run in it, or nano; correct the path",
+                f"MODEL（{words[0]}）须为含有模型、适配器或某次运行的文件夹，或 nano；请改正路径",
+            )
+        )
     if os.path.isdir(words[-1]):
         raise ValueError(
             say(
@@ -64,6 +72,11 @@ def judge(args: list[str]) -> int:
             )
         )
     return _open(Path(), entries, "judge", words[-1], words[0] if len(words) == 2 else None)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether `serve` may open it: what is in it says so."""
+    return path.suffix in (".yaml", ".yml") or any((path / name).is_file() for name in _SIGNS)
 
 
 def _open(root: Path, entries: list[Entry], verb: str, rows: str | None = None, model: str | None = None) -> int:

@@ -8,6 +8,7 @@ as they are. Refuses to know: pages, models.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ernie_tune.config.language import Text, say
 from ernie_tune.data.records import IMAGE_TAG, VIDEO_TAG, Record, count_tags
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.ui.asking import data_url
 from ernie_tune.ui.judgements import AskedRow
 from ernie_tune.ui.workspace import Workspace
 
@@ -153,12 +157,21 @@ def _beside(image: Any, file: Path, where: str) -> str:
     return image if image.startswith(("data:", "http://", "https://")) else str(file.parent / image)
 
 
+def _as_url(image: Any) -> Any:
+    """A picture that has no file, as of a cell of Parquet, as a data: URL, which rows may hold."""
+    if isinstance(image, Image.Image):
+        held = io.BytesIO()
+        image.save(held, "PNG")
+        image = held.getvalue()
+    return data_url(image) if isinstance(image, bytes) else image
+
+
 def _allowed(images: Any, file: Path, where: str, workspace: Workspace) -> tuple[str, ...]:
     """Raises ValueError for a picture that this studio must not show, and for one that is not
     there.
     """
     out = []
-    for image in images:
+    for image in map(_as_url, images):
         if not isinstance(image, str) or image.startswith(("http://", "https://")):
             raise ValueError(
                 say(f"{where}: pictures must be files to be judged here", f"{where}：此处评判的图片须为文件")

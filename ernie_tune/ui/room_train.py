@@ -6,6 +6,7 @@ Refuses to know: what settings mean (config/), how a run goes (its own process).
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from html import escape
@@ -193,6 +194,7 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
                 say(f"name ({name}) must end in .yaml; correct it", f"文件名（{name}）须以 .yaml 结尾；请改正")
             )
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _kept(studio, path, text)
         write_atomically(path, text)
         title = f"{loaded.config.model.stage} {studio.workspace.name(Path(loaded.config.save.output_dir))}"
         spoken = {VARIABLE: kit.tongue(tongue)}
@@ -200,9 +202,20 @@ def _start(studio: Studio, text: str, name: str, tongue: str) -> tuple[str, Any]
         job = studio.jobs.start(KIND, title, words, studio.workspace.root, spoken)
     except (ValueError, OSError) as error:
         return kit.line(error, "bad"), gr.skip()
-    return kit.lines(told) + kit.line(say(f"started {job.id}", f"已启动 {job.id}"), "good"), gr.update(
+    return kit.lines([*told, *kept]) + kit.line(say(f"started {job.id}", f"已启动 {job.id}"), "good"), gr.update(
         choices=_jobs(studio), value=job.id
     )
+
+
+def _kept(studio: Studio, path: Path, text: str) -> list[Text]:
+    """Put what a file says aside before other settings take its name; where it is then."""
+    if not path.is_file() or path.read_bytes() == text.encode():
+        return []
+    aside = studio.workspace.own / "replaced" / f"{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, aside)
+    name, where = studio.workspace.name(path), studio.workspace.name(aside)
+    return [say(f"what {name} said before is in {where}", f"{name} 原有的内容已存为 {where}")]
 
 
 def _stop(studio: Studio, chosen: str | None) -> str:

@@ -64,8 +64,8 @@ button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px
 @media (max-width: 640px) {
   .gradio-container, .gradio-container main { padding: 4px !important; min-width: 0 !important }
   .row { flex-direction: column !important } .row > *, .form > * { min-width: 0 !important; width: 100% !important }
-  .ernie-tune.inside td { min-width: 5.5em; overflow-wrap: normal } .ernie-tune.inside td:first-child { min-width: 11em }
-  .ernie-tune.inside td:last-child { white-space: nowrap }
+  .ernie-tune.inside td:nth-child(n+2):not(:nth-child(2):last-child) { min-width: 4.5em; white-space: nowrap }
+  .ernie-tune.inside td:first-child:nth-last-child(n+3) { min-width: 11em }
   .answers { grid-template-columns: 1fr } #train-form { order: 2 }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important } }

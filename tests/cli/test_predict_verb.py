@@ -214,11 +214,22 @@ def test_a_picture_is_named_from_beside_the_answers(tmp_path: Path) -> None:
         (["m", "r", "o", "--n", "many"], "n (many) must be a whole number"),
         (["m", "r", "o", "--logprobs", "perhaps"], "logprobs (perhaps) must be true or false"),
         (["m", "r", "o", "--rows", "0"], "rows (0) must be at least 1"),
+        (["m", "", "o"], "ROWS ('') must be a file"),
+        (["m", "r", " "], "OUT (' ') must be a file"),
     ],
 )
 def test_wrong_words(words: list[str], message: str, capsys: Any) -> None:
     assert main(["predict", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_rows_and_no_file(model: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert main(["predict", str(model), str(tmp_path / "empty.jsonl"), str(tmp_path / "out.jsonl")]) == 1
+    assert "empty.jsonl" in capsys.readouterr().err
+    assert main(["predict", str(model), str(rows), str(tmp_path)]) == 1
+    assert "must be a file, not a folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl"]
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: Any) -> None:

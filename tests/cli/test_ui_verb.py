@@ -63,6 +63,11 @@ def test_rows_from_anywhere(opened: list[Any], tmp_path: Path) -> None:
         (["judge"], "expected [MODEL] ROWS"),
         (["judge", "nano", "gone.jsonl"], "gone.jsonl does not exist"),
         (["judge", "gone", "rows.jsonl"], "gone does not exist"),
+        (
+            ["judge", "rows.jsonl", "rows.jsonl"],
+            "MODEL (rows.jsonl) must be a folder with a model, an adapter or a run in it",
+        ),
+        (["judge", ".", "rows.jsonl"], "MODEL (.) must be a folder with a model"),
         (["judge", "nano", "."], "ROWS (.) must be a file of rows, not a folder"),
         (["judge", "rows.jsonl"], "rows.jsonl must hold questions with answers, or a model must answer them"),
         (["judge", "nano", "broken.jsonl"], "no row of broken.jsonl can be judged"),

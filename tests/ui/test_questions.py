@@ -17,6 +17,7 @@ from ernie_tune.config.language import in_language
 from ernie_tune.ui import judging
 from ernie_tune.ui.asking import ModelServers
 from ernie_tune.ui.jobs import Jobs
+from ernie_tune.ui.judgements import Judgement, rows_of
 from ernie_tune.ui.questions import questions
 from ernie_tune.ui.workspace import Workspace
 
@@ -124,6 +125,24 @@ def test_predictions_with_pictures_of_every_kind(away: Path) -> None:
     assert "had no name" in str(told[0])
     assert "no question" in str(told[2])
     assert list(map(str, session(place, "out.jsonl").told)) == list(map(str, told))
+
+
+def test_pictures_in_cells_are_judged_too(away: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = (IMAGES / "0003.png").read_bytes()
+    rows = [{"prompt": "<image>which", "response": "3", "images": [{"bytes": data, "path": None}]}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), away / "rows.parquet")
+    now = session(Workspace(away), "rows.parquet", "nano")
+    assert now.told == []
+    assert now.question is not None
+    assert now.question.asked.images == (DATA,)
+    assert "base64" in now.question_html()
+    assert rows_of(desk_judgement(now))["labels.jsonl"][0]["images"] == [DATA], "and learned from"
+
+
+def desk_judgement(now: judging.Session) -> Judgement:
+    assert now.question is not None
+    return Judgement(now.question.asked, "ann", ("3",), labels=(True,))
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,18 @@ def test_start_stop_and_resume(studio: Studio) -> None:
     assert 'class="zh">已完成' in shown
 
 
+def test_settings_that_others_take_the_name_of_are_kept(studio: Studio) -> None:
+    mine = studio.workspace.root / "run.yaml"
+    mine.write_text("# mine\n")
+    told, _ = room_train._start(studio, forms.START, "run.yaml", "en")
+    (kept,) = (studio.workspace.own / "replaced").iterdir()
+    assert kept.read_text() == "# mine\n"
+    assert kept.name in halves_of(told)[0]
+    assert mine.read_text() == forms.START
+    room_train._start(studio, forms.START, "run.yaml", "en")
+    assert len(list(kept.parent.iterdir())) == 1, "the same again replaces nothing"
+
+
 @pytest.mark.parametrize("name", ["train_dataset_path", "eval_dataset_path", "lora_path", "model_name_or_path"])
 def test_settings_that_name_what_is_not_there_are_not_called_ready(studio: Studio, name: str) -> None:
     whole = forms.with_value(forms.START, "eval_dataset_path", "train.jsonl")
