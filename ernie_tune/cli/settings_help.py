@@ -18,6 +18,7 @@ from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import Text, join, say
 from ernie_tune.config.section_titles import SECTIONS
 from ernie_tune.config.sections_model import METHODS
+from ernie_tune.config.sections_online import CHECKERS
 from ernie_tune.config.stages import STAGES
 from ernie_tune.models.presets import PRESETS
 
@@ -147,6 +148,8 @@ def _lines(setting: Setting) -> list[str | Text]:
         lines.append(_range(setting))
     if name == "model_name_or_path":
         lines.append(say(f"presets: {', '.join(PRESETS)}", f"预设：{', '.join(PRESETS)}"))
+    if name == "reward_funcs":
+        lines.append(say(f"checkers: {', '.join(CHECKERS)}", f"检查器：{', '.join(CHECKERS)}"))
     if name == "loss_type":
         lines += [f"  {stage.name}: {', '.join(stage.losses)}" for stage in STAGES.values() if stage.losses]
     if _where(setting):

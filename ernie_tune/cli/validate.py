@@ -7,8 +7,8 @@ Refuses to know: paddle, rules (config/checks.py, plan/judgement.py).
 from __future__ import annotations
 
 from ernie_tune.cli.verbs import file_and_settings
-from ernie_tune.config.language import say, shown
-from ernie_tune.config.loader import dump_config, load_config
+from ernie_tune.config.language import Text, counted, say, shown
+from ernie_tune.config.loader import Loaded, dump_config, load_config
 from ernie_tune.plan.judgement import judged
 
 
@@ -31,5 +31,19 @@ def run(args: list[str]) -> int:
     for note in notes:
         for line in say("note: {note}", "提示：{note}", note=shown(note)).splitlines():
             print(f"# {line}")
-    print(say(f"# {path} is valid", f"# {path} 配置有效"))
+    print(_end(loaded, path))
     return 0
+
+
+def _end(loaded: Loaded, path: str) -> Text:
+    """That it is valid, and whether a run could start now."""
+    try:
+        judged(loaded, f"{path}:1", training=True)
+    except ValueError as error:
+        count = len(str(error).splitlines())
+        what = counted(count, "thing")
+        return say(
+            f"# {path} is valid, but cannot run yet: {what} named above must be there first",
+            f"# {path} 配置有效，但尚不能运行：提示中的 {count} 项须先备齐",
+        )
+    return say(f"# {path} is valid", f"# {path} 配置有效")

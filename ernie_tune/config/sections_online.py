@@ -36,6 +36,14 @@ CORRECTIONS = {
 }
 
 
+# What `reward_funcs` takes by name: what each row names, and the checkers of rewards/verifiers.py.
+CHECKERS = (
+    *("row", "numeric", "math", "choice", "mcq", "count", "exact", "anls", "ocr_ned", "chart", "chart_value", "box"),
+    *("box_iou", "boxes", "kie", "json_schema", "table", "date", "evidence", "redraw", "zoom", "format", "language"),
+    *("repetition", "length"),
+)
+
+
 @dataclass(frozen=True)
 class RolloutArguments:
     """Sampled answers and their rewards. Stages RLVR and PPO, and UPO where its preset samples

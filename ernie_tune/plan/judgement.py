@@ -10,6 +10,7 @@ Refuses to know: paddle, the hubs' caches (checkpoint/hub.py looks there), what 
 
 from __future__ import annotations
 
+import ast
 import glob
 import importlib.util
 import json
@@ -19,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
+from ernie_tune.config.sections_online import CHECKERS
 from ernie_tune.config.sections_run import LOGGERS
 from ernie_tune.models.presets import is_fresh, shipped_name
 from ernie_tune.peft.packed_header import is_packed
@@ -133,6 +135,7 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     """
     d = config.data
     yield from _model(config, beside)
+    yield from _rewards(config)
     for setting, paths in (
         ("train_dataset_path", d.train_dataset_path),
         ("eval_dataset_path", d.eval_dataset_path),
@@ -157,6 +160,43 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     for setting, path in named.items():
         if path and not os.path.exists(path):
             yield Lack(setting, _lacking(setting, path, beside), True)
+
+
+def _rewards(config: RunConfig) -> Iterator[Lack]:
+    """Rewards that are no checker and nothing that is here. A function is looked for in the text of
+    its file, which is not run.
+    """
+    if not SETTINGS["reward_funcs"].read_at(config.model.stage, config.model.fine_tuning):
+        return
+    for name in config.rollout.reward_funcs:
+        file, _, function = name.rpartition(":")
+        if name in CHECKERS or name.startswith("judge:") or os.path.isdir(name):
+            continue
+        if ".py:" in name and os.path.isfile(file) and _defines(Path(file), function):
+            continue
+        checkers = ", ".join(CHECKERS)
+        message = say(
+            f"reward_funcs ({name}) must be a checker ({checkers}), file.py:function, the folder of a reward model, or "
+            "judge:http://…, and be there; correct it",
+            f"reward_funcs（{name}）须为检查器（{checkers}）、file.py:function、奖励模型的目录，或 judge:http://…，且须存在；请改正",
+        )
+        yield Lack("reward_funcs", message, True)
+
+
+def _defines(file: Path, name: str) -> bool:
+    """Whether a file of Python gives `name` a value; yes for one that cannot be read so."""
+    try:
+        found = ast.walk(ast.parse(file.read_bytes()))
+    except (SyntaxError, ValueError):  # the run says what is wrong with it
+        return True
+    for node in found:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
+            return True
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
+            return True
+        if isinstance(node, ast.alias) and (node.asname or node.name) in (name, "*"):
+            return True
+    return False
 
 
 def _installed(package: str) -> bool:

@@ -193,7 +193,7 @@ def test_validate_says_what_and_where_and_replays(capsys: pytest.CaptureFixture[
     assert where["lora_rank"] == "command line"
     assert where["seed"] == ""
     assert f"# note: {file}:4: do_train is not used here" in out
-    assert out.endswith("is valid\n")
+    assert out.endswith("is valid, but cannot run yet: 1 thing named above must be there first\n"), "a.jsonl"
     again.write_text(out, encoding="utf-8")
     assert load_config(again, for_training=True).config.lora.lora_rank == 4
 

@@ -14,9 +14,11 @@ from ernie_tune.cli.main import main
 from ernie_tune.config.aliases import EXPANDED, RENAMED
 from ernie_tune.config.arguments import SETTINGS
 from ernie_tune.config.sections_model import METHODS
+from ernie_tune.config.sections_online import CHECKERS
 from ernie_tune.config.stages import STAGES
 from ernie_tune.models.presets import PRESETS
 from ernie_tune.rewards.scores import CLASSIFICATION, MACRO_F1, METRICS, score_answers
+from ernie_tune.rewards.verifiers import VERIFIERS
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -123,3 +125,31 @@ def test_scores_are_judged_before_a_run_by_the_names_that_it_computes(
     assert main(["validate", str(file), f"eval_metrics={','.join(names)}"]) == 0
     scored = score_answers(["a", "b", "a"], ["a", "b", "b"], names)
     assert set(scored) == set(names), "each is computed"
+
+
+def test_rewards_are_judged_before_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name as rewards/ has them, functions by the text of their file, which is not run."""
+    assert ("row", *VERIFIERS) == CHECKERS
+    assert f"checkers: {', '.join(CHECKERS)}" in told(capsys, "reward_funcs")
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+    Path("model").mkdir()
+    Path("mine.py").write_text("raise SystemExit('run')\ndef score(**more): ...\nclass Judge: ...\nlater = print\n")
+    Path("others.py").write_text("from operator import *\n")
+    Path("broken.py").write_text("def (\n")
+    Path("run.yaml").write_text("stage: GRPO\nmodel_name_or_path: tiny-a\ntrain_dataset_path: rows.jsonl\n")
+    for right in (*CHECKERS, "mine.py:score", "mine.py:Judge", "mine.py:later", "others.py:add", "broken.py:f", "model",
+                  "judge:http://127.0.0.1/v1", "row,exact"):  # fmt: skip
+        assert main(["validate", "run.yaml", f"reward_funcs={right}"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "# run.yaml is valid", right
+    for wrong in ("foo", "exact,foo", "os:getcwd", "mine.py", "mine.py:none", "gone.py:score", "gone"):
+        assert main(["validate", "run.yaml", f"reward_funcs={wrong}"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert "must be a checker (row, numeric, " in out[-2], wrong
+        assert out[-1] == "# run.yaml is valid, but cannot run yet: 1 thing named above must be there first"
+        assert main(["train", "run.yaml", f"reward_funcs={wrong}"]) == 1
+        assert "must be a checker (row, numeric, " in capsys.readouterr().err
+    assert main(["validate", "run.yaml", "stage=SFT", "reward_funcs=foo"]) == 0
+    assert "must be a checker" not in capsys.readouterr().out, "not read there"
