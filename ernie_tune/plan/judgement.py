@@ -153,6 +153,9 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
             yield Lack("report_to", message, True)
     resumed = config.save.resume_from_checkpoint
     named = {
+        "reward_model": config.critic.reward_model,
+        "value_model": "" if config.critic.value_model in ("auto", "policy") else config.critic.value_model,
+        "teacher_model": "" if config.teacher.teacher_model in ("base", "self") else config.teacher.teacher_model,
         "lora_path": config.lora.lora_path,
         "freeze_spec": config.freeze.freeze_spec,
         "resume_from_checkpoint": "" if resumed in ("auto", "no") else resumed,
@@ -160,6 +163,10 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     for setting, path in named.items():
         if path and not os.path.exists(path):
             yield Lack(setting, _lacking(setting, path, beside), True)
+    for function in config.rollout.reward_funcs:
+        file = function.rpartition(":")[0]
+        if file.endswith(".py") and not os.path.exists(file):
+            yield Lack("reward_funcs", _lacking("reward_funcs", file, beside), True)
 
 
 def _rewards(config: RunConfig) -> Iterator[Lack]:

@@ -398,7 +398,17 @@ def load_function(place: str) -> Callable[..., Any]:
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that its classes find their module, and pickle
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (*_USERS, SyntaxError) as error:
+        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise ValueError(
+            say(
+                f"reward_funcs ({place}) must name a file that runs; {file.name}:{line} failed with "
+                f"{type(error).__name__}: {error}; mend it",
+                f"reward_funcs（{place}）须指向可以运行的文件；{file.name}:{line} 出错 {type(error).__name__}：{error}；请修正",
+            )
+        ) from error
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(

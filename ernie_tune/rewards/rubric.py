@@ -69,10 +69,20 @@ class RowVerifiers:
         self.worth = [[_worth(given, some) for given in row] for row, some in zip(self.details, checks, strict=True)]
         return [[one.total for one in row] for row in self.worth]
 
-    def check(self, record: Record) -> None:
+    def check(self, record: Record, alone: bool = False) -> None:
         """Raises ValueError, naming the row, where it names an unknown checker, or nothing but how
-        an answer should look.
+        an answer should look; and, where nobody else judges (`alone`), for a prompt that names
+        nothing.
         """
+        if alone and record.signal == "prompt":
+            raise ValueError(
+                say(
+                    f"{record.meta}: an answer to this prompt must be judged by something; give the row an answer or "
+                    "verifiers, or set reward_funcs or reward_model",
+                    f"{record.meta}: 对该提示的回答须有依据评判；请在该行给出 answer 或 verifiers，"
+                    "或设置 reward_funcs 或 reward_model",
+                )
+            )
         names = [name for name, _, _ in self._checks(record)]
         if names and all(name in (*SHAPING, *GROUNDS) for name in names):
             raise ValueError(

@@ -179,7 +179,7 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
     r = config.rollout
     given = functions if functions is not None else r.reward_funcs
     listed = list(given) if isinstance(given, list | tuple) else [given]
-    listed += [reward_model if reward_model is not None else config.critic.reward_model]
+    listed += [reward_model if reward_model is not None else _folder_of_judge(config.critic.reward_model)]
     judges = [_judge(config, one) for one in listed if one is not None and one != ""]
     return Rubric(
         judges,
@@ -188,6 +188,19 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
         r.reward_check,
         config.evidence.evidence_scope,
     )
+
+
+def _folder_of_judge(name: str) -> Path | None:
+    """The setting `reward_model`; None where it is empty. Raises ValueError where no folder is."""
+    if name and not Path(name).is_dir():
+        raise ValueError(
+            say(
+                f"reward_model ({name}) must be a folder that `ernie-tune reward` made; correct the path, or name "
+                "checkers and functions in reward_funcs",
+                f"reward_model（{name}）须为 `ernie-tune reward` 生成的目录；请改正路径，或在 reward_funcs 中给出检查器与函数",
+            )
+        )
+    return Path(name) if name else None
 
 
 class _Named:

@@ -190,11 +190,12 @@ class SampledAnswers(Method):
                     f"阶段 {self.config.model.stage} 的数据没有可用于度量专家的回答，lora_expert_affinity（{affinity:g}）须为 0；请先用 SFT 训练",
                 )
             )
+        alone = len(self.rubric.judges) == 1 and self.teaching is None
         for judge in self.rubric.judges:
             if isinstance(judge, RowVerifiers):
                 for rows in sets:
                     for i in range(len(rows)):
-                        judge.check(rows[i])
+                        judge.check(rows[i], alone)
         return sets
 
     def stream(self, rows: RowSets) -> Any:

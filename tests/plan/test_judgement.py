@@ -53,6 +53,10 @@ def test_what_is_there_is_silent(here: Path) -> None:
         ("adapters: ./gone", "lora_path", "(./gone) is not there"),
         ("resume_from_checkpoint: out/checkpoint-5", "resume_from_checkpoint", "(out/checkpoint-5) is not there"),
         ("freeze_spec: gone.json", "freeze_spec", "(gone.json) is not there"),
+        ("reward_model: out/reward\nstage: PPO", "reward_model", "(out/reward) is not there"),
+        ("value_model: out/reward\nstage: PPO", "value_model", "(out/reward) is not there"),
+        ("teacher_model: out/teacher\nstage: RLVR", "teacher_model", "(out/teacher) is not there"),
+        ("reward_funcs: exact,gone.py:good\nstage: RLVR", "reward_funcs", "(gone.py) is not there"),
     ],
 )  # fmt: skip
 def test_what_is_not_there(here: Path, line: str, setting: str, words: str) -> None:

@@ -227,6 +227,21 @@ def test_functions_from_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must name a file of Python"):
         load_function(f"{rows}:good")
     assert not (tmp_path / "ran").exists()
+    for text, match in (
+        ("x = 1\ndef f(:\n", "broken.py:2 failed with SyntaxError"),
+        ("\n1 / 0\n", "broken.py:2 .*Zero"),
+    ):
+        (tmp_path / "broken.py").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=match):
+            load_function(f"{tmp_path}/broken.py:f")
+
+
+def test_a_prompt_that_nothing_judges() -> None:
+    bare, checked = Record("prompt", ({"role": "user", "content": "why?"},)), GROUPS[0][0]
+    RowVerifiers().check(bare)  # another function judges it
+    RowVerifiers().check(checked, alone=True)
+    with pytest.raises(ValueError, match="must be judged by something; give the row an answer or verifiers"):
+        RowVerifiers().check(bare, alone=True)
 
 
 def test_rows_name_their_checkers() -> None:
