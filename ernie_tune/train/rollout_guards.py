@@ -89,18 +89,20 @@ class RolloutWatch:
             "alike": self._alike() if self.by_reward else None,
             "cut_off": self._cut_off(),
             "entropy": self._entropy(),
-            "hacking": self._hacking(),
             "failing": self._failing(values),
         }
         return self._say(step, found)
 
     def measured(self, rewards: Mapping[int, float], right: Mapping[int, float] | None = None) -> None:
         """Take in an evaluation: what the answers to held-out rows earn, by the rows' numbers, and
-        how right the rows' own checkers call them, whatever is rewarded. What that gives reason to
-        say comes with the next step.
+        how right the rows' own checkers call them, whatever is rewarded.
         """
         self.held.take(rewards)
         self.right.take(right or {})
+
+    def fallen(self, step: int) -> list[Verdict]:
+        """What the evaluations so far give reason to say."""
+        return self._say(step, {"hacking": self._hacking()})
 
     def sight(self, step: int, seen: float, blind: float, ceiling: float) -> list[Verdict]:
         """What the shares of right answers with pictures and with grey ones give reason to say.

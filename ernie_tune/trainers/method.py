@@ -151,6 +151,10 @@ class Method:
         """What there is to say of the last window beside what its loss knew, such as rewards."""
         return {}
 
+    def after_evaluation(self, step: int) -> list[Verdict]:
+        """What held-out rows give reason to say, once they were measured."""
+        return []
+
     def after_step(self, record: StepRecord) -> list[Verdict]:
         """What the method does after each step, before it is measured and saved."""
         return []

@@ -472,6 +472,9 @@ class SampledAnswers(Method):
         found = self.watch.look(record.step, record.metrics)
         return found + (self._look_without(record.step) if record.step % LOOKS_EVERY == 0 else [])
 
+    def after_evaluation(self, step: int) -> list[Verdict]:
+        return self.watch.fallen(step)
+
     def _look_without(self, step: int) -> list[Verdict]:
         """Answer some rows with their pictures and with grey ones."""
         records = [r for r in self.rollouts.records if r.images and r.reward and r.reward.answer is not None]

@@ -247,7 +247,7 @@ class Run:
             metrics = self.measure.during(log, step, self.stream.epoch)
             self._tell("on_evaluate", metrics=metrics)
             is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
-            verdicts += more
+            verdicts += more + self.method.after_evaluation(step)
         for verdict in verdicts:
             log.info(verdict.message, "WARNING")
         stop = last or any(v.stop for v in verdicts) or asked_to_end

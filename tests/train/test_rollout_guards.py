@@ -87,7 +87,7 @@ def test_rewards_up_and_held_out_down() -> None:
         spoken(40, lambda s, slope=slope: {"reward": 0.5 + s * slope}, watch)
         for right in (255, 243, 239):
             watch.measured(rewards(right))
-        verdicts = watch.look(41, {**HEALTHY, "reward": 0.5 + 41 * slope})
+        verdicts = watch.fallen(40)
         assert len(verdicts) == said
         assert not said or "held-out answers fell from 0.859 to 0.805" in str(verdicts[0].message)
 
@@ -100,7 +100,7 @@ def test_rewards_up_and_right_answers_down() -> None:
         for earned, right in ((0.5, 255), (0.7, 30), (0.9, 12)):
             watch.measured(dict.fromkeys(range(297), earned), rewards(right))
             watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-        verdicts = watch.look(41, {**HEALTHY, "reward": 0.5 + 41 * rising})
+        verdicts = watch.fallen(40)
         assert [
             v for v in verdicts if "by their own checkers, 0.859 before and 0.040 now" in str(v.message)
         ] == verdicts
