@@ -352,10 +352,11 @@ class CriticArguments:
         low=0,
         stages=_PPO,
     )
-    normalize_values: bool = arg(
-        False,
-        "let the critic learn returns less their mean over their deviation, over all rounds so far",
-        "价值网络学习标准化的回报（减去迄今各轮的均值，除以标准差）",
+    normalize_values: bool | None = arg(
+        None,
+        "let the critic learn returns less their mean over their deviation, over all rounds so far; null: unless it "
+        "starts from a reward model, which says returns as they are",
+        "价值网络学习标准化的回报（减去迄今各轮的均值，除以标准差）；null：除非起点是奖励模型（其输出即为原始回报）",
         stages=_PPO,
     )
     whiten_rewards: bool = arg(False, "scale rewards to unit spread", "把奖励缩放到单位方差", stages=_PPO)

@@ -288,7 +288,7 @@ class RoundOfCritic:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.control.coef = state["kl_coef"]
-        if self.scale is not None:
+        if self.scale is not None and "scale" in state:  # runs of before had none where nobody asked for it
             self.scale.load_state_dict(state["scale"])
 
 

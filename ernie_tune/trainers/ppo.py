@@ -94,7 +94,7 @@ class AgainstCritic(SampledAnswers):
         self.value_model = value_model or config.critic.value_model
         self.watch_critic = CriticWatch(config.critic.critic_warmup)
         self.critic: Critic | None = None
-        self.scale = ValueScale() if config.critic.normalize_values else None
+        self.scale: ValueScale | None = None  # chosen with what the critic starts from
         self.steps: ActorCritic | None = None
         self._start = ""  # the reward model that the critic starts from; "": the policy
 
@@ -103,6 +103,10 @@ class AgainstCritic(SampledAnswers):
     def before_put(self, model: ErnieModel) -> None:
         super().before_put(model)
         self._start = self._fitting(model)
+        # The head has no bias: raw, it would have to bend every state towards one direction to say
+        # the mean, and would tell states apart no longer.
+        wanted = self.config.critic.normalize_values
+        self.scale = ValueScale() if (not self._start if wanted is None else wanted) else None
         if not isinstance(model, PeftModel):
             return
         with kept_active(model):

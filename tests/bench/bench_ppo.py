@@ -2,7 +2,7 @@
 the critic explains, and how much any critic could.
 
 Usage: python tests/bench/bench_ppo.py [--answers 128] [--tokens 8] [--rounds 30] [--warmup 0]
-[--iterations 2] [--rate 0.005] [--value-rate 0.005] [--lam 0.95] [--normalize] [--seed 42]
+[--iterations 2] [--rate 0.0015] [--value-rate 0.005] [--lam 0.95] [--raw] [--seed 42]
 
 The reward is the share of even ids. Before token t a critic may know how many of the earlier ones
 were even, and nothing of those to come: with T independent tokens of one probability it explains
@@ -53,9 +53,9 @@ def main() -> None:
     whole = {"answers": 128, "tokens": 8, "rounds": 30, "warmup": 0, "iterations": 2, "seed": 42}
     for name, usual in whole.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
-    for name, rate in (("rate", 5e-3), ("value-rate", 5e-3), ("lam", 0.95), ("clip", 0.2)):
+    for name, rate in (("rate", 1.5e-3), ("value-rate", 5e-3), ("lam", 0.95), ("clip", 0.2)):
         parser.add_argument(f"--{name}", type=float, default=rate)
-    parser.add_argument("--normalize", action="store_true", help="normalize_values: true")
+    parser.add_argument("--raw", action="store_true", help="normalize_values: false")
     a = parser.parse_args()
     ceilings: list[float] = []
     look = critic.RoundOfCritic.look
@@ -76,7 +76,7 @@ def main() -> None:
             max_completion_length=a.tokens, num_iterations=a.iterations, max_steps=a.iterations * a.rounds, kl_coef=0.0,
             learning_rate=a.rate, value_learning_rate=a.value_rate, lr_scheduler_type="constant",
             logging_steps=a.iterations, seed=a.seed, save_strategy="no", plot_loss=False, disable_tqdm=True,
-            critic_warmup=a.warmup * a.iterations, normalize_values=a.normalize, lam=a.lam,
+            critic_warmup=a.warmup * a.iterations, normalize_values=not a.raw, lam=a.lam,
             cliprange_value=a.clip,
         )  # fmt: skip
         started = time.process_time()
