@@ -261,7 +261,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place(
     stream: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slowly(monkeypatch, 0.05)
-    with live(engine, request_timeout_seconds=0.5, max_num_seqs=1) as one:
+    with live(engine, request_timeout_seconds=1.5, max_num_seqs=1) as one:  # a busy machine answers within it
         reply = long_request(one, 200, stream=stream)
         if stream:
             last = [line for line in reply.text.splitlines() if line][-1]
@@ -401,7 +401,7 @@ def test_options_are_checked(engine: Engine) -> None:
         ServeOptions(max_num_seqs=0)
     with pytest.raises(ValueError, match=r"request_timeout_seconds \(nan\) must be at least"):
         ServeOptions(request_timeout_seconds=float("nan"))
-    with pytest.raises(ValueError, match="api_key must be of ASCII"):
+    with pytest.raises(ValueError, match="api_key must be of printable ASCII"):
         ServeOptions(api_keys=("",))
     with pytest.raises(ValueError, match=r"max_model_len \(5000\) must not exceed max_position_embeddings \(4096\)"):
         Service(engine, {"x": None}, ServeOptions(max_model_len=5000))
