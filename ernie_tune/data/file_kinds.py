@@ -234,11 +234,20 @@ def _is_table(line: bytes) -> bool:
 
 
 def lists_of(value: Mapping[str, object]) -> list[str]:
-    """The names in an object that hold a list of objects, each of which may be a row."""
+    """The names in an object that hold a list of objects, each of which may be a row; turns of a
+    dialogue, whatever their list is called, are none.
+    """
     if any(isinstance(value.get(name), str) for name in _TEXTS):
         return []
     held = [name for name, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    return [name for name in held if name not in _ONE_ROW | _ROW_LISTS | _TEXTS]
+    return [name for name in held if name not in _ONE_ROW | _ROW_LISTS | _TEXTS and not are_turns(value[name])]
+
+
+def are_turns(value: object) -> bool:
+    """Whether a value is a list of objects that each say who speaks."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(one, dict) and not {"role", "from", "speaker"}.isdisjoint(one) for one in value)
 
 
 def _goes_on(line: bytes) -> bool:

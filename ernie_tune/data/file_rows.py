@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -170,6 +171,8 @@ class MemoryRows:
             raise DataError(
                 self.path, i + 1, "row", show(row), "json", {"why": say("give each row as a dict", "每行须为字典")}
             )
+        if any(isinstance(cell, float) and math.isnan(cell) for cell in row.values()):  # pandas' empty cells
+            return {name: cell for name, cell in row.items() if not (isinstance(cell, float) and math.isnan(cell))}
         return row
 
 

@@ -482,3 +482,41 @@ def test_a_file_of_which_no_row_can_be_read_has_no_format(tmp_path: Path, capsys
     (tmp_path / "gbk.jsonl").write_bytes(json.dumps(ROW, ensure_ascii=False).replace("a", "你").encode("gbk"))
     assert main.main(["data", "check", str(tmp_path / "gbk.jsonl")]) == 1
     assert "of no known format, since no row could be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dialog", "contents", "data"])
+def test_turns_are_no_rows_whatever_they_are_called(name: str, tmp_path: Path) -> None:
+    """A file of one row whose dialogue has a strange name is not a list of rows in an object."""
+    row = {name: [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = tmp_path / "x.jsonl"
+    for text in (json.dumps(row), json.dumps(row, indent=1), json.dumps(row) + "\n" + json.dumps(row)):
+        path.write_text(text + "\n")
+        with pytest.raises(DataError, match=rf'"columns": {{"messages": "{name}"}}') as caught:
+            load_dataset(str(path))
+        assert caught.value.problem == "unknown"
+    path.write_text(json.dumps({name: [{"prompt": "q", "response": "a"}]}) + "\n")
+    assert load_dataset(str(path))[0].messages[1]["content"] == "a", "rows are rows"
+    info = {"mine": {"file_name": "x.jsonl", "columns": {"messages": name}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    assert [m["content"] for m in load_dataset("mine", dataset_dir=str(tmp_path))[1].messages] == ["q", "a"]
+
+
+def test_no_number_is_no_answer(tmp_path: Path) -> None:
+    """Of rows in memory it is pandas' empty cell; in a file json.dumps wrote it for one."""
+    nan = float("nan")
+    rows = [
+        {"prompt": "q", "response": "a", "image": nan, "system": nan, "source": nan},
+        {"prompt": "q", "response": nan},
+    ]
+    data = load_dataset(rows)
+    assert [m["content"] for m in data[0].messages] == ["q", "a"]
+    assert (data[0].images, data[0].meta.unused) == ((), ())
+    with pytest.raises(DataError, match="train_dataset:2: "):
+        _ = data[1]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(rows[1]) + "\n" + json.dumps({"question": "q", "answers": [nan]}) + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: response: found nan, expected a string"):
+        _ = load_dataset(str(path), format="prompt_response")[0]
+    with pytest.raises(DataError, match=r"x\.jsonl:2: answers\[0\]: found nan, expected a string"):
+        _ = load_dataset(str(path), format="prompt_response")[1]

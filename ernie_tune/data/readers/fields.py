@@ -7,6 +7,7 @@ Refuses to know: which format a row has, how files are stored, whether a picture
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -90,6 +91,8 @@ def read_answer(f: Fields, field: str, value: Any) -> list[Turn]:
     """
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):
         value = value[0]
+    if isinstance(value, float) and not math.isfinite(value):  # what tables write for a missing cell
+        raise f.error("type", field, show(value), kind=KINDS[str])
     if isinstance(value, bool | int | float):
         value = json.dumps(value)
     if isinstance(value, str):
@@ -122,7 +125,7 @@ def read_answers(f: Fields) -> list[Turn]:
             value
             if isinstance(value, str)
             else json.dumps(value)
-            if isinstance(value, bool | int | float)
+            if isinstance(value, bool | int | float) and math.isfinite(value)
             else f.typed(f"answers[{i}]", value, str)
         )
     if not texts:

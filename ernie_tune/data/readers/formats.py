@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from ernie_tune.config.language import say
+from ernie_tune.data.file_kinds import are_turns
 from ernie_tune.data.readers.fields import (
     DIALOGUES,
     QUERIES,
@@ -390,7 +391,11 @@ def _unknown(row: Mapping[str, Any], formats: Sequence[Format], path: str) -> Da
     near = sorted((name for name in order if name in by_name), key=lambda name: -met[name])[:2]
     described = "; ".join(f"{by_name[name].describe(known)} ({name})" for name in near)
     words = [key for key in strange if key not in media]
-    ours = ("label",) if media and len(words) < 2 and keys.isdisjoint(QUERIES) else ("prompt", "response")
+    ours: tuple[str, ...] = ("prompt", "response")
+    if turns := [key for key in words if are_turns(strange[key])]:
+        words, ours = turns, ("messages",)
+    elif media and len(words) < 2 and keys.isdisjoint(QUERIES):
+        ours = ("label",)
     named = [*((kind, key) for key, kind in media.items()), *zip(ours, [*words, "...", "..."], strict=False)]
     columns = ", ".join(f'"{name}": "{yours}"' for name, yours in named)
     entry = f'{{"mine": {{"file_name": "{os.path.basename(path)}", "columns": {{{columns}}}}}}}'
