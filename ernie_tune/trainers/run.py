@@ -27,7 +27,7 @@ from ernie_tune.checkpoint.state import (
     set_aside_later,
 )
 from ernie_tune.config.arguments import RunConfig
-from ernie_tune.config.language import say
+from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import dump_config
 from ernie_tune.data.batching import BatchStream
 from ernie_tune.data.processor import Processor
@@ -422,7 +422,7 @@ class Run:
         rows, tokens, peak_gib = batch.num_rows, batch.inputs.num_tokens, resident_gib(peak=True)
         tell(
             say(
-                f"heaviest batch first: {rows} rows, {tokens} tokens, {peak_gib:.2f} GiB at most",
+                f"heaviest batch first: {counted(rows, 'row')}, {tokens} tokens, {peak_gib:.2f} GiB at most",
                 f"先试最重的一批：{rows} 行，{tokens} 个 token，最多 {peak_gib:.2f} GiB",
             )
         )
