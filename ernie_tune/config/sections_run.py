@@ -7,6 +7,7 @@ fit together (checks.py), paddle.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from ernie_tune.config.field import arg
@@ -41,6 +42,14 @@ LOGGERS = {
     "swanlab": "swanlab",
     "mlflow": "mlflow",
 }
+
+
+def has_logger(name: str) -> bool:
+    """Whether the package of a name of `LOGGERS` is installed."""
+    try:
+        return importlib.util.find_spec(LOGGERS[name]) is not None
+    except (ImportError, ValueError):  # a package that holds it is broken
+        return False
 
 
 @dataclass(frozen=True)

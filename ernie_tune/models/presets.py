@@ -1,5 +1,5 @@
-"""Named model shapes: the released models, the tiny ones of the tests
-12, and "small". Shapes only, no paddle.
+"""Named model shapes: the released models, the shipped "nano", "small", and the tiny ones. Shapes
+only, no paddle.
 
 Refuses to know where weights are: a preset is built with fresh weights, `AutoModel.from_pretrained`
 reads released ones.

@@ -45,12 +45,3 @@ def value_loss(
         worst_N = paddle.maximum(error_N, clipped_N)
         over = float(((clipped_N > error_N).numpy() * weight_N).sum())
     return LossOut(0.5 * (worst_N * weights).sum(), count, {"critic/vf_clipfrac": (over, count)})
-
-
-def explained_variance(value_N: np.ndarray, return_N: np.ndarray) -> float:
-    """1 - var(R - V) / var(R): 1 for a perfect critic, 0 for one that knows the mean alone, below
-    for a harmful one; nan for fewer than two tokens or returns without spread.
-    """
-    if len(return_N) < 2 or np.var(return_N) == 0:
-        return float("nan")
-    return float(1 - np.var(return_N - value_N, ddof=1) / np.var(return_N, ddof=1))

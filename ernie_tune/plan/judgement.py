@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
 from ernie_tune.config.sections_online import CHECKERS
-from ernie_tune.config.sections_run import LOGGERS
+from ernie_tune.config.sections_run import LOGGERS, has_logger
 from ernie_tune.models.presets import is_fresh, shipped_name
 from ernie_tune.peft.packed_header import is_packed
 from ernie_tune.plan.job import known_shape
@@ -144,8 +143,8 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
         for path in paths:
             yield from _rows(setting, path, d.dataset_dir or ".", beside)
     for name in config.log.report_to:
-        package = LOGGERS.get(name)
-        if package is not None and not _installed(package):
+        if name in LOGGERS and not has_logger(name):
+            package = LOGGERS[name]
             message = say(
                 f"report_to ({name}) needs the package {package}; pip install {package}, or take it out",
                 f"report_to（{name}）需要软件包 {package}；请 pip install {package}，或去掉该项",
@@ -204,13 +203,6 @@ def _defines(file: Path, name: str) -> bool:
         if isinstance(node, ast.alias) and (node.asname or node.name) in (name, "*"):
             return True
     return False
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:

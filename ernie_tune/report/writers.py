@@ -9,14 +9,13 @@ VisualDL takes scalars only, and one writer a process.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie_tune.config.language import say
-from ernie_tune.config.sections_run import LOGGERS
+from ernie_tune.config.sections_run import LOGGERS, has_logger
 
 PROJECT = "ernie_tune"
 
@@ -41,7 +40,7 @@ def open_writers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
     """The loggers that `report_to` names, writing below `folder`; "all": those whose package is
     installed. Raises ValueError for one whose package is not.
     """
-    wanted = [n for n in LOGGERS if importlib.util.find_spec(LOGGERS[n])] if "all" in names else list(names)
+    wanted = [n for n in LOGGERS if has_logger(n)] if "all" in names else list(names)
     return [_open(name, folder, settings) for name in wanted]
 
 

@@ -270,8 +270,8 @@ class RoundOfCritic:
         return out
 
     def _explained(self, value_N: np.ndarray, return_N: np.ndarray) -> float:
-        """As `objectives.value.explained_variance`, over all ranks; nan where returns do not
-        spread.
+        """1 - var(R - V) / var(R) over all ranks: 1 for a perfect critic, 0 for one that knows the
+        mean alone, below for a harmful one; nan where returns do not spread.
         """
         rest, whole = (self._squares(x) for x in (return_N - value_N, return_N))
         return 1 - rest / whole if whole > 0 else math.nan
