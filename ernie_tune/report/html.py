@@ -197,9 +197,10 @@ def _jpeg(opened: Image.Image) -> bytes:
 
 
 def _read(file: Path | None) -> bytes:
+    """Of files alone: a pipe or a device may never end."""
     try:
-        return file.read_bytes() if file else b""
-    except OSError:
+        return file.read_bytes() if file and file.is_file() else b""
+    except (OSError, ValueError):
         return b""
 
 

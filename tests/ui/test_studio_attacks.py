@@ -4,6 +4,8 @@ this machine, events that no page would send."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -177,6 +179,14 @@ def test_a_picture_that_would_fill_the_memory_is_not_opened(tmp_path: Path) -> N
     (tmp_path / "bomb.png").write_bytes(bomb(12_000) + bytes(20_000))
     assert (tmp_path / "bomb.png").stat().st_size < 60_000
     assert "<img" not in html.picture(tmp_path / "bomb.png", None, small=True)
+
+
+def test_what_never_ends_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (tmp_path / "pipe.png", "/dev/zero", "a\0b", "x" * 5000, tmp_path):
+        assert "class=gone" in html.picture(name, None), name
+    for name in ('data:image/png" onerror="window.broken=1', "data:image/svg+xml,<svg onload=window.broken=1>"):
+        assert re.fullmatch(r'<img src="[^"<>]*" loading="lazy" alt="">', html.picture(name, None))
 
 
 @pytest.mark.parametrize(
