@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -215,14 +216,17 @@ def _multiply(
     factor: float = 1.0,
 ) -> None:
     """`sizes` (rows, columns, depth); operands as (address or array, row length)."""
-    product = _product(sizes, (left[1], right[1], out[1]), transposed, add, factor)
+    product = _product(threading.get_ident(), sizes, (left[1], right[1], out[1]), transposed, add, factor)
     product.run(left[0], right[0].ctypes.data, out[0])
 
 
 @lru_cache(maxsize=1024)
 def _product(
-    sizes: tuple[int, int, int], steps: tuple[int, int, int], transposed: bool, add: bool, factor: float
+    _thread: int, sizes: tuple[int, int, int], steps: tuple[int, int, int], transposed: bool, add: bool, factor: float
 ) -> mkl.Products:
+    """Each thread has its own: a product keeps the addresses of its operands until it has run, and
+    another thread would write its own over them.
+    """
     return mkl.Products(_FLOAT, 1, sizes, steps, (False, transposed), factor, add)
 
 

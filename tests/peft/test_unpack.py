@@ -4,10 +4,15 @@ halves of int4's bytes, for several threads, and for experts without rows.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import paddle
 import pytest
 
+from ernie_tune.models import mkl
 from ernie_tune.peft import unpack
 from ernie_tune.peft.quantize import QuantizedWeight, _StackProduct, quantize, unpack_halves
 from ernie_tune.peft.unpack import Codes
@@ -74,6 +79,38 @@ def test_dense_is_what_the_operators_of_paddle_make(bits: int) -> None:
     matrix, _ = made(192, 24, bits)
     weight = QuantizedWeight(paddle.to_tensor(matrix.codes), paddle.to_tensor(matrix.scale), bits)
     assert np.array_equal(weight.dense().numpy(), weight.plain(weight.codes, weight.scale).numpy())
+
+
+def test_threads_share_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product keeps its operands' addresses: two threads in one would multiply each other's."""
+    barrier, users = threading.Barrier(2), dict[int, set[int]]()
+
+    class Watched(mkl.Products):
+        def run(self, *operands: object) -> None:
+            users.setdefault(id(self), set()).add(threading.get_ident())
+            super().run(*operands)  # type: ignore[arg-type]
+
+    single_thread = mkl.single_thread
+
+    @contextlib.contextmanager
+    def both_at_work() -> Iterator[None]:
+        barrier.wait(timeout=60)
+        with single_thread():
+            yield
+
+    monkeypatch.setattr(mkl, "Products", Watched)
+    monkeypatch.setattr(mkl, "single_thread", both_at_work)
+    monkeypatch.setattr(unpack, "threads", lambda: 2)
+    unpack._product.cache_clear()
+    try:
+        parts = [made(128, 24, 8, seed) for seed in range(4)]
+        spans = [(e, 2 * e, 2 * e + 2) for e in range(4)]  # all of one size
+        unpack.stack_product(paddle.randn([8, 128]), lambda e: parts[e][0], spans, (128, 24))
+        unpack.stack_product_transposed(paddle.randn([8, 24]), lambda e: parts[e][0], spans, (128, 24))
+        assert set(map(len, users.values())) == {1}
+        assert len(set().union(*users.values())) == 2
+    finally:
+        unpack._product.cache_clear()
 
 
 def test_a_fork_gets_threads_of_its_own() -> None:
