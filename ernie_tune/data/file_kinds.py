@@ -79,7 +79,19 @@ _ONE_ROW = frozenset(
     )
 )
 # Lists of objects under these names are a row's own, too, in an object that is no table.
-_ROW_LISTS = frozenset(("chosen_response", "rejected_response", "candidates", "verifiers", "evidence", "scene"))
+_ROW_LISTS = frozenset(
+    (
+        "rejected_messages",
+        "image_info",
+        "video_info",
+        "chosen_response",
+        "rejected_response",
+        "candidates",
+        "verifiers",
+        "evidence",
+        "scene",
+    )
+)
 # Texts, or turns, that a row has, and what holds rows has not.
 _TEXTS = frozenset(
     (
@@ -96,6 +108,7 @@ _TEXTS = frozenset(
         "chosen",
         "rejected",
         "system",
+        "text",
     )
 )
 _DELIMITERS = (",", "\t", ";", "|")
@@ -235,12 +248,13 @@ def _is_table(line: bytes) -> bool:
 
 def lists_of(value: Mapping[str, object]) -> list[str]:
     """The names in an object that hold a list of objects, each of which may be a row; turns of a
-    dialogue, whatever their list is called, are none.
+    dialogue, whatever their list is called, are none. None where the object is a row itself, since
+    it has lists, texts or turns that only rows have.
     """
-    if any(isinstance(value.get(name), str) for name in _TEXTS):
+    if (_ONE_ROW | _ROW_LISTS) & {*value} or any(isinstance(value.get(name), str) for name in _TEXTS):
         return []
     held = [name for name, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    return [name for name in held if name not in _ONE_ROW | _ROW_LISTS | _TEXTS and not are_turns(value[name])]
+    return [name for name in held if name not in _TEXTS and not are_turns(value[name])]
 
 
 def are_turns(value: object) -> bool:
@@ -319,6 +333,8 @@ def columns_of(value: object) -> list[dict[str, object]] | None:
             return [dict(zip(map(str, names), row, strict=True)) for row in rows]
         return None
     inner = list(value.values())
+    if any(map(are_turns, inner)):  # one row, whose answers are conversations
+        return None
     if all(isinstance(one, dict) and one for one in inner):
         return list(inner if all(key.isdecimal() for key in value) else _transposed(value))
     if all(isinstance(one, list) for one in inner) and len({len(one) for one in inner}) == 1 and inner[0]:

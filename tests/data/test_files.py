@@ -335,6 +335,34 @@ def test_one_row_that_has_a_list_is_no_table(row: dict[str, Any], tmp_path: Path
     assert file_kind(str(path)) == "objects"
 
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("row", "form", "answers"),
+    [
+        ({"messages": TURNS, "documents": [{"text": "a long text"}]}, "messages", ["a"]),
+        ({"conversations": TURNS, "notes": [{"question": "r", "answer": "b"}]}, "sharegpt", ["a"]),
+        ({"messages": TURNS, "rejected_messages": [*TURNS[:1], {**TURNS[1], "content": "b"}]}, "pairs", ["a", "b"]),
+        ({"chosen": TURNS, "rejected": [*TURNS[:1], {**TURNS[1], "content": "b"}]}, "pairs", ["a", "b"]),
+        ({"text": "a", "entities": [{"text": "b"}]}, "text", ["a"]),
+    ],
+)
+def test_one_row_is_read_as_one_of_many_is(
+    row: dict[str, Any], form: str, answers: list[str], indent: int | None, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(json.dumps(row, indent=indent))
+    two.write_text(json.dumps([row, row]))
+    alone, many = load_dataset(str(one)), load_dataset(str(two))
+    assert len(alone) == 1
+    assert alone[0].meta.format == form
+    assert (alone[0].messages, alone[0].candidates) == (many[0].messages, many[0].candidates)
+    said = [turns[-1]["content"] for turns in ([c.messages for c in alone[0].candidates] or [alone[0].messages])]
+    assert said == answers
+
+
 def test_one_row_of_lists_is_no_table(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(json.dumps({"src": ["q", "r"], "tgt": ["a", "b"]}, indent=1))
