@@ -32,6 +32,10 @@ _TAIL = max(len(CALL), len(THINK_END)) - 1
 _STEP_ITEMS, _STEP_FUEL = 20_000, 100_000  # some milliseconds a token: others wait for it
 
 
+class RuleFailed(ValueError):
+    """A rule that compiled turns out, in the middle of an answer, to have no way on."""
+
+
 @dataclass(frozen=True)
 class Guide:
     """A rule: `kind` is "json" (`rule`: a schema), "regex" (a pattern) or "choice" (strings)."""
@@ -102,8 +106,13 @@ class Grammars:
         matcher = llguidance.LLMatcher(
             self._tokens, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
         )
-        if matcher.is_error():
-            said = " ".join(matcher.get_error().split())
+        tried = matcher
+        if not matcher.is_error():
+            # A rule may compile and have no beginning: a schema that needs itself, without end.
+            tried = matcher.deep_copy()
+            tried.compute_logit_bias()
+        if tried.is_error():
+            said = " ".join(tried.get_error().split())
             raise ValueError(
                 say(
                     f"the rule of the answer must be one that can be followed ({said[:300]}); change the schema",
@@ -180,10 +189,11 @@ class _Guided:
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
-            raise ValueError(
+            said = " ".join(matcher.get_error().split())[:200]
+            raise RuleFailed(
                 say(
-                    f"the rule of the answer cannot be followed further ({matcher.get_error()[:200]})",
-                    f"回答规则无法继续遵循（{matcher.get_error()[:200]}）",
+                    f"the rule of the answer cannot be followed further ({said}); change the schema",
+                    f"回答规则无法继续遵循（{said}）；请修改 schema",
                 )
             )
 

@@ -34,7 +34,7 @@ from ernie_tune.serve.options import ServeOptions
 from ernie_tune.serve.pool import Lease, Pool
 from ernie_tune.serve.requests import BodyLimits
 from ernie_tune.serve.schema import ChatRequest, CompletionRequest, Sampling
-from ernie_tune.serve.thread import EngineEnded, EngineFailure, SchedulerThread, Submission
+from ernie_tune.serve.thread import EngineEnded, EngineFailure, SchedulerThread, Submission, UnfitRequest
 
 T = TypeVar("T")
 Medium = Callable[[str, str, str], dict[str, Any]]  # (kind, URL, where it stands) -> a part
@@ -526,6 +526,8 @@ def _job(
 
 
 def failure_of(failure: EngineFailure) -> ApiError:
+    if isinstance(failure, UnfitRequest):
+        return ApiError(400, str(failure))
     return ApiError(503 if isinstance(failure, EngineEnded) else 500, str(failure), "server_error")
 
 

@@ -20,10 +20,15 @@ from ernie_tune.generate.batch import TokenEvent
 from ernie_tune.generate.engine import Engine, Prepared
 from ernie_tune.generate.scheduler import BASE, STEP_ERRORS, Capacity
 from ernie_tune.models.inputs import Row
+from ernie_tune.serve.guide import RuleFailed
 
 
 class EngineFailure(RuntimeError):
     """The model failed on a batch; not the request's fault."""
+
+
+class UnfitRequest(EngineFailure):
+    """What was asked for cannot be done, as only its answer has shown: the request's fault."""
 
 
 class EngineEnded(EngineFailure):
@@ -238,6 +243,9 @@ class SchedulerThread:
                 job.report(some)
                 continue
             self._scheduler.cancel([key])  # its other samples
+            if isinstance(error, RuleFailed):
+                job.report(UnfitRequest(str(error)))
+                continue
             job.report(EngineFailure(f"the model failed on this request ({error})"))
             if id(error) not in told:
                 told.add(id(error))
