@@ -41,7 +41,8 @@ _OURS = (
     "guard_baseline.json", "*_results.json", "metrics.csv", "trainer_log*.jsonl", STATE_FILE, "training_loss.*",
     "rollouts*.jsonl", "samples.jsonl", "runs", CARD, ARGS_FILE, LEDGER_FILE,
 )  # fmt: skip
-
+# Of these, what cannot be had again: weights, what describes them, and words about them.
+_PRECIOUS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", CARD)
 
 Line = tuple[str, Text]  # level, text
 
@@ -118,6 +119,8 @@ class RunFolder:
             return Found(self._ledger_of(), lines=(_moved(self.path, self._set_aside(held)),) if held else ())
         checkpoint, chosen, lines = self._chosen()
         saved, now = self._saved(checkpoint, lines), self._ledger_of()
+        if saved is None and checkpoint is None:
+            self._check_strangers()
         has_weights = any(self.path.glob("*.safetensors"))  # with the result gone, it is made again
         done = saved.finished if saved and has_weights else None
         # an earlier start left nothing to go on from
@@ -176,6 +179,20 @@ class RunFolder:
                     "resume_from_checkpoint: no 要求 output_dir（{folder}）为空，而其中有{what}；请换一个目录，或设 overwrite_output_dir: true",
                     folder=self.path,
                     what=say("checkpoints", "检查点") if own else say("a finished run", "已完成的训练"),
+                )
+            )
+
+    def _check_strangers(self) -> None:
+        """That nothing is here which no run has written and this one would write over."""
+        held = sorted({p.name for pattern in _PRECIOUS for p in self.path.glob(pattern)})
+        if held and self._named() is None:
+            raise ValueError(
+                say(
+                    "output_dir ({folder}) holds {held}, which no run has written there and this one would write over; choose another "
+                    "output_dir, or move what is there away",
+                    "output_dir（{folder}）中有并非训练所写的 {held}，训练会覆盖它们；请换一个 output_dir，或先移走它们",
+                    folder=self.path,
+                    held=", ".join(held[:8]),
                 )
             )
 

@@ -161,8 +161,8 @@ _NOTED: tuple[tuple[str, str, str], ...] = (
         dataset_output_dir optim_shard_merge save_merged_weights hub_revision""",
     ),
     (
-        "nothing is uploaded, and no token is read from a file; use the hub's own tool on output_dir",
-        "不上传，也不从文件读取令牌；请用模型库自带工具上传 output_dir",
+        "no token is read from a file; push_to_hub names the repository, and the hub's own variable holds the token",
+        "不从文件读取令牌；仓库由 push_to_hub 写明，令牌取自该模型库的环境变量",
         """hub_token hub_private_repo hub_model_id hub_strategy hub_always_push push_to_hub_model_id push_to_hub_organization push_to_hub_token
         hf_hub_token ms_hub_token om_hub_token cache_dir save_to_aistudio aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token
         wandb_api_key wandb_http_proxy export_hub_model_id token use_auth_token hub_model_revision""",
@@ -276,7 +276,11 @@ _FAMILIES: tuple[tuple[str, str, str], ...] = (
         "由其自身的环境变量配置",
     ),
     ("fsdp_ ddp_ deepspeed_ accelerate_ megatron_", "sharding is done by Paddle Fleet", "分片由 Paddle Fleet 完成"),
-    ("push_to_hub_ hub_ aistudio_", "nothing is uploaded", "不上传"),
+    (
+        "push_to_hub_ hub_ aistudio_",
+        "push_to_hub and push_hub alone say what is uploaded",
+        "上传只由 push_to_hub 与 push_hub 决定",
+    ),
     ("dataloader_", "the training process prepares its rows itself", "训练进程自行准备数据"),
     ("use_fp8_ fp8_", "weight_quantize_algo decides", "由 weight_quantize_algo 决定"),
 )

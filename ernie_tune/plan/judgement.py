@@ -150,6 +150,7 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
                 f"report_to（{name}）需要软件包 {package}；请 pip install {package}，或去掉该项",
             )
             yield Lack("report_to", message, True)
+    yield from _place(config.save.output_dir)
     resumed = config.save.resume_from_checkpoint
     named = {
         "reward_model": config.critic.reward_model,
@@ -227,6 +228,36 @@ def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:
         ),
         False,
     )
+
+
+def _place(output_dir: str) -> Iterator[Lack]:
+    """Where a run cannot write."""
+    folder = Path(output_dir).absolute()
+    held = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not output_dir:
+        yield Lack("output_dir", say("output_dir must name a folder; set it", "output_dir 须写明文件夹；请设置"), True)
+    elif not held.is_dir():
+        yield Lack(
+            "output_dir",
+            say(
+                "output_dir ({output_dir}) must be a folder, and {held} is none; choose another",
+                "output_dir（{output_dir}）须为文件夹，而 {held} 不是；请换一个",
+                output_dir=output_dir,
+                held=held,
+            ),
+            True,
+        )
+    elif not os.access(held, os.W_OK | os.X_OK):
+        yield Lack(
+            "output_dir",
+            say(
+                "output_dir ({output_dir}) must be where you may write, and {held} is not; choose another",
+                "output_dir（{output_dir}）须可写入，而 {held} 不可写；请换一个",
+                output_dir=output_dir,
+                held=held,
+            ),
+            True,
+        )
 
 
 def _rows(setting: str, path: str, dataset_dir: str, beside: Path) -> Iterator[Lack]:

@@ -141,10 +141,8 @@ class EarlyStopping:
         """Whether it has said stop: a run that resumes in this state has nothing left to do."""
         return 0 < self.patience <= self.waited
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> tuple[bool, Verdict | None]:
-        """(whether this is the best so far, the verdict). Raises ValueError if the metric was not
-        measured.
-        """
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raises ValueError if the metric is not among those measured."""
         if self.metric not in metrics:
             known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
             raise ValueError(
@@ -153,6 +151,12 @@ class EarlyStopping:
                     f"metric_for_best_model（{self.metric}）须为 {known} 之一；请改正名称",
                 )
             )
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> tuple[bool, Verdict | None]:
+        """(whether this is the best so far, the verdict). Raises ValueError if the metric was not
+        measured.
+        """
+        self.check(metrics)
         value = float(metrics[self.metric])
         gain = math.inf if self.best is None else (value - self.best) * (1 if self.greater else -1)
         if gain > self.min_delta and not math.isnan(value):

@@ -28,7 +28,11 @@ class RunGuards:
         self.broken = False
 
     def start(self, measure: Measure, log: RunLog, resumed: bool) -> None:
-        """Score the guard sets before training, once in the life of a run."""
+        """Score the guard sets before training, once in the life of a run. Raises ValueError where
+        the metric that is to choose is none of those measured.
+        """
+        if self.config.eval.eval_strategy != "no" and measure.first.get("metrics"):
+            self.early.check(measure.first["metrics"])
         self.forgetting = measure.forgetting_guard(log, resumed)
 
     def after_step(self, record: StepRecord) -> list[Verdict]:

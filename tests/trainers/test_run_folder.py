@@ -154,6 +154,26 @@ def test_overwriting_starts_anew_and_keeps_what_was_there(tmp_path: Path, capsys
         train(tmp_path, model_name_or_path=str(out / "checkpoint-4"), overwrite_output_dir=True)
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_what_no_run_has_written_is_not_written_over(name: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
+    before = picture_of(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=rf"holds {name}, which no run has written there and this one would write over"
+    ):
+        train(tmp_path)
+    assert picture_of(tmp_path / "out") == before
+
+
+def test_a_metric_that_is_not_measured_is_told_before_the_first_step(tmp_path: Path) -> None:
+    held_out = rows(tmp_path, "eval.jsonl", 30, 3)
+    with pytest.raises(ValueError, match=r"metric_for_best_model \(eval_bleu\) must be one of eval_"):
+        train(tmp_path, eval_dataset_path=held_out, eval_strategy="epoch", metric_for_best_model="bleu")
+    assert not steps_logged(tmp_path / "out")
+
+
 def test_a_run_killed_before_its_last_files_writes_them(tmp_path: Path) -> None:
     whole = train(tmp_path, save_steps=2)
     kept = {n: content for n, (content, _) in picture_of(whole).items()}
