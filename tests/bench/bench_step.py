@@ -39,10 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     a, rest = parser.parse_known_args()
-    files, settings = split_overrides(rest)
-    quiet = ["eval_dataset_path=", "eval_strategy=no", "plot_loss=false", "disable_tqdm=true", "log_completions=false"]
-    settings = [*settings, *quiet, f"max_steps={a.steps}", "save_strategy=no", "output_dir=output/bench_step"]
-    config = load_config(files[0], [*settings, "overwrite_output_dir=true"], for_training=True).config
+    quiet = ["eval_dataset_path=null", "eval_strategy=no", "plot_loss=false", "disable_tqdm=true"]
+    quiet += [f"max_steps={a.steps}", "save_strategy=no", "output_dir=output/bench_step", "overwrite_output_dir=true"]
+    files, settings = split_overrides([*rest, *quiet])
+    config = load_config(files[0], settings, for_training=True).config
     rounds: list[float] = []
     steps: list[float] = []
     timed(Rollouts, "make_round", rounds)
