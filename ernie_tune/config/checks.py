@@ -119,6 +119,22 @@ def _idle(c: RunConfig) -> Iterator[tuple[str, str]]:
                 f"save_strategy 为 {s.save_strategy} 时 save_steps 无效",
             ),
         )
+    if (steps := c.flat()["max_steps"]) > 0:
+        yield (
+            "num_train_epochs",
+            say(
+                f"num_train_epochs has no effect with max_steps {steps}; remove one",
+                f"max_steps 为 {steps} 时 num_train_epochs 无效；请去掉其一",
+            ),
+        )
+    if c.data.eval_dataset_path:
+        yield (
+            "val_size",
+            say(
+                "val_size has no effect with eval_dataset_path, which names the held-out rows",
+                "已给出 eval_dataset_path，val_size 无效",
+            ),
+        )
     for name in ("warmup_ratio", "warmup_steps"):
         if o.lr_scheduler_type == "constant" and c.flat()[name]:
             yield (

@@ -232,6 +232,12 @@ def test_settings_without_effect_are_said() -> None:
         "run.yaml:4: num_generations has no effect with stage SFT",
     )
     assert loaded.config == load("fine_tuning: Full").config
+    both = "max_steps: 5\nnum_train_epochs: 2\neval_dataset_path: a\nval_size: 0.1"
+    assert load(both).notes == (
+        "run.yaml:2: num_train_epochs has no effect with max_steps 5; remove one",
+        "run.yaml:4: val_size has no effect with eval_dataset_path, which names the held-out rows",
+    )
+    assert load("num_train_epochs: 2\nval_size: 0.1\nmax_steps: -1").notes == ()
 
 
 TWO = "train_dataset_path: a,b\n"
