@@ -47,6 +47,7 @@ setup(
         "pillow>=12.1.1",
         "pyyaml>=6",
         "tqdm>=4.66.3",
+        "jinja2>=3.1.6",
     ],
     extras_require={
         "cpu": ["paddlepaddle>=3.3"],
@@ -85,7 +86,6 @@ setup(
             "av>=14.2",
             "tensorboardX>=2.6",
             *SERVER,
-            "jinja2>=3.1.6",
             "pydantic>=2.9",
             "llguidance>=1.9",
             "httpx>=0.27",

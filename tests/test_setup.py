@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,29 @@ def test_what_is_required_is_imported(declared: dict[str, Any]) -> None:
     required = [name_of(r) for r in declared["install_requires"]]
     assert [name for name in required if IMPORTED_AS.get(name, name) not in imported] == []
     assert set(required) == set(_CORE), "doctor looks for what is required"
+
+
+# rooms whose modules are loaded by verbs that name what they need
+BEHIND_EXTRAS = {
+    "serve": {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "h11", "llguidance"},
+    "ui": {"gradio", "fastapi", "starlette", "uvicorn"},
+}
+
+
+def test_what_is_imported_at_once_is_required(declared: dict[str, Any]) -> None:
+    """An import at the head of a module works in an environment for developers, whatever it
+    names; a user has what is required.
+    """
+    required = {IMPORTED_AS.get(name, name) for name in map(name_of, declared["install_requires"])}
+    lacking = set()
+    for file in (ROOT / "ernie_tune").rglob("*.py"):
+        known = required | {"paddle", "ernie_tune"} | BEHIND_EXTRAS.get(file.relative_to(ROOT).parts[1], set())
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+            lacking |= {(str(file.relative_to(ROOT)), top) for top in tops - known}
+    assert lacking == set()
 
 
 def test_floors(declared: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from ernie_tune.config.host_memory import GROUPS, PROC, container_limits, machin
 from ernie_tune.config.language import say
 
 _GIB = 2**30
-_CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm")
+_CORE = ("numpy", "safetensors", "sentencepiece", "pillow", "pyyaml", "tqdm", "jinja2")
 _OPTIONAL = (
     "paddlepaddle",
     "paddlepaddle-gpu",
