@@ -330,6 +330,23 @@ def widen_bfloat16(bits: Array) -> Array:
     return wide.view(np.float32)
 
 
+def widen_into(bits: Array, out: Array) -> bool:
+    """`widen_bfloat16` into float32 memory that is there, in threads; whether all values are
+    finite. One pass, where widening, looking and copying are three.
+    """
+    source, target = bits.reshape(-1), out.reshape(-1).view(np.uint32)
+    finite = []
+
+    def work(first: int) -> None:
+        piece, wide = source[first : first + _PIECE], target[first : first + _PIECE]
+        np.copyto(wide, piece)
+        wide <<= 16
+        finite.append(all_finite(piece, "BF16"))
+
+    in_threads(work, range(0, len(source), _PIECE))
+    return all(finite)
+
+
 def narrow_bfloat16(values: Array) -> Array:
     """float32 -> raw bits (uint16), rounded to nearest, ties to even; a NaN stays a NaN."""
     out = np.empty(values.shape, np.uint16)

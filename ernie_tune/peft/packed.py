@@ -27,9 +27,10 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorEntry, TensorReader, all_finite, cast
+from ernie_tune.checkpoint.tensors import FLOAT_CODES, TensorEntry, TensorReader, all_finite, cast, widen_into
 from ernie_tune.config.host_memory import free_addresses, free_memory
 from ernie_tune.config.language import say
+from ernie_tune.models import mkl
 from ernie_tune.models.config import ModelConfig
 from ernie_tune.models.config_file import config_in
 from ernie_tune.models.ernie import ErnieModel
@@ -87,7 +88,7 @@ def load_packed(folder: Path, dtype: str | None = None) -> ErnieModel:
             elif bits:
                 _swap(layers, name, QuantizedWeight(*source.quantised(name), bits))
             else:
-                parameters[name].set_value(source.dense(name))
+                source.fill(name, parameters[name])
     source.check_finite()
     for value in model.parameters():
         value.stop_gradient = True
@@ -128,6 +129,7 @@ class _Packed:
         self.not_finite: list[str] = []
 
     def _matrices(self, name: str) -> list[str]:
+        """The matrices of a parameter: itself, or one an expert."""
         shape = self.specs[name].shape
         return [matrix_name(name, e) for e in range(shape[0])] if len(shape) == 3 else [matrix_name(name, None)]
 
@@ -136,7 +138,7 @@ class _Packed:
         shape = self.specs[name].shape
         if name in self.reader.entries or not (name == TABLE or len(shape) == 3 or is_linear(name, shape)):
             return 0
-        entry = self.reader.entries.get(f"{self._matrices(name)[0]}.codes")
+        entry = self.reader.entries.get(f"{matrix_name(name, 0 if len(shape) == 3 else None)}.codes")
         bits = BITS.get(entry.dtype, 0) if entry else 0
         return 0 if name == TABLE and bits != 8 else bits
 
@@ -229,8 +231,16 @@ class _Packed:
             self.not_finite.append(name)
         return cast(raw, own, code)
 
-    def dense(self, name: str) -> Array:
-        return self._floats(name, "F32" if self.specs[name].float32 else FLOAT_CODES[self.dtype])
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Give a parameter that has no memory yet its floats."""
+        code = "F32" if self.specs[name].float32 else FLOAT_CODES[self.dtype]
+        if code != "F32" or self.reader.entries[name].dtype != "BF16" or paddle.get_device() != "cpu":
+            parameter.set_value(self._floats(name, code))
+            return
+        made = paddle.empty(parameter.shape, "float32")
+        if not widen_into(self.reader.part(name), mkl.view(made)):
+            self.not_finite.append(name)
+        made._share_buffer_to(parameter)
 
     def codes(self, name: str) -> list[Codes]:
         """Of every matrix: codes as views of the mapped file, scales in memory."""

@@ -125,11 +125,12 @@ def make(folder: Path, config: Any, drawn: set[int], flavour: str = "paddle") ->
 
 
 def _is_drawn(name: str, drawn: set[int]) -> bool:
-    """Holes are the experts of other layers, so that their routers deal tokens to all of them, and
-    the routers' biases.
+    """Holes are the experts of other layers, so that their routers deal tokens to all of them, the
+    routers' biases, and what dense layers beyond the first have in the experts' place.
     """
     layer = re.search(r"layers\.(\d+)\.", name)
-    held = layer is None or int(layer.group(1)) in drawn or ".mlp.experts." not in name
+    dense = re.search(r"\.mlp\.(gate|up|down)_proj\.", name) and layer is not None and int(layer.group(1)) > 0
+    held = layer is None or int(layer.group(1)) in drawn or not (".mlp.experts." in name or dense)
     return held and "e_score_correction_bias" not in name
 
 
@@ -166,11 +167,15 @@ def longest(rows: Path) -> int:
 
 
 def codes_bytes(folder: Path) -> float:
-    """Of a packed folder's codes: pages of its files, which are no memory of the process."""
+    """Of a packed folder's codes, and of scales that are used where they lie: pages of its files,
+    which are no memory of the process.
+    """
     from ernie_tune.checkpoint.tensors import TensorReader
 
-    entries = TensorReader(folder).entries.values()
-    return sum(float(np.prod(entry.shape)) for entry in entries if entry.dtype in ("U8", "I8"))
+    entries = TensorReader(folder).entries.items()
+    return sum(
+        float(e.nbytes) for n, e in entries if e.dtype in ("U8", "I8") or (n.endswith(".scale") and e.dtype == "F32")
+    )
 
 
 def library_bytes() -> float:
