@@ -129,7 +129,7 @@ def _is_drawn(name: str, drawn: set[int]) -> bool:
     routers' biases, and what dense layers beyond the first have in the experts' place.
     """
     layer = re.search(r"layers\.(\d+)\.", name)
-    dense = re.search(r"\.mlp\.(gate|up|down)_proj\.", name) and layer is not None and int(layer.group(1)) > 0
+    dense = re.search(r"\.mlp\.(gate|up|up_gate|down)_proj\.", name) and layer is not None and int(layer.group(1)) > 0
     held = layer is None or int(layer.group(1)) in drawn or not (".mlp.experts." in name or dense)
     return held and "e_score_correction_bias" not in name
 
