@@ -3,8 +3,14 @@ expert has.
 
 On a CPU the math library takes all experts in one call. On a card Paddle's grouped product does,
 where it proves itself (models/proven.py); else the experts follow one another, one product each.
-Both want the counts on the host. They are copied there while the card works on something else:
-asked for early, waited for late.
+Both want the counts on the host: a slice of rows is cut by numbers that the host knows, and of
+Paddle 3.3's operators none multiplies groups whose sizes lie on the device: `batched_gemm` and
+`moe_permute` take a list, `moe_gate_dispatch` pads every expert to a capacity. So there is one copy
+a layer, of both modalities' counts together, asked for early and waited for late: the card works on
+the shared expert meanwhile. One for all layers is not to be had, since a layer's routers read what
+the layer before made. Ways without any would change how much is computed, or what: all rows through
+all experts take E / k times the products (ten times, of the 28B), room for T rows an expert as much
+more memory, and a smaller capacity drops rows.
 Legend: M rows sorted by expert, E experts, D and I widths. Refuses to know: routers, layers.
 """
 

@@ -13,8 +13,10 @@ from ernie_tune.plan.memory import CPU_FRAGMENTATION, memory
 
 # Of what is free, a micro-batch of rows as long as allowed may count on so much.
 ROWS_SHARE = 0.9
-# Kept activations may take half: the rest is for others, and for rows that come later.
+# Kept activations may take half of what is left when others have got theirs: the rest is for rows
+# that come later. A run that nearly fills the machine keeps less, and is slower by those layers.
 KEPT_SHARE = 0.5
+FOR_OTHERS_BYTES = 3.5e9
 
 
 def fitting_rows(job: Job, free_bytes: float, layout: Layout | None = None, on: Card | None = None) -> int:
@@ -45,5 +47,6 @@ def kept_layers(job: Job, tokens: int, visual_tokens: int, free_bytes: float) ->
     each *= 1 + CPU_FRAGMENTATION
     loaded = ("weights", "quantised base", "vision tower", "adapters", "reference model", "process and context")
     rest = sum(value for name, value in again.items() if name not in loaded)
-    count = int(min(layers, max(0.0, KEPT_SHARE * free_bytes - rest) // max(each, 1.0)))
+    room = KEPT_SHARE * max(0.0, free_bytes - FOR_OTHERS_BYTES)
+    count = int(min(layers, max(0.0, room - rest) // max(each, 1.0)))
     return count, count * each
