@@ -99,6 +99,12 @@ def _use(folder: str, report: Mapping[str, Any]) -> Text:
             f"FastDeploy makes {report['quantization']} of them when it loads; serve it with\n\n{report['command']}",
             f"FastDeploy 加载时转为 {report['quantization']}；部署命令：\n\n{report['command']}",
         )
+    if report["layout"] == "packed":
+        name = f"model_name_or_path: {folder}"
+        return say(
+            f"serve it with\n\n{report['command']}\n\nor train an adapter on it: {name}",
+            f"部署命令：\n\n{report['command']}\n\n或在其上训练适配器：{name}",
+        )
     return say(f"serve it with\n\n{report['command']}", f"部署命令：\n\n{report['command']}")
 
 

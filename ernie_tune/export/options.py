@@ -131,7 +131,7 @@ class ExportOptions:
                 raise ValueError(
                     say(
                         f"{name} ({value}) must be {wanted} with quantization {self.quantization}, whose codes are "
-                        "those that a run makes at load; leave it so, or take quantization wint4",
+                        "those that a run makes at load; set it so, or take quantization wint4",
                         f"quantization 为 {self.quantization} 时 {name}（{value}）须为 {wanted}，其编码与训练加载时所得相同；"
                         "请照此设置，或改用 quantization wint4",
                     )
