@@ -139,7 +139,9 @@ class Session:
         question = self.question
         if question is None:
             return studio.line(say("all questions are judged; thank you", "全部评判完成，谢谢"), "good")
-        return studio.dialogue(question.asked.messages, question.asked.images)
+        clips = [str(clip)[:200] for clip in question.asked.videos]
+        unseen = [say(f"a video that is not shown here: {name}", f"此处不显示的视频：{name}") for name in clips]
+        return studio.dialogue(question.asked.messages, question.asked.images) + studio.lines(unseen)
 
     def answers_html(self) -> str:
         """The answers, and the keys that judge them, as buttons too."""
@@ -245,7 +247,21 @@ def to_judge(workspace: Workspace, rows: str, answered: bool) -> tuple[dict[str,
                 more=say(f" (and {more} more)", f"（另有 {more} 行）") if more > 0 else "",
             )
         )
-    fit = {name: q for name, q in found.items() if answered or q.answers}
+    fit = {name: q for name, q in found.items() if (not q.asked.videos if answered else q.answers)}
+    clips = sum(bool(q.asked.videos) for q in found.values()) if answered else 0
+    if clips:
+        what = counted(clips, "row")
+        told = [
+            *told,
+            ValueError(
+                say(
+                    f"{rows}: {what} with videos cannot be asked here; let ernie-tune predict answer, then judge its file",
+                    f"{rows}：{clips} 行含视频，此处无法提问；请先用 ernie-tune predict 回答，再评判其输出文件",
+                )
+            ),
+        ]
+    if not fit and clips:
+        raise told[-1]
     if not fit:
         raise ValueError(
             say(
@@ -253,7 +269,7 @@ def to_judge(workspace: Workspace, rows: str, answered: bool) -> tuple[dict[str,
                 f"{rows} 中须有带回答的问题，或选择一个模型来回答",
             )
         )
-    return fit, told + _without_answers(rows, len(found) - len(fit))
+    return fit, told if answered else told + _without_answers(rows, len(found) - len(fit))
 
 
 def _without_answers(rows: str, count: int) -> list[ValueError]:

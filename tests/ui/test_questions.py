@@ -106,6 +106,21 @@ def test_rows_that_only_a_model_can_answer_are_counted(away: Path) -> None:
         session(place, "rows.jsonl")
 
 
+def test_rows_with_videos_are_not_asked_without_them(away: Path) -> None:
+    place = Workspace(away)
+    clip = {"messages": [{"role": "user", "content": "<video>what"}], "videos": ["clip.mp4"]}
+    plain = {"messages": [{"role": "user", "content": "q"}]}
+    write_rows(away / "rows.jsonl", [clip, plain])
+    now = session(place, "rows.jsonl", "nano")
+    assert now.desk.todo == ("rows.jsonl:2",)
+    assert "1 row with videos cannot be asked here" in str(now.told[0])
+    write_rows(away / "rows.jsonl", [clip])
+    with pytest.raises(ValueError, match="with videos cannot be asked here; let ernie-tune predict answer"):
+        session(place, "rows.jsonl", "nano")
+    write_rows(away / "out.jsonl", [{"row": 1, **clip, "answers": TWO}])
+    assert "a video that is not shown here: clip.mp4" in session(place, "out.jsonl").question_html()
+
+
 def test_predictions_with_pictures_of_every_kind(away: Path) -> None:
     place = Workspace(away)
     lines: list[dict[str, Any]] = [
