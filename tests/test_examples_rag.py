@@ -96,6 +96,15 @@ def test_documents_become_passages(modules: dict[str, ModuleType], tmp_path: Pat
     (tmp_path / "doc.en.md").write_text("![A picture](b.png)\n")
     with pytest.raises(ValueError, match=r"doc.en.md: picture \(b.png\) must be a file beside it"):
         read(tmp_path)
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    for name in ("../a.png", str(tmp_path / "a.png"), "link.png"):
+        (folder / "doc.en.md").write_text(f"![A picture]({name})\n")
+        with pytest.raises(ValueError, match="must be a file beside it"):
+            read(folder)
+    with pytest.raises(ValueError, match=r"doc.en.md: picture \(b.png\) must be a file beside it"):
+        read(tmp_path)
     with pytest.raises(ValueError, match=r"documents \(.*nowhere\) must be a folder"):
         read(tmp_path / "nowhere")
     (tmp_path / "doc.en.md").unlink()

@@ -35,7 +35,7 @@ class Passage:
 def read_documents(folder: Path) -> list[Passage]:
     """The passages of all `*.LANGUAGE.md` in a folder, in order of their names. Raises ValueError
     for a folder without any, for a document of no language or other letters, and for a picture that
-    is not there.
+    is not there, or lies outside the folder.
     """
     if not folder.is_dir():
         raise ValueError(f"documents ({folder}) must be a folder of files named like leave.zh.md; correct the path")
@@ -69,7 +69,8 @@ def split(markdown: str, name: str, language: str, folder: Path) -> Iterator[Pas
             head, section = block[3:], section + 1
         elif picture := _PICTURE.match(block):
             file = folder / picture[2]
-            if not file.is_file():
+            # What is shown goes to the server that answers: nothing but what lies with the documents.
+            if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{name}.{language}.md: picture ({picture[2]}) must be a file beside it; add it")
             yield Passage(file.stem, language, picture[1], "", file)
         elif block:
