@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.models.presets import PRESETS, shipped_folder
 
 
@@ -78,13 +78,16 @@ def resolve(name_or_path: str | os.PathLike[str], download_hub: str | None = Non
         return found
     raise FileNotFoundError(
         say(
-            f"model ({name!r}) must be a folder ({path.absolute()} is not there) or in a hub's cache "
+            "model ({name!r}) must be a folder ({path} is not there) or in a hub's cache "
             "(it is not); nothing is downloaded unasked: set download_hub: huggingface, modelscope "
             "or aistudio (in the YAML file, on the command line, or as an argument) to fetch it, or "
-            f"name its folder; {_suggest(name)}",
-            f"模型（{name!r}）须为文件夹（没有 {path.absolute()}），或已在 hub "
+            "name its folder; {hint}",
+            "模型（{name!r}）须为文件夹（没有 {path}），或已在 hub "
             "缓存中（没有）；不会擅自下载：请设 download_hub: huggingface、modelscope 或 "
-            f"aistudio（在 YAML 文件、命令行或参数中）以下载，或给出其文件夹；{_suggest(name)}",
+            "aistudio（在 YAML 文件、命令行或参数中）以下载，或给出其文件夹；{hint}",
+            name=name,
+            path=path.absolute(),
+            hint=_suggest(name),
         )
     )
 
@@ -94,8 +97,10 @@ def check_repository(name: str) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise FileNotFoundError(
             say(
-                f"model ({name!r}) must be a folder or a repository name 'owner/model'; {_suggest(name)}",
-                f"模型（{name!r}）须为文件夹，或 'owner/model' 形式的仓库名；{_suggest(name)}",
+                "model ({name!r}) must be a folder or a repository name 'owner/model'; {hint}",
+                "模型（{name!r}）须为文件夹，或 'owner/model' 形式的仓库名；{hint}",
+                name=name,
+                hint=_suggest(name),
             )
         )
 
@@ -107,10 +112,13 @@ def cached(name: str) -> Path | None:
     return next((folder for folder in _cached(name) if (folder / "config.json").is_file()), None)
 
 
-def _suggest(name: str) -> str:
+def _suggest(name: str) -> Text:
     close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), PRESETS, n=1, cutoff=0.5)
     name = (close or ["tiny-a"])[0]
-    return f"fresh weights of that shape have the preset {name!r} (AutoModel.from_config({name!r}))"
+    return say(
+        f"fresh weights of that shape have the preset {name!r} (AutoModel.from_config({name!r}))",
+        f"该形状的随机权重可用预设 {name!r}（AutoModel.from_config({name!r})）",
+    )
 
 
 def hub_of_environment(download_hub: str | None = None) -> str | None:

@@ -176,12 +176,13 @@ def _defaults(setting: Setting) -> list[str]:
         )
         for method in METHODS
     }
-    lines = []
+    lines: list[str] = []
     for row in dict.fromkeys(by_method.values()):
         methods = [method for method, other in by_method.items() if other == row]
         which = "" if len(methods) == len(METHODS) else f" ({', '.join(methods)})"
         for value in dict.fromkeys(value for _, value in row):
-            lines.append(f"{value} at {', '.join(stage for stage, v in row if v == value)}{which}")
+            stages = ", ".join(stage for stage, v in row if v == value) + which
+            lines.append(say(f"{value} at {stages}", f"{value}（{stages}）"))
     return lines
 
 
@@ -209,9 +210,9 @@ def _limits(setting: Setting) -> list[Text]:
     a = setting.about
     out = []
     if a.unread:
-        out.append(say(f"has no effect in this version: {a.unread}", f"此版本无效：{a.unread}"))
+        out.append(say("has no effect in this version: {why}", "此版本无效：{why}", why=a.unread))
     if a.unbuilt:
-        out.append(say(f"not in this version: {a.unbuilt}", f"此版本尚无：{a.unbuilt}"))
+        out.append(say("not in this version: {why}", "此版本尚无：{why}", why=a.unbuilt))
     if not a.shapes:
         out.append(say("does not change the loss or the trained weights", "不改变损失与训练结果"))
     return out

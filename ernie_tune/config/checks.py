@@ -61,7 +61,18 @@ def remarks(c: RunConfig, given: Collection[str]) -> list[tuple[str, str]]:
             found.append((name, say(f"{name} has no effect with {at}", f"{name} 在 {at} 时无效")))
         elif setting.about.unread and flat[name] != setting.default:
             value, why = to_yaml(flat[name]), setting.about.unread
-            found.append((name, say(f"{name} ({value}) has no effect: {why}", f"{name}（{value}）无效：{why}")))
+            found.append(
+                (
+                    name,
+                    say(
+                        "{name} ({value}) has no effect: {why}",
+                        "{name}（{value}）无效：{why}",
+                        name=name,
+                        value=value,
+                        why=why,
+                    ),
+                )
+            )
     # A default that is written down, as every run's own file has them, asks for nothing.
     found += [(name, line) for name, line in _idle(c) if name in given and flat[name] != SETTINGS[name].default]
     return found
@@ -494,10 +505,12 @@ def _unbuilt(c: RunConfig) -> Iterator[tuple[str, str]]:
             yield (
                 name,
                 say(
-                    f"{name} ({to_yaml(flat[name])}) has no effect in this version, must be left at "
-                    f"{to_yaml(setting.default)}; {setting.about.unbuilt}",
-                    f"{name}（{to_yaml(flat[name])}）在此版本无效，须保持 {to_yaml(setting.default)}；"
-                    f"{setting.about.unbuilt}",
+                    "{name} ({value}) has no effect in this version, must be left at {default}; {why}",
+                    "{name}（{value}）在此版本无效，须保持 {default}；{why}",
+                    name=name,
+                    value=to_yaml(flat[name]),
+                    default=to_yaml(setting.default),
+                    why=setting.about.unbuilt,
                 ),
             )
     if c.parallel.sharding.endswith("offload"):

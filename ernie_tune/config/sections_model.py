@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ernie_tune.config.field import arg
+from ernie_tune.config.language import say
 from ernie_tune.config.stages import STAGES
 
 # methods that put new layers or tokens beside the frozen model
@@ -110,7 +111,10 @@ class DataArguments:
         "renderer of the chat template",
         "对话模板的渲染方式",
         {"custom": ("our own, byte for byte the model's", "内置，与模型模板逐字节一致"), "jinja": ("Jinja", "Jinja")},
-        unbuilt="leave it out: custom renders the bytes of the model's own Jinja template",
+        unbuilt=say(
+            "leave it out: custom renders the bytes of the model's own Jinja template",
+            "请去掉：custom 所写与模型自带的 Jinja 模板逐字节相同",
+        ),
     )
     dataloader_num_workers: int = arg(
         0,
@@ -118,7 +122,7 @@ class DataArguments:
         "准备数据的进程数；0 表示不用",
         low=0,
         shapes=False,
-        unread="the training process prepares its rows itself",
+        unread=say("the training process prepares its rows itself", "训练进程自行准备数据"),
     )
 
 
@@ -204,7 +208,7 @@ class LoraArguments:
         "start from the principal singular vectors (PiSSA)",
         "从主奇异向量开始（PiSSA）",
         methods=_ADAPTED,
-        unbuilt="leave it out: adapters start from random A and zero B",
+        unbuilt=say("leave it out: adapters start from random A and zero B", "请去掉：适配器的 A 随机、B 为零开始"),
     )
     lora_experts: str = arg(
         "none",

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from ernie_tune.config.field import arg
+from ernie_tune.config.language import say
 
 SHARDING = ("off", *(f"stage{n}{tail}" for n in (1, 2, 3) for tail in ("", " offload")))
 WHEN = {
@@ -18,8 +19,10 @@ WHEN = {
     "steps": ("every so many steps", "每隔若干步"),
     "epoch": ("after every pass over the data", "每遍数据之后"),
 }
-_WHOLE_LAYERS = "recompute recomputes whole layers, each on its own"
-_SEQUENCES = "use tensor_model_parallel_size with sequence_parallel"
+_WHOLE_LAYERS = say("recompute recomputes whole layers, each on its own", "recompute 逐层重算，每次一整层")
+_SEQUENCES = say(
+    "use tensor_model_parallel_size with sequence_parallel", "请用 tensor_model_parallel_size 与 sequence_parallel"
+)
 
 
 # What `eval_metrics` takes: the names of rewards/scores.py.
@@ -166,7 +169,10 @@ class ComputeArguments:
         False,
         "compute in float16",
         "用 float16 计算",
-        unbuilt="set bf16: true, which needs no loss scaling; the released weights are bfloat16",
+        unbuilt=say(
+            "set bf16: true, which needs no loss scaling; the released weights are bfloat16",
+            "请设 bf16: true，无需缩放损失；发布的权重即为 bfloat16",
+        ),
     )
     float64: bool = arg(
         False,
@@ -179,7 +185,7 @@ class ComputeArguments:
         "float16 转换的范围",
         {"O1": ("products only", "仅乘法"), "O2": ("parameters too", "也包括参数")},
         shapes=False,
-        unread="nothing is cast to float16",
+        unread=say("nothing is cast to float16", "没有转换为 float16 的计算"),
     )
     weight_quantize_algo: str = arg(
         "none",
@@ -412,5 +418,5 @@ class ParallelArguments:
         "专家内部的张量并行度",
         low=1,
         shapes=False,
-        unbuilt="use expert_model_parallel_size",
+        unbuilt=say("use expert_model_parallel_size", "请用 expert_model_parallel_size"),
     )

@@ -194,10 +194,17 @@ def preset(name: str) -> ModelConfig:
     close = [name for name in PRESETS if key and key in name] or difflib.get_close_matches(
         key, PRESETS, n=1, cutoff=0.5
     )
-    hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+    hint = (
+        say(f"did you mean {close[0]!r}?", f"是否想写 {close[0]!r}？")
+        if close
+        else say("choose one of them", "请从中选择")
+    )
     raise ValueError(
         say(
-            f"preset ({name!r}) must be one of {sorted(PRESETS)}; {hint}",
-            f"预设（{name!r}）须为 {sorted(PRESETS)} 之一；{hint}",
+            "preset ({name!r}) must be one of {known}; {hint}",
+            "预设（{name!r}）须为 {known} 之一；{hint}",
+            name=name,
+            known=sorted(PRESETS),
+            hint=hint,
         )
     )

@@ -69,7 +69,7 @@ def split(markdown: str, name: str, language: str, folder: Path) -> Iterator[Pas
             head, section = block[3:], section + 1
         elif picture := _PICTURE.match(block):
             file = folder / picture[2]
-            # What is shown goes to the server that answers: nothing but what lies with the documents.
+            # It is sent to the server that answers: nothing but what lies with the documents.
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{name}.{language}.md: picture ({picture[2]}) must be a file beside it; add it")
             yield Passage(file.stem, language, picture[1], "", file)

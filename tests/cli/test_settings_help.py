@@ -91,6 +91,15 @@ def test_one_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "also set by: " in told(capsys, "freeze_config")
 
 
+def test_settings_speak_chinese_to_the_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERNIE_TUNE_LANG", "zh")
+    everything = told(capsys, "--all")
+    assert not re.findall(r".*\b(?:at|the|of|with|is|out|use|to) \w.*", everything)
+    assert "默认：1.0e-05（SFT, PT (Full, Freeze)）" in told(capsys, "learning_rate")
+    assert "此版本无效：训练进程自行准备数据" in told(capsys, "dataloader_num_workers")
+    assert "此版本尚无：请设 bf16: true" in told(capsys, "fp16")
+
+
 def test_names_of_others_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, "attn_impl").startswith("attn_impl: not used here: the machine and the model decide")
     assert told(capsys, "neftune_noise_alpha").startswith(
