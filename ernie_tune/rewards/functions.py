@@ -28,19 +28,9 @@ from ernie_tune.rewards.reading import without_thought
 from ernie_tune.rewards.scores import Box
 
 _SHOWN_CHARACTERS = 80
-# What a user's function may raise; what is left (MemoryError, an interrupt) ends the run.
-_USERS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# A user's function may raise whatever its own packages do, and end as a script does; what is left
+# (MemoryError, an interrupt) ends the run.
+_USERS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -140,6 +130,8 @@ class RewardFunction:
         """
         try:
             return _DIALECTS[self.dialect](self, flat)
+        except MemoryError:
+            raise
         except _USERS as error:
             return error
 
@@ -150,6 +142,8 @@ class RewardFunction:
         except asyncio.TimeoutError:
             self.asked.timeouts += answers
             return [None] * answers
+        except MemoryError:
+            raise
         except _USERS as error:
             return error
 
@@ -400,7 +394,7 @@ def load_function(place: str) -> Callable[..., Any]:
     sys.modules[spec.name] = module  # so that its classes find their module, and pickle
     try:
         spec.loader.exec_module(module)
-    except (*_USERS, SyntaxError) as error:
+    except _USERS as error:
         line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
         raise ValueError(
             say(

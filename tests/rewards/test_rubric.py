@@ -211,6 +211,31 @@ def test_none_nan_and_errors() -> None:
     assert judge([]) == []
 
 
+class Theirs(Exception):
+    """As packages of checkers have their own."""
+
+
+@pytest.mark.parametrize("error", [Theirs("no formula"), SyntaxError("1 +"), StopIteration(), SystemExit(0)])
+def test_whatever_a_function_raises_is_its_own(error: BaseException) -> None:
+    def broken(**_: Any) -> Any:
+        raise error
+
+    name = type(error).__name__
+    with pytest.raises(ValueError, match=rf"broken \(test_rubric.py:\d+\) failed at x.jsonl:3 with {name}"):
+        RewardFunction(broken)(GROUPS)
+    judge = RewardFunction(broken, on_error="none")
+    assert judge(GROUPS) == [[None, None], [None]]
+    assert judge.asked.errors == 3
+
+
+def test_memory_that_is_gone_ends_the_run() -> None:
+    def greedy(**_: Any) -> Any:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        RewardFunction(greedy, on_error="none")(GROUPS)
+
+
 def test_functions_from_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
