@@ -134,7 +134,7 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     """
     d = config.data
     yield from _model(config, beside)
-    yield from _rewards(config)
+    yield from _rewards(config, beside)
     for setting, paths in (
         ("train_dataset_path", d.train_dataset_path),
         ("eval_dataset_path", d.eval_dataset_path),
@@ -163,13 +163,9 @@ def absent(config: RunConfig, beside: Path = Path()) -> Iterator[Lack]:
     for setting, path in named.items():
         if path and not os.path.exists(path):
             yield Lack(setting, _lacking(setting, path, beside), True)
-    for function in config.rollout.reward_funcs:
-        file = function.rpartition(":")[0]
-        if file.endswith(".py") and not os.path.exists(file):
-            yield Lack("reward_funcs", _lacking("reward_funcs", file, beside), True)
 
 
-def _rewards(config: RunConfig) -> Iterator[Lack]:
+def _rewards(config: RunConfig, beside: Path) -> Iterator[Lack]:
     """Rewards that are no checker and nothing that is here. A function is looked for in the text of
     its file, which is not run.
     """
@@ -180,6 +176,9 @@ def _rewards(config: RunConfig) -> Iterator[Lack]:
         if name in CHECKERS or name.startswith("judge:") or os.path.isdir(name):
             continue
         if ".py:" in name and os.path.isfile(file) and _defines(Path(file), function):
+            continue
+        if file.endswith(".py") and not os.path.exists(file):
+            yield Lack("reward_funcs", _lacking("reward_funcs", file, beside), True)
             continue
         checkers = ", ".join(CHECKERS)
         message = say(
