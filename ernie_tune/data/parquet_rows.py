@@ -1,7 +1,7 @@
 """The rows of parquet and arrow files by number, through pyarrow. "Lines" are row numbers from 1.
 
 Memory: of a parquet file one batch of rows (4 MiB) or one small row group (32 MiB), and while a
-group is read, its largest page twice (pages hold some 1 MiB, or 1,024 values, as their writer
+group is read, two to three of its largest pages (of some 1 MiB, or 1,024 values, as their writer
 chose); of arrow files nothing, they are mapped. A large row group whose rows are asked for out of
 order is written once to an unnamed temporary file, as arrow, and read from there. Refuses to know:
 what a row means.

@@ -456,6 +456,32 @@ def test_tags_in_a_text_without_media_are_words_and_told(tmp_path: Path) -> None
     assert check(tmp_path, row).findings.counts == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("![a cat](pics/a.png) What is it?", True),
+        ("What is it? ![](data:image/png;base64,iVBORw0KGgo=)", True),
+        ("See <img src='a.jpg'> and say what it is.", True),
+        ("![a](https://example.org/a.webp?size=2)", True),
+        ("Stop![1](notes.txt) and the tag <img>-less", False),
+        ("Is a.png a picture?", False),
+    ],
+)
+def test_a_picture_in_the_words_of_a_question_is_told(text: str, told: bool, tmp_path: Path) -> None:
+    """Where Markdown or HTML names one, the model would be asked about what it does not see. Both
+    roads say so; an answer may write one.
+    """
+    rows = [{"prompt": f"why {i}?", "response": f"so {i}"} for i in range(3)]
+    rows += [{"prompt": text, "response": "a cat"}, {"prompt": "Write it.", "response": text}]
+    report = check(tmp_path, *rows)
+    assert {code: n for code, n in report.findings.counts.items() if code != "placeholder"} == (
+        {"picture_in_words": 1} if told else {}
+    )
+    if told:
+        assert report.findings.kept[0].line == 4
+        assert "move it to images and write <image>" in report.findings.kept[0].english
+
+
 def test_a_missing_picture_is_no_word(tmp_path: Path) -> None:
     with_picture = {"question": "<image>q", "answer": "a", "images": ["a.png"]}
     talks = {"question": "What does the <image> tag mean here?", "answer": "b"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -65,6 +65,7 @@ CHECKS = {
     "unused": _Check("warning", "names that readers know", "rename what should be trained ({hint}), or drop it: it is kept and not used", "可识别的名称", "需要训练的请改名（{hint}），或删去：这些内容会保留但不会使用"),
     "bookkeeping": _Check("note", "names that readers know", "nothing to do: it is kept and not used", "可识别的名称", "可不处理：会保留但不会使用"),
     "literal_tag": _Check("warning", "a picture or clip for each tag, or the tag behind a backslash (\\<image>) where the word is meant", "add the column of media (images, videos), or write the backslash; here the tag is trained as a word", "每个标记对应一个媒体；若指文字本身，写作 \\<image>", "补上媒体列（images、videos），或写反斜杠；此处按文字训练"),
+    "picture_in_words": _Check("warning", "pictures in a column of their own, and <image> where they belong", "move it to images and write <image> in its place; here its name is trained as words", "图片写在单独的列中，并在其位置写 <image>", "移到 images，并在原处写 <image>；此处其名称按文字训练"),
     "answers": _Check("note", "one answer to learn", "nothing to do: the most frequent one is learnt, or that of the answer's own column", "一个要学习的回答", "可不处理：学习其中最常见的，或回答列中的那一个"),
     "two_systems": _Check("warning", "one system text", "drop one: that of the messages is used", "一个系统提示", "删去其一：使用消息中的那个"),
     "thought_open": _Check("error", "</think> after a thought that begins", "close it and write the answer, or drop the row (--fix --drop); it is not trained", "思考开始后须有 </think>", "补上结束标记与回答，或删去该行（--fix --drop）；不会用于训练"),
@@ -82,6 +83,10 @@ _SEVERITY_ZH = {"error": "错误", "warning": "警告", "note": "提示"}
 # Markers of ours in a text are only text, and those of other tools never become pictures: both mean
 # that the row says something else than meant.
 MARKER = re.compile(r"<\|\w+\|>|<image[ _]?\d+>|<ImageHere>|<img>")
+# A picture in a question as Markdown or HTML have it.
+NAMED_PICTURE = re.compile(
+    r"!\[[^\]\n]*\]\((?:data:image/|[^)\s]+\.(?:png|jpe?g|webp|gif|bmp)\b)|<img\s[^>]*\bsrc\s*=", re.IGNORECASE
+)
 _TEMPLATE = ChatTemplate("hf")
 # Marks around a thought, ours and those of other models: <seed:think>, <|begin_of_thought|>,
 # [THINK] (Mistral), Kimi's.
@@ -213,15 +218,29 @@ def check_record(record: Record) -> Iterator[Finding]:
         if turn["role"] == "user" and not turn["content"].strip():
             yield found("empty_prompt", f"messages[{i}]", show(turn["content"]))
     turns = [*record.messages, *(turn for candidate in record.candidates for turn in candidate.messages)]
-    marker = next(
-        (hit for turn in turns if (hit := MARKER.search(turn["content"])) and not _is_thought(turn, hit)), None
-    )
-    if marker:
-        yield found("placeholder", "content", marker.group())
+    for code, value in _strange_words(record, turns):
+        yield found(code, "content", value)
     if record.candidates:
         yield from _check_order(record)
     if record.tools or any("tool_calls" in turn for turn in turns):
         yield from _check_tools(record)
+
+
+def _strange_words(record: Record, turns: Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """(code, words) of markers and of names of pictures that are trained as words."""
+    hits = ((turn, MARKER.search(turn["content"])) for turn in turns)
+    marker = next((hit for turn, hit in hits if hit and not _is_thought(turn, hit)), None)
+    if marker:
+        yield "placeholder", marker.group()
+    asked = (turn["content"] for turn in record.messages if turn["role"] in ("user", "system"))
+    named = next((hit for text in asked if may_name_picture(text) and (hit := NAMED_PICTURE.search(text))), None)
+    if named:
+        yield "picture_in_words", show(named.group())
+
+
+def may_name_picture(text: str) -> bool:
+    """Whether `NAMED_PICTURE` is worth a search."""
+    return "<" in text or ("!" in text and "![" in text)
 
 
 def may_hold_marks(text: str) -> bool:

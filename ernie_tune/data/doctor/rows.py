@@ -22,7 +22,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ernie_tune.data.doctor.checks import MARKER, THOUGHT_MARK, may_hold_marks, text_of
+from ernie_tune.data.doctor.checks import (
+    MARKER,
+    NAMED_PICTURE,
+    THOUGHT_MARK,
+    may_hold_marks,
+    may_name_picture,
+    text_of,
+)
 from ernie_tune.data.file_kinds import file_kind
 from ernie_tune.data.file_rows import open_file, parse_json
 from ernie_tune.data.readers.fields import DIALOGUES, QUERIES, RESPONSES
@@ -451,7 +458,7 @@ def _plain(text: str) -> bool:
     """A text that is not blank and has no tags or markers. Raises TypeError or AttributeError for
     other values.
     """
-    return (text[:1].isalnum() or bool(text.strip())) and ("<" not in text or _unmarked(text))
+    return (text[:1].isalnum() or bool(text.strip())) and (not may_name_picture(text) or _unmarked(text))
 
 
 def _plain_answer(text: str) -> bool:
@@ -467,7 +474,7 @@ def _all_plain(prompts: Sequence[str], answers: Sequence[str], worse: Sequence[s
     """
     answers = [*answers, *worse]
     words = "\0".join(answers)
-    if "<" in "\0".join(prompts) or may_hold_marks(words):
+    if may_name_picture("\0".join(prompts)) or may_hold_marks(words):
         return False
     trimmed = [*map(str.strip, answers)] == answers and all(map(str.strip, prompts))
     firsts = "".join(map(itemgetter(0), answers))
@@ -475,4 +482,6 @@ def _all_plain(prompts: Sequence[str], answers: Sequence[str], worse: Sequence[s
 
 
 def _unmarked(text: str) -> bool:
-    return "<image>" not in text and "<video>" not in text and not MARKER.search(text) and not THOUGHT_MARK.search(text)
+    if "<image>" in text or "<video>" in text:
+        return False
+    return not any(marks.search(text) for marks in (MARKER, THOUGHT_MARK, NAMED_PICTURE))
