@@ -38,10 +38,11 @@ def value_loss(
     error_N = (value_N - target_N).square()
     worst_N, over = error_N, 0.0
     if cliprange is not None:
-        held_N = vector(old_value_N, value_N) + paddle.clip(
-            value_N - vector(old_value_N, value_N), -cliprange, cliprange
-        )
+        moved_N = value_N - vector(old_value_N, value_N)
+        held_N = vector(old_value_N, value_N) + paddle.clip(moved_N, -cliprange, cliprange)
         clipped_N = (held_N - target_N).square()
         worst_N = paddle.maximum(error_N, clipped_N)
-        over = float(((clipped_N > error_N).numpy() * weight_N).sum())
+        # what stayed within the range differs by rounding alone, and is not clipped
+        held_back_N = (moved_N.abs() > cliprange) & (clipped_N > error_N)
+        over = float((held_back_N.numpy() * weight_N).sum())
     return LossOut(0.5 * (worst_N * weights).sum(), count, {"critic/vf_clipfrac": (over, count)})

@@ -166,6 +166,22 @@ def test_a_critic_in_units_has_the_loss_of_one_in_rewards_that_are_standardised(
     assert outs[0] == pytest.approx(outs[1], abs=1e-9)
 
 
+def test_values_that_have_not_moved_are_not_counted_as_clipped() -> None:
+    """What was noted in another unit comes back but for rounding."""
+    scale = ValueScale()
+    scale.take(np.array([0.3, 0.7, 0.35]), one_rank)
+    said = np.random.default_rng(0).standard_normal(200)
+    noted = scale.real(said)
+    scale.take(noted + 0.1, one_rank)
+    objective = ValueObjective(0.1, 0.2, scale)
+    batch = SimpleNamespace(columns={"value_N": noted, "return_N": noted + 0.1, "keep_N": np.ones(200)})
+    objective.begin(objective.counts([batch]))  # type: ignore[list-item]
+    before, _ = scale.thought(noted, noted)
+    assert 0 < np.abs(before - said).max() < 1e-12
+    out = objective.loss({"value_N": paddle.to_tensor(said)}, batch)  # type: ignore[arg-type]
+    assert out.metrics["critic/vf_clipfrac"][0] == 0
+
+
 def test_whitening_each_rank_by_itself_is_another_advantage() -> None:
     """What must not happen: the published advantages are whitened over all tokens."""
     rough = flat(OUT["advantage_lam0.95"])
