@@ -243,6 +243,16 @@ def _quantised(bits: int, groups: int) -> Operator:
     return Operator(ours, lambda x: paddle.matmul(x, _constant(whole, x)), (normal(0, 16, 128),))
 
 
+def _quantised_matrix(bits: int, groups: int) -> Operator:
+    """The matrix itself, which DoRA and merging take."""
+    codes, scale, whole = _codes(bits, groups, 128, 48)
+
+    def ours(x: Tensor) -> Outputs:
+        return QuantizedLinear(_held(codes, scale, bits, x)).weight
+
+    return Operator(ours, lambda x: _constant(whole, x), (normal(0, 1),), trained=0)
+
+
 def _quantised_experts(bits: int, groups: int) -> Operator:
     codes, scale, whole = _codes(bits, groups, len(_COUNTS), 128, 48)
 
@@ -422,6 +432,8 @@ OPERATORS: dict[str, Operator] = {
     "int8 layer, groups": _quantised(8, 2),
     "int4 layer": _quantised(4, 1),
     "int4 layer, groups": _quantised(4, 2),
+    "int8 matrix, groups": _quantised_matrix(8, 2),
+    "int4 matrix, groups": _quantised_matrix(4, 2),
     "int8 experts": _quantised_experts(8, 1),
     "int8 experts, groups": _quantised_experts(8, 4),
     "int4 experts": _quantised_experts(4, 1),

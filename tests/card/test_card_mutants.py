@@ -78,6 +78,7 @@ MUTANTS: dict[tuple[Any, str, Callable[[Any], Any]], str] = {
     # products with codes
     (unpack, "rows_by_codes", larger): "int8 layer",
     (unpack, "rows_by_codes_transposed", larger): "int4 layer, groups",
+    (unpack, "whole", larger): "int8 matrix, groups",
     (unpack, "stack_product", larger): "int8 experts",
     (unpack, "stack_product_transposed", larger): "int4 experts, groups",
     (unpack.Codes, "scaled_after", lambda real: property(lambda self: True)): "int8 experts, groups",
