@@ -50,8 +50,9 @@ def numbers(model) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
     return found
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"), [*((name, "bfloat16") for name in ALGORITHMS), ("weight_only_mix", "float32")]
+)
 def test_the_numbers_of_quantising_at_load(plain: dict[str, Path], tmp_path: Path, algorithm: str, dtype: str) -> None:
     export(plain[dtype], tmp_path / "packed", quantization=algorithm, emit="packed", verify="files")
     packed = load_packed(tmp_path / "packed")
