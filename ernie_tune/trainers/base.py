@@ -166,8 +166,10 @@ class Trainer:
 
     def _open_data(self, train: Any, evaluation: Any) -> None:
         c, signals = self.args, self.method.signals
-        sets = assemble.train_sets(c, signals) if train is None else [self._rows(train)]
-        held: Sequence[Record] = assemble.eval_set(c, signals) if evaluation is None else self._rows(evaluation)
+        sets = assemble.train_sets(c, signals) if train is None else [self._rows(train, c.data.train_dataset_type)]
+        held: Sequence[Record] = (
+            assemble.eval_set(c, signals) if evaluation is None else self._rows(evaluation, c.data.eval_dataset_type)
+        )
         self._given = {"train_dataset_path": list(sets), "eval_dataset_path": [held]}
         if not sets:
             raise ValueError(
@@ -191,12 +193,15 @@ class Trainer:
         self.rows = RowSets(self.method.more_rows(sets), self.method.held_rows(held))
         self.stream = self.method.stream(self.rows)
 
-    def _rows(self, data: Any) -> Sequence[Record]:
-        """Names of files, and rows as dicts, through the readers; records as they are."""
+    def _rows(self, data: Any, kinds: tuple[str, ...]) -> Sequence[Record]:
+        """Names of files, and rows as dicts, through the readers, in the format that the settings
+        name if it is one; records as they are.
+        """
         given = in_memory(data)
         if given is None and not isinstance(data, str | Path) and not (len(data) and isinstance(data[0], str | Path)):
             return data
-        return load_dataset(data if given is None else given, signals=self.method.signals)
+        kind = kinds[0] if len(kinds) == 1 else "auto"
+        return load_dataset(data if given is None else given, kind, signals=self.method.signals)
 
     def _what_defines_it(self) -> Ledger:
         t = self.args.train

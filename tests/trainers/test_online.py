@@ -311,6 +311,39 @@ def test_rows_adapters_and_names_as_trl_takes_them(tmp_path: Path, given: Any) -
     assert {name.rsplit(".", 1)[-1] for name in weights(made)} == {"lora_A", "lora_B"}
 
 
+def test_rows_in_memory_are_read_in_the_format_that_the_settings_name(tmp_path: Path) -> None:
+    """A prompt with an answer may be one to learn or one to check by; what the error tells to set
+    must help.
+    """
+    seen: list[Any] = []
+
+    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+        seen.extend(answer)
+        return [float(len(completion[0]["content"]) % 2) for completion in completions]
+
+    def trained(**more: Any) -> None:
+        config = ernie_tune.GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=2,
+            max_steps=1,
+            report_to="none",
+            save_strategy="no",
+            **more,
+        )
+        rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "answer": str(i)} for i in range(4)]
+        ernie_tune.GRPOTrainer(
+            model=model(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=processor()
+        ).train()
+
+    with pytest.raises(ValueError, match="set train_dataset_type: verifiable, which reads it so"):
+        trained()
+    trained(train_dataset_type="verifiable")
+    assert seen
+    assert set(seen) <= {"0", "1", "2", "3"}
+
+
 def test_an_adapter_needs_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model \(None\) must be given with peft_config"):
         RLVRTrainer(None, args(tmp_path), reward_funcs=even, peft_config=LoraConfig(r=2))
