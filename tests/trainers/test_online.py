@@ -269,6 +269,19 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     assert made.loop.step == 2
 
 
+def one_grpo_step(folder: Path, **more: Any) -> Any:
+    return ernie_tune.GRPOConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=2,
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        **more,
+    )
+
+
 def as_dataset(rows: list[dict[str, Any]]) -> Any:
     return pytest.importorskip("datasets").Dataset.from_list(rows)
 
@@ -287,17 +300,7 @@ def test_rows_adapters_and_names_as_trl_takes_them(tmp_path: Path, given: Any) -
 
     rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "digit": i} for i in range(4)]
     model().save_pretrained(tmp_path / "base")
-    config = ernie_tune.GRPOConfig(
-        output_dir=str(tmp_path / "out"),
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=2,
-        max_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_vllm=False,
-        remove_unused_columns=False,
-    )
+    config = one_grpo_step(tmp_path, use_vllm=False, remove_unused_columns=False)
     made = ernie_tune.GRPOTrainer(
         model=str(tmp_path / "base"),
         reward_funcs=[reward],
@@ -322,16 +325,7 @@ def test_rows_in_memory_are_read_in_the_format_that_the_settings_name(tmp_path: 
         return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
     def trained(**more: Any) -> None:
-        config = ernie_tune.GRPOConfig(
-            output_dir=str(tmp_path / "out"),
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=2,
-            max_steps=1,
-            report_to="none",
-            save_strategy="no",
-            **more,
-        )
+        config = one_grpo_step(tmp_path, **more)
         rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "answer": str(i)} for i in range(4)]
         ernie_tune.GRPOTrainer(
             model=model(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=processor()
