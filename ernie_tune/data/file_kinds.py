@@ -362,7 +362,22 @@ def charset(raw: bytes) -> str:
     return "GB18030" if 2 * usual >= len(wide) else "WINDOWS-1252"
 
 
-def why_no_json(text: str, error: Exception) -> Text | str:
+# What Python's parser says, by how it begins.
+_PARSER_ZH = {
+    "Expecting value": "缺少值",
+    "Expecting ',' delimiter": "缺少逗号",
+    "Expecting ':' delimiter": "缺少冒号",
+    "Expecting property name": "名称须以双引号括起",
+    "Illegal trailing comma": "末尾的逗号多余",
+    "Invalid control character": "字符串中有未转义的控制字符（如换行，应写作 \\n）",
+    "Unterminated string": "字符串缺少结束的引号",
+    "Invalid \\escape": "反斜杠后的转义无效",
+    "Invalid \\uXXXX escape": "\\u 之后须有四位十六进制数",
+    "Extra data": "JSON 结束之后还有内容",
+}
+
+
+def why_no_json(text: str, error: Exception) -> Text:
     """What to do about a text that is no JSON, where it is clear; else what the parser says."""
     head = text.lstrip()
     if head[:2] in ("{'", "['"):
@@ -372,4 +387,15 @@ def why_no_json(text: str, error: Exception) -> Text | str:
         return say("drop the comma at the end of the line", "删去行末的逗号")
     if rest[:1] == "{":
         return say("put each object on a line of its own", "每个对象单独占一行")
-    return str(error)
+    if isinstance(error, RecursionError):
+        return say("nest it less", "请减少嵌套")
+    if isinstance(error, UnicodeEncodeError):
+        return say(
+            f"write both halves of the surrogate pair at character {error.start + 1}, or leave it out: {error.reason}",
+            f"第 {error.start + 1} 个字符只有半个代理对：请写出两半，或删去",
+        )
+    chinese = next((words for start, words in _PARSER_ZH.items() if str(error).startswith(start)), "无法解析")
+    place = (
+        f"（第 {error.lineno} 行第 {error.colno} 列）" if isinstance(error, json.JSONDecodeError) else f"（{error}）"
+    )
+    return say(str(error), chinese + place)

@@ -295,7 +295,8 @@ def _list_spans(path: str, raw: bytes, at: int, whole: bool = True) -> Iterator[
         try:
             end = scan(text, first)[1]
         except (ValueError, RecursionError) as error:
-            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": str(error)}) from error
+            why = why_no_json(text[first:], error)
+            raise DataError(path, line, "row", show(text[first : first + 40]), "json", {"why": why}) from error
         yield first, end - first, line
 
 

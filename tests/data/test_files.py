@@ -8,6 +8,7 @@ import bz2
 import gzip
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ernie_tune.data import parquet_rows
 from ernie_tune.data.doctor import rows as doctor_rows
 from ernie_tune.data.doctor.convert import convert_file
 from ernie_tune.data.doctor.scan import Scan
-from ernie_tune.data.file_kinds import file_kind
+from ernie_tune.data.file_kinds import file_kind, why_no_json
 from ernie_tune.data.media.images import load_image
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import DataError
@@ -445,6 +446,8 @@ def test_two_values_of_one_name_are_an_error(text: str, field: str, tmp_path: Pa
         ("{'prompt': 'a', 'response': 'b'}", "json.dumps"),
         ('{"prompt": "a", "response": "b"}]', "Extra data"),
         ('["prompt", "response"]', "with their names"),
+        ("[" * 100_000, "nest it less"),
+        ('{"prompt": "\\ud800", "response": "b"}', "both halves of the surrogate pair"),
     ],
 )
 def test_a_row_that_is_no_object_says_what_to_do(text: str, why: str, tmp_path: Path) -> None:
@@ -452,6 +455,32 @@ def test_a_row_that_is_no_object_says_what_to_do(text: str, why: str, tmp_path: 
     path.write_text(json.dumps(ROW) + "\n" + text + "\n")
     with pytest.raises(DataError, match=why):
         _ = load_dataset(str(path))[1]
+
+
+@pytest.mark.parametrize(
+    "whole", ['{"prompt": "a", "response": "b", "score": 1.5}', '{"prompt": ["a", {"b": "\\u00e9"}]}']
+)
+def test_why_a_row_is_no_json_is_said_in_either_language(whole: str, tmp_path: Path) -> None:
+    """Wherever a row is cut, whatever sign is wrong, in a file of lines, a list, a cell."""
+    path = tmp_path / "rows.jsonl"
+    for text in {
+        whole[:k] + sign + whole[k + cut :]
+        for k in range(1, len(whole))
+        for sign in ("", ",", '"', "\x01")
+        for cut in (0, 1)
+    }:
+        try:
+            json.loads(text)
+        except ValueError as error:
+            why = why_no_json(text, error)
+            assert "JSON" in why.chinese or re.search("[\u4e00-\u9fff]", why.chinese)
+            assert not re.search("[\u4e00-\u9fff]", why.english)
+            assert not why.chinese.startswith("无法解析"), why
+    for kind, text in (("list", '[{"prompt": "a"}, {"prompt" "b"}]'), ("cell", '{"messages": "[{\\"role\\": x}]"}')):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            load_dataset(str(path))[0]
+        assert re.search("缺少(冒号|值)", caught.value.fix_zh), kind
 
 
 def test_a_guess_what_other_text_was_written_in(tmp_path: Path) -> None:
