@@ -16,7 +16,7 @@ from ernie_tune.config.arguments import SETTINGS, RunConfig
 from ernie_tune.config.checks_methods import METHOD_RULES
 from ernie_tune.config.checks_sampling import sampling_rules
 from ernie_tune.config.convert import did_you_mean, to_yaml
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.config.sections_model import TEMPLATES
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -155,6 +155,28 @@ def _idle(c: RunConfig) -> Iterator[tuple[str, str]]:
                     f"lr_scheduler_type 为 constant 时 {name} 无效；请设 constant_with_warmup",
                 ),
             )
+
+
+# What only held-out rows are measured by.
+_MEASURING = ("num_generations_eval", "eval_metrics", "eval_max_samples")
+
+
+def unmeasured(c: RunConfig) -> list[tuple[str, Text]]:
+    """(setting, line) of settings that ask for a measurement, for a run without held-out rows."""
+    flat = c.flat()
+    return [
+        (
+            name,
+            say(
+                "{name} ({value}) has no effect without held-out rows; give eval_dataset_path or val_size",
+                "没有留出数据时 {name}（{value}）无效；请给出 eval_dataset_path 或 val_size",
+                name=name,
+                value=to_yaml(flat[name]),
+            ),
+        )
+        for name in _MEASURING
+        if c.reads(name) and flat[name] != SETTINGS[name].default
+    ]
 
 
 def missing(c: RunConfig) -> list[Problem]:

@@ -5,12 +5,14 @@ Refuses to know: how answers are sampled, paddle.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import Text, say
 
 MOST_KEPT = 64  # ids that are noted of one draw
+_SHOWN_FUNCTIONS = 12
 
 
 def cut_problem(top_p: float, top_k: int, min_p: float, keep_mask: bool) -> Text | None:
@@ -31,6 +33,25 @@ def cut_problem(top_p: float, top_k: int, min_p: float, keep_mask: bool) -> Text
             f"启用 keep_sampling_mask（记录每次可选的 id）时 top_k（{top_k}）须为 1 至 {MOST_KEPT}；请设置",
         )
     return None
+
+
+def function_problem(place: str, held: Sequence[str], kind: str = "") -> Text:
+    """Why `path/file.py:name` is no function to judge by: what the file holds, the nearest name.
+    `kind`: the type of what has the name and cannot be called.
+    """
+    path, _, name = place.rpartition(":")
+    close = difflib.get_close_matches(name, held, 1)
+    shown = ", ".join(held[:_SHOWN_FUNCTIONS]) + (", ..." if len(held) > _SHOWN_FUNCTIONS else "")
+    return say(
+        f"reward_funcs ({place}) must name a function of {path}, which has none called {name!r}"
+        + (f" (that is of type {kind})" if kind else "")
+        + (f" but {shown}" if held else " nor any other")
+        + (f"; did you mean {path}:{close[0]}?" if close else "; name one of them" if held else "; write it"),
+        f"reward_funcs（{place}）须指明 {path} 中的函数，其中没有 {name!r}"
+        + (f"（其类型为 {kind}）" if kind else "")
+        + (f"，只有 {shown}" if held else "，也没有其他函数")
+        + (f"；是否指 {path}:{close[0]}？" if close else "；请从中选择" if held else "；请写出该函数"),
+    )
 
 
 def clip_problem(reward_clip: Sequence[float], aggregation: str) -> Text | None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
+from ernie_tune.config.checks import unmeasured
+from ernie_tune.config.checks_sampling import function_problem
 from ernie_tune.config.language import Text, say
 from ernie_tune.config.loader import Loaded
 from ernie_tune.config.sections_online import CHECKERS
@@ -65,6 +67,8 @@ def judged(loaded: Loaded, where: str, *, training: bool) -> tuple[str, ...]:
     wrong = [f"{at(name)}: {message}" for name, message in (*foreign(config), *packed)]
     wrong += [f"{at(lack.setting)}: {lack.message}" for lack in lacks if training and lack.certain]
     notes = [f"{at(lack.setting)}: {lack.message}" for lack in lacks if not training]
+    if not (training or config.data.eval_dataset_path or config.data.val_size):
+        notes += [f"{at(name)}: {line}" for name, line in unmeasured(config)]
     shape = known_shape(config.model.model_name_or_path)
     if shape is not None:
         wrong += [
@@ -180,6 +184,9 @@ def _rewards(config: RunConfig, beside: Path) -> Iterator[Lack]:
         if file.endswith(".py") and not os.path.exists(file):
             yield Lack("reward_funcs", _lacking("reward_funcs", file, beside), True)
             continue
+        if ".py:" in name:
+            yield Lack("reward_funcs", function_problem(name, _functions(Path(file))), True)
+            continue
         checkers = ", ".join(CHECKERS)
         message = say(
             f"reward_funcs ({name}) must be a checker ({checkers}), file.py:function, the folder of a reward model, or "
@@ -203,6 +210,13 @@ def _defines(file: Path, name: str) -> bool:
         if isinstance(node, ast.alias) and (node.asname or node.name) in (name, "*"):
             return True
     return False
+
+
+def _functions(file: Path) -> list[str]:
+    """What a file of Python defines for others at its top: functions and classes."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = [node.name for node in ast.parse(file.read_bytes()).body if isinstance(node, kinds)]
+    return [name for name in found if not name.startswith("_")]
 
 
 def _model(config: RunConfig, beside: Path) -> Iterator[Lack]:

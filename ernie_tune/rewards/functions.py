@@ -16,18 +16,22 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ernie_tune.config.checks_sampling import function_problem
 from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.reading import without_thought
 from ernie_tune.rewards.scores import Box
 
-_SHOWN_CHARACTERS = 80
+SHOWN_CHARACTERS = 80
+# A larger number than this cannot be compared with others: float64 has no digits left below one,
+# and squares of what is learned from it leave float32.
+LARGEST = 1e15
 # A user's function may raise whatever its own packages do, and end as a script does; what is left
 # (MemoryError, an interrupt) ends the run.
 _USERS = (Exception, SystemExit)
@@ -168,8 +172,9 @@ class RewardFunction:
         """One finite number or None an answer. Raises ValueError naming the function, the row and
         the answer.
         """
-        if not hasattr(values, "__len__") or len(values) != len(flat):
-            given = len(values) if hasattr(values, "__len__") else type(values).__name__
+        listed = hasattr(values, "__len__") and not isinstance(values, Mapping | Set | str | bytes)
+        if not listed or len(values) != len(flat):
+            given = len(values) if listed else type(values).__name__
             raise ValueError(
                 say(
                     f"reward function {self.name} ({given}) must give one number for each of the {len(flat)} answers from {flat[0][0].meta} on; return a list as long as completions",
@@ -186,7 +191,7 @@ class RewardFunction:
                 out.append(None)
                 continue
             if number is None:
-                shown = answer.text[:_SHOWN_CHARACTERS]
+                shown = answer.text[:SHOWN_CHARACTERS]
                 raise ValueError(
                     say(
                         f"reward function {self.name} ({value!r}) must give a finite number or None for {record.meta}, answer {shown!r}; correct its return value",
@@ -212,6 +217,8 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
+    except OverflowError:
+        return math.inf
     except (TypeError, ValueError):
         return None
 
@@ -228,16 +235,17 @@ def _dialect(function: Callable[..., Any]) -> str:
     return "trl"
 
 
+_READ = ("image", "images", "videos", "scene", "evidence")  # columns that are handed on as they were read
+
+
 def _columns(flat: Flat) -> dict[str, list[Any]]:
-    """Every field of the rows, one entry an answer, and what people call the same things."""
-    columns: dict[str, list[Any]] = {
-        name: [record.meta.extra.get(name) for record, _, _ in flat]
-        for name in {key for record, _, _ in flat for key in record.meta.extra}
-    }
+    """Every field of the rows, one entry an answer, and what people call the same things; where a
+    row has a column of that name, it is the row's, but for pictures and what is known of them.
+    """
     gold = [record.reward.answer if record.reward else None for record, _, _ in flat]
-    return {
-        **columns,
+    given: dict[str, list[Any]] = {
         **dict.fromkeys(("answer", "solution", "ground_truth"), gold),
+        "image": [record.images[0] if record.images else None for record, _, _ in flat],
         "images": [list(record.images) for record, _, _ in flat],
         "scene": [dict(record.reward.scene) if record.reward else {} for record, _, _ in flat],
         "evidence": [dict(record.reward.evidence) if record.reward else {} for record, _, _ in flat],
@@ -251,6 +259,36 @@ def _columns(flat: Flat) -> dict[str, list[Any]]:
         "logps": [list(answer.logps) for _, answer, _ in flat],
         "group_id": [number for _, _, number in flat],
     }
+    rows = [record.meta.row or record.meta.extra for record, _, _ in flat]
+    for name in {str(key) for row in rows for key in row} - {*_READ}:
+        others = given.get(name, [None] * len(flat))
+        given[name] = [
+            other if (own := row.get(name)) is None else own for row, other in zip(rows, others, strict=True)
+        ]
+    return given
+
+
+class Said(str):
+    """The question or the answer of a row that asks with one text: a text, as TRL hands it over. A
+    function written for dialogues, where it would be a list, finds its message all the same:
+    `said[0]["content"]`, `said[-1]["role"]`.
+    """
+
+    message: Mapping[str, str]
+
+    def __new__(cls, text: str, message: Mapping[str, str]) -> Said:
+        self = super().__new__(cls, text)
+        self.message = message
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            return self.message[index]
+        found = super().__getitem__(slice(0, 1) if index == 0 else slice(-1, None) if index == -1 else index)
+        return Said(found, self.message) if index in (0, -1) else found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.message.get(name, default)
 
 
 def _message(answer: Answered) -> dict[str, str]:
@@ -262,19 +300,32 @@ def _message(answer: Answered) -> dict[str, str]:
     return {"role": "assistant", "content": after.strip("\n"), "reasoning_content": thought.strip("\n")}
 
 
+def _said(record: Record, answer: Answered) -> Said | list[dict[str, str]]:
+    """An answer to a row in the form that its question has."""
+    message = _message(answer)
+    return Said(answer.text, message) if record.meta.asked_as_text else [message]
+
+
+def _asked(record: Record) -> Said | list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [{**message} for message in record.prompt]
+    if not record.meta.asked_as_text or len(messages) > 1:
+        return messages
+    return Said(messages[0]["content"], messages[0])
+
+
 def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
     function: Any = self.function
     instance = not (inspect.isroutine(function) or isinstance(function, type))
     as_text = getattr(function, "reads_text", instance)  # a class with __call__ is ms-swift's form
     given: dict[str, Any] = {
-        "prompts": [[dict(m) for m in record.prompt] for record, _, _ in flat],
-        "completions": [answer.text if as_text else [_message(answer)] for _, answer, _ in flat],
+        **_columns(flat),
+        "prompts": [_asked(record) for record, _, _ in flat],
+        "completions": [answer.text if as_text else _said(record, answer) for record, answer, _ in flat],
         "completion_ids": [list(answer.token_ids) for _, answer, _ in flat],
         "trainer_state": self.state,
         "environments": None,
         "log_extra": lambda name, values: self.asked.extra.update({name: list(values)}),
-        "log_metric": lambda name, value: self.asked.metrics.setdefault(name, []).append(float(value)),
-        **_columns(flat),
+        "log_metric": lambda name, value: _noted(self, name, value),
     }
     parameters = inspect.signature(function.__call__ if instance else function).parameters
     rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -284,7 +335,8 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
         if name not in given and p.default is inspect.Parameter.empty and p.kind not in rest
     ]
     if missing:
-        fields = ", ".join(sorted({"answer", *(key for record, _, _ in flat for key in record.meta.extra)}))
+        rows = {str(key) for record, _, _ in flat for key in (*record.meta.row, *record.meta.extra)}
+        fields = ", ".join(sorted({"answer", *rows}))
         raise TypeError(
             say(
                 f"it asks for {missing[0]!r}, and no row has a field of that name; rows have {fields}",
@@ -294,6 +346,21 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         given = {name: value for name, value in given.items() if name in parameters}
     return function(**given)
+
+
+def _noted(self: RewardFunction, name: str, value: Any) -> None:
+    """Keep a number that a function wants to see in the log. Raises ValueError for none that could
+    be averaged.
+    """
+    number = float(value)
+    if not abs(number) <= LARGEST:
+        raise ValueError(
+            say(
+                f"log_metric {name!r} ({number:g}) must be a number of at most {LARGEST:g} in size; leave it out",
+                f"log_metric {name!r}（{number:g}）须为绝对值不超过 {LARGEST:g} 的数；请去掉",
+            )
+        )
+    self.asked.metrics.setdefault(name, []).append(number)
 
 
 def ask_all(functions: Sequence[RewardFunction], groups: Sequence[Group]) -> list[Scores]:
@@ -333,8 +400,10 @@ def _ask_verl(self: RewardFunction, flat: Flat) -> list[Any]:
     out = []
     for record, answer, _ in flat:
         gold = record.reward.answer if record.reward else None
-        more = {"extra_info": dict(record.meta.extra)} if extra else {}
-        found = self.function(data_source=record.domain, solution_str=answer.text, ground_truth=gold, **more)
+        columns = dict(record.meta.extra)
+        more = {"extra_info": columns.get("extra_info", columns)} if extra else {}
+        source = columns.get("data_source", record.domain)  # verl's name of what a row is drawn from
+        found = self.function(data_source=source, solution_str=answer.text, ground_truth=gold, **more)
         out.append(_overall(self, found, "score"))
     return out
 
@@ -358,7 +427,7 @@ def _overall(self: RewardFunction, found: Any, key: str) -> Any:
         return found
     for name, value in found.items():
         number = _number(value)
-        if name != key and number is not None:
+        if name != key and number is not None and abs(number) <= LARGEST:
             self.asked.metrics.setdefault(name, []).append(number)
     return found.get(key)
 
@@ -405,10 +474,11 @@ def load_function(place: str) -> Callable[..., Any]:
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise ValueError(
-            say(
-                f"reward_funcs ({place}) must name a function of {file.name}, which has none called {name!r}; correct the name",
-                f"reward_funcs（{place}）须指明 {file.name} 中的函数，其中没有 {name!r}；请改正名称",
-            )
-        )
+        own = [key for key, one in vars(module).items() if callable(one) and _is_own(one, module.__name__)]
+        raise ValueError(function_problem(place, own, "" if found is None else type(found).__name__))
     return found() if isinstance(found, type) else found
+
+
+def _is_own(value: Any, module: str) -> bool:
+    """Whether something that can be called was written in this module, and for others."""
+    return getattr(value, "__module__", module) == module and not getattr(value, "__name__", "").startswith("_")

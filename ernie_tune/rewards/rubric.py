@@ -16,7 +16,17 @@ from ernie_tune.config.language import say
 from ernie_tune.data.records import Record
 from ernie_tune.rewards.endpoint import EndpointJudge
 from ernie_tune.rewards.evidence import judge_evidence, read_claims, without_evidence
-from ernie_tune.rewards.functions import Answered, Asked, Group, RewardFunction, Scores, TrainerState, ask_all
+from ernie_tune.rewards.functions import (
+    LARGEST,
+    SHOWN_CHARACTERS,
+    Answered,
+    Asked,
+    Group,
+    RewardFunction,
+    Scores,
+    TrainerState,
+    ask_all,
+)
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.spoken import claims_beside
 from ernie_tune.rewards.verifiers import GROUNDS, SHAPING, VERIFIERS, verifier_for
@@ -241,6 +251,18 @@ def _worth(found: Mapping[str, float | None], checks: Sequence[tuple[str, float,
     return Worth(total, right, max(earned, 0.0))
 
 
+def _too_large(name: str, weight: float, value: float, record: Record, answer: Answered) -> ValueError:
+    shown, times = answer.text[:SHOWN_CHARACTERS], f" x {weight:g}" if weight != 1 else ""
+    return ValueError(
+        say(
+            f"reward {name} ({value:g}{times}) must be at most {LARGEST:g} in size for {record.meta}, answer {shown!r}, "
+            "so that it can be compared with others; give smaller numbers, or None where there is nothing to judge",
+            f"奖励 {name}（{value:g}{times}）对 {record.meta} 的回答 {shown!r} 绝对值须不超过 {LARGEST:g}，才能与其他奖励比较；"
+            "请给出较小的数，无从评判时给出 None",
+        )
+    )
+
+
 class Rubric:
     """All judges of a run with their weights: a batch of groups in, what each answer is worth out.
 
@@ -264,6 +286,14 @@ class Rubric:
                 say(
                     f"reward_weights ({len(self.weights)}) must be as many as reward_funcs ({len(self.judges)}); give one a function",
                     f"reward_weights（{len(self.weights)} 个）须与 reward_funcs（{len(self.judges)} 个）一样多；请逐个给出",
+                )
+            )
+        if not all(map(math.isfinite, self.weights)):
+            shown = ", ".join(f"{weight:g}" for weight in self.weights)
+            raise ValueError(
+                say(
+                    f"reward_weights ({shown}) must be finite numbers; correct them",
+                    f"reward_weights（{shown}）须为有限数；请改正",
                 )
             )
         names = [judge.name for judge in self.judges]
@@ -301,7 +331,13 @@ class Rubric:
     def _asked(self, groups: Sequence[Group]) -> list[Scores]:
         functions = [judge for judge in self.judges if isinstance(judge, RewardFunction)]
         theirs = iter(ask_all(functions, groups))
-        return [next(theirs) if isinstance(judge, RewardFunction) else judge(groups) for judge in self.judges]
+        found = [next(theirs) if isinstance(judge, RewardFunction) else judge(groups) for judge in self.judges]
+        for judge, weight, scores in zip(self.judges, self.weights, found, strict=True):
+            for (record, answers), row in zip(groups, scores, strict=True):
+                for answer, value in zip(answers, row, strict=True):
+                    if value is not None and max(abs(value), abs(weight * value)) > LARGEST:
+                        raise _too_large(judge.name, weight, value, record, answer)
+        return found
 
     def _of_row(
         self, g: int, i: int, parts: Mapping[str, float | None]

@@ -27,6 +27,7 @@ from ernie_tune.checkpoint.state import (
     set_aside_later,
 )
 from ernie_tune.config.arguments import RunConfig
+from ernie_tune.config.checks import unmeasured
 from ernie_tune.config.language import counted, say
 from ernie_tune.config.loader import dump_config
 from ernie_tune.data.batching import BatchStream
@@ -380,6 +381,8 @@ class Run:
         if self.place.is_writer:
             for told, level in self.method.surveyed(self.stream).lines():
                 say(told, level)
+            for _, told in () if len(p.rows.held) else unmeasured(self.config):
+                say(told, "WARNING")
 
     def _announce_resume(self, checkpoint: Checkpoint) -> None:
         log, done = self.log, self.stream.epoch

@@ -156,7 +156,10 @@ def test_rewards_are_judged_before_a_run(
     for wrong in ("foo", "exact,foo", "os:getcwd", "mine.py", "mine.py:none", "gone.py:score", "gone"):
         assert main(["validate", "run.yaml", f"reward_funcs={wrong}"]) == 0
         out = capsys.readouterr().out.splitlines()
-        words = "(gone.py) is not there" if wrong == "gone.py:score" else "must be a checker (row, numeric, "
+        words = {
+            "gone.py:score": "(gone.py) is not there",
+            "mine.py:none": "function of mine.py, which has none called 'none' but score, Judge; name one of them",
+        }.get(wrong, "must be a checker (row, numeric, ")
         assert words in out[-2], wrong
         assert out[-1] == "# run.yaml is valid, but cannot run yet: 1 thing named above must be there first"
         assert main(["train", "run.yaml", f"reward_funcs={wrong}"]) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ernie_tune.config.checks import problems
+from ernie_tune.config.checks import problems, unmeasured
 from ernie_tune.config.training_arguments import TrainingArguments
 
 
@@ -46,3 +46,11 @@ def test_what_goes_together(given: dict[str, Any]) -> None:
     config = TrainingArguments(stage="RLVR", train_dataset_path="x.jsonl", **given)
     wanted = problems(TrainingArguments(stage="RLVR", train_dataset_path="x.jsonl"))
     assert [p.setting for p in problems(config)] == [p.setting for p in wanted]
+
+
+def test_what_asks_for_held_out_rows_is_named_where_there_are_none() -> None:
+    asked = {"num_generations_eval": 8, "eval_max_samples": 5, "report_max_samples": 300}
+    made = TrainingArguments(stage="RLVR", train_dataset_path="x.jsonl", **asked)
+    assert [name for name, _ in unmeasured(made)] == ["num_generations_eval", "eval_max_samples"]
+    assert "num_generations_eval（8）无效" in unmeasured(made)[0][1].chinese
+    assert unmeasured(TrainingArguments(stage="SFT", train_dataset_path="x.jsonl")) == []

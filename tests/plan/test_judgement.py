@@ -72,6 +72,12 @@ def test_what_is_not_there(here: Path, line: str, setting: str, words: str) -> N
     assert f"run.yaml:{number}: {setting} {words}" in notes(text)
 
 
+def test_what_nothing_will_be_measured_by_is_noted(here: Path) -> None:
+    text = BASE + "stage: RLVR\nreward_funcs: exact\nnum_generations_eval: 4\n"
+    assert "run.yaml:6: num_generations_eval (4) has no effect without held-out rows" in notes(text)
+    assert notes(text + "val_size: 1\n") == notes(text + "eval_dataset_path: x.jsonl\n") == ""
+
+
 def test_loggers_need_their_packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "visualdl" else None)
     text = BASE + "report_to: visualdl, swanlab\n"

@@ -5,6 +5,8 @@ an attack earns.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 import sys
 import types
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
+from ernie_tune.data.sources import load_dataset
 from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
 from ernie_tune.rewards.functions import Answered, RewardFunction, load_function, reward
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
@@ -181,6 +184,10 @@ def test_what_functions_are_told_and_tell() -> None:
     (1.0, r"mine \(float\) must give one number for each of the 3 answers"),
     ([1.0, "good", 1.0], r"mine \('good'\) must give a finite number or None for x.jsonl:3, answer '<think>"),
     ([1.0, float("inf"), 1.0], r"mine \('inf'\) must give a finite number"),
+    ([1.0, 10**400, 1.0], r"must give a finite number"),
+    ({0: 1.0, 1: 1.0, 2: 1.0}, r"mine \(dict\) must give one number for each of the 3 answers"),
+    ({1.0, 2.0, 3.0}, r"mine \(set\) must give one number"),
+    ("111", r"mine \(str\) must give one number"),
 ])  # fmt: skip
 def test_what_may_not_come_back(value: Any, match: str) -> None:
     def mine(**_: Any) -> Any:
@@ -188,6 +195,90 @@ def test_what_may_not_come_back(value: Any, match: str) -> None:
 
     with pytest.raises(ValueError, match=match):
         RewardFunction(mine)(GROUPS)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e300, -1e300, 1.1e15])
+def test_numbers_too_large_to_be_compared(value: float) -> None:
+    def mine(completions: list, **_: Any) -> Any:
+        return [0.0] * (len(completions) - 1) + [value]
+
+    match = re.escape(f"reward mine ({value:g}) must be at most 1e+15 in size for x.jsonl:3, answer '9'")
+    with pytest.raises(ValueError, match=match):
+        Rubric([RewardFunction(mine)], check=False)(GROUPS)
+    with pytest.raises(ValueError, match=r"reward mine \(1e\+15 x 2\) must be at most"):
+        Rubric([RewardFunction(lambda completions: [1e15] * 3, "mine")], [2.0], check=False)(GROUPS)
+    with pytest.raises(ValueError, match=r"reward row \(1e\+300\) must be at most"):
+        Rubric([RowVerifiers()])([(row("7", Verifier("exact", 1e300)), said("7"))])
+    with pytest.raises(ValueError, match=r"reward_weights \(nan\) must be finite"):
+        Rubric([RewardFunction(mine)], [float("nan")])
+
+
+def test_numbers_for_the_log_must_be_ones_to_average() -> None:
+    def mine(completions: list, log_metric: Any) -> Any:
+        log_metric("size", float("inf"))
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"log_metric 'size' \(inf\) must be a number of at most 1e\+15"):
+        RewardFunction(mine)(GROUPS)
+
+
+def test_a_text_that_was_asked_is_answered_with_texts() -> None:
+    """As TRL has it: functions for plain prompts are given texts, functions for dialogues messages;
+    where the prompt is a text, either kind works.
+    """
+    asked = [
+        (
+            dataclasses.replace(row("7"), meta=Meta("x.jsonl", 3, asked_as_text=True)),
+            said("7", "", "<think>\nh\n</think>\n\n8"),
+        )
+    ]
+    seen: list[Any] = []
+
+    def texts(prompts: list[str], completions: list[str]) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(len(set(c))) for c in completions]
+
+    def messages(prompts: list[Any], completions: list[Any]) -> list[float]:
+        assert {p[-1]["content"] for p in prompts} == {"what?"}
+        assert {c[0]["role"] for c in completions} == {"assistant"}
+        return [float(len(c[0]["content"])) for c in completions]
+
+    assert RewardFunction(texts)(asked) == [[1.0, 0.0, 10.0]]
+    assert RewardFunction(messages)(asked) == [[1.0, 0.0, 1.0]]
+    prompt, answer = seen[0]
+    assert (prompt + answer, prompt[0], prompt[1:3], answer[-1], [*answer]) == ("what?7", "w", "ha", "7", ["7"])
+    assert seen[2][1][0].get("reasoning_content") == "h"
+
+
+def test_columns_are_the_rows_own() -> None:
+    """All of them, as TRL hands them over: also those that readers use, and those that only some
+    rows have.
+    """
+    rows = [
+        {"prompt": "a", "answer": "4", "task": "maths", "solution": "two and two", "group_id": "g"},
+        {"prompt": "b", "answer": "5", "level": 2, "id": 7, "data_source": "gsm8k", "extra_info": {"i": 1}},
+    ]
+    data = load_dataset(rows, signals=("verifiable", "prompt"))
+    groups = [(data[0], said("4")), (data[1], said("5", "6"))]
+    seen: dict[str, Any] = {}
+
+    def mine(completions: list, **columns: Any) -> list[float]:
+        seen.update(columns)
+        return [0.0] * len(completions)
+
+    RewardFunction(mine)(groups)
+    assert seen["answer"] == seen["ground_truth"] == ["4", "5", "5"]
+    assert seen["solution"] == ["two and two", "5", "5"]
+    assert seen["task"] == ["maths", None, None]
+    assert (seen["level"], seen["group_id"], seen["id"][1:]) == ([None, 2, 2], ["g", 1, 1], [7, 7])
+
+    def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
+        seen[data_source] = extra_info
+        return float(solution_str == ground_truth)
+
+    assert RewardFunction(compute_score)(groups) == [[1.0], [1.0, 0.0]]
+    assert seen["gsm8k"] == {"i": 1}
 
 
 def test_none_nan_and_errors() -> None:
@@ -245,8 +336,16 @@ def test_functions_from_files(tmp_path: Path) -> None:
     assert RewardFunction(load_function(f"{file}:Orm"))(GROUPS)[1] == [2.0]
     with pytest.raises(FileNotFoundError, match="must name an existing file"):
         load_function(f"{tmp_path}/none.py:good")
-    with pytest.raises(ValueError, match="which has none called 'bad'"):
-        load_function(f"{file}:bad")
+    for name, match in (
+        ("bad", r"mine.py, which has none called 'bad' but good, Orm; name one of them"),
+        ("god", r"none called 'god' but good, Orm; did you mean .*mine.py:good\?"),
+        ("x", r"none called 'x' \(that is of type int\) but good, Orm"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load_function(f"{file}:{name}")
+    (tmp_path / "empty.py").write_text("from math import sqrt\n_hidden = len\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="none called 'bad' nor any other; write it"):
+        load_function(f"{tmp_path}/empty.py:bad")
     rows = tmp_path / "rows.jsonl"  # what somebody has sent must not be run as a program
     rows.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef good(**_): return []\n")
     with pytest.raises(ValueError, match="must name a file of Python"):
