@@ -348,7 +348,7 @@ def _show(words: list[str], options: Mapping[str, str]) -> int:
     if name and after.isdecimal() and not os.path.exists(words[0]):
         words, options = [name], {"row": after, **options}
     inputs, wanted = _inputs(words, options), _number(options, "row", None, 1)
-    file = DataFile(inputs.train[0], options.get("media-dir", ""))
+    file = DataFile(inputs.train[0], options.get("media-dir", ""), signals=inputs.signals)
     last = 0
     for batch in file.source.batches():
         for line, row in zip(batch.lines_n.tolist(), batch.rows, strict=True):

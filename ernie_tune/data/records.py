@@ -128,6 +128,8 @@ class Meta:
     # names of all that no reader took, such as "source" or "messages[].name"
     unused: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()  # what the reader had to decide
+    asked_as_text: bool = False  # the row's question is one text, no list of messages
+    row: Mapping[str, Any] = field(default_factory=dict)  # all of a row that is asked, for functions that judge
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"

@@ -97,9 +97,17 @@ class Dataset(Sequence[Record]):
         where = Where(part.rows.path, part.rows.line(local), self._media_dir, part.media)
         row, extra = rename(part.rows[local], part.entry)
         record = read(row, part.form, where, part.others, extra)
-        if self._signals and not set(self._signals) & set(record.serves):
-            raise signal_error(row, record, where, self._signals)
+        check_signal(row, record, where, self._signals)
         return record
+
+    def serving(self, signals: Sequence[str]) -> Dataset:
+        """The same rows for a caller that can use these signals: where the data set was opened for
+        any, they are read anew as `load_dataset` with `signals` reads them.
+        """
+        if self._signals or not signals:
+            return self
+        parts = [_part(part.rows, part.entry, signals) for part in self._parts]
+        return Dataset(parts, self._media_dir, signals, self._picks_n)
 
     def select(self, indices: Sequence[int]) -> Dataset:
         """These records only, in this order: a split or a sample."""
@@ -137,10 +145,12 @@ _SIGNAL_WORDS = {
 }  # fmt: skip
 
 
-def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: Sequence[str]) -> DataError:
-    """The error for a row that a training cannot use, with the format in which it could, if there
-    is one.
+def check_signal(row: Mapping[str, Any], record: Record, where: Where, signals: Sequence[str]) -> None:
+    """Raises DataError for a row that a training of these signals (none: any) cannot use, with the
+    format in which it could, if there is one.
     """
+    if not signals or set(signals) & set(record.serves):
+        return
     english, chinese = _SIGNAL_WORDS[record.signal]
     found = say(
         f"{record.signal} (read as {record.meta.format}: {english})",
@@ -159,15 +169,13 @@ def signal_error(row: Mapping[str, Any], record: Record, where: Where, signals: 
             "set stage: PT to learn all of the text, or name its columns prompt and response",
             "设置 stage: PT 以学习整段文本，或将各列命名为 prompt 与 response",
         )
-    return DataError(
+    raise DataError(
         where.path, where.line, "signal", found, "signal", {"options": options, "hint": hint if name else nothing}
     )
 
 
 def _other_format(row: Mapping[str, Any], where: Where, signals: Sequence[str]) -> str:
-    """The format that reads a row as one of these signals, or "". What is an answer to learn by its
-    looks may be what a checker is to compare with.
-    """
+    """The format that reads a row as one of these signals, or ""."""
     keys = {str(key) for key, value in row.items() if value is not None}
     for form in (one for one in FORMATS if one.matches(keys) or ("answer" in keys and one.name == "verifiable")):
         try:
@@ -230,7 +238,7 @@ def load_dataset(
     """
     given = in_memory(path)
     if given is not None:
-        part = _part(MemoryRows(given), DatasetEntry(IN_MEMORY, format, columns or {}))
+        part = _part(MemoryRows(given), DatasetEntry(IN_MEMORY, format, columns or {}), signals)
         return Dataset([part], media_dir, signals, np.arange(len(given)))
     listed = [path] if isinstance(path, str | os.PathLike) else list(cast("Sequence[str]", path))
     names = [name for item in listed for name in split_paths(os.fspath(item))]
@@ -241,7 +249,7 @@ def load_dataset(
             entry = replace(entry, format=format)
         if columns:
             entry = replace(entry, columns={**entry.columns, **columns})
-        opened = [_open(file, entry) for file in _files(entry.path)]
+        opened = [_part(open_file(file), entry, signals) for file in _files(entry.path)]
         rows = sum(len(part.rows) for part in opened)
         picks.append(start + sample(rows, entry.samples, seed + i))
         start += rows
@@ -407,19 +415,14 @@ def _small(folder: str, name: str) -> bytes:
         return file.read(1 << 20)
 
 
-def _open(path: str, entry: DatasetEntry) -> _Part:
-    """Index a file and settle its format."""
-    return _part(open_file(path), entry)
-
-
-def _part(rows: Rows, entry: DatasetEntry) -> _Part:
+def _part(rows: Rows, entry: DatasetEntry, signals: Sequence[str] = ()) -> _Part:
     """Settle the format of rows by the first ones that can be read; the others complain when asked
     for.
     """
     path = rows.path
     if not len(rows):
         raise DataError(path, 0, "file", say("no rows", "没有数据行"), "empty", {})
-    formats = choose(entry.format)
+    formats = choose(entry.format, signals)
     sampled, errors = [], []
     for i in range(min(len(rows), _SAMPLED_ROWS)):
         try:
@@ -432,4 +435,4 @@ def _part(rows: Rows, entry: DatasetEntry) -> _Part:
     if not sampled:
         raise errors[0]
     found = sniff(sampled, formats, path)
-    return _Part(rows, entry, next(form for form in FORMATS if form.name == found.name), formats, found, media)
+    return _Part(rows, entry, next(form for form in formats if form.name == found.name), formats, found, media)

@@ -21,7 +21,7 @@ from ernie_tune.config.language import say
 from ernie_tune.data.batching import Dropped, RecordEncoder
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.records import Record
-from ernie_tune.data.sources import in_memory, load_dataset
+from ernie_tune.data.sources import Dataset, in_memory, load_dataset
 from ernie_tune.evaluate.measure import Measure
 from ernie_tune.evaluate.own_metrics import Metrics
 from ernie_tune.machine.place import Place
@@ -195,8 +195,10 @@ class Trainer:
 
     def _rows(self, data: Any, kinds: tuple[str, ...]) -> Sequence[Record]:
         """Names of files, and rows as dicts, through the readers, in the format that the settings
-        name if it is one; records as they are.
+        name if it is one; a `load_dataset` as this method reads it; records as they are.
         """
+        if isinstance(data, Dataset):
+            return data.serving(self.method.signals)
         given = in_memory(data)
         if given is None and not isinstance(data, str | Path) and not (len(data) and isinstance(data[0], str | Path)):
             return data

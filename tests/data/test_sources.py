@@ -265,15 +265,72 @@ def test_signals(tmp_path) -> None:
     )
 
 
+ASKING = ("verifiable", "prompt")
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
 def test_an_answer_to_learn_may_be_one_to_check_by(tmp_path) -> None:
-    """The commonest rows of checkable questions; without the hint the answer would be lost."""
+    """The commonest rows of checkable questions: who learns takes the answer, who asks checks by
+    it, whenever that is known.
+    """
     path = write(tmp_path / "a.jsonl", jsonl([{"prompt": "What is 2+2?", "answer": "4"}]))
-    error = error_of(load_dataset(path, signals=("verifiable", "prompt")), 0)
-    assert str(error).endswith("fix: set train_dataset_type: verifiable, which reads it so")
-    record = load_dataset(path, format="verifiable", signals=("verifiable", "prompt"))[0]
-    assert (record.signal, record.reward.answer, record.prompt[0]["content"]) == ("verifiable", "4", "What is 2+2?")
+    opened = load_dataset(path)
+    assert opened[0].signal == "sft"
+    for data in (load_dataset(path, signals=ASKING), opened.serving(ASKING), opened[:1].serving(ASKING)):
+        record = data[0]
+        assert (record.signal, record.reward.answer, record.prompt[0]["content"]) == ("verifiable", "4", "What is 2+2?")
+    assert opened.serving(()) is opened
     told = error_of(load_dataset(path, signals=("pair",)), 0)
     assert "which reads it so" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("row", "signal", "answer", "asked"),
+    [
+        ({"prompt": "q", "answer": "4"}, "verifiable", "4", "q"),
+        ({"prompt": "q", "completion": "a"}, "prompt", None, "q"),
+        ({"prompt": "q", "target": 44, "nums": [1, 2]}, "prompt", None, "q"),
+        ({"prompt": "q", "response": "a", "reasoning": "since so"}, "prompt", None, "q"),
+        ({"prompt": "q", "answer": "4", "score": 3, "label": 1, "train": 1}, "verifiable", "4", "q"),
+        ({"prompt": "q", "text": "t", "label": "cat"}, "prompt", None, "q"),
+        ({"prompt": [U], "question": "Q", "answer": "4", "task": "maths"}, "verifiable", "4", "q"),
+        ({"messages": [{"role": "user", "content": "m"}, A], "prompt": [U], "solution": "4"}, "verifiable", "4", "q"),
+        ({"problem": "q", "solution": "Two and two make 4.", "answer": "4"}, "verifiable", "4", "q"),
+        ({"instruction": "q", "input": "more", "output": "a"}, "prompt", None, "q\nmore"),
+        ({"messages": [U]}, "prompt", None, "q"),
+    ],
+)
+def test_who_asks_reads_rows_as_questions(row, signal, answer, asked) -> None:
+    """Columns beside a question, whatever their names, are for the functions that judge."""
+    record = load_dataset([row], signals=ASKING)[0]
+    found = record.reward.answer if record.reward else None
+    assert (record.signal, found, record.prompt[-1]["content"]) == (signal, answer, asked)
+    assert record.meta.row == row
+    assert record.meta.asked_as_text == (not ({"messages"} & {*row}) and isinstance(row.get("prompt", ""), str))
+
+
+@pytest.mark.parametrize(
+    ("row", "signal"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pair"),
+        ({"prompt": "q", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}, "rating"),
+        ({"messages": [U, A]}, "sft"),
+    ],
+)
+def test_what_compares_or_shows_answers_is_nothing_to_ask(row, signal) -> None:
+    assert f"found {signal} (" in str(error_of(load_dataset([row], signals=ASKING), 0))
+
+
+def test_who_asks_and_learns_judgements_reads_both() -> None:
+    rows = [{"prompt": "q", "answer": "4"}, {"prompt": "q", "answer": "a", "score": 3}]
+    assert load_dataset(rows[:1], signals=(*ASKING, "rating"))[0].signal == "verifiable"
+    assert load_dataset(rows[1:], signals=(*ASKING, "rating"))[0].signal == "rating"
+    assert load_dataset(rows[1:], signals=(*ASKING, "label"))[0].signal == "verifiable"
+
+
+def test_columns_that_some_rows_lack() -> None:
+    rows = [{"prompt": "q", "answer": "4"}, {"prompt": "p", "answer": None, "level": 2}, {"prompt": [U]}]
+    assert [record.signal for record in load_dataset(rows, signals=ASKING)] == ["verifiable", "prompt", "prompt"]
 
 
 def test_classification_serves_verifiable_training(tmp_path) -> None:

@@ -240,11 +240,15 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     # from trl import GRPOConfig, GRPOTrainer
     GRPOTrainer, GRPOConfig = ernie_tune.GRPOTrainer, ernie_tune.GRPOConfig
 
-    def reward_len(completions: list[Any], **kwargs: Any) -> list[float]:
-        return [-abs(4 - len(completion[0]["content"])) for completion in completions]
+    seen: list[Any] = []
+
+    def reward_num_unique_chars(completions: list[Any], **kwargs: Any) -> list[float]:
+        seen.extend(zip(completions, kwargs["completion"], strict=True))
+        return [float(len(set(c))) for c in completions]
 
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"write {i} letters"}) + "\n" for i in range(6)), encoding="utf-8")
+    rows = [{"prompt": f"write {i} letters", "completion": "abc"} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prompts = ernie_tune.load_dataset(str(file))
     training_args = GRPOConfig(
         output_dir=str(tmp_path / "out"),
@@ -260,13 +264,14 @@ def test_a_script_of_trl_runs_with_its_import_lines_changed(tmp_path: Path) -> N
     )
     made = GRPOTrainer(
         model=model(),
-        reward_funcs=reward_len,
+        reward_funcs=reward_num_unique_chars,
         args=training_args,
         train_dataset=prompts,
         processing_class=processor(),
     )
     made.train()
     assert made.loop.step == 2
+    assert all(isinstance(answer, str) and told == "abc" for answer, told in seen)
 
 
 def one_grpo_step(folder: Path, **more: Any) -> Any:
@@ -314,9 +319,9 @@ def test_rows_adapters_and_names_as_trl_takes_them(tmp_path: Path, given: Any) -
     assert {name.rsplit(".", 1)[-1] for name in weights(made)} == {"lora_A", "lora_B"}
 
 
-def test_rows_in_memory_are_read_in_the_format_that_the_settings_name(tmp_path: Path) -> None:
-    """A prompt with an answer may be one to learn or one to check by; what the error tells to set
-    must help.
+def test_an_answer_beside_a_prompt_is_one_to_check_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether the settings say so or not, of rows in memory and of a data set that was opened for
+    whatever it holds; what is measured says so where nothing can be.
     """
     seen: list[Any] = []
 
@@ -324,18 +329,22 @@ def test_rows_in_memory_are_read_in_the_format_that_the_settings_name(tmp_path: 
         seen.extend(answer)
         return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
-    def trained(**more: Any) -> None:
-        config = one_grpo_step(tmp_path, **more)
-        rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "answer": str(i)} for i in range(4)]
-        ernie_tune.GRPOTrainer(
-            model=model(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=processor()
-        ).train()
+    rows = [{"prompt": [{"role": "user", "content": f"read {i}"}], "answer": str(i)} for i in range(4)]
 
-    with pytest.raises(ValueError, match="set train_dataset_type: verifiable, which reads it so"):
-        trained()
-    trained(train_dataset_type="verifiable")
-    assert seen
-    assert set(seen) <= {"0", "1", "2", "3"}
+    def trained(given: Any, **more: Any) -> None:
+        config = one_grpo_step(tmp_path, overwrite_output_dir=True, **more)
+        seen.clear()
+        ernie_tune.GRPOTrainer(
+            model=model(), reward_funcs=reward, args=config, train_dataset=given, processing_class=processor()
+        ).train()
+        assert seen
+        assert set(seen) <= {"0", "1", "2", "3"}
+
+    trained(rows, train_dataset_type="verifiable")
+    trained(rows, num_generations_eval=4)
+    assert "WARNING] - num_generations_eval (4) has no effect without held-out rows" in capsys.readouterr().out
+    trained(ernie_tune.load_dataset(rows))
+    assert "has no effect" not in capsys.readouterr().out
 
 
 def test_an_adapter_needs_a_model(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ CHECKS = {
     "one_kind": _Check("warning", "good answers and bad ones", "add rows of the other label: {kind} answers alone show no difference to learn; to imitate good ones take --stage SFT", "好回答与坏回答都有", "补充另一种标签的行：只有一种标签学不到差别；若只想模仿好回答，请用 --stage SFT"),
     "constant": _Check("warning", "answers that depend on the question", "add rows with other answers", "随问题变化的回答", "补充其他回答的样本"),
     "unused": _Check("warning", "names that readers know", "rename what should be trained ({hint}), or drop it: it is kept and not used", "可识别的名称", "需要训练的请改名（{hint}），或删去：这些内容会保留但不会使用"),
+    "handed": _Check("note", "names that readers know", "nothing to do: functions that judge are given it as a column; rename what the model should see ({hint})", "可识别的名称", "可不处理：会作为列传给评判函数；需要给模型看的请改名（{hint}）"),
     "bookkeeping": _Check("note", "names that readers know", "nothing to do: it is kept and not used", "可识别的名称", "可不处理：会保留但不会使用"),
     "literal_tag": _Check("warning", "a picture or clip for each tag, or the tag behind a backslash (\\<image>) where the word is meant", "add the column of media (images, videos), or write the backslash; here the tag is trained as a word", "每个标记对应一个媒体；若指文字本身，写作 \\<image>", "补上媒体列（images、videos），或写反斜杠；此处按文字训练"),
     "picture_in_words": _Check("warning", "pictures in a column of their own, and <image> where they belong", "move it to images and write <image> in its place; here its name is trained as words", "图片写在单独的列中，并在其位置写 <image>", "移到 images，并在原处写 <image>；此处其名称按文字训练"),

@@ -34,8 +34,11 @@ class _Seen:
 
 @dataclass
 class FileNotes:
-    """The notes of one file, row by row. Memory does not grow with the rows."""
+    """The notes of one file, row by row. Memory does not grow with the rows. `asked`: rows that
+    are questions, whose other columns go to functions that judge.
+    """
 
+    asked: int = 0
     unused: Counter[str] = field(default_factory=Counter)
     seen: dict[str, _Seen] = field(default_factory=dict)
 
@@ -43,6 +46,7 @@ class FileNotes:
         """Take note of a record."""
         meta = record.meta
         self.unused.update(meta.unused)
+        self.asked += record.signal in ("prompt", "verifiable")
         for code, name, found in {note[0]: note for note in meta.notes}.values():
             self._see(code, meta.line, name, found, 1)
         turns = record.messages
@@ -63,7 +67,7 @@ class FileNotes:
             }
             close = [(name, near) for name in teaching if (near := nearest_name(name)) not in ("", name)]
             hint = ", ".join(f"{name} -> {near}" for name, near in close[:3]) or "question, answer, images, …"
-            code = "unused" if teaching else "bookkeeping"
+            code = "handed" if 2 * self.asked > rows else "unused" if teaching else "bookkeeping"
             yield Finding.of(code, path, 0, "columns", _names(self.unused, rows), hint=hint)
         for code, seen in self.seen.items():
             yield Finding.of(code, path, seen.line, seen.field, _told(code, seen, rows))

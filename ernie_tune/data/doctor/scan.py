@@ -30,11 +30,11 @@ from ernie_tune.data.doctor.notes import FileNotes
 from ernie_tune.data.doctor.rows import Batch, Columns, Facts, Quick, Row, facts_of, open_rows
 from ernie_tune.data.doctor.stats import Stats
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.readers.formats import FORMATS, choose, read, sniff
+from ernie_tune.data.readers.formats import choose, read, sniff
 from ernie_tune.data.readers.media import kinds_shown
 from ernie_tune.data.readers.row import Where
 from ernie_tune.data.records import DataError, Record, show
-from ernie_tune.data.sources import DatasetEntry, rename, signal_error
+from ernie_tune.data.sources import DatasetEntry, check_signal, rename
 
 DECODED = 200  # pictures that are opened unless more or fewer are asked for
 _SNIFFED_ROWS = 32
@@ -47,15 +47,17 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 class DataFile:
-    """One file of rows: its format, and how a row becomes a record. Raises DataError for files
-    without rows or of no known format.
+    """One file of rows: its format, and how a row becomes a record. `signals`: what the caller can
+    use, any where there are none. Raises DataError for files without rows or of no known format.
     """
 
-    def __init__(self, entry: DatasetEntry, media_dir: str = "", evaluation: bool = False) -> None:
+    def __init__(
+        self, entry: DatasetEntry, media_dir: str = "", evaluation: bool = False, signals: Sequence[str] = ()
+    ) -> None:
         self.path, self.evaluation, self.rows = entry.path, evaluation, 0
         self.notes = FileNotes()
         self._entry, self._media_dir = entry, media_dir
-        formats = choose(entry.format)
+        formats = choose(entry.format, signals)
         self.source = open_rows(entry.path)
         rows = (row for batch in self.source.batches() for row in batch.rows if row is not None)
         first = next(rows, None)
@@ -69,7 +71,7 @@ class DataFile:
             self.reason = say("of no known format, since no row could be read", "格式未知：没有一行可读取")
             found = sniff(sampled, formats, entry.path) if sampled else None
             if found:
-                self.form, self.reason = next(form for form in FORMATS if form.name == found.name), found.reason
+                self.form, self.reason = next(form for form in formats if form.name == found.name), found.reason
         self.quick = None if entry.columns or entry.tags else Quick(self.form, self._others)
 
     def record(self, row: Mapping[str, Any], line: int) -> Record:
@@ -135,7 +137,7 @@ class Scan:
         started = time.perf_counter()
         for entry, held_out in [*((entry, False) for entry in train), *((entry, True) for entry in evaluation)]:
             try:
-                self._files.append(DataFile(entry, self._media_dir, held_out))
+                self._files.append(DataFile(entry, self._media_dir, held_out, self._signals))
                 self._scan(len(self._files) - 1)
             except DataError as error:
                 self._findings.add(Finding.from_error(error))
@@ -223,8 +225,7 @@ class Scan:
                 raise row
             record = file.record(row, line)
             file.notes.add(record)
-            if self._signals and not set(self._signals) & set(record.serves):
-                raise signal_error(row, record, Where(file.path, line, self._media_dir), self._signals)
+            check_signal(row, record, Where(file.path, line, self._media_dir), self._signals)
             found = [*check_record(record), *self._pictures.check(record)]
             if record.signal == "prompt" and not self._signals:
                 found.append(Finding.of("unanswered", file.path, line, "roles", say("a question alone", "仅有问题")))

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from ernie_tune.config.language import say
+from ernie_tune.data.file_kinds import why_no_json
 from ernie_tune.data.readers.media import (
     KIND_NAMES,
     MEDIA_NAMES,
@@ -54,11 +55,11 @@ _PARTS = {
 _FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
 
-def read_dialogue(f: Fields) -> list[Turn]:
+def read_dialogue(f: Fields, names: Sequence[str] = (*DIALOGUES, *QUERIES)) -> list[Turn]:
     """The turns of a row before any answer column: a message list, or a query with instruction,
-    input, history and system joined.
+    input, history and system joined. `names`: of the fields that may hold it, the first counts.
     """
-    name = f.name(*DIALOGUES, *QUERIES)
+    name = f.name(*names)
     value = f.take(name)
     if isinstance(value, list) or name in DIALOGUES:
         turns = read_turns(f, name, value)
@@ -306,7 +307,7 @@ def read_json(f: Fields, field: str, text: Any) -> Any:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise f.error("json", field, show(text), why=str(error)) from error
+        raise f.error("json", field, show(text), why=why_no_json(text, error)) from error
 
 
 def check_dialogue(f: Fields, turns: Sequence[Turn], ends: Sequence[str]) -> None:

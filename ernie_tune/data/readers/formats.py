@@ -61,6 +61,17 @@ def read_prompt(f: Fields) -> Record:
     return finish(f, "prompt", read_dialogue(f))
 
 
+def read_asked(f: Fields) -> Record:
+    """A row as those read it who sample answers: a question, and what checks an answer where the
+    row says that. Other columns, answers among them, are for the functions that judge.
+    """
+    names = ("prompt", *DIALOGUES, *QUERIES)  # TRL's name for what is asked goes first
+    if f.has(*_CHECKED, "answer"):
+        return read_verifiable(f, names)
+    turns = read_dialogue(f, names)
+    return finish(f, "sft" if turns[-1].message["role"] == "assistant" else "prompt", turns)
+
+
 def read_classification(f: Fields) -> Record:
     """text + label: the label is the answer to learn, and a reward by exact match for verifiable
     training.
@@ -285,6 +296,17 @@ FORMATS = (
     Format("pictures", ((*IMAGE_NAMES, *FILE_NAMES), PICTURE_ANSWERS), read_picture),
     Format("text", (TEXTS,), read_text),
 )
+# Those of rows that are asked and not learnt: an answer beside a question is one to check by, or a
+# column for the functions that judge. What compares answers is nothing to ask.
+_COMPARING = ("canonical", "erniekit_vl", "erniekit_dpo", "erniekit", "pairs", "ranked")
+ASKED_FORMATS = (
+    Format("scored", (_ASKED, ("responses",), _SCORED), read_responses),
+    Format("verifiable", (_ASKED, (*_CHECKED, "answer")), read_asked),
+    Format("messages", (DIALOGUES,), read_asked),
+    Format("prompt", (QUERIES,), read_asked),
+    *(form for form in FORMATS if form.name in ("classification", "pictures", "text")),
+)
+_JUDGED = {"scored": "rating", "labels": "label"}  # formats whose answers have the names of those to check by
 _TEXTUAL = frozenset((*DIALOGUES, *QUERIES, *RESPONSES, "chosen", "rejected", "id"))
 _CHOOSING = frozenset(name.partition(".")[0] for form in FORMATS for group in form.needs for name in group)
 # Every field that some reader takes, but those of plain rows of texts.
@@ -300,13 +322,17 @@ class Sniff:
     reason: str
 
 
-def choose(name: str) -> tuple[Format, ...]:
+def choose(name: str, signals: Sequence[str] = ()) -> tuple[Format, ...]:
     """The formats that a `format` setting allows: "auto" all, a family ("erniekit", "alpaca",
-    "sharegpt") its members, a name that one.
+    "sharegpt") its members, a name that one. `signals`: what the caller can use (default: all);
+    where it asks and learns no demonstrations, "auto" reads rows as questions.
 
     Raises ValueError for any other name.
     """
     chosen = tuple(form for form in FORMATS if name in ("auto", form.name, *form.families))
+    if name == "auto" and "sft" not in signals and {"prompt", "verifiable"} & set(signals):
+        compared = (form for form in FORMATS if form.name in _COMPARING or _JUDGED.get(form.name) in signals)
+        return (*compared, *ASKED_FORMATS)
     if not chosen:
         names = ", ".join(dict.fromkeys(["auto", *(form.name for form in FORMATS)]))
         raise ValueError(
@@ -447,4 +473,7 @@ def read(
         ) from None
     unused = (*check_unused(f, record), *(extra or {}))
     left = {**(extra or {}), **f.extra()}
-    return dataclasses.replace(record, meta=Meta(where.path, where.line, form.name, left, unused, tuple(f.notes)))
+    as_text = any(f.took(name) and isinstance(row[name], str) for name in QUERIES if name in row)
+    whole = {} if record.signal != "prompt" and record.reward is None else {**(extra or {}), **row}
+    meta = Meta(where.path, where.line, form.name, left, unused, tuple(f.notes), as_text, whole)
+    return dataclasses.replace(record, meta=meta)

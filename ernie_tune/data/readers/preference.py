@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ernie_tune.config.language import say
@@ -223,18 +224,18 @@ def read_labelled(f: Fields) -> Record:
     return finish(f, "label", turns, [Draft(answer, label=read_label(f, "kto_tag", "label"))])
 
 
-def read_verifiable(f: Fields) -> Record:
+def read_verifiable(f: Fields, names: Sequence[str] = (*DIALOGUES, *QUERIES)) -> Record:
     """A prompt and what checks its answers. A dialogue that ends with an answer is a demonstration
-    too, and serves both trainings.
+    too, and serves both trainings. `names`: of the fields that may hold the dialogue.
     """
-    turns = read_dialogue(f)
+    turns = read_dialogue(f, names)
     demonstrated = turns[-1].message["role"] == "assistant"
     return finish(f, "sft" if demonstrated else "verifiable", turns, reward=read_reward(f))
 
 
 def read_reward(f: Fields) -> Reward:
-    """answer or solution, verifiers, evidence, scene and hint, on the row or inside `reward`;
-    verl's reward_model.
+    """answer (else ground_truth, else solution, which beside an answer is the way to it),
+    verifiers, evidence, scene and hint, on the row or inside `reward`; verl's reward_model.
     """
     value = f.take("reward", "reward_model")
     inner = f.nested("reward", {"type": value} if isinstance(value, str) else {} if value is None else value)
@@ -242,7 +243,7 @@ def read_reward(f: Fields) -> Reward:
     def first(*names: str) -> Any:
         return f.take(*names) if f.has(*names) else inner.take(*names)
 
-    answer = first("solution", "answer", "ground_truth")
+    answer = first("answer", "ground_truth", "solution")
     parts = {name: first(name) for name in ("verifiers", "evidence", "scene", "hint")}
     if isinstance(parts["verifiers"], str | dict):
         parts["verifiers"] = [parts["verifiers"]]

@@ -83,13 +83,14 @@ def check_unused(f: Fields, record: Record) -> tuple[str, ...]:
 
 def _refuse(part: Fields, key: str, value: object, record: Record) -> None:
     """The error for a value that training would miss. What only repeats something that was read is
-    none.
+    none; of a row that is asked and not learnt no thought or mask is missed.
     """
-    if part.prefix and not _words(key).isdisjoint(_LEFT_OUT_WORDS) and _is_flags(value):
+    asked = record.signal in ("prompt", "verifiable")
+    if not asked and part.prefix and not _words(key).isdisjoint(_LEFT_OUT_WORDS) and _is_flags(value):
         raise part.error("unread_mask", key, show(value), name=key)
     for kind, at, what in _missed(key, value):
         repeats = _is_shown(what, record) if kind in KIND_NAMES else kind == _THOUGHTS and part.took(*THOUGHTS)
-        if not repeats:
+        if not repeats and not (asked and kind in (_THOUGHTS, _MASK)):
             code = {"image": "unread_picture", "video": "unread_clip"}.get(kind, f"unread_{kind}")
             raise part.error(code, at, show(what), name=at.partition("[")[0].rpartition(".")[2])
 
