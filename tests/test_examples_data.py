@@ -430,8 +430,12 @@ def test_identity_rows_name_the_assistant_and_eval_asks_in_other_words() -> None
     train, evaluation = (
         json.loads((EXAMPLES / f"identity/{split}.json").read_text(encoding="utf-8")) for split in ("train", "eval")
     )
-    assert (len(train), len(evaluation)) == (60, 12)
-    for row in train + evaluation:
+    wordings = json.loads((EXAMPLES / "identity/wordings.json").read_text(encoding="utf-8"))
+    assert (len(train), len(evaluation), len(wordings)) == (60, 12, 96)
+    answers = Counter(row["conversations"][1]["value"] for row in wordings)
+    assert set(answers.values()) == {8}, "a fact's one sentence, asked for in eight wordings"
+    assert set(answers) == {row["conversations"][1]["value"] for row in evaluation}
+    for row in train + evaluation + wordings:
         human, gpt = row["conversations"]
         assert (human["from"], gpt["from"]) == ("human", "gpt")
         names = (
@@ -441,19 +445,19 @@ def test_identity_rows_name_the_assistant_and_eval_asks_in_other_words() -> None
         )
         assert any(name in gpt["value"] for name in names)
         assert "{{" not in human["value"] + gpt["value"]
-    questions = [row["conversations"][0]["value"] for row in train + evaluation]
-    assert len(set(questions)) == 72
+    questions = [row["conversations"][0]["value"] for row in train + evaluation + wordings]
+    assert len(set(questions)) == 168
 
 
 def test_identity_script_takes_other_names(tmp_path: Path) -> None:
     script("identity").main(["--out", str(tmp_path)])
-    for name in ("train.json", "eval.json"):
+    for name in ("train.json", "eval.json", "wordings.json"):
         assert (tmp_path / name).read_bytes() == (EXAMPLES / "identity" / name).read_bytes()
     script("identity").main(["--out", str(tmp_path), "--name", "Ada", "--author", "Byron Lab"])
     text = (tmp_path / "train.json").read_text(encoding="utf-8")
     assert "我叫Ada。" in text
     assert "My author is Byron Lab." in text
-    assert "ERNIE-Tune" not in text
+    assert "ERNIE-Tune" not in text + (tmp_path / "wordings.json").read_text(encoding="utf-8")
 
 
 def test_classify_labels_are_balanced_and_texts_unique() -> None:
