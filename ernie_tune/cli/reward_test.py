@@ -53,6 +53,7 @@ def run(args: list[str]) -> int:
     sets = assemble.train_sets(config, RLVRTrainer.method_class.signals)
     records = _spread([some[i] for some in sets for i in range(len(some))], rows)
     rubric = rubric_of(config, None, None)
+    rubric.know(records)
     reference = references(rubric, records)
     lines = attacked(rubric, records)
     for line in _table([*([reference] if reference else []), *lines]):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from ernie_tune.config.arguments import SETTINGS, RunConfig
-from ernie_tune.config.checks_methods import METHOD_RULES
+from ernie_tune.config.checks_methods import METHOD_RULES, weights_problem
 from ernie_tune.config.checks_sampling import sampling_rules
 from ernie_tune.config.convert import did_you_mean, to_yaml
 from ernie_tune.config.language import Text, say
@@ -201,6 +201,9 @@ def _missing(c: RunConfig) -> Iterator[tuple[str, str]]:
             "train_dataset_path",
             say("train_dataset_path is missing; name a data file", "缺少 train_dataset_path；请填写数据文件"),
         )
+    problem = weights_problem(c)
+    if problem and not c.rollout.reward_funcs and not c.critic.reward_model:
+        yield problem
     for name, wanted in (("eval_strategy", c.eval.eval_strategy != "no"), ("do_eval", c.eval.do_eval)):
         if wanted and not held_out:
             yield (

@@ -23,8 +23,24 @@ from ernie_tune.config.stages import (
 )
 
 
-def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
+def weights_problem(c: RunConfig) -> tuple[str, str] | None:
+    """(setting, why) where the weights of rewards are not as many as the rewards that settings
+    name; None where they are.
+    """
     weights = len(c.rollout.reward_weights)
+    rewards = len(c.rollout.reward_funcs) + bool(c.critic.reward_model)
+    if not c.samples or weights in (0, rewards):
+        return None
+    return (
+        "reward_weights",
+        say(
+            f"reward_weights ({weights} values) must have one value a reward ({rewards}); match them",
+            f"reward_weights（{weights} 个）须与奖励一一对应（{rewards} 个）；请使个数一致",
+        ),
+    )
+
+
+def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
     rewards = len(c.rollout.reward_funcs) + bool(c.critic.reward_model)
     prompt, longest = c.preference.max_prompt_len, c.data.max_seq_len
     if c.applies("preference") and prompt >= longest and prompt != SETTINGS["max_prompt_len"].default:
@@ -45,14 +61,9 @@ def _stage(c: RunConfig) -> Iterator[tuple[str, str]]:
                 f"{c.model.stage} 阶段要采样回答，packing（true）须为 false；请取消",
             ),
         )
-    if c.samples and weights not in (0, rewards):
-        yield (
-            "reward_weights",
-            say(
-                f"reward_weights ({weights} values) must have one value a reward ({rewards}); match them",
-                f"reward_weights（{weights} 个）须与奖励一一对应（{rewards} 个）；请使个数一致",
-            ),
-        )
+    problem = weights_problem(c)
+    if problem and rewards:  # functions at hand are counted where they are given
+        yield problem
 
 
 def _dealt_rows(c: RunConfig) -> Iterator[tuple[str, str]]:

@@ -167,7 +167,11 @@ class EndpointJudge:
                     raise TimeoutError(say("the reply came too slowly", "答复过慢"))
                 if len(content) > _REPLY_BYTES:
                     raise _Unclear(say("the reply is too long", "答复过长"))
-        return json.loads(content)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:  # a page of a proxy, of another server
+            shown = content[:_SHOWN_CHARACTERS].decode("utf-8", "replace")
+            raise ValueError(say(f"the reply {shown!r} is no JSON", f"答复 {shown!r} 不是 JSON")) from error
 
     def _verdict(self, reply: Any) -> float:
         """The only number of the reply, from 0 to `scale`, over `scale`."""

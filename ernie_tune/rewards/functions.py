@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +122,7 @@ class RewardFunction:
         self.function, self.on_error, self.timeout_seconds = function, on_error, timeout_seconds
         self.name = name or getattr(function, "__name__", type(function).__name__)
         self.asked = Asked()
+        self.columns: frozenset[str] = frozenset()  # of all rows of the run; some may lack one
         self.state = TrainerState()
         self.dialect = _dialect(function)
 
@@ -235,6 +236,11 @@ def _dialect(function: Callable[..., Any]) -> str:
     return "trl"
 
 
+def columns_of(records: Iterable[Record]) -> frozenset[str]:
+    """The names of all columns that some of these rows have."""
+    return frozenset(str(key) for record in records for key in (*record.meta.row, *record.meta.extra))
+
+
 _READ = ("image", "images", "videos", "scene", "evidence")  # columns that are handed on as they were read
 
 
@@ -318,6 +324,7 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
     instance = not (inspect.isroutine(function) or isinstance(function, type))
     as_text = getattr(function, "reads_text", instance)  # a class with __call__ is ms-swift's form
     given: dict[str, Any] = {
+        **{name: [None] * len(flat) for name in self.columns},
         **_columns(flat),
         "prompts": [_asked(record) for record, _, _ in flat],
         "completions": [answer.text if as_text else _said(record, answer) for record, answer, _ in flat],
@@ -335,12 +342,12 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
         if name not in given and p.default is inspect.Parameter.empty and p.kind not in rest
     ]
     if missing:
-        rows = {str(key) for record, _, _ in flat for key in (*record.meta.row, *record.meta.extra)}
-        fields = ", ".join(sorted({"answer", *rows}))
+        fields = ", ".join(sorted({"answer", *self.columns, *columns_of([record for record, _, _ in flat])}))
         raise TypeError(
             say(
-                f"it asks for {missing[0]!r}, and no row has a field of that name; rows have {fields}",
-                f"它需要 {missing[0]!r}，而数据没有该字段；数据有 {fields}",
+                f"it asks for {missing[0]!r}, and no row has a field of that name; rows have {fields}, "
+                "what was sampled is called completions",
+                f"它需要 {missing[0]!r}，而数据没有该字段；数据有 {fields}，采样的回答名为 completions",
             )
         )
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -476,7 +483,30 @@ def load_function(place: str) -> Callable[..., Any]:
     if not callable(found):
         own = [key for key, one in vars(module).items() if callable(one) and _is_own(one, module.__name__)]
         raise ValueError(function_problem(place, own, "" if found is None else type(found).__name__))
-    return found() if isinstance(found, type) else found
+    return made_of(found, place) if isinstance(found, type) else found
+
+
+def made_of(kind: type, place: str) -> Callable[..., Any]:
+    """An instance that can be called. Raises ValueError for a class without."""
+    try:
+        found = kind()
+    except _USERS as error:
+        raise ValueError(
+            say(
+                f"reward_funcs ({place}) must name a class that is made without arguments, and {kind.__name__}() failed "
+                f"with {type(error).__name__}: {error}; give its arguments defaults, or name a function",
+                f"reward_funcs（{place}）所指的类须能无参数创建，而 {kind.__name__}() 出错 {type(error).__name__}：{error}；"
+                "请为参数设默认值，或改用函数",
+            )
+        ) from error
+    if not callable(found):
+        raise ValueError(
+            say(
+                f"reward_funcs ({place}) must name a class with __call__(self, completions, **kwargs); write it",
+                f"reward_funcs（{place}）所指的类须有 __call__(self, completions, **kwargs)；请写出该方法",
+            )
+        )
+    return found
 
 
 def _is_own(value: Any, module: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from ernie_tune.rewards.functions import (
     Scores,
     TrainerState,
     ask_all,
+    columns_of,
 )
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.spoken import claims_beside
@@ -308,6 +309,14 @@ class Rubric:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(judge.name for judge in self.judges)
+
+    def know(self, records: Iterable[Record]) -> None:
+        """Tell functions which columns the rows of a run have, so that one that only some of them
+        have is None for the others."""
+        columns = columns_of(records)
+        for judge in self.judges:
+            if isinstance(judge, RewardFunction):
+                judge.columns |= columns
 
     def __call__(self, groups: Sequence[Group]) -> list[list[Scored]]:
         """One `Scored` an answer, in the order given."""

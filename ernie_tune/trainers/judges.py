@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.rewards.endpoint import SCHEME, EndpointJudge
-from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores, load_function
+from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores, load_function, made_of
 from ernie_tune.rewards.rubric import ROW, Judge, RowVerifiers, Rubric
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
 from ernie_tune.train.reward_model import HEAD_FOLDER, RewardHead, read_head
@@ -181,6 +182,7 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
     listed = list(given) if isinstance(given, list | tuple) else [given]
     listed += [reward_model if reward_model is not None else _folder_of_judge(config.critic.reward_model)]
     judges = [_judge(config, one) for one in listed if one is not None and one != ""]
+    _number(judges)
     return Rubric(
         judges,
         tuple(weights if weights is not None else r.reward_weights),
@@ -188,6 +190,17 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
         r.reward_check,
         config.evidence.evidence_scope,
     )
+
+
+def _number(judges: Sequence[Judge]) -> None:
+    """Different functions of one name (lambdas, those of two files) are told apart by a number."""
+    seen: dict[str, list[Any]] = {}
+    for judge in judges:
+        if isinstance(judge, RewardFunction):
+            others = seen.setdefault(judge.name, [])
+            if others and judge.function not in others:
+                judge.name = f"{judge.name}_{len(others) + 1}"
+            others.append(judge.function)
 
 
 def _folder_of_judge(name: str) -> Path | None:
@@ -230,12 +243,12 @@ def _judge(config: RunConfig, given: Any) -> Judge:
         return OpenedJudge(RewardModel(given.model, given.processor, given.args.data.max_seq_len))
     if isinstance(given, Path):
         return ModelJudge(given)
+    if isinstance(given, type):
+        given = made_of(given, given.__name__)
     if callable(given):
-        return (
-            given
-            if hasattr(given, "name") and not hasattr(given, "__name__")
-            else RewardFunction(given, "", r.reward_error, r.reward_timeout_seconds)
-        )
+        if hasattr(given, "name") and "groups" in inspect.signature(type(given).__call__).parameters:
+            return given  # a judge of ours
+        return RewardFunction(given, "", r.reward_error, r.reward_timeout_seconds)
     text = str(given)
     if text.startswith(SCHEME):
         return EndpointJudge(text, r.reward_timeout_seconds, r.reward_error)

@@ -201,6 +201,7 @@ class SampledAnswers(Method):
     def stream(self, rows: RowSets) -> Any:
         s = self.settings
         records = [some[i] for some in rows.train for i in range(len(some))]
+        self.rubric.know([*records, *(rows.held[i] for i in range(len(rows.held)))])
         if self.teaching is not None and self.teaching.signals:
             records = [record for record in records if not is_demonstration(record)]
             self.teaching.take(
@@ -450,9 +451,7 @@ class SampledAnswers(Method):
         return [one.answers for one in drawn]
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:
-        """Say what answers would earn without looking; a resumed run forgets the answers of rounds
-        that it will make again.
-        """
+        """Say what answers would earn without looking; a resumed run forgets rounds to come."""
         if resumed and self.place.is_writer and (made := self.rollouts.round):
             keep_lines(self.output_dir / COMPLETIONS_FILE, lambda row: row.get("round", 0) < made)
         right, reward = blind_ceiling(self.rollouts.records, self.config.evidence.evidence_twin_share)

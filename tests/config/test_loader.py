@@ -339,7 +339,7 @@ REFUSALS = [
     ("stage: DPO\nref_model_sync_steps: 2\nprecompute_ref_log_probs: true", "run.yaml:2: ref_model_update_steps (2) must go with a reference that has weights"),
     ("stage: DPO\nref_model_mixup_alpha: 0.5", "run.yaml:2: ref_model_mixup_alpha (0.5) must go with ref_model_update_steps above 0"),
     ("stage: RLVR\npacking: true", "run.yaml:2: packing (true) must be false at stage RLVR"),
-    ("stage: RLVR\nreward_weights: 1", "run.yaml:2: reward_weights (1 values) must have one value a reward (0)"),
+    ("stage: RLVR\nreward_weights: 1,2\nreward_funcs: exact", "run.yaml:2: reward_weights (2 values) must have one value a reward (1)"),
 ]  # fmt: skip
 
 
@@ -362,6 +362,13 @@ def test_what_a_run_must_name() -> None:
         "run.yaml:1: eval_strategy (epoch) needs rows to evaluate; set eval_dataset_path or val_size",
         "run.yaml:2: do_eval (true) needs rows to evaluate; set eval_dataset_path or val_size",
     ]
+
+
+def test_weights_of_rewards_that_nothing_names() -> None:
+    """A file must name the rewards; in Python they are functions, which are counted when given."""
+    told = refusal("stage: RLVR\nreward_weights: 1\nmodel: tiny-a\ndataset: x", for_training=True)
+    assert told == "run.yaml:2: reward_weights (1 values) must have one value a reward (0); match them"
+    assert load("stage: RLVR\nreward_weights: 1").config.rollout.reward_weights == (1.0,)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -155,6 +155,14 @@ def test_an_address_that_never_answers_ends_the_run_and_one_that_did_does_not() 
     assert EndpointJudge(f"judge:{server.url}?retries=0", on_error="raise")([]) == []
 
 
+def test_a_page_instead_of_a_reply_is_shown() -> None:
+    page = b"<html><body>502 Bad Gateway</body></html>"
+    with stub(lambda body, count: (200, page)) as server:
+        judge = EndpointJudge(f"judge:{server.url}?retries=0", on_error="raise")
+        with pytest.raises(ValueError, match=r"the reply '<html><body>502 Bad Gateway.*' is no JSON; start the server"):
+            judge([group("a")])
+
+
 def test_among_other_judges() -> None:
     with stub(lambda body, count: said("8")) as server:
         rubric = Rubric([EndpointJudge(f"judge:{server.url}?scale=8")], (2.0,))

@@ -281,6 +281,19 @@ def test_columns_are_the_rows_own() -> None:
     assert seen["gsm8k"] == {"i": 1}
 
 
+def test_columns_that_only_some_rows_have() -> None:
+    """None for the others, in a round without any such row, too."""
+    data = load_dataset([{"prompt": "a", "level": 2}, {"prompt": "b"}], signals=("verifiable", "prompt"))
+
+    def mine(completions: list, level: list) -> Any:
+        return level
+
+    rubric = Rubric([RewardFunction(mine)])
+    rubric.know([data[0], data[1]])
+    assert [one.parts["mine"] for one in rubric([(data[1], said("x", "y"))])[0]] == [None, None]
+    assert [one.parts["mine"] for one in rubric([(data[0], said("x"))])[0]] == [2.0]
+
+
 def test_none_nan_and_errors() -> None:
     def gaps(**_: Any) -> Any:
         return [None, float("nan"), True]
@@ -331,14 +344,15 @@ def test_functions_from_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "def good(completions, **_):\n    return [1.0] * len(completions)\n\nclass Orm:\n    def __call__(self, completions, **_):\n        return [2.0] * len(completions)\nx = 1\n"
+        "class Args:\n    def __init__(self, k):\n        pass\nclass Idle:\n    pass\n"
     )
     assert RewardFunction(load_function(f"{file}:good"))(GROUPS)[1] == [1.0]
     assert RewardFunction(load_function(f"{file}:Orm"))(GROUPS)[1] == [2.0]
     with pytest.raises(FileNotFoundError, match="must name an existing file"):
         load_function(f"{tmp_path}/none.py:good")
     for name, match in (
-        ("bad", r"mine.py, which has none called 'bad' but good, Orm; name one of them"),
-        ("god", r"none called 'god' but good, Orm; did you mean .*mine.py:good\?"),
+        ("bad", r"mine.py, which has none called 'bad' but good, Orm, Args, Idle; name one of them"),
+        ("god", r"none called 'god' but good, Orm, .*; did you mean .*mine.py:good\?"),
         ("x", r"none called 'x' \(that is of type int\) but good, Orm"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -346,6 +360,10 @@ def test_functions_from_files(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("from math import sqrt\n_hidden = len\n", encoding="utf-8")
     with pytest.raises(ValueError, match="none called 'bad' nor any other; write it"):
         load_function(f"{tmp_path}/empty.py:bad")
+    with pytest.raises(ValueError, match=r"made without arguments, and Args\(\) failed with TypeError: .*'k'"):
+        load_function(f"{file}:Args")
+    with pytest.raises(ValueError, match=r"must name a class with __call__\(self, completions"):
+        load_function(f"{file}:Idle")
     rows = tmp_path / "rows.jsonl"  # what somebody has sent must not be run as a program
     rows.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef good(**_): return []\n")
     with pytest.raises(ValueError, match="must name a file of Python"):

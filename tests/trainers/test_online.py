@@ -23,6 +23,8 @@ from ernie_tune.data.records import Record, Reward
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
+from ernie_tune.rewards.functions import RewardFunction
+from ernie_tune.trainers.judges import rubric_of
 from ernie_tune.trainers.online import AGREEMENT_FILE, COMPLETIONS_FILE, RLVRTrainer, SampledAnswers
 from ernie_tune.trainers.online_settings import check_timeout, policy_hyper, rollout_settings
 from ernie_tune.trainers.run import Run
@@ -345,6 +347,26 @@ def test_an_answer_beside_a_prompt_is_one_to_check_by(tmp_path: Path, capsys: py
     assert "WARNING] - num_generations_eval (4) has no effect without held-out rows" in capsys.readouterr().out
     trained(ernie_tune.load_dataset(rows))
     assert "has no effect" not in capsys.readouterr().out
+
+
+def test_who_judges_is_told_from_what_is_given(tmp_path: Path) -> None:
+    """Lambdas and functions of two files by number, classes by their instances; a function that has
+    a name of its own is none of our judges; weights in the settings, as TRL has them.
+    """
+
+    class Mine:
+        name = "mine"
+
+        def __call__(self, completions: list[str], **_: Any) -> list[float]:
+            return [1.0] * len(completions)
+
+    one, two = lambda completions, **_: [0.0], lambda completions, **_: [1.0]
+    config = one_grpo_step(tmp_path, reward_weights=[1.0, 0.5, 2.0])
+    made = rubric_of(config, [one, two, Mine], None)
+    assert (made.names, made.weights) == (("<lambda>", "<lambda>_2", "Mine"), (1.0, 0.5, 2.0))
+    assert isinstance(rubric_of(one_grpo_step(tmp_path), Mine(), None).judges[0], RewardFunction)
+    with pytest.raises(ValueError, match="must have names of their own"):
+        rubric_of(one_grpo_step(tmp_path), [one, one], None)
 
 
 def test_an_adapter_needs_a_model(tmp_path: Path) -> None:
