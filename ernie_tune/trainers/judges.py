@@ -198,9 +198,15 @@ def _number(judges: Sequence[Judge]) -> None:
     for judge in judges:
         if isinstance(judge, RewardFunction):
             others = seen.setdefault(judge.name, [])
-            if others and judge.function not in others:
+            if others and not any(_same(judge.function, other) for other in others):
                 judge.name = f"{judge.name}_{len(others) + 1}"
             others.append(judge.function)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions are one, also where its file was read twice."""
+    known = [(f.__code__, f.__defaults__, f.__closure__) for f in (one, other) if inspect.isfunction(f)]
+    return one is other or (len(known) == 2 and known[0] == known[1] and known[0][2] is None)
 
 
 def _folder_of_judge(name: str) -> Path | None:

@@ -365,8 +365,17 @@ def test_who_judges_is_told_from_what_is_given(tmp_path: Path) -> None:
     made = rubric_of(config, [one, two, Mine], None)
     assert (made.names, made.weights) == (("<lambda>", "<lambda>_2", "Mine"), (1.0, 0.5, 2.0))
     assert isinstance(rubric_of(one_grpo_step(tmp_path), Mine(), None).judges[0], RewardFunction)
-    with pytest.raises(ValueError, match="must have names of their own"):
-        rubric_of(one_grpo_step(tmp_path), [one, one], None)
+    (tmp_path / "rf.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n", encoding="utf-8")
+    named = f"{tmp_path}/rf.py:one"
+    for twice in ([one, one], [named, named]):
+        with pytest.raises(ValueError, match="must have names of their own"):
+            rubric_of(one_grpo_step(tmp_path), twice, None)
+
+    def scaled(k: float) -> Any:
+        return lambda completions, **_: [k] * len(completions)
+
+    made = rubric_of(one_grpo_step(tmp_path), [scaled(0.5), scaled(2.0)], None)
+    assert made.names == ("<lambda>", "<lambda>_2")
 
 
 def test_an_adapter_needs_a_model(tmp_path: Path) -> None:
