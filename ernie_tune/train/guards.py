@@ -245,7 +245,7 @@ class _Sign:
 
 
 _SIGNS = (
-    _Sign("grad_norm", 3, lambda now, _: now == 0, "the gradient is zero: nothing is trained; look at the table of trainable parameters", "梯度为零，没有任何内容得到训练；请查看可训练参数表"),
+    _Sign("grad_norm", 3, lambda now, _: now == 0, "the gradient is zero: nothing is trained; look at the table of trainable parameters, and at the rewards where answers are sampled", "梯度为零，没有任何内容得到训练；请查看可训练参数表；采样学习时请查看奖励"),
     _Sign("loss", 20, lambda now, before: now == before, "the loss is constant: check the labels, the learning rate and what is frozen", "损失不变；请检查标签、学习率与被冻结的部分"),
     _Sign("learning_rate", 20, lambda now, _: now == 0, "the learning rate is zero: check learning_rate, warmup_steps and max_steps", "学习率为零；请检查 learning_rate、warmup_steps 与 max_steps"),
     _Sign("frac_reward_zero_std", 10, lambda now, _: now == 1, "every answer of a prompt gets the same reward: there is nothing to learn from; test the reward on reference answers, or raise temperature", "同一提问的所有回答奖励相同，没有可学的差别；请用参考回答检验奖励，或调大 temperature"),
