@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +23,7 @@ from paddle.autograd import PyLayer
 from ernie_tune.models import mkl
 from ernie_tune.models.layers import row_sum, scale_rows, where_needed
 from ernie_tune.models.proven import proven
+from ernie_tune.models.tiles import Tiles
 
 # Probabilities are kept for the backward while they are smaller than this; above it they are made
 # again from queries and keys.
@@ -184,107 +184,94 @@ class _SegmentAttention(PyLayer):
         for run in plan.runs:
             q = plan.heads_first(q_TNH, run, kv_heads).scale_(scale)
             k, v = (plan.heads_first(x, run, kv_heads, keys=True) for x in (k_TKH, v_TKH))
-            pieces, parts = [], []
-            for block in plan.blocks(run):
-                e, z = _softmax_parts(q, k, block, run, plan)
-                parts.append((e, z) if keep else None)
-                # Dividing H columns is cheaper than dividing as many as there are keys.
-                pieces.append(scale_rows(paddle.matmul(e, v[:, :, : block[2]]), 1.0 / z))
-            outs.append(_join(pieces, 2))
-            ctx.kept.append((q, k, v, parts))
+            work: Tiles | _Blocks = (
+                Tiles(q, k, v, run.length, plan.causal) if mkl.ready(q, k, v) else _Blocks(q, k, v, run, plan, keep)
+            )
+            outs.append(work.forward())
+            ctx.kept.append(work)
         out = plan.tokens_first(outs, heads)
-        ctx.plan, ctx.frozen = plan, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
+        ctx.plan, ctx.kv_heads, ctx.frozen = plan, kv_heads, tuple(x.stop_gradient for x in (q_TNH, k_TKH, v_TKH))
         ctx.save_for_backward(out)
         return out
 
     @staticmethod
     def backward(ctx, grad_TNH):  # type: ignore[no-untyped-def]
         (out_TNH,) = ctx.saved_tensor()
-        plan, heads, width = ctx.plan, out_TNH.shape[1], out_TNH.shape[2]
+        plan, heads, width, kv_heads = ctx.plan, out_TNH.shape[1], out_TNH.shape[2], ctx.kv_heads
         pull_TN1 = row_sum(grad_TNH * out_TNH)
         grads: tuple[list[Tensor], ...] = ([], [], [])
-        for run, (q, k, v, parts) in zip(plan.runs, ctx.kept, strict=True):
-            kv_heads = k.shape[1]
-            g, pull = (plan.heads_first(x, run, kv_heads) for x in (grad_TNH, pull_TN1))
-            # The row sum that softmax's backward subtracts rides along as one more column of the
-            # product grad @ v^T.
-            v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
-            dq, dk, dv = [], None, None
-            for block, kept in reversed(list(zip(plan.blocks(run), parts, strict=True))):
-                e, z = kept or _softmax_parts(q, k, block, run, plan)
-                a, b, end = block
-                rows = slice(a * (heads // kv_heads), b * (heads // kv_heads))
-                # softmax is e / z: z is divided out of the narrow side here too
-                g_rows = scale_rows(g[:, :, rows], 1.0 / z)
-                g_aug = paddle.concat([g_rows, pull[:, :, rows] / z], axis=-1)
-                ds = paddle.matmul(g_aug, v_aug[:, :, :end], transpose_y=True).multiply_(e)
-                dq.append(paddle.matmul(ds, k[:, :, :end]))
-                dk = _into(dk, paddle.matmul(ds, q[:, :, rows], transpose_x=True))
-                dv = _into(dv, paddle.matmul(e, g_rows, transpose_x=True))
-            grads[0].append(_join(dq[::-1], 2).scale_(width**-0.5))
-            grads[1].append(dk)
-            grads[2].append(dv)
-        keys, values = (plan.key_gradients(parts, k.shape[1]) for parts in grads[1:])
+        for run, work in zip(plan.runs, ctx.kept, strict=True):
+            dq, dk, dv = work.backward(*(plan.heads_first(x, run, kv_heads) for x in (grad_TNH, pull_TN1)))
+            for found, x in zip(grads, (dq.scale_(width**-0.5), dk, dv), strict=True):
+                found.append(x)
+        keys, values = (plan.key_gradients(parts, kv_heads) for parts in grads[1:])
         return where_needed(ctx.frozen, plan.tokens_first(grads[0], heads), keys, values)
+
+
+class _Blocks:
+    """softmax(q k^T) v of one run in Paddle's operators, a block of queries after another, forward
+    once and then backward. q [n, K, L*G, H] is scaled already. `keep`: exponentials are kept for
+    the backward. (tiles.py has the same formulas for the math library.)
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, run: SegmentRun, plan: AttentionPlan, keep: bool) -> None:
+        self.q, self.k, self.v, self.run, self.plan, self.keep = q, k, v, run, plan, keep
+        self.parts: list[tuple[Tensor, Tensor] | None] = []
+
+    def forward(self) -> Tensor:
+        pieces = []
+        for block in self.plan.blocks(self.run):
+            e, z = self._softmax_parts(block)
+            self.parts.append((e, z) if self.keep else None)
+            # Dividing H columns is cheaper than dividing as many as there are keys.
+            pieces.append(scale_rows(paddle.matmul(e, self.v[:, :, : block[2]]), 1.0 / z))
+        return _join(pieces, 2)
+
+    def backward(self, g: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v. `pull`: each row of the gradient times that of the output."""
+        q, k, v, group = self.q, self.k, self.v, self.q.shape[2] // self.run.length
+        # The row sum that softmax's backward subtracts rides along as one more column of the
+        # product grad @ v^T.
+        v_aug = paddle.concat([v, paddle.full([*v.shape[:-1], 1], -1.0, v.dtype)], axis=-1)
+        dq, dk, dv = [], paddle.zeros_like(k), paddle.zeros_like(v)
+        for block, kept in zip(self.plan.blocks(self.run), self.parts, strict=True):
+            e, z = kept or self._softmax_parts(block)
+            a, b, end = block
+            rows = slice(a * group, b * group)
+            # softmax is e / z: z is divided out of the narrow side here too
+            g_rows = scale_rows(g[:, :, rows], 1.0 / z)
+            g_aug = paddle.concat([g_rows, pull[:, :, rows] / z], axis=-1)
+            ds = paddle.matmul(g_aug, v_aug[:, :, :end], transpose_y=True).multiply_(e)
+            dq.append(paddle.matmul(ds, k[:, :, :end]))
+            dk[:, :, :end] += paddle.matmul(ds, q[:, :, rows], transpose_x=True)
+            dv[:, :, :end] += paddle.matmul(e, g_rows, transpose_x=True)
+        return _join(dq, 2), dk, dv
+
+    def _softmax_parts(self, block: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """(e [n, K, rows*G, end], z [n, K, rows*G, 1]) of one block of scores; its softmax is e /
+        z.
+        """
+        a, b, end = block
+        group = self.q.shape[2] // self.run.length
+        e = paddle.matmul(self.q[:, :, a * group : b * group], self.k[:, :, :end], transpose_y=True)
+        if self.plan.causal:
+            live = paddle.to_tensor(_seen(b - a, group, end))
+            e.add_(((live - 1.0) * _FAR).astype(e.dtype))
+        mkl.exp_(mkl.below_zero_(e), far=True)
+        if self.plan.causal:
+            e.multiply_(live.astype(e.dtype))
+        return e, row_sum(e)
+
+
+def _seen(queries: int, group: int, keys: int) -> np.ndarray:
+    """1 where a query sees a key, 0 where it is one of the last `queries` and comes after it,
+    [queries * group, keys].
+    """
+    return np.repeat(np.tri(queries, keys, keys - queries, dtype=np.float32), group, axis=0)
 
 
 def _join(parts: list[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
-
-
-def _into(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add the sum over a shorter key range to the longest one, which comes first."""
-    if total is None:
-        return part
-    if mkl.ready(total):  # Paddle's CPU kernel copies all of `total` for this
-        mkl.view(total)[:, :, : part.shape[2]] += mkl.view(part)
-    else:
-        total[:, :, : part.shape[2]] += part
-    return total
-
-
-def _softmax_parts(
-    q: Tensor, k: Tensor, block: tuple[int, int, int], run: SegmentRun, plan: AttentionPlan
-) -> tuple[Tensor, Tensor]:
-    """(e [n, K, rows*G, end], z [n, K, rows*G, 1]) of one block of scores; its softmax is e / z."""
-    a, b, end = block
-    group = q.shape[2] // run.length
-    e = paddle.matmul(q[:, :, a * group : b * group], k[:, :, :end], transpose_y=True)
-    if far := not mkl.near_zero(e):
-        if plan.causal:
-            _hide_later(e, b - a, group, far)
-        mkl.below_zero_(e)
-    mkl.exp_(e, far)
-    if plan.causal:
-        _hide_later(e, b - a, group)
-    return e, row_sum(e)
-
-
-@lru_cache(maxsize=64)
-def _triangle(queries: int, group: int) -> np.ndarray:
-    """1 where a query sees a key of its own block, 0 where the key comes after it, [queries *
-    group, queries].
-    """
-    return np.repeat(np.tri(queries, dtype=np.float32), group, axis=0)
-
-
-def _hide_later(e: Tensor, queries: int, group: int, scores: bool = False) -> None:
-    """Zero (as scores: push far down), in place, what the last `queries` keys are to queries before
-    them. All earlier keys are seen by all.
-    """
-    live = _triangle(queries, group)
-    if mkl.ready(e):  # a view of a part costs Paddle's CPU operators a copy
-        own = mkl.view(e)[..., e.shape[-1] - queries :]
-        if scores:
-            own += (live - 1.0) * _FAR
-        else:
-            own *= live
-        return
-    live = np.pad(live, ((0, 0), (e.shape[-1] - queries, 0)), constant_values=1.0)
-    if scores:
-        e.add_(paddle.to_tensor((live - 1.0) * _FAR).astype(e.dtype))
-    else:
-        e.multiply_(paddle.to_tensor(live).astype(e.dtype))
 
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:

@@ -39,8 +39,6 @@ _CPU = paddle.CPUPlace()
 # Below so many elements Paddle's one operator beats three passes.
 _SMALL = 2**14
 _TABLE_ROWS = 256
-# Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long.
-_EXP_LIMIT = {paddle.float32: 80.0, paddle.float64: 700.0}
 
 
 @lru_cache(maxsize=1)
@@ -55,6 +53,9 @@ def _function(name: str) -> Callable[..., object]:
     function = _library()[name]  # type: ignore[index]
     if name.endswith("gemm_batch"):
         function.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 13, ctypes.c_int, ctypes.c_void_p)
+    elif name.endswith("gemm"):
+        number, at, row = ctypes.c_float if name == "cblas_sgemm" else ctypes.c_double, ctypes.c_void_p, ctypes.c_int
+        function.argtypes = (*[ctypes.c_int] * 6, number, at, row, at, row, number, at, row)
     return function
 
 
@@ -112,6 +113,12 @@ def _vector(name: str, x: Tensor) -> Tensor:
     return x
 
 
+def exp_array_(x: np.ndarray) -> None:
+    """exp in place, of a contiguous array."""
+    at, size = ctypes.c_void_p(x.ctypes.data), ctypes.c_int(x.size)
+    _function(f"VM{'S' if x.itemsize == 4 else 'D'}EXP_")(ctypes.byref(size), at, at, ctypes.byref(_MODE))
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2."""
     return _vector("TANH", x * 0.5).scale_(0.5, 0.5) if numel(x) > _SMALL and ready(x) else F.sigmoid(x)
@@ -123,8 +130,18 @@ def near_zero(x: Tensor) -> bool:
     """
     if not ready(x):
         return False
-    limit, values = 0.75 * _EXP_LIMIT[x.dtype], view(x)
+    limit, values = near_limit(_NUMPY[x.dtype]), view(x)
     return bool(-limit < values.min(initial=0.0) and values.max(initial=0.0) < limit)
+
+
+def near_limit(kind: np.dtype[Any]) -> float:
+    """How far from 0 an element may be that is `near_zero`."""
+    return 0.75 * exp_limit(kind)
+
+
+def exp_limit(kind: np.dtype[Any]) -> float:
+    """Beyond it exp leaves the normal numbers, and the vector function takes 50 times as long."""
+    return 80.0 if kind.itemsize == 4 else 700.0
 
 
 def below_zero_(x: Tensor) -> Tensor:
@@ -142,7 +159,7 @@ def exp_(x: Tensor, far: bool) -> Tensor:
     """
     if not ready(x):
         return x.exp_()
-    limit = _EXP_LIMIT[x.dtype]
+    limit = exp_limit(_NUMPY[x.dtype])
     return _vector("EXP", x.clip_(-limit, limit) if far else x)
 
 
@@ -236,6 +253,45 @@ def _products(
     kind, flags = _NUMPY[dtype], (left[3], right[3])
     products = Products(kind, len(out[1]), sizes, (left[2], right[2], out[2]), flags)
     products.run(*(begin * kind.itemsize + _address(tensor) for tensor, begin, *_ in (left, right, out)))
+
+
+def multiply(
+    left: np.ndarray,
+    right: np.ndarray,
+    out: np.ndarray,
+    transposed: tuple[bool, bool] = (False, False),
+    add: bool = False,
+) -> None:
+    """out[i] = left[i] @ right[i] (+ out[i], with `add`) of arrays [P, rows, columns], whose rows
+    may have gaps between them.
+    """
+    count, rows, columns = out.shape
+    if not out.size:
+        return
+    depth, size, letter = left.shape[1 if transposed[0] else 2], out.itemsize, "s" if out.itemsize == 4 else "d"
+    flags = [_TRANSPOSED if flag else _PLAIN for flag in transposed]
+    steps = [max(x.strides[1] // size, x.shape[2]) for x in (left, right, out)]  # of a single row NumPy may say 0
+    at = [x.__array_interface__["data"][0] for x in (left, right, out)]
+    if count == 1:
+        _function(f"cblas_{letter}gemm")(
+            _ROW_MAJOR, *flags, rows, columns, depth, 1.0, at[0], steps[0], at[1], steps[1], float(add), at[2], steps[2]
+        )
+        return
+    numbers = np.array([*flags, rows, columns, depth, *steps, count], np.int32)
+    each = np.multiply.outer([x.strides[0] for x in (left, right, out)], np.arange(count))
+    each += np.array(at)[:, None]
+    factors = np.array([1.0, float(add)], out.dtype)
+    ta, tb, m, n, k, step_a, step_b, step_c, group = _places(numbers)
+    (alpha, beta), (a, b, c) = _places(factors), (each.ctypes.data + i * each.strides[0] for i in range(3))
+    _function(f"cblas_{letter}gemm_batch")(
+        _ROW_MAJOR, ta, tb, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c, 1, group
+    )
+
+
+def _places(x: np.ndarray) -> range:
+    """Where each element of a contiguous vector lies."""
+    begin = x.ctypes.data
+    return range(begin, begin + x.nbytes, x.itemsize)
 
 
 class Products:

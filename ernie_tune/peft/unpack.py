@@ -14,10 +14,8 @@ Refuses to know: layers, autograd, how codes were chosen, other devices.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.models import mkl
+from ernie_tune.models import mkl, threads
 
 Array = np.ndarray[Any, Any]
 
@@ -169,7 +167,7 @@ def _forward(x_MI: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
         if matrix.scaled_after:
             rows[a:b, columns] *= matrix.scale[0, columns]
 
-    _run([(job, (m, a, b, columns)) for m, a, b in work if b > a for columns in _shares(n_out, len(work))])
+    threads.run([(job, (m, a, b, columns)) for m, a, b in work if b > a for columns in _shares(n_out, len(work))])
     return out
 
 
@@ -190,13 +188,14 @@ def _backward(grad_MO: Tensor, work: Work, shape: tuple[int, int]) -> Tensor:
                 sizes = (b - a, len(unpacked), n_out)
                 _multiply(sizes, (left, n_out), (unpacked, n_out), target, transposed=True)
 
-    _run([(job, (m, a, b, part)) for m, a, b in work if b > a for part in _shares(len(m.pieces()), len(work))])
+    threads.run([(job, (m, a, b, part)) for m, a, b in work if b > a for part in _shares(len(m.pieces()), len(work))])
     return out
 
 
 def _shares(size: int, jobs: int) -> Iterator[slice]:
     """`size` as it is where there are jobs for all threads, else in parts, one a thread."""
-    parts = 1 if jobs >= threads() else min(size, threads())
+    most = mkl.max_threads()
+    parts = 1 if jobs >= most else min(size, most)
     for i in range(parts):
         yield slice(size * i // parts, size * (i + 1) // parts)
 
@@ -228,33 +227,3 @@ def _product(
     another thread would write its own over them.
     """
     return mkl.Products(_FLOAT, 1, sizes, steps, (False, transposed), factor, add)
-
-
-Job = tuple[Callable[..., None], tuple[Any, ...]]
-
-
-def _run(jobs: Sequence[Job]) -> None:
-    """All of them, on as many threads as the library would take, each with one of the library's."""
-    count = min(threads(), len(jobs))
-    if count < 2:
-        for function, arguments in jobs:
-            function(*arguments)
-        return
-
-    def share(number: int) -> None:
-        with mkl.single_thread():
-            for function, arguments in jobs[number::count]:
-                function(*arguments)
-
-    list(_pool(os.getpid(), count).map(share, range(count)))
-
-
-@lru_cache(maxsize=4)
-def _pool(_process: int, count: int) -> ThreadPoolExecutor:
-    """Threads do not outlive a fork, so each process has its own."""
-    return ThreadPoolExecutor(count, "unpack")
-
-
-def threads() -> int:
-    """Threads of the math library."""
-    return mkl.max_threads()

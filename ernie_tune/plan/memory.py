@@ -18,12 +18,9 @@ from ernie_tune.plan.segments import bounds_of
 from ernie_tune.plan.weights import EXPERT, TENSOR, Held, bare, held
 
 # What the code keeps, in its own constants (a test holds them together): exponentials of scores for
-# the backward of the loss, and attention probabilities (CPU only; the flash kernel keeps none),
-# while they are smaller; scores are made in chunks.
+# the backward of the loss, while they are smaller; scores are made in chunks. Attention keeps none.
 LOSS_KEEP_BYTES = 512 * 2**20
 LOSS_CHUNK_BYTES = 16 * 2**20
-PROBS_KEEP_BYTES = 256 * 2**20
-ATTENTION_BLOCK = 128
 # Fullest over mean rank of the experts, dropless: 1.0 to 1.5.
 IMBALANCE = 1.3
 # CUDA context and communicators; what the allocator loses.
@@ -202,31 +199,13 @@ class _Activations:
         query, key = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
         hidden = 2 * self.local * m.hidden_size + self._gathered()
         heads = tokens * self.share * (2 * query + 2 * key)
-        return self.wide * (hidden + heads) + 4 * tokens * self.share * (query + key) + self._probabilities()
+        return self.wide * (hidden + heads) + 4 * tokens * self.share * (query + key)
 
     def _gathered(self) -> float:
         """Values of hidden states that sequence parallelism gathers before a column layer and
         before the sum after a row layer.
         """
         return 2 * self.job.tokens * self.job.model.hidden_size if self.layout.sequence_parallel else 0.0
-
-    def _probabilities(self) -> float:
-        """Blocks of the causal half of attention's exponentials, kept on a CPU while they are
-        small.
-        """
-        if not self.card.is_cpu:
-            return 0.0
-        rows, length = self.job.tokens / self.job.row_tokens, self.job.row_tokens
-        heads = self.job.model.num_attention_heads * self.share
-        if rows * length**2 * heads * self.wide > PROBS_KEEP_BYTES:
-            return 0.0
-        blocks = range(0, length, ATTENTION_BLOCK)
-        return (
-            self.wide
-            * rows
-            * heads
-            * sum((min(a + ATTENTION_BLOCK, length) - a) * min(a + ATTENTION_BLOCK, length) for a in blocks)
-        )
 
     def mlp(self, layer: int, gradients: bool = False) -> float:
         """Input and normed input; then gate, up, their product and what the product needs, of the
@@ -307,8 +286,6 @@ class _Activations:
         # Two norms with their inputs, queries, keys and values twice, attention's output, three of
         # the MLP's width; rotation in float32.
         block = mine * (self.wide * (8 * v.hidden_size + 3 * v.intermediate_size) + 4 * 4 * v.hidden_size)
-        probabilities = mine * PICTURE_PATCHES * v.num_heads * self.wide if self.card.is_cpu else 0.0
-        block += probabilities if probabilities <= PROBS_KEEP_BYTES else 0.0
         rope = 2 * 4 * mine * v.hidden_size
         merged = v.hidden_size * v.spatial_merge_size**2
         features = (

@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_tune.models import attention, decoding, grouped, layers, mkl, moe, segments
+from ernie_tune.models import attention, decoding, grouped, layers, mkl, moe, segments, tiles
 from ernie_tune.peft import lora, quantize, unpack
 from ernie_tune.train.card_check import decoding_line, operator_line
 from ernie_tune.train.card_operators import OPERATORS
@@ -68,9 +68,11 @@ def in_place(real: Any) -> Any:
 MUTANTS: dict[tuple[Any, str, Callable[[Any], Any]], str] = {
     # the math library's functions
     (mkl, "sigmoid", larger): "SwiGLU",
-    (mkl, "near_zero", lambda real: lambda x: True): "attention, large scores",
+    (mkl, "near_zero", lambda real: lambda x: True): "log-probabilities, large scores",
     (mkl, "below_zero_", lambda real: lambda x: x): "log-probabilities, large scores",
-    (mkl, "exp_", lambda real: lambda x, far: real(x.scale_(1.01), far)): "attention, causal",
+    (mkl, "exp_", lambda real: lambda x, far: real(x.scale_(1.01), far)): "log-probabilities",
+    (mkl, "exp_array_", lambda real: lambda x: real(np.multiply(x, 1.01, out=x))): "attention, causal",
+    (mkl, "multiply", lambda real: lambda x, y, out, *how, **more: real(x, y * 1.01, out, *how, **more)): "attention, causal",
     (mkl, "log_", in_place): "log-probabilities",
     (mkl, "rows_by_matrices", larger): "experts",
     (mkl, "rows_by_rows", larger): "experts",
@@ -90,10 +92,11 @@ MUTANTS: dict[tuple[Any, str, Callable[[Any], Any]], str] = {
     (layers, "row_sum", larger): "RMSNorm",
     (layers, "across", larger): "RMSNorm",
     (layers, "_outer", larger): "RMSNorm",
-    (attention, "scale_rows", larger): "attention, whole pictures",
     (attention, "row_sum", larger): "attention, causal",
-    (attention, "_into", lambda real: lambda total, part: part if total is None else total): "attention, causal",
-    (attention, "_hide_later", lambda real: lambda *a: None): "attention, causal",
+    (tiles.Tiles, "_shift", lambda real: lambda *a: None): "attention, large scores",
+    (tiles.Tiles, "_below", lambda real: lambda *a: None): "attention, large scores",
+    (tiles, "_triangle", after(np.ones_like)): "attention, causal",
+    (tiles, "_beside", larger): "attention, whole pictures",
     (attention.AttentionPlan, "key_gradients", larger): "attention, shared prefix",
     (attention.AttentionPlan, "tokens_first", larger): "attention, whole pictures",
     (moe, "_sum_slots", larger): "experts, dealt and summed",
@@ -172,6 +175,8 @@ def test_no_path_is_forgotten() -> None:
         "max_threads",
         "single_thread",
         "numel",
+        "near_limit",
+        "exp_limit",
         "view",
         "made",
         "stepping",

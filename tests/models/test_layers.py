@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import paddle
 import pytest
 from weights import golden_pixels, normal
 
+from ernie_tune.models import mkl, tiles
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors, vision_angles
 from ernie_tune.models.presets import preset
@@ -124,15 +127,20 @@ def test_swiglu_values_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("keep_bytes", [0, 2**30])
+@pytest.mark.parametrize("how", ["tiles", "small tiles", "operators", "operators, nothing kept"])
 @pytest.mark.parametrize("offsets", [(0, 150), (0, 5, 10, 15), (0, 3, 3, 140, 141, 150), (0, 5, 13, 18, 26, 29, 34)])
 def test_attention_values_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...], keep_bytes: int, causal: bool
+    monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...], how: str, causal: bool
 ) -> None:
     """Against one dense product with a block-diagonal mask, through Paddle's own autograd, in
-    float64; blocks of 128 are crossed by 150 tokens.
+    float64; blocks of 128 are crossed by 150 tokens, small tiles by a few, on two threads.
     """
-    monkeypatch.setattr("ernie_tune.models.attention.KEEP_PROBS_BYTES", keep_bytes)
+    if how == "small tiles":
+        monkeypatch.setattr(tiles, "TILE_SCORES", 512)
+        monkeypatch.setattr(tiles, "_ALONE_SCORES", 0)
+        monkeypatch.setattr(mkl, "max_threads", lambda: 2)
+    if how.endswith("nothing kept"):
+        monkeypatch.setattr("ernie_tune.models.attention.KEEP_PROBS_BYTES", 0)
     tokens = offsets[-1]
     q, k, v, g = (
         paddle.to_tensor(normal(n, (tokens, h, 8)), stop_gradient=n == "g")
@@ -152,7 +160,8 @@ def test_attention_values_and_gradients(
             p = paddle.nn.functional.softmax(q.transpose([1, 0, 2]) @ kk.transpose([0, 2, 1]) * 8**-0.5 + bias, -1)
             out = (p @ vv).transpose([1, 0, 2])
         else:
-            out = segment_attention(q, k, v, AttentionPlan(offsets, causal))
+            with mkl.left_alone() if how.startswith("operators") else nullcontext():
+                out = segment_attention(q, k, v, AttentionPlan(offsets, causal))
         (out * g).sum().backward()
         results.append([out.numpy(), *(x.grad.numpy() for x in (q, k, v))])
     for got, want in zip(*results, strict=True):

@@ -4,12 +4,14 @@ without it.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import paddle
 import pytest
 from weights import case_rows, normal
 
-from ernie_tune.models import mkl
+from ernie_tune.models import mkl, tiles
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.inputs import pack
 from ernie_tune.objectives.logprobs import token_logp
@@ -108,6 +110,43 @@ def test_attention_with_far_scores_picks_one_key(monkeypatch: pytest.MonkeyPatch
     out.sum().backward()
     np.testing.assert_allclose(v.grad.numpy()[:, 0, 0], [2.0, 0.0, 1.0], atol=1e-6)
     np.testing.assert_allclose(q.grad.numpy(), 0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_of_far_scores_are_those_of_the_operators(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """Some tiles need a shift and some do not; the operators take each row's maximum off."""
+    monkeypatch.setattr(tiles, "TILE_SCORES", 512)
+    tensors = [
+        paddle.to_tensor(normal(n, (90, h, 4)) * size) for n, h, size in (("q", 2, 9), ("k", 1, 200), ("v", 1, 1))
+    ]
+    tensors[0][:50] *= 1e-3
+    grad = paddle.to_tensor(normal("g", (90, 2, 4)))
+    for x in tensors:
+        x.stop_gradient = False
+    results = []
+    for how in (contextlib.nullcontext, mkl.left_alone):
+        with how():
+            out = segment_attention(*tensors, AttentionPlan((0, 30, 90), causal))
+        results.append([out, *paddle.grad(out, tensors, grad)])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_products_of_arrays_with_gaps(transposed: tuple[bool, bool], pairs: int) -> None:
+    shapes = ((4, 6), (6, 5))
+    left, right = (
+        normal(str(i), (pairs, *(shape[::-1] if flag else shape)[:1], 9))[..., : (shape[::-1] if flag else shape)[1]]
+        for i, (shape, flag) in enumerate(zip(shapes, transposed, strict=True))
+    )
+    want = np.matmul(*(x.transpose(0, 2, 1) if flag else x for x, flag in zip((left, right), transposed, strict=True)))
+    room = np.ones((pairs, 4, 8))
+    mkl.multiply(left, right, room[..., :5], transposed)
+    np.testing.assert_allclose(room[..., :5], want, atol=1e-13)
+    mkl.multiply(left, right, room[..., :5], transposed, add=True)
+    np.testing.assert_allclose(room[..., :5], 2 * want, atol=1e-13)
+    assert (room[..., 5:] == 1).all(), "what lies between rows is not touched"
 
 
 def test_model_without_the_library_computes_the_same(monkeypatch: pytest.MonkeyPatch, golden_model, golden) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_tune.models import mkl
+from ernie_tune.models import mkl, threads
 from ernie_tune.peft import unpack
 from ernie_tune.peft.quantize import QuantizedWeight, _StackProduct, quantize, unpack_halves
 from ernie_tune.peft.unpack import Codes
@@ -43,8 +43,8 @@ def test_products_and_the_whole(monkeypatch, rows: int, columns: int, bits: int,
     x, grad = np.random.default_rng(1).standard_normal((2, 6, max(rows, columns))).astype(np.float32)
     x, grad = np.ascontiguousarray(x[:, :rows]), np.ascontiguousarray(grad[:, :columns])
     size = np.abs(want).max() * np.sqrt(rows)
-    for threads in (1, 3):
-        monkeypatch.setattr(unpack, "threads", lambda threads=threads: threads)
+    for count in (1, 3):
+        monkeypatch.setattr(mkl, "max_threads", lambda count=count: count)
         forward = unpack.rows_by_codes(paddle.to_tensor(x), matrix).numpy()
         back = unpack.rows_by_codes_transposed(paddle.to_tensor(grad), matrix).numpy()
         assert np.abs(forward - x @ want).max() < 1e-5 * size
@@ -62,8 +62,8 @@ def test_a_stack_leaves_no_row_out(monkeypatch, bits: int) -> None:
     x = paddle.randn([9, 192])
     x.stop_gradient = False
     expert_of = np.repeat(range(4), counts)
-    for threads in (1, 2):
-        monkeypatch.setattr(unpack, "threads", lambda threads=threads: threads)
+    for count in (1, 2):
+        monkeypatch.setattr(mkl, "max_threads", lambda count=count: count)
         y = _StackProduct.apply(x, stack, counts)
         grad = paddle.randn(y.shape)
         (dx,) = paddle.grad(y, x, grad)
@@ -100,7 +100,7 @@ def test_threads_share_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mkl, "Products", Watched)
     monkeypatch.setattr(mkl, "single_thread", both_at_work)
-    monkeypatch.setattr(unpack, "threads", lambda: 2)
+    monkeypatch.setattr(mkl, "max_threads", lambda: 2)
     unpack._product.cache_clear()
     try:
         parts = [made(128, 24, 8, seed) for seed in range(4)]
@@ -114,5 +114,5 @@ def test_threads_share_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fork_gets_threads_of_its_own() -> None:
-    assert unpack._pool(1, 2) is unpack._pool(1, 2)
-    assert unpack._pool(1, 2) is not unpack._pool(2, 2)
+    assert threads._pool(1, 2) is threads._pool(1, 2)
+    assert threads._pool(1, 2) is not threads._pool(2, 2)
