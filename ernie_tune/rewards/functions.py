@@ -253,6 +253,7 @@ def _columns(flat: Flat) -> dict[str, list[Any]]:
         **dict.fromkeys(("answer", "solution", "ground_truth"), gold),
         "image": [record.images[0] if record.images else None for record, _, _ in flat],
         "images": [list(record.images) for record, _, _ in flat],
+        "videos": [list(record.videos) for record, _, _ in flat],
         "scene": [dict(record.reward.scene) if record.reward else {} for record, _, _ in flat],
         "evidence": [dict(record.reward.evidence) if record.reward else {} for record, _, _ in flat],
         "id": [record.id for record, _, _ in flat],
