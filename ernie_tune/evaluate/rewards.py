@@ -17,6 +17,7 @@ from ernie_tune.evaluate.answers import Question, question
 from ernie_tune.evaluate.measure import Measure
 from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.attacks import reference_answer
+from ernie_tune.rewards.evidence import without_evidence
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import ROW, RowVerifiers, Rubric, Scored
 from ernie_tune.rewards.scores import pass_at
@@ -150,7 +151,7 @@ class OnlineMeasure(Measure):
         """Whether the answers come from the pictures, of rows that have twins. twin_consistency:
         the share of them whose answers to both pictures are right; blind_consistency: the same of
         answers to grey pictures; invariance: the share of answers that an edit elsewhere leaves as
-        they are.
+        they are, whatever they cite for it.
         """
         found = [(record, twin) for record in records if (twin := twin_of(record)) is not None]
         if not found or len(found) < len(records):
@@ -166,7 +167,7 @@ class OnlineMeasure(Measure):
         controls = [(control, said) for r, said in zip(records, given, strict=True) if (control := control_of(r))]
         if controls:
             again = self._said([control for control, _ in controls])
-            same = [_content(a) == b for a, (_, b) in zip(again, controls, strict=True)]
+            same = [_concluded(_content(a)) == _concluded(b) for a, (_, b) in zip(again, controls, strict=True)]
             out["evidence/invariance"] = float(np.mean(same))
         return out
 
@@ -182,6 +183,11 @@ class OnlineMeasure(Measure):
 def _content(answer: Answered) -> str:
     """The answer without its thought."""
     return split_reasoning(answer.text)[1].strip()
+
+
+def _concluded(content: str) -> str:
+    """What an answer says in the end, without the claims that it rests on."""
+    return without_evidence(content).strip()
 
 
 def _right(own: RowVerifiers, record: Record, answer: Answered) -> float | None:

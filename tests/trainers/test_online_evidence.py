@@ -16,6 +16,8 @@ from support.tiny_runs import processor
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.training_arguments import TrainingArguments
+from ernie_tune.evaluate.rewards import OnlineMeasure
+from ernie_tune.rewards.functions import Answered
 from ernie_tune.train import rollout_guards
 from ernie_tune.trainers import online
 from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer
@@ -80,6 +82,18 @@ def test_a_run_with_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert 0 <= log[0]["evidence/twin_both_right"] <= 1
     assert log[0]["rewards/even/timeouts"] == 0
+
+
+def test_an_edit_elsewhere_may_change_what_is_cited_but_not_the_answer(tmp_path: Path) -> None:
+    """Claims about the rest of a picture follow its edits; invariance is of the answer alone."""
+    prompts = trainer(tmp_path).prompts[:4]
+    measure = OnlineMeasure.__new__(OnlineMeasure)
+    block = '<evidence>[{"type": "exists", "subj": "%s"}]</evidence>%s'
+    edited = [Answered(block % ("green circle", text)) for text in ("a", "a", "b", "a")]
+    measure._said = lambda records: edited  # type: ignore[method-assign]
+    measure._right = lambda records, said: [True] * len(records)  # type: ignore[method-assign]
+    found = measure._looked(prompts, [block % ("red circle", "a")] * 3 + ["a"], [True] * 4)
+    assert found["evidence/invariance"] == 0.75
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
