@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ernie_tune.rewards.drawing import redraw
+from ernie_tune.rewards.evidence import judge_evidence, read_claims
 from ernie_tune.rewards.verifiers import zoom
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "evidence" / "make_data.py"
@@ -49,8 +50,8 @@ def test_needles_lie_in_what_demonstrations_zoom_to(tmp_path: Path) -> None:
     places = []
     for row in train + held:
         left, top, right, bottom = row["signal"]["scene"]["target"]
-        places.append((left // 56, top // 56))
-        assert ((right - 1) // 56, (bottom - 1) // 56) == places[-1]
+        places.append((left // 112, top // 112))
+        assert ((right - 1) // 112, (bottom - 1) // 112) == places[-1]
     assert not set(places[: len(train)]) & set(places[len(train) :])
     for row, asked_row in zip(shown, train, strict=True):
         whole, part = (Image.open(tmp_path / name) for name in row["images"])
@@ -59,3 +60,41 @@ def test_needles_lie_in_what_demonstrations_zoom_to(tmp_path: Path) -> None:
         assert whole.crop(box).tobytes() == part.tobytes()
         assert zoom("", [box], asked_row["signal"]["scene"]["target"], 448 * 448) == 1
         assert (told["content"], answer["content"]) == ("<image>", asked_row["signal"]["answer"])
+
+
+def test_shapes_are_proved_by_what_is_in_every_place(tmp_path: Path) -> None:
+    """A demonstration's claims are full evidence of its own picture; those of the twin are
+    contradicted once, by the shape that differs.
+    """
+    main(["shapes", "--evidence", "--out", str(tmp_path), "--rows", "12", "--eval", "6", "--demonstrations", "12"])
+    train, held, shown = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "sft"))
+    for row, told in zip(train, shown, strict=True):
+        signal, text = row["signal"], told["messages"][1]["content"]
+        own = judge_evidence(text, signal["answer"], signal["scene"], signal["evidence"]["required"])
+        assert (own.score, own.contradicted) == (1, 0)
+        twin = signal["scene"]["twin"]
+        other = judge_evidence(text, signal["answer"], twin, twin["required"])
+        assert other.contradicted == 1 / len(signal["scene"]["objects"])
+        assert signal["answer"].split()[0] == row["messages"][0]["content"].rstrip("?").split()[-1]
+    layouts = [{tuple(sorted((o["colour"], o["place"]) for o in r["signal"]["scene"]["objects"])) for r in rows}
+               for rows in (train, held)]  # fmt: skip
+    assert not layouts[0] & layouts[1]
+
+
+def test_quarters_are_cited_by_boxes_that_hold_them(tmp_path: Path) -> None:
+    """Some of them no larger, most of them much; the question does not say what is there."""
+    main(["quarters", "--out", str(tmp_path), "--rows", "24", "--eval", "3", "--demonstrations", "24"])
+    areas = set()
+    for row, told in zip(rows_of(tmp_path / "train.jsonl"), rows_of(tmp_path / "sft.jsonl"), strict=True):
+        found, text = row["signal"]["scene"]["objects"][0], told["messages"][1]["content"]
+        claims = read_claims(text)
+        assert claims is not None
+        assert claims[0].box is not None
+        left, top, right, bottom = claims[0].box
+        assert left <= found["box"][0] < found["box"][2] <= right
+        assert top <= found["box"][1] < found["box"][3] <= bottom
+        assert found["place"] in row["messages"][0]["content"]
+        assert text.endswith(f"</evidence>{found['place']} {found['colour']} {found['shape']}")
+        assert "verifiers" not in row["signal"]
+        areas.add((right - left) * (bottom - top) / 112**2)
+    assert areas == {0.25, 0.5, 1.0}

@@ -2,10 +2,11 @@
 another answer. Knows pillow and arithmetic, nothing of models or training.
 
 Usage: python examples/evidence/make_data.py bars --rows 2000 --demonstrations 300 --eval 200
-Kinds: `bars` (which colour is the tallest bar), `shapes` (which shape has a colour, and where),
+Kinds: `bars` (which colour is the tallest bar), `shapes` (what has a colour, and where),
+`quarters` (what lies in a place; demonstrations cite boxes that are mostly too large),
 `digits_grid` (the digit in one quarter of four), `needle` (a small digit somewhere on a large
-canvas, which demonstrations zoom to), `scenes` (one or two shapes, to be stated so that they can be
-drawn again). Each row's `scene` holds what is true of its picture, its `twin` (a minimal edit that
+canvas, which demonstrations zoom to), `scenes` (two shapes, to be stated so that they can be drawn
+again). Each row's `scene` holds what is true of its picture, its `twin` (a minimal edit that
 changes the answer) and its `control` (an edit that must not). What the held-out rows show, places
 and pairs of colours, no row to learn from has.
 """
@@ -81,11 +82,12 @@ def bars(rng: random.Random, held: bool) -> tuple[str, list[Drawn]]:
 # --- shapes: what and where -----------------------------------------------------------------------
 
 PLACE = 56  # pixels a side of the four places of a picture
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def draw_shapes(objects: list[tuple[str, str, int]], asked: str) -> Drawn:
-    """(colour, shape, one of 2 x 2 places); the answer is the shape of the colour that is asked
-    for."""
+    """(colour, shape, one of 2 x 2 places); the answer is what has the colour that is asked for:
+    naming the colour first, it looks again before it says the shape."""
     image = Image.new("RGB", (2 * PLACE, 2 * PLACE), "white")
     pen = ImageDraw.Draw(image)
     known = []
@@ -101,12 +103,13 @@ def draw_shapes(objects: list[tuple[str, str, int]], asked: str) -> Drawn:
             pen.polygon(
                 [(box[0], box[3] - 1), (box[2] - 1, box[3] - 1), ((box[0] + box[2]) // 2, box[1])], COLOURS[colour]
             )
-        known.append({"colour": colour, "shape": shape, "box": [left, top, left + PLACE, top + PLACE]})
-    answer = next(shape for colour, shape, _ in objects if colour == asked)
+        whole = [left, top, left + PLACE, top + PLACE]
+        known.append({"colour": colour, "shape": shape, "place": PLACES[place], "box": whole})
+    answer = next(f"{colour} {shape}" for colour, shape, _ in objects if colour == asked)
     return image, answer, {"objects": known}
 
 
-def shapes(rng: random.Random, held: bool, most: int = 4) -> tuple[str, list[Drawn]]:
+def shapes(rng: random.Random, held: bool, most: int = 3) -> tuple[str, list[Drawn]]:
     """Shapes of different colours; the twin has another shape in the colour that is asked for, the
     control another one elsewhere.
     """
@@ -126,15 +129,23 @@ def shapes(rng: random.Random, held: bool, most: int = 4) -> tuple[str, list[Dra
     return f"Which shape is {colours[0]}?", [draw_shapes(some, colours[0]) for some in (objects, twin, control)]
 
 
+def quarters(rng: random.Random, held: bool) -> tuple[str, list[Drawn]]:
+    """The same pictures, asked for what is in a place; the answer says the place again, first."""
+    _, drawn = shapes(rng, held)
+    place = drawn[0][2]["objects"][0]["place"]
+    return f"What is at the {place}?", [(image, f"{place} {answer}", scene) for image, answer, scene in drawn]
+
+
 def scenes(rng: random.Random, held: bool) -> tuple[str, list[Drawn]]:
-    """One or two shapes; the answer states them, from the top left on. The twin has another shape
-    in one place, the control is the picture itself.
+    """Two shapes; the answer states them, from the top left on, each with its place first: who has
+    said it knows where to look for the rest. The twin has another shape in one place, the control
+    is the picture itself.
     """
     _, (one, twin, _) = shapes(rng, held, most=2)
     drawn = []
     for image, _, scene in (one, twin, one):
         objects = sorted(scene["objects"], key=lambda o: (o["box"][1], o["box"][0]))
-        stated = [{"shape": o["shape"], "colour": o["colour"], "box": inside(o["box"])} for o in objects]
+        stated = [{k: o[k] for k in ("place", "colour", "shape")} | {"box": inside(o["box"])} for o in objects]
         drawn.append((image, json.dumps(stated), {"objects": objects}))
     return "State the shapes, so that they can be drawn again.", drawn
 
@@ -178,7 +189,8 @@ def digits_grid(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) ->
     return f"Which digit is {place}?", [draw_grid(some, asked) for some in variants]
 
 
-CANVAS, NEEDLE, PATCH = 448, 12, 56  # pixels a side: of the picture, of the digit, of what zooming to it shows
+# Pixels a side: of the picture, the digit, what zooming to it shows, a place that it may lie in.
+CANVAS, NEEDLE, PATCH, AREA = 448, 12, 56, 112
 
 
 def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
@@ -190,15 +202,15 @@ def draw_needle(digit: tuple[str, Path], left: int, top: int) -> Drawn:
 
 
 def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tuple[str, list[Drawn]]:
-    """A digit of twelve pixels on a canvas that a processor for 112 makes unreadable. It lies
-    within one of 8 x 8 parts of the canvas, held-out digits in parts that no row to learn from
-    uses.
+    """A digit of twelve pixels on a canvas that a processor for 112 makes unreadable: three pixels
+    of what the model sees. It lies about the middle of one of 4 x 4 places, held-out digits in
+    places that no row to learn from uses.
     """
     while True:
-        column, line = (rng.randrange(CANVAS // PATCH) for _ in range(2))
-        if ((column + 3 * line) % 8 == 0) == held:
+        column, line = (rng.randrange(CANVAS // AREA) for _ in range(2))
+        if ((column + line) % 4 == 0) == held:
             break
-    left, top = (PATCH * k + rng.randrange(PATCH - NEEDLE + 1) for k in (column, line))
+    left, top = (AREA * k + (AREA - PATCH) // 2 + 15 + rng.randint(-1, 1) for k in (column, line))
     digit = rng.choice(pool)
     other = rng.choice([one for one in pool if one[0] != digit[0]])
     again = rng.choice([one for one in pool if one[0] == digit[0]])
@@ -208,6 +220,7 @@ def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tupl
 KINDS: dict[str, Callable[..., tuple[str, list[Drawn]]]] = {
     "bars": bars,
     "shapes": shapes,
+    "quarters": quarters,
     "digits_grid": digits_grid,
     "needle": needle,
     "scenes": scenes,
@@ -226,9 +239,8 @@ def claims(scene: Scene, answer: str, question: str) -> list[dict[str, Any]]:
     if "ocr" in scene:
         found = next(o for o in scene["ocr"] if o["text"] == answer)
         return [{"type": "ocr", "subj": answer, "box": found["box"]}]
-    colour = question.rstrip("?").split()[-1]
-    found = next(o for o in scene["objects"] if o["colour"] == colour)
-    return [{"type": "exists", "subj": f"{colour} {found['shape']}", "box": found["box"]}]
+    ordered = sorted(scene["objects"], key=lambda o: PLACES.index(o["place"]))
+    return [{"type": "bbox", "subj": f"{o['place']} {o['colour']} {o['shape']}", "box": o["box"]} for o in ordered]
 
 
 def row(question: str, drawn: list[Drawn], folder: Path, name: str, evidence: bool) -> dict[str, Any]:
@@ -274,7 +286,7 @@ def zoomed(asked: dict[str, Any], out: Path) -> dict[str, Any]:
     """A demonstration that calls the tool for the part of the picture in which the digit lies, is
     shown it, and answers.
     """
-    left, top = (PATCH * (x // PATCH) for x in asked["signal"]["scene"]["target"][:2])
+    left, top = (AREA * (x // AREA) + (AREA - PATCH) // 2 for x in asked["signal"]["scene"]["target"][:2])
     box, (name,) = [left, top, left + PATCH, top + PATCH], asked["images"]
     shown = f"{name.removesuffix('.png')}z.png"
     with Image.open(out / name) as whole:
@@ -286,6 +298,18 @@ def zoomed(asked: dict[str, Any], out: Path) -> dict[str, Any]:
         {"role": "assistant", "content": asked["signal"]["answer"]},
     ]
     return {"messages": [*asked["messages"], *turns], "images": [name, shown]}
+
+
+def cited(asked: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A demonstration whose box holds what is asked for, its quarter of the picture as seldom as
+    the halves and the whole of it: how small a box may be is left to find out.
+    """
+    found, whole = asked["signal"]["scene"]["objects"][0], 2 * PLACE
+    left, top, right, bottom = found["box"]
+    boxes = [[left, top, right, bottom], [left, 0, right, whole], [0, top, whole, bottom], [0, 0, whole, whole]]
+    proof = f"<evidence>{json.dumps([{'type': 'bbox', 'subj': found['place'], 'box': rng.choice(boxes)}])}</evidence>"
+    said = {"role": "assistant", "content": f"{proof}{asked['signal']['answer']}"}
+    return {"messages": [*asked["messages"], said], "images": asked["images"]}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -316,7 +340,9 @@ def main(argv: list[str] | None = None) -> None:
         found[split] = [row(q, drawn, folder, f"{i:04d}", args.evidence) for i, (q, drawn) in enumerate(made)]
     write(out / "train.jsonl", found["train"])
     write(out / "eval.jsonl", found["eval"])
-    write(out / "sft.jsonl", [demonstration(one) for one in found["train"][: args.demonstrations]])
+    shown = found["train"][: args.demonstrations]
+    rng = random.Random(f"{args.kind} boxes {args.seed}")
+    write(out / "sft.jsonl", [cited(one, rng) if args.kind == "quarters" else demonstration(one) for one in shown])
     write(out / "sft_eval.jsonl", [demonstration(one) for one in found["eval"]])
     if args.evidence:
         for split, rows in found.items():
