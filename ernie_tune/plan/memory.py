@@ -283,9 +283,9 @@ class _Activations:
         if v is None or not self.job.visual_tokens:
             return 0.0
         mine = self.job.visual_tokens * v.spatial_merge_size**2 / self.layout.pipe
-        # Two norms with their inputs, queries, keys and values twice, attention's output, three of
+        # Two norms with their inputs, queries, keys and values twice, attention's output, two of
         # the MLP's width; rotation in float32.
-        block = mine * (self.wide * (8 * v.hidden_size + 3 * v.intermediate_size) + 4 * 4 * v.hidden_size)
+        block = mine * (self.wide * (8 * v.hidden_size + 2 * v.intermediate_size) + 4 * 4 * v.hidden_size)
         rope = 2 * 4 * mine * v.hidden_size
         merged = v.hidden_size * v.spatial_merge_size**2
         features = (

@@ -22,7 +22,16 @@ from paddle import Tensor
 from ernie_tune.models import moe
 from ernie_tune.models.attention import AttentionPlan, cached_attention, segment_attention
 from ernie_tune.models.grouped import grouped_matmul
-from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors
+from ernie_tune.models.layers import (
+    rms_norm,
+    rotate_halves,
+    rotate_pairs,
+    swiglu,
+    text_angles,
+    turn_factors,
+    vision_angles,
+)
+from ernie_tune.models.vision import quick_gelu
 from ernie_tune.objectives.distill import ScoreHead, token_jsd
 from ernie_tune.objectives.logprobs import token_logp, token_logp_and_entropy
 from ernie_tune.peft import lora, virtual_tokens
@@ -103,6 +112,24 @@ def _rope() -> Operator:
         return paddle.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
 
     return Operator(ours, plain, (normal(0, 20, 4, 64),))
+
+
+def _picture_rope() -> Operator:
+    angles = vision_angles(np.array([[1, 4, 6]]), 32, 1e4)
+
+    def ours(x: Tensor) -> Tensor:
+        cos, sin = (
+            _constant(np.repeat(f(np.concatenate([-angles, angles], 1))[:, None], 4, 1), _wide(x))
+            for f in (np.cos, np.sin)
+        )
+        return rotate_halves(x, cos, sin)
+
+    def plain(x: Tensor) -> Tensor:
+        cos, sin = (_constant(f(angles)[:, None], x) for f in (np.cos, np.sin))
+        a, b = x[:, :, :16], x[:, :, 16:]
+        return paddle.concat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return Operator(ours, plain, (normal(0, 24, 4, 32),))
 
 
 def _attention(
@@ -413,7 +440,9 @@ OPERATORS: dict[str, Operator] = {
     ),
     # large enough for the math library
     "SwiGLU": Operator(swiglu, lambda gate, up: _silu(gate) * up, (normal(0, 300, 64), normal(1, 300, 64))),
+    "quick GELU": Operator(quick_gelu, lambda x: x / (1.0 + paddle.exp(-1.702 * x)), (normal(0, 700, 64),)),
     "rotary embedding": _rope(),
+    "rotary embedding, pictures": _picture_rope(),
     "attention, causal": _attention((0, 5, 37, 197), True),
     "attention, whole pictures": _attention((0, 16, 80), False),
     "attention, shared prefix": _attention((0, 40, 52, 70), True, (-1, 0, 0)),

@@ -27,6 +27,8 @@ DECODING, CODED = "decoding", "decoding on codes"
 PYLAYERS = {
     "models.layers._RmsNorm": "RMSNorm",
     "models.layers._Swiglu": "SwiGLU",
+    "models.layers._RotateHalves": "rotary embedding, pictures",
+    "models.vision._QuickGelu": "quick GELU",
     "models.attention._SegmentAttention": "attention, causal",
     "models.grouped._GroupedMatmul": "experts",
     "models.moe._AddLoss": "router's loss",
