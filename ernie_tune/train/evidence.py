@@ -217,6 +217,7 @@ class Evidence:
                 )
             )
         self.metrics: dict[str, float] = {}
+        self._totals: dict[str, tuple[float, int]] = {}  # sums and counts of the round, over all ranks
 
     def together(self, number: int) -> tuple[int, ...]:
         """What is answered in the same round as a row: itself, and its twin."""
@@ -230,9 +231,10 @@ class Evidence:
         """`blind_ceiling` of the rows that are answered."""
         return blind_ceiling(self.records, self.settings.twin_share)
 
-    def weigh(self, groups: Sequence[Rolled], ranks: Ranks = ALONE) -> None:
+    def weigh(self, groups: Sequence[Rolled], ranks: Ranks = ALONE, more: bool = False) -> None:
         """Change the rewards of judged groups in place by what their evidence is worth. All ranks
-        call it; a row's twin may be another rank's.
+        call it; a row's twin may be another rank's. `more`: the groups join those of the call
+        before, as refills of a round do; `metrics` are then of them all.
         """
         s = self.settings
         said: dict[str, list[float]] = {}
@@ -243,11 +245,12 @@ class Evidence:
         if s.boxes:
             self._boxes(groups, ranks, said)
         told = ranks.gather({name: (float(np.sum(values)), len(values)) for name, values in said.items()})
-        sums = {name: [part[name] for part in told if name in part] for part in told for name in part}
-        self.metrics = {
-            f"evidence/{name}": sum(t for t, _ in parts) / max(1, sum(n for _, n in parts))
-            for name, parts in sums.items()
-        }
+        if not more:
+            self._totals = {}
+        for name, (total, count) in ((name, part[name]) for part in told for name in part):
+            before, counted = self._totals.get(name, (0.0, 0))
+            self._totals[name] = before + total, counted + count
+        self.metrics = {f"evidence/{name}": total / max(1, count) for name, (total, count) in self._totals.items()}
 
     def _twins(self, groups: Sequence[Rolled], ranks: Ranks, said: dict[str, list[float]]) -> None:
         mine = {group.number: group.right_G.tolist() for group in groups if group.number in self.partner}

@@ -182,7 +182,7 @@ class Rollouts:
             names = _apart(numbers, len(self.records))
             some = self._groups(self.deal.own(numbers, ranks.rank), self.deal.own(names, ranks.rank))
             if self.evidence is not None:
-                self.evidence.weigh(some, ranks)
+                self.evidence.weigh(some, ranks, more=attempts > 0)
             told = ranks.gather([(g.number, g.spread, g.share_right) for g in some])
             rights = [(number, right) for part in told for number, _, right in part]
             self.prompts.saw({n: right for n, right in rights if right is not None and n < self.prompts.size})

@@ -225,6 +225,21 @@ def test_twins_are_answered_in_one_round_and_paid_together(tmp_path: Path, model
     assert found.metrics["evidence/twin_both_right"] == pytest.approx(both)
 
 
+def test_what_is_told_of_a_round_is_of_its_refills_too(tmp_path: Path, model: ErnieModel) -> None:
+    """All of the first two pairs are right, none of those drawn again since no answers differ."""
+    judged = [0]
+
+    def at_first(completions: list[Any], **_: Any) -> list[float]:
+        judged[0] += len(completions)
+        return [float(judged[0] <= S.prompts * S.num_generations)] * len(completions)
+
+    rounds = dataclasses.replace(S, dynamic_sample=True, max_resample_times=1)
+    found = made(model, rows(tmp_path), EvidenceSettings(twins=True), at_first, rounds=rounds)
+    found.make_round()
+    assert judged[0] == 2 * S.prompts * S.num_generations
+    assert found.metrics["evidence/twin_both_right"] == 0.5
+
+
 def test_an_answer_that_never_changes_earns_half(tmp_path: Path, model: ErnieModel) -> None:
     """The policy that does not look: always right here, never there."""
     constant = lambda answer, **_: [float(a == "a") for a in answer]  # noqa: E731
