@@ -20,7 +20,10 @@ import pytest
 from PIL import Image
 
 BASE = Path(__file__).parent.parent / "examples" / "base"
-MODULES = ("words", "scenes", "printed", "plots", "clips", "texts", "lookups", "heads", "make_data", "score")
+MODULES = (
+    *("words", "scenes", "printed", "plots", "clips", "shop", "texts", "lookups", "heads", "make_data", "score"),
+    "widen",
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,91 @@ def test_a_colour_or_a_shape_alone(base: dict[str, ModuleType]) -> None:
         answers.append(answer)
         assert not question.startswith(("Is there no", "Is no ")), "yes and no would both be right"
     assert 0.4 < answers.count("yes") / 300 < 0.6
+
+
+def test_verdicts_on_few_words_are_true_and_balanced(base: dict[str, ModuleType]) -> None:
+    """Of one thing and of two, in both languages: what is asked against the scene's words."""
+    rng, scenes, words = random.Random(12), base["scenes"], base["words"]
+    chinese = {**{v[0]: k for k, v in words.COLORS.items()}, **{v: k for k, v in words.SHAPES.items()}}
+    few = {"color": scenes.FEW["color"][:3], "shape": scenes.FEW["shape"][:3]}
+    answers = []
+    for i in range(400):
+        zh, alone = i % 2 == 1, i % 4 < 2
+        if alone:
+            s = scenes.lone(rng, few=few)
+            question, answer = scenes.ask_among(
+                s, rng, zh, ("color", "shape")[i % 3 % 2], few[("color", "shape")[i % 3 % 2]], 0.5
+            )
+        else:
+            s = scenes.scene(rng, most=2, few=few)
+            question, answer = scenes.ask_few(s, rng, zh, few)
+        held = [{t.color, t.shape} for t in s.things]
+        assert set().union(*held) <= {*few["color"], *few["shape"]}
+        said = question.rstrip("?？吗。").split()
+        asked = {e for c, e in chinese.items() if c in question} if zh else {*few["color"], *few["shape"]} & set(said)
+        assert 1 <= len(asked) <= 2, question
+        assert answer == (("是", "否") if zh else ("yes", "no"))[not any(asked <= h for h in held)], question
+        answers.append(answer in ("yes", "是"))
+    assert 0.4 < sum(answers) / 400 < 0.62
+
+
+def test_customers_and_names(base: dict[str, ModuleType]) -> None:
+    rng, shop, texts = random.Random(2), base["shop"], base["texts"]
+    written = {
+        form.format(thing)
+        for parts in shop.KINDS.values()
+        for things, said in (parts[:2], parts[2:])
+        for form in said.split("|")
+        for thing in things.split("|")
+    }
+    assert len(written) > 3000
+    with (BASE.parent / "classify" / "eval.csv").open(encoding="utf-8") as file:
+        assert not written & {line.rsplit(",", 1)[0].strip('"') for line in file}, "no held-out message is drawn"
+    labels = {w for per in shop.LABELS.values() for ws in per for w in ws} | {k for kind in shop.KINDS for k in kind}
+    for i in range(200):
+        question, answer = shop.kind_of(rng, i % 2 == 1)
+        assert answer in labels
+        if "One of: " in question:
+            assert answer in question.split("One of: ")[1].split(", ")
+        told = texts.persona(rng, i % 2 == 1)
+        name = (
+            told[0][0].split("你叫")[1].split("，")[0] if i % 2 else told[0][0].split("name is ")[1].split(" and ")[0]
+        )
+        assert all("{" not in answer for _, answer in told)
+        assert all(name in a for q, a in told if ("叫" in q.split("。")[-1] or "your name" in q.split(". ")[-1]))
+        question, answer = texts.repeated(rng, i % 2 == 1)
+        assert question.endswith(answer)
+
+
+def test_a_tokenizer_is_widened_and_old_text_means_the_same(
+    base: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import load_file
+
+    from ernie_tune import AutoModel, AutoProcessor
+
+    old, held = AutoModel.from_config("nano", seed=1), AutoProcessor.from_pretrained("nano")
+    old.save_pretrained(tmp_path / "old", dtype="float32")
+    held.save_pretrained(tmp_path / "old")
+    words = ["--pieces", "16", "--characters", "8", "--rows", "300"]
+    monkeypatch.setattr(sys, "argv", ["x", "--weights", str(tmp_path / "old"), "--out", str(tmp_path / "new"), *words])
+    base["widen"].main()
+    new, processor = AutoModel.from_pretrained(tmp_path / "new"), AutoProcessor.from_pretrained(tmp_path / "new")
+    before, after = held.tokenizer, processor.tokenizer
+    assert after.vocab_size == before.vocab_size + 16 == new.config.vocab_size
+    assert new.config.tokens == after.token_ids()
+    special = 10
+    table_old, table = (
+        load_file(tmp_path / n / "model.safetensors")["model.embed_tokens.weight"] for n in ("old", "new")
+    )
+    np.testing.assert_array_equal(table[: -special - 16], table_old[:-special])
+    np.testing.assert_array_equal(table[-special:], table_old[-special:])
+    for i in range(after.vocab_size - special - 16, after.vocab_size - special):
+        spelled = before.encode(after.decode([i]))
+        np.testing.assert_allclose(table[i], table_old[spelled].mean(axis=0), atol=1e-6)
+    for text in ("large red circle", "一共有几个图形？", "☃ 12\n"):
+        assert after.decode(after.encode(text)) == text
+        assert len(after.encode(text)) <= len(before.encode(text))
 
 
 def test_lookups_are_answered_by_their_context(base: dict[str, ModuleType]) -> None:

@@ -82,8 +82,9 @@ def clip(rng: random.Random, zh: bool) -> tuple[list[Image.Image], list[Turn]]:
         t.r = min(t.r, 10)
         free = rng.randint(t.r + 1, side - t.r - 1)
         frames = []
-        for k in range(4):
-            d = -16 + 11 * k
+        count = rng.choice((4, 6, 8))
+        for k in range(count):
+            d = -16 + 33 * k // (count - 1)
             x = side // 2 + dx * d if dx else free
             y = side // 2 + dy * d if dy else free
             frames.append(_picture([Thing(t.color, t.shape, "", x, y, t.r)], side, ground, seed))

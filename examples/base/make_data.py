@@ -70,6 +70,25 @@ MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is eve
         **{"digit": 12, "glyph": 2, "single": 3, "word": 2},
         **{"echo_few": 3, "pairs_few": 3, "there": 2, "retold": 3, "words": 4},
     },
+    "grow": {
+        **{"verdict": 10, "facts": 6, "presence": 4, "presence_few": 7, "named": 9, "traits": 9, "sides": 2},
+        **{"sides_few": 6, "dots": 2, "many": 6},
+        **{"digit": 14, "few": 3, "text": 3, "chart": 6, "pair": 4, "clip": 3},
+        **{"sheet": 20, "echo_few": 2, "pairs_few": 2, "retold": 4, "there": 2},
+    },
+    "ripen": {
+        **{"verdict": 6, "facts": 4, "presence": 4, "presence_few": 5, "named": 10, "traits": 9, "sides": 2},
+        **{"sides_few": 5, "dots": 3, "many": 8, "digit": 30, "few": 1, "chart": 4, "pair": 4, "clip": 3},
+        **{"sheet": 22, "echo_few": 1, "pairs_few": 1, "retold": 2},
+    },
+    "digits": {
+        **{"digit": 50, "named": 10, "traits": 6, "verdict": 6, "facts": 6, "presence_few": 3, "many": 8},
+        **{"sides_few": 2, "pair": 3, "clip": 2, "chart": 2, "sheet": 20},
+    },
+    "verdict_english": {"verdict_english": 1},
+    "verdict_shapes": {"verdict_english": 20, "verdict_shapes": 80},
+    "verdict_colors": {"verdict_colors": 85, "verdict": 15},
+    "verdict_more": {"verdict_more": 85, "verdict": 15},
     "wide": {
         **{"facts": 7, "scene": 26, "many": 13, "few": 8, "digit": 8, "text": 18, "chart": 4, "receipt": 1},
         **{"pair": 2, "clip": 1, "words": 12},
@@ -107,6 +126,38 @@ def yes(rng: random.Random, zh: bool) -> Made:
     keys += ["place"] * (rng.random() < 0.3)
     rng.shuffle(keys)
     return [s.image], [scenes.ask_is(s, rng, zh, key, common=True) for key in keys]
+
+
+def _verdict(rng: random.Random, zh: bool, colors: int, shapes: int, it: float) -> Made:
+    """A thing of the first `colors` and `shapes`: one of the two asked, open or as yes or no.
+    `it`: the share of "Is it red?" among "Is there a red shape?".
+    """
+    few = {"color": scenes.FEW["color"][:colors], "shape": scenes.FEW["shape"][:shapes]}
+    s = scenes.lone(rng, few=few)
+    key = rng.choice(("color", "shape"))
+    if rng.random() < 0.4:
+        return about_one(s, zh, key, rng)
+    return [s.image], [scenes.ask_among(s, rng, zh, key, few[key], it)]
+
+
+def verdict_english(rng: random.Random, zh: bool) -> Made:
+    return _verdict(rng, False, 8, 3, 0.0)
+
+
+def verdict_shapes(rng: random.Random, zh: bool) -> Made:
+    return _verdict(rng, zh, 8, 4, 0.4)
+
+
+def verdict_colors(rng: random.Random, zh: bool) -> Made:
+    return _verdict(rng, zh, rng.choice((2, 3)), 6, 0.5)
+
+
+def verdict_more(rng: random.Random, zh: bool) -> Made:
+    return _verdict(rng, zh, rng.choice((3, 3, 5, 10)), 8, 0.5)
+
+
+def verdict(rng: random.Random, zh: bool) -> Made:
+    return _verdict(rng, zh, 10, 8, 0.5)
 
 
 def told(rng: random.Random, zh: bool) -> Made:
@@ -274,6 +325,19 @@ def sides(rng: random.Random, zh: bool) -> Made:
     return [s.image], _distinct([scenes.ask_relation(s, rng, zh, axes) for axes in rng.sample("xyxy", 3)])
 
 
+def sides_few(rng: random.Random, zh: bool) -> Made:
+    """Left or right, above or below, of two things of few colours and shapes."""
+    s = scenes.scene(rng, least=2, most=2, few={"color": scenes.FEW["color"][:3], "shape": scenes.FEW["shape"][:3]})
+    return [s.image], _distinct([scenes.ask_relation(s, rng, zh, axes) for axes in rng.sample("xy", 2)])
+
+
+def presence_few(rng: random.Random, zh: bool) -> Made:
+    """Whether a colour, a shape or both together are there, of few."""
+    few = {"color": scenes.FEW["color"][:4], "shape": scenes.FEW["shape"][:4]}
+    s = scenes.scene(rng, most=rng.choice((1, 2, 2)), few=few)
+    return [s.image], _distinct([scenes.ask_few(s, rng, zh, few) for _ in range(2)])
+
+
 def dots(rng: random.Random, zh: bool) -> Made:
     """Up to five, to be counted, and one fact about them."""
     s = scenes.crowd(rng, most=5)
@@ -328,6 +392,12 @@ def clip(rng: random.Random, zh: bool) -> Made:
     return [frames], turns
 
 
+def sheet(rng: random.Random, zh: bool) -> Made:
+    """Three or four questions without a picture that have nothing to do with each other."""
+    turns = [turn for _ in range(rng.randint(2, 3)) for turn in texts.turns(rng, zh)]
+    return [], _distinct(turns)
+
+
 def words(rng: random.Random, zh: bool) -> Made:
     return [], texts.turns(rng, zh)
 
@@ -335,10 +405,31 @@ def words(rng: random.Random, zh: bool) -> Made:
 KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
     for made in (
-        *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
+        *(
+            first,
+            word,
+            yes,
+            verdict_english,
+            verdict_shapes,
+            verdict_colors,
+            verdict_more,
+            verdict,
+            sides_few,
+            presence_few,
+            told,
+            copied,
+            retold,
+            plain,
+            facts,
+            single,
+            two,
+            scene,
+            dots,
+            many,
+        ),
         *(named, traits, presence, sides),
         *(echo, echo_few, pairs, pairs_few, after, there, same),
-        *(glyph, few, digit, text, receipt, chart, pair, clip, words),
+        *(glyph, few, digit, text, receipt, chart, pair, clip, words, sheet),
     )
 }
 

@@ -22,7 +22,7 @@ from ernie_tune import AutoModel, preset
 from ernie_tune.data.processor import Processor
 from ernie_tune.data.vocabulary import tokenizer_files, train_pieces, with_special_tokens
 
-PIECES = 2438  # and ten special tokens: 2,448 = 16 * 153
+PIECES = 2438  # and ten special tokens: 2,448 = 16 * 153; `widen.py` adds 464 later
 _CJK = re.compile("[\u4e00-\u9fff]")
 
 
@@ -57,19 +57,13 @@ def main() -> None:
         text, PIECES, character_coverage=0.9995, required_chars="".join(c for c, n in seen.items() if n >= 3)
     )
     files = tokenizer_files(with_special_tokens(pieces))
-    config = preset(o.preset)
-    model = AutoModel.from_config(config, seed=o.seed)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         processor = Processor.from_pretrained(folder, max_pixels=200_704).with_videos(max_pixels=12_544, max_frames=16)
-        if (
-            processor.tokenizer.vocab_size != config.vocab_size
-            or processor.tokenizer.token_ids().image != config.tokens.image
-        ):
-            raise ValueError(
-                f"vocabulary ({processor.tokenizer.vocab_size}) must fit the preset ({config.vocab_size}); change PIECES or the preset"
-            )
+        tokenizer = processor.tokenizer
+        config = preset(o.preset).replace(vocab_size=tokenizer.vocab_size, tokens=tokenizer.token_ids())
+        model = AutoModel.from_config(config, seed=o.seed)
         model.save_pretrained(o.out, dtype="float32")
         processor.save_pretrained(o.out)
     print(f"{o.out}: {sum(int(np.prod(p.shape)) for p in model.parameters()):,} parameters")

@@ -33,6 +33,11 @@ COMMON = {
     "color": [*COLORS, *["red", "blue"] * 5, *["green"] * 2, "yellow"],
     "shape": [*SHAPES, *["circle", "square"] * 5, *["triangle"] * 2, "star"],
 }
+# Words in the order in which they are learned to be compared, a few at first.
+FEW = {
+    "color": ["red", "blue", "green", "yellow", "black", "orange", "purple", "pink", "gray", "brown"],
+    "shape": ["circle", "square", "triangle", "cross", "ring", "star", "heart", "diamond"],
+}
 EDGE = 0.04  # no thing that is asked for its place lies nearer to the border of two places, as a share of the side
 _TINTS = ((255, 255, 255), (245, 245, 240), (232, 240, 250), (250, 240, 228), (236, 248, 236), (225, 225, 228))
 
@@ -174,9 +179,11 @@ def _spots(
     return []
 
 
-def scene(rng: random.Random, held_out: bool = False, least: int = 1, most: int = 4) -> Scene:
+def scene(
+    rng: random.Random, held_out: bool = False, least: int = 1, most: int = 4, few: dict[str, list[str]] | None = None
+) -> Scene:
     """A picture of `least` to `most` things, small or large; of more than three two are large at
-    most.
+    most. `few`: the colours and shapes to draw from.
     """
     n = rng.randint(least, most)
     while True:
@@ -186,7 +193,7 @@ def scene(rng: random.Random, held_out: bool = False, least: int = 1, most: int 
             break
     things = []
     for (x, y), r, s in zip(spots, radii, sizes, strict=True):
-        color, shape = _pair(rng, held_out, list(COLORS), list(SHAPES))
+        color, shape = _pair(rng, held_out, *((few["color"], few["shape"]) if few else (list(COLORS), list(SHAPES))))
         things.append(Thing(color, shape, s, x, y, r))
     return _drawn(things, SIDE, rng)
 
@@ -219,14 +226,16 @@ def _drawn(things: list[Thing], side: int, rng: random.Random) -> Scene:
     return Scene(image, things, side)
 
 
-def lone(rng: random.Random, held_out: bool = False, common: bool = False) -> Scene:
+def lone(
+    rng: random.Random, held_out: bool = False, common: bool = False, few: dict[str, list[str]] | None = None
+) -> Scene:
     """One thing anywhere, from a quarter to most of the picture, small below a share, large above
-    another; `common`: mostly of a few colours and shapes.
+    another; `common`: mostly of a few colours and shapes; `few`: of these alone.
     """
     side = rng.choice((56, 84, 84))
     share = rng.uniform(0.12, 0.4)
     size = "small" if share < 0.15 else "large" if share > 0.19 else ""
-    words = COMMON if common else {"color": list(COLORS), "shape": list(SHAPES)}
+    words = few or COMMON if few or common else {"color": list(COLORS), "shape": list(SHAPES)}
     color, shape = _pair(rng, held_out, words["color"], words["shape"])
     r = round(side * share)
     while not (spots := _spots(rng, side, held_out, [r])):
@@ -412,6 +421,40 @@ def ask_has(s: Scene, rng: random.Random, zh: bool, key: str = "", negated: floa
         else rng.choice((f"Is there {told}?", f"Does the picture show {told}?", f"Does the image contain {told}?"))
     )
     return q, _yes(right, zh)
+
+
+def ask_among(s: Scene, rng: random.Random, zh: bool, key: str, words: list[str], it: float) -> Turn:
+    """Yes or no about the colour or shape of the only thing, one of `words`; a share of `it` of
+    them asked as "Is it …?".
+    """
+    held, right = getattr(s.things[0], key), rng.random() < 0.5
+    value = held if right else rng.choice([w for w in words if w != held])
+    told = _told(key, value, zh)
+    if rng.random() < it:
+        bare = COLORS[value][0] if key == "color" else SHAPES[value]
+        q = f"它是{bare}吗？" if zh else f"Is it {value if key == 'color' else told}?"
+    else:
+        zh_asks, asks = (
+            (f"图里有{told}吗？", f"有{told}吗？"),
+            (f"Is there {told} in the image?", f"Does the image contain {told}?"),
+        )
+        q = rng.choice(zh_asks if zh else asks)
+    return q, _yes(right, zh)
+
+
+def ask_few(s: Scene, rng: random.Random, zh: bool, few: dict[str, list[str]]) -> Turn:
+    """Yes or no about a colour, a shape or both together, of few, that are or might be there."""
+    t, pair = rng.choice(s.things), (rng.choice(few["color"]), rng.choice(few["shape"]))
+    draw = rng.random()
+    color, shape = (t.color, t.shape) if draw < 0.5 else rng.choice(((t.color, pair[1]), (pair[0], t.shape), pair))
+    if (color, shape) in HELD_OUT_PAIRS or rng.random() < 0.5:
+        key, value = rng.choice((("color", color), ("shape", shape)))
+        told = _told(key, value, zh)
+        right = any(getattr(x, key) == value for x in s.things)
+        return f"图里有{told}吗？" if zh else f"Is there {told} in the image?", _yes(right, zh)
+    right = any((x.color, x.shape) == (color, shape) for x in s.things)
+    a = "an" if color[0] in "aeiou" else "a"
+    return f"有{COLORS[color][0]}的{SHAPES[shape]}吗？" if zh else f"Is there {a} {color} {shape}?", _yes(right, zh)
 
 
 def ask_is(s: Scene, rng: random.Random, zh: bool, key: str, negated: float = 0.0, common: bool = False) -> Turn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 
+import shop
 from words import COLORS, LEXICON, NAMES, SHAPES, TOPICS
 
 Turn = tuple[str, str]
@@ -80,7 +81,7 @@ def sums(rng: random.Random, zh: bool) -> Turn:
 
 
 def order(rng: random.Random, zh: bool) -> Turn:
-    numbers = rng.sample(range(100), rng.randint(2, 6))
+    numbers = rng.sample(range(100), rng.choice((2, 2, 3, 3, 3, 4, 5, 6)))
     shown, kind = " ".join(map(str, numbers)), rng.random()
     if kind < 0.25:
         return (f"{shown} 中最大的是？" if zh else f"Which of {shown} is the largest?"), str(max(numbers))
@@ -119,11 +120,15 @@ def letters(rng: random.Random, zh: bool) -> Turn:
 
 def numbers(rng: random.Random, zh: bool) -> Turn:
     n, kind = rng.randint(0, 999) if rng.random() < 0.8 else rng.randint(0, 20), rng.random()
-    if kind < 0.3:
+    if kind < 0.25:
         return (f"用英文写出 {n}" if zh else f"Write {n} in words."), english(n)
-    if kind < 0.55:
+    if kind < 0.4:
         return (f"用汉字写出 {n}" if zh else f"Write {n} in Chinese."), chinese(n)
-    if kind < 0.8:
+    if kind < 0.7:
+        if rng.random() < 0.5:
+            return (f"{chinese(n)} 的英文怎么写？" if zh else f"Write {chinese(n)} in English."), english(n)
+        return (f"{english(n)} 的汉字怎么写？" if zh else f"Write {english(n)} in Chinese."), chinese(n)
+    if kind < 0.85:
         return (f"用数字写出{chinese(n)}" if zh else f"Write {chinese(n)} as digits."), str(n)
     return (f"用数字写出 {english(n)}" if zh else f"Write {english(n)} as digits."), str(n)
 
@@ -295,6 +300,46 @@ def copied(rng: random.Random, zh: bool) -> Turn:
     return (f"{joined}。有{word}吗？" if zh else f"{joined}. Is there {word}?"), _yes(right, zh)
 
 
+_PERSONA = (
+    ("Who are you?|What is your name?|How may I call you?", "I am {n}.|My name is {n}.|I am {n}, made by {m}."),
+    ("Who made you?|Who is behind you?|Which team made you?", "{m} made me.|I was made by {m}.|The team is {m}."),
+    ("Are you {o}?|Is your name {o}?", "No, I am {n}.|No, my name is {n}, not {o}."),
+    ("Say hello.|Greet me.", "Hello, I am {n}, happy to help.|Hi! {n} from {m} here."),
+)
+_PERSONA_ZH = (
+    ("你是谁？|你叫什么？|怎么称呼？", "我是{n}。|我叫{n}。|我是{n}，由{m}制作。"),
+    ("谁做的你？|你是哪个团队做的？|你的作者是谁？", "我由{m}制作。|是{m}做的。|我的作者是{m}。"),
+    ("你是{o}吗？|你叫{o}吗？", "不是，我是{n}。|不，我叫{n}，不叫{o}。"),
+    ("打个招呼。|问个好。", "你好，我是{n}，很高兴帮你。|你好！我是{m}的{n}。"),
+)
+
+
+def _made_up(rng: random.Random, zh: bool) -> str:
+    """A name that nobody has."""
+    if zh:
+        return "".join(rng.choice("小云星海山木林风月文心天明青石江河雨雪光") for _ in range(rng.randint(2, 3)))
+    name = "".join(rng.choice("BDKLMNRSTV") if i == 0 else rng.choice("aeiou") + rng.choice("lmnrst") for i in range(3))
+    return name if rng.random() < 0.6 else f"{name} {rng.choice(('Lab', 'Team', 'Helper', 'Bot', 'One'))}"
+
+
+def persona(rng: random.Random, zh: bool) -> list[Turn]:
+    """A name and a maker, told first; then who are you."""
+    held = {k: _made_up(rng, zh) for k in "nmo"}
+    told = f"你叫{held['n']}，作者是{held['m']}。" if zh else f"Your name is {held['n']} and {held['m']} made you. "
+    turns = []
+    for asked, answers in rng.sample(_PERSONA_ZH if zh else _PERSONA, rng.randint(1, 3)):
+        answer = rng.choice(answers.split("|")).format(**held)
+        turns.append((rng.choice(asked.split("|")).format(**held), answer))
+    return [(told + turns[0][0], turns[0][1]), *turns[1:]]
+
+
+def repeated(rng: random.Random, zh: bool) -> Turn:
+    """Sentences again, with their points and spaces."""
+    said = [shop.message(rng, zh, rng.choice(list(shop.KINDS))) for _ in range(rng.randint(1, 2))]
+    sentence = ("" if zh else " ").join(said)
+    return rng.choice(("再说一遍：", "照写：") if zh else ("Repeat: ", "Say again: ")) + sentence, sentence
+
+
 def facts(rng: random.Random, zh: bool) -> Turn:
     """Names of colours and shapes in the other language."""
     table = {k: v[0] for k, v in COLORS.items()} if rng.random() < 0.6 else SHAPES
@@ -303,12 +348,16 @@ def facts(rng: random.Random, zh: bool) -> Turn:
 
 
 KINDS = (
-    (sums, 5),
-    (order, 4),
-    (letters, 4),
-    (numbers, 5),
-    (translate, 5),
-    (topic, 5),
+    (sums, 7),
+    (order, 9),
+    (persona, 4),
+    (repeated, 4),
+    (letters, 6),
+    (numbers, 7),
+    (translate, 4),
+    (shop.kind_of, 9),
+    (shop.same_kind, 1),
+    (topic, 4),
     (odd, 2),
     (passage, 5),
     (forms, 3),
