@@ -21,7 +21,7 @@ _RELEASED = TokenIds(
 # Ids of the shipped tokenizers.
 _TINY = TokenIds(0, 1, 2, image=604, image_start=605, image_end=606, video=604, video_start=607, video_end=608)
 _SMALL = TokenIds(0, 1, 2, image=8004, image_start=8005, image_end=8006, video=8004, video_start=8007, video_end=8008)
-_NANO = TokenIds(0, 1, 2, image=2442, image_start=2443, image_end=2444, video=2442, video_start=2445, video_end=2446)
+_NANO = TokenIds(0, 1, 2, image=2906, image_start=2907, image_end=2908, video=2906, video_start=2909, video_end=2910)
 _TOWER = VisionConfig(depth=32, hidden_size=1280, num_heads=16, intermediate_size=5120)
 
 
@@ -125,7 +125,7 @@ PRESETS: dict[str, ModelConfig] = {
         dtype="float32",
     ),
     NANO: ModelConfig(
-        vocab_size=2448,
+        vocab_size=2912,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,

@@ -220,7 +220,7 @@ def _heading(e: Estimate) -> list[str]:
 
 
 def _values(count: float) -> str:
-    """`28.405 B`, and of small models `4.84 M`."""
+    """`28.405 B`, and of small models `4.93 M`."""
     return f"{count / 1e9:,.3f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
 
 

@@ -31,8 +31,8 @@ GUARD = EXAMPLES / "chain" / "guard"
 SCORE = EXAMPLES / "base" / "score.py"
 NANO = "ernie-4.5-vl-nano"
 # Means over ten pictures each.
-SEEN = {"color": 0.8, "shape": 0.8, "place": 0.8, "digit": 0.4, "count": 0.3}
-BLIND = {"color": 0.4, "shape": 0.3, "place": 0.5, "digit": 0.4, "count": 0.3}
+SEEN = {"color": 0.8, "shape": 0.8, "place": 0.8, "digit": 0.6, "count": 0.4, "yesno": 0.8}
+BLIND = {"color": 0.4, "shape": 0.3, "place": 0.5, "digit": 0.4, "count": 0.4, "yesno": 0.7}
 
 
 def read_pictures() -> list[tuple[str, str, str, Image.Image]]:

@@ -195,7 +195,7 @@ def test_mistakes_and_estimates_are_told() -> None:
     assert loaded is None
     assert "run.yaml:2" in told[0]
     assert "did you mean 'learning_rate'" in told[0]
-    assert "4.84 M parameters, 0.0" in forms.estimated(forms.START)
+    assert "4.93 M parameters, 0.0" in forms.estimated(forms.START)
     assert "learnign_rate" in forms.estimated("learnign_rate: 1\n")
     assert forms.written("seed: 4\n") == {"seed": "4"}
     assert forms.written("seed: [\n") == {}
