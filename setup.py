@@ -33,7 +33,10 @@ setup(
     data_files=[
         (
             str(SHARE / DEMO),
-            [str(DEMO / name) for name in ("README.md", "sft.yaml", "rlvr.yaml", "train.jsonl", "eval.jsonl")],
+            [
+                str(DEMO / name)
+                for name in ("README.md", "sft.yaml", "fresh.yaml", "rlvr.yaml", "train.jsonl", "eval.jsonl")
+            ],
         ),
         (
             str(SHARE / DEMO / "images"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # N processes on this machine's CPU: every parallel layout can be tried without a card. The cores are divided among the processes.
 # usage: bash launch/cpu.sh N FILE.yaml [setting=value ...]
-# e.g.:  bash launch/cpu.sh 4 examples/digits/sft.yaml tensor_model_parallel_size=2 sequence_parallel=true pipeline_model_parallel_size=2
+# e.g.:  bash launch/cpu.sh 4 examples/digits/fresh.yaml tensor_model_parallel_size=2 sequence_parallel=true pipeline_model_parallel_size=2
 # Variables: ERNIEKIT_DIST_LOG, VERB and PYTHON as in launch/node.sh.
 set -euo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -gt 0 ] 2> /dev/null; then

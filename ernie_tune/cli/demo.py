@@ -1,5 +1,5 @@
-"""`ernie-tune demo`: the first minutes, from fresh weights to a model that reads digits, first by
-answers that it is shown, then by its own ones and a checker.
+"""`ernie-tune demo`: the first minutes, from the small model that comes with the package to one
+that reads digits, first by answers that it is shown, then by its own ones and a checker.
 
 Refuses to know how training works; both runs are those of the verbs.
 """
@@ -24,14 +24,14 @@ DIGITS = (
 )
 SPLITS = ("train", "eval")
 ALSO = ("seed", "report_max_samples", "eval_max_samples")  # settings that hold for the other runs, too
-FEW_ROWS, FEW_STEPS = 200, 90
+FEW_ROWS, FEW_STEPS = 50, 80
 
 
 def run(args: list[str]) -> int:
     """ernie-tune demo [key=value | --key value ...]
 
-    A small ERNIE-4.5-VL with fresh weights learns to read handwritten digits (examples/digits), on
-    the CPU, in a few minutes: from 1,500 answers that it is shown; then again from 200, and from
+    `nano`, a small ERNIE-4.5-VL, learns to read handwritten digits (examples/digits), on the CPU,
+    in a few minutes: by LoRA from 1,500 answers that it is shown; then again from 50, and from
     there by answers of its own, which a checker judges (RLVR). The settings are those of the first
     run; the others take no more steps than it.
     """
@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
             )
         )
     first = [str(folder / "sft.yaml"), *(f"{split}_dataset_path={folder / f'{split}.jsonl'}" for split in SPLITS)]
-    print(say("[1/3] SFT from 1,500 answers that are shown", "[1/3] SFT：从给出的 1,500 条答案学习"))
+    print(say("[1/3] SFT by LoRA from 1,500 answers that are shown", "[1/3] SFT（LoRA）：从给出的 1,500 条答案学习"))
     code = train.run([*first, *args])
     if code or "--dry-run" in args:
         return code
@@ -53,8 +53,8 @@ def run(args: list[str]) -> int:
     shown = load_config(first[0], settings).config
     also = [f"{entry.name}={entry.raw}" for entry in settings if entry.name in ALSO]
     start = Path(shown.save.output_dir)
-    few, out = (start.with_name(f"{start.name}_{name}") for name in ("200", "rlvr"))
-    print(say("[2/3] SFT from 200 of them", "[2/3] SFT：只从其中 200 条学习"))
+    few, out = (start.with_name(f"{start.name}_{name}") for name in (FEW_ROWS, "rlvr"))
+    print(say("[2/3] SFT by LoRA from 50 of them", "[2/3] SFT（LoRA）：只从其中 50 条学习"))
     steps = _no_more(shown.train.max_steps, FEW_STEPS)
     file, rows, *held = first
     code = train.run([file, f"{rows}#{FEW_ROWS}", *held, *also, f"max_steps={steps}", f"output_dir={few}"])
@@ -63,7 +63,7 @@ def run(args: list[str]) -> int:
     print(say("[3/3] RLVR from there: its own answers and a checker", "[3/3] RLVR：再从自己的回答与检查器学习"))
     steps = _no_more(shown.train.max_steps, load_config(folder / "rlvr.yaml").config.train.max_steps)
     paths = [f"{split}_dataset_path={questions(folder / f'{split}.jsonl', out)}" for split in SPLITS]
-    names = [f"model_name_or_path={few}", f"output_dir={out}", f"max_steps={steps}"]
+    names = [f"lora_path={few}", f"output_dir={out}", f"max_steps={steps}"]
     code = train.rlvr([str(folder / "rlvr.yaml"), *paths, *names, *also])
     for line in () if code else summary(start, few, out):
         print(line)
@@ -106,7 +106,7 @@ def summary(start: Path, few: Path, out: Path) -> list[str]:
         say("held-out digits read exactly", "完全读对的留出数字"),
         say(f"  before                          {before:>6}", f"  训练前                     {before:>6}"),
         say(f"  after 1,500 answers (SFT)       {every:>6}", f"  1,500 条答案之后（SFT）    {every:>6}"),
-        say(f"  after 200 answers (SFT)         {some:>6}", f"  200 条答案之后（SFT）      {some:>6}"),
+        say(f"  after 50 answers (SFT)          {some:>6}", f"  50 条答案之后（SFT）       {some:>6}"),
         say(f"  and answers of its own (RLVR)   {own:>6}", f"  再加自己的回答（RLVR）     {own:>6}"),
         say(f"every sampled answer: {out / 'rollouts.html'}", f"全部采样回答：{out / 'rollouts.html'}"),
     ]

@@ -142,8 +142,8 @@ HF_TOKEN、MODELSCOPE_API_TOKEN、AISTUDIO_ACCESS_TOKEN）。""",
 在终端的同一张图上绘制一次或多次运行所记录的值；--svg 把所有运行的全部曲线写入文件。""",
     "demo": """ernie-tune demo [key=value | --key value ...]
 
-一个从头训练的小型 ERNIE-4.5-VL 在 CPU 上用几分钟学会识别手写数字（examples/digits）：先从给出的 1,500 条答案学习；
-然后只从 200 条重新开始，再从自己的回答学习，由检查器评判（RLVR）。所给设置用于第一次训练；其余的步数不超过它。""",
+随包附带的小型 ERNIE-4.5-VL（nano）在 CPU 上用几分钟学会识别手写数字（examples/digits）：先用 LoRA 从给出的 1,500 条
+答案学习；然后只从 50 条重新开始，再从自己的回答学习，由检查器评判（RLVR）。所给设置用于第一次训练；其余的步数不超过它。""",
     "init": """ernie-tune init [FOLDER] [key=value | --key value …]
 
 按所给的阶段、模型与方法写出 FOLDER/run.yaml（默认：当前文件夹），每行都有注释，例如

@@ -27,8 +27,8 @@ def test_its_first_run_is_that_of_the_digits_and_the_second_has_fewer(
     assert main(["demo", "max_steps=2", "output_dir=here"]) == 0
     every, few = seen
     assert (every.train_rows, len(every.eval_rows), every.args.train.max_steps) == (1500, 297, 2)
-    assert (few.train_rows, len(few.eval_rows), few.args.train.max_steps) == (200, 297, 2)
-    assert (every.args.save.output_dir, few.args.save.output_dir) == ("here", "here_200")
+    assert (few.train_rows, len(few.eval_rows), few.args.train.max_steps) == (50, 297, 2)
+    assert (every.args.save.output_dir, few.args.save.output_dir) == ("here", "here_50")
 
 
 def test_its_last_run_goes_on_by_a_checker_of_the_same_pictures(
@@ -57,7 +57,8 @@ def test_its_last_run_goes_on_by_a_checker_of_the_same_pictures(
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "max_steps=3", "--output_dir", "here", "seed=7"]) == 0
     (config,) = asked
-    assert (config.model.stage, config.model.model_name_or_path) == ("RLVR", "here_200")
+    assert (config.model.stage, config.model.model_name_or_path) == ("RLVR", "nano")
+    assert config.lora.lora_path == "here_50"
     assert (config.save.output_dir, config.train.max_steps, config.train.seed) == ("here_rlvr", 3, 7)
     for path, count in ((config.data.train_dataset_path, 1500), (config.data.eval_dataset_path, 297)):
         rows = load_dataset(list(path), signals=("verifiable",))

@@ -218,7 +218,7 @@ def test_processes_on_a_cpu_for_real(tmp_path: Path) -> None:
         "save_steps=1",
         "logging_steps=1",
     ]
-    words = ["examples/digits/sft.yaml", f"output_dir={tmp_path}/run", "tensor_model_parallel_size=2", *small]
+    words = ["examples/digits/fresh.yaml", f"output_dir={tmp_path}/run", "tensor_model_parallel_size=2", *small]
 
     def run(steps: int) -> list[str]:
         command = ["bash", str(LAUNCH / "cpu.sh"), "2", *words, f"max_steps={steps}"]

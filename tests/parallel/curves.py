@@ -58,7 +58,7 @@ def train(run: Path, steps: int, words: tuple[str, ...]) -> None:
     """Start, or go on; nothing where it is finished."""
     if (run / "all_results.json").is_file() and len(curve(run)) == steps:
         return
-    command = [sys.executable, "-m", "ernie_tune", "train", "examples/digits/sft.yaml", f"output_dir={run}"]
+    command = [sys.executable, "-m", "ernie_tune", "train", "examples/digits/fresh.yaml", f"output_dir={run}"]
     common = [
         f"max_steps={steps}",
         "logging_steps=1",
