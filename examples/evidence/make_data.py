@@ -213,7 +213,7 @@ def needle(rng: random.Random, held: bool, pool: list[tuple[str, Path]]) -> tupl
     left, top = (AREA * k + (AREA - PATCH) // 2 + 15 + rng.randint(-1, 1) for k in (column, line))
     digit = rng.choice(pool)
     other = rng.choice([one for one in pool if one[0] != digit[0]])
-    again = rng.choice([one for one in pool if one[0] == digit[0]])
+    again = rng.choice([one for one in pool if one[0] == digit[0] and one[1] != digit[1]])
     return "Which digit is hidden here?", [draw_needle(one, left, top) for one in (digit, other, again)]
 
 
