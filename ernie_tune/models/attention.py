@@ -23,7 +23,7 @@ from paddle.autograd import PyLayer
 from ernie_tune.models import mkl
 from ernie_tune.models.layers import row_sum, scale_rows, where_needed
 from ernie_tune.models.proven import proven
-from ernie_tune.models.tiles import Tiles
+from ernie_tune.models.tiles import Tiles, seen
 
 # Probabilities are kept for the backward while they are smaller than this; above it they are made
 # again from queries and keys.
@@ -255,19 +255,12 @@ class _Blocks:
         group = self.q.shape[2] // self.run.length
         e = paddle.matmul(self.q[:, :, a * group : b * group], self.k[:, :, :end], transpose_y=True)
         if self.plan.causal:
-            live = paddle.to_tensor(_seen(b - a, group, end))
+            live = paddle.to_tensor(seen(b - a, group, end))
             e.add_(((live - 1.0) * _FAR).astype(e.dtype))
         mkl.exp_(mkl.below_zero_(e), far=True)
         if self.plan.causal:
             e.multiply_(live.astype(e.dtype))
         return e, row_sum(e)
-
-
-def _seen(queries: int, group: int, keys: int) -> np.ndarray:
-    """1 where a query sees a key, 0 where it is one of the last `queries` and comes after it,
-    [queries * group, keys].
-    """
-    return np.repeat(np.tri(queries, keys, keys - queries, dtype=np.float32), group, axis=0)
 
 
 def _join(parts: list[Tensor], axis: int) -> Tensor:

@@ -189,9 +189,14 @@ def _ones(keys: int, kind: np.dtype) -> np.ndarray:
     return np.ones((keys, 1), kind)
 
 
+def seen(queries: int, group: int, keys: int) -> np.ndarray:
+    """1 where a query sees a key, 0 where it is one of the last `queries` and comes after it,
+    [queries * group, keys].
+    """
+    return np.repeat(np.tri(queries, keys, keys - queries, dtype=np.float32), group, axis=0)
+
+
 @lru_cache(maxsize=64)
 def _triangle(queries: int, group: int) -> np.ndarray:
-    """1 where a query sees a key of its own block, 0 where the key comes after it, [queries *
-    group, queries].
-    """
-    return np.repeat(np.tri(queries, dtype=np.float32), group, axis=0)
+    """Of a block's own keys alone: the wide ones would fill memory."""
+    return seen(queries, group, queries)
