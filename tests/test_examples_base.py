@@ -128,9 +128,8 @@ def test_verdicts_on_few_words_are_true_and_balanced(base: dict[str, ModuleType]
         zh, alone = i % 2 == 1, i % 4 < 2
         if alone:
             s = scenes.lone(rng, few=few)
-            question, answer = scenes.ask_among(
-                s, rng, zh, ("color", "shape")[i % 3 % 2], few[("color", "shape")[i % 3 % 2]], 0.5
-            )
+            key = ("color", "shape")[i % 3 % 2]
+            question, answer = scenes.ask_among(s, rng, zh, key, few[key], 0.5)
         else:
             s = scenes.scene(rng, most=2, few=few)
             question, answer = scenes.ask_few(s, rng, zh, few)

@@ -393,7 +393,9 @@ def clip(rng: random.Random, zh: bool) -> Made:
 
 
 def sheet(rng: random.Random, zh: bool) -> Made:
-    """Three or four questions without a picture that have nothing to do with each other."""
+    """Questions without a picture that have nothing to do with each other: two or three, each
+    with what belongs to it.
+    """
     turns = [turn for _ in range(rng.randint(2, 3)) for turn in texts.turns(rng, zh)]
     return [], _distinct(turns)
 
@@ -405,28 +407,8 @@ def words(rng: random.Random, zh: bool) -> Made:
 KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
     for made in (
-        *(
-            first,
-            word,
-            yes,
-            verdict_english,
-            verdict_shapes,
-            verdict_colors,
-            verdict_more,
-            verdict,
-            sides_few,
-            presence_few,
-            told,
-            copied,
-            retold,
-            plain,
-            facts,
-            single,
-            two,
-            scene,
-            dots,
-            many,
-        ),
+        *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
+        *(verdict_english, verdict_shapes, verdict_colors, verdict_more, verdict, sides_few, presence_few),
         *(named, traits, presence, sides),
         *(echo, echo_few, pairs, pairs_few, after, there, same),
         *(glyph, few, digit, text, receipt, chart, pair, clip, words, sheet),

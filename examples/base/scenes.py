@@ -370,14 +370,21 @@ def _exists(s: Scene, rng: random.Random) -> tuple[str, str, bool]:
         t, o = rng.choice(s.things), Thing("red", rng.choice(list(SHAPES)), "", 0, 0, 0)
 
 
+def _is_there(color: str, shape: str, zh: bool) -> str:
+    if zh:
+        return f"有{COLORS[color][0]}的{SHAPES[shape]}吗？"
+    return f"Is there {'an' if color[0] in 'aeiou' else 'a'} {color} {shape}?"
+
+
+def _is_it(key: str, value: str, zh: bool) -> str:
+    if zh:
+        return f"它是{COLORS[value][0] if key == 'color' else SHAPES[value]}吗？"
+    return f"Is it {value if key == 'color' else _told(key, value, False)}?"
+
+
 def ask_exists(s: Scene, rng: random.Random, zh: bool) -> Turn:
     color, shape, right = _exists(s, rng)
-    q = (
-        f"有{COLORS[color][0]}的{SHAPES[shape]}吗？"
-        if zh
-        else f"Is there {'an' if color[0] in 'aeiou' else 'a'} {color} {shape}?"
-    )
-    return q, _yes(right, zh)
+    return _is_there(color, shape, zh), _yes(right, zh)
 
 
 def _told(key: str, value: str, zh: bool) -> str:
@@ -429,17 +436,15 @@ def ask_among(s: Scene, rng: random.Random, zh: bool, key: str, words: list[str]
     """
     held, right = getattr(s.things[0], key), rng.random() < 0.5
     value = held if right else rng.choice([w for w in words if w != held])
-    told = _told(key, value, zh)
     if rng.random() < it:
-        bare = COLORS[value][0] if key == "color" else SHAPES[value]
-        q = f"它是{bare}吗？" if zh else f"Is it {value if key == 'color' else told}?"
-    else:
-        zh_asks, asks = (
-            (f"图里有{told}吗？", f"有{told}吗？"),
-            (f"Is there {told} in the image?", f"Does the image contain {told}?"),
-        )
-        q = rng.choice(zh_asks if zh else asks)
-    return q, _yes(right, zh)
+        return _is_it(key, value, zh), _yes(right, zh)
+    told = _told(key, value, zh)
+    asks = (
+        (f"图里有{told}吗？", f"有{told}吗？")
+        if zh
+        else (f"Is there {told} in the image?", f"Does the image contain {told}?")
+    )
+    return rng.choice(asks), _yes(right, zh)
 
 
 def ask_few(s: Scene, rng: random.Random, zh: bool, few: dict[str, list[str]]) -> Turn:
@@ -453,8 +458,7 @@ def ask_few(s: Scene, rng: random.Random, zh: bool, few: dict[str, list[str]]) -
         right = any(getattr(x, key) == value for x in s.things)
         return f"图里有{told}吗？" if zh else f"Is there {told} in the image?", _yes(right, zh)
     right = any((x.color, x.shape) == (color, shape) for x in s.things)
-    a = "an" if color[0] in "aeiou" else "a"
-    return f"有{COLORS[color][0]}的{SHAPES[shape]}吗？" if zh else f"Is there {a} {color} {shape}?", _yes(right, zh)
+    return _is_there(color, shape, zh), _yes(right, zh)
 
 
 def ask_is(s: Scene, rng: random.Random, zh: bool, key: str, negated: float = 0.0, common: bool = False) -> Turn:
@@ -466,9 +470,7 @@ def ask_is(s: Scene, rng: random.Random, zh: bool, key: str, negated: float = 0.
         if not common and rng.random() < 0.5:
             return ask_has(s, rng, zh, key, negated)
         value, right = _value(s, key, rng, common)
-        if zh:
-            return f"它是{COLORS[value][0] if key == 'color' else SHAPES[value]}吗？", _yes(right, True)
-        return f"Is it {value if key == 'color' else _told(key, value, False)}?", _yes(right, False)
+        return _is_it(key, value, zh), _yes(right, zh)
     right = rng.random() < 0.5
     if key == "size":
         size = t.size if right else "small" if t.size == "large" else "large"

@@ -50,6 +50,7 @@ WORDS = (
     "well went were what when where which while who why wife will with without work works would write wrong year yet you "
     "your yesterday"
 )
+_MEDIA_ID = re.compile("im_patch_id|(image|video)(_(start|end))?(_token_id)?")  # in config.json
 _CJK, _WORD = re.compile("[\u4e00-\u9fff]"), re.compile(" ?[A-Za-z']+|[^A-Za-z]")
 
 
@@ -131,15 +132,12 @@ def main() -> None:
     more = characters(lines, held, o.characters)
     more += merges(lines, old, held, o.pieces - len(more))
     o.out.mkdir(parents=True, exist_ok=True)
-    for name in ("preprocessor_config.json",):
-        shutil.copy(o.weights / name, o.out / name)
+    shutil.copy(o.weights / "preprocessor_config.json", o.out)
     for name, content in tokenizer_files(widened(model, more)).items():
         (o.out / name).write_bytes(content)
     config = json.loads((o.weights / "config.json").read_text(encoding="utf-8"))
     config["vocab_size"] += len(more)
-    for key in ("im_patch_id", *(f"{m}_{end}" for m in ("image", "video") for end in ("start", "end"))):
-        config[key] += len(more)
-    for key in [k for k in config if k.endswith("_token_id") and k.startswith(("image", "video"))]:
+    for key in filter(_MEDIA_ID.fullmatch, config):
         config[key] += len(more)
     (o.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = load_file(o.weights / "model.safetensors")
