@@ -162,7 +162,7 @@ def kind_of(rng: random.Random, zh: bool) -> Turn:
     shown = rng.sample(kinds, rng.randint(2, 6))
     if kind not in shown:
         shown[rng.randrange(len(shown))] = kind
-    words = {k: rng.choice(LABELS[k[0]][int(zh or rng.random() < 0.05)]) for k in shown}
+    words = {k: rng.choice(LABELS[k[0]][zh]) for k in shown}
     listed = ("、" if zh else ", ").join(words.values())
     ask = f"从中选一类：{listed}" if zh else f"One of: {listed}"
     return (f"{text}{ask}" if zh else f"{text} {ask}"), words[kind]

@@ -5,7 +5,8 @@ new one shortens it. Knows sentencepiece's merging rule, the folder of a model, 
 
 Usage: python widen.py --weights output/base/stage12 --out output/base/wide --pieces 464
 
-A new row of the embedding is the mean of the rows of the pieces that spelled it until now.
+A new row of the embedding is the mean of the rows of the pieces that spelled it until now. The
+weights may be of any element type, also in shards; they are written in float32.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import shop
 import texts
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as messages
 
+from ernie_tune.checkpoint.tensors import TensorReader, cast
 from ernie_tune.data.vocabulary import MEDIA_TOKENS, TEXT_TOKENS, tokenizer_files, with_special_tokens
 
 # What any text in these languages may need, beside the words of `shop` and `texts`.
@@ -139,9 +141,11 @@ def main() -> None:
     config["vocab_size"] += len(more)
     for key in filter(_MEDIA_ID.fullmatch, config):
         config[key] += len(more)
+    config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), "float32")
     (o.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = load_file(o.weights / "model.safetensors")
-    for name, rows in weights.items():
+    reader, weights = TensorReader(o.weights), {}
+    for name, entry in reader.entries.items():
+        rows = weights[name] = cast(np.array(reader.read(name)), entry.dtype, "F32")
         if rows.ndim == 2 and rows.shape[0] == old.get_piece_size():
             weights[name] = embedding(rows, old, more)
             print(f"{name}: {rows.shape} -> {weights[name].shape}")
