@@ -164,13 +164,14 @@ def task_score(path: str, rows: int, max_new_tokens: int) -> Callable[[Any, Any]
     def score(model: Any, processor: Any) -> Mapping[str, float]:
         from ernie_tune.data.sources import load_dataset
         from ernie_tune.evaluate.answers import answers, question
+        from ernie_tune.rewards.evidence import answer_part
         from ernie_tune.rewards.scores import fitting_metrics, score_answers
 
         records = load_dataset(path)
         count = min(rows, len(records))
         asked = [question(records[i * len(records) // count]) for i in range(count)]
-        references = [q.reference for q in asked]
+        references = [answer_part(q.reference) for q in asked]
         given = answers(model, processor, asked, max_new_tokens=max_new_tokens, rows=16)
-        return score_answers(given, references, fitting_metrics(references))
+        return score_answers([answer_part(text) for text in given], references, fitting_metrics(references))
 
     return score

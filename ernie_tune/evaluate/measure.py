@@ -30,6 +30,7 @@ from ernie_tune.models.specs import parameter_specs
 from ernie_tune.report.log import RunLog, keep_lines, number
 from ernie_tune.report.pages import ReportRow, write_before_after
 from ernie_tune.report.progress import Progress
+from ernie_tune.rewards.evidence import answer_part
 from ernie_tune.rewards.scores import MACRO_F1, confusion, fitting_metrics, has_classes, row_scores, score_answers
 from ernie_tune.train.guards import ForgettingGuard, Verdict
 
@@ -110,7 +111,7 @@ class Measure:
             return {}, []
         given = self._given(asked, done)
         references = [q.reference for q in asked]
-        scores = score_answers(given, references, self.metric_names(asked))
+        scores = score_answers(*self._judged(asked, given), self.metric_names(asked))
         if self.compute_metrics is not None:
             scores.update(own_metrics(self.compute_metrics, given, references))
         return scores, given
@@ -121,9 +122,15 @@ class Measure:
         rows = max(8, e.per_device_eval_batch_size)
         return answers(self.model, self.processor, asked, max_new_tokens=e.eval_max_new_tokens, rows=rows, done=done)
 
+    def _judged(self, asked: Sequence[Question], given: Sequence[str]) -> tuple[list[str], list[str]]:
+        """What scores compare of the answers and of the references: not the evidence beside
+        either.
+        """
+        return [answer_part(text) for text in given], [answer_part(q.reference) for q in asked]
+
     def metric_names(self, asked: Sequence[Question]) -> tuple[str, ...]:
         """The scores that the settings name, or those that fit the references."""
-        return self.settings.eval.eval_metrics or fitting_metrics([q.reference for q in asked])
+        return self.settings.eval.eval_metrics or fitting_metrics(self._judged(asked, [])[1])
 
     def all_rows(self) -> tuple[dict[str, float], list[Question], list[str]]:
         """Loss on every held-out row, scores of the answers to at most report_max_samples of them:
@@ -212,8 +219,10 @@ class Measure:
         if not known:  # not measured, or on other rows
             first = [""] * len(given)
         name = self._row_metric(asked)
-        after = row_scores(given, references, name)
-        before = row_scores(first, references, name) if known else [None] * len(given)
+        now, golds = self._judged(asked, given)
+        then = self._judged(asked, first)[0]
+        after = row_scores(now, golds, name)
+        before = row_scores(then, golds, name) if known else [None] * len(given)
         rows = [
             ReportRow(
                 q.record.messages[-2]["content"] if len(q.record.messages) > 1 else "",
@@ -229,9 +238,9 @@ class Measure:
             for q, old, new, before_score, after_score in zip(asked, first, given, before, after, strict=True)
         ]
         tables = {}
-        if has_classes(references):
-            tables = {"before": confusion(first, references)} if known else {}
-            tables["after"] = confusion(given, references)
+        if has_classes(golds):
+            tables = {"before": confusion(then, golds)} if known else {}
+            tables["after"] = confusion(now, golds)
         write_before_after(
             self.output_dir / "before_after.html",
             rows,
@@ -269,7 +278,7 @@ class Measure:
         answer, score.
         """
         name = self._row_metric(asked)
-        scores = row_scores(given, [q.reference for q in asked], name) if asked else []
+        scores = row_scores(*self._judged(asked, given), name) if asked else []
         rows = (
             {"row": str(q.record.meta), "reference": q.reference, "answer": answer, name: score}
             for q, answer, score in zip(asked, given, scores, strict=True)

@@ -19,6 +19,7 @@ from ernie_tune.report.log import RunLog
 from ernie_tune.rewards.attacks import reference_answer
 from ernie_tune.rewards.evidence import without_evidence
 from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.reading import answer_span
 from ernie_tune.rewards.rubric import ROW, RowVerifiers, Rubric, Scored
 from ernie_tune.rewards.scores import pass_at
 from ernie_tune.train.evidence import control_of, twin_of, without_picture
@@ -88,6 +89,13 @@ class OnlineMeasure(Measure):
             self._whole += self.ask(part)
             done(len(part))
         return [_content(answer) for answer in self._whole]
+
+    def _judged(self, asked: Sequence[Question], given: Sequence[str]) -> tuple[list[str], list[str]]:
+        """As checkers read it: the answer that a text concludes with, boxed, tagged or after "the
+        answer is", else all of it beside its evidence.
+        """
+        texts, golds = super()._judged(asked, given)
+        return [answer_span(text) or text for text in texts], golds
 
     def _answers(self, asked: Sequence[Question], done: Callable[[int], object]) -> tuple[dict[str, float], list[str]]:
         scores, given = super()._answers(asked, done)

@@ -243,6 +243,14 @@ def without_evidence(text: str) -> str:
     return before + after if opened and closed else text
 
 
+def answer_part(text: str) -> str:
+    """What scores judge: the text without its evidence block; the whole of a text that has nothing
+    beside it.
+    """
+    rest = without_evidence(text).strip()
+    return rest or text
+
+
 def judge_evidence(
     text: str,
     answer: str | None,

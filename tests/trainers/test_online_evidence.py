@@ -4,6 +4,7 @@ without pictures; and one step by hand.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from support.tiny_runs import processor
 
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.training_arguments import TrainingArguments
-from ernie_tune.evaluate.rewards import OnlineMeasure
+from ernie_tune.evaluate.measure import Measure
+from ernie_tune.evaluate.rewards import OnlineMeasure, _asked
 from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.scores import score_answers
 from ernie_tune.train import rollout_guards
 from ernie_tune.trainers import online
 from ernie_tune.trainers.online import COMPLETIONS_FILE, RLVRTrainer
@@ -94,6 +97,20 @@ def test_an_edit_elsewhere_may_change_what_is_cited_but_not_the_answer(tmp_path:
     measure._right = lambda records, said: [True] * len(records)  # type: ignore[method-assign]
     found = measure._looked(prompts, [block % ("red circle", "a")] * 3 + ["a"], [True] * 4)
     assert found["evidence/invariance"] == 0.75
+
+
+def test_scores_judge_the_answer_and_not_the_evidence_beside_it(tmp_path: Path) -> None:
+    """As the reward does: claims, a box or a tag around a right answer do not make it wrong."""
+    asked = [_asked(record) for record in trainer(tmp_path).prompts[:4]]
+    block = '<evidence>[{"type": "exists", "subj": "circle"}]</evidence>'
+    given = [f"{block}a", "so \\boxed{a}", f"{block}b", "the answer is a"]
+    measure = OnlineMeasure.__new__(OnlineMeasure)
+    judged = measure._judged(asked, given)
+    assert judged == (["a", "a", "b", "a"], ["a"] * 4)
+    assert score_answers(*judged, ["exact_match"]) == {"exact_match": 0.75}
+    shown = dataclasses.replace(asked[0], reference=f"{block}a")  # a demonstration that shows its claims
+    plain = Measure.__new__(Measure)
+    assert plain._judged([shown] * 3, ["a", f"{block}a", block]) == (["a", "a", block], ["a"] * 3)
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
