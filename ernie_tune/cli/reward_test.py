@@ -17,6 +17,7 @@ from ernie_tune.cli.verbs import UsageError, file_and_settings
 from ernie_tune.config.cpu import while_paddle_loads
 from ernie_tune.config.language import padded, say
 from ernie_tune.config.loader import load_config
+from ernie_tune.config.stages import ONLINE_PRESETS, STAGES
 
 if TYPE_CHECKING:
     from ernie_tune.config.arguments import RunConfig
@@ -29,29 +30,43 @@ _SHOWN = 60
 def run(args: list[str]) -> int:
     """ernie-tune reward test FILE [--samples N] [--rows N] [key=value | --key value ...]
 
-    The rewards of a YAML file (stage RLVR or PPO) on right answers, which must earn 0.95 of what
-    they can on average, and on texts that a policy would try instead, which must earn nothing.
-    Exit code 1 where a test fails. --samples N: also N answers of the model; --rows N: so many rows
-    (200).
+    The rewards of a YAML file (stage RLVR or PPO, or UPO with a loss_type that samples) on right
+    answers, which must earn 0.95 of what they can on average, and on texts that a policy would try
+    instead, which must earn nothing. Exit code 1 where a test fails. --samples N: also N answers of
+    the model; --rows N: so many rows (200).
     """
     words, samples, rows = _counted(args)
     config = load_config(*file_and_settings(words)).config  # no model is needed yet
-    if config.model.stage not in ("RLVR", "PPO"):
+    if not config.samples:
+        name = ",".join(config.preference.loss_type) if config.model.stage == "UPO" else ""
+        given = f"{config.model.stage}{f', loss_type {name}' if name else ''}"
         raise ValueError(
             say(
-                f"stage ({config.model.stage}) must be RLVR or PPO, which learn from rewards; "
-                "set it, or give another file",
-                f"stage（{config.model.stage}）须为用奖励学习的 RLVR 或 PPO；请修改，或换用其他文件",
+                f"stage ({given}) must be one that learns from rewards: RLVR, PPO, or UPO with loss_type "
+                f"{', '.join(ONLINE_PRESETS)}; set it, or give another file",
+                f"stage（{given}）须为用奖励学习的 RLVR、PPO，或 loss_type 为 {', '.join(ONLINE_PRESETS)} 的 UPO；"
+                "请修改，或换用其他文件",
             )
         )
     with while_paddle_loads():
         from ernie_tune.rewards.trial import attacked, references
         from ernie_tune.trainers import assemble
         from ernie_tune.trainers.judges import rubric_of
-        from ernie_tune.trainers.online import RLVRTrainer
+        from ernie_tune.trainers.online import SampledAnswers
 
-    sets = assemble.train_sets(config, RLVRTrainer.method_class.signals)
-    records = _spread([some[i] for some in sets for i in range(len(some))], rows)
+    # nobody rewards rows that bring answers of their own (judged ones of UPO, demonstrations)
+    asked, taught = SampledAnswers.signals, ("sft",) if config.teacher.teacher_model else ()
+    known = dict.fromkeys((*asked, *STAGES[config.model.stage].signals, *taught))
+    sets = assemble.train_sets(config, tuple(known))
+    every = [some[i] for some in sets for i in range(len(some))]
+    records = _spread([record for record in every if record.signal in asked], rows)
+    if not records:
+        raise ValueError(
+            say(
+                f"train_dataset_path ({len(every)} rows) must hold prompts that are answered by sampling; add verifiable rows",
+                f"train_dataset_path（{len(every)} 行）须含可供采样回答的提示；请加入 verifiable 数据",
+            )
+        )
     rubric = rubric_of(config, None, None)
     rubric.know(records)
     reference = references(rubric, records)

@@ -42,7 +42,6 @@ from ernie_tune.objectives.policy import EntropyControl, PolicyHyper
 from ernie_tune.peft.config import PeftConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.report.log import RunLog, keep_lines
-from ernie_tune.report.rollout_page import write_rollouts
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 from ernie_tune.train.agreement import Agreement, MismatchGate
@@ -53,12 +52,12 @@ from ernie_tune.train.loop import StepRecord
 from ernie_tune.train.perception import Beside
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
-from ernie_tune.train.rolled import AnsweredPrompt, Rolled, answer_advantages, told
+from ernie_tune.train.rolled import Rolled, told
 from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch
 from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts
 from ernie_tune.train.uncertain import mark_uncertain
 from ernie_tune.trainers import assemble
-from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.by_hand import COMPLETIONS_FILE, ByHand
 from ernie_tune.trainers.judged import check_shared_prompts
 from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
@@ -74,7 +73,6 @@ from ernie_tune.trainers.online_settings import (
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
-COMPLETIONS_FILE, PAGE_FILE = "rollouts.jsonl", "rollouts.html"
 STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
 AGREEMENT_FILE = "agreement_state.json"
@@ -517,7 +515,7 @@ def given_model(model: Any, peft_config: PeftConfig | None) -> Any:
     return get_peft_model(model, peft_config)
 
 
-class RLVRTrainer(Trainer):
+class RLVRTrainer(ByHand):
     """Sample answers, judge them, and learn from what was better than expected.
 
     `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers,
@@ -553,47 +551,6 @@ class RLVRTrainer(Trainer):
 
     def make_method(self) -> Method:
         return self.method_class(self.args, self.place, self.processor, self.rubric)
-
-    def train(self, dry_run: bool = False) -> dict[str, float]:
-        """As any trainer's; of the answers that were sampled a page is written."""
-        metrics = super().train(dry_run)
-        folder = Path(self.args.save.output_dir)
-        if self.place.is_writer and not dry_run and (folder / COMPLETIONS_FILE).is_file():
-            write_rollouts(folder / COMPLETIONS_FILE, folder / PAGE_FILE, folder.name)
-            print(say(f"sampled answers: {folder / PAGE_FILE}", f"采样的回答：{folder / PAGE_FILE}"))
-        return metrics
-
-    # --- one step by hand, in this order ----------------------------------------------------------
-
-    @property
-    def rollouts(self) -> Rollouts:
-        """What samples, judges and compares; made with the model on the mesh."""
-        assert isinstance(self.method, SampledAnswers)
-        if not self._prepared:
-            self.prepare()
-        return self.method.rollouts
-
-    @property
-    def prompts(self) -> Sequence[Record]:
-        """The rows that are asked."""
-        return self.rollouts.records[: self.rollouts.prompts.size]
-
-    def rollout(self, records: Sequence[Record], n: int | None = None, seed: int = 0) -> list[AnsweredPrompt]:
-        """`n` answers (num_generations) to each record by the policy as it is; nothing is counted
-        or kept. The same seed gives the same answers. Raises RowTooLong.
-        """
-        return self.rollouts.sample(records, range(len(records)), seed, n)
-
-    def score(self, drawn: Sequence[AnsweredPrompt]) -> list[Rolled]:
-        """The answers with what the rewards give them: `reward_G` of each group."""
-        return self.rollouts.judge(drawn)
-
-    def advantages(self, groups: Sequence[Rolled]) -> list[np.ndarray]:
-        """How much better than expected each answer is, an array [G] a group; its tokens' are in
-        the group's columns, which `rollouts.batch` packs.
-        """
-        self.rollouts.compare(groups)
-        return [answer_advantages(group) for group in groups]
 
 
 GRPOTrainer = RLVRTrainer  # TRL's name

@@ -35,6 +35,7 @@ from ernie_tune.objectives.objective import Outputs, logp_outputs
 from ernie_tune.objectives.online_pairs import PairRule
 from ernie_tune.objectives.unpaired import RewardShift
 from ernie_tune.objectives.upo import PRESETS, SAMPLING_PRESETS, SamplingPreset, UpoSettings
+from ernie_tune.peft.config import PeftConfig
 from ernie_tune.rewards.rubric import Rubric
 from ernie_tune.train.guards import Verdict
 from ernie_tune.train.loop import Loop, StepRecord
@@ -42,13 +43,13 @@ from ernie_tune.train.preference import UpoObjective
 from ernie_tune.train.rollouts import Rolled
 from ernie_tune.train.upo import OnlineUpoObjective, PairTerm, is_sampled, unit_pairs
 from ernie_tune.trainers import assemble
-from ernie_tune.trainers.base import Trainer
+from ernie_tune.trainers.by_hand import ByHand
 from ernie_tune.trainers.judged import ancestry, compared_with, unit_encoder, with_mismatched
 from ernie_tune.trainers.judges import rubric_of
 from ernie_tune.trainers.keeper import StreamPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 from ernie_tune.trainers.neighbours import settings_for
-from ernie_tune.trainers.online import SampledAnswers
+from ernie_tune.trainers.online import SampledAnswers, given_model
 from ernie_tune.trainers.online_settings import policy_hyper
 from ernie_tune.trainers.ppo import AgainstCritic
 from ernie_tune.trainers.preference import PreferenceMethod, ReferencePart, hyper_of
@@ -325,7 +326,7 @@ class UPOAgainstCritic(SampledUPO, AgainstCritic):
     """The same with a critic: answers are compared with what it expected of them, as PPO has it."""
 
 
-class UPOTrainer(Trainer):
+class UPOTrainer(ByHand):
     """Learn from every kind of judgement at once. `loss_type` names a preset; `term_weights`
     changes its weights.
 
@@ -335,9 +336,9 @@ class UPOTrainer(Trainer):
     sampled answers), upo_group (the same with GSPO and rewards per token), upo_offline (the
     policy's loss, and judged rows of the data), dpo_aux (likelihood weighed by advantage, and
     judged rows). With advantage_estimator gae answers are compared with a critic.
-    `reward_funcs`, `reward_weights`, `processing_class`: as `RLVRTrainer`'s. Arguments and errors
-    as `Trainer`'s; also ValueError for a policy that has not been through SFT, and for rewards
-    where nothing is sampled.
+    `reward_funcs`, `reward_weights`, `processing_class`, `peft_config`: as `RLVRTrainer`'s;
+    `reward_model`: as `PPOTrainer`'s. Arguments and errors as `Trainer`'s; also ValueError for a
+    policy that has not been through SFT, and for rewards where nothing is sampled.
     """
 
     method_class = UPO
@@ -352,20 +353,26 @@ class UPOTrainer(Trainer):
         *,
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
+        reward_model: Any = None,
         processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
         **watched: Any,
     ) -> None:
         config = args = settings_for(args, self.method_class.stages)
-        if not config.samples and reward_funcs is not None:
+        if not config.samples and (reward_funcs is not None or reward_model is not None):
             preset = ",".join(config.preference.loss_type)
+            name = "reward_funcs" if reward_funcs is not None else "reward_model"
             raise ValueError(
                 say(
-                    f"reward_funcs must go with a loss_type that samples answers ({', '.join(SAMPLING_PRESETS)}), not {preset}; "
+                    f"{name} must go with a loss_type that samples answers ({', '.join(SAMPLING_PRESETS)}), not {preset}; "
                     "set one of them",
-                    f"reward_funcs 须与采样回答的 loss_type（{', '.join(SAMPLING_PRESETS)}）同用，而不是 {preset}；请设其一",
+                    f"{name} 须与采样回答的 loss_type（{', '.join(SAMPLING_PRESETS)}）同用，而不是 {preset}；请设其一",
                 )
             )
-        self.rubric: Rubric | None = rubric_of(config, reward_funcs, reward_weights) if config.samples else None
+        self.rubric: Rubric | None = None
+        if config.samples:
+            self.rubric = rubric_of(config, reward_funcs, reward_weights, reward_model)
+        model = given_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:

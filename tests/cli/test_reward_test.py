@@ -55,9 +55,31 @@ def test_answers_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()
 
 
+def test_rewards_of_upo_are_tried_on_the_prompts_beside_judged_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (
+        "loss_type: upo_offline\nallow_base: true\nnum_generations: 2\nper_device_train_batch_size: 4\n"
+        f"max_completion_length: 3\noutput_dir: {tmp_path}/run\n"
+    )
+    path = settings(tmp_path, more, stage="UPO")
+    asked = {"messages": [{"role": "user", "content": "read"}]}
+    pair = {**asked, "signal": {"type": "pair", "chosen": "1", "rejected": "2"}}
+    with (tmp_path / "ask.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(pair) + "\n")
+    assert main(["reward", "test", path, "--samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "right answers (share)   5        1.000" in out
+    assert "2 answers of the model: mean 0.000" in out
+    (tmp_path / "ask.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    assert main(["reward", "test", path]) != 0
+    assert "train_dataset_path (1 rows) must hold prompts that are answered by sampling" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "stage", "match"), [
     (["--rows", "many"], "RLVR", "--rows (many) must be a number, such as 200"),
-    ([], "SFT", "stage (SFT) must be RLVR or PPO, which learn from rewards"),
+    ([], "SFT", "stage (SFT) must be one that learns from rewards: RLVR, PPO, or UPO with loss_type upo_online"),
+    ([], "UPO", "stage (UPO, loss_type auto) must be one that learns from rewards"),
 ])  # fmt: skip
 def test_what_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], stage: str, match: str

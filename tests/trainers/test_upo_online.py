@@ -23,6 +23,7 @@ from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.config import LoraConfig
 from ernie_tune.peft.model import get_peft_model
 from ernie_tune.train.reference import Reference
+from ernie_tune.trainers.by_hand import PAGE_FILE
 from ernie_tune.trainers.online import RLVRTrainer
 from ernie_tune.trainers.ppo import PPOTrainer
 from ernie_tune.trainers.run import Run
@@ -101,9 +102,21 @@ def test_without_pairs_it_is_rlvr_to_the_last_bit(tmp_path: Path) -> None:
     assert isinstance(ours.method, SampledUPO)
     assert ours.method.reference is None
     assert_equal(ours, alone)
+    assert (tmp_path / "run_UPO" / PAGE_FILE).is_file()
+    (group,) = ours.score(ours.rollout(ours.prompts[:1], n=2, seed=3))
+    (by_hand,) = alone.score(alone.rollout(alone.prompts[:1], n=2, seed=3))
+    np.testing.assert_array_equal(group.reward_G, by_hand.reward_G)
     more = upo(tmp_path, pg_loss="dapo", output_dir=str(tmp_path / "more"))
     more.train()
     assert any(not np.array_equal(v, weights(alone)[n]) for n, v in weights(more).items())
+
+
+def test_there_is_nothing_to_do_by_hand_where_nothing_is_sampled(tmp_path: Path) -> None:
+    made = UPOTrainer(model(), args(tmp_path, data=judged(4), loss_type="upo_hetero"), processor=ending())
+    with pytest.raises(ValueError, match=r"loss_type \(upo_hetero\) must be one that samples answers"):
+        made.rollout([])
+    with pytest.raises(ValueError, match="reward_model must go with a loss_type that samples answers"):
+        UPOTrainer(model(), args(tmp_path, data=judged(4), loss_type="upo_hetero"), reward_model="judge")
 
 
 @pytest.mark.parametrize("preset", ["upo_group", "upo_offline"])
