@@ -46,7 +46,7 @@ from ernie_tune.config.sections_run import (
     SaveArguments,
     TrainArguments,
 )
-from ernie_tune.config.sections_sampling import EvidenceArguments, SamplingArguments
+from ernie_tune.config.sections_sampling import EvidenceArguments, SamplingArguments, WatchArguments
 from ernie_tune.config.stages import STAGES, samples
 
 __all__ = [
@@ -77,6 +77,7 @@ KINDRED = ("preference", "picture", "reference")
 SAMPLING = (
     "rollout",
     "sampling",
+    "watch",
     "policy",
     "mismatch",
     "critic",
@@ -109,6 +110,7 @@ class RunConfig:
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     evidence: EvidenceArguments = field(default_factory=EvidenceArguments)
+    watch: WatchArguments = field(default_factory=WatchArguments)
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     mismatch: MismatchArguments = field(default_factory=MismatchArguments)
     critic: CriticArguments = field(default_factory=CriticArguments)

@@ -132,7 +132,11 @@ class RolloutArguments:
         shapes=False,
     )
     reward_timeout_seconds: float = arg(
-        60.0, "time of an async reward function", "异步奖励函数的时限（秒）", low=0.01, stages=_RL
+        60.0,
+        "time of an async reward function, whose answers count for nothing after it; of another one the log speaks then",
+        "异步奖励函数的时限（秒），超时的回答不计；其他奖励函数超过时在日志中提示",
+        low=0.01,
+        stages=_RL,
     )
     log_completions: bool = arg(
         True,

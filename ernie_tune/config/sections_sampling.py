@@ -182,3 +182,17 @@ class EvidenceArguments:
     perception_every: int = arg(
         4, "rounds from one with that term to the next", "相邻两次使用该项的轮数之差", low=1, stages=("RLVR",)
     )
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """What a run that samples answers does not put up with. Stages that sample answers."""
+
+    reward_limit_seconds: float = arg(
+        600.0,
+        "the most that one call of a reward function may take, 0: any time; then what reward_error says",
+        "奖励函数单次调用的最长时间（秒），0 表示不限；超过后按 reward_error 处理",
+        low=0,
+        stages=_RL,
+        shapes=False,
+    )

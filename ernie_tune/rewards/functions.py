@@ -10,21 +10,19 @@ rewards, paddle.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import inspect
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ernie_tune.config.checks_sampling import function_problem
-from ernie_tune.config.language import say
+from ernie_tune.config.language import Text, say
 from ernie_tune.data.records import Record
+from ernie_tune.rewards.patience import TookTooLong, gathered, place_in, speak, waiting_for
 from ernie_tune.rewards.reading import without_thought
 from ernie_tune.rewards.scores import Box
 
@@ -34,7 +32,7 @@ SHOWN_CHARACTERS = 80
 LARGEST = 1e15
 # A user's function may raise whatever its own packages do, and end as a script does; what is left
 # (MemoryError, an interrupt) ends the run.
-_USERS = (Exception, SystemExit)
+USERS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,16 @@ class RewardFunction:
     """A user's reward function as a judge, whichever dialect it speaks."""
 
     def __init__(
-        self, function: Callable[..., Any], name: str = "", on_error: str = "raise", timeout_seconds: float = 60.0
+        self,
+        function: Callable[..., Any],
+        name: str = "",
+        on_error: str = "raise",
+        timeout_seconds: float = 60.0,
+        limit_seconds: float = 600.0,
     ) -> None:
+        """`timeout_seconds`: of an async function, None for its answers after that; another one is
+        spoken of then. `limit_seconds`: the most that a call may take, 0: any time.
+        """
         if on_error not in ("raise", "none"):
             raise ValueError(
                 say(
@@ -119,7 +125,8 @@ class RewardFunction:
                     f"reward_error（{on_error!r}）须为 raise 或 none；请用 'raise'",
                 )
             )
-        self.function, self.on_error, self.timeout_seconds = function, on_error, timeout_seconds
+        self.function, self.on_error = function, on_error
+        self.timeout_seconds, self.limit_seconds = timeout_seconds, limit_seconds
         self.name = name or getattr(function, "__name__", type(function).__name__)
         self.asked = Asked()
         self.columns: frozenset[str] = frozenset()  # of all rows of the run; some may lack one
@@ -137,8 +144,49 @@ class RewardFunction:
             return _DIALECTS[self.dialect](self, flat)
         except MemoryError:
             raise
-        except _USERS as error:
+        except (*USERS, TookTooLong) as error:
             return error
+
+    def call(self, flat: Flat, function: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        """The function about these answers, for as long as it may take. Raises TookTooLong, and
+        what the function raises.
+        """
+        with waiting_for(self.task(flat), self.file, self.timeout_seconds, self.limit_seconds):
+            return function(*args, **given)
+
+    def single(self, flat: Flat, *args: Any, **given: Any) -> Any:
+        """`call` of a function that is asked about one answer at a time: where errors are left out,
+        None for this answer alone.
+        """
+        try:
+            return self.call(flat, self.function, *args, **given)
+        except MemoryError:
+            raise
+        except (*USERS, TookTooLong) as error:
+            if self.on_error == "raise":
+                error.asked_about = flat  # type: ignore[union-attr]
+                raise
+            self._missed(error, 1)
+            return None
+
+    def _missed(self, error: BaseException, answers: int) -> None:
+        late = isinstance(error, TookTooLong)
+        self.asked.timeouts += answers * late
+        self.asked.errors += answers * (not late)
+
+    @property
+    def file(self) -> str:
+        """Where the function was written; "" where it has no code of Python."""
+        function = self.function
+        code = getattr(function if inspect.isroutine(function) else type(function).__call__, "__code__", None)
+        return code.co_filename if code else ""
+
+    def task(self, flat: Flat) -> Text:
+        """What it is asked, for people."""
+        return say(
+            f"reward function {self.name}, asked about {len(flat)} answers from {flat[0][0].meta} on,",
+            f"奖励函数 {self.name}（自 {flat[0][0].meta} 起的 {len(flat)} 个回答）",
+        )
 
     async def end(self, found: Any, answers: int) -> Any:
         """What an awaitable gives in time; None for every answer after that."""
@@ -149,24 +197,35 @@ class RewardFunction:
             return [None] * answers
         except MemoryError:
             raise
-        except _USERS as error:
+        except USERS as error:
             return error
 
     def numbers(self, values: Any, flat: Flat) -> list[float | None]:
         """One finite number or None an answer. Raises ValueError for anything else, and for an
         error of the function's unless `on_error` is none.
         """
-        if not isinstance(values, _USERS):
+        if not isinstance(values, (*USERS, TookTooLong)):
             return self._checked(values, flat)
-        if self.on_error == "raise":
-            line = _line(values, self.function)
+        row = getattr(values, "asked_about", flat)[0][0].meta
+        if self.on_error == "raise" and isinstance(values, TookTooLong):
             raise ValueError(
                 say(
-                    f"reward function {self.name}{line} failed at {flat[0][0].meta} with {type(values).__name__}: {values}; mend it, or set reward_error: none",
-                    f"奖励函数 {self.name}{line} 在 {flat[0][0].meta} 处出错 {type(values).__name__}：{values}；请修正，或设置 reward_error: none",
+                    f"reward function {self.name}{values.place} must answer within {values.seconds:g} s for {row} and "
+                    "what follows it; give its requests a time limit of their own, raise reward_limit_seconds, or set "
+                    "reward_error: none, which leaves such answers out",
+                    f"奖励函数 {self.name}{values.place} 须在 {values.seconds:g} 秒内对 {row} 及其后的回答给出结果；"
+                    "请为其请求设置时限，或调大 reward_limit_seconds，或设置 reward_error: none（忽略这些回答）",
+                )
+            )
+        if self.on_error == "raise":
+            line = _line(values, self.file)
+            raise ValueError(
+                say(
+                    f"reward function {self.name}{line} failed at {row} with {type(values).__name__}: {values}; mend it, or set reward_error: none",
+                    f"奖励函数 {self.name}{line} 在 {row} 处出错 {type(values).__name__}：{values}；请修正，或设置 reward_error: none",
                 )
             ) from values
-        self.asked.errors += len(flat)
+        self._missed(values, len(flat))
         return [None] * len(flat)
 
     def _checked(self, values: Any, flat: Flat) -> list[float | None]:
@@ -203,13 +262,12 @@ class RewardFunction:
         return out
 
 
-def _line(error: BaseException, function: Callable[..., Any]) -> str:
+def _line(error: BaseException, file: str) -> str:
     """Where in the function's own file an error arose, as " (rewards.py:12)"; "" where that cannot
     be said.
     """
-    code = getattr(function if inspect.isroutine(function) else type(function).__call__, "__code__", None)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if file and f.filename == file]
+    return f" ({Path(file).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _number(value: Any) -> float | None:
@@ -353,7 +411,7 @@ def _ask_trl(self: RewardFunction, flat: Flat) -> Any:
         )
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         given = {name: value for name, value in given.items() if name in parameters}
-    return function(**given)
+    return self.call(flat, function, **given)
 
 
 def _noted(self: RewardFunction, name: str, value: Any) -> None:
@@ -386,14 +444,11 @@ def ask_all(functions: Sequence[RewardFunction], groups: Sequence[Group]) -> lis
         function.asked.seconds += time.perf_counter() - started
     waiting = [i for i, values in enumerate(found) if inspect.isawaitable(values)]
     if waiting:
-
-        async def gathered() -> list[Any]:
-            return await asyncio.gather(*(functions[i].end(found[i], len(flat)) for i in waiting))
-
         started = time.perf_counter()
-        with ThreadPoolExecutor(1) as pool:  # a notebook's own thread already runs a loop
-            for i, values in zip(waiting, pool.submit(asyncio.run, gathered()).result(), strict=True):
-                found[i] = values
+        for i, values in zip(
+            waiting, _awaited([functions[i] for i in waiting], [found[i] for i in waiting], flat), strict=True
+        ):
+            found[i] = values
         functions[waiting[0]].asked.seconds += time.perf_counter() - started
     out = []
     for function, values in zip(functions, found, strict=True):
@@ -402,21 +457,43 @@ def ask_all(functions: Sequence[RewardFunction], groups: Sequence[Group]) -> lis
     return out
 
 
-def _ask_verl(self: RewardFunction, flat: Flat) -> list[Any]:
+def _awaited(functions: Sequence[RewardFunction], given: Sequence[Any], flat: Flat) -> list[Any]:
+    """What async functions give in time. One that blocks the loop (a call that does not await)
+    takes its time from all of them; the line says where it stands.
+    """
+    jobs = [function.end(one, len(flat)) for function, one in zip(functions, given, strict=True)]
+    found, frame = gathered(jobs, max(function.timeout_seconds for function in functions), gathered)
+    for i, function in enumerate(functions):
+        if found[i] is gathered:
+            function.asked.timeouts += len(flat)
+            found[i] = [None] * len(flat)
+            place = place_in(frame, function.file)
+            speak(
+                say(
+                    f"{function.task(flat)} never came back{place} and is left behind, its answers count for nothing: "
+                    "an async function must await what takes long, and end when it is cancelled",
+                    f"{function.task(flat)}没有返回{place}，已放弃等待，其回答不计：异步函数须以 await 等待耗时操作，被取消时须结束",
+                )
+            )
+    return found
+
+
+def _ask_verl(self: RewardFunction, flat: Flat) -> Any:
     wanted = inspect.signature(self.function).parameters
     extra = "extra_info" in wanted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in wanted.values())
     out = []
-    for record, answer, _ in flat:
+    for one in flat:
+        record, answer, _ = one
         gold = record.reward.answer if record.reward else None
         columns = dict(record.meta.extra)
         more = {"extra_info": columns.get("extra_info", columns)} if extra else {}
         source = columns.get("data_source", record.domain)  # verl's name of what a row is drawn from
-        found = self.function(data_source=source, solution_str=answer.text, ground_truth=gold, **more)
-        out.append(_overall(self, found, "score"))
-    return out
+        found = self.single([one], data_source=source, solution_str=answer.text, ground_truth=gold, **more)
+        out.append(found)
+    return _together(self, out, "score")
 
 
-def _ask_easyr1(self: RewardFunction, flat: Flat) -> list[Any]:
+def _ask_easyr1(self: RewardFunction, flat: Flat) -> Any:
     inputs = [
         {
             "response": answer.text,
@@ -425,8 +502,25 @@ def _ask_easyr1(self: RewardFunction, flat: Flat) -> list[Any]:
         }
         for record, answer, _ in flat
     ]
-    found = self.function(inputs) if self.dialect == "easyr1_batch" else [self.function(one) for one in inputs]
-    return [_overall(self, one, "overall") for one in found]
+    if self.dialect == "easyr1_batch":
+        found = self.call(flat, self.function, inputs)
+    else:
+        found = [self.single([one], given) for one, given in zip(flat, inputs, strict=True)]
+    return _together(self, found, "overall")
+
+
+def _together(self: RewardFunction, found: Sequence[Any], key: str) -> Any:
+    """The rewards among what a function gave answer by answer; of an async one, once it has."""
+    if not any(map(inspect.isawaitable, found)):
+        return [_overall(self, one, key) for one in found]
+
+    async def given(one: Any) -> Any:
+        return await one if inspect.isawaitable(one) else one
+
+    async def waited() -> list[Any]:
+        return [_overall(self, one, key) for one in await asyncio.gather(*map(given, found))]
+
+    return waited()
 
 
 def _overall(self: RewardFunction, found: Any, key: str) -> Any:
@@ -446,70 +540,3 @@ _DIALECTS: Mapping[str, Callable[[RewardFunction, Flat], Any]] = {
     "easyr1_sequential": _ask_easyr1,
     "easyr1_batch": _ask_easyr1,
 }
-
-
-def load_function(place: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:name` names. Raises ValueError, FileNotFoundError."""
-    path, _, name = place.rpartition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            say(
-                f"reward_funcs ({place}) must name an existing file, as rewards.py:my_reward; correct the path",
-                f"reward_funcs（{place}）须指向已有文件，如 rewards.py:my_reward；请改正路径",
-            )
-        )
-    spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(
-            say(
-                f"reward_funcs ({place}) must name a file of Python, as rewards.py:my_reward; rename it, or name another",
-                f"reward_funcs（{place}）须指向 Python 文件，如 rewards.py:my_reward；请改名或另选",
-            )
-        )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # so that its classes find their module, and pickle
-    try:
-        spec.loader.exec_module(module)
-    except _USERS as error:
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ValueError(
-            say(
-                f"reward_funcs ({place}) must name a file that runs; {file.name}:{line} failed with "
-                f"{type(error).__name__}: {error}; mend it",
-                f"reward_funcs（{place}）须指向可以运行的文件；{file.name}:{line} 出错 {type(error).__name__}：{error}；请修正",
-            )
-        ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        own = [key for key, one in vars(module).items() if callable(one) and _is_own(one, module.__name__)]
-        raise ValueError(function_problem(place, own, "" if found is None else type(found).__name__))
-    return made_of(found, place) if isinstance(found, type) else found
-
-
-def made_of(kind: type, place: str) -> Callable[..., Any]:
-    """An instance that can be called. Raises ValueError for a class without."""
-    try:
-        found = kind()
-    except _USERS as error:
-        raise ValueError(
-            say(
-                f"reward_funcs ({place}) must name a class that is made without arguments, and {kind.__name__}() failed "
-                f"with {type(error).__name__}: {error}; give its arguments defaults, or name a function",
-                f"reward_funcs（{place}）所指的类须能无参数创建，而 {kind.__name__}() 出错 {type(error).__name__}：{error}；"
-                "请为参数设默认值，或改用函数",
-            )
-        ) from error
-    if not callable(found):
-        raise ValueError(
-            say(
-                f"reward_funcs ({place}) must name a class with __call__(self, completions, **kwargs); write it",
-                f"reward_funcs（{place}）所指的类须有 __call__(self, completions, **kwargs)；请写出该方法",
-            )
-        )
-    return found
-
-
-def _is_own(value: Any, module: str) -> bool:
-    """Whether something that can be called was written in this module, and for others."""
-    return getattr(value, "__module__", module) == module and not getattr(value, "__name__", "").startswith("_")

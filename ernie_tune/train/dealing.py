@@ -81,3 +81,15 @@ def seated(found: Sequence[Seat], wanted: int) -> list[Seat]:
     """
     live = [seat for seat in found if seat.spread]
     return [*live, *(seat for seat in found if not seat.spread)][:wanted]
+
+
+def apart(numbers: Sequence[int], size: int) -> list[int]:
+    """Another number each time that a prompt of so many is drawn in a round: its answers would be
+    the same ones again.
+    """
+    seen: dict[int, int] = {}
+    out = []
+    for number in numbers:
+        out.append(number + size * seen.get(number, 0))
+        seen[number] = seen.get(number, 0) + 1
+    return out

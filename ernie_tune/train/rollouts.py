@@ -41,7 +41,7 @@ from ernie_tune.rewards.functions import Answered, Called
 from ernie_tune.rewards.rubric import Rubric, Scored
 from ernie_tune.rewards.shaping import soft_overlong
 from ernie_tune.train.agreement import Agreement
-from ernie_tune.train.dealing import Deal, Seat, seated, seats
+from ernie_tune.train.dealing import Deal, Seat, apart, seated, seats
 from ernie_tune.train.evidence import Evidence
 from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of, support_of
 from ernie_tune.train.rollout_settings import RolloutSettings
@@ -116,11 +116,19 @@ class Rollouts:
         while True:
             if not self._left:
                 own = self.deal.own(range(s.prompts), self.ranks.rank)
-                self._groups_at = dict(zip(own, self.make_round(), strict=True))
+                before, made = self.prompts.state_dict(), None
+                try:
+                    made = self.make_round()
+                finally:
+                    if made is None:  # a reward function failed: who goes on makes this round again
+                        self.prompts.load_state_dict(before)
+                self._groups_at = dict(zip(own, made, strict=True))
                 self._left = self.deal.passes(s.prompts, s.num_iterations, s.seed, self.round)
-            mine = [self._groups_at[at] for at in self._left.pop(0) if at in self._groups_at]
+            mine = [self._groups_at[at] for at in self._left[0] if at in self._groups_at]
             size = s.groups_per_batch
-            yield [self._learned(mine[i : i + size]) for i in range(0, len(mine), size)]
+            window = [self._learned(mine[i : i + size]) for i in range(0, len(mine), size)]
+            del self._left[0]
+            yield window
 
     def make_round(self) -> list[Rolled]:
         """Sample, judge, compare: this rank's groups with their columns."""
@@ -179,7 +187,7 @@ class Rollouts:
         lacking, attempts = s.prompts, 0
         while True:
             numbers = self._drawn(math.ceil(lacking * s.over_sample) if s.dynamic_sample else lacking)
-            names = _apart(numbers, len(self.records))
+            names = apart(numbers, len(self.records))
             some = self._groups(self.deal.own(numbers, ranks.rank), self.deal.own(names, ranks.rank))
             if self.evidence is not None:
                 self.evidence.weigh(some, ranks, more=attempts > 0)
@@ -586,15 +594,3 @@ def _called(known: Sequence[Any]) -> Called:
     """A call from what JSON made of it."""
     name, box, problem, shown, size = known
     return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size))
-
-
-def _apart(numbers: Sequence[int], size: int) -> list[int]:
-    """Another number each time that a prompt of so many is drawn in a round: its answers would be
-    the same ones again.
-    """
-    seen: dict[int, int] = {}
-    out = []
-    for number in numbers:
-        out.append(number + size * seen.get(number, 0))
-        seen[number] = seen.get(number, 0) + 1
-    return out

@@ -27,7 +27,8 @@ from ernie_tune.machine.placed import Placed, read_parts
 from ernie_tune.models.ernie import ErnieModel
 from ernie_tune.peft.model import PeftModel
 from ernie_tune.rewards.endpoint import SCHEME, EndpointJudge
-from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores, load_function, made_of
+from ernie_tune.rewards.functions import Answered, Group, RewardFunction, Scores
+from ernie_tune.rewards.named import load_function, made_of
 from ernie_tune.rewards.rubric import ROW, Judge, RowVerifiers, Rubric
 from ernie_tune.rewards.verifiers import SHAPING, VERIFIERS
 from ernie_tune.train.reward_model import HEAD_FOLDER, RewardHead, read_head
@@ -243,6 +244,7 @@ class _Named:
 
 def _judge(config: RunConfig, given: Any) -> Judge:
     r = config.rollout
+    how = r.reward_error, r.reward_timeout_seconds, config.watch.reward_limit_seconds
     if isinstance(given, RewardModel):
         return OpenedJudge(given)
     if isinstance(given, RewardTrainer):
@@ -254,7 +256,7 @@ def _judge(config: RunConfig, given: Any) -> Judge:
     if callable(given):
         if hasattr(given, "name") and "groups" in inspect.signature(type(given).__call__).parameters:
             return given  # a judge of ours
-        return RewardFunction(given, "", r.reward_error, r.reward_timeout_seconds)
+        return RewardFunction(given, "", *how)
     text = str(given)
     if text.startswith(SCHEME):
         return EndpointJudge(text, r.reward_timeout_seconds, r.reward_error)
@@ -263,7 +265,7 @@ def _judge(config: RunConfig, given: Any) -> Judge:
     if text in VERIFIERS:
         return _Named(text, r.max_completion_length, config.evidence.evidence_scope)
     if ".py:" in text:
-        return RewardFunction(load_function(text), text.rpartition(":")[2], r.reward_error, r.reward_timeout_seconds)
+        return RewardFunction(load_function(text), text.rpartition(":")[2], *how)
     if Path(text).is_dir():
         return ModelJudge(text)
     checkers = ", ".join(n for n in VERIFIERS if n not in SHAPING)

@@ -72,6 +72,9 @@ class Method:
 
     stages: tuple[str, ...] = ()  # of the settings that the method serves
     signals: tuple[str, ...] = ()  # of the rows that it learns from
+    # whether a window that cannot be made leaves everything as it was after the last step, so that
+    # the run saves it before it ends
+    saves_on_error = False
     # whether a run that goes on must see again what its policy was at the start
     compares_with_start = False
 

@@ -151,6 +151,7 @@ class SampledAnswers(Method):
 
     stages = ("RLVR",)
     signals: tuple[str, ...] = ("verifiable", "prompt")
+    saves_on_error = True
 
     def __init__(self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric) -> None:
         self.settings = rollout_settings(config, place.batch[1])

@@ -8,8 +8,10 @@ objectives), stored (checkpoint) or drawn (report).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from ernie_tune.train.loop import Loop, StepRecord
 from ernie_tune.trainers import neighbours_state
 from ernie_tune.trainers.interrupts import Interrupted, deferred_interrupt
 from ernie_tune.trainers.keeper import JsonPart, Keeper, StreamPart
-from ernie_tune.trainers.method import Method, RowSets
+from ernie_tune.trainers.method import Method, RowSets, Window
 from ernie_tune.trainers.observers import Observers, RunState
 from ernie_tune.trainers.reports import write_reports
 from ernie_tune.trainers.run_guards import RunGuards
@@ -170,7 +172,7 @@ class Run:
 
     def _steps(self, progress: Progress) -> None:
         with deferred_interrupt() as interrupted:
-            for step in self.loop.steps(self.method.windows(self.stream)):
+            for step in self.loop.steps(self._windows()):
                 record = dataclasses.replace(step, metrics={**step.metrics, **self.method.metrics()})
                 self.place.mark(f"step {record.step}")
                 self.folder.stepped(self.arguments)
@@ -178,6 +180,41 @@ class Run:
                 self._tell("on_step_end")
                 if self._stop_now(record, interrupted):
                     break
+
+    def _windows(self) -> Iterator[Window]:
+        """The method's windows, each made while the weights are those of the last step."""
+        windows = iter(self.method.windows(self.stream))
+        while True:
+            with self._or_saved():
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window
+
+    @contextlib.contextmanager
+    def _or_saved(self) -> Iterator[None]:
+        """A `with` around what may fail by what a user wrote (a reward function) while the weights
+        are those of the last step: this is saved before the error goes on.
+        """
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            error = sys.exc_info()[1]
+            if not done and isinstance(error, Exception):
+                self._keep_last_step(error)
+
+    def _keep_last_step(self, error: Exception) -> None:
+        step = self.loop.step
+        saved = (self.output_dir / f"checkpoint-{step}").exists()
+        if not self.method.saves_on_error or self.place.several or self.config.save.save_strategy == "no":
+            return
+        if step and not saved:
+            self.log.info(str(error), "WARNING")
+            self._save(step)
+            self._rotate()
+        self._settle()
 
     def _tell(self, event: str, **facts: Any) -> None:
         """Let observers hear of it."""
@@ -245,7 +282,8 @@ class Run:
             )
         is_best = False
         if (last and e.eval_strategy != "no") or _due(e.eval_strategy, e.eval_steps, step, epoch_ends):
-            metrics = self.measure.during(log, step, self.stream.epoch)
+            with self._or_saved():
+                metrics = self.measure.during(log, step, self.stream.epoch)
             self._tell("on_evaluate", metrics=metrics)
             is_best, more = guards.after_evaluation(step, metrics, self.measure, log)
             verdicts += more + self.method.after_evaluation(step)

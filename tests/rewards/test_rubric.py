@@ -18,7 +18,8 @@ import pytest
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
 from ernie_tune.data.sources import load_dataset
 from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
-from ernie_tune.rewards.functions import Answered, RewardFunction, load_function, reward
+from ernie_tune.rewards.functions import Answered, RewardFunction, reward
+from ernie_tune.rewards.named import load_function
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,38 @@ def test_stopping_and_going_on_is_the_same_run(
     assert one == two, "no answer is told twice"
     for name, value in weights(straight).items():
         np.testing.assert_array_equal(value, weights(again)[name], err_msg=name)
+
+
+def test_a_reward_function_that_hangs_ends_the_run_with_its_last_step_saved(tmp_path: Path) -> None:
+    """With the function mended and the same command the run is the one that nothing had stopped."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole.mkdir(), part.mkdir()
+    straight = trainer(whole)
+    straight.train()
+    seen: list[int] = []
+
+    def hangs(completion_ids: list[list[int]], trainer_state: Any, **_: Any) -> list[float]:
+        if trainer_state.global_step >= 2 and not seen:
+            time.sleep(60)
+        return even(completion_ids)
+
+    def begun() -> RLVRTrainer:
+        settings = args(part, save_strategy="steps", save_steps=100, reward_limit_seconds=0.3)
+        return RLVRTrainer(model(), settings, processor=processor(), reward_funcs=hangs)
+
+    with pytest.raises(
+        ValueError, match=r"reward function hangs \(test_online.py:\d+\) must answer within 0.3 s for .*ask"
+    ):
+        begun().train()
+    assert (part / "run" / "checkpoint-2").is_dir()
+    seen.append(1)
+    again = begun()
+    again.train()
+    assert again.loop.step == 4
+    for name, value in weights(straight).items():
+        np.testing.assert_array_equal(value, weights(again)[name])
+    one, two = ((folder / "run" / COMPLETIONS_FILE).read_text(encoding="utf-8") for folder in (whole, part))
+    assert one.replace(str(whole), "").replace('"even"', '"hangs"') == two.replace(str(part), "")
 
 
 def test_lora_with_a_penalty_for_leaving_the_reference(tmp_path: Path) -> None:
