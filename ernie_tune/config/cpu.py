@@ -7,6 +7,7 @@ computes.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # what MKL's AVX-512 kernels use
@@ -102,6 +104,17 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
     """The text that describes the processor; empty where the system has none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@lru_cache(maxsize=1)
+def has_math_library() -> bool:
+    """Whether the paddle that is installed brings the math library of x86-64 processors; where none
+    is installed, as its wheels do. Paddle is not loaded for it.
+    """
+    found = importlib.util.find_spec("paddle")
+    if found is None or found.origin is None:
+        return True
+    return (Path(found.origin).parent / "libs" / "libmklml_intel.so").is_file()
 
 
 def prepare_cpu() -> CpuPlan:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ernie_tune.config.cpu import has_math_library
 from ernie_tune.config.layout import Layout
 from ernie_tune.plan.cards import GB, Card
 from ernie_tune.plan.job import Job
@@ -18,9 +19,12 @@ from ernie_tune.plan.segments import bounds_of
 from ernie_tune.plan.weights import EXPERT, TENSOR, Held, bare, held
 
 # What the code keeps, in its own constants (a test holds them together): exponentials of scores for
-# the backward of the loss, while they are smaller; scores are made in chunks. Attention keeps none.
+# the backward of the loss, while they are smaller; scores are made in chunks. Attention keeps its
+# own on a CPU without the math library alone, up to a size, a block of queries after another.
 LOSS_KEEP_BYTES = 512 * 2**20
 LOSS_CHUNK_BYTES = 16 * 2**20
+PROBS_KEEP_BYTES = 256 * 2**20
+ATTENTION_BLOCK = 128
 # Fullest over mean rank of the experts, dropless: 1.0 to 1.5.
 IMBALANCE = 1.3
 # CUDA context and communicators; what the allocator loses.
@@ -199,7 +203,20 @@ class _Activations:
         query, key = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
         hidden = 2 * self.local * m.hidden_size + self._gathered()
         heads = tokens * self.share * (2 * query + 2 * key)
-        return self.wide * (hidden + heads) + 4 * tokens * self.share * (query + key)
+        return self.wide * (hidden + heads) + 4 * tokens * self.share * (query + key) + self._probabilities()
+
+    def _probabilities(self) -> float:
+        """Blocks of the causal half of attention's exponentials, where they are kept."""
+        rows, length = self.job.tokens / self.job.row_tokens, self.job.row_tokens
+        each = rows * self.job.model.num_attention_heads * self.share * self.wide
+        ends = [min(a + ATTENTION_BLOCK, length) for a in range(0, length, ATTENTION_BLOCK)]
+        blocks = each * sum((b - a) * b for a, b in zip(range(0, length, ATTENTION_BLOCK), ends, strict=True))
+        return self._if_kept(each * length**2, blocks)
+
+    def _if_kept(self, whole: float, blocks: float) -> float:
+        """Bytes of exponentials: none on a card or with the library, none that are too many."""
+        kept = self.card.is_cpu and whole <= PROBS_KEEP_BYTES and not has_math_library()
+        return blocks if kept else 0.0
 
     def _gathered(self) -> float:
         """Values of hidden states that sequence parallelism gathers before a column layer and
@@ -286,6 +303,8 @@ class _Activations:
         # Two norms with their inputs, queries, keys and values twice, attention's output, two of
         # the MLP's width; rotation in float32.
         block = mine * (self.wide * (8 * v.hidden_size + 2 * v.intermediate_size) + 4 * 4 * v.hidden_size)
+        scores = mine * PICTURE_PATCHES * v.num_heads * self.wide
+        block += self._if_kept(scores, scores)
         rope = 2 * 4 * mine * v.hidden_size
         merged = v.hidden_size * v.spatial_merge_size**2
         features = (

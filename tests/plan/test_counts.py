@@ -34,12 +34,16 @@ def test_every_parameter_is_cut_as_the_table_says() -> None:
 
 
 def test_constants_are_those_of_the_code() -> None:
+    from ernie_tune.models import attention, mkl
     from ernie_tune.objectives import logprobs
     from ernie_tune.trainers import online
 
     assert counted.LOSS_KEEP_BYTES == logprobs.KEEP_BYTES
     assert counted.LOSS_CHUNK_BYTES == logprobs.CHUNK_BYTES
     assert ROLLOUT_ROWS == online._ROWS
+    assert counted.PROBS_KEEP_BYTES == attention.KEEP_PROBS_BYTES
+    assert counted.ATTENTION_BLOCK == attention.BLOCK_TOKENS
+    assert counted.has_math_library() == (mkl._library() is not None)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
