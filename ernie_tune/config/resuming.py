@@ -39,6 +39,7 @@ _COURSE = frozenset(
         # what is measured, and so where the run ends and which checkpoint it ends with
         "eval_dataset_path", "guard_dataset_path", "load_best_model_at_end", "metric_for_best_model",
         "greater_is_better", "early_stopping_patience", "guard_tolerance", "guard_stop",
+        "guard_action",
         # what a reward function that failed needs to be gone on with
         "reward_error", "reward_timeout_seconds",
     }

@@ -32,6 +32,7 @@ SECTIONS = {
         "where sampled answers end, and what of them is learned from", "采样回答何时结束、学习其中哪些部分"
     ),
     "evidence": say("rewards for looking at the picture", "看图的奖励"),
+    "watch": say("what a run that samples answers does not put up with", "采样训练的监视与时限"),
     "policy": say("the loss of a policy that samples its answers", "采样回答的策略的损失"),
     "mismatch": say("whether sampling and training see one policy", "采样与训练是否为同一策略"),
     "critic": say("what answers are expected to be worth", "回答的预期价值"),

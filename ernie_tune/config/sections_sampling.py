@@ -196,3 +196,33 @@ class WatchArguments:
         stages=_RL,
         shapes=False,
     )
+    monitor_reward_funcs: tuple[str, ...] = arg(
+        (),
+        "judges that nothing is learned from, named as reward_funcs: an alarm where they no longer agree with the reward",
+        "不参与学习的评判，写法同 reward_funcs：与奖励不再一致时报警",
+        stages=_RL,
+        shapes=False,
+    )
+    guard_action: str = arg(
+        "say",
+        "what an alarm does after which nothing is worth learning (constant or missing rewards, hacking, kl_budget)",
+        "报警且继续学习已无意义时（奖励恒定或缺失、奖励投机、超出 kl_budget）如何处理",
+        {"say": ("a line in the log", "在日志中提示"), "stop": ("the run ends, saved", "保存后结束运行")},
+        stages=_RL,
+    )
+    kl_budget: float = arg(
+        10.0,
+        "nats an answer that the policy may be away from its reference before an alarm; 0: any",
+        "策略与参考的距离（每个回答的 nat）超过此值时报警；0 表示不限",
+        low=0,
+        stages=_RL,
+        shapes=False,
+    )
+    entropy_floor: float = arg(
+        0.0,
+        "nats a token below which the entropy gives an alarm; one also comes at a tenth of the first steps' mean",
+        "熵（每 token nat）低于此值时报警；降到最初若干步均值的十分之一时也会报警",
+        low=0,
+        stages=_RL,
+        shapes=False,
+    )

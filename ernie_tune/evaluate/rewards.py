@@ -44,13 +44,15 @@ class OnlineMeasure(Measure):
         ask: Ask,
         draw: Draw,
         draws: int = 1,
+        monitors: Rubric | None = None,
     ) -> None:
-        """`own`: what rows themselves name, whatever is rewarded. `ask`: the policy's likeliest
-        answers to prompts, as judges are given those of a round; `draw`: answers that are sampled,
-        `draws` to each prompt, where it is more than one.
+        """`own`: what rows themselves name, whatever is rewarded; `monitors`: judges that nothing
+        is learned from. `ask`: the policy's likeliest answers to prompts, as judges are given those
+        of a round; `draw`: answers that are sampled, `draws` to each prompt, where it is more than
+        one.
         """
         super().__init__(*args)
-        self.own = own
+        self.own, self.monitors = own, monitors
         self.rubric, self.watch, self.ask, self.draw, self.draws = rubric, watch, ask, draw, draws
         self._whole: list[Answered] = []  # the newest answers, with tokens, thoughts and calls
         self._drawn: list[int] = []  # the rows that were asked last
@@ -103,10 +105,10 @@ class OnlineMeasure(Measure):
             return scores, given
         whole = self._whole
         judged = self.rubric([(q.record, [answer]) for q, answer in zip(asked, whole, strict=True)])
-        for name in self.rubric.names:
-            known = [value for one in judged if (value := one[0].parts[name]) is not None]
-            if known:
-                scores[f"reward/{name}"] = float(np.mean(known))
+        scores |= _means(self.rubric, judged, "reward")
+        if self.monitors is not None:
+            groups = [(q.record, [answer]) for q, answer in zip(asked, whole, strict=True)]
+            scores |= _means(self.monitors, self.monitors(groups), "monitor")
         totals = [self._total(one[0]) for one in judged]
         self._totals = dict(zip(self._drawn, totals, strict=True))
         self._rights = self._by_own_checkers([q.record for q in asked], judged)
@@ -186,6 +188,15 @@ class OnlineMeasure(Measure):
     def _right(self, records: Sequence[Record], said: Sequence[Answered]) -> list[bool]:
         judged = self.rubric([(record, [answer]) for record, answer in zip(records, said, strict=True)])
         return [(one[0].right or 0.0) >= 1 for one in judged]
+
+
+def _means(rubric: Rubric, judged: Sequence[Sequence[Scored]], title: str) -> dict[str, float]:
+    """The mean of what each judge gave, where any gave something."""
+    out: dict[str, float] = {}
+    for name in rubric.names:
+        known = [value for one in judged if (value := one[0].parts[name]) is not None]
+        out |= {f"{title}/{name}": float(np.mean(known))} if known else {}
+    return out
 
 
 def _content(answer: Answered) -> str:

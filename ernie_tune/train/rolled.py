@@ -20,7 +20,7 @@ from ernie_tune.data.units import Unit
 from ernie_tune.generate.batch import Completion
 from ernie_tune.objectives.advantages import deviation
 from ernie_tune.objectives.objective import SUPPORT
-from ernie_tune.rewards.functions import Answered
+from ernie_tune.rewards.functions import Answered, Called
 from ernie_tune.rewards.rubric import Scored
 
 
@@ -68,6 +68,11 @@ class Rolled:
         was not judged.
         """
         return np.array([one.right or 0.0 for one in self.scored])
+
+    @property
+    def tokens_G(self) -> np.ndarray:
+        """Tokens of each answer, those of tools included."""
+        return np.array([len(one.token_ids) for one in self.answers], np.float64)
 
     @property
     def length_G(self) -> np.ndarray:
@@ -122,9 +127,11 @@ def _deviation(reward_G: np.ndarray) -> float:
     return 0.0 if len(reward_G) == 1 else float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
 
 
-def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ranks: Ranks) -> dict[str, float]:
+def measured(
+    groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ranks: Ranks, dropped: int = 0
+) -> dict[str, float]:
     """Means over all ranks and all that was sampled, also what was replaced, under TRL's names.
-    `attempts`: how often was drawn again.
+    `attempts`: how often was drawn again; `dropped`: groups of the round that count for nothing.
     """
 
     flat = sum(not group.spread for group in groups)
@@ -142,6 +149,18 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
         columns[key] = np.array([number_of(one.details.get(name)) for one in scored])
     columns["reward_std"] = np.array([_deviation(g.reward_G) for g in groups])
     columns["frac_groups_all_right"] = np.array([g.share_right == 1 for g in groups], np.float64)
+    columns["frac_groups_all_wrong"] = np.array([g.share_right == 0 for g in groups], np.float64)
+    right_C = np.concatenate([*(g.right_G for g in groups), np.zeros(0)])
+    columns["completions/mean_terminated_length"] = length_C[ended_C > 0]
+    columns[_RIGHT], columns[_WRONG] = length_C[right_C >= 1], length_C[right_C < 1]
+    about_C = np.concatenate([*(_about_mean(g.reward_G) for g in groups), np.zeros(0)])
+    long_C = np.concatenate([*(_about_mean(g.tokens_G) for g in groups), np.zeros(0)])
+    for name, product in (
+        ("xy", about_C * long_C),
+        ("xx", about_C**2),
+        ("yy", np.where(np.isnan(about_C), np.nan, long_C**2)),
+    ):
+        columns[_PRODUCTS + name] = product
     for name in judges:
         columns[f"rewards/{name}/none_share"] = np.array([one.parts[name] is None for one in scored], np.float64)
     mine = {}
@@ -162,10 +181,43 @@ def measured(groups: Sequence[Rolled], attempts: int, judges: Sequence[str], ran
     if max(one[5] for one in told) == 1:  # a group of one has no spread, its round has
         del out["frac_reward_zero_std"]
         out["reward_std"] = deviation(reward_C, lambda sums: np.sum(ranks.gather(sums), axis=0))
+    out |= _lengths(out)
     out["completions/min_length"] = float(min(one[3] for one in told))
     out["completions/max_length"] = float(max(one[4] for one in told))
-    out["groups_refilled"] = float(attempts)
+    out["groups_refilled"], out["groups_dropped"] = float(attempts), float(dropped)
     return out
+
+
+_RIGHT, _WRONG, _PRODUCTS = "right length", "wrong length", "length and reward "
+
+
+def _about_mean(x_G: np.ndarray) -> np.ndarray:
+    """Less the mean of those that are known."""
+    return x_G - np.nanmean(x_G) if np.isfinite(x_G).any() else x_G
+
+
+def _lengths(out: dict[str, float]) -> dict[str, float]:
+    """How length goes with reward among the answers to one prompt (correlation), and how much
+    longer right answers are than wrong ones, in tokens; takes what they are made of out.
+    """
+    xy, xx, yy = (out.pop(_PRODUCTS + name, 0.0) for name in ("xy", "xx", "yy"))
+    right, wrong = out.pop(_RIGHT, None), out.pop(_WRONG, None)
+    found = {"length/reward_corr": xy / (xx * yy) ** 0.5} if xx > 0 and yy > 0 else {}
+    return found | ({} if right is None or wrong is None else {"length/right_minus_wrong": right - wrong})
+
+
+def advantage_metrics(groups: Sequence[Rolled], ranks: Ranks) -> dict[str, float]:
+    """Mean, deviation and largest size of the advantages that a round learns from, over its tokens
+    on all ranks, and how many these are.
+    """
+    kept = [g.columns["advantage_N"][g.columns["keep_N"] > 0] for g in groups]
+    x_N = np.concatenate([*kept, np.zeros(0)])
+    told = ranks.gather((float(x_N.sum()), float((x_N**2).sum()), len(x_N), float(np.abs(x_N).max(initial=0.0))))
+    total, squares, count = (float(np.sum([one[i] for one in told])) for i in range(3))
+    mean = total / max(count, 1.0)
+    deviation = max(squares / max(count, 1.0) - mean**2, 0.0) ** 0.5
+    found = {"mean": mean, "std": deviation, "abs_max": max(one[3] for one in told)}
+    return {"tokens_trained": count, **{f"advantage/{name}": value for name, value in found.items()}}
 
 
 def answer_advantages(group: Rolled) -> np.ndarray:
@@ -200,3 +252,20 @@ def told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
 def number_of(value: float | None) -> float:
     """A reward, nan where there is none."""
     return np.nan if value is None else float(value)
+
+
+def parts_of(
+    groups: Sequence[Rolled], first_N: np.ndarray, second_N: np.ndarray
+) -> Iterator[tuple[Rolled, np.ndarray, np.ndarray]]:
+    """Two columns of all groups' tokens, cut into each group's."""
+    at = 0
+    for group in groups:
+        end = at + int(group.length_G.sum())
+        yield group, first_N[at:end], second_N[at:end]
+        at = end
+
+
+def called_of(known: Sequence[Any]) -> Called:
+    """A call from what JSON made of it."""
+    name, box, problem, shown, size = known
+    return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size))

@@ -1,5 +1,6 @@
-"""Watchers of learning from sampled answers: rewards that teach nothing, answers that are cut off,
-entropy that collapses, rewards that rise while held-out answers get worse.
+"""Watchers of learning from sampled answers: rewards that teach nothing, or teach form alone,
+answers that are cut off or grow, entropy that collapses or explodes, a policy far from its
+reference, rewards that rise while held-out answers get worse or another judge disagrees.
 
 They read the logged means under TRL's names and answer with verdicts; each speaks once in a run.
 Refuses to know: models, data, losses, files. State is JSON, so a resumed run judges as an
@@ -8,19 +9,26 @@ uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ernie_tune.config.language import Text, say
+from ernie_tune.rewards.verifiers import SHAPING
 from ernie_tune.train.guards import Verdict
 
 ROUNDS = 3  # that must look alike before anything is said
 WINDOW = 20  # steps of what is called now, and of what is called the beginning
 _SAME = 1e-8
 CRITIC_STEPS, CRITIC_WINDOW = 50, 10
-_CUT_OFF, _ALIKE, _COLLAPSED = 0.3, 0.8, 0.1
+_CUT_OFF, _ALIKE, _COLLAPSED, _EXPLODED = 0.3, 0.8, 0.1, 2.0
+_BACK, _LATELY, _GROWN_TOKENS = 50, 10, 8  # steps that lengths are compared over, steps of a mean, least growth
+_PAYS, _WITH_IT = 0.6, 1.5  # correlation of length and reward, growth beside it
+_FORM_ROSE, _RIGHT_STAYED, _NEARLY_ALL = 0.1, 0.01, 0.95
+_AGREED, _APART = 0.7, 0.3
+_ENDS = ("unjudged", "constant", "hacking", "kl", "second")  # after which nothing more is worth learning
 _AS_GOOD = 0.9
 LOOKS_EVERY, LOOKS_ROWS = 50, 16  # steps between two looks without pictures, and rows of a look
 
@@ -59,14 +67,26 @@ class HeldOut:
         self.best, self.falls = dict(state.get("best", ())), int(state.get("falls", 0))  # older runs have neither
 
 
+@dataclass(frozen=True)
+class WatchLimits:
+    """What a run is told of its alarms. `stops`: those after which nothing more is worth learning
+    end it. `kl_nats`: of an answer, from the reference. `entropy_nats`: of a token, at least.
+    """
+
+    stops: bool = False
+    kl_nats: float = 10.0
+    entropy_nats: float = 0.0
+
+
 class RolloutWatch:
     """`look` after each step, `measured` after each evaluation. State: the means seen, what was
     said.
     """
 
-    def __init__(self, by_reward: bool = True) -> None:
+    def __init__(self, by_reward: bool = True, limits: WatchLimits | None = None) -> None:
         """`by_reward` False: something else teaches, and rewards may be missing or alike."""
-        self.by_reward = by_reward
+        self.by_reward, self.limits = by_reward, limits or WatchLimits()
+        self.show: Callable[[], Text | str] = lambda: ""  # some answers of the newest round
         self.seen: dict[str, list[float]] = {}
         self.held, self.right = HeldOut(), HeldOut()  # what held-out answers earn, and how right they are
         self.told: set[str] = set()
@@ -79,7 +99,11 @@ class RolloutWatch:
             "frac_reward_zero_std",
             "frac_groups_all_right",
             "completions/clipped_ratio",
+            "completions/mean_length",
+            "length/reward_corr",
             "entropy",
+            *(name for name in values if name.startswith("rewards/") and name.endswith("/mean")),
+            *(name for name in values if name.startswith("monitor/") and name.endswith("/spearman")),
         ):
             if name in values and np.isfinite(values[name]):
                 self.seen.setdefault(name, []).append(float(values[name]))
@@ -90,6 +114,10 @@ class RolloutWatch:
             "cut_off": self._cut_off(),
             "entropy": self._entropy(),
             "failing": self._failing(values),
+            "longer": self._longer(),
+            "kl": self._far(values),
+            "form": self._form() if self.by_reward else None,
+            "second": self._second() if self.by_reward else None,
         }
         return self._say(step, found)
 
@@ -153,7 +181,8 @@ class RolloutWatch:
         for name, words in found.items():
             if words is not None and name not in self.told:
                 self.told.add(name)
-                out.append(Verdict(say("step {step}: {words}", "第 {step} 步：{words}", step=step, words=words)))
+                line = say("step {step}: {words}", "第 {step} 步：{words}", step=step, words=words)
+                out.append(Verdict(line, self.limits.stops and name in _ENDS))
         return out
 
     def _last(self, name: str, count: int = ROUNDS) -> list[float]:
@@ -191,9 +220,10 @@ class RolloutWatch:
         spreads, rewards = self._last("reward_std"), self._last("reward")
         if not spreads or not rewards or max(spreads) > _SAME:
             return None
+        shown = "" if "constant" in self.told else self.show()
         return say(
-            f"all answers of {ROUNDS} rounds earned the same ({rewards[-1]:g}), nothing is learned; look at rollouts.jsonl: what do the answers look like, and what does the checker want?",
-            f"{ROUNDS} 轮的所有回答奖励相同（{rewards[-1]:g}），学不到东西；请查看 rollouts.jsonl：回答是什么样，检查器要求什么？",
+            f"all answers of {ROUNDS} rounds earned the same ({rewards[-1]:g}), nothing is learned; look at rollouts.jsonl: what do the answers look like, and what does the checker want?{shown}",
+            f"{ROUNDS} 轮的所有回答奖励相同（{rewards[-1]:g}），学不到东西；请查看 rollouts.jsonl：回答是什么样，检查器要求什么？{shown}",
         )
 
     def _alike(self) -> Text | None:
@@ -223,16 +253,105 @@ class RolloutWatch:
         )
 
     def _entropy(self) -> Text | None:
-        values = self.seen.get("entropy", [])
+        values, least = self.seen.get("entropy", []), self.limits.entropy_nats
+        last = self._last("entropy")
+        if least and last and max(last) < least:
+            return say(
+                f"entropy is {last[-1]:.3f} nats a token, below entropy_floor ({least:g}) for {ROUNDS} steps; raise entropy_coef or temperature, or lower learning_rate",
+                f"熵为每 token {last[-1]:.3f} nat，已连续 {ROUNDS} 步低于 entropy_floor（{least:g}）；请调大 entropy_coef 或 temperature，或调低 learning_rate",
+            )
         if len(values) < 2 * WINDOW:
             return None
         first, now = float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:]))
+        if now > _EXPLODED * first and self._reward_fell():
+            return say(
+                f"entropy rose from {first:.3f} to {now:.3f} nats a token while rewards fell, answers become noise; lower learning_rate or entropy_coef, or set beta",
+                f"熵由每 token {first:.3f} 升到 {now:.3f} nat，而奖励下降，回答趋于噪声；请调低 learning_rate 或 entropy_coef，或设置 beta",
+            )
         if now >= _COLLAPSED * first:
             return None
         return say(
             f"entropy collapsed from {first:.3f} to {now:.3f} nats a token, answers hardly differ; raise entropy_coef or temperature, or lower learning_rate",
             f"熵由每 token {first:.3f} 降到 {now:.3f} nat，回答几乎不再变化；请调大 entropy_coef 或 temperature，或调低 learning_rate",
         )
+
+    def _reward_fell(self) -> bool:
+        """Whether the newest window earns less than the first, by more than two standard errors."""
+        rewards = self.seen.get("reward", [])
+        if len(rewards) < 2 * WINDOW:
+            return False
+        first, now = np.array(rewards[:WINDOW]), np.array(rewards[-WINDOW:])
+        error = float(np.sqrt((first.var(ddof=1) + now.var(ddof=1)) / WINDOW))
+        return float(first.mean() - now.mean()) > max(2 * error, _SAME)
+
+    def _longer(self) -> Text | None:
+        """Answers that doubled in 50 steps, or that grow because length pays."""
+        lengths, pays = self.seen.get("completions/mean_length", []), self._last("length/reward_corr", WINDOW)
+        if len(lengths) < WINDOW + _LATELY:
+            return None
+        now = float(np.mean(lengths[-_LATELY:]))
+        back = lengths[-_BACK - _LATELY : -_BACK] or lengths[:_LATELY]
+        was, first = float(np.mean(back)), float(np.mean(lengths[:_LATELY]))
+        remedy = say(
+            "if that is not meant set overlong_buffer, or loss_type: dr_grpo",
+            "若非本意，请设置 overlong_buffer，或 loss_type: dr_grpo",
+        )
+        if now >= 2 * was and now - was >= _GROWN_TOKENS:
+            return say(
+                f"answers grew from {was:.0f} to {now:.0f} tokens in {_BACK} steps; {remedy}",
+                f"回答在 {_BACK} 步内由 {was:.0f} 增长到 {now:.0f} 个 token；{remedy}",
+            )
+        if pays and np.mean(pays) > _PAYS and now >= _WITH_IT * first and now - first >= _GROWN_TOKENS:
+            return say(
+                f"longer answers earn more (length/reward_corr {np.mean(pays):.2f}) and grew from {first:.0f} to {now:.0f} tokens; {remedy}",
+                f"越长的回答奖励越高（length/reward_corr {np.mean(pays):.2f}），已由 {first:.0f} 增长到 {now:.0f} 个 token；{remedy}",
+            )
+        return None
+
+    def _far(self, values: Mapping[str, float]) -> Text | None:
+        """Of a policy that left its reference: nats an answer, some rounds in a row."""
+        length = values.get("completions/mean_length", 0.0)
+        nats = values["kl"] * length if "kl" in values else values.get("objective/kl", np.nan)
+        self.seen.setdefault("kl", []).append(float(nats) if np.isfinite(nats) else 0.0)
+        last = self._last("kl")
+        if not last or not self.limits.kl_nats or min(last) <= self.limits.kl_nats:
+            return None
+        return say(
+            f"the policy is {last[-1]:.1f} nats an answer away from its reference, more than kl_budget ({self.limits.kl_nats:g}) for {ROUNDS} rounds; raise beta or kl_coef, lower learning_rate, or raise kl_budget",
+            f"策略与参考相距每个回答 {last[-1]:.1f} nat，已连续 {ROUNDS} 轮超过 kl_budget（{self.limits.kl_nats:g}）；请调大 beta 或 kl_coef、调低 learning_rate，或调大 kl_budget",
+        )
+
+    def _form(self) -> Text | None:
+        """Of a reward for how answers look that rose while none for being right did."""
+        change = {}
+        for name, values in self.seen.items():
+            if name.startswith("rewards/") and len(values) >= 2 * WINDOW:
+                change[name] = float(np.mean(values[-WINDOW:]) - np.mean(values[:WINDOW]))
+        form = {name: rose for name, rose in change.items() if name.split("/")[1] in SHAPING}
+        rest = [name for name in change if name not in form]
+        still = all(abs(change[n]) < _RIGHT_STAYED and self.seen[n][-1] < _NEARLY_ALL for n in rest)
+        most = max(form, key=lambda name: form[name], default="")
+        if not most or not rest or not still or form[most] < _FORM_ROSE:
+            return None
+        shown, others = most.split("/")[1], ", ".join(name.split("/")[1] for name in rest)
+        return say(
+            f"what is learned is form: {shown} rose by {form[most]:.2f} while {others} stayed where it was; lower its weight, or give easier data",
+            f"学到的只是形式：{shown} 上升 {form[most]:.2f}，而 {others} 没有变化；请调低其权重，或给更容易的数据",
+        )
+
+    def _second(self) -> Text | None:
+        """Of a judge that nothing is learned from, who agreed with the reward and does no more."""
+        for name, values in self.seen.items():
+            if not name.startswith("monitor/") or len(values) < 2 * WINDOW:
+                continue
+            sums = np.cumsum([0.0, *values])
+            means = (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
+            if means.max() > _AGREED and means[-1] < _APART:
+                return say(
+                    f"{name.split('/')[1]}, which nothing is learned from, agreed with the reward ({means.max():.2f} by Spearman) and no longer does ({means[-1]:.2f}): the reward is earned in another way than meant; look at rollouts.jsonl",
+                    f"未参与学习的 {name.split('/')[1]} 原与奖励一致（Spearman {means.max():.2f}），现已不一致（{means[-1]:.2f}）：奖励的获得方式已偏离本意；请查看 rollouts.jsonl",
+                )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -43,7 +43,17 @@ from ernie_tune.rewards.shaping import soft_overlong
 from ernie_tune.train.agreement import Agreement
 from ernie_tune.train.dealing import Deal, Seat, apart, seated, seats
 from ernie_tune.train.evidence import Evidence
-from ernie_tune.train.rolled import AnsweredPrompt, Rolled, group_state, measured, number_of, support_of
+from ernie_tune.train.rolled import (
+    AnsweredPrompt,
+    Rolled,
+    advantage_metrics,
+    called_of,
+    group_state,
+    measured,
+    number_of,
+    parts_of,
+    support_of,
+)
 from ernie_tune.train.rollout_settings import RolloutSettings
 from ernie_tune.train.turns import Turns, last_turn, rebuilt, tool_metrics
 
@@ -77,7 +87,9 @@ class Rollouts:
         agreement: Agreement | None = None,
         evidence: Evidence | None = None,
         beside: Beside | None = None,
+        second_opinion: Callable[[Sequence[Rolled]], Mapping[str, float]] = lambda groups: {},
     ) -> None:
+        self.second_opinion = second_opinion  # of judges that nothing is learned from
         self.settings, self.processor, self.evidence = settings, processor, evidence
         self.records = records if evidence is None else evidence.records  # twins behind the rows
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
@@ -135,10 +147,12 @@ class Rollouts:
         self.seconds, self.tokens = {}, 0
         groups = self._sampled()
         self.compare(groups)
-        self.metrics = self._reported() | measured(self._seen[0], self._seen[1], self.rubric.names, self.ranks)
+        seen, attempts, dropped = self._seen
+        self.metrics = self._reported() | measured(seen, attempts, self.rubric.names, self.ranks, dropped)
+        self.metrics |= {**advantage_metrics(groups, self.ranks), **self.second_opinion(seen)}
         self.metrics |= {} if self.agreement is None else self.agreement.metrics
         if self.turns:
-            told = self.ranks.gather(tool_metrics([a.calls for group in self._seen[0] for a in group.answers]))
+            told = self.ranks.gather(tool_metrics([a.calls for group in seen for a in group.answers]))
             sums = {name: np.sum([part[name] for part in told], axis=0) for name in told[0]}
             self.metrics |= {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
         self.sink(self.round, groups)
@@ -172,6 +186,11 @@ class Rollouts:
         columns = {name: np.concatenate([group.columns[name] for group in groups]) for name in sorted(names)}
         return batch.with_columns(**columns)
 
+    @property
+    def newest(self) -> list[Rolled]:
+        """The groups of the present round that this rank trains."""
+        return [*self._groups_at.values()]
+
     # --- sampling ---------------------------------------------------------------------------------
 
     def _sampled(self) -> list[Rolled]:
@@ -202,7 +221,7 @@ class Rollouts:
             if not s.dynamic_sample or lacking <= 0 or attempts == s.max_resample_times:
                 break
             attempts += 1
-        self._seen = (mine, attempts)
+        self._seen = (mine, attempts, max(lacking, 0) if s.dynamic_sample else 0)
         return self._moved(mine, seated(found, s.prompts))
 
     def _moved(self, mine: Sequence[Rolled], round_: Sequence[Seat]) -> list[Rolled]:
@@ -418,7 +437,7 @@ class Rollouts:
         parts = [groups[i : i + size] for i in range(0, len(groups), size)]
         told = self.agreement(self.round, [self.batch(part) for part in parts])
         for part, old_N in zip(parts, told, strict=False):
-            for group, own, _ in _parts(part, old_N, old_N):
+            for group, own, _ in parts_of(part, old_N, old_N):
                 group.columns["old_logp_N"] = own
 
     def _attach(self, groups: Sequence[Rolled]) -> None:
@@ -463,7 +482,7 @@ class Rollouts:
             if s.advantage_estimator == "reinforce_plus_plus_baseline":
                 advantage_N = adv.whiten(advantage_N, self._total)
         keep_N = np.concatenate([*(g.counts_G for g in groups), np.zeros(0)])[candidate_N]
-        for group, part, keep in _parts(groups, advantage_N, keep_N):
+        for group, part, keep in parts_of(groups, advantage_N, keep_N):
             group.columns["advantage_N"], group.columns["keep_N"] = part, keep
 
     def _kl(self, groups: Sequence[Rolled]) -> np.ndarray | None:
@@ -504,7 +523,7 @@ class Rollouts:
         if s.whiten_rewards:
             reward_N[keep_N] = adv.whiten(reward_N[keep_N], self._total, keep_mean=True)
         advantage_N, return_N = adv.gae(reward_N, value_N, candidate_N, s.gamma, s.lam)
-        for group, part, _ in _parts(groups, return_N, return_N):
+        for group, part, _ in parts_of(groups, return_N, return_N):
             group.columns["return_N"] = part
         white_N = np.zeros_like(advantage_N)
         white_N[keep_N] = adv.whiten(advantage_N[keep_N], self._total)
@@ -562,7 +581,7 @@ class Rollouts:
             ) from error
         record, completions = self.records[number], tuple(Completion(*known) for known in state["completions"])
         scored = [Scored(*known) for known in state["scored"]]
-        calls = [[_called(known) for known in some] for some in state.get("calls", ())]
+        calls = [[called_of(known) for known in some] for some in state.get("calls", ())]
         dialogues = (
             tuple(
                 rebuilt(self.turns, record, prompt, done, some)
@@ -578,19 +597,3 @@ class Rollouts:
         group.reward_G = group.unit.score_C[:] = np.array([number_of(r) for r in state["reward"]])
         group.counts_G = np.array(state["counts"], np.float64)
         return group
-
-
-def _parts(
-    groups: Sequence[Rolled], first_N: np.ndarray, second_N: np.ndarray
-) -> Iterator[tuple[Rolled, np.ndarray, np.ndarray]]:
-    at = 0
-    for group in groups:
-        end = at + int(group.length_G.sum())
-        yield group, first_N[at:end], second_N[at:end]
-        at = end
-
-
-def _called(known: Sequence[Any]) -> Called:
-    """A call from what JSON made of it."""
-    name, box, problem, shown, size = known
-    return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size))

@@ -193,6 +193,14 @@ def rubric_of(config: RunConfig, functions: Any, weights: Sequence[float] | None
     )
 
 
+def monitors_of(config: RunConfig) -> Rubric | None:
+    """The judges that nothing is learned from; None where none is named. Raises ValueError for what
+    is no judge."""
+    judges = [_judge(config, name) for name in config.watch.monitor_reward_funcs]
+    _number(judges)
+    return Rubric(judges, (), config.rollout.max_completion_length, False) if judges else None
+
+
 def _number(judges: Sequence[Judge]) -> None:
     """Different functions of one name (lambdas, those of two files) are told apart by a number."""
     seen: dict[str, list[Any]] = {}

@@ -53,13 +53,14 @@ from ernie_tune.train.perception import Beside
 from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
 from ernie_tune.train.rolled import Rolled, told
-from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch
+from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch, WatchLimits
 from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts
+from ernie_tune.train.second_judges import SecondJudges
 from ernie_tune.train.uncertain import mark_uncertain
 from ernie_tune.trainers import assemble
 from ernie_tune.trainers.by_hand import COMPLETIONS_FILE, ByHand
 from ernie_tune.trainers.judged import check_shared_prompts
-from ernie_tune.trainers.judges import ModelJudge, open_judges, rubric_of
+from ernie_tune.trainers.judges import ModelJudge, monitors_of, open_judges, rubric_of
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, Rows, RowSets, Stateful
 from ernie_tune.trainers.neighbours import settings_for
@@ -77,6 +78,7 @@ STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
 AGREEMENT_FILE = "agreement_state.json"
 _ROWS = 64  # answers computed at once
+_SHOWN, _SHOWN_CHARACTERS = 3, 80  # answers beside an alarm
 
 
 class _DataRanks:
@@ -161,7 +163,11 @@ class SampledAnswers(Method):
         if self.teaching is not None:
             self.signals = (*self.signals, *self.teaching.signals)
         self.reference: Reference | None = None
-        self.watch = RolloutWatch(by_reward=self.teaching is None)
+        w = config.watch
+        limits = WatchLimits(w.guard_action == "stop", w.kl_budget, w.entropy_floor)
+        self.watch = RolloutWatch(self.teaching is None, limits)
+        self.watch.show = self._shown
+        self.monitors = monitors_of(config)
         self.replay = "off"  # of routers, once the model is known
         self._mode = ""  # of the reference, once it is chosen
         self._fresh = False  # whether room was made for a copy of the adapter
@@ -200,7 +206,8 @@ class SampledAnswers(Method):
     def stream(self, rows: RowSets) -> Any:
         s = self.settings
         records = [some[i] for some in rows.train for i in range(len(some))]
-        self.rubric.know([*records, *(rows.held[i] for i in range(len(rows.held)))])
+        for rubric in self._rubrics():
+            rubric.know([*records, *(rows.held[i] for i in range(len(rows.held)))])
         if self.teaching is not None and self.teaching.signals:
             records = [record for record in records if not is_demonstration(record)]
             self.teaching.take(
@@ -255,7 +262,12 @@ class SampledAnswers(Method):
             judge.attach(model, self.config)
 
     def _models(self) -> list[ModelJudge]:
-        return [judge for judge in self.rubric.judges if isinstance(judge, ModelJudge)]
+        judges = [judge for rubric in self._rubrics() for judge in rubric.judges]
+        return [judge for judge in judges if isinstance(judge, ModelJudge)]
+
+    def _rubrics(self) -> list[Rubric]:
+        """What rewards, and what only looks on."""
+        return [self.rubric, *([] if self.monitors is None else [self.monitors])]
 
     def objective(self, total_steps: int, steps_per_pass: float) -> Objective:
         policy = self.policy_objective(policy_hyper(self.config), self.config.preference.beta)
@@ -287,7 +299,8 @@ class SampledAnswers(Method):
         if self._fresh:
             take_copy(policy.model)
             self._fresh = False
-        open_judges(self.rubric, self.place, policy)
+        for rubric in self._rubrics():
+            open_judges(rubric, self.place, policy)
         if self.teaching is not None:
             self.teaching.open(policy)
         if self._mode != "none":
@@ -318,6 +331,7 @@ class SampledAnswers(Method):
             self.agreement,
             evidence,
             self._beside(),
+            (lambda groups: {}) if self.monitors is None else SecondJudges(self.monitors, _DataRanks(self.place)),
         )
 
     def _beside(self) -> Beside | None:
@@ -427,7 +441,14 @@ class SampledAnswers(Method):
         draws = self.config.eval.num_generations_eval
         own = RowVerifiers(self.config.rollout.max_completion_length, self.config.evidence.evidence_scope)
         return OnlineMeasure(
-            *given, rubric=self.rubric, own=own, watch=self.watch, ask=self._likeliest, draw=self._several, draws=draws
+            *given,
+            rubric=self.rubric,
+            own=own,
+            watch=self.watch,
+            ask=self._likeliest,
+            draw=self._several,
+            draws=draws,
+            monitors=self.monitors,
         )
 
     def _likeliest(self, records: Sequence[Record]) -> list[Answered]:
@@ -466,12 +487,24 @@ class SampledAnswers(Method):
             )
 
     def after_step(self, record: StepRecord) -> list[Verdict]:
-        self.rubric.at(record.step, self.config.train.max_steps)
+        for rubric in self._rubrics():
+            rubric.at(record.step, self.config.train.max_steps)
         found = self.watch.look(record.step, record.metrics)
         return found + (self._look_without(record.step) if record.step % LOOKS_EVERY == 0 else [])
 
     def after_evaluation(self, step: int) -> list[Verdict]:
         return self.watch.fallen(step)
+
+    def _shown(self) -> str:
+        """Some answers of the newest round with what each judge and checker gave them."""
+        lines = []
+        for group in self.rollouts.newest[:_SHOWN]:
+            row = next(told(0, group))
+            given = ", ".join(
+                f"{name} {value if value is None else f'{value:g}'}" for name, value in row["rewards"].items()
+            )
+            lines.append(f"\n    {row['row']}: {row['text'][:_SHOWN_CHARACTERS]!r} ({given})")
+        return "".join(lines)
 
     def _look_without(self, step: int) -> list[Verdict]:
         """Answer some rows with their pictures and with grey ones."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ernie_tune.train.rollout_guards import ROUNDS, WINDOW, RolloutWatch
+from ernie_tune.train.rollout_guards import ROUNDS, WINDOW, RolloutWatch, WatchLimits
+from ernie_tune.train.second_judges import spearman
 
 HEALTHY = {
     "reward": 0.5,
@@ -35,6 +37,86 @@ def test_constant_rewards() -> None:
     ((step, words),) = spoken(30, lambda s: {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
     assert step == ROUNDS
     assert "all answers of 3 rounds earned the same (0)" in words
+
+
+def test_alarms_may_end_the_run_and_show_answers() -> None:
+    constant = {"reward": 0.0, "reward_std": 0.0}
+    for stops in (False, True):
+        watch = RolloutWatch(limits=WatchLimits(stops=stops))
+        watch.show = lambda: "; such as 'x'"
+        found = [v for step in range(1, 6) for v in watch.look(step, {**HEALTHY, **constant})]
+        assert [v.stop for v in found] == [stops]
+        assert "such as 'x'" in str(found[0].message)
+    (cut,) = (v for step in range(9) for v in watch.look(step, {**HEALTHY, "completions/clipped_ratio": 1.0}))
+    assert not cut.stop, "there is still something to learn"
+
+
+def test_entropy_below_a_floor_or_rising_while_rewards_fall() -> None:
+    floor = RolloutWatch(limits=WatchLimits(entropy_nats=0.2))
+    ((step, words),) = spoken(9, lambda s: {"entropy": 0.1 if s > 2 else 1.0}, floor)
+    assert (step, "below entropy_floor (0.2)" in words) == (2 + ROUNDS, True)
+
+    def noise(step: int) -> dict[str, float]:
+        return {"entropy": 1.0 if step <= WINDOW else 3.0, "reward": 0.5 if step <= WINDOW else 0.3}
+
+    ((_, words),) = spoken(60, noise)
+    assert "entropy rose from 1.000 to" in words
+    assert spoken(60, lambda s: {**noise(s), "reward": 0.5}) == []  # what is explored pays
+
+
+def test_answers_that_grow() -> None:
+    ((_, doubled),) = spoken(80, lambda s: {"completions/mean_length": 20.0 + max(0.0, s - 20) * 1.0})
+    assert "answers grew from 20 to 40 tokens in 50 steps" in doubled
+    assert spoken(80, lambda s: {"completions/mean_length": 2.0 + (s > 40) * 3.0}) == [], "a few tokens are nothing"
+    slowly = lambda s: {"completions/mean_length": 40.0 + s * 0.4}  # noqa: E731
+    assert spoken(90, slowly) == []
+    ((_, pays),) = spoken(90, lambda s: {**slowly(s), "length/reward_corr": 0.8})
+    assert "longer answers earn more (length/reward_corr 0.80) and grew from 42 to" in pays
+    assert spoken(90, lambda s: {"completions/mean_length": 40.0, "length/reward_corr": 0.8}) == []
+
+
+def test_a_policy_far_from_its_reference() -> None:
+    ((step, words),) = spoken(9, lambda s: {"kl": 3.0 if s > 1 else 1.0})  # answers of 4 tokens
+    assert (step, "12.0 nats an answer away from its reference, more than kl_budget (10)" in words) == (
+        1 + ROUNDS,
+        True,
+    )
+    assert spoken(9, lambda s: {"kl": 3.0}, RolloutWatch(limits=WatchLimits(kl_nats=0.0))) == []
+    assert len(spoken(9, lambda s: {"objective/kl": 11.0})) == 1
+
+
+def test_form_that_is_learned_alone() -> None:
+    def values(step: int, right: float = 0.3, form: float = 0.2) -> dict[str, float]:
+        return {"rewards/exact/mean": right, "rewards/format/mean": 0.4 + (step > WINDOW) * form}
+
+    ((step, words),) = spoken(60, values)
+    assert step <= 2 * WINDOW
+    assert "format rose by 0." in words
+    assert "while exact stayed" in words
+    assert spoken(60, lambda s: values(s, right=0.3 + s * 0.002)) == []
+    assert spoken(60, lambda s: values(s, right=1.0)) == [], "nothing is left to learn"
+    assert spoken(60, lambda s: values(s, form=0.05)) == []
+    assert spoken(60, lambda s: {"rewards/format/mean": s / 60}) == [], "nobody asks for more than form"
+
+
+def test_another_judge_that_no_longer_agrees() -> None:
+    def values(step: int, before: float = 0.9, after: float = 0.1) -> dict[str, float]:
+        return {"monitor/true/spearman": before if step <= 30 else after}
+
+    ((_, words),) = spoken(80, values)
+    assert "true, which nothing is learned from, agreed with the reward (0.90 by Spearman) and no longer does" in words
+    assert spoken(80, lambda s: values(s, before=0.5)) == [], "it never agreed"
+    assert spoken(80, lambda s: values(s, after=0.5)) == []
+
+
+def test_ranks_share_their_mean_where_values_are_equal() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.permutation(30), rng.permutation(30)
+    known = 1 - 6 * float(((x - y) ** 2).sum()) / (30 * (30**2 - 1))  # without ties
+    assert spearman(np.exp(x / 9.0), y * 2.0) == pytest.approx(known, abs=1e-12)
+    assert spearman(np.array([1.0, 2, 2, 3]), np.array([1.0, 2, 3, 4])) == pytest.approx(0.9**0.5, abs=1e-12)
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
+    assert np.isnan(spearman(np.zeros(0), np.zeros(0)))
 
 
 def test_rewards_that_are_none() -> None:

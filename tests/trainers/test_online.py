@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ def weights(made: RLVRTrainer) -> dict[str, np.ndarray]:
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
+    (tmp_path / "second.py").write_text(
+        "def odd(completion_ids, **_):\n    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]\n"
+    )
+    made = trainer(tmp_path, monitor_reward_funcs=f"{tmp_path}/second.py:odd")
     before = {name: value.copy() for name, value in weights(made).items()}
     made.train()
     assert any(not np.array_equal(before[name], value) for name, value in weights(made).items())
@@ -83,8 +87,17 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
         "entropy",
         "completions/mean_length",
         "frac_reward_zero_std",
+        "frac_groups_all_wrong",
+        "groups_dropped",
         "approx_kl",
     } <= first.keys()
+    assert first["monitor/odd/mean"] == pytest.approx(1 - first["reward"])
+    assert first["monitor/odd/spearman"] == pytest.approx(-1.0)
+    one = [row for row in told if row["round"] == 0]
+    size_N = np.repeat([row["advantage"] for row in one], [row["tokens"] for row in one])
+    assert first["advantage/abs_max"] == pytest.approx(np.abs(size_N).max(), abs=1e-6)
+    assert first["advantage/std"] == pytest.approx(size_N.std(), abs=1e-6)
+    assert first["tokens_trained"] == len(size_N)
     assert first["approx_kl"] < 1e-9  # one update a round: the policy is the one that sampled
 
 
@@ -127,6 +140,16 @@ def test_stopping_and_going_on_is_the_same_run(
     assert one == two, "no answer is told twice"
     for name, value in weights(straight).items():
         np.testing.assert_array_equal(value, weights(again)[name], err_msg=name)
+
+
+def test_an_alarm_ends_the_run_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = args(tmp_path, guard_action="stop", dynamic_sample=False, max_steps=9)
+    nothing = RewardFunction(lambda completions, **_: [0.0] * len(completions), name="nothing")
+    made = RLVRTrainer(model(), settings, processor=processor(), reward_funcs=nothing.function)
+    made.train()
+    assert made.loop.step == 3
+    out = capsys.readouterr().out
+    assert re.search(r"all answers of 3 rounds earned the same .*\n    \S+ask.jsonl:\d: '.*' \(<lambda> 0\)", out)
 
 
 def test_a_reward_function_that_hangs_ends_the_run_with_its_last_step_saved(tmp_path: Path) -> None:
