@@ -35,7 +35,7 @@ def cut_problem(top_p: float, top_k: int, min_p: float, keep_mask: bool) -> Text
     return None
 
 
-def function_problem(place: str, held: Sequence[str], kind: str = "") -> Text:
+def function_problem(place: str, held: Sequence[str], kind: str = "", setting: str = "reward_funcs") -> Text:
     """Why `path/file.py:name` is no function to judge by: what the file holds, the nearest name.
     `kind`: the type of what has the name and cannot be called.
     """
@@ -43,11 +43,11 @@ def function_problem(place: str, held: Sequence[str], kind: str = "") -> Text:
     close = difflib.get_close_matches(name, held, 1)
     shown = ", ".join(held[:_SHOWN_FUNCTIONS]) + (", ..." if len(held) > _SHOWN_FUNCTIONS else "")
     return say(
-        f"reward_funcs ({place}) must name a function of {path}, which has none called {name!r}"
+        f"{setting} ({place}) must name a function of {path}, which has none called {name!r}"
         + (f" (that is of type {kind})" if kind else "")
         + (f" but {shown}" if held else " nor any other")
         + (f"; did you mean {path}:{close[0]}?" if close else "; name one of them" if held else "; write it"),
-        f"reward_funcs（{place}）须指明 {path} 中的函数，其中没有 {name!r}"
+        f"{setting}（{place}）须指明 {path} 中的函数，其中没有 {name!r}"
         + (f"（其类型为 {kind}）" if kind else "")
         + (f"，只有 {shown}" if held else "，也没有其他函数")
         + (f"；是否指 {path}:{close[0]}？" if close else "；请从中选择" if held else "；请写出该函数"),
@@ -138,6 +138,14 @@ def sampling_rules(c: RunConfig) -> Iterator[tuple[str, str]]:
             say(
                 f"perception_entropy ({given}) must be two weights, with the picture and without; give both",
                 f"perception_entropy（{given}）须为两个权重：看图与不看图；请给出两者",
+            ),
+        )
+    if unknown := [name for name in c.sampling.tools if name != "zoom" and ":" not in name]:
+        yield (
+            "tools",
+            say(
+                f"tools ({', '.join(unknown)}) must be of zoom or file.py:function; correct the name",
+                f"tools（{', '.join(unknown)}）须为 zoom 或 file.py:function；请改正名称",
             ),
         )
     yield from _read_again(c)

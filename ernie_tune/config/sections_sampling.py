@@ -29,9 +29,9 @@ class SamplingArguments:
     )
     tools: tuple[str, ...] = arg(
         (),
-        "tools that answers may call, in the format of tool calls; zoom shows a part of the row's first picture",
-        "回答可以调用的工具（按工具调用格式）；zoom 显示该行第一张图片的局部",
-        ("zoom",),
+        "tools that answers may call, in the format of tool calls: zoom (shows a part of the row's first picture), "
+        "file.py:function (its docstring is what the prompt says of it)",
+        "回答可以调用的工具（按工具调用格式）：zoom（显示该行第一张图片的局部）、file.py:function（其文档字符串写入提示）",
         stages=("RLVR", "PPO"),
     )
     max_turns: int = arg(

@@ -38,7 +38,8 @@ USERS = (Exception, SystemExit)
 @dataclass(frozen=True)
 class Called:
     """A call of a tool within an answer: the box that was asked for, None where it could not be
-    understood (`problem`), and what was shown of the picture, both in its pixels.
+    understood (`problem`), and what was shown of the picture, both in its pixels; of a user's own
+    tool what it was given and gave.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Called:
     problem: str = ""
     shown: Box | None = None
     size: tuple[int, int] = (0, 0)  # of the picture
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of a user's own tool
+    result: str = ""  # that it gave
 
 
 @dataclass(frozen=True)

@@ -18,23 +18,23 @@ from ernie_tune.config.language import say
 from ernie_tune.rewards.functions import USERS
 
 
-def load_function(place: str) -> Callable[..., Any]:
+def load_function(place: str, setting: str = "reward_funcs") -> Callable[..., Any]:
     """The function that `path/to/file.py:name` names. Raises ValueError, FileNotFoundError."""
     path, _, name = place.rpartition(":")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
             say(
-                f"reward_funcs ({place}) must name an existing file, as rewards.py:my_reward; correct the path",
-                f"reward_funcs（{place}）须指向已有文件，如 rewards.py:my_reward；请改正路径",
+                f"{setting} ({place}) must name an existing file, as my_file.py:my_function; correct the path",
+                f"{setting}（{place}）须指向已有文件，如 my_file.py:my_function；请改正路径",
             )
         )
     spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(
             say(
-                f"reward_funcs ({place}) must name a file of Python, as rewards.py:my_reward; rename it, or name another",
-                f"reward_funcs（{place}）须指向 Python 文件，如 rewards.py:my_reward；请改名或另选",
+                f"{setting} ({place}) must name a file of Python, as my_file.py:my_function; rename it, or name another",
+                f"{setting}（{place}）须指向 Python 文件，如 my_file.py:my_function；请改名或另选",
             )
         )
     module = importlib.util.module_from_spec(spec)
@@ -45,15 +45,15 @@ def load_function(place: str) -> Callable[..., Any]:
         line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
         raise ValueError(
             say(
-                f"reward_funcs ({place}) must name a file that runs; {file.name}:{line} failed with "
+                f"{setting} ({place}) must name a file that runs; {file.name}:{line} failed with "
                 f"{type(error).__name__}: {error}; mend it",
-                f"reward_funcs（{place}）须指向可以运行的文件；{file.name}:{line} 出错 {type(error).__name__}：{error}；请修正",
+                f"{setting}（{place}）须指向可以运行的文件；{file.name}:{line} 出错 {type(error).__name__}：{error}；请修正",
             )
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
         own = [key for key, one in vars(module).items() if callable(one) and _is_own(one, module.__name__)]
-        raise ValueError(function_problem(place, own, "" if found is None else type(found).__name__))
+        raise ValueError(function_problem(place, own, "" if found is None else type(found).__name__, setting))
     return made_of(found, place) if isinstance(found, type) else found
 
 

@@ -242,11 +242,18 @@ def told(number: int, group: Rolled) -> Iterator[dict[str, Any]]:
             "text": answer.text,
             "tokens": len(answer.token_ids),
             "finish_reason": answer.finish_reason,
+            **({"calls": [_call(one) for one in answer.calls]} if answer.calls else {}),
             "reward": None if np.isnan(group.reward_G[i]) else float(group.reward_G[i]),
             "rewards": {**scored.parts, **{k: v for k, v in scored.details.items() if k not in scored.parts}},
             "advantage": float(advantage_G[i]),
             **({"extra": dict(scored.extra)} if scored.extra else {}),
         }
+
+
+def _call(one: Called) -> dict[str, Any]:
+    """What there is to tell of a call of a tool."""
+    known = {"box": one.box, "shown": one.shown, "arguments": dict(one.arguments), "result": one.result}
+    return {"name": one.name, **{k: v for k, v in (known | {"problem": one.problem}).items() if v}}
 
 
 def number_of(value: float | None) -> float:
@@ -267,5 +274,5 @@ def parts_of(
 
 def called_of(known: Sequence[Any]) -> Called:
     """A call from what JSON made of it."""
-    name, box, problem, shown, size = known
-    return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size))
+    name, box, problem, shown, size, *own = known
+    return Called(name, tuple(box) if box else None, problem, tuple(shown) if shown else None, tuple(size), *own)

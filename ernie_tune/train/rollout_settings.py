@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 from ernie_tune.config.checks_sampling import clip_problem, cut_problem
 from ernie_tune.config.language import say
+from ernie_tune.data.chat import CALL_END
+from ernie_tune.data.processor import Processor
+from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.objectives import advantages as adv
+from ernie_tune.train.own_tools import OwnTool
 from ernie_tune.train.turns import TOOLS
 
 ESTIMATORS = ("grpo", "rloo", "max_rl", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae")
@@ -52,7 +56,8 @@ class RolloutSettings:
     stop_strings: tuple[str, ...] = ()
     over_sample: float = 1.0  # prompts that are answered over those that a round lacks
     reward_clip: tuple[float, ...] = ()  # (low, high) of the weighted reward
-    tools: tuple[str, ...] = ()  # that answers may call
+    tools: tuple[str, ...] = ()  # that answers may call, by name
+    own_tools: tuple[OwnTool, ...] = ()  # beside them
     max_turns: int = 4
     max_pictures: int = 8
     note_experts: bool = False  # which experts each token goes to while it is sampled
@@ -108,3 +113,24 @@ class RolloutSettings:
                     f"采样时 temperature（{self.temperature:g}）须大于 0；通常为 1",
                 )
             )
+
+    def sampling(
+        self, processor: Processor, seed: int, n: int | None = None, greedy: bool = False, most_tokens: int = 0
+    ) -> SamplingParams:
+        """How `n` answers to a prompt (num_generations) are sampled, or a `greedy` one. What they
+        are drawn from is noted of those that are learned from: not greedily, nor of `most_tokens`.
+        """
+        tokens = processor.tokens
+        return SamplingParams(
+            max_new_tokens=most_tokens or self.max_completion_length,
+            temperature=0.0 if greedy else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            note_kept=self.keep_sampling_mask and not greedy and not most_tokens,
+            n=1 if greedy else n or self.num_generations,
+            seed=seed,
+            stop_ids=processor.stop_ids,
+            stop_strings=(*self.stop_strings, *((CALL_END,) if self.tools or self.own_tools else ())),
+            banned_ids=tokens.placeholders() + tokens.markers(),
+        )

@@ -25,13 +25,11 @@ import numpy as np
 from ernie_tune.checkpoint.state import ALONE, Ranks
 from ernie_tune.config.language import say
 from ernie_tune.data.batching import THINKING
-from ernie_tune.data.chat import CALL_END
 from ernie_tune.data.processor import Encoded, Processor, RowTooLong
 from ernie_tune.data.prompts import PromptStream
 from ernie_tune.data.records import Record
 from ernie_tune.data.units import Unit, UnitBatch, collate_units
 from ernie_tune.generate.batch import Completion, Prompt
-from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.models.replay import COLUMN as EXPERTS
 from ernie_tune.models.replay import of_completions
 from ernie_tune.objectives import advantages as adv
@@ -95,7 +93,9 @@ class Rollouts:
         self.sampler, self.rubric, self.attach, self.sink = sampler, rubric, tuple(attach), sink
         self.prompts = prompts or PromptStream(len(records), settings.seed)
         self.ranks, self.finish, self.agreement, self.beside = ranks, tuple(finish), agreement, beside
-        self.turns = Turns(processor, settings.max_turns, settings.max_pictures) if settings.tools else None
+        own = {tool.name: tool for tool in settings.own_tools}
+        used = (settings.max_turns, settings.max_pictures, settings.tools, own)
+        self.turns = Turns(processor, *used) if settings.tools or own else None
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0
         self.metrics: dict[str, float] = {}
@@ -265,6 +265,10 @@ class Rollouts:
                 )
         return found
 
+    def _listed(self, record: Record) -> tuple[Mapping[str, Any], ...]:
+        """The tools that a prompt lists: the row's own, and those that users bring."""
+        return (*record.tools, *(tool.schema for tool in self.settings.own_tools))
+
     def _short(self, record: Record) -> bool:
         """Whether a prompt may be answered; one that is too long is never cut, a cut could part a
         picture.
@@ -273,7 +277,7 @@ class Rollouts:
             record.prompt,
             record.images,
             record.videos,
-            tools=record.tools,
+            tools=self._listed(record),
             thinking=THINKING.get(record.mode),
             add_generation_prompt=True,
             where=str(record.meta),
@@ -299,20 +303,8 @@ class Rollouts:
         `numbers` name the prompts and, with `seed`, what is drawn for them, where `names` does not.
         `most_tokens` of an answer: then, or greedily, to prompts of any length. Raises RowTooLong.
         """
-        tokens, free = self.processor.tokens, greedy or most_tokens > 0
-        params = SamplingParams(
-            max_new_tokens=most_tokens or self.settings.max_completion_length,
-            temperature=0.0 if greedy else self.settings.temperature,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-            min_p=self.settings.min_p,
-            note_kept=self.settings.keep_sampling_mask and not free,
-            n=1 if greedy else n or self.settings.num_generations,
-            seed=seed,
-            stop_ids=self.processor.stop_ids,
-            stop_strings=(*self.settings.stop_strings, *((CALL_END,) if self.turns else ())),
-            banned_ids=tokens.placeholders() + tokens.markers(),
-        )
+        free = greedy or most_tokens > 0
+        params = self.settings.sampling(self.processor, seed, n, greedy, most_tokens)
         asked = [self._encoded(record, None if free else self.settings.max_prompt_length) for record in records]
         prompts = [
             Prompt(one.row, params, key, name, experts=self.settings.note_experts)
@@ -360,7 +352,7 @@ class Rollouts:
             record.prompt,
             list(record.images),
             list(record.videos),
-            tools=record.tools,
+            tools=self._listed(record),
             thinking=THINKING.get(record.mode),
             add_generation_prompt=True,
             max_tokens=most_tokens,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,10 +21,11 @@ from ernie_tune.data.batching import THINKING
 from ernie_tune.data.chat import CALL, CALL_END
 from ernie_tune.data.media.images import image_size, load_image
 from ernie_tune.data.processor import Encoded, Processor
-from ernie_tune.data.records import Record
+from ernie_tune.data.records import Record, as_words
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.rewards.functions import Called
 from ernie_tune.rewards.scores import Box
+from ernie_tune.train.own_tools import OwnTool
 
 TOOLS = ("zoom",)
 LEAST_SIDE = 28  # pixels of what is shown
@@ -72,6 +74,8 @@ class Turns:
     processor: Processor
     most: int = 4
     pictures: int = 8
+    tools: tuple[str, ...] = TOOLS
+    own: Mapping[str, OwnTool] = field(default_factory=dict)
 
     def go_on(
         self,
@@ -114,8 +118,17 @@ class Turns:
 
     def answer(self, record: Record, talk: Conversation, text: str) -> Encoded:
         """What the tool has to say to the newest turn, and how the next one begins."""
+        name, arguments, problem = called(text)
+        known = (*self.tools, *self.own)
+        if not problem and name not in known:
+            problem = f"the only tool is {known[0]}" if len(known) == 1 else f"the tools are {', '.join(known)}"
+        if problem or name in self.own:
+            said, problem = ("", problem) if problem else self.own[name](arguments)
+            call = Called(name or known[0], None, problem, arguments=arguments, result=said)
+            talk.calls.append(call)
+            return self.result(record, call)
         shown = sum(call.shown is not None for call in talk.calls)
-        box, problem = called_box(text)
+        box, problem = box_of(arguments)
         if box is not None and shown >= self.pictures:
             box, problem = None, f"no more than {self.pictures} pictures are shown"
         if box is not None and not record.images:
@@ -131,7 +144,8 @@ class Turns:
         """The same from the call alone."""
         thinking = THINKING.get(record.mode)
         if call.shown is None:
-            return self.processor.encode_result(f"error: {call.problem}", thinking=thinking)
+            text = f"error: {call.problem}" if call.problem else call.result
+            return self.processor.encode_result(as_words(text), thinking=thinking)
         return self.processor.encode_result("<image>", [zoomed(record, call.shown)], thinking=thinking)
 
 
@@ -141,17 +155,28 @@ def _begun(prompt: Encoded, turn: Completion) -> Conversation:
     return talk
 
 
-def called_box(text: str) -> tuple[Box | None, str]:
-    """(the box of the call that a turn ends with, what is wrong with it)."""
+def called(text: str) -> tuple[str, Mapping[str, Any], str]:
+    """(name, arguments, what is wrong) of the call that a turn ends with; arguments that are JSON
+    text are read, as many models write them.
+    """
     written = text.rpartition(CALL)[2].partition(CALL_END)[0]
     try:
         call = json.loads(written)
-        name, corners = call["name"], call["arguments"]["box"]
-        box = tuple(float(x) for x in corners)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        name, arguments = call["name"], call.get("arguments", {})
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "", {}, "a call is {name, arguments: {…}}"
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        return "", {}, "a call is {name, arguments: {…}}"
+    return name, arguments, ""
+
+
+def box_of(arguments: Mapping[str, Any]) -> tuple[Box | None, str]:
+    """(the box that a call of `zoom` asks for, what is wrong with it)."""
+    try:
+        box = tuple(float(x) for x in arguments["box"])
+    except (ValueError, TypeError, KeyError):
         return None, "a call is {name, arguments: {box: [x1, y1, x2, y2]}}"
-    if name not in TOOLS:
-        return None, f"the only tool is {TOOLS[0]}"
     if len(box) != 4 or not np.isfinite(box).all() or box[0] >= box[2] or box[1] >= box[3]:
         return None, "box must be x1 < x2 and y1 < y2"
     return (box[0], box[1], box[2], box[3]), ""
@@ -208,6 +233,6 @@ def tool_metrics(calls: Sequence[Sequence[Called]]) -> dict[str, tuple[float, fl
     every = [call for some in calls for call in some]
     return {
         "tools/call_frequency": (float(sum(bool(some) for some in calls)), float(len(calls))),
-        "tools/failure_frequency": (float(sum(call.shown is None for call in every)), float(len(every))),
+        "tools/failure_frequency": (float(sum(bool(call.problem) for call in every)), float(len(every))),
         "tools/turns_mean": (float(sum(len(some) + 1 for some in calls)), float(len(calls))),
     }

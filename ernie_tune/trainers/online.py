@@ -70,6 +70,7 @@ from ernie_tune.trainers.online_settings import (
     perception_of,
     policy_hyper,
     rollout_settings,
+    with_tools,
 )
 from ernie_tune.trainers.replaying import note_experts, replay_mode
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
@@ -77,6 +78,7 @@ from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
 AGREEMENT_FILE = "agreement_state.json"
+Tools = Mapping[str, Callable[..., Any]]  # functions by the place at which the settings name them
 _ROWS = 64  # answers computed at once
 _SHOWN, _SHOWN_CHARACTERS = 3, 80  # answers beside an alarm
 
@@ -155,8 +157,10 @@ class SampledAnswers(Method):
     signals: tuple[str, ...] = ("verifiable", "prompt")
     saves_on_error = True
 
-    def __init__(self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric) -> None:
-        self.settings = rollout_settings(config, place.batch[1])
+    def __init__(
+        self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric, tools: Tools | None = None
+    ) -> None:
+        self.settings = rollout_settings(config, place.batch[1], tools)
         self.rubric = rubric
         super().__init__(config, place, processor)
         self.teaching = teaching_of(config, place, processor, self.banned)
@@ -554,15 +558,17 @@ class RLVRTrainer(ByHand):
 
     `reward_funcs`: functions (TRL's, verl's, EasyR1's or ms-swift's signature), names of checkers,
     "file.py:function", or a list of these, with `reward_weights`; by default what each row names,
-    or what its gold answer asks for. `processing_class`: TRL's name of `processor`; as there,
-    `model` may be the name of a folder or repository, and `peft_config` puts an adapter on it.
-    Arguments and errors as `Trainer`'s. Also ValueError for rows that nothing can check, batch
-    sizes that do not hold whole groups, and settings under which training would not see what was
-    sampled.
+    or what its gold answer asks for. `tools`: functions that answers may call, told of by their
+    docstrings in every prompt, and names as the setting has them. `processing_class`: TRL's name of
+    `processor`; as there, `model` may be the name of a folder or repository, and `peft_config` puts
+    an adapter on it. Arguments and errors as `Trainer`'s. Also ValueError for rows that nothing can
+    check, batch sizes that do not hold whole groups, and settings under which training would not
+    see what was sampled.
     """
 
     method_class = SampledAnswers
     reward_model: Any = None  # beside the functions, where a kind of trainer takes one
+    tools: Tools | None = None  # functions that answers may call
 
     def __init__(
         self,
@@ -574,17 +580,21 @@ class RLVRTrainer(ByHand):
         *,
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
+        tools: Sequence[Any] = (),
         processing_class: Any = None,
         peft_config: PeftConfig | None = None,
         **watched: Any,
     ) -> None:
         config = args = settings_for(args, self.method_class.stages)
+        if tools:
+            config, self.tools = with_tools(config, tools)
+            args = config
         self.rubric = rubric_of(config, reward_funcs, reward_weights, self.reward_model)
         model = given_model(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor or processing_class, **watched)
 
     def make_method(self) -> Method:
-        return self.method_class(self.args, self.place, self.processor, self.rubric)
+        return self.method_class(self.args, self.place, self.processor, self.rubric, self.tools)
 
 
 GRPOTrainer = RLVRTrainer  # TRL's name

@@ -5,19 +5,29 @@ Refuses to know: how they are used, files, models.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.checks_sampling import group_problem, round_problem
 from ernie_tune.config.language import say
 from ernie_tune.config.layout import Layout
 from ernie_tune.objectives.perception import Perception
 from ernie_tune.objectives.policy import PolicyHyper
+from ernie_tune.rewards.named import load_function
 from ernie_tune.train.evidence import EvidenceSettings
+from ernie_tune.train.own_tools import OwnTool
 from ernie_tune.train.rollouts import RolloutSettings
 
 
-def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
+def rollout_settings(
+    config: RunConfig, data_ranks: int, tools: Mapping[str, Callable[..., Any]] | None = None
+) -> RolloutSettings:
     """The settings of a round. `per_device_train_batch_size` counts answers, as TRL's does; raises
-    ValueError where a step does not hold whole groups.
+    ValueError where a step does not hold whole groups. `tools`: functions by the places at which
+    the settings name them.
     """
     r, p, t, c = config.rollout, config.policy, config.train, config.critic
     ppo, taught = config.model.stage == "PPO", bool(config.teacher.teacher_model)
@@ -56,13 +66,40 @@ def rollout_settings(config: RunConfig, data_ranks: int) -> RolloutSettings:
         prefix_sharing=config.preference.prefix_sharing,
         min_p=config.sampling.min_p,
         keep_sampling_mask=config.sampling.keep_sampling_mask,
-        tools=config.sampling.tools,
+        tools=tuple(name for name in config.sampling.tools if ":" not in name),
+        own_tools=own_tools(config, tools or {}),
         max_turns=config.sampling.max_turns,
         max_pictures=config.sampling.max_pictures,
         stop_strings=config.sampling.stop_strings,
         over_sample=config.sampling.over_sample,
         reward_clip=config.sampling.reward_clip,
     )
+
+
+def with_tools(config: RunConfig, tools: Sequence[Any]) -> tuple[RunConfig, dict[str, Callable[..., Any]]]:
+    """The settings with these tools beside their own, functions by the place that they come from;
+    and the functions by it."""
+    given = {f"{inspect.getfile(f)}:{OwnTool(f).name}" if callable(f) else str(f): f for f in tools}
+    names = (*config.sampling.tools, *given)
+    sampling = dataclasses.replace(config.sampling, tools=names)
+    return RunConfig(**{**vars(config), "sampling": sampling}), {n: f for n, f in given.items() if callable(f)}
+
+
+def own_tools(config: RunConfig, given: Mapping[str, Callable[..., Any]]) -> tuple[OwnTool, ...]:
+    """The tools that are functions, by the places that settings name. Raises ValueError,
+    FileNotFoundError for what is none, and ValueError for two of one name."""
+    limits = config.rollout.reward_timeout_seconds, config.watch.reward_limit_seconds
+    places = [name for name in config.sampling.tools if ":" in name]
+    found = [OwnTool(given[one] if one in given else load_function(one, "tools"), *limits) for one in places]
+    names = [*config.sampling.tools, *(tool.name for tool in found)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            say(
+                f"tools ({twice[0]}) must have names of their own; rename one",
+                f"tools（{twice[0]}）名称不得重复；请改名",
+            )
+        )
+    return tuple(found)
 
 
 def evidence_settings(config: RunConfig) -> EvidenceSettings:

@@ -48,7 +48,7 @@ from ernie_tune.trainers import assemble
 from ernie_tune.trainers.judges import ModelJudge, kept_active
 from ernie_tune.trainers.keeper import JsonPart
 from ernie_tune.trainers.method import Method, RowSets, Stateful
-from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers
+from ernie_tune.trainers.online import RLVRTrainer, SampledAnswers, Tools
 
 CRITIC_FOLDER = "critic"
 CONTROL_FILE = "kl_control.json"
@@ -80,7 +80,13 @@ class AgainstCritic(SampledAnswers):
     stages = ("PPO",)
 
     def __init__(
-        self, config: RunConfig, place: Place, processor: Processor, rubric: Rubric, value_model: str = ""
+        self,
+        config: RunConfig,
+        place: Place,
+        processor: Processor,
+        rubric: Rubric,
+        tools: Tools | None = None,
+        value_model: str = "",
     ) -> None:
         if config.parallel.sharding.startswith("stage3"):
             raise ValueError(
@@ -90,7 +96,7 @@ class AgainstCritic(SampledAnswers):
                     f"PPO 阶段由两个优化器共用参数，sharding（{config.parallel.sharding}）须为 stage2 或 stage1；请修改",
                 )
             )
-        super().__init__(config, place, processor, rubric)
+        super().__init__(config, place, processor, rubric, tools)
         self.value_model = value_model or config.critic.value_model
         self.watch_critic = CriticWatch(config.critic.critic_warmup)
         self.critic: Critic | None = None
@@ -272,6 +278,7 @@ class PPOTrainer(RLVRTrainer):
         reward_weights: Sequence[float] | None = None,
         reward_model: Any = None,
         value_model: str | Path = "",
+        tools: Sequence[Any] = (),
         processing_class: Any = None,
         peft_config: PeftConfig | None = None,
         **watched: Any,
@@ -285,13 +292,14 @@ class PPOTrainer(RLVRTrainer):
             processor,
             reward_funcs=reward_funcs,
             reward_weights=reward_weights,
+            tools=tools,
             processing_class=processing_class,
             peft_config=peft_config,
             **watched,
         )
 
     def make_method(self) -> Method:
-        return AgainstCritic(self.args, self.place, self.processor, self.rubric, self.value_model)
+        return AgainstCritic(self.args, self.place, self.processor, self.rubric, self.tools, self.value_model)
 
     def build_loop(self, length: tuple[int, float] | None = None) -> Loop:
         length = length or self.total_steps()

@@ -4,12 +4,15 @@ see one policy behind a tool's picture, and what zooming earns.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
+import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import paddle
@@ -27,9 +30,12 @@ from ernie_tune.models.presets import preset
 from ernie_tune.objectives.objective import logp_outputs
 from ernie_tune.rewards.functions import Answered, Called, RewardFunction
 from ernie_tune.rewards.rubric import RowVerifiers, Rubric
+from ernie_tune.train.own_tools import OwnTool
+from ernie_tune.train.rolled import group_state
+from ernie_tune.train.rolled import told as told_of
 from ernie_tune.train.rollout_settings import RolloutSettings
 from ernie_tune.train.rollouts import Rollouts
-from ernie_tune.train.turns import Turns, called_box, in_pixels
+from ernie_tune.train.turns import Turns, in_pixels
 
 PROCESSOR = processor()
 S = RolloutSettings(
@@ -103,11 +109,116 @@ def test_what_is_shown_lies_in_the_picture(tmp_path: Path, box: Any, frame: Any,
     (call([1, 2, 3, 4], "crop"), "the only tool is zoom"), (call([1, 2, 3]), "box must be"), (call("here"), "a call is"),
     (call([5, 0, 5, 9]), "box must be"), (call([1, 2, 1e400, 4]), "box must be"), (call(None), "a call is"),
 ])  # fmt: skip
-def test_calls_that_cannot_be_understood_are_answered(text: str, problem: str) -> None:
-    box, said_of_it = called_box(text)
-    assert box is None
-    assert said_of_it.startswith(problem)
-    assert called_box("words " + call([1, 2, 30, 40])) == ((1.0, 2.0, 30.0, 40.0), "")
+def test_calls_that_cannot_be_understood_are_answered(tmp_path: Path, text: str, problem: str) -> None:
+    talk: Any = types.SimpleNamespace(calls=[])
+    for words in (text, "words " + call([1, 2, 30, 40])):
+        Turns(PROCESSOR).answer(record(tmp_path), talk, words)
+    wrong, right = talk.calls
+    assert wrong.box is None
+    assert wrong.problem.startswith(problem)
+    assert (right.box, right.problem) == ((1.0, 2.0, 30.0, 40.0), "")
+
+
+# --- tools that users bring -----------------------------------------------------------------------
+
+
+def add(a: int, b: int = 1, how: Literal["plain", "words"] = "plain") -> Any:
+    """Add two numbers.
+
+    Args:
+        a: the first
+            of them
+        b (int): the second
+
+    Returns:
+        their sum
+    """
+    if how == "words":
+        return {"sum": f"<image> {a + b}"}
+    return str(a + b)
+
+
+def test_what_a_prompt_says_of_a_function() -> None:
+    assert OwnTool(add).schema == {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "a": {"type": "integer", "description": "the first of them"},
+                "b": {"type": "integer", "description": "the second"},
+                "how": {"enum": ["plain", "words"]},
+            },
+            "required": ["a"],
+        },
+    }
+
+    def search(words: list[str], most: int | None = None, *rest: Any, **more: Any) -> str:
+        """Search."""
+        return ""
+
+    told = OwnTool(search).schema["parameters"]
+    assert told["properties"] == {"words": {"type": "array", "items": {"type": "string"}}, "most": {"type": "integer"}}
+    for wrong in (lambda a: a, lambda: "x"):
+        with pytest.raises(ValueError, match="must be a function with a name and a docstring"):
+            OwnTool(wrong)
+
+
+def test_a_call_of_a_function_never_fails() -> None:
+    def sleeps() -> str:
+        """Sleep."""
+        time.sleep(60)
+        return ""
+
+    async def waits(text: str) -> str:
+        """Wait."""
+        await asyncio.sleep(0)
+        return text * 9000
+
+    assert OwnTool(add)({"a": 2, "b": 3}) == ("5", "")
+    assert OwnTool(add)({"a": 2, "how": "words"}) == ('{"sum": "<image> 3"}', "")
+    assert OwnTool(add)({"c": 2}) == ("", "TypeError: missing a required argument: 'a'")
+    assert OwnTool(add)({"a": "x"})[1].startswith("TypeError: ")
+    assert OwnTool(sleeps, limit_seconds=0.1)({}) == ("", "it took too long")
+    text, problem = OwnTool(waits)({"text": "ab"})
+    assert (len(text), text[-3:], problem) == (8194, "b …"[-3:], "")
+
+
+def test_a_function_answers_within_an_answer(tmp_path: Path) -> None:
+    """Its words are heard and not learned; a round that goes on elsewhere has the same tokens."""
+    calls = [
+        {"name": "add", "arguments": {"a": 2, "how": "words"}},
+        {"name": "add", "arguments": '{"b": 2}'},
+        {"name": "zoom", "arguments": {"box": [0, 0, 9, 9]}},
+    ]
+    turns = [said(CALL + json.dumps(one) + CALL_END) for one in calls]
+    settings = dataclasses.replace(S, tools=(), own_tools=(OwnTool(add),), max_turns=4, max_completion_length=400)
+    script = Script(*turns, said("7", True))
+    made = rollouts(record(tmp_path), script, settings)
+    (group,) = made.make_round()
+    asked = PROCESSOR.decode(script.asked[0][0].row.input_ids_L.tolist())
+    assert json.dumps({"type": "function", "function": OwnTool(add).schema}) in asked
+    for answer, dialogue in zip(group.answers, group.unit.dialogues, strict=True):
+        told = [(one.name, one.result, one.problem) for one in answer.calls]
+        assert told == [
+            ("add", '{"sum": "<image> 3"}', ""),
+            ("add", "", "TypeError: missing a required argument: 'a'"),
+            ("zoom", "", "the only tool is add"),
+        ]
+        assert len(dialogue.row.grid_thw_n3) == 1, "a tag in words shows nothing"
+        text = PROCESSOR.decode(list(answer.token_ids))
+        assert '{"sum": "<image> 3"}' in text
+        assert "error: the only tool is add" in text
+        trained = [i for i, t in zip(answer.token_ids, dialogue.trained_L[-len(answer.token_ids) :], strict=True) if t]
+        assert trained == [i for turn in (*turns, said("7", True)) for i in turn.token_ids]
+    assert made.metrics["tools/failure_frequency"] == pytest.approx(2 / 3)
+    again = made._group(json.loads(json.dumps(group_state(group))))
+    assert again.answers == group.answers
+    for one, other in zip(again.unit.dialogues, group.unit.dialogues, strict=True):
+        np.testing.assert_array_equal(one.row.input_ids_L, other.row.input_ids_L)
+        np.testing.assert_array_equal(one.trained_L, other.trained_L)
+    shown = next(told_of(0, group))["calls"]
+    assert shown[0] == {"name": "add", "arguments": {"a": 2, "how": "words"}, "result": '{"sum": "<image> 3"}'}
 
 
 # --- whole answers --------------------------------------------------------------------------------

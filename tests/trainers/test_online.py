@@ -482,6 +482,32 @@ def test_the_most_uncertain_tokens_are_found_by_the_policy_that_sampled(tmp_path
     made.train()
 
 
+def test_tools_as_functions_and_by_the_name_of_their_file(tmp_path: Path) -> None:
+    def weather(city: str) -> str:
+        """What the weather is.
+
+        Args:
+            city: where
+        """
+        return "rain"
+
+    (tmp_path / "own.py").write_text('def clock() -> str:\n    """The time."""\n    return "noon"\n', encoding="utf-8")
+    settings = args(tmp_path, tools=f"{tmp_path}/own.py:clock", max_prompt_len=640, max_seq_len=700, max_steps=1)
+    made = ernie_tune.GRPOTrainer(model(), settings, processor=processor(), reward_funcs=even, tools=[weather, "zoom"])
+    made.train()
+    listed = [tool["name"] for tool in made.rollouts._listed(made.prompts[0])]
+    assert listed == ["clock", "weather"]
+    assert made.rollouts.turns is not None
+    assert made.rollouts.turns.tools == ("zoom",)
+    assert made.rollouts.turns.own["weather"]({"city": "Paris"}) == ("rain", "")
+    with pytest.raises(ValueError, match=r"tools \(\S*clock\) must have names of their own"):
+        RLVRTrainer(model(), settings, processor=processor(), reward_funcs=even, tools=[settings.sampling.tools[0]])
+    with pytest.raises(ValueError, match=r"tools \(zom\) must be of zoom or file.py:function"):
+        args(tmp_path, tools="zom")
+    with pytest.raises(FileNotFoundError, match=r"tools \(\S+none.py:f\) must name an existing file"):
+        RLVRTrainer(model(), args(tmp_path, tools=f"{tmp_path}/none.py:f"), processor=processor(), reward_funcs=even)
+
+
 def test_tools_and_a_sampling_mask_in_a_run(tmp_path: Path) -> None:
     """Two updates a round: what was chosen is trained under the mask, routers repeat what a pass of
     the trainer noted.
