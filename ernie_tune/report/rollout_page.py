@@ -96,11 +96,19 @@ def group_html(rows: Sequence[Mapping[str, Any]], files: Path | None) -> str:
         text = html.lines(row["text"][:_LONGEST], _WORDS["empty"]).replace("\n", "<br>")
         cut = f" <i>{html.both(_WORDS['cut'])}</i>" if row["finish_reason"] == "length" else ""
         parts = "<br>".join(f"{escape(name)} {_shown(value)}" for name, value in row["rewards"].items())
+        text = "".join(map(_call, row.get("calls", ()))) + text
         cells.append([text + cut, _shown(row["reward"]), f"{row['advantage']:+.3f}", parts])
     table = html.table([html.both(_WORDS[name]) for name in ("answer", "reward", "advantage", "parts")], cells)
     source = f'<p class="src">{escape(str(first["row"]))}{gold}</p>'
     pictures = html.media(names, (), files)
     return f'<article><div class="pics">{pictures}</div><div class="text">{question}{table}{source}</div></article>'
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    """A call of a tool before the answer: what it was given, and gave or showed."""
+    given = json.dumps(call.get("arguments", call.get("box")), ensure_ascii=False)
+    gave = str(call.get("problem") or call.get("result") or call.get("shown") or "")
+    return f"<code>{escape(str(call['name']))} {escape(given[:_LONGEST])}</code> → {escape(gave[:_LONGEST])}<br>"
 
 
 def _shown(value: float | None) -> str:

@@ -29,7 +29,13 @@ def test_a_log_that_was_cut_and_gone_on_with(tmp_path: Path) -> None:
     log, page = tmp_path / "rollouts.jsonl", tmp_path / "rollouts.html"
     rows = [
         row(0, 3, 0, "<b>6</b>", 0.0),
-        row(0, 3, 1, "7", 1.0),
+        {
+            **row(0, 3, 1, "7", 1.0),
+            "calls": [
+                {"name": "zoom", "box": [1, 2], "shown": [1, 2]},
+                {"name": "<f>", "arguments": {"a": 1}, "result": "two"},
+            ],
+        },
         row(1, 4, 0, "stale", None),
         {**row(1, 4, 0, "new\nlines", None), "question": "<image>What <i>is</i> it?"},
         row(1, 4, 1, "newer", None),
@@ -43,7 +49,8 @@ def test_a_log_that_was_cut_and_gone_on_with(tmp_path: Path) -> None:
     assert write_rollouts(log, page, "run") == 2
     text = page.read_text(encoding="utf-8")
     assert "<b>6</b>" not in text
-    assert text.index("<td>7") < text.index("&lt;b&gt;6")
+    assert "<code>zoom [1, 2]</code> → [1, 2]<br><code>&lt;f&gt; {&quot;a&quot;: 1}</code> → two<br>7" in text
+    assert text.index("two<br>7") < text.index("&lt;b&gt;6")
     assert "stale" not in text
     assert '<p class="q">What &lt;i&gt;is&lt;/i&gt; it?</p>' in text, "asked once, shown above its answers"
     assert "new<br>lines" in text
