@@ -114,6 +114,11 @@ class MicroBatch:
     def num_rows(self) -> int:
         return len(self.row_tokens_R)
 
+    @property
+    def read_R(self) -> np.ndarray:
+        """The tokens whose final states an objective may read."""
+        return self.source_N
+
 
 def collate(samples: Sequence[Sample], tokens: TokenIds, position_rule: str = "paddle") -> MicroBatch:
     """Samples side by side, no padding. The first token of a row is never a target: nothing

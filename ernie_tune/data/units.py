@@ -179,6 +179,11 @@ class UnitBatch:
         return len(self.units)
 
     @property
+    def read_R(self) -> np.ndarray:
+        """The tokens whose final states an objective may read."""
+        return np.concatenate([self.source_N, self.end_C])
+
+    @property
     def first_candidate_U(self) -> np.ndarray:
         """Number of each unit's first candidate."""
         counts = [u.num_candidates for u in self.units]

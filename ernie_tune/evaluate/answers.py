@@ -83,7 +83,7 @@ def evaluation_loss(
         nonlocal total, correct, tokens, used
         batch = collate(samples, encoder.processor.tokens)
         with paddle.no_grad():
-            hidden_ND = paddle.gather(model(batch.inputs), paddle.to_tensor(batch.source_N))
+            hidden_ND = paddle.gather(model(batch.inputs, read=batch.source_N), paddle.to_tensor(batch.source_N))
             scores_NV = model.logits(hidden_ND).astype("float32")
             target_N = paddle.to_tensor(batch.target_N)
             total += float(paddle.nn.functional.cross_entropy(scores_NV, target_N, reduction="sum"))

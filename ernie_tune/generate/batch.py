@@ -220,10 +220,10 @@ class RunningBatch:
         cache = cache_of(self.model.compute_dtype)(len(self.model.own_layers()))
         tap = self._tap([one.prompt for _, _, samples in entries for one in samples])
         with paddle.no_grad():
-            hidden_TD = self.model(packed, cache=cache, **tap)
+            last = np.array(packed.offsets[1:]) - 1
+            hidden_TD = self.model(packed, cache=cache, read=last, **tap)
             cache.prefilling = False
-            last = paddle.to_tensor([b - 1 for b in packed.offsets[1:]])
-            scores_BV = self._scores(paddle.gather(hidden_TD, last))
+            scores_BV = self._scores(paddle.gather(hidden_TD, paddle.to_tensor(last)))
             rows = [i for i, (_, _, samples) in enumerate(entries) for _ in samples]
             if len(rows) > len(entries):
                 cache.select(rows)

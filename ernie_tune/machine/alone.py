@@ -100,7 +100,7 @@ def forward_loss(
     recompute: Callable[..., Tensor] | None = None,
 ) -> LossOut:
     """One micro-batch through model and objective on one device."""
-    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute)
+    hidden_TD = model(batch.inputs, tap=tap, recompute=recompute, read=batch.read_R)
     return with_flips(objective.loss(objective.outputs(model, hidden_TD, batch), batch), tap)
 
 

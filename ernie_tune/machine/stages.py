@@ -93,6 +93,7 @@ class Passage:
     cache: Cache | None = None
     recompute: Recompute | None = None
     runs: Any = None  # `TokenRuns` with sequence parallelism
+    read: np.ndarray | None = None  # see `ErnieModel.forward`
     ctx: SequenceContext | None = None
 
     @property
@@ -118,9 +119,12 @@ class Passage:
         if item == "lm_head":
             return hidden
         if self.ctx is None:
-            self.ctx = self.model.context(self.pack, self.tap, self.cache, self.recompute)
-        layer = self.model.layers[int(item.removeprefix("layers."))]
-        return self.recompute(layer, hidden, self.ctx) if self.recompute else layer(hidden, self.ctx)
+            self.ctx = self.model.context(self.pack, self.tap, self.cache, self.recompute, self.read)
+        number = int(item.removeprefix("layers."))
+        layer, last = self.model.layers[number], number == len(self.model.layers) - 1
+        ctx = self.ctx.of_layer(last)
+        out = self.recompute(layer, hidden, ctx) if self.recompute else layer(hidden, ctx)
+        return self.ctx.spread(out) if last else out
 
     def _embed(self) -> Tensor:
         features = None
@@ -154,9 +158,16 @@ class WindowProgram:
         self.real_T = [real for _, real in prepared]
         self.passages = [
             Passage(
-                work.model, pack, rows, work.tap(len(window), scale / data_ranks, batch), None, work.recompute, runs
+                work.model,
+                pack,
+                rows,
+                work.tap(len(window), scale / data_ranks, batch),
+                None,
+                work.recompute,
+                runs,
+                _lengthened(batch.read_R, real_T),
             )
-            for batch, (pack, _), rows in zip(window, prepared, rows_PW, strict=True)
+            for batch, (pack, real_T), rows in zip(window, prepared, rows_PW, strict=True)
         ]
         self.filler = dataclasses.replace(self.passages[-1], tap=None)
 
@@ -184,6 +195,11 @@ class WindowProgram:
         share = out.total / self.work.divisor
         self.done.add(float(share), out.metrics)
         return (share if self.scale == 1.0 else share * self.scale).astype("float32")
+
+
+def _lengthened(read: np.ndarray | None, real_T: np.ndarray | None) -> np.ndarray | None:
+    """Where the tokens that are read lie in the pack as the layers see it."""
+    return read if read is None or real_T is None else real_T[read]
 
 
 def _known_rows(hidden: Tensor, real_T: np.ndarray | None) -> Tensor:
@@ -248,7 +264,14 @@ class StagedForward:
         return self.model.own_layers()
 
     @paddle.no_grad()
-    def __call__(self, inputs: PackedInput, *, tap: RouterTap | None = None, cache: Cache | None = None) -> Tensor:
+    def __call__(
+        self,
+        inputs: PackedInput,
+        *,
+        tap: RouterTap | None = None,
+        cache: Cache | None = None,
+        read: np.ndarray | None = None,
+    ) -> Tensor:
         """Final hidden states [T, D], as `ErnieModel.forward` gives them; what routers decided
         (`tap`), of all stages.
         """
@@ -258,7 +281,7 @@ class StagedForward:
             cache.plan(pack.offsets, 1)
         cut, group = self.cut, self.group
         rows_PW = SharedTower(self.model, [pack], group).features()[0]
-        passage = Passage(self.model, pack, rows_PW, tap, cache, runs=self.runs)
+        passage = Passage(self.model, pack, rows_PW, tap, cache, runs=self.runs, read=_lengthened(read, real_T))
         parts, hidden = len(cut.bounds) - 1, None
         for part in range(parts):
             if part % cut.stages == group.rank:
@@ -281,7 +304,7 @@ class StagedForward:
     @paddle.no_grad()
     def outputs(self, compute: Compute, batch: Any) -> Outputs:
         """`Objective.outputs` of one micro-batch."""
-        hidden = self(batch.inputs)
+        hidden = self(batch.inputs, read=batch.read_R)
         mine = compute(self.model, hidden, batch) if self.is_last else {}
         about = self.group.objects([(name, list(x.shape), str(x.dtype).rsplit(".", 1)[-1]) for name, x in mine.items()])
         last = self.cut.stages - 1
@@ -302,7 +325,7 @@ def outputs_of(model: ErnieModel | StagedForward, compute: Compute, batch: Any) 
     """
     if isinstance(model, StagedForward):
         return model.outputs(compute, batch)
-    return compute(model, model(batch.inputs), batch)
+    return compute(model, model(batch.inputs, read=batch.read_R), batch)
 
 
 def frozen_outputs(model: ErnieModel | StagedForward, compute: Compute, batch: Any) -> dict[str, np.ndarray]:

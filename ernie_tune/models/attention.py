@@ -1,9 +1,9 @@
 """Attention over packed segments: every segment attends to itself and to the prefix that it
 continues, at the cost of the segments, not of the pack.
 
-Legend: T tokens of the pack, N query heads, K key/value heads, G = N/K, H head width, n equal
-segments in a row of length L, S = L + length of their prefixes (0 without), B rows, C cache
-columns.
+Legend: T tokens of the pack, R of them that ask (all where nothing else is said), N query heads, K
+key/value heads, G = N/K, H head width, n equal segments of which L tokens ask, S = all tokens of a
+segment + length of their prefixes (0 without), B rows, C cache columns.
 Refuses to know: rope, projections, who calls it. On the CPU segments of one length share one
 product; on a GPU the varlen flash kernel runs.
 """
@@ -41,7 +41,9 @@ class SegmentRun:
     """
 
     starts: tuple[int, ...]  # first token of each
-    length: int
+    rows: tuple[int, ...]  # among the tokens that ask, the first one of each
+    length: int  # tokens of each that ask, its last ones
+    before: int = 0  # tokens of each before those
     prefix: int = 0  # tokens of each segment's parent
     parents: tuple[int, ...] = ()  # first token of each segment's parent
 
@@ -50,71 +52,105 @@ class SegmentRun:
         return len(self.starts)
 
     @property
-    def token_nL(self) -> np.ndarray:
-        return np.asarray(self.starts)[:, None] + np.arange(self.length)
+    def row_nL(self) -> np.ndarray:
+        """The queries' rows among the tokens that ask."""
+        return np.asarray(self.rows)[:, None] + np.arange(self.length)
+
+    @property
+    def own_nS(self) -> np.ndarray:
+        """All tokens of each segment, asking or not."""
+        return np.asarray(self.starts)[:, None] + np.arange(self.before + self.length)
 
     @property
     def keys(self) -> int:
         """Keys that the last query of a segment sees."""
-        return self.prefix + self.length
+        return self.prefix + self.before + self.length
+
+    def add_to(self, total_TKH: np.ndarray, x_nKSH: np.ndarray) -> None:
+        """Add what each segment has of its keys to the tokens that these are: its own, and those
+        of its prefix, which others add to as well.
+        """
+        x_nSKH = x_nKSH.transpose(0, 2, 1, 3)
+        for start, x_SKH in zip(self.starts, x_nSKH, strict=True):
+            total_TKH[start : start + self.before + self.length] += x_SKH[self.prefix :]
+        for parent, x_SKH in zip(self.parents, x_nSKH, strict=False):
+            total_TKH[parent : parent + self.prefix] += x_SKH[: self.prefix]
 
 
-def runs(offsets: tuple[int, ...], parents: tuple[int, ...] | None = None) -> Iterator[SegmentRun]:
+def runs(
+    offsets: tuple[int, ...], parents: tuple[int, ...] | None = None, asking: tuple[int, ...] | None = None
+) -> Iterator[SegmentRun]:
     """The runs of a pack, by their first segments. `parents`: for each segment the number of the
-    one that it continues, -1 for none.
+    one that it continues, -1 for none. `asking`: how many of its last tokens have queries; a
+    segment with none is in no run.
     """
     lengths = [b - a for a, b in pairwise(offsets)]
-    parents = parents or (-1,) * len(lengths)
-    alike: dict[tuple[int, int], list[int]] = {}
-    for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
-        if length:
-            alike.setdefault((length, lengths[parent] if parent >= 0 else 0), []).append(i)
-    for (length, prefix), segments in alike.items():
+    parents, asking = parents or (-1,) * len(lengths), asking or tuple(lengths)
+    rows = np.cumsum([0, *asking]).tolist()
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for i, (length, asks, parent) in enumerate(zip(lengths, asking, parents, strict=True)):
+        if asks:
+            alike.setdefault((asks, length - asks, lengths[parent] if parent >= 0 else 0), []).append(i)
+    for (asks, before, prefix), segments in alike.items():
         above = tuple(offsets[parents[i]] for i in segments) if prefix else ()
-        yield SegmentRun(tuple(offsets[i] for i in segments), length, prefix, above)
+        starts, first = (tuple(at[i] for i in segments) for at in (offsets, rows))
+        yield SegmentRun(starts, first, asks, before, prefix, above)
 
 
 class AttentionPlan:
     """What one forward's attention layers share: row orders of each run. Lives as long as the
-    forward and its backward.
+    forward and its backward. `asking`: of how many of its last tokens each segment has queries, and
+    so outputs; None: of all.
 
     Moving rows of H values with a gather is tens of times faster on the CPU than Paddle's copy of a
     transposed view.
     """
 
-    def __init__(self, offsets: tuple[int, ...], causal: bool, parents: tuple[int, ...] | None = None) -> None:
-        self.offsets, self.causal, self.shared = offsets, causal, parents is not None
-        self.runs = tuple(runs(offsets, parents))
+    def __init__(
+        self,
+        offsets: tuple[int, ...],
+        causal: bool,
+        parents: tuple[int, ...] | None = None,
+        asking: tuple[int, ...] | None = None,
+    ) -> None:
+        self.offsets, self.causal, self.shared, self.all_ask = offsets, causal, parents is not None, asking is None
+        self.runs = tuple(runs(offsets, parents, asking))
+        self.queries = sum(asking) if asking is not None else offsets[-1]
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self._uses: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def heads_first(self, x_TNH: Tensor, run: SegmentRun, kv_heads: int, keys: bool = False) -> Tensor:
-        """Tokens of one run -> [n, K, L*G, H]: query rows under their key/value head, position by
-        position. `keys`: [n, K, S, H], prefixes before.
+        """Queries of one run, of x [R, N, H] -> [n, K, L*G, H]: under their key/value head,
+        position by position. `keys`: of x [T, K, H] -> [n, K, S, H], prefixes before.
         """
         tokens, heads, width = x_TNH.shape
         length = run.keys if keys else run.length
-        order = self._order(run, heads, kv_heads, keys and run.prefix > 0)
+        order = self._order(run, heads, kv_heads, keys and (run.prefix > 0 or not self.all_ask))
         rows = paddle.gather(x_TNH.reshape([tokens * heads, width]), order)
         return rows.reshape([run.count, kv_heads, length * (heads // kv_heads), width])
 
     def tokens_first(self, parts: list[Tensor], heads: int) -> Tensor:
-        """Inverse of `heads_first`: what each run has for its own tokens -> the pack, [T, N, H]."""
+        """Inverse of `heads_first`: what each run has for its queries -> [R, N, H]."""
         kv_heads, width = parts[0].shape[1], parts[0].shape[-1]
         key = (heads, kv_heads, "back")
         if key not in self._kept:
-            order = np.concatenate([_head_rows(run.token_nL, heads, kv_heads) for run in self.runs])
+            order = np.concatenate([_head_rows(run.row_nL, heads, kv_heads) for run in self.runs])
             self._kept[key] = paddle.to_tensor(np.argsort(order))
         rows = paddle.gather(_join([x.reshape([-1, width]) for x in parts], 0), self._kept[key])
-        return rows.reshape([self.offsets[-1], heads, width])
+        return rows.reshape([self.queries, heads, width])
 
     def key_gradients(self, gradients: list[Tensor], kv_heads: int) -> Tensor:
         """Gradients [n, K, S, H] of each run's keys -> [T, K, H]: what the continuations of a
         prefix ask of it is added to its own.
         """
-        if not self.shared:
+        if not self.shared and self.all_ask:
             return self.tokens_first(gradients, kv_heads)
         width = gradients[0].shape[-1]
+        if mkl.ready(*gradients):
+            total = paddle.zeros([self.offsets[-1], kv_heads, width], gradients[0].dtype)
+            for run, gradient in zip(self.runs, gradients, strict=True):
+                run.add_to(mkl.view(total), mkl.view(gradient))
+            return total
         own, slots = self._slots(kv_heads)
         blank = paddle.zeros([1, width], gradients[0].dtype)
         rows = paddle.concat([*(x.reshape([-1, width]) for x in gradients), blank])
@@ -123,11 +159,11 @@ class AttentionPlan:
             total.add_(paddle.gather(rows, slot))
         return total.reshape([self.offsets[-1], kv_heads, width])
 
-    def _order(self, run: SegmentRun, heads: int, kv_heads: int, prefixed: bool) -> Tensor:
-        key = (run, heads, kv_heads, prefixed)
+    def _order(self, run: SegmentRun, heads: int, kv_heads: int, keys: bool) -> Tensor:
+        key = (run, heads, kv_heads, keys)
         if key not in self._kept:
-            own = run.token_nL
-            if prefixed:
+            own = run.own_nS if keys else run.row_nL
+            if keys and run.prefix:
                 own = np.concatenate([np.asarray(run.parents)[:, None] + np.arange(run.prefix), own], axis=1)
             self._kept[key] = paddle.to_tensor(_head_rows(own, heads, kv_heads))
         return self._kept[key]
@@ -138,23 +174,22 @@ class AttentionPlan:
         """
         if kv_heads in self._uses:
             return self._uses[kv_heads]
-        own, base = [], 0
+        base, blank = 0, sum(run.count * run.keys for run in self.runs) * kv_heads
+        own = np.full((self.offsets[-1], kv_heads), blank)
         # first token of a parent -> rows of each use, [prefix, K]
         uses: dict[int, list[np.ndarray]] = {}
         for run in self.runs:
             rows = base + np.arange(run.count * kv_heads * run.keys).reshape(run.count, kv_heads, run.keys)
             rows = rows.transpose(0, 2, 1)
-            own.append(rows[:, run.prefix :].reshape(-1))
+            own[run.own_nS] = rows[:, run.prefix :]
             for parent, use in zip(run.parents, rows, strict=False):
                 uses.setdefault(parent, []).append(use[: run.prefix])
             base += rows.size
-        slots = np.full((max(map(len, uses.values()), default=0), self.offsets[-1], kv_heads), base)
+        slots = np.full((max(map(len, uses.values()), default=0), *own.shape), blank)
         for parent, found in uses.items():
             for j, use in enumerate(found):
                 slots[j, parent : parent + len(use)] = use
-        pack_order = np.argsort(np.concatenate([run.token_nL.reshape(-1) for run in self.runs]))
-        mine = np.concatenate(own).reshape(-1, kv_heads)[pack_order].reshape(-1)
-        made = paddle.to_tensor(mine), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
+        made = paddle.to_tensor(own.reshape(-1)), [paddle.to_tensor(slot.reshape(-1)) for slot in slots]
         self._uses[kv_heads] = made
         return made
 
@@ -163,7 +198,7 @@ class AttentionPlan:
         step = BLOCK_TOKENS if self.causal else run.length
         for a in range(0, run.length, step):
             b = min(a + step, run.length)
-            yield a, b, run.prefix + (b if self.causal else run.length)
+            yield a, b, run.keys - (run.length - b if self.causal else 0)
 
 
 def _head_rows(token_nL: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
@@ -269,9 +304,14 @@ def _join(parts: list[Tensor], axis: int) -> Tensor:
 
 def segment_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
     """softmax(q k^T / sqrt(H)) v inside each segment and its prefix; query head j reads key/value
-    head j // (N/K). Returns [T, N, H].
+    head j // (N/K). Returns [T, N, H]; queries and result are [R, N, H] where not all tokens ask.
     """
-    if not plan.shared and q_TNH.place.is_gpu_place() and q_TNH.dtype in (paddle.bfloat16, paddle.float16):
+    if (
+        not plan.shared
+        and plan.all_ask
+        and q_TNH.place.is_gpu_place()
+        and q_TNH.dtype in (paddle.bfloat16, paddle.float16)
+    ):
         heads, kv_heads, width = q_TNH.shape[1], k_TKH.shape[1], q_TNH.shape[2]
         if flash_holds(heads, kv_heads, width, plan.causal, q_TNH.dtype):
             return _flash(q_TNH, k_TKH, v_TKH, plan)

@@ -1,8 +1,8 @@
 """ERNIE-4.5-VL as single-device code: an ordered list of named stages over flat, packed tokens, and
 the table that says how to shard it.
 
-Legend: T tokens of the pack, D width, N/K query and key/value heads, H head width, V vocabulary, F
-feature rows.
+Legend: T tokens of the pack, R of them whose final states are read, D width, N/K query and
+key/value heads, H head width, V vocabulary, F feature rows.
 Refuses to know: files, losses, optimisers, distribution. Head counts are inferred from the tensors,
 so a layer whose columns were split from outside works unchanged. Checked against transformers' and
 the released modeling files.
@@ -10,6 +10,7 @@ the released modeling files.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,7 +27,7 @@ from ernie_tune.models import mkl
 from ernie_tune.models.attention import AttentionPlan, segment_attention
 from ernie_tune.models.cache import Cache
 from ernie_tune.models.config import ModelConfig
-from ernie_tune.models.inputs import PackedInput
+from ernie_tune.models.inputs import PackedInput, tails
 from ernie_tune.models.layers import GatedMLP, Linear, LowRank, RMSNorm, rotate_pairs, text_angles, turn_factors
 from ernie_tune.models.moe import MoELayer, RouterTap
 from ernie_tune.models.startup import CPU_PLAN, DEBUG_VARIABLE, prepare_device
@@ -62,6 +63,12 @@ class SequenceContext:
     vision_index: Tensor | None = None
     tap: RouterTap | None = None
     cache: Cache | None = None
+    # What the last layer is told, of whose results some are read: it computes these rows alone.
+    rows: Tensor | None = None
+    last: SequenceContext | None = None
+    # Tokens of a modality are in the pack, but none of them is read: its experts get a row of
+    # nothing, for a gradient of 0 and none at all are two things to an optimizer that decays.
+    lacking: bool = False
 
     @classmethod
     def of(
@@ -82,6 +89,42 @@ class SequenceContext:
             cache=cache,
         )
 
+    def read(self, inputs: PackedInput, read: np.ndarray) -> None:
+        """Make `last`, where something is left out when no final states but those are wanted."""
+        asking, rows_R = tails(inputs.offsets, read)
+        if not len(rows_R) or len(rows_R) == inputs.num_tokens:
+            return
+        vision_R, text = inputs.vision_T[rows_R], None
+        lacking = len({*inputs.vision_T.tolist()}) > len({*vision_R.tolist()})
+        vision_R = np.append(vision_R, not vision_R[0]) if lacking else vision_R
+        if vision_R.any():
+            text, vision = (paddle.to_tensor(np.flatnonzero(m)) for m in (~vision_R, vision_R))
+        rows = paddle.to_tensor(rows_R)
+        self.last = dataclasses.replace(
+            self,
+            plan=AttentionPlan(inputs.offsets, causal=True, parents=inputs.parents, asking=asking),
+            turn_q=paddle.gather(self.turn_q, rows),
+            text_index=text,
+            vision_index=None if text is None else vision,
+            rows=rows,
+            lacking=lacking,
+        )
+
+    def of_layer(self, last: bool) -> SequenceContext:
+        """What a layer is told."""
+        return self.last if last and self.last is not None else self
+
+    def among(self, x_TD: Tensor) -> Tensor:
+        """The rows that are computed."""
+        return x_TD if self.rows is None else paddle.gather(x_TD, self.rows)
+
+    def spread(self, x_RD: Tensor) -> Tensor:
+        """What the last layer gave, at its places in the pack [T, D]; zeros elsewhere."""
+        if self.last is None or self.last.rows is None:
+            return x_RD
+        blank = paddle.zeros([self.plan.offsets[-1], x_RD.shape[1]], x_RD.dtype)
+        return paddle.scatter(blank, self.last.rows, x_RD)
+
 
 class Attention(nn.Layer):
     """Grouped-query attention with 3-D rope, no biases."""
@@ -95,8 +138,10 @@ class Attention(nn.Layer):
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x_TD: Tensor, ctx: SequenceContext) -> Tensor:
+        asking = ctx.among(x_TD)
         q, k, v = (
-            proj(x_TD).reshape([x_TD.shape[0], -1, self.head_dim]) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).reshape([x.shape[0], -1, self.head_dim])
+            for proj, x in ((self.q_proj, asking), (self.k_proj, x_TD), (self.v_proj, x_TD))
         )
         q, k = rotate_pairs(q, _first(ctx.turn_q, q.shape[1])), rotate_pairs(k, _first(ctx.turn_k, k.shape[1]))
         if ctx.cache is None:
@@ -106,7 +151,7 @@ class Attention(nn.Layer):
             out = segment_attention(q, k, v, ctx.plan)
         else:
             out = ctx.cache.attend(self.layer, q, k, v)
-        return self.o_proj(out.reshape([x_TD.shape[0], -1]))
+        return self.o_proj(out.reshape([asking.shape[0], -1]))
 
 
 def _first(turn_TNh: Tensor, heads: int) -> Tensor:
@@ -125,11 +170,14 @@ class DecoderLayer(nn.Layer):
         self.mlp = MoELayer(c, layer) if c.is_moe_layer(layer) else GatedMLP(c.hidden_size, c.intermediate_size)
 
     def forward(self, x_TD: Tensor, ctx: SequenceContext) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), ctx)
+        x_TD = ctx.among(x_TD) + self.self_attn(self.input_layernorm(x_TD), ctx)
         h_TD = self.post_attention_layernorm(x_TD)
-        if isinstance(self.mlp, MoELayer):
-            return x_TD + self.mlp(h_TD, ctx.text_index, ctx.vision_index, ctx.tap)
-        return x_TD + self.mlp(h_TD)
+        if not isinstance(self.mlp, MoELayer):
+            return x_TD + self.mlp(h_TD)
+        if ctx.lacking:
+            h_TD = paddle.concat([h_TD, paddle.zeros([1, h_TD.shape[1]], h_TD.dtype)])
+        out_TD = self.mlp(h_TD, ctx.text_index, ctx.vision_index, ctx.tap)
+        return x_TD + (out_TD[:-1] if ctx.lacking else out_TD)
 
 
 class Lookup(nn.Layer):
@@ -233,6 +281,8 @@ class ErnieModel(nn.Layer):
     """
 
     name_or_path: str = ""  # where the weights came from: a folder, or the name of a preset
+    # False where the last layer's tokens or experts are on several ranks, which all must have some
+    leaves_out = True
 
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
         super().__init__()
@@ -301,9 +351,10 @@ class ErnieModel(nn.Layer):
         tap: RouterTap | None = None,
         cache: Cache | None = None,
         recompute: Recompute | None = None,
+        read: np.ndarray | None = None,
     ) -> SequenceContext:
-        """What the decoder layers need to know of the pack. ValueError for shared prefixes with a
-        cache.
+        """What the decoder layers need to know of the pack; `read`: see `forward`. ValueError for
+        shared prefixes with a cache.
         """
         if cache is not None and inputs.parents is not None:
             raise ValueError(
@@ -315,7 +366,12 @@ class ErnieModel(nn.Layer):
         if tap is not None:
             tap.recomputed = recompute is not None
         with default_dtype(self.compute_dtype):
-            return SequenceContext.of(inputs, self.config, tap, cache)
+            ctx = SequenceContext.of(inputs, self.config, tap, cache)
+        # A tap counts, judges or forces every token; a card's kernel takes whole segments.
+        whole = tap is not None or ctx.turn_q.place.is_gpu_place()
+        if read is not None and self.leaves_out and not whole:
+            ctx.read(inputs, read)
+        return ctx
 
     def embed(self, inputs: PackedInput, features_FD: Tensor | None) -> Tensor:
         """Input of the first decoder layer [T, D]. ValueError where features and placeholders do
@@ -342,16 +398,20 @@ class ErnieModel(nn.Layer):
         tap: RouterTap | None = None,
         cache: Cache | None = None,
         recompute: Recompute | None = None,
+        read: np.ndarray | None = None,
     ) -> Tensor:
         """Final hidden states [T, D], after the last norm; `logits` turns them into scores.
-        `recompute(layer, *args)` reruns a layer in its backward.
+        `recompute(layer, *args)` reruns a layer in its backward. `read`: the tokens whose states
+        the caller looks at; what the last layer would do for others is left out where it can be,
+        and what the result says of them is undefined. None: all.
         """
         features = self.features(inputs, recompute)
         x_TD = self.embed(inputs, features)
-        ctx = self.context(inputs, tap, cache, recompute)
-        for layer in self.layers:
-            x_TD = recompute(layer, x_TD, ctx) if recompute else layer(x_TD, ctx)
-        return self.norm(x_TD)
+        ctx = self.context(inputs, tap, cache, recompute, read)
+        for i, layer in enumerate(self.layers):
+            of_layer = ctx.of_layer(i == len(self.layers) - 1)
+            x_TD = recompute(layer, x_TD, of_layer) if recompute else layer(x_TD, of_layer)
+        return ctx.spread(self.norm(x_TD))
 
     def low_rank(self) -> Mapping[int, LowRank] | None:
         """By `id` of a linear layer, what adds to its product; None where adapters do anything

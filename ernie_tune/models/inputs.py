@@ -61,6 +61,18 @@ class PackedInput:
         return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
 
+def tails(offsets: tuple[int, ...], read: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """What a last layer must compute for the tokens `read` of a pack: each segment from its first
+    such token on. Returns how many tokens of each segment that is, and all of them in order, [R].
+    """
+    bounds = np.asarray(offsets)
+    first = bounds[1:].copy()
+    np.minimum.at(first, np.searchsorted(bounds, read, side="right") - 1, read)
+    counts = bounds[1:] - first
+    rows_R = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    return tuple(counts.tolist()), rows_R
+
+
 def feature_count(grid_thw: Sequence[int]) -> int:
     """Resampler rows for one image or video: Hp*Wp/4 for an image, T*Hp*Wp/8 for a video of T
     frames.

@@ -55,6 +55,7 @@ def parallelize(
         _open(model, ends[0])
     if runs is not None:
         apply_sequence(model, plan, ends, runs)
+    model.leaves_out = runs is None and mesh.layout.expert == 1
     equalise(model, mesh)
     return runs
 

@@ -238,13 +238,15 @@ class PeftModel(ErnieModel):
         tap: RouterTap | None = None,
         cache: Cache | None = None,
         recompute: Recompute | None = None,
+        read: np.ndarray | None = None,
     ) -> Tensor:
         """Final hidden states [T, D] of the caller's tokens; rows of virtual tokens are added
         before and dropped after.
         """
         longer, real_T = self.prepared(inputs, decoding=cache is not None and not cache.prefilling)
         again = opened(recompute) if recompute else None
-        hidden = super().forward(longer, tap=tap, cache=cache, recompute=again)
+        read = read if read is None or real_T is None else real_T[read]
+        hidden = super().forward(longer, tap=tap, cache=cache, recompute=again, read=read)
         return hidden if real_T is None else paddle.gather(hidden, paddle.to_tensor(real_T))
 
     def prepared(self, inputs: PackedInput, decoding: bool = False) -> tuple[PackedInput, np.ndarray | None]:

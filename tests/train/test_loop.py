@@ -135,7 +135,7 @@ class Slope(paddle.nn.Layer):
         self.w = self.create_parameter([2], default_initializer=paddle.nn.initializer.Constant(1.0))
         self.noise = paddle.nn.Dropout(0.5)
 
-    def forward(self, inputs: Any, tap: Any = None, recompute: Any = None) -> paddle.Tensor:
+    def forward(self, inputs: Any, tap: Any = None, recompute: Any = None, read: Any = None) -> paddle.Tensor:
         return (self.noise(self.w) * paddle.to_tensor(inputs.x, dtype="float32")).sum()
 
 
@@ -171,7 +171,7 @@ class Given:
 
 class Batch:
     def __init__(self, *x: float) -> None:
-        self.x, self.num_rows = list(x), 1
+        self.x, self.num_rows, self.read_R = list(x), 1, None
         self.inputs = type("Inputs", (), {"num_tokens": 5, "x": list(x)})()
 
 

@@ -29,7 +29,7 @@ class Unigram(paddle.nn.Layer):
         self.head = self.create_parameter([WIDTH, VOCAB], dtype="float64")
         self.head.set_value(generator.normal(size=(WIDTH, VOCAB)))
 
-    def forward(self, inputs, tap=None, recompute=None):  # type: ignore[no-untyped-def]
+    def forward(self, inputs, tap=None, recompute=None, read=None):  # type: ignore[no-untyped-def]
         return paddle.gather(self.embedding, paddle.to_tensor(inputs.input_ids_T))
 
     def head_weight(self) -> tuple[paddle.Tensor, bool]:
