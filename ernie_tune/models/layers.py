@@ -16,10 +16,12 @@ from typing import Protocol
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_tune.models import mkl
+from ernie_tune.models.pieces import in_pieces, in_rows
 
 # Below so many elements one broadcast beats a product with ones and a second pass.
 _FEW = 2**14
@@ -76,12 +78,27 @@ def _widen(x: Tensor) -> Tensor:
 
 def _normalise(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x / rms(x) * weight, 1 / rms(x) [T, 1]), the latter in float32 at least."""
+    if mkl.ready(x_TD, weight_D):
+        out, inv = paddle.empty(x_TD.shape, x_TD.dtype), paddle.empty([x_TD.shape[0], 1], x_TD.dtype)
+        weight, rows = mkl.view(weight_D), (x_TD.contiguous(), inv, out)
+        in_rows(lambda x, inv, out: _normalise_rows(x, weight, eps, inv, out), *rows)
+        return out, inv
     wide = _widen(x_TD)
     inv_T1 = paddle.rsqrt(row_sum(wide * wide).scale_(1 / wide.shape[1], eps))
     if wide is x_TD:
         return _outer(inv_T1, weight_D).multiply_(wide), inv_T1
     # cast before the weight, as the released model does
     return (wide * inv_T1).astype(x_TD.dtype) * weight_D, inv_T1
+
+
+def _normalise_rows(x: np.ndarray, weight_D: np.ndarray, eps: float, inv_T1: np.ndarray, out: np.ndarray) -> None:
+    np.einsum("td,td->t", x, x, out=inv_T1[:, 0])
+    inv_T1 /= x.shape[1]
+    inv_T1 += eps
+    np.sqrt(inv_T1, out=inv_T1)
+    np.reciprocal(inv_T1, out=inv_T1)
+    np.multiply(x, inv_T1, out=out)
+    out *= weight_D
 
 
 def where_needed(frozen: tuple[bool, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,6 +119,8 @@ class _RmsNorm(PyLayer):
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, inv_T1, weight_D = ctx.saved_tensor()
+        if mkl.ready(x_TD, grad_TD, weight_D):
+            return where_needed(ctx.frozen, *_norm_gradients(x_TD.contiguous(), inv_T1, weight_D, grad_TD.contiguous()))
         x, grad, weight = _widen(x_TD), _widen(grad_TD), weight_D.astype(inv_T1.dtype)
         product = grad * x
         dw = paddle.matmul(inv_T1, product, transpose_x=True).reshape([-1]).astype(weight_D.dtype)
@@ -109,6 +128,26 @@ class _RmsNorm(PyLayer):
         pull_T1 = paddle.matmul(product, weight.unsqueeze(1)) * inv_T1**3 / x.shape[1]
         dx = _outer(inv_T1, weight).multiply_(grad).subtract_(scale_rows(x, pull_T1))
         return where_needed(ctx.frozen, dx.astype(grad_TD.dtype), dw)
+
+
+def _norm_gradients(x_TD: Tensor, inv_T1: Tensor, weight_D: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x and of the weight."""
+    weight, dx, width = mkl.view(weight_D), paddle.empty(x_TD.shape, x_TD.dtype), x_TD.shape[1]
+    sums: dict[int, np.ndarray] = {}
+
+    def work(x: np.ndarray, inv: np.ndarray, grad: np.ndarray, dx: np.ndarray) -> None:
+        product = np.multiply(grad, x, out=dx)
+        sums[dx.ctypes.data] = np.einsum("t,td->d", inv[:, 0], product)
+        # d(1/rms)/dx = -x / (D rms^3)
+        pull_T1 = np.einsum("td,d->t", product, weight)[:, None] * inv**3
+        pull_T1 /= -width
+        np.multiply(grad, weight, out=dx)
+        dx *= inv
+        dx += x * pull_T1
+
+    in_rows(work, x_TD, inv_T1, grad_TD, dx)
+    dweight = np.sum([sums[at] for at in sorted(sums)], 0, dtype=weight.dtype)
+    return dx, mkl.made(dweight)
 
 
 def normalised(x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
@@ -141,18 +180,87 @@ class RMSNorm(nn.Layer):
 class _Swiglu(PyLayer):
     @staticmethod
     def forward(ctx, gate_TI, up_TI):  # type: ignore[no-untyped-def]
-        sigmoid = mkl.sigmoid(gate_TI)
-        act = gate_TI * sigmoid
         ctx.frozen = (gate_TI.stop_gradient, up_TI.stop_gradient)
-        ctx.save_for_backward(sigmoid, act, up_TI)
-        return act * up_TI
+        out_TI, sigmoid_TI = _gated(gate_TI, up_TI, keep=True)
+        ctx.save_for_backward(gate_TI, up_TI, sigmoid_TI)
+        return out_TI
 
     @staticmethod
     def backward(ctx, grad_TI):  # type: ignore[no-untyped-def]
-        sigmoid, act, up_TI = ctx.saved_tensor()
+        gate_TI, up_TI, sigmoid_TI = ctx.saved_tensor()
+        if mkl.ready(gate_TI, up_TI, grad_TI):
+            kept = [x.contiguous() for x in (gate_TI, up_TI, sigmoid_TI, grad_TI)]
+            grads = [paddle.empty(x.shape, x.dtype) for x in kept[:2]]
+            in_pieces(_gated_back, *kept, *grads)
+            return where_needed(ctx.frozen, *grads)
+        act = gate_TI * sigmoid_TI
         # d silu / d gate = sigmoid + act (1 - sigmoid)
-        slope = (act - act * sigmoid).add_(sigmoid)
+        slope = (act - act * sigmoid_TI).add_(sigmoid_TI)
         return where_needed(ctx.frozen, slope.multiply_(up_TI).multiply_(grad_TI), grad_TI * act)
+
+
+def _gated(gate_TI: Tensor, up_TI: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, with `keep` sigmoid(gate))."""
+    if not mkl.ready(gate_TI, up_TI):
+        sigmoid = F.sigmoid(gate_TI)
+        return (gate_TI * sigmoid if keep else sigmoid.multiply_(gate_TI)).multiply_(up_TI), sigmoid
+    out = paddle.empty(gate_TI.shape, gate_TI.dtype)
+    sigmoid = paddle.empty_like(out) if keep else out
+    in_pieces(_gated_piece, gate_TI.contiguous(), up_TI.contiguous(), sigmoid, out)
+    return out, sigmoid
+
+
+def _gated_piece(gate: np.ndarray, up: np.ndarray, sigmoid: np.ndarray, out: np.ndarray) -> None:
+    """The sigmoid as (1 + tanh(x / 2)) / 2: nothing is too large for it."""
+    np.multiply(gate, 0.5, out=sigmoid)
+    mkl.tanh_array_(sigmoid)
+    sigmoid *= 0.5
+    sigmoid += 0.5
+    np.multiply(gate, sigmoid, out=out)
+    out *= up
+
+
+def _gated_back(
+    gate: np.ndarray, up: np.ndarray, sigmoid: np.ndarray, grad: np.ndarray, dgate: np.ndarray, dup: np.ndarray
+) -> None:
+    act = gate * sigmoid
+    np.multiply(act, grad, out=dup)
+    act -= act * sigmoid
+    act += sigmoid
+    act *= up
+    np.multiply(act, grad, out=dgate)
+
+
+class _SwigluHalves(PyLayer):
+    @staticmethod
+    def forward(ctx, x_MI):  # type: ignore[no-untyped-def]
+        out_Mi, sigmoid_Mi = _gated_rows(x_MI, keep=True)
+        ctx.save_for_backward(x_MI, sigmoid_Mi)
+        return out_Mi
+
+    @staticmethod
+    def backward(ctx, grad_Mi):  # type: ignore[no-untyped-def]
+        x_MI, sigmoid_Mi = ctx.saved_tensor()
+        out = paddle.empty(x_MI.shape, x_MI.dtype)
+        in_rows(_halves_back, x_MI.contiguous(), sigmoid_Mi, grad_Mi.contiguous(), out)
+        return out
+
+
+def _gated_rows(x_MI: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    out = paddle.empty([x_MI.shape[0], x_MI.shape[1] // 2], x_MI.dtype)
+    sigmoid = paddle.empty_like(out) if keep else out
+    in_rows(_halves_piece, x_MI.contiguous(), sigmoid, out)
+    return out, sigmoid
+
+
+def _halves_piece(x: np.ndarray, sigmoid: np.ndarray, out: np.ndarray) -> None:
+    half = out.shape[1]
+    _gated_piece(x[:, :half], x[:, half:], sigmoid, out)
+
+
+def _halves_back(x: np.ndarray, sigmoid: np.ndarray, grad: np.ndarray, out: np.ndarray) -> None:
+    half = grad.shape[1]
+    _gated_back(x[:, :half], x[:, half:], sigmoid, grad, out[:, :half], out[:, half:])
 
 
 def _swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -161,8 +269,12 @@ def _swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def gated_halves(x_TI: Tensor) -> Tensor:
-    """`swiglu` of the first half of each row and the second one, while stepping."""
-    return mkl.made(gated(x_TI.numpy()))
+    """`swiglu` of the first half of each row and the second one, where they lie. For a tensor that
+    is `mkl.ready`.
+    """
+    if mkl.is_stepping():
+        return mkl.made(gated(x_TI.numpy()))
+    return _SwigluHalves.apply(x_TI) if paddle.is_grad_enabled() else _gated_rows(x_TI)[0]
 
 
 def gated(x_TI: np.ndarray) -> np.ndarray:
@@ -175,11 +287,7 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) * up."""
     if mkl.is_stepping():
         return mkl.made(_swiglu(gate_TI.numpy(), up_TI.numpy()))
-    return (
-        _Swiglu.apply(gate_TI, up_TI)
-        if paddle.is_grad_enabled()
-        else mkl.sigmoid(gate_TI).multiply_(gate_TI).multiply_(up_TI)
-    )
+    return _Swiglu.apply(gate_TI, up_TI) if paddle.is_grad_enabled() else _gated(gate_TI, up_TI)[0]
 
 
 class Linear(nn.Linear):

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor
 
 from ernie_tune.config.language import say
@@ -36,9 +35,10 @@ _NUMPY: dict[paddle.dtype, np.dtype[Any]] = {paddle.float32: np.dtype(np.float32
 _PADDLE = {kind: dtype for dtype, kind in _NUMPY.items()}
 _VIEWS = {**_NUMPY, paddle.int8: np.dtype(np.int8), paddle.uint8: np.dtype(np.uint8)}
 _CPU = paddle.CPUPlace()
-# Below so many elements Paddle's one operator beats three passes.
-_SMALL = 2**14
 _TABLE_ROWS = 256
+# Up to so many products one call each is faster than a call for all of them, whose tables take
+# 20 us to make, and whose sums of rows take three times as long.
+_FEW_PRODUCTS = 8
 
 
 @lru_cache(maxsize=1)
@@ -115,13 +115,17 @@ def _vector(name: str, x: Tensor) -> Tensor:
 
 def exp_array_(x: np.ndarray) -> None:
     """exp in place, of a contiguous array."""
+    _array("EXP", x)
+
+
+def tanh_array_(x: np.ndarray) -> None:
+    """tanh in place, of a contiguous array."""
+    _array("TANH", x)
+
+
+def _array(name: str, x: np.ndarray) -> None:
     at, size = ctypes.c_void_p(x.ctypes.data), ctypes.c_int(x.size)
-    _function(f"VM{'S' if x.itemsize == 4 else 'D'}EXP_")(ctypes.byref(size), at, at, ctypes.byref(_MODE))
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2."""
-    return _vector("TANH", x * 0.5).scale_(0.5, 0.5) if numel(x) > _SMALL and ready(x) else F.sigmoid(x)
+    _function(f"VM{'S' if x.itemsize == 4 else 'D'}{name}_")(ctypes.byref(size), at, at, ctypes.byref(_MODE))
 
 
 def near_zero(x: Tensor) -> bool:
@@ -194,7 +198,9 @@ def rows_by_rows(x_MD: Tensor, grad_MI: Tensor, counts: Sequence[int]) -> Tensor
     depth, inner = x_MD.shape[1], grad_MI.shape[1]
     _check(counts, len(counts), x_MD, depth)
     _check(counts, len(counts), grad_MI, inner)
-    out = (paddle.zeros if 0 in counts else paddle.empty)([len(counts), depth, inner], x_MD.dtype)
+    out = paddle.empty([len(counts), depth, inner], x_MD.dtype)
+    if 0 in counts:
+        view(out)[np.asarray(counts) == 0] = 0
     experts, rows, start = _split(counts)
     _products(
         x_MD.dtype,
@@ -272,10 +278,17 @@ def multiply(
     flags = [_TRANSPOSED if flag else _PLAIN for flag in transposed]
     steps = [max(x.strides[1] // size, x.shape[2]) for x in (left, right, out)]  # of a single row NumPy may say 0
     at = [x.__array_interface__["data"][0] for x in (left, right, out)]
-    if count == 1:
-        _function(f"cblas_{letter}gemm")(
-            _ROW_MAJOR, *flags, rows, columns, depth, 1.0, at[0], steps[0], at[1], steps[1], float(add), at[2], steps[2]
+    if count <= _FEW_PRODUCTS:
+        gemm, next_a, next_b, next_c = (
+            _function(f"cblas_{letter}gemm"),
+            left.strides[0],
+            right.strides[0],
+            out.strides[0],
         )
+        (a, b, c), (step_a, step_b, step_c), (ta, tb), beta = at, steps, flags, float(add)
+        for _ in range(count):
+            gemm(_ROW_MAJOR, ta, tb, rows, columns, depth, 1.0, a, step_a, b, step_b, beta, c, step_c)
+            a, b, c = a + next_a, b + next_b, c + next_c
         return
     numbers = np.array([*flags, rows, columns, depth, *steps, count], np.int32)
     each = np.multiply.outer([x.strides[0] for x in (left, right, out)], np.arange(count))

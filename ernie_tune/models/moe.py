@@ -154,7 +154,7 @@ class Experts(nn.Layer):
 
     def forward(self, x_MD: Tensor, counts: Counts) -> Tensor:
         both = self.up_gate_product(x_MD, self.up_gate_proj, counts)
-        inner = gated_halves(both) if mkl.is_stepping() else swiglu(*_halves(both))
+        inner = gated_halves(both) if mkl.ready(both) else swiglu(*_halves(both))
         return self.down_product(inner, self.down_proj, counts)
 
 

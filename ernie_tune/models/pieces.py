@@ -22,3 +22,11 @@ def in_pieces(work: Callable[..., None], *tensors: Tensor) -> None:
     flat = [mkl.view(x).reshape(-1) for x in tensors]
     starts = range(0, flat[0].size, PIECE_ELEMENTS)
     threads.run([(work, tuple(x[a : a + PIECE_ELEMENTS] for x in flat)) for a in starts])
+
+
+def in_rows(work: Callable[..., None], *tensors: Tensor) -> None:
+    """The same for tensors of as many rows each, a few rows of all of them at a time."""
+    arrays = [mkl.view(x) for x in tensors]
+    step = max(1, PIECE_ELEMENTS // max(x.shape[1] for x in arrays))
+    starts = range(0, len(arrays[0]), step)
+    threads.run([(work, tuple(x[a : a + step] for x in arrays)) for a in starts])

@@ -9,9 +9,17 @@ import paddle
 import pytest
 from weights import golden_pixels, normal
 
-from ernie_tune.models import mkl, tiles
+from ernie_tune.models import mkl, pieces, tiles
 from ernie_tune.models.attention import AttentionPlan, segment_attention
-from ernie_tune.models.layers import rms_norm, rotate_pairs, swiglu, text_angles, turn_factors, vision_angles
+from ernie_tune.models.layers import (
+    gated_halves,
+    rms_norm,
+    rotate_pairs,
+    swiglu,
+    text_angles,
+    turn_factors,
+    vision_angles,
+)
 from ernie_tune.models.presets import preset
 from ernie_tune.models.vision import frame_pairs
 
@@ -124,6 +132,56 @@ def test_swiglu_values_and_gradients() -> None:
     assert y.item() == pytest.approx(2 * s, rel=1e-6)
     assert g.grad.item() == pytest.approx(2 * (s + s * (1 - s)), rel=1e-6)
     assert u.grad.item() == pytest.approx(s, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_swiglu_in_pieces(rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two tensors, and of the halves of one, against the formula in float64: many pieces on two
+    threads, and numbers that are too large for exp.
+    """
+    monkeypatch.setattr(mkl, "max_threads", lambda: 2)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 700)
+    x = normal("halves", (rows, 260)) * 4
+    x[0, :4] = [-2000.0, 2000.0, 0.0, -90.0]
+    half = x.shape[1] // 2
+    s = 1 / (1 + np.exp(-np.clip(x[:, :half], -700, None)))
+    act, up, g = x[:, :half] * s, x[:, half:], normal("gradient", (rows, half))
+    want = act * up, np.concatenate([(s + act * (1 - s)) * up * g, act * g], 1)
+    found = []
+    for form in (lambda both: swiglu(both[:, :half], both[:, half:]), gated_halves):
+        both = paddle.to_tensor(x, dtype, stop_gradient=False)
+        y = form(both)
+        (y * paddle.to_tensor(g, dtype)).sum().backward()
+        with paddle.no_grad():
+            np.testing.assert_array_equal(form(both).numpy(), y.numpy())
+        found.append((y.numpy(), both.grad.numpy()))
+    tight = 2e-6 if dtype == "float32" else 1e-14
+    for values, grad in found:
+        np.testing.assert_allclose(values, want[0], rtol=tight, atol=tight)
+        np.testing.assert_allclose(grad, want[1], rtol=tight, atol=5 * tight)
+
+
+@pytest.mark.parametrize("how", ["pieces", "operators"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rms_norm_values_and_gradients(dtype: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against Paddle's autograd of the formula in float64; many pieces on two threads."""
+    monkeypatch.setattr(mkl, "max_threads", lambda: 2)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 100)
+    values = normal("states", (301, 24)), normal("weight", (24,)), normal("gradient", (301, 24))
+    found = []
+    for kind, form in (
+        ("float64", lambda x, w: x / ((x * x).mean(-1, keepdim=True) + 1e-3).sqrt() * w),
+        (dtype, lambda x, w: rms_norm(x, w, 1e-3)),
+    ):
+        x, weight, g = (paddle.to_tensor(v, kind, stop_gradient=i == 2) for i, v in enumerate(values))
+        with mkl.left_alone() if how == "operators" else nullcontext():
+            y = form(x, weight)
+            (y * g).sum().backward()
+        found.append([t.numpy() for t in (y, x.grad, weight.grad)])
+    for want, got in zip(*found, strict=True):
+        tight = 1e-12 if dtype == "float64" else 5e-6 * max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=tight)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -64,7 +64,11 @@ MUTANTS: list[tuple[object, str, Callable]] = [
     (vision, "frame_pairs", image_paired_with_zeros),
     (vision, "rotate_halves", adjacent_vision_rope),
     (vision, "quick_gelu", paddle.nn.functional.gelu),
-    (moe, "swiglu", lambda gate, up: paddle.nn.functional.silu(up) * gate),
+    (
+        moe,
+        "gated_halves",
+        lambda both: paddle.nn.functional.silu(both[:, both.shape[1] // 2 :]) * both[:, : both.shape[1] // 2],
+    ),
 ]
 
 
