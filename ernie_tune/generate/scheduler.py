@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from ernie_tune.config.language import say
 from ernie_tune.generate.batch import Completion, Decode, Partial, Prompt, RunningBatch, TokenEvent, eval_mode, failed
+from ernie_tune.generate.load import TurnLoad
 from ernie_tune.generate.pooling import mean_states
 from ernie_tune.models.cache import cache_of
 from ernie_tune.models.config import TokenIds
@@ -87,6 +89,7 @@ class Scheduler:
         self._waiting: deque[_Asked] = deque()
         self._batches: dict[str | None, RunningBatch] = {}
         self._running: dict[str | None, dict[int, _Asked]] = {}
+        self.load = TurnLoad()
 
     @property
     def waiting(self) -> int:
@@ -187,11 +190,13 @@ class Scheduler:
         fails ends with events that carry the error.
         """
         events: list[TokenEvent] = []
-        entering = self._admit()
+        began, entering = time.perf_counter(), self._admit()
+        rows = self.running
         for adapter in [*self._running]:
             with self._acting(adapter):
                 events += self._join(adapter, [one for one in entering if one.adapter == adapter])
                 events += self._step(adapter)
+        self.load.turn(rows, self.waiting, self.capacity.rows, time.perf_counter() - began)
         return events
 
     def mean_states(self, rows: Sequence[Row], adapter: str | None, begin_id: int) -> np.ndarray:
@@ -222,6 +227,8 @@ class Scheduler:
             if (entering and prefill > self.capacity.prefill_tokens) or not self._fits(one):
                 break
             self._running.setdefault(one.adapter, {})[one.prompt.key] = one
+            self.load.computed += one.num_tokens
+            self.load.asked += one.num_tokens if one.partials else one.num_tokens * len(one.left)
             entering.append(self._waiting.popleft())
         return entering
 
@@ -314,9 +321,10 @@ def complete(
             found.setdefault(one.prompt.key, {})[one.sample] = copy.deepcopy(one.done)
         with eval_mode(scheduler.model):
             while found and not over():
-                yield from _finished(scheduler.step(), found)
+                yield from _finished(scheduler.step(), found, scheduler.load)
         for key, samples in [*found.items()]:
             for done in samples.values():
+                scheduler.load.cut += not done.finish_reason
                 done.finish_reason = done.finish_reason or "length"
             scheduler.cancel({key})
             yield key, [*found.pop(key).values()]
@@ -325,7 +333,7 @@ def complete(
 
 
 def _finished(
-    events: Iterable[TokenEvent], found: dict[int, dict[int, Completion]]
+    events: Iterable[TokenEvent], found: dict[int, dict[int, Completion]], load: TurnLoad
 ) -> Iterator[tuple[int, list[Completion]]]:
     for event in events:
         if event.prompt not in found:
@@ -334,5 +342,6 @@ def _finished(
             raise event.error
         samples = found[event.prompt]
         samples[event.sample].add(event)
+        load.longest = max(load.longest, len(samples[event.sample].token_ids))
         if all(one.finish_reason for one in samples.values()):
             yield event.prompt, [*found.pop(event.prompt).values()]

@@ -8,6 +8,7 @@ a round is made (train/rollouts.py).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -22,9 +23,7 @@ import numpy as np
 from ernie_tune.checkpoint.auto import AutoModel
 from ernie_tune.config.arguments import RunConfig
 from ernie_tune.config.language import say
-from ernie_tune.data.batching import Dropped
 from ernie_tune.data.processor import Processor
-from ernie_tune.data.prompts import Difficulty, PromptStream
 from ernie_tune.data.records import Record
 from ernie_tune.data.survey import Survey, survey
 from ernie_tune.data.units import UnitBatch
@@ -33,6 +32,7 @@ from ernie_tune.evaluate.measure import Measure
 from ernie_tune.evaluate.rewards import OnlineMeasure
 from ernie_tune.generate.batch import Completion, Prompt
 from ernie_tune.generate.engine import Engine
+from ernie_tune.generate.load import TurnLoad
 from ernie_tune.generate.scheduler import Capacity, complete
 from ernie_tune.machine.place import Place
 from ernie_tune.machine.placed import Placed
@@ -54,7 +54,7 @@ from ernie_tune.train.policy import PolicyObjective
 from ernie_tune.train.reference import Reference, choose_mode, make_room, take_copy
 from ernie_tune.train.rolled import Rolled, told
 from ernie_tune.train.rollout_guards import LOOKS_EVERY, LOOKS_ROWS, RolloutWatch, WatchLimits
-from ernie_tune.train.rollouts import ROLLOUTS_FILE, Rollouts
+from ernie_tune.train.rollouts import Rollouts
 from ernie_tune.train.second_judges import SecondJudges
 from ernie_tune.train.uncertain import mark_uncertain
 from ernie_tune.trainers import assemble
@@ -73,79 +73,14 @@ from ernie_tune.trainers.online_settings import (
     with_tools,
 )
 from ernie_tune.trainers.replaying import note_experts, replay_mode
+from ernie_tune.trainers.rollout_stream import DataRanks, RolloutsPart, RolloutStream
 from ernie_tune.trainers.teaching import is_demonstration, teaching_of
 
-STREAM_FOLDER = "rollouts"
 WATCH_FILE = "watch_state.json"
 AGREEMENT_FILE = "agreement_state.json"
 Tools = Mapping[str, Callable[..., Any]]  # functions by the place at which the settings name them
 _ROWS = 64  # answers computed at once
 _SHOWN, _SHOWN_CHARACTERS = 3, 80  # answers beside an alarm
-
-
-class _DataRanks:
-    """The processes that hold different prompts."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.rank, self.size = place.batch
-
-    def gather(self, value: Any) -> list[Any]:
-        return self.place.gather_batch(value)
-
-
-class RolloutStream:
-    """Prompts in the place of a data stream: how far they are. Windows come from rounds of answers
-    to them.
-    """
-
-    def __init__(
-        self,
-        records: Sequence[Record],
-        seed: int,
-        windows_per_round: int,
-        prompts_per_round: int,
-        by_difficulty: bool,
-    ) -> None:
-        self.records = records
-        self.prompts = PromptStream(len(records), seed, Difficulty() if by_difficulty else None)
-        self.windows_per_round, self.prompts_per_round = windows_per_round, prompts_per_round
-        self.dropped = Dropped()
-
-    @property
-    def epoch(self) -> float:
-        """How often every prompt was drawn, on average."""
-        return self.prompts.passes
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far; what is needed to go on is the rounds' own part."""
-        return {"drawn": self.prompts.drawn}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The rounds' part says it all."""
-
-
-class RolloutsPart:
-    """Where the prompts stand and what is left of a round: one folder for each rank that holds
-    other prompts.
-    """
-
-    def __init__(self, place: Place, rollouts: Rollouts) -> None:
-        self.place, self.rollouts = place, rollouts
-
-    def save(self, folder: Path) -> None:
-        rank = self.place.batch[0]
-        first = min(process for process, part in self.place.gather((self.place.rank, rank)) if part == rank)
-        if self.place.rank == first:  # others that hold these prompts hold the same answers
-            self.rollouts.save(folder / self._name(rank))
-
-    def load(self, folder: Path) -> None:
-        """Those of any number of ranks: each takes the groups that are now its own."""
-        count = len(list(folder.glob(f"{STREAM_FOLDER}*/{ROLLOUTS_FILE}"))) or 1
-        self.rollouts.load(*(folder / self._name(rank) for rank in range(count)))
-
-    def _name(self, rank: int) -> str:
-        return f"{STREAM_FOLDER}_{rank}" if rank else STREAM_FOLDER
 
 
 class SampledAnswers(Method):
@@ -172,6 +107,7 @@ class SampledAnswers(Method):
         self.watch = RolloutWatch(self.teaching is None, limits)
         self.watch.show = self._shown
         self.monitors = monitors_of(config)
+        self._load, self._load_of = TurnLoad(), -1  # of the newest round's sampling, and which that is
         self.replay = "off"  # of routers, once the model is known
         self._mode = ""  # of the reference, once it is chosen
         self._fresh = False  # whether room was made for a copy of the adapter
@@ -329,13 +265,13 @@ class SampledAnswers(Method):
             self.rubric,
             self.attached(),
             self._prompts.prompts,
-            _DataRanks(self.place),
+            DataRanks(self.place),
             self._tell,
             self.finishing(),
             self.agreement,
             evidence,
             self._beside(),
-            (lambda groups: {}) if self.monitors is None else SecondJudges(self.monitors, _DataRanks(self.place)),
+            (lambda groups: {}) if self.monitors is None else SecondJudges(self.monitors, DataRanks(self.place)),
         )
 
     def _beside(self) -> Beside | None:
@@ -349,7 +285,7 @@ class SampledAnswers(Method):
         """Whether the forward that trains says of sampled tokens what the engine says."""
         m = self.config.mismatch
         gate = MismatchGate.of(str(self.policy.model.compute_dtype), m.mismatch_gate)
-        return Agreement(self._logp, _DataRanks(self.place), gate, m.mismatch_every, m.old_logps == "recompute")
+        return Agreement(self._logp, DataRanks(self.place), gate, m.mismatch_every, m.old_logps == "recompute")
 
     def finishing(self) -> Sequence[Callable[[Sequence[Rolled]], None]]:
         """What is added to a round's groups once they have advantages."""
@@ -359,7 +295,7 @@ class SampledAnswers(Method):
         if quantile < 1:
             more.append(
                 lambda groups: mark_uncertain(
-                    groups, quantile, self._entropy, self.rollouts.batch, size, _DataRanks(self.place)
+                    groups, quantile, self._entropy, self.rollouts.batch, size, DataRanks(self.place)
                 )
             )
         e = self.config.evidence
@@ -389,7 +325,7 @@ class SampledAnswers(Method):
         out = {f"timing/{part}": value for part, value in seconds.items()}
         if seconds.get("rollout"):
             out["rollout/tokens_per_second"] = tokens / seconds["rollout"]
-        return {**self.rollouts.metrics, **out}
+        return {**self.rollouts.metrics, **self._load.metrics(), **out}
 
     def sample(self, prompts: Sequence[Prompt]) -> Mapping[int, Sequence[Completion]]:
         """Answers to the prompts by the weights as they are now."""
@@ -400,6 +336,9 @@ class SampledAnswers(Method):
             scheduler = Engine(forward, self.processor).scheduler(size)
             by_length = sorted(prompts, key=lambda p: len(p.row.input_ids_L))
             found = dict(complete(scheduler, by_length, over=lambda: time.monotonic() > end))
+        if self._load_of != self.rollouts.round:
+            self._load, self._load_of = TurnLoad(), self.rollouts.round
+        self._load.add(scheduler.load)
         self.place.check_alike([one.token_ids for key in sorted(found) for one in found[key]], say("answers", "回答"))
         return found
 
@@ -469,9 +408,9 @@ class SampledAnswers(Method):
         self, records: Sequence[Record], numbers: Sequence[int], n: int, greedy: bool
     ) -> list[Sequence[Answered]]:
         rounds, most = self.rollouts, max(self.config.eval.eval_max_new_tokens, self.settings.max_completion_length)
-        told = dict(rounds.seconds), rounds.tokens
+        told, load = (dict(rounds.seconds), rounds.tokens), (copy.deepcopy(self._load), self._load_of)
         drawn = rounds.sample(records, numbers, self.settings.seed, n, greedy, most_tokens=most)
-        rounds.seconds, rounds.tokens = told
+        (rounds.seconds, rounds.tokens), (self._load, self._load_of) = told, load
         return [one.answers for one in drawn]
 
     def started(self, log: RunLog, rows: RowSets, resumed: bool) -> None:

@@ -14,6 +14,7 @@ from weights import case_rows
 
 from ernie_tune.generate import scheduler as scheduler_module
 from ernie_tune.generate.batch import Completion, Prompt, RunningBatch, TokenEvent, generate
+from ernie_tune.generate.load import TurnLoad
 from ernie_tune.generate.sampling import SamplingParams
 from ernie_tune.generate.scheduler import Capacity, Scheduler, complete
 from ernie_tune.models.cache import KVCache
@@ -82,6 +83,39 @@ def test_a_prompt_counts_once_however_many_samples_it_has(model: Any, monkeypatc
             for prompt in prompts:
                 scheduler.submit(prompt)
             assert len(scheduler.step()) == together
+
+
+def test_what_turns_computed_and_left_idle(model: Any) -> None:
+    """Two prompts of four tokens, three answers of two and one of five, in room for eight; then a
+    prompt that is ended from outside.
+    """
+    model.eval()
+    scheduler = scheduler_of(model, rows=8)
+    prompts = [
+        Prompt(WORDS, SamplingParams(max_new_tokens=2, n=3, temperature=1.0), key=0, index=0),
+        Prompt(WORDS, SamplingParams(max_new_tokens=5), key=1, index=1),
+    ]
+    list(complete(scheduler, prompts))
+    found = scheduler.load.metrics()
+    assert found["rollout/turns"] == 5
+    assert found["rollout/slots_busy"] == pytest.approx((4 + 4 + 1 + 1 + 1) / (5 * 8))
+    assert found["rollout/bubble"] == pytest.approx(1 - 11 / (5 * 4))
+    assert found["rollout/prefill_tokens"] == 8
+    assert found["rollout/prefix_hit_rate"] == pytest.approx(0.5)
+    assert (found["rollout/longest"], found["rollout/aborted"], found["rollout/waiting"]) == (5, 0, 0)
+    assert 0 < found["rollout/turn_ms_p50"] <= found["rollout/turn_ms_p99"]
+    turns = iter([False, False, True])
+    list(
+        complete(
+            scheduler,
+            [Prompt(WORDS, SamplingParams(max_new_tokens=9, n=2, temperature=1.0), key=2, index=2)],
+            over=lambda: next(turns),
+        )
+    )
+    both = TurnLoad()
+    both.add(scheduler.load)
+    assert both.metrics()["rollout/aborted"] == 2
+    assert TurnLoad().metrics() == {}
 
 
 def test_prompts_come_out_as_they_finish_and_nothing_is_left(model: Any) -> None:

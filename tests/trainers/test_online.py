@@ -98,6 +98,8 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
     assert first["advantage/abs_max"] == pytest.approx(np.abs(size_N).max(), abs=1e-6)
     assert first["advantage/std"] == pytest.approx(size_N.std(), abs=1e-6)
     assert first["tokens_trained"] == len(size_N)
+    assert first["rollout/longest"] == 3
+    assert first["rollout/prefix_hit_rate"] == pytest.approx(1 - 1 / 3)
     assert first["approx_kl"] < 1e-9  # one update a round: the policy is the one that sampled
 
 
