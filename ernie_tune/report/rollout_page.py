@@ -35,8 +35,9 @@ _WORDS = {
 
 
 def read_rollouts(path: Path) -> dict[int, dict[int, list[dict[str, Any]]]]:
-    """round -> prompt -> its answers, of a log that may end in the middle of a line. A round that a
-    resumed run made again counts as it was made last. Raises OSError.
+    """round -> group -> its answers, of a log that may end in the middle of a line. A group is told
+    by its place in the round (a prompt that is drawn twice has two), in older logs by its prompt. A
+    round that a resumed run made again counts as it was made last. Raises OSError.
     """
     rounds: dict[int, dict[int, list[dict[str, Any]]]] = {}
     with path.open(encoding="utf-8") as file:
@@ -45,7 +46,7 @@ def read_rollouts(path: Path) -> dict[int, dict[int, list[dict[str, Any]]]]:
                 row = json.loads(line)
             except ValueError:  # the run was cut while it wrote
                 continue
-            group = rounds.setdefault(row["round"], {}).setdefault(row["prompt"], [])
+            group = rounds.setdefault(row["round"], {}).setdefault(row.get("place", row["prompt"]), [])
             if row["sample"] == 0:
                 group.clear()
             group.append(row)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
@@ -373,7 +374,9 @@ class SampledAnswers(Method):
             return
         everybody = self.place.gather_batch([row for group in groups for row in told(number, group)])
         if self.place.is_writer:
-            lines = [json.dumps(row, ensure_ascii=False) for part in everybody for row in part]
+            rows = [row for part in everybody for row in part]
+            places = itertools.accumulate(row["sample"] == 0 for row in rows)
+            lines = [json.dumps({**r, "place": n - 1}, ensure_ascii=False) for r, n in zip(rows, places, strict=True)]
             self.output_dir.mkdir(parents=True, exist_ok=True)  # a notebook may make a round before any run
             with (self.output_dir / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))

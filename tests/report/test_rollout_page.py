@@ -46,6 +46,9 @@ def test_a_log_that_was_cut_and_gone_on_with(tmp_path: Path) -> None:
         0: {3: ["<b>6</b>", "7"]},
         1: {4: ["new\nlines", "newer"]},
     }
+    twice = [{**row(0, 3, s, "7", 1.0), "place": place} for place in (0, 1) for s in (0, 1)]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(one) + "\n" for one in twice), encoding="utf-8")
+    assert {place: len(group) for place, group in read_rollouts(tmp_path / "twice.jsonl")[0].items()} == {0: 2, 1: 2}
     assert write_rollouts(log, page, "run") == 2
     text = page.read_text(encoding="utf-8")
     assert "<b>6</b>" not in text

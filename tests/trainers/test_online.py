@@ -78,6 +78,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
     told = [json.loads(line) for line in (tmp_path / "run" / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
     assert {row["round"] for row in told} == {0, 1, 2, 3}
     assert len(told) == 4 * 6
+    assert [row["place"] for row in told if row["round"] == 1] == [0, 0, 0, 1, 1, 1]
     assert all(row["rewards"]["even"] == row["reward"] for row in told)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
     first = state["log_history"][0]
