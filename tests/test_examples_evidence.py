@@ -9,10 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
+from ernie_tune.data.sources import load_dataset
 from ernie_tune.rewards.drawing import redraw
 from ernie_tune.rewards.evidence import judge_evidence, read_claims
+from ernie_tune.rewards.rubric import Rubric
+from ernie_tune.rewards.trial import attacked, references
 from ernie_tune.rewards.verifiers import zoom
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "evidence" / "make_data.py"
@@ -98,3 +102,17 @@ def test_quarters_are_cited_by_boxes_that_hold_them(tmp_path: Path) -> None:
         assert "verifiers" not in row["signal"]
         areas.add((right - left) * (bottom - top) / 112**2)
     assert areas == {0.25, 0.5, 1.0}
+
+
+@pytest.mark.parametrize("words", ["bars", "shapes --evidence", "quarters", "digits_grid", "needle", "scenes"])
+def test_right_answers_earn_what_they_can_and_attacks_nothing(tmp_path: Path, words: str) -> None:
+    """As `ernie-tune reward test` tries them before a run."""
+    main([*words.split(), "--out", str(tmp_path), "--rows", "4", "--eval", "2"])
+    records = [*load_dataset(str(tmp_path / "train.jsonl"), signals=("verifiable", "prompt"))]
+    rubric = Rubric(())
+    reference = references(rubric, records)
+    assert reference is not None
+    assert reference.mean > 0.99
+    tried = attacked(rubric, records)
+    assert len(tried) > 10
+    assert [(one.name, one.text) for one in tried if not one.passed] == []

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ernie_tune.data.media.images import image_size
 from ernie_tune.data.records import Record
+from ernie_tune.rewards.functions import Called
 from ernie_tune.rewards.reading import read_quantity
 from ernie_tune.rewards.scores import Box, iou
 from ernie_tune.rewards.verifiers import PARTIAL, VERIFIERS
@@ -53,9 +56,9 @@ def reference_text(record: Record) -> str | None:
         thought = shown[-1].get("reasoning_content", "")
         return (f"<think>\n{thought}\n</think>\n\n" if thought else "") + shown[-1]["content"]
     specs = {v.name: v.spec for v in record.reward.verifiers} if record.reward else {}
-    if "redraw" in specs and record.reward is not None and record.reward.scene.get("objects"):
-        return json.dumps(record.reward.scene["objects"])
     gold = gold_of(record)
+    if gold is None and "redraw" in specs and record.reward is not None and record.reward.scene.get("objects"):
+        return json.dumps(record.reward.scene["objects"])
     if gold is None:
         return None
     text = _table(gold) if "table" in specs and isinstance(gold, list) else reference_answer(_as_stated(gold, specs))
@@ -63,6 +66,17 @@ def reference_text(record: Record) -> str | None:
     text = f"\\boxed{{{text}}}" if style == "boxed" else f"<answer>{text}</answer>" if style == "tag" else text
     thinks = record.mode == "think" or specs.get("format", {}).get("mode") == "think"
     return (_THOUGHT if thinks else "") + required_claims(record) + text
+
+
+def reference_calls(record: Record) -> tuple[Called, ...]:
+    """What a right answer has had shown: the target, where a checker asks for that."""
+    target = record.reward.scene.get("target") if record.reward else None
+    asks = record.reward is not None and any(v.name == "zoom" for v in record.reward.verifiers)
+    if not asks or target is None or not record.images:
+        return ()
+    left, top, right, bottom = map(float, target)
+    box, size = (left, top, right, bottom), image_size(record.images[0], str(record.meta))  # type: ignore[arg-type]
+    return (Called("zoom", box, "", box, size),)
 
 
 def required_claims(record: Record) -> str:
@@ -147,7 +161,7 @@ def evidence_attacks(record: Record) -> dict[str, str]:
         whole = _picture_of(record)
         found["right_and_no_places"] = block(bare)
         found["right_and_the_whole_picture"] = block([{**claim, "box": whole} for claim in placed])
-        found["right_and_nan_boxes"] = block(placed).replace(json.dumps(placed[0]["box"]), "[NaN, NaN, NaN, NaN]")
+        found["right_and_nan_boxes"] = block([{**claim, "box": [math.nan] * 4} for claim in placed])
         found["right_and_turned_boxes"] = block([{**claim, "box": claim["box"][::-1]} for claim in placed])
     return found
 

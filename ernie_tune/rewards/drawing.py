@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from ernie_tune.config.language import say
 from ernie_tune.data.media.images import load_image
 from ernie_tune.rewards.evidence import redrawn
-from ernie_tune.rewards.reading import without_thought
+from ernie_tune.rewards.reading import boxed, tagged, without_thought
 from ernie_tune.rewards.scores import Box
 
 SIDE, FINE = 56, 4  # pixels that are compared, and how many each is drawn with
@@ -37,11 +37,18 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}")
 
 
 def stated_objects(text: str) -> list[Mapping[str, Any]]:
-    """The objects of the only JSON list of an answer, in a fence or not, at most MOST; none where
-    there is no list of objects, several, or only a thought.
+    """The objects of the only JSON list of an answer, in a fence, a tag or a box or in none, MOST
+    of them; none where there is no list of objects, several, only a thought, or several answers.
     """
     after = without_thought(text)
-    if after is None or len(after) > _LONGEST or after.count("[{") != 1:
+    if after is None or len(after) > _LONGEST:
+        return []
+    if opened := after.count("<answer>") + after.count("\\boxed{"):
+        held = [*boxed(after)[0], *tagged(after)]
+        if opened != 1 or len(held) != 1:
+            return []
+        after = held[0]
+    if after.count("[{") != 1:
         return []
     start = after.index("[{")
     try:

@@ -75,7 +75,7 @@ def boxed(text: str) -> tuple[list[str], str]:
     return found, text
 
 
-def _tagged(text: str) -> list[str]:
+def tagged(text: str) -> list[str]:
     """The contents of every <answer>…</answer>."""
     found, at = [], text.find("<answer>")
     while at >= 0:
@@ -109,7 +109,7 @@ def answer_span(text: str, style: str = "auto") -> str | None:
     if after is None:
         return None
     boxes, text = boxed(fold(after))
-    tags = _tagged(text)
+    tags = tagged(text)
     if style == "boxed" or (style == "auto" and boxes):
         return _only(boxes)
     if style == "tag" or tags:

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ernie_tune.data.records import Record
-from ernie_tune.rewards.attacks import ABSTENTIONS, allowed, attacks, evidence_attacks, reference_text
+from ernie_tune.rewards.attacks import (
+    ABSTENTIONS,
+    allowed,
+    attacks,
+    evidence_attacks,
+    reference_calls,
+    reference_text,
+)
 from ernie_tune.rewards.functions import Answered
 from ernie_tune.rewards.rubric import Rubric, Scored
 
@@ -42,9 +49,14 @@ def total(scored: Scored, rubric: Rubric) -> float | None:
     return sum(weights[name] * value for name, value in known.items()) if known else None
 
 
-def _totals(rubric: Rubric, rows: Sequence[tuple[Record, Mapping[str, str]]]) -> list[dict[str, float | None]]:
-    """name of a text -> what it earns, row by row."""
-    groups = [(record, [Answered(text) for text in texts.values()]) for record, texts in rows]
+def _totals(
+    rubric: Rubric, rows: Sequence[tuple[Record, Mapping[str, str]]], shown: bool = False
+) -> list[dict[str, float | None]]:
+    """name of a text -> what it earns, row by row; `shown`: of answers that have looked first."""
+    groups = [
+        (record, [Answered(text, calls=reference_calls(record) if shown else ()) for text in texts.values()])
+        for record, texts in rows
+    ]
     return [
         dict(zip(texts, (total(one, rubric) for one in given), strict=True))
         for (_, texts), given in zip(rows, rubric(groups), strict=True)
@@ -66,7 +78,7 @@ def references(rubric: Rubric, records: Sequence[Record]) -> Tried | None:
     if not rows:
         return None
     shares = []
-    for (record, _), earned in zip(rows, _totals(rubric, rows), strict=True):
+    for (record, _), earned in zip(rows, _totals(rubric, rows, shown=True), strict=True):
         most = full_marks(record, rubric)
         shares.append((earned[""] or 0.0) / most if most > 0 else 0.0)
     mean, worst = math.fsum(shares) / len(shares), min(range(len(shares)), key=shares.__getitem__)

@@ -31,6 +31,8 @@ def said(*objects: dict[str, Any]) -> str:
 
 def test_the_same_scene_is_one_and_half_of_it_a_third() -> None:
     assert redraw(said(SQUARE), picture()) == pytest.approx(1.0)
+    for words in ("<answer>{}</answer>", "```json\n{}\n```", "\\boxed{{{}}}", "The shapes: {}"):
+        assert redraw(words.format(said(SQUARE)), picture()) == pytest.approx(1.0)
     # moved by half of its side: what differs is 2 halves, what either shows 3
     assert redraw(said({**SQUARE, "box": [40, 20, 80, 60]}), picture()) == pytest.approx(1 / 3)
     assert redraw(said({**SQUARE, "box": [20, 20, 40, 60]}), picture()) == pytest.approx(0.5)
@@ -55,7 +57,9 @@ NOTHING = {
     "turned": said({**SQUARE, "box": [60, 60, 20, 20]}), "endless": said({**SQUARE, "box": [20, 20, 1e400, 60]}),
     "no colour": said({**SQUARE, "colour": "reddish"}), "no shape": said({**SQUARE, "shape": "thing"}),
     "background": said({**SQUARE, "colour": "white", "box": [0, 0, 112, 112]}), "long": said(SQUARE) + " " * (1 << 17),
-    "deep": "[{" + "[" * 5000,
+    "deep": "[{" + "[" * 5000, "two answers": f"<answer>{said(SQUARE)}</answer><answer>a circle</answer>",
+    "two boxes": f"\\boxed{{{said(SQUARE)}}} \\boxed{{a circle}}", "an open box": f"\\boxed{{{said(SQUARE)}",
+    "an open tag": f"<answer>{said(SQUARE)}", "beside the answer": f"{said(SQUARE)}<answer>a circle</answer>",
 }  # fmt: skip
 
 
