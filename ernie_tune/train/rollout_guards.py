@@ -28,6 +28,7 @@ _BACK, _LATELY, _GROWN_TOKENS = 50, 10, 8  # steps that lengths are compared ove
 _PAYS, _WITH_IT = 0.6, 1.5  # correlation of length and reward, growth beside it
 _FORM_ROSE, _RIGHT_STAYED, _NEARLY_ALL = 0.1, 0.01, 0.95
 _AGREED, _APART = 0.7, 0.3
+_SLOW_MS = 50.0
 _ENDS = ("unjudged", "constant", "hacking", "kl", "second")  # after which nothing more is worth learning
 _AS_GOOD = 0.9
 LOOKS_EVERY, LOOKS_ROWS = 50, 16  # steps between two looks without pictures, and rows of a look
@@ -114,6 +115,7 @@ class RolloutWatch:
             "cut_off": self._cut_off(),
             "entropy": self._entropy(),
             "failing": self._failing(values),
+            "slow": self._slow(values),
             "longer": self._longer(),
             "kl": self._far(values),
             "form": self._form() if self.by_reward else None,
@@ -214,6 +216,20 @@ class RolloutWatch:
             "reward_timeout_seconds",
             f"{worst} 本轮有 {lost[worst]:.0f} 个回答未给出分数，且最近 {ROUNDS} 轮均有：出错或超时"
             f"（rewards/{worst}/errors、/timeouts）；请修正，或调大 reward_timeout_seconds",
+        )
+
+    def _slow(self, values: Mapping[str, float]) -> Text | None:
+        """Of a checker of rows whose slowest calls take long, round after round."""
+        slow = {
+            n: ms for n, ms in values.items() if n.startswith("rewards/") and n.endswith("/ms_p99") and ms > _SLOW_MS
+        }
+        worst = max(slow, key=lambda name: slow[name], default="")
+        self.seen.setdefault("slow", []).append(slow.get(worst, 0.0))
+        if not worst or min(self._last("slow") or [0.0]) <= 0:
+            return None
+        return say(
+            f"the checker {worst.split('/')[1]} takes {slow[worst]:.0f} ms for one answer in a hundred, more than {_SLOW_MS:g}, for {ROUNDS} rounds; ask for shorter answers (max_completion_length), or give the rows another checker",
+            f"检查器 {worst.split('/')[1]} 对百分之一的回答耗时 {slow[worst]:.0f} 毫秒，已连续 {ROUNDS} 轮超过 {_SLOW_MS:g}；请缩短回答（max_completion_length），或换用其他检查器",
         )
 
     def _constant(self) -> Text | None:

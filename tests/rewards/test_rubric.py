@@ -17,6 +17,7 @@ import pytest
 
 from ernie_tune.data.records import Meta, Record, Reward, Verifier
 from ernie_tune.data.sources import load_dataset
+from ernie_tune.rewards import rubric as rubric_module
 from ernie_tune.rewards.attacks import ALLOWED, attacks, reference_answer
 from ernie_tune.rewards.functions import Answered, RewardFunction, reward
 from ernie_tune.rewards.named import load_function
@@ -163,6 +164,15 @@ def test_async_functions_wait_together_and_fail_apart() -> None:
         ValueError, match=r"reward function broken \(test_rubric.py:\d+\) failed at x.jsonl:3 with KeyError"
     ):
         Rubric([RewardFunction(broken)], check=False)(GROUPS)
+
+
+def test_how_long_checkers_of_rows_take_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(i) for i in range(1000))
+    monkeypatch.setattr(rubric_module.time, "thread_time", lambda: next(clock) ** 2 / 1e3)  # 1, 5, 9, ... ms
+    rubric = Rubric((), check=False)
+    rubric([(row("7"), said("7", "8", "9"))])
+    assert rubric.reported() == {"rewards/count/ms_p99": pytest.approx(9.0)}
+    assert rubric.reported() == {}
 
 
 def test_what_functions_are_told_and_tell() -> None:

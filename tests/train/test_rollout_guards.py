@@ -134,6 +134,14 @@ def test_judges_that_fail_round_after_round() -> None:
     assert spoken(9, lambda s: lost if s % 3 else {}) == []
 
 
+def test_checkers_that_take_long() -> None:
+    slow = {"rewards/kie/ms_p99": 80.0, "rewards/exact/ms_p99": 0.1}
+    ((step, words),) = spoken(9, lambda s: slow if s != 2 else {"rewards/kie/ms_p99": 3.0})
+    assert step == 2 + ROUNDS
+    assert "the checker kie takes 80 ms for one answer in a hundred" in words
+    assert spoken(9, lambda s: slow if s % 3 else {}) == []
+
+
 def test_prompts_that_are_too_easy_or_too_hard() -> None:
     ((step, easy),) = spoken(30, lambda s: {"frac_reward_zero_std": 0.9, "frac_groups_all_right": 0.85})
     assert step == WINDOW
