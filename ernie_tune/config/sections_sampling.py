@@ -44,6 +44,13 @@ class SamplingArguments:
         low=0,
         stages=("RLVR", "PPO"),
     )
+    max_tool_pixels: int = arg(
+        0,
+        "pixels of a picture that a tool shows, at most, beside image_max_pixels; 0: as that has it",
+        "工具显示的图片最多的像素数（另受 image_max_pixels 限制）；0 表示只受后者限制",
+        low=0,
+        stages=("RLVR", "PPO"),
+    )
     rollout_timeout_seconds: float = arg(
         0.0,
         "sampling time of a draw of prompts, after which answers under way are cut off as too long; 0: any. Runs then depend on the machine's speed",

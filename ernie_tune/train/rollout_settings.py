@@ -60,6 +60,7 @@ class RolloutSettings:
     own_tools: tuple[OwnTool, ...] = ()  # beside them
     max_turns: int = 4
     max_pictures: int = 8
+    max_tool_pixels: int = 0  # of each; 0: any
     note_experts: bool = False  # which experts each token goes to while it is sampled
     prefix_sharing: bool = True  # a prompt's answers have its tokens computed once
 

@@ -94,7 +94,7 @@ class Rollouts:
         self.prompts = prompts or PromptStream(len(records), settings.seed)
         self.ranks, self.finish, self.agreement, self.beside = ranks, tuple(finish), agreement, beside
         own = {tool.name: tool for tool in settings.own_tools}
-        used = (settings.max_turns, settings.max_pictures, settings.tools, own)
+        used = (settings.max_turns, settings.max_pictures, settings.tools, own, settings.max_tool_pixels)
         self.turns = Turns(processor, *used) if settings.tools or own else None
         self.kl = KlControl(settings.kl_coef)  # of the per-token penalty, as it is now
         self.round = 0

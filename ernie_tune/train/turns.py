@@ -76,6 +76,7 @@ class Turns:
     pictures: int = 8
     tools: tuple[str, ...] = TOOLS
     own: Mapping[str, OwnTool] = field(default_factory=dict)
+    pixels: int = 0  # of a picture that is shown, at most; 0: any
 
     def go_on(
         self,
@@ -146,7 +147,10 @@ class Turns:
         if call.shown is None:
             text = f"error: {call.problem}" if call.problem else call.result
             return self.processor.encode_result(as_words(text), thinking=thinking)
-        return self.processor.encode_result("<image>", [zoomed(record, call.shown)], thinking=thinking)
+        picture = zoomed(record, call.shown)
+        if self.pixels and (scale := (self.pixels / (picture.width * picture.height)) ** 0.5) < 1:
+            picture = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+        return self.processor.encode_result("<image>", [picture], thinking=thinking)
 
 
 def _begun(prompt: Encoded, turn: Completion) -> Conversation:

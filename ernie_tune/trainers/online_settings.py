@@ -70,6 +70,7 @@ def rollout_settings(
         own_tools=own_tools(config, tools or {}),
         max_turns=config.sampling.max_turns,
         max_pictures=config.sampling.max_pictures,
+        max_tool_pixels=config.sampling.max_tool_pixels,
         stop_strings=config.sampling.stop_strings,
         over_sample=config.sampling.over_sample,
         reward_clip=config.sampling.reward_clip,

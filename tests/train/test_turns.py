@@ -261,6 +261,12 @@ def test_turns_pictures_and_tokens_are_bounded(tmp_path: Path) -> None:
     few = Script(*[turn] * 9)
     (group,) = rollouts(row, few, dataclasses.replace(S, max_pictures=1)).make_round()
     assert [one.shown is None for one in group.answers[0].calls] == [False, True]
+    sizes = []
+    wide = said(call([0, 0, 112, 112]))
+    for most in (0, 56 * 56):
+        (group,) = rollouts(row, Script(wide), dataclasses.replace(S, max_tool_pixels=most)).make_round()
+        sizes.append(int(group.unit.dialogues[0].row.grid_thw_n3[-1].prod()))
+    assert sizes[0] == 4 * sizes[1], "half as wide and high"
     short = Script(*[turn] * 9)
     size = len(turn.token_ids)
     (group,) = rollouts(row, short, dataclasses.replace(S, max_completion_length=size)).make_round()
