@@ -1,7 +1,7 @@
 """A toy that PPO must learn: emit even token ids. What each round of answers earns, how much of it
 the critic explains, and how much any critic could.
 
-Usage: python tests/bench/bench_ppo.py [--answers 128] [--tokens 8] [--rounds 30] [--warmup 0]
+Usage: python tests/bench/bench_ppo.py [--answers 128] [--tokens 8] [--rounds 30] [--warmup 12]
 [--iterations 2] [--rate 0.0015] [--value-rate 0.005] [--lam 0.95] [--raw] [--seed 42]
 
 The reward is the share of even ids. Before token t a critic may know how many of the earlier ones
@@ -9,6 +9,13 @@ were even, and nothing of those to come: with T independent tokens of one probab
 (t - 1) / T of the returns' variance there, (T - 1) / 2T of all tokens'. The ceiling that is printed
 is measured: one less the variance of rewards among answers that had as many even ids at the same
 place, over that of all. Rounds in which nearly all ids are even have nothing to explain.
+
+What limits the critic is what it has seen: it has to find out which of some 500 ids are even, from
+rewards of which each token is an eighth. Beside the policy it learns too late (seed 42: .05
+explained at step 30, where the reward is .96); a rate four times as high changed nothing. With
+`--warmup` it learns for so many rounds while the policy rests: with 12 of 30 rounds the reward
+passes .95 at steps 56 and 58 of 60 (seeds 42, 2), and .27 and .12 are explained over the last four
+rounds, of at most .40 and .42.
 """
 
 from __future__ import annotations
@@ -50,7 +57,7 @@ def ceiling(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = {"answers": 128, "tokens": 8, "rounds": 30, "warmup": 0, "iterations": 2, "seed": 42}
+    whole = {"answers": 128, "tokens": 8, "rounds": 30, "warmup": 12, "iterations": 2, "seed": 42}
     for name, usual in whole.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     for name, rate in (("rate", 1.5e-3), ("value-rate", 5e-3), ("lam", 0.95), ("clip", 0.2)):
