@@ -19,10 +19,11 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_tune.models import moe
+from ernie_tune.models import mkl, moe
 from ernie_tune.models.attention import AttentionPlan, cached_attention, segment_attention
 from ernie_tune.models.grouped import grouped_matmul
 from ernie_tune.models.layers import (
+    gated_halves,
     rms_norm,
     rotate_halves,
     rotate_pairs,
@@ -440,6 +441,11 @@ OPERATORS: dict[str, Operator] = {
     ),
     # large enough for the math library
     "SwiGLU": Operator(swiglu, lambda gate, up: _silu(gate) * up, (normal(0, 300, 64), normal(1, 300, 64))),
+    "SwiGLU, halves": Operator(
+        lambda x: gated_halves(x) if mkl.ready(x) else swiglu(*moe._halves(x)),
+        lambda x: _silu(x[:, :64]) * x[:, 64:],
+        (normal(0, 300, 128),),
+    ),
     "quick GELU": Operator(quick_gelu, lambda x: x / (1.0 + paddle.exp(-1.702 * x)), (normal(0, 700, 64),)),
     "rotary embedding": _rope(),
     "rotary embedding, pictures": _picture_rope(),

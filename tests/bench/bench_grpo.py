@@ -1,10 +1,11 @@
 """A step of GRPO on this machine's CPU, ours and TRL's on the same shape ("small"), in rounds that
 take turns.
 
-usage: python tests/bench/bench_grpo.py [--shape 64|512|picture|all] [--rounds 3] [--steps 3]
+usage: python tests/bench/bench_grpo.py [--shape 64|512|picture|all] [--rounds 3] [--steps 6]
 [--prompts 2] [--group 8] [--new 32] [--threads 2] [--peer-python PATH]
 Every round is a process of its own on each side: a whole trainer, `--steps` steps. The best step
-and the best rollout of all rounds count, since others may use the machine. Without --peer-python
+and the best rollout of all rounds count, since others may use the machine, and since a process
+fetches its memory from the system in its first three steps. Without --peer-python
 (an environment with torch, transformers and trl: see peer_trl_grpo.py) ours alone is measured.
 "picture": one generated picture of 896 x 896 a prompt, 1,024 tokens. Prints one JSON line: for each
 shape the seconds of both, the ratios of rollout and step, and which share of our step is rollout,
@@ -155,7 +156,7 @@ def shape(name: str, a: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"prompts": 2, "group": 8, "new": 32, "steps": 3, "threads": 2, "rounds": 3, "prompt": 64, "pixels": 0}
+    sizes = {"prompts": 2, "group": 8, "new": 32, "steps": 6, "threads": 2, "rounds": 3, "prompt": 64, "pixels": 0}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--shape", choices=(*SHAPES, "all"), default="all")

@@ -27,6 +27,7 @@ DECODING, CODED = "decoding", "decoding on codes"
 PYLAYERS = {
     "models.layers._RmsNorm": "RMSNorm",
     "models.layers._Swiglu": "SwiGLU",
+    "models.layers._SwigluHalves": "SwiGLU, halves",
     "models.layers._RotateHalves": "rotary embedding, pictures",
     "models.vision._QuickGelu": "quick GELU",
     "models.attention._SegmentAttention": "attention, causal",
@@ -69,7 +70,7 @@ def in_place(real: Any) -> Any:
 # What is broken: (where, what, how) -> the line that must be red.
 MUTANTS: dict[tuple[Any, str, Callable[[Any], Any]], str] = {
     # the math library's functions
-    (mkl, "sigmoid", larger): "SwiGLU",
+    (mkl, "tanh_array_", lambda real: lambda x: real(np.multiply(x, 1.01, out=x))): "SwiGLU",
     (mkl, "near_zero", lambda real: lambda x: True): "log-probabilities, large scores",
     (mkl, "below_zero_", lambda real: lambda x: x): "log-probabilities, large scores",
     (mkl, "exp_", lambda real: lambda x, far: real(x.scale_(1.01), far)): "log-probabilities",
