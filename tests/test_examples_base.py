@@ -21,7 +21,20 @@ from PIL import Image
 
 BASE = Path(__file__).parent.parent / "examples" / "base"
 MODULES = (
-    *("words", "scenes", "printed", "plots", "clips", "shop", "texts", "lookups", "heads", "make_data", "score"),
+    *(
+        "words",
+        "scenes",
+        "printed",
+        "plots",
+        "clips",
+        "phrases",
+        "shop",
+        "texts",
+        "lookups",
+        "heads",
+        "make_data",
+        "score",
+    ),
     "widen",
 )
 
@@ -143,6 +156,73 @@ def test_verdicts_on_few_words_are_true_and_balanced(base: dict[str, ModuleType]
     assert 0.4 < sum(answers) / 400 < 0.62
 
 
+def test_sides_and_denials_are_true_and_balanced(base: dict[str, ModuleType]) -> None:
+    """Left, right, above, below of few words, and what is not there, against the things drawn."""
+    rng, make, scenes = random.Random(13), base["make_data"], base["scenes"]
+    drawn: list[Any] = []
+    scene, lone = scenes.scene, scenes.lone
+    scenes.scene = lambda *a, **k: drawn.append(scene(*a, **k)) or drawn[-1]
+    scenes.lone = lambda *a, **k: drawn.append(lone(*a, **k)) or drawn[-1]
+    try:
+        for kind, held in ((make.sides_one, "left"), (make.sides_two, "yes"), (make.denied, "yes")):
+            answers = []
+            for _ in range(240):
+                _, ((question, answer),) = kind(rng, False)
+                things = {t.name(False): t for t in drawn[-1].things}
+                named = sorted((n for n in things if n in question), key=question.index)
+                if len(named) == 2 and question.startswith("Is the "):
+                    a, b = (things[n] for n in named)
+                    up = "above" in question or "below" in question
+                    truth = ("above" if a.y < b.y else "below") if up else "left" if a.x < b.x else "right"
+                    if " or " in question:
+                        assert answer == truth, question
+                    else:
+                        assert answer == ("yes" if f" {truth} " in question else "no"), question
+                elif kind is make.denied:
+                    held_words = {w for t in drawn[-1].things for w in (t.color, t.shape)}
+                    there = bool(held_words & set(question.rstrip("?").split()))
+                    denies = bool({"no", "missing", "without"} & set(question.rstrip("?").split()))
+                    assert answer == ("yes" if there != denies else "no"), question
+                answers.append(answer)
+            sure = [a for a in answers if a in (("left", "right") if held == "left" else ("yes", "no"))]
+            assert 0.4 < sure.count(held) / len(sure) < 0.6, kind
+    finally:
+        scenes.scene, scenes.lone = scene, lone
+
+
+def test_printed_rows_fill_their_pictures_with_ink_alone(base: dict[str, ModuleType]) -> None:
+    """Two colours and what lies between them; nothing cut off at an edge; digits where asked."""
+    rng, printed = random.Random(2), base["printed"]
+    if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")):
+        printed.fonts = lambda chinese, held_out: (printed.BITMAP,)
+    for i in range(60):
+        image, said = printed.row(rng, 2 + i % 4, digits=1.0 if i % 2 else 0.3)
+        assert 2 <= len(said) <= 2 + i % 4
+        assert said.isdigit() or not i % 2
+        pixels = np.asarray(image, int)
+        paper = pixels[-1, -1]
+        assert (np.abs(pixels - paper).max(axis=(0, 1)) > 60).any(), "there is ink"
+        assert image.height % 28 == 0
+
+
+def test_charts_draw_every_value_at_every_size(base: dict[str, ModuleType]) -> None:
+    rng, plots, colors = random.Random(5), base["plots"], base["words"].COLORS
+    if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")):
+        plots.fonts = lambda chinese, held_out: (plots.BITMAP,)
+    sides = set()
+    for _ in range(60):
+        c = plots.chart(rng)
+        sides.add(c.image.width)
+        assert len(c.labels) == len(c.values) == len(set(c.values))
+        pixels = np.asarray(c.image.convert("RGB"), int).reshape(-1, 3)
+        for name in set(c.colors):
+            near = np.abs(pixels - np.array(colors[name][1])).max(axis=1) <= 14
+            assert near.sum() >= 8, f"{name} is drawn"
+        if c.kind == "pie":
+            assert sum(c.values) == 100
+    assert sides == {112, 140, 168}
+
+
 def test_customers_and_names(base: dict[str, ModuleType]) -> None:
     rng, shop, texts = random.Random(2), base["shop"], base["texts"]
     written = {
@@ -155,6 +235,11 @@ def test_customers_and_names(base: dict[str, ModuleType]) -> None:
     assert len(written) > 3000
     with (BASE.parent / "classify" / "eval.csv").open(encoding="utf-8") as file:
         assert not written & {line.rsplit(",", 1)[0].strip('"') for line in file}, "no held-out message is drawn"
+        phrases = [p for kinds in base["phrases"].PHRASES.values() for said in kinds for p in said.split("|")]
+        file.seek(0)
+        held = {line.rsplit(",", 1)[0].strip('"？?。.！!').lower() for line in file}
+    assert len(set(phrases)) > 380
+    assert not {p.lower() for p in phrases} & held, "nor its words"
     labels = {w for per in shop.LABELS.values() for ws in per for w in ws} | {k for kind in shop.KINDS for k in kind}
     for i in range(200):
         question, answer = shop.kind_of(rng, i % 2 == 1)

@@ -24,6 +24,7 @@ import lookups
 import plots
 import printed
 import scenes
+import shop
 import texts
 from PIL import Image
 from words import COLORS, PLACES, SHAPES, SIZES
@@ -81,6 +82,59 @@ MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is eve
         **{"sides_few": 5, "dots": 3, "many": 8, "digit": 30, "few": 1, "chart": 4, "pair": 4, "clip": 3},
         **{"sheet": 22, "echo_few": 1, "pairs_few": 1, "retold": 2},
     },
+    "letters": {"letter": 72, "few": 8, "digit": 8, "facts": 4, "named": 4, "verdict": 4},
+    "twos": {"letter": 20, "twos": 64, "digit": 6, "facts": 3, "named": 4, "verdict": 3},
+    "strings": {
+        **{"letter": 12, "few": 10, "strings": 36, "text": 18},
+        **{"digit": 6, "named": 6, "verdict": 3, "facts": 3, "presence_few": 3, "many": 3},
+    },
+    "reads": {
+        **{"letter": 3, "strings": 14, "text": 34, "receipt": 6, "chart": 16},
+        **{"digit": 6, "named": 6, "traits": 2, "verdict": 2, "facts": 2, "presence_few": 2, "many": 7},
+    },
+    "sides": {
+        **{"sides_two": 44, "denied": 26, "small_sums": 12},
+        **{"strings": 6, "text": 4, "named": 4, "digit": 4},
+    },
+    "whole": {
+        **{"verdict": 4, "denied": 5, "facts": 5, "presence": 4, "presence_few": 5, "named": 8, "traits": 8},
+        **{"sides_two": 3, "sides_few": 4, "sides": 2, "dots": 2, "many": 10, "digit": 9},
+        **{
+            "letter": 1,
+            "twos": 2,
+            "strings": 7,
+            "text": 14,
+            "chinese": 3,
+            "receipt": 3,
+            "chart": 11,
+            "pair": 4,
+            "clip": 3,
+        },
+        **{"sheet": 12, "small_sums": 6, "echo_few": 1, "pairs_few": 1, "retold": 2},
+    },
+    "sides_one": {"sides_one": 80, "named": 8, "presence_few": 6, "strings": 6},
+    "sides_more": {"sides_one": 25, "sides_two": 40, "denied": 22, "named": 5, "presence_few": 4, "strings": 4},
+    "bloom": {
+        **{"verdict": 3, "denied": 4, "facts": 5, "presence": 4, "presence_few": 4, "named": 7, "traits": 6},
+        **{"sides_two": 2, "sides_few": 4, "sides": 2, "many": 9, "digit": 11, "pair": 3, "clip": 2},
+        **{"letter": 1, "twos": 1, "strings": 6, "text": 16, "chinese": 4, "receipt": 3, "chart": 12},
+        **{"sheet": 9, "small_sums": 4, "customers": 2, "echo_few": 1, "retold": 1},
+    },
+    "polish": {
+        **{"named": 16, "traits": 10, "many": 14, "digit": 16, "facts": 6, "verdict": 4, "presence": 4},
+        **{"presence_few": 3, "denied": 2, "sides_few": 3, "pair": 3, "clip": 2},
+        **{"text": 12, "strings": 4, "chinese": 2, "receipt": 2, "chart": 6, "sheet": 6, "customers": 2},
+    },
+    "names": {
+        **{"named": 22, "traits": 12, "many": 12, "digit": 14, "facts": 5, "verdict": 3, "presence": 5},
+        **{"presence_few": 3, "denied": 2, "sides_few": 2, "pair": 2, "clip": 1},
+        **{"text": 10, "strings": 3, "chinese": 2, "receipt": 1, "chart": 3, "sheet": 5, "customers": 2},
+    },
+    "settled_digits": {
+        **{"digit": 44, "named": 14, "traits": 6, "many": 8, "verdict": 3, "facts": 5, "presence": 3},
+        **{"text": 10, "strings": 3, "sheet": 4},
+    },
+    "talk": {"customers": 1},
     "digits": {
         **{"digit": 50, "named": 10, "traits": 6, "verdict": 6, "facts": 6, "presence_few": 3, "many": 8},
         **{"sides_few": 2, "pair": 3, "clip": 2, "chart": 2, "sheet": 20},
@@ -325,6 +379,34 @@ def sides(rng: random.Random, zh: bool) -> Made:
     return [s.image], _distinct([scenes.ask_relation(s, rng, zh, axes) for axes in rng.sample("xyxy", 3)])
 
 
+def sides_one(rng: random.Random, zh: bool) -> Made:
+    """Left or right, above or below, of a red and a blue circle: hardly a word to tell from
+    another; a few as yes or no.
+    """
+    while True:
+        s = scenes.scene(rng, least=2, most=2, few={"color": scenes.FEW["color"][:2], "shape": ["circle"]})
+        question, answer = scenes.ask_relation(s, rng, zh, rng.choice("xyy"))
+        related = any(w in question for w in ("left", "right", "above", "below", "边", "面吗", "面还"))
+        if related and (answer not in ("yes", "no", "是", "否") or rng.random() < 0.25):
+            return [s.image], [(question, answer)]
+
+
+def sides_two(rng: random.Random, zh: bool) -> Made:
+    """Left or right, above or below, of two things of two colours and two shapes."""
+    s = scenes.scene(rng, least=2, most=2, few={"color": scenes.FEW["color"][:2], "shape": scenes.FEW["shape"][:2]})
+    return [s.image], [scenes.ask_relation(s, rng, zh, rng.choice("xy"))]
+
+
+def denied(rng: random.Random, zh: bool) -> Made:
+    """Whether a colour or a shape is there, or whether it is not: of a few words, half and half."""
+    few = {
+        "color": scenes.FEW["color"][: rng.choice((2, 3, 10))],
+        "shape": scenes.FEW["shape"][: rng.choice((2, 3, 8))],
+    }
+    s = scenes.lone(rng, few=few)
+    return [s.image], [scenes.ask_has(s, rng, zh, negated=0.5, few=few)]
+
+
 def sides_few(rng: random.Random, zh: bool) -> Made:
     """Left or right, above or below, of two things of few colours and shapes."""
     s = scenes.scene(rng, least=2, most=2, few={"color": scenes.FEW["color"][:3], "shape": scenes.FEW["shape"][:3]})
@@ -354,6 +436,26 @@ def many(rng: random.Random, zh: bool) -> Made:
     return [s.image], _distinct(counts)
 
 
+def letter(rng: random.Random, zh: bool) -> Made:
+    """One large letter or digit."""
+    drawn = rng.random()
+    alphabet = string.ascii_lowercase if drawn < 0.25 else string.digits if drawn < 0.45 else string.ascii_uppercase
+    said = rng.choice(alphabet)
+    return [printed.line(said, rng, False, False, 56, 56, least=0.6)], [(rng.choice(printed.READ[zh]), said)]
+
+
+def strings(rng: random.Random, zh: bool) -> Made:
+    """Up to five letters or digits in a row that mean nothing, so that each has to be seen."""
+    image, said = printed.row(rng, 5)
+    return [image], [(rng.choice(printed.READ[zh]), said)]
+
+
+def twos(rng: random.Random, zh: bool) -> Made:
+    """Two digits or letters, sometimes three: what comes second is learned from these first."""
+    image, said = printed.row(rng, rng.choice((2, 2, 3)), digits=0.6)
+    return [image], [(rng.choice(printed.READ[zh]), said)]
+
+
 def few(rng: random.Random, zh: bool) -> Made:
     """Up to three large capitals and digits."""
     image, said = printed.few(rng, 3)
@@ -368,6 +470,12 @@ def text(rng: random.Random, zh: bool) -> Made:
 def digit(rng: random.Random, zh: bool) -> Made:
     image, said = printed.digit(rng)
     return [image], [(printed.ask_digit(rng, zh), said)]
+
+
+def chinese(rng: random.Random, zh: bool) -> Made:
+    """A Chinese word, the characters large."""
+    image, said = printed.chinese(rng)
+    return [image], [(rng.choice(printed.READ[zh]), said)]
 
 
 def receipt(rng: random.Random, zh: bool) -> Made:
@@ -404,14 +512,53 @@ def words(rng: random.Random, zh: bool) -> Made:
     return [], texts.turns(rng, zh)
 
 
+def customers(rng: random.Random, zh: bool) -> Made:
+    """What four customers write, and of which kind each message is."""
+    return [], _distinct([shop.kind_of(rng, zh) for _ in range(4)])
+
+
+def small_sums(rng: random.Random, zh: bool) -> Made:
+    """Sums and orders of numbers that get longer: five of them a row."""
+    most = rng.choice((9, 19, 60))
+    return [], _distinct([rng.choice((texts.sums, texts.order))(rng, zh, most) for _ in range(5)])
+
+
 KINDS: dict[str, Callable[[random.Random, bool], Made]] = {
     made.__name__: made
     for made in (
         *(first, word, yes, told, copied, retold, plain, facts, single, two, scene, dots, many),
-        *(verdict_english, verdict_shapes, verdict_colors, verdict_more, verdict, sides_few, presence_few),
+        *(
+            verdict_english,
+            verdict_shapes,
+            verdict_colors,
+            verdict_more,
+            verdict,
+            denied,
+            sides_one,
+            sides_two,
+            sides_few,
+            presence_few,
+        ),
         *(named, traits, presence, sides),
         *(echo, echo_few, pairs, pairs_few, after, there, same),
-        *(glyph, few, digit, text, receipt, chart, pair, clip, words, sheet),
+        *(
+            letter,
+            twos,
+            strings,
+            glyph,
+            few,
+            digit,
+            text,
+            chinese,
+            receipt,
+            chart,
+            pair,
+            clip,
+            words,
+            small_sums,
+            customers,
+            sheet,
+        ),
     )
 }
 

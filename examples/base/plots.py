@@ -48,12 +48,16 @@ def chart(rng: random.Random, held_out: bool = False) -> Chart:
     while kind == "pie" and (sum(values) != 100 or len(set(values)) < n):
         cuts = [0, *sorted(rng.sample(range(5, 100, 5), n - 1)), 100]
         values = [b - a for a, b in pairwise(cuts)]
-    side = rng.choice((112, 112, 112, 140))
+    side = rng.choice((112, 140, 168, 168))
     image = Image.new("RGB", (side, side), (255, 255, 255) if rng.random() < 0.7 else (rng.randint(238, 255),) * 3)
     pen = ImageDraw.Draw(image)
-    path = BITMAP if rng.random() < 0.4 and not held_out else rng.choice(fonts(False, held_out))
     made = Chart(image, kind, labels, values, colors)
-    (_pie if kind == "pie" else _axes)(pen, made, rng, side, path)
+    if rng.random() < 0.4 and not held_out:  # small letters without a smooth edge, made larger with the picture
+        small = Image.new("RGB", (112, 112), image.getpixel((0, 0)))
+        (_pie if kind == "pie" else _axes)(ImageDraw.Draw(small), made, rng, 112, BITMAP)
+        made.image = small.resize((side, side), rng.choice((Image.Resampling.BICUBIC, Image.Resampling.NEAREST)))
+        return made
+    (_pie if kind == "pie" else _axes)(pen, made, rng, side, rng.choice(fonts(False, held_out)))
     return made
 
 
@@ -62,16 +66,20 @@ def _paint(name: str, rng: random.Random) -> tuple[int, ...]:
 
 
 def _axes(pen: ImageDraw.ImageDraw, c: Chart, rng: random.Random, side: int, path: str) -> None:
-    face = font(path, rng.randint(10, 12))
+    k = side / 112
+    face = font(path, round(rng.uniform(10, 12.4) * k))
     written = rng.random() < 0.85
-    ground, roof, left = side - 17, 14, 4
+    ground, roof, left = side - round(17 * k), round(14 * k), 4
     if not written:
-        left = 20
+        left = round(20 * k)
         for tick in (0, 50, 100):
             y = ground - tick / 100 * (ground - roof)
-            pen.text((1, y - 6), str(tick), font=font(path, 9), fill=(60, 60, 60))
+            pen.text((1, y - 6 * k), str(tick), font=font(path, round(9 * k)), fill=(60, 60, 60))
             pen.line([(left, y), (side - 3, y)], (205, 205, 205))
     slot = (side - left - 4) / len(c.labels)
+    if path != BITMAP:
+        while face.size > 8 and max(face.getlength(label) for label in c.labels) > slot:
+            face = font(path, face.size - 1)
     xs = [round(left + slot * (i + 0.5)) for i in range(len(c.labels))]
     ys = [round(ground - v / 100 * (ground - roof)) for v in c.values]
     pen.line([(left - 1, ground), (side - 4, ground)], (0, 0, 0))
@@ -85,8 +93,8 @@ def _axes(pen: ImageDraw.ImageDraw, c: Chart, rng: random.Random, side: int, pat
         else:
             pen.rectangle([x - 3, y - 3, x + 3, y + 3], paints[color])
         if written:
-            _centred(pen, str(value), x, y - 8, face)
-        _centred(pen, label, x, ground + 8, face)
+            _centred(pen, str(value), x, y - 8 * k, face)
+        _centred(pen, label, x, ground + 8 * k, face)
 
 
 def _centred(pen: ImageDraw.ImageDraw, words: str, x: float, y: float, face: object) -> None:
@@ -95,18 +103,19 @@ def _centred(pen: ImageDraw.ImageDraw, words: str, x: float, y: float, face: obj
 
 
 def _pie(pen: ImageDraw.ImageDraw, c: Chart, rng: random.Random, side: int, path: str) -> None:
-    face = font(path, rng.randint(10, 12))
+    k = side / 112
+    face = font(path, round(rng.uniform(10, 12.4) * k))
     r = rng.randint(side // 5, side // 4)
-    x, y = r + rng.randint(2, 6), side // 2 + rng.randint(-12, 12)
+    x, y = r + rng.randint(2, 6), side // 2 + round(rng.uniform(-12, 12) * k)
     angle = rng.choice((-90, 0))
     for i, (label, value, color) in enumerate(zip(c.labels, c.values, c.colors, strict=True)):
         paint = _paint(color, rng)
         pen.pieslice([x - r, y - r, x + r, y + r], angle, angle + value * 3.6, fill=paint)
         angle += value * 3.6
-        top = round(side / len(c.labels) * (i + 0.5)) - 5
+        top = round(side / len(c.labels) * (i + 0.5) - 5 * k)
         right = 2 * r + 10
-        pen.rectangle([right, top, right + 8, top + 9], paint)
-        pen.text((right + 11, top - 1), f"{label} {value}", font=face, fill=(0, 0, 0))
+        pen.rectangle([right, top, right + 8 * k, top + 9 * k], paint)
+        pen.text((right + 11 * k, top - k), f"{label} {value}", font=face, fill=(0, 0, 0))
     if not math.isclose(sum(c.values), 100):
         raise AssertionError("a pie's values add up to 100")
 

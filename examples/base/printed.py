@@ -148,6 +148,30 @@ def few(rng: random.Random, most: int) -> tuple[Image.Image, str]:
     return line(words, rng, False, False, 56, 28 * max(2, n), least=rng.choice((0.55, 0.7))), words
 
 
+def row(rng: random.Random, most: int, digits: float = 0.3) -> tuple[Image.Image, str]:
+    """Two to `most` letters or digits of one kind, that mean nothing, and the picture they fill."""
+    drawn = rng.random()
+    alphabet = (
+        string.digits
+        if drawn < digits
+        else string.ascii_uppercase
+        if drawn < 0.5 + digits / 2
+        else string.ascii_lowercase
+    )
+    words = _letters(rng, 2, most, alphabet)
+    if drawn > 0.9:
+        words = words.capitalize()
+    height = rng.choice((28, 56, 56, 56))
+    width = min(168, max(height, 28 * math.ceil(len(words) * rng.uniform(0.55, 0.8) * height / 28)))
+    return line(words, rng, False, False, height, width, least=0.55), words
+
+
+def chinese(rng: random.Random) -> tuple[Image.Image, str]:
+    """A word of few characters that fills its picture."""
+    said = rng.choice(CHINESE) if rng.random() < 0.5 else rng.choice(LEXICON)[1]
+    return line(said, rng, True, False, 56, max(56, min(168, 56 * len(said))), least=0.6), said
+
+
 def text(rng: random.Random, held_out: bool = False) -> tuple[Image.Image, str, bool]:
     """A picture of one line, what it says, whether that is Chinese."""
     words, chinese = words_of(rng)

@@ -394,18 +394,29 @@ def _told(key: str, value: str, zh: bool) -> str:
     return f"{'an' if value[0] in 'aeiou' else 'a'} {value}" + (" shape" if key == "color" else "")
 
 
-def _value(s: Scene, key: str, rng: random.Random, common: bool = False) -> tuple[str, bool]:
-    """A colour or shape, in half of the cases one that is there; `common`: mostly one of a few."""
+def _value(
+    s: Scene, key: str, rng: random.Random, common: bool = False, few: dict[str, list[str]] | None = None
+) -> tuple[str, bool]:
+    """A colour or shape, in half of the cases one that is there; `common`: mostly one of a few;
+    `few`: one of these.
+    """
     held = {getattr(t, key) for t in s.things}
-    words = COMMON[key] if common else list(COLORS) if key == "color" else list(SHAPES)
+    words = few[key] if few else COMMON[key] if common else list(COLORS) if key == "color" else list(SHAPES)
     right = rng.random() < 0.5
     return rng.choice(sorted(held) if right else [w for w in words if w not in held]), right
 
 
-def ask_has(s: Scene, rng: random.Random, zh: bool, key: str = "", negated: float = 0.3) -> Turn:
+def ask_has(
+    s: Scene,
+    rng: random.Random,
+    zh: bool,
+    key: str = "",
+    negated: float = 0.3,
+    few: dict[str, list[str]] | None = None,
+) -> Turn:
     """Yes or no about a colour or a shape alone, a share of the questions in the negative."""
     key = key or rng.choice(("color", "shape"))
-    value, right = _value(s, key, rng)
+    value, right = _value(s, key, rng, few=few)
     told = _told(key, value, zh)
     if rng.random() < negated:
         # not "Is there no …?", which English answers with "no" as often as with "yes"

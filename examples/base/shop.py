@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 
+from phrases import PHRASES
+
 Turn = tuple[str, str]
 # kind (English, Chinese) -> things of it and what is said of them, in English, in Chinese; {} is
 # a thing
@@ -132,7 +134,22 @@ KINDS: dict[tuple[str, str], tuple[str, str, str, str]] = {
 }  # fmt: skip
 
 
+_FRAMES = (
+    ("{}.|{}!|Hello, {}.|Sorry, but {}.|{}, please help.|{}?|About my order: {}.|I say it again: {}.|Well, {}."),
+    ("{}。|{}！|你好，{}。|请问{}？|{}，麻烦看一下。|{}？|关于订单：{}。|我再说一次，{}。|{}啊。|客服，{}。"),
+)
+
+
+def _in_other_words(rng: random.Random, zh: bool, kind: tuple[str, str]) -> str:
+    """One or two phrases of a kind."""
+    said = rng.sample(PHRASES[kind[0]][zh].split("|"), rng.choice((1, 1, 2)))
+    text = rng.choice(_FRAMES[zh].split("|")).format(("，" if zh else ", ").join(said))
+    return text if zh else text[0].upper() + text[1:]
+
+
 def message(rng: random.Random, zh: bool, kind: tuple[str, str]) -> str:
+    if rng.random() < 0.5:
+        return _in_other_words(rng, zh, kind)
     things, said = KINDS[kind][2 * zh], KINDS[kind][2 * zh + 1]
     return rng.choice(said.split("|")).format(rng.choice(things.split("|")))
 

@@ -63,8 +63,8 @@ def chinese(n: int) -> str:
     return f"{_DIGITS[n // 100]}百{tail}"
 
 
-def sums(rng: random.Random, zh: bool) -> Turn:
-    a, b = rng.randint(0, 60), rng.randint(0, 60)
+def sums(rng: random.Random, zh: bool, most: int = 60) -> Turn:
+    a, b = rng.randint(0, most), rng.randint(0, most)
     if rng.random() < 0.3:
         a, b = max(a, b), min(a, b)
         return rng.choice(
@@ -80,8 +80,8 @@ def sums(rng: random.Random, zh: bool) -> Turn:
     ), str(a + b)
 
 
-def order(rng: random.Random, zh: bool) -> Turn:
-    numbers = rng.sample(range(100), rng.choice((2, 2, 3, 3, 3, 4, 5, 6)))
+def order(rng: random.Random, zh: bool, most: int = 99) -> Turn:
+    numbers = rng.sample(range(most + 1), rng.choice((2, 2, 3, 3, 3, 4, 5, 6)) if most > 9 else rng.choice((2, 2, 3)))
     shown, kind = " ".join(map(str, numbers)), rng.random()
     if kind < 0.25:
         return (f"{shown} 中最大的是？" if zh else f"Which of {shown} is the largest?"), str(max(numbers))
@@ -355,7 +355,7 @@ KINDS = (
     (letters, 6),
     (numbers, 7),
     (translate, 4),
-    (shop.kind_of, 9),
+    (shop.kind_of, 14),
     (shop.same_kind, 1),
     (topic, 4),
     (odd, 2),
