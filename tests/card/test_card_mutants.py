@@ -92,9 +92,8 @@ MUTANTS: dict[tuple[Any, str, Callable[[Any], Any]], str] = {
     (quantize, "_spans", lambda real: lambda counts: list(real(counts))[:-1]): "int8 experts",
     (quantize.QuantizedEmbedding, "forward", larger): "int8 table",
     # sums and products in place of Paddle's reductions and broadcasts
-    (layers, "row_sum", larger): "RMSNorm",
-    (layers, "across", larger): "RMSNorm",
-    (layers, "_outer", larger): "RMSNorm",
+    (layers, "_normalise_rows", lambda real: lambda x, weight, *rest: real(x, weight * 1.01, *rest)): "RMSNorm",
+    (layers, "_norm_gradients", larger): "RMSNorm",
     (attention, "row_sum", larger): "attention, causal",
     (tiles.Tiles, "_shift", lambda real: lambda *a: None): "attention, large scores",
     (tiles.Tiles, "_below", lambda real: lambda *a: None): "attention, large scores",

@@ -9,6 +9,7 @@ import pytest
 
 from ernie_tune.generate.batch import Prompt, TokenEvent
 from ernie_tune.generate.engine import Engine
+from ernie_tune.generate.load import TurnLoad
 
 
 class Scripted:
@@ -17,6 +18,7 @@ class Scripted:
     def __init__(self, model: Any, answer: Callable[[Prompt], Sequence[int]], reason: str) -> None:
         self.model, self.answer, self.reason = model, answer, reason
         self.left: list[tuple[int, list[int]]] = []
+        self.load = TurnLoad()
 
     def submit(self, prompt: Prompt) -> None:
         self.left.append((prompt.key, [*self.answer(prompt)]))
