@@ -156,45 +156,44 @@ def test_verdicts_on_few_words_are_true_and_balanced(base: dict[str, ModuleType]
     assert 0.4 < sum(answers) / 400 < 0.62
 
 
-def test_sides_and_denials_are_true_and_balanced(base: dict[str, ModuleType]) -> None:
+def test_sides_and_denials_are_true_and_balanced(base: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """Left, right, above, below of few words, and what is not there, against the things drawn."""
     rng, make, scenes = random.Random(13), base["make_data"], base["scenes"]
     drawn: list[Any] = []
-    scene, lone = scenes.scene, scenes.lone
-    scenes.scene = lambda *a, **k: drawn.append(scene(*a, **k)) or drawn[-1]
-    scenes.lone = lambda *a, **k: drawn.append(lone(*a, **k)) or drawn[-1]
-    try:
-        for kind, held in ((make.sides_one, "left"), (make.sides_two, "yes"), (make.denied, "yes")):
-            answers = []
-            for _ in range(240):
-                _, ((question, answer),) = kind(rng, False)
-                things = {t.name(False): t for t in drawn[-1].things}
-                named = sorted((n for n in things if n in question), key=question.index)
-                if len(named) == 2 and question.startswith("Is the "):
-                    a, b = (things[n] for n in named)
-                    up = "above" in question or "below" in question
-                    truth = ("above" if a.y < b.y else "below") if up else "left" if a.x < b.x else "right"
-                    if " or " in question:
-                        assert answer == truth, question
-                    else:
-                        assert answer == ("yes" if f" {truth} " in question else "no"), question
-                elif kind is make.denied:
-                    held_words = {w for t in drawn[-1].things for w in (t.color, t.shape)}
-                    there = bool(held_words & set(question.rstrip("?").split()))
-                    denies = bool({"no", "missing", "without"} & set(question.rstrip("?").split()))
-                    assert answer == ("yes" if there != denies else "no"), question
-                answers.append(answer)
-            sure = [a for a in answers if a in (("left", "right") if held == "left" else ("yes", "no"))]
-            assert 0.4 < sure.count(held) / len(sure) < 0.6, kind
-    finally:
-        scenes.scene, scenes.lone = scene, lone
+    for name in ("scene", "lone"):
+        real = getattr(scenes, name)
+        monkeypatch.setattr(scenes, name, lambda *a, real=real, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    for kind, held in ((make.sides_one, "left"), (make.sides_two, "yes"), (make.denied, "yes")):
+        answers = []
+        for _ in range(240):
+            _, ((question, answer),) = kind(rng, False)
+            things = {t.name(False): t for t in drawn[-1].things}
+            named = sorted((n for n in things if n in question), key=question.index)
+            if len(named) == 2 and question.startswith("Is the "):
+                a, b = (things[n] for n in named)
+                up = "above" in question or "below" in question
+                truth = ("above" if a.y < b.y else "below") if up else "left" if a.x < b.x else "right"
+                if " or " in question:
+                    assert answer == truth, question
+                else:
+                    assert answer == ("yes" if f" {truth} " in question else "no"), question
+            elif kind is make.denied:
+                held_words = {w for t in drawn[-1].things for w in (t.color, t.shape)}
+                there = bool(held_words & set(question.rstrip("?").split()))
+                denies = bool({"no", "missing", "without"} & set(question.rstrip("?").split()))
+                assert answer == ("yes" if there != denies else "no"), question
+            answers.append(answer)
+        sure = [a for a in answers if a in (("left", "right") if held == "left" else ("yes", "no"))]
+        assert 0.4 < sure.count(held) / len(sure) < 0.6, kind
 
 
-def test_printed_rows_fill_their_pictures_with_ink_alone(base: dict[str, ModuleType]) -> None:
+def test_printed_rows_fill_their_pictures_with_ink_alone(
+    base: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two colours and what lies between them; nothing cut off at an edge; digits where asked."""
     rng, printed = random.Random(2), base["printed"]
     if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")):
-        printed.fonts = lambda chinese, held_out: (printed.BITMAP,)
+        monkeypatch.setattr(printed, "fonts", lambda chinese, held_out: (printed.BITMAP,))
     for i in range(60):
         image, said = printed.row(rng, 2 + i % 4, digits=1.0 if i % 2 else 0.3)
         assert 2 <= len(said) <= 2 + i % 4
@@ -205,10 +204,10 @@ def test_printed_rows_fill_their_pictures_with_ink_alone(base: dict[str, ModuleT
         assert image.height % 28 == 0
 
 
-def test_charts_draw_every_value_at_every_size(base: dict[str, ModuleType]) -> None:
+def test_charts_draw_every_value_at_every_size(base: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     rng, plots, colors = random.Random(5), base["plots"], base["words"].COLORS
     if not list(Path("/usr/share/fonts").rglob("DejaVuSans.ttf")):
-        plots.fonts = lambda chinese, held_out: (plots.BITMAP,)
+        monkeypatch.setattr(plots, "fonts", lambda chinese, held_out: (plots.BITMAP,))
     sides = set()
     for _ in range(60):
         c = plots.chart(rng)

@@ -88,10 +88,6 @@ MIXES = {  # weights of kinds of rows, in the order of the stages; "wide" is eve
         **{"letter": 12, "few": 10, "strings": 36, "text": 18},
         **{"digit": 6, "named": 6, "verdict": 3, "facts": 3, "presence_few": 3, "many": 3},
     },
-    "reads": {
-        **{"letter": 3, "strings": 14, "text": 34, "receipt": 6, "chart": 16},
-        **{"digit": 6, "named": 6, "traits": 2, "verdict": 2, "facts": 2, "presence_few": 2, "many": 7},
-    },
     "sides": {
         **{"sides_two": 44, "denied": 26, "small_sums": 12},
         **{"strings": 6, "text": 4, "named": 4, "digit": 4},
@@ -320,11 +316,16 @@ def about_one(s: scenes.Scene, zh: bool, skill: str, rng: random.Random | None =
     return [s.image], [(ASKED[skill][zh][rng.randrange(2) if rng else 0], said[skill])]
 
 
+def _to_read(image: Image.Image, said: str, rng: random.Random, zh: bool) -> Made:
+    """A picture that says one thing, and what it says."""
+    return [image], [(rng.choice(printed.READ[zh]), said)]
+
+
 def glyph(rng: random.Random, zh: bool) -> Made:
     """One letter or digit, or two."""
     words = "".join(rng.choice(string.ascii_uppercase + 2 * string.digits) for _ in range(rng.choice((1, 1, 2))))
     image = printed.line(words, rng, False, False, 56, 56, least=rng.choice((0.45, 0.7)))
-    return [image], [(rng.choice(printed.READ[zh]), words)]
+    return _to_read(image, words, rng, zh)
 
 
 def _several(s: scenes.Scene, rng: random.Random, zh: bool) -> list[tuple[str, str]]:
@@ -441,25 +442,22 @@ def letter(rng: random.Random, zh: bool) -> Made:
     drawn = rng.random()
     alphabet = string.ascii_lowercase if drawn < 0.25 else string.digits if drawn < 0.45 else string.ascii_uppercase
     said = rng.choice(alphabet)
-    return [printed.line(said, rng, False, False, 56, 56, least=0.6)], [(rng.choice(printed.READ[zh]), said)]
+    return _to_read(printed.line(said, rng, False, False, 56, 56, least=0.6), said, rng, zh)
 
 
 def strings(rng: random.Random, zh: bool) -> Made:
     """Up to five letters or digits in a row that mean nothing, so that each has to be seen."""
-    image, said = printed.row(rng, 5)
-    return [image], [(rng.choice(printed.READ[zh]), said)]
+    return _to_read(*printed.row(rng, 5), rng, zh)
 
 
 def twos(rng: random.Random, zh: bool) -> Made:
     """Two digits or letters, sometimes three: what comes second is learned from these first."""
-    image, said = printed.row(rng, rng.choice((2, 2, 3)), digits=0.6)
-    return [image], [(rng.choice(printed.READ[zh]), said)]
+    return _to_read(*printed.row(rng, rng.choice((2, 2, 3)), digits=0.6), rng, zh)
 
 
 def few(rng: random.Random, zh: bool) -> Made:
     """Up to three large capitals and digits."""
-    image, said = printed.few(rng, 3)
-    return [image], [(rng.choice(printed.READ[zh]), said)]
+    return _to_read(*printed.few(rng, 3), rng, zh)
 
 
 def text(rng: random.Random, zh: bool) -> Made:
@@ -474,8 +472,7 @@ def digit(rng: random.Random, zh: bool) -> Made:
 
 def chinese(rng: random.Random, zh: bool) -> Made:
     """A Chinese word, the characters large."""
-    image, said = printed.chinese(rng)
-    return [image], [(rng.choice(printed.READ[zh]), said)]
+    return _to_read(*printed.chinese(rng), rng, zh)
 
 
 def receipt(rng: random.Random, zh: bool) -> Made:

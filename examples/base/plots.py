@@ -50,14 +50,13 @@ def chart(rng: random.Random, held_out: bool = False) -> Chart:
         values = [b - a for a, b in pairwise(cuts)]
     side = rng.choice((112, 140, 168, 168))
     image = Image.new("RGB", (side, side), (255, 255, 255) if rng.random() < 0.7 else (rng.randint(238, 255),) * 3)
-    pen = ImageDraw.Draw(image)
-    made = Chart(image, kind, labels, values, colors)
+    made, draw = Chart(image, kind, labels, values, colors), _pie if kind == "pie" else _axes
     if rng.random() < 0.4 and not held_out:  # small letters without a smooth edge, made larger with the picture
         small = Image.new("RGB", (112, 112), image.getpixel((0, 0)))
-        (_pie if kind == "pie" else _axes)(ImageDraw.Draw(small), made, rng, 112, BITMAP)
+        draw(ImageDraw.Draw(small), made, rng, 112, BITMAP)
         made.image = small.resize((side, side), rng.choice((Image.Resampling.BICUBIC, Image.Resampling.NEAREST)))
-        return made
-    (_pie if kind == "pie" else _axes)(pen, made, rng, side, rng.choice(fonts(False, held_out)))
+    else:
+        draw(ImageDraw.Draw(image), made, rng, side, rng.choice(fonts(False, held_out)))
     return made
 
 
