@@ -20,6 +20,7 @@ from ernie_tune.data.units import UnitBatch, UnitEncoder
 from ernie_tune.evaluate.judged import judged_batches, preferred
 from ernie_tune.train.preference import pairs_of
 from ernie_tune.train.reward_model import RewardHead, RewardObjective, ratings_of, rewards_of
+from ernie_tune.train.second_judges import spearman as rank_correlation
 
 _BINS = 10
 
@@ -137,14 +138,5 @@ def calibration_error(margin_P: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation, ties with their mean rank; 0 where one side is constant."""
-    ranks = [_ranks(np.asarray(x, np.float64)) for x in (a, b)]
-    spread = [r.std() for r in ranks]
-    if not len(a) or min(spread) == 0:
-        return 0.0
-    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / (spread[0] * spread[1]))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse.reshape(-1)]
+    found = rank_correlation(np.asarray(a), np.asarray(b))
+    return 0.0 if np.isnan(found) else found

@@ -22,7 +22,7 @@ from typing import Any
 
 from ernie_tune.config.language import Text, say
 from ernie_tune.data.records import Record
-from ernie_tune.rewards.patience import TookTooLong, gathered, place_in, speak, waiting_for
+from ernie_tune.rewards.patience import USERS, TookTooLong, gathered, place_in, speak, waiting_for
 from ernie_tune.rewards.reading import without_thought
 from ernie_tune.rewards.scores import Box
 
@@ -30,9 +30,6 @@ SHOWN_CHARACTERS = 80
 # A larger number than this cannot be compared with others: float64 has no digits left below one,
 # and squares of what is learned from it leave float32.
 LARGEST = 1e15
-# A user's function may raise whatever its own packages do, and end as a script does; what is left
-# (MemoryError, an interrupt) ends the run.
-USERS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)

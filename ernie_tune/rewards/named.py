@@ -15,7 +15,7 @@ from typing import Any
 
 from ernie_tune.config.checks_sampling import function_problem
 from ernie_tune.config.language import say
-from ernie_tune.rewards.functions import USERS
+from ernie_tune.rewards.patience import USERS
 
 
 def load_function(place: str, setting: str = "reward_funcs") -> Callable[..., Any]:

@@ -26,7 +26,9 @@ from typing import Any
 
 from ernie_tune.config.language import Text, say
 
-_RAISED = (Exception, SystemExit)  # by what a user wrote, whatever that is
+# A user's function may raise whatever its own packages do, and end as a script does; what is left
+# (MemoryError, an interrupt) ends the run.
+USERS = (Exception, SystemExit)
 GRACE_SECONDS = 5.0  # for async functions to notice that their time is up
 
 
@@ -145,7 +147,7 @@ class _Own(ThreadPoolExecutor):
         def work() -> None:
             try:
                 future.set_result(fn(*args, **kwargs))
-            except _RAISED as error:
+            except USERS as error:
                 future.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()

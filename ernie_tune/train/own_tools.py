@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_tune.config.language import say
-from ernie_tune.rewards.patience import TookTooLong, gathered, waiting_for
+from ernie_tune.rewards.patience import USERS, TookTooLong, gathered, waiting_for
 
 MOST_CHARACTERS = 8192  # of a result
-_RAISED = (Exception, SystemExit)  # by what a user wrote, whatever that is
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?):\s*$")
 _ARGUMENT = re.compile(r"^\s*\**(\w+)\s*(?:\([^)]*\))?:\s*(.*)$")
@@ -83,7 +82,7 @@ class OwnTool:
             return "", "it took too long"
         except MemoryError:
             raise
-        except _RAISED as error:
+        except USERS as error:
             return "", f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]
         return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …", ""
 
